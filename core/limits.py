@@ -18,6 +18,7 @@ MAX_EMBEDDING_BYTES = 1 << 24  # of hidden states in the result of one microbatc
 MAX_GIVEN_BYTES = 3 << 23  # of rows of images in one microbatch
 MAX_TILE_PIXELS = 1 << 23  # of a tile, which an encoder of images takes at once
 MAX_TILE_PATCHES = 1 << 14
+MAX_BODY_BYTES = 1 << 24  # of a request to the API
 MAX_KV_BLOCKS = 1 << 26
 MAX_EXPERT_SHARDS = 64  # of a layer
 MAX_GROUP_MEMBERS = 16  # workers that hold a stage together

@@ -1,5 +1,5 @@
 """A seccomp filter and resource limits for child processes with untrusted input. The filter allows the system calls for
-memory, time, open pipes and exit, so that even a template that escapes from Jinja's sandbox, or a picture that takes
+memory, time, open pipes and exit, so that even a template that escapes from Jinja's sandbox, or an image that takes
 over a decoder, opens no file or socket and starts no program. It exists for Linux on x86-64 and aarch64."""
 
 from __future__ import annotations

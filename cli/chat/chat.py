@@ -36,6 +36,7 @@ _HELP: Final = '''\
 A line that ends with \\ continues on the next one. """ begins and ends a message of several lines.
 Such a message, and a line that begins with a space, are sent as they are. Ctrl-C interrupts an answer.'''
 _DROPPED: Final = "(longer than the model's context: the oldest turns are left out from here on; /clear begins anew)"
+_DROPPED_IMAGES: Final = "(the images are too many for a request: the oldest ones are left out from here on)"
 _ALL_REASONING: Final = (
     "(no answer: it ended within its reasoning, which is shown on a terminal alone; raise -n or set --reasoning-budget)"
 )
@@ -125,13 +126,15 @@ class Chat:
 
     def _show(self, chunks: ChunkStream) -> None:
         self._timings = None
-        dropped = self._session.dropped_messages
+        dropped, images = self._session.dropped_messages, self._session.dropped_images
         screen = AnswerScreen(is_colored=self._settings.is_colored, renders_markdown=self._settings.renders_markdown)
         try:
             with chunks:
                 for chunk in chunks:
                     if not dropped and (dropped := self._session.dropped_messages):
                         _print_notice(_DROPPED)
+                    if not images and (images := self._session.dropped_images):
+                        _print_notice(_DROPPED_IMAGES)
                     self._timings = chunk.timings or self._timings
                     screen.show(chunk)
         except KeyboardInterrupt:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, repeat
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from llamaclust.cluster.config.values import expand_home
+from llamaclust.cluster.front.text.images import MAX_IMAGES
 from llamaclust.core.errors import UsageError
+from llamaclust.core.limits import MAX_BODY_BYTES
 from llamaclust.core.regular_file import read_bytes
-from llamaclust.model.images.formats import PictureFormat, format_of
+from llamaclust.model.images.formats import ImageFormat, format_of
 from llamaclust.model.images.settings import MAX_IMAGE_BYTES
+
+MOST_BYTES: Final = MAX_BODY_BYTES - (1 << 16)
+"""The largest size of the messages of a request, which leaves room for its other fields."""
 
 
 def message_json(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,7 +39,7 @@ def image_part(image: object) -> dict[str, Any]:
     data, name = _bytes_of(image)
     kind = format_of(data)
     if kind is None:
-        *first, last = (each.value for each in PictureFormat)
+        *first, last = (each.value for each in ImageFormat)
         raise UsageError(f"{name}: not an image; expected a {', '.join(first)} or {last} file")
     if len(data) > MAX_IMAGE_BYTES:
         raise UsageError(f"{name}: {len(data)} bytes; the limit of an image is {MAX_IMAGE_BYTES}: send a smaller one")
@@ -40,8 +48,53 @@ def image_part(image: object) -> dict[str, Any]:
 
 
 def has_images(message: Mapping[str, Any]) -> bool:
+    return bool(_images_of(message))
+
+
+def with_latest_images(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], int]:
+    """Returns OpenAI's messages with their latest images, as many as fit into one request, and the number of images
+    without which they are. Raises UsageError if one of the last message is among these."""
+    sizes = [(at, _json_bytes(part)) for at, message in enumerate(messages) for part in _images_of(message)]
+    if not sizes:
+        return [*messages], 0
+    free_bytes = MOST_BYTES - _json_bytes([*map(_without_images, messages, repeat(None))])
+    fitting = 0
+    for _, size in reversed(sizes[-MAX_IMAGES:]):
+        free_bytes -= size
+        if free_bytes < 0:
+            break
+        fitting += 1
+    missing = len(sizes) - fitting
+    if missing and sizes[missing - 1][0] == len(messages) - 1:
+        what = f"expected at most {MAX_IMAGES} images in a request of {MOST_BYTES} bytes, found more in one message"
+        raise UsageError(f"{what}; send fewer or smaller images")
+    counts = Counter(at for at, _ in sizes[:missing])
+    return [_without_images(message, counts[at]) for at, message in enumerate(messages)], missing
+
+
+def _images_of(message: Mapping[str, Any]) -> list[Any]:
     content = message.get("content")
-    return isinstance(content, list) and any(part.get("type") == "image_url" for part in content)
+    return [part for part in content if _is_image_part(part)] if isinstance(content, list) else []
+
+
+def _without_images(message: Mapping[str, Any], count: int | None) -> Mapping[str, Any]:
+    """Returns a message without its first images. None: without all."""
+    images = _images_of(message)
+    kept = [] if count is None else images[count:]
+    if len(kept) == len(images):
+        return message
+    parts, numbers = message["content"], accumulate(map(_is_image_part, message["content"]))
+    places = zip(parts, numbers, strict=True)
+    shown = [part for part, number in places if not _is_image_part(part) or number > len(images) - len(kept)]
+    return {**message, "content": shown or ""}
+
+
+def _is_image_part(part: object) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "image_url"
+
+
+def _json_bytes(value: object) -> int:
+    return len(json.dumps(value, default=str)) + len(", ")
 
 
 def _part(part: object) -> Any:

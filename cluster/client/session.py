@@ -13,7 +13,7 @@ from typing import Any, Generic, Literal, Self, Unpack, overload
 
 from llamaclust.cluster.client.base import AsyncChunkStream, ChunkStream, StreamT, TextCalls, WholeT
 from llamaclust.cluster.client.http_codec import CHAT, Content, Message, Options, chat_body
-from llamaclust.cluster.client.message_images import has_images, message_json
+from llamaclust.cluster.client.message_images import has_images, message_json, with_latest_images
 from llamaclust.cluster.config.values import expand_home
 from llamaclust.cluster.front.text.answer import Answer, TextChunk
 from llamaclust.core.errors import LlamaclustError, UsageError
@@ -28,7 +28,8 @@ class Session(Generic[WholeT, StreamT]):
 
     `messages` are in OpenAI's form and may be changed between answers. A turn consists of a user's message and all
     messages before the user's next one. With `drop_oldest`, a conversation that exceeds the model's context continues
-    without its oldest turns: they stay in `messages`, but are not sent. Otherwise the server's RequestError is raised.
+    without its oldest turns, and one whose images exceed a request without its oldest images: they stay in `messages`,
+    but are not sent. Otherwise the server's RequestError is raised, and UsageError for images.
     The options, such as `stop`, are those of `Client.chat` and apply to every answer. Only one thread at a time may use
     a session.
     """
@@ -44,6 +45,7 @@ class Session(Generic[WholeT, StreamT]):
         self.messages: list[dict[str, Any]] = []
         self.options = options
         self.dropped_messages = 0  # behind the system message, which are not sent
+        self.dropped_images = 0  # of the messages that were sent last
         self._client = client
         self._drops_oldest = drop_oldest
         self._is_answering = False
@@ -129,7 +131,7 @@ class Session(Generic[WholeT, StreamT]):
             if message is not None and has_images(asked) and not await self._client.reads_images():
                 raise UsageError("the model reads text only: send no images, or serve a model with its projector")
             while True:
-                body = chat_body([*self._before(start), asked], merged)
+                body = self._with_images_that_fit(chat_body([*self._before(start), asked], merged))
                 try:
                     async with aclosing(self._client.chunks(CHAT, body)) as chunks:
                         async for chunk in chunks:
@@ -145,6 +147,13 @@ class Session(Generic[WholeT, StreamT]):
                 self.messages[start:] = [asked, _message(parts)]
             else:
                 self.dropped_messages = dropped_before
+
+    def _with_images_that_fit(self, body: dict[str, Any]) -> dict[str, Any]:
+        messages, self.dropped_images = with_latest_images(body["messages"])
+        if self.dropped_images and not self._drops_oldest:
+            what = f"the images of this conversation exceed a request by {self.dropped_images}"
+            raise UsageError(f"{what}: undo turns, clear the conversation, or set drop_oldest=True")
+        return {**body, "messages": messages}
 
     def _drop_turn(self, end: int, error: LlamaclustError) -> bool:
         """Drops the oldest sent turn before `end` if the context was exceeded. Returns False if nothing was dropped."""

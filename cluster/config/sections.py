@@ -188,8 +188,8 @@ class Api(Section):
     slot_folder: FilePath | None = None
     """Folder of saved slots; without it, `POST /slots` is refused."""
     image_urls: Annotated[tuple[ImageHost, ...], Field(max_length=64, strict=False)] = ()
-    """Hosts whose pictures are fetched if a request has their URLs, such as example.com, *.example.com or
-    example.com:8080. By default, requests must send pictures as data URLs."""
+    """Hosts whose images are fetched if a request has their URLs, such as example.com, *.example.com or
+    example.com:8080. By default, requests must send images as data URLs."""
     disabled: Annotated[
         tuple[Literal["docs", "metrics", "props", "slots"], ...], Field(max_length=4, strict=False)
     ] = ()

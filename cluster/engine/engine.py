@@ -158,7 +158,9 @@ class Engine:
         submitted = SubmittedRequest(sequence, sink, partial(self._abort, sequence.key))
         end = sequence.known_end
         if end is None:
-            self.requests.open(submitted, self.deadlines.request_s, partial(self._expire, sequence.key))
+            passed_s = (monotonic_ns() - request.received_ns) / 1e9 if request.received_ns else 0.0
+            limit_s = self.deadlines.request_s - passed_s
+            self.requests.open(submitted, limit_s, partial(self._expire, sequence.key))
             self._lane.arrived(sequence)
         sink.begin(submitted)
         for row in request.answered:

@@ -14,7 +14,7 @@ from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.scheduler.validation import check_adapters
 from llamaclust.cluster.state.adapters import ServedAdapters
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.limits import AdapterScales
+from llamaclust.core.limits import MAX_BODY_BYTES, AdapterScales
 
 MAX_COPIES: Final = 64
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}")
@@ -48,7 +48,7 @@ class ApiSettings:
     api_keys: Sequence[str] = ()  # none: no key is asked for
     allowed_hosts: tuple[str, ...] = ()  # names beside loopback, listen_host and the address that was connected to
     allowed_origins: tuple[str, ...] = ()  # web pages that may use the API, like "https://chat.example"
-    max_body_bytes: int = 16 << 20
+    max_body_bytes: int = MAX_BODY_BYTES
     max_held_bytes: int = 128 << 20  # of the bodies of one owner's requests that have no whole reply yet; of all: twice
     max_requests: int = 512  # of one owner that have no whole reply yet; of all: twice, and as many still to come
     idle_s: float = 75.0  # a kept connection waits so long for the first byte of its next request

@@ -16,7 +16,7 @@ from llamaclust.cluster.control.projectors import open_with_projector
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.pipeline import StageInfo, TileEncoder
 from llamaclust.cluster.front.text.service import TextService, TextSettings
-from llamaclust.cluster.front.text.vision import Vision
+from llamaclust.cluster.front.text.vision import vision_of
 from llamaclust.cluster.launchers.draft_model import open_device, open_draft_model, plan_draft_model
 from llamaclust.cluster.launchers.local_encoder import LocalEncoder
 from llamaclust.cluster.scheduler.capacity import ROWS, BlockCounts, Capacity, blocks_of, microbatch_rows
@@ -163,18 +163,12 @@ class LocalStage:
                     max_drafted=scheduling.max_drafted,
                     recommended=recommended_sampling(self.model.file),
                 )
-                vision = self._vision(engine)
+                vision = vision_of(self.model, engine.encoder)
                 service = TextService(engine, self.model.tokenizer, self.model.chat_template, text, vision)
                 async with aclosing(service):
                     yield service
         finally:
             self.close()
-
-    def _vision(self, engine: Engine) -> Vision | None:
-        projector = self.model.projector
-        if projector is None or engine.encoder is None:
-            return None
-        return Vision(projector, self.model.tokenizer, engine.encoder.encode, self.model.rope_sections)
 
     def close(self) -> None:
         self._thread.shutdown()

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from hashlib import sha256
 
-import numpy as np
-
 from llamaclust.cluster.scheduler.breakers import check_size
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
@@ -84,8 +82,6 @@ def _check_rows_of_image(name: str, span: ImageSpan, settings: SchedulerSettings
     if span.rows.shape != (count, width):
         shape = " x ".join(map(str, span.rows.shape))
         raise ParameterError("images", f"{name}: expected rows of {count} x {width} numbers, found {shape}")
-    if not np.isfinite(span.rows).all():
-        raise ParameterError("images", f"{name} has rows of numbers that are not finite")
     if span.is_bidirectional and count > settings.max_group_rows:
         together = f"{name} has {count} rows in one group; the limit of a microbatch is {settings.max_group_rows}"
         raise ParameterError("images", f"{together}: set prefill_chunk: {count}")

@@ -25,7 +25,7 @@ from llamaclust.cluster.front.replies.handlers import Replies
 from llamaclust.cluster.front.schema import Body, field_error, parts_of
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.service import TextService, TextSettings
-from llamaclust.cluster.front.text.vision import Vision
+from llamaclust.cluster.front.text.vision import vision_of
 from llamaclust.cluster.server.telemetry.settings import TelemetrySettings
 from llamaclust.cluster.state.api_keys import LiveKeys
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
@@ -227,14 +227,7 @@ def _text_service(served: ServedModel) -> TextService:
         max_drafted=engine.scheduler.settings.max_drafted,
         recommended=recommended_sampling(model.file),
     )
-    return TextService(engine, model.tokenizer, model.chat_template, text, _vision(served))
-
-
-def _vision(served: ServedModel) -> Vision | None:
-    model, encoder = served.model, served.engine.encoder
-    if model.projector is None or encoder is None:
-        return None
-    return Vision(model.projector, model.tokenizer, encoder.encode, model.rope_sections)
+    return TextService(engine, model.tokenizer, model.chat_template, text, vision_of(model, engine.encoder))
 
 
 def _settings_of(served: ServedModel, settings: ApiSettings, models: Sequence[ServedModel]) -> ApiSettings:

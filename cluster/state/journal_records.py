@@ -102,6 +102,11 @@ class RequestContext:
         """True for a background request whose whole reply was computed, whether or not it was read."""
         return self.is_background and self.is_sent
 
+    @property
+    def age_s(self) -> float:
+        """The time since this coordinator received or restored the request."""
+        return (time.monotonic_ns() - self.received_ns) / 1e9
+
     def left_s(self, now: Instant) -> float:
         return self.limit_s - self.admitted.passed_s(now)
 

@@ -1,4 +1,4 @@
-"""The child process that decodes and prepares pictures. It is confined, with little memory and little CPU time."""
+"""The child process that decodes and prepares images. It is confined, with little memory and little CPU time."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from PIL import Image
 from llamaclust.model.child_frames import end_with_parent, read_frame, read_frame_and_payload, write_frame
 from llamaclust.model.confinement import confine, limit_cpu, limit_resources
 from llamaclust.model.images.decoding import decode
-from llamaclust.model.images.settings import ImageSettings, PictureError
+from llamaclust.model.images.settings import ImageError, ImageSettings
 from llamaclust.model.images.tiling import tiling_of
 
 
-def _reply_to(picture: bytes, settings: ImageSettings, first: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+def _reply_to(image: bytes, settings: ImageSettings, first: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
     """Returns a reply and, one after the other, the tiles' pixels [height, width, 3]."""
     try:
-        tiling = tiling_of(decode(picture, first["max_pixels"]), settings)
+        tiling = tiling_of(decode(image, first["max_pixels"]), settings)
         reply = {
             "sizes": [tile.size for tile in tiling.tiles],
             "columns": tiling.columns,
             "rows": tiling.rows,
         }
         return reply, b"".join(tile.tobytes() for tile in tiling.tiles)
-    except PictureError as error:
+    except ImageError as error:
         return {"error": str(error)}, b""
     except MemoryError:
-        what = f"it needs more than {first['memory_bytes'] >> 20} MiB to be decoded; send a smaller picture"
+        what = f"it needs more than {first['memory_bytes'] >> 20} MiB to be decoded; send a smaller image"
         return {"error": what}, b""
 
 
@@ -50,9 +50,9 @@ def main() -> None:
     limit_resources(had + first["memory_bytes"])
     write_frame({"unconfined": unconfined})
     while True:
-        _, picture = read_frame_and_payload()
+        _, image = read_frame_and_payload()
         limit_cpu(first["cpu_seconds"])
-        write_frame(*_reply_to(picture, settings, first))
+        write_frame(*_reply_to(image, settings, first))
 
 
 if __name__ == "__main__":

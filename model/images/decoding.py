@@ -1,5 +1,5 @@
-"""Decodes a picture's bytes with Pillow, of which only five plugins are ever imported. Only child processes import this
-module: decoders are native code, and pictures are untrusted."""
+"""Decodes an image's bytes with Pillow, of which only five plugins are ever imported. Only child processes import this
+module: decoders are native code, and images are untrusted."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from llamaclust.model.images.formats import PictureFormat, format_of, orientation_of, webp_size
-from llamaclust.model.images.settings import PictureError
+from llamaclust.model.images.formats import ImageFormat, format_of, orientation_of, webp_size
+from llamaclust.model.images.settings import ImageError
 
 _UNIDENTIFIED, _NO_HEADER = "not identified by this driver", "its header is damaged, or it has no pixels"
 _STRIP_PIXELS = 1 << 20
@@ -31,61 +31,61 @@ _TURNS: Mapping[int, Transpose] = MappingProxyType(
         8: Transpose.ROTATE_90,
     }
 )
-"""Turns that put pictures upright, by orientation."""
+"""Turns that put images upright, by orientation."""
 
 
 _JPEG = type("_Jpeg", (JpegImageFile,), {"_read_dpi_from_exif": lambda _: None})
 """Reads JPEG files without a search of their EXIF data for a resolution, for which Pillow imports its TIFF plugin."""
 
 
-_FILES: Mapping[PictureFormat, Callable[[BytesIO], Image]] = MappingProxyType(
+_FILES: Mapping[ImageFormat, Callable[[BytesIO], Image]] = MappingProxyType(
     {
-        PictureFormat.PNG: PngImageFile,
-        PictureFormat.JPEG: _JPEG,
-        PictureFormat.WEBP: WebPImageFile,
-        PictureFormat.GIF: GifImageFile,
-        PictureFormat.BMP: BmpImageFile,
+        ImageFormat.PNG: PngImageFile,
+        ImageFormat.JPEG: _JPEG,
+        ImageFormat.WEBP: WebPImageFile,
+        ImageFormat.GIF: GifImageFile,
+        ImageFormat.BMP: BmpImageFile,
     }
 )
 
 
-def decode(picture: bytes, max_pixels: int) -> Image:
+def decode(data: bytes, max_pixels: int) -> Image:
     """Returns an upright RGB image; of an animation the first frame. Transparent parts are over white, as in the image
-    processors of transformers. Raises PictureError, or MemoryError if the process may not have the memory."""
-    kind = format_of(picture)
+    processors of transformers. Raises ImageError, or MemoryError if the process may not have the memory."""
+    kind = format_of(data)
     if kind is None:
-        *first, last = (each.value for each in PictureFormat)
-        raise PictureError(f"it is not a {', '.join(first)} or {last} file: {_shown(picture)}")
-    if kind is PictureFormat.WEBP:
-        _check_size(webp_size(picture), max_pixels)
+        *first, last = (each.value for each in ImageFormat)
+        raise ImageError(f"it is not a {', '.join(first)} or {last} file: {_shown(data)}")
+    if kind is ImageFormat.WEBP:
+        _check_size(webp_size(data), max_pixels)
     try:
-        image = _FILES[kind](BytesIO(picture))
+        image = _FILES[kind](BytesIO(data))
         _check_size(image.size, max_pixels)
         upright = _TURNS.get(orientation_of(_exif(image)))
         image.load()
         rgb = _rgb(image)
-    except (PictureError, MemoryError):
+    except (ImageError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001  decoders raise any
         what = _NO_HEADER if str(error) == _UNIDENTIFIED else " ".join(str(error).split()) or type(error).__name__
-        raise PictureError(f"the {kind.value} file cannot be decoded: {what}; send it again, or as PNG") from None
+        raise ImageError(f"the {kind.value} file cannot be decoded: {what}; send it again, or as PNG") from None
     del image
     return rgb if upright is None else rgb.transpose(upright)
 
 
-def _shown(picture: bytes) -> str:
-    if not picture:
-        return "it has no bytes; send a picture"
-    return f"it begins with {picture[:16]!r}; convert it first"
+def _shown(data: bytes) -> str:
+    if not data:
+        return "it has no bytes; send an image"
+    return f"it begins with {data[:16]!r}; convert it first"
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
     if width < 1 or height < 1:
-        raise PictureError(f"it has {width} x {height} pixels; send a picture with at least one")
+        raise ImageError(f"it has {width} x {height} pixels; send an image with at least one")
     if width * height > max_pixels:
         what = f"it has {width} x {height} = {width * height} pixels"
-        raise PictureError(f"{what}; the limit is {max_pixels}: send a smaller picture")
+        raise ImageError(f"{what}; the limit is {max_pixels}: send a smaller image")
 
 
 def _exif(image: Image) -> bytes:

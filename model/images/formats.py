@@ -1,4 +1,4 @@
-"""Facts in the bytes of pictures that are read before a decoder runs, or that Pillow reads only with more of its
+"""Facts in the bytes of images that are read before a decoder runs, or that Pillow reads only with more of its
 plugins: the format, the canvas of a WebP file, and the orientation that a camera noted in EXIF."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _SHORT: Final = 3
 _MAX_ENTRIES: Final = 1 << 12
 
 
-class PictureFormat(Enum):
+class ImageFormat(Enum):
     PNG = "PNG"
     JPEG = "JPEG"
     WEBP = "WebP"
@@ -20,24 +20,24 @@ class PictureFormat(Enum):
     BMP = "BMP"
 
 
-def format_of(picture: bytes) -> PictureFormat | None:
+def format_of(image: bytes) -> ImageFormat | None:
     """Returns the format that the first bytes show, whatever the sender says. None: none that is taken."""
-    if picture.startswith(b"RIFF") and picture[8:12] == b"WEBP":
-        return PictureFormat.WEBP
+    if image.startswith(b"RIFF") and image[8:12] == b"WEBP":
+        return ImageFormat.WEBP
     starts = {
-        b"\x89PNG\r\n\x1a\n": PictureFormat.PNG,
-        b"\xff\xd8\xff": PictureFormat.JPEG,
-        b"GIF87a": PictureFormat.GIF,
-        b"GIF89a": PictureFormat.GIF,
-        b"BM": PictureFormat.BMP,
+        b"\x89PNG\r\n\x1a\n": ImageFormat.PNG,
+        b"\xff\xd8\xff": ImageFormat.JPEG,
+        b"GIF87a": ImageFormat.GIF,
+        b"GIF89a": ImageFormat.GIF,
+        b"BM": ImageFormat.BMP,
     }
-    return next((found for start, found in starts.items() if picture.startswith(start)), None)
+    return next((found for start, found in starts.items() if image.startswith(start)), None)
 
 
-def webp_size(picture: bytes) -> tuple[int, int]:
+def webp_size(image: bytes) -> tuple[int, int]:
     """Returns the width and height of the canvas, (0, 0) if the file does not tell it. The decoder allocates the canvas
     before it tells the size."""
-    kind, body = picture[12:16], picture[20:30]
+    kind, body = image[12:16], image[20:30]
     if len(body) < 10:
         return 0, 0
     if kind == b"VP8X":

@@ -1,4 +1,4 @@
-"""Prepares pictures in child processes, with bounds of bytes, pixels, time and memory."""
+"""Prepares images in child processes, with bounds of bytes, pixels, time and memory."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from llamaclust.model.images.settings import MAX_IMAGE_BYTES, ImageSettings
 
 _CHILD: Final = "llamaclust.model.images.child"
 _CHANNELS: Final = 3
-_PROCESSES: Final = 2
-"""The number of child processes. There are two, so that a slow picture does not hold up all others."""
+PROCESSES: Final = 3
+"""The number of child processes, so that two slow images do not hold up all others."""
 _MAX_REPLY_BYTES: Final = 1 << 28
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class PictureLimits:
-    """Limits of one picture. `memory_bytes` is the memory of a child process above that at its start, `cpu_seconds` and
-    `wall_s` bound its work, and `wait_s` the whole call, including the wait for earlier pictures."""
+class ImageLimits:
+    """Limits of one image. `memory_bytes` is the memory of a child process above that at its start, `cpu_seconds` and
+    `wall_s` bound its work, and `wait_s` the whole call, including the wait for earlier images."""
 
     max_bytes: int = MAX_IMAGE_BYTES
     max_pixels: int = 32 << 20
@@ -51,7 +51,7 @@ class PictureLimits:
 @dataclass(frozen=True, slots=True)
 class ImageTiles:
     """`tiles` are RGB [height, width, 3], each the input of one run of the encoder. `prompt` is what stands for the
-    picture in the prompt: text, in which special tokens are written as text, and rows of the tiles."""
+    image in the prompt: text, in which special tokens are written as text, and rows of the tiles."""
 
     tiles: tuple[NDArray[np.uint8], ...]
     prompt: tuple[Piece, ...]
@@ -60,9 +60,9 @@ class ImageTiles:
 class ImagePreparation:
     """The child processes of one projector's settings, which start on first use. Thread-safe."""
 
-    def __init__(self, settings: ImageSettings, limits: PictureLimits | None = None) -> None:
-        self._limits = limits or PictureLimits()
-        self._preparers = [_Preparer(settings, self._limits) for _ in range(_PROCESSES)]
+    def __init__(self, settings: ImageSettings, limits: ImageLimits | None = None) -> None:
+        self._limits = limits or ImageLimits()
+        self._preparers = [_Preparer(settings, self._limits) for _ in range(PROCESSES)]
 
     def __enter__(self) -> ImagePreparation:
         return self
@@ -71,72 +71,72 @@ class ImagePreparation:
         self.close()
 
     def close(self) -> None:
-        """Ends the child processes. Pictures in progress and waiting ones fail. May be called again."""
+        """Ends the child processes. Images in progress and waiting ones fail. May be called again."""
         for preparer in self._preparers:
             preparer.child.stop()
         for preparer in self._preparers:
             preparer.child.close()
 
-    def prepare(self, picture: bytes) -> ImageTiles:
-        """Raises RequestError for a picture that is not taken, which another attempt does not change, and DeadlineError
+    def prepare(self, image: bytes) -> ImageTiles:
+        """Raises RequestError for an image that is not taken, which another attempt does not change, and DeadlineError
         if the work is late, killed or closed."""
-        future = self._submit(picture)
+        future = self._submit(image)
         try:
             return future.result(self._limits.wait_s)
         except concurrent.futures.TimeoutError:
             future.cancel()
             raise self._waited_too_long() from None
 
-    async def prepare_async(self, picture: bytes) -> ImageTiles:
-        future = asyncio.wrap_future(self._submit(picture))
+    async def prepare_async(self, image: bytes) -> ImageTiles:
+        future = asyncio.wrap_future(self._submit(image))
         try:
             return await asyncio.wait_for(future, self._limits.wait_s)
         except TimeoutError:
             raise self._waited_too_long() from None
 
-    def _submit(self, picture: bytes) -> Future[ImageTiles]:
+    def _submit(self, image: bytes) -> Future[ImageTiles]:
         most = self._limits.max_bytes
-        if len(picture) > most:
-            raise RequestError(f"the picture has {len(picture)} bytes; the limit is {most}: send a smaller one")
-        return min(self._preparers, key=lambda preparer: preparer.child.load).submit(picture)
+        if len(image) > most:
+            raise RequestError(f"the image has {len(image)} bytes; the limit is {most}: send a smaller one")
+        return min(self._preparers, key=lambda preparer: preparer.child.load).submit(image)
 
     def _waited_too_long(self) -> DeadlineError:
-        return DeadlineError(f"other pictures were prepared for {self._limits.wait_s:g} s; try again")
+        return DeadlineError(f"other images were prepared for {self._limits.wait_s:g} s; try again")
 
 
 class _Preparer:
-    def __init__(self, settings: ImageSettings, limits: PictureLimits) -> None:
+    def __init__(self, settings: ImageSettings, limits: ImageLimits) -> None:
         first = {"settings": asdict(settings), **asdict(limits)}
         program = ChildProgram(_CHILD, lambda: first, limits.start_s, limits.wall_s, _MAX_REPLY_BYTES)
-        self.child = BoundedChild(program, "pictures")
+        self.child = BoundedChild(program, "images")
         self._settings = settings
         self._limits = limits
         self._is_reported = False
 
-    def submit(self, picture: bytes) -> Future[ImageTiles]:
-        return self.child.submit(partial(self._prepare, picture))
+    def submit(self, image: bytes) -> Future[ImageTiles]:
+        return self.child.submit(partial(self._prepare, image))
 
-    def _prepare(self, picture: bytes) -> ImageTiles:
+    def _prepare(self, image: bytes) -> ImageTiles:
         try:
-            reply, pixels = self.child.request_with_payload({}, picture)
+            reply, pixels = self.child.request_with_payload({}, image)
         except (ChildKilledError, ChildLateError, ChildUnusableError) as failure:
-            raise DeadlineError(f"the preparation of the picture was stopped: {failure}; try again") from None
+            raise DeadlineError(f"the preparation of the image was stopped: {failure}; try again") from None
         except ChildEndedError as failure:
             most = f"{self._limits.cpu_seconds} s of a processor and {self._limits.memory_bytes >> 20} MiB"
-            raise RequestError(f"the picture was refused: {failure}; the limit is {most}: send a smaller one") from None
+            raise RequestError(f"the image was refused: {failure}; the limit is {most}: send a smaller one") from None
         self._report(self.child.first_reply["unconfined"])
         if "error" in reply:
-            raise RequestError(f"the picture was refused: {_line(reply['error'])}")
+            raise RequestError(f"the image was refused: {_line(reply['error'])}")
         return _tiles(reply, pixels, self._settings)
 
     def _report(self, unconfined: str | None) -> None:
         if unconfined is not None and not self._is_reported:
             self._is_reported = True
-            _log.warning("pictures are decoded with resource limits alone: %s", unconfined)
+            _log.warning("images are decoded with resource limits alone: %s", unconfined)
 
 
 def _tiles(reply: dict[str, Any], pixels: bytes, settings: ImageSettings) -> ImageTiles:
-    """Raises RequestError if the parts of a reply do not fit together: a picture may have taken over the child."""
+    """Raises RequestError if the parts of a reply do not fit together: an image may have taken over the child."""
     try:
         sizes = [(int(width), int(height)) for width, height in reply["sizes"]]
         columns, rows = int(reply["columns"]), int(reply["rows"])
@@ -156,7 +156,7 @@ def _tiles(reply: dict[str, Any], pixels: bytes, settings: ImageSettings) -> Ima
 
 
 def _damaged() -> RequestError:
-    return RequestError("the picture was refused: its process gave a damaged reply; send another picture")
+    return RequestError("the image was refused: its process gave a damaged reply; send another image")
 
 
 def _line(text: object) -> str:

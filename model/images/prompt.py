@@ -1,5 +1,5 @@
-"""The text around the rows of a picture in a prompt. It is llama.cpp's: GGUF files are used with its prompts. The
-processors of transformers have the same text, but for Gemma 3 (two line ends before and after the picture) and Kimi-VL
+"""The text around the rows of an image in a prompt. It is llama.cpp's: GGUF files are used with its prompts. The
+processors of transformers have the same text, but for Gemma 3 (two line ends before and after the image) and Kimi-VL
 (a file name after the start)."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class TileRows:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The rows a side (columns, lines) of each tile, and the columns and rows of tiles, 0 for a picture left whole."""
+    """The rows a side (columns, lines) of each tile, and the columns and rows of tiles, 0 for an image left whole."""
 
     tiles: Sequence[tuple[int, int]]
     columns: int
@@ -43,7 +43,7 @@ Layout = Callable[[Grid], Iterator[Piece]]
 
 
 def prompt_of(settings: ImageSettings, sizes: Sequence[tuple[int, int]], columns: int, rows: int) -> tuple[Piece, ...]:
-    """Returns the pieces of a picture whose tiles have these sizes (width, height) in pixels. No text is empty, or
+    """Returns the pieces of an image whose tiles have these sizes (width, height) in pixels. No text is empty, or
     follows another one."""
     side = settings.side
     grid = Grid([(width // side, height // side) for width, height in sizes], columns, rows)

@@ -1,4 +1,4 @@
-"""The numbers by which pictures are prepared for a family of encoders."""
+"""The numbers by which images are prepared for a family of encoders."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ MAX_IMAGE_BYTES: Final = 20 << 20
 """The largest size of an image's file."""
 
 
-class PictureError(ValueError):
-    """A picture that is not taken; the message is one line that says why and what to do."""
+class ImageError(ValueError):
+    """An image that is not taken; the message is one line that says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class ImageSettings:
         """The side in pixels of the square that becomes one row."""
         return self.patch_size * self.merge
 
-    def digest(self, picture: bytes, projector_identity: str) -> bytes:
-        """Returns the SHA-256 that identifies the rows of a picture's bytes."""
+    def digest(self, image: bytes, projector_identity: str) -> bytes:
+        """Returns the SHA-256 that identifies the rows of an image's bytes."""
         settings = repr(sorted(asdict(self).items()))
         head = f"{len(projector_identity)} {projector_identity} {settings} "
-        return hashlib.sha256(head.encode() + picture).digest()
+        return hashlib.sha256(head.encode() + image).digest()

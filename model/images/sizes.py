@@ -1,4 +1,4 @@
-"""The sizes to which families of encoders resize a picture. The rules are those of the image processors of transformers
+"""The sizes to which families of encoders resize an image. The rules are those of the image processors of transformers
 5.24, operation by operation, so that a size never differs by a rounding. Sizes are (width, height) in pixels."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from itertools import product
 from math import ceil, floor, sqrt
 from struct import pack, unpack
 
-from llamaclust.model.images.settings import ImageSettings, PictureError
+from llamaclust.model.images.settings import ImageError, ImageSettings
 
 Size = tuple[int, int]
 
@@ -18,22 +18,22 @@ _MAX_EDGE = 4096
 _MAX_POSITIONS = 512
 """The positions a side for which Kimi-VL has rotations."""
 _TOLERANCE = 2.0
-"""LFM2-VL cuts a picture only if it has this many times the pixels of a tile of free size."""
+"""LFM2-VL cuts an image only if it has this many times the pixels of a tile of free size."""
 
 
 def smart_resized(size: Size, settings: ImageSettings) -> Size:
-    """Qwen-VL: multiples of a row's side, with about the picture's aspect, and pixels between the limits."""
+    """Qwen-VL: multiples of a row's side, with about the image's aspect, and pixels between the limits."""
     width, height = size
     if max(size) / min(size) > _MAX_ASPECT:
         what = f"the longer side is more than {_MAX_ASPECT} times the shorter one"
-        raise PictureError(f"it has {width} x {height} pixels: {what}; send a part of the picture")
+        raise ImageError(f"it has {width} x {height} pixels: {what}; send a part of the image")
     side = settings.side
     rounded = (round(width / side) * side, round(height / side) * side)
     return _within(size, rounded, settings)
 
 
 def glm_resized(size: Size, settings: ImageSettings) -> Size:
-    """GLM-4V enlarges pictures smaller than the square of one row, then resizes them as Qwen-VL does."""
+    """GLM-4V enlarges images smaller than the square of one row, then resizes them as Qwen-VL does."""
     width, height = size
     side = settings.side
     if min(size) < side:
@@ -77,7 +77,7 @@ def pixtral_resized(size: Size, settings: ImageSettings) -> Size:
 
 
 def gemma4_resized(size: Size, settings: ImageSettings) -> Size:
-    """Gemma 4: the largest multiples of a row's side with the picture's aspect and at most the limit's pixels."""
+    """Gemma 4: the largest multiples of a row's side with the image's aspect and at most the limit's pixels."""
     width, height = size
     side = settings.side
     factor = sqrt(settings.max_pixels / (height * width))
@@ -101,7 +101,7 @@ def kimi_resized(size: Size, settings: ImageSettings) -> Size:
         width, height = max(int(width * scale), 1), max(int(height * scale), 1)
     if max(padded((width, height), settings)) // patch >= _MAX_POSITIONS:
         what = f"the limit of a side is {_MAX_POSITIONS * patch - 1}"
-        raise PictureError(f"it has {size[0]} x {size[1]} pixels: {what}; send a smaller picture, or a part of it")
+        raise ImageError(f"it has {size[0]} x {size[1]} pixels: {what}; send a smaller image, or a part of it")
     return width, height
 
 
@@ -138,8 +138,8 @@ def _even(length: int) -> int:
 
 
 def closest_grid(size: Size, settings: ImageSettings) -> Size:
-    """InternVL and LFM2-VL: the columns and rows of tiles whose aspect is closest to the picture's. Of equal ones, more
-    tiles are taken while they have less than twice the picture's pixels."""
+    """InternVL and LFM2-VL: the columns and rows of tiles whose aspect is closest to the image's. Of equal ones, more
+    tiles are taken while they have less than twice the image's pixels."""
     width, height = size
     aspect, best, least = width / height, (1, 1), float("inf")
     for columns, rows in _grids(settings.min_tiles, settings.max_tiles):
@@ -161,15 +161,15 @@ def _area(size: Size) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Canvas:
-    """`picture` is the size of the resized picture in the upper left corner of the canvas; the rest is black."""
+    """`image` is the size of the resized image in the upper left corner of the canvas; the rest is black."""
 
-    picture: Size
+    image: Size
     columns: int
     rows: int
 
 
 def llama4_canvas(size: Size, settings: ImageSettings) -> Canvas:
-    """Llama 4: the grid of tiles that enlarges the picture least, or else reduces it least, and of those the one with
+    """Llama 4: the grid of tiles that enlarges the image least, or else reduces it least, and of those the one with
     the least area. The reference computes scales in single precision."""
     tile = settings.image_size
     grids = _grids(1, settings.max_tiles)
@@ -177,11 +177,11 @@ def llama4_canvas(size: Size, settings: ImageSettings) -> Canvas:
     larger = [scale for scale in scales.values() if scale >= 1]
     chosen = min(larger) if larger else max(scales.values())
     columns, rows = min((grid for grid in grids if scales[grid] == chosen), key=_area)
-    return Canvas(_llama4_picture(size, (columns * tile, rows * tile), tile), columns, rows)
+    return Canvas(_llama4_image(size, (columns * tile, rows * tile), tile), columns, rows)
 
 
-def _llama4_picture(size: Size, canvas: Size, tile: int) -> Size:
-    """Fits the picture into the canvas. It is not enlarged, except to a tile's side."""
+def _llama4_image(size: Size, canvas: Size, tile: int) -> Size:
+    """Fits the image into the canvas. It is not enlarged, except to a tile's side."""
     targets = [min(max(length, tile), most) for length, most in zip(size, canvas, strict=True)]
     are_single = [most < max(length, tile) for length, most in zip(size, canvas, strict=True)]
     wide, tall = (

@@ -1,4 +1,4 @@
-"""Resizes and cuts a picture into the tiles of a family of encoders. Filters are those of the image processors of
+"""Resizes and cuts an image into the tiles of a family of encoders. Filters are those of the image processors of
 transformers, which compute as Pillow does; llama.cpp has simpler filters, and for some families pads instead of
 stretching. Only child processes import this module."""
 
@@ -19,22 +19,22 @@ SizeRule = Callable[[sizes.Size, ImageSettings], sizes.Size]
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """The tiles of a picture, line by line; with more than one, the last is the overview. `columns` and `rows` are 0 if
-    the picture was not cut."""
+    """The tiles of an image, line by line; with more than one, the last is the overview. `columns` and `rows` are 0 if
+    the image was not cut."""
 
     tiles: tuple[Image, ...]
     columns: int = 0
     rows: int = 0
 
 
-def tiling_of(picture: Image, settings: ImageSettings) -> Tiling:
-    """Raises PictureError for a picture of a shape that the family does not take. `picture` is RGB."""
-    return _CUTTERS[settings.projector](picture, settings)
+def tiling_of(image: Image, settings: ImageSettings) -> Tiling:
+    """Raises ImageError for an image of a shape that the family does not take. `image` is RGB."""
+    return _CUTTERS[settings.projector](image, settings)
 
 
 def _whole(rule: SizeRule, resampling: Resampling) -> Callable[[Image, ImageSettings], Tiling]:
-    def cut(picture: Image, settings: ImageSettings) -> Tiling:
-        return Tiling((picture.resize(rule(picture.size, settings), resampling),))
+    def cut(image: Image, settings: ImageSettings) -> Tiling:
+        return Tiling((image.resize(rule(image.size, settings), resampling),))
 
     return cut
 
@@ -43,8 +43,8 @@ def _square(_: sizes.Size, settings: ImageSettings) -> sizes.Size:
     return settings.image_size, settings.image_size
 
 
-def _idefics3(picture: Image, settings: ImageSettings) -> Tiling:
-    resized = picture.resize(sizes.idefics3_resized(picture.size, settings), Resampling.LANCZOS)
+def _idefics3(image: Image, settings: ImageSettings) -> Tiling:
+    resized = image.resize(sizes.idefics3_resized(image.size, settings), Resampling.LANCZOS)
     canvas = resized.resize(sizes.idefics3_canvas(resized.size, settings), Resampling.LANCZOS)
     tile = settings.image_size
     if max(canvas.size) <= tile:
@@ -53,41 +53,41 @@ def _idefics3(picture: Image, settings: ImageSettings) -> Tiling:
     return _cut(canvas, tile, overview)
 
 
-def _internvl(picture: Image, settings: ImageSettings) -> Tiling:
+def _internvl(image: Image, settings: ImageSettings) -> Tiling:
     tile = settings.image_size
-    columns, rows = sizes.closest_grid(picture.size, settings)
-    canvas = picture.resize((columns * tile, rows * tile), Resampling.BICUBIC)
+    columns, rows = sizes.closest_grid(image.size, settings)
+    canvas = image.resize((columns * tile, rows * tile), Resampling.BICUBIC)
     if columns * rows == 1:
         return Tiling((canvas,))
-    return _cut(canvas, tile, picture.resize((tile, tile), Resampling.BICUBIC))
+    return _cut(canvas, tile, image.resize((tile, tile), Resampling.BICUBIC))
 
 
-def _lfm2(picture: Image, settings: ImageSettings) -> Tiling:
-    overview = picture.resize(sizes.lfm2_resized(picture.size, settings), Resampling.BILINEAR)
-    if not sizes.is_cut_by_lfm2(picture.size, settings):
+def _lfm2(image: Image, settings: ImageSettings) -> Tiling:
+    overview = image.resize(sizes.lfm2_resized(image.size, settings), Resampling.BILINEAR)
+    if not sizes.is_cut_by_lfm2(image.size, settings):
         return Tiling((overview,))
     tile = settings.image_size
-    columns, rows = sizes.closest_grid(picture.size, settings)
-    return _cut(picture.resize((columns * tile, rows * tile), Resampling.BILINEAR), tile, overview)
+    columns, rows = sizes.closest_grid(image.size, settings)
+    return _cut(image.resize((columns * tile, rows * tile), Resampling.BILINEAR), tile, overview)
 
 
-def _llama4(picture: Image, settings: ImageSettings) -> Tiling:
-    tile, fit = settings.image_size, sizes.llama4_canvas(picture.size, settings)
-    resized = picture.resize(fit.picture, Resampling.BILINEAR)
+def _llama4(image: Image, settings: ImageSettings) -> Tiling:
+    tile, fit = settings.image_size, sizes.llama4_canvas(image.size, settings)
+    resized = image.resize(fit.image, Resampling.BILINEAR)
     canvas = _on_black(resized, (fit.columns * tile, fit.rows * tile))
     if fit.columns * fit.rows == 1:
         return Tiling((canvas,))
-    return _cut(canvas, tile, picture.resize((tile, tile), Resampling.BILINEAR))
+    return _cut(canvas, tile, image.resize((tile, tile), Resampling.BILINEAR))
 
 
-def _kimi(picture: Image, settings: ImageSettings) -> Tiling:
-    resized = picture.resize(sizes.kimi_resized(picture.size, settings), Resampling.BICUBIC)
+def _kimi(image: Image, settings: ImageSettings) -> Tiling:
+    resized = image.resize(sizes.kimi_resized(image.size, settings), Resampling.BICUBIC)
     return Tiling((_on_black(resized, sizes.padded(resized.size, settings)),))
 
 
-def _on_black(picture: Image, size: sizes.Size) -> Image:
+def _on_black(image: Image, size: sizes.Size) -> Image:
     canvas = new("RGB", size)
-    canvas.paste(picture, (0, 0))
+    canvas.paste(image, (0, 0))
     return canvas
 
 

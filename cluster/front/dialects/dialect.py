@@ -23,6 +23,7 @@ from llamaclust.cluster.front.settings import ModelNames
 from llamaclust.cluster.front.text.request import ChatRequest
 from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.core.limits import AdapterScales
+from llamaclust.wire.rpc.deadlines import deadline
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -107,7 +108,9 @@ class Dialect(Endpoint[AnyBody]):
     async def make(self, data: bytes, context: RequestContext) -> Reply:
         body = await parse_body(data, self.body, self.settings, self.images)
         adapters = self._adapters(body, context.scales)
-        return await self.reply(ParsedRequest(body, context, adapters, self.models.shown(self.named(body))))
+        parsed = ParsedRequest(body, context, adapters, self.models.shown(self.named(body)))
+        async with deadline("reading the request (timeouts.request)", self.settings.request_s):
+            return await self.reply(parsed)
 
     async def answer(self, request: Request) -> Response:
         return await self._answer(request)
@@ -116,7 +119,8 @@ class Dialect(Endpoint[AnyBody]):
         """Returns the number of tokens in the prompt of a chat, as JSON in which `fields` come first."""
 
         async def count() -> int:
-            return await self.service.count(await with_images(chat))
+            async with deadline("counting the request's tokens (timeouts.request)", self.settings.request_s):
+                return await self.service.count(await with_images(chat))
 
         return JsonResponse({**fields, "input_tokens": await unless_disconnected(request, count())})
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -23,7 +23,7 @@ from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.page import assets, page_reply
 from llamaclust.cluster.front.http.responses import error_response, has_body, name_route
 from llamaclust.cluster.front.settings import ApiSettings
-from llamaclust.cluster.front.text.sharing import current_owner
+from llamaclust.cluster.front.text.sharing import current_owner, hold_bytes
 from llamaclust.core.addresses import bounded_host, is_address, is_loopback
 from llamaclust.core.sharing.shares import Shares, fits
 
@@ -238,7 +238,13 @@ class Admission:
         if request.awaits_body and not message.get("more_body", False):
             self.check()
             request.awaits_body = False
-        size = len(message.get("body", b""))
+        self.hold(request, len(message.get("body", b"")))
+
+    def hold(self, request: _Open, size: int) -> None:
+        """Counts further bytes of an open request. Raises HttpError if those of all requests exceed their common
+        bound."""
+        if request not in self._open:
+            return
         if not self._body_bytes.fits(request.owner, size):
             raise _busy(f"the server is busy with {self._body_bytes.held[request.owner] + size} bytes of requests")
         request.body_bytes += size
@@ -291,6 +297,7 @@ class AdmissionGate:
             await send(message)
 
         try:
+            hold_bytes.set(partial(self._admission.hold, request))
             await self._app(scope, counted, noted)
         except asyncio.CancelledError:  # the task is the server's and ends here
             if request.refusal is None:

@@ -23,11 +23,11 @@ async def with_images(chat: ChatRequest, context: RequestContext | None = None) 
     if not urls:
         return chat
     if len(urls) > MAX_IMAGES:
-        raise ParameterError("messages", f"have {len(urls)} images, at most {MAX_IMAGES} are taken in one request")
+        raise ParameterError("messages", f"expected at most {MAX_IMAGES} images in one request, found {len(urls)}")
     images = dict(context.images) if context is not None else {}
     held_bytes = sum(map(_inline_bytes, urls)) + sum(map(len, images.values()))
     if held_bytes > MAX_IMAGES_BYTES:
-        reason = f"have images of {held_bytes} bytes, at most {MAX_IMAGES_BYTES} are taken in one request"
+        reason = f"expected images of at most {MAX_IMAGES_BYTES} bytes in one request, found {held_bytes}"
         raise ParameterError("messages", reason)
     if missing := [url for url in dict.fromkeys(urls) if url.startswith(WEB) and url not in images]:
         from llamaclust.cluster.front.images.fetching import fetch_images
@@ -41,7 +41,7 @@ async def with_images(chat: ChatRequest, context: RequestContext | None = None) 
 
 def _inline_bytes(url: str) -> int:
     """Returns the size of the image in a data URL; 0 for other URLs."""
-    return 0 if url.startswith(WEB) else len(url.partition(",")[2]) * 3 // 4
+    return 0 if url.startswith(WEB) else (len(url) - url.find(",") - 1) * 3 // 4
 
 
 def journalled(context: RequestContext, body: bytes) -> RequestContext:

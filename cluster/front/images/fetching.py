@@ -11,6 +11,7 @@ from typing import Final
 import httpx
 
 from llamaclust.cluster.front.images.urls import ImageUrl
+from llamaclust.cluster.front.text.sharing import hold_bytes
 from llamaclust.core.errors import DeadlineError, ParameterError
 from llamaclust.core.version import VERSION
 from llamaclust.model.images.settings import MAX_IMAGE_BYTES
@@ -58,22 +59,25 @@ async def _fetched(client: httpx.AsyncClient, url: ImageUrl, most_bytes: int) ->
     try:
         if reply.is_redirect:
             target = reply.headers.get("location", "")[:200]
-            raise ValueError(f"the host redirects to {target}, which is not followed; give the final URL")
+            raise ValueError(f"expected an image, found a redirect to {target}; give the final URL")
         if reply.status_code != httpx.codes.OK:
-            raise ValueError(f"the host answers {reply.status_code}")
-        if reply.headers.get("content-encoding", _PLAIN).lower() != _PLAIN:
-            raise ValueError("the host compresses its reply although it was asked not to")
+            raise ValueError(f"expected status 200 of the host, found {reply.status_code}")
+        encoding = reply.headers.get("content-encoding", _PLAIN)
+        if encoding.lower() != _PLAIN:
+            raise ValueError(f"expected an image without compression, found content-encoding {encoding[:60]}")
         return await _read(reply, most_bytes)
     finally:
         await reply.aclose()
 
 
 async def _read(reply: httpx.Response, most_bytes: int) -> bytes:
-    data = bytearray()
+    data, hold = bytearray(), hold_bytes.get()
     async for part in reply.aiter_raw():
         data += part
+        if hold is not None:
+            hold(len(part))
         if len(data) > most_bytes:
-            raise ValueError(f"the image has more than {most_bytes} bytes; send a smaller one, or fewer")
+            raise ValueError(f"expected an image of at most {most_bytes} bytes, found more; send less")
     return bytes(data)
 
 
@@ -87,7 +91,7 @@ async def _public_address(url: ImageUrl) -> str:
     addresses = [str(place[0]) for *_, place in found]
     for address in addresses:
         if not is_public(address):
-            raise ValueError(f"the host has the address {address}, which is not public")
+            raise ValueError(f"expected a host on the internet, found the address {address}, which is not public")
     return addresses[0]
 
 

@@ -10,6 +10,7 @@ from llamaclust.cluster.front.images.urls import WEB
 from llamaclust.cluster.front.schema import BodyContext, PlacedError
 from llamaclust.cluster.front.text.images import Part, image_part
 from llamaclust.cluster.front.tools import media_text
+from llamaclust.cluster.scheduler.validation import shown
 from llamaclust.model.images.settings import MAX_IMAGE_BYTES
 
 _DETAILS: Final = ("auto", "low", "high")
@@ -29,18 +30,19 @@ def url_part(kind: str, url: object, context: object, detail: object = None) -> 
     if not takes_images(context):
         return media_text(kind, context)
     if not isinstance(url, str):
-        raise ValueError(f"{kind}: needs the image as a URL, a string")
+        raise ValueError(f"{kind}: expected the image as a URL, found {shown(url)}")
     if detail not in (None, *_DETAILS):
-        raise ValueError(f"detail: must be one of {', '.join(_DETAILS)}")
-    shown = str(detail or _DETAILS[0])
+        raise ValueError(f"detail: expected one of {', '.join(_DETAILS)}, found {shown(detail)}")
+    chosen = str(detail or _DETAILS[0])
     if url.startswith(WEB):
         assert isinstance(context, BodyContext) and context.images is not None
         context.images.check(url)
-        return image_part(url, shown)
+        return image_part(url, chosen)
     head, comma, data = url.partition(",")
     if not (head.startswith("data:") and comma and head.endswith(";base64")):
-        raise ValueError("an image must be a data URL with base64 (data:image/png;base64,...), or an http(s) URL")
-    return image_part(f"{head},{checked_base64(data)}", shown)
+        forms = "a data URL with base64 (data:image/png;base64,...) or an http(s) URL"
+        raise ValueError(f"expected {forms}, found {shown(url[:60])}")
+    return image_part(f"{head},{checked_base64(data)}", chosen)
 
 
 def placed(place: str, read: Callable[_Arguments, Part], *given: _Arguments.args, **named: _Arguments.kwargs) -> Part:
@@ -56,7 +58,7 @@ def base64_part(kind: str, data: object, context: object, media_type: str = "") 
     if not takes_images(context):
         return media_text(kind, context)
     if not isinstance(data, str):
-        raise ValueError(f"{kind}: needs the image as base64, a string")
+        raise ValueError(f"{kind}: expected the image as base64, found {shown(data)}")
     if data.startswith("data:"):
         return url_part(kind, data, context)
     return image_part(f"data:{media_type};base64,{checked_base64(data)}")
@@ -68,12 +70,12 @@ def checked_base64(data: str) -> str:
     data = data.translate(_BREAKS) if "\n" in data else data
     size = len(data) * 3 // 4
     if size > MAX_IMAGE_BYTES + 2:
-        raise ValueError(f"the image has {size} bytes, at most {MAX_IMAGE_BYTES} are taken")
+        raise ValueError(f"expected an image of at most {MAX_IMAGE_BYTES} bytes, found {size}: send a smaller one")
     if not data:
-        raise ValueError("the image is empty")
+        raise ValueError("expected an image, found no bytes")
     digits = data.removesuffix("=").removesuffix("=").encode("ascii", "replace")
     if others := digits.translate(None, _DIGITS):
-        raise ValueError(f"the image is not base64: it has the character {chr(others[0])!r}")
+        raise ValueError(f"expected an image in base64, found the character {chr(others[0])!r}")
     if len(data) % 4:
-        raise ValueError(f"the image is not base64: it has {len(data)} characters, which is no multiple of 4")
+        raise ValueError(f"expected an image in base64, a multiple of 4 characters, found {len(data)}")
     return data

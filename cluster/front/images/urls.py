@@ -26,7 +26,7 @@ class ImageUrl:
     @classmethod
     def parse(cls, url: str) -> ImageUrl:
         """Raises ValueError for a URL that is too long, or has a password or characters that must be escaped."""
-        wrong = f"{url[:60]!r} is no plain http(s) URL of at most {_LONGEST} characters"
+        wrong = f"expected a plain http(s) URL of at most {_LONGEST} characters, found {url[:60]!r}"
         if len(url) > _LONGEST:
             raise ValueError(wrong)
         parts = urlsplit(url)  # raises ValueError
@@ -57,8 +57,8 @@ class ImageRules:
         """Raises ValueError for an http(s) URL that is wrong or whose host is not allowed."""
         place = ImageUrl.parse(url)
         if not any(_allows(host, place) for host in self.hosts):
-            what = f"images are not fetched from {place.authority[:100]}"
-            raise ValueError(f"{what}: send a data URL, or add the host to api.image_urls in the cluster file")
+            what = f"expected a host of api.image_urls in the cluster file, found {place.authority[:100]}"
+            raise ValueError(f"{what}: send a data URL, or add the host")
 
 
 def _allows(allowed: str, url: ImageUrl) -> bool:

@@ -22,6 +22,7 @@ from llamaclust.cluster.state.journal_records import Instant, RequestContext
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, LlamaclustError, QueueFullError, RequestCancelledError
 from llamaclust.model.chat.tools.events import CallBegun
+from llamaclust.wire.rpc.deadlines import deadline
 
 if TYPE_CHECKING:
     from llamaclust.cluster.front.replies.reply_cache import ReplyCache
@@ -111,11 +112,15 @@ class KeptReply:
         return on_disk
 
     async def _submit(self, reply: Reply, until_s: float | None, *, is_recorded: bool) -> None:
-        clock, failures = asyncio.get_running_loop().time, count()
+        clock, failures, request_s = asyncio.get_running_loop().time, count(), self._owner.settings.request_s
+        end_s = clock() + request_s - self.context.age_s if until_s is None else until_s
         self._postponed = None
         while not self.log.is_over:
             try:
-                await self._compute(reply, is_recorded=is_recorded)
+                preparing = deadline("preparing the request (timeouts.request)", request_s)
+                async with preparing:
+                    preparing.move(end_s)
+                    await self._compute(reply, is_recorded=is_recorded)
                 break
             except (QueueFullError, DeadlineError) as busy:
                 self._content_bytes = 0

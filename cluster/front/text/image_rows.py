@@ -1,4 +1,5 @@
-"""Rows of images that an encoder computed: shared by requests, bounded, and computed once."""
+"""Rows of images that an encoder computed: shared by requests, bounded together with prepared tiles, and computed
+once."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar
-from weakref import WeakValueDictionary
+from itertools import chain
+from typing import Any, Final, Generic, Protocol, TypeVar
+from weakref import WeakSet, WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,27 +24,36 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, slots=True)
 class RowLimits:
-    """Limits of memory. `kept_bytes`: rows that no request uses. `held_bytes`: all rows."""
+    """Limits of memory. `kept_bytes`: rows that no request uses. `held_bytes`: all rows and prepared tiles."""
 
     kept_bytes: int = 256 << 20
     held_bytes: int = 1 << 30
 
 
-class ImageRows:
+class Sized(Protocol):
+    """Memory that can be referred to weakly."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class RowCache:
     """The rows of images by digest. The latest are kept, and those that a request uses stay known as long as it does.
-    Not thread-safe."""
+    Tiles that wait for the encoder count in the same limit of memory. Not thread-safe."""
 
     def __init__(self, limits: RowLimits | None = None) -> None:
         self._limits = limits or RowLimits()
         self._kept: OrderedDict[bytes, Rows] = OrderedDict()
         self._live: WeakValueDictionary[bytes, Rows] = WeakValueDictionary()
+        self._tiles: WeakSet[Sized] = WeakSet()
         self._reserved_bytes = 0
         self.kept_bytes = 0
 
     @property
     def held_bytes(self) -> int:
-        """The memory of kept rows, of those that requests use, and of those that are being computed."""
-        return sum(rows.nbytes for rows in self._live.values()) + self._reserved_bytes
+        """The memory of kept rows, of those that requests use, of those that are being computed, and of tiles."""
+        held = (each.nbytes for each in chain(self._live.values(), self._tiles))
+        return sum(held) + self._reserved_bytes
 
     def get(self, digest: bytes) -> Rows | None:
         rows = self._live.get(digest)
@@ -57,19 +68,28 @@ class ImageRows:
         self._live[digest] = rows
         self._keep(digest, rows)
 
+    def count_tiles(self, tiles: Sized) -> None:
+        """Counts the memory of an image's tiles as long as they live. Raises QueueFullError if other requests use too
+        much."""
+        self._make_room(tiles.nbytes)
+        self._tiles.add(tiles)
+
     @contextmanager
     def reserving(self, size: int) -> Iterator[None]:
         """Reserves memory for rows while they are computed. Raises QueueFullError if other requests use too much."""
-        most = self._limits.held_bytes
-        while self._kept and self.held_bytes + size > most:
-            self._forget_oldest()
-        if self.held_bytes + size > most:
-            raise QueueFullError(f"images of other requests take {self.held_bytes >> 20} MiB; try again", _RETRY_S)
+        self._make_room(size)
         self._reserved_bytes += size
         try:
             yield
         finally:
             self._reserved_bytes -= size
+
+    def _make_room(self, size: int) -> None:
+        most = self._limits.held_bytes
+        while self._kept and self.held_bytes + size > most:
+            self._forget_oldest()
+        if self.held_bytes + size > most:
+            raise QueueFullError(f"images of other requests take {self.held_bytes >> 20} MiB; try again", _RETRY_S)
 
     def check(self, size: int) -> None:
         """Raises ParameterError if the images of one request would have `size` bytes, more than all may have."""

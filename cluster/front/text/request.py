@@ -110,13 +110,14 @@ class CompletionRequest(AnswerOptions):
             check_integer("max_tokens", self.max_new_tokens, 0, MAX_CONTEXT_TOKENS)
             check_integer("min_tokens", self.min_tokens, 0, MAX_CONTEXT_TOKENS)
             if self.min_tokens > self.max_new_tokens:
-                reason = f"{self.min_tokens} is more than max_tokens, which is {self.max_new_tokens}"
+                reason = f"expected at most max_tokens, which is {self.max_new_tokens}, found {self.min_tokens}"
                 raise ParameterError("min_tokens", reason)
         check_integer("n", self.n, 1, MAX_CHOICES)
         if self.seed is not None:
             check_integer("seed", self.seed, -SEEDS // 2, SEEDS - 1)
         if self.ignore_eos and self.stop_token_ids:
-            raise ParameterError("stop_token_ids", "cannot be used together with ignore_eos")
+            reason = f"expected none with ignore_eos, found {len(self.stop_token_ids)}"
+            raise ParameterError("stop_token_ids", reason)
         check_count("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKENS, "token ids")
         _check_stop(self.stop)
         _check_breakers(self.dry_breakers)
@@ -152,11 +153,11 @@ class ToolUse:
         """Raises ParameterError for tools that contradict each other or this rule."""
         names = [tool["function"]["name"] for tool in tools]
         if len(set(names)) < len(names):
-            raise ParameterError("tools", "two functions have the same name")
+            raise ParameterError("tools", "expected functions with different names, found two with the same name")
         if self.name is not None and self.name not in names:
-            raise ParameterError("tool_choice", f"names {self.name[:60]!r}, which is not among the tools")
+            raise ParameterError("tool_choice", f"expected the name of one of the tools, found {self.name[:60]!r}")
         if self.mode is ToolMode.REQUIRED and not names:
-            raise ParameterError("tool_choice", "needs tools")
+            raise ParameterError("tool_choice", "expected tools that may be called, found none")
 
 
 class PromptEnd(Enum):
@@ -251,13 +252,14 @@ def prompt_end(
     if continue_final_message is None:
         continue_final_message = is_answered and not add_generation_prompt
         if continue_final_message and roles[-2:-1] == ["assistant"]:
-            reason = "two messages of role assistant at the end: only one can be continued"
+            reason = "expected one message of role assistant at the end, which is continued, found two"
             raise ParameterError("messages", reason)
     elif continue_final_message and add_generation_prompt:
         raise ParameterError("continue_final_message", "excludes add_generation_prompt: true; set one of them")
     if continue_final_message:
         if not is_answered:
-            raise ParameterError("continue_final_message", "needs a last message of role assistant")
+            found = f"found {roles[-1][:60]!r}" if roles else "found no messages"
+            raise ParameterError("continue_final_message", f"expected a last message of role assistant, {found}")
         return PromptEnd.LAST_MESSAGE
     return PromptEnd.NOTHING if add_generation_prompt is False else PromptEnd.GENERATION_PROMPT
 
@@ -266,9 +268,9 @@ def _check_stop(stop: Sequence[str]) -> None:
     check_count("stop", len(stop), MAX_STOP_STRINGS, "stop strings")
     for text in stop:
         if not text:
-            raise ParameterError("stop", "a stop string must not be empty")
+            raise ParameterError("stop", "expected stop strings with characters, found an empty one")
         if len(text) > MAX_STOP_CHARACTERS:
-            reason = f"a stop string of {len(text)} characters, at most {MAX_STOP_CHARACTERS} are taken"
+            reason = f"expected a stop string of at most {MAX_STOP_CHARACTERS} characters, found {len(text)}"
             raise ParameterError("stop", reason)
 
 
@@ -276,5 +278,5 @@ def _check_breakers(texts: Sequence[str]) -> None:
     check_count("dry_sequence_breakers", len(texts), MAX_BREAKERS, "texts")
     for text in texts:
         if not 0 < len(text.encode("utf-8", "surrogatepass")) <= MAX_BREAKER_BYTES:
-            reason = f"{shown(text)} must have 1 to {MAX_BREAKER_BYTES} bytes of UTF-8"
+            reason = f"expected 1 to {MAX_BREAKER_BYTES} bytes of UTF-8, found {shown(text)}"
             raise ParameterError("dry_sequence_breakers", reason)

@@ -25,6 +25,9 @@ from llamaclust.wire.rpc.deadlines import deadline
 current_owner: Final[ContextVar[str]] = ContextVar("owner", default="")
 """The owner of the current task's request: the digest of its API key, or the client's address if no keys are set."""
 
+hold_bytes: Final[ContextVar[Callable[[int], None] | None]] = ContextVar("hold_bytes", default=None)
+"""Counts further bytes that the current task's request holds, and raises an error if they are too many. None: the
+request did not come over HTTP."""
 
 ignored_parts: Final[ContextVar[list[str] | None]] = ContextVar("ignored_parts", default=None)
 """Names of the fields of the current task's request that have no effect."""
@@ -45,16 +48,17 @@ _Arguments = ParamSpec("_Arguments")
 
 
 class Places:
-    """Places for one kind of work. Owners take turns."""
+    """Places for one kind of work. Owners take turns, and each has at most `most` places (None: no limit)."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, most: int | None = None) -> None:
         self._count = count
+        self._most = most
         self._turns: WeakKeyDictionary[asyncio.AbstractEventLoop, Turns] = WeakKeyDictionary()
 
     def turn(self) -> AbstractAsyncContextManager[None]:
         loop = asyncio.get_running_loop()
         if loop not in self._turns:
-            self._turns[loop] = Turns(self._count)
+            self._turns[loop] = Turns(self._count, self._most)
         return self._turns[loop].turn(current_owner.get())
 
 

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
-from typing import TYPE_CHECKING, Final
+from itertools import accumulate, chain, islice
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.cluster.front.text.image_rows import ImageRows, RowLimits, Rows, SharedComputations
+from llamaclust.cluster.front.text.image_rows import RowCache, RowLimits, Rows, SharedComputations
 from llamaclust.cluster.front.text.images import ImageSource, PromptImages
-from llamaclust.cluster.front.text.sharing import TOKENIZING, run_on
+from llamaclust.cluster.front.text.sharing import TOKENIZING, Places, run_on
 from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
 from llamaclust.core.errors import RequestFailedError
 from llamaclust.model.chat.prompt import encode_text
-from llamaclust.model.images.preparation import ImagePreparation, ImageTiles
+from llamaclust.model.images.preparation import PROCESSES, ImagePreparation, ImageTiles
 from llamaclust.model.images.projector_settings import low_detail, settings_of
 from llamaclust.model.images.prompt import TileRows
 from llamaclust.model.images.settings import ImageSettings
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from llamaclust.cluster.engine.encoder import Encoder
+    from llamaclust.model.loader import Model
     from llamaclust.model.projectors.projector import Projector
 
 Tile = NDArray[np.uint8]  # [height, width, 3]
@@ -36,10 +40,14 @@ CheckLength = Callable[[int], None]
 
 _MAX_LAYOUTS: Final = 1024
 _FLOAT_BYTES: Final = 4
+_SIDE_BY_SIDE: Final = 2
+"""The number of images of one owner that are prepared at a time."""
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ImageLayout:
     """The part of a prompt that an image becomes. `pieces`: token ids, and rows of tiles. `grids`: the lines and
     columns of rows of each tile. `starts`: the number of rows before each tile."""
 
@@ -51,7 +59,7 @@ class Layout:
     def ids(self) -> tuple[int, ...]:
         """The token ids, with 0 for each row."""
         parts = ((0,) * (part.end - part.start) if isinstance(part, TileRows) else part for part in self.pieces)
-        return tuple(token for part in parts for token in part)
+        return tuple(chain.from_iterable(parts))
 
     @property
     def tokens(self) -> int:
@@ -62,17 +70,25 @@ class Layout:
         return sum(lines * columns for lines, columns in self.grids)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class _Tiles:
-    layout: Layout
+    layout: ImageLayout
     tiles: tuple[Tile, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tile.nbytes for tile in self.tiles)
+
 
 @dataclass(frozen=True, slots=True)
-class _Encoded:
+class _Begun:
+    """An image in a prompt. If its rows are not known and nobody computes them, it has tiles."""
+
+    source: ImageSource
     digest: bytes
-    layout: Layout
-    rows: Rows
+    layout: ImageLayout
+    rows: Rows | None
+    tiles: _Tiles | None
 
 
 class Vision:
@@ -94,10 +110,12 @@ class Vision:
         usual = settings_of(projector)
         self._settings: Mapping[str, ImageSettings] = {"auto": usual, "high": usual, "low": low_detail(usual)}
         self._preparations = {each: ImagePreparation(each) for each in {*self._settings.values()}}
-        self._layouts: OrderedDict[bytes, Layout] = OrderedDict()
+        self._places = Places(PROCESSES, _SIDE_BY_SIDE)
+        self._layouts: OrderedDict[bytes, ImageLayout] = OrderedDict()
         self._preparing: SharedComputations[_Tiles] = SharedComputations()
+        self._tiles: WeakValueDictionary[bytes, _Tiles] = WeakValueDictionary()  # that wait for the encoder
         self._encoding: SharedComputations[Rows] = SharedComputations()
-        self._rows = ImageRows(limits)
+        self._rows = RowCache(limits)
 
     async def aclose(self) -> None:
         """Ends the processes that prepare images."""
@@ -109,14 +127,15 @@ class Vision:
         for an image that cannot be read, and errors of `ImagePreparation` and `check`."""
         ids: list[int] = []
         known = prompt.least_tokens
-        for piece in prompt.pieces:
-            if isinstance(piece, ImageSource):
-                layout = await self._layout(piece)
-                known += layout.tokens - 1
-                check(known)
-                ids += layout.ids
-            else:
-                ids += piece
+        async with aclosing(self._in_order(prompt, self._layout)) as layouts:
+            for piece in prompt.pieces:
+                if isinstance(piece, ImageSource):
+                    layout = await anext(layouts)
+                    known += layout.tokens - 1
+                    check(known)
+                    ids += layout.ids
+                else:
+                    ids += piece
         return tuple(ids)
 
     async def image_prompt(
@@ -127,55 +146,85 @@ class Vision:
         ids: list[int] = []
         spans: list[ImageSpan] = []
         known, row_bytes = prompt.least_tokens, 0
-        for piece in prompt.pieces:
-            if isinstance(piece, ImageSource):
-                layout, digest, tiles = await self._start(piece)
-                known += layout.tokens - 1
-                check(known)
-                row_bytes += self._bytes_of(layout)
-                self._rows.check(row_bytes)
-                rows = await self._rows_of(digest, piece, tiles)
-                spans += self._spans(len(ids), _Encoded(digest, layout, rows))
-                ids += layout.ids
-            else:
-                ids += piece
+        async with aclosing(self._in_order(prompt, self._begin)) as images:
+            for piece in prompt.pieces:
+                if isinstance(piece, ImageSource):
+                    image = await anext(images)
+                    known += image.layout.tokens - 1
+                    check(known)
+                    row_bytes += self._bytes_of(image.layout)
+                    self._rows.check(row_bytes)
+                    spans += self._spans(len(ids), image, await self._rows_of(image))
+                    ids += image.layout.ids
+                else:
+                    ids += piece
         return tuple(ids), tuple(spans)
 
-    async def _layout(self, source: ImageSource) -> Layout:
+    async def _in_order(
+        self, prompt: PromptImages, begin: Callable[[ImageSource], Coroutine[Any, Any, _Result]]
+    ) -> AsyncGenerator[_Result]:
+        """Yields the result of each image of a prompt. While the caller works with one, the next ones are prepared."""
+        sources = (piece for piece in prompt.pieces if isinstance(piece, ImageSource))
+        tasks = deque(asyncio.create_task(begin(source)) for source in islice(sources, _SIDE_BY_SIDE))
+        try:
+            while tasks:
+                result = await tasks[0]
+                tasks.popleft()
+                tasks += (asyncio.create_task(begin(source)) for source in islice(sources, 1))
+                yield result
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _layout(self, source: ImageSource) -> ImageLayout:
         digest = await self._digest(source)
         return self._known(digest) or (await self._tiles_of(digest, source)).layout
 
-    def _known(self, digest: bytes) -> Layout | None:
+    def _known(self, digest: bytes) -> ImageLayout | None:
         layout = self._layouts.get(digest)
         if layout is not None:
             self._layouts.move_to_end(digest)
         return layout
 
-    async def _start(self, source: ImageSource) -> tuple[Layout, bytes, _Tiles | None]:
-        """Returns an image's layout and digest, and its tiles if its rows are not known and nobody computes them."""
+    async def _begin(self, source: ImageSource) -> _Begun:
         digest = await self._digest(source)
-        layout = self._known(digest)
-        if layout is not None and (self._rows.get(digest) is not None or digest in self._encoding):
-            return layout, digest, None
+        layout, rows = self._known(digest), self._rows.get(digest)
+        if layout is not None and (rows is not None or digest in self._encoding):
+            return _Begun(source, digest, layout, rows, None)
         tiles = await self._tiles_of(digest, source)
-        return tiles.layout, digest, tiles
+        return _Begun(source, digest, tiles.layout, rows, tiles)
 
     async def _digest(self, source: ImageSource) -> bytes:
         settings = self._settings[source.detail]
         return await run_on(TOKENIZING, settings.digest, source.data, self._projector.identity)
 
     async def _tiles_of(self, digest: bytes, source: ImageSource) -> _Tiles:
-        return await self._preparing.get(digest, partial(self._prepare, digest, source))
+        tiles = self._tiles.get(digest)
+        return await self._preparing.get(digest, partial(self._prepare, digest, source)) if tiles is None else tiles
 
     async def _prepare(self, digest: bytes, source: ImageSource) -> _Tiles:
-        image = await self._preparations[self._settings[source.detail]].prepare_async(source.data)
+        image = await self._in_process(self._preparations[self._settings[source.detail]], source.data)
         layout = await run_on(TOKENIZING, self._layout_of, image)
         self._layouts[digest] = layout
         while len(self._layouts) > _MAX_LAYOUTS:
             self._layouts.popitem(last=False)
-        return _Tiles(layout, image.tiles)
+        tiles = _Tiles(layout, image.tiles)
+        self._rows.count_tiles(tiles)
+        self._tiles[digest] = tiles
+        return tiles
 
-    def _layout_of(self, image: ImageTiles) -> Layout:
+    async def _in_process(self, preparation: ImagePreparation, data: bytes) -> ImageTiles:
+        """Prepares an image in the owner's turn, which lasts until its process has ended the work, even if nobody waits
+        for the image any more."""
+        async with self._places.turn():
+            work = asyncio.create_task(preparation.prepare_async(data))
+            try:
+                return await asyncio.shield(work)
+            finally:
+                await asyncio.wait([work])
+
+    def _layout_of(self, image: ImageTiles) -> ImageLayout:
         """Raises RequestError for a tile of a size that the encoder does not take."""
         counts = [self._projector.rows_of(*tile.shape[:2]) for tile in image.tiles]
         side = self._projector.patch_size * self._projector.merge
@@ -183,44 +232,38 @@ class Vision:
         pieces = tuple(
             tuple(encode_text(self._tokenizer, piece)) if isinstance(piece, str) else piece for piece in image.prompt
         )
-        return Layout(pieces, grids, (0, *accumulate(counts[:-1])))
+        return ImageLayout(pieces, grids, (0, *accumulate(counts[:-1])))
 
-    def _bytes_of(self, layout: Layout) -> int:
+    def _bytes_of(self, layout: ImageLayout) -> int:
         return layout.rows * self._projector.width * self._projector.levels * _FLOAT_BYTES
 
-    async def _rows_of(self, digest: bytes, source: ImageSource, tiles: _Tiles | None) -> Rows:
-        rows = self._rows.get(digest)
-        if rows is not None:
-            return rows
-        return await self._encoding.get(digest, partial(self._compute, digest, source, tiles))
+    async def _rows_of(self, image: _Begun) -> Rows:
+        rows = self._rows.get(image.digest) if image.rows is None else image.rows
+        return await self._encoding.get(image.digest, partial(self._compute, image)) if rows is None else rows
 
-    async def _compute(self, digest: bytes, source: ImageSource, tiles: _Tiles | None) -> Rows:
+    async def _compute(self, image: _Begun) -> Rows:
         """Encodes an image. It is prepared again if the computation for which its caller waited was cancelled."""
-        if tiles is None:
-            tiles = await self._tiles_of(digest, source)
+        tiles = image.tiles or await self._tiles_of(image.digest, image.source)
         with self._rows.reserving(self._bytes_of(tiles.layout)):
             parts = await self._encode(tiles.tiles)
-            for part, (lines, columns) in zip(parts, tiles.layout.grids, strict=True):
-                if len(part) != lines * columns:
-                    what = f"expected {lines * columns} rows of a tile from the encoder, found {len(part)}"
-                    raise RequestFailedError(f"{what}; send the image again")
-            rows = np.concatenate(parts)
-        self._rows.put(digest, rows)
+            rows = await run_on(TOKENIZING, joined_rows, parts, tiles.layout)
+        self._rows.put(image.digest, rows)
         return rows
 
-    def _spans(self, start: int, image: _Encoded) -> Iterator[ImageSpan]:
-        for piece in image.layout.pieces:
+    def _spans(self, start: int, image: _Begun, rows: Rows) -> Iterator[ImageSpan]:
+        layout = image.layout
+        for piece in layout.pieces:
             if not isinstance(piece, TileRows):
                 start += len(piece)
                 continue
-            end, first = start + piece.end - piece.start, image.layout.starts[piece.tile] + piece.start
+            end, first = start + piece.end - piece.start, layout.starts[piece.tile] + piece.start
             yield ImageSpan(
                 start,
                 end,
-                image.rows[first : first + end - start],
+                rows[first : first + end - start],
                 image.digest,
                 self._projector.is_bidirectional,
-                self._rope_positions(piece, image.layout.grids[piece.tile][1]),
+                self._rope_positions(piece, layout.grids[piece.tile][1]),
                 first,
             )
             start = end
@@ -233,3 +276,22 @@ class Vision:
         lines, places = np.divmod(np.arange(rows.start, rows.end, dtype=np.int32), columns)
         positions[1], positions[2] = lines - lines[0], places
         return positions
+
+
+def joined_rows(parts: Sequence[Rows], layout: ImageLayout) -> Rows:
+    """Returns the rows of all tiles, which may take long. Raises RequestFailedError for rows that an encoder cannot
+    have computed."""
+    for part, (lines, columns) in zip(parts, layout.grids, strict=True):
+        if len(part) != lines * columns:
+            what = f"expected {lines * columns} rows of a tile from the encoder, found {len(part)}"
+            raise RequestFailedError(f"{what}; send the image again")
+        if not np.isfinite(part).all():
+            raise RequestFailedError("expected finite numbers from the encoder, found others; send the image again")
+    return parts[0] if len(parts) == 1 and parts[0].base is None else np.concatenate(parts)
+
+
+def vision_of(model: Model, encoder: Encoder | None) -> Vision | None:
+    """Returns the images of a model. None: it reads text only."""
+    if model.projector is None or encoder is None:
+        return None
+    return Vision(model.projector, model.tokenizer, encoder.encode, model.rope_sections)

@@ -41,6 +41,17 @@ async def test_images_reach_a_model_that_reads_them(tmp_path: Path, monkeypatch:
     assert ended.code == 2 and "the model reads text only" in ended.err and not engine.submitted
 
 
+async def test_dropped_images_are_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "CONTEXT", 1 << 14)
+    file, vision = tmp_path / "a.png", TinyVision()
+    file.write_bytes(PNG)
+    lines = "".join(f"What is {f'@{file} ' * images}?\n" for images in (40, 40, 1)).encode()
+    async with scripted("Red", vision=vision) as (url, _):
+        ended = await command("chat", "--commands", "--endpoint", url, piped=lines)
+    assert ended.code == 0 and ended.err.count("the oldest ones are left out from here on") == 1, ended.err
+    assert len(vision.images) == 40 + 64 + 64
+
+
 def test_names_of_files_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("photos").mkdir()

@@ -60,7 +60,7 @@ def client(tiny: Path) -> Iterator[LocalClient]:
     ("path", "fields", "reason"),
     [
         (CHAT_PATH, {"messages": CHAT, "max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens: is 2"),
-        (CHAT_PATH, {"messages": CHAT, "tool_choice": "required"}, "tool_choice: needs tools"),
+        (CHAT_PATH, {"messages": CHAT, "tool_choice": "required"}, "tool_choice: expected tools"),
         ("/v1/completions", {"prompt": "a", "best_of": 2}, "best_of: is 2"),
         ("/v1/embeddings", {"input": ["abc", "d"]}, "pooling: 'none'"),
     ],

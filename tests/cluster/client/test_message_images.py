@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from base64 import b64decode
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from llamaclust.cluster.client import message_images
 from llamaclust.cluster.client.http import AsyncClient
-from llamaclust.cluster.client.message_images import image_part, message_json
+from llamaclust.cluster.client.message_images import image_part, message_json, with_latest_images
 from llamaclust.cluster.client.session import AsyncChatSession
 from llamaclust.core.errors import UsageError
 from llamaclust.model.images.settings import MAX_IMAGE_BYTES
@@ -27,9 +29,9 @@ def _room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served_module, "CONTEXT", 1 << 14)
 
 
-def png() -> bytes:
+def png(red: int = 200) -> bytes:
     out = io.BytesIO()
-    PICTURE.save(out, "PNG")
+    Image.new("RGB", (3, 2), (red, 10, 30)).save(out, "PNG")
     return out.getvalue()
 
 
@@ -93,3 +95,50 @@ async def test_a_session_with_a_model_of_text_sends_no_image() -> None:
         assert not session.messages and not engine.submitted
         await session.send("Hello")
     assert len(engine.submitted) == 1
+
+
+def parts_of(messages: Any) -> list[Any]:
+    return [message["content"] for message in messages]
+
+
+def test_the_latest_images_that_fit_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    part, text = image_part(png()), {"type": "text", "text": "a"}
+    messages = [
+        {"role": "system", "content": "Be."},
+        {"role": "user", "content": [part, text, part]},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": [part]},
+        {"role": "user", "content": [text, part]},
+    ]
+    size, images = len(json.dumps(messages)), 4 * len(json.dumps(part))
+    monkeypatch.setattr(message_images, "MOST_BYTES", size + 100)
+    assert with_latest_images(messages) == (messages, 0)
+    monkeypatch.setattr(message_images, "MOST_BYTES", size - images // 4 + 20)
+    assert with_latest_images(messages) == (
+        [messages[0], message_json({**messages[1], "content": [text, part]}), *messages[2:]],
+        1,
+    )
+    monkeypatch.setattr(message_images, "MOST_BYTES", size - images * 3 // 4 + 20)
+    assert parts_of(with_latest_images(messages)[0]) == ["Be.", [text], "b", "", [text, part]]
+    monkeypatch.setattr(message_images, "MOST_BYTES", size - images)
+    with pytest.raises(UsageError, match="found more in one message; send fewer or smaller images"):
+        with_latest_images(messages)
+    monkeypatch.setattr(message_images, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(message_images, "MAX_IMAGES", 2)
+    assert with_latest_images(messages)[1] == 2
+
+
+async def test_a_session_drops_its_oldest_images_or_refuses_to_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(message_images, "MAX_IMAGES", 2)
+    engine, vision = ScriptedEngine(says("Red.")), TinyVision()
+    async with serving(make_app(engine, vision=vision)) as url, AsyncClient(url) as client:
+        session, strict = AsyncChatSession(client, drop_oldest=True), AsyncChatSession(client)
+        for number in range(3):
+            await session.send(["What is this?", png(number)])
+        assert session.dropped_images == 1 and len(session.messages) == 6
+        assert [source.data for source in vision.images[3:]] == [png(1), png(2)]
+        await strict.send([png(0), png(1)])
+        with pytest.raises(UsageError, match="images of this conversation exceed a request by 1: undo turns"):
+            await strict.send([png(2)])
+        assert len(strict.messages) == 2 and (await strict.send("And?")).text == "Red."
+    assert len(engine.submitted) == 5

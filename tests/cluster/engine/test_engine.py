@@ -6,6 +6,7 @@ import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from time import monotonic_ns
 
 import pytest
 
@@ -202,6 +203,17 @@ async def test_a_request_ends_at_its_deadline_and_others_go_on() -> None:
             await collect(engine.submit(generation()))
         pipeline.gate.set()
         assert len(tokens_of(await collect(engine.submit(generation(1))))) == 30
+
+
+async def test_the_time_before_a_submission_counts_in_the_deadline() -> None:
+    async with running(request_s=600.0) as (engine, pipeline):
+        pipeline.gate.clear()
+        late, early = (generation(received_ns=monotonic_ns() - round(passed_s * 1e9)) for passed_s in (601, 300))
+        answer = asyncio.create_task(collect(engine.submit(early)))
+        with pytest.raises(DeadlineError, match=r"longer than 600 s \(timeouts.request\)"):
+            await collect(engine.submit(late))
+        pipeline.gate.set()
+        assert len(tokens_of(await answer)) == 30
 
 
 async def test_draining_finishes_accepted_requests() -> None:

@@ -8,7 +8,7 @@ import struct
 import pytest
 from PIL import Image
 
-from llamaclust.model.images.formats import PictureFormat, format_of, orientation_of, webp_size
+from llamaclust.model.images.formats import ImageFormat, format_of, orientation_of, webp_size
 
 
 def webp(size: tuple[int, int], **options: object) -> bytes:
@@ -27,7 +27,7 @@ def test_the_canvas_of_webp_files_of_each_kind(size: tuple[int, int]) -> None:
     }
     for kind, picture in kinds.items():
         assert picture[12:16] == kind and webp_size(picture) == size
-        assert format_of(picture) is PictureFormat.WEBP
+        assert format_of(picture) is ImageFormat.WEBP
         assert webp_size(picture[:25]) == (0, 0)
     assert webp_size(b"RIFF\0\0\0\0WEBPVP9 " + bytes(20)) == (0, 0)
 

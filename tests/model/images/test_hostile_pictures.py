@@ -11,13 +11,13 @@ from random import Random
 import pytest
 
 from llamaclust.core.errors import RequestError
-from llamaclust.model.images.preparation import ImagePreparation, PictureLimits
+from llamaclust.model.images.preparation import ImageLimits, ImagePreparation
 from llamaclust.model.images.settings import ImageSettings
 from support.hostile_pictures import chosen, mutations, png
 from support.seed import SEED
 
 SETTINGS = ImageSettings("gemma3", 14, 1, image_size=28)
-LIMITS = PictureLimits(wait_s=250.0, wall_s=120.0, start_s=120.0)
+LIMITS = ImageLimits(wait_s=250.0, wall_s=120.0, start_s=120.0)
 COUNT = 1000
 MORE_BYTES = 300 << 20
 
@@ -63,4 +63,4 @@ def preparation() -> Iterator[ImagePreparation]:
 @pytest.mark.parametrize("name", chosen())
 def test_chosen_pictures_are_refused_in_one_line(preparation: ImagePreparation, name: str) -> None:
     message = refusal(preparation, chosen()[name])
-    assert message.startswith("the picture was refused: ") and "; " in message, message
+    assert message.startswith("the image was refused: ") and "; " in message, message

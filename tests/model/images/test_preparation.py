@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from llamaclust.core.errors import DeadlineError, RequestError
-from llamaclust.model.images.preparation import ImagePreparation, PictureLimits
+from llamaclust.model.images.preparation import ImageLimits, ImagePreparation
 from llamaclust.model.images.settings import ImageSettings
 from support.clusters.served import until
 from support.hostile_pictures import jpeg_with_scans, samples
@@ -25,7 +25,7 @@ from support.pictures import SETTINGS, Pixels, picture, shown
 SIDE = 28
 SAME = ImageSettings("gemma3", 14, 1, image_size=SIDE)
 """Settings that leave a picture of SIDE x SIDE pixels as it is."""
-QUICK = PictureLimits(wait_s=250.0, wall_s=120.0, start_s=120.0)
+QUICK = ImageLimits(wait_s=250.0, wall_s=120.0, start_s=120.0)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_a_whole_way_through_a_child_is_that_of_the_tiling(preparation: ImagePre
 
 
 def test_a_picture_of_too_many_bytes_or_pixels_is_refused_with_the_numbers() -> None:
-    limits = PictureLimits(max_bytes=10_000, max_pixels=10_000, wait_s=250.0, start_s=120.0)
+    limits = ImageLimits(max_bytes=10_000, max_pixels=10_000, wait_s=250.0, start_s=120.0)
     with ImagePreparation(SAME, limits) as preparation:
         with pytest.raises(RequestError, match=r"has 10001 bytes; the limit is 10000: send"):
             preparation.prepare(bytes(10_001))
@@ -167,7 +167,7 @@ def test_a_picture_of_too_many_bytes_or_pixels_is_refused_with_the_numbers() -> 
 
 
 def test_memory_is_bounded_and_the_message_names_the_bound() -> None:
-    limits = PictureLimits(memory_bytes=24 << 20, wait_s=250.0, start_s=120.0)
+    limits = ImageLimits(memory_bytes=24 << 20, wait_s=250.0, start_s=120.0)
     with ImagePreparation(SAME, limits) as preparation:
         with pytest.raises(RequestError, match="24 MiB"):
             preparation.prepare(encoded(Image.new("RGB", (4000, 3000)), "PNG"))
@@ -176,19 +176,19 @@ def test_memory_is_bounded_and_the_message_names_the_bound() -> None:
 
 def test_a_picture_that_takes_long_is_ended_holds_up_no_other_and_its_child_is_replaced() -> None:
     bomb = jpeg_with_scans(3000)
-    limits = PictureLimits(cpu_seconds=1, wait_s=250.0, wall_s=120.0, start_s=120.0)
+    limits = ImageLimits(cpu_seconds=1, wait_s=250.0, wall_s=120.0, start_s=120.0)
     with ImagePreparation(SAME, limits) as preparation:
         late = preparation._submit(bomb)
         assert one_tile(preparation, encoded(Image.new("RGB", (SIDE, SIDE)), "PNG")).max() == 0
         assert not late.done()
         with pytest.raises(RequestError, match=r"refused: it used more CPU time than it may; the limit is 1 s"):
             late.result(250)
-        assert [preparer.child.pid is None for preparer in preparation._preparers] == [True, False]
+        assert [preparer.child.pid is None for preparer in preparation._preparers] == [True, False, True]
         assert one_tile(preparation, encoded(Image.new("RGB", (SIDE, SIDE)), "PNG")).max() == 0
 
 
 def test_the_deadline_is_the_parents() -> None:
-    limits = PictureLimits(wall_s=0.3, wait_s=250.0, start_s=120.0)
+    limits = ImageLimits(wall_s=0.3, wait_s=250.0, start_s=120.0)
     with ImagePreparation(SAME, limits) as preparation:
         with pytest.raises(DeadlineError, match=r"did not end within 0\.3 s; try again"):
             preparation.prepare(jpeg_with_scans(3000))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from llamaclust.model.images.prompt import TileRows, prompt_of
-from llamaclust.model.images.settings import ImageSettings, PictureError
+from llamaclust.model.images.settings import ImageError, ImageSettings
 from llamaclust.model.images.tiling import tiling_of
 from support.pictures import SETTINGS, SIZES, Pixels, picture, shown, sizes_of
 
@@ -56,7 +56,7 @@ def test_kimi_is_reduced_and_padded() -> None:
     ("family", "size"), [("qwen2vl_merger", (2010, 10)), ("glm4v", (5, 6000)), ("kimivl", (7200, 20))]
 )
 def test_shapes_that_a_family_does_not_take_are_refused(family: str, size: tuple[int, int]) -> None:
-    with pytest.raises(PictureError, match=r"\d+ x \d+ pixels: .*; send a"):
+    with pytest.raises(ImageError, match=r"\d+ x \d+ pixels: .*; send a"):
         tiling_of(Image.new("RGB", size), SETTINGS[family])
 
 

@@ -210,7 +210,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": [said({"type": "image_url", "image_url": {"url": "data:;base64,a b="}})]}, "character ' '"),
     (CHAT, {"messages": [said({"type": "image_url", "image_url": {"url": "data:;base64,aGk"}})]}, "multiple of 4"),
     (CHAT, {"messages": [said({"type": "image_url", "image_url": {"url": "data:;base64,a==="}})]}, "character '='"),
-    (CHAT, {"messages": [said({"type": "image_url", "image_url": {"url": "data:;base64,"}})]}, "empty"),
+    (CHAT, {"messages": [said({"type": "image_url", "image_url": {"url": "data:;base64,"}})]}, "no bytes"),
     (CHAT, {"messages": [said({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}})]}, "data URL"),
     (CHAT, {"messages": [said({"type": "image_url", "image_url": {"url": "https://a.example/a"}})]}, "api.image_urls"),
     (RESPONSES, {"input": [said({"type": "input_image", "file_id": "f"})]}, "input: [0]: content[0]: "),
@@ -254,13 +254,13 @@ async def test_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     reply, *_ = await post(CHAT, messages=[said(*[image_url(FIRST)] * MAX_IMAGES)])
     assert reply.status_code == 200
     reply, *_ = await post(CHAT, messages=[said(*[image_url(FIRST)] * MAX_IMAGES), said(image_url(FIRST))])
-    assert reply.status_code == 400 and f"{MAX_IMAGES + 1} images, at most {MAX_IMAGES}" in reply.text
+    assert reply.status_code == 400 and f"{MAX_IMAGES} images in one request, found {MAX_IMAGES + 1}" in reply.text
     monkeypatch.setattr("llamaclust.cluster.front.images.chat_images.MAX_IMAGES_BYTES", 20)
     reply, *_ = await post(CHAT, messages=[said(*[image_url(FIRST)] * 4)])
-    assert reply.status_code == 400 and "at most 20 are taken" in reply.text
+    assert reply.status_code == 400 and "at most 20 bytes in one request" in reply.text
     monkeypatch.setattr("llamaclust.cluster.front.images.parts.MAX_IMAGE_BYTES", 8)
     reply, *_ = await post(CHAT, messages=[said(image_url(bytes(12)))])
-    assert reply.status_code == 400 and "12 bytes, at most 8" in reply.text
+    assert reply.status_code == 400 and "at most 8 bytes, found 12" in reply.text
     assert MAX_IMAGE_BYTES < images.MAX_IMAGES_BYTES
 
 

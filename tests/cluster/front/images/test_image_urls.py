@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from llamaclust.cluster.front.http.gates import Admission
 from llamaclust.cluster.front.images import fetching
 from llamaclust.cluster.front.images.fetching import fetch_images, is_public
 from llamaclust.cluster.front.images.urls import ImageRules, ImageUrl
+from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.core.errors import DeadlineError, ParameterError
 from support.chat.vision import TinyVision, image
 from support.clusters.served import ScriptedEngine, client, make_app, says
@@ -114,7 +116,7 @@ def test_allowed_urls(url: str) -> None:
     ],
 )
 def test_urls_that_are_not_allowed(url: str) -> None:
-    with pytest.raises(ValueError, match=r"not fetched|no plain|Port"):
+    with pytest.raises(ValueError, match=r"expected a host|expected a plain|Port"):
         RULES.check(url)
 
 
@@ -134,11 +136,14 @@ async def test_an_image_is_fetched_once_from_the_address_that_was_checked(resolv
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (http("302 Found", b"", "location: http://127.0.0.1:1/secret"), "redirects to http://127.0.0.1:1/secret"),
-        (http("404 Not Found", b"no"), "answers 404"),
-        (http("204 No Content"), "answers 204"),
-        (http("200 OK", b"x" * 200), "more than 100 bytes"),
-        (http("200 OK", b"x", "content-encoding: gzip"), "compresses"),
+        (
+            http("302 Found", b"", "location: http://127.0.0.1:1/secret"),
+            "found a redirect to http://127.0.0.1:1/secret",
+        ),
+        (http("404 Not Found", b"no"), "found 404"),
+        (http("204 No Content"), "found 204"),
+        (http("200 OK", b"x" * 200), "at most 100 bytes"),
+        (http("200 OK", b"x", "content-encoding: gzip"), "found content-encoding gzip"),
         (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + b"50\r\n" + b"x" * 80 + b"\r\n" * 1, ""),
         (b"nonsense\r\n\r\n", "http://example.com"),
     ],
@@ -157,7 +162,7 @@ async def test_answers_that_are_refused(
 async def test_all_images_of_a_request_share_the_bound(resolved: list[str]) -> None:
     async with web_host(http("200 OK", b"x" * 60), []) as port:
         urls = [f"http://example.com:{port}/{name}" for name in "ab"]
-        with pytest.raises(ParameterError, match="/b: the image has more than 40 bytes"):
+        with pytest.raises(ParameterError, match="/b: expected an image of at most 40 bytes"):
             await fetch_images(urls, 100)
 
 
@@ -195,4 +200,20 @@ async def test_a_chat_with_a_url(is_allowed: bool, resolved: list[str]) -> None:
     else:
         error = json.loads(reply.content)["error"]
         assert reply.status_code == counted.status_code == 400 and not asked
-        assert "messages[0]: content[0]: images are not fetched from example.com" in error["message"]
+        expected = "messages[0]: content[0]: expected a host of api.image_urls in the cluster file, found example.com"
+        assert expected in error["message"]
+
+
+async def test_fetched_images_count_in_the_bytes_of_open_requests(resolved: list[str]) -> None:
+    async with web_host(http("200 OK", image(2, b"x" * 3000)), []) as port:
+        part = {"type": "image_url", "image_url": {"url": f"http://example.com:{port}/a.png"}}
+        body = {"messages": [{"role": "user", "content": [part]}]}
+        for held_bytes, status in ((2000, 503), (10_000, 200)):
+            settings = ApiSettings(max_held_bytes=held_bytes)
+            hosts, vision = (f"example.com:{port}",), TinyVision()
+            app = make_app(ScriptedEngine(says("a")), admission=Admission(settings), vision=vision, image_hosts=hosts)
+            async with client(app) as web:
+                for _ in range(4):  # a request that has ended holds nothing
+                    reply = await web.post("/v1/chat/completions", json=body)
+                    assert reply.status_code == status, reply.text
+                    assert status == 200 or "the server is busy with" in reply.json()["error"]["message"]

@@ -4,96 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import io
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from llamaclust.cluster.front.text.image_rows import RowLimits, Rows
-from llamaclust.cluster.front.text.images import ImageSource, PromptImages
-from llamaclust.cluster.front.text.vision import Tile, Vision
-from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
+from llamaclust.cluster.front.text.image_rows import RowLimits
+from llamaclust.cluster.front.text.images import ImageSource
 from llamaclust.core.errors import ContextLengthError, ParameterError, QueueFullError, RequestError, WorkerError
 from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.images.preparation import ImagePreparation
 from llamaclust.model.images.projector_settings import low_detail, settings_of
 from llamaclust.model.images.prompt import TileRows
-from llamaclust.model.projectors.projector import Projector, open_projector
-from support.clusters.served import ids, tokenizer
+from support.chat.seeing import BEFORE, BETWEEN, any_length, png, prompt_of, seeing, spans_of
+from support.clusters.served import ids
 from support.models.vision.encoded_tiles import encoded
-from support.models.vision.tiny_projectors import PROJECTORS, build_projector
+from support.models.vision.tiny_projectors import PROJECTORS
 
 TURNED = ("qwen2.5vl_merger", "qwen3vl_merger", "glm4v")
-BEFORE, BETWEEN = tuple(ids("look: ")), tuple(ids(" and "))
-QUICK = "idefics3"
-
-
-def png(seed: int, width: int = 44, height: int = 30) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
-
-
 FIRST, SECOND = png(1), png(2)
-
-
-@dataclass
-class Encoder:
-    """Encodes in this process, and counts the images. `gate` is open unless a test closes it."""
-
-    path: Path
-    images: int = 0
-    failure: Exception | None = None
-    gate: asyncio.Event = field(default_factory=asyncio.Event)
-    begun: asyncio.Event = field(default_factory=asyncio.Event)
-    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def __post_init__(self) -> None:
-        self.gate.set()
-
-    async def encode(self, tiles: Sequence[Tile]) -> list[Rows]:
-        self.images += 1
-        self.begun.set()
-        try:
-            await self.gate.wait()
-        except asyncio.CancelledError:
-            self.cancelled.set()
-            raise
-        if self.failure is not None:
-            raise self.failure
-        return [encoded(ReferenceBackend(), self.path, tile) for tile in tiles]
-
-
-def any_length(_: int) -> None:
-    pass
-
-
-@asynccontextmanager
-async def seeing(
-    folder: Path, name: str = QUICK, sections: int = 0, limits: RowLimits | None = None
-) -> AsyncIterator[tuple[Vision, Encoder, Projector]]:
-    path = build_projector(folder / f"{name}.gguf", name)
-    projector, encoder = open_projector(path), Encoder(path)
-    vision = Vision(projector, tokenizer(), encoder.encode, sections, limits)
-    try:
-        yield vision, encoder, projector
-    finally:
-        await vision.aclose()
-
-
-def prompt_of(*images: bytes, detail: str = "auto") -> PromptImages:
-    pieces = [piece for image in images for piece in (ImageSource(image, detail), BETWEEN)]
-    return PromptImages((BEFORE, *pieces))
-
-
-async def spans_of(vision: Vision, *images: bytes) -> tuple[ImageSpan, ...]:
-    return (await vision.image_prompt(prompt_of(*images), any_length))[1]
 
 
 @pytest.mark.parametrize("name", PROJECTORS)
@@ -228,13 +157,15 @@ async def test_an_image_that_cannot_be_read_is_an_error_of_its_request(tmp_path:
 async def test_memory_of_rows_is_bounded(tmp_path: Path) -> None:
     async with seeing(tmp_path) as (vision, *_):
         size = sum(span.rows.nbytes for span in await spans_of(vision, FIRST))
-    async with seeing(tmp_path, limits=RowLimits(size, 2 * size)) as (vision, encoder, _):
+        tiles = await vision._tiles_of(b"", ImageSource(FIRST))
+    async with seeing(tmp_path, limits=RowLimits(size, 2 * size + tiles.nbytes)) as (vision, encoder, _):
         first = await spans_of(vision, FIRST)
         second = await spans_of(vision, SECOND)
         with pytest.raises(QueueFullError, match="other requests"):
             await spans_of(vision, png(3))
+        assert tiles.nbytes < 2 * size
         with pytest.raises(ParameterError, match="send fewer or smaller images"):
-            await spans_of(vision, FIRST, SECOND, png(3))
+            await spans_of(vision, FIRST, SECOND, FIRST, SECOND)
         assert encoder.images == 2 and len({span.digest for span in (*first, *second)}) == 2
         del first  # its rows are no longer kept
         gc.collect()

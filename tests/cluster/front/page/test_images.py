@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from PIL import Image
 
+from llamaclust.core.limits import MAX_BODY_BYTES
 from support.browser.chatting import answers, chatting, ended, send
 from support.chat.vision import TinyVision
 from support.clusters import served as served_module
@@ -119,3 +120,95 @@ async def test_other_files_and_models_of_text_take_none(browser: Browser) -> Non
         await page.get_by_text("This model reads text only.").wait_for()
         assert await chosen(page).count() == 0
         seen.check()
+
+
+HELD = """
+const read = FileReader.prototype.readAsDataURL;
+window.held = [];
+FileReader.prototype.readAsDataURL = function (file) { held.push(() => read.call(this, file)); };
+"""
+UNREADABLE = """
+FileReader.prototype.readAsDataURL = function () {
+  Object.defineProperty(this, "error", { value: new DOMException("it is gone") });
+  this.dispatchEvent(new ProgressEvent("error"));
+};
+"""
+
+
+async def test_a_message_waits_for_files_that_are_still_read(browser: Browser) -> None:
+    engine, vision = ScriptedEngine(says("Red")), TinyVision()
+    async with chatting(browser, engine, HELD, vision=vision) as seen:
+        page = seen.page
+        await pick(page, picked("a.png", png(1)))
+        await pick(page, picked("b.png", png(2)))
+        await page.get_by_text("Reading images…").wait_for()
+        await send(page, "Which colours?")
+        await page.keyboard.press("Enter")
+        assert await page.locator(".message").count() == 0
+        assert await page.get_by_label("Message", exact=True).input_value() == "Which colours?"
+        for _ in range(2):  # one file is read after the other
+            await page.wait_for_function("held.length > 0")
+            await page.evaluate("held.shift()()")
+        await ended(page)
+        assert await page.locator(".message.user").count() == 1 and await chosen(page).count() == 0
+        seen.check()
+    assert [source.data for source in vision.images] == [png(1), png(2)] and len(engine.submitted) == 1
+
+
+async def test_a_file_that_cannot_be_read_is_named_and_nothing_is_sent_without_it(browser: Browser) -> None:
+    engine = ScriptedEngine(says("Red"))
+    async with chatting(browser, engine, UNREADABLE, vision=TinyVision()) as seen:
+        page = seen.page
+        await pick(page, picked("a.png", png(1)))
+        await page.get_by_text("a.png: cannot be read: it is gone").wait_for()
+        await send(page, "Hello")
+        await ended(page)
+        assert await page.locator(".message.user .images").count() == 0 and len(engine.submitted) == 1
+        seen.check()
+
+
+async def test_a_long_chat_goes_on_without_its_oldest_images_and_says_so(browser: Browser) -> None:
+    engine, vision = ScriptedEngine(says("Red")), TinyVision()
+    async with chatting(browser, engine, vision=vision) as seen:
+        page = seen.page
+        for turn in range(2):
+            await pick(page, *(picked(f"{at}.png", png(40 * turn + at)) for at in range(40)))
+            await chosen(page).nth(39).wait_for()
+            await send(page, "Which colours?")
+            await ended(page, turn + 1)
+        await page.get_by_text("without the first 16 images of this chat").wait_for()
+        assert await page.locator(".message.user .images img").count() == 80
+        seen.check()
+    assert [source.data for source in vision.images[40:]] == [png(at) for at in range(16, 80)]
+
+
+SENT = """async (sizes) => {
+  const { addMessage, newConversation, sentMessages } = await import("/browser/chat/conversation.js");
+  const conversation = newConversation("Be.");
+  let parent = null;
+  for (const [place, size] of sizes.entries()) {
+    const images = size ? [`${place}`.padEnd(size * 2 ** 20, "x")] : [];
+    const question = addMessage(conversation, parent, { role: "user", content: place ? "é" : "", images });
+    parent = addMessage(conversation, question.id, { role: "assistant", content: "a" }).id;
+  }
+  const { messages, unsent } = sentMessages(conversation, parent);
+  const part = ({ text, image_url: image }) => text ?? image.url.slice(0, 1);
+  const shown = messages.map(({ content }) => (Array.isArray(content) ? content.map(part) : content));
+  return { shown: shown.filter((content) => content !== "a"), unsent, size: new Blob([JSON.stringify(messages)]).size };
+}"""
+
+
+@pytest.mark.parametrize(
+    ("sizes", "unsent", "shown"),
+    [
+        ([4, 4, 0, 7], 0, ["Be.", ["0"], ["1", "é"], "é", ["3", "é"]]),
+        ([4, 4, 0, 8], 1, ["Be.", "", ["1", "é"], "é", ["3", "é"]]),
+        ([1, 4, 4, 8], 2, ["Be.", "", ["é"], ["2", "é"], ["3", "é"]]),
+    ],
+)
+async def test_images_of_a_request_fit_its_body(
+    sizes: list[int], unsent: int, shown: list[Any], browser: Browser
+) -> None:
+    async with chatting(browser, ScriptedEngine(says("Red"))) as seen:
+        found = await seen.page.evaluate(SENT, sizes)
+    assert found["unsent"] == unsent and found["shown"] == shown and found["size"] < MAX_BODY_BYTES - 1000

@@ -245,10 +245,6 @@ REFUSED = {
     "of text only": (SETTINGS, replace(prompt_with(picture(1, 40)), score_from=1)),
     "of text only: remove": (SETTINGS, replace(prompt_with(picture(1, 40)), max_new_tokens=0, embedded=(0, 9))),
     "expected rows of 40 x 6 numbers, found 40 x 3": (replace(SETTINGS, image_width=6), prompt_with(picture(1, 40))),
-    "not finite": (
-        SETTINGS,
-        prompt_with(replace(picture(1, 2), rows=np.array([[1, 2, 3], [1, np.nan, 3]], np.float32))),
-    ),
     "45 rows in one group; the limit of a microbatch is 44: set prefill_chunk: 45": (
         SETTINGS,
         prompt_with(picture(1, 45, bidirectional=True)),

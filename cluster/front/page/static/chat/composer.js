@@ -11,6 +11,7 @@ export class Composer {
   #action;
   #images = new ChosenImages();
   #isRunning = false;
+  #isWaiting = false; // for images of a message that is to be sent
 
   constructor({ send, stop }) {
     this.#field = element("textarea", {
@@ -58,9 +59,13 @@ export class Composer {
     if (!this.#isRunning) this.#send();
   }
 
-  #send() {
+  async #send() {
+    if (this.#isWaiting) return;
+    this.#isWaiting = true;
+    const areReady = await this.#images.ready();
+    this.#isWaiting = false;
     const text = this.#field.value.trim();
-    if (!text && this.#images.count === 0) return;
+    if (!areReady || this.#isRunning || (!text && this.#images.count === 0)) return;
     this.#field.value = "";
     this.#grow();
     this.send(text, this.#images.taken());

@@ -1,12 +1,17 @@
 // A conversation as a tree of messages: an edited or regenerated message stands beside the one that it replaces.
 //
-// A message: {id, parent, role, content, images, reasoning, calls, tokens, state, waiting, error, replyId, lastEvent, seed, model}.
+// A message: {id, parent, role, content, images, reasoning, calls, tokens, state, waiting, error, unsent, replyId, lastEvent,
+// seed, model}.
 // `state` of an answer: "streaming", "done", "stopped" or "failed". `tokens`: [text, logprob, [[text, logprob], ...],
-// bytes]. `waiting`: why an answer pauses. `images` of a user's message: data URLs.
+// bytes]. `waiting`: why an answer pauses. `images` of a user's message: data URLs. `unsent`: the number of earlier images
+// that the request of an answer did not have.
 
 export const State = Object.freeze({ STREAMING: "streaming", DONE: "done", STOPPED: "stopped", FAILED: "failed" });
 
 const TITLE = 60;
+const MOST_BYTES = 2 ** 24 - 2 ** 16; // of the messages of a request, below the server's largest body
+const MOST_IMAGES = 64; // of a request
+const PART_BYTES = 64; // of an image's part beside its URL
 const ENDED = [State.STOPPED, State.DONE]; // one after the other, as a stopped answer may be read to its end elsewhere
 
 /** 128 random bits as text: `crypto.randomUUID` is only there for https and this machine. */
@@ -69,6 +74,33 @@ export function apiMessages(conversation, parent) {
   for (let id = parent; id !== null; id = conversation.messages[id].parent) messages.unshift(conversation.messages[id]);
   const system = conversation.system ? [{ role: "system", content: conversation.system }] : [];
   return [...system, ...messages.filter(isSent).map(apiMessage)];
+}
+
+/** The same with the latest images that fit into one request: {messages, unsent}, with the number of the others. */
+export function sentMessages(conversation, parent) {
+  const messages = apiMessages(conversation, parent);
+  const images = messages.flatMap(({ content }) => (Array.isArray(content) ? content.filter(isImagePart) : []));
+  const texts = messages.map((message) => ({ ...message, content: textOf(message) }));
+  let free = MOST_BYTES - new Blob([JSON.stringify(texts)]).size;
+  const latest = images.slice(-MOST_IMAGES).reverse();
+  const first = latest.findIndex(({ image_url: { url } }) => (free -= url.length + PART_BYTES) < 0);
+  const unsent = images.length - (first < 0 ? latest.length : first);
+  const left = new Set(images.slice(0, unsent));
+  return { messages: left.size ? messages.map((message) => withoutImages(message, left)) : messages, unsent };
+}
+
+function isImagePart({ type }) {
+  return type === "image_url";
+}
+
+function textOf({ content }) {
+  return Array.isArray(content) ? content.filter((part) => !isImagePart(part)) : content;
+}
+
+function withoutImages(message, images) {
+  if (!Array.isArray(message.content)) return message;
+  const content = message.content.filter((part) => !images.has(part));
+  return { ...message, content: content.length ? content : "" };
 }
 
 function isSent(message) {

@@ -9,6 +9,7 @@ const MOST = 64;
 /** The images that stand above the field of a message, with the button that picks them. */
 export class ChosenImages {
   #urls = [];
+  #reading = null; // of the files that were added last
   #isAllowed = false;
   #note = element("p", { class: "note", role: "status" });
   #shown = element("div", { class: "images" });
@@ -38,6 +39,13 @@ export class ChosenImages {
     return true;
   }
 
+  /** Waits until all files are read. Returns false if one of them was not taken meanwhile: the note says why. */
+  async ready() {
+    let areTaken = true;
+    while (this.#reading) areTaken = (await this.#reading) && areTaken;
+    return areTaken;
+  }
+
   /** Returns the images and forgets them. */
   taken() {
     const urls = this.#urls;
@@ -51,10 +59,26 @@ export class ChosenImages {
     this.#picker.value = ""; // so that the same file can be picked again
   }
 
-  async #add(files) {
-    const reason = this.#refusal(files);
-    if (!reason) this.#urls.push(...(await Promise.all(files.map(dataUrl))));
+  #add(files) {
+    const reading = this.#read(files, this.#reading).finally(() => {
+      if (this.#reading === reading) this.#reading = null;
+    });
+    this.#reading = reading;
+  }
+
+  async #read(files, before) {
+    await before; // so that images stay in their order, and together within their bounds
+    let reason = this.#refusal(files);
+    if (!reason) {
+      this.#say("Reading images…");
+      try {
+        this.#urls.push(...(await Promise.all(files.map(dataUrl))));
+      } catch (error) {
+        reason = error.message;
+      }
+    }
     this.#say(reason);
+    return !reason;
   }
 
   #refusal(files) {
@@ -97,7 +121,7 @@ function dataUrl(file) {
   const reader = new FileReader();
   return new Promise((resolve, reject) => {
     reader.addEventListener("load", () => resolve(reader.result));
-    reader.addEventListener("error", () => reject(reader.error));
+    reader.addEventListener("error", () => reject(new Error(`${file.name}: cannot be read: ${reader.error.message}`)));
     reader.readAsDataURL(file);
   });
 }

@@ -83,11 +83,12 @@ export class MessageView {
   }
 
   #figures() {
-    const { finish, timings, usage, seed, role } = this.#message;
+    const { finish, timings, usage, seed, role, unsent } = this.#message;
     if (role === "user") return [];
     const rate = timings?.decode_tok_s > 0 ? `${timings.decode_tok_s.toFixed(1)} tokens/s` : null;
     const notes = [
       finish === "length" ? "reached the limit of tokens" : null,
+      unsent ? `without the first ${unsent} images of this chat, which are too many for a request` : null,
       usage ? `${usage.completion_tokens} tokens` : null,
       rate,
       seed === undefined ? null : `seed ${seed}`,

@@ -4,7 +4,7 @@ import { element, fill } from "../dom.js";
 import { Answering } from "./answering.js";
 import { ChatBar } from "./bar.js";
 import { Composer } from "./composer.js";
-import { State, addMessage, apiMessages, choose, chosenPath, newConversation, randomId, rename, siblings } from "./conversation.js";
+import { State, addMessage, choose, chosenPath, newConversation, randomId, rename, sentMessages, siblings } from "./conversation.js";
 import { HistoryView } from "./history_view.js";
 import { MessageView } from "./message_view.js";
 import { loadSettings, requestBody } from "./settings.js";
@@ -131,8 +131,9 @@ export class ChatView {
   }
 
   #answer(parent, seed = null) {
-    const body = requestBody(this.#settings, apiMessages(this.#conversation, parent), this.#models.requestFields, seed);
-    const fields = { role: "assistant", state: State.STREAMING, replyId: randomId(), lastEvent: "" };
+    const { messages, unsent } = sentMessages(this.#conversation, parent);
+    const body = requestBody(this.#settings, messages, this.#models.requestFields, seed);
+    const fields = { role: "assistant", state: State.STREAMING, replyId: randomId(), lastEvent: "", unsent };
     const message = addMessage(this.#conversation, parent, fields);
     const conversation = this.#conversation;
     this.#history.save(conversation).then(() => this.#showList());

@@ -1,0 +1,217 @@
+"""Images of several requests in preparation: turns of owners, memory of tiles, and the deadline of a request."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llamaclust.cluster.client.http_codec import CHAT
+from llamaclust.cluster.front.images import fetching
+from llamaclust.cluster.front.text import vision as vision_module
+from llamaclust.cluster.front.text.image_rows import RowLimits, Rows
+from llamaclust.cluster.front.text.images import ImageSource, PromptImages, image_part
+from llamaclust.cluster.front.text.sharing import current_owner
+from llamaclust.cluster.front.text.vision import CheckLength, ImageLayout, joined_rows
+from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
+from llamaclust.core.errors import QueueFullError, RequestFailedError
+from llamaclust.model.images.preparation import ImagePreparation, ImageTiles
+from support.chat.seeing import any_length, png, prompt_of, seeing, spans_of
+from support.chat.vision import TinyVision, data_url, image
+from support.clusters import served as served_module
+from support.clusters.served import ScriptedEngine, client, make_app, says, until
+
+ONES, TWOS, THREES = ([png(10 * owner + number) for number in range(6)] for owner in (1, 2, 3))
+
+
+class Processes:
+    """Notes the images whose preparation begins, and holds each until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun: list[bytes] = []
+        self.ended = 0
+        self._gates: dict[bytes, asyncio.Event] = {}
+        real = ImagePreparation.prepare_async
+
+        async def prepare(preparation: ImagePreparation, data: bytes) -> ImageTiles:
+            self.begun.append(data)
+            await self._gates.setdefault(data, asyncio.Event()).wait()
+            try:
+                return await real(preparation, data)
+            finally:
+                self.ended += 1
+
+        monkeypatch.setattr(ImagePreparation, "prepare_async", prepare)
+
+    def let_go(self, *images: bytes) -> None:
+        for each in images:
+            self._gates.setdefault(each, asyncio.Event()).set()
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> Processes:
+    return Processes(monkeypatch)
+
+
+def for_owner(owner: str, work: Awaitable[Any]) -> asyncio.Task[Any]:
+    async def run() -> Any:
+        current_owner.set(owner)
+        return await work
+
+    return asyncio.create_task(run())
+
+
+async def test_images_of_a_request_are_prepared_side_by_side_and_no_owner_has_all_processes(
+    processes: Processes, tmp_path: Path
+) -> None:
+    async with seeing(tmp_path) as (vision, encoder, _):
+        first = for_owner("one", spans_of(vision, *ONES))
+        other = for_owner("one", spans_of(vision, *reversed(ONES)))
+        await until(lambda: len(processes.begun) == 2)
+        second = for_owner("two", spans_of(vision, TWOS[0]))
+        await until(lambda: len(processes.begun) == 3)
+        third = for_owner("three", spans_of(vision, THREES[0]))
+        assert processes.begun == [*ONES[:2], TWOS[0]]
+        processes.let_go(ONES[0])
+        await until(lambda: len(processes.begun) == 4)
+        assert processes.begun[3] == THREES[0], "an owner without a place comes first"
+        processes.let_go(*ONES, *TWOS, *THREES)
+        spans = await first
+        assert [span.digest for span in await other] == [
+            digest for digest in dict.fromkeys(s.digest for s in reversed(spans)) for s in spans if s.digest == digest
+        ]
+        await asyncio.gather(second, third)
+        assert encoder.images == 8 and sorted(processes.begun) == sorted({*ONES, TWOS[0], THREES[0]})
+
+
+async def test_the_place_of_an_image_lasts_as_long_as_its_process_works(processes: Processes, tmp_path: Path) -> None:
+    async with seeing(tmp_path) as (vision, *_):
+        left = for_owner("one", spans_of(vision, *ONES[:2]))
+        await until(lambda: len(processes.begun) == 2)
+        left.cancel()
+        await asyncio.wait([left])
+        later, other = for_owner("one", spans_of(vision, ONES[2])), for_owner("two", spans_of(vision, TWOS[0]))
+        await until(lambda: len(processes.begun) == 3)
+        assert left.cancelled() and processes.begun == [*ONES[:2], TWOS[0]]
+        processes.let_go(*ONES, *TWOS)
+        assert await later and await other and processes.ended == 4
+
+
+async def test_an_error_ends_the_images_that_follow(processes: Processes, tmp_path: Path) -> None:
+    async with seeing(tmp_path) as (vision, encoder, _):
+        processes.let_go(b"no image", *ONES)
+        with pytest.raises(Exception, match="b'no image'"):
+            await spans_of(vision, b"no image", *ONES)
+        assert encoder.images == 0 and ONES[1] not in processes.begun
+
+
+async def test_tiles_that_wait_for_the_encoder_count_as_memory(tmp_path: Path) -> None:
+    async with seeing(tmp_path) as (vision, *_):
+        rows = sum(span.rows.nbytes for span in await spans_of(vision, ONES[0]))
+        tiles = (await vision._tiles_of(b"", ImageSource(ONES[0]))).nbytes
+    for held_bytes, is_taken in ((rows + 2 * tiles, True), (rows + 2 * tiles - 1, False)):
+        async with seeing(tmp_path, limits=RowLimits(0, held_bytes)) as (vision, encoder, _):
+            encoder.gate.clear()
+            first = asyncio.create_task(spans_of(vision, ONES[0]))
+            await asyncio.wait_for(encoder.begun.wait(), 60)
+            counting = vision.lay_out(prompt_of(ONES[1]), any_length)
+            if is_taken:
+                assert await counting
+            else:
+                with pytest.raises(QueueFullError, match="images of other requests take"):
+                    await counting
+            encoder.gate.set()
+            assert await first
+
+
+LAYOUT = ImageLayout(((),), ((2, 3), (1, 1)), (0, 6))
+
+
+def test_rows_are_those_of_all_tiles() -> None:
+    parts = [np.arange(12, dtype=np.float32).reshape(6, 2), np.full((1, 2), -1, np.float32)]
+    rows = joined_rows(parts, LAYOUT)
+    assert rows.base is None and np.array_equal(rows, np.concatenate(parts))
+
+
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [(np.zeros((5, 2)), "expected 6 rows of a tile from the encoder, found 5"), (np.full((6, 2), np.inf), "finite")],
+)
+def test_other_rows_are_refused(first: Rows, reason: str) -> None:
+    with pytest.raises(RequestFailedError, match=reason):
+        joined_rows([first.astype(np.float32), np.zeros((1, 2), np.float32)], LAYOUT)
+
+
+async def test_rows_are_joined_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    threads: list[threading.Thread] = []
+
+    def joined(parts: Sequence[Rows], layout: ImageLayout) -> Rows:
+        threads.append(threading.current_thread())
+        return joined_rows(parts, layout)
+
+    monkeypatch.setattr(vision_module, "joined_rows", joined)
+    async with seeing(tmp_path) as (vision, *_):
+        await spans_of(vision, ONES[0], ONES[1])
+    assert len(threads) == 2 and threading.main_thread() not in threads
+
+
+class SlowVision(TinyVision):
+    """Lays out one prompt of each request, and waits for ever with the rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = self.cancelled = 0
+
+    async def image_prompt(
+        self, prompt: PromptImages, check: CheckLength
+    ) -> tuple[tuple[int, ...], tuple[ImageSpan, ...]]:
+        return await self._wait(super().image_prompt(prompt, check))
+
+    async def lay_out(self, prompt: PromptImages, check: CheckLength) -> tuple[int, ...]:
+        return await self._wait(super().lay_out(prompt, check))
+
+    async def _wait(self, work: Awaitable[Any]) -> Any:
+        self.begun += 1
+        try:
+            await work
+            await asyncio.Event().wait()
+        finally:
+            self.cancelled += 1
+
+
+REQUEST_S = 0.3
+BODY = {"messages": [{"role": "user", "content": [image_part(data_url(image(2)))]}]}
+
+
+@pytest.mark.parametrize("path", [CHAT, f"{CHAT}/input_tokens"])
+@pytest.mark.parametrize("headers", [{}, {"idempotency-key": "a"}])
+async def test_the_preparation_of_images_ends_at_the_request_s_deadline(
+    path: str, headers: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_module, "CONTEXT", 1 << 14)
+    engine, vision = ScriptedEngine(says("a")), SlowVision()
+    async with client(make_app(engine, vision=vision, request_s=REQUEST_S), timeout=60) as http:
+        reply = await http.post(path, json=BODY, headers=headers)
+    assert reply.status_code == 504 and f"(timeouts.request): not within {REQUEST_S} s" in reply.text, reply.text
+    assert vision.cancelled == vision.begun and not engine.submitted
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/messages/count_tokens"])
+async def test_fetches_count_in_the_request_s_deadline(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fetch(urls: Sequence[str], most_bytes: int) -> dict[str, bytes]:
+        await asyncio.Event().wait()
+        return {}
+
+    monkeypatch.setattr(fetching, "fetch_images", fetch)
+    block = {"type": "image", "source": {"type": "url", "url": "https://example.com/a"}}
+    part = image_part("https://example.com/a") if path == CHAT else block
+    body = {"messages": [{"role": "user", "content": [part]}], "max_tokens": 9}
+    app = make_app(ScriptedEngine(says("a")), vision=TinyVision(), request_s=REQUEST_S, image_hosts=("example.com",))
+    async with client(app, timeout=60) as http:
+        reply = await http.post(path, json=body)
+    assert reply.status_code == 504 and "(timeouts.request): not within" in reply.text, reply.text

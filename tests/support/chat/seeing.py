@@ -1,0 +1,86 @@
+"""The images of a model with a tiny projector, whose encoder is in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from llamaclust.cluster.front.text.image_rows import RowLimits, Rows
+from llamaclust.cluster.front.text.images import ImageSource, PromptImages
+from llamaclust.cluster.front.text.vision import Tile, Vision
+from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
+from llamaclust.kernels.reference.backend import ReferenceBackend
+from llamaclust.model.projectors.projector import Projector, open_projector
+from support.clusters.served import ids, tokenizer
+from support.models.vision.encoded_tiles import encoded
+from support.models.vision.tiny_projectors import build_projector
+
+BEFORE, BETWEEN = tuple(ids("look: ")), tuple(ids(" and "))
+QUICK = "idefics3"
+
+
+def png(seed: int, width: int = 44, height: int = 30) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+@dataclass
+class Encoder:
+    """Encodes in this process, and counts the images. `gate` is open unless a test closes it."""
+
+    path: Path
+    images: int = 0
+    failure: Exception | None = None
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    async def encode(self, tiles: Sequence[Tile]) -> list[Rows]:
+        self.images += 1
+        self.begun.set()
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        if self.failure is not None:
+            raise self.failure
+        return [encoded(ReferenceBackend(), self.path, tile) for tile in tiles]
+
+
+def any_length(_: int) -> None:
+    pass
+
+
+@asynccontextmanager
+async def seeing(
+    folder: Path, name: str = QUICK, sections: int = 0, limits: RowLimits | None = None
+) -> AsyncIterator[tuple[Vision, Encoder, Projector]]:
+    path = build_projector(folder / f"{name}.gguf", name)
+    projector, encoder = open_projector(path), Encoder(path)
+    vision = Vision(projector, tokenizer(), encoder.encode, sections, limits)
+    try:
+        yield vision, encoder, projector
+    finally:
+        await vision.aclose()
+
+
+def prompt_of(*images: bytes, detail: str = "auto") -> PromptImages:
+    pieces = [piece for image in images for piece in (ImageSource(image, detail), BETWEEN)]
+    return PromptImages((BEFORE, *pieces))
+
+
+async def spans_of(vision: Vision, *images: bytes) -> tuple[ImageSpan, ...]:
+    return (await vision.image_prompt(prompt_of(*images), any_length))[1]

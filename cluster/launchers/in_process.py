@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from llamaclust.cluster.config.projectors import open_with_projector
 from llamaclust.cluster.config.values import OFF, parse_device
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.engine.pipeline import StageInfo, TileEncoder
+from llamaclust.cluster.engine.pipeline import PipelineEncoder, StageInfo
 from llamaclust.cluster.front.text.service import TextService, TextSettings
 from llamaclust.cluster.front.text.vision import Vision
 from llamaclust.cluster.launchers.draft_model import open_device, open_draft_model, plan_draft_model
@@ -168,7 +168,7 @@ class LocalStage:
                 async with aclosing(service):
                     yield service
         finally:
-            self.close()
+            await asyncio.to_thread(self.close)
 
     def _vision(self, engine: Engine) -> Vision | None:
         projector = self.model.projector
@@ -177,6 +177,7 @@ class LocalStage:
         return Vision(projector, self.model.tokenizer, engine.encoder.encode, self.model.rope_sections)
 
     def close(self) -> None:
+        """Waits for the end of computations that have begun."""
         self._thread.shutdown()
         self._opened.close()
         self.model.close()
@@ -249,7 +250,7 @@ class LocalPipeline:
         self.epoch = _EPOCH
         self.stages: tuple[StageInfo, ...] = (StageInfo("this process", 0, stage.model.layer_count),)
         self.kv_disks = None
-        self.encoder: TileEncoder | None = stage.encoder
+        self.encoder: PipelineEncoder | None = stage.encoder
         self._stage = stage
         self._results: asyncio.Queue[asyncio.Future[Result]] = asyncio.Queue()
 

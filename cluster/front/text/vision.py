@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from llamaclust.cluster.front.text.image_rows import ImageRows, RowLimits, Rows, SharedComputations
 from llamaclust.cluster.front.text.images import ImageSource, PromptImages
-from llamaclust.cluster.front.text.sharing import TOKENIZING, run_on
+from llamaclust.cluster.front.text.sharing import TOKENIZING, current_owner, run_on
 from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
 from llamaclust.core.errors import RequestFailedError
 from llamaclust.model.chat.prompt import encode_text
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from llamaclust.model.projectors.projector import Projector
 
 Tile = NDArray[np.uint8]  # [height, width, 3]
-Encode = Callable[[Sequence[Tile]], Awaitable[list[Rows]]]
-"""Computes the rows [rows, levels * width] of each tile, line by line."""
+Encode = Callable[[Sequence[Tile], str], Awaitable[list[Rows]]]
+"""Computes the rows [rows, levels * width] of each tile, line by line, for an owner of requests."""
 CheckLength = Callable[[int], None]
 """Raises an error if a prompt has at least this many tokens, and these are too many."""
 
@@ -199,7 +199,7 @@ class Vision:
         if tiles is None:
             tiles = await self._tiles_of(digest, source)
         with self._rows.reserving(self._bytes_of(tiles.layout)):
-            parts = await self._encode(tiles.tiles)
+            parts = await self._encode(tiles.tiles, current_owner.get())
             for part, (lines, columns) in zip(parts, tiles.layout.grids, strict=True):
                 if len(part) != lines * columns:
                     what = f"expected {lines * columns} rows of a tile from the encoder, found {len(part)}"

@@ -3,6 +3,7 @@
 request   height u32 | width u32 | uint8 [height, width, 3]                 little-endian
 answer    1 | bytes of the float32 rows: FRAME_BYTES of them, fewer only in the last frame of a tile
           0 | one line of UTF-8: the encoder does not take the tile
+          2: the tile still waits or is being computed
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ FRAME_BYTES = 1 << 19
 _COLOURS = 3
 _SIZE = struct.Struct("<II")
 _REFUSED, _ROWS = b"\x00", b"\x01"
+COMPUTING = b"\x02"
 _MAX_LINE_BYTES = 4096
 
 
@@ -77,10 +79,13 @@ class RowsReader:
         due and for numbers that are not finite."""
         if frame[:1] == _REFUSED and len(frame) <= _MAX_LINE_BYTES:
             raise RequestError(line("reason", frame[1:].decode("utf-8", "replace")) or "the encoder refused the tile")
+        if frame == COMPUTING and len(self._left) == self._rows.nbytes:
+            return
         due = min(FRAME_BYTES, len(self._left))
         if frame[:1] != _ROWS or len(frame) != due + 1:
             raise ProtocolError(f"a frame of rows: {len(frame)} bytes, {due + 1} expected")
-        self._left[:due] = np.frombuffer(frame, np.uint8, offset=1)
-        self._left = self._left[due:]
-        if self.is_complete and not np.isfinite(self._rows).all():
+        data = np.frombuffer(frame, np.uint8, offset=1)
+        if not np.isfinite(data.view("<f4")).all():
             raise ProtocolError("rows of a tile are not finite numbers")
+        self._left[:due] = data
+        self._left = self._left[due:]

@@ -5,10 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import TypeVar
 
 from llamaclust.core.epochs import epoch_text, term_of
-from llamaclust.core.errors import DeadlineError, LoadCancelledError, ProtocolError, UsageError, WorkerError
+from llamaclust.core.errors import (
+    DeadlineError,
+    InsufficientMemoryError,
+    LoadCancelledError,
+    ProtocolError,
+    UsageError,
+    WorkerError,
+)
 from llamaclust.core.gpus import placed
 from llamaclust.core.limits import layer_span
 from llamaclust.wire.control.groups import GroupFault, GroupOrder
@@ -37,6 +46,7 @@ from llamaclust.worker.stage.streams import Neighbours, StageStreams
 from llamaclust.worker.weights.load import load_adapters, load_encoder, load_stage
 
 _log = logging.getLogger(__name__)
+_Value = TypeVar("_Value")
 
 
 def _check_kv_disk(order: Load) -> None:
@@ -152,7 +162,7 @@ class Loads:
             if links is not None:
                 links.close()
             if encoder is not None:
-                await encoder.close()
+                await self._worker.service.free_encoder(encoder)
             if runner is not None:
                 await self._worker.compute.run(runner.close)
             raise
@@ -160,7 +170,8 @@ class Loads:
 
     async def _new_stage(self, order: Load, reserved_bytes: int) -> StageRunner:
         session, worker = self._session, self._worker
-        return await load_stage(order, worker.device, session.send, worker.weights, session.source, reserved_bytes)
+        place = worker.device, session.send, worker.weights, session.source
+        return await self._beside_last_tiles(lambda: load_stage(order, *place, reserved_bytes))
 
     async def _kept(self, order: Load) -> tuple[StageRunner | None, bool]:
         """Returns a kept stage that fits the order."""
@@ -180,10 +191,19 @@ class Loads:
         kept = await service.take_kept_encoder(wanted, version)
         if wanted is None or kept is not None:
             return kept
-        weights, device = self._worker.weights, self._worker.device
-        encoder = await load_encoder(wanted, order.epoch, device, session.send, weights, session.source)
+        place = self._worker.device, session.send, self._worker.weights, session.source
+        encoder = await self._beside_last_tiles(lambda: load_encoder(wanted, order.epoch, *place))
         _log.info("the encoder of images of epoch %s is loaded", epoch_text(order.epoch))
         return EncoderStreams(encoder, self._worker.compute.apart())
+
+    async def _beside_last_tiles(self, load: Callable[[], Awaitable[_Value]]) -> _Value:
+        """Loads beside ended encoders that still compute a tile. If memory is short, waits for them first."""
+        try:
+            return await load()
+        except InsufficientMemoryError:
+            if not await self._worker.service.last_tiles():
+                raise
+            return await load()
 
     async def _version(self, wanted: FindWeights) -> str | None:
         return await asyncio.to_thread(self._worker.weights.version_of, wanted)

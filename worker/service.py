@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
@@ -20,6 +22,11 @@ from llamaclust.worker.stage.following import FollowingStage
 from llamaclust.worker.stage.stage_runner import StageRunner, portion_of
 from llamaclust.worker.stage.streams import StageStreams
 
+_log = logging.getLogger(__name__)
+
+_TILE_S = 30.0
+"""The longest time in seconds that a load waits for the memory of an encoder whose last tile is being computed."""
+
 LoadedStage = StageStreams | FollowingStage
 
 
@@ -32,6 +39,7 @@ class StageService:
         self._encoders: dict[int, EncoderStreams] = {}
         self._kept: list[LoadedStage] = []
         self._kept_encoders: list[EncoderStreams] = []
+        self._ending = set[asyncio.Future[None]]()  # encoders that are freed once their tile in progress is computed
         self._ended = CacheCounts()  # of stages that were freed
 
     @property
@@ -58,10 +66,28 @@ class StageService:
             self._encoders[streams.epoch] = encoder
 
     async def remove(self, epoch: int) -> None:
+        """Frees an epoch's stage, and its encoder at the end of a tile in progress (see `last_tiles`)."""
         if (encoder := self._encoders.pop(epoch, None)) is not None:
-            await encoder.close()
+            await self.free_encoder(encoder)
         if (streams := self._stages.pop(epoch, None)) is not None:
             await self._close(streams)
+
+    async def free_encoder(self, encoder: EncoderStreams) -> None:
+        """Frees an encoder, but does not wait for a tile in progress."""
+        is_computing, freed = encoder.is_computing, encoder.close()
+        self._ending.add(freed)
+        freed.add_done_callback(self._ending.discard)
+        if not is_computing:
+            await asyncio.wait((freed,))
+
+    async def last_tiles(self) -> bool:
+        """Waits until the memory of all ended encoders is free, at most `_TILE_S`. Returns False if it was free
+        already."""
+        ending = tuple(self._ending)
+        if ending:
+            _log.info("an ended encoder computes its last tile; its memory is waited for")
+            await asyncio.wait(ending, timeout=_TILE_S)
+        return bool(ending)
 
     async def _close(self, streams: LoadedStage) -> None:
         self._ended += replace(streams.runner.experts_cache, used_bytes=0)
@@ -99,9 +125,10 @@ class StageService:
     async def free(self) -> None:
         self.keep()
         while self._kept_encoders:
-            await self._kept_encoders.pop().close()
+            await self.free_encoder(self._kept_encoders.pop())
         while self._kept:
             await self._close(self._kept.pop())
+        await self.last_tiles()
 
     @property
     def kept_bytes(self) -> Counter[str]:
@@ -131,16 +158,18 @@ class StageService:
             if found is None and wanted is not None and _encodes(kept.encoder, wanted, file_version):
                 found = kept
             else:
-                await kept.close()
+                await self.free_encoder(kept)
         return found
 
     async def clear(self, model_id: str) -> list[object]:
-        """Frees all stages of a model except kept ones. The returned list keeps their weights in memory."""
+        """Frees all stages of a model except kept ones, and keeps its encoders for the load of the next epoch. The
+        returned list keeps their weights in memory."""
         freed = {epoch: streams for epoch, streams in self._stages.items() if streams.runner.model_id == model_id}
         weights = [streams.runner.weights for streams in (*freed.values(), *self._kept)]
-        weights += [self._encoders[epoch].encoder.weights for epoch in freed if epoch in self._encoders]
-        weights += [kept.encoder.weights for kept in self._kept_encoders]
         for epoch in freed:
+            if (encoder := self._encoders.pop(epoch, None)) is not None:
+                encoder.end()
+                self._kept_encoders.append(encoder)
             await self.remove(epoch)
         return weights
 

@@ -105,9 +105,12 @@ class Resident:
         await self.observed.until(lambda state: state.is_asleep or state.is_wanted)
 
     async def give_way(self) -> None:
+        """Puts the model to sleep. Its requests are computed again at its next turn; only a tile of an image that has
+        begun is computed to its end, because it may take longer than a turn."""
         found = frozenset(self.engine.requests.keys)
         self.turns = min(2 * self.turns, _MOST_TURNS) if found & self._interrupted else 1
         self._interrupted, self.gives_way = found, True
+        await self.engine.finish_tile()
         self.observed.post(Signal.TURN_ENDED)
         await self.observed.until(lambda state: not state.is_wanted)
         await self.observed.until(lambda state: state.is_asleep or state.is_wanted)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
-from contextlib import aclosing
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.cluster.engine.pipeline import TileEncoder, TileTask
+from llamaclust.cluster.engine.pipeline import EncoderUnreachableError, PipelineEncoder, TileTask
 from llamaclust.cluster.scheduler.strikes import MAX_STRIKES
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import LlamaclustError, RequestError, RequestFailedError, WorkerError
+from llamaclust.core.sharing.turns import Turns
 from llamaclust.model.projectors.projector import Projector
 from llamaclust.wire.rpc.deadlines import deadline
 
@@ -22,78 +24,115 @@ _log = logging.getLogger(__name__)
 _BACKOFF = Backoff(0.05, 1.0)
 
 
+class _AttemptError(Exception):
+    """A tile was not encoded. `is_strike`: the tile may be the cause, since it ran at the worker that failed."""
+
+    def __init__(self, cause: LlamaclustError, *, is_strike: bool) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+        self.is_strike = is_strike
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Serving:
+    encoder: PipelineEncoder
+    lost: asyncio.Future[LlamaclustError | None]  # the failure of its pipeline; None: it was given up
+
+
 class Encoder:
-    """Sends tiles to the encoder of the present pipeline, one after the other, in the order of the calls."""
+    """Sends one tile at a time to the encoder of the present pipeline. Owners take turns at each tile. The images of
+    one owner are encoded in the order of the calls."""
 
     def __init__(self, projector: Projector, deadline_s: float) -> None:
         self._projector = projector
         self._deadline_s = deadline_s
-        self._turn = asyncio.Lock()
-        self._serving: asyncio.Future[TileEncoder] = asyncio.get_running_loop().create_future()
-        self._lost = asyncio.Event()  # replaced when an encoder serves again
+        self._images = Turns(sys.maxsize, 1)
+        self._tiles = Turns(1)
+        self._running: asyncio.Task[NDArray[np.float32]] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._present: _Serving | None = None
+        self._serving: asyncio.Future[_Serving] = self._loop.create_future()  # pending while no tile may begin
 
-    def serve(self, encoder: TileEncoder | None) -> None:
-        """Replaces the encoder. A tile that is computed elsewhere is finished there. None: the pipeline is lost, and
-        tiles wait for the next one."""
-        if self._serving.done():
-            self._serving = self._serving.get_loop().create_future()
-        if encoder is None:
-            self._lost.set()
-        else:
-            self._lost = asyncio.Event()
-            self._serving.set_result(encoder)
+    def serve(self, encoder: PipelineEncoder) -> None:
+        """Replaces the encoder. A tile that is computed elsewhere is finished there."""
+        self.pause()
+        self._present = _Serving(encoder, self._loop.create_future())
+        self._serving.set_result(self._present)
+
+    def lose(self, error: LlamaclustError | None) -> None:
+        """Ends the tile in progress. Tiles wait for the next encoder. `error`: the failure of the pipeline; None: it
+        was given up."""
+        self.pause()
+        if self._present is not None:
+            self._present.lost.set_result(error)
+            self._present = None
 
     def end(self, error: LlamaclustError) -> None:
         """Refuses tiles with this error until an encoder serves again."""
-        self.serve(None)
+        self.lose(error)
         self._serving.set_exception(error)
         self._serving.exception()  # retrieved: there may be no tiles
 
-    async def encode(self, tiles: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
+    def pause(self) -> None:
+        """Lets no tile begin until an encoder serves again."""
+        if self._serving.done():
+            self._serving = self._loop.create_future()
+
+    async def wait_idle(self) -> None:
+        """Waits for the end of the tile in progress, whether it succeeds or not."""
+        if self._running is not None:
+            await asyncio.wait((self._running,))
+
+    async def encode(self, tiles: Sequence[NDArray[np.uint8]], owner: str) -> list[NDArray[np.float32]]:
         """Takes tiles [height, width, 3] and returns the rows [rows, levels * width] of each. Waits until a pipeline
-        serves. Raises RequestError if the encoder does not take a tile, RequestFailedError if it fails several times
-        with the same tile, WorkerError if requests are refused, and DeadlineError."""
+        serves. Raises RequestError if the encoder does not take a tile, RequestFailedError if its worker fails several
+        times with the same tile, WorkerError if requests are refused, and DeadlineError."""
         tasks = [self._task(tile) for tile in tiles]
-        async with deadline("encoding an image (timeouts.request)", self._deadline_s), self._turn:
-            return await self._rows(tasks)
+        async with deadline("encoding an image (timeouts.request)", self._deadline_s), self._images.turn(owner):
+            return [await self._encoded(task, owner) for task in tasks]
 
     def _task(self, tile: NDArray[np.uint8]) -> TileTask:
         projector, (height, width, _) = self._projector, tile.shape
         return TileTask(tile, projector.rows_of(height, width), projector.levels * projector.width)
 
-    async def _rows(self, tasks: Sequence[TileTask]) -> list[NDArray[np.float32]]:
-        done: list[NDArray[np.float32]] = []
-        failed = failures = 0  # the tile at which it failed last, and how often
-        while len(done) < len(tasks):
-            encoder = await asyncio.shield(self._serving)
+    async def _encoded(self, task: TileTask, owner: str) -> NDArray[np.float32]:
+        attempts = strikes = 0
+        while True:
             try:
-                await self._while_there(self._receive(encoder, tasks, done))
-            except RequestError:
-                raise
-            except LlamaclustError as error:
-                failures = failures + 1 if len(done) == failed else 1
-                failed = len(done)
-                _log.warning("a tile of an image was not encoded, it is tried again: %s", error)
-                if failures == MAX_STRIKES:
-                    what = f"the encoder of images failed {failures} times at one tile, at last: {error}"
-                    raise RequestFailedError(what) from error
-                await asyncio.sleep(_BACKOFF.pause_s(failures))
-        return done
+                async with self._tiles.turn(owner):
+                    return await self._attempt(task, await asyncio.shield(self._serving))
+            except _AttemptError as failed:
+                strikes += failed.is_strike
+                if strikes == MAX_STRIKES:
+                    what = f"the encoder of images failed {strikes} times at one tile, at last: {failed}"
+                    raise RequestFailedError(what) from failed.cause
+                _log.warning("a tile of an image was not encoded, it is tried again: %s", failed)
+            await asyncio.sleep(_BACKOFF.pause_s(attempts))
+            attempts += 1
 
-    async def _receive(self, encoder: TileEncoder, tasks: Sequence[TileTask], done: list[NDArray[np.float32]]) -> None:
-        async with aclosing(encoder.rows(tasks[len(done) :])) as found:
-            async for rows in found:
-                done.append(rows)
-
-    async def _while_there(self, work: Coroutine[None, None, None]) -> None:
-        """Raises WorkerError if the pipeline is lost first."""
-        working, lost = asyncio.create_task(work), asyncio.create_task(self._lost.wait())
+    async def _attempt(self, task: TileTask, serving: _Serving) -> NDArray[np.float32]:
+        self._running = working = asyncio.create_task(serving.encoder.rows(task))
         try:
-            await asyncio.wait((working, lost), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((working, serving.lost), return_when=asyncio.FIRST_COMPLETED)
             if not working.done():
-                raise WorkerError("the pipeline was lost")
-            working.result()
+                loss = serving.lost.result()
+                raise WorkerError("the pipeline was given up" if loss is None else f"the pipeline was lost: {loss}")
+            return working.result()
+        except RequestError:
+            raise
+        except LlamaclustError as error:
+            raise _AttemptError(error, is_strike=self._is_strike(serving, error)) from error
         finally:
+            self._running = None
             working.cancel()
-            lost.cancel()
-            await asyncio.gather(working, lost, return_exceptions=True)
+            await asyncio.gather(working, return_exceptions=True)
+
+    def _is_strike(self, serving: _Serving, error: LlamaclustError) -> bool:
+        """True if the encoder or its worker failed. A tile is also broken by a pipeline that is given up, replaced, or
+        lost with another worker."""
+        if isinstance(error, EncoderUnreachableError):
+            return False
+        if serving.lost.done():
+            loss = serving.lost.result()
+            return loss is not None and loss.worker is not None and loss.worker == serving.encoder.worker
+        return serving is self._present

@@ -95,9 +95,13 @@ class Engine:
         self._lane = Lane(pipeline, scheduler, self, self.deadlines)
         self._ended = scheduler.counts.totals  # counts of earlier lanes
 
-    def _encode_by(self, pipeline: Pipeline | None) -> None:
+    def _encode_by(self, pipeline: Pipeline) -> None:
+        if self.encoder is not None and pipeline.encoder is not None:
+            self.encoder.serve(pipeline.encoder)
+
+    def _end_encoding(self, error: LlamaclustError | None) -> None:
         if self.encoder is not None:
-            self.encoder.serve(None if pipeline is None else pipeline.encoder)
+            self.encoder.lose(error)
 
     @property
     def state(self) -> EngineState:
@@ -313,12 +317,18 @@ class Engine:
     def _interrupt(self, failure: PipelineFailure) -> None:
         assert self._owner is not None
         self._lane.stop()
-        self._encode_by(None)
+        self._end_encoding(failure.error)
         self._end_retirement()
         self._phase = _Phase.LOST
         self.waterfalls.lost(monotonic_ns())
         self.error = failure.error
         self._owner.pipeline_lost(failure)
+
+    async def finish_tile(self) -> None:
+        """Waits for the tile of an image in progress. No other tile begins until `resume`."""
+        if self.encoder is not None:
+            self.encoder.pause()
+            await self.encoder.wait_idle()
 
     def sleep(self, *, gives_way: bool = False) -> bool:
         """Gives up the pipeline until `resume`. Without `gives_way`, does nothing and returns False if a request is
@@ -326,7 +336,7 @@ class Engine:
         if self._phase is _Phase.CLOSED or not (gives_way or self.requests.are_empty):
             return False
         self._lane.stop()
-        self._encode_by(None)
+        self._end_encoding(None)
         self._end_retirement()
         self.waterfalls.unloaded(monotonic_ns())
         self.metrics.restart(())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
+from llamaclust.core.errors import WorkerError
 from llamaclust.core.gpus import DeviceLayers
 from llamaclust.core.limits import layer_place
 from llamaclust.wire.microbatch.messages import Result
@@ -62,12 +63,21 @@ class TileTask:
     width: int
 
 
-class TileEncoder(Protocol):
+class EncoderUnreachableError(WorkerError):
+    """The encoder of images cannot be reached now. It has not got the tile."""
+
+
+class PipelineEncoder(Protocol):
     """The encoder of images of a pipeline, on one of its workers."""
 
-    def rows(self, tasks: Sequence[TileTask]) -> AsyncGenerator[NDArray[np.float32]]:
-        """Yields each tile's rows, in order. Raises RequestError if the encoder refuses a tile, and another
-        LlamaclustError if it cannot be reached or fails."""
+    @property
+    def worker(self) -> str | None:
+        """The name of its worker; None in this process."""
+        ...
+
+    async def rows(self, task: TileTask) -> NDArray[np.float32]:
+        """Returns a tile's rows. Raises RequestError if the encoder refuses the tile, EncoderUnreachableError if it has
+        not got the tile, and another LlamaclustError if it fails."""
         ...
 
 
@@ -81,7 +91,7 @@ class Pipeline(Protocol):
     def kv_disks(self) -> KvDisks | None: ...
 
     @property
-    def encoder(self) -> TileEncoder | None: ...
+    def encoder(self) -> PipelineEncoder | None: ...
 
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
         """Sends microbatches to the first stage and their sampling inputs to the last, without waiting."""
@@ -104,7 +114,7 @@ class NoPipeline:
     epoch = 0
     stages: tuple[StageInfo, ...] = ()
     kv_disks: KvDisks | None = None
-    encoder: TileEncoder | None = None
+    encoder: PipelineEncoder | None = None
 
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
         raise AssertionError("no pipeline is loaded")

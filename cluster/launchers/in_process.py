@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from llamaclust.cluster.config.values import OFF, parse_device
 from llamaclust.cluster.control.projectors import open_with_projector
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.engine.pipeline import StageInfo, TileEncoder
+from llamaclust.cluster.engine.pipeline import PipelineEncoder, StageInfo
 from llamaclust.cluster.front.text.service import TextService, TextSettings
 from llamaclust.cluster.front.text.vision import vision_of
 from llamaclust.cluster.launchers.draft_model import open_device, open_draft_model, plan_draft_model
@@ -168,9 +168,10 @@ class LocalStage:
                 async with aclosing(service):
                     yield service
         finally:
-            self.close()
+            await asyncio.to_thread(self.close)
 
     def close(self) -> None:
+        """Waits for the end of computations that have begun."""
         self._thread.shutdown()
         self._opened.close()
         self.model.close()
@@ -243,7 +244,7 @@ class LocalPipeline:
         self.epoch = _EPOCH
         self.stages: tuple[StageInfo, ...] = (StageInfo("this process", 0, stage.model.layer_count),)
         self.kv_disks = None
-        self.encoder: TileEncoder | None = stage.encoder
+        self.encoder: PipelineEncoder | None = stage.encoder
         self._stage = stage
         self._results: asyncio.Queue[asyncio.Future[Result]] = asyncio.Queue()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
@@ -31,12 +30,15 @@ class LocalEncoder:
         self._encoder = TileEncoder(device.encoder_backend, projector, memory, None, lambda done_bytes: None)
         self._thread = ThreadPoolExecutor(1, "images")
 
-    async def rows(self, tasks: Sequence[TileTask]) -> AsyncGenerator[NDArray[np.float32]]:
-        loop = asyncio.get_running_loop()
-        for task in tasks:
-            yield await loop.run_in_executor(self._thread, self._encoder.rows, task.tile)
+    @property
+    def worker(self) -> str | None:
+        return None
+
+    async def rows(self, task: TileTask) -> NDArray[np.float32]:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._encoder.rows, task.tile)
 
     def close(self) -> None:
+        """Waits for the end of a tile in progress, which may take long."""
         self._thread.shutdown(cancel_futures=True)
         self._encoder.close()
 

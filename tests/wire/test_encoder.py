@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from llamaclust.core.errors import ProtocolError, RequestError
 from llamaclust.core.limits import MAX_TILE_PIXELS
-from llamaclust.wire.encoder import FRAME_BYTES, RowsReader, decode_tile, encode_refusal, encode_tile, row_frames
+from llamaclust.wire.encoder import (
+    COMPUTING,
+    FRAME_BYTES,
+    RowsReader,
+    decode_tile,
+    encode_refusal,
+    encode_tile,
+    row_frames,
+)
 from llamaclust.wire.rpc.methods import ENCODE, METHODS
 from support.seed import SEED
 
@@ -39,6 +47,15 @@ def test_rows_arrive_in_frames(count: int, width: int) -> None:
     reader = read(RowsReader(count, width), *frames)
     assert reader.is_complete
     np.testing.assert_array_equal(reader.rows.view("u4"), rows.view("u4"))
+
+
+def test_frames_of_a_tile_in_progress_precede_its_rows() -> None:
+    rows = np.ones((4, FRAME_BYTES // 8), np.float32)
+    first, *others = row_frames(rows)
+    reader = read(RowsReader(*rows.shape), COMPUTING, COMPUTING, first)
+    with pytest.raises(ProtocolError, match="a frame of rows: 1 bytes"):
+        reader.take(COMPUTING)
+    np.testing.assert_array_equal(read(reader, *others).rows, rows)
 
 
 def test_the_largest_tile_fits_into_a_message() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Iterable
 from functools import partial
 
@@ -12,19 +11,16 @@ from numpy.typing import NDArray
 
 from llamaclust.core.errors import RequestError
 from llamaclust.core.limits import MAX_TILE_PIXELS
-from llamaclust.wire.encoder import decode_tile, encode_refusal, row_frames, tile_bytes
+from llamaclust.wire.encoder import COMPUTING, decode_tile, encode_refusal, row_frames, tile_bytes
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.server import ServerStream
 from llamaclust.worker.encoder.tile_encoder import TileEncoder
 from llamaclust.worker.stage.compute import Compute
 
-_log = logging.getLogger(__name__)
-
 _IDLE_S = 120.0
 _FRAME_S = 30.0
-_TILE_S = 30.0
-"""The longest time in seconds to wait at the end of an epoch for the tile in progress. Then it is computed to its end,
-and its memory is freed afterwards."""
+_COMPUTING_S = 5.0
+"""The longest time without a frame while a tile waits or is computed. The other side waits `_FRAME_S` for each."""
 
 
 class EncoderStreams:
@@ -55,9 +51,20 @@ class EncoderStreams:
                 data = await stream.read()
             if data is None:
                 return
-            for frame in await self._answer(decode_tile(data)):
+            for frame in await self._computed(stream, decode_tile(data)):
                 async with deadline("sending an image's rows", _FRAME_S):
                     await stream.write(frame)
+
+    async def _computed(self, stream: ServerStream, tile: NDArray[np.uint8]) -> Iterable[bytes]:
+        """Tells the other side now and then that the tile waits or is computed."""
+        answering = asyncio.create_task(self._answer(tile))
+        try:
+            while not (await asyncio.wait((answering,), timeout=_COMPUTING_S))[0]:
+                async with deadline("sending an image's rows", _FRAME_S):
+                    await stream.write(COMPUTING)
+            return answering.result()
+        finally:
+            answering.cancel()
 
     async def _answer(self, tile: NDArray[np.uint8]) -> Iterable[bytes]:
         await self._turn.acquire()
@@ -68,16 +75,18 @@ class EncoderStreams:
         except RequestError as error:
             return (encode_refusal(str(error)),)
 
+    @property
+    def is_computing(self) -> bool:
+        return self._turn.locked()
+
     def end(self) -> None:
         """Ends all streams. A later epoch may use the encoder."""
         for task in self._serving:
             task.cancel()
 
-    async def close(self) -> None:
-        """Ends all streams and frees the memory."""
+    def close(self) -> asyncio.Future[None]:
+        """Ends all streams. The memory is free once the result is there: a tile in progress is computed to its end."""
         self.end()
         freed = self._compute.queue(self.encoder.close)
         self._compute.close()
-        done, _ = await asyncio.wait((freed,), timeout=_TILE_S)
-        if not done:
-            _log.warning("an encoder's memory is freed once the tile in progress is computed")
+        return freed

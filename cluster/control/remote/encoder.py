@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.cluster.engine.pipeline import TileTask
-from llamaclust.core.errors import WorkerError
+from llamaclust.cluster.engine.pipeline import EncoderUnreachableError, TileTask
+from llamaclust.core.errors import LlamaclustError, WorkerError
 from llamaclust.wire.encoder import RowsReader, encode_tile
 from llamaclust.wire.rpc.client import ClientStream, Peer
 from llamaclust.wire.rpc.deadlines import deadline
@@ -18,39 +16,51 @@ _OPEN_S = 30.0
 _SEND_S = 120.0
 """The longest time in seconds to send one tile, which has up to 24 MiB."""
 _FRAME_S = 30.0
-"""The longest time between two frames of one tile's rows. The first frame comes once the tile is computed: the caller
-limits that."""
+"""The longest time without a frame. While a tile waits or is computed, there are frames without rows."""
 
 
 class RemoteEncoder:
-    """Implements `TileEncoder`. `peer` is the worker with the encoder of an epoch; the owner closes it."""
+    """Implements `PipelineEncoder`. `peer` is the worker with the encoder of an epoch; the owner closes it."""
 
     def __init__(self, epoch: int, peer: Peer) -> None:
         self._epoch = epoch
         self._peer = peer
 
-    async def rows(self, tasks: Sequence[TileTask]) -> AsyncGenerator[NDArray[np.float32]]:
-        stream = self._peer.open(ENCODE, epoch=self._epoch)
+    @property
+    def worker(self) -> str | None:
+        return self._peer.worker
+
+    async def check(self) -> None:
+        """Raises EncoderUnreachableError if no stream can be opened."""
+        (await self._opened()).cancel()
+
+    async def rows(self, task: TileTask) -> NDArray[np.float32]:
+        stream = await self._opened()
         try:
-            async with deadline(f"reaching the encoder of worker {self._peer.worker}", _OPEN_S, self._peer.worker):
-                await self._peer.connected()
-                await stream.opened()
-            for task in tasks:
-                yield await self._encoded(stream, task)
+            async with deadline(f"sending a tile to worker {self.worker}", _SEND_S, self.worker):
+                await stream.write(encode_tile(task.tile))
+            return await self._received(stream, RowsReader(task.rows, task.width))
         finally:
             stream.cancel()
 
-    async def _encoded(self, stream: ClientStream, task: TileTask) -> NDArray[np.float32]:
-        worker, reader = self._peer.worker, RowsReader(task.rows, task.width)
-        async with deadline(f"sending a tile to worker {worker}", _SEND_S, worker):
-            await stream.write(encode_tile(task.tile))
-        self._take(reader, await stream.read())
-        while not reader.is_complete:
-            async with deadline(f"rows of an image from worker {worker}", _FRAME_S, worker):
-                self._take(reader, await stream.read())
-        return reader.rows
+    async def _opened(self) -> ClientStream:
+        stream = self._peer.open(ENCODE, epoch=self._epoch)
+        try:
+            async with deadline(f"reaching the encoder of worker {self.worker}", _OPEN_S, self.worker):
+                await self._peer.connected()
+                await stream.opened()
+        except BaseException as error:
+            stream.cancel()
+            if isinstance(error, LlamaclustError):
+                raise EncoderUnreachableError(str(error), worker=self.worker) from error
+            raise
+        return stream
 
-    def _take(self, reader: RowsReader, frame: bytes | None) -> None:
-        if frame is None:
-            raise WorkerError(f"worker {self._peer.worker} ended the stream of its encoder", worker=self._peer.worker)
-        reader.take(frame)
+    async def _received(self, stream: ClientStream, reader: RowsReader) -> NDArray[np.float32]:
+        while not reader.is_complete:
+            async with deadline(f"rows of an image from worker {self.worker}", _FRAME_S, self.worker):
+                frame = await stream.read()
+            if frame is None:
+                raise WorkerError(f"worker {self.worker} ended the stream of its encoder", worker=self.worker)
+            reader.take(frame)
+        return reader.rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from traceback import clear_frames
 
 from llamaclust.cluster.control.failures.failure_attribution import attribute_failure, has_failed, stage_of
@@ -43,19 +43,21 @@ class RemotePipeline:
         chain = leaders(workers, [stage_of(epoch, worker) for worker in workers])
         ends = (chain[0], chain[-1])
         first, last = (_peer(worker, credentials) for worker in ends)
+        encodes = [_peer(worker, credentials) for worker in workers if worker.stages[epoch][0].encoder is not None]
+        encoder = RemoteEncoder(epoch, encodes[0]) if encodes else None
         try:
             async with deadline(f"opening the pipeline of epoch {epoch_text(epoch)}", _OPEN_S):
                 sample = last.open(SAMPLE, epoch=epoch, reply_bytes=_most_reply_bytes(chain[-1], epoch))
-                await _opened(sample, epoch, workers)
+                await _while_whole(sample.opened(), epoch, workers)
                 forward = first.open(FORWARD, epoch=epoch)
-                await _opened(forward, epoch, workers)
+                await _while_whole(forward.opened(), epoch, workers)
+                if encoder is not None:
+                    await _while_whole(encoder.check(), epoch, workers)
         except BaseException as error:
-            await asyncio.gather(first.close(), last.close())
+            await asyncio.gather(*(peer.close() for peer in (first, last, *encodes)))
             if isinstance(error, LlamaclustError):
                 raise await attribute_failure(epoch, workers, error) from error
             raise
-        encodes = [_peer(worker, credentials) for worker in workers if worker.stages[epoch][0].encoder is not None]
-        encoder = RemoteEncoder(epoch, encodes[0]) if encodes else None
         return cls(epoch, workers, (first, last, *encodes), forward, sample, encoder)
 
     def __init__(
@@ -139,8 +141,8 @@ class RemotePipeline:
         raise WorkerError("the first stage ended its stream" if data is None else "the first stage sent a message")
 
 
-async def _opened(stream: ClientStream, epoch: int, workers: Sequence[WorkerHandle]) -> None:
-    opening, failing = asyncio.create_task(stream.opened()), asyncio.create_task(has_failed(epoch, workers))
+async def _while_whole(opens: Coroutine[None, None, None], epoch: int, workers: Sequence[WorkerHandle]) -> None:
+    opening, failing = asyncio.create_task(opens), asyncio.create_task(has_failed(epoch, workers))
     try:
         await asyncio.wait((opening, failing), return_when=asyncio.FIRST_COMPLETED)
         if not opening.done():

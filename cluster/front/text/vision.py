@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from llamaclust.cluster.front.text.image_rows import RowCache, RowLimits, Rows, SharedComputations
 from llamaclust.cluster.front.text.images import ImageSource, PromptImages
-from llamaclust.cluster.front.text.sharing import TOKENIZING, Places, run_on
+from llamaclust.cluster.front.text.sharing import TOKENIZING, Places, current_owner, run_on
 from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
 from llamaclust.core.errors import RequestFailedError
 from llamaclust.model.chat.prompt import encode_text
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from llamaclust.model.projectors.projector import Projector
 
 Tile = NDArray[np.uint8]  # [height, width, 3]
-Encode = Callable[[Sequence[Tile]], Awaitable[list[Rows]]]
-"""Computes the rows [rows, levels * width] of each tile, line by line."""
+Encode = Callable[[Sequence[Tile], str], Awaitable[list[Rows]]]
+"""Computes the rows [rows, levels * width] of each tile, line by line, for an owner of requests."""
 CheckLength = Callable[[int], None]
 """Raises an error if a prompt has at least this many tokens, and these are too many."""
 
@@ -245,7 +245,7 @@ class Vision:
         """Encodes an image. It is prepared again if the computation for which its caller waited was cancelled."""
         tiles = image.tiles or await self._tiles_of(image.digest, image.source)
         with self._rows.reserving(self._bytes_of(tiles.layout)):
-            parts = await self._encode(tiles.tiles)
+            parts = await self._encode(tiles.tiles, current_owner.get())
             rows = await run_on(TOKENIZING, joined_rows, parts, tiles.layout)
         self._rows.put(image.digest, rows)
         return rows

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 
 import pytest
 from PIL import Image
@@ -12,12 +14,14 @@ from llamaclust import Client
 from llamaclust.cluster.client.http_codec import AnswerOptions
 from llamaclust.cluster.client.local import LocalClient
 from llamaclust.cluster.config.values import OFF
+from llamaclust.cluster.engine.pipeline import TileTask
 from llamaclust.cluster.launchers import local_encoder
-from llamaclust.cluster.launchers.in_process import LocalSettings
+from llamaclust.cluster.launchers.in_process import LocalSettings, LocalStage
 from llamaclust.core.errors import InsufficientMemoryError, ModelFileError, ParameterError
 from llamaclust.worker.devices.encoder_limits import EncoderMemory
+from llamaclust.worker.encoder.tile_encoder import TileEncoder
 from support.models.tiny_model import build_tiny_model
-from support.models.vision.tiny_projectors import TEXT_WIDTH, build_projector
+from support.models.vision.tiny_projectors import TEXT_WIDTH, build_projector, tile_of
 
 SEEDED: AnswerOptions = {"max_tokens": 12, "temperature": 0.9, "seed": 3, "ignore_eos": True}
 RED, BLUE = (Image.new("RGB", (40, 30), colour) for colour in ((250, 10, 10), (10, 20, 240)))
@@ -64,3 +68,23 @@ def test_memory_of_the_encoder_is_checked(seeing: Path, monkeypatch: pytest.Monk
     with pytest.raises(InsufficientMemoryError, match=r"encoder of images needs .* are missing; set mmproj: off"):
         Client.local(seeing, threads=1, settings=LocalSettings(mmproj=None))
     Client.local(seeing, threads=1, settings=LocalSettings(mmproj=OFF)).close()
+
+
+async def test_an_ending_client_waits_for_a_tile_beside_the_event_loop(
+    seeing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, gate = Event(), Event()
+
+    def hold(encoder: TileEncoder, tile: object) -> None:
+        begun.set()
+        gate.wait(3.0)
+
+    monkeypatch.setattr(TileEncoder, "rows", hold)
+    stage = LocalStage(seeing, 1, None, LocalSettings(context_length=640, mmproj=None))
+    async with stage.serve():
+        assert stage.encoder is not None
+        encoding = asyncio.create_task(stage.encoder.rows(TileTask(tile_of("gemma3"), 1, 1)))
+        assert await asyncio.to_thread(begun.wait, 20.0)
+        encoding.cancel()
+        asyncio.get_running_loop().call_later(0.01, gate.set)
+    assert gate.is_set(), "the event loop was blocked"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llamaclust.cluster.engine.encoder import Encoder
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.engine.pipeline import TileTask
+from llamaclust.cluster.engine.pipeline import EncoderUnreachableError, TileTask
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.cluster.scheduler.strikes import MAX_STRIKES
 from llamaclust.core.backoff import Backoff
@@ -23,6 +23,7 @@ from support.models.vision.tiny_projectors import build_projector
 
 SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=400, kv_blocks=200, max_sequences=8, max_waiting=64)
 LOST = WorkerError("worker w1 is lost", worker="w1")
+OTHER = WorkerError("worker w2 is lost", worker="w2")
 
 
 def rows_of(task: TileTask) -> NDArray[np.float32]:
@@ -40,25 +41,30 @@ class FakeEncoder:
 
     stops: dict[int, Callable[[], None]] = field(default_factory=dict)
     hangs: frozenset[int] = frozenset()
+    worker: str | None = "w1"
     begun: list[int] = field(default_factory=list)
     open: int = 0
     reached: asyncio.Event = field(default_factory=asyncio.Event)
+    gate: asyncio.Event = field(default_factory=asyncio.Event)  # lets tiles in `hangs` go on
 
-    async def rows(self, tasks: Sequence[TileTask]) -> AsyncGenerator[NDArray[np.float32]]:
+    async def rows(self, task: TileTask) -> NDArray[np.float32]:
         self.open += 1
-        assert self.open == 1, "one call after the other"
+        assert self.open == 1, "one tile after the other"
         try:
-            for task in tasks:
-                number = int(task.tile[0, 0, 0])
-                self.begun.append(number)
-                self.reached.set()
-                await asyncio.sleep(0)
-                self.stops.get(number, lambda: None)()
-                if number in self.hangs:
-                    await asyncio.Event().wait()
-                yield rows_of(task)
+            number = int(task.tile[0, 0, 0])
+            self.begun.append(number)
+            self.reached.set()
+            await asyncio.sleep(0)
+            self.stops.get(number, lambda: None)()
+            if number in self.hangs:
+                await self.gate.wait()
+            return rows_of(task)
         finally:
             self.open -= 1
+
+    async def has_begun(self, *numbers: int) -> None:
+        while self.begun != [*numbers]:  # noqa: ASYNC110  few turns
+            await asyncio.sleep(0)
 
 
 def fails(error: LlamaclustError, times: int = 1) -> Callable[[], None]:
@@ -88,15 +94,16 @@ def check(found: Sequence[NDArray[np.float32]], *numbers: int) -> None:
 
 def serving(projector: Projector, fake: FakeEncoder | None, deadline_s: float = 20.0) -> Encoder:
     encoder = Encoder(projector, deadline_s)
-    encoder.serve(fake)
+    if fake is not None:
+        encoder.serve(fake)
     return encoder
 
 
 async def test_tiles_are_encoded_in_order(projector: Projector) -> None:
     fake = FakeEncoder()
     encoder = serving(projector, fake)
-    check(await encoder.encode([]))
-    first, second = await asyncio.gather(encoder.encode(tiles(1, 2)), encoder.encode(tiles(3, 4)))
+    check(await encoder.encode([], "o"))
+    first, second = await asyncio.gather(encoder.encode(tiles(1, 2), "o"), encoder.encode(tiles(3, 4), "o"))
     check(first, 1, 2)
     check(second, 3, 4)
     assert fake.begun == [1, 2, 3, 4]
@@ -104,14 +111,17 @@ async def test_tiles_are_encoded_in_order(projector: Projector) -> None:
 
 async def test_a_failure_repeats_the_tile_alone(projector: Projector) -> None:
     fake = FakeEncoder({2: fails(LOST, MAX_STRIKES - 1), 3: fails(LOST)})
-    check(await serving(projector, fake).encode(tiles(1, 2, 3)), 1, 2, 3)
+    check(await serving(projector, fake).encode(tiles(1, 2, 3), "o"), 1, 2, 3)
     assert fake.begun == [1, *[2] * MAX_STRIKES, 3, 3]
 
 
 async def test_a_tile_that_always_fails_ends_the_request_and_not_others(projector: Projector) -> None:
     fake = FakeEncoder({2: fails(LOST, MAX_STRIKES)})
     encoder = serving(projector, fake)
-    bad, good = asyncio.create_task(encoder.encode(tiles(1, 2))), asyncio.create_task(encoder.encode(tiles(5)))
+    bad, good = (
+        asyncio.create_task(encoder.encode(tiles(1, 2), "o")),
+        asyncio.create_task(encoder.encode(tiles(5), "o")),
+    )
     with pytest.raises(RequestFailedError, match="failed 6 times at one tile, at last: worker w1 is lost"):
         await bad
     check(await good, 5)
@@ -120,24 +130,23 @@ async def test_a_tile_that_always_fails_ends_the_request_and_not_others(projecto
 async def test_a_refused_tile_is_not_tried_again(projector: Projector) -> None:
     fake = FakeEncoder({1: fails(RequestError("not this one"))})
     with pytest.raises(RequestError, match=r"^not this one$"):
-        await serving(projector, fake).encode(tiles(1))
+        await serving(projector, fake).encode(tiles(1), "o")
     assert fake.begun == [1]
 
 
 async def test_a_tile_of_a_wrong_size_is_not_sent(projector: Projector) -> None:
     fake = FakeEncoder()
     with pytest.raises(RequestError, match=r"multiples of 8 and at most .* pixels, found 4 x 8"):
-        await serving(projector, fake).encode([*tiles(1), np.zeros((8, 4, 3), np.uint8)])
+        await serving(projector, fake).encode([*tiles(1), np.zeros((8, 4, 3), np.uint8)], "o")
     assert fake.begun == []
 
 
 async def test_a_tile_on_a_lost_pipeline_is_encoded_by_the_next_one(projector: Projector) -> None:
     first, second = FakeEncoder(hangs=frozenset((2,))), FakeEncoder()
     encoder = serving(projector, first)
-    encoding = asyncio.create_task(encoder.encode(tiles(1, 2)))
-    while first.begun != [1, 2]:  # noqa: ASYNC110  few turns
-        await asyncio.sleep(0)
-    encoder.serve(None)
+    encoding = asyncio.create_task(encoder.encode(tiles(1, 2), "o"))
+    await first.has_begun(1, 2)
+    encoder.lose(LOST)
     await asyncio.sleep(0.01)
     assert not encoding.done() and first.open == 0
     encoder.serve(second)
@@ -146,39 +155,112 @@ async def test_a_tile_on_a_lost_pipeline_is_encoded_by_the_next_one(projector: P
 
 
 async def test_a_move_does_not_disturb_a_tile_in_progress(projector: Projector) -> None:
-    gate = asyncio.Event()
-
-    class Slow(FakeEncoder):
-        async def rows(self, tasks: Sequence[TileTask]) -> AsyncGenerator[NDArray[np.float32]]:
-            self.reached.set()
-            await gate.wait()
-            for task in tasks:
-                yield rows_of(task)
-
-    first, second = Slow(), FakeEncoder()
+    first, second = FakeEncoder(hangs=frozenset((1,))), FakeEncoder()
     encoder = serving(projector, first)
-    encoding = asyncio.create_task(encoder.encode(tiles(1)))
+    encoding = asyncio.create_task(encoder.encode(tiles(1), "o"))
     await first.reached.wait()
     encoder.serve(second)
-    gate.set()
+    first.gate.set()
     check(await encoding, 1)
-    check(await encoder.encode(tiles(2)), 2)
+    check(await encoder.encode(tiles(2), "o"), 2)
     assert second.begun == [2]
+
+
+@pytest.mark.parametrize(
+    ("loss", "is_strike"), [(LOST, True), (OTHER, False), (WorkerError("?"), False), (None, False)]
+)
+async def test_only_the_loss_of_its_own_worker_counts_against_a_tile(
+    loss: LlamaclustError | None, is_strike: bool, projector: Projector
+) -> None:
+    encoder, hangs = serving(projector, None), frozenset((1,))
+    encoding = asyncio.create_task(encoder.encode(tiles(1), "o"))
+    for _ in range(MAX_STRIKES):
+        assert not encoding.done()
+        fake = FakeEncoder(hangs=hangs)
+        encoder.serve(fake)
+        await fake.reached.wait()
+        encoder.lose(loss)
+    encoder.serve(FakeEncoder())
+    if is_strike:
+        with pytest.raises(RequestFailedError, match="at last: the pipeline was lost: worker w1 is lost"):
+            await encoding
+    else:
+        check(await encoding, 1)
+
+
+async def test_an_encoder_that_is_not_reached_or_was_replaced_counts_nothing_against_a_tile(
+    projector: Projector,
+) -> None:
+    unreachable = fails(EncoderUnreachableError("no way", worker="w1"), 2 * MAX_STRIKES)
+    fake = FakeEncoder({1: unreachable})
+    encoder = serving(projector, fake)
+    check(await encoder.encode(tiles(1), "o"), 1)
+    assert fake.begun == [1] * (2 * MAX_STRIKES + 1)
+    old = FakeEncoder()
+
+    def replace_then_fail() -> None:
+        encoder.serve(old)
+        raise LOST
+
+    old.stops[2] = replace_then_fail
+    encoder.serve(old)
+    encoding = asyncio.create_task(encoder.encode(tiles(2), "o"))
+    await old.has_begun(*[2] * (MAX_STRIKES + 3))
+    del old.stops[2]
+    check(await encoding, 2)
+
+
+async def test_owners_take_turns_at_each_tile(projector: Projector) -> None:
+    """The image of one client waits for one tile of another's hundred."""
+    fake = FakeEncoder(hangs=frozenset((1,)))
+    encoder = serving(projector, fake)
+    numbers = [*range(1, 101)]
+    many = [asyncio.create_task(encoder.encode(tiles(n, n), "many")) for n in numbers]
+    await fake.reached.wait()
+    ones = [asyncio.create_task(encoder.encode(tiles(n, n), str(n))) for n in (201, 202)]
+    await asyncio.sleep(0)
+    fake.gate.set()
+    await asyncio.gather(*many, *ones)
+    assert fake.begun[:8] == [1, 201, 202, 1, 201, 202, 2, 2]
+    assert fake.begun[6:] == [number for number in numbers[1:] for _ in range(2)]
+
+
+async def test_a_paused_encoder_ends_its_tile_and_begins_no_other(projector: Projector) -> None:
+    fake, next_one = FakeEncoder(hangs=frozenset((1,))), FakeEncoder()
+    encoder = serving(projector, fake)
+    await encoder.wait_idle()
+    encoding = asyncio.create_task(encoder.encode(tiles(1, 2), "o"))
+    await fake.reached.wait()
+    encoder.pause()
+    idle = asyncio.create_task(encoder.wait_idle())
+    await asyncio.sleep(0.01)
+    assert not idle.done()
+    fake.gate.set()
+    await idle
+    await asyncio.sleep(0.01)
+    assert fake.begun == [1] and not encoding.done()
+    encoder.lose(None)
+    encoder.serve(next_one)
+    check(await encoding, 1, 2)
+    assert next_one.begun == [2], "the first tile is not computed again"
 
 
 async def test_the_deadline_ends_a_tile(projector: Projector) -> None:
     fake = FakeEncoder(hangs=frozenset((1,)))
     with pytest.raises(DeadlineError, match=r"encoding an image \(timeouts.request\): not within 0.05 s"):
-        await serving(projector, fake, 0.05).encode(tiles(1))
+        await serving(projector, fake, 0.05).encode(tiles(1), "o")
     assert fake.open == 0
     with pytest.raises(DeadlineError):
-        await serving(projector, None, 0.05).encode(tiles(1))
+        await serving(projector, None, 0.05).encode(tiles(1), "o")
 
 
 async def test_a_cancelled_call_lets_the_next_one_in(projector: Projector) -> None:
     fake = FakeEncoder(hangs=frozenset((1,)))
     encoder = serving(projector, fake)
-    encoding, waiting = asyncio.create_task(encoder.encode(tiles(1))), asyncio.create_task(encoder.encode(tiles(2)))
+    encoding, waiting = (
+        asyncio.create_task(encoder.encode(tiles(1), "o")),
+        asyncio.create_task(encoder.encode(tiles(2), "o")),
+    )
     await fake.reached.wait()
     encoding.cancel()
     check(await waiting, 2)
@@ -191,14 +273,13 @@ async def test_tiles_wait_for_the_engine_s_pipeline(projector: Projector) -> Non
     owner = Losses()
     async with asyncio.timeout(20), Engine(asleep, SETTINGS, EngineSettings(), owner, projector) as engine:
         assert engine.encoder is not None
-        encoding = asyncio.create_task(engine.encoder.encode(tiles(1)))
+        encoding = asyncio.create_task(engine.encoder.encode(tiles(1), "o"))
         await asyncio.sleep(0.01)
         assert not encoding.done()
         engine.resume(awake, SETTINGS)
         check(await encoding, 1)
-        encoding = asyncio.create_task(engine.encoder.encode(tiles(2, 3)))
-        while awake.encoder.begun != [1, 2, 3]:  # noqa: ASYNC110  few turns
-            await asyncio.sleep(0)
+        encoding = asyncio.create_task(engine.encoder.encode(tiles(2, 3), "o"))
+        await awake.encoder.has_begun(1, 2, 3)
         engine.lose(LOST)
         await asyncio.sleep(0.01)
         assert not encoding.done()
@@ -206,17 +287,17 @@ async def test_tiles_wait_for_the_engine_s_pipeline(projector: Projector) -> Non
         check(await encoding, 2, 3)
         assert later.encoder.begun == [3]
         engine.lose(LOST)
-        encoding = asyncio.create_task(engine.encoder.encode(tiles(4)))
+        encoding = asyncio.create_task(engine.encoder.encode(tiles(4), "o"))
         await asyncio.sleep(0)
         engine.give_up(WorkerError("no worker is left"))
         with pytest.raises(WorkerError, match=r"^no worker is left$"):
             await encoding
         with pytest.raises(WorkerError, match=r"^no worker is left$"):
-            await engine.encoder.encode(tiles(4))
+            await engine.encoder.encode(tiles(4), "o")
         engine.resume(later, SETTINGS)
-        check(await engine.encoder.encode(tiles(5)), 5)
+        check(await engine.encoder.encode(tiles(5), "o"), 5)
     with pytest.raises(WorkerError, match="the cluster is stopping"):
-        await engine.encoder.encode(tiles(6))
+        await engine.encoder.encode(tiles(6), "o")
 
 
 async def test_an_engine_without_a_projector_has_no_encoder() -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from llamaclust.cluster.control.load_orders import StageLoads
 from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.control.weight_sources import ModelReference
 from llamaclust.cluster.engine.encoder import Encoder
-from llamaclust.cluster.engine.pipeline import StageInfo, TileEncoder, TileTask
+from llamaclust.cluster.engine.pipeline import PipelineEncoder, StageInfo, TileTask
 from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
@@ -37,16 +36,21 @@ TILES = 3
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """An encoder whose first rows are told of. The next tile is being computed then."""
+    """An encoder whose second tile is told of. It is being computed then."""
 
-    encoder: TileEncoder
+    encoder: PipelineEncoder
     begun: asyncio.Event = field(default_factory=asyncio.Event)
+    tiles: list[TileTask] = field(default_factory=list)
 
-    async def rows(self, tasks: Sequence[TileTask]) -> AsyncGenerator[NDArray[np.float32]]:
-        async with aclosing(self.encoder.rows(tasks)) as found:
-            async for rows in found:
-                self.begun.set()
-                yield rows
+    @property
+    def worker(self) -> str | None:
+        return self.encoder.worker
+
+    async def rows(self, task: TileTask) -> NDArray[np.float32]:
+        self.tiles.append(task)
+        if len(self.tiles) > 1:
+            self.begun.set()
+        return await self.encoder.rows(task)
 
 
 async def opened(cluster: RealCluster, folder: Path, worker: str, epoch: int) -> RemotePipeline:
@@ -82,11 +86,11 @@ async def test_a_worker_is_killed_in_mid_encode(tmp_path: Path) -> None:
         assert first.encoder is not None
         watched = Watched(first.encoder)
         encoder.serve(watched)
-        encoding = asyncio.create_task(encoder.encode(tiles))
+        encoding = asyncio.create_task(encoder.encode(tiles, ""))
         await watched.begun.wait()
         assert not encoding.done()
         os.kill(cluster.pids["a"], signal.SIGKILL)
-        encoder.serve(None)
+        encoder.lose(None)
         encoder.serve(second.encoder)
         check(await encoding, wanted)
         await asyncio.gather(first.close(), second.close())
@@ -107,13 +111,13 @@ def test_a_cluster_loses_the_worker_that_encodes(tmp_path: Path) -> None:
             watched = Watched(epoch.pipeline.encoder)
             engine.encoder.serve(watched)
             answers = run.start(requests)
-            encoding = asyncio.create_task(engine.encoder.encode(tiles))
+            encoding = asyncio.create_task(engine.encoder.encode(tiles, ""))
             await watched.begun.wait()
             assert not encoding.done()
             run.hurt(holder.name)
             check(await encoding, wanted)
             assert await asyncio.gather(*answers) == expected
             assert run.cluster.supervisor.recoveries == 1
-            check(await engine.encoder.encode(tiles[:1]), wanted[:1])
+            check(await engine.encoder.encode(tiles[:1], ""), wanted[:1])
 
     asyncio.run(run())

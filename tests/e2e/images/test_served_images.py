@@ -19,7 +19,9 @@ from support.models.vision.tiny_projectors import TEXT_WIDTH, build_projector
 
 CONTEXT = 4096
 SEEDED: AnswerOptions = {"max_tokens": 16, "temperature": 0.9, "seed": 7, "ignore_eos": True}
-FAMILIES = ("idefics3", "gemma3", "lfm2")
+STAGES = ({"worker": "a", "layers": [0, 1]}, {"worker": "b", "layers": [1, 4]})
+GROUP = ({"workers": ["a", "b"], "layers": [0, 4], "shares": [1, 1]},)
+PLANS = {"idefics3": STAGES, "gemma3": STAGES, "lfm2": STAGES, "gemma3 in a group": GROUP, "pixtral in a group": GROUP}
 Answer = tuple[tuple[int, ...], tuple[float, ...], tuple[int, ...]]
 
 
@@ -42,22 +44,22 @@ def answers(client: TextClient) -> list[Answer]:
 
 
 def model_of(folder: Path, family: str) -> Path:
-    path = folder / family / "m.gguf"
-    path.parent.mkdir()
+    path = folder / "m.gguf"
+    folder.mkdir()
     build_tiny_model(path, layers=4, hidden=TEXT_WIDTH, heads=4, ffn=96, context=CONTEXT)
     build_projector(path.with_name("mmproj.gguf"), family)
     return path
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_answers_about_images_are_those_of_one_process(family: str, line: CommandLine) -> None:
-    model = model_of(line.folder, family)
+@pytest.mark.parametrize("case", PLANS)
+def test_answers_about_images_are_those_of_one_process(case: str, line: CommandLine) -> None:
+    name = case.replace(" ", "-")
+    model = model_of(line.folder / name, case.split()[0])
     with Client.local(model, threads=1, settings=LocalSettings(context_length=CONTEXT, mmproj=None)) as local:
         expected = answers(local)
     assert expected[0] != expected[1]
     workers = [{"name": "a", "threads": 1}, {"name": "b", "threads": 1}]
-    layers = [{"worker": "a", "layers": [0, 1]}, {"worker": "b", "layers": [1, 4]}]
-    with line.cluster(model, family, context_length=CONTEXT, workers=workers, plan=layers) as cluster:
+    with line.cluster(model, name, context_length=CONTEXT, workers=workers, plan=[*PLANS[case]]) as cluster:
         assert "MiB encoder" in cluster.command.err.read_text()
         with Client(cluster.api) as client:
             assert answers(client) == expected

@@ -47,7 +47,7 @@ class Encoder:
     def __post_init__(self) -> None:
         self.gate.set()
 
-    async def encode(self, tiles: Sequence[Tile]) -> list[Rows]:
+    async def encode(self, tiles: Sequence[Tile], owner: str = "") -> list[Rows]:
         self.images += 1
         self.begun.set()
         try:

@@ -12,7 +12,7 @@ from hashlib import sha256
 import numpy as np
 
 from llamaclust.cluster.engine.failures import PipelineFailure
-from llamaclust.cluster.engine.pipeline import KvDisks, StageInfo, TileEncoder
+from llamaclust.cluster.engine.pipeline import KvDisks, PipelineEncoder, StageInfo
 from llamaclust.cluster.scheduler.breakers import SeenBreakers
 from llamaclust.cluster.scheduler.requests import (
     Event,
@@ -324,7 +324,7 @@ class FakePipeline:
         self.together = 1  # results that come together at most
         self.most_together = 0  # that have come
         self.kv_disks: KvDisks | None = None
-        self.encoder: TileEncoder | None = None
+        self.encoder: PipelineEncoder | None = None
         self.replaced: Result | None = None  # comes instead of the next result
         self.gate = asyncio.Event()
         self.taken = asyncio.Event()  # a microbatch came

@@ -17,16 +17,17 @@ import pytest
 from llamaclust.cluster.control.remote.encoder import RemoteEncoder
 from llamaclust.cluster.control.remote.model_copies import OwnCopy
 from llamaclust.cluster.control.weight_sources import WantedBytes
-from llamaclust.cluster.engine.pipeline import TileTask
+from llamaclust.cluster.engine.pipeline import EncoderUnreachableError, TileTask
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.core.errors import InsufficientMemoryError, RequestError
+from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, RequestError
 from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.projectors.projector import open_projector
-from llamaclust.wire.encoder import encode_tile
+from llamaclust.wire.encoder import COMPUTING, encode_tile
 from llamaclust.wire.rpc.client import Peer, StreamBrokenError
 from llamaclust.wire.rpc.methods import ENCODE
 from llamaclust.wire.security.credentials import Principal
+from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.devices.encoder_limits import EncoderMemory
 from llamaclust.worker.encoder.streams import EncoderStreams
 from llamaclust.worker.encoder.tile_encoder import TileEncoder
@@ -116,7 +117,7 @@ def peer_of(cluster: Members, name: str) -> Peer:
 async def encoded_by(cluster: Members, *tasks: TileTask, name: str = "a", epoch: int = 1) -> list[Float32]:
     peer = peer_of(cluster, name)
     try:
-        return [rows async for rows in RemoteEncoder(epoch, peer).rows(tasks)]
+        return [await RemoteEncoder(epoch, peer).rows(task) for task in tasks]
     finally:
         await peer.close()
 
@@ -136,7 +137,7 @@ async def test_rows_have_the_bits_of_the_reference(folder: Path, rows: Float32, 
         others = await asyncio.gather(*(encoded_by(cluster, task(rows, seed), name="b") for seed in range(6)))
         for seed, (found,) in enumerate(others):
             same(found, encoded(CpuBackend(1), path, tile_of(NAME, seed)))
-        with pytest.raises(StreamBrokenError, match=r"worker a holds no encoder of images for epoch 0\.1"):
+        with pytest.raises(EncoderUnreachableError, match=r"worker a holds no encoder of images for epoch 0\.1"):
             await encoded_by(cluster, task(rows))
 
 
@@ -185,23 +186,84 @@ async def test_a_tile_in_progress_keeps_its_turn_when_its_stream_is_cancelled() 
             await asyncio.wait((cancelled,))
         gate.set()
         assert len([*await third]) == 1
+        assert not streams.is_computing
         await streams.close()
     assert begun == [0, 2]
 
 
 async def test_the_encoder_ends_with_its_epoch(folder: Path, rows: Float32, tmp_path: Path, held: Held) -> None:
+    """Its tile goes on. A load that lacks the memory waits for it, others do not."""
     async with workers(tmp_path) as cluster:
         (handle,) = await load(cluster, folder, beside(folder))
         encoding = asyncio.create_task(encoded_by(cluster, task(rows)))
         await held.entered()
-        unloading = asyncio.create_task(handle.unload(1))
+        await handle.unload(1)
         with pytest.raises(StreamBrokenError):
             await encoding
-        assert not unloading.done()  # the tile has the memory
-        held.gate.set()
-        await unloading
-        with pytest.raises(StreamBrokenError, match="worker a holds no encoder of images"):
+        with pytest.raises(EncoderUnreachableError, match="worker a holds no encoder of images"):
             await encoded_by(cluster, task(rows))
+        await load(cluster, folder, beside(folder), epoch=2)
+        await handle.unload(2)
+        short, available = asyncio.Event(), Device.free_memory_bytes
+        assert isinstance(available, property) and available.fget is not None
+
+        def free_bytes(device: Device) -> int:
+            short.set()
+            return available.fget(device) if held.gate.is_set() else 0
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Device, "free_memory_bytes", property(free_bytes))
+            loading = asyncio.create_task(load(cluster, folder, beside(folder), epoch=3))
+            await short.wait()
+            assert not (await asyncio.wait((loading,), timeout=0.05))[0]
+            held.gate.set()
+            await loading
+        same((await encoded_by(cluster, task(rows), epoch=3))[0], rows)
+
+
+async def test_the_next_epoch_takes_the_encoder_over_in_mid_tile(
+    folder: Path, rows: Float32, tmp_path: Path, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with workers(tmp_path) as cluster:
+        await load(cluster, folder, beside(folder))
+        encoding = asyncio.create_task(encoded_by(cluster, task(rows)))
+        await held.entered()
+        monkeypatch.setattr("llamaclust.worker.loads.load_encoder", None)  # it is not loaded again
+        await load(cluster, folder, beside(folder), epoch=2, again=True)
+        with pytest.raises(StreamBrokenError):
+            await encoding
+        encoding = asyncio.create_task(encoded_by(cluster, task(rows, 6), epoch=2))
+        assert not (await asyncio.wait((encoding,), timeout=0.05))[0], "two tiles at once"
+        held.gate.set()
+        same((await encoding)[0], encoded(CpuBackend(1), folder / "mmproj-m.gguf", tile_of(NAME, 6)))
+
+
+async def test_a_long_tile_shows_that_it_is_computed(
+    folder: Path, rows: Float32, tmp_path: Path, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llamaclust.worker.encoder.streams._COMPUTING_S", 0.01)
+    async with workers(tmp_path) as cluster:
+        await load(cluster, folder, beside(folder))
+        peer = peer_of(cluster, "a")
+        stream = peer.open(ENCODE, epoch=1)
+        await stream.write(encode_tile(tile_of(NAME)))
+        for _ in range(3):
+            assert await stream.read() == COMPUTING
+        encoding = asyncio.create_task(encoded_by(cluster, task(rows)))
+        held.gate.set()
+        same((await encoding)[0], rows)
+        await peer.close()
+
+
+async def test_a_worker_that_shows_nothing_is_given_up(
+    folder: Path, rows: Float32, tmp_path: Path, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llamaclust.cluster.control.remote.encoder._FRAME_S", 0.05)
+    async with workers(tmp_path) as cluster:
+        await load(cluster, folder, beside(folder))
+        with pytest.raises(DeadlineError, match=r"rows of an image from worker a: not within 0\.05 s") as caught:
+            await encoded_by(cluster, task(rows))
+        assert caught.value.worker == "a"
 
 
 async def test_a_load_in_its_place_has_an_encoder_of_its_own(folder: Path, rows: Float32, tmp_path: Path) -> None:
@@ -209,10 +271,10 @@ async def test_a_load_in_its_place_has_an_encoder_of_its_own(folder: Path, rows:
         await load(cluster, folder, beside(folder))
         await load(cluster, folder, beside(folder), epoch=2, again=True)
         same((await encoded_by(cluster, task(rows), epoch=2))[0], rows)
-        with pytest.raises(StreamBrokenError, match="worker a holds no encoder of images"):
+        with pytest.raises(EncoderUnreachableError, match="worker a holds no encoder of images"):
             await encoded_by(cluster, task(rows), epoch=1)
         await load(cluster, folder, None, epoch=3, again=True)
-        with pytest.raises(StreamBrokenError, match="worker a holds no encoder of images"):
+        with pytest.raises(EncoderUnreachableError, match="worker a holds no encoder of images"):
             await encoded_by(cluster, task(rows), epoch=3)
 
 

@@ -1,0 +1,71 @@
+"""Several vision models take turns: a tile that takes longer than a turn is computed to its end, once."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from llamaclust.cluster.control import residency
+from llamaclust.cluster.engine.pipeline import PipelineEncoder, TileTask
+from llamaclust.kernels.cpu.backend import CpuBackend
+from support.clusters.recovering import CONTEXT, generations, undisturbed
+from support.models.tiny_model import build_tiny_model
+from support.models.vision.encoded_tiles import encoded
+from support.models.vision.tiny_projectors import TEXT_WIDTH, build_projector
+from support.seed import SEED
+from support.several_models.cluster import ASLEEP, AWAKE, model_files, models
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An encoder whose tiles wait for the gate."""
+
+    encoder: PipelineEncoder
+    begun: list[TileTask] = field(default_factory=list)
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def worker(self) -> str | None:
+        return self.encoder.worker
+
+    async def rows(self, task: TileTask) -> NDArray[np.float32]:
+        self.begun.append(task)
+        await self.gate.wait()
+        return await self.encoder.rows(task)
+
+
+async def test_a_tile_longer_than_a_turn_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "_TURN_S", 0.1)
+    folder = tmp_path / "seeing"
+    folder.mkdir()
+    seeing = build_tiny_model(folder / "a.gguf", hidden=TEXT_WIDTH, heads=4, layers=4, context=CONTEXT)
+    path = build_projector(folder / "mmproj-a.gguf", "pixtral")
+    random = np.random.default_rng(SEED)
+    tiles = [random.integers(0, 256, (160, 160, 3), np.uint8) for _ in range(2)]
+    other, (request, *_) = model_files(tmp_path)[1], generations(SEED, 12, 40)
+    (expected,) = await asyncio.to_thread(undisturbed, other, (request,))
+    async with models([seeing, other], tmp_path, tight=False, keys={"max_loaded_models": 1}) as found:
+        served, resident = found.cluster.models[0], found.cluster.residency.residents["a"]
+        encoder, pipeline = served.engine.encoder, served.supervisor.epoch.pipeline
+        assert encoder is not None and pipeline.encoder is not None
+        held = Held(pipeline.encoder)
+        encoder.serve(held)
+        resident.enter()
+        encoding = asyncio.create_task(encoder.encode(tiles, ""))
+        await found.run.until("a tile", lambda: len(held.begun) == 1)
+        answering = asyncio.create_task(found.answer(1, request))
+        await found.run.until("the end of the turn", lambda: resident.gives_way)
+        await asyncio.sleep(0.2)
+        assert found.states == [AWAKE, ASLEEP] and not answering.done(), "the tile is waited for"
+        held.gate.set()
+        assert await answering == expected
+        for rows, tile in zip(await encoding, tiles, strict=True):
+            np.testing.assert_array_equal(rows.view("u4"), encoded(CpuBackend(1), path, tile).view("u4"))
+        resident.leave()
+        assert len(held.begun) == 1, "no other tile began in this turn"
+        assert any("a sleeps: for another one's turn" in text for text in found.run.told)

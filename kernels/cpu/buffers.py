@@ -15,9 +15,10 @@ class Buffers:
     by row, of which each thread may keep a copy, and a shared one for results of products and attention."""
 
     plan: Plan
-    ids: dict[tuple[ir.Buffer, bool, bool], int] = field(default_factory=dict)
+    rows: int
+    """The most rows that the next steps compute."""
+    ids: dict[tuple[ir.Buffer, bool, int], int] = field(default_factory=dict)
     current: dict[str, tuple[int, bool]] = field(default_factory=dict)
-    selected: bool = False
     packed: dict[str, ActivationFormat] = field(default_factory=dict)
     """The int8 format of each buffer's newest values, by buffer name. The int8 values have a buffer of their own."""
 
@@ -28,9 +29,9 @@ class Buffers:
         return not self.current[buffer.name][1]
 
     def write(self, buffer: ir.Buffer, multiple: int = 1, *, private: bool = False) -> int:
-        key = (buffer, private, self.selected)
+        key = (buffer, private, self.rows)
         if key not in self.ids:
-            self.ids[key] = self.plan.add_buffer(buffer.width, multiple, private, self.selected)
+            self.ids[key] = self.plan.add_buffer(buffer.width, multiple, private, self.rows)
         self.current[buffer.name] = (self.ids[key], private)
         self.packed.pop(buffer.name, None)
         return self.ids[key]

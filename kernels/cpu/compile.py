@@ -74,9 +74,10 @@ class Compiler:
             limits.window_blocks,
             limits.state_blocks,
         )
+        self._limits = limits
         self._program = program
         self._weights = weights
-        self._buffers = Buffers(self.plan)
+        self._buffers = Buffers(self.plan, limits.max_batch_tokens)
         self._kv = PlanKv(self.plan, limits)
         self._gather_formats = gather_formats(program, {name: weight.quant_type for name, weight in weights.items()})
         self._rotations: dict[tuple[ir.RopeTable, tuple[int, ...] | None], int] = {}
@@ -126,10 +127,12 @@ class Compiler:
                 x = buffers.read(step.x)
                 if (normed := self._program.normed) is not None:
                     self.normed = self._copy(buffers.read(normed), normed.width)
-                buffers.selected = True
+                buffers.rows = self._limits.max_outputs
                 self.plan.select_rows(x, buffers.write(step.out, private=True))
             case ir.MergeRows() | ir.MeanRows():
-                x, out = buffers.read(step.x), buffers.write(step.out, private=True)
+                x = buffers.read(step.x)
+                buffers.rows = -(-buffers.rows // step.factor)
+                out = buffers.write(step.out, private=True)
                 self.plan.merge_rows(x, out, step.factor, isinstance(step, ir.MeanRows))
             case ir.Exchange():
                 raise AssertionError("a processor computes its experts itself")
@@ -246,7 +249,7 @@ class Compiler:
         self._observed.append(Observed(tuple(names), copy, choice, used))
 
     def _copy(self, x: int, width: int, multiple: int = 1) -> int:
-        out = self.plan.add_buffer(width, multiple, False, self._buffers.selected)
+        out = self.plan.add_buffer(width, multiple, False, self._buffers.rows)
         self.plan.write_result(x, out)
         return out
 
@@ -301,7 +304,7 @@ class Compiler:
     def _row_scales(self, step: ir.Adapt) -> int:
         key = step.adapter, step.factor, step.rank
         if key not in self._scales:
-            buffer = self.plan.add_buffer(step.rank, 1, False, False)
+            buffer = self.plan.add_buffer(step.rank, 1, False, self._limits.max_batch_tokens)
             self._scales[key] = RowScales(buffer, step.adapter, step.factor)
         return self._scales[key].buffer
 

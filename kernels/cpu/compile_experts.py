@@ -30,7 +30,7 @@ class CompiledLines:
 class _ExpertsCompiler(Compiler):
     def run_parts(self) -> Compiled:
         program = self._program
-        result = self.plan.add_buffer(program.out.width, 1, False, False)
+        result = self.plan.add_buffer(program.out.width, 1, False, self._limits.max_batch_tokens)
         for part in expert_parts(program):
             self.plan.begin_part()
             self.plan.read_hidden(self._buffers.write(program.hidden, private=True))
@@ -45,8 +45,8 @@ class _ExpertsCompiler(Compiler):
         0 for the others. So no line can name an expert that does not exist."""
         first, *_ = mixtures = mixtures_of(self._program)
         read = sum(buffer.width for buffer in first.reads)
-        choice = self.plan.add_buffer(2 * first.used, 1, False, False)
-        lines = self.plan.add_buffer(first.out.width, 1, False, False)
+        choice = self.plan.add_buffer(2 * first.used, 1, False, self._limits.max_batch_tokens)
+        lines = self.plan.add_buffer(first.out.width, 1, False, self._limits.max_batch_tokens)
         for step in mixtures:
             hidden = self._begin(read + step.experts)
             routed = self._channels(hidden, step.x.width if step.routed else 0, (step.routed or step.x).width)

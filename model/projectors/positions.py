@@ -20,6 +20,7 @@ Taps = Sequence[tuple[int, float]]
 """The numbers of the table's lines or columns that a line or column of the result reads, each with its weight."""
 
 _CUBIC = -0.75
+_LINES_AT_ONCE = 64
 _Q8_0_WEIGHTS = 32
 _READ = (QuantType.F32, QuantType.F16, QuantType.BF16, QuantType.Q8_0)
 
@@ -58,9 +59,18 @@ def interpolated(table: Float32, height: int, width: int, rule: Positions) -> Fl
         return table
     grid = table.reshape(side, side, -1).astype(np.float64)
     taps = _RULES[rule]
-    lines = _weighted(grid, taps(side, height))
-    columns = _weighted(lines.swapaxes(0, 1), taps(side, width))
-    return columns.swapaxes(0, 1).reshape(height * width, -1).astype(np.float32)
+    of_lines, of_columns = taps(side, height), taps(side, width)
+    out = np.empty((height, width, table.shape[1]), np.float32)
+    for start in range(0, height, _LINES_AT_ONCE):
+        lines = np.stack([_weighted(grid, read) for read in of_lines[start : start + _LINES_AT_ONCE]], axis=1)
+        for column, read in enumerate(of_columns):
+            out[start : start + _LINES_AT_ONCE, column] = _weighted(lines, read)
+    return out.reshape(height * width, -1)
+
+
+def interpolation_bytes(side: int, channels: int) -> int:
+    """Returns the bytes that `interpolated` takes at most besides its result."""
+    return 8 * channels * (side * side + 2 * _LINES_AT_ONCE * side + 2 * _LINES_AT_ONCE)
 
 
 def of_axes(table: Float32, height: int, width: int) -> Float32:
@@ -70,12 +80,11 @@ def of_axes(table: Float32, height: int, width: int) -> Float32:
     return added.reshape(height * width, -1)
 
 
-def _weighted(grid: Float64, taps: Sequence[Taps]) -> Float64:
-    """Returns [len(taps), ...] sums over the first dimension of the grid."""
-    out = np.zeros((len(taps), *grid.shape[1:]))
-    for number, read in enumerate(taps):
-        for index, weight in read:
-            out[number] += grid[index] * weight
+def _weighted(grid: Float64, read: Taps) -> Float64:
+    """Returns a sum over the first dimension of the grid."""
+    out = np.zeros(grid.shape[1:])
+    for index, weight in read:
+        out += grid[index] * weight
     return out
 
 

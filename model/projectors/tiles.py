@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,10 +11,11 @@ from numpy.typing import NDArray
 from llamaclust.model.architectures.vision.family import Positions
 from llamaclust.model.architectures.vision.layers import CHANNELS, PATCH_BIAS
 from llamaclust.model.projectors.order import Int32, PatchOrder, in_groups, in_windows
-from llamaclust.model.projectors.positions import Float32, interpolated, of_axes, read_floats
+from llamaclust.model.projectors.positions import Float32, interpolated, interpolation_bytes, of_axes, read_floats
 from llamaclust.model.projectors.projector import CLASS_ROW, POSITIONS, Projector
 
 _COLOUR_VALUES = 256
+_PATCHES_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +33,26 @@ class EncoderInputs:
     merged_rows: int
 
     def in_lines(self, rows: Float32) -> Float32:
-        """Takes the program's result. Returns the rows for the text model [merged rows, width] line by line."""
+        """Takes the program's result. Returns a copy: the rows for the text model [merged rows, width] line by line."""
         kept = rows[: self.merged_rows]
         if self.order.places is None:
-            return kept
+            return kept.copy()
         out = np.empty_like(kept)
         out[self.order.places] = kept
         return out
+
+
+def input_bytes(projector: Projector) -> int:
+    """Returns the bytes that a `TileReader` takes at most to make the inputs of a tile."""
+    hp, rows, width = projector.hyperparameters, projector.most_program_rows, projector.program.hidden.width
+    pixel_bytes = CHANNELS * hp.patch_size**2 * (rows + _PATCHES_AT_ONCE)
+    floats = (rows + _PATCHES_AT_ONCE) * (width + hp.added_width) + _PATCHES_AT_ONCE * width
+    if projector.family.class_place is not None:
+        floats += rows * width  # copied with the class row
+    if projector.family.positions is Positions.NONE:
+        return pixel_bytes + 4 * floats
+    side = isqrt(projector.file.tensor(POSITIONS).shape[0])
+    return pixel_bytes + 4 * floats + interpolation_bytes(side, hp.added_width)
 
 
 class TileReader:
@@ -76,7 +91,7 @@ class TileReader:
         merged_rows = projector.rows_of(height, width)
         lines, columns = height // projector.patch_size, width // projector.patch_size
         order = self._order(lines, columns)
-        patches = self._patches(tile, lines, columns)[order.patches]
+        patches = self._patches(tile, lines, columns, order.patches)
         places = np.stack(np.divmod(order.patches, columns)) + projector.family.first_place
         groups = order.windows
         if self._class_row is not None:
@@ -105,21 +120,25 @@ class TileReader:
         side = max(projector.images.window_pixels // projector.patch_size // projector.merge, 1)
         return in_windows(lines, columns, projector.merge, side)
 
-    def _patches(self, tile: NDArray[np.uint8], lines: int, columns: int) -> Float32:
-        """Returns [patches, channels * size * size], with the added channels behind, line by line."""
+    def _patches(self, tile: NDArray[np.uint8], lines: int, columns: int, order: Int32) -> Float32:
+        """Returns [patches, channels * size * size], with the added channels behind, in the order of the program."""
         size = self._projector.patch_size
         parts = tile.reshape(lines, size, columns, size, CHANNELS).transpose(0, 2, 4, 1, 3)
         numbers = parts.reshape(lines * columns, CHANNELS, size * size)
-        pixels = np.empty(numbers.shape, np.float32)
-        for channel in range(CHANNELS):
-            pixels[:, channel] = self._normalized[channel][numbers[:, channel]]
-        flat = pixels.reshape(lines * columns, -1)
-        if self._table is None:
-            return flat
-        return np.concatenate((flat, self._added(lines, columns)), axis=1)
+        added = self._added(lines, columns)
+        patches = np.empty((len(order), self._projector.program.hidden.width), np.float32)
+        for start in range(0, len(order), _PATCHES_AT_ONCE):
+            places, out = (values[start : start + _PATCHES_AT_ONCE] for values in (order, patches))
+            pixels = numbers[places]
+            for channel, colours in enumerate(self._normalized):
+                out[:, channel * size * size : (channel + 1) * size * size] = colours[pixels[:, channel]]
+            if added is not None:
+                out[:, CHANNELS * size * size :] = added[places]
+        return patches
 
-    def _added(self, lines: int, columns: int) -> Float32:
-        assert self._table is not None
+    def _added(self, lines: int, columns: int) -> Float32 | None:
+        if self._table is None:
+            return None
         rule = self._projector.family.positions
         if rule is Positions.AXES:
             return of_axes(self._table, lines, columns)

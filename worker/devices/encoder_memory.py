@@ -6,6 +6,7 @@ from math import prod
 
 from llamaclust.kernels.backend import kv_bytes
 from llamaclust.model.projectors.projector import Projector
+from llamaclust.model.projectors.tiles import input_bytes
 from llamaclust.worker.devices.encoder_limits import EncoderMemory, encoder_limits
 
 _FLOAT_BYTES = 4
@@ -31,8 +32,9 @@ def _input_bytes(projector: Projector) -> int:
 
 
 def _tile_bytes(projector: Projector) -> int:
-    """Returns the bytes of a tile's patches, in lines and in the order of the program, and of its rows."""
+    """Returns the bytes to prepare a tile's patches, or those of its patches and rows. A byte of each number of the rows
+    tells if it is finite."""
     program, rows = projector.program, projector.most_program_rows
-    patches = 2 * rows * program.hidden.width
-    merged = 2 * rows // program.rows_together * program.out.width
-    return _FLOAT_BYTES * (patches + merged)
+    patches = _FLOAT_BYTES * rows * program.hidden.width
+    merged = (_FLOAT_BYTES + 1) * (rows // program.rows_together) * program.out.width
+    return max(input_bytes(projector), patches + merged)

@@ -49,7 +49,7 @@ class TileEncoder:
         """Returns the rows of a tile [height, width, 3] for the text model, [rows, levels * width]. Raises RequestError
         for a tile of a size that the encoder does not take, or whose rows are not finite."""
         inputs = self._reader.inputs(tile)
-        rows = inputs.in_lines(self._stage.run(self._batch(inputs), inputs.patches)).copy()
+        rows = inputs.in_lines(self._stage.run(self._batch(inputs), inputs.patches))
         if not np.isfinite(rows).all():
             text = f"the encoder's rows of a tile of {tile.shape[1]} x {tile.shape[0]} pixels are not finite numbers"
             raise RequestError(f"{text}; the projector {self.projector.file.path.name} may be damaged")

@@ -225,8 +225,12 @@ class Emitter:
                 added = self.ops.scratch("positions", width)
                 yield self._embed(step.weight, self.ops.inputs.positions, added)
                 yield elementwise.elementwise("add", (x, added), out, width, rows)
-            case ir.AddRow() | ir.GivenRows():
-                raise AssertionError("encoders are refused, and the host gives rows")
+            case ir.AddRow():
+                added = self.ops.scratch("added row", width)
+                yield self._embed(step.weight, self._numbers_of(step.row), added)
+                yield elementwise.elementwise("add", (x, added), out, width, rows)
+            case ir.GivenRows():
+                raise AssertionError("the host gives rows")
             case ir.Decay():
                 yield states.decay(step, x, (self.ops.vector(step.weight), self.ops.vector(step.bias)), out, rows)
             case ir.PositionScale():
@@ -252,6 +256,10 @@ class Emitter:
                 operation, number = operation_of(step)
                 numbers = () if number is None else (np.float32(number),)
                 yield elementwise.elementwise(operation, (x, *others, *numbers), out, width, rows)
+
+    def _numbers_of(self, row: int) -> np.uint64:
+        """Returns the address of a row number for each row of a batch."""
+        return self.ops.layout.constant(np.full(self.ops.limits.max_batch_tokens, row, np.int32))
 
     def _bias(self, step: ir.LayerNorm) -> np.uint64:
         if step.bias is not None:

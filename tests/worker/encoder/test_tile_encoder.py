@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +40,11 @@ def test_memory_is_what_was_planned(name: str, tmp_path: Path) -> None:
     assert encoder.memory == planned
     limits = encoder_limits(projector)
     side = projector.merge * PATCH
-    tile_bytes = 4 * limits.max_batch_tokens * projector.program.hidden.width
     table = encoder._reader._table
     added_bytes = 0 if table is None else table.nbytes
     assert stage.weight_bytes + added_bytes <= planned.weight_bytes < stage.weight_bytes + added_bytes + 4096
-    assert stage.workspace_bytes + stage.kv_bytes + tile_bytes < planned.workspace_bytes
+    patch_bytes = 4 * limits.max_batch_tokens * projector.program.hidden.width
+    assert stage.workspace_bytes + stage.kv_bytes + patch_bytes < planned.workspace_bytes
     assert encoder.reserved_bytes == planned.workspace_bytes - stage.workspace_bytes > 0
     lines = projector.max_tile_pixels // (side * side)
     size = projector.images.image_size
@@ -67,6 +68,20 @@ def test_the_largest_tile_is_encoded(tmp_path: Path) -> None:
         np.testing.assert_array_equal(encoder.rows(tile).view("u4"), wanted.view("u4"))
     with pytest.raises(RequestError, match="a tile: expected multiples of 8 and at most 16384 pixels, found 2056 x 8"):
         encoder.rows(np.zeros((8, 2056, 3), np.uint8))
+
+
+@pytest.mark.parametrize("name", ["qwen3vl_merger", "qwen2.5vl_merger", "kimivl", "pixtral"])
+@pytest.mark.parametrize("size", [(256, 256), (4096, 16), (16, 4096)])
+def test_a_tile_takes_no_more_memory_than_planned(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+    path = build_projector(tmp_path / "p.gguf", name, keys={"vision.image_max_pixels": 1 << 16})
+    encoder = loaded(open_projector(path))
+    planned = encoder.memory.workspace_bytes - encoder._stage.workspace_bytes - encoder._stage.kv_bytes
+    tile = np.random.default_rng(8).integers(0, 256, (*size, 3), np.uint8)
+    tracemalloc.start()
+    encoder.rows(tile)
+    _, most_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert planned / 3 < most_bytes < planned
 
 
 def test_rows_that_are_no_numbers_are_refused(tmp_path: Path) -> None:

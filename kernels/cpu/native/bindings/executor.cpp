@@ -319,10 +319,10 @@ void bind_executor(nb::module_& module) {
            "state_blocks"_a = 0)
       .def(
           "add_buffer",
-          [](PlanBuilder& b, int width, int multiple, bool private_copy, bool outputs_only) {
-            return b.plan.add_buffer({width, multiple, private_copy, outputs_only});
+          [](PlanBuilder& b, int width, int multiple, bool private_copy, int rows) {
+            return b.plan.add_buffer({width, multiple, private_copy, rows});
           },
-          "width"_a, "multiple"_a, "private_copy"_a, "outputs_only"_a)
+          "width"_a, "multiple"_a, "private_copy"_a, "rows"_a)
       .def("add_rotation",
            [](PlanBuilder& b, std::vector<double> frequencies, double scale, std::vector<int> sections) {
              return b.plan.add_rotation({std::move(frequencies), scale, std::move(sections)});

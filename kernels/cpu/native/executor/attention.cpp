@@ -107,8 +107,12 @@ class AttentionWork {
         scratch_(worker.stage_.workspace.attention_scratch(worker.thread_, step.head_dim)) {}
 
   void run() {
-    stores_ = step_.stores() && units_.one_a_sequence();
-    if (step_.stores() && !stores_) store_all();
+    const bool has_to_store = step_.stores() && !worker_.is_in_bands();
+    stores_ = has_to_store && units_.one_a_sequence();
+    if (has_to_store && !stores_) {
+      store_all();
+      worker_.synchronize();
+    }
     if (splits_spans())
       run_spans();
     else
@@ -118,6 +122,17 @@ class AttentionWork {
           whole_unit(i);
         }
       });
+  }
+
+  // Keys and values of all rows, before any thread reads them.
+  void store_all() const {
+    worker_.share(static_cast<int64_t>(units_.tiles.size()), 1, [this](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const RowTile& tile = units_.tiles[i];
+        for (int row = tile.row_begin; row < tile.row_end; row++)
+          for (int kv_head = 0; kv_head < step_.kv_heads; kv_head++) store(tile.sequence, row, kv_head);
+      }
+    });
   }
 
  private:
@@ -141,18 +156,6 @@ class AttentionWork {
     const float* value = shape().latent ? nullptr : worker_.line(step_.v, row) + offset;
     kv_.store(key, value, step_.head_dim, at % kKvBlockTokens,
               piece(kv_head, table(sequence)[at / kKvBlockTokens]));
-  }
-
-  // Keys and values of all rows, before any thread reads them.
-  void store_all() const {
-    worker_.share(static_cast<int64_t>(units_.tiles.size()), 1, [this](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) {
-        const RowTile& tile = units_.tiles[i];
-        for (int row = tile.row_begin; row < tile.row_end; row++)
-          for (int kv_head = 0; kv_head < step_.kv_heads; kv_head++) store(tile.sequence, row, kv_head);
-      }
-    });
-    worker_.synchronize();
   }
 
   // Where every sequence has one tile, a unit stores the rows that only it reads, without a barrier.
@@ -321,5 +324,10 @@ class AttentionWork {
 };
 
 void Worker::execute(const AttentionStep& step) { AttentionWork(*this, step).run(); }
+
+void Worker::store_band(const AttentionStep& step) {
+  synchronize();
+  AttentionWork(*this, step).store_all();
+}
 
 }  // namespace llamaclust

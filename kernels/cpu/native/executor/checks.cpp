@@ -22,7 +22,7 @@ struct Plan::Checks {
     return list[index];
   }
 
-  const ActivationSlot& slot(int index) const { return at(index, plan.slots, "an activation slot without a writer"); }
+  const ActivationSlot& slot(int index) const { return slot_of(plan, index); }
 
   void check_alike(BufferId a, BufferId b) const {
     require(buffer(a).width == buffer(b).width && buffer(a).multiple == buffer(b).multiple, "widths that differ");
@@ -202,7 +202,7 @@ struct Plan::Checks {
   Access operator()(const QuantizeStep& step) const {
     const Buffer& x = buffer(step.x);
     require(step.parts > 0 && x.width % step.parts == 0, "equal parts");
-    return into_slot(plan, step.x, step.slot, {0, x.width / step.parts, x.multiple * step.parts, step.format});
+    return into_slot(plan, step.x, step.slot, {x.width / step.parts, x.multiple * step.parts, step.format});
   }
 
   Access operator()(const PackStep& step) const { return check_pack(plan, step); }

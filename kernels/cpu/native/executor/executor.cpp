@@ -136,12 +136,16 @@ void Stage::set_batch(const Batch& batch) {
   whole.batch = batch;
   for (size_t i = 0; i < rotations.size() && !batch.rope_positions.empty(); i++)
     if (!section_angles[i].empty()) set_section_angles(batch, plan.rotations[i], rotations[i], section_angles[i].data());
-  const bool has_bands = joins_at > 0 && gatherer != nullptr && batch.groups.empty();
-  const int rows = batch.rows(), count = has_bands ? bands_of(rows, gatherer->bands()) : 1;
+  const bool may_gather = joins_at > 0 && gatherer != nullptr && batch.groups.empty();
+  const int rows = batch.rows();
+  const int count = in_bands ? plan.bands(rows) : may_gather ? bands_of(rows, gatherer->bands()) : 1;
+  const auto border = [&](int at) {
+    return in_bands ? rows / plan.merged * at / count * plan.merged : band_border(rows, count, at);
+  };
   bands.resize(count > 1 ? static_cast<size_t>(count) : 0);
   for (int at = 0; Band& band : bands) {
-    const int first = band_border(rows, count, at);
-    set_band(band, batch, first, band_border(rows, count, ++at));
+    const int first = border(at);
+    set_band(band, batch, first, border(++at));
     if (batch.hidden != nullptr) band.batch.hidden += int64_t{first} * plan.hidden_width;
     band.tilings = whole.tilings;
     for (Tiling& tiling : band.tilings) cut_into_tiles(band.batch, tiling);
@@ -153,6 +157,7 @@ void Stage::set_batch(const Batch& batch) {
 void Worker::work() {
   const std::vector<PlannedStep>& steps = stage_.plan.steps;
   auto [at, last] = stage_.plan.steps_of(stage_.part);
+  if (is_in_bands()) return work_in_bands(at, last);
   while (!stage_.bands.empty() && at < stage_.joins_at) {
     size_t end = at + 1;
     while (!std::holds_alternative<GatherStep>(steps[end - 1].step)) end++;
@@ -168,10 +173,33 @@ void Worker::work() {
   run(at, last);
 }
 
+// All bands in turn compute a stretch of steps and store their keys and values for the attention that follows; then comes
+// that step for all rows, or one that selects some, and all behind.
+void Worker::work_in_bands(size_t at, size_t last) {
+  while (at < last) {
+    const size_t end = stage_.plan.end_of_stretch(at);
+    const Step* next = end < last ? &stage_.plan.steps[end].step : nullptr;
+    for (const Band& band : stage_.bands) {
+      enter(band);
+      if (band.first > 0) synchronize();
+      run(at, end);
+      if (const auto* attention = std::get_if<AttentionStep>(next); attention != nullptr && attention->stores())
+        store_band(*attention);
+    }
+    enter(stage_.whole);
+    if (next == nullptr) return;
+    synchronize();
+    at = std::holds_alternative<SelectStep>(*next) ? last : end + 1;
+    run(end, at);
+  }
+}
+
 void Worker::enter(const Band& band) {
   band_ = &band;
+  first_ = band.first;
   set_rows(band.batch.rows());
 }
+
 // False where a gather has failed.
 bool Worker::run(size_t begin, size_t last) {
   const std::vector<PlannedStep>& steps = stage_.plan.steps;
@@ -255,7 +283,8 @@ Stage::Stage(Plan given, const Level& level, int threads, const Stage* shares_kv
       section_angles(section_angles_of(plan)),
       whole{0, {}, tilings_of(plan), {}},
       next_matmul(next_matmul_of(plan)),
-      joins_at(joins_at_of(plan)) {
+      joins_at(joins_at_of(plan)),
+      in_bands(plan.has_bands()) {
   workspace.allocate();
 }
 
@@ -280,7 +309,7 @@ int Executor::run(const Batch& batch) {
 
 int Executor::capacity(BufferId id) const {
   const Buffer& buffer = stage_.plan.buffers.at(static_cast<size_t>(id));
-  return buffer.multiple * (buffer.outputs_only ? stage_.plan.limits.max_outputs : stage_.plan.limits.max_tokens);
+  return buffer.multiple * static_cast<int>(stage_.plan.rows_of(buffer));
 }
 
 size_t Executor::workspace_bytes() const {

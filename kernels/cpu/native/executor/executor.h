@@ -99,7 +99,7 @@ struct Tiling {
 int tile_rows(int group);
 
 // Rows that are computed together, from `first` of the run's on. Of a large run, one band's gather goes on while another
-// band is computed.
+// band is computed; or they take turns to use the same buffers, see Plan::has_bands.
 struct Band {
   int first = 0;
   Batch batch;
@@ -144,6 +144,7 @@ struct Stage {
   std::vector<Band> bands;  // with some of them; empty where they are computed together
   const std::vector<const MatmulStep*> next_matmul;  // for each step
   const size_t joins_at;  // the first step, behind a gather, for which all rows of a run must be there; 0: all steps are such
+  const bool in_bands;  // has bands without gathers
   Shares shares;
   uint32_t adapters = 0;  // that runs compute, one bit each
   int part = 0;           // that runs compute, of a plan in parts

@@ -1,4 +1,4 @@
-// What gathers, and the int8 values that some of them carry, need of a plan. See checks.cpp.
+// What gathers, and the int8 values that some of them carry, need of a plan, and slots. See checks.cpp.
 #pragma once
 
 #include <algorithm>
@@ -18,6 +18,13 @@ inline const Buffer& line_of(const Plan& plan, BufferId id) {
   return buffer_of(plan, id);
 }
 
+inline const ActivationSlot& slot_of(const Plan& plan, int index) {
+  require(index >= 0 && static_cast<size_t>(index) < plan.slots.size(), "an activation slot without a writer");
+  const ActivationSlot& slot = plan.slots[static_cast<size_t>(index)];
+  require(slot.stretch == plan.stretch(), "activations that were quantized before a step that needs all rows");
+  return slot;
+}
+
 // A slot gets room for what a step writes into it.
 inline Access into_slot(Plan& plan, BufferId x, int index, ActivationSlot written) {
   require(index >= 0 && index < kMaxSlots, "activation slot out of range");
@@ -25,7 +32,11 @@ inline Access into_slot(Plan& plan, BufferId x, int index, ActivationSlot writte
   if (plan.slots.size() <= static_cast<size_t>(index)) plan.slots.resize(static_cast<size_t>(index) + 1);
   ActivationSlot& slot = plan.slots[static_cast<size_t>(index)];
   const size_t row_bytes = activation_bytes(written.format, written.cols) * static_cast<size_t>(written.multiple);
+  const size_t bytes = row_bytes * static_cast<size_t>(plan.rows());
   written.max_row_bytes = std::max(slot.max_row_bytes, row_bytes);
+  written.max_bytes = std::max(slot.max_bytes, plan.selects ? 0 : bytes);
+  written.max_selected_bytes = std::max(slot.max_selected_bytes, plan.selects ? bytes : 0);
+  written.stretch = plan.stretch();
   slot = written;
   return {{x}, {}, true};
 }
@@ -43,7 +54,7 @@ inline Access check_unpack(Plan& plan, const UnpackStep& step) {
   const int segment = segment_cols(step.format);
   const Buffer& x = buffer_of(plan, step.x);
   require(x.width % packed_floats(step.format, segment) == 0, "whole segments, packed");
-  return into_slot(plan, step.x, step.slot, {0, plan.unpacked_cols(step), x.multiple, step.format});
+  return into_slot(plan, step.x, step.slot, {plan.unpacked_cols(step), x.multiple, step.format});
 }
 
 inline Access check_gather(Plan& plan, const GatherStep& step) {

@@ -19,11 +19,24 @@ constexpr int kMaxWidth = 1 << 24;
 constexpr int kMaxStateFloats = 1 << 26;
 constexpr int kMaxSections = 16;
 constexpr double kMaxAngle = 4e6;  // of sincos_double
+constexpr int kBandRows = 1024;  // decoding weights again for each band takes about as long as eight rows
 
 // Of skipped steps, others read sums alone.
 bool is_of_adapters(const Step& step) {
   return std::holds_alternative<QuantizeStep>(step) || std::holds_alternative<MatmulStep>(step) ||
          std::holds_alternative<ElementwiseStep>(step) || std::holds_alternative<AddAdaptedStep>(step);
+}
+
+bool needs_all_rows(const Step& step) {
+  return std::holds_alternative<AttentionStep>(step) || std::holds_alternative<ConvolveStep>(step) ||
+         std::holds_alternative<DeltaRuleStep>(step) || std::holds_alternative<ScanStep>(step) ||
+         std::holds_alternative<SelectStep>(step);
+}
+
+// What it writes may be parts of lines, or stays until the run has ended.
+bool keeps_lines(const Step& step) {
+  return std::holds_alternative<ExpertsStep>(step) || std::holds_alternative<ExpertRowStep>(step) ||
+         std::holds_alternative<PlaceExpertsStep>(step) || std::holds_alternative<OutputStep>(step);
 }
 
 }  // namespace
@@ -48,6 +61,7 @@ const Buffer& Plan::buffer(BufferId id) const {
 BufferId Plan::add_buffer(const Buffer& buffer) {
   require(buffer.width > 0 && buffer.width <= kMaxWidth, "buffer width out of range");
   require(buffer.multiple > 0 && buffer.multiple <= 256, "buffer multiple out of range");
+  require(buffer.rows > 0 && buffer.rows <= limits.max_tokens, "buffer rows out of range");
   buffers.push_back(buffer);
   return static_cast<BufferId>(buffers.size()) - 1;
 }
@@ -83,6 +97,7 @@ int Plan::add_state(int floats) {
 
 void Plan::set_result(BufferId id) {
   require(!buffer(id).private_copy && buffer(id).multiple == 1, "the result must be one line a row, shared");
+  buffers[id].is_local = false;
   result = id;
 }
 
@@ -115,7 +130,60 @@ Sync Plan::sync_before(const Access& access, bool waits) {
   return sync;
 }
 
+// Channels [start, end) of each line, in parts that are filled alike.
+void Plan::fill(Buffer& buffer, int start, int end) {
+  const int before = buffer.stretch == stretch_ ? buffer.filled : 0;
+  buffer.is_local &= start <= before;
+  buffer.filled = std::max(before, end);
+  buffer.stretch = stretch_;
+}
+
+void Plan::follow(const Step& step, const Access& access) {
+  const bool is_whole = selects || needs_all_rows(step);
+  const auto* attention = std::get_if<AttentionStep>(&step);
+  for (BufferId id : access.reads) {
+    Buffer& x = buffers[id];
+    const bool is_stored = attention != nullptr && id != attention->q;  // in the stretch before
+    x.is_local &= x.filled == x.width && (is_stored ? x.stretch == stretch_ - 1 : !is_whole && x.stretch == stretch_);
+  }
+  const auto* copied = std::get_if<CopyChannelsStep>(&step);
+  for (BufferId id : access.writes) {
+    Buffer& out = buffers[id];
+    out.is_local &= !is_whole && !keeps_lines(step);
+    const int start = copied == nullptr ? 0 : copied->out_start * copied->parts;
+    fill(out, start, copied == nullptr ? out.width : start + copied->channels * copied->parts);
+  }
+}
+
+// Rows that become one row of the result stay together.
+int Plan::band_units() const { return std::max(kBandRows / merged, 1); }
+
+bool Plan::has_bands() const {
+  return looks_ahead_ && gathers == 0 && parts.empty() && !has_adapters_ && limits.max_tokens > kBandRows;
+}
+
+int Plan::bands(int rows) const { return (rows / merged + band_units() - 1) / band_units(); }
+
+size_t Plan::in_band(size_t rows_or_bytes) const {
+  const size_t band = static_cast<size_t>(band_units()) * static_cast<size_t>(merged);
+  const size_t all = static_cast<size_t>(limits.max_tokens);
+  return has_bands() && band < all ? (rows_or_bytes * band + all - 1) / all : rows_or_bytes;
+}
+
+size_t Plan::rows_of(const Buffer& buffer) const {
+  const size_t rows = static_cast<size_t>(buffer.rows);
+  return buffer.is_local ? in_band(rows) : rows;
+}
+
+size_t Plan::end_of_stretch(size_t step) const {
+  while (step < steps.size() && !needs_all_rows(steps[step].step)) step++;
+  return step;
+}
+
 void Plan::add(Step step) {
+  if (needs_all_rows(step) || (!steps.empty() && needs_all_rows(steps.back().step))) stretch_++;
+  if (const auto* attention = std::get_if<AttentionStep>(&step)) looks_ahead_ |= !attention->causal;
+  const int rows_before = rows();
   const Access access = check(step);
   const bool placed = std::holds_alternative<PlaceExpertsStep>(step) || std::holds_alternative<CopyChannelsStep>(step);
   const bool output =
@@ -124,11 +192,13 @@ void Plan::add(Step step) {
   const bool in_place = std::holds_alternative<AddAdaptedStep>(step) ||
                         (std::holds_alternative<ElementwiseStep>(step) && !buffer(access.writes[0]).private_copy);
   require(!adapter_ || is_of_adapters(step), "a step of an adapter that others depend on");
+  for (BufferId id : access.reads) require(buffer(id).rows >= rows_before, "a buffer for fewer rows");
   for (BufferId id : access.writes) {
     require(buffer(id).private_copy == (access.row_by_row && !output && !in_place),
             "a buffer written by both kinds of steps");
-    require(!buffer(id).outputs_only || selects, "a buffer for wanted rows written before they are selected");
+    require(buffer(id).rows >= rows(), "a buffer for fewer rows");
   }
+  follow(step, access);
   const bool is_select = std::holds_alternative<SelectStep>(step) || std::holds_alternative<MergeStep>(step);
   const Sync before = sync_before(access, is_select || in_place);
   after_shared_ = after_shared_ || in_place;  // no thread reads what another is still writing
@@ -139,6 +209,7 @@ void Plan::enter_adapter(int adapter) {
   require(adapter >= 0 && adapter < kMaxAdapters, "adapter out of range");
   require(!adapter_, "an adapter in an adapter");
   adapter_ = adapter;
+  has_adapters_ = true;
 }
 
 // The threads meet before the next step, as they do where the adapter's steps are skipped.

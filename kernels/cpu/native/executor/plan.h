@@ -8,60 +8,26 @@
 #include <variant>
 #include <vector>
 
-#include "level/attention_ops.h"
-#include "level/matmul_ops.h"
+#include "executor/limits.h"
 #include "level/level.h"
+#include "level/matmul_ops.h"
 
 namespace llamaclust {
 
-// What a stage is planned for; a run that exceeds one of them is refused.
-struct Limits {
-  int max_tokens;
-  int max_outputs;
-  int max_sequences;
-  int max_context_tokens;
-  int kv_blocks;
-  int window_blocks = 0;  // of windowed layers; 0: there are none
-  int state_blocks = 0;   // of states; 0: they are in KV blocks
-};
-
-// std::invalid_argument where a program does not hold together.
-void require(bool holds, const char* what);
-
-// What a layer keeps in each KV block: keys and values of its positions, or where there are `state_floats`, a state; in
-// KV blocks that is the one behind the last of its positions that are computed.
-struct KvShape {
-  int kv_heads;
-  int head_dim;
-  KvType type;
-  bool windowed = false;  // in the group of layers whose memory is given up behind their windows
-  bool latent = false;    // values are the first channels of keys
-  int state_floats = 0;
-  size_t piece_bytes() const { return kv_piece_bytes(type, head_dim, latent); }
-};
-
-// Blocks of a layer of this shape.
-inline int block_count(const KvShape& shape, const Limits& limits) {
-  if (shape.state_floats > 0 && limits.state_blocks > 0) return limits.state_blocks;
-  return shape.windowed ? limits.window_blocks : limits.kv_blocks;
-}
-
-// Bytes that one block costs in a layer of this shape.
-inline size_t kv_block_bytes(const KvShape& shape) {
-  if (shape.state_floats > 0) return static_cast<size_t>(shape.state_floats) * sizeof(float);
-  return static_cast<size_t>(shape.kv_heads) * shape.piece_bytes();
-}
-
 using BufferId = int;
 
-// A matrix of float32 with `multiple` lines for each row of the microbatch (one for each expert a row uses).
+// A matrix of float32 with `multiple` lines for each row (one for each expert a row uses) and room for `rows` rows, which
+// are fewer than those of a microbatch where rows were selected or merged before.
 // Buffers that row by row steps write are `private_copy`: with few rows every thread computes them for itself, which is
 // cheaper than to share the work and wait. All others are written by all threads together.
 struct Buffer {
   int width;
   int multiple;
   bool private_copy;
-  bool outputs_only;  // has lines for the wanted rows only, not for all
+  int rows;
+  bool is_local = true;  // values are read in the stretch that wrote them, if at all; see Plan::stretch
+  int stretch = -1;      // the last that wrote
+  int filled = 0;        // channels of a line that it wrote
 };
 
 // Row by row steps.
@@ -332,9 +298,12 @@ struct RotationAngles {
 
 // Room for the activations of one step's products; what stands in it changes from step to step.
 struct ActivationSlot {
-  size_t max_row_bytes = 0;  // of the `multiple` lines of one row
   int cols = 0, multiple = 0;
   ActivationFormat format = ActivationFormat::F32;
+  int stretch = -1;          // that wrote it
+  size_t max_row_bytes = 0;  // of the `multiple` lines of one row
+  size_t max_bytes = 0;      // of all rows
+  size_t max_selected_bytes = 0;  // of all rows behind a selection, which no band computes
 };
 
 inline constexpr int kMaxSlots = 4;
@@ -384,13 +353,31 @@ class Plan {
   int given_levels = 0;  // at least so many parts
   bool has_all_rows() const { return !selects && merged == 1; }
 
+  // The most rows that the steps that are added next compute.
+  int rows() const { return selects ? limits.max_outputs : (limits.max_tokens + merged - 1) / merged; }
+
+  // Where each row needs all others, in attention that looks ahead, a run is long: it cannot be cut into chunks. All else
+  // of it is computed in bands of rows: each band in turn computes a stretch of steps, up to the next that needs all rows.
+  // A buffer for values that only their stretch reads has room for one band.
+  bool has_bands() const;
+  int bands(int rows) const;
+  int stretch() const { return stretch_; }  // of the step that was added last
+  size_t end_of_stretch(size_t step) const;  // that begins there; the step itself if it needs all rows
+  size_t in_band(size_t rows_or_bytes) const;  // of those of all rows
+  size_t rows_of(const Buffer& buffer) const;  // that it has room for
+
  private:
   const Buffer& buffer(BufferId id) const;
   struct Checks;
   Access check(const Step& step);
+  void fill(Buffer& buffer, int start, int end);
+  void follow(const Step& step, const Access& access);
+  int band_units() const;
   Sync sync_before(const Access& access, bool waits);
 
   std::optional<int> adapter_;        // of the steps that are added
+  bool has_adapters_ = false, looks_ahead_ = false;
+  int stretch_ = 0;
   size_t choosable_ = 0;              // experts that a choice may name
   bool after_shared_ = false;         // the last step was shared by all threads
   bool after_rows_ = false;           // row by row steps since the threads met

@@ -293,6 +293,7 @@ void Worker::execute(const SelectStep& step) {
 void Worker::execute(const MergeStep& step) {
   const float* x = line(step.x, 0);
   const int width = line_width(step.x);
+  first_ /= step.factor;
   set_rows(rows_ / step.factor);
   const Range rows = own_rows();
   x += int64_t{rows.begin} * step.factor * width;

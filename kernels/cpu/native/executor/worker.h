@@ -76,6 +76,9 @@ class Worker {
   void execute(const ScanStep& step);
   void execute(const GatherStep& step);
 
+  void work_in_bands(size_t at, size_t last);
+  bool is_in_bands() const { return stage_.in_bands && !stage_.bands.empty(); }
+  void store_band(const AttentionStep& step);
   void enter(const Band& band);
   bool run(size_t begin, size_t last);
   void finish_gather();
@@ -110,7 +113,8 @@ class Worker {
   float* line(BufferId id, int row) const {
     const bool own = rows_ <= kPrivateRows && buffer(id).private_copy;
     float* base = own ? stage_.workspace.own(id, thread_) : stage_.workspace.shared(id);
-    return base + static_cast<size_t>(band_->first + row) * static_cast<size_t>(line_width(id));
+    const int first = own || (stage_.in_bands && buffer(id).is_local) ? 0 : first_;
+    return base + static_cast<size_t>(first + row) * static_cast<size_t>(line_width(id));
   }
   uint8_t* slot(int index) const {
     return rows_ <= kPrivateRows ? stage_.workspace.own_slot(index, thread_) : stage_.workspace.shared_slot(index);
@@ -185,6 +189,7 @@ class Worker {
   Barrier& barrier_;
   ThreadSpeeds& speeds_;
   const int thread_, threads_;
+  int first_ = 0;  // of its rows in buffers of all rows
   int rows_ = 0;
   bool alone_ = false;  // row by row steps are not shared out
   uint32_t round_ = 0;

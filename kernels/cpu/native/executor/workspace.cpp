@@ -51,15 +51,13 @@ struct Needs {
 
 Workspace::Workspace(const Plan& plan, int threads) {
   Layout all, each;
-  const size_t tokens = static_cast<size_t>(plan.limits.max_tokens),
-               outputs = static_cast<size_t>(plan.limits.max_outputs);
   for (const Buffer& buffer : plan.buffers) {
     const size_t row_bytes = sizeof(float) * static_cast<size_t>(buffer.width) * static_cast<size_t>(buffer.multiple);
-    shared_.push_back(all.add((buffer.outputs_only ? outputs : tokens) * row_bytes));
+    shared_.push_back(all.add(plan.rows_of(buffer) * row_bytes));
     own_.push_back(each.add(buffer.private_copy ? kPrivateRows * row_bytes : 0));
   }
   for (const ActivationSlot& slot : plan.slots) {
-    shared_slots_.push_back(all.add(tokens * slot.max_row_bytes));
+    shared_slots_.push_back(all.add(std::max(plan.in_band(slot.max_bytes), slot.max_selected_bytes)));
     own_slots_.push_back(each.add(kPrivateRows * slot.max_row_bytes));
   }
   Needs needs{plan.limits};

@@ -153,7 +153,7 @@ def test_a_member_without_a_gatherer_does_not_run(tmp_path: Path) -> None:
 def test_borders_that_do_not_fit_are_refused(own: int, borders: list[int], words: str) -> None:
     """Members may have no columns."""
     plan = Plan(4, 4, 1, 16, 1)
-    x, out = (plan.add_buffer(width, 1, False, False) if width else None for width in (own, 64))
+    x, out = (plan.add_buffer(width, 1, False, 4) if width else None for width in (own, 64))
     assert out is not None
     with pytest.raises(ValueError, match=words):
         plan.gather(x, out, borders)
@@ -162,13 +162,13 @@ def test_borders_that_do_not_fit_are_refused(own: int, borders: list[int], words
 
 def test_what_each_thread_has_for_itself_is_not_gathered() -> None:
     plan = Plan(4, 4, 1, 16, 1)
-    x, out = plan.add_buffer(32, 1, True, False), plan.add_buffer(64, 1, False, False)
+    x, out = plan.add_buffer(32, 1, True, 4), plan.add_buffer(64, 1, False, 4)
     with pytest.raises(ValueError, match="lines that all threads share"):
         plan.gather(x, out, [0, 32, 64])
 
 
 def test_lines_are_gathered_into_as_many() -> None:
     plan = Plan(4, 4, 1, 16, 1)
-    x, out = plan.add_buffer(32, 3, False, False), plan.add_buffer(64, 2, False, False)
+    x, out = plan.add_buffer(32, 3, False, 4), plan.add_buffer(64, 2, False, 4)
     with pytest.raises(ValueError, match="lines that all threads share"):
         plan.gather(x, out, [0, 32, 64])

@@ -133,7 +133,7 @@ def test_a_row_that_others_read_too_goes_as_it_is(tmp_path: Path) -> None:
 )
 def test_packed_rows_of_another_width_are_refused(x: int, out: int, form: int, words: str) -> None:
     plan = Plan(4, 4, 1, 16, 1)
-    own, packed = (plan.add_buffer(width, 1, False, False) for width in (x, out))
+    own, packed = (plan.add_buffer(width, 1, False, 4) for width in (x, out))
     with pytest.raises(ValueError, match=words):
         plan.pack(own, packed, form)
     with pytest.raises(ValueError, match=words):
@@ -143,6 +143,6 @@ def test_packed_rows_of_another_width_are_refused(x: int, out: int, form: int, w
 def test_rows_for_a_member_that_there_is_not() -> None:
     for to in (2, -2):
         plan = Plan(4, 4, 1, 16, 1)
-        x, out = (plan.add_buffer(width, 1, False, False) for width in (32, 64))
+        x, out = (plan.add_buffer(width, 1, False, 4) for width in (32, 64))
         with pytest.raises(ValueError, match="rows for a member that there is not"):
             plan.gather(x, out, [0, 32, 64], to)

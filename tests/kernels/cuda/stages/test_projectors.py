@@ -12,10 +12,8 @@ from support.cuda.stages import same
 from support.models.vision.encoded_tiles import encoded
 from support.models.vision.tiny_projectors import PROJECTORS, build_projector, tile_of
 
-COMPUTED = [name for name in PROJECTORS if name != "gemma4v"]  # it adds a row: workers compute it on their processor
 
-
-@pytest.mark.parametrize("name", COMPUTED)
+@pytest.mark.parametrize("name", PROJECTORS)
 def test_rows(name: str, cuda: CudaBackend, cpu: CpuBackend, tmp_path: Path) -> None:
     path = build_projector(tmp_path / "p.gguf", name)
     same(encoded(cuda, path, tile_of(name)), encoded(cpu, path, tile_of(name)))

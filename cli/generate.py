@@ -236,13 +236,12 @@ def given_or_piped(prompt: str | None) -> str:
     return terminal.piped().removesuffix("\n").removesuffix("\r")
 
 
-def _answer(
-    client: TextClient, prompt: str, images: Sequence[dict[str, Any]], options: CompletionOptions
-) -> ChunkStream:
+def _answer(client: TextClient, prompt: str, images: Sequence[dict[str, Any]], options: Any) -> ChunkStream:
+    """Completes a prompt, or answers it as a message with images. `options`: those that both have."""
     if not images:
         return client.generate(prompt, stream=True, **options)
-    message = {"role": "user", "content": [*images, prompt]}  # images first, as llama.cpp has them
-    return client.chat([message], stream=True, **options)  # type: ignore[misc]
+    message: dict[str, Any] = {"role": "user", "content": [*images, prompt]}  # images first, as llama.cpp has them
+    return client.chat([message], stream=True, **options)
 
 
 def _print_stream(chunks: ChunkStream) -> None:

@@ -17,6 +17,7 @@ from llamaclust.cluster.control.resources.link_profiling import hops_matter, kep
 from llamaclust.cluster.control.resources.placement import check_placement
 from llamaclust.cluster.control.resources.profiling import stated_speeds
 from llamaclust.cluster.control.resources.resource_shares import WorkerResources, measurement_key
+from llamaclust.cluster.front.text.image_rows import RowLimits
 from llamaclust.cluster.launchers.worker_settings import numa_nodes, thread_shares, worker_settings
 from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.links import Links
@@ -106,9 +107,15 @@ def _show(config: ClusterConfig, acceptances: Sequence[float]) -> None:
         for each in _effects(config)
     )
     beside = _beside(config, start.own_bytes, start.draft_model)
-    found = (*start.unused, disturbance(start.other_loads.values()))
+    found = (_image_rows(start.plan), *start.unused, disturbance(start.other_loads.values()))
     hints = tuple(f"  {hint}" for hint in found if hint is not None)
     print("\n".join((*plan_lines(start.plan, acceptances), *rules, *lines, _cores(config), *beside, *hints)))
+
+
+def _image_rows(plan: Plan) -> str | None:
+    if not any(stage.encoder_bytes for stage in plan.stages):
+        return None
+    return f"the coordinator takes up to {mib(RowLimits().held_bytes)} MiB for rows of images"
 
 
 def _cores(config: ClusterConfig) -> str:

@@ -10,26 +10,33 @@ from llamaclust.cluster.config.values import OFF
 from llamaclust.cluster.control.stage_memory import check_encoder
 from llamaclust.model.loader import Model
 from llamaclust.model.projectors.beside import projectors_beside
-from llamaclust.model.projectors.projector import Projector
+from llamaclust.model.projectors.projector import Projector, open_projector
 
 
 def open_with_projector(
     path: Path, mmproj: str | None, chat_template: str | None = None, adapters: Sequence[Path] = ()
 ) -> tuple[Model, str | None]:
-    """Opens a model with its projector, if it has one. `mmproj` is the key of the cluster file. Also returns the reason
-    why no projector beside the model is used; None if one is used, none is there, or the user chose. Raises the errors
-    of `Model.open` and `check_encoder`, and UsageError if a given projector is not there."""
-    given = None if mmproj in (None, OFF) else resolve_model(mmproj)
-    model = Model.open(path, chat_template, adapters, given)
-    if model.projector is not None:
-        check_encoder(model.projector)
-    if mmproj is not None:
-        return model, None
+    """Opens a model with its projector, if it has one. Also returns the reason of `choose_projector`. Raises the errors
+    of `Model.open` and `choose_projector`."""
+    model = Model.open(path, chat_template, adapters)
+    model.projector, unused = choose_projector(model, mmproj)
+    return model, unused
+
+
+def choose_projector(model: Model, mmproj: str | None) -> tuple[Projector | None, str | None]:
+    """Returns the model's projector; None if it reads no images. `mmproj` is the key of the cluster file. Also returns
+    the reason why no projector beside the model is used; None if one is used, none is there, or the user chose. Raises
+    UsageError if a given projector is not there, and ModelFileError if it does not fit or cannot be loaded."""
 
     def check(projector: Projector) -> None:
         model.check_projector(projector)
         check_encoder(projector)
 
+    if mmproj == OFF:
+        return None, None
+    if mmproj is not None:
+        given = open_projector(resolve_model(mmproj))
+        check(given)
+        return given, None
     beside = projectors_beside(model.file.path, check)
-    model.projector = beside.only
-    return model, beside.unused
+    return beside.only, beside.unused

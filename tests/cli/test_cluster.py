@@ -17,6 +17,8 @@ from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.core.errors import UsageError
 from llamaclust.worker.devices.cores import physical_cores, read_cores
 from support.clusters.command_line import Cluster, CommandLine, eventually, float32
+from support.models.tiny_model import build_tiny_model
+from support.models.vision.tiny_projectors import TEXT_WIDTH, build_projector
 
 WORKER_KEYS = {"name", "pid", "address", "device", "layers", "state", "memory_bytes", "busy", "tokens_per_s"}
 
@@ -189,6 +191,17 @@ def test_plan_shows_kv_memory_on_disk(line: CommandLine) -> None:
     assert "  KV memory on disk, at most: a 64 MiB, b 1536 MiB\n" in line.run("plan", path, *on_disk).out
     assert line.run("plan", path, *on_disk, "--json").json["kv_disk_bytes"] == {"a": 64 << 20, "b": 3 << 29}
     assert "on disk" not in line.run("plan", path).out
+
+
+def test_plan_shows_the_coordinators_memory_for_images(line: CommandLine) -> None:
+    folder = line.folder / "seeing"
+    folder.mkdir()
+    model = build_tiny_model(folder / "m.gguf", hidden=TEXT_WIDTH, heads=4, layers=1)
+    told = "  the coordinator takes up to 1024 MiB for rows of images\n"
+    assert told not in line.run("plan", model).out
+    build_projector(folder / "mmproj.gguf", "gemma3")
+    found = line.run("plan", model).out
+    assert told in found and "MiB encoder" in found
 
 
 def room_mib(said: str) -> int:

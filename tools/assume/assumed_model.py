@@ -4,6 +4,7 @@ like real files, so the sizes of weights, KV memory and workspace are exact."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -23,11 +24,13 @@ from llamaclust.cluster.config.catalog import (
 )
 from llamaclust.cluster.config.model_sources import shortened
 from llamaclust.cluster.config.public_models import public_models
+from llamaclust.cluster.control.projectors import choose_projector
 from llamaclust.core.errors import UsageError
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import FileIdentity, Tensor
 from llamaclust.model.gguf.values import MetadataValue
 from llamaclust.model.loader import Model
+from llamaclust.model.projectors.projector import Projector
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.assume.public_shapes import IN_CATALOG, public_shapes
 from llamaclust.tools.assume.shapes import SHAPES, ModelShape
@@ -57,15 +60,38 @@ class AssumedModel:
     file: ModelFile
     mix: str | None
     catalog_name: str = ""  # without a quantization; empty where the catalog does not have it
+    has_file: bool = False  # a projector may be beside it
 
     @cached_property
     def opened(self) -> Model:
         """The programs and costs, which all plans share. Raises ModelFileError if the model cannot run."""
         return Model(self.file)
 
+    @cached_property
+    def _with_own_projector(self) -> Model:
+        return self._with(choose_projector(self.opened, None)[0]) if self.has_file else self.opened
+
+    def with_projector(self, mmproj: str | None) -> Model:
+        """Returns the opened model with the projector that the key `mmproj` chooses. Raises the errors of
+        `choose_projector`."""
+        return self._with_own_projector if mmproj is None else self._with(choose_projector(self.opened, mmproj)[0])
+
+    def _with(self, projector: Projector | None) -> Model:
+        if projector is None:
+            return self.opened
+        model = copy(self.opened)
+        model.projector = projector
+        return model
+
+    @property
+    def lacks_encoder(self) -> bool:
+        """True if the model reads images, but its encoder is known only once it is downloaded."""
+        model = public_models().get(self.catalog_name)
+        return not self.has_file and model is not None and bool(model.mmproj)
+
     def quantized(self, mix: str) -> AssumedModel:
         """Raises UsageError if `quantize` has no rules for the architecture."""
-        return AssumedModel(self.title, _quantized(self.file, MIXES[mix]), mix, self.catalog_name)
+        return replace(self, file=_quantized(self.file, MIXES[mix]), mix=mix)
 
     @property
     def shown_mix(self) -> str | None:
@@ -100,7 +126,8 @@ def assumed_model(spec: str) -> AssumedModel:
         path = resolve_model(name)
     except UsageError as error:
         raise _unknown_error(name, error) from error
-    found = AssumedModel(path.stem, open_model(path), None, "" if entry is None else entry.name.partition(":")[0])
+    in_catalog = "" if entry is None else entry.name.partition(":")[0]
+    found = AssumedModel(path.stem, open_model(path), None, in_catalog, has_file=True)
     return found if mix is None else found.quantized(mix)
 
 

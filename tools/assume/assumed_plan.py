@@ -40,8 +40,13 @@ class AssumedPlan:
             "machines": len(self.assumed.machines),
             "alone": self._alone_json(),
             "helps": list(self.helps),
-            "assumptions": list(rates.assumptions(self.assumed)),
+            "assumptions": list(self._assumptions()),
         }
+
+    def _assumptions(self) -> Iterator[str]:
+        yield from rates.assumptions(self.assumed)
+        if self.model.lacks_encoder and not any(stage.encoder_bytes for stage in self.plan.stages):
+            yield "text only; the encoder of images is counted once the model is downloaded"
 
     def lines(self) -> Iterator[str]:
         """Yields a summary, the lines of the command `plan`, and the assumptions."""
@@ -55,7 +60,7 @@ class AssumedPlan:
         if self.alone is not None:
             yield f"  {_alone_text(self.alone, prediction)}"
         yield from (f"  what would help: {text}" for text in self.helps)
-        yield from (f"  assumed: {text}" for text in rates.assumptions(self.assumed))
+        yield from (f"  assumed: {text}" for text in self._assumptions())
 
     def _alone_json(self) -> dict[str, Any] | None:
         if self.alone is None:

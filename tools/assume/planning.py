@@ -18,7 +18,17 @@ from llamaclust.tools.assume import rates
 from llamaclust.tools.assume.assumed_model import AssumedModel
 from llamaclust.tools.assume.machines import AssumedMachines, Machine
 
-KEYS = ("context_length", "groups", "kv_memory", "kv_type", "max_sequences", "objective", "plan", "prefill_chunk")
+KEYS = (
+    "context_length",
+    "groups",
+    "kv_memory",
+    "kv_type",
+    "max_sequences",
+    "mmproj",
+    "objective",
+    "plan",
+    "prefill_chunk",
+)
 """The keys of a cluster file that have an effect on assumed plans."""
 _LOADED = 0.95
 """The least share of a file that is loaded. Layers for multi-token prediction are not."""
@@ -60,7 +70,8 @@ class AssumedCluster:
         )
         try:
             config = self._config(list(workers))
-            return plan_cluster(config, model.opened, resources, max_expert_shards=max_expert_shards)
+            opened = model.with_projector(config.mmproj)
+            return plan_cluster(config, opened, resources, max_expert_shards=max_expert_shards)
         except ModelFileError as error:
             if not any(machine.gpus for machine in self.assumed.machines):
                 raise

@@ -76,7 +76,7 @@ def retype(path: Path, name: str, kind: QuantType) -> None:
     changed = [
         TensorSource(name, kind, (rows, columns), lambda: zeros) if each.name == name else each for each in sources
     ]
-    write_gguf(path.with_suffix(".new"), dict(file.metadata), changed)
+    write_gguf(path.with_suffix(".new"), file.metadata, changed)
     path.with_suffix(".new").rename(path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from math import ceil
+from pathlib import Path
 
 import pytest
 
@@ -18,13 +19,17 @@ from llamaclust.core.sizes import mib
 from llamaclust.model.groups.portion import Portion
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
+from llamaclust.model.projectors.projector import open_projector
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.assume import planning, rates
 from llamaclust.tools.assume.assumed_model import assumed_model
 from llamaclust.tools.assume.assumed_plan import AssumedPlan, plan_assumed, plan_shapes
 from llamaclust.tools.assume.shapes import SHAPES
+from llamaclust.worker.devices.encoder_memory import encoder_bytes
 from llamaclust.worker.devices.workspace import program_workspace_bytes
 from llamaclust.worker.stage.stage_runner import model_program
+from support.models.tiny_model import build_tiny_model
+from support.models.vision.tiny_projectors import TEXT_WIDTH, build_projector
 
 MIXES = ("q4_k_m", "iq1_s")
 MIB = 1 << 20
@@ -293,3 +298,25 @@ def test_a_survey_shows_limits_of_one_model_in_its_row() -> None:
     assert plans["8b"].plan is not None and plans["8b"].plan.context_length == 8192
     with pytest.raises(UsageError, match="context_length"):
         plan_shapes("24GB", ("context_length=x",), lambda name: None)
+
+
+def test_the_encoder_of_a_file_is_counted(tmp_path: Path) -> None:
+    text = build_tiny_model(tmp_path / "m.gguf", hidden=TEXT_WIDTH, heads=4, layers=2)
+    projector = build_projector(tmp_path / "mmproj.gguf", "idefics3")
+    needed = encoder_bytes(open_projector(projector), 8).total_bytes
+
+    def encoders(*overrides: str) -> list[int]:
+        found = plan_assumed("2x16GB@40GB/s/8", str(text), overrides)
+        return [stage.encoder_bytes for stage in found.plan.stages if stage.encoder_bytes]
+
+    assert encoders() == [needed] and encoders("mmproj=off") == []
+    assert any("MiB encoder" in line for line in plan_assumed("16GB@40GB/s/8", str(text), ()).lines())
+    projector.rename(projector.with_name("vision.gguf"))
+    assert encoders() == [] and encoders(f"mmproj={projector.with_name('vision.gguf')}") == [needed]
+
+
+def test_a_model_of_the_catalog_says_that_its_encoder_is_not_counted() -> None:
+    seeing, reading = (plan_assumed("64GB@40GB/s", name, ()) for name in ("gemma-3-4b-it", "qwen3-4b"))
+    text = "the encoder of images is counted once the model is downloaded"
+    assert any(text in line for line in seeing.lines()) and any(text in line for line in seeing.json()["assumptions"])
+    assert not any(text in line for line in reading.lines())

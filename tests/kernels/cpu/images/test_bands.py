@@ -72,7 +72,7 @@ def encoder() -> tuple[Step, ...]:
 @pytest.fixture(scope="module")
 def tensors(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Tensor]:
     path, generator = tmp_path_factory.mktemp("bands") / "w.gguf", generator_of(5)
-    weights = {name: Weight(normal(generator, *shape) / 8) for name, shape in SHAPES.items()}
+    weights = {name: Weight((normal(generator, *shape) / 8).astype(np.float32)) for name, shape in SHAPES.items()}
     write_gguf(path, {}, [weight.source(name) for name, weight in weights.items()])
     return open_model(path).tensors
 

@@ -99,7 +99,7 @@ async def answer(http: httpx.AsyncClient, number: int) -> list[tuple[int, float]
     return rows
 
 
-async def ask_again(http: httpx.AsyncClient, number: int, expected: list[tuple[int, float]], seen: Seen) -> None:
+async def repeat(http: httpx.AsyncClient, number: int, expected: list[tuple[int, float]], seen: Seen) -> None:
     while True:
         before = seen.replies
         assert await answer(http, number) == expected, number
@@ -130,7 +130,7 @@ async def attacked(cluster: Cluster) -> Seen:
         expected = [await answer(own, number) for number in numbers]
         queue, begun_bytes = iter(attacks(Random(SEED), model)), coordinator.memory_info().rss
         async with asyncio.TaskGroup() as group:
-            others = [group.create_task(ask_again(own, number, expected[number], seen)) for number in numbers]
+            others = [group.create_task(repeat(own, number, expected[number], seen)) for number in numbers]
             others.append(group.create_task(watch(coordinator, seen)))
             async with asyncio.TaskGroup() as attackers:
                 for _ in range(AT_ONCE):

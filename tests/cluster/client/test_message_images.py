@@ -103,7 +103,7 @@ def parts_of(messages: Any) -> list[Any]:
 
 def test_the_latest_images_that_fit_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     part, text = image_part(png()), {"type": "text", "text": "a"}
-    messages = [
+    messages: list[Any] = [
         {"role": "system", "content": "Be."},
         {"role": "user", "content": [part, text, part]},
         {"role": "assistant", "content": "b"},

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ from support.chat.vision import TinyVision, data_url, image
 from support.clusters import served as served_module
 from support.clusters.served import ScriptedEngine, client, make_app, says, until
 
+_Value = TypeVar("_Value")
 ONES, TWOS, THREES = ([png(10 * owner + number) for number in range(6)] for owner in (1, 2, 3))
 
 
@@ -175,11 +176,12 @@ class SlowVision(TinyVision):
     async def lay_out(self, prompt: PromptImages, check: CheckLength) -> tuple[int, ...]:
         return await self._wait(super().lay_out(prompt, check))
 
-    async def _wait(self, work: Awaitable[Any]) -> Any:
+    async def _wait(self, work: Awaitable[_Value]) -> _Value:
         self.begun += 1
         try:
-            await work
+            found = await work
             await asyncio.Event().wait()
+            return found
         finally:
             self.cancelled += 1
 

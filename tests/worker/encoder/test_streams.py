@@ -31,6 +31,7 @@ from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.devices.encoder_limits import EncoderMemory
 from llamaclust.worker.encoder.streams import EncoderStreams
 from llamaclust.worker.encoder.tile_encoder import TileEncoder
+from llamaclust.worker.service import StageService
 from llamaclust.worker.stage.compute import Compute
 from support.clusters.served import until
 from support.damaged_models import flip_middle
@@ -204,18 +205,19 @@ async def test_the_encoder_ends_with_its_epoch(folder: Path, rows: Float32, tmp_
             await encoded_by(cluster, task(rows))
         await load(cluster, folder, beside(folder), epoch=2)
         await handle.unload(2)
-        short, available = asyncio.Event(), Device.free_memory_bytes
-        assert isinstance(available, property) and available.fget is not None
+        waits, last_tiles = asyncio.Event(), StageService.last_tiles
 
-        def free_bytes(device: Device) -> int:
-            short.set()
-            return available.fget(device) if held.gate.is_set() else 0
+        async def waited(service: StageService) -> bool:
+            waits.set()
+            return await last_tiles(service)
 
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(Device, "free_memory_bytes", property(free_bytes))
+            free_bytes = property(lambda _: 1 << 40 if held.gate.is_set() else 0)
+            patched.setattr(Device, "free_memory_bytes", free_bytes)
+            patched.setattr(StageService, "last_tiles", waited)
             loading = asyncio.create_task(load(cluster, folder, beside(folder), epoch=3))
-            await short.wait()
-            assert not (await asyncio.wait((loading,), timeout=0.05))[0]
+            await asyncio.wait((loading, asyncio.create_task(waits.wait())), return_when=asyncio.FIRST_COMPLETED)
+            assert not loading.done()
             held.gate.set()
             await loading
         same((await encoded_by(cluster, task(rows), epoch=3))[0], rows)
@@ -264,6 +266,7 @@ async def test_a_worker_that_shows_nothing_is_given_up(
         with pytest.raises(DeadlineError, match=r"rows of an image from worker a: not within 0\.05 s") as caught:
             await encoded_by(cluster, task(rows))
         assert caught.value.worker == "a"
+        held.gate.set()
 
 
 async def test_a_load_in_its_place_has_an_encoder_of_its_own(folder: Path, rows: Float32, tmp_path: Path) -> None:

@@ -29,15 +29,17 @@ class Speed:
     decode_share: float | None = None
 
 
-def check_program(path: Path, how: str = "the docstring of benchmarks/runner/llama.py") -> Path:
+def check_program(
+    path: Path, how: str = "the docstring of benchmarks/runner/llama.py", option: str = "--llama-bench"
+) -> Path:
     """Returns the absolute path of a program. Raises UsageError if the path is not a program. `how`: the text that says
     how to build it."""
     if path.is_dir():
-        raise UsageError(f"--llama-bench {path}: a folder; give the program in it, such as {path}/bin/llama-bench")
+        raise UsageError(f"{option} {path}: a folder; give the program in it, such as {path}/bin/{option[2:]}")
     if not path.exists():
-        raise UsageError(f"--llama-bench {path}: no such file; {how} says how to build it")
+        raise UsageError(f"{option} {path}: no such file; {how} says how to build it")
     if not os.access(path, os.X_OK):
-        raise UsageError(f"--llama-bench {path}: not a program that can be run")
+        raise UsageError(f"{option} {path}: not a program that can be run")
     return path.absolute()
 
 

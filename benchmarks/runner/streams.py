@@ -40,7 +40,9 @@ async def event(reader: asyncio.StreamReader) -> bytes:
                 raise LlamaclustError(f"an answer ended: {line[6:300].decode(errors='replace').strip()}")
             return line[6:]
         if line.startswith(b"HTTP/1.1 ") and not line.startswith(b"HTTP/1.1 200"):
-            raise LlamaclustError(f"refused: {line.decode().strip()} {(await reader.read(2000))[-300:]!r}")
+            head, _, rest = (await reader.read(2000)).partition(b"\r\n\r\n")
+            rest = rest or await reader.read(2000)  # the body may come later
+            raise LlamaclustError(f"refused: {line.decode().strip()} {(rest or head)[-300:]!r}")
     raise LlamaclustError("an answer ended before its end")
 
 

@@ -41,6 +41,7 @@ LLAMA_BENCH = """#!/bin/sh
 echo '[{"n_prompt": 16, "n_gen": 0, "avg_ts": 10.0}, {"n_prompt": 0, "n_gen": 2, "avg_ts": 5.0}]'
 """
 """Answers as llama.cpp's program of that name."""
+ENCODE_TILE = "#!/bin/sh\nwhile read line; do echo 1000; done\n"
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +53,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_tiny_model(folder / "experts.gguf", quant_type=QuantType.Q8_0, layers=4, experts=8)
     (folder / "models").mkdir()
     (folder / "models" / "Q8_0.gguf").symlink_to(folder / "Q8_0.gguf")
-    (folder / "llama-bench").write_text(LLAMA_BENCH)
-    (folder / "llama-bench").chmod(0o755)
+    for name, text in (("llama-bench", LLAMA_BENCH), ("encode_tile", ENCODE_TILE)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
     return folder
 
 
@@ -86,9 +88,12 @@ def test_every_case_says_what_it_does(folder: Path, case: str) -> None:
 MODEL = "Q8_0.gguf"
 ONE = ("--rounds", "1")
 SMALL_HEAD = ("--layers", "2", "--hidden", "256", "--vocabulary", "400")
+SMALL_ENCODER = ("--layers", "1", "--threads", "1")
 LLAMA = ("--prompt", "16", "--generate", "2", "--threads", "1", "--runs", "1", *ONE, "--llama-bench", "llama-bench")
 TINY = {
     "compare": (MODEL, *LLAMA),
+    "encode": ("--shapes", "smolvlm-500m", "--encode-tile", "encode_tile", *SMALL_ENCODER, *ONE),
+    "image_gaps": ("--text-layers", "1", "--quiet", "1", *SMALL_ENCODER, *ONE),
     "hop": (MODEL, "--steps", "20", *ONE),
     "kernels": ("--types", "Q8_0", "--shapes", "2048x2048", "--tokens", "1,8", "--threads", "1", *ONE),
     "load": (MODEL, "--threads", "1", *ONE),
@@ -115,6 +120,8 @@ TINY = {
 """Small runs, by case."""
 VARIANTS = {
     "compare": {"llama.cpp", "llamaclust"},
+    "encode": {"mtmd", "llamaclust"},
+    "image_gaps": {"a new image", "asked again", "text alone", "beside an image"},
     "hop": {"in process", "one worker", "two workers"},
     "kernels": {"Q8_0    2048x2048 LEVEL   1 far", "Q8_0    2048x2048 LEVEL   8 far"},
     "load": {"and packing", "from the file", "packed", "packed, copied"},
@@ -199,6 +206,7 @@ REFUSED = [
     ("compare", (MODEL, "--llama-bench", "nope"), "no such file; the docstring of benchmarks/runner/llama.py says"),
     ("compare", (MODEL, "--llama-bench", "."), "a folder"),
     ("compare", (MODEL, "--llama-bench", "words"), "not a program that can be run"),
+    ("encode", ("--encode-tile", "nope"), "record_mtmd.py says how to build it"),
     ("compare", ("nope.gguf", "--llama-bench", "llama-bench"), "nope.gguf: no such file"),
     ("split", ("nope.gguf",), "nope.gguf: no such file"),
     ("nope", (), "compare"),

@@ -262,7 +262,7 @@ def _metadata(name: str) -> dict[str, WritableValue]:
     }
 
 
-def tile_of(name: str, seed: int = 5) -> NDArray[np.uint8]:
-    """Returns a tile of random colours, [height, width, 3]."""
-    lines, columns = PROJECTORS[name].tile
+def tile_of(name: str, seed: int = 5, patches: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """Returns a tile of random colours, [height, width, 3], of these lines and columns of patches."""
+    lines, columns = patches or PROJECTORS[name].tile
     return np.random.default_rng(seed).integers(0, 256, (lines * PATCH, columns * PATCH, 3), np.uint8)

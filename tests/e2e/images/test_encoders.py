@@ -91,6 +91,7 @@ async def test_a_worker_is_killed_in_mid_encode(tmp_path: Path) -> None:
         assert not encoding.done()
         os.kill(cluster.pids["a"], signal.SIGKILL)
         encoder.lose(None)
+        assert second.encoder is not None
         encoder.serve(second.encoder)
         check(await encoding, wanted)
         await asyncio.gather(first.close(), second.close())

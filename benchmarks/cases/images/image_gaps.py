@@ -66,8 +66,8 @@ class ImageGaps(Case):
                 questions["asked again"] = partial(self._measured, bench, "Describe it.")
                 yield Group("question", questions, {"first s": "0.1"}, in_order=True)
                 async with AsyncClient(bench.api) as client, others(client, bench, self.streams) as seen:
-                    image = partial(_first_s, bench, "What is this?")
-                    works = {"text alone": self._nothing, "beside an image": image}
+                    works: dict[str, Callable[[int], Awaitable[float]]] = {"text alone": self._nothing}
+                    works["beside an image"] = partial(_first_s, bench, "What is this?")
                     variants = {name: partial(_watched, seen, work) for name, work in works.items()}
                     yield Group("streams", variants, in_order=True)
 

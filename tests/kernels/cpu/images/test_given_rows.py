@@ -85,7 +85,7 @@ def test_given_rows_that_do_not_fit_are_refused(rows: list[int], width: int, rea
         run("cpu-1-thread", short, np.ones((89, WIDTH), np.float32), ir.GivenRows(X, OUT))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3vl", "gemma3", "gpt2", "granite"])
+@pytest.mark.parametrize("architecture", ["llama-linear", "qwen3vl", "gemma3", "gpt2", "granite"])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_the_embeddings_of_tokens_give_the_bits_of_the_tokens(tmp_path: Path, name: str, architecture: str) -> None:
     """Given rows are not scaled and come before learned positions, as embeddings of images do."""

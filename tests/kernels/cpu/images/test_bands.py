@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,7 +35,7 @@ from support.arithmetic.single_steps import Weight, error, normal, program_of, r
 WIDTH, HEADS, INNER, GROUP, MERGED = 32, 2, 80, 48, 4
 X, FIRST, LAST = (Buffer(name, WIDTH) for name in ("x", "first", "last"))
 FEW, OUT = Buffer("few", WIDTH), Buffer("out", 40)
-SHAPES = {name: (WIDTH, WIDTH) for name in ("q", "k", "v", "o")} | {
+SHAPES = dict.fromkeys(("q", "k", "v", "o"), (WIDTH, WIDTH)) | {
     "up": (INNER, WIDTH),
     "down": (WIDTH, INNER),
     "merger": (OUT.width, MERGED * 2 * WIDTH),
@@ -47,9 +46,7 @@ SHAPES = {name: (WIDTH, WIDTH) for name in ("q", "k", "v", "o")} | {
 def layer(x: Buffer, out: Buffer, *, grouped: bool = True) -> tuple[Step, ...]:
     q, k, v, attended, projected = (Buffer(name, WIDTH) for name in ("q", "k", "v", "attended", "projected"))
     up, inner = Buffer("up", INNER), Buffer("inner", INNER)
-    attention = Attention(
-        q, k, v, attended, 1, HEADS, HEADS, WIDTH // HEADS, scale=0.25, causal=False, grouped=grouped
-    )
+    attention = Attention(q, k, v, attended, 1, HEADS, HEADS, WIDTH // HEADS, scale=0.25, causal=False, grouped=grouped)
     return (
         *(MatMul(x, buffer, buffer.name) for buffer in (q, k, v)),
         attention,

@@ -32,8 +32,8 @@ def _input_bytes(projector: Projector) -> int:
 
 
 def _tile_bytes(projector: Projector) -> int:
-    """Returns the bytes to prepare a tile's patches, or those of its patches and rows, whichever is more. A byte of each
-    number of the rows tells if it is finite."""
+    """Returns the bytes to prepare a tile's patches, or those of its patches and rows if these are more. One byte for
+    each number of the rows tells if it is finite."""
     program, rows = projector.program, projector.most_program_rows
     patches = _FLOAT_BYTES * rows * program.hidden.width
     merged = (_FLOAT_BYTES + 1) * (rows // program.rows_together) * program.out.width

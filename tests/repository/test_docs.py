@@ -169,8 +169,9 @@ def documented_options(page: Path, words: tuple[str, ...]) -> dict[str, str]:
     assert heading is not None
     text = section(page, heading[1])
     found: dict[str, str] = {}
-    for other, but in re.findall(r"has the options of `(\w+)` but `(--[\w-]+)`", text):
-        found |= {name: default for name, default in documented_options(page, (other,)).items() if name != but}
+    for other, listed in re.findall(r"has the options of `(\w+)` but ((?:`--[\w-]+`(?: and )?)+)", text):
+        missing = re.findall(r"--[\w-]+", listed)
+        found |= {name: default for name, default in documented_options(page, (other,)).items() if name not in missing}
     common = rows(section(page, "Common options"))
     for paragraph in re.findall(r"^Common options: (.*?)\.$", text, re.MULTILINE | re.DOTALL):
         for wanted in re.findall(r"`(--[\w-]+)`", paragraph):

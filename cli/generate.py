@@ -332,7 +332,7 @@ class Target:
 
     def _draft_file(self) -> Path | None:
         from llamaclust.cluster.config.catalog import resolve_model
-        from llamaclust.cluster.launchers.draft_model import of_draft_model
+        from llamaclust.cluster.launchers.models.draft_model import of_draft_model
 
         if self.draft is None:
             return None

@@ -10,7 +10,7 @@ from typing import Any
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.limits import capacity_of, kv_tokens
-from llamaclust.cluster.control.projectors import open_with_projector
+from llamaclust.cluster.launchers.models.projectors import open_with_projector
 from llamaclust.cluster.scheduler.capacity import BlockCounts, blocks_of
 from llamaclust.cluster.scheduler.kv.groups import KvGroups, KvSizes
 from llamaclust.core.limits import StageLimits

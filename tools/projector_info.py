@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llamaclust.cluster.control.projectors import open_with_projector
+from llamaclust.cluster.launchers.models.projectors import open_with_projector
 from llamaclust.core.sizes import needed
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.hyperparameters import PROJECTOR_ARCHITECTURE, read_architecture

@@ -12,12 +12,12 @@ from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.control.limits import check_distinct, unused_mtp
 from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
-from llamaclust.cluster.control.projectors import open_with_projector
 from llamaclust.cluster.control.resources.link_profiling import hops_matter, kept_links
 from llamaclust.cluster.control.resources.placement import check_placement
 from llamaclust.cluster.control.resources.profiling import stated_speeds
 from llamaclust.cluster.control.resources.resource_shares import WorkerResources, measurement_key
 from llamaclust.cluster.front.text.image_rows import RowLimits
+from llamaclust.cluster.launchers.models.projectors import open_with_projector
 from llamaclust.cluster.launchers.worker_settings import numa_nodes, thread_shares, worker_settings
 from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.links import Links

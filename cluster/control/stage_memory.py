@@ -11,7 +11,6 @@ from llamaclust.cluster.planner.memory import Rounding, StagePlace, Workspace
 from llamaclust.cluster.planner.splits.encoder_place import EncoderParts
 from llamaclust.core.limits import StageLimits
 from llamaclust.model.loader import Model
-from llamaclust.model.projectors.projector import Projector
 from llamaclust.worker.devices.encoder_memory import encoder_bytes
 from llamaclust.worker.devices.workspace import program_workspace_bytes, weight_rounding_bytes
 from llamaclust.worker.stage.stage_runner import model_program
@@ -88,11 +87,6 @@ def rounding_of(model: Model, *, experts: bool = True) -> Rounding:
         return known[device, experts]
 
     return table
-
-
-def check_encoder(projector: Projector) -> None:
-    """Raises ModelFileError for an encoder without kernels, which no worker can load."""
-    encoder_bytes(projector, 1)
 
 
 def encoder_of(model: Model) -> EncoderParts | None:

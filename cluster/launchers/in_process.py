@@ -12,13 +12,13 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
 from llamaclust.cluster.config.values import OFF, parse_device
-from llamaclust.cluster.control.projectors import open_with_projector
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.pipeline import PipelineEncoder, StageInfo
 from llamaclust.cluster.front.text.service import TextService, TextSettings
 from llamaclust.cluster.front.text.vision import vision_of
-from llamaclust.cluster.launchers.draft_model import open_device, open_draft_model, plan_draft_model
-from llamaclust.cluster.launchers.local_encoder import LocalEncoder
+from llamaclust.cluster.launchers.models.draft_model import open_device, open_draft_model, plan_draft_model
+from llamaclust.cluster.launchers.models.local_encoder import LocalEncoder
+from llamaclust.cluster.launchers.models.projectors import open_with_projector
 from llamaclust.cluster.scheduler.capacity import ROWS, BlockCounts, Capacity, blocks_of, microbatch_rows
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.kv.groups import WindowGroup

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.limits import speculation_settings, unused_mtp
-from llamaclust.cluster.launchers.draft_model import (
+from llamaclust.cluster.launchers.models.draft_model import (
     DraftModelPlan,
     SharedDraftModel,
     draft_model_beside,

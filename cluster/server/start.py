@@ -11,10 +11,10 @@ from pathlib import Path
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.control.limits import check_distinct, check_plan
-from llamaclust.cluster.control.projectors import open_with_projector
 from llamaclust.cluster.control.resources.link_profiling import MeasureLinks, hops_matter, measure_links
 from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.launchers.local import LocalLauncher
+from llamaclust.cluster.launchers.models.projectors import open_with_projector
 from llamaclust.cluster.launchers.run_directory import run_directory
 from llamaclust.cluster.launchers.worker_settings import worker_settings
 from llamaclust.cluster.membership.join_rules import JoinSettings

@@ -10,8 +10,8 @@ from random import Random
 import pytest
 
 from llamaclust.cluster.client.local import LocalClient
-from llamaclust.cluster.launchers.draft_model import LoadedDraftModel, open_draft_model, plan_draft_model
 from llamaclust.cluster.launchers.in_process import LocalSettings
+from llamaclust.cluster.launchers.models.draft_model import LoadedDraftModel, open_draft_model, plan_draft_model
 from llamaclust.core.drafts import MOST_ORDERS, DraftOrder, DraftReply
 from llamaclust.core.errors import UsageError
 from llamaclust.core.sampling import RowResult, SampleTask, SamplingParams

@@ -24,7 +24,7 @@ from llamaclust.cluster.config.catalog import (
 )
 from llamaclust.cluster.config.model_sources import shortened
 from llamaclust.cluster.config.public_models import public_models
-from llamaclust.cluster.control.projectors import choose_projector
+from llamaclust.cluster.launchers.models.projectors import choose_projector
 from llamaclust.core.errors import UsageError
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import FileIdentity, Tensor

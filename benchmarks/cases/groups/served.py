@@ -23,7 +23,7 @@ from runner.clusters import Bench, Layout, running
 from runner.in_process import pin_process
 from runner.models import TYPES, write_weakened
 from runner.options import chosen, listed, natural, positive, share, zero_or_more
-from runner.priority import before_other_programs
+from runner.processes import before_other_programs
 from runner.streams import Answer, answer
 from runner.turns import spread
 from shape import SHAPES, write_shape

@@ -14,9 +14,9 @@ from time import perf_counter
 
 from runner.case import Case, Group, Measures, argument, option
 from runner.clusters import Bench, Layout, processor_s, running
-from runner.instructions import counted_instructions
 from runner.llama import json_of
 from runner.options import listed, positive
+from runner.processes import counted_instructions
 
 from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.core.errors import LlamaclustError

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
-from llamaclust.cluster.control.projectors import open_with_projector
+from llamaclust.cluster.launchers.models.projectors import open_with_projector
 from llamaclust.core.errors import ModelFileError, UsageError
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import TensorSource, write_gguf

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.launchers import draft_model as module
-from llamaclust.cluster.launchers.draft_model import (
+from llamaclust.cluster.launchers.models.draft_model import (
     DraftModelPlan,
     LoadedDraftModel,
     SharedDraftModel,

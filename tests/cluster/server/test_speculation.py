@@ -14,7 +14,7 @@ import pytest
 from llamaclust.cli.plans.plan import planned, show_plan
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.control.limits import speculation_settings
-from llamaclust.cluster.launchers.draft_model import plan_draft_model
+from llamaclust.cluster.launchers.models.draft_model import plan_draft_model
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.drafting.shared import SharedDrafters
 from llamaclust.cluster.scheduler.kv.prefix_cache import BlockKeys

@@ -9,8 +9,8 @@ from random import Random
 import pytest
 
 from llamaclust.cluster.client.local import LocalClient
-from llamaclust.cluster.launchers.draft_model import LoadedDraftModel
 from llamaclust.cluster.launchers.in_process import LocalSettings
+from llamaclust.cluster.launchers.models.draft_model import LoadedDraftModel
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.speculation import model_drafts, speculation
 from llamaclust.core.errors import UsageError

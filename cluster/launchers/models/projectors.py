@@ -7,10 +7,10 @@ from pathlib import Path
 
 from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.cluster.config.values import OFF
-from llamaclust.cluster.control.stage_memory import check_encoder
 from llamaclust.model.loader import Model
 from llamaclust.model.projectors.beside import projectors_beside
 from llamaclust.model.projectors.projector import Projector, open_projector
+from llamaclust.worker.devices.encoder_memory import encoder_bytes
 
 
 def open_with_projector(
@@ -30,7 +30,7 @@ def choose_projector(model: Model, mmproj: str | None) -> tuple[Projector | None
 
     def check(projector: Projector) -> None:
         model.check_projector(projector)
-        check_encoder(projector)
+        encoder_bytes(projector, 1)  # raises ModelFileError for an encoder without kernels
 
     if mmproj == OFF:
         return None, None

@@ -1,0 +1,1 @@
+"""Loads a model's projector, encoder and draft model into this process."""

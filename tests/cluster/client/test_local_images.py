@@ -15,8 +15,8 @@ from llamaclust.cluster.client.http_codec import AnswerOptions
 from llamaclust.cluster.client.local import LocalClient
 from llamaclust.cluster.config.values import OFF
 from llamaclust.cluster.engine.pipeline import TileTask
-from llamaclust.cluster.launchers import local_encoder
 from llamaclust.cluster.launchers.in_process import LocalSettings, LocalStage
+from llamaclust.cluster.launchers.models import local_encoder
 from llamaclust.core.errors import InsufficientMemoryError, ModelFileError, ParameterError
 from llamaclust.worker.devices.encoder_limits import EncoderMemory
 from llamaclust.worker.encoder.tile_encoder import TileEncoder

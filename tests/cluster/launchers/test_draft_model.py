@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.launchers import draft_model as module
+from llamaclust.cluster.launchers.models import draft_model as module
 from llamaclust.cluster.launchers.models.draft_model import (
     DraftModelPlan,
     LoadedDraftModel,

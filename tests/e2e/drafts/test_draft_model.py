@@ -60,8 +60,11 @@ async def test_any_cut_gives_the_same_answers(
     together = 8 if workers == 1 else 1  # several microbatches under way have no drafts of a model
     settings = config(model, tmp_path, workers, speculative={"model": str(draft)}, max_sequences=together)
     async with recovering(settings) as run:
-        assert await asyncio.gather(*run.start(REQUESTS)) == expected, f"seed {SEED}"
-        counts = run.cluster.engine.scheduler.drafts
+        for _ in range(10):  # on a busy machine, several microbatches may be under way all the time
+            assert await asyncio.gather(*run.start(REQUESTS)) == expected, f"seed {SEED}"
+            counts = run.cluster.engine.scheduler.drafts
+            if counts.drafted > 20:
+                break
     assert counts.drafted > 20
     assert counts.kinds == {"model": (counts.drafted, counts.accepted)}
     assert draft != model or counts.accepted > counts.drafted // 5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -45,15 +47,15 @@ class RemoteEncoder:
 
     async def _opened(self) -> ClientStream:
         stream = self._peer.open(ENCODE, epoch=self._epoch)
-        try:
-            async with deadline(f"reaching the encoder of worker {self.worker}", _OPEN_S, self.worker):
-                await self._peer.connected()
-                await stream.opened()
-        except BaseException as error:
-            stream.cancel()
-            if isinstance(error, LlamaclustError):
+        with ExitStack() as failing:
+            failing.callback(stream.cancel)
+            try:
+                async with deadline(f"reaching the encoder of worker {self.worker}", _OPEN_S, self.worker):
+                    await self._peer.connected()
+                    await stream.opened()
+            except LlamaclustError as error:
                 raise EncoderUnreachableError(str(error), worker=self.worker) from error
-            raise
+            failing.pop_all()
         return stream
 
     async def _received(self, stream: ClientStream, reader: RowsReader) -> NDArray[np.float32]:

@@ -218,7 +218,7 @@ def test_a_poisoned_request_fails_alone_while_workers_are_lost_for_other_reasons
     run = Timed(Random(SEED), poisoned=frozenset([7]))
     for request in long_requests([100] * 17, 400):
         run.run.add(request)
-    run.lose_workers(25)
+    run.lose_workers(80)
     assert run.failed == [7]
 
 

@@ -56,7 +56,6 @@ class Chaos(Case):
         keys |= {"plan": self._plan()} if self.group else {}
         tally = Tally(self.seed)
         layout = Layout(launcher=self.launcher, workers=workers, keys=keys)
-        layout = Layout(launcher=self.launcher, workers=workers, keys=keys)
         async with running(self.model, layout) as (bench, _), meanwhile([_keep_up(bench, with_standby=self.standby)]):
             yield Group("", {f"{self.launcher}, {workers} workers": partial(self._disturb, bench, tally)})
         for kind, pauses in tally.pauses.by_kind().items():

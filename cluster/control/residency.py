@@ -99,6 +99,9 @@ class Resident:
         self.wake()
 
     async def sleep(self) -> None:
+        """Puts the model to sleep, unless it has requests."""
+        if self._users:
+            return
         self.is_explicit = False
         self.observed.post(Signal.SLEEP_REQUESTED)
         await self.observed.until(lambda state: not state.is_wanted)

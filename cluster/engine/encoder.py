@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,8 +44,12 @@ class Encoder:
     """Sends one tile at a time to the encoder of the present pipeline. Owners take turns at each tile. The images of
     one owner are encoded in the order of the calls."""
 
-    def __init__(self, projector: Projector, deadline_s: float) -> None:
+    def __init__(
+        self, projector: Projector, deadline_s: float, announced: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        """Enters `announced()` while an image waits or is encoded."""
         self._projector = projector
+        self._announced = announced
         self._deadline_s = deadline_s
         self._images = Turns(sys.maxsize, 1)
         self._tiles = Turns(1)
@@ -88,8 +93,9 @@ class Encoder:
         serves. Raises RequestError if the encoder does not take a tile, RequestFailedError if its worker fails several
         times with the same tile, WorkerError if requests are refused, and DeadlineError."""
         tasks = [self._task(tile) for tile in tiles]
-        async with deadline("encoding an image (timeouts.request)", self._deadline_s), self._images.turn(owner):
-            return [await self._encoded(task, owner) for task in tasks]
+        with self._announced():
+            async with deadline("encoding an image (timeouts.request)", self._deadline_s), self._images.turn(owner):
+                return [await self._encoded(task, owner) for task in tasks]
 
     def _task(self, tile: NDArray[np.uint8]) -> TileTask:
         projector, (height, width, _) = self._projector, tile.shape

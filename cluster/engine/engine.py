@@ -89,7 +89,8 @@ class Engine:
         self._is_draining = False
         self._owner = owner
         self.deadlines = deadlines or EngineSettings()
-        self.encoder = None if projector is None else Encoder(projector, self.deadlines.request_s)
+        announced, deadline_s = self.requests.announced, self.deadlines.request_s
+        self.encoder = None if projector is None else Encoder(projector, deadline_s, announced)
         self._encode_by(pipeline)
         scheduler = Scheduler(settings, pipeline.epoch, len(pipeline.stages))
         self._lane = Lane(pipeline, scheduler, self, self.deadlines)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from time import monotonic_ns
 from typing import Protocol, Self
@@ -71,6 +72,7 @@ class OpenRequests:
         self._metrics = metrics
         self._waterfalls = waterfalls
         self._requests: dict[int, SubmittedRequest] = {}
+        self._announced = 0  # requests that are not open yet
         self._empty = asyncio.Event()
         self._empty.set()
         self._present = asyncio.Event()
@@ -81,7 +83,7 @@ class OpenRequests:
 
     @property
     def are_empty(self) -> bool:
-        return not self._requests
+        return not (self._requests or self._announced)
 
     async def wait_empty(self) -> None:
         await self._empty.wait()
@@ -93,8 +95,23 @@ class OpenRequests:
         request.deadline = asyncio.get_running_loop().call_later(timeout_s, expire)
         self._requests[request.sequence.key] = request
         self._waterfalls.opened(request.sequence)
-        self._empty.clear()
-        self._present.set()
+        self._changed()
+
+    @contextmanager
+    def announced(self) -> Iterator[None]:
+        """Counts a request that is not open yet but already needs the model, because its images are encoded first."""
+        self._announced += 1
+        self._changed()
+        try:
+            yield
+        finally:
+            self._announced -= 1
+            self._changed()
+
+    def _changed(self) -> None:
+        present, absent = (self._empty, self._present) if self.are_empty else (self._present, self._empty)
+        present.set()
+        absent.clear()
 
     def sequence(self, key: int) -> Sequence:
         return self._requests[key].sequence
@@ -137,9 +154,7 @@ class OpenRequests:
                 "seconds": round(seconds, 3),
             }
             _log.info("request ended%s", f": {error}" if error else "", extra=fields)
-        if not self._requests:
-            self._empty.set()
-            self._present.clear()
+        self._changed()
 
 
 class RequestStream:

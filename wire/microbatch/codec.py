@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 from itertools import chain
+from struct import Struct
 
 from llamaclust.core import limits
 from llamaclust.proto import microbatch_pb2 as microbatch_proto
@@ -15,6 +16,8 @@ MAX_INPUTS_BYTES = 1 << 27
 MAX_INPUTS_TOKENS = 1 << 26
 MAX_STAGES = 255
 MAX_RELEASED = 4 * limits.MAX_SEQUENCES
+
+_ADAPTER = Struct("<iif")
 
 
 def encode_microbatch(microbatch: Microbatch) -> bytes:
@@ -44,31 +47,36 @@ def _has_more(chunk: Chunk) -> bool:
 
 
 def _add_sections(chunks: tuple[Chunk, ...], message: microbatch_proto.Microbatch) -> None:
-    numbered = tuple(enumerate(chunks))
-    followed = ((place, *chunk.depends_on) for place, chunk in numbered if chunk.depends_on is not None)
-    message.followed = array("Q", chain.from_iterable(followed)).tobytes()
+    followed: list[int] = []
+    embedded: list[int] = []
+    adapters = bytearray()
+    states: list[int] = []
+    drafts: list[int] = []
+    images = []
+    for place, chunk in enumerate(chunks):
+        if chunk.depends_on is not None:
+            followed += (place, *chunk.depends_on)
+        if chunk.embedded_rows:
+            embedded += (place, *chunk.embedded)
+        for number, scale in chunk.adapters:
+            adapters += _ADAPTER.pack(place, number, scale)
+        if chunk.state_to:
+            numbers = iter(chunk.state_to)
+            for rows, block in zip(numbers, numbers, strict=True):
+                states += (place, rows, block)
+        if chunk.drafts or chunk.next_token is not None:
+            drafts += (place, -1 if chunk.next_token is None else chunk.next_token, chunk.drafts)
+        if chunk.images is not None:
+            images.append((place, chunk.images))
+    message.followed, message.adapters = array("Q", followed).tobytes(), bytes(adapters)
+    message.embedded, message.drafts = array("i", embedded).tobytes(), array("i", drafts).tobytes()
     if any(chunk.window_table for chunk in chunks):
         message.windows = int32((chunk.window_start, len(chunk.window_table) // 2) for chunk in chunks)
         message.window_tables = int32(chunk.window_table for chunk in chunks)
-    message.embedded = int32((place, *chunk.embedded) for place, chunk in numbered if chunk.embedded_rows)
-    message.adapters = b"".join(
-        array("i", (place, number)).tobytes() + array("f", (scale,)).tobytes()
-        for place, chunk in numbered
-        for number, scale in chunk.adapters
-    )
-    if any(chunk.state_to for chunk in chunks):
-        message.states_before = int32((-1 if chunk.state_from is None else chunk.state_from,) for chunk in chunks)
-        message.states = int32(
-            (place, *state)
-            for place, chunk in numbered
-            for state in zip(chunk.state_to[::2], chunk.state_to[1::2], strict=True)
-        )
-    message.drafts = int32(
-        (place, -1 if chunk.next_token is None else chunk.next_token, chunk.drafts)
-        for place, chunk in numbered
-        if chunk.drafts or chunk.next_token is not None
-    )
-    if images := [(place, chunk.images) for place, chunk in numbered if chunk.images is not None]:
+    if states:
+        message.states = array("i", states).tobytes()
+        message.states_before = array("i", [-1 if c.state_from is None else c.state_from for c in chunks]).tobytes()
+    if images:
         _add_images(images, message.images)
 
 

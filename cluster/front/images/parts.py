@@ -53,15 +53,15 @@ def placed(place: str, read: Callable[_Arguments, Part], *given: _Arguments.args
         raise PlacedError(f"{place}: {error}") from error
 
 
-def base64_part(kind: str, data: object, context: object, media_type: str = "") -> Part:
-    """Reads an image from base64, like `url_part`."""
+def base64_part(kind: str, data: object, context: object) -> Part:
+    """Reads an image from base64, like `url_part`. The format is found from the bytes."""
     if not takes_images(context):
         return media_text(kind, context)
     if not isinstance(data, str):
         raise ValueError(f"{kind}: expected the image as base64, found {shown(data)}")
     if data.startswith("data:"):
         return url_part(kind, data, context)
-    return image_part(f"data:{media_type};base64,{checked_base64(data)}")
+    return image_part(f"data:;base64,{checked_base64(data)}")
 
 
 def checked_base64(data: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -93,7 +94,7 @@ def check(found: Sequence[NDArray[np.float32]], *numbers: int) -> None:
 
 
 def serving(projector: Projector, fake: FakeEncoder | None, deadline_s: float = 20.0) -> Encoder:
-    encoder = Encoder(projector, deadline_s)
+    encoder = Encoder(projector, deadline_s, nullcontext)
     if fake is not None:
         encoder.serve(fake)
     return encoder

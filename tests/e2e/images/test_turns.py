@@ -1,4 +1,5 @@
-"""Several vision models take turns: a tile that takes longer than a turn is computed to its end, once."""
+"""Several vision models take turns: a tile that takes longer than a turn is computed to its end, once. Images wake a
+model and keep it awake."""
 
 from __future__ import annotations
 
@@ -39,14 +40,55 @@ class Held:
         return await self.encoder.rows(task)
 
 
-async def test_a_tile_longer_than_a_turn_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residency, "_TURN_S", 0.1)
+def seeing_model(tmp_path: Path) -> tuple[Path, Path]:
+    """Makes a model and its projector."""
     folder = tmp_path / "seeing"
     folder.mkdir()
-    seeing = build_tiny_model(folder / "a.gguf", hidden=TEXT_WIDTH, heads=4, layers=4, context=CONTEXT)
-    path = build_projector(folder / "mmproj-a.gguf", "pixtral")
+    model = build_tiny_model(folder / "a.gguf", hidden=TEXT_WIDTH, heads=4, layers=4, context=CONTEXT)
+    return model, build_projector(folder / "mmproj-a.gguf", "pixtral")
+
+
+def random_tiles() -> list[NDArray[np.uint8]]:
     random = np.random.default_rng(SEED)
-    tiles = [random.integers(0, 256, (160, 160, 3), np.uint8) for _ in range(2)]
+    return [random.integers(0, 256, (160, 160, 3), np.uint8) for _ in range(2)]
+
+
+def check_rows(path: Path, tiles: list[NDArray[np.uint8]], found: list[NDArray[np.float32]]) -> None:
+    for rows, tile in zip(found, tiles, strict=True):
+        np.testing.assert_array_equal(rows.view("u4"), encoded(CpuBackend(1), path, tile).view("u4"))
+
+
+async def test_images_wake_a_model_that_is_not_unloaded_before_their_end(tmp_path: Path) -> None:
+    (seeing, path), other, tiles = seeing_model(tmp_path), model_files(tmp_path)[1], random_tiles()
+    async with models([other, seeing], tmp_path, tight=False, keys={"max_loaded_models": 1}) as found:
+        served, resident = found.cluster.models[1], found.cluster.residency.residents["a"]
+        encoder = served.engine.encoder
+        assert encoder is not None and found.states == [AWAKE, ASLEEP]
+        check_rows(path, tiles, await encoder.encode(tiles, ""))
+        assert found.states == [ASLEEP, AWAKE]
+        pipeline = served.supervisor.epoch.pipeline
+        assert pipeline.encoder is not None
+        held = Held(pipeline.encoder)
+        encoder.serve(held)
+        encoding = asyncio.create_task(encoder.encode(tiles, ""))
+        await found.run.until("a tile", lambda: len(held.begun) == 1)
+        assert not resident.is_idle
+        await resident.sleep()
+        assert not resident.is_asleep
+        held.gate.set()
+        check_rows(path, tiles, await encoding)
+        assert resident.is_idle
+        resident.enter()
+        await resident.sleep()
+        assert not resident.is_asleep, "a request may be on its way"
+        resident.leave()
+        await resident.sleep()
+        assert resident.is_asleep
+
+
+async def test_a_tile_longer_than_a_turn_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "_TURN_S", 0.1)
+    (seeing, path), tiles = seeing_model(tmp_path), random_tiles()
     other, (request, *_) = model_files(tmp_path)[1], generations(SEED, 12, 40)
     (expected,) = await asyncio.to_thread(undisturbed, other, (request,))
     async with models([seeing, other], tmp_path, tight=False, keys={"max_loaded_models": 1}) as found:
@@ -55,7 +97,6 @@ async def test_a_tile_longer_than_a_turn_ends(tmp_path: Path, monkeypatch: pytes
         assert encoder is not None and pipeline.encoder is not None
         held = Held(pipeline.encoder)
         encoder.serve(held)
-        resident.enter()
         encoding = asyncio.create_task(encoder.encode(tiles, ""))
         await found.run.until("a tile", lambda: len(held.begun) == 1)
         answering = asyncio.create_task(found.answer(1, request))
@@ -64,8 +105,6 @@ async def test_a_tile_longer_than_a_turn_ends(tmp_path: Path, monkeypatch: pytes
         assert found.states == [AWAKE, ASLEEP] and not answering.done(), "the tile is waited for"
         held.gate.set()
         assert await answering == expected
-        for rows, tile in zip(await encoding, tiles, strict=True):
-            np.testing.assert_array_equal(rows.view("u4"), encoded(CpuBackend(1), path, tile).view("u4"))
-        resident.leave()
+        check_rows(path, tiles, await encoding)
         assert len(held.begun) == 1, "no other tile began in this turn"
         assert any("a sleeps: for another one's turn" in text for text in found.run.told)

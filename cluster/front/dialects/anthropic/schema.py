@@ -262,7 +262,7 @@ def _image(block: dict[str, Any], context: object) -> Part:
         raise ValueError("source: an image must have a 'source' of type base64 (with 'data') or url (with 'url')")
     if kind == "url":
         return url_part("image", source.get("url"), context)
-    return base64_part("image", source.get("data"), context, str(source.get("media_type") or ""))
+    return base64_part("image", source.get("data"), context)
 
 
 def _text_of(block: Any, context: object) -> str:

@@ -58,8 +58,8 @@ def input_image(data: bytes, **more: Any) -> dict[str, Any]:
     return {"type": "input_image", "image_url": data_url(data), **more}
 
 
-def block(data: bytes) -> dict[str, Any]:
-    source = {"type": "base64", "media_type": "image/png", "data": base64_of(data)}
+def block(data: bytes, media_type: object = "image/png") -> dict[str, Any]:
+    source = {"type": "base64", "media_type": media_type, "data": base64_of(data)}
     return {"type": "image", "source": source, "cache_control": {"type": "ephemeral"}}
 
 
@@ -97,7 +97,13 @@ BOTH: list[tuple[str, dict[str, Any], tuple[str | bytes, ...]]] = [
     ),
     (
         MESSAGES,
-        {"messages": [said(text("a"), block(FIRST), text("b")), said(text("c"), block(SECOND))], "max_tokens": 9},
+        {
+            "messages": [
+                said(text("a"), block(FIRST, "image/png,"), text("b")),
+                said(text("c"), block(SECOND, ["a", "b"])),
+            ],
+            "max_tokens": 9,
+        },
         ("<user>a", FIRST, "b\nc", SECOND, "<assistant>"),
     ),
     (

@@ -286,6 +286,24 @@ async def test_a_tile_of_a_wrong_size_is_refused_and_the_next_one_computed(
 ) -> None:
     wrong = TileTask(np.zeros((12, 16, 3), np.uint8), *rows.shape)
     async with workers(tmp_path) as cluster:
+async def test_a_silent_stream_ends_soon(
+    folder: Path, rows: Float32, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a tile. The time of a tile whose first bytes have come is not limited by this."""
+    monkeypatch.setattr("llamaclust.worker.encoder.streams._BEGIN_S", 0.5)
+    async with workers(tmp_path) as cluster:
+        await load(cluster, folder, beside(folder))
+        peer = peer_of(cluster, "a")
+        silent, used = peer.open(ENCODE, epoch=1), peer.open(ENCODE, epoch=1)
+        await silent.opened()
+        await used.write(encode_tile(tile_of(NAME)))
+        assert await used.read() == b"\1" + rows.tobytes()
+        for stream in (silent, used):
+            with pytest.raises(StreamBrokenError, match=r"first bytes of a tile of an image: not within 0\.5 s"):
+                await stream.read()
+        await peer.close()
+
+
         await load(cluster, folder, beside(folder))
         with pytest.raises(RequestError, match=r"multiples of 8 and at most 262144 pixels, found 16 x 12"):
             await encoded_by(cluster, wrong)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from threading import Event
+from threading import Event, get_native_id
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,7 @@ from llamaclust.wire.rpc.client import Peer, StreamBrokenError
 from llamaclust.wire.rpc.methods import ENCODE
 from llamaclust.wire.security.credentials import Principal
 from llamaclust.worker.devices.devices import Device
-from llamaclust.worker.devices.encoder_limits import EncoderMemory
+from llamaclust.worker.devices.encoder_limits import ENCODER_NICENESS, EncoderMemory
 from llamaclust.worker.encoder.streams import EncoderStreams
 from llamaclust.worker.encoder.tile_encoder import TileEncoder
 from llamaclust.worker.service import StageService
@@ -152,6 +153,22 @@ async def test_the_stage_computes_beside_a_tile(folder: Path, rows: Float32, tmp
         same((await encoding)[0], rows)
 
 
+async def test_tiles_have_a_low_priority(
+    folder: Path, rows: Float32, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, computed = list[int](), TileEncoder.rows
+
+    def noted(encoder: TileEncoder, tile: Any) -> Float32:
+        found.append(os.getpriority(os.PRIO_PROCESS, get_native_id()))
+        return computed(encoder, tile)
+
+    monkeypatch.setattr(TileEncoder, "rows", noted)
+    async with workers(tmp_path) as cluster:
+        await load(cluster, folder, beside(folder))
+        same((await encoded_by(cluster, task(rows)))[0], rows)
+    assert found == [min(os.getpriority(os.PRIO_PROCESS, 0) + ENCODER_NICENESS, 19)]
+
+
 async def test_tiles_wait_for_each_other_and_cancelled_ones_cost_nothing(
     folder: Path, rows: Float32, tmp_path: Path, held: Held
 ) -> None:
@@ -269,23 +286,6 @@ async def test_a_worker_that_shows_nothing_is_given_up(
         held.gate.set()
 
 
-async def test_a_load_in_its_place_has_an_encoder_of_its_own(folder: Path, rows: Float32, tmp_path: Path) -> None:
-    async with workers(tmp_path) as cluster:
-        await load(cluster, folder, beside(folder))
-        await load(cluster, folder, beside(folder), epoch=2, again=True)
-        same((await encoded_by(cluster, task(rows), epoch=2))[0], rows)
-        with pytest.raises(EncoderUnreachableError, match="worker a holds no encoder of images"):
-            await encoded_by(cluster, task(rows), epoch=1)
-        await load(cluster, folder, None, epoch=3, again=True)
-        with pytest.raises(EncoderUnreachableError, match="worker a holds no encoder of images"):
-            await encoded_by(cluster, task(rows), epoch=3)
-
-
-async def test_a_tile_of_a_wrong_size_is_refused_and_the_next_one_computed(
-    folder: Path, rows: Float32, tmp_path: Path
-) -> None:
-    wrong = TileTask(np.zeros((12, 16, 3), np.uint8), *rows.shape)
-    async with workers(tmp_path) as cluster:
 async def test_a_silent_stream_ends_soon(
     folder: Path, rows: Float32, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,6 +304,23 @@ async def test_a_silent_stream_ends_soon(
         await peer.close()
 
 
+async def test_a_load_in_its_place_has_an_encoder_of_its_own(folder: Path, rows: Float32, tmp_path: Path) -> None:
+    async with workers(tmp_path) as cluster:
+        await load(cluster, folder, beside(folder))
+        await load(cluster, folder, beside(folder), epoch=2, again=True)
+        same((await encoded_by(cluster, task(rows), epoch=2))[0], rows)
+        with pytest.raises(EncoderUnreachableError, match="worker a holds no encoder of images"):
+            await encoded_by(cluster, task(rows), epoch=1)
+        await load(cluster, folder, None, epoch=3, again=True)
+        with pytest.raises(EncoderUnreachableError, match="worker a holds no encoder of images"):
+            await encoded_by(cluster, task(rows), epoch=3)
+
+
+async def test_a_tile_of_a_wrong_size_is_refused_and_the_next_one_computed(
+    folder: Path, rows: Float32, tmp_path: Path
+) -> None:
+    wrong = TileTask(np.zeros((12, 16, 3), np.uint8), *rows.shape)
+    async with workers(tmp_path) as cluster:
         await load(cluster, folder, beside(folder))
         with pytest.raises(RequestError, match=r"multiples of 8 and at most 262144 pixels, found 16 x 12"):
             await encoded_by(cluster, wrong)

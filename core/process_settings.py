@@ -1,4 +1,4 @@
-"""Process-wide settings of a main function: standard streams, open files, thread switching, garbage collection."""
+"""Settings of a process: standard streams, open files, thread switching, garbage collection, priority of a thread."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import gc
 import os
 import resource
 import sys
+from contextlib import suppress
+from threading import get_native_id
 
 _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 _MANY_FILES = 1 << 16
 _SERVERS = 2
 """The most servers in one process: one for the API and one for the cluster's members."""
 _SWITCH_INTERVAL_S = 0.0005
+_LOWEST_PRIORITY = 19
 _COLLECT_EVERY = 20_000
 """The number of allocations between two garbage collections. Python's default is 700."""
 
@@ -50,3 +53,12 @@ def share_interpreter() -> None:
 def collect_rarely() -> None:
     """Makes garbage collection rare: it would take a tenth of the start-up time, and few objects are in cycles."""
     gc.set_threshold(_COLLECT_EVERY)
+
+
+def lower_priority(niceness: int) -> None:
+    """Lowers the priority of the calling thread, and of the threads that it starts later. Does nothing where the system
+    cannot do it for a thread (other systems than Linux) or refuses it (a sandbox)."""
+    if sys.platform == "linux" and niceness:
+        with suppress(OSError):
+            thread = os.PRIO_PROCESS, get_native_id()
+            os.setpriority(*thread, min(os.getpriority(*thread) + niceness, _LOWEST_PRIORITY))

@@ -248,8 +248,9 @@ class SharesKv(Protocol):
 
 @runtime_checkable
 class HasThreads(Protocol):
-    def apart(self) -> Backend:
-        """Returns a backend that has threads of its own and shares the loaded weights."""
+    def apart(self, niceness: int = 0) -> Backend:
+        """Returns a backend that has threads of its own and shares the loaded weights. `niceness` lowers the priority
+        of these threads. The caller of `run` is another thread, which keeps its priority."""
 
 
 class ExchangingBackend(Backend, Protocol):

@@ -33,6 +33,7 @@ from llamaclust.wire.control.messages import (
 from llamaclust.wire.control.weights import AdapterFiles, AdaptersSet, FindWeights, SetAdapters
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.worker.devices.encoder_limits import ENCODER_NICENESS
 from llamaclust.worker.encoder.streams import EncoderStreams
 from llamaclust.worker.groups.link_opener import LinkOpener
 from llamaclust.worker.groups.member_links import MemberLinks
@@ -194,7 +195,7 @@ class Loads:
         place = self._worker.device, session.send, self._worker.weights, session.source
         encoder = await self._beside_last_tiles(lambda: load_encoder(wanted, order.epoch, *place))
         _log.info("the encoder of images of epoch %s is loaded", epoch_text(order.epoch))
-        return EncoderStreams(encoder, self._worker.compute.apart())
+        return EncoderStreams(encoder, self._worker.compute.apart(ENCODER_NICENESS))
 
     async def _beside_last_tiles(self, load: Callable[[], Awaitable[_Value]]) -> _Value:
         """Loads beside ended encoders that still compute a tile. If memory is short, waits for them first."""

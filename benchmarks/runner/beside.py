@@ -60,20 +60,22 @@ for connection in connections:
 class Others:
     client: AsyncClient
     bench: Bench
-    gap_s: float = 0.0  # the longest between two tokens of one stream
+    gaps: list[tuple[float, float]] = field(default_factory=list)  # between two tokens of a stream: from, to
     live_s: float = 0.0  # the longest of `/live`
     first_s: list[float] = field(default_factory=list)  # to the first token of the short requests
     most_mib: float = 0.0  # of the coordinator
     idle_mib: float = 0.0
 
     def clear(self) -> None:
-        self.gap_s, self.live_s, self.most_mib = 0.0, 0.0, 0.0
+        self.live_s, self.most_mib = 0.0, 0.0
+        self.gaps.clear()
         self.first_s.clear()
         self.idle_mib = resident_mib(self.bench.coordinator.pid)
 
     @property
     def measures(self) -> Measures:
-        times = {"gap ms": 1e3 * self.gap_s, "live ms": 1e3 * self.live_s}
+        gap_s = max((end_s - begun_s for begun_s, end_s in self.gaps), default=0.0)
+        times = {"gap ms": 1e3 * gap_s, "live ms": 1e3 * self.live_s}
         first_s = max(self.first_s, default=float("inf"))  # none came
         return {**times, "first ms": 1e3 * first_s, "MiB more": max(0.0, self.most_mib - self.idle_mib)}
 
@@ -84,7 +86,8 @@ class Others:
             async with aclosing(self.client.events("v1/completions", body)) as events:
                 async for _ in events:
                     now_s = time.monotonic()
-                    self.gap_s = max(self.gap_s, 0.0 if last_s is None else now_s - last_s)
+                    if last_s is not None:
+                        self.gaps.append((last_s, now_s))
                     last_s = now_s
 
     async def probe(self) -> None:

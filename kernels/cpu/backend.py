@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.core.errors import InsufficientMemoryError, ModelFileError, UsageError
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
+from llamaclust.core.process_settings import lower_priority
 from llamaclust.core.sizes import needed
 from llamaclust.kernels import _native
 from llamaclust.kernels.backend import Batch, Float32, Int32, Progress, Stage, kv_bytes
@@ -195,16 +198,18 @@ class CpuBackend:
         self.packed_cache = None if packed_cache is None else PackedCache(packed_cache)
         self._weights = WeightStore(threads, self.packed_cache, mlock=mlock)
 
-    def _new_pool(self) -> _native.ThreadPool:
+    def _new_pool(self, niceness: int = 0) -> _native.ThreadPool:
+        """The pool's threads inherit the priority of the thread that starts them."""
         try:
-            return _native.ThreadPool(self.threads, self._yields)
+            with ThreadPoolExecutor(1, initializer=partial(lower_priority, niceness)) as starter:
+                return starter.submit(_native.ThreadPool, self.threads, self._yields).result()
         except (ValueError, RuntimeError) as error:
             raise UsageError(f"{self.threads} threads: {error}; give another number") from error
 
-    def apart(self) -> CpuBackend:
+    def apart(self, niceness: int = 0) -> CpuBackend:
         """Returns a copy with a new thread pool. At first all its threads compute; later fewer do if that is faster."""
         twin = copy(self)
-        twin._pool = self._new_pool()
+        twin._pool = self._new_pool(niceness)
         return twin
 
     def load(

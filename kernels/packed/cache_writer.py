@@ -5,18 +5,17 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
-import os
-import sys
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
-from threading import Lock, Thread, get_native_id
+from threading import Lock, Thread
 from typing import TYPE_CHECKING
 from weakref import ref
 
 from llamaclust.core.disk_cache.cache import NoRoomError
 from llamaclust.core.disk_cache.files import BusyError, StoppedError, Writing, reason
+from llamaclust.core.process_settings import lower_priority
 from llamaclust.kernels._native import Memory
 from llamaclust.kernels.packed.cache_folder import Entry, PackedCacheFolder
 
@@ -97,9 +96,7 @@ class BackgroundWriter:
                 self._queue.clear()
 
     def _write_queue(self) -> None:
-        if sys.platform == "linux":
-            with contextlib.suppress(OSError):  # in a sandbox
-                os.setpriority(os.PRIO_PROCESS, get_native_id(), _LOWEST_PRIORITY)
+        lower_priority(_LOWEST_PRIORITY)
         while (made := self._next()) is not None:
             memory = made.memory()
             if memory is None:

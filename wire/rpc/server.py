@@ -61,6 +61,7 @@ class ServerStream:
     def __init__(self, context: Any, most_bytes: int, peer: Principal | None = None) -> None:
         self._context = context
         self._most_bytes = most_bytes
+        self._begun: Any = None  # the first piece of the next message, if it was waited for
         self.peer = peer
 
     @property
@@ -74,10 +75,20 @@ class ServerStream:
         with _peer_here():
             await self._context.send_initial_metadata(((ACCEPTED_KEY, "yes"),))
 
+    async def begin(self) -> None:
+        """Waits for the first piece of the next message, or for the end of the stream. `read` returns the message."""
+        self._begun = await self._piece()
+
     async def read(self) -> bytes | None:
         """Reads a message, or None once the peer has ended the stream. Raises StreamBrokenError or ProtocolError."""
+        return await read_message(self._piece, self._most_bytes)
+
+    async def _piece(self) -> Any:
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            return begun
         with _peer_here():
-            return await read_message(self._context.read, self._most_bytes)
+            return await self._context.read()
 
     def limit(self, most_bytes: int) -> None:
         self._most_bytes = min(self._most_bytes, most_bytes)
@@ -103,8 +114,7 @@ class UnixServerStream(ServerStream):
     _context: UnixContext
 
     async def read(self) -> bytes | None:
-        with _peer_here():
-            data = await self._context.read()
+        data = await self._piece()
         return None if data is _EOF else data
 
     def limit(self, most_bytes: int) -> None:

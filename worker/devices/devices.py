@@ -23,6 +23,7 @@ from llamaclust.wire.control.messages import Load, Register
 from llamaclust.worker.devices import backends, system_info
 from llamaclust.worker.devices.backends import GpuBackend
 from llamaclust.worker.devices.cores import physical_cores, read_cores
+from llamaclust.worker.devices.encoder_limits import ENCODER_NICENESS
 from llamaclust.worker.settings import WorkerSettings
 
 _CPU = "cpu"
@@ -79,7 +80,7 @@ class Device:
     @property
     def encoder_backend(self) -> Backend:
         """The processor's backend with threads of its own, which shares loaded weights."""
-        return _apart(self.backend)
+        return _apart(self.backend, ENCODER_NICENESS)
 
     def free_bytes_of(self, name: str) -> int:
         return next((gpu.free_bytes for gpu in self.gpus if gpu.device == name), self.free_memory_bytes)
@@ -145,8 +146,8 @@ class Device:
         )
 
 
-def _apart(backend: Backend) -> Backend:
-    return backend.apart() if isinstance(backend, HasThreads) else backend
+def _apart(backend: Backend, niceness: int = 0) -> Backend:
+    return backend.apart(niceness) if isinstance(backend, HasThreads) else backend
 
 
 def gpus_of(device: str, gpu_memory_bytes: int | None) -> tuple[Gpu, ...]:

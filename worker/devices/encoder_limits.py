@@ -8,6 +8,10 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.model.projectors.projector import Projector
 
+ENCODER_NICENESS = 5
+"""The niceness of the encoder's threads above that of the worker. On a core that both want, Linux gives a stage three
+times as much time as the encoder. With 10 it would be nine times as much, and an image beside much text late."""
+
 
 @dataclass(frozen=True, slots=True)
 class EncoderMemory:

@@ -17,7 +17,9 @@ from llamaclust.wire.rpc.server import ServerStream
 from llamaclust.worker.encoder.tile_encoder import TileEncoder
 from llamaclust.worker.stage.compute import Compute
 
-_IDLE_S = 120.0
+_BEGIN_S = 15.0
+"""The longest time in seconds without the first bytes of the next tile."""
+_TILE_S = 120.0
 _FRAME_S = 30.0
 _COMPUTING_S = 5.0
 """The longest time without a frame while a tile waits or is computed. The other side waits `_FRAME_S` for each."""
@@ -47,7 +49,9 @@ class EncoderStreams:
         stream.limit(tile_bytes(min(self.encoder.projector.max_tile_pixels, MAX_TILE_PIXELS)))
         await stream.accept()
         while True:
-            async with deadline("the next tile of an image", _IDLE_S):
+            async with deadline("the first bytes of a tile of an image", _BEGIN_S):
+                await stream.begin()
+            async with deadline("a tile of an image", _TILE_S):
                 data = await stream.read()
             if data is None:
                 return

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from threading import get_native_id
+from functools import partial
 from weakref import WeakKeyDictionary
 
 from llamaclust.core.disk_cache.files import reason
 from llamaclust.core.errors import ProtocolError
+from llamaclust.core.process_settings import lower_priority
 from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv, split_keys
 from llamaclust.worker.kv_disk.folder import KvFolder
 from llamaclust.worker.kv_disk.stage_blocks import KvTraffic, StageBlocks
@@ -32,7 +30,7 @@ class KvDisk:
         self._is_reported = False  # that the folder cannot be used
         self._stages: WeakKeyDictionary[StageRunner, StageBlocks] = WeakKeyDictionary()
         self._reader = ThreadPoolExecutor(1, "read-kv")
-        self._writer = ThreadPoolExecutor(1, "write-kv", initializer=_lower_priority)
+        self._writer = ThreadPoolExecutor(1, "write-kv", initializer=partial(lower_priority, _LOW_PRIORITY))
 
     async def answer(self, request: FindKv | RestoreKv | SaveKv, runner: StageRunner) -> KvDone:
         """Raises ProtocolError for KV blocks that the stage lacks. Reports 0 blocks if the folder cannot be used."""
@@ -81,9 +79,3 @@ def _check(blocks: tuple[int, ...], count: int) -> None:
 
 def _nothing() -> None:
     """A job whose end shows that all earlier jobs have ended."""
-
-
-def _lower_priority() -> None:
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # in a sandbox
-            os.setpriority(os.PRIO_PROCESS, get_native_id(), _LOW_PRIORITY)

@@ -13,6 +13,7 @@ from time import perf_counter_ns
 from typing import Any, TypeVar
 
 from llamaclust.core.errors import DeadlineError, DeviceLostError
+from llamaclust.core.process_settings import lower_priority
 from llamaclust.wire.rpc.deadlines import deadline
 
 INLINE_NS = 200_000_000
@@ -38,14 +39,14 @@ def step_limit_s(last_ns: int | None, *, on_gpus: bool) -> float:
 class Compute:
     """Runs the jobs of all stages one at a time, in order of arrival. Native calls release the GIL."""
 
-    def __init__(self, *, inline: bool = True) -> None:
+    def __init__(self, *, inline: bool = True, niceness: int = 0) -> None:
         self._loop = asyncio.get_running_loop()
         self._inline_ns = INLINE_NS if inline else 0
         self._queue: SimpleQueue[_Entry | None] = SimpleQueue()
         self._queued = 0
         self._present: tuple[int, float] | None = None  # when the thread's job began (perf_counter_ns), its limit_s
         self._lost: asyncio.Future[None] = self._loop.create_future()
-        threading.Thread(target=self._work, name="compute", daemon=True).start()
+        threading.Thread(target=self._work, args=(niceness,), name="compute", daemon=True).start()
 
     async def run(self, job: Callable[[], _Answer], *, expected_ns: int = INLINE_NS, limit_s: float = inf) -> _Answer:
         """Returns the job's result or raises its error. A job that has begun runs to its end even if cancelled."""
@@ -53,10 +54,10 @@ class Compute:
             return job()
         return await asyncio.shield(self.queue(job, limit_s=limit_s))
 
-    def apart(self) -> Compute:
+    def apart(self, niceness: int = 0) -> Compute:
         """Returns a second Compute for the same devices, which never uses the event loop. If one of them loses a
-        device, both have lost it."""
-        twin = Compute(inline=False)
+        device, both have lost it. `niceness` lowers the priority of its thread."""
+        twin = Compute(inline=False, niceness=niceness)
         twin._lost = self._lost
         return twin
 
@@ -124,7 +125,8 @@ class Compute:
     def close(self) -> None:
         self._queue.put(None)
 
-    def _work(self) -> None:
+    def _work(self, niceness: int) -> None:
+        lower_priority(niceness)
         held = _Held(self._loop)
         while not self._queue.empty() or held.hand_back():
             entry = self._queue.get()

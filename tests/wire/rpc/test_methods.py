@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -172,6 +173,21 @@ async def test_messages_of_any_size_pass_in_pieces() -> None:
 
     assert [await read_message(read, max(sizes)) for _ in messages] == messages
     assert await read_message(read, 1) is None
+
+
+async def test_a_message_that_has_begun_is_read_whole() -> None:
+    sizes = [0, 1, 2 * PIECE_BYTES + 1]
+    pieces = iter([piece for size in sizes for piece in pieces_of(bytes(size))] + [EOF])
+
+    async def read() -> object:
+        return next(pieces)
+
+    stream = ServerStream(SimpleNamespace(read=read), max(sizes))
+    for size in sizes:
+        await stream.begin()
+        assert await stream.read() == bytes(size)
+    await stream.begin()
+    assert await stream.read() is None
 
 
 @pytest.mark.parametrize(

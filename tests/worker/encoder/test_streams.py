@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from threading import Event
+from threading import Event, get_native_id
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,7 @@ from llamaclust.wire.rpc.client import Peer, StreamBrokenError
 from llamaclust.wire.rpc.methods import ENCODE
 from llamaclust.wire.security.credentials import Principal
 from llamaclust.worker.devices.devices import Device
-from llamaclust.worker.devices.encoder_limits import EncoderMemory
+from llamaclust.worker.devices.encoder_limits import ENCODER_NICENESS, EncoderMemory
 from llamaclust.worker.encoder.streams import EncoderStreams
 from llamaclust.worker.encoder.tile_encoder import TileEncoder
 from llamaclust.worker.service import StageService
@@ -152,6 +153,22 @@ async def test_the_stage_computes_beside_a_tile(folder: Path, rows: Float32, tmp
         same((await encoding)[0], rows)
 
 
+async def test_tiles_have_a_low_priority(
+    folder: Path, rows: Float32, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, computed = list[int](), TileEncoder.rows
+
+    def noted(encoder: TileEncoder, tile: Any) -> Float32:
+        found.append(os.getpriority(os.PRIO_PROCESS, get_native_id()))
+        return computed(encoder, tile)
+
+    monkeypatch.setattr(TileEncoder, "rows", noted)
+    async with workers(tmp_path) as cluster:
+        await load(cluster, folder, beside(folder))
+        same((await encoded_by(cluster, task(rows)))[0], rows)
+    assert found == [min(os.getpriority(os.PRIO_PROCESS, 0) + ENCODER_NICENESS, 19)]
+
+
 async def test_tiles_wait_for_each_other_and_cancelled_ones_cost_nothing(
     folder: Path, rows: Float32, tmp_path: Path, held: Held
 ) -> None:
@@ -267,6 +284,24 @@ async def test_a_worker_that_shows_nothing_is_given_up(
             await encoded_by(cluster, task(rows))
         assert caught.value.worker == "a"
         held.gate.set()
+
+
+async def test_a_silent_stream_ends_soon(
+    folder: Path, rows: Float32, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a tile. The time of a tile whose first bytes have come is not limited by this."""
+    monkeypatch.setattr("llamaclust.worker.encoder.streams._BEGIN_S", 0.5)
+    async with workers(tmp_path) as cluster:
+        await load(cluster, folder, beside(folder))
+        peer = peer_of(cluster, "a")
+        silent, used = peer.open(ENCODE, epoch=1), peer.open(ENCODE, epoch=1)
+        await silent.opened()
+        await used.write(encode_tile(tile_of(NAME)))
+        assert await used.read() == b"\1" + rows.tobytes()
+        for stream in (silent, used):
+            with pytest.raises(StreamBrokenError, match=r"first bytes of a tile of an image: not within 0\.5 s"):
+                await stream.read()
+        await peer.close()
 
 
 async def test_a_load_in_its_place_has_an_encoder_of_its_own(folder: Path, rows: Float32, tmp_path: Path) -> None:

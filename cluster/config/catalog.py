@@ -138,13 +138,13 @@ def catalog_names() -> list[str]:
 
 
 def nearest_names(name: str, names: Iterable[str]) -> str:
-    """Returns a question with the nearest names, for the end of a message. Empty if no name is near."""
+    """Returns ", did you mean A or B?" for the end of a message, or an empty text if no name is near."""
     near = near_names(name, names)
     return f", did you mean {' or '.join(near)}?" if near else ""
 
 
 def near_names(name: str, names: Iterable[str]) -> list[str]:
-    """Returns at most three names: those that begin with `name`, else similar ones."""
+    """Returns at most three names: those that begin with `name`, otherwise similar ones."""
     known, text = list(dict.fromkeys(names)), name[:_LONGEST_NAME].lower().replace(":", "-")
     near = [each for each in known if text and each.startswith(text)][:_NEAREST]
     return near or difflib.get_close_matches(text, known, n=_NEAREST, cutoff=0.5)
@@ -239,7 +239,7 @@ def _is_projector(path: Path) -> bool:
 
 
 def _without_projectors(models: Sequence[Path]) -> Sequence[Path]:
-    """Leaves out projectors beside other models. A projector in a folder of its own stays."""
+    """Returns the models without projectors, or all if there are only projectors."""
     return [path for path in models if not _is_projector(path)] or models
 
 

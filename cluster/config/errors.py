@@ -48,8 +48,7 @@ def _what(detail: Any, place: Place, schema: Schema) -> str:
 
 
 def _deeper(key: str, schema: Schema) -> str:
-    """Returns a hint at the section that has the misplaced key. Returns an empty text if no section or several have
-    it."""
+    """Returns a hint at the only section that has the misplaced key, or an empty text."""
     within = []
     for name, section in schema["properties"].items():
         for option in _alternatives(section, schema):

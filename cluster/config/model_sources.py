@@ -120,7 +120,6 @@ def parse_source(spec: str) -> Path | RemoteSource:
 
 
 def shortened(spec: str) -> str:
-    """Shortens a long name, so that it does not hide the message around it."""
     return spec if len(spec) <= _SHOWN else f"{spec[:_SHOWN]}... ({len(spec)} characters)"
 
 

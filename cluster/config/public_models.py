@@ -66,7 +66,6 @@ class PublicModel:
 
     @property
     def projector_source(self) -> str | None:
-        """The address of the projector's file."""
         repository = "/".join(self.file.split("/")[:2])
         return f"hf:{repository}/{self.mmproj}" if self.mmproj else None
 

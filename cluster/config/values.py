@@ -41,7 +41,7 @@ _MOST_SHOWN = 60
 
 
 def shown(value: object) -> str:
-    """Formats a value for a message. Short, plain values look as in the file."""
+    """Formats a value for a message. Short, plain values are written as in the file."""
     match value:
         case None:
             return "an empty value"

@@ -140,8 +140,7 @@ class ActionRunner:
         self.observed.post(seen.Planned(inputs, plan, failure, served, is_beside))
 
     async def _predict_served(self, workers: Mapping[str, WorkerHandle]) -> Prediction | None:
-        """Predicts the speed of the serving plan from the present profiles and links. Returns None while no pipeline
-        serves."""
+        """Predicts the serving plan from the present profiles and links. Returns None while no pipeline serves."""
         serving, loss = self.observed.state.serving, self.observed.state.loss
         return None if serving is None or loss is not None else await self.planner.predict(serving.plan, workers)
 
@@ -221,8 +220,7 @@ class ActionRunner:
         self._notice(recovered_text(seconds, requests))
 
     async def _observe(self, retirement: Retirement, retiring: Epoch | None) -> None:
-        """Posts RETIRING_EMPTY at the end of a retirement. Posts nothing if a loss of the pipeline ended the retirement
-        before."""
+        """Posts RETIRING_EMPTY when the retirement ends, unless the loss of the pipeline ended it."""
         await retirement.ended.wait()
         if retirement.error is not None:
             self._notice(f"requests of the epoch before are computed again: {retirement.error}")

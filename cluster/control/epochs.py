@@ -139,8 +139,7 @@ async def _all(work: Iterable[Awaitable[None]]) -> None:
 
 
 async def _discard(epoch: int, workers: Iterable[WorkerHandle]) -> None:
-    """Frees the stages of an epoch whose load failed. Errors are only logged, so that the error of the load is
-    raised."""
+    """Frees the stages of an epoch whose load failed. Only logs errors, because the load's error is raised."""
     try:
         await unload_stages(epoch, workers)
     except LlamaclustError as error:
@@ -184,8 +183,7 @@ class Epoch:
 
 @dataclass(frozen=True, slots=True)
 class EpochWorkers:
-    """The workers that the epochs of all models share. Callers hold the lock `turn` while they load or unload
-    stages."""
+    """The workers that the epochs of all models share. Callers hold the lock `turn` to load or unload stages."""
 
     registry: Registry
     credentials: Credentials

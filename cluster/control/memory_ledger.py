@@ -54,8 +54,7 @@ class MemoryLedger:
         self._beside[model_id] = self.beside(model_id)
 
     def reserve(self, model_id: str, plans: tuple[Plan, ...]) -> bool:
-        """Enters plans before a load. Returns False if other models have taken memory since the newest plan was
-        made."""
+        """Enters plans before a load. Returns False if other models took memory after the newest plan was made."""
         is_entered = _total(plans) <= _total(self._plans.get(model_id, ()))
         fits = is_entered or self.beside(model_id) <= self._beside.get(model_id, MemoryUse())
         if fits:

@@ -62,8 +62,7 @@ class Resident:
 
     @property
     def is_leaving(self) -> bool:
-        """True if the model is awake but about to sleep, because its time without requests is over or its memory is
-        needed."""
+        """True if the model is awake but about to sleep: its time without requests is over, or its memory is needed."""
         return not self.observed.state.is_wanted or (self.is_idle and self.expires_in_s == 0)
 
     @property
@@ -204,8 +203,7 @@ class Residency:
             resident.serving_since_s = None
 
     def _longest_serving(self, resident: Resident) -> Resident | None:
-        """Returns the model that has served longest, if its turn is over and requests wait for `resident`; otherwise
-        None."""
+        """Returns the model that has served longest if its turn is over and requests wait for `resident`, else None."""
         waiting = resident.observed.state.loss
         if resident.is_idle or waiting is None:
             return None
@@ -224,8 +222,7 @@ class Residency:
 
 
 async def _plan_again(observed: Observed) -> None:
-    """Requests a new plan. Returns once a plan for the present free memory is made, or the model does not need one any
-    more."""
+    """Requests a plan for the present free memory. Returns once it is made, or the model needs none any more."""
     before = observed.state.pool.memory
     observed.post(Signal.MEMORY_FREED)
     await observed.until(

@@ -109,7 +109,7 @@ async def adapter_files(
 async def encoder_files(
     wanted: WantedBytes | None, loading: Collection[str], workers: Mapping[str, WorkerHandle], report: Report | None
 ) -> dict[str, EncoderFile]:
-    """Returns the projector's file for each worker in `loading`. Empty if the model has no projector."""
+    """Returns the projector's file for each worker in `loading`; empty if the model has no projector."""
     if wanted is None or not loading:
         return {}
     sources = await weight_sources(loading, workers, wanted, report)

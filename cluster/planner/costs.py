@@ -114,8 +114,7 @@ class StageCosts:
         return np.array([layer.expert_bytes > 0 for layer in self.model.layers], np.bool_)
 
     def decode_s(self, worker: WorkerFacts, start: int, end: int, rows: int = 1, *, concurrent: bool = False) -> float:
-        """Returns the seconds of a step with one row of each sequence. `concurrent`: other stages compute at the same
-        time."""
+        """Returns the seconds of a step with one row per sequence. `concurrent`: other stages compute meanwhile."""
         return float(self.decode_table(worker, rows, concurrent=concurrent)[start, end])
 
     def prefill_s(self, worker: WorkerFacts, start: int, end: int, rows: int, *, concurrent: bool = False) -> float:
@@ -164,8 +163,8 @@ class StageCosts:
         return _float_sums(np.where(layers, [roofline.experts_s(layer, rows) for layer in self.model.layers], 0.0))
 
     def exchange_table(self, rows: int, layers: Flags) -> Table:
-        """Returns for each stage the seconds to move inputs and outputs of the mixtures in `layers` to another device
-        and back."""
+        """Returns for each stage the seconds to move inputs and outputs of its mixtures in `layers` between two
+        devices."""
         each_s = EXCHANGE_S + EXCHANGE_BYTE_S * 2 * rows * self.hidden_bytes
         seconds: Table = _float_sums((layers & self.mixtures).astype(np.float64)) * each_s
         return seconds

@@ -61,8 +61,8 @@ def devices_of(worker: WorkerFacts) -> tuple[WorkerFacts, ...]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Division:
-    """The division of every stage [start, end). Device number i holds layers [bounds[i], bounds[i + 1]). Of a GPU's
-    layers, those in `moe.fixed` have their experts in RAM, and so have those in `moe.open` before moe_ends[i]."""
+    """The division of every stage [start, end). Device number i holds layers [bounds[i], bounds[i + 1]). A layer on a
+    GPU has its experts in RAM if it is in `moe.fixed`, or in `moe.open` and before moe_ends[i]."""
 
     devices: tuple[WorkerFacts, ...]
     bounds: tuple[Counts, ...]  # tables by start and end
@@ -70,7 +70,7 @@ class Division:
     moe: MoeLayers
 
     def held(self, start: int, end: int) -> tuple[Held, ...]:
-        """Returns the layers of a stage on each device that holds some, with experts in RAM last."""
+        """Returns a stage's layers by device, without devices that hold none. Experts in RAM come last."""
         at = [int(table[start, end]) for table in self.bounds]
         ends = [int(table[start, end]) for table in self.moe_ends]
         parts = [
@@ -104,7 +104,7 @@ class Division:
         return total
 
     def moved(self, experts: Callable[[WorkerFacts, Flags], Table], exchange: Callable[[Flags], Table]) -> Table:
-        """Returns how much experts in RAM change the result of `sums`. `exchange`: the time to move activations to RAM
+        """Returns the change of the result of `sums` by experts in RAM. `exchange`: the time to move activations to RAM
         and back."""
         total: Table = np.zeros(self.bounds[0].shape)
         for device, layers, begin, end in self.moved_ranges():
@@ -127,8 +127,7 @@ class DeviceNeeds:
     held_experts: Counts  # bytes of open experts of the first n layers, by n: rounding may make them free nothing
 
     def first_moe_end(self) -> Counts:
-        """Returns for each stage, by start and end, the layer up to which its open experts must be in RAM so that it
-        fits."""
+        """Returns for each stage the end of the layers whose open experts must be in RAM so that the stage fits."""
         starts = np.arange(len(self.experts))[:, np.newaxis]
         found: Counts = np.searchsorted(self.experts, self.excess + self.experts[:, np.newaxis])
         return np.maximum(found, starts)
@@ -142,8 +141,9 @@ def divide(
     *,
     apart: bool = False,
 ) -> Division:
-    """Divides all `possible` stages. With `apart`, the open experts of as many layers are in RAM as the first GPU lacks
-    memory for; otherwise none are. If `gpu_layers` is set, the first GPU takes those of them that other GPUs leave."""
+    """Divides all `possible` stages. With `apart`, open experts are in RAM: of as many layers as the first GPU has too
+    little memory for. Without `apart`, none are. If `gpu_layers` is set, the first GPU takes those that other GPUs
+    leave."""
     devices, borders = devices_of(worker), possible.diagonal()
     starts, ends = np.indices((len(borders), len(borders)))
     wanted = len(borders) if worker.gpu_layers is None else worker.gpu_layers

@@ -189,8 +189,7 @@ def stage_name(plan: Plan, stage: StagePlan) -> str:
 
 
 def shares_text(shares: Sequence[int]) -> str:
-    """Formats shares as a ratio of small whole numbers (2:1), or relative to the smallest share (1.1:1) if there is
-    none."""
+    """Formats shares as a ratio of small whole numbers (2:1), otherwise relative to the smallest share (1.1:1)."""
     unit, least = gcd(*shares), min(shares)
     if max(shares) <= _MOST_SHARE * unit:
         return ":".join(str(share // unit) for share in shares)

@@ -36,8 +36,7 @@ class GroupLinks:
         return cls(latency_s + GATHER_S, byte_s)
 
     def all_to_all_s(self, sent: Table) -> Table:
-        """Returns the seconds in which each member sends `sent` bytes, [members, ...], to each other member at the same
-        time."""
+        """Returns the seconds in which each member sends `sent` bytes, [members, ...], to every other member."""
         out = sent * self.byte_s.sum(axis=1).reshape(-1, *[1] * (sent.ndim - 1))
         into = np.tensordot(self.byte_s.T, sent, axes=1)
         slowest: Table = np.maximum(out, into).max(axis=0)

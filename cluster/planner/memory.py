@@ -37,8 +37,7 @@ class StagePlace:
 Workspace = Callable[[StagePlace], int]
 """Returns the largest workspace, in bytes, of any stage at the place. It must cache, because it is called often."""
 Rounding = Callable[[str], Counts | int]
-"""Returns the bytes that rounding adds to the weights of layers [start, end) on a device. It must cache, because it is
-called often."""
+"""Returns the bytes that rounding adds to weights on a device, by stage. It is called often and must cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +82,13 @@ class MemoryModel:
         return self if stages is self.stages else replace(self, stages=stages, portion=portion)
 
     def workspace_bytes(self, worker: WorkerFacts, start: int, end: int, cpu_moe: Sequence[int] = ()) -> int:
-        """Returns the bytes of a stage's workspace, plus the bytes that rounding adds to its weights. Experts of
-        `cpu_moe` do not count."""
+        """Returns the bytes of a stage's workspace and of the rounding of its weights, without experts of `cpu_moe`."""
         whole, freed = self.request.rounding(worker.device), self._expert_rounding(worker)
         rounding = whole if isinstance(whole, int) else int(whole[start, end])
         return self._workspace_to(worker, end) + rounding - int(freed[list(cpu_moe)].sum())
 
     def workspace_of(self, held: Held) -> int:
-        """Returns the workspace of a chosen stage. `workspace_bytes` may return more, because it is for the largest
-        stage."""
+        """Returns the workspace of a chosen stage. `workspace_bytes` counts that of the largest stage."""
         device, start, end = held.device, held.start, held.end
         if held.is_experts or held.cpu_moe or device.device != "cpu":
             return self.parts(held, 0)["workspace"]
@@ -100,8 +97,7 @@ class MemoryModel:
         return self.request.workspace(place)
 
     def _expert_rounding(self, worker: WorkerFacts) -> Counts:
-        """Returns for each layer the bytes that rounding of its experts adds on a device, in addition to rounding of
-        its other weights."""
+        """Returns for each layer the bytes that a device adds to its experts by rounding."""
         rounding = np.asarray(self.request.rounding(worker.device)) - self.request.rest_rounding(worker.device)
         each: Counts = np.diagonal(np.broadcast_to(rounding, self.stages.held_bytes.shape), 1)
         return each
@@ -119,8 +115,7 @@ class MemoryModel:
 
     @property
     def max_drafted(self) -> int:
-        """The maximum number of tokens that a step drafts for a sequence. It is 0 if layers have states, which drafts
-        would change."""
+        """The most drafted tokens of a sequence in a step; 0 if layers have states, which drafts would change."""
         if self.stages.state_bytes[0, self.stages.layers]:
             return 0
         window = self.kv_groups.window
@@ -148,8 +143,7 @@ class MemoryModel:
         return self.kv_bytes(start, end, contexts * self.request.context_blocks)
 
     def parts(self, held: Held, contexts: int) -> Mapping[str, int]:
-        """Returns bytes by kind. KV memory is for `contexts` full-length sequences, or the given KV memory if that is
-        less."""
+        """Returns bytes by kind. KV memory is that of `contexts` full-length sequences, at most the given one."""
         device, start, end = held.device, held.start, held.end
         if held.is_experts:
             return {"weights": self.weight_bytes(held), "workspace": self._workspace_to(device, end - 1)}
@@ -186,8 +180,7 @@ class MemoryModel:
         return self._blocks_in(held.start, held.end, max(least, left // 2), most)
 
     def shortfall_table(self, worker: WorkerFacts, contexts: int) -> Table:
-        """Returns the bytes that a worker's devices lack, with KV memory for `contexts` full-length sequences. Infinite
-        if start >= end."""
+        """Returns the bytes that a worker's devices lack for `contexts` full-length sequences; inf if start >= end."""
         return self._shortfall(self.division(worker, contexts), contexts)
 
     def excess_table(self, worker: WorkerFacts, contexts: int) -> Table:

@@ -82,8 +82,7 @@ def predict_again(
     links: Links,
     group_costs: GroupCostsOf | None = None,
 ) -> Prediction | None:
-    """Predicts an earlier plan from present measurements. Returns None if one of its devices is absent or
-    unmeasured."""
+    """Predicts an earlier plan from present measurements. Returns None if a device is absent or unmeasured."""
     if any(not _is_known(stage, workers) for stage in plan.stages):
         return None
     split = [_stage_again(costs, stages, workers, links, group_costs) for stages in plan.by_stage]
@@ -137,8 +136,8 @@ def _ttft_s(split: Sequence[HeldStage], prompt_tokens: int, chunks: int, path: _
 
 
 def _round(split: Sequence[HeldStage], drafted: int, path: _Path, *, may_chain: bool) -> Round:
-    """Predicts a step with an output row for each drafted token. The step begins and ends at the coordinator, which
-    drafts."""
+    """Predicts a step with an output row for each drafted token. The coordinator drafts, so the step begins and ends
+    there."""
     rows = 1 + drafted
     stages = [stage.decode_s(rows) for stage in split]
     links = [rows * row_s for row_s in path.row_s]

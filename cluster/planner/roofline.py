@@ -16,10 +16,9 @@ LAUNCHES_S: Final = 30e-6
 LAYER_S: Final = 60e-6
 """The seconds of a layer on a processor in addition to its products: threads that wait, and steps of few rows."""
 ROW_MACS: Final = 3000
-"""The number of 8-bit multiply-accumulates that take as long as the other work (norms, rotation, attention) of one row
-and channel."""
+"""The 8-bit multiply-accumulates in the time of other work (norms, rotation, attention) for a row and channel."""
 _STATE_MACS: Final = 4
-"""The number of 8-bit multiply-accumulates that take as long as one multiply-accumulate of a state in floats."""
+"""The 8-bit multiply-accumulates in the time of one multiply-accumulate of a state in floats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +37,7 @@ class Roofline:
         return cls(limits.read_bytes_s, limits.int8_macs_s, products, row_s)
 
     def layer_s(self, layer: LayerCost, rows: int, sequences: int) -> float:
-        """Returns the seconds of a layer. Experts are estimated separately: other limits bound them, and they may be on
-        another device."""
+        """Returns the seconds of a layer without experts, which have other limits and may be on another device."""
         return self._rest_s(layer, rows, sequences) + self.experts_s(layer, rows)
 
     def experts_s(self, layer: LayerCost, rows: int) -> float:

@@ -25,8 +25,7 @@ def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
 
 
 def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | None:
-    """Returns a lost worker: preferably one that another stage could not reach, otherwise the one lost first. None
-    without a loss."""
+    """Returns the lost worker that another stage could not reach, otherwise the one lost first; None without a loss."""
     unreachable = {worker.unreachable_peer(epoch).name for worker in workers}
     lost = (worker for worker in workers if worker.loss is not None)
     return min(

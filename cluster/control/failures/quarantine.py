@@ -92,8 +92,7 @@ class Quarantine:
         return replace(self, records={name: record for name, record in self.records.items() if name not in names})
 
     def exonerate(self, requests: frozenset[int]) -> Quarantine:
-        """Releases the workers that had one of these requests in flight at each failure, because the request was the
-        cause."""
+        """Releases the workers that had one of these requests in flight at each failure: the request was the cause."""
         return self.release([name for name, record in self.records.items() if record.requests & requests])
 
     def exonerate_rows(self, key: int, now_s: float) -> Quarantine:

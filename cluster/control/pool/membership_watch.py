@@ -64,8 +64,8 @@ class MembershipWatch:
             self._lost(worker)
 
     def _check_steps(self, worker: WorkerHandle) -> None:
-        """Counts a worker as lost if its step takes longer than all its epochs allow, or if its stage owes a result for
-        too long."""
+        """Counts a worker as lost if a step takes longer than all its epochs allow, or its stage owes a result too
+        long."""
         computing_s = 0.0 if worker.heartbeat is None else worker.heartbeat.computing_s
         limits_s = self._limits_s(worker)
         limit_s = max(limits_s, default=UNPREDICTED_S)

@@ -24,16 +24,14 @@ def check_groups(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequenc
 
 
 def largest_group(config: ClusterConfig, model: Model) -> int:
-    """Returns the largest number of workers that may hold a stage together in an automatic plan; 1 if groups are not
-    possible."""
+    """Returns the most workers that may hold a stage together in an automatic plan; 1 if groups are impossible."""
     if config.plan is not None or any(group_problems(config, model)):
         return 1
     return MAX_GROUP_MEMBERS if config.groups is None else config.groups
 
 
 def no_groups(config: ClusterConfig, model: Model) -> str:
-    """Returns the reason why an automatic plan has no groups, whatever its workers are. Returns an empty text if groups
-    are possible."""
+    """Returns the reason why no automatic plan has groups, or an empty text if groups are possible."""
     if config.groups == 1:
         return "`groups` is off"
     return next(group_problems(config, model), "").partition(";")[0]

@@ -103,7 +103,7 @@ class _Search:
         return GroupSearch(self.sizes, self.workers, classes, self.works, tables, self._apart).best(below, known)
 
     def _fitted(self, found: Found) -> Found | None:
-        """Rounds a group's portions to whole units that fit into memory. Returns None if they do not fit."""
+        """Rounds a group's portions to whole units. Returns None if they do not fit into memory."""
         by_name = {worker.name: worker for worker in self.workers}
         entries = tuple(fitted(self.sizes, entry, by_name, self.contexts) for entry in found.entries)
         blocks = Chain.of(self.sizes, entries, by_name, self.contexts).kv_blocks

@@ -25,8 +25,7 @@ _Candidate = tuple[Assignment, Chain]
 
 
 def rejected_group(plan: Chain, workers: Sequence[WorkerFacts], contexts: int) -> RejectedGroup | str | None:
-    """Returns the best group, or the reason why there is none. Returns None if the plan has groups or was not
-    predicted."""
+    """Returns the best group, or why there is none. Returns None if the plan has groups or no prediction."""
     if len(workers) < 2 or plan.prediction is None or any(stage.shares for stage in plan.members):
         return None
     if (obstacle := _obstacle(plan.sizes, workers)) is not None:
@@ -100,8 +99,7 @@ def _group(sizes: MemoryModel, members: Sequence[WorkerFacts], contexts: int) ->
 
 
 def _request_s(chain: Chain) -> float:
-    """Returns the time by which the objective judges a usual request: the request alone, or the slowest stage with many
-    requests."""
+    """Returns the objective's time of a usual request: the request alone, or the slowest stage with many requests."""
     prediction, request = chain.prediction, chain.sizes.request
     assert prediction is not None, "all workers were measured"
     if request.objective == "latency":

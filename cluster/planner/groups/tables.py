@@ -116,8 +116,8 @@ class GroupTables:
         return float(divided.gathers.count[divided.kinds.kind_of[0, -1]])
 
     def least_gathers_s(self, work: Work, link: Link) -> Table:
-        """Returns the least time of each layer's gathers in any group. One member always receives half of each row or
-        more."""
+        """Returns the least time of each layer's gathers in any group: one member receives at least half of each
+        row."""
         steps = sum(step.steps for step in work.each)
         rows = sum(step.steps * step.rows * (1 - HIDDEN_SHARE * step.is_prompt) for step in work.each)
         every = [

@@ -58,8 +58,7 @@ def _step_s(sizes: MemoryModel, division: Division, worker: WorkerFacts, step: R
 
 
 def link_table(sizes: MemoryModel, work: Work, reach: Link) -> StageTable:
-    """Returns the seconds of a stage's links: rows that travel while stages compute, and messages from stage to
-    stage."""
+    """Returns the seconds of a stage's links: rows sent during computation, and messages between stages."""
     stages = sizes.stages
     others = np.ones(stages.held_bytes.shape)
     others[0, stages.layers] = 0  # a stage of all layers has no links

@@ -126,7 +126,7 @@ def random_matrix(
 
 
 def _set_quarters(blocks: NDArray[np.uint8], scale: np.float16) -> None:
-    """Sets the float16 scale of IQ1_M blocks, four bits in each of the last four words of a block."""
+    """Sets the float16 scale of IQ1_M blocks: four bits in each of a block's last four words."""
     for quarter in range(4):
         place = blocks[:, 49 + 2 * quarter]
         place[:] = place & 15 | (int(scale.view(np.uint16)) >> 4 * quarter & 15) << 4
@@ -190,7 +190,7 @@ def tensors(shape: Shape, quant_type: QuantType, seed: int, alike: bool = False)
 
 
 def metadata(name: str, shape: Shape, quant_type: QuantType) -> dict[str, WritableValue]:
-    """Returns the metadata that both our engine and llama.cpp read."""
+    """Returns the metadata that llamaclust and llama.cpp read."""
     experts: dict[str, WritableValue] = {
         "llama.expert_count": shape.experts,
         "llama.expert_used_count": shape.experts_used,

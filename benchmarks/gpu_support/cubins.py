@@ -23,7 +23,7 @@ from llamaclust.kernels.cuda.runtime.sources import modules, whole_text
 
 
 def open_nvrtc_in(folder: Path) -> Nvrtc:
-    """Opens the NVRTC in a folder. Raises UsageError if there is none."""
+    """Opens the NVRTC in a folder. Raises UsageError if the folder has none."""
     found = next(folder.glob("libnvrtc.so.*"), None)
     if found is None:
         raise UsageError(f"{folder}: no libnvrtc.so.* there")
@@ -33,7 +33,7 @@ def open_nvrtc_in(folder: Path) -> Nvrtc:
 
 
 def compile_all(nvrtc: Nvrtc, architecture: int, out: Path, kept: Path) -> None:
-    """Compiles all modules. Prints the seconds and the size of each."""
+    """Compiles all modules. Prints seconds and size of each."""
     cache = CubinCache(kept)
     out.mkdir(parents=True, exist_ok=True)
 

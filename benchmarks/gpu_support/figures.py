@@ -70,12 +70,10 @@ class Figures:
 
     @property
     def times_one(self) -> Spread:
-        """Tokens per second of all sequences together, relative to one sequence."""
         return self.spread(lambda round_: self.work.sequences * round_.step_s / round_.many_s)
 
     def copies_share(self, sequences: int) -> Spread:
-        """The least time to read the memories, with hits read on the GPU, as a share of the time of a step with
-        copies."""
+        """The least time to read the memories (hits on the GPU), as a share of the time of a step with copies."""
 
         def best_s(round_: Round) -> float:
             return self.work.copied_step_s(sequences, round_.copied[sequences].hit_share, round_.rates.read)
@@ -83,12 +81,11 @@ class Figures:
         return self.spread(lambda round_: best_s(round_) / round_.copied[sequences].step_s)
 
     def copies_gain(self, sequences: int) -> Spread:
-        """The ratio of the time of a step without copies to that of a step with copies."""
         return self.spread(lambda round_: round_.steps_s(sequences) / round_.copied[sequences].step_s)
 
     @property
     def decode_ratio(self) -> Spread:
-        """The speed of decode relative to llama.cpp. A value above 1 means that llama.cpp is slower."""
+        """The speed of decode relative to llama.cpp. Values above 1 mean that llamaclust is faster."""
         return self.spread(lambda round_: 1 / round_.step_s / _theirs(round_).decode)
 
     @property
@@ -145,7 +142,7 @@ class Figures:
         return _plain(found) | {"wanted": [asdict(target) | {"met": target.is_met} for target in self.wanted()]}
 
     def _rates(self) -> dict[str, Spread]:
-        """Returns the best rates of the devices, without those of a processor that has no weights."""
+        """Returns the best rates of the devices; a processor without weights has none."""
         found = {
             "vram_read_gb_s": self.spread(lambda round_: round_.rates.read.gpu / 1e9),
             "gpu_int8_gmac_s": self.spread(lambda round_: round_.rates.int8.gpu / 1e9),
@@ -167,7 +164,6 @@ class Figures:
         }
 
     def wanted(self) -> list[Wanted]:
-        """Returns the medians of figures, with their goals."""
         found = self._wanted_of_both() if self.is_mixed else self._wanted_of_gpu()
         if self.has_copies:
             for count, what in ((1, "decode"), (self.work.sequences, f"{self.work.sequences} sequences")):
@@ -191,8 +187,8 @@ class Figures:
 
     def _wanted_of_sequences(self, decode_share: float) -> Wanted:
         """Returns the figure of several sequences, with its goal. For a dense model, the figure is the speed relative
-        to one sequence. Several sequences of a mixture read more experts than one does, so its figure is the share of
-        the time to read them. The goal is the share of a dense model that decodes at `decode_share` and reaches
+        to one sequence. In a mixture, several sequences read more experts than one does. There, the figure is the share
+        of the time to read them, and its goal is that of a dense model that decodes at `decode_share` and reaches
         TIMES_ONE."""
         count, is_mixture = self.work.sequences, self.work.is_mixture
         least = decode_share * TIMES_ONE / _TOGETHER if is_mixture else TIMES_ONE

@@ -101,7 +101,7 @@ LLAMA_STEPS = (_benchmark("7b-llama", 400, *_7B, "--llama-bench {llama} --repeat
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The result of a step. Its exit status is 124 if the time limit was reached."""
+    """The result of a step. Exit status 124: the time limit was reached."""
 
     status: int
     seconds: float
@@ -186,7 +186,7 @@ def run_steps(
 
 
 def _run(step: Step, log: Path, places: dict[str, str]) -> int:
-    """Runs a step and returns its exit status. At the time limit, ends all processes of its session and returns 124."""
+    """Runs a step and returns its exit status. At the time limit, ends all processes of the step and returns 124."""
     model = Path(places["models"]) / step.model
     commands = [step.needs] if step.model and not model.is_file() else []
     script = " && ".join(_filled(command, places) for command in (*commands, step.command))
@@ -220,8 +220,8 @@ def _signals(how: int) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends all processes of a step. They get SIGTERM first, so that writers of models can remove partial files, which
-    may take gigabytes of RAM. After some seconds, or at another Ctrl-C, the remaining processes get SIGKILL."""
+    """Ends all processes of a step with SIGTERM, then SIGKILL after some seconds or at another Ctrl-C. SIGTERM comes
+    first, so that programs remove partial models, which may take gigabytes of RAM."""
     try:
         os.killpg(process.pid, signal.SIGTERM)
         end_s = time.monotonic() + _GRACE_S

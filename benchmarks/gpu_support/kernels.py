@@ -34,8 +34,7 @@ _LAUNCHES, _REPEATS = 32, 7
 
 
 def product_s(device: Device, kind: QuantType, shape: tuple[int, int], rows: int) -> tuple[float, int]:
-    """Returns the seconds of one product and the bytes of its weights. Weights are random, because values do not change
-    the time."""
+    """Returns seconds and weight bytes of one product. Weights are random: values do not change the time."""
     one = matmul.Weights(kind, shape)
     count = max(1, min(_LAUNCHES, _CACHE_BYTES // one.n_bytes + 1))
     source = np.random.default_rng(7)

@@ -62,8 +62,8 @@ class Layout:
 
     @classmethod
     def of(cls, device: Device, model: Model, task: Task) -> Self:
-        """Places layers like for a model in one process (docs/gpu.md). Raises InsufficientMemoryError if memory is
-        short, UsageError if the model has no experts to place."""
+        """Places layers as for a model in one process (docs/gpu.md). Raises InsufficientMemoryError if memory is short,
+        UsageError if the model has no experts to place."""
         if not model.hyperparameters.expert_count and (task.cpu_moe is not None or task.experts_cache_bytes):
             raise UsageError(f"{model.file.path} has no experts; leave out --cpu-moe, --n-cpu-moe and --experts-cache")
         limits, end = stage_limits(task.sequences, task.context), model.layer_count
@@ -127,7 +127,6 @@ class Loaded:
             raise UsageError(f"--experts-cache: there are no copies of experts: {why}; leave it out")
 
     def _device(self, held: ExitStack) -> Device:
-        """Opens the processor and the GPU. Some VRAM stays free to measure its bandwidth."""
         task, kernels = self.task, environment().kernels_dir
 
         def opened(threads: int, cap_bytes: int | None) -> GpuBackend:
@@ -142,8 +141,8 @@ class Loaded:
         return Device("cpu", task.threads, "", None, processor, (self.gpu,))
 
     def warm_up(self) -> None:
-        """Runs everything that is measured later. In the first prefill, the scheduler learns how to cut prompts. In the
-        second run, CUDA graphs are captured."""
+        """Runs everything that is measured later. The first prefill teaches the scheduler how to cut prompts; the
+        second run captures CUDA graphs."""
         for _ in range(3):
             self._stage.prefill(self.task.prompt, 1)
         for sequences in (1, self.task.sequences):
@@ -152,8 +151,7 @@ class Loaded:
             self._stage.decode(0, self.task.generate, self.task.sequences)
 
     def measure(self) -> Round:
-        """Measures prefill and decode, then decode with copies of experts. The best rates are measured before and
-        afterwards."""
+        """Measures prefill and decode, then decode with copies of experts. Measures the best rates before and after."""
         task, stage, counts = self.task, self._stage, (1, self.task.sequences)
         before = self.rates()
         with stage.without_copies():

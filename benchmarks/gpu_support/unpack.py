@@ -33,7 +33,6 @@ def unpack(archive: Path, unpacked: Path, tree: Path) -> None:
 
 
 def required(tree: Path) -> Iterator[str]:
-    """Yields the packages that the program and its tests need on a GPU."""
     settings = tomllib.loads((tree / "pyproject.toml").read_text())
     yield from settings["project"]["dependencies"]
     yield from settings["project"]["optional-dependencies"]["cuda13"]
@@ -41,8 +40,7 @@ def required(tree: Path) -> Iterator[str]:
 
 
 def shortfalls(requirements: Iterable[str], packages: Path) -> Iterator[str]:
-    """Yields a line for each requirement that neither this Python nor the kit fulfils, including requirements of
-    packages in the kit."""
+    """Yields a line for each requirement, also of packages in the kit, that neither this Python nor the kit fulfils."""
     travelled = list(distributions(path=[str(packages)]))
     versions = {canonicalize_name(one.name): one.version for one in travelled}
     theirs = (text for one in travelled for text in one.requires or ())

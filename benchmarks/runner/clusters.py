@@ -88,7 +88,7 @@ class Bench:
 
     @property
     def coordinator(self) -> psutil.Process:
-        """The coordinator or standby that was started last."""
+        """The coordinator or standby that started last."""
         return psutil.Process(self.started[-1].pid)
 
     @property

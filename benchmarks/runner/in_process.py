@@ -59,7 +59,7 @@ def pinned_to_cores(cluster: Cluster) -> Iterator[None]:
 
 
 def pin_process(pid: int, core: int) -> None:
-    """Pins the current threads of a process to a core. Threads that they start later inherit the core."""
+    """Pins a process's current threads to a core. Threads that they start later inherit the core."""
     _pin((int(each.name) for each in Path(f"/proc/{pid}/task").iterdir()), {core})
 
 

@@ -32,8 +32,8 @@ class Speed:
 def check_program(
     path: Path, how: str = "the docstring of benchmarks/runner/llama.py", option: str = "--llama-bench"
 ) -> Path:
-    """Returns the absolute path of a program. Raises UsageError if the path is not a program. `how`: the text that says
-    how to build it."""
+    """Returns a program's absolute path. Raises UsageError if there is no program. `how`: the text that says how to
+    build it."""
     if path.is_dir():
         raise UsageError(f"{option} {path}: a folder; give the program in it, such as {path}/bin/{option[2:]}")
     if not path.exists():
@@ -44,7 +44,7 @@ def check_program(
 
 
 def their_answers(program: Path, model: Path, options: Sequence[str]) -> list[Any]:
-    """Returns the output of llama-bench, one object per test. Raises UsageError if llama-bench fails."""
+    """Returns llama-bench's output, one object per test. Raises UsageError if llama-bench fails."""
     answers = json_of([str(program), "-m", str(model), "-o", "json", *options])
     return answers if isinstance(answers, list) else [answers]
 
@@ -59,7 +59,8 @@ def their_speed(program: Path, answers: Sequence[Any]) -> Speed:
 
 
 def json_of(command: Sequence[str]) -> Any:
-    """Returns the JSON that a program prints. Raises UsageError if it cannot be run, fails, or prints other text."""
+    """Returns the JSON that a program prints. Raises UsageError if the program does not run, fails, or prints other
+    text."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_DEADLINE_S, check=False)
     except OSError as error:

@@ -1,4 +1,5 @@
-"""Runs processes before others, and counts their instructions by `perf stat`, which a noisy machine does not change."""
+"""Gives processes priority, and counts their instructions by `perf stat`, which other work on the machine does not
+change."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ class Instructions:
     count: int | None = None
 
     def per(self, tokens: int) -> dict[str, float]:
-        """Returns the figure of a table: thousands of instructions for each of `tokens`."""
+        """Returns the figure of a table: thousands of instructions per token."""
         return {} if self.count is None else {"k instr": self.count / 1e3 / tokens}
 
 
@@ -72,14 +73,14 @@ async def _order(process: Process, orders: FileIO, replies: FileIO, words: bytes
 
 
 def _count(text: str) -> int | None:
-    """Returns the first field of the line with the counter, or None if the machine has no such counter."""
+    """Returns the first field of the counter's line; None if the machine has no such counter."""
     fields = [line.split(",")[0] for line in text.splitlines() if "instructions" in line]
     return int(fields[0]) if fields and fields[0].isdigit() else None
 
 
 @contextmanager
 def before_other_programs(pids: Iterable[int], *, priority: int = 1) -> Iterator[None]:
-    """Gives the processes' current threads real-time priority within the context. Raises PermissionError if that is not
+    """Gives the processes' current threads real-time priority in this context. Raises PermissionError if that is not
     permitted."""
     threads = [int(each.name) for pid in pids for each in Path(f"/proc/{pid}/task").iterdir()]
     try:

@@ -23,7 +23,7 @@ _MANY = 8
 
 @dataclass(slots=True)
 class Turns:
-    """A run of a case. `rounds` replaces the number of rounds that the case itself states."""
+    """A run of a case. `rounds` replaces the case's own number of rounds."""
 
     case: Case
     rounds: int | None = None

@@ -45,8 +45,8 @@ VISION_SHAPES: Mapping[str, VisionShape] = {
 
 
 def write_vision_shape(path: Path, shape: VisionShape, quant_type: QuantType, layers: int, seed: int = 1) -> None:
-    """Writes the first `layers` layers. Vectors, kernels and matrices whose width is no multiple of a block are
-    floats, as in files that llama.cpp converts."""
+    """Writes the first `layers` layers. Vectors, kernels and matrices whose width is no multiple of a block are floats,
+    as in files that llama.cpp converts."""
     generator = np.random.default_rng(seed)
     write_gguf(path, _metadata(shape, quant_type, layers), _Tensors(shape, quant_type, generator).all(layers))
 

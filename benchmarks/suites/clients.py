@@ -53,8 +53,6 @@ _PYTEST = ("pytest==9.2.0", "pytest-asyncio==1.5.0")
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """A suite: the names and versions of its packages, and the file of its cases."""
-
     packages: tuple[str, ...]
     cases: str = ""
     repository: str = ""  # of which it needs a checkout
@@ -133,7 +131,7 @@ class Target:
 
 
 class Skipped(Exception):
-    """Raised if the suite's packages cannot be installed, or its tests do not end."""
+    """Raised if the suite's packages cannot be installed, or the suite does not end."""
 
 
 def install(name: str, suite: Suite) -> Path:
@@ -207,8 +205,8 @@ async def run(name: str, suite: Suite, target: Target) -> Counter[str]:
 
 
 async def _run(command: list[str], output: Path, own: dict[str, str], limit_s: float) -> None:
-    """Runs a command in the folder of `output` with only harmless environment variables. Afterwards, kills all
-    processes that the command started."""
+    """Runs a command in the folder of `output` with harmless environment variables only. Then kills all processes that
+    it started."""
     kept = {name: value for name, value in os.environ.items() if name in _KEPT_VARIABLES}
     with output.open("wb") as file:
         process = await asyncio.create_subprocess_exec(
@@ -232,7 +230,7 @@ async def _run(command: list[str], output: Path, own: dict[str, str], limit_s: f
 
 
 async def run_on_clusters(model: Path, names: list[str], workers: int, target: Target) -> dict[str, Counter[str]]:
-    """Runs suites on clusters, one for each model. Counts their cases by suite."""
+    """Runs suites, one cluster per model. Counts their cases by suite."""
     counts: dict[str, Counter[str]] = {}
     for stand_in, group in groupby(sorted(names, key=_stand_in), _stand_in):
         with TemporaryDirectory(prefix="llamaclust-suite-") as folder:
@@ -247,7 +245,7 @@ def _stand_in(name: str) -> str:
 
 
 async def run_all(names: list[str], target: Target) -> dict[str, Counter[str]]:
-    """Runs suites on the server at the target's address. Counts their cases by suite."""
+    """Runs suites on the target. Counts their cases by suite."""
     async with httpx.AsyncClient(trust_env=False) as client:
         served = (await client.get(f"{target.api}/v1/models")).json()["data"][0]["id"]
     counts = {}

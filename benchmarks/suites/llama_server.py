@@ -28,7 +28,6 @@ VALUES = {
 }  # fmt: skip
 
 FILE_FLAGS = {*MODEL_FLAGS, "--model-draft"}
-"""Flags whose values are models, or names of models."""
 
 DEFAULTS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--temp": ("temperature", float),
@@ -42,7 +41,7 @@ THINKING = {"on": True, "off": False}
 
 
 def read_flags(arguments: list[str]) -> dict[str, str]:
-    """Returns the flags with their values. A flag without a value has the empty text."""
+    """Returns the flags with their values; empty for a flag without a value."""
     rest, flags = iter(arguments), {}
     for flag in rest:
         flags[flag] = next(rest) if flag in VALUES else ""
@@ -50,7 +49,7 @@ def read_flags(arguments: list[str]) -> dict[str, str]:
 
 
 def own_models(arguments: list[str], folder: Path) -> list[str]:
-    """Returns the arguments with each model name replaced by the path of a model on this machine."""
+    """Replaces each model name in the arguments by the path of a model on this machine."""
     kept: list[str] = []
     rest = iter(arguments)
     for flag in rest:
@@ -107,7 +106,7 @@ def cluster_file(flags: dict[str, str], folder: Path) -> dict[str, Any]:
 
 
 def served(flags: dict[str, str]) -> dict[str, Any]:
-    """Returns the keys of the cluster file for its model and adapters, or for the models of a router."""
+    """Returns the cluster file's keys for the model and adapters, or for a router's models."""
     model, idle_s = model_of(flags), int(flags.get("--sleep-idle-seconds", "-1"))
     if model is not None and idle_s > 0:  # a model that sleeps is one of `models`
         return {"models": [{"model": str(model), "name": flags["--alias"], "keep_alive": f"{idle_s}s"}]}
@@ -120,14 +119,14 @@ def served(flags: dict[str, str]) -> dict[str, Any]:
 
 
 def addresses(hosts: str, port: str) -> dict[str, Any]:
-    """Returns the keys of the cluster file for comma-separated hosts."""
+    """Returns the cluster file's keys for comma-separated hosts."""
     first, *others = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts.split(",")]
     return {"listen": first, "listen_also": others}
 
 
 def names(flags: dict[str, str]) -> dict[str, Any]:
-    """Returns the keys of the cluster file for names and tags. The alphabetically first alias is the model's name. A
-    cluster with `models` has no such keys, because its models have names of their own."""
+    """Returns the cluster file's keys for names and tags. The alphabetically first alias is the model's name. There are
+    no such keys with `models`, which have names of their own."""
     if "models" in served(flags):
         return {}
     aliases = sorted(name for name in flags.get("--alias", "").split(",") if name)

@@ -82,7 +82,7 @@ class Run:
     server: Path | None  # a llama-server, in place of a cluster
 
     def file(self, name: str, report: Path, expression: str) -> None:
-        """Runs a file of tests. The JUnit file with their results is written when they have ended."""
+        """Runs a file of tests. The JUnit file with the results is written when all have ended."""
         made = self.folder / report.name
         words = ["-q", "-p", "llamacpp_plugin", "-p", "no:cacheprovider", "-m", "not slow", "--tb=line"]
         words += [f"--junitxml={made}", f"unit/test_{name}.py", *(["-k", expression] if expression else [])]
@@ -114,7 +114,7 @@ def _free_port() -> int:
 
 
 def run_all(options: argparse.Namespace, folder: Path, results: Path) -> list[Path]:
-    """Runs the test files that have no results yet. Returns the JUnit files of all test files."""
+    """Runs the test files without results. Returns the JUnit files of all test files."""
     reports = [results / f"{name}.xml" for name in options.files]
     missing = [report for report in reports if not report.exists()]
     if not missing:

@@ -60,7 +60,7 @@ def model_of(flags: Mapping[str, str]) -> Path | None:
 
 
 def projector_of(model: Path) -> Path | None:
-    """Returns the projector beside a small model; None for a model that reads text only."""
+    """Returns the projector in a small model's folder; None for a model that reads text only."""
     path = model.with_name("mmproj.gguf")
     return path if path.is_file() else None
 

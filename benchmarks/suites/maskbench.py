@@ -29,7 +29,7 @@ _SHOWN_S = 10.0
 
 
 def judge(document: dict[str, Any], counts: Counter[str]) -> Iterator[str]:
-    """Counts a schema and its instances. Yields a line for each judgement that differs from the suite's."""
+    """Counts a schema and its instances. Yields a line for each judgement unlike the suite's."""
     counts["schemas"] += 1
     try:
         grammar = definitions.of_schema(document["schema"], "schema")

@@ -43,7 +43,7 @@ def _ranking(folder: Path) -> tuple[Path, Mapping[str, Any]]:
 
 
 def _seeing(folder: Path) -> tuple[Path, Mapping[str, Any]]:
-    """Writes a decoder with a projector beside it."""
+    """Writes a decoder and its projector."""
     from support.models.tiny_model import build_tiny_model
     from support.models.vision.tiny_projectors import TEXT_WIDTH, build_projector
 

@@ -1,5 +1,3 @@
-"""The case `attacks`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -145,9 +143,11 @@ class Attacks(Case):
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)
-    attack: tuple[str, ...] = option(_KNOWN, "of these", listed(chosen("attack", {name: name for name in _KNOWN})))
-    at_once: int = option(8, "bodies of each kind", positive)
-    streams: int = option(4, "of others", positive)
+    attack: tuple[str, ...] = option(
+        _KNOWN, "attacks to run", listed(chosen("attack", {name: name for name in _KNOWN}))
+    )
+    at_once: int = option(8, "simultaneous bodies of each kind", positive)
+    streams: int = option(4, "streams of other clients", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         with NamedTemporaryFile("w", prefix="llamaclust-keys-") as file:

@@ -1,5 +1,3 @@
-"""The case `chaos`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -34,15 +32,17 @@ class Chaos(Case):
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)
-    minutes: float = option(5.0, "of faults")
-    faults: frozenset[FaultKind] = option(None, "kinds, such as kill,stop; all by default", fault_kinds)
-    launcher: str = option("local", "of the cluster", chosen("launcher", {name: name for name in ("local", "static")}))
-    workers: int = option(3, "of one thread each", positive)
-    group: int = option(0, "workers that hold the first layers together", natural)
-    standby: bool = option(False, "a second coordinator waits")
+    minutes: float = option(5.0, "duration of the faults in minutes")
+    faults: frozenset[FaultKind] = option(None, "kinds of faults, such as kill,stop; by default all", fault_kinds)
+    launcher: str = option(
+        "local", "launcher of the cluster", chosen("launcher", {name: name for name in ("local", "static")})
+    )
+    workers: int = option(3, "workers with one thread each", positive)
+    group: int = option(0, "workers of a group that holds the first layers; 0: no group", natural)
+    standby: bool = option(False, "run a standby coordinator")
     silence: float = option(1.0, "timeouts.worker in seconds (a cluster's default: 5)")
-    streams: int = option(32, "at a time", positive)
-    seed: int = option(1, "of the faults")
+    streams: int = option(32, "simultaneous streams", positive)
+    seed: int = option(1, "seed of the faults")
 
     async def groups(self) -> AsyncIterator[Group]:
         timeouts = {"worker": f"{self.silence:g}s", "request": "30min"}

@@ -1,5 +1,3 @@
-"""The case `gaps`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -37,10 +35,12 @@ class Gaps(Case):
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)
-    parts: tuple[str, ...] = option(_PARTS, "of the test", listed(chosen("part", {part: part for part in _PARTS})))
-    streams: int = option(8, "beside", positive)
-    workers: int = option(2, "of one thread each", positive)
-    quiet: float = option(_QUIET_S, "seconds that are watched before")
+    parts: tuple[str, ...] = option(
+        _PARTS, "parts of the test", listed(chosen("part", {part: part for part in _PARTS}))
+    )
+    streams: int = option(8, "streams that run meanwhile", positive)
+    workers: int = option(2, "workers with one thread each", positive)
+    quiet: float = option(_QUIET_S, "seconds of streams before the first expensive request")
 
     async def groups(self) -> AsyncIterator[Group]:
         source = Random(1)

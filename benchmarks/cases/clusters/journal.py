@@ -1,5 +1,3 @@
-"""The case `journal`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -44,10 +42,10 @@ class Journal(Case):
     rounds = 15
     warm = 1
     model: Path = argument("path of a .gguf", existing)
-    requests: int = option(1000, "of one burst", positive)
-    connections: int = option(64, "at a time", positive)
-    tokens: int = option(4, "of each answer", positive)
-    state_dir: Path | None = option(None, "an existing folder", Path)
+    requests: int = option(1000, "requests per burst", positive)
+    connections: int = option(64, "simultaneous connections", positive)
+    tokens: int = option(4, "tokens per answer", positive)
+    state_dir: Path | None = option(None, "existing folder for the journal; by default a temporary one", Path)
 
     async def groups(self) -> AsyncIterator[Group]:
         if self.state_dir is not None:

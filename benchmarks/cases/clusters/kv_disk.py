@@ -1,5 +1,3 @@
-"""The case `kv_disk`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -37,9 +35,9 @@ class KvDisk(Case):
 
     rounds = 3
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")
-    workers: int = option(2, "of the cluster", positive)
-    threads: int = option(1, "of each worker", positive)
-    prefix: int = option(4000, "tokens", positive)
+    workers: int = option(2, "workers of the cluster", positive)
+    threads: int = option(1, "threads of each worker", positive)
+    prefix: int = option(4000, "tokens of the shared prefix", positive)
     damage: bool = option(False, "flip a byte of each file before the restart")
 
     async def groups(self) -> AsyncIterator[Group]:

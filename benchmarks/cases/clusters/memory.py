@@ -1,5 +1,3 @@
-"""The case `memory`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -40,8 +38,8 @@ class Memory(Case):
 
     rounds = 1
     models: list[Path] = argument("paths of .gguf files", existing, nargs="+")
-    threads: int = option(2, "of each stage", positive)
-    context: int = option(1024, "tokens", positive)
+    threads: int = option(2, "threads of each stage", positive)
+    context: int = option(1024, "context length in tokens", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         worst = 0.0

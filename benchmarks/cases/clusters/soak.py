@@ -1,5 +1,3 @@
-"""The case `soak`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -116,13 +114,13 @@ class SoakCase(Case):
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)
-    minutes: float = option(10.0, "of the streams")
-    warm_up: float = option(2.0, "minutes")
-    streams: int = option(300, "at a time", positive)
+    minutes: float = option(10.0, "duration of the streams in minutes")
+    warm_up: float = option(2.0, "minutes before memory is compared")
+    streams: int = option(300, "simultaneous streams", positive)
     sequences: int = option(64, "max_sequences of the cluster", positive)
-    tokens: int = option(48, "of each answer", positive)
-    workers: int = option(2, "of one thread each", positive)
-    seed: int = option(1, "of the requests")
+    tokens: int = option(48, "tokens per answer", positive)
+    workers: int = option(2, "workers with one thread each", positive)
+    seed: int = option(1, "seed of the requests")
 
     async def groups(self) -> AsyncIterator[Group]:
         sizes = {"max_sequences": self.sequences, "max_waiting": 4 * self.streams}

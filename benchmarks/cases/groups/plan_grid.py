@@ -1,5 +1,3 @@
-"""The case `plan_grid`."""
-
 from __future__ import annotations
 
 import itertools
@@ -191,9 +189,9 @@ class PlanGrid(Case):
     another plan is faster by more than 3 %."""
 
     rounds = 1
-    count: int | None = option(None, "clusters that are drawn from the grid; all without it", positive)
-    seed: int = option(1, "of what is drawn")
-    alternatives: int = option(60, "plans by hand a cluster, at most", natural)
+    count: int | None = option(None, "number of clusters to draw from the grid; by default all", positive)
+    seed: int = option(1, "seed of the drawn clusters and plans")
+    alternatives: int = option(60, "most manual plans per cluster", natural)
 
     async def groups(self) -> AsyncIterator[Group]:
         source, cases = random.Random(self.seed), _grid()

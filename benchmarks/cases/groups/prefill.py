@@ -1,5 +1,3 @@
-"""The case `prefill`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -138,16 +136,16 @@ def connected(hosts: Sequence[str]) -> tuple[socket.socket, socket.socket]:
 @dataclass(frozen=True)
 class Prefill(Case):
     warm = 1
-    shape: str = argument("of the model", chosen("shape", {name: name for name in SHAPES}))
-    type: QuantType = argument("of the weights", chosen("type", TYPES))
-    rows: int = option(512, "of the prompt", positive)
-    layers: int = option(2, "that are computed", positive)
-    hidden: int | None = option(None, "another width, for tests", positive)
-    hosts: tuple[str, ...] = option(("127.0.0.1", "127.0.0.1"), "of the members", listed(str))
-    bands: tuple[int, ...] = option((2,), "of the prompt", listed(positive))
-    round_trip: float = option(0.0, "ms that are added to links", zero_or_more)
-    gbit: float = option(0.0, "that a member receives; 0: no limit", zero_or_more)
-    realtime: bool = option(False, "other programs wait for the measured ones; for root")
+    shape: str = argument("shape of the model", chosen("shape", {name: name for name in SHAPES}))
+    type: QuantType = argument("type of the weights", chosen("type", TYPES))
+    rows: int = option(512, "tokens of the prompt", positive)
+    layers: int = option(2, "number of layers to compute", positive)
+    hidden: int | None = option(None, "width in channels, for tests; by default the shape's", positive)
+    hosts: tuple[str, ...] = option(("127.0.0.1", "127.0.0.1"), "hosts of the members", listed(str))
+    bands: tuple[int, ...] = option((2,), "numbers of bands of the prompt", listed(positive))
+    round_trip: float = option(0.0, "ms to add to the round trip of links", zero_or_more)
+    gbit: float = option(0.0, "Gbit/s at which a member receives; 0: no limit", zero_or_more)
+    realtime: bool = option(False, "measured processes have real-time priority; needs root")
 
     async def groups(self) -> AsyncIterator[Group]:
         with tempfile.TemporaryDirectory(prefix="llamaclust-") as name:

@@ -1,5 +1,3 @@
-"""The case `served`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -139,21 +137,21 @@ class Served(Case):
     whole model are extrapolated. With --speculation, answers repeat their prompt, and all clusters draft."""
 
     warm = 1
-    shape: str = argument("of the model", chosen("shape", {name: name for name in SHAPES}))
-    type: QuantType = argument("of the weights", chosen("type", TYPES))
-    layers: int | None = option(None, "fewer than the shape has, 3 or more", positive)
-    hidden: int | None = option(None, "another width, for tests", positive)
-    delays: tuple[float, ...] = option((0.0, 0.1, 0.5, 2.0), "round trips, ms", listed(zero_or_more))
-    gbit: float = option(0.0, "at which a member receives; 0: as it can", zero_or_more)
-    shares: tuple[int, ...] = option((1, 1), "of the members", listed(positive))
-    speeds: tuple[float, ...] = option((), "of the members, relative to a core; 1 by default", listed(share))
-    ways: tuple[str, ...] = option((STAGES, GROUP), "beside one worker", listed(str))
-    tokens: int | None = option(None, "of each answer; 32 by default, 256 with --speculation", positive)
-    prompt: int = option(512, "tokens of the long prompt, 0: none", natural)
-    together: int = option(8, "answers at once, 0: none", natural)
-    speculation: bool = option(False, "answers that repeat their prompt, with drafts")
-    realtime: bool = option(False, "go before other programs while measuring; as root")
-    local: bool = option(False, "processes of the coordinator, without TLS and emulation")
+    shape: str = argument("shape of the model", chosen("shape", {name: name for name in SHAPES}))
+    type: QuantType = argument("type of the weights", chosen("type", TYPES))
+    layers: int | None = option(None, "number of layers, at least 3; by default all of the shape", positive)
+    hidden: int | None = option(None, "width in channels, for tests; by default the shape's", positive)
+    delays: tuple[float, ...] = option((0.0, 0.1, 0.5, 2.0), "round trips of links in ms", listed(zero_or_more))
+    gbit: float = option(0.0, "Gbit/s at which a member receives; 0: no limit", zero_or_more)
+    shares: tuple[int, ...] = option((1, 1), "shares of the members", listed(positive))
+    speeds: tuple[float, ...] = option((), "speeds of the members relative to a core; by default 1", listed(share))
+    ways: tuple[str, ...] = option((STAGES, GROUP), "kinds of clusters to compare with one worker", listed(str))
+    tokens: int | None = option(None, "tokens per answer; by default 32, or 256 with --speculation", positive)
+    prompt: int = option(512, "tokens of the long prompt; 0: none", natural)
+    together: int = option(8, "simultaneous answers; 0: none", natural)
+    speculation: bool = option(False, "use drafts, for answers that repeat their prompts")
+    realtime: bool = option(False, "measured processes have real-time priority; needs root")
+    local: bool = option(False, "workers are processes of the coordinator, without TLS and emulation")
 
     def __post_init__(self) -> None:
         if len(self.shares) < 2 or (self.speeds and len(self.speeds) != len(self.shares)):

@@ -1,5 +1,3 @@
-"""The case `encode`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -37,11 +35,11 @@ class Encode(Case):
     how to build mtmd's program. Weights are random, in the type of the files that people download."""
 
     rounds = 3
-    shapes: tuple[str, ...] = option(tuple(_NAMES), "of encoders", listed(chosen("shape", _NAMES)))
-    type: QuantType | None = option(None, "of all matrices", chosen("type", TYPES))
-    layers: int = option(0, "of each encoder; 0: all", natural)
-    threads: int = option(2, "of both programs", positive)
-    encode_tile: Path | None = option(None, "the program of that name, which runs mtmd", Path)
+    shapes: tuple[str, ...] = option(tuple(_NAMES), "shapes of encoders", listed(chosen("shape", _NAMES)))
+    type: QuantType | None = option(None, "type of all matrices", chosen("type", TYPES))
+    layers: int = option(0, "layers of each encoder; 0: all", natural)
+    threads: int = option(2, "threads of each program", positive)
+    encode_tile: Path | None = option(None, "path of the program encode_tile, which runs mtmd", Path)
 
     async def groups(self) -> AsyncIterator[Group]:
         program = None if self.encode_tile is None else check_program(self.encode_tile, _HOW, "--encode-tile")

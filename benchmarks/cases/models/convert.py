@@ -1,5 +1,3 @@
-"""The case `convert`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -133,14 +131,14 @@ class Convert(Case):
     as many bytes. With --cold, the checkpoint is removed from memory before it is read."""
 
     rounds = 1
-    folder: Path = argument("to be made, and deleted at the end")
-    shape: str = option("7b", "of the checkpoint", chosen("shape", {name: name for name in SHAPES}))
-    layers: int | None = option(None, "fewer than the model has; a whole 7b has 13 GiB in 16 bits", positive)
+    folder: Path = argument("new folder for the files; deleted at the end")
+    shape: str = option("7b", "shape of the checkpoint", chosen("shape", {name: name for name in SHAPES}))
+    layers: int | None = option(None, "number of layers; by default all (a whole 7b has 13 GiB in 16 bits)", positive)
     stored: str = option(
-        "bf16", "type of its matrices", chosen("type", {name: name for name in ("f32", "f16", "bf16")})
+        "bf16", "type of the checkpoint's matrices", chosen("type", {name: name for name in ("f32", "f16", "bf16")})
     )
-    types: tuple[str, ...] = option((*_KINDS,), "that it is converted to", listed(chosen("type", _KINDS)))
-    cold: bool = option(False, "the checkpoint is read from the disk")
+    types: tuple[str, ...] = option((*_KINDS,), "types to convert to", listed(chosen("type", _KINDS)))
+    cold: bool = option(False, "read the checkpoint from disk, not from memory")
 
     async def groups(self) -> AsyncIterator[Group]:
         if self.folder.exists():

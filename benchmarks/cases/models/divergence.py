@@ -1,5 +1,3 @@
-"""The case `divergence`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -43,11 +41,11 @@ class Divergence(Case):
 
     rounds = 1
     model: str = argument("catalog name or path of a .gguf", str)
-    text: Path = argument("a text", existing)
-    llama_quantize: Path | None = option(None, "llama.cpp's program of that name", existing)
+    text: Path = argument("path of a text file", existing)
+    llama_quantize: Path | None = option(None, "path of llama.cpp's program llama-quantize", existing)
     hidden: int = option(768, "width after padding", positive)
-    chunks: int = option(8, "of 512 tokens that are predicted", positive)
-    types: tuple[str, ...] = option((*MIXES,), "mixes", listed(str))
+    chunks: int = option(8, "chunks of 512 tokens to predict", positive)
+    types: tuple[str, ...] = option((*MIXES,), "mixes of types", listed(str))
 
     async def groups(self) -> AsyncIterator[Group]:
         if self.llama_quantize is None:

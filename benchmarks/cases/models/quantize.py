@@ -1,5 +1,3 @@
-"""The case `quantize`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -75,12 +73,12 @@ class QuantizeCase(Case):
 
     rounds = 2
     model: str = argument("catalog name or path of a .gguf", str)
-    ggml: Path | None = option(None, "libggml-base.so of a build of llama.cpp", existing)
-    llama_quantize: Path | None = option(None, "llama.cpp's program of that name", existing)
-    mix: str = option("Q4_K_M", "of a whole file")
-    rows: int = option(448, "of weights", positive)
-    types: tuple[str, ...] = option((), "of weights; all by default", listed(str))
-    threads: int = option(2, "of a whole file", positive)
+    ggml: Path | None = option(None, "path of libggml-base.so from a build of llama.cpp", existing)
+    llama_quantize: Path | None = option(None, "path of llama.cpp's program llama-quantize", existing)
+    mix: str = option("Q4_K_M", "mix of types for the whole file")
+    rows: int = option(448, "rows of weights per type", positive)
+    types: tuple[str, ...] = option((), "types of weights; by default all", listed(str))
+    threads: int = option(2, "threads for the whole file", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         path = resolve_model(self.model)

@@ -1,5 +1,3 @@
-"""The case `quantized`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -29,11 +27,11 @@ class Quantized(Case):
 
     rounds = 1
     model: str = argument("catalog name or path of a .gguf", str)
-    text: Path = argument("a text", existing)
+    text: Path = argument("path of a text file", existing)
     hidden: int = option(768, "width after padding", positive)
-    chunks: int = option(8, "of 512 tokens that are predicted", positive)
-    types: tuple[str, ...] = option((*MIXES,), "mixes", listed(str))
-    no_speed: bool = option(False, "leave the last two columns out")
+    chunks: int = option(8, "chunks of 512 tokens to predict", positive)
+    types: tuple[str, ...] = option((*MIXES,), "mixes of types", listed(str))
+    no_speed: bool = option(False, "omit the last two columns")
 
     async def groups(self) -> AsyncIterator[Group]:
         with TemporaryDirectory(prefix="llamaclust-") as name:

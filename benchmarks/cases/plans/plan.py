@@ -1,5 +1,3 @@
-"""The case `plan`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -51,9 +49,9 @@ class Plan(Case):
     each."""
 
     rounds = 3
-    small: Path = argument("path of a .gguf", existing)
-    large: Path = argument("path of a .gguf", existing)
-    shapes: tuple[Shape, ...] = option(tuple(SHAPES.values()), "of clusters", listed(chosen("shape", SHAPES)))
+    small: Path = argument("path of a small model (.gguf)", existing)
+    large: Path = argument("path of a large model (.gguf)", existing)
+    shapes: tuple[Shape, ...] = option(tuple(SHAPES.values()), "shapes of clusters", listed(chosen("shape", SHAPES)))
 
     async def groups(self) -> AsyncIterator[Group]:
         for shape in self.shapes:

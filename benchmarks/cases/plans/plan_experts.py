@@ -1,5 +1,3 @@
-"""The case `plan_experts`."""
-
 from __future__ import annotations
 
 import random
@@ -36,8 +34,8 @@ class PlanExperts(Case):
 
     rounds = 3
     model: Path = argument("path of a .gguf", existing)
-    hosts: bool = option(False, "workers on hosts of their own")
-    memory: int | None = option(None, "MiB of each worker; 0.40 of the model unless given", positive)
+    hosts: bool = option(False, "run each worker on its own host (network namespace)")
+    memory: int | None = option(None, "MiB of memory per worker; by default 0.40 of the model", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         if self.hosts and (reason := missing()) is not None:

@@ -1,5 +1,3 @@
-"""The case `plan_types`."""
-
 from __future__ import annotations
 
 import random
@@ -43,10 +41,10 @@ class PlanTypes(Case):
     counts."""
 
     rounds = 3
-    types: tuple[QuantType, ...] = option(tuple(LAYOUTS), "of weights, or all", types_of)
-    shape: str = option("1.1b", "of the models", chosen("shape", {name: name for name in SHAPES}))
-    folder: Path | None = option(None, "a folder that holds files such as Q4_K.gguf already", Path)
-    threads: int = option(2, "of the worker", positive)
+    types: tuple[QuantType, ...] = option(tuple(LAYOUTS), "types of weights, or all", types_of)
+    shape: str = option("1.1b", "shape of the models", chosen("shape", {name: name for name in SHAPES}))
+    folder: Path | None = option(None, "folder that already holds files such as Q4_K.gguf", Path)
+    threads: int = option(2, "threads of the worker", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         goals = {f"{what} by {kind}": NEAR for what in ("token", "prompt") for kind in _KINDS}

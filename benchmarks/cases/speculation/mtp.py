@@ -1,5 +1,3 @@
-"""The case `mtp`."""
-
 from __future__ import annotations
 
 import os
@@ -77,15 +75,19 @@ class Mtp(Case):
 
     rounds = 7
     warm = 1
-    layers: int = option(16, "beside the head", positive)
-    hidden: int = option(2048, "channels", positive)
-    vocabulary: int = option(32000, "words", positive)
-    heads: tuple[str, ...] = option((*HEADS,), "right, wrong", listed(chosen("head", {head: head for head in HEADS})))
-    stages: tuple[int, ...] = option((1, 2), "several: workers of one thread each", listed(positive))
-    prompt: int = option(256, "tokens of each prompt", positive)
-    tokens: int = option(200, "of each answer", positive)
-    threads: int = option(os.cpu_count() or 1, "of one stage", positive)
-    seed: int = option(1, "of weights and prompts")
+    layers: int = option(16, "layers, not counting the head", positive)
+    hidden: int = option(2048, "width in channels", positive)
+    vocabulary: int = option(32000, "words of the vocabulary", positive)
+    heads: tuple[str, ...] = option(
+        (*HEADS,), "kinds of heads: right, wrong", listed(chosen("head", {head: head for head in HEADS}))
+    )
+    stages: tuple[int, ...] = option(
+        (1, 2), "numbers of stages; more than 1: workers with one thread each", listed(positive)
+    )
+    prompt: int = option(256, "tokens per prompt", positive)
+    tokens: int = option(200, "tokens per answer", positive)
+    threads: int = option(os.cpu_count() or 1, "threads of a stage in this process", positive)
+    seed: int = option(1, "seed of weights and prompts")
 
     async def groups(self) -> AsyncIterator[Group]:
         shape = shape_of(self.layers, self.hidden, self.vocabulary)

@@ -1,5 +1,3 @@
-"""The case `replay`."""
-
 from __future__ import annotations
 
 import os
@@ -33,12 +31,16 @@ class Replay(Case):
 
     warm = 1
     model: Path = argument("path of a .gguf", existing)
-    acceptance: tuple[float, ...] = option((0.0, 0.5, 0.8, 0.95, 1.0), "shares that are right", listed(share))
-    stages: tuple[int, ...] = option((1,), "1: in this process; more: workers of one thread", listed(positive))
-    tokens: int = option(260, "of each answer", positive)
-    threads: int = option(os.cpu_count() or 1, "of one stage", positive)
-    together: int = option(0, "so many requests at the same time, too; 8 at most", natural)
-    seed: int = option(1, "of prompts and drafts")
+    acceptance: tuple[float, ...] = option(
+        (0.0, 0.5, 0.8, 0.95, 1.0), "shares of drafted tokens that are right", listed(share)
+    )
+    stages: tuple[int, ...] = option(
+        (1,), "numbers of stages; 1: in this process; more: workers with one thread each", listed(positive)
+    )
+    tokens: int = option(260, "tokens per answer", positive)
+    threads: int = option(os.cpu_count() or 1, "threads of a stage in this process", positive)
+    together: int = option(0, "also measure this many simultaneous requests, at most 8; 0: do not", natural)
+    seed: int = option(1, "seed of prompts and drafts")
     drafters: RecordedDrafters = field(default_factory=RecordedDrafters, init=False)
 
     async def groups(self) -> AsyncIterator[Group]:

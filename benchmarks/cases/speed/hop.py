@@ -1,5 +1,3 @@
-"""The case `hop`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -52,8 +50,8 @@ class Hop(Case):
     rounds = 3
     warm = 1
     model: Path = argument("path of a .gguf", existing)
-    steps: int = option(200, "of each turn", positive)
-    rows: int = option(1, "sequences of each microbatch", positive)
+    steps: int = option(200, "steps per turn", positive)
+    rows: int = option(1, "sequences per microbatch", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         with Model.open(self.model) as model:

@@ -1,5 +1,3 @@
-"""The case `idle_streams`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -36,8 +34,8 @@ class IdleStreams(Case):
     rounds = 3
     warm = 1
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")
-    streams: int = option(1000, "that wait", positive)
-    threads: int = option(2, "of the worker", positive)
+    streams: int = option(1000, "streams that wait", positive)
+    threads: int = option(2, "threads of the worker", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -1,5 +1,3 @@
-"""The case `load`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -28,7 +26,7 @@ class Load(Case):
 
     rounds = 3
     model: Path = argument("path of a .gguf", existing)
-    threads: int = option(len(os.sched_getaffinity(0)), "that load", positive)
+    threads: int = option(len(os.sched_getaffinity(0)), "threads that load", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         _read(self.model, 1 << 24)

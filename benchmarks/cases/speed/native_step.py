@@ -1,5 +1,3 @@
-"""The case `native_step`."""
-
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -119,8 +117,8 @@ class NativeStep(Case):
     states, adapters, drafts of a head or matchers; the matchers' own work is not counted."""
 
     rounds = 9
-    rows: tuple[int, ...] = option((1, 8), "of a microbatch", listed(positive))
-    calls: int = option(200, "of a turn", positive)
+    rows: tuple[int, ...] = option((1, 8), "numbers of rows in a microbatch", listed(positive))
+    calls: int = option(200, "calls per turn", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         for rows in self.rows:

@@ -1,5 +1,3 @@
-"""The case `serving`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -43,12 +41,12 @@ class Serving(Case):
 
     rounds = 3
     model: Path = argument("path of a .gguf", existing)
-    llama_server: Path | None = option(None, "llama.cpp's program of that name", Path)
-    streams: tuple[int, ...] = option((16, 64), "at a time", listed(positive))
-    seconds: float = option(60.0, "of each turn of each server")
-    threads: int = option(2, "of each server", positive)
-    prompt_tokens: int = option(128, "of a chat, about", positive)
-    tokens: int = option(64, "of each answer", positive)
+    llama_server: Path | None = option(None, "path of llama.cpp's program llama-server", Path)
+    streams: tuple[int, ...] = option((16, 64), "numbers of simultaneous streams", listed(positive))
+    seconds: float = option(60.0, "seconds of each server's turn")
+    threads: int = option(2, "threads of each server", positive)
+    prompt_tokens: int = option(128, "approximate tokens of a chat's prompt", positive)
+    tokens: int = option(64, "tokens per answer", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         most, context = max(self.streams), self.prompt_tokens * 2 + self.tokens + 256

@@ -1,5 +1,3 @@
-"""The case `split`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -36,8 +34,8 @@ class Split(Case):
 
     warm = 1
     model: Path = argument("path of a .gguf", existing)
-    tokens: int = option(64, "of each answer", positive)
-    pin: bool = option(False, "one request: each process on a core; else the system chooses")
+    tokens: int = option(64, "tokens per answer", positive)
+    pin: bool = option(False, "pin each process to a core during the single request")
 
     async def groups(self) -> AsyncIterator[Group]:
         async with cluster_of(1, self.model) as one, cluster_of(2, self.model) as two:

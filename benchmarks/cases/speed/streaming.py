@@ -1,5 +1,3 @@
-"""The case `streaming`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -33,9 +31,9 @@ class Streaming(Case):
     instructions (with `perf`)."""
 
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")
-    threads: int = option(2, "of the worker", positive)
-    streams: tuple[int, ...] = option((1,), "at a time", listed(positive))
-    tokens: int = option(256, "of each answer", positive)
+    threads: int = option(2, "threads of the worker", positive)
+    streams: tuple[int, ...] = option((1,), "numbers of simultaneous streams", listed(positive))
+    tokens: int = option(256, "tokens per answer", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         for streams in self.streams:

@@ -1,5 +1,3 @@
-"""The case `structured`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -43,8 +41,8 @@ class Structured(Case):
 
     rounds = 7
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")
-    threads: int = option(2, "of the stage", positive)
-    tokens: int = option(96, "of each answer", positive)
+    threads: int = option(2, "threads of the stage", positive)
+    tokens: int = option(96, "tokens per answer", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         settings = LocalSettings(context_length=1024, max_sequences=16, kv_blocks=1024)

@@ -1,5 +1,3 @@
-"""The case `wide_tiles`."""
-
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
@@ -29,9 +27,9 @@ class WideTiles(Case):
     same bits."""
 
     rounds = 9
-    tokens: tuple[int, ...] = option((1, 8), "rows of activations", listed(positive))
-    threads: int = option(2, "that compute", positive)
-    cached: bool = option(False, "weights in a cache: decoding is what takes time")
+    tokens: tuple[int, ...] = option((1, 8), "numbers of tokens, the rows of activations", listed(positive))
+    threads: int = option(2, "compute threads", positive)
+    cached: bool = option(False, "weights stay in a cache, so that decoding of weights takes most of the time")
 
     async def groups(self) -> AsyncIterator[Group]:
         rows, least_bytes = (256, 0) if self.cached else (5632, MEMORY_BYTES)

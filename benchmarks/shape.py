@@ -259,9 +259,9 @@ def main() -> None:
     parser.add_argument("type", choices=[quant_type.name for quant_type in LAYOUTS])
     parser.add_argument("path", type=Path)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--alike", action="store_true", help="the same bytes in all layers, for large models: quicker")
+    parser.add_argument("--alike", action="store_true", help="write the same bytes in all layers, which is quicker")
     for field in fields(Shape):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, help="instead of the shape's own")
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, help="replaces the shape's own number")
     arguments = parser.parse_args()
     given = {field.name: getattr(arguments, field.name) for field in fields(Shape)}
     shape = replace(SHAPES[arguments.name], **{name: value for name, value in given.items() if value is not None})

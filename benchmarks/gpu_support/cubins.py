@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_support/cubins.py FOLDER_OF_NVRTC 90 OUT --keep KEPT
 
-OUT gets all modules under the names by which the program finds compiled ones; KEPT has those of earlier calls as well.
+OUT gets all modules under the names by which llamaclust finds compiled ones. KEPT collects the modules of all calls.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def compile_all(nvrtc: Nvrtc, architecture: int, out: Path, kept: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("nvrtc", type=Path, help="folder of libnvrtc.so.*")
-    parser.add_argument("architecture", type=int, help="such as 90")
+    parser.add_argument("architecture", type=int, help="compute capability without a dot, such as 90")
     parser.add_argument("out", type=Path)
     parser.add_argument("--keep", type=Path, required=True, help="folder of modules compiled before")
     given = parser.parse_args()

@@ -1,16 +1,16 @@
-"""The first run on a new GPU, step by step: tests of every kernel, then benchmarks. What is done stays done, so that a
-machine that is lent for some minutes at a time can be used in several calls.
+"""The first run on a new GPU, step by step: tests of every kernel, then benchmarks. Several calls can share the work,
+for a machine that is lent for some minutes at a time.
 
-    python benchmarks/gpu_support/first_run.py results                      # as often as it says that steps are left
+    python benchmarks/gpu_support/first_run.py results                      # repeat while the output says: steps left
     python benchmarks/gpu_support/first_run.py results --minutes 9 --models /dev/shm
     python benchmarks/gpu_support/first_run.py --list                       # the steps, in their order
     python benchmarks/gpu_support/first_run.py results --llama-bench llama-build/bin/llama-bench
 
-Each step is a command with a time limit; its output is results/NAME.log, records of benchmarks are in results/NAME, and
-results/steps.json has what came of all. A step that passed with these sources is not repeated; one that failed is
-repeated in the next call, behind those that are left. A step begins only if its time limit ends within --minutes; what
-is ended then has five seconds more to remove partial files. Exit status: 0 if all passed, 1 if any failed, 75 if any is
-left. Models of random weights are written to --models when a step needs them: 4, 12, 4 and 39 GB.
+Each step is a command with a time limit. Its output is in results/NAME.log, records of benchmarks are in results/NAME,
+and results/steps.json has the outcomes. A step that passed with the present sources is not repeated. The next call
+repeats a step that failed, after the steps that are left. A step begins only if its time limit ends within --minutes;
+a step that is ended has five more seconds to remove partial files. Exit status: 0 if all passed, 1 if any failed, 75 if
+any is left. Models of random weights (4, 12, 4 and 39 GB) are written to --models when a step needs them.
 """
 
 from __future__ import annotations
@@ -263,9 +263,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, metavar="RESULTS", nargs="?", default=Path("gpu-results"))
     parser.add_argument("--list", action="store_true", help="print the steps in their order, with their time limits")
-    parser.add_argument("--minutes", type=_minutes, default=9.5, help="of this call; %(default)s by default")
-    parser.add_argument("--models", type=Path, default=Path("/dev/shm"), help="%(default)s by default")
-    parser.add_argument("--llama-bench", type=Path, metavar="PROGRAM", help="llama.cpp's, built for CUDA")
+    parser.add_argument("--minutes", type=_minutes, default=9.5, help="duration of this call; by default %(default)s")
+    parser.add_argument("--models", type=Path, default=Path("/dev/shm"), help="folder of models (default: %(default)s)")
+    parser.add_argument("--llama-bench", type=Path, metavar="PROGRAM", help="llama-bench of llama.cpp, built for CUDA")
     given = parser.parse_args(arguments)
     if given.list:
         for step in (*STEPS, *LLAMA_STEPS):

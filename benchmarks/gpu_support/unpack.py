@@ -1,5 +1,5 @@
-"""Unpacks what kit.sh packed beside a copy of this, and names packages that are missing or too old. On the machine with
-the GPU, setup.sh runs it in the top folder of the tree; none of our own packages is there yet."""
+"""Unpacks the archive that kit.sh made, and names packages that are missing or too old. On the machine with the GPU,
+setup.sh runs this program in the tree's top folder, where no package of llamaclust is available yet."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""Client libraries and load generators, unchanged, against a cluster: how many cases of each pass.
+"""Runs unchanged client libraries and load generators against a cluster, and counts the cases of each that pass.
 
     python benchmarks/suites/clients.py MODEL.gguf [SUITE ...] [--workers 2] [--api URL] [--checkout SUITE=FOLDER]
         [--examples 20] [--limit SECONDS]
 
-Each suite has an environment of its own in the cache folder, made by pip or npm; its packages have fixed
-versions, what these depend on is as new as they allow. A suite whose packages cannot be had, or whose tests do not end,
-is skipped with the reason. The cases are in `cases/`; langchain-tests brings its own. Suites whose tests are in no
-package, only in a public repository, need a checkout of it. Suites that make requests from OpenAPI documents, whose
-cases are operations, and those of images have clusters of their own with small models of random weights.
-With `--api`, they run against another server, such as llama.cpp's, which serves the model already.
+Each suite has its own environment in the cache folder, made by pip or npm. Its packages have fixed versions; their
+dependencies are as new as they allow. A suite is skipped, with the reason, if its packages are unavailable or its tests
+do not end. The cases are in `cases/`, except those of langchain-tests. Suites whose tests are only in a public
+repository need a checkout of it. Suites of requests from OpenAPI documents (their cases are operations) and of images
+have their own clusters, with small models of random weights. With `--api`, suites run against another server that
+already serves the model, such as llama.cpp's.
 """
 
 from __future__ import annotations
@@ -260,11 +260,11 @@ async def run_all(names: list[str], target: Target) -> dict[str, Counter[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("suites", nargs="*", default=[*SUITES], help=f"of {', '.join(SUITES)}")
+    parser.add_argument("suites", nargs="*", default=[*SUITES], help=f"suites to run: {', '.join(SUITES)}")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--api", default="", help="base URL of a server that runs, in place of a cluster")
-    parser.add_argument("--limit", type=float, default=_LIMIT_S, help="seconds for one suite")
-    parser.add_argument("--examples", type=int, default=_EXAMPLES, help="of each operation of an OpenAPI document")
+    parser.add_argument("--api", default="", help="base URL of a running server to test instead of a cluster")
+    parser.add_argument("--limit", type=float, default=_LIMIT_S, help="most seconds per suite")
+    parser.add_argument("--examples", type=int, default=_EXAMPLES, help="requests per operation of an OpenAPI document")
     help_text = "a checkout of the repository that a suite's tests come from, in the form SUITE=FOLDER"
     parser.add_argument("--checkout", type=_checkout, action="append", default=[], help=help_text)
     given = parser.parse_intermixed_args()

@@ -1,8 +1,8 @@
-"""Stands in for llama.cpp's `llama-server`: its command line becomes a cluster file, and `llamaclust up` runs that.
+"""Replaces llama.cpp's `llama-server`: turns the command line into a cluster file and runs `llamaclust up` with it.
 
-LLAMACLUST_SUITE_MODEL is the model of all tests, in place of those that they name, but for the stand-ins in the folder
-LLAMACLUST_SUITE_STAND_INS (`llamacpp_models.py`). Flags without a counterpart are left out. LLAMACLUST_SUITE_SERVER is
-a `llama-server` to run in place of a cluster, with the same models.
+LLAMACLUST_SUITE_MODEL replaces the models that tests name, except models with a substitute in the folder
+LLAMACLUST_SUITE_STAND_INS (`llamacpp_models.py`). Flags without a counterpart are ignored. If LLAMACLUST_SUITE_SERVER
+names a `llama-server`, that program runs instead of a cluster, with the same models.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""llama.cpp's own server tests, unchanged, against llamaclust: how many of each file pass.
+"""Runs llama.cpp's own server tests, unchanged, against llamaclust, and counts how many of each file pass.
 
     python benchmarks/suites/llamacpp.py MODEL.gguf [FILE ...] [--results FOLDER] [-k EXPRESSION] [--server PATH]
 
-The tests come out of llama-cpp-python's source package, which pip downloads (77 MB), or from `--source`, a checkout of
-llama.cpp. They run with the server of `llama_server.py`, which uses MODEL, or a stand-in, in place of the models that
-the tests name; `--server` names a llama-server to run them with instead. `--results` keeps each file's results: files
-that have some are not run again, and the tables of both servers are printed side by side.
+The tests come from llama-cpp-python's source package, which pip downloads (77 MB), or from `--source`, a checkout of
+llama.cpp. The server is `llama_server.py`, or the llama-server that `--server` names. MODEL or a small substitute
+replaces the models that the tests name. `--results` keeps each file's results: files with results are not run again,
+and the tables of both servers are printed next to each other.
 """
 
 from __future__ import annotations
@@ -131,9 +131,9 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("files", nargs="*", default=FILES.split(), help="names of test files, such as basic")
     parser.add_argument("--source", type=Path, help="a checkout of llama.cpp")
-    parser.add_argument("--server", type=Path, help="a llama-server to test in place of a cluster, with the same model")
-    parser.add_argument("--results", type=Path, help="where results are kept, in a folder for each server")
-    parser.add_argument("-k", default="", help="as pytest's -k")
+    parser.add_argument("--server", type=Path, help="path of a llama-server to test instead of a cluster")
+    parser.add_argument("--results", type=Path, help="folder of results, with a subfolder per server")
+    parser.add_argument("-k", default="", help="run only tests that match; like -k of pytest")
     options = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory(prefix="llamacpp-tests-") as name:
         folder = Path(name)

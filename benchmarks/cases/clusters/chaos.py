@@ -24,11 +24,11 @@ _LOOK_S = 0.1
 
 @dataclass(frozen=True)
 class Chaos(Case):
-    """Injects the faults of `llamaclust chaos` into a cluster of its own: nothing may be lost or changed.
+    """Injects the faults of `llamaclust chaos` into a new cluster: no answer may be lost or changed.
 
-    A killed coordinator is restarted at once, or a standby takes over. Joined workers are restarted whenever they end.
-    With --group, that many workers hold the first two thirds of the layers together, and one more worker has the rest:
-    no other worker can take their places. Pauses are those of all streams, by kind of fault."""
+    A killed coordinator is restarted at once, or a standby takes over. Workers that joined are restarted when they end.
+    With --group, a group of that many workers holds the first two thirds of the layers, and one other worker the rest,
+    so that no worker can replace another. Pauses of all streams are shown by kind of fault."""
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)

@@ -32,9 +32,9 @@ class Memory(Case):
     """Memory of stages as stated by `plan`, `model info` and `status`, compared with the memory that is resident.
 
     The model is planned for one worker, and for two with half of the layers each. Each stage is loaded in its own
-    process without the packed-weight cache, so that all weights are private. It runs microbatches with as many rows and
-    outputs as its limits allow, until all KV blocks are in use. `resident` is the growth of the process's memory since
-    before the load (RssAnon of /proc/self/status). The case fails if a figure differs from it by more than 5 %."""
+    process without the packed-weight cache, so that all weights are private. It runs microbatches of the greatest size
+    that its limits allow, until all KV blocks are in use. `resident` is the process's growth since before the load
+    (RssAnon of /proc/self/status). The case fails if a figure differs from `resident` by more than 5 %."""
 
     rounds = 1
     models: list[Path] = argument("paths of .gguf files", existing, nargs="+")

@@ -106,11 +106,11 @@ Samples = dict[str, list[tuple[float, float]]]
 class SoakCase(Case):
     """Many streams for a long time, with clients that disconnect, return or give up: errors, and memory.
 
-    Each stream runs one request after the other. Three in five are read to their end. The other clients are
-    disconnected at a random event; they return at once or within two seconds, or give up, with or without a name of
-    their reply. Answers that are read to the end are compared with undisturbed ones. For each process, the median
-    memory of the first tenth of the time after --warm-up minutes is compared with that of the last tenth. The case
-    fails if an answer is not intact, or if a process has grown or shrunk by more than a twentieth."""
+    Each stream sends one request after another. Three in five replies are read to the end. The other clients are
+    disconnected at a random event; they return at once or within two seconds, or give up, with or without a name for
+    the reply. Complete answers are compared with undisturbed ones. For each process, the median memory of the first
+    tenth of the time after --warm-up is compared with that of the last tenth. The case fails if an answer differs, or
+    if a process has grown or shrunk by more than a twentieth."""
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)

@@ -90,10 +90,10 @@ class Side:
 
 @dataclass(frozen=True)
 class LinkCase(Case):
-    """Cost of a gather of two members over loopback, beyond an exchange of the same bytes.
+    """Cost of a gather of two members over loopback, compared with a loop that exchanges the same bytes.
 
-    Two processes, each with its own core, use three ways in turns: a loop that only sends and receives, plain links,
-    and links with TLS. Each member sends --kib. Then all is repeated with the other member late each time."""
+    Two processes on a core each use three ways in turns: a loop that only sends and receives, plain links, and links
+    with TLS. Each member sends --kib. Then all is repeated with the other member late each time."""
 
     rounds = 9
     kib: float = option(16.0, "KiB that each member sends, at most 1024", zero_or_more)

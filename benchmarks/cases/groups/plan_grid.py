@@ -182,11 +182,11 @@ def _outcome(case: _Case, most: int, source: random.Random) -> Measures | None:
 class PlanGrid(Case):
     """Choices of the planner, compared with other plans over a grid of assumed clusters: none may be clearly faster.
 
-    Plans are compared by the predicted time of a usual answer (a prompt of 512 tokens, 128 tokens of answer), which is
-    what the objective `latency` weighs. The chosen plan is compared with the best plan of single workers (`groups:
-    off`), and with plans by hand: all chains of sets of up to three machines, and random chains of more. Their shares
-    follow speed, follow memory or are equal; layers are cut where memories end, and elsewhere. The case fails if
-    another plan is faster by more than 3 %."""
+    Plans are compared by the predicted time of a usual answer (a prompt of 512 tokens, 128 tokens of answer), which the
+    objective `latency` minimizes. The chosen plan is compared with the best plan without groups, and with manual plans:
+    all chains of sets of up to three machines, and random chains of more. Their shares follow speed, follow memory or
+    are equal; layers are cut where memories end, and at random borders. The case fails if another plan is faster by
+    more than 3 %."""
 
     rounds = 1
     count: int | None = option(None, "number of clusters to draw from the grid; by default all", positive)

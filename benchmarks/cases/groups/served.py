@@ -123,18 +123,18 @@ def _processor_ms(pid: int) -> float:
 
 @dataclass(frozen=True)
 class Served(Case):
-    """Answers of a group as clients of the HTTP API receive them, in turns with one worker and with stages.
+    """Answers of a group as clients of the HTTP API receive them, compared with one worker and with stages.
 
         run.py served 7b IQ2_XXS --delays 0,0.1,0.5,2 --gbit 1
         run.py served 70b IQ1_S --layers 4                       # each layer counts 20 times
         run.py served 70b IQ1_S --layers 4 --shares 2,1 --speeds 1,0.5
 
-    The clusters of `llamaclust up` have static workers of one thread, each on its own core, over mutual TLS (--local:
-    processes of the coordinator, without TLS). All clusters run at the same time, with random weights. `decode` is one
-    answer after a short prompt, `prefill` a long prompt up to its first token, `together` several answers at once. Ids
-    and logprobs must be those of one worker. The round trip and rate of links between members are emulated, and so are
-    members slower than their cores. With --layers, models of two layers are measured as well, and the times of the
-    whole model are extrapolated. With --speculation, answers repeat their prompt, and all clusters draft."""
+    All clusters run `llamaclust up` at the same time, with random weights. Their static workers have one thread each,
+    on a core each, and use mutual TLS (--local: processes of the coordinator, without TLS). `decode` is one answer
+    after a short prompt, `prefill` a long prompt up to its first token, `together` several answers at once. Ids and
+    logprobs must be those of one worker. Round trip and rate of links between members are emulated, and so are members
+    slower than their cores. With --layers, models of two layers are measured as well, and the times of the whole model
+    are extrapolated. With --speculation, answers repeat their prompt, and all clusters draft."""
 
     warm = 1
     shape: str = argument("shape of the model", chosen("shape", {name: name for name in SHAPES}))

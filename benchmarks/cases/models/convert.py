@@ -127,8 +127,8 @@ class Convert(Case):
     """Speed and peak memory of `model convert` on random weights in the shape of a real model, compared with dd.
 
     The checkpoint is made first (all its matrices repeat the same random numbers) and deleted at the end. For every
-    type, `dd` writes as many bytes to the same disk with conv=fsync; then two dd at once read the checkpoint and write
-    as many bytes. With --cold, the checkpoint is removed from memory before it is read."""
+    type, dd writes as many bytes to the same disk with conv=fsync. Then one dd reads the checkpoint while another
+    writes as many bytes. With --cold, the checkpoint is first removed from the page cache."""
 
     rounds = 1
     folder: Path = argument("new folder for the files; deleted at the end")

@@ -34,10 +34,10 @@ _SAME = {"F32", "F16", "BF16"}
 class Divergence(Case):
     """Effect of quantizing on predictions, compared with llama-quantize: KL divergence from the unquantized model.
 
-    The model is padded with zeros first, so that all types fit. For mixes with `+`, both programs get the same
+    The model is first padded with zeros, so that all types fit. For mixes with `+`, both programs get the same
     importance matrix, made from the second half of TEXT. The first chunks are predicted, token by token. Both files run
-    in our kernels, and must have tensors of the same types. The ratio's standard error is computed over pairs of
-    tokens."""
+    in llamaclust's kernels and must have tensors of the same types. The ratio's standard error is computed over pairs
+    of tokens."""
 
     rounds = 1
     model: str = argument("catalog name or path of a .gguf", str)

@@ -67,9 +67,9 @@ def rows_of(path: Path, most: int) -> Float32:
 class QuantizeCase(Case):
     """Quantizers compared with llama.cpp's: error and time of every type on a model's own weights, in rows of 2304.
 
-    With --llama-quantize, the time of a whole file is measured, too. Errors are roots of mean squares; for types with
-    `+`, a random importance weights them. Both sides get the same float32 rows and run in one thread. For a whole file,
-    they run in all --threads."""
+    With --llama-quantize, the time of a whole file is measured as well. Errors are roots of mean squares, weighted by a
+    random importance for types with `+`. Both programs get the same float32 rows and run in one thread, or in --threads
+    for the whole file."""
 
     rounds = 2
     model: str = argument("catalog name or path of a .gguf", str)

@@ -20,10 +20,9 @@ from llamaclust.tools.quantize.type_choice import Wishes, choose_types, is_kept
 class Quantized(Case):
     """Compares the quantizations of a model: size, perplexity, KL divergence from the unquantized one, speed.
 
-    The model is padded with zeros first, so that all types fit. Every type gets the importance matrix, made from the
-    second half of TEXT; the first chunks are predicted. `fall back` is the share of matrices that would get another
-    type than the mix wants if the model were not padded. Speeds are those of `llamaclust bench`, relative to F16's in
-    the same minute."""
+    The model is first padded with zeros, so that all types fit. All types use the importance matrix, made from the
+    second half of TEXT; the first chunks are predicted. `fall back` is the share of matrices that get another type than
+    the mix wants without padding. Speeds are those of `llamaclust bench`, relative to F16's in the same minute."""
 
     rounds = 1
     model: str = argument("catalog name or path of a .gguf", str)

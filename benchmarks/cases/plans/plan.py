@@ -43,10 +43,9 @@ SHAPES = {
 class Plan(Case):
     """Accuracy of plans: predicted and measured time of a token in clusters of eleven shapes.
 
-    SMALL is the demo model; LARGE has about a gigabyte (`benchmarks/shape.py 1.1b Q4_K`). Each cluster starts like a
-    newcomer's, with nothing measured before. `ratio` is predicted / measured. For the objective `throughput`, it is
-    about a token of eight simultaneous requests. Shapes with links need root (network namespaces) and a process
-    each."""
+    SMALL is the demo model; LARGE has about a gigabyte (`benchmarks/shape.py 1.1b Q4_K`). Each cluster starts with
+    nothing measured, like a newcomer's. `ratio` is predicted / measured time, for the objective `throughput` per token
+    of eight simultaneous requests. Shapes with links need root (network namespaces) and a process for each worker."""
 
     rounds = 3
     small: Path = argument("path of a small model (.gguf)", existing)

@@ -23,11 +23,12 @@ _GOALS = {0.95: ">= 0.85", 0.0: ">= 0.97"}
 
 @dataclass(frozen=True)
 class Replay(Case):
-    """Gain of drafted tokens by the share that is right: recorded answers are the drafts, in turns with plain decode.
+    """Gain of drafted tokens by the share that is right. Drafts are recorded answers.
 
-    The cost of rows is measured first: times of a microbatch in which each row chooses a token. It determines the gain
+    First, the cost of rows is measured: times of a microbatch in which each row chooses a token. It determines the gain
     that an acceptance allows with the best fixed number of drafted tokens. With --together, that many random prompts
-    are answered at the same time, with and without n-gram drafts. Both ways must have the same tokens and logprobs."""
+    are answered at the same time, with and without n-gram drafts. Tokens and logprobs must be equal with and without
+    drafts."""
 
     warm = 1
     model: Path = argument("path of a .gguf", existing)

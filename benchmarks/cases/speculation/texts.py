@@ -27,7 +27,7 @@ class Texts(Case):
 
     Prompts are built from this repository's files with a seed. `copy`: a file and the beginning of its copy. `edit`: a
     program and the beginning of a copy with a name changed. `quote`: a summary with quotations. `prose`: open questions
-    at temperature 0.8. Each turn has its own prompt. Both ways must have the same tokens and logprobs."""
+    at temperature 0.8. Each turn has its own prompt. Tokens and logprobs must be equal with and without drafts."""
 
     rounds = 50
     warm = 1

@@ -24,7 +24,7 @@ class Compare(Case):
     """Speed compared with llama.cpp: `llamaclust bench` and `llama-bench` in turns, for models or for types of weights.
 
     A ratio above 1 means that llamaclust is faster. `benchmarks/runner/llama.py` says how to build llama-bench. For
-    each of --types, a file of random weights is made and kept while it is measured."""
+    each of --types, a temporary file of random weights is made."""
 
     models: list[Path] = argument("paths of .gguf files", existing, nargs="*")
     llama_bench: Path | None = option(None, "path of llama.cpp's program llama-bench", Path)

@@ -44,8 +44,8 @@ Step = Callable[[Microbatch, SamplingInputs], Awaitable[Result]]
 class Hop(Case):
     """Cost of a hop: decode microbatches, one at a time, through a stage in this process, one worker, or two workers.
 
-    `added us` is a worker's round trip less the computing time that it reports: what its stream (a Unix socket) and
-    Python add. The round trip of two workers less that of one is a hop."""
+    `added us` is a worker's round trip less the computing time that it reports: the time of its stream (a Unix socket)
+    and of Python. A hop is the round trip of two workers less that of one."""
 
     rounds = 3
     warm = 1

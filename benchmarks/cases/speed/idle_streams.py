@@ -27,9 +27,9 @@ _BODY = {"prompt": "Once upon a time", "temperature": 0, "speculative": False, "
 class IdleStreams(Case):
     """Cost of waiting streams: one answer while a thousand other streams are open, and one alone.
 
-    The cluster computes one request at a time, so the other streams wait, with signs of life. Figures are the tokens a
-    second of the same part of the answer, and the coordinator's processor time for each token. `KiB a stream` is the
-    memory that an open stream takes in the coordinator."""
+    The cluster computes one request at a time, so the other streams wait, and get signs of life. Figures are tokens per
+    second in the same part of the answer, and the coordinator's processor time per token. `KiB a stream` is the
+    coordinator's memory per open stream."""
 
     rounds = 3
     warm = 1

@@ -34,10 +34,10 @@ class Served:
 
 @dataclass(frozen=True)
 class Serving(Case):
-    """Many streams for a minute, compared with llama.cpp's server: tokens a second, first tokens, errors.
+    """Many streams for a minute, compared with llama.cpp's server: tokens per second, first tokens, errors.
 
-    Each stream sends its next chat when the last one has ended; prompts differ from their first word on. Both servers
-    run all the time, but one of them is idle. A ratio of `tok/s` above 1 means that llamaclust is faster."""
+    A stream sends its next chat when the last one has ended; prompts differ from their first word on. Both servers run
+    all the time, but one of them is idle. A ratio of `tok/s` above 1 means that llamaclust is faster."""
 
     rounds = 3
     model: Path = argument("path of a .gguf", existing)

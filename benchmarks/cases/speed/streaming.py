@@ -26,9 +26,9 @@ _DEADLINE_S = 300
 class Streaming(Case):
     """Overhead of streaming by HTTP: answers read by curl, compared with `llamaclust bench` with as many sequences.
 
-    The cluster has one worker. `tok/s` is by the coordinator's clock. `client tok/s` is over the time from the requests
-    to curl's end. `coordinator ms` is the coordinator's processor time for a token, `k instr` its thousands of
-    instructions (with `perf`)."""
+    The cluster has one worker. `tok/s` uses the coordinator's clock; `client tok/s` the time from the requests to
+    curl's end. `coordinator ms` is the coordinator's processor time per token, `k instr` the thousands of instructions
+    per token (with `perf`)."""
 
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")
     threads: int = option(2, "threads of the worker", positive)

@@ -35,9 +35,8 @@ PERSON = definitions.of_schema(
 class Structured(Case):
     """Cost and savings of grammars: one model in this process, with and without a grammar.
 
-    The cost: a token under a grammar that allows any text or any list, compared with a free token, at 1 and at 16
-    streams. The savings: a JSON object under a schema, whose forced tokens are computed together, compared with free
-    text."""
+    Cost: a token under a grammar that allows any text or any list, compared with a free token, at 1 and at 16 streams.
+    Savings: a JSON object under a schema, whose forced tokens are computed together, compared with free text."""
 
     rounds = 7
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")

@@ -146,8 +146,7 @@ def _make_signed_near(data: NDArray[np.uint8], quant_type: QuantType, size: floa
 
 
 def tensors(shape: Shape, quant_type: QuantType, seed: int, alike: bool = False) -> Iterator[TensorSource]:
-    """Yields every tensor of the model in file order. Its bytes are made when it is written; `alike` layers share
-    them."""
+    """Yields the model's tensors in file order. Bytes are made when they are written; `alike` layers share them."""
     generator, made = np.random.default_rng(seed), dict[str, memoryview]()
 
     def random(name: str, size: tuple[int, ...]) -> memoryview:

@@ -19,8 +19,7 @@ _CALLER = "_native"
 
 @dataclass(frozen=True, slots=True)
 class LinkSpeed:
-    """Settings of links. Each direction is delayed by half of the round trip. `gbit_s`: the rate at which a worker
-    receives; 0 means no limit."""
+    """Settings of links. Half of the round trip delays each direction; a worker receives `gbit_s` (0: no limit)."""
 
     round_trip_ms: float = 0.0
     gbit_s: float = 0.0

@@ -15,7 +15,7 @@ _ALL_LAYERS = 999
 
 @dataclass(slots=True)
 class LlamaCpp:
-    """Measures prefill and decode with llama-bench, which does not sample. Takes the faster speed of runs with and
+    """Measures prefill and decode with llama-bench, which does not sample. Takes the faster of two runs, with and
     without flash attention."""
 
     program: Path

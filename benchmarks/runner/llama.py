@@ -32,8 +32,7 @@ class Speed:
 def check_program(
     path: Path, how: str = "the docstring of benchmarks/runner/llama.py", option: str = "--llama-bench"
 ) -> Path:
-    """Returns a program's absolute path. Raises UsageError if there is no program. `how`: the text that says how to
-    build it."""
+    """Returns a program's absolute path, or raises UsageError. `how`: the text that says how to build the program."""
     if path.is_dir():
         raise UsageError(f"{option} {path}: a folder; give the program in it, such as {path}/bin/{option[2:]}")
     if not path.exists():
@@ -59,8 +58,7 @@ def their_speed(program: Path, answers: Sequence[Any]) -> Speed:
 
 
 def json_of(command: Sequence[str]) -> Any:
-    """Returns the JSON that a program prints. Raises UsageError if the program does not run, fails, or prints other
-    text."""
+    """Returns the JSON that a program prints. Raises UsageError if the program fails or prints other text."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_DEADLINE_S, check=False)
     except OSError as error:

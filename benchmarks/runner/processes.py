@@ -1,5 +1,4 @@
-"""Gives processes priority, and counts their instructions by `perf stat`, which other work on the machine does not
-change."""
+"""Gives processes priority. Counts their instructions by `perf stat`, which other programs do not change."""
 
 from __future__ import annotations
 
@@ -80,8 +79,7 @@ def _count(text: str) -> int | None:
 
 @contextmanager
 def before_other_programs(pids: Iterable[int], *, priority: int = 1) -> Iterator[None]:
-    """Gives the processes' current threads real-time priority in this context. Raises PermissionError if that is not
-    permitted."""
+    """Gives the processes' threads real-time priority in this context. Raises PermissionError if not permitted."""
     threads = [int(each.name) for pid in pids for each in Path(f"/proc/{pid}/task").iterdir()]
     try:
         _schedule(threads, os.SCHED_RR, priority)

@@ -1,5 +1,4 @@
-"""Measures the time of a microbatch by its number of rows, each of which chooses a token, and computes the gain that
-drafts can have."""
+"""Measures the time of a microbatch by its rows, which all choose a token, and computes the possible gain of drafts."""
 
 from __future__ import annotations
 
@@ -58,8 +57,7 @@ class RowCosts:
 
 
 def measured(path: Path, threads: int, position: int, seed: int = 1) -> RowCosts:
-    """Measures the whole model after `position` tokens. Raises UsageError for models with attention windows or
-    states."""
+    """Measures the whole model after `position` tokens. Raises UsageError if it has attention windows or states."""
     with Model.open(path) as model:
         if model.window is not None or model.has_states:
             raise UsageError(f"{path}: has windows or states; give a model whose layers see all tokens")

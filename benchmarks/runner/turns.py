@@ -1,5 +1,4 @@
-"""Runs the variants of each group of measurements alternately. Prints the figures of each run, and a summary of all
-runs."""
+"""Runs the variants of each group alternately. Prints the figures of each run, and a summary."""
 
 from __future__ import annotations
 

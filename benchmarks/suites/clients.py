@@ -205,8 +205,8 @@ async def run(name: str, suite: Suite, target: Target) -> Counter[str]:
 
 
 async def _run(command: list[str], output: Path, own: dict[str, str], limit_s: float) -> None:
-    """Runs a command in the folder of `output` with harmless environment variables only. Then kills all processes that
-    it started."""
+    """Runs a command in the folder of `output` with harmless environment variables only. Then kills all its
+    processes."""
     kept = {name: value for name, value in os.environ.items() if name in _KEPT_VARIABLES}
     with output.open("wb") as file:
         process = await asyncio.create_subprocess_exec(

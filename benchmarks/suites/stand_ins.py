@@ -1,5 +1,4 @@
-"""Small models with random weights that suites run against instead of the user's model. These suites judge the form of
-replies, not their words."""
+"""Small models with random weights for suites that test the form of replies, not their words."""
 
 from __future__ import annotations
 

@@ -89,8 +89,7 @@ class WantedFile:
         return self.path.is_file() and self.size_bytes in (None, self.path.stat().st_size)
 
     def parts(self) -> list[WantedFile]:
-        """Returns all parts of a split model, or only this file if the model is not split. Raises UsageError if this is
-        a later part."""
+        """Returns the parts of a split model, otherwise only this file. Raises UsageError if this is a later part."""
         match = PART_NAME.fullmatch(self.source.file_name)
         if match is None:
             return [self]
@@ -155,8 +154,7 @@ def _billions(count: float) -> str:
 
 
 def locate(spec: str, models_dir: Path | None = None) -> Path | WantedFile:
-    """Returns the path of a local model, or the file to download for a remote one. Raises UsageError for anything
-    else."""
+    """Returns the path of a local model, or the file to download for a remote one; otherwise raises UsageError."""
     entry = find_entry(spec) or next((known for known in CATALOG.values() if known.source == spec), None)
     source = parse_source(entry.source if entry else spec)
     if isinstance(source, Path):

@@ -1,5 +1,4 @@
-"""Well-known public models by name, from `public_models.csv`: their GGUF files on the Hugging Face hub, their
-licences."""
+"""Well-known public models, from `public_models.csv`: names, GGUF files on the Hugging Face hub, licences."""
 
 from __future__ import annotations
 
@@ -52,8 +51,7 @@ class PublicModel:
     mmproj: str = ""
 
     def quantization(self, wanted: str) -> str:
-        """Returns the quantization as the table writes it; the default for an empty text. Raises UsageError if it is
-        unknown."""
+        """Returns the quantization in lower case, by default the first. Raises UsageError if it is unknown."""
         name = wanted.lower() or self.quantizations[0]
         if name not in self.quantizations:
             known = ", ".join(self.quantizations)

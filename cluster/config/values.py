@@ -56,8 +56,7 @@ def shown(value: object) -> str:
 
 
 def tagged(name: str) -> str:
-    """Returns a model's name with its tag, as Ollama's clients write it. Two names mean the same model if their results
-    are equal."""
+    """Returns a model's name with its tag, as Ollama's clients write it. Equal results mean the same model."""
     return name if ":" in name.rpartition("/")[2] else name + TAG
 
 
@@ -218,8 +217,7 @@ class OrAuto:
 
 
 class OrWord:
-    """Marks an optional field or section. A certain word in its place stands for a value, or for a section without
-    keys."""
+    """Marks an optional field or section. A certain word stands for a value, or for a section without keys."""
 
     def __init__(self, word: str, value: Any = MappingProxyType({})) -> None:
         self._word = word

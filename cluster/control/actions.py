@@ -61,8 +61,7 @@ class ActionRunner:
         return not self.observed.state.is_wanted
 
     async def set_adapters(self, model: Model) -> None:
-        """Waits until an epoch serves, then gives it exactly the adapters of `model`. On an error, the former adapters
-        stay."""
+        """Waits for a serving epoch and gives it exactly the adapters of `model`. On an error, former adapters stay."""
         async with deadline(f"the change of adapters of {self.planner.config.model_name}", ADAPTERS_S):
             await self.observed.until(lambda state: state.loss is None or not state.is_wanted)
             await self.epochs.set_adapters(model)
@@ -189,8 +188,7 @@ class ActionRunner:
                 )
 
     async def _serve(self) -> None:
-        """Lets the engine continue on the loaded epoch. The layers of older epochs are freed at once, or when their
-        epoch has retired."""
+        """Lets the engine continue on the loaded epoch. Frees the layers of older epochs, at once or when retired."""
         old, epoch, loss = self.epoch, self._loaded, self.observed.state.loss
         assert epoch is not None
         self.epoch, self._loaded = epoch, None

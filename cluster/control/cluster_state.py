@@ -61,8 +61,7 @@ class Planning:
 
 @dataclass(frozen=True, slots=True)
 class Expulsion:
-    """A worker that counts as lost. With `stays`, the worker remains a member, but gets no layers of this model for
-    `pause_s`."""
+    """A worker that counts as lost. With `stays`, it remains a member without layers of this model for `pause_s`."""
 
     worker: Incarnation
     reason: str
@@ -80,8 +79,7 @@ class Loading:
 
 @dataclass(frozen=True, slots=True)
 class Retiring:
-    """The epoch that served before a move to another plan. Its sequences end on it or move to the new epoch; then its
-    stages are freed."""
+    """The epoch that served before a move. Its stages are freed once its sequences end or move to the new epoch."""
 
     workers: tuple[Incarnation, ...]
     is_empty: bool = False

@@ -102,8 +102,7 @@ def check_division(config: ClusterConfig, model: Model, expert_shards: int) -> N
 
 
 def check_parts_on_gpus(config: ClusterConfig, expert_shards: int, gpus: Mapping[str, Sequence[str]]) -> None:
-    """Raises UsageError if the manual plan divides layers although a worker has GPUs, which then stay unused. `gpus`:
-    GPU names by worker."""
+    """Raises UsageError if the manual plan divides layers although workers have GPUs. `gpus`: GPU names by worker."""
     for entry in config.plan or () if expert_shards > 1 else ():
         for name in entry.names:
             if devices := gpus.get(name):

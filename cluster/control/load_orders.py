@@ -1,5 +1,4 @@
-"""Orders to load the stages of an epoch. Each order states the layers of a worker and the workers with which it
-exchanges data."""
+"""Orders to load an epoch's stages: each worker's layers, and the workers with which it exchanges data."""
 
 from __future__ import annotations
 

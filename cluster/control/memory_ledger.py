@@ -34,8 +34,7 @@ class MemoryLedger:
         self._beside: dict[str, MemoryUse] = {}  # likewise, what others held when it was planned last
 
     def enter(self, model_id: str, plans: Iterable[Plan]) -> None:
-        """Replaces all plans of a model by these, whether loaded or about to be loaded. Without plans, the model holds
-        no memory."""
+        """Replaces a model's plans, whether loaded or about to be loaded. Without plans, it holds no memory."""
         self._plans[model_id] = tuple(plans)
 
     def copy(self) -> MemoryLedger:
@@ -49,8 +48,8 @@ class MemoryLedger:
             raise ModelLimitError(self._max_models)
 
     def planned(self, model_id: str) -> None:
-        """Records what the other models hold when a plan of this model is made. `reserve` compares this with what they
-        hold later."""
+        """Records what other models hold when this model is planned. `reserve` compares that with what they hold
+        later."""
         self._beside[model_id] = self.beside(model_id)
 
     def reserve(self, model_id: str, plans: tuple[Plan, ...]) -> bool:

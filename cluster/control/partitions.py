@@ -109,8 +109,7 @@ class PartitionTracker:
         return bool(why) and await self._confirm(caller, other, why)
 
     async def _confirm(self, caller: WorkerHandle, other: WorkerHandle, why: str) -> bool:
-        """Records the partition if both workers are alive; otherwise a worker failed, not the link. Returns True if the
-        partition is new."""
+        """Records the partition, and returns True if it is new, unless a worker is lost: then the link did not fail."""
         if not await other.is_responsive() or caller.loss is not None:
             return False
         pair = frozenset((caller.name, other.name))

@@ -151,8 +151,7 @@ def _have_room(config: ClusterConfig, model: Model, resources: ClusterResources)
 
 
 def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResources, expert_shards: int) -> Plan:
-    """Returns a plan with borders after whole layers, or after shards of experts. Raises the errors of
-    `plan_cluster`."""
+    """Returns a plan with borders after whole layers or shards of experts. Raises the errors of `plan_cluster`."""
     check_division(config, model, expert_shards)
     length, facts = context_length(config, model), _worker_facts(config, resources)
     if config.plan is not None:

@@ -1,5 +1,4 @@
-"""Finds sources of the weights of models, adapters and projectors, for workers that lack the file or have a copy with
-other bytes."""
+"""Finds sources of models, adapters and projectors for workers that lack the file or have other bytes."""
 
 from __future__ import annotations
 

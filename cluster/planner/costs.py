@@ -163,8 +163,7 @@ class StageCosts:
         return _float_sums(np.where(layers, [roofline.experts_s(layer, rows) for layer in self.model.layers], 0.0))
 
     def exchange_table(self, rows: int, layers: Flags) -> Table:
-        """Returns for each stage the seconds to move inputs and outputs of its mixtures in `layers` between two
-        devices."""
+        """Returns for each stage the seconds to move its mixtures' inputs and outputs (of `layers`) between devices."""
         each_s = EXCHANGE_S + EXCHANGE_BYTE_S * 2 * rows * self.hidden_bytes
         seconds: Table = _float_sums((layers & self.mixtures).astype(np.float64)) * each_s
         return seconds

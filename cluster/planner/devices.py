@@ -86,8 +86,7 @@ class Division:
         return tuple(layer for layer in range(begin, until) if fixed[layer] or (is_open[layer] and layer < moe_end))
 
     def parts(self) -> Iterator[tuple[WorkerFacts, Counts, Counts, Counts]]:
-        """Yields (device, start, end, end of layers with open experts in RAM) for each device. The last three are
-        tables by stage."""
+        """Yields (device, start, end, end of layers with open experts in RAM), the last three as tables by stage."""
         yield from zip(self.devices, self.bounds, self.bounds[1:], self.moe_ends, strict=False)
 
     def moved_ranges(self) -> Iterator[tuple[WorkerFacts, Flags, Counts, Counts]]:
@@ -104,8 +103,7 @@ class Division:
         return total
 
     def moved(self, experts: Callable[[WorkerFacts, Flags], Table], exchange: Callable[[Flags], Table]) -> Table:
-        """Returns the change of the result of `sums` by experts in RAM. `exchange`: the time to move activations to RAM
-        and back."""
+        """Returns the change of `sums` by experts in RAM. `exchange`: the time to move activations to RAM and back."""
         total: Table = np.zeros(self.bounds[0].shape)
         for device, layers, begin, end in self.moved_ranges():
             change = experts(self.devices[0], layers) + exchange(layers) - experts(device, layers)
@@ -141,9 +139,8 @@ def divide(
     *,
     apart: bool = False,
 ) -> Division:
-    """Divides all `possible` stages. With `apart`, open experts are in RAM: of as many layers as the first GPU has too
-    little memory for. Without `apart`, none are. If `gpu_layers` is set, the first GPU takes those that other GPUs
-    leave."""
+    """Divides all `possible` stages. With `apart`, open experts of layers are in RAM as far as the first GPU lacks
+    memory. With `gpu_layers`, the first GPU takes those of them that other GPUs leave."""
     devices, borders = devices_of(worker), possible.diagonal()
     starts, ends = np.indices((len(borders), len(borders)))
     wanted = len(borders) if worker.gpu_layers is None else worker.gpu_layers

@@ -21,8 +21,7 @@ _SPARSE = 0.75
 
 
 def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> dict[str, Any]:
-    """Returns the figures of a plan: half-open layer ranges, bytes, milliseconds. A figure that was not measured is
-    null."""
+    """Returns a plan's figures: half-open layer ranges, bytes, milliseconds; null if not measured."""
     values, predicted, other = asdict(plan), plan.prediction, plan.without_groups
     gains = _gains(plan, acceptances)
     del values["prediction"]

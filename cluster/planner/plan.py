@@ -41,8 +41,7 @@ class DevicePlan(HeldLayers):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan(HeldLayers):
-    """The layers of a worker, or its portion of a group's layers. Members of a group are consecutive and have equal
-    layers."""
+    """A worker's layers, or its portion of a group's layers. A group's members are consecutive, with equal layers."""
 
     worker: str
     shares: tuple[int, ...] = ()  # shares of output rows by member of the group; (): the worker holds the layers alone

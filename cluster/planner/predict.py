@@ -136,8 +136,7 @@ def _ttft_s(split: Sequence[HeldStage], prompt_tokens: int, chunks: int, path: _
 
 
 def _round(split: Sequence[HeldStage], drafted: int, path: _Path, *, may_chain: bool) -> Round:
-    """Predicts a step with an output row for each drafted token. The coordinator drafts, so the step begins and ends
-    there."""
+    """Predicts a step with an output row per drafted token. It begins and ends at the coordinator, which drafts."""
     rows = 1 + drafted
     stages = [stage.decode_s(rows) for stage in split]
     links = [rows * row_s for row_s in path.row_s]

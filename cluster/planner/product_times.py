@@ -1,5 +1,4 @@
-"""Times of matrix products by quant type on a processor: measured by its worker, otherwise assumed from the machine's
-limits."""
+"""Times of matrix products by quant type on a processor: measured, otherwise assumed from the machine's limits."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Estimates the seconds of unmeasured layers: products by quant type, the rest by memory bandwidth and 8-bit
-products."""
+"""Estimates the seconds of unmeasured layers from products by quant type, bandwidth, and 8-bit products."""
 
 from __future__ import annotations
 

@@ -95,8 +95,7 @@ async def _pauses(faults: int, seconds: list[float], turn: int) -> Measures:
 
 
 async def _keep_up(bench: Bench, *, with_standby: bool) -> None:
-    """Starts a coordinator whenever the last one has ended. With a standby, starts a new standby whenever the last one
-    has taken over."""
+    """Starts a coordinator when the last one has ended, or a new standby when the last one has taken over."""
     while True:
         await asyncio.sleep(_LOOK_S)
         present = sum(process.poll() is None for process in bench.started)

@@ -100,8 +100,7 @@ class _Alternatives:
         return [max(1, round(100 * by[machine] / most)) for machine in group]
 
     def _cuts(self, chain: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
-        """Yields the layer borders of a chain: first those that fill the memory of the fastest stages, then random
-        ones."""
+        """Yields layer borders of a chain: first those that fill the memory of the fastest stages, then random ones."""
         if len(chain) == 1:
             yield [0, self._layers]
             return
@@ -157,8 +156,7 @@ def _planned(cluster: AssumedCluster, model: AssumedModel, *overrides: str) -> _
 
 
 def _outcome(case: _Case, most: int, source: random.Random) -> Measures | None:
-    """Compares the chosen plan with others that have at least as much KV memory. Returns None if the model does not
-    fit."""
+    """Compares the chosen plan with others of at least as much KV memory; None if the model does not fit."""
     cluster, model = AssumedCluster(parse_machines(case.machines)), assumed_model(case.model)
     model.opened.costs  # noqa: B018
     begun_s = process_time()

@@ -77,16 +77,14 @@ def ways_of(cores: Sequence[int], shares: Sequence[int], speeds: Sequence[float]
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """Numbers of layers. Models with `layers` and with `shallow` layers were measured; the whole model has `whole`
-    layers."""
+    """Numbers of layers: `layers` and `shallow` were measured, `whole` is that of the whole model."""
 
     layers: int
     shallow: int
     whole: int
 
     def whole_ms(self, deep: Sequence[float], few: Sequence[float]) -> list[float]:
-        """Extrapolates measured times to the whole model. The part of the time that does not depend on layers counts
-        once."""
+        """Extrapolates measured times to the whole model. Time that does not depend on layers counts once."""
         if self.layers == self.whole or not few:
             return [*deep]
         most, least = median(deep), median(few)
@@ -290,8 +288,7 @@ class Served(Case):
         return [[source.randrange(_PLAIN_WORDS, words) for _ in range(length)] for _ in range(count)]
 
     async def _repeated(self, served: ServedWay) -> list[int]:
-        """Returns a prompt that its own greedy answer repeats. There is one, because the layers add nothing to the
-        hidden state."""
+        """Returns a prompt that its own greedy answer repeats. It exists: layers add nothing to the hidden state."""
         for turn in range(1_000):
             begin = self._prompts_begin(turn)
             ids = (await answer(served.bench.api, begin, _REPEATED_PROMPT)).ids

@@ -100,8 +100,7 @@ def converted(folder: Path, out: Path, kind: str) -> tuple[float, float]:
 
 
 def moved(out: Path, size_bytes: int, source: Path | None) -> float:
-    """Returns the seconds in which dd writes this many bytes. Another dd reads `source` at the same time, if it is
-    given."""
+    """Returns the seconds in which dd writes this many bytes, while another dd reads `source`, if given."""
     count = -(-size_bytes // DD_BLOCK)
     commands = [[f"of={out}", "if=/dev/zero", f"count={count}", "conv=fsync"]]
     if source is not None:
@@ -158,8 +157,7 @@ class Convert(Case):
         return await asyncio.to_thread(self._run, way, kind)
 
     def _run(self, way: str, kind: str) -> Measures:
-        """Measures one way. Keeps the converted file until dd has been measured, because dd writes a file of the same
-        size."""
+        """Measures one way. The converted file stays until dd has written as many bytes."""
         converts, out, weights = self.folder / f"{kind}.gguf", self.folder / "out", self.folder / WEIGHTS
         if self.cold and way != "dd":
             forget(weights)

@@ -73,8 +73,7 @@ class Plan(Case):
 
 
 async def _times(source: random.Random, cluster: Cluster) -> Times:
-    """Measures the milliseconds per token: of one request, or for `throughput` of eight simultaneous requests with
-    prompts of one token."""
+    """Measures ms per token of one request; for `throughput`, of eight simultaneous prompts of one token."""
     vocabulary = cluster.model.hyperparameters.vocabulary_size
     if cluster.config.objective == "latency":
         finished = await run(cluster, prompts(source, 1, PROMPT, vocabulary)[0], TOKENS)

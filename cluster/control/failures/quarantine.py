@@ -110,8 +110,8 @@ class Quarantine:
         return frozenset(name for name, record in self.records.items() if record.end_s > now_s)
 
     def retry_at_s(self, names: Collection[str]) -> float:
-        """Returns the earliest time to load a plan of these workers. Earlier failures would use up the retries of
-        requests."""
+        """Returns the earliest time to load a plan of these workers. Earlier failures would use up requests'
+        retries."""
         return max((self.records[name].retry_at_s for name in names if name in self.records), default=0.0)
 
     def worst_first(self, names: Collection[str]) -> list[str]:

@@ -64,8 +64,8 @@ class MembershipWatch:
             self._lost(worker)
 
     def _check_steps(self, worker: WorkerHandle) -> None:
-        """Counts a worker as lost if a step takes longer than all its epochs allow, or its stage owes a result too
-        long."""
+        """Marks a worker as lost if its step takes longer than all its epochs allow, or if its stage's result is
+        overdue."""
         computing_s = 0.0 if worker.heartbeat is None else worker.heartbeat.computing_s
         limits_s = self._limits_s(worker)
         limit_s = max(limits_s, default=UNPREDICTED_S)
@@ -89,7 +89,7 @@ class MembershipWatch:
             self._registry.fence(worker, silence_text(number, waited_s, limit_s))
 
     def _turns_s(self, worker: WorkerHandle) -> float:
-        """Sums the step limits of the worker's epochs with work in flight, because a step may wait for steps of other
+        """Sums the step limits of epochs with work in flight: a step may wait for steps of the worker's other
         epochs."""
         due = (served for runner in self._runners for served in _due(runner))
         stages = ((epoch.stage_of(worker), scheduler, epoch.plan) for epoch, scheduler, _ in due)

@@ -38,8 +38,7 @@ def no_groups(config: ClusterConfig, model: Model) -> str:
 
 
 def group_problems(config: ClusterConfig, model: Model) -> Iterator[str]:
-    """Yields the reasons why no workers of the cluster can form a group. A text that ends with ";" may be followed by
-    advice."""
+    """Yields the reasons why no workers can form a group. Advice may follow a text that ends with ";"."""
     if model.has_states:
         yield "layers of this model have states, which groups do not divide yet;"
     if any(worker.kv_disk is not None for worker in config.workers):

@@ -1,5 +1,4 @@
-"""Measures links between the machines of a cluster at its start and when a worker joins. The results are kept for the
-next start."""
+"""Measures links between machines at the start and when a worker joins. Keeps the results for the next start."""
 
 from __future__ import annotations
 

@@ -68,8 +68,7 @@ def machine_shares(workers: Mapping[str, WorkerResources]) -> dict[str, int]:
 
 
 def share_gpus(workers: Mapping[str, WorkerResources]) -> dict[str, WorkerResources]:
-    """Divides each GPU's free memory among the workers that use it. The UUID identifies a GPU, because its name may
-    differ between workers."""
+    """Divides each GPU's free memory among its workers. The UUID identifies a GPU, because names may differ."""
 
     def identity(worker: WorkerResources, gpu: Gpu) -> str:
         return gpu.uuid or f"{gpu.device} of {worker.machine}"

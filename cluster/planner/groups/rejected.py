@@ -1,5 +1,4 @@
-"""Predicts a group that holds all layers, for comparison with a plan of stages, or explains why there is no such
-group."""
+"""Predicts a group that holds all layers, to compare with a plan of stages, or explains why there is none."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ from llamaclust.cluster.planner.plan import RejectedGroup, usual_prompt_tokens
 from llamaclust.cluster.planner.work import works_of
 
 _ALL_SETS = 4
-"""All sets of at most this many workers are tried. Of more workers, only the set of the fastest workers of each
-size."""
+"""Up to this many workers, all sets are tried. With more workers, only the fastest workers of each size."""
 _NO_LINKS = "accepts no links of groups", "accept no links of groups"
 _Candidate = tuple[Assignment, Chain]
 

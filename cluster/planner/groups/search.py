@@ -67,8 +67,7 @@ class Group:
 
 @dataclass(eq=False)
 class GroupSearch:
-    """Searches for the best split. Workers of a class have equal links. Workers of a pair in `apart` cannot reach each
-    other."""
+    """Searches for the best split. Workers of a class have equal links; those of a pair in `apart` have no link."""
 
     sizes: MemoryModel
     workers: Sequence[WorkerFacts]
@@ -84,8 +83,7 @@ class GroupSearch:
         self.holders.extend(self.classes)
 
     def best(self, below: float, known: Best | None) -> Best | None:
-        """Returns the best split in less than `below` seconds. Searches again if whole-number shares make groups
-        slower."""
+        """Returns the best split faster than `below`. Searches again if whole-number shares make groups slower."""
         best = None
         for _ in range(_ROUNDS):
             best = self._best(below, known)
@@ -100,8 +98,7 @@ class GroupSearch:
         return any(longer)
 
     def _best(self, below: float, known: Best | None) -> Best | None:
-        """Searches groups of neighbours first. Then searches all sets, for the work of the best split so far (at first
-        `known`)."""
+        """Searches neighbours, then all sets for the work of the best split so far (at first `known`)."""
         neighbours, others = self._places()
         if len(self.holders) == len(self.classes):
             return None
@@ -147,8 +144,7 @@ class GroupSearch:
         )
 
     def _places(self) -> tuple[list[Places], list[Places]]:
-        """Returns places along likely orders, whose best split prunes the search, and those of all sets if there are
-        few."""
+        """Returns places along likely orders, whose best split prunes the search, and those of all sets, if few."""
         order = [worker for worker_class in self.classes for worker in worker_class.workers]
         by_speed = tuple(sorted(order, key=self._token_s.__getitem__))
         by_memory = tuple(sorted(order, key=self._memory))

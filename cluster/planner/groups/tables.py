@@ -90,8 +90,7 @@ class GroupTables:
     costs_of: Callable[[int], GroupCosts]
     _contexts: int
     nearly: bool = False
-    """True if stages need only fit with exact shares and the workspaces of portions. `fitted` finds whole units
-    later."""
+    """True if stages need to fit only with exact shares and portions' workspaces; `fitted` finds whole units."""
     _divided: dict[int, _DividedModel] = field(default_factory=dict)
     _seconds: dict[tuple[int, WorkerFacts, Rows], DividedTables] = field(default_factory=dict)
     _lacking: dict[tuple[int, WorkerFacts, bool, Portion | None], DividedTables] = field(default_factory=dict)
@@ -116,8 +115,7 @@ class GroupTables:
         return float(divided.gathers.count[divided.kinds.kind_of[0, -1]])
 
     def least_gathers_s(self, work: Work, link: Link) -> Table:
-        """Returns the least time of each layer's gathers in any group: one member receives at least half of each
-        row."""
+        """Returns the least time of each layer's gathers: in any group, a member receives half of each row or more."""
         steps = sum(step.steps for step in work.each)
         rows = sum(step.steps * step.rows * (1 - HIDDEN_SHARE * step.is_prompt) for step in work.each)
         every = [

@@ -130,8 +130,8 @@ class _Run:
         return self._tables[holder]
 
     def _extended(self, costs: Table, place: Step) -> Table:
-        """Adds the step's own stage. The cost becomes infinite if it would exceed the total's limit together with the
-        lower bound of the rest."""
+        """Adds the step's own stage. The cost is infinite if cost and lower bound of the rest exceed the total's
+        limit."""
         bounds = self._steps.bounds if place.own and self._most < inf else None
         rest: Table = np.zeros(1)
         if bounds is not None:

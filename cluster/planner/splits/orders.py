@@ -31,8 +31,7 @@ Order = Sequence[int]
 
 
 def ways_of_workers(classes: Sequence[WorkerClass], works: Sequence[Work], apart: Ways) -> Iterator[list[Way]]:
-    """Yields the splits to try for each work: first in the file's order, then in others. Workers of a pair in `apart`
-    are never adjacent."""
+    """Yields splits to try for each work, first in the file's order. Workers of pairs in `apart` are not adjacent."""
     file = sorted(worker for worker_class in classes for worker in worker_class.workers)
     ends, limits = constrained_ends(file, apart), _limits(classes, works)
 

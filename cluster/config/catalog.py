@@ -217,7 +217,7 @@ def remove_model(spec: str, models_dir: Path | None = None) -> Path:
     if not directory.is_dir():
         names = sorted({model.name for model in stored_models(root)})
         raise UsageError(
-            f"{spec}: not downloaded{nearest_names(spec, names)}; `llamaclust model list` shows what is there"
+            f"{spec}: not downloaded{nearest_names(spec, names)}; `llamaclust model list` shows downloaded models"
         )
     shutil.rmtree(directory)
     return directory
@@ -229,7 +229,7 @@ def _stored_directory(spec: str, root: Path) -> Path:
     found = locate(spec, root)
     if isinstance(found, WantedFile):
         return found.path.parent
-    raise UsageError(f"{spec}: not a downloaded model; delete a file of your own yourself")
+    raise UsageError(f"{spec}: not in the models directory; delete other files yourself")
 
 
 def _is_projector(path: Path) -> bool:
@@ -275,9 +275,9 @@ def _existing(spec: str, path: Path, models_dir: Path | None) -> Path:
             raise UsageError(f"{name}: not a regular file; give the path of a .gguf file")
         raise UsageError(f"{name}: no such file{_repository_hint(spec)}")
     if not spec:
-        raise UsageError("the model's name is empty; `llamaclust model list` shows those that are known")
+        raise UsageError("the model's name is empty; `llamaclust model list` shows the known names")
     hint = nearest_names(spec, [*catalog_names(), *stored])
-    raise UsageError(f"{name}: neither a file nor a model known by name{hint}; `llamaclust model list` shows those")
+    raise UsageError(f"{name}: neither a file nor a known model{hint}; `llamaclust model list` shows the known ones")
 
 
 def _only_model(name: str, folder: Path) -> Path:
@@ -296,7 +296,7 @@ def _only_model(name: str, folder: Path) -> Path:
         listed = ", ".join(path.name for path in models[:_LISTED])
         raise UsageError(f"{name}: a folder with {len(models)} models; give one of {listed}{more}")
     advice = f"run: llamaclust model convert {name}" if has_checkpoint else "give the path of a .gguf file"
-    raise UsageError(f"{name}: a folder without a .gguf file that begins a model; {advice}")
+    raise UsageError(f"{name}: a folder without a model (.gguf); {advice}")
 
 
 def _is_beside_a_model(path: Path) -> bool:
@@ -316,4 +316,4 @@ def _repository_hint(spec: str) -> str:
     if not _REPOSITORY.fullmatch(spec) or spec.endswith(".gguf"):
         return ""
     near = nearest_names(spec.rpartition("/")[2], catalog_names())
-    return f"; a file of the Hugging Face hub is hf:{spec}/FILE.gguf{near}"
+    return f"; for a file on the Hugging Face hub, give hf:{spec}/FILE.gguf{near}"

@@ -135,11 +135,13 @@ def _parse_layers(value: object) -> tuple[float, float]:
 def expand_home(path: str) -> str:
     """Replaces `~` in a path. Raises ValueError for a path that no file can have."""
     if "\0" in path:
-        raise ValueError("no path has a zero byte in it; write the place of a file or folder")
+        raise ValueError("a path cannot contain a zero byte; give the path of a file or folder")
     try:
         return str(Path(path).expanduser()) if path.startswith("~") else path
     except RuntimeError as error:
-        raise ValueError(f"{shown(path)} begins in a home directory that is not there; write the whole path") from error
+        raise ValueError(
+            f"{shown(path)} begins with a home directory that does not exist; give the whole path"
+        ) from error
 
 
 def _parse_path(value: object) -> object:
@@ -164,7 +166,11 @@ def parse_device(value: object) -> str:
     for name in map(str.strip, given):
         found = re.fullmatch(r"cuda(?::([0-9]{1,3}))?", name)
         if found is None:
-            what = "stands for itself, and computes beside GPUs in any case" if name == "cpu" else "is not a device"
+            what = (
+                "cannot be combined with GPUs, which work together with the CPU anyway"
+                if name == "cpu"
+                else "is not a device"
+            )
             raise ValueError(f"{shown(name)} {what}; {_DEVICES}")
         gpus.append(f"cuda:{int(found[1] or 0)}")
     if len(set(gpus)) < len(gpus) or len(gpus) > _MOST_GPUS:

@@ -109,7 +109,7 @@ class ActionRunner:
         if expulsion.stays:
             config = self.planner.config
             what = f"layers of model {config.model_name}" if config.models else "layers"
-            pause = f"for {expulsion.pause_s:g} s where the others suffice"
+            pause = f"for {expulsion.pause_s:g} s if the others suffice"
             self._report(Notice(f"worker {name} gets no {what} {pause}: {expulsion.reason}"))
         elif self._registry.joins[name] == join:
             self._registry.fence(self._registry.workers[name], expulsion.reason)
@@ -241,7 +241,7 @@ class ActionRunner:
         epochs, self.epoch, self.retiring = self.open_epochs, None, None
         await asyncio.gather(*(epoch.pipeline.close() for epoch in epochs))
         await self._free_others(None)
-        why = "for another one's turn, its requests wait" if gives_way else "a request wakes it"
+        why = "it is another model's turn, and its requests wait" if gives_way else "a request wakes it"
         self._report(Notice(f"model {self.planner.config.model_name} sleeps: {why}"))
         self.observed.post(seen.Signal.ASLEEP)
 
@@ -249,7 +249,7 @@ class ActionRunner:
         try:
             await self.epochs.free_others(epoch)
         except LlamaclustError as error:
-            self._notice(f"layers that are not needed any more stay in memory: {error}")
+            self._notice(f"could not free layers that are no longer needed: {error}")
         self._enter(*(() if epoch is None else (epoch.plan,)))
 
     def _fail_requests(self, reason: str) -> None:

@@ -101,6 +101,6 @@ def _group_orders(stages: Sequence[StageInfo], handles: Sequence[WorkerHandle]) 
 
 def _group_member(handle: WorkerHandle, share: int) -> GroupMember:
     if not handle.registration.link_address:
-        text = f"worker {handle.name} takes no part in groups: it accepts no links; do what its log says of them"
+        text = f"worker {handle.name} cannot be in a group: it accepts no links; see its log"
         raise WorkerError(f"{text}, or give it layers of its own in the plan", worker=handle.name)
     return GroupMember(handle.name, handle.registration.link_address, share)

@@ -113,7 +113,7 @@ def plan_lines(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> 
         else [f"{_number(other['token_ms'])} ms/token", *_prompts_and_requests(plan.prompt_tokens, other)]
     )
     gap = plan.optimality_gap
-    bound = [] if gap is None else [f"  within {max(1, ceil(100 * gap))} % of the best that could be"]
+    bound = [] if gap is None else [f"  within {max(1, ceil(100 * gap))} % of the best possible"]
     stages = zip(plan.stages, (stage["decode_ms"] for stage in values["stages"]), strict=True)
     idle_workers = (f"  {idle.worker}: not used: {idle.reason}" for idle in plan.idle_workers)
     unused_gpus = (f"  {gpu.device} of {gpu.worker} is unused: {gpu.reason}" for gpu in plan.unused_gpus)

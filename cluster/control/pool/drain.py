@@ -85,7 +85,7 @@ class WorkerOperations:
         if name not in self.drained:  # one of before the coordinator's start may be absent
             self._worker(name)
         else:
-            self._report(Notice(f"worker {name} is drained no more: plans use it again"))
+            self._report(Notice(f"worker {name} is no longer drained: plans use it again"))
         self._undrained[name] += 1
         self._drained.discard(name)
         self._post(UndrainRequested(name))

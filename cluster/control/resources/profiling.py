@@ -173,7 +173,7 @@ class _Measuring:
 
     def _report_unmeasured(self, worker: WorkerHandle, error: LlamaclustError) -> None:
         limit = " (timeouts.load)" if isinstance(error, DeadlineError) else ""
-        consequence = "plans assume equal workers, or omit it where the others suffice"
+        consequence = "plans assume equal workers, or omit it if the others suffice"
         what = f"worker {worker.name} is not measured; {consequence}"
         self._report(Notice(f"{what}: {error}{limit}"))
 

@@ -68,4 +68,4 @@ async def test_a_tile_longer_than_a_turn_ends(tmp_path: Path, monkeypatch: pytes
             np.testing.assert_array_equal(rows.view("u4"), encoded(CpuBackend(1), path, tile).view("u4"))
         resident.leave()
         assert len(held.begun) == 1, "no other tile began in this turn"
-        assert any("a sleeps: for another one's turn" in text for text in found.run.told)
+        assert any("a sleeps: it is another model's turn" in text for text in found.run.told)

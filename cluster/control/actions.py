@@ -45,7 +45,7 @@ class ActionRunner:
     _report: Report
     ending: TaskSet  # processes of lost workers, whose memory loads need
     epoch: Epoch | None = field(default=None, init=False)  # the epoch that serves, or served until it was lost
-    retiring: Epoch | None = field(default=None, init=False)  # served before it, and still has sequences
+    retiring: Epoch | None = field(default=None, init=False)  # the epoch that served before and still has sequences
     engine: Engine | None = field(default=None, init=False)  # None: at a start
     plan: Plan | None = field(default=None, init=False)  # the plan that serves, or served last
     recoveries: int = field(default=0, init=False)
@@ -257,7 +257,7 @@ class ActionRunner:
         assert self.engine is not None and loss is not None
         lost = (
             None if self.epoch is None else self.epoch.root_cause
-        )  # also where others reported sooner that they cannot reach it
+        )  # even if others reported sooner that they cannot reach the worker
         error = loss.error if lost is None else lost.error
         self.engine.give_up(WorkerError(reason if error is None else f"{error}; {reason}"))
         self.observed.post(seen.RequestsFailed(reason))

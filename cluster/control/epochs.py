@@ -74,7 +74,7 @@ async def load_stages(
     encoders = await encoder_files(loads.encoder, loads.encoding, workers, report)
 
     lost = tuple(Suspect(handle.name, handle.error) for handle in handles if handle.loss is not None)
-    if lost:  # meanwhile: the others would load in vain
+    if lost:  # at once: the other loads would be in vain
         raise StageLoadError(lost[0].error, lost)
 
     try:
@@ -160,7 +160,7 @@ class Epoch:
     plan: Plan
     workers: tuple[WorkerHandle, ...]  # in the order of their stages
     pipeline: RemotePipeline
-    settings: SchedulerSettings  # settings that its stages were loaded for
+    settings: SchedulerSettings  # settings with which the stages were loaded
 
     @property
     def root_cause(self) -> WorkerHandle | None:
@@ -343,7 +343,7 @@ class Epochs:
     async def free_others(self, epoch: Epoch | None) -> None:
         workers, kept = tuple(self._registry.present.values()), set() if epoch is None else {epoch.number}
         numbers = {number for worker in workers for number in worker.stages if number in self._numbers} - kept
-        if not numbers:  # another model's load is not waited for
+        if not numbers:  # does not wait for another model's load
             return
         async with self._turn:
             await _all(unload_stages(number, workers) for number in numbers)

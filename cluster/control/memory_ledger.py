@@ -31,7 +31,7 @@ class MemoryLedger:
         self.lock = asyncio.Lock()
         self._max_models = max_models
         self._plans: dict[str, tuple[Plan, ...]] = {}  # plans by model id
-        self._beside: dict[str, MemoryUse] = {}  # likewise, what others held when it was planned last
+        self._beside: dict[str, MemoryUse] = {}  # what other models held at each model's newest plan
 
     def enter(self, model_id: str, plans: Iterable[Plan]) -> None:
         """Replaces a model's plans, whether loaded or about to be loaded. Without plans, it holds no memory."""

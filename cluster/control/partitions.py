@@ -29,7 +29,7 @@ _Direction = tuple[WorkerHandle, WorkerHandle]
 
 @dataclass(slots=True)
 class _Partition:
-    probes: int  # failed probes, those before the last recovery included
+    probes: int  # failed probes, including those before the last recovery
     callers: dict[str, str] = field(default_factory=dict)  # workers that could not reach the other one
 
 
@@ -37,7 +37,7 @@ class _Partition:
 class PartitionTracker:
     """A context manager that probes partitions. If a link fails in one direction, plans avoid both directions."""
 
-    _workers: Callable[[], Mapping[str, WorkerHandle]]  # the present ones
+    _workers: Callable[[], Mapping[str, WorkerHandle]]  # present partitions
     _heartbeat_timeout_s: float
     _report: Report
     _on_change: Callable[[Pairs], None]  # gets the new pairs

@@ -39,9 +39,9 @@ class Resident:
     idle_since_s: float = field(default_factory=_now_s)
     serving_since_s: float | None = None
     gives_way: bool = False  # requests do not wake it
-    turns: int = 1  # times `_TURN_S` that its next turn lasts
-    is_explicit: bool = False  # it is loaded for no request
-    _interrupted: frozenset[int] = frozenset()  # requests that the end of its last turn found
+    turns: int = 1  # length of the next turn, in units of `_TURN_S`
+    is_explicit: bool = False  # requests do not load the model
+    _interrupted: frozenset[int] = frozenset()  # unfinished requests at the end of the last turn
     _users: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -90,7 +90,7 @@ class Resident:
         self.idle_since_s = _now_s()
         self.keep_alive_s = self.usual_s
         self._changed.set()
-        if not self.gives_way:  # even if it is awake: another one may just have put it to sleep
+        if not self.gives_way:  # even if awake: another model may just have put it to sleep
             self.observed.post(Signal.WAKE_REQUESTED)
 
     def load(self) -> None:
@@ -146,7 +146,7 @@ class Residency:
 
     def __init__(self, residents: Mapping[str, Resident]) -> None:
         self.residents = residents  # by name
-        self._idle = asyncio.Event()  # replaced when a model has no requests any more
+        self._idle = asyncio.Event()  # replaced when a model has no more requests
         self._tasks = TaskSet()
 
     async def __aenter__(self) -> Residency:
@@ -189,7 +189,7 @@ class Residency:
             elif (sleeper := self._longest_serving(resident)) is not None:
                 giving_way.append(sleeper)
                 await sleeper.give_way()
-            else:  # a move may free memory, too
+            else:  # a move may free memory as well
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_LOOK_S):
                         await idle.wait()

@@ -141,7 +141,7 @@ async def announce_source(newcomer: WorkerHandle, workers: Collection[WorkerHand
         source = WeightSource(newcomer.registration.address, newcomer.name)
         for worker in fetching:
             if weights.manifest is not None and weights.manifest in _fetched(worker):
-                with suppress(WorkerError, DeadlineError):  # it is lost, or will be
+                with suppress(WorkerError, DeadlineError):  # the worker is lost, or will be
                     async with deadline(f"announcing a source to worker {worker.name}", _ANNOUNCE_S):
                         await worker.channel.send(AddWeightSource(weights.manifest, source))
 

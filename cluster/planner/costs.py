@@ -31,22 +31,22 @@ EXCHANGE_BYTE_S = 1 / 12e9
 @dataclass(frozen=True, slots=True)
 class GpuFacts:
     device: str
-    memory_bytes: int  # memory that the worker may take of it
+    memory_bytes: int  # memory of the GPU that the worker may use
     profile: DeviceProfile | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
     name: str
-    memory_bytes: int | None  # memory that it may take in all; None: unknown
-    profile: DeviceProfile | None  # profile of its processor; None: not measured
+    memory_bytes: int | None  # RAM that the worker may use; None: unknown
+    profile: DeviceProfile | None  # profile of the processor; None: not measured
     threads: int = 1
-    reach: Link = NO_REACH  # its part of each of its links
-    gpus: tuple[GpuFacts, ...] = ()  # its GPUs; the other fields describe the processor
+    reach: Link = NO_REACH  # the worker's part of each of its links
+    gpus: tuple[GpuFacts, ...] = ()  # GPUs; the other fields describe the processor
     gpu_layers: int | None = None  # layers of a stage on its GPUs; None: as many as they have memory for
     device: str = "cpu"
-    joins_groups: bool = False  # automatic plans may have it in a group
-    placement: Placement = NO_RULES  # the user's rules for layers on its GPUs
+    joins_groups: bool = False  # the worker may be in a group of an automatic plan
+    placement: Placement = NO_RULES  # the user's rules for layers on GPUs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,19 +56,19 @@ class StageCosts:
 
     layers: int
     hidden_bytes: int  # bytes of a row between stages of whole layers
-    border_bytes: Counts  # the same before each layer, and behind the last one; more inside a mixture
-    expert_shards: int  # so many of `layers` are the parts of a layer
+    border_bytes: Counts  # `hidden_bytes` at each border; more inside a mixture
+    expert_shards: int  # number of `layers` that are parts of one layer
     held_bytes: Counts  # weights
     kv_token_bytes: Counts  # KV memory of a token
     state_bytes: Counts  # bytes of a state of a sequence
-    window_token_bytes: Counts  # the part of `kv_token_bytes` of layers with a window
-    possible: NDArray[np.bool_]  # stages whose layers read keys and values of their own stage
+    window_token_bytes: Counts  # the part of `kv_token_bytes` in layers with a window
+    possible: NDArray[np.bool_]  # stages whose layers read no other stage's keys and values
     expert_bytes: Counts  # the part of the weights in routers and experts
     model: ModelCosts
     _kinds: tuple[LayerCost, ...]  # different costs of layers
     _kind_of: Counts  # kind of each layer
-    _head: Counts  # 1 where a stage has the head; prefill does not need it
-    head_share: float = 1.0  # the part of the head that is here: steps are measured with all of it
+    _head: Counts  # 1 for stages with the head, which prefill does not need
+    head_share: float = 1.0  # the part of the head in this portion; steps are measured with the whole head
     _tables: dict[Hashable, Table] = field(default_factory=dict, repr=False)  # computed so far
 
     @classmethod

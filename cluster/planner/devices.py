@@ -66,7 +66,7 @@ class Division:
 
     devices: tuple[WorkerFacts, ...]
     bounds: tuple[Counts, ...]  # tables by start and end
-    moe_ends: tuple[Counts, ...]  # likewise, bounds[i] at least
+    moe_ends: tuple[Counts, ...]  # tables by start and end, at least bounds[i]
     moe: MoeLayers
 
     def held(self, start: int, end: int) -> tuple[Held, ...]:
@@ -120,8 +120,8 @@ class Division:
 class DeviceNeeds:
     """The bytes that stages need on a device, not counting the experts of `MoeLayers.fixed`."""
 
-    excess: Table  # needed beyond its memory with all other experts, by start and end
-    experts: Counts  # needed less where open experts of the first n layers are in RAM, by n
+    excess: Table  # bytes beyond the device's memory, with all other experts in it, by start and end
+    experts: Counts  # bytes that open experts of the first n layers free if they are in RAM, by n
     held_experts: Counts  # bytes of open experts of the first n layers, by n: rounding may make them free nothing
 
     def first_moe_end(self) -> Counts:

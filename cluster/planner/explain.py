@@ -99,7 +99,7 @@ def _reason(sizes: MemoryModel, worker: WorkerFacts, used: Collection[str], cont
     if others := sorted(other for other in used if frozenset((worker.name, other)) in sizes.request.partitions):
         return f"it and {', '.join(others)} cannot reach each other"
     layers, stages = sizes.stages.layers, len(used)
-    open_to = range(layers) if stages > 1 else (0, layers - 1)  # beside one other worker, it is the first or the last
+    open_to = range(layers) if stages > 1 else (0, layers - 1)  # with one other worker, it is the first or the last
     least = min(sum(sizes.parts(Held(worker, layer, layer + 1), contexts).values()) for layer in open_to)
     rooms = [device.memory_bytes for device in devices_of(worker)]
     room = max(least if memory_bytes is None else memory_bytes for memory_bytes in rooms)

@@ -37,7 +37,7 @@ def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> d
         "speculation": [asdict(gain) for gain in gains] or None,
     }
     times = [None] * len(plan.stages) if predicted is None else predicted.stages
-    del values["expert_shards"]  # places in layers have fractions instead
+    del values["expert_shards"]  # borders inside layers are fractions
     stages = [
         _in_layers(asdict(stage), plan)
         | {

@@ -55,7 +55,7 @@ class GroupLinks:
 @dataclass(frozen=True, slots=True)
 class GatherTimes(Generic[Seconds]):
     layers_s: Seconds
-    row_s: Seconds  # more for each row
+    row_s: Seconds  # additional seconds per row
     output_s: Seconds
     output_row_s: Seconds
 

@@ -20,7 +20,7 @@ _NOISE = 0.1
 @dataclass(frozen=True, slots=True)
 class Link:
     one_way_s: float  # seconds of an empty message
-    byte_s: float  # seconds of each byte
+    byte_s: float  # seconds per byte
     network_s: float | None = None  # the network's part of `one_way_s`; None: unknown
 
     @property

@@ -28,7 +28,7 @@ class StagePlace:
 
     threads: int
     context_length: int
-    is_last: bool  # it has the head
+    is_last: bool  # the stage has the head
     device: str = "cpu"
     layers: tuple[int, int] | None = None  # layers of the stage; None: the largest stage of its kind
     portion: Portion | None = None  # a group member's portion of the stage
@@ -47,17 +47,17 @@ class PlanRequest:
     workspace: Workspace
     objective: str = "latency"  # latency | throughput
     manual: tuple[Assignment, ...] | None = None
-    kv_memory_bytes: int | None = None  # per worker, at most; None: up to half of what weights and workspace leave
+    kv_memory_bytes: int | None = None  # most per worker; None: half of the memory that weights and workspace leave
     links: Links = UNKNOWN
     partitions: Pairs = frozenset()  # pairs that cannot reach each other: not adjacent
     max_batch_tokens: int = 0  # most rows of a microbatch
     rounding: Rounding = lambda device: 0
     rest_rounding: Rounding = lambda device: 0  # rounding of layers without their experts
     experts_cache_bytes: int | None = None  # most bytes of a GPU for copies of experts in RAM; None: all that is left
-    max_window: int = MAX_WINDOW  # drafted tokens of a sequence in a step, at most
+    max_window: int = MAX_WINDOW  # most drafted tokens of a sequence in a step
     group_costs: GroupCostsOf | None = None  # None: no groups
     largest_group: int = 1  # most workers of a group in an automatic plan
-    no_groups: str = ""  # why automatic plans have no groups, where that is not for the workers
+    no_groups: str = ""  # reason, other than the workers, why automatic plans have no groups
     kv_tokens: int | None = None  # most tokens to plan KV memory for, if it is not given; None: all sequences
 
     @property
@@ -76,7 +76,7 @@ class PlanRequest:
 class MemoryModel:
     stages: StageCosts
     request: PlanRequest
-    portion: Portion | None = None  # `stages` are of
+    portion: Portion | None = None  # the portion that `stages` describe
 
     def of(self, stages: StageCosts, portion: Portion | None = None) -> MemoryModel:
         return self if stages is self.stages else replace(self, stages=stages, portion=portion)
@@ -136,7 +136,7 @@ class MemoryModel:
                 return most if kv_bytes >= 0 else 0
             return min(most, kv_bytes // block_bytes)
         if self.stages.kv_token_bytes[start, end] == self.stages.window_token_bytes[start, end]:
-            most = min(most, self.request.context_blocks * self.request.max_sequences)  # more of them cost nothing
+            most = min(most, self.request.context_blocks * self.request.max_sequences)  # more experts cost nothing
         return bisect_right(range(1, most + 1), kv_bytes, key=lambda blocks: self.kv_bytes(start, end, blocks))
 
     def context_bytes(self, start: int, end: int, contexts: int = 1) -> int:

@@ -20,9 +20,9 @@ _NS = 1e9
 
 @dataclass(frozen=True, slots=True)
 class _Path:
-    round_s: float  # from the first stage through all others to the first one again
-    there_s: float  # from the coordinator through all of them to the coordinator
-    row_s: tuple[float, ...]  # seconds that each row's bytes add between stages
+    round_s: float  # seconds from the first stage through all others back to it
+    there_s: float  # seconds from the coordinator through all stages back to it
+    row_s: tuple[float, ...]  # seconds per row between stages
 
     @classmethod
     def of(cls, split: Sequence[HeldStage], links: Links) -> _Path:
@@ -149,4 +149,4 @@ def _tokens_per_s(split: Sequence[HeldStage], sequences: int, groups: int, path:
     times = [stage.decode_s(rows, concurrent=groups > 1) * _NS for stage in split]
     sent_s = rows * sum(path.row_s)
     cycle = cycle_ns(times, groups, (path.round_s + sent_s) * _NS)
-    return sequences / max(cycle, 1.0) * 1e9  # 0: what a worker says of itself
+    return sequences / max(cycle, 1.0) * 1e9  # 0: a worker's own statement

@@ -24,8 +24,8 @@ _STATE_MACS: Final = 4
 class Roofline:
     _read_bytes_s: float
     _int8_macs_s: float
-    _products: ProductTimes | None  # None: the profile has what kernels of all types reach
-    _row_s: float  # seconds of a row in a layer, beside products
+    _products: ProductTimes | None  # None: a GPU, whose limits hold for all types
+    _row_s: float  # seconds of a row in a layer without products
 
     @classmethod
     def of(cls, profile: DeviceProfile, device: str, hidden_bytes: int, *, concurrent: bool) -> Self:
@@ -36,7 +36,7 @@ class Roofline:
         return cls(limits.read_bytes_s, limits.int8_macs_s, products, row_s)
 
     def layer_s(self, layer: LayerCost, rows: int, sequences: int) -> float:
-        """Returns the seconds of a layer without experts, which have other limits and may be on another device."""
+        """Returns the seconds of a layer. Experts are estimated separately, because they have other limits."""
         return self._rest_s(layer, rows, sequences) + self.experts_s(layer, rows)
 
     def experts_s(self, layer: LayerCost, rows: int) -> float:

@@ -19,7 +19,7 @@ class Rows:
     rows: int
     steps: float
     is_prompt: bool = False
-    concurrent: bool = False  # other stages of the machine compute too
+    concurrent: bool = False  # other stages of the machine compute meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Work:
     slowest_rows: int  # rows that a link carries meanwhile
     each: tuple[Rows, ...]
     hops: int  # messages from stage to stage
-    hop_rows: int  # rows of these
+    hop_rows: int  # rows of these messages
     adds_up: bool
 
     def seconds(self, slowest: float, total: float) -> float:

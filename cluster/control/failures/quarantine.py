@@ -31,8 +31,8 @@ class FailureRecord:
     end_s: float
     reason: str  # reason of the last failure
     requests: frozenset[int] = frozenset()
-    failures_within: int = 0  # its quarantine, where it was used all the same; each soon after the one before
-    retry_at_s: float = 0.0  # time until which requests wait for another worker to take its place
+    failures_within: int = 0  # failures soon after one another during a quarantine in which the worker was used
+    retry_at_s: float = 0.0  # time until which requests wait for a replacement of the worker
 
     def failed_within(self, reason: str, requests: frozenset[int], now_s: float) -> FailureRecord:
         """Returns the record after a failure during the quarantine. The pause before the next attempt grows; it is the

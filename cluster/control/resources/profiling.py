@@ -41,7 +41,7 @@ class WorkerProfiles:
         self._state_dir = state_dir
         self._report = report
         self._limit_s = config.timeouts.load
-        self._has_own_processes = config.launcher_facts.is_local  # else workers would count as other programs
+        self._has_own_processes = config.launcher_facts.is_local  # otherwise workers would count as other programs
         self._known = {} if anew else read_profiles(state_dir)  # by `measurement_key`
         self._loads = {} if anew else read_other_loads(state_dir)  # likewise
         self._used: dict[tuple[str, str], Profile] = {}  # kept by machine and fingerprint, as other workers come and go

@@ -29,11 +29,11 @@ class WorkerResources:
     machine_free_bytes: int = 0  # memory for all workers of its machine together; 0: unknown
     gpus: tuple[Gpu, ...] = ()
     gpu_layers: int | None = None
-    memory_group: str = ""  # the control group of the machine that limits its memory; "": none does
+    memory_group: str = ""  # the control group that limits the worker's memory; "": none
     threads: int = 1
     accepts_links: bool = False  # accepts links of members of a group
-    is_fresh: bool = False  # its memory is less than what its machine's shares are made from
-    measuring_bytes: int = 0  # taken since `machine_free_bytes` was reported
+    is_fresh: bool = False  # the worker reported its free memory again, which limits its share
+    measuring_bytes: int = 0  # bytes taken since `machine_free_bytes` was reported
 
     @property
     def joins_groups(self) -> bool:

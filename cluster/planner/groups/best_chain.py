@@ -30,10 +30,10 @@ _WORTH_ROOM = 1.1
 @dataclass(frozen=True, slots=True)
 class Found:
     entries: tuple[Assignment, ...]
-    contexts: int  # whole contexts that KV memory suffices for
+    contexts: int  # full-length sequences that fit in KV memory
     seconds: float = 0.0  # time by the objective
     optimality_gap: float | None = None  # see `Plan`
-    single: Found | None = None  # best chain without groups, if this one has some
+    single: Found | None = None  # best chain without groups, if this chain has groups
 
     @property
     def has_groups(self) -> bool:
@@ -50,7 +50,7 @@ def best_chain(sizes: MemoryModel, workers: Sequence[WorkerFacts], contexts: Seq
     for count in contexts:
         classes = worker_classes(workers, partial(stage_tables, sizes, count, works), unlike)
         if found is not None and all(map(WorkerClass.costs_as, classes, before)):
-            break  # memory is not what decides
+            break  # memory does not decide
         before = classes
         below = float("inf") if found is None else found.seconds / _WORTH_ROOM
         new = _Search(sizes, workers, classes, works, count).found(below)

@@ -17,7 +17,7 @@ _NEVER_S = 1e300
 class LayerBounds:
     """Lower bounds on the seconds of layers for one `Work`, as if groups could divide a layer in any ratio."""
 
-    _rates: Table  # [classes, layers]: layers a second of one worker
+    _rates: Table  # [classes, layers]: layers per second of one worker
     _gathers_s: Table  # seconds of each layer's gathers in a group
     _together: dict[Counts, Table] = field(default_factory=dict)
     _rest: dict[Counts, Table] = field(default_factory=dict)

@@ -29,7 +29,7 @@ class DividedCosts:
     follower: StageCosts
     coarse: tuple[tuple[int, StageCosts], ...]
     fine: StageCosts
-    least_units: int  # least units of the parts that are divided at will
+    least_units: int  # least units of the parts that are divisible in any ratio
     divided: tuple[DividedLayer, ...]
 
     @classmethod

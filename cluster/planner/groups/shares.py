@@ -43,7 +43,7 @@ def _filled(seconds: DividedTables, lacking: DividedTables, units: int, *, margi
     most = np.where(short > 0, 0.0, np.clip(rooms - margin * least, 0.0, 1.0))
     times = np.sort(np.concatenate([fixed + least * each, fixed + np.maximum(most, least) * each]), axis=0)
     sums = np.array([_taken(time, fixed, each, least, most).sum(axis=0) for time in times])
-    after = np.minimum((sums < 1).sum(axis=0), len(times) - 1)  # the first time that suffices; else the last one
+    after = np.minimum((sums < 1).sum(axis=0), len(times) - 1)  # the first time that suffices, otherwise the last one
     before = np.maximum(after - 1, 0)
     (low, high), (low_sum, high_sum) = (
         np.take_along_axis(values, np.array([before, after]), 0) for values in (times, sums)

@@ -29,8 +29,8 @@ class _Kinds:
     or neither end it."""
 
     kind_of: Counts  # by start and end
-    places: tuple[Counts, Counts]  # start and end of one of each kind
-    cells: Counts  # cell of each kind, whose shares it has
+    places: tuple[Counts, Counts]  # start and end of one stage of each kind
+    cells: Counts  # number of each kind's cell, which states the shares
 
     @classmethod
     def of(cls, costs: GroupCosts) -> _Kinds:

@@ -37,9 +37,9 @@ class Step:
 
     holder: int
     before: tuple[int, ...]
-    is_first: bool  # it may be
-    own: Counts = ()  # the holder's workers; (): not told
-    left: Counts = ()  # workers that are not used then
+    is_first: bool  # the holder may have the first stage
+    own: Counts = ()  # the holder's workers; (): unknown
+    left: Counts = ()  # workers that are unused after this step
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class _Run:
         self._layers = self._table(0)[0].layers
         self._never = np.full(self._layers + 1, inf)
         self._best: list[Table] = []  # least cost at each place, [layers covered]
-        self._before: list[Table] = []  # the same without its own stage
+        self._before: list[Table] = []  # the same without the step's own stage
 
     def least(self) -> Split | None:
         last, least = None, inf
@@ -130,8 +130,7 @@ class _Run:
         return self._tables[holder]
 
     def _extended(self, costs: Table, place: Step) -> Table:
-        """Adds the step's own stage. The cost is infinite if cost and lower bound of the rest exceed the total's
-        limit."""
+        """Adds the step's stage. Costs are infinite if they and the rest's lower bound exceed the total's limit."""
         bounds = self._steps.bounds if place.own and self._most < inf else None
         rest: Table = np.zeros(1)
         if bounds is not None:

@@ -83,7 +83,7 @@ def _is_faster(plan: Plan, other: Plan) -> bool:
 def _plans_with(
     holder: WorkerFacts, workers: Sequence[WorkerFacts] | None, make_plan: MakePlan, *, is_manual: bool
 ) -> Iterator[Plan]:
-    """Yields plans in which the holder has layers. `workers`: the encoder's memory is taken; None: too little."""
+    """Yields plans in which the holder has layers. `workers` exclude the encoder's memory; None: it does not fit."""
     plan = _plan_of(make_plan, workers)
     if plan is None or workers is None:
         return

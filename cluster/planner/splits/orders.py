@@ -146,7 +146,7 @@ def _with_best_ends(file: _Tables, limits: Table) -> list[Order]:
 def _best_ends(order: _Tables, limit: float) -> Order | None:
     """Returns the order with the best first and last worker; None if it cannot cover all layers within the limit."""
     layers, numbers = order[0][1].layers, np.arange(len(order))
-    # [workers, layers]: where a stage ends at most
+    # [workers, layers]: the greatest possible end of a stage
     reach = np.array([_reach(table, limit) for _, table in order])
     first, last = numbers[:, np.newaxis], numbers[np.newaxis, :]
     covered = np.repeat(reach[:, :1], len(order), axis=1)  # [first worker, last worker]

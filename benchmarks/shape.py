@@ -38,7 +38,7 @@ class Shape:
     context: int = 8192
     experts: int = 0
     experts_used: int = 2
-    tied: int = 0  # 1: its head is the embedding
+    tied: int = 0  # 1: the head is the embedding
 
     @property
     def head_dim(self) -> int:

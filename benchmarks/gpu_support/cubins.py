@@ -28,7 +28,7 @@ def open_nvrtc_in(folder: Path) -> Nvrtc:
     if found is None:
         raise UsageError(f"{folder}: no libnvrtc.so.* there")
     for path in folder.glob("libnvrtc-builtins.so.*"):
-        ctypes.CDLL(str(path))  # NVRTC asks for it by name, without a folder
+        ctypes.CDLL(str(path))  # NVRTC loads it by name, without a folder
     return Nvrtc(str(found))
 
 

@@ -20,11 +20,10 @@ _TOGETHER = 8
 
 @dataclass(frozen=True, slots=True)
 class CopiedSteps:
-    """Seconds of measurements in immediate succession: a prefill, and a decode step of one and of several sequences,
-    without copies of experts. `copied` has decode steps with copies."""
+    """Decode steps with copies of experts."""
 
-    step_s: float  # of one
-    hits: int  # uses of experts of which there were copies
+    step_s: float  # seconds of a step
+    hits: int  # uses of experts that had copies
     misses: int
 
     @property
@@ -34,12 +33,15 @@ class CopiedSteps:
 
 @dataclass(frozen=True, slots=True)
 class Round:
+    """Seconds of a prefill and of decode steps of one and of several sequences, measured one after another, without
+    copies of experts. `copied` has the steps with copies."""
+
     rates: Rates
     prefill_s: float
     step_s: float
     many_s: float
-    theirs: Speed | None = None  # llama.cpp's
-    copied: Mapping[int, CopiedSteps] = field(default_factory=dict)  # by sequences
+    theirs: Speed | None = None  # speed of llama.cpp
+    copied: Mapping[int, CopiedSteps] = field(default_factory=dict)  # by number of sequences
 
     def steps_s(self, sequences: int) -> float:
         return self.step_s if sequences == 1 else self.many_s

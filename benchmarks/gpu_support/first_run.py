@@ -56,8 +56,8 @@ class Step:
     limit_s: int
     command: str
     needs: str = ""
-    model: str = ""  # file in the folder of models
-    is_vital: bool = False  # without it, no other can pass
+    model: str = ""  # name of the step's file in the folder of models
+    is_vital: bool = False  # without this step, no other can pass
 
 
 def _tests(name: str, *files: str, limit_s: int = 300, options: str = "") -> Step:
@@ -106,7 +106,7 @@ class Outcome:
     status: int
     seconds: float
     sources: str
-    tail: tuple[str, ...]  # its last lines
+    tail: tuple[str, ...]  # last lines of the output
 
     @property
     def passed(self) -> bool:
@@ -124,7 +124,7 @@ class Record:
                 raise UsageError(f"{path}: no plain file, and in the way of one; remove it")
         try:
             self._outcomes = _outcomes(self._path.read_bytes()) if self._path.exists() else {}
-        except (ValueError, RecursionError):  # the latter of brackets, thousands deep
+        except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
             raise UsageError(f"{self._path}: no outcomes of steps; remove it to run all of them again") from None
 
     def outcome(self, step: Step) -> Outcome | None:
@@ -145,12 +145,14 @@ def _outcomes(data: bytes) -> dict[str, Outcome]:
     found = json.loads(data)
     if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
         raise ValueError("no objects by names")
-    known = {field.name for field in fields(Outcome)}  # others: of another version of this program
+    known = {field.name for field in fields(Outcome)}  # other keys: a record of another version of this program
     return {name: _outcome(**values) for name, values in found.items() if values.keys() == known}
 
 
 def _outcome(status: object, seconds: object, sources: object, tail: object) -> Outcome:
-    if type(status) is not int or type(seconds) not in (int, float) or not isinstance(sources, str):  # no bool either
+    if (
+        type(status) is not int or type(seconds) not in (int, float) or not isinstance(sources, str)
+    ):  # a bool is refused as well
         raise ValueError("of other types")
     if not isinstance(tail, list) or not all(isinstance(line, str) for line in tail):
         raise ValueError("no lines")
@@ -192,7 +194,7 @@ def _run(step: Step, log: Path, places: dict[str, str]) -> int:
     script = " && ".join(_filled(command, places) for command in (*commands, step.command))
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     with log.open("w") as file:
-        _signals(signal.SIG_BLOCK)  # one within Popen would leave a process without a name
+        _signals(signal.SIG_BLOCK)  # a signal within Popen would leave a process that nobody ends
         try:
             process = subprocess.Popen(
                 ["bash", "-c", script],
@@ -228,13 +230,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         while _is_running(process.pid) and time.monotonic() < end_s:
             time.sleep(_POLL_S)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # its first process is not reaped yet, so the number is still its own
+        os.killpg(process.pid, signal.SIGKILL)  # its first process is not reaped yet, so no other process has this id
         process.wait()
 
 
 def _is_running(group: int) -> bool:
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it is gone meanwhile
+        with suppress(OSError):  # the process has ended meanwhile
             state, _, its_group = path.read_text(errors="replace").rpartition(")")[2].split()[:3]
             if int(its_group) == group and state not in "ZX":
                 return True

@@ -19,7 +19,7 @@ class LlamaCpp:
     without flash attention."""
 
     program: Path
-    gpu: int  # as CUDA numbers it
+    gpu: int  # CUDA's number of the GPU
     prompt: int
     generate: int
     runs: int = 2

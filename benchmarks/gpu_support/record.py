@@ -113,7 +113,7 @@ def software() -> dict[str, str | None]:
         number = cupy.cuda.runtime.driverGetVersion()
         found |= {"cuda": f"{number // 1000}.{number % 1000 // 10}", "cupy": cupy.__version__}
         found["nvrtc"] = ".".join(map(str, open_nvrtc().version))
-    except UsageError:  # of a device that is none
+    except UsageError:  # the device does not exist
         pass
     return found | {"python": platform.python_version()}
 

@@ -41,10 +41,10 @@ class Task:
     prompt: int = 512
     generate: int = 64
     sequences: int = 8
-    gpu_memory_bytes: int | None = None  # of VRAM, at most; what does not fit stays in RAM
+    gpu_memory_bytes: int | None = None  # most VRAM; layers that do not fit stay in RAM
     graphs: bool = True
-    cpu_moe: int | None = None  # so many first layers have their experts in RAM; None: those for which there is no room
-    experts_cache_bytes: int | None = None  # of VRAM, at most, for copies of experts in RAM; None: what is left
+    cpu_moe: int | None = None  # number of first layers with experts in RAM; None: as many as VRAM lacks room for
+    experts_cache_bytes: int | None = None  # most VRAM for copies of experts in RAM; None: all that is left
 
     @property
     def context(self) -> int:
@@ -133,7 +133,7 @@ class Loaded:
             gpu = backends.open_gpu(task.device, threads, cap_bytes, kernels_dir=kernels, graphs=task.graphs)
             return held.enter_context(closing(gpu))
 
-        self._probed = opened(1, None)  # without a cap, which is for the model
+        self._probed = opened(1, None)  # without the limit, which is for the model alone
         kept_bytes = min(_PROBE_BYTES, self._probed.gpu().total_bytes // _PROBE_SHARE)
         room_bytes = self._probed.free_bytes - kept_bytes
         self.gpu = opened(task.threads, min(task.gpu_memory_bytes or room_bytes, room_bytes))

@@ -22,7 +22,9 @@ def unpack(archive: Path, unpacked: Path, tree: Path) -> None:
     """Unpacks the kit. Replaces an earlier kit together with its state."""
     shutil.rmtree(unpacked, ignore_errors=True)
     with tarfile.open(archive) as content:
-        content.extractall(unpacked, filter="data")  # this user's, not writable by others: else no kernel is used
+        content.extractall(
+            unpacked, filter="data"
+        )  # this user's and not writable by others, otherwise kernels are not used
     shutil.copy(unpacked / "native" / "_native.abi3.so", tree / "src" / "llamaclust" / "kernels")
     home, program = unpacked / "home", unpacked / "bin" / "llamaclust"
     home.mkdir()

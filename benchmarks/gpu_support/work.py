@@ -52,9 +52,11 @@ class Work:
     generate: int
     sequences: int
     prefill_macs: Amount
-    weight_bytes: Mapping[int, Amount]  # read by a step of so many rows: one, all sequences', a prompt's
-    kv_bytes: Amount  # read by a step for each sequence, in the mean
-    expert_bytes: Mapping[int, float] = field(default_factory=dict)  # of weights in RAM, what GPUs may have copies of
+    weight_bytes: Mapping[int, Amount]  # bytes read by a step, by rows: 1, all sequences, a prompt
+    kv_bytes: Amount  # mean bytes that a step reads per sequence
+    expert_bytes: Mapping[int, float] = field(
+        default_factory=dict
+    )  # the part of weights in RAM that GPUs may have copies of
 
     @classmethod
     def of(cls, model: Model, gpu: DeviceLayers, prompt: int, generate: int, sequences: int) -> Self:

@@ -60,10 +60,10 @@ for connection in connections:
 class Others:
     client: AsyncClient
     bench: Bench
-    gap_s: float = 0.0  # the longest between two tokens of one stream
-    live_s: float = 0.0  # the longest of `/live`
-    first_s: list[float] = field(default_factory=list)  # to the first token of the short requests
-    most_mib: float = 0.0  # of the coordinator
+    gap_s: float = 0.0  # longest time between two tokens of one stream
+    live_s: float = 0.0  # longest time of `/live`
+    first_s: list[float] = field(default_factory=list)  # times to the first token of short requests
+    most_mib: float = 0.0  # memory of the coordinator
     idle_mib: float = 0.0
 
     def clear(self) -> None:

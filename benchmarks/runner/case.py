@@ -22,8 +22,8 @@ class Group:
     name: str
     variants: Mapping[str, Variant]
     goals: Mapping[str, str] = field(default_factory=dict)
-    rounds: int | None = None  # instead of those that are asked for
-    in_order: bool = False  # in every turn; else every second one is in the opposite order
+    rounds: int | None = None  # replaces the requested number
+    in_order: bool = False  # in every turn; otherwise every second turn has the opposite order
     turns: list[dict[str, Measures]] = field(default_factory=list)  # filled by the runner
 
     def values(self, variant: str, name: str) -> list[float]:
@@ -44,7 +44,7 @@ class Case(ABC):
     """The base of all cases. A case is a frozen dataclass; its docstring is its help."""
 
     rounds: ClassVar[int] = 5
-    warm: ClassVar[int] = 0  # turns that do not count, before the others
+    warm: ClassVar[int] = 0  # number of first turns that do not count
 
     @abstractmethod
     def groups(self) -> AsyncIterator[Group]:

@@ -37,7 +37,7 @@ class Prompt:
     tokens: tuple[int, ...]
     temperature: float = 0.0
     seed: int = 0
-    most: int | None = None  # tokens of the answer; None: as many as are asked for
+    most: int | None = None  # tokens of the answer; None: the requested number
 
 
 def prompts(model: Model, kinds: tuple[str, ...], count: int, characters: int, seed: int) -> Iterator[Prompt]:

@@ -65,5 +65,5 @@ def pin_process(pid: int, core: int) -> None:
 
 def _pin(threads: Iterable[int], cores: Collection[int]) -> None:
     for thread in threads:
-        with suppress(ProcessLookupError):  # it has just ended
+        with suppress(ProcessLookupError):  # the thread has just ended
             os.sched_setaffinity(thread, cores)

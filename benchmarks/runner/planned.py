@@ -36,7 +36,7 @@ class Shape:
     what: str
     threads: tuple[int, ...]
     memory_mib: tuple[int, ...] = ()
-    links: tuple[Link, ...] = ()  # of each worker's host; the coordinator's has no delay
+    links: tuple[Link, ...] = ()  # links of the workers' hosts; the coordinator's host has no delay
     objective: str = "latency"
     is_small: bool = False
 

@@ -90,5 +90,5 @@ def before_other_programs(pids: Iterable[int], *, priority: int = 1) -> Iterator
 
 def _schedule(threads: Iterable[int], policy: int, priority: int) -> None:
     for thread in threads:
-        with suppress(ProcessLookupError):  # it has just ended
+        with suppress(ProcessLookupError):  # the thread has just ended
             os.sched_setscheduler(thread, policy, os.sched_param(priority))

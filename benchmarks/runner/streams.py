@@ -52,7 +52,7 @@ class Answer:
     begun_s: float
     arrivals: tuple[tuple[float, int], ...]
     ids: tuple[int, ...]
-    logprobs: tuple[float, ...]  # of the chosen tokens, if they were requested
+    logprobs: tuple[float, ...]  # logprobs of the chosen tokens, if requested
 
     @property
     def first_s(self) -> float:
@@ -74,7 +74,7 @@ async def answer(api: str, prompt: Sequence[int], tokens: int, **more: Any) -> A
     body = {"prompt": [*prompt], "max_tokens": tokens, "temperature": 0.0, "ignore_eos": True, **more}
     begun_s, lines = perf_counter(), list[tuple[float, bytes]]()
     reader, writer = await requested(api, {**body, "return_token_ids": True})
-    while data := await event(reader):  # what they say is read later: it would delay the next one
+    while data := await event(reader):  # events are parsed later, because parsing would delay the next event
         lines.append((perf_counter(), data))
     writer.close()
     found = read_answer(begun_s, lines)

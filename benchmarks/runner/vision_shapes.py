@@ -21,7 +21,7 @@ class VisionShape:
     number of them. `kept`: layers with a projector of their own (deepstack)."""
 
     projector: str
-    quant_type: QuantType  # of the files that people download
+    quant_type: QuantType  # type of the files that people download
     width: int
     layers: int
     ffn: int

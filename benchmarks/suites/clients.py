@@ -55,9 +55,9 @@ _PYTEST = ("pytest==9.2.0", "pytest-asyncio==1.5.0")
 class Suite:
     packages: tuple[str, ...]
     cases: str = ""
-    repository: str = ""  # of which it needs a checkout
-    part: tuple[str, str] = ("", "")  # a package and its one file that is needed, without what the package depends on
-    document: Document | None = None  # in place of cases
+    repository: str = ""  # the repository whose checkout the suite needs
+    part: tuple[str, str] = ("", "")  # a package and the only file of it that is needed, without dependencies
+    document: Document | None = None  # replaces `cases`
     stand_in: str = ""  # a small model that is served instead of the user's model
 
     @property
@@ -120,10 +120,10 @@ class Target:
     """The server that suites run against."""
 
     api: str  # base URL
-    model: str  # its served name
-    checkouts: Mapping[str, Path] = field(default_factory=dict)  # of repositories, by suite
-    limit_s: float = _LIMIT_S  # for one suite
-    examples: int = _EXAMPLES  # of an operation of a document, beside those that try each of its fields
+    model: str  # the model's served name
+    checkouts: Mapping[str, Path] = field(default_factory=dict)  # checkouts of repositories by suite
+    limit_s: float = _LIMIT_S  # most seconds per suite
+    examples: int = _EXAMPLES  # requests per operation of a document, in addition to those for each of its fields
 
     def variables(self, suite: str) -> dict[str, str]:
         own = {"SUITE_API": self.api, "SUITE_MODEL": self.model}
@@ -179,7 +179,7 @@ def _command(suite: Suite, folder: Path, report: Path, target: Target, checkout:
         return [str(folder / "bin" / "schemathesis"), *made, "--report=junit", f"--report-junit-path={report}"]
     cases = HERE / "cases" / suite.cases
     if suite.is_node:
-        for name in ("server.mjs", suite.cases):  # beside their packages, where node looks for them
+        for name in ("server.mjs", suite.cases):  # next to the packages, where node finds them
             shutil.copy(cases.with_name(name), folder)
         reporter = ["--test-reporter=junit", f"--test-reporter-destination={report}"]
         return ["node", "--test", *reporter, str(folder / suite.cases)]

@@ -108,7 +108,7 @@ def cluster_file(flags: dict[str, str], folder: Path) -> dict[str, Any]:
 def served(flags: dict[str, str]) -> dict[str, Any]:
     """Returns the cluster file's keys for the model and adapters, or for a router's models."""
     model, idle_s = model_of(flags), int(flags.get("--sleep-idle-seconds", "-1"))
-    if model is not None and idle_s > 0:  # a model that sleeps is one of `models`
+    if model is not None and idle_s > 0:  # only an entry of `models` can sleep
         return {"models": [{"model": str(model), "name": flags["--alias"], "keep_alive": f"{idle_s}s"}]}
     if model is None:
         models = [{"model": str(path), "name": name} for name, path in routed_models().items()]

@@ -67,7 +67,7 @@ def prepare(source: Path, folder: Path) -> Path:
     """Copies the tests and their templates, and makes the server that they start. Returns the folder of the tests."""
     for part in (TESTS, TEMPLATES):
         shutil.copytree(source / part, folder / part)
-    (folder / TESTS / "tmp").mkdir(exist_ok=True)  # of slots
+    (folder / TESTS / "tmp").mkdir(exist_ok=True)  # folder of slots
     server = folder / "llama-server"
     server.write_text(f'#!/bin/sh\nexec {sys.executable} {HERE.resolve() / "llama_server.py"} "$@"\n')
     server.chmod(0o755)
@@ -77,9 +77,9 @@ def prepare(source: Path, folder: Path) -> Path:
 @dataclass(frozen=True, slots=True)
 class Run:
     tests: Path
-    folder: Path  # for files of the servers
+    folder: Path  # folder for files of the servers
     model: Path
-    server: Path | None  # a llama-server, in place of a cluster
+    server: Path | None  # a llama-server that is tested instead of a cluster
 
     def file(self, name: str, report: Path, expression: str) -> None:
         """Runs a file of tests. The JUnit file with the results is written when all have ended."""

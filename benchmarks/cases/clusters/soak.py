@@ -27,7 +27,7 @@ from llamaclust.tools.chaos.tally import Comparison, Tally
 
 _CONTEXT_TOKENS = 256
 _LONGEST_WORDS = 30
-_KINDS = 32  # of requests
+_KINDS = 32  # kinds of requests
 _LOOK_S = 1.0
 _AWAY_S = 2.0
 _TIMEOUT_S = 300.0

@@ -44,7 +44,7 @@ def _grid() -> list[_Case]:
     machines differ in speed and memory."""
     cases = []
     for number, (model, count, (gbit, ms)) in enumerate(itertools.product(_MODELS, _COUNTS, _NETWORKS)):
-        if number % 3:  # a third of all, in turns of everything
+        if number % 3:  # a third of the cases, spread over all combinations
             continue
         source = random.Random(number)
         file_bytes = assumed_model(model).file.size_bytes

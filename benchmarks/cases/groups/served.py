@@ -102,7 +102,7 @@ class ServedWay:
     async def reading(self) -> tuple[float, ...]:
         """Returns milliseconds since the start: computing of the stages, waiting of the leader in gathers, and
         processor time of each process. Waits until heartbeats have counted all steps."""
-        used = tuple(map(_processor_ms, self.pids))  # first: waiting for the rest takes some
+        used = tuple(map(_processor_ms, self.pids))  # read first, because waiting for heartbeats takes processor time
         for _ in range(_LOOKS):
             found = await self.bench.cluster()
             beats = {worker["name"]: worker["heartbeat"] for worker in found["status"]["workers"]}

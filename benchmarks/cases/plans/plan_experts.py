@@ -18,7 +18,7 @@ from llamaclust.model.gguf.model_file import open_model
 from support.network.box import Box, missing
 
 _CONTEXT, _LONG_PROMPT = 1024, 512
-_OWN_MIB = 700  # of a worker, beside its weights
+_OWN_MIB = 700  # memory of a worker in addition to weights
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from llamaclust.model.quant_types import QuantType
 from llamaclust.wire.control.profiles import ProfileWorker
 
 _TOKENS, _PROMPT, _CONTEXT = 32, 512, 1024
-_SHORT_PROMPT = 224  # behind it attention looks at as many keys as in the trials of workers
+_SHORT_PROMPT = 224  # after it, attention reads as many keys as when workers measure themselves
 _KINDS = ("steps", "products", "limits")
 
 

@@ -51,7 +51,9 @@ class IdleStreams(Case):
             before_mib = resident_mib(bench.coordinator.pid)
             reader, writer = await requested(bench.api, {**_BODY, "max_tokens": _LAST + 50})
             await event(reader)
-            before = asyncio.create_task(_events(reader, _FIRST - 1))  # read as they come, also while others are opened
+            before = asyncio.create_task(
+                _events(reader, _FIRST - 1)
+            )  # read as they arrive, even while other streams are opened
             async with _waiting(bench.api, streams):
                 more_kib = 1024 * (resident_mib(bench.coordinator.pid) - before_mib)
                 if before.done():

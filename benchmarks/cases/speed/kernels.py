@@ -25,7 +25,7 @@ WORK = 4e9
 """The number of multiply-adds of a measurement with many tokens."""
 _READ_S, _PEAK_S = 0.2, 0.05
 FAR, NEAR = "far", "near"
-_FEW_TOKENS = 2  # of products that know both ways to prefetch
+_FEW_TOKENS = 2  # most tokens of products that have both ways to prefetch
 _MOST_THREADS = 1024
 _LEAST_WEIGHTS = 1 << 16
 

@@ -29,7 +29,7 @@ class Served:
     tokens: int = 0
     errors: int = 0
     first_s: list[float] = field(default_factory=list)
-    reason: str = ""  # of the first error
+    reason: str = ""  # reason of the first error
 
 
 @dataclass(frozen=True)

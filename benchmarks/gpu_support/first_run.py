@@ -121,11 +121,11 @@ class Record:
         self._partial = self._path.with_suffix(".tmp")
         for path in (self._path, self._partial):
             if path.exists() and not path.is_file():
-                raise UsageError(f"{path}: no plain file, and in the way of one; remove it")
+                raise UsageError(f"{path}: not a regular file; remove it")
         try:
             self._outcomes = _outcomes(self._path.read_bytes()) if self._path.exists() else {}
         except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
-            raise UsageError(f"{self._path}: no outcomes of steps; remove it to run all of them again") from None
+            raise UsageError(f"{self._path}: has no outcomes of steps; remove it to run all steps again") from None
 
     def outcome(self, step: Step) -> Outcome | None:
         found = self._outcomes.get(step.name)

@@ -75,7 +75,7 @@ async def _answer(process: asyncio.subprocess.Process) -> dict[str, Any] | None:
     assert process.stdout is not None
     line = await process.stdout.readline()
     if not line and await process.wait():
-        raise LlamaclustError(f"a run of the case ended with {process.returncode}")
+        raise LlamaclustError(f"the process of a case ended with exit status {process.returncode}")
     return json.loads(line) if line else None
 
 

@@ -54,7 +54,7 @@ def their_speed(program: Path, answers: Sequence[Any]) -> Speed:
         decodes = [float(answer["avg_ts"]) for answer in answers if answer["n_prompt"] == 0]
         return Speed(max(prefills, default=None), max(decodes))
     except (KeyError, TypeError, ValueError):
-        raise UsageError(f"{program}: its JSON is not that of llama-bench; take a newer one") from None
+        raise UsageError(f"{program}: prints other JSON than llama-bench; use a newer llama-bench") from None
 
 
 def json_of(command: Sequence[str]) -> Any:
@@ -64,10 +64,10 @@ def json_of(command: Sequence[str]) -> Any:
     except OSError as error:
         raise UsageError(f"{command[0]}: cannot be run: {error.strerror}") from error
     except subprocess.TimeoutExpired:
-        raise UsageError(f"{command[0]}: not done after {_DEADLINE_S} s; measure less") from None
+        raise UsageError(f"{command[0]}: not finished after {_DEADLINE_S} s; measure less") from None
     if done.returncode != 0:
         last = " ".join(done.stderr.strip().splitlines()[-1:])
-        raise UsageError(f"{command[0]} failed: {last or f'it ended with {done.returncode} and no word'}")
+        raise UsageError(f"{command[0]} failed: {last or f'exit status {done.returncode}, no output'}")
     try:
         return json.loads(done.stdout)
     except ValueError:

@@ -15,7 +15,7 @@ _Value = TypeVar("_Value")
 
 def natural(text: str) -> int:
     if not re.fullmatch("[0-9]{1,7}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 0 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
 
 

@@ -68,7 +68,7 @@ async def _order(process: Process, orders: FileIO, replies: FileIO, words: bytes
             if await asyncio.to_thread(select.select, [replies], [], [], _LOOK_S) != ([], [], []):
                 replies.read(16)
                 return
-    raise LlamaclustError(f"perf stat ended with {process.returncode}")
+    raise LlamaclustError(f"perf stat ended with exit status {process.returncode}")
 
 
 def _count(text: str) -> int | None:

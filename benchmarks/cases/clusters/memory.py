@@ -54,7 +54,7 @@ class Memory(Case):
                         yield group
                         worst = max(worst, abs(group.values(name, "worst")[0]))
         if worst > _MOST:
-            raise LlamaclustError(f"a figure is {worst:.1%} away from what is resident; {_MOST:.0%} is wanted at most")
+            raise LlamaclustError(f"a figure is {worst:.1%} away from resident memory; at most {_MOST:.0%} is allowed")
 
     def _stages(
         self, path: Path, model: Model, cut: tuple[int, ...]

@@ -137,7 +137,7 @@ class SoakCase(Case):
                 yield group
                 changes.append(abs(group.values(name, "change")[0]))
         if not soak.compared.is_intact or soak.errors or max(changes) > _MOST_CHANGE:
-            raise LlamaclustError(f"answers or memory are not as they should be; seed {self.seed}")
+            raise LlamaclustError(f"an answer differs, or memory has changed too much; seed {self.seed}")
 
     async def _undisturbed(self, bench: Bench) -> dict[int, Received]:
         async with AsyncClient(bench.api) as client:

@@ -201,7 +201,7 @@ class PlanGrid(Case):
             if outcome is not None:
                 yield Group("", {f"{case.machines} {case.model}": partial(_same, outcome)})
                 worst, fitting = max(worst, float(outcome["ratio"])), fitting + 1
-        print(f"choices: {fitting} of {len(cases)} models fit; worst beside the best other plan: {worst:.3f}")
+        print(f"choices: {fitting} of {len(cases)} models fit; worst relative to the best other plan: {worst:.3f}")
         if worst > _WORSE:
             raise LlamaclustError(f"another plan is faster by more than {_WORSE - 1:.0%}; seed {self.seed}")
 

@@ -174,7 +174,7 @@ class Prefill(Case):
             each.send(bands)
         found = [await asyncio.to_thread(_answer, each) for each in orders]
         if len({result for *_, result in found}) != 1:
-            raise LlamaclustError("members have other bits than each other")
+            raise LlamaclustError("results of the members have different bits")
         run_ms, waited_ms, sent_bytes, result = found[0]
         layer = {"ms": run_ms / self.layers, "waiting": waited_ms / self.layers}
         return {**layer, "MB sent": sent_bytes / self.layers / 1e6, "bits": result}

@@ -111,7 +111,7 @@ class ServedWay:
                 computed = sum(stage["compute_ms"] * stage["microbatches"] for stage in found["stages"])
                 return computed, sum(1e3 * group["waited_s"] for group in found["status"]["groups"]), *used
             await asyncio.sleep(_LOOK_S)
-        raise LlamaclustError(f"{self.name}: no heartbeat tells of the last step")
+        raise LlamaclustError(f"{self.name}: no heartbeat has counted the last step")
 
 
 def _processor_ms(pid: int) -> float:

@@ -112,7 +112,7 @@ async def _theirs(program: Path, projector: Projector, tile: NDArray[np.uint8], 
         asked.write(b"\n")
         line = await answers.readline()
         if not line:
-            raise LlamaclustError(f"{program} ended with {await process.wait()} and no word")
+            raise LlamaclustError(f"{program} ended with exit status {await process.wait()} and no output")
         return _speed(tile, projector, 1e-3 * float(line))
 
     try:

@@ -141,7 +141,7 @@ class Convert(Case):
 
     async def groups(self) -> AsyncIterator[Group]:
         if self.folder.exists():
-            raise UsageError(f"{self.folder} is there already")
+            raise UsageError(f"{self.folder}: exists already; give a new folder")
         shape = SHAPES[self.shape]
         shape = replace(shape, layers=self.layers or shape.layers)
         try:

@@ -88,7 +88,6 @@ class Bench:
 
     @property
     def coordinator(self) -> psutil.Process:
-        """The coordinator or standby that started last."""
         return psutil.Process(self.started[-1].pid)
 
     @property

@@ -28,7 +28,6 @@ class Instructions:
     count: int | None = None
 
     def per(self, tokens: int) -> dict[str, float]:
-        """Returns the figure of a table: thousands of instructions per token."""
         return {} if self.count is None else {"k instr": self.count / 1e3 / tokens}
 
 

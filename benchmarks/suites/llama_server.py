@@ -41,7 +41,6 @@ THINKING = {"on": True, "off": False}
 
 
 def read_flags(arguments: list[str]) -> dict[str, str]:
-    """Returns the flags with their values; empty for a flag without a value."""
     rest, flags = iter(arguments), {}
     for flag in rest:
         flags[flag] = next(rest) if flag in VALUES else ""

@@ -237,7 +237,6 @@ def _is_projector(path: Path) -> bool:
 
 
 def _without_projectors(models: Sequence[Path]) -> Sequence[Path]:
-    """Returns the models without projectors, or all if there are only projectors."""
     return [path for path in models if not _is_projector(path)] or models
 
 

@@ -59,7 +59,6 @@ class PublicModel:
         return name
 
     def source(self, quantization: str) -> str:
-        """Returns the address of the model's file, or of its first part."""
         return f"hf:{self.file.format(Q=quantization.upper(), q=quantization)}"
 
     @property

@@ -244,7 +244,6 @@ class PlanEntry(Section):
 
     @property
     def all_shares(self) -> tuple[int, ...]:
-        """The shares of the group's members, by default equal; empty for one worker."""
         return self.shares or (1,) * len(self.workers or ())
 
     @model_validator(mode="after")

@@ -151,7 +151,7 @@ def _parse_path(value: object) -> object:
 def check_wire_type(value: object) -> object:
     """Raises ValueError for a type that is planned but not yet supported."""
     if value in ("f16", "q8_0"):
-        raise ValueError(f"this build has no wire_type {value} yet")
+        raise ValueError(f"{value} is not supported yet; give f32")
     return value
 
 

@@ -25,7 +25,7 @@ class Link:
 
     @property
     def gather_s(self) -> float:
-        """The seconds of one way between threads that poll sockets, without the time in programs."""
+        """Seconds of one way between threads that poll sockets, without the time in programs."""
         return max(0.0, self.one_way_s - _PROGRAMS_S) if self.network_s is None else self.network_s
 
 

@@ -83,7 +83,6 @@ class Hop(Case):
 
 
 def _decode_step(model_id: str, number: int, rows: int) -> tuple[Microbatch, SamplingInputs]:
-    """Makes a microbatch of one token for each of `rows` sequences."""
     position = number % _LIMITS.max_context_tokens
     chunks = tuple(Chunk((number % 100,), position, (row * _BLOCKS, _BLOCKS), 1) for row in range(rows))
     task = SampleTask(SamplingParams(), 0, 0, position)

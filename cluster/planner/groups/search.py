@@ -206,7 +206,7 @@ class GroupSearch:
 
     @cached_property
     def _rank(self) -> dict[int, tuple[bool, float, int]]:
-        """The order in which workers become leaders: workers that reach all others first, then the fastest."""
+        """The order of leaders: workers that reach all others first, then the fastest."""
         bound = frozenset[int]().union(*self.apart)
         return {worker: (worker in bound, seconds, worker) for worker, seconds in enumerate(self._token_s)}
 

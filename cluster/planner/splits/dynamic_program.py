@@ -64,11 +64,11 @@ class Bounds(Protocol):
     """Lower bounds of the cost of layers on given numbers of workers of each class."""
 
     def together(self, workers: Counts) -> Table:
-        """Returns by n bounds for the first n layers on all of these workers together."""
+        """Returns bounds by n: for layers before n, on all of these workers together."""
         ...
 
     def of_rest(self, workers: Counts) -> Table:
-        """Returns by n bounds for all layers from layer n on, on any of these workers."""
+        """Returns bounds by n: for the layers from n on, on any of these workers."""
         ...
 
 

@@ -67,7 +67,7 @@ TOP_KEYS = {
     ),
     "launcher: foo": "launcher: 'foo' is not possible; give local or static or ray or mpi",
     "wire: f64": "wire: 'f64' is not possible; give f32",
-    "wire: q8_0": "wire: this build has no wire_type q8_0 yet",
+    "wire: q8_0": "wire: q8_0 is not supported yet; give f32",
     "kv_type: 8": "kv_type: 8 is not possible; give f16 or q8_0 or int8",
     "objective: speed": "objective: 'speed' is not possible; give latency or throughput",
     "kv_memory: 5 pounds": f"kv_memory: '5 pounds' {SIZE}",

@@ -268,7 +268,7 @@ class Speculative(Section):
     model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)] | None = None
     """Draft model, given like the key `model`: small, with the same tokens. It runs on the coordinator's machine."""
     mtp: bool = False
-    """true: the model's own head for multi-token prediction (MTP) drafts. It is loaded with the last stage."""
+    """true: draft with the model's own head for multi-token prediction (MTP), which the last stage loads."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Threads of the draft model; by default one per core."""
 

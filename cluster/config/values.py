@@ -133,7 +133,7 @@ def _parse_layers(value: object) -> tuple[float, float]:
 
 
 def expand_home(path: str) -> str:
-    """Replaces `~` in a path. Raises ValueError for a path that no file can have."""
+    """Replaces `~` in a path. Raises ValueError for an impossible path."""
     if "\0" in path:
         raise ValueError("a path cannot contain a zero byte; give the path of a file or folder")
     try:

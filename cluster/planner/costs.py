@@ -183,7 +183,7 @@ class StageCosts:
         return before - before[:, np.newaxis]
 
     def _prefilled(self, rows: int) -> Table:
-        """Returns for each stage the bytes that a prompt's time is proportional to. In models with mixtures, dense
+        """Returns for each stage the bytes to which a prompt's time is proportional. In models with mixtures, dense
         layers count by their products, because the seconds per byte were measured on mixtures."""
         mixtures = [layer for layer in self.model.layers if layer.idle_bytes]
         macs = sum(layer.macs_per_token for layer in mixtures)

@@ -63,7 +63,7 @@ class GatherTimes(Generic[Seconds]):
         return self.layers_s + self.output_s + rows * (self.row_s + self.output_row_s)
 
     def prefill_s(self, rows: int, computing_s: Seconds) -> Seconds:
-        """Returns the seconds of the gathers in a step of `rows` prompt tokens that computation does not hide."""
+        """Returns the seconds of the gathers of `rows` prompt tokens, without those that computation hides."""
         bytes_s = rows * self.row_s
         found: Seconds = self.layers_s + bytes_s - np.minimum(HIDDEN_SHARE * bytes_s, computing_s)
         return found

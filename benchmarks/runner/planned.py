@@ -121,8 +121,8 @@ def predicted(cluster: Cluster) -> Times:
 async def compared(
     opening: Callable[[], AbstractAsyncContextManager[Cluster]], times: Callable[[Cluster], Awaitable[Times]]
 ) -> Measures:
-    """Compares measured times of a cluster with the mean of two predictions: the cluster's own, and one after a restart.
-    A single prediction does not suffice, because machines change their speed."""
+    """Compares measured times of a cluster with the mean of two predictions: the cluster's own, and one after a
+    restart. A single prediction does not suffice, because machines change their speed."""
     async with opening() as cluster:
         said, layers = [predicted(cluster)], layers_of(cluster)
         await times(cluster)  # warms up

@@ -85,7 +85,7 @@ BODIES: Final[Mapping[str, tuple[str, str, str, str, int]]] = {
     )
 }
 """Path, beginning, item, end and size in bytes of each body, which is filled with as many items as fit. An item that
-begins with a colon is the value of a new name. Bodies named `..._most` are as large as the limit allows."""
+begins with a colon becomes a JSON member with a new name. Bodies named `..._most` are as large as the limit allows."""
 
 
 def filled(before: str, item: str, after: str, size: int) -> bytes:

@@ -89,7 +89,7 @@ def rounding_of(model: Model, *, experts: bool = True) -> Rounding:
 
 
 def encoder_of(model: Model) -> EncoderParts | None:
-    """Returns a function from a number of threads to the RAM of the encoder of images; None without an encoder."""
+    """Returns the RAM of the encoder of images as a function of the number of threads; None without an encoder."""
     projector = model.projector
     if projector is None:
         return None

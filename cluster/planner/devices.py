@@ -139,8 +139,8 @@ def divide(
     *,
     apart: bool = False,
 ) -> Division:
-    """Divides all `possible` stages. With `apart`, open experts of layers are in RAM as far as the first GPU lacks
-    memory. With `gpu_layers`, the first GPU takes those of them that other GPUs leave."""
+    """Divides all `possible` stages. With `apart`, open experts are in RAM, of as many layers as it takes until
+    the stage fits on the first GPU. With `gpu_layers`, the first GPU takes those that do not fit on other GPUs."""
     devices, borders = devices_of(worker), possible.diagonal()
     starts, ends = np.indices((len(borders), len(borders)))
     wanted = len(borders) if worker.gpu_layers is None else worker.gpu_layers

@@ -164,8 +164,8 @@ def divide(
 
 
 def _allowed(worker: WorkerFacts, borders: Flags, index: int, begin: Counts) -> Counts:
-    """Moves `begin` of device number `index` to a border that the user's rules allow: after the layers meant for
-    earlier devices, and before those meant for this or a later device."""
+    """Moves `begin` of device `index` to a border that the user's rules allow: after the layers of earlier devices, and
+    before those of this or a later device."""
     if not worker.placement.layers:
         return begin
     gpus, layers = [gpu.device for gpu in worker.gpus], len(borders) - 1

@@ -50,8 +50,7 @@ def predict(
     max_drafted: int = 0,
     may_chain: bool = True,
 ) -> Prediction:
-    """Predicts stages whose workers were all measured. With `may_chain`, a window of drafted tokens may be sent before
-    the previous one has returned."""
+    """Predicts stages of measured workers. `may_chain`: drafts may be sent before the previous window has returned."""
     path = _Path.of(split, links)
     times = [time for stage in split for time in _times(stage, prompt_tokens)]
     slowest = max(times, key=lambda time: time[1].decode_s)

@@ -41,8 +41,7 @@ class Found:
 
 
 def best_chain(sizes: MemoryModel, workers: Sequence[WorkerFacts], contexts: Sequence[int]) -> Found | None:
-    """Returns the best chain, or None if nothing fits. `contexts`: the numbers of full-length sequences that KV memory
-    may be planned for, the preferred number first."""
+    """Returns the best chain; None if nothing fits. `contexts`: full-length sequences in KV memory, by preference."""
     works = works_of(sizes.request.objective, usual_prompt_tokens(sizes.request.context_length))
     unlike = frozenset[str]().union(*sizes.request.partitions)
     found: Found | None = None

@@ -25,8 +25,7 @@ _INNER, _FIRST, _LAST, _ALL = range(4)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kinds:
-    """Kinds of stages. Two stages are of one kind if their layers are equal, both or neither begin the model, and both
-    or neither end it."""
+    """Kinds of stages. Stages of one kind have equal layers, and agree in whether they begin or end the model."""
 
     kind_of: Counts  # by start and end
     places: tuple[Counts, Counts]  # start and end of one stage of each kind

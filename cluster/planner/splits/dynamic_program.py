@@ -198,9 +198,8 @@ def in_order(
 def any_order(
     sizes: Counts, held_by: tuple[tuple[Counts, int], ...], leaders: tuple[int, ...], apart: Ways = frozenset()
 ) -> Places:
-    """Returns steps through all sets in all orders. The first workers of a class are used first. `held_by`: the workers
-    of each holder by class, and the number of the holder. Workers of pairs in `apart` must have classes of their
-    own."""
+    """Returns steps through all sets in all orders. A class's first workers are used first. `held_by`: each holder's
+    workers by class, and its number. Workers of pairs in `apart` must have their own classes."""
     numbers = dict(held_by)
     places: list[Step | Choice] = []
     found: dict[Counts, tuple[list[int], tuple[int, ...]]] = {}  # steps by workers used

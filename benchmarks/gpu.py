@@ -1,19 +1,19 @@
-"""A model on a GPU: decode beside the bandwidth of its memory, prefill beside the peak of its 8-bit products, eight
-sequences beside one; beside llama.cpp; and with the layers or experts in RAM that do not fit.
+"""Measures a model on a GPU: decode as a share of the memory's bandwidth, prefill as a share of the peak of 8-bit
+products, and eight sequences relative to one. Optionally compares llama.cpp, and keeps layers or experts in RAM.
 
-    python benchmarks/gpu.py MODEL.gguf                              # the three shares
-    python benchmarks/gpu.py MODEL.gguf --llama-bench PROGRAM        # and llama.cpp's CUDA backend, in turns
-    python benchmarks/gpu.py MODEL.gguf --gpu-memory 24GiB           # layers beyond that in RAM
+    python benchmarks/gpu.py MODEL.gguf                              # the three figures
+    python benchmarks/gpu.py MODEL.gguf --llama-bench PROGRAM        # in turns with llama.cpp's CUDA backend
+    python benchmarks/gpu.py MODEL.gguf --gpu-memory 24GiB           # layers beyond that size in RAM
     python benchmarks/gpu.py MODEL.gguf --cpu-moe --experts-cache 0  # experts in RAM
-    python benchmarks/gpu.py MODEL.gguf --cpu-moe                    # and copies of them, beside none
+    python benchmarks/gpu.py MODEL.gguf --cpu-moe                    # and copies of them on the GPU
 
-The model may be a mixture of experts (benchmarks/public_shape.py): one sequence is then taken to read the experts that
-it uses, several an expected number of them. Where experts in RAM have copies on the GPU, decode is measured without
-these and with them in each round; the copies' hits and misses are those of the measured steps.
+In a mixture of experts (benchmarks/public_shape.py), one sequence counts as reading the experts that it uses, several
+as reading an expected number of them. If experts in RAM have copies on the GPU, each round measures decode without and
+with the copies; hits and misses are those of the measured steps.
 
-Needs a GPU and the extra `cuda13` or `cuda12`; docs/gpu.md also says how llama-bench is built. What GPU and processor
-can do at best is measured right before and right after each round and the greater one counts; figures are medians over
-rounds, with the least and the most. Progress goes to standard error, all figures as JSON to standard output.
+Needs a GPU and the extra `cuda13` or `cuda12`; docs/gpu.md says how to build llama-bench. The best rates of GPU and
+processor are measured right before and after each round, and the greater ones count. Figures are medians over rounds,
+with the least and the most. Progress goes to standard error, all figures go as JSON to standard output.
 """
 
 from __future__ import annotations
@@ -109,27 +109,29 @@ def main(arguments: Sequence[str]) -> None:
         prog="gpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path, metavar="MODEL")
-    parser.add_argument("--device", type=_device, default="cuda:0", help="%(default)s by default")
-    parser.add_argument("--threads", type=positive, help="of the processor; by default as many as it has cores")
-    parser.add_argument("--prompt", type=positive, default=512, help="tokens of a prefill; %(default)s by default")
-    parser.add_argument("--generate", type=positive, default=64, help="tokens decoded; %(default)s by default")
-    parser.add_argument("--sequences", type=positive, default=8, help="decoded together; %(default)s by default")
-    parser.add_argument("--repeats", type=positive, default=5, help="rounds; %(default)s by default")
-    parser.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="of VRAM, at most, such as 24GiB")
+    parser.add_argument("--device", type=_device, default="cuda:0", help="GPU; by default %(default)s")
+    parser.add_argument("--threads", type=positive, help="threads on the processor; by default one per core")
+    parser.add_argument("--prompt", type=positive, default=512, help="tokens per prefill; by default %(default)s")
+    parser.add_argument("--generate", type=positive, default=64, help="tokens to decode; by default %(default)s")
+    parser.add_argument("--sequences", type=positive, default=8, help="number of sequences; by default %(default)s")
+    parser.add_argument("--repeats", type=positive, default=5, help="rounds; by default %(default)s")
+    parser.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="most VRAM to use, such as 24GiB")
     in_ram = parser.add_mutually_exclusive_group()
     in_ram.add_argument(
-        "--cpu-moe", dest="cpu_moe", action="store_const", const=MAX_LAYERS, help="experts of all layers in RAM"
+        "--cpu-moe", dest="cpu_moe", action="store_const", const=MAX_LAYERS, help="experts of all layers stay in RAM"
     )
-    in_ram.add_argument("--n-cpu-moe", dest="cpu_moe", type=natural, metavar="N", help="experts of the first N layers")
+    in_ram.add_argument(
+        "--n-cpu-moe", dest="cpu_moe", type=natural, metavar="N", help="experts of N layers stay in RAM"
+    )
     parser.add_argument(
         "--experts-cache",
         type=_cache_size,
         metavar="SIZE|0|auto",
-        help="of VRAM, at most, for copies of experts in RAM; auto by default: what is left",
+        help="most VRAM for copies of experts in RAM; by default auto: all that is left",
     )
-    parser.add_argument("--no-graphs", action="store_true", help="every launch anew")
-    parser.add_argument("--llama-bench", type=Path, metavar="PROGRAM", help="llama.cpp's, built for CUDA")
-    parser.add_argument("--record", type=Path, metavar="FOLDER", help="write <card>-<model>.json there")
+    parser.add_argument("--no-graphs", action="store_true", help="launch kernels without CUDA graphs")
+    parser.add_argument("--llama-bench", type=Path, metavar="PROGRAM", help="llama-bench of llama.cpp, built for CUDA")
+    parser.add_argument("--record", type=Path, metavar="FOLDER", help="write <gpu>-<model>.json to this folder")
     given = parser.parse_args(arguments)
     if not given.model.is_file():
         raise UsageError(f"{given.model}: no such file")

@@ -1,9 +1,9 @@
-"""Measures a case of the benchmarks: its variants in turns, with medians, the least and the most, and ratios.
+"""Runs a benchmark case. Its variants take turns; prints medians, the least and the most, and ratios.
 
     python benchmarks/run.py CASE [options]        # --help: the options of a case
     python benchmarks/run.py CASE [options] --rounds 9 --json FILE --against CHECKOUT
 
-`--against` runs the same case with another checkout of this repository, which has been built, in turns with this one.
+With `--against`, another built checkout of this repository takes turns with this one.
 """
 
 from __future__ import annotations
@@ -62,9 +62,11 @@ def parser_of(name: str, case: type[Case]) -> argparse.ArgumentParser:
             shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
             given["help"] += f" (default: {shown})" if shown not in (None, "") else ""
             parser.add_argument(_flag(field.name), default=field.default, **given)
-    parser.add_argument("--rounds", type=positive, help=f"turns (default: {case.rounds})")
-    parser.add_argument("--json", type=Path, help="add a JSON line a turn and variant to this file")
-    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another tree that takes turns with this one")
+    parser.add_argument("--rounds", type=positive, help=f"number of turns (default: {case.rounds})")
+    parser.add_argument("--json", type=Path, help="append a JSON line per turn and variant to this file")
+    parser.add_argument(
+        "--against", type=Path, metavar="CHECKOUT", help="another built tree, which takes turns with this one"
+    )
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     return parser
 

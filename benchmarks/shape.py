@@ -38,7 +38,7 @@ class Shape:
     context: int = 8192
     experts: int = 0
     experts_used: int = 2
-    tied: int = 0  # 1: its head is the embedding
+    tied: int = 0  # 1: the head is the embedding
 
     @property
     def head_dim(self) -> int:
@@ -126,7 +126,7 @@ def random_matrix(
 
 
 def _set_quarters(blocks: NDArray[np.uint8], scale: np.float16) -> None:
-    """Sets the float16 scale of IQ1_M blocks, four bits in each of the last four words of a block."""
+    """Sets the float16 scale of IQ1_M blocks: four bits in each of a block's last four words."""
     for quarter in range(4):
         place = blocks[:, 49 + 2 * quarter]
         place[:] = place & 15 | (int(scale.view(np.uint16)) >> 4 * quarter & 15) << 4
@@ -146,8 +146,7 @@ def _make_signed_near(data: NDArray[np.uint8], quant_type: QuantType, size: floa
 
 
 def tensors(shape: Shape, quant_type: QuantType, seed: int, alike: bool = False) -> Iterator[TensorSource]:
-    """Yields every tensor of the model in file order. Its bytes are made when it is written; `alike` layers share
-    them."""
+    """Yields the model's tensors in file order. Bytes are made when they are written; `alike` layers share them."""
     generator, made = np.random.default_rng(seed), dict[str, memoryview]()
 
     def random(name: str, size: tuple[int, ...]) -> memoryview:
@@ -190,7 +189,7 @@ def tensors(shape: Shape, quant_type: QuantType, seed: int, alike: bool = False)
 
 
 def metadata(name: str, shape: Shape, quant_type: QuantType) -> dict[str, WritableValue]:
-    """Returns the metadata that both our engine and llama.cpp read."""
+    """Returns the metadata that llamaclust and llama.cpp read."""
     experts: dict[str, WritableValue] = {
         "llama.expert_count": shape.experts,
         "llama.expert_used_count": shape.experts_used,
@@ -259,9 +258,9 @@ def main() -> None:
     parser.add_argument("type", choices=[quant_type.name for quant_type in LAYOUTS])
     parser.add_argument("path", type=Path)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--alike", action="store_true", help="the same bytes in all layers, for large models: quicker")
+    parser.add_argument("--alike", action="store_true", help="write the same bytes in all layers, which is quicker")
     for field in fields(Shape):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, help="instead of the shape's own")
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, help="replaces the shape's own number")
     arguments = parser.parse_args()
     given = {field.name: getattr(arguments, field.name) for field in fields(Shape)}
     shape = replace(SHAPES[arguments.name], **{name: value for name, value in given.items() if value is not None})

@@ -214,7 +214,7 @@ def _quarantine_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
     """Yields a line for each quarantined worker, which plans avoid because it failed."""
     for worker in workers:
         if quarantine := worker.get("quarantine"):
-            pause = f"no layers for {quarantine['left_s']:.0f} s where the others suffice"
+            pause = f"no layers for {quarantine['left_s']:.0f} s if the others suffice"
             reason = quarantine["reason"]
             yield f"{worker['name']}: {pause}: it failed {quarantine['failures']} times, last: {reason}"
 

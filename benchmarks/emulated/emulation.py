@@ -19,8 +19,7 @@ _CALLER = "_native"
 
 @dataclass(frozen=True, slots=True)
 class LinkSpeed:
-    """Settings of links. Each direction is delayed by half of the round trip. `gbit_s` is the rate at which a worker
-    receives; 0 means no limit."""
+    """Settings of links. Half of the round trip delays each direction; a worker receives `gbit_s` (0: no limit)."""
 
     round_trip_ms: float = 0.0
     gbit_s: float = 0.0
@@ -52,7 +51,7 @@ class Emulation:
         self._settings[:] = speed.encode()
 
     def prefix(self, core: int, speed: float = 1.0) -> tuple[str, ...]:
-        """Returns words that run a command on a core when put before it. A `speed` below 1 emulates a slower core."""
+        """Returns the first words of a command that runs on a core. A `speed` below 1 emulates a slower core."""
         words = [f"{name}={value}" for name, value in self.variables(speed).items()]
         return ("taskset", "-c", str(core), "env", *words)
 
@@ -63,7 +62,7 @@ class Emulation:
 
 
 def compiler() -> str | None:
-    """Returns the first C++ compiler that is found among $CXX (or c++), g++ and clang++; None if there is none."""
+    """Returns the first C++ compiler found among $CXX (or c++), g++ and clang++; None without any."""
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_support/cubins.py FOLDER_OF_NVRTC 90 OUT --keep KEPT
 
-OUT gets all modules under the names by which the program finds compiled ones; KEPT has those of earlier calls as well.
+OUT gets all modules under the names by which llamaclust finds compiled ones. KEPT collects the modules of all calls.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from llamaclust.kernels.cuda.runtime.sources import modules, whole_text
 
 
 def open_nvrtc_in(folder: Path) -> Nvrtc:
-    """Opens the NVRTC in a folder. Raises UsageError if there is none."""
+    """Opens the NVRTC in a folder. Raises UsageError if the folder has none."""
     found = next(folder.glob("libnvrtc.so.*"), None)
     if found is None:
         raise UsageError(f"{folder}: no libnvrtc.so.* there")
     for path in folder.glob("libnvrtc-builtins.so.*"):
-        ctypes.CDLL(str(path))  # NVRTC asks for it by name, without a folder
+        ctypes.CDLL(str(path))  # NVRTC loads it by name, without a folder
     return Nvrtc(str(found))
 
 
 def compile_all(nvrtc: Nvrtc, architecture: int, out: Path, kept: Path) -> None:
-    """Compiles all modules. Prints the seconds and the size of each."""
+    """Compiles all modules. Prints seconds and size of each."""
     cache = CubinCache(kept)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -52,7 +52,7 @@ def compile_all(nvrtc: Nvrtc, architecture: int, out: Path, kept: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("nvrtc", type=Path, help="folder of libnvrtc.so.*")
-    parser.add_argument("architecture", type=int, help="such as 90")
+    parser.add_argument("architecture", type=int, help="compute capability without a dot, such as 90")
     parser.add_argument("out", type=Path)
     parser.add_argument("--keep", type=Path, required=True, help="folder of modules compiled before")
     given = parser.parse_args()

@@ -20,11 +20,10 @@ _TOGETHER = 8
 
 @dataclass(frozen=True, slots=True)
 class CopiedSteps:
-    """Seconds of measurements in immediate succession: a prefill, and a decode step of one and of several sequences,
-    without copies of experts. `copied` has decode steps with copies."""
+    """Decode steps with copies of experts."""
 
-    step_s: float  # of one
-    hits: int  # uses of experts of which there were copies
+    step_s: float  # seconds of a step
+    hits: int  # uses of experts that had copies
     misses: int
 
     @property
@@ -34,12 +33,15 @@ class CopiedSteps:
 
 @dataclass(frozen=True, slots=True)
 class Round:
+    """Seconds of a prefill and of decode steps of one and of several sequences, measured one after another, without
+    copies of experts. `copied` has the steps with copies."""
+
     rates: Rates
     prefill_s: float
     step_s: float
     many_s: float
-    theirs: Speed | None = None  # llama.cpp's
-    copied: Mapping[int, CopiedSteps] = field(default_factory=dict)  # by sequences
+    theirs: Speed | None = None  # speed of llama.cpp
+    copied: Mapping[int, CopiedSteps] = field(default_factory=dict)  # by number of sequences
 
     def steps_s(self, sequences: int) -> float:
         return self.step_s if sequences == 1 else self.many_s
@@ -70,12 +72,10 @@ class Figures:
 
     @property
     def times_one(self) -> Spread:
-        """Tokens per second of all sequences together, relative to one sequence."""
         return self.spread(lambda round_: self.work.sequences * round_.step_s / round_.many_s)
 
     def copies_share(self, sequences: int) -> Spread:
-        """The least time to read the memories, with hits read on the GPU, as a share of the time of a step with
-        copies."""
+        """The least time to read the memories (hits on the GPU), as a share of the time of a step with copies."""
 
         def best_s(round_: Round) -> float:
             return self.work.copied_step_s(sequences, round_.copied[sequences].hit_share, round_.rates.read)
@@ -83,12 +83,11 @@ class Figures:
         return self.spread(lambda round_: best_s(round_) / round_.copied[sequences].step_s)
 
     def copies_gain(self, sequences: int) -> Spread:
-        """The ratio of the time of a step without copies to that of a step with copies."""
         return self.spread(lambda round_: round_.steps_s(sequences) / round_.copied[sequences].step_s)
 
     @property
     def decode_ratio(self) -> Spread:
-        """The speed of decode relative to llama.cpp. A value above 1 means that llama.cpp is slower."""
+        """The speed of decode relative to llama.cpp. Values above 1 mean that llamaclust is faster."""
         return self.spread(lambda round_: 1 / round_.step_s / _theirs(round_).decode)
 
     @property
@@ -145,7 +144,7 @@ class Figures:
         return _plain(found) | {"wanted": [asdict(target) | {"met": target.is_met} for target in self.wanted()]}
 
     def _rates(self) -> dict[str, Spread]:
-        """Returns the best rates of the devices, without those of a processor that has no weights."""
+        """Returns the best rates of the devices; a processor without weights has none."""
         found = {
             "vram_read_gb_s": self.spread(lambda round_: round_.rates.read.gpu / 1e9),
             "gpu_int8_gmac_s": self.spread(lambda round_: round_.rates.int8.gpu / 1e9),
@@ -167,7 +166,6 @@ class Figures:
         }
 
     def wanted(self) -> list[Wanted]:
-        """Returns the medians of figures, with their goals."""
         found = self._wanted_of_both() if self.is_mixed else self._wanted_of_gpu()
         if self.has_copies:
             for count, what in ((1, "decode"), (self.work.sequences, f"{self.work.sequences} sequences")):
@@ -191,8 +189,8 @@ class Figures:
 
     def _wanted_of_sequences(self, decode_share: float) -> Wanted:
         """Returns the figure of several sequences, with its goal. For a dense model, the figure is the speed relative
-        to one sequence. Several sequences of a mixture read more experts than one does, so its figure is the share of
-        the time to read them. The goal is the share of a dense model that decodes at `decode_share` and reaches
+        to one sequence. In a mixture, several sequences read more experts than one does. There, the figure is the share
+        of the time to read them, and its goal is that of a dense model that decodes at `decode_share` and reaches
         TIMES_ONE."""
         count, is_mixture = self.work.sequences, self.work.is_mixture
         least = decode_share * TIMES_ONE / _TOGETHER if is_mixture else TIMES_ONE

@@ -1,16 +1,16 @@
-"""The first run on a new GPU, step by step: tests of every kernel, then benchmarks. What is done stays done, so that a
-machine that is lent for some minutes at a time can be used in several calls.
+"""The first run on a new GPU, step by step: tests of every kernel, then benchmarks. Several calls can share the work,
+for a machine that is lent for some minutes at a time.
 
-    python benchmarks/gpu_support/first_run.py results                      # as often as it says that steps are left
+    python benchmarks/gpu_support/first_run.py results                      # repeat while the output says: steps left
     python benchmarks/gpu_support/first_run.py results --minutes 9 --models /dev/shm
     python benchmarks/gpu_support/first_run.py --list                       # the steps, in their order
     python benchmarks/gpu_support/first_run.py results --llama-bench llama-build/bin/llama-bench
 
-Each step is a command with a time limit; its output is results/NAME.log, records of benchmarks are in results/NAME, and
-results/steps.json has what came of all. A step that passed with these sources is not repeated; one that failed is
-repeated in the next call, behind those that are left. A step begins only if its time limit ends within --minutes; what
-is ended then has five seconds more to remove partial files. Exit status: 0 if all passed, 1 if any failed, 75 if any is
-left. Models of random weights are written to --models when a step needs them: 4, 12, 4 and 39 GB.
+Each step is a command with a time limit. Its output is in results/NAME.log, records of benchmarks are in results/NAME,
+and results/steps.json has the outcomes. A step that passed with the present sources is not repeated. The next call
+repeats a step that failed, after the steps that are left. A step begins only if its time limit ends within --minutes;
+a step that is ended has five more seconds to remove partial files. Exit status: 0 if all passed, 1 if any failed, 75 if
+any is left. Models of random weights (4, 12, 4 and 39 GB) are written to --models when a step needs them.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Step:
     limit_s: int
     command: str
     needs: str = ""
-    model: str = ""  # file in the folder of models
-    is_vital: bool = False  # without it, no other can pass
+    model: str = ""  # name of the step's file in the folder of models
+    is_vital: bool = False  # without this step, no other can pass
 
 
 def _tests(name: str, *files: str, limit_s: int = 300, options: str = "") -> Step:
@@ -101,12 +101,12 @@ LLAMA_STEPS = (_benchmark("7b-llama", 400, *_7B, "--llama-bench {llama} --repeat
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The result of a step. Its exit status is 124 if the time limit was reached."""
+    """The result of a step. Exit status 124: the time limit was reached."""
 
     status: int
     seconds: float
     sources: str
-    tail: tuple[str, ...]  # its last lines
+    tail: tuple[str, ...]  # last lines of the output
 
     @property
     def passed(self) -> bool:
@@ -121,11 +121,11 @@ class Record:
         self._partial = self._path.with_suffix(".tmp")
         for path in (self._path, self._partial):
             if path.exists() and not path.is_file():
-                raise UsageError(f"{path}: no plain file, and in the way of one; remove it")
+                raise UsageError(f"{path}: not a regular file; remove it")
         try:
             self._outcomes = _outcomes(self._path.read_bytes()) if self._path.exists() else {}
-        except (ValueError, RecursionError):  # the latter of brackets, thousands deep
-            raise UsageError(f"{self._path}: no outcomes of steps; remove it to run all of them again") from None
+        except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
+            raise UsageError(f"{self._path}: has no outcomes of steps; remove it to run all steps again") from None
 
     def outcome(self, step: Step) -> Outcome | None:
         found = self._outcomes.get(step.name)
@@ -145,12 +145,14 @@ def _outcomes(data: bytes) -> dict[str, Outcome]:
     found = json.loads(data)
     if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
         raise ValueError("no objects by names")
-    known = {field.name for field in fields(Outcome)}  # others: of another version of this program
+    known = {field.name for field in fields(Outcome)}  # other keys: a record of another version of this program
     return {name: _outcome(**values) for name, values in found.items() if values.keys() == known}
 
 
 def _outcome(status: object, seconds: object, sources: object, tail: object) -> Outcome:
-    if type(status) is not int or type(seconds) not in (int, float) or not isinstance(sources, str):  # no bool either
+    if (
+        type(status) is not int or type(seconds) not in (int, float) or not isinstance(sources, str)
+    ):  # a bool is refused as well
         raise ValueError("of other types")
     if not isinstance(tail, list) or not all(isinstance(line, str) for line in tail):
         raise ValueError("no lines")
@@ -186,13 +188,13 @@ def run_steps(
 
 
 def _run(step: Step, log: Path, places: dict[str, str]) -> int:
-    """Runs a step and returns its exit status. At the time limit, ends all processes of its session and returns 124."""
+    """Runs a step and returns its exit status. At the time limit, ends all processes of the step and returns 124."""
     model = Path(places["models"]) / step.model
     commands = [step.needs] if step.model and not model.is_file() else []
     script = " && ".join(_filled(command, places) for command in (*commands, step.command))
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     with log.open("w") as file:
-        _signals(signal.SIG_BLOCK)  # one within Popen would leave a process without a name
+        _signals(signal.SIG_BLOCK)  # a signal within Popen would leave a process that nobody ends
         try:
             process = subprocess.Popen(
                 ["bash", "-c", script],
@@ -220,21 +222,21 @@ def _signals(how: int) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends all processes of a step. They get SIGTERM first, so that writers of models can remove partial files, which
-    may take gigabytes of RAM. After some seconds, or at another Ctrl-C, the remaining processes get SIGKILL."""
+    """Ends all processes of a step with SIGTERM, then SIGKILL after some seconds or at another Ctrl-C. SIGTERM comes
+    first, so that programs remove partial models, which may take gigabytes of RAM."""
     try:
         os.killpg(process.pid, signal.SIGTERM)
         end_s = time.monotonic() + _GRACE_S
         while _is_running(process.pid) and time.monotonic() < end_s:
             time.sleep(_POLL_S)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # its first process is not reaped yet, so the number is still its own
+        os.killpg(process.pid, signal.SIGKILL)  # its first process is not reaped yet, so no other process has this id
         process.wait()
 
 
 def _is_running(group: int) -> bool:
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it is gone meanwhile
+        with suppress(OSError):  # the process has ended meanwhile
             state, _, its_group = path.read_text(errors="replace").rpartition(")")[2].split()[:3]
             if int(its_group) == group and state not in "ZX":
                 return True
@@ -263,9 +265,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, metavar="RESULTS", nargs="?", default=Path("gpu-results"))
     parser.add_argument("--list", action="store_true", help="print the steps in their order, with their time limits")
-    parser.add_argument("--minutes", type=_minutes, default=9.5, help="of this call; %(default)s by default")
-    parser.add_argument("--models", type=Path, default=Path("/dev/shm"), help="%(default)s by default")
-    parser.add_argument("--llama-bench", type=Path, metavar="PROGRAM", help="llama.cpp's, built for CUDA")
+    parser.add_argument("--minutes", type=_minutes, default=9.5, help="duration of this call; by default %(default)s")
+    parser.add_argument("--models", type=Path, default=Path("/dev/shm"), help="folder of models (default: %(default)s)")
+    parser.add_argument("--llama-bench", type=Path, metavar="PROGRAM", help="llama-bench of llama.cpp, built for CUDA")
     given = parser.parse_args(arguments)
     if given.list:
         for step in (*STEPS, *LLAMA_STEPS):

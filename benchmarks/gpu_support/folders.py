@@ -16,7 +16,7 @@ _LOCK = ".lock"
 def ready_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # modes alone do not say so: root, or a medium that is only read
+        with tempfile.TemporaryFile(dir=folder):  # modes do not show this for root or a read-only medium
             pass
     except (FileExistsError, NotADirectoryError):
         what = "a link to nothing" if folder.is_symlink() and not folder.exists() else "not a folder"

@@ -1,10 +1,10 @@
-"""Single matrix products on a GPU: time, and share of the bandwidth or of the 8-bit peak that `probe.limits` measures.
+"""Times single matrix products on a GPU, also as a share of the bandwidth or 8-bit peak that `probe.limits` measures.
 
     python benchmarks/gpu_support/kernels.py                       # Q4_K, Q6_K, Q8_0 and F16, 1, 8 and 512 rows
     python benchmarks/gpu_support/kernels.py --types Q4_0 --rows 1 32
 
-Products are launched one after the other from a CUDA graph, each with weights of its own, more than the last-level
-cache holds. A line has the shape (outputs x inputs), the rows, microseconds, and the share.
+Products are launched one after another from a CUDA graph. Each has its own weights; together they exceed the last-level
+cache. A line has the shape (outputs x inputs), the rows, microseconds, and the share.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ _LAUNCHES, _REPEATS = 32, 7
 
 
 def product_s(device: Device, kind: QuantType, shape: tuple[int, int], rows: int) -> tuple[float, int]:
-    """Returns the seconds of one product and the bytes of its weights. Weights are random, because values do not change
-    the time."""
+    """Returns seconds and weight bytes of one product. Weights are random: values do not change the time."""
     one = matmul.Weights(kind, shape)
     count = max(1, min(_LAUNCHES, _CACHE_BYTES // one.n_bytes + 1))
     source = np.random.default_rng(7)

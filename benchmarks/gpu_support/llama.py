@@ -15,11 +15,11 @@ _ALL_LAYERS = 999
 
 @dataclass(slots=True)
 class LlamaCpp:
-    """Measures prefill and decode with llama-bench, which does not sample. Runs it with and without flash attention,
-    and takes the faster speed."""
+    """Measures prefill and decode with llama-bench, which does not sample. Takes the faster of two runs, with and
+    without flash attention."""
 
     program: Path
-    gpu: int  # as CUDA numbers it
+    gpu: int  # CUDA's number of the GPU
     prompt: int
     generate: int
     runs: int = 2

@@ -72,8 +72,8 @@ def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
 
 
 def record_name(record: dict[str, Any]) -> str:
-    """Returns `<gpu>-<model>.json`. If they are set, the name also has the memory limit, the number of layers with
-    experts in RAM, and the size of copies, so that runs with different settings have different files."""
+    """Returns `<gpu>-<model>.json`. If set, the memory limit, the number of layers with experts in RAM, and the size of
+    copies are parts of the name, so that each setting has its own file."""
     placement, cap = record["placement"], record["settings"]["gpu_memory_bytes"]
     layers, copies = len(placement["cpu_moe"]), placement["experts_cache_bytes"]
     parts = [record["gpu"]["name"], record["model"]["name"], *([f"{cap >> 20}mib"] if cap else [])]
@@ -82,7 +82,7 @@ def record_name(record: dict[str, Any]) -> str:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> Path:
-    """Writes the file, which appears only when it is complete. Raises OSError or UsageError on failure."""
+    """Writes the file, which appears only when it is complete. Raises OSError or UsageError."""
     folder.mkdir(parents=True, exist_ok=True)
     path, data = folder / record_name(record), json.dumps(record, indent=2, allow_nan=False).encode() + b"\n"
     with new_file(path, len(data)) as file:
@@ -113,7 +113,7 @@ def software() -> dict[str, str | None]:
         number = cupy.cuda.runtime.driverGetVersion()
         found |= {"cuda": f"{number // 1000}.{number % 1000 // 10}", "cupy": cupy.__version__}
         found["nvrtc"] = ".".join(map(str, open_nvrtc().version))
-    except UsageError:  # of a device that is none
+    except UsageError:  # the device does not exist
         pass
     return found | {"python": platform.python_version()}
 

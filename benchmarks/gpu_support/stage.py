@@ -41,10 +41,10 @@ class Task:
     prompt: int = 512
     generate: int = 64
     sequences: int = 8
-    gpu_memory_bytes: int | None = None  # of VRAM, at most; what does not fit stays in RAM
+    gpu_memory_bytes: int | None = None  # most VRAM; layers that do not fit stay in RAM
     graphs: bool = True
-    cpu_moe: int | None = None  # so many first layers have their experts in RAM; None: those for which there is no room
-    experts_cache_bytes: int | None = None  # of VRAM, at most, for copies of experts in RAM; None: what is left
+    cpu_moe: int | None = None  # number of first layers with experts in RAM; None: as many as VRAM lacks room for
+    experts_cache_bytes: int | None = None  # most VRAM for copies of experts in RAM; None: all that is left
 
     @property
     def context(self) -> int:
@@ -62,8 +62,8 @@ class Layout:
 
     @classmethod
     def of(cls, device: Device, model: Model, task: Task) -> Self:
-        """Places layers like for a model in one process (docs/gpu.md). Raises InsufficientMemoryError if memory is
-        short, UsageError if the model has no experts to place."""
+        """Places layers as for a model in one process (docs/gpu.md). Raises InsufficientMemoryError if memory is short,
+        UsageError if the model has no experts to place."""
         if not model.hyperparameters.expert_count and (task.cpu_moe is not None or task.experts_cache_bytes):
             raise UsageError(f"{model.file.path} has no experts; leave out --cpu-moe, --n-cpu-moe and --experts-cache")
         limits, end = stage_limits(task.sequences, task.context), model.layer_count
@@ -127,14 +127,13 @@ class Loaded:
             raise UsageError(f"--experts-cache: there are no copies of experts: {why}; leave it out")
 
     def _device(self, held: ExitStack) -> Device:
-        """Opens the processor and the GPU. Some VRAM stays free to measure its bandwidth."""
         task, kernels = self.task, environment().kernels_dir
 
         def opened(threads: int, cap_bytes: int | None) -> GpuBackend:
             gpu = backends.open_gpu(task.device, threads, cap_bytes, kernels_dir=kernels, graphs=task.graphs)
             return held.enter_context(closing(gpu))
 
-        self._probed = opened(1, None)  # without a cap, which is for the model
+        self._probed = opened(1, None)  # without the limit, which is for the model alone
         kept_bytes = min(_PROBE_BYTES, self._probed.gpu().total_bytes // _PROBE_SHARE)
         room_bytes = self._probed.free_bytes - kept_bytes
         self.gpu = opened(task.threads, min(task.gpu_memory_bytes or room_bytes, room_bytes))
@@ -142,8 +141,8 @@ class Loaded:
         return Device("cpu", task.threads, "", None, processor, (self.gpu,))
 
     def warm_up(self) -> None:
-        """Runs everything that is measured later. In the first prefill, the scheduler learns how to cut prompts. In the
-        second run, CUDA graphs are captured."""
+        """Runs everything that is measured later. The first prefill teaches the scheduler how to cut prompts; the
+        second run captures CUDA graphs."""
         for _ in range(3):
             self._stage.prefill(self.task.prompt, 1)
         for sequences in (1, self.task.sequences):
@@ -152,8 +151,7 @@ class Loaded:
             self._stage.decode(0, self.task.generate, self.task.sequences)
 
     def measure(self) -> Round:
-        """Measures prefill and decode, then decode with copies of experts. The best rates are measured before and
-        afterwards."""
+        """Measures prefill and decode, then decode with copies of experts. Measures the best rates before and after."""
         task, stage, counts = self.task, self._stage, (1, self.task.sequences)
         before = self.rates()
         with stage.without_copies():

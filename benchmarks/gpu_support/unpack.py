@@ -1,5 +1,5 @@
-"""Unpacks what kit.sh packed beside a copy of this, and names packages that are missing or too old. On the machine with
-the GPU, setup.sh runs it in the top folder of the tree; none of our own packages is there yet."""
+"""Unpacks the archive that kit.sh made, and names packages that are missing or too old. On the machine with the GPU,
+setup.sh runs this program in the tree's top folder, where no package of llamaclust is available yet."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def unpack(archive: Path, unpacked: Path, tree: Path) -> None:
     """Unpacks the kit. Replaces an earlier kit together with its state."""
     shutil.rmtree(unpacked, ignore_errors=True)
     with tarfile.open(archive) as content:
-        content.extractall(unpacked, filter="data")  # this user's, not writable by others: else no kernel is used
+        content.extractall(
+            unpacked, filter="data"
+        )  # this user's and not writable by others, otherwise kernels are not used
     shutil.copy(unpacked / "native" / "_native.abi3.so", tree / "src" / "llamaclust" / "kernels")
     home, program = unpacked / "home", unpacked / "bin" / "llamaclust"
     home.mkdir()
@@ -33,7 +35,6 @@ def unpack(archive: Path, unpacked: Path, tree: Path) -> None:
 
 
 def required(tree: Path) -> Iterator[str]:
-    """Yields the packages that the program and its tests need on a GPU."""
     settings = tomllib.loads((tree / "pyproject.toml").read_text())
     yield from settings["project"]["dependencies"]
     yield from settings["project"]["optional-dependencies"]["cuda13"]
@@ -41,8 +42,7 @@ def required(tree: Path) -> Iterator[str]:
 
 
 def shortfalls(requirements: Iterable[str], packages: Path) -> Iterator[str]:
-    """Yields a line for each requirement that neither this Python nor the kit fulfils, including requirements of
-    packages in the kit."""
+    """Yields a line for each requirement, also of packages in the kit, that neither this Python nor the kit fulfils."""
     travelled = list(distributions(path=[str(packages)]))
     versions = {canonicalize_name(one.name): one.version for one in travelled}
     theirs = (text for one in travelled for text in one.requires or ())

@@ -35,7 +35,7 @@ class Rates:
     int8: Amount  # multiply-accumulates
 
     def best(self, other: Rates) -> Rates:
-        """Returns the greater rate of each pair, because other work on the machine can only lower a measured rate."""
+        """Returns the greater of each two rates: other work on the machine can only lower a measured rate."""
         read, int8 = (
             Amount(*map(max, astuple(mine), astuple(its)))
             for mine, its in ((self.read, other.read), (self.int8, other.int8))
@@ -52,9 +52,11 @@ class Work:
     generate: int
     sequences: int
     prefill_macs: Amount
-    weight_bytes: Mapping[int, Amount]  # read by a step of so many rows: one, all sequences', a prompt's
-    kv_bytes: Amount  # read by a step for each sequence, in the mean
-    expert_bytes: Mapping[int, float] = field(default_factory=dict)  # of weights in RAM, what GPUs may have copies of
+    weight_bytes: Mapping[int, Amount]  # bytes read by a step, by rows: 1, all sequences, a prompt
+    kv_bytes: Amount  # mean bytes that a step reads per sequence
+    expert_bytes: Mapping[int, float] = field(
+        default_factory=dict
+    )  # the part of weights in RAM that GPUs may have copies of
 
     @classmethod
     def of(cls, model: Model, gpu: DeviceLayers, prompt: int, generate: int, sequences: int) -> Self:
@@ -86,14 +88,14 @@ class Work:
         return _prompt_rows(self.prompt, self.sequences)
 
     def step_bytes(self, sequences: int) -> Amount:
-        """Returns the bytes that a decode step reads. `sequences` must be 1 or the number of all sequences."""
+        """Returns the bytes that a decode step reads. `sequences` must be 1 or all sequences."""
         assert sequences in (1, self.sequences)
         weights, kv = self.weight_bytes[sequences], self.kv_bytes
         return Amount(weights.gpu + sequences * kv.gpu, weights.cpu + sequences * kv.cpu)
 
     def copied_step_s(self, sequences: int, hits: float, read: Amount) -> float:
-        """Returns the least seconds of a decode step with copies. The GPU reads the share `hits` of the experts, while
-        the processor reads the rest."""
+        """Returns the least seconds of a decode step in which the GPU reads the share `hits` of the experts, and the
+        processor meanwhile the rest."""
         step, experts = self.step_bytes(sequences), self.expert_bytes[sequences]
         both = Amount(hits * experts, (1 - hits) * experts)
         return Amount(step.gpu, step.cpu - experts).seconds(read) + max(both.each_s(read))
@@ -113,7 +115,6 @@ def _read_bytes(cost: LayerCost, rows: int) -> float:
 
 
 def _experts_in_ram(model: Model, layers: Sequence[int]) -> Sequence[LayerCost]:
-    """Returns the costs of the experts and routers of these layers."""
     program = model.program(0, model.layer_count)
     parts = (experts_of(program, (layer,)) for layer in layers)
     return [layer_cost(model.tensors_for(part), part) for part in parts if part is not None]

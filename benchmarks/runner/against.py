@@ -71,16 +71,16 @@ def _tell(process: asyncio.subprocess.Process, what: object) -> None:
 
 
 async def _answer(process: asyncio.subprocess.Process) -> dict[str, Any] | None:
-    """Returns what the process answers; None after the last group. Raises LlamaclustError if the process has failed."""
+    """Returns the process's answer; None after the last group. Raises LlamaclustError if the process failed."""
     assert process.stdout is not None
     line = await process.stdout.readline()
     if not line and await process.wait():
-        raise LlamaclustError(f"a run of the case ended with {process.returncode}")
+        raise LlamaclustError(f"the process of a case ended with exit status {process.returncode}")
     return json.loads(line) if line else None
 
 
 async def serve(case: Case) -> None:
-    """Measures the turns that lines on standard input name, and prints results; other output goes to standard error."""
+    """Measures the turns that lines on standard input name. Prints results; other output goes to standard error."""
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
         async with aclosing(case.groups()) as groups:  # type: ignore[type-var]

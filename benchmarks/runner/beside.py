@@ -1,4 +1,4 @@
-"""Sends other clients' requests during a measurement: streams and short requests. Also watches memory."""
+"""Sends requests of other clients during a measurement: streams and short requests. Also watches memory."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ for connection in connections:
 class Others:
     client: AsyncClient
     bench: Bench
-    gaps: list[tuple[float, float]] = field(default_factory=list)  # between two tokens of a stream: from, to
-    live_s: float = 0.0  # the longest of `/live`
-    first_s: list[float] = field(default_factory=list)  # to the first token of the short requests
-    most_mib: float = 0.0  # of the coordinator
+    gaps: list[tuple[float, float]] = field(default_factory=list)  # times between two tokens of one stream: start, end
+    live_s: float = 0.0  # longest time of `/live`
+    first_s: list[float] = field(default_factory=list)  # times to the first token of short requests
+    most_mib: float = 0.0  # memory of the coordinator
     idle_mib: float = 0.0
 
     def clear(self) -> None:
@@ -124,8 +124,8 @@ async def others(client: AsyncClient, bench: Bench, streams: int) -> AsyncIterat
 
 
 async def posted(api: str, path: str, body: bytes, count: int = 1, key: str = "") -> str:
-    """Sends `count` requests and describes the replies. Without a path, sends raw bytes. In a body, the number of the
-    request replaces `@NUMBER@`."""
+    """Sends `count` requests and describes the replies. Without a path, sends raw bytes. The request's number replaces
+    `@NUMBER@` in the body."""
     pipe = asyncio.subprocess.PIPE
     words = (sys.executable, "-c", _POST, f"{api}/{path}") if path else (sys.executable, "-c", _RAW, api[7:])
     process = await asyncio.create_subprocess_exec(*words, key, str(count), stdin=pipe, stdout=pipe)

@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 Measures = Mapping[str, float | str | bytes]
-"""Figures, texts and bytes by name. Texts are only shown. Bytes must be the same for all variants of a turn."""
+"""Figures, texts and bytes by name. Texts are only shown. Bytes must be equal for all variants of a turn."""
 Variant = Callable[[int], Awaitable[Measures]]
-"""Measures in the turn of the given number. Variants that draw prompts draw the same ones in the same turn."""
+"""Measures in the turn of this number. Variants that draw prompts draw the same ones in the same turn."""
 
 
 @dataclass(slots=True)
 class Group:
     """Variants that are compared with the first one. `goals` are for ratios or, with a single variant, for its figures.
-    If there are goals, only figures with a goal are summarized."""
+    Only figures with a goal are summarized if there are goals."""
 
     name: str
     variants: Mapping[str, Variant]
     goals: Mapping[str, str] = field(default_factory=dict)
-    rounds: int | None = None  # instead of those that are asked for
-    in_order: bool = False  # in every turn; else every second one is in the opposite order
+    rounds: int | None = None  # replaces the requested number
+    in_order: bool = False  # in every turn; otherwise every second turn has the opposite order
     turns: list[dict[str, Measures]] = field(default_factory=list)  # filled by the runner
 
     def values(self, variant: str, name: str) -> list[float]:
@@ -44,12 +44,11 @@ class Case(ABC):
     """The base of all cases. A case is a frozen dataclass; its docstring is its help."""
 
     rounds: ClassVar[int] = 5
-    warm: ClassVar[int] = 0  # turns that do not count, before the others
+    warm: ClassVar[int] = 0  # number of first turns that do not count
 
     @abstractmethod
     def groups(self) -> AsyncIterator[Group]:
-        """Yields each group while what its variants need exists. When the generator resumes, the group has its
-        turns."""
+        """Yields each group while its variants can run. A group has its turns when the generator resumes."""
 
 
 def argument(what: str, read: Callable[[str], Any] = Path, *, nargs: str | None = None, default: Any = MISSING) -> Any:

@@ -50,7 +50,7 @@ class Layout:
     keys: Mapping[str, Any] = field(default_factory=dict)
     prefixes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     is_secure: bool = False
-    home: Path | None = None  # of caches, instead of one of its own
+    home: Path | None = None  # folder of caches; None: a new one
 
     @property
     def names(self) -> str:
@@ -88,7 +88,6 @@ class Bench:
 
     @property
     def coordinator(self) -> psutil.Process:
-        """The coordinator or standby that was started last."""
         return psutil.Process(self.started[-1].pid)
 
     @property

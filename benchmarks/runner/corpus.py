@@ -37,7 +37,7 @@ class Prompt:
     tokens: tuple[int, ...]
     temperature: float = 0.0
     seed: int = 0
-    most: int | None = None  # tokens of the answer; None: as many as are asked for
+    most: int | None = None  # tokens of the answer; None: the requested number
 
 
 def prompts(model: Model, kinds: tuple[str, ...], count: int, characters: int, seed: int) -> Iterator[Prompt]:
@@ -111,5 +111,5 @@ def _excerpt(draw: random.Random, pattern: str, characters: int) -> str:
 
 
 def answer_tokens(prompt: Prompt, most: int, context: int) -> int:
-    """Returns the number of tokens of the prompt's answer. It is below 1 if the answer does not fit in the context."""
+    """Returns the number of tokens of the prompt's answer; below 1 if the answer exceeds the context."""
     return min(most, prompt.most or most, context - len(prompt.tokens) - _MARGIN)

@@ -28,14 +28,13 @@ _CONFIDENCE = 0
 
 
 def chosen_right(count: int, acceptance: float, draw: random.Random) -> list[bool]:
-    """Chooses at random which tokens are drafted right: the share `acceptance` of them, rounded."""
+    """Chooses at random which tokens are drafted right: a share `acceptance` of them, rounded."""
     wrong = set(draw.sample(range(count), round((1 - acceptance) * count)))
     return [place not in wrong for place in range(count)]
 
 
 class RecordedDrafters:
-    """Drafts from recorded answers for sequences that begin with a recorded prompt, and from n-grams for other
-    sequences."""
+    """Drafts from recorded answers for sequences that begin with a recorded prompt, from n-grams for others."""
 
     def __init__(self) -> None:
         self._drafts: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -49,7 +48,7 @@ class RecordedDrafters:
         return _RecordedDrafter(self._drafts)
 
     def ended(self, key: Hashable, tokens: Sequence[int]) -> None:
-        """Does nothing: nothing more is recorded."""
+        """Does nothing: only `record` adds answers."""
 
 
 class NoDrafters:
@@ -62,7 +61,7 @@ class NoDrafters:
         return NO_DRAFT
 
     def ended(self, key: Hashable, tokens: Sequence[int]) -> None:
-        """Does nothing: nothing is kept."""
+        """Does nothing."""
 
 
 class _RecordedDrafter:
@@ -104,7 +103,7 @@ async def served(
     path: Path, stages: int, threads: int, drafters: Drafters, *, mtp: bool = False
 ) -> AsyncIterator[Served]:
     """Serves a model, with one stage of `threads` threads in this process, or with several stages in local workers of
-    one thread each. With `mtp`, the model's own head drafts too."""
+    one thread each. With `mtp`, the model's own head drafts as well."""
     if stages == 1:
         with Model.open(path) as model:
             context = min(CONTEXT, model.hyperparameters.context_length)

@@ -59,11 +59,11 @@ def pinned_to_cores(cluster: Cluster) -> Iterator[None]:
 
 
 def pin_process(pid: int, core: int) -> None:
-    """Pins the current threads of a process to a core. Threads that they start later inherit the core."""
+    """Pins a process's current threads to a core. Threads that they start later inherit the core."""
     _pin((int(each.name) for each in Path(f"/proc/{pid}/task").iterdir()), {core})
 
 
 def _pin(threads: Iterable[int], cores: Collection[int]) -> None:
     for thread in threads:
-        with suppress(ProcessLookupError):  # it has just ended
+        with suppress(ProcessLookupError):  # the thread has just ended
             os.sched_setaffinity(thread, cores)

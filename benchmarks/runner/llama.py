@@ -32,8 +32,7 @@ class Speed:
 def check_program(
     path: Path, how: str = "the docstring of benchmarks/runner/llama.py", option: str = "--llama-bench"
 ) -> Path:
-    """Returns the absolute path of a program. Raises UsageError if the path is not a program. `how`: the text that says
-    how to build it."""
+    """Returns a program's absolute path, or raises UsageError. `how`: the text that says how to build the program."""
     if path.is_dir():
         raise UsageError(f"{option} {path}: a folder; give the program in it, such as {path}/bin/{option[2:]}")
     if not path.exists():
@@ -44,7 +43,7 @@ def check_program(
 
 
 def their_answers(program: Path, model: Path, options: Sequence[str]) -> list[Any]:
-    """Returns the output of llama-bench, one object per test. Raises UsageError if llama-bench fails."""
+    """Returns llama-bench's output, one object per test. Raises UsageError if llama-bench fails."""
     answers = json_of([str(program), "-m", str(model), "-o", "json", *options])
     return answers if isinstance(answers, list) else [answers]
 
@@ -55,20 +54,20 @@ def their_speed(program: Path, answers: Sequence[Any]) -> Speed:
         decodes = [float(answer["avg_ts"]) for answer in answers if answer["n_prompt"] == 0]
         return Speed(max(prefills, default=None), max(decodes))
     except (KeyError, TypeError, ValueError):
-        raise UsageError(f"{program}: its JSON is not that of llama-bench; take a newer one") from None
+        raise UsageError(f"{program}: prints other JSON than llama-bench; use a newer llama-bench") from None
 
 
 def json_of(command: Sequence[str]) -> Any:
-    """Returns the JSON that a program prints. Raises UsageError if it cannot be run, fails, or prints other text."""
+    """Returns the JSON that a program prints. Raises UsageError if the program fails or prints other text."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_DEADLINE_S, check=False)
     except OSError as error:
         raise UsageError(f"{command[0]}: cannot be run: {error.strerror}") from error
     except subprocess.TimeoutExpired:
-        raise UsageError(f"{command[0]}: not done after {_DEADLINE_S} s; measure less") from None
+        raise UsageError(f"{command[0]}: not finished after {_DEADLINE_S} s; measure less") from None
     if done.returncode != 0:
         last = " ".join(done.stderr.strip().splitlines()[-1:])
-        raise UsageError(f"{command[0]} failed: {last or f'it ended with {done.returncode} and no word'}")
+        raise UsageError(f"{command[0]} failed: {last or f'exit status {done.returncode}, no output'}")
     try:
         return json.loads(done.stdout)
     except ValueError:

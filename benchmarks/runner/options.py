@@ -15,7 +15,7 @@ _Value = TypeVar("_Value")
 
 def natural(text: str) -> int:
     if not re.fullmatch("[0-9]{1,7}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 0 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
 
 
@@ -42,7 +42,7 @@ def listed(one: Callable[[str], _Value]) -> Callable[[str], tuple[_Value, ...]]:
 
 
 def chosen(what: str, choices: Mapping[str, _Value]) -> Callable[[str], _Value]:
-    """Returns a parser that accepts one of the choices. For another word, its error lists the choices."""
+    """Returns a parser of one of the choices. Its error for another word lists the choices."""
 
     def read(text: str) -> _Value:
         if text not in choices:

@@ -45,8 +45,7 @@ class PaddedModels:
 
     @classmethod
     def of(cls, name: str, hidden: int, text: Path, chunks: int, folder: Path) -> PaddedModels:
-        """Makes the model, its importance matrix from the second half of the text, and its logits for the first
-        `chunks`."""
+        """Makes the model, the importance matrix of the text's second half, and logits of the first chunks."""
         narrow, padded = resolve_model(name), folder / "padded.gguf"
         write_padded(narrow, padded, hidden)
         words = text.read_text()

@@ -22,8 +22,7 @@ from support.network.namespaces import entered
 _COORDINATOR = "coordinator"
 _END_S = 10.0
 PROMPT, TOKENS = 224, 48
-"""Tokens of the prompt and of the answer. With these, attention reads as many keys as when workers measure
-themselves."""
+"""Tokens of prompt and answer: attention then reads as many keys as when workers measure themselves."""
 NEAR = "0.85 .. 1.15"
 
 Times = Mapping[str, float]
@@ -37,7 +36,7 @@ class Shape:
     what: str
     threads: tuple[int, ...]
     memory_mib: tuple[int, ...] = ()
-    links: tuple[Link, ...] = ()  # of each worker's host; the coordinator's has no delay
+    links: tuple[Link, ...] = ()  # links of the workers' hosts; the coordinator's host has no delay
     objective: str = "latency"
     is_small: bool = False
 
@@ -122,8 +121,8 @@ def predicted(cluster: Cluster) -> Times:
 async def compared(
     opening: Callable[[], AbstractAsyncContextManager[Cluster]], times: Callable[[Cluster], Awaitable[Times]]
 ) -> Measures:
-    """Measures times of a cluster and compares them with the mean of two predictions: the cluster's own, and one by the
-    same cluster when started again afterwards, because machines change their speed."""
+    """Compares measured times of a cluster with the mean of two predictions: the cluster's own, and one after a
+    restart. A single prediction does not suffice, because machines change their speed."""
     async with opening() as cluster:
         said, layers = [predicted(cluster)], layers_of(cluster)
         await times(cluster)  # warms up

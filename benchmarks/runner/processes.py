@@ -1,4 +1,4 @@
-"""Runs processes before others, and counts their instructions by `perf stat`, which a noisy machine does not change."""
+"""Gives processes priority. Counts their instructions by `perf stat`, which other programs do not change."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ class Instructions:
     count: int | None = None
 
     def per(self, tokens: int) -> dict[str, float]:
-        """Returns the figure of a table: thousands of instructions for each of `tokens`."""
         return {} if self.count is None else {"k instr": self.count / 1e3 / tokens}
 
 
@@ -68,19 +67,18 @@ async def _order(process: Process, orders: FileIO, replies: FileIO, words: bytes
             if await asyncio.to_thread(select.select, [replies], [], [], _LOOK_S) != ([], [], []):
                 replies.read(16)
                 return
-    raise LlamaclustError(f"perf stat ended with {process.returncode}")
+    raise LlamaclustError(f"perf stat ended with exit status {process.returncode}")
 
 
 def _count(text: str) -> int | None:
-    """Returns the first field of the line with the counter, or None if the machine has no such counter."""
+    """Returns the first field of the counter's line; None if the machine has no such counter."""
     fields = [line.split(",")[0] for line in text.splitlines() if "instructions" in line]
     return int(fields[0]) if fields and fields[0].isdigit() else None
 
 
 @contextmanager
 def before_other_programs(pids: Iterable[int], *, priority: int = 1) -> Iterator[None]:
-    """Gives the processes' current threads real-time priority within the context. Raises PermissionError if that is not
-    permitted."""
+    """Gives the processes' threads real-time priority in this context. Raises PermissionError if not permitted."""
     threads = [int(each.name) for pid in pids for each in Path(f"/proc/{pid}/task").iterdir()]
     try:
         _schedule(threads, os.SCHED_RR, priority)
@@ -91,5 +89,5 @@ def before_other_programs(pids: Iterable[int], *, priority: int = 1) -> Iterator
 
 def _schedule(threads: Iterable[int], policy: int, priority: int) -> None:
     for thread in threads:
-        with suppress(ProcessLookupError):  # it has just ended
+        with suppress(ProcessLookupError):  # the thread has just ended
             os.sched_setscheduler(thread, policy, os.sched_param(priority))

@@ -1,5 +1,4 @@
-"""Measures the time of a microbatch by its number of rows, each of which chooses a token, and computes the gain that
-drafts can have."""
+"""Measures the time of a microbatch by its rows, which all choose a token, and computes the possible gain of drafts."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ class RowCosts:
 
     @property
     def prefill_to_decode(self) -> float:
-        """The number of prompt tokens that are computed in the time of one token of an answer."""
+        """The prompt tokens that are computed in the time of one token of an answer."""
         return self.ns[0] / self.prefill_row_ns
 
     def allowed_gain(self, acceptance: float) -> float:
@@ -58,8 +57,7 @@ class RowCosts:
 
 
 def measured(path: Path, threads: int, position: int, seed: int = 1) -> RowCosts:
-    """Measures the whole model after `position` tokens. Raises UsageError for a model with attention windows or
-    states."""
+    """Measures the whole model after `position` tokens. Raises UsageError if it has attention windows or states."""
     with Model.open(path) as model:
         if model.window is not None or model.has_states:
             raise UsageError(f"{path}: has windows or states; give a model whose layers see all tokens")
@@ -94,7 +92,7 @@ def _bound(run: Callable[[int, int, int], None], place: int, rows: int) -> Calla
 
 
 def _times(works: Sequence[Callable[[], None]]) -> list[float]:
-    """Returns the median nanoseconds of each function. The functions run in turn; their first calls do not count."""
+    """Returns each function's median nanoseconds. The functions run in turn; their first calls do not count."""
     taken: list[list[int]] = [[] for _ in works]
     for _ in range(_REPEATS + 1):
         for work, times in zip(works, taken, strict=True):

@@ -18,7 +18,7 @@ Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 async def requested(
     api: str, body: dict[str, Any], path: str = "/v1/completions", connection: Connection | None = None
 ) -> Connection:
-    """Sends a request for a streamed answer on the given connection, or on a new one. Returns the connection."""
+    """Sends a request for a streamed answer on a new connection, or on the given one. Returns the connection."""
     where, content = urlsplit(api), json.dumps({**body, "stream": True}).encode()
     if connection is None:
         connection = await asyncio.open_connection(where.hostname, where.port, limit=1 << 22)
@@ -30,8 +30,7 @@ async def requested(
 
 
 async def event(reader: asyncio.StreamReader) -> bytes:
-    """Returns the next event's data, or no bytes at the end. Raises LlamaclustError for an error or a lost
-    connection."""
+    """Returns the next event's data; empty at the end. Raises LlamaclustError for an error or a lost connection."""
     while line := await reader.readline():
         if line.startswith(b"data: [DONE]"):
             return b""
@@ -48,12 +47,12 @@ async def event(reader: asyncio.StreamReader) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer. `arrivals` has one pair for each event with tokens: its arrival time and its number of tokens."""
+    """An answer. `arrivals` has the time and the number of tokens of each event with tokens."""
 
     begun_s: float
     arrivals: tuple[tuple[float, int], ...]
     ids: tuple[int, ...]
-    logprobs: tuple[float, ...]  # of the chosen tokens, if they were requested
+    logprobs: tuple[float, ...]  # logprobs of the chosen tokens, if requested
 
     @property
     def first_s(self) -> float:
@@ -71,11 +70,11 @@ class Answer:
 
 
 async def answer(api: str, prompt: Sequence[int], tokens: int, **more: Any) -> Answer:
-    """Requests a greedy answer of this many tokens. Raises LlamaclustError if its length differs."""
+    """Requests a greedy answer of this many tokens. Raises LlamaclustError for another length."""
     body = {"prompt": [*prompt], "max_tokens": tokens, "temperature": 0.0, "ignore_eos": True, **more}
     begun_s, lines = perf_counter(), list[tuple[float, bytes]]()
     reader, writer = await requested(api, {**body, "return_token_ids": True})
-    while data := await event(reader):  # what they say is read later: it would delay the next one
+    while data := await event(reader):  # events are parsed later, because parsing would delay the next event
         lines.append((perf_counter(), data))
     writer.close()
     found = read_answer(begun_s, lines)

@@ -1,5 +1,4 @@
-"""Runs the variants of each group of measurements alternately. Prints the figures of each run, and a summary of all
-runs."""
+"""Runs the variants of each group alternately. Prints the figures of each run, and a summary."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ _MANY = 8
 
 @dataclass(slots=True)
 class Turns:
-    """A run of a case. `rounds` replaces the number of rounds that the case itself states."""
+    """A run of a case. `rounds` replaces the case's own number of rounds."""
 
     case: Case
     rounds: int | None = None

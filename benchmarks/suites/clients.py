@@ -1,14 +1,14 @@
-"""Client libraries and load generators, unchanged, against a cluster: how many cases of each pass.
+"""Runs unchanged client libraries and load generators against a cluster, and counts the cases of each that pass.
 
     python benchmarks/suites/clients.py MODEL.gguf [SUITE ...] [--workers 2] [--api URL] [--checkout SUITE=FOLDER]
         [--examples 20] [--limit SECONDS]
 
-Each suite has an environment of its own in the cache folder, made by pip or npm; its packages have fixed
-versions, what these depend on is as new as they allow. A suite whose packages cannot be had, or whose tests do not end,
-is skipped with the reason. The cases are in `cases/`; langchain-tests brings its own. Suites whose tests are in no
-package, only in a public repository, need a checkout of it. Suites that make requests from OpenAPI documents, whose
-cases are operations, and those of images have clusters of their own with small models of random weights.
-With `--api`, they run against another server, such as llama.cpp's, which serves the model already.
+Each suite has its own environment in the cache folder, made by pip or npm. Its packages have fixed versions; their
+dependencies are as new as they allow. A suite is skipped, with the reason, if its packages are unavailable or its tests
+do not end. The cases are in `cases/`, except those of langchain-tests. Suites whose tests are only in a public
+repository need a checkout of it. Suites of requests from OpenAPI documents (their cases are operations) and of images
+have their own clusters, with small models of random weights. With `--api`, suites run against another server that
+already serves the model, such as llama.cpp's.
 """
 
 from __future__ import annotations
@@ -53,13 +53,11 @@ _PYTEST = ("pytest==9.2.0", "pytest-asyncio==1.5.0")
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """A suite: the names and versions of its packages, and the file of its cases."""
-
     packages: tuple[str, ...]
     cases: str = ""
-    repository: str = ""  # of which it needs a checkout
-    part: tuple[str, str] = ("", "")  # a package and its one file that is needed, without what the package depends on
-    document: Document | None = None  # in place of cases
+    repository: str = ""  # the repository whose checkout the suite needs
+    part: tuple[str, str] = ("", "")  # a package and the only file of it that is needed, without dependencies
+    document: Document | None = None  # replaces `cases`
     stand_in: str = ""  # a small model that is served instead of the user's model
 
     @property
@@ -122,10 +120,10 @@ class Target:
     """The server that suites run against."""
 
     api: str  # base URL
-    model: str  # its served name
-    checkouts: Mapping[str, Path] = field(default_factory=dict)  # of repositories, by suite
-    limit_s: float = _LIMIT_S  # for one suite
-    examples: int = _EXAMPLES  # of an operation of a document, beside those that try each of its fields
+    model: str  # the model's served name
+    checkouts: Mapping[str, Path] = field(default_factory=dict)  # checkouts of repositories by suite
+    limit_s: float = _LIMIT_S  # most seconds per suite
+    examples: int = _EXAMPLES  # requests per operation of a document, in addition to those for each of its fields
 
     def variables(self, suite: str) -> dict[str, str]:
         own = {"SUITE_API": self.api, "SUITE_MODEL": self.model}
@@ -133,7 +131,7 @@ class Target:
 
 
 class Skipped(Exception):
-    """Raised if the suite's packages cannot be installed, or its tests do not end."""
+    """Raised if the suite's packages cannot be installed, or the suite does not end."""
 
 
 def install(name: str, suite: Suite) -> Path:
@@ -181,7 +179,7 @@ def _command(suite: Suite, folder: Path, report: Path, target: Target, checkout:
         return [str(folder / "bin" / "schemathesis"), *made, "--report=junit", f"--report-junit-path={report}"]
     cases = HERE / "cases" / suite.cases
     if suite.is_node:
-        for name in ("server.mjs", suite.cases):  # beside their packages, where node looks for them
+        for name in ("server.mjs", suite.cases):  # next to the packages, where node finds them
             shutil.copy(cases.with_name(name), folder)
         reporter = ["--test-reporter=junit", f"--test-reporter-destination={report}"]
         return ["node", "--test", *reporter, str(folder / suite.cases)]
@@ -207,8 +205,8 @@ async def run(name: str, suite: Suite, target: Target) -> Counter[str]:
 
 
 async def _run(command: list[str], output: Path, own: dict[str, str], limit_s: float) -> None:
-    """Runs a command in the folder of `output` with only harmless environment variables. Afterwards, kills all
-    processes that the command started."""
+    """Runs a command in the folder of `output` with harmless environment variables only. Then kills all its
+    processes."""
     kept = {name: value for name, value in os.environ.items() if name in _KEPT_VARIABLES}
     with output.open("wb") as file:
         process = await asyncio.create_subprocess_exec(
@@ -232,7 +230,7 @@ async def _run(command: list[str], output: Path, own: dict[str, str], limit_s: f
 
 
 async def run_on_clusters(model: Path, names: list[str], workers: int, target: Target) -> dict[str, Counter[str]]:
-    """Runs suites on clusters, one for each model. Counts their cases by suite."""
+    """Runs suites, one cluster per model. Counts their cases by suite."""
     counts: dict[str, Counter[str]] = {}
     for stand_in, group in groupby(sorted(names, key=_stand_in), _stand_in):
         with TemporaryDirectory(prefix="llamaclust-suite-") as folder:
@@ -247,7 +245,7 @@ def _stand_in(name: str) -> str:
 
 
 async def run_all(names: list[str], target: Target) -> dict[str, Counter[str]]:
-    """Runs suites on the server at the target's address. Counts their cases by suite."""
+    """Runs suites on the target. Counts their cases by suite."""
     async with httpx.AsyncClient(trust_env=False) as client:
         served = (await client.get(f"{target.api}/v1/models")).json()["data"][0]["id"]
     counts = {}
@@ -262,11 +260,11 @@ async def run_all(names: list[str], target: Target) -> dict[str, Counter[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("suites", nargs="*", default=[*SUITES], help=f"of {', '.join(SUITES)}")
+    parser.add_argument("suites", nargs="*", default=[*SUITES], help=f"suites to run: {', '.join(SUITES)}")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--api", default="", help="base URL of a server that runs, in place of a cluster")
-    parser.add_argument("--limit", type=float, default=_LIMIT_S, help="seconds for one suite")
-    parser.add_argument("--examples", type=int, default=_EXAMPLES, help="of each operation of an OpenAPI document")
+    parser.add_argument("--api", default="", help="base URL of a running server to test instead of a cluster")
+    parser.add_argument("--limit", type=float, default=_LIMIT_S, help="most seconds per suite")
+    parser.add_argument("--examples", type=int, default=_EXAMPLES, help="requests per operation of an OpenAPI document")
     help_text = "a checkout of the repository that a suite's tests come from, in the form SUITE=FOLDER"
     parser.add_argument("--checkout", type=_checkout, action="append", default=[], help=help_text)
     given = parser.parse_intermixed_args()

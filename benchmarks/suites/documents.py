@@ -17,8 +17,8 @@ class Document:
     need not be refused: unknown fields and nulls are accepted, and a header names them. A request that the document
     allows need not be accepted: no schema says, for example, that the context is full."""
 
-    place: str  # a path in a checkout; or of the server, beginning with /
-    checks: tuple[str, ...] = ()  # beside errors of the server, and the type and schema of replies
+    place: str  # a path in a checkout, or a path of the server that begins with /
+    checks: tuple[str, ...] = ()  # checks in addition to server errors, types and schemas of replies
     filters: tuple[str, ...] = ()  # options that choose operations
 
     def words(self, api: str, checkout: Path | None, examples: int) -> Iterator[str]:

@@ -1,8 +1,8 @@
-"""Stands in for llama.cpp's `llama-server`: its command line becomes a cluster file, and `llamaclust up` runs that.
+"""Replaces llama.cpp's `llama-server`: turns the command line into a cluster file and runs `llamaclust up` with it.
 
-LLAMACLUST_SUITE_MODEL is the model of all tests, in place of those that they name, but for the stand-ins in the folder
-LLAMACLUST_SUITE_STAND_INS (`llamacpp_models.py`). Flags without a counterpart are left out. LLAMACLUST_SUITE_SERVER is
-a `llama-server` to run in place of a cluster, with the same models.
+LLAMACLUST_SUITE_MODEL replaces the models that tests name, except models with a substitute in the folder
+LLAMACLUST_SUITE_STAND_INS (`llamacpp_models.py`). Flags without a counterpart are ignored. If LLAMACLUST_SUITE_SERVER
+names a `llama-server`, that program runs instead of a cluster, with the same models.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ VALUES = {
 }  # fmt: skip
 
 FILE_FLAGS = {*MODEL_FLAGS, "--model-draft"}
-"""Flags whose values are models, or names of models."""
 
 DEFAULTS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--temp": ("temperature", float),
@@ -42,7 +41,6 @@ THINKING = {"on": True, "off": False}
 
 
 def read_flags(arguments: list[str]) -> dict[str, str]:
-    """Returns the flags with their values. A flag without a value has the empty text."""
     rest, flags = iter(arguments), {}
     for flag in rest:
         flags[flag] = next(rest) if flag in VALUES else ""
@@ -50,7 +48,7 @@ def read_flags(arguments: list[str]) -> dict[str, str]:
 
 
 def own_models(arguments: list[str], folder: Path) -> list[str]:
-    """Returns the arguments with each model name replaced by the path of a model on this machine."""
+    """Replaces each model name in the arguments by the path of a model on this machine."""
     kept: list[str] = []
     rest = iter(arguments)
     for flag in rest:
@@ -107,9 +105,9 @@ def cluster_file(flags: dict[str, str], folder: Path) -> dict[str, Any]:
 
 
 def served(flags: dict[str, str]) -> dict[str, Any]:
-    """Returns the keys of the cluster file for its model and adapters, or for the models of a router."""
+    """Returns the cluster file's keys for the model and adapters, or for a router's models."""
     model, idle_s = model_of(flags), int(flags.get("--sleep-idle-seconds", "-1"))
-    if model is not None and idle_s > 0:  # a model that sleeps is one of `models`
+    if model is not None and idle_s > 0:  # only an entry of `models` can sleep
         return {"models": [{"model": str(model), "name": flags["--alias"], "keep_alive": f"{idle_s}s"}]}
     if model is None:
         models = [{"model": str(path), "name": name} for name, path in routed_models().items()]
@@ -120,14 +118,14 @@ def served(flags: dict[str, str]) -> dict[str, Any]:
 
 
 def addresses(hosts: str, port: str) -> dict[str, Any]:
-    """Returns the keys of the cluster file for comma-separated hosts."""
+    """Returns the cluster file's keys for comma-separated hosts."""
     first, *others = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts.split(",")]
     return {"listen": first, "listen_also": others}
 
 
 def names(flags: dict[str, str]) -> dict[str, Any]:
-    """Returns the keys of the cluster file for names and tags. The alphabetically first alias is the model's name. A
-    cluster with `models` has no such keys, because its models have names of their own."""
+    """Returns the cluster file's keys for names and tags. The alphabetically first alias is the model's name. There are
+    no such keys with `models`, which have names of their own."""
     if "models" in served(flags):
         return {}
     aliases = sorted(name for name in flags.get("--alias", "").split(",") if name)

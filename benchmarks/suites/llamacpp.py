@@ -1,11 +1,11 @@
-"""llama.cpp's own server tests, unchanged, against llamaclust: how many of each file pass.
+"""Runs llama.cpp's own server tests, unchanged, against llamaclust, and counts how many of each file pass.
 
     python benchmarks/suites/llamacpp.py MODEL.gguf [FILE ...] [--results FOLDER] [-k EXPRESSION] [--server PATH]
 
-The tests come out of llama-cpp-python's source package, which pip downloads (77 MB), or from `--source`, a checkout of
-llama.cpp. They run with the server of `llama_server.py`, which uses MODEL, or a stand-in, in place of the models that
-the tests name; `--server` names a llama-server to run them with instead. `--results` keeps each file's results: files
-that have some are not run again, and the tables of both servers are printed side by side.
+The tests come from llama-cpp-python's source package, which pip downloads (77 MB), or from `--source`, a checkout of
+llama.cpp. The server is `llama_server.py`, or the llama-server that `--server` names. MODEL or a small substitute
+replaces the models that the tests name. `--results` keeps each file's results: files with results are not run again,
+and the tables of both servers are printed next to each other.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def prepare(source: Path, folder: Path) -> Path:
     """Copies the tests and their templates, and makes the server that they start. Returns the folder of the tests."""
     for part in (TESTS, TEMPLATES):
         shutil.copytree(source / part, folder / part)
-    (folder / TESTS / "tmp").mkdir(exist_ok=True)  # of slots
+    (folder / TESTS / "tmp").mkdir(exist_ok=True)  # folder of slots
     server = folder / "llama-server"
     server.write_text(f'#!/bin/sh\nexec {sys.executable} {HERE.resolve() / "llama_server.py"} "$@"\n')
     server.chmod(0o755)
@@ -77,12 +77,12 @@ def prepare(source: Path, folder: Path) -> Path:
 @dataclass(frozen=True, slots=True)
 class Run:
     tests: Path
-    folder: Path  # for files of the servers
+    folder: Path  # folder for files of the servers
     model: Path
-    server: Path | None  # a llama-server, in place of a cluster
+    server: Path | None  # a llama-server that is tested instead of a cluster
 
     def file(self, name: str, report: Path, expression: str) -> None:
-        """Runs a file of tests. The JUnit file with their results is written when they have ended."""
+        """Runs a file of tests. The JUnit file with the results is written when all have ended."""
         made = self.folder / report.name
         words = ["-q", "-p", "llamacpp_plugin", "-p", "no:cacheprovider", "-m", "not slow", "--tb=line"]
         words += [f"--junitxml={made}", f"unit/test_{name}.py", *(["-k", expression] if expression else [])]
@@ -114,7 +114,7 @@ def _free_port() -> int:
 
 
 def run_all(options: argparse.Namespace, folder: Path, results: Path) -> list[Path]:
-    """Runs the test files that have no results yet. Returns the JUnit files of all test files."""
+    """Runs the test files without results. Returns the JUnit files of all test files."""
     reports = [results / f"{name}.xml" for name in options.files]
     missing = [report for report in reports if not report.exists()]
     if not missing:
@@ -131,9 +131,9 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("files", nargs="*", default=FILES.split(), help="names of test files, such as basic")
     parser.add_argument("--source", type=Path, help="a checkout of llama.cpp")
-    parser.add_argument("--server", type=Path, help="a llama-server to test in place of a cluster, with the same model")
-    parser.add_argument("--results", type=Path, help="where results are kept, in a folder for each server")
-    parser.add_argument("-k", default="", help="as pytest's -k")
+    parser.add_argument("--server", type=Path, help="path of a llama-server to test instead of a cluster")
+    parser.add_argument("--results", type=Path, help="folder of results, with a subfolder per server")
+    parser.add_argument("-k", default="", help="run only tests that match; like -k of pytest")
     options = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory(prefix="llamacpp-tests-") as name:
         folder = Path(name)

@@ -16,8 +16,7 @@ ROUTED = {
     "ggml-org/test-model-stories260K:F32": "routed-1",
     "ggml-org/test-model-stories260K-infill:F32": "routed-2",
 }
-"""The models of a server that is started as a router, each with the name of the small model that replaces it. An empty
-name means MODEL."""
+"""The models of a server that is started as a router, and the small models that replace them. Empty: MODEL."""
 _ADAPTED, _ADAPTER = "adapted", "adapter"
 _FILL_IN = ("ggml-org/test-model-stories260K-infill", "fill-in")
 """The repository of a model with tokens for `/infill`, and the name of the small model that replaces it."""
@@ -60,7 +59,7 @@ def model_of(flags: Mapping[str, str]) -> Path | None:
 
 
 def projector_of(model: Path) -> Path | None:
-    """Returns the projector beside a small model; None for a model that reads text only."""
+    """Returns the projector in a small model's folder; None for a model that reads text only."""
     path = model.with_name("mmproj.gguf")
     return path if path.is_file() else None
 

@@ -1,9 +1,9 @@
-"""MaskBench: real JSON schemas with valid and invalid instances, against grammars as requests use them.
+"""MaskBench: real JSON schemas with valid and invalid instances, against the grammars that requests use.
 
     python benchmarks/suites/maskbench.py FOLDER [--sample 1000] [--seed 1] [--verbose]
 
-FOLDER is `maskbench/data` of a checkout of guidance-ai/jsonschemabench. Instances are taken in byte by byte. A schema
-passes if it is taken and each of its instances is judged right; one without instances, if it is taken.
+FOLDER is `maskbench/data` of a checkout of guidance-ai/jsonschemabench. Instances are matched byte by byte. A schema
+passes if it is accepted and each of its instances, if any, is judged right.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SHOWN_S = 10.0
 
 
 def judge(document: dict[str, Any], counts: Counter[str]) -> Iterator[str]:
-    """Counts a schema and its instances. Yields a line for each judgement that differs from the suite's."""
+    """Counts a schema and its instances. Yields a line for each judgement unlike the suite's."""
     counts["schemas"] += 1
     try:
         grammar = definitions.of_schema(document["schema"], "schema")
@@ -56,7 +56,7 @@ def _differences(grammar: Grammar, tests: list[dict[str, Any]], counts: Counter[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--sample", type=int, help="so many schemas at random; all of them by default")
+    parser.add_argument("--sample", type=int, help="number of random schemas; by default all")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--verbose", action="store_true", help="show each difference")
     given = parser.parse_args()

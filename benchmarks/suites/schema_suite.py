@@ -1,10 +1,9 @@
-"""JSON-Schema-Test-Suite (draft 2020-12) against grammars: which schemas are taken, and which instances they allow.
+"""JSON-Schema-Test-Suite (draft 2020-12) against grammars: which schemas are accepted, and which instances they allow.
 
     python benchmarks/suites/schema_suite.py [--source jsonschema-4.26.0.tar.gz]
 
-The suite is in the source package of `jsonschema`, which pip downloads where no `--source` is given. Properties of a
-valid instance may be refused for their order, which a grammar fixes as the schema has it: such instances are tried in
-that order, too.
+The suite is in the source package of `jsonschema`, which pip downloads unless --source is given. A grammar fixes the
+order of properties. A valid instance with another order is therefore also tried in the schema's order.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def source_package(folder: Path) -> Path:
 
 
 def groups(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields each schema of the suite, also optional ones: the name of its file, and the schema with its instances."""
+    """Yields each schema of the suite, optional ones included: its file's name, and the schema with its instances."""
     with tarfile.open(source) as archive:
         for member in sorted(archive.getmembers(), key=lambda entry: entry.name):
             if _SUITE in member.name and (file := archive.extractfile(member)) is not None:
@@ -76,7 +75,7 @@ def allows(grammar: Grammar, instance: Any) -> bool:
 
 
 def judge(group: dict[str, Any], counts: Counter[str]) -> Iterator[str]:
-    """Counts a schema and its instances. Yields a line for each judgement that differs from the suite's."""
+    """Counts a schema and its instances. Yields a line for each judgement unlike the suite's."""
     schema = group["schema"]
     schema = {key: value for key, value in schema.items() if key != "$schema"} if isinstance(schema, dict) else schema
     counts["schemas"] += 1

@@ -1,5 +1,4 @@
-"""Small models with random weights that suites run against instead of the user's model. These suites judge the form of
-replies, not their words."""
+"""Small models with random weights for suites that test the form of replies, not their words."""
 
 from __future__ import annotations
 
@@ -43,7 +42,7 @@ def _ranking(folder: Path) -> tuple[Path, Mapping[str, Any]]:
 
 
 def _seeing(folder: Path) -> tuple[Path, Mapping[str, Any]]:
-    """Writes a decoder with a projector beside it."""
+    """Writes a decoder and its projector."""
     from support.models.tiny_model import build_tiny_model
     from support.models.vision.tiny_projectors import TEXT_WIDTH, build_projector
 

@@ -89,8 +89,7 @@ class WantedFile:
         return self.path.is_file() and self.size_bytes in (None, self.path.stat().st_size)
 
     def parts(self) -> list[WantedFile]:
-        """Returns all parts of a split model, or only this file if the model is not split. Raises UsageError if this is
-        a later part."""
+        """Returns the parts of a split model, otherwise only this file. Raises UsageError if this is a later part."""
         match = PART_NAME.fullmatch(self.source.file_name)
         if match is None:
             return [self]
@@ -138,13 +137,13 @@ def catalog_names() -> list[str]:
 
 
 def nearest_names(name: str, names: Iterable[str]) -> str:
-    """Returns a question with the nearest names, for the end of a message. Empty if no name is near."""
+    """Returns ", did you mean A or B?" for the end of a message, or an empty text if no name is near."""
     near = near_names(name, names)
     return f", did you mean {' or '.join(near)}?" if near else ""
 
 
 def near_names(name: str, names: Iterable[str]) -> list[str]:
-    """Returns at most three names: those that begin with `name`, else similar ones."""
+    """Returns at most three names: those that begin with `name`, otherwise similar ones."""
     known, text = list(dict.fromkeys(names)), name[:_LONGEST_NAME].lower().replace(":", "-")
     near = [each for each in known if text and each.startswith(text)][:_NEAREST]
     return near or difflib.get_close_matches(text, known, n=_NEAREST, cutoff=0.5)
@@ -155,8 +154,7 @@ def _billions(count: float) -> str:
 
 
 def locate(spec: str, models_dir: Path | None = None) -> Path | WantedFile:
-    """Returns the path of a local model, or the file to download for a remote one. Raises UsageError for anything
-    else."""
+    """Returns the path of a local model, or the file to download for a remote one; otherwise raises UsageError."""
     entry = find_entry(spec) or next((known for known in CATALOG.values() if known.source == spec), None)
     source = parse_source(entry.source if entry else spec)
     if isinstance(source, Path):
@@ -219,7 +217,7 @@ def remove_model(spec: str, models_dir: Path | None = None) -> Path:
     if not directory.is_dir():
         names = sorted({model.name for model in stored_models(root)})
         raise UsageError(
-            f"{spec}: not downloaded{nearest_names(spec, names)}; `llamaclust model list` shows what is there"
+            f"{spec}: not downloaded{nearest_names(spec, names)}; `llamaclust model list` shows downloaded models"
         )
     shutil.rmtree(directory)
     return directory
@@ -231,7 +229,7 @@ def _stored_directory(spec: str, root: Path) -> Path:
     found = locate(spec, root)
     if isinstance(found, WantedFile):
         return found.path.parent
-    raise UsageError(f"{spec}: not a downloaded model; delete a file of your own yourself")
+    raise UsageError(f"{spec}: not in the models directory; delete other files yourself")
 
 
 def _is_projector(path: Path) -> bool:
@@ -239,7 +237,6 @@ def _is_projector(path: Path) -> bool:
 
 
 def _without_projectors(models: Sequence[Path]) -> Sequence[Path]:
-    """Leaves out projectors beside other models. A projector in a folder of its own stays."""
     return [path for path in models if not _is_projector(path)] or models
 
 
@@ -277,9 +274,9 @@ def _existing(spec: str, path: Path, models_dir: Path | None) -> Path:
             raise UsageError(f"{name}: not a regular file; give the path of a .gguf file")
         raise UsageError(f"{name}: no such file{_repository_hint(spec)}")
     if not spec:
-        raise UsageError("the model's name is empty; `llamaclust model list` shows those that are known")
+        raise UsageError("the model's name is empty; `llamaclust model list` shows the known names")
     hint = nearest_names(spec, [*catalog_names(), *stored])
-    raise UsageError(f"{name}: neither a file nor a model known by name{hint}; `llamaclust model list` shows those")
+    raise UsageError(f"{name}: neither a file nor a known model{hint}; `llamaclust model list` shows the known ones")
 
 
 def _only_model(name: str, folder: Path) -> Path:
@@ -298,7 +295,7 @@ def _only_model(name: str, folder: Path) -> Path:
         listed = ", ".join(path.name for path in models[:_LISTED])
         raise UsageError(f"{name}: a folder with {len(models)} models; give one of {listed}{more}")
     advice = f"run: llamaclust model convert {name}" if has_checkpoint else "give the path of a .gguf file"
-    raise UsageError(f"{name}: a folder without a .gguf file that begins a model; {advice}")
+    raise UsageError(f"{name}: a folder without a model (.gguf); {advice}")
 
 
 def _is_beside_a_model(path: Path) -> bool:
@@ -318,4 +315,4 @@ def _repository_hint(spec: str) -> str:
     if not _REPOSITORY.fullmatch(spec) or spec.endswith(".gguf"):
         return ""
     near = nearest_names(spec.rpartition("/")[2], catalog_names())
-    return f"; a file of the Hugging Face hub is hf:{spec}/FILE.gguf{near}"
+    return f"; for a file on the Hugging Face hub, give hf:{spec}/FILE.gguf{near}"

@@ -115,7 +115,7 @@ class ClusterConfig(Section):
     wire: Annotated[Literal["f32"], BeforeValidator(check_wire_type)] = "f32"
     """Type of the activations that workers exchange; f32 is exact."""
     cpu_moe: CpuMoe = None
-    """Number of layers, from the first, whose experts stay in RAM despite a GPU; all; auto: the fastest choice."""
+    """Number of first layers whose experts stay in RAM despite a GPU, or all; auto: the fastest choice."""
     experts_cache: Annotated[Size | Literal[0] | None, OrAuto()] = None
     """Most memory of each GPU for copies of often used experts that are in RAM; auto: all that is left; 0: none."""
     placement: Placements = ()
@@ -196,7 +196,7 @@ class ClusterConfig(Section):
         if not isinstance(values, dict) or not isinstance(models := values.get("models"), list | tuple) or not models:
             return values
         if "model" in values:
-            raise PlaceError(("model",), "is for one model: put it among `models`, or remove those")
+            raise PlaceError(("model",), "is for one model: move it into `models`, or remove `models`")
         first = models[0]
         return {**values, "model": first.get("model", "") if isinstance(first, dict) else ""}
 
@@ -207,15 +207,15 @@ class ClusterConfig(Section):
                 raise PlaceError(("api", key), f"is for one model: {instead}")
         for key in ("max_loaded_models", "load_on_demand") if not self.models else ():
             if getattr(self, key) != type(self).model_fields[key].default:
-                raise PlaceError((key,), "is for several models: give `models` in place of `model`")
+                raise PlaceError((key,), "is for several models: replace `model` by `models`")
         for key in ("adapters", "mmproj", "placement", "plan") if self.models else ():
             if getattr(self, key):
-                raise PlaceError((key,), f"is for one model: give `{key}` among `models`")
+                raise PlaceError((key,), f"is for one model: give `{key}` in the entries of `models`")
         named: set[str] = set()
         for index, config in enumerate(self.of_each_model() if self.models else ()):
             for name in (config.model_name, *config.api.aliases, *(adapter.name for adapter in config.adapters)):
                 if tagged(name) in named:
-                    what = f"two models or adapters are named {name!r}; give each a name of its own"
+                    what = f"two models or adapters are named {name!r}; give each its own name"
                     raise PlaceError(("models", index), what)
                 named.add(tagged(name))
         return self
@@ -248,14 +248,15 @@ class ClusterConfig(Section):
             raise PlaceError(("lease",), "is not for launcher: mpi, whose workers and coordinator are one program")
         if self.join.discover and (facts.starts_workers or self.insecure):
             raise PlaceError(
-                ("join", "discover"), "is for launcher: static without insecure: the token finds the cluster"
+                ("join", "discover"),
+                "needs launcher: static without insecure, because workers find the cluster by its token",
             )
         if not facts.starts_workers:
             return self
         if self.awaits_any:
             names = ", ".join(f"{{name: {name}}}" for name in "abcdefgh"[: len(self.workers)])
             more = ", ..." if len(self.workers) > 8 else ""
-            why = f"only launcher static waits for any {len(self.workers)}"
+            why = f"launcher: {self.launcher} accepts no number of workers"
             raise PlaceError(("workers",), f"{why}; name the workers: [{names}{more}]")
         if self.join.addresses:
             raise PlaceError(("join", "addresses"), f"is for launcher: static; {self.launcher} starts workers itself")
@@ -263,7 +264,7 @@ class ClusterConfig(Section):
             why = "is for launcher: static, ray or mpi; only processes of this machine reach local workers"
             raise PlaceError(("join",), why)
         if self.insecure:
-            raise PlaceError(("insecure",), "is for launcher: static; other launchers bring workers their token")
+            raise PlaceError(("insecure",), "is for launcher: static; other launchers give workers their token")
         if not facts.workers_outlive and self.timeouts.coordinator != Timeouts.model_fields["coordinator"].default:
             why = f"is for launcher: static or ray; {self.launcher} workers end with their coordinator"
             raise PlaceError(("timeouts", "coordinator"), why)
@@ -276,7 +277,9 @@ class ClusterConfig(Section):
             given = [key for key in _THEIR_OWN if key in worker.model_fields_set]
             if given and not facts.starts_workers:
                 options = " ".join(_as_option(worker, key) for key in given)
-                why = f"a worker of a static cluster gets this where it is started: llamaclust worker ... {options}"
+                why = (
+                    f"in a static cluster, give this on the worker's own command line: llamaclust worker ... {options}"
+                )
                 raise PlaceError(("workers", index, given[0]), why)
             for key in ("gpu_layers", "gpu_memory", "cpu_moe") if facts.starts_workers else ():
                 if worker.device == "cpu" and getattr(worker, key) is not None:
@@ -284,13 +287,13 @@ class ClusterConfig(Section):
                     raise PlaceError(("workers", index, key), why)
             gpus = [] if worker.device == "cpu" else worker.device.split(",")
             if facts.uses_ray and set(gpus) != (own := {f"cuda:{number}" for number in range(len(gpus))}):
-                why = f"Ray gives each worker GPUs of its own, numbered from 0: set {','.join(sorted(own))}"
+                why = f"Ray numbers each worker's GPUs from 0: set {','.join(sorted(own))}"
                 raise PlaceError(("workers", index, "device"), why)
             if facts.is_one_program and worker.numa_node is not None:
                 why = "MPI binds its ranks: remove it and start mpirun with --map-by numa --bind-to numa"
                 raise PlaceError(("workers", index, "numa_node"), why)
             if facts.uses_ray and worker.threads is None:
-                raise PlaceError(("workers", index), "set threads with launcher: ray: Ray reserves so many CPUs")
+                raise PlaceError(("workers", index), "needs threads with launcher: ray, which reserves as many CPUs")
         return self
 
     @model_validator(mode="after")
@@ -304,7 +307,9 @@ class ClusterConfig(Section):
                     ("workers", index, "kv_disk"), f"is for device cpu, but this worker has {worker.device}"
                 )
             if without is not None:
-                why = f"is for all workers or none, since a prompt is in the KV memory of all: {without.name} has none"
+                why = (
+                    f"is for all workers or none, because each keeps its part of the KV memory: {without.name} has none"
+                )
                 raise PlaceError(("workers", index, "kv_disk"), why)
             if not self.prefix_cache:
                 raise PlaceError(
@@ -323,10 +328,10 @@ class ClusterConfig(Section):
                     why = f"{adapter.name!r} is also the name of another adapter or of the model; give it its own name"
                     raise PlaceError((*place, "adapters", index, "name"), why)
             if config.adapters and with_gpu is not None:
-                why = f"are computed on processors only, and {with_gpu.name} has {with_gpu.device}: set device: cpu"
+                why = f"run on processors only, but worker {with_gpu.name} has {with_gpu.device}: set device: cpu"
                 raise PlaceError((*place, "adapters"), why)
         if self.api.adapter_folder is not None and with_gpu is not None:
-            why = f"adapters are computed on processors only, and {with_gpu.name} has {with_gpu.device}: remove it"
+            why = f"adapters run on processors only, but worker {with_gpu.name} has {with_gpu.device}: remove it"
             raise PlaceError(("api", "adapter_folder"), why)
         return self
 
@@ -345,10 +350,10 @@ _THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "numa_node", "mem
 _OF_ONE_MODEL = ("chat_template", "mmproj", "context_length", "kv_memory", "adapters", "placement", "plan")
 """Keys that each entry of `models` may set for itself."""
 _FOR_ONE_MODEL = {
-    **dict.fromkeys(("model_name", "aliases"), "give `name` and `aliases` among `models`"),
-    "strict_model": "of several, a request names one or none",
-    "tags": "several have none",
-    "pull": "of several, each is named in the cluster file; use `llamaclust model pull`",
+    **dict.fromkeys(("model_name", "aliases"), "give `name` and `aliases` in the entries of `models`"),
+    "strict_model": "with `models`, requests may name any of them or none; remove it",
+    "tags": "with `models`, there are no tags; remove it",
+    "pull": "with `models`, use `llamaclust model pull`, and list each model in the cluster file",
 }
 """Keys of `api` that cannot be combined with `models`, each with advice on what to do instead."""
 

@@ -28,8 +28,7 @@ Place = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A mapping from a cluster file and overrides. `origins` has the origin of each key and item: 'FILE:LINE' or an
-    option."""
+    """A mapping from a cluster file and overrides. `origins`: 'FILE:LINE' or an option for each key and item."""
 
     name: str
     values: dict[str, Any]
@@ -94,8 +93,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
-        """Refuses numbers that only YAML 1.1 knows (0777, 0x1F, 10:20, 1_000). Adds the line to errors of values that
-        look like a number or date."""
+        """Refuses YAML 1.1's numbers (0777, 0x1F, 10:20, 1_000). Adds the line to errors of dates and numbers."""
         if node.tag in _NUMBERS and not _DECIMAL.fullmatch(node.value):
             what = f"{node.value[:60]!r} is not a decimal number; write it in decimal digits, or put it in quotes"
             raise yaml.MarkedYAMLError(None, None, what, node.start_mark)
@@ -153,8 +151,7 @@ def read_document(path: Path) -> Document:
 
 
 def override(document: Document, overrides: Sequence[str]) -> Document:
-    """Returns the document with each KEY=VALUE applied. In KEY, dots separate nested keys, and items of lists have a
-    number or a name."""
+    """Applies each KEY=VALUE. In KEY, dots separate nested keys, and items of lists have a number or a name."""
     for text in overrides:
         key, separator, value = text.partition("=")
         option = f"--set {' '.join(text.split())[:_MOST_SHOWN]}"

@@ -28,10 +28,10 @@ class Environment:
     home: Path  # LLAMACLUST_HOME: models and caches; else $XDG_CACHE_HOME/llamaclust or ~/.cache/llamaclust
     packed_cache_bytes: int  # LLAMACLUST_CACHE_SIZE: what packed layers may take on disk; 0: none are kept
     weights_bytes: int  # LLAMACLUST_WEIGHTS_SIZE: what weights fetched from other workers may take; 0: none are fetched
-    feature_level: str | None  # LLAMACLUST_FEATURE_LEVEL: forces the kernels' level; None: the best there is
-    log_format: LogFormat  # LLAMACLUST_LOG: how log lines are written
+    feature_level: str | None  # LLAMACLUST_FEATURE_LEVEL: level of the kernels; None: the best available
+    log_format: LogFormat  # LLAMACLUST_LOG: form of log lines
     has_colors: bool = True  # without NO_COLOR, on a terminal that is not `dumb`
-    join: tuple[str, ...] = ()  # LLAMACLUST_JOIN: coordinators that a worker joins, HOST:PORT with commas between
+    join: tuple[str, ...] = ()  # LLAMACLUST_JOIN: coordinators for a worker to join, as HOST:PORT,HOST:PORT
 
     @property
     def models_dir(self) -> Path:
@@ -79,7 +79,7 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
 class HubSettings:
     """Values of the HF_* variables, which the programs of the Hugging Face hub read too."""
 
-    endpoint: str  # HF_ENDPOINT: the hub or a mirror, without a slash at its end
+    endpoint: str  # HF_ENDPOINT: the hub or a mirror, without a trailing slash
     token: str | None  # HF_TOKEN
     token_file: Path  # HF_TOKEN_PATH; else `token` in $HF_HOME or ~/.cache/huggingface
     token_file_named: bool

@@ -48,8 +48,7 @@ def _what(detail: Any, place: Place, schema: Schema) -> str:
 
 
 def _deeper(key: str, schema: Schema) -> str:
-    """Returns a hint at the section that has the misplaced key. Returns an empty text if no section or several have
-    it."""
+    """Returns a hint at the only section that has the misplaced key, or an empty text."""
     within = []
     for name, section in schema["properties"].items():
         for option in _alternatives(section, schema):
@@ -57,9 +56,11 @@ def _deeper(key: str, schema: Schema) -> str:
             within += [name for part in (option, *items) if key in part.get("properties", ())]
     match within:
         case ["workers", *_]:
-            return f"; it is a worker's: workers.0.{key}, or by its name, with --set; in files under `workers:`"
+            return (
+                f"; it is a key of workers: give it under `workers:` in the file, or as workers.NAME.{key} with --set"
+            )
         case [name]:
-            return f"; it is one of `{name}`: {name}.{key} with --set"
+            return f"; it is a key of `{name}`: {name}.{key} with --set"
     return ""
 
 

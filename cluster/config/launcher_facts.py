@@ -12,8 +12,8 @@ LauncherName = Literal["local", "static", "ray", "mpi"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LauncherFacts:
     is_local: bool = False  # workers are processes of the coordinator on its machine
-    starts_workers: bool = True  # else users start them, with settings of their own
-    workers_outlive: bool = False  # workers wait for a coordinator that is gone
+    starts_workers: bool = True  # otherwise users start workers, with their own settings
+    workers_outlive: bool = False  # workers wait for a lost coordinator
     is_one_program: bool = False  # mpirun starts coordinator and workers together, and binds them to cores
     uses_ray: bool = False  # Ray reserves CPUs and GPUs for each worker
 

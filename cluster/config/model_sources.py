@@ -115,12 +115,13 @@ def parse_source(spec: str) -> Path | RemoteSource:
     if scheme == "hf":
         return _hub_file(spec)
     if scheme == "file" or _OTHER_ADDRESS.match(spec):
-        raise UsageError(f"{shortened(spec)}: addresses begin with https:, a file of this machine is given as its path")
+        raise UsageError(
+            f"{shortened(spec)}: not a supported address; give an https: address, or the path of a local file"
+        )
     return Path(spec).expanduser()
 
 
 def shortened(spec: str) -> str:
-    """Shortens a long name, so that it does not hide the message around it."""
     return spec if len(spec) <= _SHOWN else f"{spec[:_SHOWN]}... ({len(spec)} characters)"
 
 
@@ -152,7 +153,7 @@ def _web_file(spec: str) -> WebFile:
     if not host:
         raise UsageError(f"{spec}: the address names no host")
     if not url.lower().startswith("https:") and match is None and not is_loopback(host):
-        raise UsageError(f"{spec}: http can be changed on its way: use https, or add #sha256=HASH")
+        raise UsageError(f"{spec}: http does not protect against changes: use https, or add #sha256=HASH")
     return WebFile(url, match[1].lower() if match else None)
 
 

@@ -1,5 +1,4 @@
-"""Well-known public models by name, from `public_models.csv`: their GGUF files on the Hugging Face hub, their
-licences."""
+"""Well-known public models, from `public_models.csv`: names, GGUF files on the Hugging Face hub, licences."""
 
 from __future__ import annotations
 
@@ -52,8 +51,7 @@ class PublicModel:
     mmproj: str = ""
 
     def quantization(self, wanted: str) -> str:
-        """Returns the quantization as the table writes it; the default for an empty text. Raises UsageError if it is
-        unknown."""
+        """Returns the quantization in lower case, by default the first. Raises UsageError if it is unknown."""
         name = wanted.lower() or self.quantizations[0]
         if name not in self.quantizations:
             known = ", ".join(self.quantizations)
@@ -61,12 +59,10 @@ class PublicModel:
         return name
 
     def source(self, quantization: str) -> str:
-        """Returns the address of the model's file, or of its first part."""
         return f"hf:{self.file.format(Q=quantization.upper(), q=quantization)}"
 
     @property
     def projector_source(self) -> str | None:
-        """The address of the projector's file."""
         repository = "/".join(self.file.split("/")[:2])
         return f"hf:{repository}/{self.mmproj}" if self.mmproj else None
 

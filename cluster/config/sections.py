@@ -43,7 +43,7 @@ Mmproj = Annotated[
 ]
 """The projector of a vision model, given like its model; None: the only one that is beside the model and fits."""
 CpuMoe = Annotated[Annotated[int, Field(ge=0, le=1 << 16)] | None, OrAuto(), OrWord("all", 1 << 16)]
-"""Number of layers, from the first, whose experts stay in RAM despite a GPU; None: the fastest choice."""
+"""Number of first layers whose experts stay in RAM despite a GPU; None: the fastest choice."""
 LargestGroup = Annotated[Annotated[int, Field(ge=1, le=MAX_GROUP_MEMBERS)] | None, OrAuto(), OrOff(1)]
 """Most workers that may hold a stage together; None: as many as make it faster."""
 _URL = r"^https?://[^\s/?#@]+(/[^\s?#]*)?$"
@@ -92,7 +92,7 @@ class WorkerConfig(Section):
             why = "memory_bandwidth_gb_s and int8_gmac_s go together: give both, or none to have them measured"
             raise PlaceError((given,), why)
         if self.memory_bandwidth_gb_s is not None and self.device != "cpu":
-            why = "is of a processor: a worker with GPUs measures itself; remove it"
+            why = "describes a processor, but a worker with GPUs measures itself; remove it"
             raise PlaceError(("memory_bandwidth_gb_s",), why)
         return self
 
@@ -137,7 +137,7 @@ class Lease(Section):
     namespace: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", examples=["default"])] = "default"
     """Namespace of the Lease."""
     duration: Duration = 15.0
-    """Age of the Lease at which another coordinator takes it; 1 s at least. Its holder ends after two thirds of it."""
+    """Age at which another coordinator takes the Lease, 1 s or more. The holder ends at two thirds of this age."""
     api: Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+$", examples=[_KUBERNETES])] = _KUBERNETES
     """URL of the Kubernetes API server."""
     account: FilePath = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -210,7 +210,7 @@ class AdapterConfig(Section):
 
 
 class Telemetry(Section):
-    """Export of traces and metrics by OpenTelemetry. The variables OTEL_* stand in for keys that are not set."""
+    """Export of traces and metrics by OpenTelemetry. Keys that are not set come from the variables OTEL_*."""
 
     endpoint: Annotated[str, Field(pattern=_URL, max_length=2048, examples=["http://localhost:4318"])] | None = None
     """URL of a collector that accepts OTLP over HTTP; `/v1/traces` and `/v1/metrics` are appended."""
@@ -244,7 +244,6 @@ class PlanEntry(Section):
 
     @property
     def all_shares(self) -> tuple[int, ...]:
-        """The shares of the group's members, by default equal; empty for one worker."""
         return self.shares or (1,) * len(self.workers or ())
 
     @model_validator(mode="after")
@@ -253,14 +252,14 @@ class PlanEntry(Section):
             given = "names no worker" if self.worker is None else "has both"
             raise PlaceError((), f"{given}: give `worker`, or `workers` for a group")
         if self.workers is None and self.shares is not None:
-            raise PlaceError(("shares",), "is for the `workers` of a group, and this is one worker; remove it")
+            raise PlaceError(("shares",), "is for groups, but this stage has one worker; remove it")
         if self.workers and self.shares and len(self.shares) != len(self.workers):
             raise PlaceError(("shares",), f"{len(self.shares)} shares for {len(self.workers)} workers; give one each")
         return self
 
 
 class Speculative(Section):
-    """Speculative decoding: a step computes drafted tokens together with an answer's last token, for several tokens."""
+    """Speculative decoding: a step computes an answer's last token and drafted tokens, and may yield several tokens."""
 
     max_window: Annotated[int, Field(ge=1, le=MAX_WINDOW)] = MAX_WINDOW
     """Most drafted tokens of a sequence in a step. Their number follows from the predicted gain."""
@@ -269,22 +268,20 @@ class Speculative(Section):
     model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)] | None = None
     """Draft model, given like the key `model`: small, with the same tokens. It runs on the coordinator's machine."""
     mtp: bool = False
-    """true: the model's own head for multi-token prediction (MTP) drafts. It is loaded with the last stage."""
+    """true: draft with the model's own head for multi-token prediction (MTP), which the last stage loads."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Threads of the draft model; by default one per core."""
 
     @model_validator(mode="after")
     def _check_draft_model(self) -> Self:
         if self.threads is not None and self.model is None:
-            raise PlaceError(
-                ("threads",), "these are threads of a draft model: name it as speculative.model, or remove them"
-            )
+            raise PlaceError(("threads",), "these threads are for a draft model: set speculative.model, or remove them")
         return self
 
     @model_validator(mode="after")
     def _check_shared(self) -> Self:
         if 0 < self.shared_answers < _LEAST_SHARED:
-            why = f"{self.shared_answers} tokens hold no answers; set {_LEAST_SHARED} or more, or 0 for none"
+            why = f"{self.shared_answers} tokens are too few for an answer; set {_LEAST_SHARED} or more, or 0 for none"
             raise PlaceError(("shared_answers",), why)
         return self
 
@@ -330,7 +327,7 @@ def _read_placement(value: Any) -> Any:
 def _entry(text: str) -> dict[str, str]:
     rules = list(read_rules(text))
     if len(rules) != 1:
-        raise ValueError(f"{text[:60]!r} has {len(rules)} rules; make each an item of its own")
+        raise ValueError(f"{text[:60]!r} has {len(rules)} rules; make each its own item")
     return {"tensors": rules[0].pattern, "device": rules[0].device}
 
 
@@ -379,19 +376,19 @@ class Timeouts(Section):
     load: Duration = 60.0
     """Time without progress after which a loading worker counts as lost; 1 s at least."""
     recovery: Duration = 120.0
-    """Time that requests wait for a worker if the remaining ones cannot hold the model. Then the requests fail."""
+    """Time that requests wait for a worker if the present ones cannot hold the model. Then the requests fail."""
     resume: Duration = 30.0
     """Time that a reply is kept for a client that lost its connection."""
     idle: Duration = 75.0
-    """Time that an idle connection of a client is kept. It should exceed that of a proxy in front of the API."""
+    """Time that a client's idle connection is kept; should exceed the time of a proxy in front of the API."""
     coordinator: Duration = 600.0
     """Time that remote workers keep their weights and wait for a lost coordinator."""
 
     @model_validator(mode="after")
     def _check_worker(self) -> Self:
         if self.worker < _LEAST_HEARTBEAT_TIMEOUT_S:
-            why = "is too short to tell a lost worker; set 500ms or more"
+            why = "is too short to detect a lost worker; set 500ms or more"
             raise PlaceError(("worker",), f"{self.worker:g} s {why}")
         if self.load < _LEAST_PROGRESS_TIMEOUT_S:
-            raise PlaceError(("load",), f"{self.load:g} s is too short to tell a load that hangs; set 1s or more")
+            raise PlaceError(("load",), f"{self.load:g} s is too short to detect a load that hangs; set 1s or more")
         return self

@@ -41,7 +41,7 @@ _MOST_SHOWN = 60
 
 
 def shown(value: object) -> str:
-    """Formats a value for a message. Short, plain values look as in the file."""
+    """Formats a value for a message. Short, plain values are written as in the file."""
     match value:
         case None:
             return "an empty value"
@@ -56,8 +56,7 @@ def shown(value: object) -> str:
 
 
 def tagged(name: str) -> str:
-    """Returns a model's name with its tag, as Ollama's clients write it. Two names mean the same model if their results
-    are equal."""
+    """Returns a model's name with its tag, as Ollama's clients write it. Equal results mean the same model."""
     return name if ":" in name.rpartition("/")[2] else name + TAG
 
 
@@ -134,13 +133,15 @@ def _parse_layers(value: object) -> tuple[float, float]:
 
 
 def expand_home(path: str) -> str:
-    """Replaces `~` in a path. Raises ValueError for a path that no file can have."""
+    """Replaces `~` in a path. Raises ValueError for an impossible path."""
     if "\0" in path:
-        raise ValueError("no path has a zero byte in it; write the place of a file or folder")
+        raise ValueError("a path cannot contain a zero byte; give the path of a file or folder")
     try:
         return str(Path(path).expanduser()) if path.startswith("~") else path
     except RuntimeError as error:
-        raise ValueError(f"{shown(path)} begins in a home directory that is not there; write the whole path") from error
+        raise ValueError(
+            f"{shown(path)} begins with a home directory that does not exist; give the whole path"
+        ) from error
 
 
 def _parse_path(value: object) -> object:
@@ -150,7 +151,7 @@ def _parse_path(value: object) -> object:
 def check_wire_type(value: object) -> object:
     """Raises ValueError for a type that is planned but not yet supported."""
     if value in ("f16", "q8_0"):
-        raise ValueError(f"this build has no wire_type {value} yet")
+        raise ValueError(f"{value} is not supported yet; give f32")
     return value
 
 
@@ -165,7 +166,11 @@ def parse_device(value: object) -> str:
     for name in map(str.strip, given):
         found = re.fullmatch(r"cuda(?::([0-9]{1,3}))?", name)
         if found is None:
-            what = "stands for itself, and computes beside GPUs in any case" if name == "cpu" else "is not a device"
+            what = (
+                "cannot be combined with GPUs, which work together with the CPU anyway"
+                if name == "cpu"
+                else "is not a device"
+            )
             raise ValueError(f"{shown(name)} {what}; {_DEVICES}")
         gpus.append(f"cuda:{int(found[1] or 0)}")
     if len(set(gpus)) < len(gpus) or len(gpus) > _MOST_GPUS:
@@ -218,8 +223,7 @@ class OrAuto:
 
 
 class OrWord:
-    """Marks an optional field or section. A certain word in its place stands for a value, or for a section without
-    keys."""
+    """Marks an optional field or section. A certain word stands for a value, or for a section without keys."""
 
     def __init__(self, word: str, value: Any = MappingProxyType({})) -> None:
         self._word = word

@@ -45,7 +45,7 @@ class ActionRunner:
     _report: Report
     ending: TaskSet  # processes of lost workers, whose memory loads need
     epoch: Epoch | None = field(default=None, init=False)  # the epoch that serves, or served until it was lost
-    retiring: Epoch | None = field(default=None, init=False)  # served before it, and still has sequences
+    retiring: Epoch | None = field(default=None, init=False)  # the epoch that served before and still has sequences
     engine: Engine | None = field(default=None, init=False)  # None: at a start
     plan: Plan | None = field(default=None, init=False)  # the plan that serves, or served last
     recoveries: int = field(default=0, init=False)
@@ -61,8 +61,7 @@ class ActionRunner:
         return not self.observed.state.is_wanted
 
     async def set_adapters(self, model: Model) -> None:
-        """Waits until an epoch serves, then gives it exactly the adapters of `model`. On an error, the former adapters
-        stay."""
+        """Waits for a serving epoch and gives it exactly the adapters of `model`. On an error, former adapters stay."""
         async with deadline(f"the change of adapters of {self.planner.config.model_name}", ADAPTERS_S):
             await self.observed.until(lambda state: state.loss is None or not state.is_wanted)
             await self.epochs.set_adapters(model)
@@ -110,7 +109,7 @@ class ActionRunner:
         if expulsion.stays:
             config = self.planner.config
             what = f"layers of model {config.model_name}" if config.models else "layers"
-            pause = f"for {expulsion.pause_s:g} s where the others suffice"
+            pause = f"for {expulsion.pause_s:g} s if the others suffice"
             self._report(Notice(f"worker {name} gets no {what} {pause}: {expulsion.reason}"))
         elif self._registry.joins[name] == join:
             self._registry.fence(self._registry.workers[name], expulsion.reason)
@@ -140,8 +139,7 @@ class ActionRunner:
         self.observed.post(seen.Planned(inputs, plan, failure, served, is_beside))
 
     async def _predict_served(self, workers: Mapping[str, WorkerHandle]) -> Prediction | None:
-        """Predicts the speed of the serving plan from the present profiles and links. Returns None while no pipeline
-        serves."""
+        """Predicts the serving plan from the present profiles and links. Returns None while no pipeline serves."""
         serving, loss = self.observed.state.serving, self.observed.state.loss
         return None if serving is None or loss is not None else await self.planner.predict(serving.plan, workers)
 
@@ -190,8 +188,7 @@ class ActionRunner:
                 )
 
     async def _serve(self) -> None:
-        """Lets the engine continue on the loaded epoch. The layers of older epochs are freed at once, or when their
-        epoch has retired."""
+        """Lets the engine continue on the loaded epoch. Frees the layers of older epochs, at once or when retired."""
         old, epoch, loss = self.epoch, self._loaded, self.observed.state.loss
         assert epoch is not None
         self.epoch, self._loaded = epoch, None
@@ -221,8 +218,7 @@ class ActionRunner:
         self._notice(recovered_text(seconds, requests))
 
     async def _observe(self, retirement: Retirement, retiring: Epoch | None) -> None:
-        """Posts RETIRING_EMPTY at the end of a retirement. Posts nothing if a loss of the pipeline ended the retirement
-        before."""
+        """Posts RETIRING_EMPTY when the retirement ends, unless the loss of the pipeline ended it."""
         await retirement.ended.wait()
         if retirement.error is not None:
             self._notice(f"requests of the epoch before are computed again: {retirement.error}")
@@ -245,7 +241,7 @@ class ActionRunner:
         epochs, self.epoch, self.retiring = self.open_epochs, None, None
         await asyncio.gather(*(epoch.pipeline.close() for epoch in epochs))
         await self._free_others(None)
-        why = "for another one's turn, its requests wait" if gives_way else "a request wakes it"
+        why = "it is another model's turn, and its requests wait" if gives_way else "a request wakes it"
         self._report(Notice(f"model {self.planner.config.model_name} sleeps: {why}"))
         self.observed.post(seen.Signal.ASLEEP)
 
@@ -253,7 +249,7 @@ class ActionRunner:
         try:
             await self.epochs.free_others(epoch)
         except LlamaclustError as error:
-            self._notice(f"layers that are not needed any more stay in memory: {error}")
+            self._notice(f"could not free layers that are no longer needed: {error}")
         self._enter(*(() if epoch is None else (epoch.plan,)))
 
     def _fail_requests(self, reason: str) -> None:
@@ -261,7 +257,7 @@ class ActionRunner:
         assert self.engine is not None and loss is not None
         lost = (
             None if self.epoch is None else self.epoch.root_cause
-        )  # also where others reported sooner that they cannot reach it
+        )  # even if others reported sooner that they cannot reach the worker
         error = loss.error if lost is None else lost.error
         self.engine.give_up(WorkerError(reason if error is None else f"{error}; {reason}"))
         self.observed.post(seen.RequestsFailed(reason))

@@ -50,7 +50,7 @@ class Planning:
     plan: Plan | None = None
     error: LlamaclustError | None = None
     rejected: LlamaclustError | None = None
-    is_noticed: bool = False  # operators were told
+    is_noticed: bool = False  # operators were informed
     is_beside: bool = False  # other models hold memory of these workers
 
     @property
@@ -61,8 +61,7 @@ class Planning:
 
 @dataclass(frozen=True, slots=True)
 class Expulsion:
-    """A worker that counts as lost. With `stays`, the worker remains a member, but gets no layers of this model for
-    `pause_s`."""
+    """A worker that counts as lost. With `stays`, it remains a member without layers of this model for `pause_s`."""
 
     worker: Incarnation
     reason: str
@@ -80,8 +79,7 @@ class Loading:
 
 @dataclass(frozen=True, slots=True)
 class Retiring:
-    """The epoch that served before a move to another plan. Its sequences end on it or move to the new epoch; then its
-    stages are freed."""
+    """The epoch that served before a move. Its stages are freed once its sequences end or move to the new epoch."""
 
     workers: tuple[Incarnation, ...]
     is_empty: bool = False
@@ -93,7 +91,7 @@ class PipelineLoss:
 
     since_s: float
     error: LlamaclustError | None = None
-    requests: frozenset[int] = frozenset()  # keys of those in flight
+    requests: frozenset[int] = frozenset()  # keys of requests in flight
     causes: frozenset[int] = frozenset()  # keys of requests that were the cause
     is_repeated: bool = False  # the worker has failed to compute the same rows before
     is_closed: bool = False
@@ -120,10 +118,10 @@ class ClusterState:
     expulsions: tuple[Expulsion, ...] = ()
     is_acting: bool = False
     waits_for: str = ""  # the last notice
-    is_start: bool = True  # no epoch has served yet; False for a model that is loaded on demand
+    is_start: bool = True  # no epoch has served yet; False if the model is loaded on demand
     is_wanted: bool = True  # the model is to be loaded
     has_given_way: bool = False  # the model is not wanted, although it may have requests
-    is_unloaded: bool = False  # the stages are freed, and the model was not wanted since
+    is_unloaded: bool = False  # the stages are freed, and the model has not been wanted since then
     is_alone: bool = True  # no other model is served by the workers
 
     @property

@@ -74,7 +74,7 @@ async def load_stages(
     encoders = await encoder_files(loads.encoder, loads.encoding, workers, report)
 
     lost = tuple(Suspect(handle.name, handle.error) for handle in handles if handle.loss is not None)
-    if lost:  # meanwhile: the others would load in vain
+    if lost:  # at once: the other loads would be in vain
         raise StageLoadError(lost[0].error, lost)
 
     try:
@@ -139,8 +139,7 @@ async def _all(work: Iterable[Awaitable[None]]) -> None:
 
 
 async def _discard(epoch: int, workers: Iterable[WorkerHandle]) -> None:
-    """Frees the stages of an epoch whose load failed. Errors are only logged, so that the error of the load is
-    raised."""
+    """Frees the stages of an epoch whose load failed. Only logs errors, because the load's error is raised."""
     try:
         await unload_stages(epoch, workers)
     except LlamaclustError as error:
@@ -161,7 +160,7 @@ class Epoch:
     plan: Plan
     workers: tuple[WorkerHandle, ...]  # in the order of their stages
     pipeline: RemotePipeline
-    settings: SchedulerSettings  # settings that its stages were loaded for
+    settings: SchedulerSettings  # settings with which the stages were loaded
 
     @property
     def root_cause(self) -> WorkerHandle | None:
@@ -184,8 +183,7 @@ class Epoch:
 
 @dataclass(frozen=True, slots=True)
 class EpochWorkers:
-    """The workers that the epochs of all models share. Callers hold the lock `turn` while they load or unload
-    stages."""
+    """The workers that the epochs of all models share. Callers hold the lock `turn` to load or unload stages."""
 
     registry: Registry
     credentials: Credentials
@@ -345,7 +343,7 @@ class Epochs:
     async def free_others(self, epoch: Epoch | None) -> None:
         workers, kept = tuple(self._registry.present.values()), set() if epoch is None else {epoch.number}
         numbers = {number for worker in workers for number in worker.stages if number in self._numbers} - kept
-        if not numbers:  # another model's load is not waited for
+        if not numbers:  # does not wait for another model's load
             return
         async with self._turn:
             await _all(unload_stages(number, workers) for number in numbers)

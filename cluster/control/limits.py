@@ -102,8 +102,7 @@ def check_division(config: ClusterConfig, model: Model, expert_shards: int) -> N
 
 
 def check_parts_on_gpus(config: ClusterConfig, expert_shards: int, gpus: Mapping[str, Sequence[str]]) -> None:
-    """Raises UsageError if the manual plan divides layers although a worker has GPUs, which then stay unused. `gpus`:
-    GPU names by worker."""
+    """Raises UsageError if the manual plan divides layers although workers have GPUs. `gpus`: GPU names by worker."""
     for entry in config.plan or () if expert_shards > 1 else ():
         for name in entry.names:
             if devices := gpus.get(name):
@@ -133,8 +132,7 @@ def _check_mtp(config: ClusterConfig, model: Model) -> None:
 
 
 def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:
-    """Returns the assignments of the cluster file's `plan`, whose borders are counted in parts of layers. Returns an
-    empty list if there is no `plan`."""
+    """Returns the assignments of the cluster file's `plan`, with borders in parts of layers; empty without a `plan`."""
     shards = manual_shards(config)
     parts = ((entry, *entry.layers) for entry in config.plan or ())
     return tuple(
@@ -167,8 +165,7 @@ def max_batch_tokens(config: ClusterConfig, projector: Projector | None) -> int:
 
 
 def kv_tokens(config: ClusterConfig) -> int | None:
-    """Returns the number of tokens that KV memory is planned for, enough for one or two users; None if the user set
-    max_sequences."""
+    """Returns the tokens that KV memory is planned for: enough for one or two users; None if max_sequences is set."""
     return None if "max_sequences" in config.model_fields_set else _KV_TOKENS
 
 
@@ -185,8 +182,7 @@ def unused_mtp(config: ClusterConfig, model: Model) -> str | None:
 
 
 def model_costs(config: ClusterConfig, model: Model, expert_shards: int = 1) -> ModelCosts:
-    """Returns the model's costs. They include the MTP head if it drafts. Raises UsageError if the model lacks that
-    head."""
+    """Returns the model's costs, with the MTP head if it drafts. Raises UsageError if there is no such head."""
     return capacity_of(config, config.context_length).costs(model, expert_shards)
 
 

@@ -1,5 +1,4 @@
-"""Orders to load the stages of an epoch. Each order states the layers of a worker and the workers with which it
-exchanges data."""
+"""Orders to load an epoch's stages: each worker's layers, and the workers with which it exchanges data."""
 
 from __future__ import annotations
 
@@ -102,6 +101,6 @@ def _group_orders(stages: Sequence[StageInfo], handles: Sequence[WorkerHandle]) 
 
 def _group_member(handle: WorkerHandle, share: int) -> GroupMember:
     if not handle.registration.link_address:
-        text = f"worker {handle.name} takes no part in groups: it accepts no links; do what its log says of them"
+        text = f"worker {handle.name} cannot be in a group: it accepts no links; see its log"
         raise WorkerError(f"{text}, or give it layers of its own in the plan", worker=handle.name)
     return GroupMember(handle.name, handle.registration.link_address, share)

@@ -31,11 +31,10 @@ class MemoryLedger:
         self.lock = asyncio.Lock()
         self._max_models = max_models
         self._plans: dict[str, tuple[Plan, ...]] = {}  # plans by model id
-        self._beside: dict[str, MemoryUse] = {}  # likewise, what others held when it was planned last
+        self._beside: dict[str, MemoryUse] = {}  # what other models held at each model's newest plan
 
     def enter(self, model_id: str, plans: Iterable[Plan]) -> None:
-        """Replaces all plans of a model by these, whether loaded or about to be loaded. Without plans, the model holds
-        no memory."""
+        """Replaces a model's plans, whether loaded or about to be loaded. Without plans, it holds no memory."""
         self._plans[model_id] = tuple(plans)
 
     def copy(self) -> MemoryLedger:
@@ -49,13 +48,12 @@ class MemoryLedger:
             raise ModelLimitError(self._max_models)
 
     def planned(self, model_id: str) -> None:
-        """Records what the other models hold when a plan of this model is made. `reserve` compares this with what they
-        hold later."""
+        """Records what other models hold when this model is planned. `reserve` compares that with what they hold
+        later."""
         self._beside[model_id] = self.beside(model_id)
 
     def reserve(self, model_id: str, plans: tuple[Plan, ...]) -> bool:
-        """Enters plans before a load. Returns False if other models have taken memory since the newest plan was
-        made."""
+        """Enters plans before a load. Returns False if other models took memory after the newest plan was made."""
         is_entered = _total(plans) <= _total(self._plans.get(model_id, ()))
         fits = is_entered or self.beside(model_id) <= self._beside.get(model_id, MemoryUse())
         if fits:

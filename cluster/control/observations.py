@@ -20,8 +20,8 @@ class PlanInputs:
     workers: tuple[Incarnation, ...] = ()  # workers that may hold layers
     quarantined: frozenset[str] = frozenset()
     partitions: Pairs = frozenset()
-    links: int = 0  # how often they changed
-    memory: int = 0  # how often other models freed or took some
+    links: int = 0  # number of changes of `workers`
+    memory: int = 0  # number of times that other models freed or took memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,20 +117,20 @@ class Noticed:
 
 
 class Signal(Enum):
-    LINKS_CHANGED = auto()  # they were measured again, with another result
-    EPOCH_LOADED = auto()  # the planned one, and connected
+    LINKS_CHANGED = auto()  # links were measured again, with other results
+    EPOCH_LOADED = auto()  # the planned epoch is loaded and connected
     EPOCH_SERVING = auto()  # the engine runs on the loaded epoch
-    PIPELINE_CLOSED = auto()  # the lost one, and reports of its workers about each other are confirmed or dropped
+    PIPELINE_CLOSED = auto()  # the lost pipeline is closed, and its workers' reports are confirmed or dropped
     RETIRING_EMPTY = auto()  # no sequence runs on the epoch before the serving one any more
-    RETIRING_FREED = auto()  # its stages are freed
-    WORKERS_EXPELLED = auto()  # those of the last `Expel` count as lost
+    RETIRING_FREED = auto()  # the retired epoch's stages are freed
+    WORKERS_EXPELLED = auto()  # the workers of the last `Expel` count as lost
     WAKE_REQUESTED = auto()  # the model is to be loaded
     SLEEP_REQUESTED = auto()  # the model is to be unloaded, unless it has requests
     TURN_ENDED = auto()  # the model is to be unloaded for another one; its requests wait
-    ASLEEP = auto()  # its stages are freed
+    ASLEEP = auto()  # the model's stages are freed
     MEMORY_FREED = auto()  # by another model
     MEMORY_TAKEN = auto()  # by another model, since the newest plan was made
-    ACTION_ENDED = auto()  # the next one may begin
+    ACTION_ENDED = auto()  # the next action may begin
 
 
 PoolObservation = WorkerSeen | WorkerLost | PartitionsChanged | DrainRequested | UndrainRequested

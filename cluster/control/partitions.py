@@ -29,7 +29,7 @@ _Direction = tuple[WorkerHandle, WorkerHandle]
 
 @dataclass(slots=True)
 class _Partition:
-    probes: int  # failed probes, those before the last recovery included
+    probes: int  # failed probes, including those before the last recovery
     callers: dict[str, str] = field(default_factory=dict)  # workers that could not reach the other one
 
 
@@ -37,7 +37,7 @@ class _Partition:
 class PartitionTracker:
     """A context manager that probes partitions. If a link fails in one direction, plans avoid both directions."""
 
-    _workers: Callable[[], Mapping[str, WorkerHandle]]  # the present ones
+    _workers: Callable[[], Mapping[str, WorkerHandle]]  # present partitions
     _heartbeat_timeout_s: float
     _report: Report
     _on_change: Callable[[Pairs], None]  # gets the new pairs
@@ -109,8 +109,7 @@ class PartitionTracker:
         return bool(why) and await self._confirm(caller, other, why)
 
     async def _confirm(self, caller: WorkerHandle, other: WorkerHandle, why: str) -> bool:
-        """Records the partition if both workers are alive; otherwise a worker failed, not the link. Returns True if the
-        partition is new."""
+        """Records the partition, and returns True if it is new, unless a worker is lost: then the link did not fail."""
         if not await other.is_responsive() or caller.loss is not None:
             return False
         pair = frozenset((caller.name, other.name))

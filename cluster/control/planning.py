@@ -66,8 +66,7 @@ class ClusterResources:
     links: Links = UNKNOWN
     partitions: Pairs = frozenset()  # pairs of workers that cannot reach each other
     free_bytes: int | None = None
-    """Free memory that all workers of the machine share, measured before any of them held a layer. None: workers report
-    their own."""
+    """Free bytes of the machine before its workers held layers, shared by all. None: workers report their own."""
     held: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
@@ -82,8 +81,7 @@ def plan_cluster(
 
 
 def _in_wide_tiles(config: ClusterConfig, model: Model, resources: ClusterResources, own: Plan) -> Plan | None:
-    """Returns a plan with wider tiles if that is clearly faster and keeps at least half of the KV blocks, otherwise
-    None."""
+    """Returns a plan with wider tiles if it is clearly faster and keeps half of the KV blocks or more, else None."""
     has_gpus = any(worker.gpus for worker in resources.workers.values())
     if not config.wide_tiles or not model.has_wider_tiles or own.expert_shards > 1 or has_gpus:
         return None
@@ -153,8 +151,7 @@ def _have_room(config: ClusterConfig, model: Model, resources: ClusterResources)
 
 
 def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResources, expert_shards: int) -> Plan:
-    """Returns a plan with borders after whole layers, or after shards of experts. Raises the errors of
-    `plan_cluster`."""
+    """Returns a plan with borders after whole layers or shards of experts. Raises the errors of `plan_cluster`."""
     check_division(config, model, expert_shards)
     length, facts = context_length(config, model), _worker_facts(config, resources)
     if config.plan is not None:
@@ -230,7 +227,6 @@ def _plan(costs: ModelCosts, facts: Sequence[WorkerFacts], request: PlanRequest,
 def _plan_all(
     costs: ModelCosts, facts: Sequence[WorkerFacts], request: PlanRequest, encoder: EncoderParts | None
 ) -> Plan:
-    """Makes a plan with the encoder of images, if there is one."""
     if encoder is None:
         return make_plan(costs, facts, request)
 

@@ -131,8 +131,7 @@ def _end_pipeline(state: ClusterState) -> Action | None:
 
 
 def _recover(state: ClusterState) -> Action | None:
-    """Returns the next step toward a pipeline of the present workers, at a start or after a loss; None if a pipeline
-    serves."""
+    """Returns the next step toward a pipeline of the present workers; None if a pipeline serves."""
     loss, planning, loading = state.loss, state.planning, state.loading
     if loss is None:
         return None

@@ -39,9 +39,9 @@ class Resident:
     idle_since_s: float = field(default_factory=_now_s)
     serving_since_s: float | None = None
     gives_way: bool = False  # requests do not wake it
-    turns: int = 1  # times `_TURN_S` that its next turn lasts
-    is_explicit: bool = False  # it is loaded for no request
-    _interrupted: frozenset[int] = frozenset()  # requests that the end of its last turn found
+    turns: int = 1  # length of the next turn, in units of `_TURN_S`
+    is_explicit: bool = False  # requests do not load the model
+    _interrupted: frozenset[int] = frozenset()  # unfinished requests at the end of the last turn
     _users: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -62,8 +62,7 @@ class Resident:
 
     @property
     def is_leaving(self) -> bool:
-        """True if the model is awake but about to sleep, because its time without requests is over or its memory is
-        needed."""
+        """True if the model is awake but about to sleep: its time without requests is over, or its memory is needed."""
         return not self.observed.state.is_wanted or (self.is_idle and self.expires_in_s == 0)
 
     @property
@@ -91,7 +90,7 @@ class Resident:
         self.idle_since_s = _now_s()
         self.keep_alive_s = self.usual_s
         self._changed.set()
-        if not self.gives_way:  # even if it is awake: another one may just have put it to sleep
+        if not self.gives_way:  # even if awake: another model may just have put it to sleep
             self.observed.post(Signal.WAKE_REQUESTED)
 
     def load(self) -> None:
@@ -150,7 +149,7 @@ class Residency:
 
     def __init__(self, residents: Mapping[str, Resident]) -> None:
         self.residents = residents  # by name
-        self._idle = asyncio.Event()  # replaced when a model has no requests any more
+        self._idle = asyncio.Event()  # replaced when a model has no more requests
         self._tasks = TaskSet()
 
     async def __aenter__(self) -> Residency:
@@ -193,7 +192,7 @@ class Residency:
             elif (sleeper := self._longest_serving(resident)) is not None:
                 giving_way.append(sleeper)
                 await sleeper.give_way()
-            else:  # a move may free memory, too
+            else:  # a move may free memory as well
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_LOOK_S):
                         await idle.wait()
@@ -207,8 +206,7 @@ class Residency:
             resident.serving_since_s = None
 
     def _longest_serving(self, resident: Resident) -> Resident | None:
-        """Returns the model that has served longest, if its turn is over and requests wait for `resident`; otherwise
-        None."""
+        """Returns the model that has served longest if its turn is over and requests wait for `resident`, else None."""
         waiting = resident.observed.state.loss
         if resident.is_idle or waiting is None:
             return None
@@ -227,8 +225,7 @@ class Residency:
 
 
 async def _plan_again(observed: Observed) -> None:
-    """Requests a new plan. Returns once a plan for the present free memory is made, or the model does not need one any
-    more."""
+    """Requests a plan for the present free memory. Returns once it is made, or the model needs none any more."""
     before = observed.state.pool.memory
     observed.post(Signal.MEMORY_FREED)
     await observed.until(

@@ -22,8 +22,7 @@ class Serving:
         return _layers(self.plan) == _layers(plan) and self.plan.wide_tiles == plan.wide_tiles
 
     def predicted(self, prediction: Prediction | None) -> Serving:
-        """Replaces the prediction. A prediction from outdated links may be too good for a comparison with a new
-        plan."""
+        """Replaces the prediction. One from outdated links may be too good to compare a new plan with."""
         return replace(self, plan=replace(self.plan, prediction=prediction))
 
     def is_as_good_as(self, plan: Plan) -> bool:

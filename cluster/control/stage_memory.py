@@ -75,8 +75,7 @@ def _divided_stages(model: Model, shards: int, place: StagePlace) -> Iterator[tu
 
 
 def rounding_of(model: Model, *, experts: bool = True) -> Rounding:
-    """Returns the bytes that rounding adds to weights, as sums over layers. The first layer includes the embedding, the
-    last one the head."""
+    """Returns the bytes that rounding adds to weights, as sums over layers, with the embedding and the head."""
     known = _known.setdefault(model, _Known()).roundings
 
     def table(device: str) -> Counts:
@@ -90,7 +89,7 @@ def rounding_of(model: Model, *, experts: bool = True) -> Rounding:
 
 
 def encoder_of(model: Model) -> EncoderParts | None:
-    """Returns a function for the RAM of the model's encoder of images by number of threads. None if it has none."""
+    """Returns the RAM of the encoder of images as a function of the number of threads; None without an encoder."""
     projector = model.projector
     if projector is None:
         return None

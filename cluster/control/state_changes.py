@@ -98,8 +98,7 @@ def _pool_changed(pool: PoolState, observation: seen.PoolObservation) -> PoolSta
 
 
 def _awake(state: ClusterState) -> ClusterState:
-    """Marks the model as wanted. A sleeping model then counts as one whose pipeline was lost now, so that it is
-    loaded."""
+    """Marks the model as wanted. The pipeline of a sleeping model counts as lost now, so that it is loaded."""
     if state.is_asleep:
         state = replace(state, loss=PipelineLoss(state.tick.now_s, is_closed=True))
     return replace(state, is_wanted=True, has_given_way=False, is_unloaded=False)
@@ -193,8 +192,7 @@ def _unfit(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:
 
 
 def _exclude(state: ClusterState, inputs: PlanInputs, reasons: Mapping[str, str]) -> ClusterState:
-    """Expels workers if the cluster has one model. Otherwise only excludes them from this model's plans, because other
-    models stay on them."""
+    """Expels workers from a cluster of one model; otherwise only from this model's plans: other models stay there."""
     if state.is_alone:
         return _expel(state, inputs, reasons)
     excluded = state.inputs.quarantined

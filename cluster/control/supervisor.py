@@ -128,7 +128,7 @@ class Supervisor:
             if observation is seen.Signal.ACTION_ENDED:
                 assert self._action is not None
                 ended, self._action = self._action, None
-                ended.result()  # its error is a bug
+                ended.result()  # the task's error is a bug
 
     def _act(self, action: Action | None) -> float | None:
         match action:

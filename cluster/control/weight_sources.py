@@ -1,5 +1,4 @@
-"""Finds sources of the weights of models, adapters and projectors, for workers that lack the file or have a copy with
-other bytes."""
+"""Finds sources of models, adapters and projectors for workers that lack the file or have other bytes."""
 
 from __future__ import annotations
 
@@ -109,7 +108,7 @@ async def adapter_files(
 async def encoder_files(
     wanted: WantedBytes | None, loading: Collection[str], workers: Mapping[str, WorkerHandle], report: Report | None
 ) -> dict[str, EncoderFile]:
-    """Returns the projector's file for each worker in `loading`. Empty if the model has no projector."""
+    """Returns the projector's file for each worker in `loading`; empty if the model has no projector."""
     if wanted is None or not loading:
         return {}
     sources = await weight_sources(loading, workers, wanted, report)
@@ -142,7 +141,7 @@ async def announce_source(newcomer: WorkerHandle, workers: Collection[WorkerHand
         source = WeightSource(newcomer.registration.address, newcomer.name)
         for worker in fetching:
             if weights.manifest is not None and weights.manifest in _fetched(worker):
-                with suppress(WorkerError, DeadlineError):  # it is lost, or will be
+                with suppress(WorkerError, DeadlineError):  # the worker is lost, or will be
                     async with deadline(f"announcing a source to worker {worker.name}", _ANNOUNCE_S):
                         await worker.channel.send(AddWeightSource(weights.manifest, source))
 

@@ -31,22 +31,22 @@ EXCHANGE_BYTE_S = 1 / 12e9
 @dataclass(frozen=True, slots=True)
 class GpuFacts:
     device: str
-    memory_bytes: int  # memory that the worker may take of it
+    memory_bytes: int  # memory of the GPU that the worker may use
     profile: DeviceProfile | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
     name: str
-    memory_bytes: int | None  # memory that it may take in all; None: unknown
-    profile: DeviceProfile | None  # profile of its processor; None: not measured
+    memory_bytes: int | None  # RAM that the worker may use; None: unknown
+    profile: DeviceProfile | None  # profile of the processor; None: not measured
     threads: int = 1
-    reach: Link = NO_REACH  # its part of each of its links
-    gpus: tuple[GpuFacts, ...] = ()  # its GPUs; the other fields describe the processor
+    reach: Link = NO_REACH  # the worker's part of each of its links
+    gpus: tuple[GpuFacts, ...] = ()  # GPUs; the other fields describe the processor
     gpu_layers: int | None = None  # layers of a stage on its GPUs; None: as many as they have memory for
     device: str = "cpu"
-    joins_groups: bool = False  # automatic plans may have it in a group
-    placement: Placement = NO_RULES  # the user's rules for layers on its GPUs
+    joins_groups: bool = False  # the worker may be in a group of an automatic plan
+    placement: Placement = NO_RULES  # the user's rules for layers on GPUs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,19 +56,19 @@ class StageCosts:
 
     layers: int
     hidden_bytes: int  # bytes of a row between stages of whole layers
-    border_bytes: Counts  # the same before each layer, and behind the last one; more inside a mixture
-    expert_shards: int  # so many of `layers` are the parts of a layer
+    border_bytes: Counts  # `hidden_bytes` at each border; more inside a mixture
+    expert_shards: int  # number of `layers` that are parts of one layer
     held_bytes: Counts  # weights
     kv_token_bytes: Counts  # KV memory of a token
     state_bytes: Counts  # bytes of a state of a sequence
-    window_token_bytes: Counts  # the part of `kv_token_bytes` of layers with a window
-    possible: NDArray[np.bool_]  # stages whose layers read keys and values of their own stage
+    window_token_bytes: Counts  # the part of `kv_token_bytes` in layers with a window
+    possible: NDArray[np.bool_]  # stages whose layers read no other stage's keys and values
     expert_bytes: Counts  # the part of the weights in routers and experts
     model: ModelCosts
     _kinds: tuple[LayerCost, ...]  # different costs of layers
     _kind_of: Counts  # kind of each layer
-    _head: Counts  # 1 where a stage has the head; prefill does not need it
-    head_share: float = 1.0  # the part of the head that is here: steps are measured with all of it
+    _head: Counts  # 1 for stages with the head, which prefill does not need
+    head_share: float = 1.0  # the part of the head in this portion; steps are measured with the whole head
     _tables: dict[Hashable, Table] = field(default_factory=dict, repr=False)  # computed so far
 
     @classmethod
@@ -114,8 +114,7 @@ class StageCosts:
         return np.array([layer.expert_bytes > 0 for layer in self.model.layers], np.bool_)
 
     def decode_s(self, worker: WorkerFacts, start: int, end: int, rows: int = 1, *, concurrent: bool = False) -> float:
-        """Returns the seconds of a step with one row of each sequence. `concurrent`: other stages compute at the same
-        time."""
+        """Returns the seconds of a step with one row per sequence. `concurrent`: other stages compute meanwhile."""
         return float(self.decode_table(worker, rows, concurrent=concurrent)[start, end])
 
     def prefill_s(self, worker: WorkerFacts, start: int, end: int, rows: int, *, concurrent: bool = False) -> float:
@@ -164,8 +163,7 @@ class StageCosts:
         return _float_sums(np.where(layers, [roofline.experts_s(layer, rows) for layer in self.model.layers], 0.0))
 
     def exchange_table(self, rows: int, layers: Flags) -> Table:
-        """Returns for each stage the seconds to move inputs and outputs of the mixtures in `layers` to another device
-        and back."""
+        """Returns for each stage the seconds to move its mixtures' inputs and outputs (of `layers`) between devices."""
         each_s = EXCHANGE_S + EXCHANGE_BYTE_S * 2 * rows * self.hidden_bytes
         seconds: Table = _float_sums((layers & self.mixtures).astype(np.float64)) * each_s
         return seconds
@@ -185,7 +183,7 @@ class StageCosts:
         return before - before[:, np.newaxis]
 
     def _prefilled(self, rows: int) -> Table:
-        """Returns for each stage the bytes that a prompt's time is proportional to. In models with mixtures, dense
+        """Returns for each stage the bytes to which a prompt's time is proportional. In models with mixtures, dense
         layers count by their products, because the seconds per byte were measured on mixtures."""
         mixtures = [layer for layer in self.model.layers if layer.idle_bytes]
         macs = sum(layer.macs_per_token for layer in mixtures)

@@ -61,16 +61,16 @@ def devices_of(worker: WorkerFacts) -> tuple[WorkerFacts, ...]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Division:
-    """The division of every stage [start, end). Device number i holds layers [bounds[i], bounds[i + 1]). Of a GPU's
-    layers, those in `moe.fixed` have their experts in RAM, and so have those in `moe.open` before moe_ends[i]."""
+    """The division of every stage [start, end). Device number i holds layers [bounds[i], bounds[i + 1]). A layer on a
+    GPU has its experts in RAM if it is in `moe.fixed`, or in `moe.open` and before moe_ends[i]."""
 
     devices: tuple[WorkerFacts, ...]
     bounds: tuple[Counts, ...]  # tables by start and end
-    moe_ends: tuple[Counts, ...]  # likewise, bounds[i] at least
+    moe_ends: tuple[Counts, ...]  # tables by start and end, at least bounds[i]
     moe: MoeLayers
 
     def held(self, start: int, end: int) -> tuple[Held, ...]:
-        """Returns the layers of a stage on each device that holds some, with experts in RAM last."""
+        """Returns a stage's layers by device, without devices that hold none. Experts in RAM come last."""
         at = [int(table[start, end]) for table in self.bounds]
         ends = [int(table[start, end]) for table in self.moe_ends]
         parts = [
@@ -86,8 +86,7 @@ class Division:
         return tuple(layer for layer in range(begin, until) if fixed[layer] or (is_open[layer] and layer < moe_end))
 
     def parts(self) -> Iterator[tuple[WorkerFacts, Counts, Counts, Counts]]:
-        """Yields (device, start, end, end of layers with open experts in RAM) for each device. The last three are
-        tables by stage."""
+        """Yields (device, start, end, end of layers with open experts in RAM), the last three as tables by stage."""
         yield from zip(self.devices, self.bounds, self.bounds[1:], self.moe_ends, strict=False)
 
     def moved_ranges(self) -> Iterator[tuple[WorkerFacts, Flags, Counts, Counts]]:
@@ -104,8 +103,7 @@ class Division:
         return total
 
     def moved(self, experts: Callable[[WorkerFacts, Flags], Table], exchange: Callable[[Flags], Table]) -> Table:
-        """Returns how much experts in RAM change the result of `sums`. `exchange`: the time to move activations to RAM
-        and back."""
+        """Returns the change of `sums` by experts in RAM. `exchange`: the time to move activations to RAM and back."""
         total: Table = np.zeros(self.bounds[0].shape)
         for device, layers, begin, end in self.moved_ranges():
             change = experts(self.devices[0], layers) + exchange(layers) - experts(device, layers)
@@ -122,13 +120,12 @@ class Division:
 class DeviceNeeds:
     """The bytes that stages need on a device, not counting the experts of `MoeLayers.fixed`."""
 
-    excess: Table  # needed beyond its memory with all other experts, by start and end
-    experts: Counts  # needed less where open experts of the first n layers are in RAM, by n
+    excess: Table  # bytes beyond the device's memory, with all other experts in it, by start and end
+    experts: Counts  # bytes that open experts of the first n layers free if they are in RAM, by n
     held_experts: Counts  # bytes of open experts of the first n layers, by n: rounding may make them free nothing
 
     def first_moe_end(self) -> Counts:
-        """Returns for each stage, by start and end, the layer up to which its open experts must be in RAM so that it
-        fits."""
+        """Returns for each stage the end of the layers whose open experts must be in RAM so that the stage fits."""
         starts = np.arange(len(self.experts))[:, np.newaxis]
         found: Counts = np.searchsorted(self.experts, self.excess + self.experts[:, np.newaxis])
         return np.maximum(found, starts)
@@ -142,8 +139,8 @@ def divide(
     *,
     apart: bool = False,
 ) -> Division:
-    """Divides all `possible` stages. With `apart`, the open experts of as many layers are in RAM as the first GPU lacks
-    memory for; otherwise none are. If `gpu_layers` is set, the first GPU takes those of them that other GPUs leave."""
+    """Divides all `possible` stages. With `apart`, open experts are in RAM, of as many layers as it takes until
+    the stage fits on the first GPU. With `gpu_layers`, the first GPU takes those that do not fit on other GPUs."""
     devices, borders = devices_of(worker), possible.diagonal()
     starts, ends = np.indices((len(borders), len(borders)))
     wanted = len(borders) if worker.gpu_layers is None else worker.gpu_layers
@@ -167,8 +164,8 @@ def divide(
 
 
 def _allowed(worker: WorkerFacts, borders: Flags, index: int, begin: Counts) -> Counts:
-    """Moves `begin` of device number `index` to a border that the user's rules allow: after the layers meant for
-    earlier devices, and before those meant for this or a later device."""
+    """Moves `begin` of device `index` to a border that the user's rules allow: after the layers of earlier devices, and
+    before those of this or a later device."""
     if not worker.placement.layers:
         return begin
     gpus, layers = [gpu.device for gpu in worker.gpus], len(borders) - 1

@@ -88,8 +88,7 @@ def _fitting_context(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> int 
 def idle_workers(
     sizes: MemoryModel, workers: Sequence[WorkerFacts], used: Collection[str], contexts: int
 ) -> tuple[IdleWorker, ...]:
-    """Explains why workers have no layers. `contexts`: the number of full-length sequences that KV memory is planned
-    for."""
+    """Explains why workers have no layers. KV memory is planned for `contexts` full-length sequences."""
     idle = [worker for worker in workers if worker.name not in used]
     if sizes.request.manual is not None:
         return tuple(IdleWorker(worker.name, "the plan gives it no layers") for worker in idle)
@@ -100,7 +99,7 @@ def _reason(sizes: MemoryModel, worker: WorkerFacts, used: Collection[str], cont
     if others := sorted(other for other in used if frozenset((worker.name, other)) in sizes.request.partitions):
         return f"it and {', '.join(others)} cannot reach each other"
     layers, stages = sizes.stages.layers, len(used)
-    open_to = range(layers) if stages > 1 else (0, layers - 1)  # beside one other worker, it is the first or the last
+    open_to = range(layers) if stages > 1 else (0, layers - 1)  # with one other worker, it is the first or the last
     least = min(sum(sizes.parts(Held(worker, layer, layer + 1), contexts).values()) for layer in open_to)
     rooms = [device.memory_bytes for device in devices_of(worker)]
     room = max(least if memory_bytes is None else memory_bytes for memory_bytes in rooms)

@@ -21,8 +21,7 @@ _SPARSE = 0.75
 
 
 def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> dict[str, Any]:
-    """Returns the figures of a plan: half-open layer ranges, bytes, milliseconds. A figure that was not measured is
-    null."""
+    """Returns a plan's figures: half-open layer ranges, bytes, milliseconds; null if not measured."""
     values, predicted, other = asdict(plan), plan.prediction, plan.without_groups
     gains = _gains(plan, acceptances)
     del values["prediction"]
@@ -38,7 +37,7 @@ def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> d
         "speculation": [asdict(gain) for gain in gains] or None,
     }
     times = [None] * len(plan.stages) if predicted is None else predicted.stages
-    del values["expert_shards"]  # places in layers have fractions instead
+    del values["expert_shards"]  # borders inside layers are fractions
     stages = [
         _in_layers(asdict(stage), plan)
         | {
@@ -114,7 +113,7 @@ def plan_lines(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> 
         else [f"{_number(other['token_ms'])} ms/token", *_prompts_and_requests(plan.prompt_tokens, other)]
     )
     gap = plan.optimality_gap
-    bound = [] if gap is None else [f"  within {max(1, ceil(100 * gap))} % of the best that could be"]
+    bound = [] if gap is None else [f"  within {max(1, ceil(100 * gap))} % of the best possible"]
     stages = zip(plan.stages, (stage["decode_ms"] for stage in values["stages"]), strict=True)
     idle_workers = (f"  {idle.worker}: not used: {idle.reason}" for idle in plan.idle_workers)
     unused_gpus = (f"  {gpu.device} of {gpu.worker} is unused: {gpu.reason}" for gpu in plan.unused_gpus)
@@ -189,8 +188,7 @@ def stage_name(plan: Plan, stage: StagePlan) -> str:
 
 
 def shares_text(shares: Sequence[int]) -> str:
-    """Formats shares as a ratio of small whole numbers (2:1), or relative to the smallest share (1.1:1) if there is
-    none."""
+    """Formats shares as a ratio of small whole numbers (2:1), otherwise relative to the smallest share (1.1:1)."""
     unit, least = gcd(*shares), min(shares)
     if max(shares) <= _MOST_SHARE * unit:
         return ":".join(str(share // unit) for share in shares)

@@ -36,8 +36,7 @@ class GroupLinks:
         return cls(latency_s + GATHER_S, byte_s)
 
     def all_to_all_s(self, sent: Table) -> Table:
-        """Returns the seconds in which each member sends `sent` bytes, [members, ...], to each other member at the same
-        time."""
+        """Returns the seconds in which each member sends `sent` bytes, [members, ...], to every other member."""
         out = sent * self.byte_s.sum(axis=1).reshape(-1, *[1] * (sent.ndim - 1))
         into = np.tensordot(self.byte_s.T, sent, axes=1)
         slowest: Table = np.maximum(out, into).max(axis=0)
@@ -56,7 +55,7 @@ class GroupLinks:
 @dataclass(frozen=True, slots=True)
 class GatherTimes(Generic[Seconds]):
     layers_s: Seconds
-    row_s: Seconds  # more for each row
+    row_s: Seconds  # additional seconds per row
     output_s: Seconds
     output_row_s: Seconds
 
@@ -64,7 +63,7 @@ class GatherTimes(Generic[Seconds]):
         return self.layers_s + self.output_s + rows * (self.row_s + self.output_row_s)
 
     def prefill_s(self, rows: int, computing_s: Seconds) -> Seconds:
-        """Returns the seconds of the gathers in a step of `rows` prompt tokens that computation does not hide."""
+        """Returns the seconds of the gathers of `rows` prompt tokens, without those that computation hides."""
         bytes_s = rows * self.row_s
         found: Seconds = self.layers_s + bytes_s - np.minimum(HIDDEN_SHARE * bytes_s, computing_s)
         return found

@@ -20,12 +20,12 @@ _NOISE = 0.1
 @dataclass(frozen=True, slots=True)
 class Link:
     one_way_s: float  # seconds of an empty message
-    byte_s: float  # seconds of each byte
+    byte_s: float  # seconds per byte
     network_s: float | None = None  # the network's part of `one_way_s`; None: unknown
 
     @property
     def gather_s(self) -> float:
-        """The seconds of one way between threads that poll sockets, without the time in programs."""
+        """Seconds of one way between threads that poll sockets, without the time in programs."""
         return max(0.0, self.one_way_s - _PROGRAMS_S) if self.network_s is None else self.network_s
 
 

@@ -80,7 +80,7 @@ def _check_covered(ordered: Sequence[Assignment], layers: int, span: _Span) -> N
                 f"plan: layers {span(covered, start)} are on no worker; the model has layers {span(0, layers)}"
             )
         if start < covered:
-            twice = f"layers {span(start, min(covered, end))} of {entry.text} are on another one too"
+            twice = f"layers {span(start, min(covered, end))} of {entry.text} are assigned twice"
             raise UsageError(f"plan: {twice}: {before}")
         covered, before = end, f"{entry.text} {'has' if len(entry.workers) == 1 else 'have'} {span(start, end)}"
     if covered < layers:

@@ -28,7 +28,7 @@ class StagePlace:
 
     threads: int
     context_length: int
-    is_last: bool  # it has the head
+    is_last: bool  # the stage has the head
     device: str = "cpu"
     layers: tuple[int, int] | None = None  # layers of the stage; None: the largest stage of its kind
     portion: Portion | None = None  # a group member's portion of the stage
@@ -37,8 +37,7 @@ class StagePlace:
 Workspace = Callable[[StagePlace], int]
 """Returns the largest workspace, in bytes, of any stage at the place. It must cache, because it is called often."""
 Rounding = Callable[[str], Counts | int]
-"""Returns the bytes that rounding adds to the weights of layers [start, end) on a device. It must cache, because it is
-called often."""
+"""Returns the bytes that rounding adds to weights on a device, by stage. It is called often and must cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +47,17 @@ class PlanRequest:
     workspace: Workspace
     objective: str = "latency"  # latency | throughput
     manual: tuple[Assignment, ...] | None = None
-    kv_memory_bytes: int | None = None  # per worker, at most; None: up to half of what weights and workspace leave
+    kv_memory_bytes: int | None = None  # most per worker; None: half of the memory that weights and workspace leave
     links: Links = UNKNOWN
     partitions: Pairs = frozenset()  # pairs that cannot reach each other: not adjacent
     max_batch_tokens: int = 0  # most rows of a microbatch
     rounding: Rounding = lambda device: 0
     rest_rounding: Rounding = lambda device: 0  # rounding of layers without their experts
     experts_cache_bytes: int | None = None  # most bytes of a GPU for copies of experts in RAM; None: all that is left
-    max_window: int = MAX_WINDOW  # drafted tokens of a sequence in a step, at most
+    max_window: int = MAX_WINDOW  # most drafted tokens of a sequence in a step
     group_costs: GroupCostsOf | None = None  # None: no groups
     largest_group: int = 1  # most workers of a group in an automatic plan
-    no_groups: str = ""  # why automatic plans have no groups, where that is not for the workers
+    no_groups: str = ""  # reason, other than the workers, why automatic plans have no groups
     kv_tokens: int | None = None  # most tokens to plan KV memory for, if it is not given; None: all sequences
 
     @property
@@ -77,21 +76,19 @@ class PlanRequest:
 class MemoryModel:
     stages: StageCosts
     request: PlanRequest
-    portion: Portion | None = None  # `stages` are of
+    portion: Portion | None = None  # the portion that `stages` describe
 
     def of(self, stages: StageCosts, portion: Portion | None = None) -> MemoryModel:
         return self if stages is self.stages else replace(self, stages=stages, portion=portion)
 
     def workspace_bytes(self, worker: WorkerFacts, start: int, end: int, cpu_moe: Sequence[int] = ()) -> int:
-        """Returns the bytes of a stage's workspace, plus the bytes that rounding adds to its weights. Experts of
-        `cpu_moe` do not count."""
+        """Returns the bytes of a stage's workspace and of the rounding of its weights, without experts of `cpu_moe`."""
         whole, freed = self.request.rounding(worker.device), self._expert_rounding(worker)
         rounding = whole if isinstance(whole, int) else int(whole[start, end])
         return self._workspace_to(worker, end) + rounding - int(freed[list(cpu_moe)].sum())
 
     def workspace_of(self, held: Held) -> int:
-        """Returns the workspace of a chosen stage. `workspace_bytes` may return more, because it is for the largest
-        stage."""
+        """Returns the workspace of a chosen stage. `workspace_bytes` counts that of the largest stage."""
         device, start, end = held.device, held.start, held.end
         if held.is_experts or held.cpu_moe or device.device != "cpu":
             return self.parts(held, 0)["workspace"]
@@ -100,8 +97,7 @@ class MemoryModel:
         return self.request.workspace(place)
 
     def _expert_rounding(self, worker: WorkerFacts) -> Counts:
-        """Returns for each layer the bytes that rounding of its experts adds on a device, in addition to rounding of
-        its other weights."""
+        """Returns for each layer the bytes that a device adds to its experts by rounding."""
         rounding = np.asarray(self.request.rounding(worker.device)) - self.request.rest_rounding(worker.device)
         each: Counts = np.diagonal(np.broadcast_to(rounding, self.stages.held_bytes.shape), 1)
         return each
@@ -119,8 +115,7 @@ class MemoryModel:
 
     @property
     def max_drafted(self) -> int:
-        """The maximum number of tokens that a step drafts for a sequence. It is 0 if layers have states, which drafts
-        would change."""
+        """The most drafted tokens of a sequence in a step; 0 if layers have states, which drafts would change."""
         if self.stages.state_bytes[0, self.stages.layers]:
             return 0
         window = self.kv_groups.window
@@ -141,15 +136,14 @@ class MemoryModel:
                 return most if kv_bytes >= 0 else 0
             return min(most, kv_bytes // block_bytes)
         if self.stages.kv_token_bytes[start, end] == self.stages.window_token_bytes[start, end]:
-            most = min(most, self.request.context_blocks * self.request.max_sequences)  # more of them cost nothing
+            most = min(most, self.request.context_blocks * self.request.max_sequences)  # more experts cost nothing
         return bisect_right(range(1, most + 1), kv_bytes, key=lambda blocks: self.kv_bytes(start, end, blocks))
 
     def context_bytes(self, start: int, end: int, contexts: int = 1) -> int:
         return self.kv_bytes(start, end, contexts * self.request.context_blocks)
 
     def parts(self, held: Held, contexts: int) -> Mapping[str, int]:
-        """Returns bytes by kind. KV memory is for `contexts` full-length sequences, or the given KV memory if that is
-        less."""
+        """Returns bytes by kind. KV memory is that of `contexts` full-length sequences, at most the given one."""
         device, start, end = held.device, held.start, held.end
         if held.is_experts:
             return {"weights": self.weight_bytes(held), "workspace": self._workspace_to(device, end - 1)}
@@ -186,8 +180,7 @@ class MemoryModel:
         return self._blocks_in(held.start, held.end, max(least, left // 2), most)
 
     def shortfall_table(self, worker: WorkerFacts, contexts: int) -> Table:
-        """Returns the bytes that a worker's devices lack, with KV memory for `contexts` full-length sequences. Infinite
-        if start >= end."""
+        """Returns the bytes that a worker's devices lack for `contexts` full-length sequences; inf if start >= end."""
         return self._shortfall(self.division(worker, contexts), contexts)
 
     def excess_table(self, worker: WorkerFacts, contexts: int) -> Table:

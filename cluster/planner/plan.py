@@ -41,14 +41,13 @@ class DevicePlan(HeldLayers):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan(HeldLayers):
-    """The layers of a worker, or its portion of a group's layers. Members of a group are consecutive and have equal
-    layers."""
+    """A worker's layers, or its portion of a group's layers. A group's members are consecutive, with equal layers."""
 
     worker: str
     shares: tuple[int, ...] = ()  # shares of output rows by member of the group; (): the worker holds the layers alone
-    member: int = 0  # number of the member; 0 leads
+    member: int = 0  # number of the member; 0: the leader
     devices: tuple[DevicePlan, ...] = ()  # parts by device of a worker with GPUs; the figures above are their sums
-    encoder_bytes: int = 0  # RAM for weights and workspace of the encoder of images; 0: it is not here
+    encoder_bytes: int = 0  # RAM of the encoder of images (weights and workspace); 0: no encoder
 
     @property
     def bytes(self) -> int:
@@ -77,7 +76,7 @@ class UnusedGpu:
 
 @dataclass(frozen=True, slots=True)
 class StagePrediction:
-    decode_s: float  # one token of one sequence; of a member of a group, if it waits for none
+    decode_s: float  # one token of one sequence; a group member's waits do not count
     prefill_s: float  # each prompt token
     gathers_s: float = 0.0  # the part of `decode_s` in a group's gathers
 
@@ -87,17 +86,17 @@ class Round:
     """A step of one sequence that computes `drafted` drafted tokens together with its last known token."""
 
     drafted: int
-    seconds: float  # time until its tokens are known
-    slowest_s: float  # time until the next round may follow: of the slowest stage or link, or all
+    seconds: float  # time until the round's tokens are known
+    slowest_s: float  # time until the next round may begin: that of the slowest stage or link, or of all
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
     stages: tuple[StagePrediction, ...]  # one for each entry of the plan
-    token_s: float  # from token to token of one sequence alone
-    links_s: float  # the part of `token_s` on the way from stage to stage
+    token_s: float  # seconds per token of one sequence alone
+    links_s: float  # the part of `token_s` in transfers between stages
     ttft_s: float  # first token after a prompt of `prompt_tokens`
-    tokens_per_s: float  # throughput of as many sequences as may run together
+    tokens_per_s: float  # throughput of all sequences that may run together
     bottleneck: str  # the worker whose stage takes longest
     rounds: tuple[Round, ...] = ()  # ascending by drafted tokens; empty: no drafts, or layers with states
     gathers_s: float = 0.0  # the part of `token_s` in groups' gathers
@@ -112,7 +111,7 @@ class RejectedGroup:
     workers: tuple[str, ...]  # the leader first
     shares: tuple[int, ...]
     prediction: Prediction
-    reason: str  # against it
+    reason: str  # why the plan has no group
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,17 +122,19 @@ class Plan:
     kv_blocks: int
     context_length: int
     idle_workers: tuple[IdleWorker, ...]
-    prediction: Prediction | None  # None where something was not measured
+    prediction: Prediction | None  # None if something was not measured
     window_blocks: int = 0  # blocks of layers with a window, if these have blocks of their own
     state_blocks: int = 0  # blocks of states of sequences
-    optimality_gap: float | None = None  # from the optimum, at most; None: it is the optimum, or a manual plan
+    optimality_gap: float | None = None  # most distance from the optimum; None: the optimum, or a manual plan
     unused_gpus: tuple[UnusedGpu, ...] = ()
-    expert_shards: int = 1  # starts and ends of stages count parts of layers, so many for each
-    wide_tiles: bool = False  # weights of some types take more memory and less time than they could
+    expert_shards: int = 1  # parts of a layer in which starts and ends of stages are counted
+    wide_tiles: bool = False  # some weights are in wider tiles: more memory, less time
     objective: str | None = None  # objective of an automatic plan
-    without_groups: Prediction | None = None  # the best plan's without groups, if an automatic plan has some
+    without_groups: Prediction | None = (
+        None  # prediction of the best plan without groups, if an automatic plan has groups
+    )
     rejected_group: RejectedGroup | None = field(default=None, compare=False)  # only in plans without groups
-    no_group: str = field(default="", compare=False)  # why no group of its workers is possible
+    no_group: str = field(default="", compare=False)  # why no group of the workers is possible
 
     @property
     def leaders(self) -> tuple[StagePlan, ...]:

@@ -130,8 +130,7 @@ def _check_adjacency(split: Sequence[Assignment], partitions: Pairs) -> None:
 
 
 def _automatic(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> Found:
-    """Leaves unmeasured workers without layers if the others suffice. A worker counts as measured if its processor
-    was."""
+    """Plans without unmeasured workers if the others suffice."""
     measured = [worker for worker in workers if worker.profile is not None]
     if 0 < len(measured) < len(workers):
         with suppress(InsufficientMemoryError, NetworkPartitionError):

@@ -20,9 +20,9 @@ _NS = 1e9
 
 @dataclass(frozen=True, slots=True)
 class _Path:
-    round_s: float  # from the first stage through all others to the first one again
-    there_s: float  # from the coordinator through all of them to the coordinator
-    row_s: tuple[float, ...]  # seconds that each row's bytes add between stages
+    round_s: float  # seconds from the first stage through all others back to it
+    there_s: float  # seconds from the coordinator through all stages back to it
+    row_s: tuple[float, ...]  # seconds per row between stages
 
     @classmethod
     def of(cls, split: Sequence[HeldStage], links: Links) -> _Path:
@@ -50,8 +50,7 @@ def predict(
     max_drafted: int = 0,
     may_chain: bool = True,
 ) -> Prediction:
-    """Predicts stages whose workers were all measured. With `may_chain`, a window of drafted tokens may be sent before
-    the previous one has returned."""
+    """Predicts stages of measured workers. `may_chain`: drafts may be sent before the previous window has returned."""
     path = _Path.of(split, links)
     times = [time for stage in split for time in _times(stage, prompt_tokens)]
     slowest = max(times, key=lambda time: time[1].decode_s)
@@ -82,8 +81,7 @@ def predict_again(
     links: Links,
     group_costs: GroupCostsOf | None = None,
 ) -> Prediction | None:
-    """Predicts an earlier plan from present measurements. Returns None if one of its devices is absent or
-    unmeasured."""
+    """Predicts an earlier plan from present measurements. Returns None if a device is absent or unmeasured."""
     if any(not _is_known(stage, workers) for stage in plan.stages):
         return None
     split = [_stage_again(costs, stages, workers, links, group_costs) for stages in plan.by_stage]
@@ -137,8 +135,7 @@ def _ttft_s(split: Sequence[HeldStage], prompt_tokens: int, chunks: int, path: _
 
 
 def _round(split: Sequence[HeldStage], drafted: int, path: _Path, *, may_chain: bool) -> Round:
-    """Predicts a step with an output row for each drafted token. The step begins and ends at the coordinator, which
-    drafts."""
+    """Predicts a step with an output row per drafted token. It begins and ends at the coordinator, which drafts."""
     rows = 1 + drafted
     stages = [stage.decode_s(rows) for stage in split]
     links = [rows * row_s for row_s in path.row_s]
@@ -151,4 +148,4 @@ def _tokens_per_s(split: Sequence[HeldStage], sequences: int, groups: int, path:
     times = [stage.decode_s(rows, concurrent=groups > 1) * _NS for stage in split]
     sent_s = rows * sum(path.row_s)
     cycle = cycle_ns(times, groups, (path.round_s + sent_s) * _NS)
-    return sequences / max(cycle, 1.0) * 1e9  # 0: what a worker says of itself
+    return sequences / max(cycle, 1.0) * 1e9  # 0: a worker's own statement

@@ -1,5 +1,4 @@
-"""Times of matrix products by quant type on a processor: measured by its worker, otherwise assumed from the machine's
-limits."""
+"""Times of matrix products by quant type on a processor: measured, otherwise assumed from the machine's limits."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ READ_SHARE: Final = 0.85
 class TypeRates:
     """Rates relative to the 8-bit peak, measured with data in a core's own cache (benchmarks/run.py product_rates)."""
 
-    decode_macs: float  # 8-bit multiply-accumulates as long as decoding a weight, once for some rows
+    decode_macs: float  # 8-bit multiply-accumulates in the time to decode a weight, once for several rows
     peak_share: float  # share of the peak that products with many rows reach
 
 

@@ -1,5 +1,4 @@
-"""Estimates the seconds of unmeasured layers: products by quant type, the rest by memory bandwidth and 8-bit
-products."""
+"""Estimates the seconds of unmeasured layers from products by quant type, bandwidth, and 8-bit products."""
 
 from __future__ import annotations
 
@@ -16,18 +15,17 @@ LAUNCHES_S: Final = 30e-6
 LAYER_S: Final = 60e-6
 """The seconds of a layer on a processor in addition to its products: threads that wait, and steps of few rows."""
 ROW_MACS: Final = 3000
-"""The number of 8-bit multiply-accumulates that take as long as the other work (norms, rotation, attention) of one row
-and channel."""
+"""The 8-bit multiply-accumulates in the time of other work (norms, rotation, attention) for a row and channel."""
 _STATE_MACS: Final = 4
-"""The number of 8-bit multiply-accumulates that take as long as one multiply-accumulate of a state in floats."""
+"""The 8-bit multiply-accumulates in the time of one multiply-accumulate of a state in floats."""
 
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
     _read_bytes_s: float
     _int8_macs_s: float
-    _products: ProductTimes | None  # None: the profile has what kernels of all types reach
-    _row_s: float  # seconds of a row in a layer, beside products
+    _products: ProductTimes | None  # None: a GPU, whose limits hold for all types
+    _row_s: float  # seconds of a row in a layer without products
 
     @classmethod
     def of(cls, profile: DeviceProfile, device: str, hidden_bytes: int, *, concurrent: bool) -> Self:
@@ -38,8 +36,7 @@ class Roofline:
         return cls(limits.read_bytes_s, limits.int8_macs_s, products, row_s)
 
     def layer_s(self, layer: LayerCost, rows: int, sequences: int) -> float:
-        """Returns the seconds of a layer. Experts are estimated separately: other limits bound them, and they may be on
-        another device."""
+        """Returns the seconds of a layer. Experts are estimated separately, because they have other limits."""
         return self._rest_s(layer, rows, sequences) + self.experts_s(layer, rows)
 
     def experts_s(self, layer: LayerCost, rows: int) -> float:

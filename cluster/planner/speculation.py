@@ -15,9 +15,9 @@ USUAL_ACCEPTANCES = (0.5, 0.8, 0.95)
 
 @dataclass(frozen=True, slots=True)
 class SpeculationGain:
-    acceptance: float  # the probability that a drafted token is right where those before it are
-    drafted_tokens: int  # drafted tokens in each window; 0 if drafts do not pay
-    gain: float  # tokens a second, relative to those without drafts
+    acceptance: float  # probability that a drafted token is right if those before it are
+    drafted_tokens: int  # drafted tokens in each window; 0 if drafts gain nothing
+    gain: float  # tokens per second, relative to decode without drafts
     tokens_per_s: float
 
 

@@ -27,8 +27,8 @@ def link_limit_s(link: Link, message_bytes: int) -> float:
 
 
 def silence_text(number: int, waited_s: float, limit_s: float) -> str:
-    rule = f"the limits of its step and of the ways to it and on: {limit_s:.3g} s"
-    return f"it does not answer: microbatch {number} has been at it for {waited_s:.1f} s, longer than {rule}"
+    rule = f"the limit of {limit_s:.3g} s for its step and transfers"
+    return f"it does not answer: microbatch {number} has taken {waited_s:.1f} s, longer than {rule}"
 
 
 def hang_text(computing_s: float, limit_s: float) -> str:

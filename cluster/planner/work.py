@@ -8,7 +8,7 @@ from typing import Final
 from llamaclust.cluster.planner.plan import ANSWER_TOKENS
 
 CHUNKS: Final = (1, 2, 4, 8, 16)
-"""The numbers of equal chunks into which a prompt may be divided. Stages compute the chunks one after another."""
+"""The possible numbers of equal chunks of a prompt. Stages compute the chunks one after another."""
 TOGETHER: Final = 8
 
 
@@ -19,7 +19,7 @@ class Rows:
     rows: int
     steps: float
     is_prompt: bool = False
-    concurrent: bool = False  # other stages of the machine compute too
+    concurrent: bool = False  # other stages of the machine compute meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Work:
     slowest_rows: int  # rows that a link carries meanwhile
     each: tuple[Rows, ...]
     hops: int  # messages from stage to stage
-    hop_rows: int  # rows of these
+    hop_rows: int  # rows of these messages
     adds_up: bool
 
     def seconds(self, slowest: float, total: float) -> float:
@@ -50,8 +50,7 @@ def works_of(objective: str, prompt_tokens: int) -> tuple[Work, ...]:
 
 
 def _request(prompt_tokens: int, chunks: int) -> Work:
-    """Returns the work of a request. The first chunk passes all stages; each other chunk adds the slowest stage's
-    time."""
+    """Returns the work of a request: one chunk through all stages, then the slowest stage for each other chunk."""
     rows = -(-prompt_tokens // chunks)
     chunk = Rows(rows, 1, is_prompt=True, concurrent=chunks > 1)
     behind = (Rows(rows, chunks - 1, is_prompt=True, concurrent=True),) if chunks > 1 else ()

@@ -121,7 +121,7 @@ def check_number(name: str, value: object, low: float, high: float) -> None:
 
 def check_count(name: str, count: int, most: int, items: str) -> None:
     if count > most:
-        raise ParameterError(name, f"{count} {items} exceed the limit of {most}")
+        raise ParameterError(name, f"has {count} {items}; give at most {most}")
 
 
 def shown(value: object) -> str:

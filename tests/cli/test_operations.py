@@ -147,7 +147,9 @@ def test_layers_leave_a_drained_worker_and_come_back(line: CommandLine, cluster:
     assert done.code == 0 and "worker a is used again" in done.err
     eventually(lambda: cluster.status["workers"][0]["layers"] == [0, 2], 30.0, "layers on a")
     shown = cluster.command.err.read_text()
-    assert "worker a is drained: it gets no layers until `undrain`" in shown and "worker a is drained no more" in shown
+    assert (
+        "worker a is drained: it gets no layers until `undrain`" in shown and "worker a is no longer drained" in shown
+    )
     assert cluster.answer() == before
     assert cluster.status["recoveries"] == 0
 

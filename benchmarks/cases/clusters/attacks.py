@@ -1,5 +1,3 @@
-"""The case `attacks`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -87,7 +85,7 @@ BODIES: Final[Mapping[str, tuple[str, str, str, str, int]]] = {
     )
 }
 """Path, beginning, item, end and size in bytes of each body, which is filled with as many items as fit. An item that
-begins with a colon gets a name before it. Bodies named `..._most` are as large as the limit allows."""
+begins with a colon becomes a JSON member with a new name. Bodies named `..._most` are as large as the limit allows."""
 
 
 def filled(before: str, item: str, after: str, size: int) -> bytes:
@@ -135,19 +133,21 @@ _KNOWN = (*BODIES, *FLOODS)
 class Attacks(Case):
     """Cost of a hostile client to other clients: gaps in their streams, `/live`, first tokens, memory.
 
-    The attacker's requests have one API key, the streams and short requests of others have another. Bodies have 15 MB
-    and as many elements as fit; --at-once of each are sent together. `background`: 300 background responses.
-    `tokenize`: 40 texts of 1 MiB. `answers`: 128 answers that obey a large schema. `logprobs`: a reply of 32 answers of
-    1,900 tokens with 20 logprobs each (the model must be tiny to be fast enough). `ambiguous`: 16 answers under
-    grammars whose matchers take 20 to 60 ms a token. `fixed_texts`: 8 choices of a text of 100,000 characters. Two
-    attacks have no key: `headers`, 900 connections with 10,000 short headers each, and `chunks`, 40 bodies in 100,000
-    chunks of a byte. `form ms` is the time of an answer that obeys a schema, for the key of the others."""
+    The attacker has one API key; the streams and short requests of other clients have another. Bodies have 15 MB and as
+    many elements as fit; --at-once of each kind are sent together. `background`: 300 background responses. `tokenize`:
+    40 texts of 1 MiB. `answers`: 128 answers that obey a large schema. `logprobs`: a reply of 32 answers of 1,900
+    tokens with 20 logprobs each (only a tiny model is fast enough). `ambiguous`: 16 answers under grammars whose
+    matchers take 20 to 60 ms per token. `fixed_texts`: 8 choices of a text of 100,000 characters. Two attacks have no
+    key: `headers`, 900 connections with 10,000 short headers each, and `chunks`, 40 bodies in 100,000 chunks of a byte.
+    `form ms` is the time of another client's answer that obeys a schema."""
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)
-    attack: tuple[str, ...] = option(_KNOWN, "of these", listed(chosen("attack", {name: name for name in _KNOWN})))
-    at_once: int = option(8, "bodies of each kind", positive)
-    streams: int = option(4, "of others", positive)
+    attack: tuple[str, ...] = option(
+        _KNOWN, "attacks to run", listed(chosen("attack", {name: name for name in _KNOWN}))
+    )
+    at_once: int = option(8, "simultaneous bodies of each kind", positive)
+    streams: int = option(4, "streams of other clients", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         with NamedTemporaryFile("w", prefix="llamaclust-keys-") as file:

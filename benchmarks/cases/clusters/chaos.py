@@ -1,5 +1,3 @@
-"""The case `chaos`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -26,23 +24,25 @@ _LOOK_S = 0.1
 
 @dataclass(frozen=True)
 class Chaos(Case):
-    """Injects the faults of `llamaclust chaos` into a cluster of its own: nothing may be lost or changed.
+    """Injects the faults of `llamaclust chaos` into a new cluster: no answer may be lost or changed.
 
-    A killed coordinator is restarted at once, or a standby takes over. Joined workers are restarted whenever they end.
-    With --group, that many workers hold the first two thirds of the layers together, and one more worker has the rest:
-    no other worker can take their places. Pauses are those of all streams, by kind of fault."""
+    A killed coordinator is restarted at once, or a standby takes over. Workers that joined are restarted when they end.
+    With --group, a group of that many workers holds the first two thirds of the layers, and one other worker the rest,
+    so that no worker can replace another. Pauses of all streams are shown by kind of fault."""
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)
-    minutes: float = option(5.0, "of faults")
-    faults: frozenset[FaultKind] = option(None, "kinds, such as kill,stop; all by default", fault_kinds)
-    launcher: str = option("local", "of the cluster", chosen("launcher", {name: name for name in ("local", "static")}))
-    workers: int = option(3, "of one thread each", positive)
-    group: int = option(0, "workers that hold the first layers together", natural)
-    standby: bool = option(False, "a second coordinator waits")
+    minutes: float = option(5.0, "duration of the faults in minutes")
+    faults: frozenset[FaultKind] = option(None, "kinds of faults, such as kill,stop; by default all", fault_kinds)
+    launcher: str = option(
+        "local", "launcher of the cluster", chosen("launcher", {name: name for name in ("local", "static")})
+    )
+    workers: int = option(3, "workers with one thread each", positive)
+    group: int = option(0, "workers of a group that holds the first layers; 0: no group", natural)
+    standby: bool = option(False, "run a standby coordinator")
     silence: float = option(1.0, "timeouts.worker in seconds (a cluster's default: 5)")
-    streams: int = option(32, "at a time", positive)
-    seed: int = option(1, "of the faults")
+    streams: int = option(32, "simultaneous streams", positive)
+    seed: int = option(1, "seed of the faults")
 
     async def groups(self) -> AsyncIterator[Group]:
         timeouts = {"worker": f"{self.silence:g}s", "request": "30min"}
@@ -95,8 +95,7 @@ async def _pauses(faults: int, seconds: list[float], turn: int) -> Measures:
 
 
 async def _keep_up(bench: Bench, *, with_standby: bool) -> None:
-    """Starts a coordinator whenever the last one has ended. With a standby, starts a new standby whenever the last one
-    has taken over."""
+    """Starts a coordinator when the last one has ended, or a new standby when the last one has taken over."""
     while True:
         await asyncio.sleep(_LOOK_S)
         present = sum(process.poll() is None for process in bench.started)

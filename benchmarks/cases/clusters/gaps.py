@@ -1,5 +1,3 @@
-"""The case `gaps`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -31,16 +29,16 @@ _PARTS = ("logprobs", "breakers")
 class Gaps(Case):
     """Cost of expensive requests to streams that run meanwhile: gaps between their tokens, first tokens, memory.
 
-    `logprobs`: a POST of 8 prompts of 2,000 tokens with 128 logprobs each, and one of 64 prompts that fill the
-    context. `breakers`: 8 simultaneous requests with 64 new DRY breakers each, first alone, then with a worker
-    killed meanwhile."""
+    `logprobs`: a request of 8 prompts of 2,000 tokens with 128 logprobs each, and one of 64 prompts that fill the
+    context. `breakers`: 8 simultaneous requests with 64 new DRY breakers each, first undisturbed, then while a worker
+    is killed."""
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)
-    parts: tuple[str, ...] = option(_PARTS, "of the test", listed(chosen("part", {part: part for part in _PARTS})))
-    streams: int = option(8, "beside", positive)
-    workers: int = option(2, "of one thread each", positive)
-    quiet: float = option(_QUIET_S, "seconds that are watched before")
+    parts: tuple[str, ...] = option(_PARTS, "parts to run", listed(chosen("part", {part: part for part in _PARTS})))
+    streams: int = option(8, "streams that run meanwhile", positive)
+    workers: int = option(2, "workers with one thread each", positive)
+    quiet: float = option(_QUIET_S, "seconds of streams before the first expensive request")
 
     async def groups(self) -> AsyncIterator[Group]:
         source = Random(1)

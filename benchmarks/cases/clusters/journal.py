@@ -1,5 +1,3 @@
-"""The case `journal`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -38,16 +36,16 @@ main()
 class Journal(Case):
     """Throughput of short requests with the journal of admissions, relative to a coordinator without one.
 
-    Two clusters of one worker each run at the same time, and bursts of streamed requests go to them in turns. The
-    journal lies in the folder of temporary files, or in --state-dir: choose a disk, not a tmpfs."""
+    Two clusters of one worker each run at the same time and take turns at bursts of streamed requests. The journal is
+    in the folder of temporary files, or in --state-dir: choose a disk, not a tmpfs."""
 
     rounds = 15
     warm = 1
     model: Path = argument("path of a .gguf", existing)
-    requests: int = option(1000, "of one burst", positive)
-    connections: int = option(64, "at a time", positive)
-    tokens: int = option(4, "of each answer", positive)
-    state_dir: Path | None = option(None, "an existing folder", Path)
+    requests: int = option(1000, "requests per burst", positive)
+    connections: int = option(64, "simultaneous connections", positive)
+    tokens: int = option(4, "tokens per answer", positive)
+    state_dir: Path | None = option(None, "existing folder for the journal; by default a temporary one", Path)
 
     async def groups(self) -> AsyncIterator[Group]:
         if self.state_dir is not None:

@@ -1,5 +1,3 @@
-"""The case `kv_disk`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -32,14 +30,14 @@ class KvDisk(Case):
     """Time to the first token after a full restart, when the KV memory of a long shared prefix is read from disk.
 
     Each prompt is the prefix and a few tokens of its own. The first cluster computes the prefix and writes its KV
-    memory. The second cluster, whose processes are all new, answers another prompt with the same prefix. The answers of
-    both clusters to the first prompt must have the same ids and logprob bits. The client measures the times."""
+    memory. The second cluster, whose processes are all new, answers another prompt with the same prefix. Then both
+    clusters' answers to the first prompt must have equal ids and logprob bits. The client measures the times."""
 
     rounds = 3
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")
-    workers: int = option(2, "of the cluster", positive)
-    threads: int = option(1, "of each worker", positive)
-    prefix: int = option(4000, "tokens", positive)
+    workers: int = option(2, "workers of the cluster", positive)
+    threads: int = option(1, "threads of each worker", positive)
+    prefix: int = option(4000, "tokens of the shared prefix", positive)
     damage: bool = option(False, "flip a byte of each file before the restart")
 
     async def groups(self) -> AsyncIterator[Group]:

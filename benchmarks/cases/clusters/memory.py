@@ -1,5 +1,3 @@
-"""The case `memory`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -34,14 +32,14 @@ class Memory(Case):
     """Memory of stages as stated by `plan`, `model info` and `status`, compared with the memory that is resident.
 
     The model is planned for one worker, and for two with half of the layers each. Each stage is loaded in its own
-    process without the packed-weight cache, so that all weights are private. It runs microbatches with as many rows and
-    outputs as its limits allow, until all KV blocks are in use. `resident` is the growth of the process's memory since
-    before the load (RssAnon of /proc/self/status). The case fails if a figure differs from it by more than 5 %."""
+    process without the packed-weight cache, so that all weights are private. It runs microbatches of the greatest size
+    that its limits allow, until all KV blocks are in use. `resident` is the process's growth since before the load
+    (RssAnon of /proc/self/status). The case fails if a figure differs from `resident` by more than 5 %."""
 
     rounds = 1
     models: list[Path] = argument("paths of .gguf files", existing, nargs="+")
-    threads: int = option(2, "of each stage", positive)
-    context: int = option(1024, "tokens", positive)
+    threads: int = option(2, "threads of each stage", positive)
+    context: int = option(1024, "context length in tokens", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         worst = 0.0
@@ -56,7 +54,7 @@ class Memory(Case):
                         yield group
                         worst = max(worst, abs(group.values(name, "worst")[0]))
         if worst > _MOST:
-            raise LlamaclustError(f"a figure is {worst:.1%} away from what is resident; {_MOST:.0%} is wanted at most")
+            raise LlamaclustError(f"a figure is {worst:.1%} away from resident memory; at most {_MOST:.0%} is allowed")
 
     def _stages(
         self, path: Path, model: Model, cut: tuple[int, ...]

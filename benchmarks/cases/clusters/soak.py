@@ -1,5 +1,3 @@
-"""The case `soak`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -29,7 +27,7 @@ from llamaclust.tools.chaos.tally import Comparison, Tally
 
 _CONTEXT_TOKENS = 256
 _LONGEST_WORDS = 30
-_KINDS = 32  # of requests
+_KINDS = 32  # kinds of requests
 _LOOK_S = 1.0
 _AWAY_S = 2.0
 _TIMEOUT_S = 300.0
@@ -108,21 +106,21 @@ Samples = dict[str, list[tuple[float, float]]]
 class SoakCase(Case):
     """Many streams for a long time, with clients that disconnect, return or give up: errors, and memory.
 
-    Each stream runs one request after the other. Three in five are read to their end. The other clients are
-    disconnected at a random event; they return at once or within two seconds, or give up, with or without a name of
-    their reply. Answers that are read to the end are compared with undisturbed ones. For each process, the median
-    memory of the first tenth of the time after --warm-up minutes is compared with that of the last tenth. The case
-    fails if an answer is not intact, or if a process has grown or shrunk by more than a twentieth."""
+    Each stream sends one request after another. Three in five replies are read to the end. The other clients are
+    disconnected at a random event; they return at once or within two seconds, or give up, with or without a name for
+    the reply. Complete answers are compared with undisturbed ones. For each process, the median memory of the first
+    tenth of the time after --warm-up is compared with that of the last tenth. The case fails if an answer differs, or
+    if a process has grown or shrunk by more than a twentieth."""
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)
-    minutes: float = option(10.0, "of the streams")
-    warm_up: float = option(2.0, "minutes")
-    streams: int = option(300, "at a time", positive)
+    minutes: float = option(10.0, "duration of the streams in minutes")
+    warm_up: float = option(2.0, "minutes before memory is compared")
+    streams: int = option(300, "simultaneous streams", positive)
     sequences: int = option(64, "max_sequences of the cluster", positive)
-    tokens: int = option(48, "of each answer", positive)
-    workers: int = option(2, "of one thread each", positive)
-    seed: int = option(1, "of the requests")
+    tokens: int = option(48, "tokens per answer", positive)
+    workers: int = option(2, "workers with one thread each", positive)
+    seed: int = option(1, "seed of the requests")
 
     async def groups(self) -> AsyncIterator[Group]:
         sizes = {"max_sequences": self.sequences, "max_waiting": 4 * self.streams}
@@ -139,7 +137,7 @@ class SoakCase(Case):
                 yield group
                 changes.append(abs(group.values(name, "change")[0]))
         if not soak.compared.is_intact or soak.errors or max(changes) > _MOST_CHANGE:
-            raise LlamaclustError(f"answers or memory are not as they should be; seed {self.seed}")
+            raise LlamaclustError(f"an answer differs, or memory has changed too much; seed {self.seed}")
 
     async def _undisturbed(self, bench: Bench) -> dict[int, Received]:
         async with AsyncClient(bench.api) as client:

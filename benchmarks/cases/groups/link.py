@@ -1,5 +1,3 @@
-"""The case `link`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -92,15 +90,15 @@ class Side:
 
 @dataclass(frozen=True)
 class LinkCase(Case):
-    """Cost of a gather of two members over loopback, beyond an exchange of the same bytes.
+    """Cost of a gather of two members over loopback, compared with a loop that exchanges the same bytes.
 
-    Two processes, each with its own core, use three ways in turns: a loop that only sends and receives, plain links,
-    and links with TLS. Each member sends --kib. Then all is repeated with the other member late each time."""
+    Two processes on a core each use three ways in turns: a loop that only sends and receives, plain links, and links
+    with TLS. Each member sends --kib. Then all is repeated with the other member late each time."""
 
     rounds = 9
-    kib: float = option(16.0, "what each member sends, at most 1024", zero_or_more)
-    gathers: int = option(2000, "of each turn", positive)
-    late_ms: float = option(2.0, "how late the other member is; 0: never", zero_or_more)
+    kib: float = option(16.0, "KiB that each member sends, at most 1024", zero_or_more)
+    gathers: int = option(2000, "gathers per turn", positive)
+    late_ms: float = option(2.0, "milliseconds by which the other member is late; 0: never", zero_or_more)
 
     async def groups(self) -> AsyncIterator[Group]:
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:

@@ -1,5 +1,3 @@
-"""The case `plan_grid`."""
-
 from __future__ import annotations
 
 import itertools
@@ -46,7 +44,7 @@ def _grid() -> list[_Case]:
     machines differ in speed and memory."""
     cases = []
     for number, (model, count, (gbit, ms)) in enumerate(itertools.product(_MODELS, _COUNTS, _NETWORKS)):
-        if number % 3:  # a third of all, in turns of everything
+        if number % 3:  # a third of the cases, spread over all combinations
             continue
         source = random.Random(number)
         file_bytes = assumed_model(model).file.size_bytes
@@ -102,8 +100,7 @@ class _Alternatives:
         return [max(1, round(100 * by[machine] / most)) for machine in group]
 
     def _cuts(self, chain: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
-        """Yields the layer borders of a chain: first those that fill the memory of the fastest stages, then random
-        ones."""
+        """Yields layer borders of a chain: first those that fill the memory of the fastest stages, then random ones."""
         if len(chain) == 1:
             yield [0, self._layers]
             return
@@ -159,8 +156,7 @@ def _planned(cluster: AssumedCluster, model: AssumedModel, *overrides: str) -> _
 
 
 def _outcome(case: _Case, most: int, source: random.Random) -> Measures | None:
-    """Compares the chosen plan with others that have at least as much KV memory. Returns None if the model does not
-    fit."""
+    """Compares the chosen plan with others of at least as much KV memory; None if the model does not fit."""
     cluster, model = AssumedCluster(parse_machines(case.machines)), assumed_model(case.model)
     model.opened.costs  # noqa: B018
     begun_s = process_time()
@@ -184,16 +180,16 @@ def _outcome(case: _Case, most: int, source: random.Random) -> Measures | None:
 class PlanGrid(Case):
     """Choices of the planner, compared with other plans over a grid of assumed clusters: none may be clearly faster.
 
-    Plans are compared by the predicted time of a usual answer (a prompt of 512 tokens, 128 tokens of answer), which is
-    what the objective `latency` weighs. The chosen plan is compared with the best plan of single workers (`groups:
-    off`), and with plans by hand: all chains of sets of up to three machines, and random chains of more. Their shares
-    follow speed, follow memory or are equal; layers are cut where memories end, and elsewhere. The case fails if
-    another plan is faster by more than 3 %."""
+    Plans are compared by the predicted time of a usual answer (a prompt of 512 tokens, 128 tokens of answer), which the
+    objective `latency` minimizes. The chosen plan is compared with the best plan without groups, and with manual plans:
+    all chains of sets of up to three machines, and random chains of more. Their shares follow speed, follow memory or
+    are equal; layers are cut where memories end, and at random borders. The case fails if another plan is faster by
+    more than 3 %."""
 
     rounds = 1
-    count: int | None = option(None, "clusters that are drawn from the grid; all without it", positive)
-    seed: int = option(1, "of what is drawn")
-    alternatives: int = option(60, "plans by hand a cluster, at most", natural)
+    count: int | None = option(None, "number of clusters to draw from the grid; by default all", positive)
+    seed: int = option(1, "seed of the drawn clusters and plans")
+    alternatives: int = option(60, "most manual plans per cluster", natural)
 
     async def groups(self) -> AsyncIterator[Group]:
         source, cases = random.Random(self.seed), _grid()
@@ -205,7 +201,7 @@ class PlanGrid(Case):
             if outcome is not None:
                 yield Group("", {f"{case.machines} {case.model}": partial(_same, outcome)})
                 worst, fitting = max(worst, float(outcome["ratio"])), fitting + 1
-        print(f"choices: {fitting} of {len(cases)} models fit; worst beside the best other plan: {worst:.3f}")
+        print(f"choices: {fitting} of {len(cases)} models fit; worst relative to the best other plan: {worst:.3f}")
         if worst > _WORSE:
             raise LlamaclustError(f"another plan is faster by more than {_WORSE - 1:.0%}; seed {self.seed}")
 

@@ -1,5 +1,3 @@
-"""The case `prefill`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -74,8 +72,7 @@ class Setting:
 
 
 def serve(setting: Setting, orders: Connection) -> None:
-    """Loads the stage, then runs the prompt once for each order, which is a number of bands. The order 0 ends the
-    program."""
+    """Loads the stage, then runs the prompt for each order: a number of bands, or 0 to end the program."""
     os.sched_setaffinity(0, {setting.core})
     if setting.is_realtime:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
@@ -138,16 +135,16 @@ def connected(hosts: Sequence[str]) -> tuple[socket.socket, socket.socket]:
 @dataclass(frozen=True)
 class Prefill(Case):
     warm = 1
-    shape: str = argument("of the model", chosen("shape", {name: name for name in SHAPES}))
-    type: QuantType = argument("of the weights", chosen("type", TYPES))
-    rows: int = option(512, "of the prompt", positive)
-    layers: int = option(2, "that are computed", positive)
-    hidden: int | None = option(None, "another width, for tests", positive)
-    hosts: tuple[str, ...] = option(("127.0.0.1", "127.0.0.1"), "of the members", listed(str))
-    bands: tuple[int, ...] = option((2,), "of the prompt", listed(positive))
-    round_trip: float = option(0.0, "ms that are added to links", zero_or_more)
-    gbit: float = option(0.0, "that a member receives; 0: no limit", zero_or_more)
-    realtime: bool = option(False, "other programs wait for the measured ones; for root")
+    shape: str = argument("shape of the model", chosen("shape", {name: name for name in SHAPES}))
+    type: QuantType = argument("type of the weights", chosen("type", TYPES))
+    rows: int = option(512, "tokens of the prompt", positive)
+    layers: int = option(2, "number of layers to compute", positive)
+    hidden: int | None = option(None, "width in channels, for tests; by default the shape's", positive)
+    hosts: tuple[str, ...] = option(("127.0.0.1", "127.0.0.1"), "hosts of the members", listed(str))
+    bands: tuple[int, ...] = option((2,), "numbers of bands of the prompt", listed(positive))
+    round_trip: float = option(0.0, "ms to add to the round trip of links", zero_or_more)
+    gbit: float = option(0.0, "Gbit/s at which a member receives; 0: no limit", zero_or_more)
+    realtime: bool = option(False, "measured processes have real-time priority; needs root")
 
     async def groups(self) -> AsyncIterator[Group]:
         with tempfile.TemporaryDirectory(prefix="llamaclust-") as name:
@@ -177,7 +174,7 @@ class Prefill(Case):
             each.send(bands)
         found = [await asyncio.to_thread(_answer, each) for each in orders]
         if len({result for *_, result in found}) != 1:
-            raise LlamaclustError("members have other bits than each other")
+            raise LlamaclustError("results of the members have different bits")
         run_ms, waited_ms, sent_bytes, result = found[0]
         layer = {"ms": run_ms / self.layers, "waiting": waited_ms / self.layers}
         return {**layer, "MB sent": sent_bytes / self.layers / 1e6, "bits": result}

@@ -1,5 +1,3 @@
-"""The case `served`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -79,16 +77,14 @@ def ways_of(cores: Sequence[int], shares: Sequence[int], speeds: Sequence[float]
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """Numbers of layers. Models with `layers` and with `shallow` layers were measured; the whole model has `whole`
-    layers."""
+    """Numbers of layers: `layers` and `shallow` were measured, `whole` is that of the whole model."""
 
     layers: int
     shallow: int
     whole: int
 
     def whole_ms(self, deep: Sequence[float], few: Sequence[float]) -> list[float]:
-        """Extrapolates measured times to the whole model. The part of the time that does not depend on layers counts
-        once."""
+        """Extrapolates measured times to the whole model. Time that does not depend on layers counts once."""
         if self.layers == self.whole or not few:
             return [*deep]
         most, least = median(deep), median(few)
@@ -106,7 +102,7 @@ class ServedWay:
     async def reading(self) -> tuple[float, ...]:
         """Returns milliseconds since the start: computing of the stages, waiting of the leader in gathers, and
         processor time of each process. Waits until heartbeats have counted all steps."""
-        used = tuple(map(_processor_ms, self.pids))  # first: waiting for the rest takes some
+        used = tuple(map(_processor_ms, self.pids))  # read first, because waiting for heartbeats takes processor time
         for _ in range(_LOOKS):
             found = await self.bench.cluster()
             beats = {worker["name"]: worker["heartbeat"] for worker in found["status"]["workers"]}
@@ -115,7 +111,7 @@ class ServedWay:
                 computed = sum(stage["compute_ms"] * stage["microbatches"] for stage in found["stages"])
                 return computed, sum(1e3 * group["waited_s"] for group in found["status"]["groups"]), *used
             await asyncio.sleep(_LOOK_S)
-        raise LlamaclustError(f"{self.name}: no heartbeat tells of the last step")
+        raise LlamaclustError(f"{self.name}: no heartbeat has counted the last step")
 
 
 def _processor_ms(pid: int) -> float:
@@ -125,35 +121,35 @@ def _processor_ms(pid: int) -> float:
 
 @dataclass(frozen=True)
 class Served(Case):
-    """Answers of a group as clients of the HTTP API receive them, in turns with one worker and with stages.
+    """Answers of a group as clients of the HTTP API receive them, compared with one worker and with stages.
 
         run.py served 7b IQ2_XXS --delays 0,0.1,0.5,2 --gbit 1
         run.py served 70b IQ1_S --layers 4                       # each layer counts 20 times
         run.py served 70b IQ1_S --layers 4 --shares 2,1 --speeds 1,0.5
 
-    The clusters of `llamaclust up` have static workers of one thread, each on its own core, over mutual TLS (--local:
-    processes of the coordinator, without TLS). All clusters run at the same time, with random weights. `decode` is one
-    answer after a short prompt, `prefill` a long prompt up to its first token, `together` several answers at once. Ids
-    and logprobs must be those of one worker. The round trip and rate of links between members are emulated, and so are
-    members slower than their cores. With --layers, models of two layers are measured as well, and the times of the
-    whole model are extrapolated. With --speculation, answers repeat their prompt, and all clusters draft."""
+    All clusters run `llamaclust up` at the same time, with random weights. Their static workers have one thread each,
+    on a core each, and use mutual TLS (--local: processes of the coordinator, without TLS). `decode` is one answer
+    after a short prompt, `prefill` a long prompt up to its first token, `together` several answers at once. Ids and
+    logprobs must be those of one worker. Round trip and rate of links between members are emulated, and so are members
+    slower than their cores. With --layers, models of two layers are measured as well, and the times of the whole model
+    are extrapolated. With --speculation, answers repeat their prompt, and all clusters draft."""
 
     warm = 1
-    shape: str = argument("of the model", chosen("shape", {name: name for name in SHAPES}))
-    type: QuantType = argument("of the weights", chosen("type", TYPES))
-    layers: int | None = option(None, "fewer than the shape has, 3 or more", positive)
-    hidden: int | None = option(None, "another width, for tests", positive)
-    delays: tuple[float, ...] = option((0.0, 0.1, 0.5, 2.0), "round trips, ms", listed(zero_or_more))
-    gbit: float = option(0.0, "at which a member receives; 0: as it can", zero_or_more)
-    shares: tuple[int, ...] = option((1, 1), "of the members", listed(positive))
-    speeds: tuple[float, ...] = option((), "of the members, relative to a core; 1 by default", listed(share))
-    ways: tuple[str, ...] = option((STAGES, GROUP), "beside one worker", listed(str))
-    tokens: int | None = option(None, "of each answer; 32 by default, 256 with --speculation", positive)
-    prompt: int = option(512, "tokens of the long prompt, 0: none", natural)
-    together: int = option(8, "answers at once, 0: none", natural)
-    speculation: bool = option(False, "answers that repeat their prompt, with drafts")
-    realtime: bool = option(False, "go before other programs while measuring; as root")
-    local: bool = option(False, "processes of the coordinator, without TLS and emulation")
+    shape: str = argument("shape of the model", chosen("shape", {name: name for name in SHAPES}))
+    type: QuantType = argument("type of the weights", chosen("type", TYPES))
+    layers: int | None = option(None, "number of layers, at least 3; by default all of the shape", positive)
+    hidden: int | None = option(None, "width in channels, for tests; by default the shape's", positive)
+    delays: tuple[float, ...] = option((0.0, 0.1, 0.5, 2.0), "round trips of links in ms", listed(zero_or_more))
+    gbit: float = option(0.0, "Gbit/s at which a member receives; 0: no limit", zero_or_more)
+    shares: tuple[int, ...] = option((1, 1), "shares of the members", listed(positive))
+    speeds: tuple[float, ...] = option((), "speeds of the members relative to a core; by default 1", listed(share))
+    ways: tuple[str, ...] = option((STAGES, GROUP), "kinds of clusters to compare with one worker", listed(str))
+    tokens: int | None = option(None, "tokens per answer; by default 32, or 256 with --speculation", positive)
+    prompt: int = option(512, "tokens of the long prompt; 0: none", natural)
+    together: int = option(8, "simultaneous answers; 0: none", natural)
+    speculation: bool = option(False, "use drafts, for answers that repeat their prompts")
+    realtime: bool = option(False, "measured processes have real-time priority; needs root")
+    local: bool = option(False, "workers are processes of the coordinator, without TLS and emulation")
 
     def __post_init__(self) -> None:
         if len(self.shares) < 2 or (self.speeds and len(self.speeds) != len(self.shares)):
@@ -292,8 +288,7 @@ class Served(Case):
         return [[source.randrange(_PLAIN_WORDS, words) for _ in range(length)] for _ in range(count)]
 
     async def _repeated(self, served: ServedWay) -> list[int]:
-        """Returns a prompt that its own greedy answer repeats. There is one, because the layers add nothing to the
-        hidden state."""
+        """Returns a prompt that its own greedy answer repeats. It exists: layers add nothing to the hidden state."""
         for turn in range(1_000):
             begin = self._prompts_begin(turn)
             ids = (await answer(served.bench.api, begin, _REPEATED_PROMPT)).ids

@@ -1,5 +1,3 @@
-"""The case `encode`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -34,14 +32,14 @@ class Encode(Case):
     """Speed of encoders, compared with llama.cpp's mtmd: one tile of an image of 1024 x 768 pixels.
 
     A ratio above 1 means that llamaclust is faster. The docstring of tests/support/models/vision/record_mtmd.py says
-    how to build mtmd's program. Weights are random, in the type of the files that people download."""
+    how to build mtmd's program. Weights are random and have the types of files that people download."""
 
     rounds = 3
-    shapes: tuple[str, ...] = option(tuple(_NAMES), "of encoders", listed(chosen("shape", _NAMES)))
-    type: QuantType | None = option(None, "of all matrices", chosen("type", TYPES))
-    layers: int = option(0, "of each encoder; 0: all", natural)
-    threads: int = option(2, "of both programs", positive)
-    encode_tile: Path | None = option(None, "the program of that name, which runs mtmd", Path)
+    shapes: tuple[str, ...] = option(tuple(_NAMES), "shapes of encoders", listed(chosen("shape", _NAMES)))
+    type: QuantType | None = option(None, "type of all matrices", chosen("type", TYPES))
+    layers: int = option(0, "layers of each encoder; 0: all", natural)
+    threads: int = option(2, "threads of each program", positive)
+    encode_tile: Path | None = option(None, "path of the program encode_tile, which runs mtmd", Path)
 
     async def groups(self) -> AsyncIterator[Group]:
         program = None if self.encode_tile is None else check_program(self.encode_tile, _HOW, "--encode-tile")
@@ -62,7 +60,7 @@ class Encode(Case):
 async def _variants(
     program: Path | None, path: Path, tile: NDArray[np.uint8], threads: int
 ) -> AsyncIterator[dict[str, Variant]]:
-    """Yields what encodes with weights in memory: mtmd, if its program is given, and this project."""
+    """Yields the encoders with weights in memory: mtmd's, if its program is given, and llamaclust's."""
     projector = open_projector(path)
     with _ours(projector, tile, threads) as ours:
         if program is None:
@@ -114,7 +112,7 @@ async def _theirs(program: Path, projector: Projector, tile: NDArray[np.uint8], 
         asked.write(b"\n")
         line = await answers.readline()
         if not line:
-            raise LlamaclustError(f"{program} ended with {await process.wait()} and no word")
+            raise LlamaclustError(f"{program} ended with exit status {await process.wait()} and no output")
         return _speed(tile, projector, 1e-3 * float(line))
 
     try:

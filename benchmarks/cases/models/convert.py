@@ -1,5 +1,3 @@
-"""The case `convert`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -102,8 +100,7 @@ def converted(folder: Path, out: Path, kind: str) -> tuple[float, float]:
 
 
 def moved(out: Path, size_bytes: int, source: Path | None) -> float:
-    """Returns the seconds in which dd writes this many bytes. Another dd reads `source` at the same time, if it is
-    given."""
+    """Returns the seconds in which dd writes this many bytes, while another dd reads `source`, if given."""
     count = -(-size_bytes // DD_BLOCK)
     commands = [[f"of={out}", "if=/dev/zero", f"count={count}", "conv=fsync"]]
     if source is not None:
@@ -129,22 +126,22 @@ class Convert(Case):
     """Speed and peak memory of `model convert` on random weights in the shape of a real model, compared with dd.
 
     The checkpoint is made first (all its matrices repeat the same random numbers) and deleted at the end. For every
-    type, `dd` writes as many bytes to the same disk with conv=fsync; then two dd at once read the checkpoint and write
-    as many bytes. With --cold, the checkpoint is removed from memory before it is read."""
+    type, dd writes as many bytes to the same disk with conv=fsync. Then one dd reads the checkpoint while another
+    writes as many bytes. With --cold, the checkpoint is first removed from the page cache."""
 
     rounds = 1
-    folder: Path = argument("to be made, and deleted at the end")
-    shape: str = option("7b", "of the checkpoint", chosen("shape", {name: name for name in SHAPES}))
-    layers: int | None = option(None, "fewer than the model has; a whole 7b has 13 GiB in 16 bits", positive)
+    folder: Path = argument("new folder for the files; deleted at the end")
+    shape: str = option("7b", "shape of the checkpoint", chosen("shape", {name: name for name in SHAPES}))
+    layers: int | None = option(None, "number of layers; by default all (a whole 7b has 13 GiB in 16 bits)", positive)
     stored: str = option(
-        "bf16", "type of its matrices", chosen("type", {name: name for name in ("f32", "f16", "bf16")})
+        "bf16", "type of the checkpoint's matrices", chosen("type", {name: name for name in ("f32", "f16", "bf16")})
     )
-    types: tuple[str, ...] = option((*_KINDS,), "that it is converted to", listed(chosen("type", _KINDS)))
-    cold: bool = option(False, "the checkpoint is read from the disk")
+    types: tuple[str, ...] = option((*_KINDS,), "types to convert to", listed(chosen("type", _KINDS)))
+    cold: bool = option(False, "read the checkpoint from disk, not from memory")
 
     async def groups(self) -> AsyncIterator[Group]:
         if self.folder.exists():
-            raise UsageError(f"{self.folder} is there already")
+            raise UsageError(f"{self.folder}: exists already; give a new folder")
         shape = SHAPES[self.shape]
         shape = replace(shape, layers=self.layers or shape.layers)
         try:
@@ -160,8 +157,7 @@ class Convert(Case):
         return await asyncio.to_thread(self._run, way, kind)
 
     def _run(self, way: str, kind: str) -> Measures:
-        """Measures one way. Keeps the converted file until dd has been measured, because dd writes a file of the same
-        size."""
+        """Measures one way. The converted file stays until dd has written as many bytes."""
         converts, out, weights = self.folder / f"{kind}.gguf", self.folder / "out", self.folder / WEIGHTS
         if self.cold and way != "dd":
             forget(weights)

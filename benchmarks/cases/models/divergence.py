@@ -1,5 +1,3 @@
-"""The case `divergence`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -36,18 +34,18 @@ _SAME = {"F32", "F16", "BF16"}
 class Divergence(Case):
     """Effect of quantizing on predictions, compared with llama-quantize: KL divergence from the unquantized model.
 
-    The model is padded with zeros first, so that all types fit. For mixes with `+`, both programs get the same
+    The model is first padded with zeros, so that all types fit. For mixes with `+`, both programs get the same
     importance matrix, made from the second half of TEXT. The first chunks are predicted, token by token. Both files run
-    in our kernels, and must have tensors of the same types. The ratio's standard error is computed over pairs of
-    tokens."""
+    in llamaclust's kernels and must have tensors of the same types. The ratio's standard error is computed over pairs
+    of tokens."""
 
     rounds = 1
     model: str = argument("catalog name or path of a .gguf", str)
-    text: Path = argument("a text", existing)
-    llama_quantize: Path | None = option(None, "llama.cpp's program of that name", existing)
+    text: Path = argument("path of a text file", existing)
+    llama_quantize: Path | None = option(None, "path of llama.cpp's program llama-quantize", existing)
     hidden: int = option(768, "width after padding", positive)
-    chunks: int = option(8, "of 512 tokens that are predicted", positive)
-    types: tuple[str, ...] = option((*MIXES,), "mixes", listed(str))
+    chunks: int = option(8, "chunks of 512 tokens to predict", positive)
+    types: tuple[str, ...] = option((*MIXES,), "mixes of types", listed(str))
 
     async def groups(self) -> AsyncIterator[Group]:
         if self.llama_quantize is None:

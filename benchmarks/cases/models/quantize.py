@@ -1,5 +1,3 @@
-"""The case `quantize`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -69,18 +67,18 @@ def rows_of(path: Path, most: int) -> Float32:
 class QuantizeCase(Case):
     """Quantizers compared with llama.cpp's: error and time of every type on a model's own weights, in rows of 2304.
 
-    With --llama-quantize, the time of a whole file is measured, too. Errors are roots of mean squares; for types with
-    `+`, a random importance weights them. Both sides get the same float32 rows and run in one thread. For a whole file,
-    they run in all --threads."""
+    With --llama-quantize, the time of a whole file is measured as well. Errors are roots of mean squares, weighted by a
+    random importance for types with `+`. Both programs get the same float32 rows and run in one thread, or in --threads
+    for the whole file."""
 
     rounds = 2
     model: str = argument("catalog name or path of a .gguf", str)
-    ggml: Path | None = option(None, "libggml-base.so of a build of llama.cpp", existing)
-    llama_quantize: Path | None = option(None, "llama.cpp's program of that name", existing)
-    mix: str = option("Q4_K_M", "of a whole file")
-    rows: int = option(448, "of weights", positive)
-    types: tuple[str, ...] = option((), "of weights; all by default", listed(str))
-    threads: int = option(2, "of a whole file", positive)
+    ggml: Path | None = option(None, "path of libggml-base.so from a build of llama.cpp", existing)
+    llama_quantize: Path | None = option(None, "path of llama.cpp's program llama-quantize", existing)
+    mix: str = option("Q4_K_M", "mix of types for the whole file")
+    rows: int = option(448, "rows of weights per type", positive)
+    types: tuple[str, ...] = option((), "types of weights; by default all", listed(str))
+    threads: int = option(2, "threads for the whole file", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         path = resolve_model(self.model)

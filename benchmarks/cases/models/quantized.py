@@ -1,5 +1,3 @@
-"""The case `quantized`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -22,18 +20,17 @@ from llamaclust.tools.quantize.type_choice import Wishes, choose_types, is_kept
 class Quantized(Case):
     """Compares the quantizations of a model: size, perplexity, KL divergence from the unquantized one, speed.
 
-    The model is padded with zeros first, so that all types fit. Every type gets the importance matrix, made from the
-    second half of TEXT; the first chunks are predicted. `fall back` is the share of matrices that would get another
-    type than the mix wants if the model were not padded. Speeds are those of `llamaclust bench`, relative to F16's in
-    the same minute."""
+    The model is first padded with zeros, so that all types fit. All types use the importance matrix, made from the
+    second half of TEXT; the first chunks are predicted. `fall back` is the share of matrices that get another type than
+    the mix wants without padding. Speeds are those of `llamaclust bench`, relative to F16's in the same minute."""
 
     rounds = 1
     model: str = argument("catalog name or path of a .gguf", str)
-    text: Path = argument("a text", existing)
+    text: Path = argument("path of a text file", existing)
     hidden: int = option(768, "width after padding", positive)
-    chunks: int = option(8, "of 512 tokens that are predicted", positive)
-    types: tuple[str, ...] = option((*MIXES,), "mixes", listed(str))
-    no_speed: bool = option(False, "leave the last two columns out")
+    chunks: int = option(8, "chunks of 512 tokens to predict", positive)
+    types: tuple[str, ...] = option((*MIXES,), "mixes of types", listed(str))
+    no_speed: bool = option(False, "omit the last two columns")
 
     async def groups(self) -> AsyncIterator[Group]:
         with TemporaryDirectory(prefix="llamaclust-") as name:

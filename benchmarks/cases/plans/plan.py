@@ -1,5 +1,3 @@
-"""The case `plan`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -45,15 +43,14 @@ SHAPES = {
 class Plan(Case):
     """Accuracy of plans: predicted and measured time of a token in clusters of eleven shapes.
 
-    SMALL is the demo model; LARGE has about a gigabyte (`benchmarks/shape.py 1.1b Q4_K`). Each cluster starts like a
-    newcomer's, with nothing measured before. `ratio` is predicted / measured. For the objective `throughput`, it is
-    about a token of eight simultaneous requests. Shapes with links need root (network namespaces) and a process
-    each."""
+    SMALL is the demo model; LARGE has about a gigabyte (`benchmarks/shape.py 1.1b Q4_K`). Each cluster starts with
+    nothing measured, like a newcomer's. `ratio` is predicted / measured time, for the objective `throughput` per token
+    of eight simultaneous requests. Shapes with links need root (network namespaces) and a process for each worker."""
 
     rounds = 3
-    small: Path = argument("path of a .gguf", existing)
-    large: Path = argument("path of a .gguf", existing)
-    shapes: tuple[Shape, ...] = option(tuple(SHAPES.values()), "of clusters", listed(chosen("shape", SHAPES)))
+    small: Path = argument("path of a small model (.gguf)", existing)
+    large: Path = argument("path of a large model (.gguf)", existing)
+    shapes: tuple[Shape, ...] = option(tuple(SHAPES.values()), "shapes of clusters", listed(chosen("shape", SHAPES)))
 
     async def groups(self) -> AsyncIterator[Group]:
         for shape in self.shapes:
@@ -76,8 +73,7 @@ class Plan(Case):
 
 
 async def _times(source: random.Random, cluster: Cluster) -> Times:
-    """Measures the milliseconds per token: of one request, or for `throughput` of eight simultaneous requests with
-    prompts of one token."""
+    """Measures ms per token of one request; for `throughput`, of eight simultaneous prompts of one token."""
     vocabulary = cluster.model.hyperparameters.vocabulary_size
     if cluster.config.objective == "latency":
         finished = await run(cluster, prompts(source, 1, PROMPT, vocabulary)[0], TOKENS)

@@ -1,5 +1,3 @@
-"""The case `plan_experts`."""
-
 from __future__ import annotations
 
 import random
@@ -20,7 +18,7 @@ from llamaclust.model.gguf.model_file import open_model
 from support.network.box import Box, missing
 
 _CONTEXT, _LONG_PROMPT = 1024, 512
-_OWN_MIB = 700  # of a worker, beside its weights
+_OWN_MIB = 700  # memory of a worker in addition to weights
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,8 @@ class PlanExperts(Case):
 
     rounds = 3
     model: Path = argument("path of a .gguf", existing)
-    hosts: bool = option(False, "workers on hosts of their own")
-    memory: int | None = option(None, "MiB of each worker; 0.40 of the model unless given", positive)
+    hosts: bool = option(False, "run each worker on its own host (network namespace)")
+    memory: int | None = option(None, "MiB of memory per worker; by default 0.40 of the model", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         if self.hosts and (reason := missing()) is not None:

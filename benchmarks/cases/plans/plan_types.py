@@ -1,5 +1,3 @@
-"""The case `plan_types`."""
-
 from __future__ import annotations
 
 import random
@@ -28,7 +26,7 @@ from llamaclust.model.quant_types import QuantType
 from llamaclust.wire.control.profiles import ProfileWorker
 
 _TOKENS, _PROMPT, _CONTEXT = 32, 512, 1024
-_SHORT_PROMPT = 224  # behind it attention looks at as many keys as in the trials of workers
+_SHORT_PROMPT = 224  # after it, attention reads as many keys as when workers measure themselves
 _KINDS = ("steps", "products", "limits")
 
 
@@ -37,16 +35,16 @@ class PlanTypes(Case):
     """Accuracy of plans for every type of weights: predicted / measured times of one shape on one worker.
 
     For each type, a file is written and a cluster started. Columns have the measured ms of a token and of a prompt of
-    512 tokens, and predicted / measured for three predictions: by steps of the model that the worker measured, as in
-    the plan; by products alone (a worker without the model file); and by the worker's limits alone, as in `plan
-    --assume`. The worker measures itself before and after each measured request, and the mean of both predictions
-    counts."""
+    512 tokens, and predicted / measured for three predictions. The first uses steps of the model that the worker
+    measured, like a plan; the second products alone (a worker without the model file); the third the worker's limits
+    alone, like `plan --assume`. The worker measures itself before and after each measured request, and the mean of both
+    predictions counts."""
 
     rounds = 3
-    types: tuple[QuantType, ...] = option(tuple(LAYOUTS), "of weights, or all", types_of)
-    shape: str = option("1.1b", "of the models", chosen("shape", {name: name for name in SHAPES}))
-    folder: Path | None = option(None, "a folder that holds files such as Q4_K.gguf already", Path)
-    threads: int = option(2, "of the worker", positive)
+    types: tuple[QuantType, ...] = option(tuple(LAYOUTS), "types of weights, or all", types_of)
+    shape: str = option("1.1b", "shape of the models", chosen("shape", {name: name for name in SHAPES}))
+    folder: Path | None = option(None, "folder that already holds files such as Q4_K.gguf", Path)
+    threads: int = option(2, "threads of the worker", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         goals = {f"{what} by {kind}": NEAR for what in ("token", "prompt") for kind in _KINDS}

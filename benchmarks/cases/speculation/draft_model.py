@@ -1,5 +1,3 @@
-"""The case `draft_model`."""
-
 from __future__ import annotations
 
 import os
@@ -26,21 +24,23 @@ _PROMPT = 64
 
 @dataclass(frozen=True)
 class DraftModel(Case):
-    """Gain of a draft model. The weights are random, and drafts are right as often as the construction makes them.
+    """Gain of a draft model. The weights are random; their construction determines how often drafts are right.
 
     The draft model is the first layers of the model. What the later layers add to the hidden state is multiplied by
-    each of --strengths: with 0 they add nothing, so every draft is right. N-gram drafts are off. Both ways must have
-    the same tokens and logprobs."""
+    each of --strengths: with 0, they add nothing and every draft is right. N-gram drafts are off. Tokens and logprobs
+    must be equal with and without drafts."""
 
     warm = 1
-    shape: str = option("1.1b", "of the model", chosen("shape", {name: name for name in SHAPES}))
-    type: QuantType = option(QuantType.Q4_K, "of the weights", chosen("type", TYPES))
-    layers: int = option(4, "of the draft model", positive)
-    strengths: tuple[float, ...] = option((0.0, 0.1, 0.3), "of later layers", listed(float))
-    tokens: int = option(260, "of each answer", positive)
-    threads: int = option(os.cpu_count() or 1, "of the stage", positive)
-    hidden: int | None = option(None, "another width, for tests", positive)
-    seed: int = option(1, "of the prompts")
+    shape: str = option("1.1b", "shape of the model", chosen("shape", {name: name for name in SHAPES}))
+    type: QuantType = option(QuantType.Q4_K, "type of the weights", chosen("type", TYPES))
+    layers: int = option(4, "layers of the draft model", positive)
+    strengths: tuple[float, ...] = option(
+        (0.0, 0.1, 0.3), "factors of what later layers add to the hidden state", listed(float)
+    )
+    tokens: int = option(260, "tokens per answer", positive)
+    threads: int = option(os.cpu_count() or 1, "threads of the stage", positive)
+    hidden: int | None = option(None, "width in channels, for tests; by default the shape's", positive)
+    seed: int = option(1, "seed of the prompts")
 
     async def groups(self) -> AsyncIterator[Group]:
         shape = SHAPES[self.shape]

@@ -1,5 +1,3 @@
-"""The case `mtp`."""
-
 from __future__ import annotations
 
 import os
@@ -68,24 +66,28 @@ def _first_inputs(rows: int, columns: int, sign: int) -> memoryview:
 
 @dataclass(frozen=True)
 class Mtp(Case):
-    """Gain and cost of a head for multi-token prediction that is always right, or always wrong. The weights are random.
+    """Gain and cost of a head for multi-token prediction that is always right, or always wrong. Weights are random.
 
     The model has GLM 4.5's architecture without experts. Its layers are computed but add nothing to the hidden state,
-    so each token follows from the one before it alone. The right head hands on the embedding of the token that it
-    reads, and so predicts every greedily chosen token. The wrong head has the opposite sign and predicts none. `prompt
-    ms` shows the cost in prefill: the head is one layer more than --layers."""
+    so that each token follows from the previous one alone. The right head passes the embedding of its input token on,
+    and so predicts every greedily chosen token. The wrong head has the opposite sign and predicts none. `prompt ms`
+    shows the cost in prefill: the head is one layer more than --layers."""
 
     rounds = 7
     warm = 1
-    layers: int = option(16, "beside the head", positive)
-    hidden: int = option(2048, "channels", positive)
-    vocabulary: int = option(32000, "words", positive)
-    heads: tuple[str, ...] = option((*HEADS,), "right, wrong", listed(chosen("head", {head: head for head in HEADS})))
-    stages: tuple[int, ...] = option((1, 2), "several: workers of one thread each", listed(positive))
-    prompt: int = option(256, "tokens of each prompt", positive)
-    tokens: int = option(200, "of each answer", positive)
-    threads: int = option(os.cpu_count() or 1, "of one stage", positive)
-    seed: int = option(1, "of weights and prompts")
+    layers: int = option(16, "layers, not counting the head", positive)
+    hidden: int = option(2048, "width in channels", positive)
+    vocabulary: int = option(32000, "words of the vocabulary", positive)
+    heads: tuple[str, ...] = option(
+        (*HEADS,), "kinds of heads: right, wrong", listed(chosen("head", {head: head for head in HEADS}))
+    )
+    stages: tuple[int, ...] = option(
+        (1, 2), "numbers of stages; more than 1: workers with one thread each", listed(positive)
+    )
+    prompt: int = option(256, "tokens per prompt", positive)
+    tokens: int = option(200, "tokens per answer", positive)
+    threads: int = option(os.cpu_count() or 1, "threads of a stage in this process", positive)
+    seed: int = option(1, "seed of weights and prompts")
 
     async def groups(self) -> AsyncIterator[Group]:
         shape = shape_of(self.layers, self.hidden, self.vocabulary)

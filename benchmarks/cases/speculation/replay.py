@@ -1,5 +1,3 @@
-"""The case `replay`."""
-
 from __future__ import annotations
 
 import os
@@ -25,20 +23,25 @@ _GOALS = {0.95: ">= 0.85", 0.0: ">= 0.97"}
 
 @dataclass(frozen=True)
 class Replay(Case):
-    """Gain of drafted tokens by the share that is right: recorded answers are the drafts, in turns with plain decode.
+    """Gain of drafted tokens by the share that is right. Drafts are recorded answers.
 
-    The cost of rows is measured first: times of a microbatch in which each row chooses a token. It determines the gain
+    First, the cost of rows is measured: times of a microbatch in which each row chooses a token. It determines the gain
     that an acceptance allows with the best fixed number of drafted tokens. With --together, that many random prompts
-    are answered at the same time, with and without n-gram drafts. Both ways must have the same tokens and logprobs."""
+    are answered at the same time, with and without n-gram drafts. Tokens and logprobs must be equal with and without
+    drafts."""
 
     warm = 1
     model: Path = argument("path of a .gguf", existing)
-    acceptance: tuple[float, ...] = option((0.0, 0.5, 0.8, 0.95, 1.0), "shares that are right", listed(share))
-    stages: tuple[int, ...] = option((1,), "1: in this process; more: workers of one thread", listed(positive))
-    tokens: int = option(260, "of each answer", positive)
-    threads: int = option(os.cpu_count() or 1, "of one stage", positive)
-    together: int = option(0, "so many requests at the same time, too; 8 at most", natural)
-    seed: int = option(1, "of prompts and drafts")
+    acceptance: tuple[float, ...] = option(
+        (0.0, 0.5, 0.8, 0.95, 1.0), "shares of drafted tokens that are right", listed(share)
+    )
+    stages: tuple[int, ...] = option(
+        (1,), "numbers of stages; 1: in this process; more: workers with one thread each", listed(positive)
+    )
+    tokens: int = option(260, "tokens per answer", positive)
+    threads: int = option(os.cpu_count() or 1, "threads of a stage in this process", positive)
+    together: int = option(0, "also measure this many simultaneous requests, at most 8; 0: do not", natural)
+    seed: int = option(1, "seed of prompts and drafts")
     drafters: RecordedDrafters = field(default_factory=RecordedDrafters, init=False)
 
     async def groups(self) -> AsyncIterator[Group]:

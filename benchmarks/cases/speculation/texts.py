@@ -1,5 +1,3 @@
-"""The case `texts`."""
-
 from __future__ import annotations
 
 import os
@@ -29,17 +27,21 @@ class Texts(Case):
 
     Prompts are built from this repository's files with a seed. `copy`: a file and the beginning of its copy. `edit`: a
     program and the beginning of a copy with a name changed. `quote`: a summary with quotations. `prose`: open questions
-    at temperature 0.8. Each turn has its own prompt. Both ways must have the same tokens and logprobs."""
+    at temperature 0.8. Each turn has its own prompt. Tokens and logprobs must be equal with and without drafts."""
 
     rounds = 50
     warm = 1
     model: Path = argument("path of a .gguf", existing)
-    kinds: tuple[str, ...] = option((*KINDS,), "of prompts", listed(chosen("kind", {kind: kind for kind in KINDS})))
-    stages: tuple[int, ...] = option((1,), "1: in this process; more: workers of one thread", listed(positive))
-    tokens: int = option(200, "of an answer, at most", positive)
-    characters: int = option(1200, "of a text in a prompt", positive)
-    threads: int = option(os.cpu_count() or 1, "of one stage", positive)
-    seed: int = option(1, "of the prompts")
+    kinds: tuple[str, ...] = option(
+        (*KINDS,), "kinds of prompts", listed(chosen("kind", {kind: kind for kind in KINDS}))
+    )
+    stages: tuple[int, ...] = option(
+        (1,), "numbers of stages; 1: in this process; more: workers with one thread each", listed(positive)
+    )
+    tokens: int = option(200, "most tokens per answer", positive)
+    characters: int = option(1200, "characters of the text in a prompt", positive)
+    threads: int = option(os.cpu_count() or 1, "threads of a stage in this process", positive)
+    seed: int = option(1, "seed of the prompts")
 
     async def groups(self) -> AsyncIterator[Group]:
         for stages in self.stages:

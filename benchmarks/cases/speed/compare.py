@@ -1,5 +1,3 @@
-"""The case `compare`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -26,18 +24,18 @@ class Compare(Case):
     """Speed compared with llama.cpp: `llamaclust bench` and `llama-bench` in turns, for models or for types of weights.
 
     A ratio above 1 means that llamaclust is faster. `benchmarks/runner/llama.py` says how to build llama-bench. For
-    each of --types, a file of random weights is made and kept while it is measured."""
+    each of --types, a temporary file of random weights is made."""
 
     models: list[Path] = argument("paths of .gguf files", existing, nargs="*")
-    llama_bench: Path | None = option(None, "the program of that name", Path)
+    llama_bench: Path | None = option(None, "path of llama.cpp's program llama-bench", Path)
     types: tuple[QuantType, ...] = option((), "types of weights, or all, instead of models", types_of)
-    shape: str = option("1.1b", "of the models of --types", chosen("shape", {name: name for name in SHAPES}))
-    folder: Path | None = option(None, "a folder that holds files such as Q4_K.gguf already", Path)
-    threads: int = option(2, "of both programs", positive)
-    prompt: int = option(512, "tokens of a prefill", positive)
-    generate: int = option(128, "tokens decoded", positive)
-    depth: int = option(0, "tokens in memory before decode begins; then decode alone is compared", natural)
-    runs: int = option(2, "of each program in its turn", positive)
+    shape: str = option("1.1b", "shape of the models of --types", chosen("shape", {name: name for name in SHAPES}))
+    folder: Path | None = option(None, "folder that already holds files such as Q4_K.gguf", Path)
+    threads: int = option(2, "threads of each program", positive)
+    prompt: int = option(512, "tokens per prefill", positive)
+    generate: int = option(128, "tokens to decode", positive)
+    depth: int = option(0, "tokens in KV memory before decode; if given, only decode is compared", natural)
+    runs: int = option(2, "runs of each program per turn", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         if self.llama_bench is None or not (self.models or self.types):

@@ -1,5 +1,3 @@
-"""The case `hop`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -46,14 +44,14 @@ Step = Callable[[Microbatch, SamplingInputs], Awaitable[Result]]
 class Hop(Case):
     """Cost of a hop: decode microbatches, one at a time, through a stage in this process, one worker, or two workers.
 
-    `added us` is a worker's round trip less the computing time that it reports: what its stream (a Unix socket) and
-    Python add. The round trip of two workers less that of one is a hop."""
+    `added us` is a worker's round trip less the computing time that it reports: the time of its stream (a Unix socket)
+    and of Python. A hop is the round trip of two workers less that of one."""
 
     rounds = 3
     warm = 1
     model: Path = argument("path of a .gguf", existing)
-    steps: int = option(200, "of each turn", positive)
-    rows: int = option(1, "sequences of each microbatch", positive)
+    steps: int = option(200, "steps per turn", positive)
+    rows: int = option(1, "sequences per microbatch", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         with Model.open(self.model) as model:
@@ -85,7 +83,6 @@ class Hop(Case):
 
 
 def _decode_step(model_id: str, number: int, rows: int) -> tuple[Microbatch, SamplingInputs]:
-    """Makes a microbatch of one token for each of `rows` sequences."""
     position = number % _LIMITS.max_context_tokens
     chunks = tuple(Chunk((number % 100,), position, (row * _BLOCKS, _BLOCKS), 1) for row in range(rows))
     task = SampleTask(SamplingParams(), 0, 0, position)

@@ -1,5 +1,3 @@
-"""The case `idle_streams`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -29,15 +27,15 @@ _BODY = {"prompt": "Once upon a time", "temperature": 0, "speculative": False, "
 class IdleStreams(Case):
     """Cost of waiting streams: one answer while a thousand other streams are open, and one alone.
 
-    The cluster computes one request at a time, so the other streams wait, with signs of life. Figures are the tokens a
-    second of the same part of the answer, and the coordinator's processor time for each token. `KiB a stream` is the
-    memory that an open stream takes in the coordinator."""
+    The cluster computes one request at a time, so the other streams wait, and get signs of life. Figures are tokens per
+    second in the same part of the answer, and the coordinator's processor time per token. `KiB a stream` is the
+    coordinator's memory per open stream."""
 
     rounds = 3
     warm = 1
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")
-    streams: int = option(1000, "that wait", positive)
-    threads: int = option(2, "of the worker", positive)
+    streams: int = option(1000, "streams that wait", positive)
+    threads: int = option(2, "threads of the worker", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -53,7 +51,9 @@ class IdleStreams(Case):
             before_mib = resident_mib(bench.coordinator.pid)
             reader, writer = await requested(bench.api, {**_BODY, "max_tokens": _LAST + 50})
             await event(reader)
-            before = asyncio.create_task(_events(reader, _FIRST - 1))  # read as they come, also while others are opened
+            before = asyncio.create_task(
+                _events(reader, _FIRST - 1)
+            )  # read as they arrive, even while other streams are opened
             async with _waiting(bench.api, streams):
                 more_kib = 1024 * (resident_mib(bench.coordinator.pid) - before_mib)
                 if before.done():

@@ -1,5 +1,3 @@
-"""The case `kernels`."""
-
 from __future__ import annotations
 
 import argparse
@@ -27,7 +25,7 @@ WORK = 4e9
 """The number of multiply-adds of a measurement with many tokens."""
 _READ_S, _PEAK_S = 0.2, 0.05
 FAR, NEAR = "far", "near"
-_FEW_TOKENS = 2  # of products that know both ways to prefetch
+_FEW_TOKENS = 2  # most tokens of products that have both ways to prefetch
 _MOST_THREADS = 1024
 _LEAST_WEIGHTS = 1 << 16
 
@@ -48,21 +46,25 @@ _LEVELS = tuple(_native.available_levels())
 class Kernels(Case):
     """Speed of the matrix products, compared with this machine's own limits in the same minute.
 
-    A row has a type, shape, level and number of tokens. It shows bytes of weights and multiply-adds a second, and their
-    shares of this CPU's read bandwidth and of its multiply-add peak (8-bit integers; float32 for float weights). One
-    token should be near the first limit, hundreds near the second. Limits are means of two measurements, right before
-    and right after."""
+    A row has a type, shape, level and number of tokens. It shows bytes of weights and multiply-adds per second, and
+    their shares of this CPU's read bandwidth and of its multiply-add peak (8-bit integers; float32 for float weights).
+    One token should be near the first limit, hundreds near the second. Limits are means of two measurements, right
+    before and right after."""
 
-    types: tuple[QuantType, ...] = option(tuple(LAYOUTS), "of weights, or all", types_of)
-    shapes: tuple[tuple[int, int], ...] = option(((5632, 2048),), "ROWSxCOLS", listed(shape))
-    tokens: tuple[int, ...] = option((1, 4, 8, 16, 64, 512), "rows of activations", listed(positive))
+    types: tuple[QuantType, ...] = option(tuple(LAYOUTS), "types of weights, or all", types_of)
+    shapes: tuple[tuple[int, int], ...] = option(((5632, 2048),), "shapes of matrices, as ROWSxCOLS", listed(shape))
+    tokens: tuple[int, ...] = option(
+        (1, 4, 8, 16, 64, 512), "numbers of tokens, the rows of activations", listed(positive)
+    )
     levels: tuple[str, ...] = option(
-        _LEVELS[-1:], "of CPU features", listed(chosen("feature level", {level: level for level in _LEVELS}))
+        _LEVELS[-1:], "levels of CPU features", listed(chosen("feature level", {level: level for level in _LEVELS}))
     )
     prefetch: tuple[str, ...] = option(
-        (FAR,), "far or near, for one or two tokens", listed(chosen("way to prefetch", {FAR: FAR, NEAR: NEAR}))
+        (FAR,),
+        "ways to prefetch with one or two tokens: far, near",
+        listed(chosen("way to prefetch", {FAR: FAR, NEAR: NEAR})),
     )
-    threads: int = option(2, "that compute", positive)
+    threads: int = option(2, "compute threads", positive)
 
     def __post_init__(self) -> None:
         if self.threads > _MOST_THREADS:

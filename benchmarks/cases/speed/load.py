@@ -1,5 +1,3 @@
-"""The case `load`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -23,12 +21,12 @@ class Load(Case):
 
     Each load runs in its own process, with the files in the page cache. `ready` is the time from opening the file to a
     stage that could run; `process` begins at the start of Python instead. `limit` bounds the peak of resident memory
-    after a prefill: 1.10 of the weights held, plus KV memory, plus 150 MiB. "copied" has the packed layers in small
-    pages."""
+    after a prefill: 1.10 of the weights held, plus KV memory, plus 150 MiB. For "copied", the packed layers are in
+    small pages."""
 
     rounds = 3
     model: Path = argument("path of a .gguf", existing)
-    threads: int = option(len(os.sched_getaffinity(0)), "that load", positive)
+    threads: int = option(len(os.sched_getaffinity(0)), "threads that load", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         _read(self.model, 1 << 24)

@@ -1,5 +1,3 @@
-"""The case `native_step`."""
-
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -112,15 +110,15 @@ class Step:
 
 @dataclass(frozen=True)
 class NativeStep(Case):
-    """Cost of a decode step apart from its computing: its messages, written by the coordinator and read by a stage.
+    """Cost of a decode step's messages, without its computing: the coordinator writes them and a stage reads them.
 
-    Figures are microseconds of a call in a loop, where the caches hold everything. The microbatch follows another one,
+    Figures are microseconds per call in a loop, where the caches hold everything. The microbatch follows another one,
     whose tokens are filled in. The model is 576 wide, and rows are sampled from 32 words. Rows are plain, or have
-    states, adapters, drafts of a head or matchers; the matchers' own work is not counted."""
+    states, adapters, drafts of a head or matchers, without the matchers' own work."""
 
     rounds = 9
-    rows: tuple[int, ...] = option((1, 8), "of a microbatch", listed(positive))
-    calls: int = option(200, "of a turn", positive)
+    rows: tuple[int, ...] = option((1, 8), "numbers of rows in a microbatch", listed(positive))
+    calls: int = option(200, "calls per turn", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         for rows in self.rows:

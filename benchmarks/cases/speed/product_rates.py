@@ -1,5 +1,3 @@
-"""The case `product_rates`."""
-
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
@@ -30,7 +28,7 @@ class ProductRates(Case):
     of `decode_macs` 8-bit multiply-accumulates. With many rows, products run at `peak_share` of the peak."""
 
     rounds = 7
-    types: tuple[QuantType, ...] = option(tuple(LAYOUTS), "of weights, or all", types_of)
+    types: tuple[QuantType, ...] = option(tuple(LAYOUTS), "types of weights, or all", types_of)
 
     async def groups(self) -> AsyncIterator[Group]:
         for quant_type in self.types:

@@ -1,5 +1,3 @@
-"""The case `serving`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -31,24 +29,24 @@ class Served:
     tokens: int = 0
     errors: int = 0
     first_s: list[float] = field(default_factory=list)
-    reason: str = ""  # of the first error
+    reason: str = ""  # reason of the first error
 
 
 @dataclass(frozen=True)
 class Serving(Case):
-    """Many streams for a minute, compared with llama.cpp's server: tokens a second, first tokens, errors.
+    """Many streams for a minute, compared with llama.cpp's server: tokens per second, first tokens, errors.
 
-    Each stream sends its next chat when the last one has ended; prompts differ from their first word on. Both servers
-    run all the time, but one of them is idle. A ratio of `tok/s` above 1 means that llamaclust is faster."""
+    A stream sends its next chat when the last one has ended; prompts differ from their first word on. Both servers run
+    all the time, but one of them is idle. A ratio of `tok/s` above 1 means that llamaclust is faster."""
 
     rounds = 3
     model: Path = argument("path of a .gguf", existing)
-    llama_server: Path | None = option(None, "llama.cpp's program of that name", Path)
-    streams: tuple[int, ...] = option((16, 64), "at a time", listed(positive))
-    seconds: float = option(60.0, "of each turn of each server")
-    threads: int = option(2, "of each server", positive)
-    prompt_tokens: int = option(128, "of a chat, about", positive)
-    tokens: int = option(64, "of each answer", positive)
+    llama_server: Path | None = option(None, "path of llama.cpp's program llama-server", Path)
+    streams: tuple[int, ...] = option((16, 64), "numbers of simultaneous streams", listed(positive))
+    seconds: float = option(60.0, "seconds of each server's turn")
+    threads: int = option(2, "threads of each server", positive)
+    prompt_tokens: int = option(128, "approximate tokens of a chat's prompt", positive)
+    tokens: int = option(64, "tokens per answer", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         most, context = max(self.streams), self.prompt_tokens * 2 + self.tokens + 256
@@ -65,8 +63,7 @@ class Serving(Case):
                 yield Group(f"{streams} streams", {name: partial(self._offer, apis[name], streams) for name in apis})
 
     async def _offer(self, api: str, streams: int, turn: int) -> Measures:
-        """Runs streams until the time is over, then cancels them. Each event of a cancelled answer counts as one
-        token."""
+        """Runs streams until the time is over, then cancels them. An event of a cancelled answer counts as a token."""
         found, begun_s = Served(), time.monotonic()
         tasks = [asyncio.create_task(self._stream(api, Random(f"{turn} {n}"), found)) for n in range(streams)]
         await asyncio.sleep(self.seconds)

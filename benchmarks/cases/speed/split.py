@@ -1,5 +1,3 @@
-"""The case `split`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -29,15 +27,15 @@ _GOALS = {"alone tok/s": ">= 0.93 (1.1B: 0.985)", "prefill s": "<= 0.53", "of 8 
 class Split(Case):
     """Cost and gain of a split: two workers of one thread each, compared with one worker of one thread.
 
-    Measured are decode of one request, prefill of 8 prompts of 512 tokens, and decode of 8 requests together. `of
-    bound` is the share of the bound that follows from the stages' computing times at the chosen size of microbatches.
-    `beside ms` is the workers' processor time for a token of these 8, less their computing. A turn takes half a minute
-    with a model of 135M."""
+    The case measures decode of one request, prefill of 8 prompts of 512 tokens, and decode of 8 simultaneous requests.
+    `of bound` is the share of the bound that follows from the stages' computing times at the chosen size of
+    microbatches. `beside ms` is the workers' processor time per token of the 8 requests, without their computing. A
+    turn takes half a minute with a model of 135M."""
 
     warm = 1
     model: Path = argument("path of a .gguf", existing)
-    tokens: int = option(64, "of each answer", positive)
-    pin: bool = option(False, "one request: each process on a core; else the system chooses")
+    tokens: int = option(64, "tokens per answer", positive)
+    pin: bool = option(False, "pin each process to a core during the single request")
 
     async def groups(self) -> AsyncIterator[Group]:
         async with cluster_of(1, self.model) as one, cluster_of(2, self.model) as two:

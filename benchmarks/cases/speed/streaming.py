@@ -1,5 +1,3 @@
-"""The case `streaming`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -28,14 +26,14 @@ _DEADLINE_S = 300
 class Streaming(Case):
     """Overhead of streaming by HTTP: answers read by curl, compared with `llamaclust bench` with as many sequences.
 
-    The cluster has one worker. `tok/s` is by the coordinator's clock. `client tok/s` is over the time from the requests
-    to curl's end. `coordinator ms` is the coordinator's processor time for a token, `k instr` its thousands of
-    instructions (with `perf`)."""
+    The cluster has one worker. `tok/s` uses the coordinator's clock; `client tok/s` the time from the requests to
+    curl's end. `coordinator ms` is the coordinator's processor time per token, `k instr` the thousands of instructions
+    per token (with `perf`)."""
 
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")
-    threads: int = option(2, "of the worker", positive)
-    streams: tuple[int, ...] = option((1,), "at a time", listed(positive))
-    tokens: int = option(256, "of each answer", positive)
+    threads: int = option(2, "threads of the worker", positive)
+    streams: tuple[int, ...] = option((1,), "numbers of simultaneous streams", listed(positive))
+    tokens: int = option(256, "tokens per answer", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         for streams in self.streams:

@@ -1,5 +1,3 @@
-"""The case `structured`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -37,14 +35,13 @@ PERSON = definitions.of_schema(
 class Structured(Case):
     """Cost and savings of grammars: one model in this process, with and without a grammar.
 
-    The cost: a token under a grammar that allows any text or any list, compared with a free token, at 1 and at 16
-    streams. The savings: a JSON object under a schema, whose forced tokens are computed together, compared with free
-    text."""
+    Cost: a token under a grammar that allows any text or any list, compared with a free token, at 1 and at 16 streams.
+    Savings: a JSON object under a schema, whose forced tokens are computed together, compared with free text."""
 
     rounds = 7
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")
-    threads: int = option(2, "of the stage", positive)
-    tokens: int = option(96, "of each answer", positive)
+    threads: int = option(2, "threads of the stage", positive)
+    tokens: int = option(96, "tokens per answer", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         settings = LocalSettings(context_length=1024, max_sequences=16, kv_blocks=1024)

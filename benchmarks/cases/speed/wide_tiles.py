@@ -1,5 +1,3 @@
-"""The case `wide_tiles`."""
-
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
@@ -23,15 +21,15 @@ _READ_S = 0.1
 
 @dataclass(frozen=True)
 class WideTiles(Case):
-    """Products with weights in wider tiles (`WIDER_TILES`), compared with those in tiles of their own type.
+    """Products with weights in wider tiles (`WIDER_TILES`), compared with tiles of the weights' own type.
 
-    Figures are the time of a product, and the share of this machine's read bandwidth at which it reads. Both have the
-    same bits."""
+    Figures are the time of a product, and its share of this machine's read bandwidth. Both products have the same
+    bits."""
 
     rounds = 9
-    tokens: tuple[int, ...] = option((1, 8), "rows of activations", listed(positive))
-    threads: int = option(2, "that compute", positive)
-    cached: bool = option(False, "weights in a cache: decoding is what takes time")
+    tokens: tuple[int, ...] = option((1, 8), "numbers of tokens, the rows of activations", listed(positive))
+    threads: int = option(2, "compute threads", positive)
+    cached: bool = option(False, "weights stay in a cache, so that decoding of weights takes most of the time")
 
     async def groups(self) -> AsyncIterator[Group]:
         rows, least_bytes = (256, 0) if self.cached else (5632, MEMORY_BYTES)

@@ -20,5 +20,5 @@ def model() -> str:
 
 @pytest.fixture(scope="session")
 def checkout() -> Path:
-    """The repository that the tests come from, if they are in no package."""
+    """The checkout that the tests come from, if no package has them."""
     return Path(os.environ["SUITE_CHECKOUT"])

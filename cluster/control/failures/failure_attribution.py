@@ -14,8 +14,7 @@ from llamaclust.wire.control.groups import GroupFault
 _ATTRIBUTION_S = 1.0
 """The seconds to wait for the loss of a worker, which becomes known later than the end of its streams."""
 _REPORTS_S = 10.0
-"""The seconds to wait for reports of further group members. Each member reports at its next gather. A single report may
-be wrong."""
+"""The seconds to wait for reports of other group members, at their next gather. One report alone may be wrong."""
 
 
 def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
@@ -25,8 +24,7 @@ def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
 
 
 def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | None:
-    """Returns a lost worker: preferably one that another stage could not reach, otherwise the one lost first. None
-    without a loss."""
+    """Returns the lost worker that another stage could not reach, otherwise the one lost first; None without a loss."""
     unreachable = {worker.unreachable_peer(epoch).name for worker in workers}
     lost = (worker for worker in workers if worker.loss is not None)
     return min(

@@ -38,8 +38,7 @@ class OverdueResults:
     _waited: dict[Owed, tuple[float, float]] = field(default_factory=dict, init=False)  # seconds, and the last look
 
     def waited_s(self, owed: Owed, now_s: float) -> float:
-        """Returns how long the result has been owed. Each call adds at most `_LOOK_S`: in a longer pause this process
-        itself was busy."""
+        """Returns how long the result is owed. A call adds at most `_LOOK_S`: this process may have been busy."""
         if owed not in self._waited:
             self._waited = {other: waited for other, waited in self._waited.items() if other.epoch != owed.epoch}
         waited_s, last_s = self._waited.get(owed, (0.0, now_s))

@@ -31,8 +31,8 @@ class FailureRecord:
     end_s: float
     reason: str  # reason of the last failure
     requests: frozenset[int] = frozenset()
-    failures_within: int = 0  # its quarantine, where it was used all the same; each soon after the one before
-    retry_at_s: float = 0.0  # time until which requests wait for another worker to take its place
+    failures_within: int = 0  # failures soon after one another during a quarantine in which the worker was used
+    retry_at_s: float = 0.0  # time until which requests wait for a replacement of the worker
 
     def failed_within(self, reason: str, requests: frozenset[int], now_s: float) -> FailureRecord:
         """Returns the record after a failure during the quarantine. The pause before the next attempt grows; it is the
@@ -92,8 +92,7 @@ class Quarantine:
         return replace(self, records={name: record for name, record in self.records.items() if name not in names})
 
     def exonerate(self, requests: frozenset[int]) -> Quarantine:
-        """Releases the workers that had one of these requests in flight at each failure, because the request was the
-        cause."""
+        """Releases the workers that had one of these requests in flight at each failure: the request was the cause."""
         return self.release([name for name, record in self.records.items() if record.requests & requests])
 
     def exonerate_rows(self, key: int, now_s: float) -> Quarantine:
@@ -111,8 +110,8 @@ class Quarantine:
         return frozenset(name for name, record in self.records.items() if record.end_s > now_s)
 
     def retry_at_s(self, names: Collection[str]) -> float:
-        """Returns the earliest time to load a plan of these workers. Earlier failures would use up the retries of
-        requests."""
+        """Returns the earliest time to load a plan of these workers. Earlier failures would use up requests'
+        retries."""
         return max((self.records[name].retry_at_s for name in names if name in self.records), default=0.0)
 
     def worst_first(self, names: Collection[str]) -> list[str]:

@@ -66,8 +66,7 @@ def _opens_links(caller: WorkerHandle, other: WorkerHandle, epoch: int) -> bool:
 
 
 async def _connects(caller: WorkerHandle, other: WorkerHandle) -> bool | None:
-    """Returns True if the link port accepts connections, False if not, None if the other worker cannot be reached at
-    all."""
+    """Returns True if the link port accepts connections, None if the other worker cannot be reached at all."""
     try:
         return (await profile_link(caller, other)).network_s is not None
     except LlamaclustError:

@@ -82,10 +82,10 @@ class WorkerOperations:
 
     def undrain(self, name: str) -> None:
         """Makes a drained or quarantined worker available again. Raises UsageError for an unknown name."""
-        if name not in self.drained:  # one of before the coordinator's start may be absent
+        if name not in self.drained:  # a worker drained before the coordinator's start may be absent
             self._worker(name)
         else:
-            self._report(Notice(f"worker {name} is drained no more: plans use it again"))
+            self._report(Notice(f"worker {name} is no longer drained: plans use it again"))
         self._undrained[name] += 1
         self._drained.discard(name)
         self._post(UndrainRequested(name))

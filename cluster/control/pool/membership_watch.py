@@ -57,15 +57,14 @@ class MembershipWatch:
             self._check_steps(worker)
         elif isinstance(event, MemberJoined):
             if self._registry.joins[worker.name] in self._first_joins:
-                return  # its admission reached it only now
+                return  # only now does the worker know of its admission
             self._report(Notice(f"worker {worker.name} joined (pid {worker.registration.pid})"))
             self._newcomers.joined(worker)
         else:
             self._lost(worker)
 
     def _check_steps(self, worker: WorkerHandle) -> None:
-        """Counts a worker as lost if its step takes longer than all its epochs allow, or if its stage owes a result for
-        too long."""
+        """Marks a worker as lost if its step takes longer than its epochs allow, or its stage's result is overdue."""
         computing_s = 0.0 if worker.heartbeat is None else worker.heartbeat.computing_s
         limits_s = self._limits_s(worker)
         limit_s = max(limits_s, default=UNPREDICTED_S)
@@ -89,7 +88,7 @@ class MembershipWatch:
             self._registry.fence(worker, silence_text(number, waited_s, limit_s))
 
     def _turns_s(self, worker: WorkerHandle) -> float:
-        """Sums the step limits of the worker's epochs with work in flight, because a step may wait for steps of other
+        """Sums the step limits of epochs with work in flight: a step may wait for steps of the worker's other
         epochs."""
         due = (served for runner in self._runners for served in _due(runner))
         stages = ((epoch.stage_of(worker), scheduler, epoch.plan) for epoch, scheduler, _ in due)

@@ -53,7 +53,7 @@ class Newcomers:
                     await runner.planner.profiles.measure([worker.name], self._registry.present)
             self._report(Notice(f"worker {worker.name} is measured"))
         except LlamaclustError as error:
-            self._report(Notice(f"worker {worker.name} takes part unmeasured: {error}"))
+            self._report(Notice(f"worker {worker.name} is used without measurements: {error}"))
         self._observe(worker)
 
     def _observe(self, worker: WorkerHandle) -> None:

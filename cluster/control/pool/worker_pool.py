@@ -24,7 +24,7 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 @dataclass(frozen=True, slots=True)
 class SupervisedWorkers:
-    """The workers of a cluster. `measure_links`: None keeps known links. `start_s`: the shortest wait for workers at a
+    """A cluster's workers. `measure_links`: None keeps known links. `start_s`: the shortest wait for workers at a
     start."""
 
     registry: Registry

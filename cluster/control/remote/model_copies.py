@@ -1,5 +1,4 @@
-"""Copies of a model's file on several machines: which version of the file the cluster uses, and which copies differ
-from it."""
+"""Copies of a model's file on several machines: which version the cluster uses, and which copies differ."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The pipeline over worker processes. Microbatches go to the first stage, sampling inputs to the last stage, which
-sends results."""
+"""The pipeline over worker processes: microbatches go to the first stage, sampling inputs to the last."""
 
 from __future__ import annotations
 

@@ -24,24 +24,21 @@ def check_groups(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequenc
 
 
 def largest_group(config: ClusterConfig, model: Model) -> int:
-    """Returns the largest number of workers that may hold a stage together in an automatic plan; 1 if groups are not
-    possible."""
+    """Returns the most workers that may hold a stage together in an automatic plan; 1 if groups are impossible."""
     if config.plan is not None or any(group_problems(config, model)):
         return 1
     return MAX_GROUP_MEMBERS if config.groups is None else config.groups
 
 
 def no_groups(config: ClusterConfig, model: Model) -> str:
-    """Returns the reason why an automatic plan has no groups, whatever its workers are. Returns an empty text if groups
-    are possible."""
+    """Returns the reason why no automatic plan has groups, or an empty text if groups are possible."""
     if config.groups == 1:
         return "`groups` is off"
     return next(group_problems(config, model), "").partition(";")[0]
 
 
 def group_problems(config: ClusterConfig, model: Model) -> Iterator[str]:
-    """Yields the reasons why no workers of the cluster can form a group. A text that ends with ";" may be followed by
-    advice."""
+    """Yields the reasons why no workers can form a group. Advice may follow a text that ends with ";"."""
     if model.has_states:
         yield "layers of this model have states, which groups do not divide yet;"
     if any(worker.kv_disk is not None for worker in config.workers):

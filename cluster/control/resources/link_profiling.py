@@ -1,5 +1,4 @@
-"""Measures links between the machines of a cluster at its start and when a worker joins. The results are kept for the
-next start."""
+"""Measures links between machines at the start and when a worker joins. Keeps the results for the next start."""
 
 from __future__ import annotations
 
@@ -129,8 +128,7 @@ def _disjoint(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:
 
 
 class _Place(NamedTuple):
-    """The place where a worker is served. The host name identifies it, because pods keep host names but not
-    addresses."""
+    """The place of a worker. The host name identifies it, because pods keep names but not addresses."""
 
     machine: str
     host: str
@@ -161,8 +159,7 @@ def _way(host: str, count: int) -> str:
 
 
 def _keys(places: Mapping[str, str]) -> dict[Pair, str]:
-    """Returns a key for each pair. Pairs between the same two places have equal keys. The coordinator comes first in a
-    pair."""
+    """Returns keys of pairs, equal for the same two places. The coordinator comes first in a pair."""
     places = {COORDINATOR: f"coordinator on {socket.gethostname()} ({machine_id()})", **places}
     return {pair: " - ".join(sorted(places[name] for name in pair)) for pair in combinations(places, 2)}
 
@@ -187,8 +184,7 @@ async def _measured(
 
 
 def _link(speed: LinkProfile) -> Link:
-    """Converts a profile to a link. Subtracts the transfer time of a ping's bytes, because plans add the time of bytes
-    themselves."""
+    """Converts a profile. Subtracts the transfer time of a ping's bytes, because plans add it themselves."""
     byte_s = 1 / speed.bytes_s
     network_s = None if speed.network_s is None else speed.network_s / 2
     return Link(max(0.0, speed.round_trip_s - PING_BYTES * byte_s) / 2, byte_s, network_s)

@@ -13,8 +13,7 @@ from llamaclust.model.placement import PlacementRule, placement_of, rule_effects
 
 
 def placements(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequence[str]]) -> dict[str, Placement]:
-    """Returns each worker's placement. `gpus`: GPU names by worker. Raises UsageError for rules that cannot be
-    obeyed."""
+    """Returns each worker's placement. `gpus`: GPU names by worker. Raises UsageError for impossible rules."""
     known: dict[tuple[tuple[PlacementRule, ...], int | None], Placement] = {}
     found = {}
     for worker in gpus:

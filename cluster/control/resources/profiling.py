@@ -41,7 +41,7 @@ class WorkerProfiles:
         self._state_dir = state_dir
         self._report = report
         self._limit_s = config.timeouts.load
-        self._has_own_processes = config.launcher_facts.is_local  # else workers would count as other programs
+        self._has_own_processes = config.launcher_facts.is_local  # otherwise workers would count as other programs
         self._known = {} if anew else read_profiles(state_dir)  # by `measurement_key`
         self._loads = {} if anew else read_other_loads(state_dir)  # likewise
         self._used: dict[tuple[str, str], Profile] = {}  # kept by machine and fingerprint, as other workers come and go
@@ -64,8 +64,7 @@ class WorkerProfiles:
         return {name: self._loads[key] for name, key in keys.items() if key in self._loads}
 
     def stored(self, workers: Mapping[str, WorkerHandle]) -> dict[str, Profile]:
-        """Reads profiles from the state directory. Prefers those measured with this model to those of the hardware
-        alone."""
+        """Reads profiles from the state directory, preferably those measured with this model."""
         known = read_profiles(self._state_dir)
         keys = {
             name: [key for model_id in (self._model_id, "") if (key := _key(worker, workers, model_id)) in known]
@@ -74,8 +73,7 @@ class WorkerProfiles:
         return {name: known[found[0]] for name, found in keys.items() if found}
 
     def estimate(self, workers: Mapping[str, WorkerHandle]) -> bool:
-        """Adopts profiles of equal hardware that was shared by another number of workers. Returns True if any profile
-        is known."""
+        """Adopts profiles of equal hardware with another number of sharers. Returns True if any profile is known."""
         for worker in workers.values():
             similar = most_similar_key(_key(worker, workers, self._model_id), self._known)
             if similar is not None:
@@ -175,7 +173,7 @@ class _Measuring:
 
     def _report_unmeasured(self, worker: WorkerHandle, error: LlamaclustError) -> None:
         limit = " (timeouts.load)" if isinstance(error, DeadlineError) else ""
-        consequence = "plans assume equal workers, or omit it where the others suffice"
+        consequence = "plans assume equal workers, or omit it if the others suffice"
         what = f"worker {worker.name} is not measured; {consequence}"
         self._report(Notice(f"{what}: {error}{limit}"))
 

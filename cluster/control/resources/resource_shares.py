@@ -29,11 +29,11 @@ class WorkerResources:
     machine_free_bytes: int = 0  # memory for all workers of its machine together; 0: unknown
     gpus: tuple[Gpu, ...] = ()
     gpu_layers: int | None = None
-    memory_group: str = ""  # the control group of the machine that limits its memory; "": none does
+    memory_group: str = ""  # the control group that limits the worker's memory; "": none
     threads: int = 1
     accepts_links: bool = False  # accepts links of members of a group
-    is_fresh: bool = False  # its memory is less than what its machine's shares are made from
-    measuring_bytes: int = 0  # taken since `machine_free_bytes` was reported
+    is_fresh: bool = False  # the worker reported its free memory again, which limits its share
+    measuring_bytes: int = 0  # bytes taken since `machine_free_bytes` was reported
 
     @property
     def joins_groups(self) -> bool:
@@ -68,8 +68,7 @@ def machine_shares(workers: Mapping[str, WorkerResources]) -> dict[str, int]:
 
 
 def share_gpus(workers: Mapping[str, WorkerResources]) -> dict[str, WorkerResources]:
-    """Divides each GPU's free memory among the workers that use it. The UUID identifies a GPU, because its name may
-    differ between workers."""
+    """Divides each GPU's free memory among its workers. The UUID identifies a GPU, because names may differ."""
 
     def identity(worker: WorkerResources, gpu: Gpu) -> str:
         return gpu.uuid or f"{gpu.device} of {worker.machine}"
@@ -96,8 +95,7 @@ def measurement_key(fingerprint: str, sharers: int, threads: int, model_id: str 
 
 
 def most_similar_key(key: str, known: Iterable[str]) -> str | None:
-    """Returns `key` if it is known, otherwise the known key of equal hardware and model with the nearest number of
-    workers."""
+    """Returns `key` if known, else the known key of equal hardware and model with the nearest number of workers."""
     wanted = _KEY.fullmatch(key)
     assert wanted is not None
     found = [match for other in known if (match := _KEY.fullmatch(other)) is not None]

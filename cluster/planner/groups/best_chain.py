@@ -30,10 +30,10 @@ _WORTH_ROOM = 1.1
 @dataclass(frozen=True, slots=True)
 class Found:
     entries: tuple[Assignment, ...]
-    contexts: int  # whole contexts that KV memory suffices for
+    contexts: int  # full-length sequences that fit in KV memory
     seconds: float = 0.0  # time by the objective
     optimality_gap: float | None = None  # see `Plan`
-    single: Found | None = None  # best chain without groups, if this one has some
+    single: Found | None = None  # best chain without groups, if this chain has groups
 
     @property
     def has_groups(self) -> bool:
@@ -41,8 +41,7 @@ class Found:
 
 
 def best_chain(sizes: MemoryModel, workers: Sequence[WorkerFacts], contexts: Sequence[int]) -> Found | None:
-    """Returns the best chain, or None if nothing fits. `contexts`: the numbers of full-length sequences that KV memory
-    may be planned for, the preferred number first."""
+    """Returns the best chain; None if nothing fits. `contexts`: full-length sequences in KV memory, by preference."""
     works = works_of(sizes.request.objective, usual_prompt_tokens(sizes.request.context_length))
     unlike = frozenset[str]().union(*sizes.request.partitions)
     found: Found | None = None
@@ -50,7 +49,7 @@ def best_chain(sizes: MemoryModel, workers: Sequence[WorkerFacts], contexts: Seq
     for count in contexts:
         classes = worker_classes(workers, partial(stage_tables, sizes, count, works), unlike)
         if found is not None and all(map(WorkerClass.costs_as, classes, before)):
-            break  # memory is not what decides
+            break  # memory does not decide
         before = classes
         below = float("inf") if found is None else found.seconds / _WORTH_ROOM
         new = _Search(sizes, workers, classes, works, count).found(below)
@@ -103,7 +102,7 @@ class _Search:
         return GroupSearch(self.sizes, self.workers, classes, self.works, tables, self._apart).best(below, known)
 
     def _fitted(self, found: Found) -> Found | None:
-        """Rounds a group's portions to whole units that fit into memory. Returns None if they do not fit."""
+        """Rounds a group's portions to whole units. Returns None if they do not fit into memory."""
         by_name = {worker.name: worker for worker in self.workers}
         entries = tuple(fitted(self.sizes, entry, by_name, self.contexts) for entry in found.entries)
         blocks = Chain.of(self.sizes, entries, by_name, self.contexts).kv_blocks

@@ -15,10 +15,9 @@ _NEVER_S = 1e300
 
 @dataclass(slots=True, eq=False)
 class LayerBounds:
-    """Lower bounds on the seconds that layers take, for one `Work`. They assume that a group can divide a layer in any
-    ratio."""
+    """Lower bounds on the seconds of layers for one `Work`, as if groups could divide a layer in any ratio."""
 
-    _rates: Table  # [classes, layers]: layers a second of one worker
+    _rates: Table  # [classes, layers]: layers per second of one worker
     _gathers_s: Table  # seconds of each layer's gathers in a group
     _together: dict[Counts, Table] = field(default_factory=dict)
     _rest: dict[Counts, Table] = field(default_factory=dict)

@@ -13,8 +13,7 @@ from llamaclust.model.costs import ModelCosts
 from llamaclust.model.groups.costs import DividedLayer, GroupCosts, PortionCost
 
 _FINE = 64
-"""The number of units from which a part counts as divisible in any ratio. Parts with fewer units, such as heads, stay
-in whole units."""
+"""Parts with at least this many units are divisible in any ratio; others, such as heads, in whole units."""
 
 Shares = Table
 """The shares of members, [members, ...], with sum 1."""
@@ -30,7 +29,7 @@ class DividedCosts:
     follower: StageCosts
     coarse: tuple[tuple[int, StageCosts], ...]
     fine: StageCosts
-    least_units: int  # least units of the parts that are divided at will
+    least_units: int  # least units of the parts that are divisible in any ratio
     divided: tuple[DividedLayer, ...]
 
     @classmethod

@@ -1,5 +1,4 @@
-"""Predicts a group that holds all layers, for comparison with a plan of stages, or explains why there is no such
-group."""
+"""Predicts a group that holds all layers, to compare with a plan of stages, or explains why there is none."""
 
 from __future__ import annotations
 
@@ -18,15 +17,13 @@ from llamaclust.cluster.planner.plan import RejectedGroup, usual_prompt_tokens
 from llamaclust.cluster.planner.work import works_of
 
 _ALL_SETS = 4
-"""All sets of at most this many workers are tried. Of more workers, only the set of the fastest workers of each
-size."""
+"""Up to this many workers, all sets are tried. With more workers, only the fastest workers of each size."""
 _NO_LINKS = "accepts no links of groups", "accept no links of groups"
 _Candidate = tuple[Assignment, Chain]
 
 
 def rejected_group(plan: Chain, workers: Sequence[WorkerFacts], contexts: int) -> RejectedGroup | str | None:
-    """Returns the best group, or the reason why there is none. Returns None if the plan has groups or was not
-    predicted."""
+    """Returns the best group, or why there is none. Returns None if the plan has groups or no prediction."""
     if len(workers) < 2 or plan.prediction is None or any(stage.shares for stage in plan.members):
         return None
     if (obstacle := _obstacle(plan.sizes, workers)) is not None:
@@ -100,8 +97,7 @@ def _group(sizes: MemoryModel, members: Sequence[WorkerFacts], contexts: int) ->
 
 
 def _request_s(chain: Chain) -> float:
-    """Returns the time by which the objective judges a usual request: the request alone, or the slowest stage with many
-    requests."""
+    """Returns the objective's time of a usual request: the request alone, or the slowest stage with many requests."""
     prediction, request = chain.prediction, chain.sizes.request
     assert prediction is not None, "all workers were measured"
     if request.objective == "latency":

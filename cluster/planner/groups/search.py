@@ -67,8 +67,7 @@ class Group:
 
 @dataclass(eq=False)
 class GroupSearch:
-    """The search for the best split. Workers of a class have equal links. Workers of a pair in `apart` cannot reach
-    each other."""
+    """Searches for the best split. Workers of a class have equal links; those of a pair in `apart` have no link."""
 
     sizes: MemoryModel
     workers: Sequence[WorkerFacts]
@@ -84,8 +83,7 @@ class GroupSearch:
         self.holders.extend(self.classes)
 
     def best(self, below: float, known: Best | None) -> Best | None:
-        """Returns the best split that takes less than `below`. Repeats the search if groups take longer with
-        whole-number shares."""
+        """Returns the best split faster than `below`. Searches again if whole-number shares make groups slower."""
         best = None
         for _ in range(_ROUNDS):
             best = self._best(below, known)
@@ -100,8 +98,7 @@ class GroupSearch:
         return any(longer)
 
     def _best(self, below: float, known: Best | None) -> Best | None:
-        """Searches groups of neighbours first. Then searches all sets, for the work of the best split so far (at first
-        `known`)."""
+        """Searches neighbours, then all sets for the work of the best split so far (at first `known`)."""
         neighbours, others = self._places()
         if len(self.holders) == len(self.classes):
             return None
@@ -121,8 +118,7 @@ class GroupSearch:
         return Way(Steps(places, self.holders, number, ends, self._bounds(number)), work, limits, least)
 
     def _slow_s(self, number: int) -> Iterator[float]:
-        """Yields for each worker the shortest time of the slowest stage's work for all layers, as if its memory
-        sufficed."""
+        """Yields for each worker the least time of the slowest stage's work on all layers, whatever its memory."""
         stages = self.sizes.stages
         for worker, found in enumerate(self.workers):
             on_processor = sum(
@@ -148,7 +144,7 @@ class GroupSearch:
         )
 
     def _places(self) -> tuple[list[Places], list[Places]]:
-        """Returns neighbours in likely orders, whose best split prunes the search, then all sets if there are few."""
+        """Returns places along likely orders, whose best split prunes the search, and those of all sets, if few."""
         order = [worker for worker_class in self.classes for worker in worker_class.workers]
         by_speed = tuple(sorted(order, key=self._token_s.__getitem__))
         by_memory = tuple(sorted(order, key=self._memory))
@@ -204,13 +200,13 @@ class GroupSearch:
 
     @cached_property
     def _token_s(self) -> list[float]:
-        """The seconds per token of each worker with all layers, as if its memory sufficed."""
+        """The seconds per token of each worker with all layers, as if the worker's memory sufficed."""
         stages = self.sizes.stages
         return [stages.decode_s(worker, 0, stages.layers) for worker in self.workers]
 
     @cached_property
     def _rank(self) -> dict[int, tuple[bool, float, int]]:
-        """The order in which workers become leaders: workers that reach all others first, then the fastest."""
+        """The order of leaders: workers that reach all others first, then the fastest."""
         bound = frozenset[int]().union(*self.apart)
         return {worker: (worker in bound, seconds, worker) for worker, seconds in enumerate(self._token_s)}
 

@@ -43,7 +43,7 @@ def _filled(seconds: DividedTables, lacking: DividedTables, units: int, *, margi
     most = np.where(short > 0, 0.0, np.clip(rooms - margin * least, 0.0, 1.0))
     times = np.sort(np.concatenate([fixed + least * each, fixed + np.maximum(most, least) * each]), axis=0)
     sums = np.array([_taken(time, fixed, each, least, most).sum(axis=0) for time in times])
-    after = np.minimum((sums < 1).sum(axis=0), len(times) - 1)  # the first time that suffices; else the last one
+    after = np.minimum((sums < 1).sum(axis=0), len(times) - 1)  # the first time that suffices, otherwise the last one
     before = np.maximum(after - 1, 0)
     (low, high), (low_sum, high_sum) = (
         np.take_along_axis(values, np.array([before, after]), 0) for values in (times, sums)
@@ -59,8 +59,7 @@ def _taken(limit: Table, fixed: Table, each: Table, least: float, most: Table) -
 
 
 def as_integers(shares: Sequence[float], cost: Callable[[tuple[int, ...]], float]) -> tuple[tuple[int, ...], float]:
-    """Returns small whole numbers near the exact shares whose cost is almost the least, and this cost (inf: none
-    fits)."""
+    """Returns small whole numbers near the exact shares with almost the least cost, and this cost (inf: none fits)."""
     near = (in_total(shares, total) for total in (*range(len(shares), _FEW + 1), MANY))
     costs = {found: cost(found) for found in dict.fromkeys(near)}
     limit = _NOTHING * min(costs.values())
@@ -70,8 +69,7 @@ def as_integers(shares: Sequence[float], cost: Callable[[tuple[int, ...]], float
 
 
 def in_total(shares: Sequence[float], total: int) -> tuple[int, ...]:
-    """Returns whole numbers near the shares with the sum `total`. The sum is higher if a member would otherwise have
-    none."""
+    """Returns whole numbers near the shares that sum to `total`, or to more if a member would have none."""
     wanted = np.array(shares) * total / sum(shares)
     found = np.floor(wanted).astype(int)
     for member in np.argsort(found - wanted, kind="stable")[: total - int(found.sum())]:

@@ -25,12 +25,11 @@ _INNER, _FIRST, _LAST, _ALL = range(4)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kinds:
-    """Kinds of stages. Two stages are of one kind if their layers are equal, both or neither begin the model, and both
-    or neither end it."""
+    """Kinds of stages. Stages of one kind have equal layers, and agree in whether they begin or end the model."""
 
     kind_of: Counts  # by start and end
-    places: tuple[Counts, Counts]  # start and end of one of each kind
-    cells: Counts  # cell of each kind, whose shares it has
+    places: tuple[Counts, Counts]  # start and end of one stage of each kind
+    cells: Counts  # number of each kind's cell, which states the shares
 
     @classmethod
     def of(cls, costs: GroupCosts) -> _Kinds:
@@ -90,8 +89,7 @@ class GroupTables:
     costs_of: Callable[[int], GroupCosts]
     _contexts: int
     nearly: bool = False
-    """True if stages need only fit with exact shares and the workspaces of portions. `fitted` finds whole units
-    later."""
+    """True if stages need to fit only with exact shares and portions' workspaces; `fitted` finds whole units."""
     _divided: dict[int, _DividedModel] = field(default_factory=dict)
     _seconds: dict[tuple[int, WorkerFacts, Rows], DividedTables] = field(default_factory=dict)
     _lacking: dict[tuple[int, WorkerFacts, bool, Portion | None], DividedTables] = field(default_factory=dict)
@@ -116,8 +114,7 @@ class GroupTables:
         return float(divided.gathers.count[divided.kinds.kind_of[0, -1]])
 
     def least_gathers_s(self, work: Work, link: Link) -> Table:
-        """Returns the least time of each layer's gathers in any group. One member always receives half of each row or
-        more."""
+        """Returns the least time of each layer's gathers: in any group, a member receives half of each row or more."""
         steps = sum(step.steps for step in work.each)
         rows = sum(step.steps * step.rows * (1 - HIDDEN_SHARE * step.is_prompt) for step in work.each)
         every = [

@@ -37,9 +37,9 @@ class Step:
 
     holder: int
     before: tuple[int, ...]
-    is_first: bool  # it may be
-    own: Counts = ()  # the holder's workers; (): not told
-    left: Counts = ()  # workers that are not used then
+    is_first: bool  # the holder may have the first stage
+    own: Counts = ()  # the holder's workers; (): unknown
+    left: Counts = ()  # workers that are unused after this step
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +64,11 @@ class Bounds(Protocol):
     """Lower bounds of the cost of layers on given numbers of workers of each class."""
 
     def together(self, workers: Counts) -> Table:
-        """Returns by n bounds for the first n layers on all of these workers together."""
+        """Returns bounds by n: for layers before n, on all of these workers together."""
         ...
 
     def of_rest(self, workers: Counts) -> Table:
-        """Returns by n bounds for all layers from layer n on, on any of these workers."""
+        """Returns bounds by n: for the layers from n on, on any of these workers."""
         ...
 
 
@@ -102,7 +102,7 @@ class _Run:
         self._layers = self._table(0)[0].layers
         self._never = np.full(self._layers + 1, inf)
         self._best: list[Table] = []  # least cost at each place, [layers covered]
-        self._before: list[Table] = []  # the same without its own stage
+        self._before: list[Table] = []  # the same without the step's own stage
 
     def least(self) -> Split | None:
         last, least = None, inf
@@ -130,8 +130,7 @@ class _Run:
         return self._tables[holder]
 
     def _extended(self, costs: Table, place: Step) -> Table:
-        """Adds the step's own stage. The cost becomes infinite if it would exceed the total's limit together with the
-        lower bound of the rest."""
+        """Adds the step's stage. Costs are infinite if they and the rest's lower bound exceed the total's limit."""
         bounds = self._steps.bounds if place.own and self._most < inf else None
         rest: Table = np.zeros(1)
         if bounds is not None:
@@ -199,9 +198,8 @@ def in_order(
 def any_order(
     sizes: Counts, held_by: tuple[tuple[Counts, int], ...], leaders: tuple[int, ...], apart: Ways = frozenset()
 ) -> Places:
-    """Returns steps through all sets in all orders. The first workers of a class are used first. `held_by`: the workers
-    of each holder by class, and the number of the holder. Workers of pairs in `apart` must have classes of their
-    own."""
+    """Returns steps through all sets in all orders. A class's first workers are used first. `held_by`: each holder's
+    workers by class, and its number. Workers of pairs in `apart` must have their own classes."""
     numbers = dict(held_by)
     places: list[Step | Choice] = []
     found: dict[Counts, tuple[list[int], tuple[int, ...]]] = {}  # steps by workers used

@@ -23,8 +23,7 @@ _MUCH_FASTER = 0.9
 """The same for a plan with less KV memory."""
 
 EncoderParts = Callable[[int], Mapping[str, int]]
-"""Returns the RAM of an encoder in bytes by kind, on a worker with this number of threads. It must cache, because it is
-called often."""
+"""Returns an encoder's RAM in bytes by kind, by number of threads. It is called often and must cache."""
 
 
 class MakePlan(Protocol):
@@ -84,8 +83,7 @@ def _is_faster(plan: Plan, other: Plan) -> bool:
 def _plans_with(
     holder: WorkerFacts, workers: Sequence[WorkerFacts] | None, make_plan: MakePlan, *, is_manual: bool
 ) -> Iterator[Plan]:
-    """Yields plans in which the holder has layers. `workers` have the memory that the encoder leaves; None: too
-    little."""
+    """Yields plans in which the holder has layers. `workers` exclude the encoder's memory; None: it does not fit."""
     plan = _plan_of(make_plan, workers)
     if plan is None or workers is None:
         return
@@ -138,7 +136,7 @@ def _taken_bytes(stage: StagePlan) -> int:
 def _lessened(
     workers: Sequence[WorkerFacts], holder: WorkerFacts, encoder: EncoderParts
 ) -> Sequence[WorkerFacts] | None:
-    """Takes the encoder's bytes from the holder's RAM. Returns None if it has less."""
+    """Takes the encoder's bytes from the holder's RAM. Returns None if the holder has less."""
     if holder.memory_bytes is None:
         return workers
     left_bytes = holder.memory_bytes - sum(encoder(holder.threads).values())
@@ -150,7 +148,6 @@ def _lessened(
 def _plan_of(
     make_plan: MakePlan, workers: Sequence[WorkerFacts] | None, by_hand: tuple[Assignment, ...] | None = None
 ) -> Plan | None:
-    """Returns None if there is no plan."""
     with suppress(InsufficientMemoryError, NetworkPartitionError):
         return None if workers is None else make_plan(workers, by_hand)
     return None

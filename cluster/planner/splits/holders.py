@@ -37,8 +37,7 @@ class StageTable:
 class Holder(Protocol):
     @property
     def members(self) -> tuple[int, ...]:
-        """Workers by their index in the cluster file, the leader first. One worker represents all workers of its
-        class."""
+        """Workers by index in the cluster file, the leader first. One worker represents all workers of its class."""
         ...
 
     def table(self, work: int) -> StageTable: ...
@@ -65,8 +64,7 @@ def worker_classes(
     tables: Callable[[WorkerFacts], tuple[StageTable, ...]],
     unlike: Collection[str] = (),
 ) -> list[WorkerClass]:
-    """Groups workers with equal facts into classes. Each worker in `unlike` has its own class. Calls `tables` once for
-    each class."""
+    """Groups equal workers into classes. Each worker in `unlike` has its own class. Calls `tables` once per class."""
     alike: dict[WorkerFacts, list[int]] = {}
     for index, worker in enumerate(workers):
         alike.setdefault(worker if worker.name in unlike else replace(worker, name=""), []).append(index)

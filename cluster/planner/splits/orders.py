@@ -31,8 +31,7 @@ Order = Sequence[int]
 
 
 def ways_of_workers(classes: Sequence[WorkerClass], works: Sequence[Work], apart: Ways) -> Iterator[list[Way]]:
-    """Yields the splits to try for each work: first in the file's order, then in others. Workers of a pair in `apart`
-    are never adjacent."""
+    """Yields splits to try for each work, first in the file's order. Workers of pairs in `apart` are not adjacent."""
     file = sorted(worker for worker_class in classes for worker in worker_class.workers)
     ends, limits = constrained_ends(file, apart), _limits(classes, works)
 
@@ -147,7 +146,7 @@ def _with_best_ends(file: _Tables, limits: Table) -> list[Order]:
 def _best_ends(order: _Tables, limit: float) -> Order | None:
     """Returns the order with the best first and last worker; None if it cannot cover all layers within the limit."""
     layers, numbers = order[0][1].layers, np.arange(len(order))
-    # [workers, layers]: where a stage ends at most
+    # [workers, layers]: the greatest possible end of a stage
     reach = np.array([_reach(table, limit) for _, table in order])
     first, last = numbers[:, np.newaxis], numbers[np.newaxis, :]
     covered = np.repeat(reach[:, :1], len(order), axis=1)  # [first worker, last worker]

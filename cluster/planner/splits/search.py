@@ -18,8 +18,7 @@ from llamaclust.cluster.planner.work import Work
 CLOSE = 0.995
 """The search ends when no split can take less than this fraction of the best time."""
 CLEARLY_BETTER = 0.98
-"""The fraction of the time that a less simple split must reach to be chosen. Simple splits keep the file's order and
-have no groups."""
+"""The fraction of the time that a less simple split (another order than the file's, or groups) must reach."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ _STAGE_S = 1e-9
 def stage_tables(
     sizes: MemoryModel, contexts: int, works: Sequence[Work], worker: WorkerFacts
 ) -> tuple[StageTable, ...]:
-    """Returns the worker's table for each work, with infinite values for stages that do not fit."""
+    """Returns the worker's table for each work; infinite for stages that do not fit."""
     division = sizes.division(worker, contexts)
     fits = (sizes.shortfall_table(worker, contexts) == 0) & sizes.stages.possible
     return tuple(_table(sizes, division, work, worker).where(fits) for work in works)
@@ -58,8 +58,7 @@ def _step_s(sizes: MemoryModel, division: Division, worker: WorkerFacts, step: R
 
 
 def link_table(sizes: MemoryModel, work: Work, reach: Link) -> StageTable:
-    """Returns the seconds of a stage's links: rows that travel while stages compute, and messages from stage to
-    stage."""
+    """Returns the seconds of a stage's links: rows sent during computation, and messages between stages."""
     stages = sizes.stages
     others = np.ones(stages.held_bytes.shape)
     others[0, stages.layers] = 0  # a stage of all layers has no links

@@ -109,11 +109,11 @@ def test_memory_of_workers_is_placed_where_they_are_started(tmp_path: Path, text
 @pytest.mark.parametrize(
     ("api", "why"),
     [
-        ("{model_name: m}", "give `name` and `aliases` among `models`"),
-        ("{aliases: [m]}", "give `name` and `aliases` among `models`"),
-        ("{strict_model: false}", "a request names one or none"),
-        ("{strict_model: true}", "a request names one or none"),
-        ("{tags: [chat]}", "several have none"),
+        ("{model_name: m}", "give `name` and `aliases` in the entries of `models`"),
+        ("{aliases: [m]}", "give `name` and `aliases` in the entries of `models`"),
+        ("{strict_model: false}", "requests may name any of them or none"),
+        ("{strict_model: true}", "requests may name any of them or none"),
+        ("{tags: [chat]}", "with `models`, there are no tags; remove it"),
         ("{pull: true}", "use `llamaclust model pull`"),
     ],
 )
@@ -134,11 +134,15 @@ def test_each_of_several_models_may_have_adapters_and_a_plan(tmp_path: Path) -> 
         (
             "adapters: [{name: x, path: x.gguf}]",
             "name: a",
-            "adapters: is for one model: give `adapters` among `models`",
+            "adapters: is for one model: give `adapters` in the entries of `models`",
         ),
-        ("plan: [{worker: a, layers: [0, 4]}]", "name: a", "plan: is for one model: give `plan` among `models`"),
+        (
+            "plan: [{worker: a, layers: [0, 4]}]",
+            "name: a",
+            "plan: is for one model: give `plan` in the entries of `models`",
+        ),
         ("", "name: b", "models[0].plan[0].worker: unknown worker 'a'"),
-        ("", "name: a, device: cuda", "models[1].adapters: are computed on processors only"),
+        ("", "name: a, device: cuda", "models[1].adapters: run on processors only"),
         ("- {model: x}", "name: a", "two models or adapters are named 'x'"),
     ):
         file = f"{text}{line}\nworkers: [{{{workers}}}]\n"
@@ -246,7 +250,7 @@ def test_environment() -> None:
     with pytest.raises(UsageError, match="LLAMACLUST_FEATURE_LEVEL=avx3: not one of generic"):
         environment({"LLAMACLUST_FEATURE_LEVEL": "avx3"})
     with pytest.raises(
-        UsageError, match="LLAMACLUST_HOME='~no-such-user' begins in a home directory that is not there"
+        UsageError, match="LLAMACLUST_HOME='~no-such-user' begins with a home directory that does not exist"
     ):
         environment({"LLAMACLUST_HOME": "~no-such-user"})
 

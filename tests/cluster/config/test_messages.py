@@ -23,8 +23,8 @@ COUNT = "give a whole number from 1 to"
 ADDRESS = "is not an address; write it like 127.0.0.1:8080 or [::1]:8080"
 DECIMAL = "is not a decimal number; write it in decimal digits, or put it in quotes"
 ORIGIN = "is not an origin of web pages; write it like https://chat.example"
-NO_PATH = "no path has a zero byte in it; write the place of a file or folder"
-NO_HOME = "begins in a home directory that is not there; write the whole path"
+NO_PATH = "a path cannot contain a zero byte; give the path of a file or folder"
+NO_HOME = "begins with a home directory that does not exist; give the whole path"
 SIZE = "is not a size; write it like 8GiB or 512MiB (KiB, MiB, GiB, TiB; kB, MB, GB, TB)"
 
 TOP_KEYS = {
@@ -57,17 +57,17 @@ TOP_KEYS = {
     ),
     "speculative: {max_window: 33}": ("speculative.max_window: 33 is not possible; give a whole number from 1 to 32"),
     "speculative: {shared_answers: 9}": (
-        "speculative.shared_answers: 9 tokens hold no answers; set 1024 or more, or 0 for none"
+        "speculative.shared_answers: 9 tokens are too few for an answer; set 1024 or more, or 0 for none"
     ),
     "speculative: {threads: 3}": (
-        "speculative.threads: these are threads of a draft model: name it as speculative.model, or remove them"
+        "speculative.threads: these threads are for a draft model: set speculative.model, or remove them"
     ),
     "speculative: {n_max: 3}": (
         "unknown key 'n_max' in speculative; known: max_window, shared_answers, model, mtp, threads"
     ),
     "launcher: foo": "launcher: 'foo' is not possible; give local or static or ray or mpi",
     "wire: f64": "wire: 'f64' is not possible; give f32",
-    "wire: q8_0": "wire: this build has no wire_type q8_0 yet",
+    "wire: q8_0": "wire: q8_0 is not supported yet; give f32",
     "kv_type: 8": "kv_type: 8 is not possible; give f16 or q8_0 or int8",
     "objective: speed": "objective: 'speed' is not possible; give latency or throughput",
     "kv_memory: 5 pounds": f"kv_memory: '5 pounds' {SIZE}",
@@ -120,7 +120,7 @@ TOP_KEYS = {
         "plan[0].shares[0]: 0 is not possible; give a whole number from 1 to 10000"
     ),
     "plan: [{worker: a, layers: [0, 3], shares: [2, 1]}]": (
-        "plan[0].shares: is for the `workers` of a group, and this is one worker; remove it"
+        "plan[0].shares: is for groups, but this stage has one worker; remove it"
     ),
     "plan: [{worker: a, layers: 3}]": (
         "plan[0].layers: 3 is not a layer range; write it like [0, 12], the end not included"
@@ -161,8 +161,8 @@ TOP_KEYS = {
     f"timeouts: {{request: 1{'0' * 400}}}": (
         f"timeouts.request: 1{'0' * 59}... is not a possible duration; give more than 0 and at most 30 days"
     ),
-    "timeouts: {load: 900ms}": "timeouts.load: 0.9 s is too short to tell a load that hangs; set 1s or more",
-    "timeouts: {worker: 10ms}": "timeouts.worker: 0.01 s is too short to tell a lost worker; set 500ms or more",
+    "timeouts: {load: 900ms}": "timeouts.load: 0.9 s is too short to detect a load that hangs; set 1s or more",
+    "timeouts: {worker: 10ms}": "timeouts.worker: 0.01 s is too short to detect a lost worker; set 500ms or more",
     "model: x": "not valid YAML: duplicate key 'model'",
     "5: x": "not valid YAML: key '5' is no word",
     "timeouts: {yes: 5s}": "not valid YAML: key 'yes' is no word",
@@ -200,7 +200,7 @@ def test_mistakes_name_line_place_and_what_is_allowed(tmp_path: Path, text: str,
             5,
             "workers[1].device: 'cuda:\u0661' is not a device; give cpu, cuda:0, or",
         ),
-        ("- name: a\n  device: [cpu, cuda:0]", 5, "workers[1].device: 'cpu' stands for itself, and computes beside"),
+        ("- name: a\n  device: [cpu, cuda:0]", 5, "workers[1].device: 'cpu' cannot be combined with GPUs"),
         (
             "- name: a\n  device: [cuda:0, cuda]",
             5,
@@ -245,7 +245,7 @@ def test_mistakes_in_workers_have_their_own_line(tmp_path: Path, worker: str, li
         ("model: m\nworkers: []", "FILE:2: workers: [] is not possible; give a list of 1 to 256 items"),
         (
             "model: m\nworkers: 2",
-            "FILE:2: workers: only launcher static waits for any 2; name the workers: [{name: a}, {name: b}]",
+            "FILE:2: workers: launcher: local accepts no number of workers; name the workers: [{name: a}, {name: b}]",
         ),
         (
             "model: m\nworkers:\n",
@@ -269,10 +269,10 @@ def test_files_that_are_wrong_as_a_whole(tmp_path: Path, text: str, message: str
     [
         ("listen", "--set listen: write it as KEY=VALUE, for instance timeouts.request=60s"),
         ("workers.a.memory=8", "--set workers.a.memory=8: workers[0].memory: 8 has no unit; write 8GiB or 8MiB, or"),
-        ("gpu_layers=9", "--set gpu_layers=9: unknown key 'gpu_layers'; it is a worker's: workers.0.gpu_layers, or by"),
-        ("device=cuda:0", "--set device=cuda:0: unknown key 'device'; it is a worker's: workers.0.device, or by"),
-        ("gpu_memory=9GiB", "--set gpu_memory=9GiB: unknown key 'gpu_memory'; it is a worker's: workers.0.gpu_memory"),
-        ("recovery=9s", "--set recovery=9s: unknown key 'recovery'; it is one of `timeouts`: timeouts.recovery with"),
+        ("gpu_layers=9", "--set gpu_layers=9: unknown key 'gpu_layers'; it is a key of workers: give it under"),
+        ("device=cuda:0", "--set device=cuda:0: unknown key 'device'; it is a key of workers: give it under"),
+        ("gpu_memory=9GiB", "--set gpu_memory=9GiB: unknown key 'gpu_memory'; it is a key of workers: give it under"),
+        ("recovery=9s", "--set recovery=9s: unknown key 'recovery'; it is a key of `timeouts`: timeouts.recovery with"),
         ("worker=9s", "--set worker=9s: unknown key 'worker'; did you mean 'workers'?"),  # two sections have one
         ("listen=x", f"--set listen=x: listen: 'x' {ADDRESS}"),
         ("workers.b.threads=x", f"--set workers.b.threads=x: workers[1].threads: 'x' is not possible; {COUNT} 1024"),

@@ -166,7 +166,7 @@ async def test_a_worker_that_stays_for_other_models_is_not_fenced(stays: bool) -
     )
     runner._registry = registry  # type: ignore[assignment]
     await runner.run(Expel((Expulsion(("b", 2), "its disk is bad", stays, 10.0),)))
-    notice = Notice("worker b gets no layers of model m for 10 s where the others suffice: its disk is bad")
+    notice = Notice("worker b gets no layers of model m for 10 s if the others suffice: its disk is bad")
     assert (fenced, events) == (([], [notice]) if stays else (["b: its disk is bad"], []))
     assert await runner.observed.next(None) is seen.Signal.WORKERS_EXPELLED
 
@@ -266,7 +266,7 @@ async def test_a_drain_of_a_worker_without_layers_returns_although_requests_dela
     await asyncio.sleep(0)
     pool.undrain("c")
     again.cancel()
-    assert events[2:] == [Notice("worker c is drained no more: plans use it again")], "each change once"
+    assert events[2:] == [Notice("worker c is no longer drained: plans use it again")], "each change once"
 
 
 async def test_a_drain_that_is_undrained_while_it_is_planned_does_not_take_place() -> None:

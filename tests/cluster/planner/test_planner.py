@@ -195,11 +195,11 @@ def test_plans_by_hand() -> None:
     [
         (
             (("a", 0, 7), ("b", 6, 12)),
-            "layers [6, 7) of worker 'b' are on another one too: worker 'a' has [0, 7)",
+            "layers [6, 7) of worker 'b' are assigned twice: worker 'a' has [0, 7)",
         ),
         (
             (("b", 2, 3), ("a", 0, 12)),
-            "layers [2, 3) of worker 'b' are on another one too: worker 'a' has [0, 12)",
+            "layers [2, 3) of worker 'b' are assigned twice: worker 'a' has [0, 12)",
         ),
         ((("a", 0, 5), ("b", 6, 12)), "layers [5, 6) are on no worker; the model has layers [0, 12)"),
         ((("a", 0, 5), ("b", 5, 11)), "layers [11, 12) are on no worker; the model has layers [0, 12)"),

@@ -107,4 +107,4 @@ async def test_a_tile_longer_than_a_turn_ends(tmp_path: Path, monkeypatch: pytes
         assert await answering == expected
         check_rows(path, tiles, await encoding)
         assert len(held.begun) == 1, "no other tile began in this turn"
-        assert any("a sleeps: for another one's turn" in text for text in found.run.told)
+        assert any("a sleeps: it is another model's turn" in text for text in found.run.told)

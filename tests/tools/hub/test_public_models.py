@@ -119,12 +119,12 @@ def test_the_hub_may_have_moved_a_file(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("qwen3-9b", "neither a file nor a model known by name, did you mean qwen3-8b or "),
+        ("qwen3-9b", "neither a file nor a known model, did you mean qwen3-8b or "),
         ("Qwen3-8", "did you mean qwen3-8b"),
         ("qwen3:8b", "did you mean qwen3-8b?"),
         ("qwen3-8b:q9_k", "no such quantization; the catalog has q4_k_m, q5_k_m, q6_k, q8_0"),
         ("gpt-oss-20b:q4_k_m", "no such quantization; the catalog has mxfp4"),
-        ("zzzzzzzz", "known by name; `llamaclust model list` shows those"),
+        ("zzzzzzzz", "a known model; `llamaclust model list` shows the known ones"),
     ],
 )
 def test_unknown_names_are_one_line_with_the_nearest(name: str, message: str, tmp_path: Path) -> None:
@@ -169,8 +169,11 @@ def test_up_pulls_the_model_of_a_cluster_file(hub: Server, tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("Qwen/Qwen3-8B", "a file of the Hugging Face hub is hf:Qwen/Qwen3-8B/FILE.gguf, did you mean qwen3-8b?"),
-        ("x" * 5000, f"{'x' * 120}... (5000 characters): neither a file nor a model known by name; "),
+        (
+            "Qwen/Qwen3-8B",
+            "for a file on the Hugging Face hub, give hf:Qwen/Qwen3-8B/FILE.gguf, did you mean qwen3-8b?",
+        ),
+        ("x" * 5000, f"{'x' * 120}... (5000 characters): neither a file nor a known model; "),
         ("a/" + "x" * 5000, f"a/{'x' * 118}... (5002 characters): no such file"),
     ],
     ids=["repository", "long", "long path"],

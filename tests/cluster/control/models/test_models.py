@@ -90,7 +90,7 @@ async def test_a_model_with_requests_all_the_time_gives_way_after_its_turn(
         assert await found.answer(1, requests[0]) == expected[1][0]
         is_answered.set()
         assert min(await asyncio.gather(*working)) > 0
-        assert any("sleeps: for another one's turn" in text for text in found.run.told)
+        assert any("sleeps: it is another model's turn" in text for text in found.run.told)
         assert found.largest_bytes <= BUDGET // 2
 
 

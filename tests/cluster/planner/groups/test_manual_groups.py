@@ -85,7 +85,7 @@ def test_a_group_has_room_where_no_member_has() -> None:
         ),
         (
             [Assignment(("a", "b", "c"), 0, 7, (1, 1, 1)), Assignment(("d", "e"), 6, 12, (1, 1))],
-            "layers [6, 7) of workers 'd' and 'e' are on another one too: workers 'a', 'b' and 'c' have [0, 7)",
+            "layers [6, 7) of workers 'd' and 'e' are assigned twice: workers 'a', 'b' and 'c' have [0, 7)",
         ),
         (
             [Assignment(("a", "b"), 0, 13, (1, 1))],

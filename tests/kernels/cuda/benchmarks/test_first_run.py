@@ -176,7 +176,7 @@ DAMAGED += [json.dumps({"gpu": OUTCOME, "call": OUTCOME | {name: value}}) for na
 @pytest.mark.parametrize("damaged", DAMAGED, ids=range(len(DAMAGED)))
 def test_damaged_results_are_named(tmp_path: Path, damaged: str) -> None:
     (tmp_path / "steps.json").write_bytes(damaged.encode(errors="surrogatepass"))
-    with pytest.raises(UsageError, match=r"steps.json: no outcomes of steps; remove it"):
+    with pytest.raises(UsageError, match=r"steps.json: has no outcomes of steps; remove it"):
         first_run.main([str(tmp_path), "--models", str(tmp_path)])
 
 
@@ -195,7 +195,7 @@ def test_outcomes_are_read_as_they_were_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["steps.json", "steps.tmp"])
 def test_folders_in_the_way_of_results_are_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
-    with pytest.raises(UsageError, match=f"{name}: no plain file, and in the way of one; remove it"):
+    with pytest.raises(UsageError, match=f"{name}: not a regular file; remove it"):
         first_run.main([str(tmp_path), "--models", str(tmp_path)])
 
 

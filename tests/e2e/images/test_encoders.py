@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,7 +82,7 @@ async def test_a_worker_is_killed_in_mid_encode(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     async with asyncio.timeout(120), real_cluster(run, 2) as cluster:
-        encoder = Encoder(open_projector(path), 100.0)
+        encoder = Encoder(open_projector(path), 100.0, nullcontext)
         first, second = await opened(cluster, tmp_path, "a", 1), await opened(cluster, tmp_path, "b", 2)
         assert first.encoder is not None
         watched = Watched(first.encoder)

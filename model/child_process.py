@@ -52,7 +52,8 @@ class ChildProgram:
     first: Callable[[], Mapping[str, Any]]
     start_s: float
     wall_s: float  # of a request
-    max_reply_bytes: int  # of the line, and of the payload
+    max_line_bytes: int  # of a reply without its payload
+    idle_s: float | None = None  # after which a child without requests ends; None: it does not
 
 
 class BoundedChild:
@@ -65,6 +66,7 @@ class BoundedChild:
         self._program = program
         self._process: subprocess.Popen[bytes] | None = None
         self._is_stopped = False
+        self._idle_end: Timer | None = None
         self._work: set[Future[Any]] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
 
@@ -85,14 +87,17 @@ class BoundedChild:
     def request(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return self.request_with_payload(values)[0]
 
-    def request_with_payload(self, values: Mapping[str, Any], payload: bytes = b"") -> tuple[dict[str, Any], bytes]:
-        """Returns the reply and its payload. If the child was killed from outside, sends the request once more. Raises
-        ChildEndedError, or TypeError, ValueError or RecursionError for values that JSON cannot hold."""
+    def request_with_payload(
+        self, values: Mapping[str, Any], payload: bytes = b"", max_payload_bytes: int = 0
+    ) -> tuple[dict[str, Any], bytes]:
+        """Returns the reply and its payload of at most `max_payload_bytes`. If the child was killed from outside, sends
+        the request once more. Raises ChildEndedError, or TypeError, ValueError or RecursionError for values that JSON
+        cannot hold."""
         frame = encoded(values, payload)
         try:
-            return self._request(frame)
+            return self._request(frame, max_payload_bytes)
         except ChildKilledError:  # at work or before
-            return self._request(frame)
+            return self._request(frame, max_payload_bytes)
 
     def stop(self) -> None:
         """Kills the child. The request in progress and all later requests fail."""
@@ -102,19 +107,27 @@ class BoundedChild:
 
     def close(self) -> None:
         """Waits until the child is gone. `stop` must be called first. May be called again."""
-        with suppress(RuntimeError):  # the thread has ended
-            self._thread.submit(self._drop)
+        self._drop_later()
         self._thread.shutdown(wait=True)
 
-    def _request(self, frame: bytes) -> _Reply:
+    def _drop_later(self) -> None:
+        with suppress(RuntimeError):  # the thread has ended
+            self._thread.submit(self._drop)
+
+    def _request(self, frame: bytes, max_payload_bytes: int) -> _Reply:
         if self._is_stopped:
             raise ChildKilledError("its process was closed")
+        if self._idle_end is not None:
+            self._idle_end.cancel()
         try:
             process = self._process or self._start()
-            return self._exchange(process, frame, self._program.wall_s)
+            reply = self._exchange(process, frame, self._program.wall_s, max_payload_bytes)
         except BaseException:
             self._drop()
             raise
+        if self._program.idle_s is not None:
+            self._idle_end = _timer(self._program.idle_s, self._drop_later)
+        return reply
 
     def _start(self) -> subprocess.Popen[bytes]:
         first = encoded(self._program.first())
@@ -144,7 +157,9 @@ class BoundedChild:
         except OSError as error:  # as where no more processes may run
             raise ChildKilledError(f"its process cannot be started: {error.strerror}") from error
 
-    def _exchange(self, process: subprocess.Popen[bytes], frame: bytes, timeout_s: float) -> _Reply:
+    def _exchange(
+        self, process: subprocess.Popen[bytes], frame: bytes, timeout_s: float, max_payload_bytes: int = 0
+    ) -> _Reply:
         assert process.stdin is not None and process.stdout is not None
         is_late = Event()
 
@@ -152,15 +167,13 @@ class BoundedChild:
             is_late.set()
             process.kill()
 
-        timer = Timer(timeout_s, end)
-        timer.daemon = True
-        timer.start()
+        timer = _timer(timeout_s, end)
         reply: _Reply | None = None
         try:
             with suppress(BrokenPipeError):
                 process.stdin.write(frame)
                 process.stdin.flush()
-                reply = _read_reply(process.stdout, self._program.max_reply_bytes)
+                reply = _read_reply(process.stdout, self._program.max_line_bytes, max_payload_bytes)
         finally:
             timer.cancel()
         if reply is not None:
@@ -170,23 +183,32 @@ class BoundedChild:
         raise _ending(process)
 
     def _drop(self) -> None:
+        if self._idle_end is not None:
+            self._idle_end.cancel()
         process, self._process, self.pid = self._process, None, None
         if process is not None:
             process.kill()
             process.communicate()
 
 
-def _read_reply(stream: IO[bytes], max_bytes: int) -> _Reply | None:
+def _timer(seconds: float, call: Callable[[], None]) -> Timer:
+    timer = Timer(seconds, call)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def _read_reply(stream: IO[bytes], max_line_bytes: int, max_payload_bytes: int) -> _Reply | None:
     """Returns None if the stream ends before the reply does."""
-    line = stream.readline(max_bytes + 1)
+    line = stream.readline(max_line_bytes + 1)
     if not line.endswith(b"\n"):
-        _check_size(len(line), max_bytes)
+        _check_size(len(line), max_line_bytes)
         return None
     try:
         frame, size = decoded(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ChildEndedError("its reply cannot be decoded") from None
-    _check_size(size, max_bytes)
+    _check_size(size, max_payload_bytes)
     payload = stream.read(size)
     return (frame, payload) if len(payload) == size else None
 

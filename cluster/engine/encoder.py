@@ -23,6 +23,8 @@ from llamaclust.wire.rpc.deadlines import deadline
 _log = logging.getLogger(__name__)
 
 _BACKOFF = Backoff(0.05, 1.0)
+_LAST_TILE_S = 120.0
+"""Deadline of the tile in progress when its model gives way. A tile that takes longer is computed again later."""
 
 
 class _AttemptError(Exception):
@@ -84,9 +86,10 @@ class Encoder:
             self._serving = self._loop.create_future()
 
     async def wait_idle(self) -> None:
-        """Waits for the end of the tile in progress, whether it succeeds or not."""
-        if self._running is not None:
-            await asyncio.wait((self._running,))
+        """Waits for the end of the tile in progress, whether it succeeds or not, but not beyond its deadline: a worker
+        that hangs must not hold up other models."""
+        if self._running is not None and not (await asyncio.wait((self._running,), timeout=_LAST_TILE_S))[0]:
+            _log.warning("a tile of an image takes longer than %g s: other models are not held up", _LAST_TILE_S)
 
     async def encode(self, tiles: Sequence[NDArray[np.uint8]], owner: str) -> list[NDArray[np.float32]]:
         """Takes tiles [height, width, 3] and returns the rows [rows, levels * width] of each. Waits until a pipeline

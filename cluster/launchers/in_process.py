@@ -29,6 +29,7 @@ from llamaclust.core.errors import LlamaclustError, RequestError, UsageError
 from llamaclust.core.gpus import placed
 from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_KV_BLOCKS
 from llamaclust.model.gguf.recommended_sampling import recommended_sampling
+from llamaclust.model.images.preparation import ImagePreparation
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.nextn.program import check_nextn
@@ -163,10 +164,11 @@ class LocalStage:
                     max_drafted=scheduling.max_drafted,
                     recommended=recommended_sampling(self.model.file),
                 )
-                vision = vision_of(self.model, engine.encoder)
-                service = TextService(engine, self.model.tokenizer, self.model.chat_template, text, vision)
-                async with aclosing(service):
-                    yield service
+                async with ImagePreparation() as preparation:
+                    vision = vision_of(self.model, engine.encoder, preparation)
+                    service = TextService(engine, self.model.tokenizer, self.model.chat_template, text, vision)
+                    async with aclosing(service):
+                        yield service
         finally:
             await asyncio.to_thread(self.close)
 

@@ -35,6 +35,7 @@ from llamaclust.core.errors import UsageError
 from llamaclust.core.limits import NUMERICS_VERSION
 from llamaclust.core.version import VERSION
 from llamaclust.model.gguf.recommended_sampling import recommended_sampling
+from llamaclust.model.images.preparation import ImagePreparation
 from llamaclust.model.loader import Model
 from llamaclust.model.pooling import Pooling
 
@@ -193,7 +194,9 @@ async def api_models(
     """Yields all models in order. `show` returns the JSON of `GET /cluster`. The caller closes the journal."""
     residents = cluster.residency.residents
     async with AsyncExitStack() as stack:
-        services = [await stack.enter_async_context(aclosing(_text_service(served))) for served in cluster.models]
+        preparation = await stack.enter_async_context(ImagePreparation())
+        made = (_text_service(served, preparation) for served in cluster.models)
+        services = [await stack.enter_async_context(aclosing(service)) for service in made]
         if settings.image_hosts and not any(service.vision for service in services):
             raise UsageError("api.image_urls: no served model reads images; leave it out")
         replies = await stack.enter_async_context(aclosing(Replies(settings, journal)))
@@ -210,7 +213,7 @@ async def api_models(
         yield models
 
 
-def _text_service(served: ServedModel) -> TextService:
+def _text_service(served: ServedModel, preparation: ImagePreparation) -> TextService:
     model, config, engine = served.model, served.config, served.engine
     text = TextSettings(
         served.name,
@@ -227,7 +230,8 @@ def _text_service(served: ServedModel) -> TextService:
         max_drafted=engine.scheduler.settings.max_drafted,
         recommended=recommended_sampling(model.file),
     )
-    return TextService(engine, model.tokenizer, model.chat_template, text, vision_of(model, engine.encoder))
+    vision = vision_of(model, engine.encoder, preparation)
+    return TextService(engine, model.tokenizer, model.chat_template, text, vision)
 
 
 def _settings_of(served: ServedModel, settings: ApiSettings, models: Sequence[ServedModel]) -> ApiSettings:

@@ -131,8 +131,8 @@ class ChatTemplate:
 class _Renderer:
     def __init__(self, source: str | None, limits: TemplateLimits) -> None:
         first = {"source": source, **asdict(limits)}
-        max_reply_bytes = limits.max_text_bytes * _MAX_REPLY_SHARE + (1 << 16)
-        program = ChildProgram(_CHILD, lambda: first, limits.start_s, limits.wall_s, max_reply_bytes)
+        max_line_bytes = limits.max_text_bytes * _MAX_REPLY_SHARE + (1 << 16)
+        program = ChildProgram(_CHILD, lambda: first, limits.start_s, limits.wall_s, max_line_bytes)
         self.child = BoundedChild(program, "chat-template")
         self._broken: str | None = None
         self._is_reported = False

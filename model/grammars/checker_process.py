@@ -20,7 +20,7 @@ from llamaclust.model.grammars.vocabulary import grammar_words
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _CHILD: Final = "llamaclust.model.grammars.checker_child"
-_MAX_REPLY_BYTES: Final = 1 << 24
+_MAX_LINE_BYTES: Final = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class CheckerProcess:
     def __init__(self, tokenizer: Tokenizer, limits: CheckLimits) -> None:
         self._tokenizer = tokenizer
         self._limits = limits
-        program = ChildProgram(_CHILD, self._first, limits.start_s, limits.wall_s, _MAX_REPLY_BYTES)
+        program = ChildProgram(_CHILD, self._first, limits.start_s, limits.wall_s, _MAX_LINE_BYTES)
         self.child = BoundedChild(program, "grammar-check")
 
     def submit(self, definition: str) -> Future[Verdict]:

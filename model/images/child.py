@@ -12,7 +12,7 @@ from PIL import Image
 from llamaclust.model.child_frames import end_with_parent, read_frame, read_frame_and_payload, write_frame
 from llamaclust.model.confinement import confine, limit_cpu, limit_resources
 from llamaclust.model.images.decoding import decode
-from llamaclust.model.images.settings import ImageError, ImageSettings
+from llamaclust.model.images.settings import ImageError, ImageSettings, check_tiles
 from llamaclust.model.images.tiling import tiling_of
 
 
@@ -20,11 +20,9 @@ def _reply_to(image: bytes, settings: ImageSettings, first: dict[str, Any]) -> t
     """Returns a reply and, one after the other, the tiles' pixels [height, width, 3]."""
     try:
         tiling = tiling_of(decode(image, first["max_pixels"]), settings)
-        reply = {
-            "sizes": [tile.size for tile in tiling.tiles],
-            "columns": tiling.columns,
-            "rows": tiling.rows,
-        }
+        sizes = [tile.size for tile in tiling.tiles]
+        check_tiles(sizes, settings)
+        reply = {"sizes": sizes, "columns": tiling.columns, "rows": tiling.rows}
         return reply, b"".join(tile.tobytes() for tile in tiling.tiles)
     except ImageError as error:
         return {"error": str(error)}, b""
@@ -46,13 +44,12 @@ def main() -> None:
     had = _memory_bytes()
     unconfined = confine()
     first = read_frame()
-    settings = ImageSettings(**first["settings"])
     limit_resources(had + first["memory_bytes"])
     write_frame({"unconfined": unconfined})
     while True:
-        _, image = read_frame_and_payload()
+        frame, image = read_frame_and_payload()
         limit_cpu(first["cpu_seconds"])
-        write_frame(*_reply_to(image, settings, first))
+        write_frame(*_reply_to(image, ImageSettings(**frame), first))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import logging
 from concurrent.futures import Future
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Final
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.core.errors import DeadlineError, RequestError
+from llamaclust.core.sharing.turns import Turns
 from llamaclust.model.child_process import (
     BoundedChild,
     ChildEndedError,
@@ -23,13 +24,14 @@ from llamaclust.model.child_process import (
     ChildUnusableError,
 )
 from llamaclust.model.images.prompt import Piece, prompt_of
-from llamaclust.model.images.settings import MAX_IMAGE_BYTES, ImageSettings
+from llamaclust.model.images.settings import CHANNELS, MAX_IMAGE_BYTES, ImageSettings
 
 _CHILD: Final = "llamaclust.model.images.child"
-_CHANNELS: Final = 3
-PROCESSES: Final = 3
-"""The number of child processes, so that two slow images do not hold up all others."""
-_MAX_REPLY_BYTES: Final = 1 << 28
+_PROCESSES: Final = 3
+_MOST_OF_AN_OWNER: Final = 2
+"""The number of images of one owner that are prepared at a time."""
+_MAX_LINE_BYTES: Final = 1 << 16
+_MAX_ERROR_CHARACTERS: Final = 300
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
     """Limits of one image. `memory_bytes` is the memory of a child process above that at its start, `cpu_seconds` and
-    `wall_s` bound its work, and `wait_s` the whole call, including the wait for earlier images."""
+    `wall_s` bound its work, and `wait_s` the wait for earlier images. A process without work ends after `idle_s`."""
 
     max_bytes: int = MAX_IMAGE_BYTES
     max_pixels: int = 32 << 20
@@ -46,6 +48,7 @@ class ImageLimits:
     wall_s: float = 45.0
     start_s: float = 30.0
     wait_s: float = 60.0
+    idle_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +61,19 @@ class ImageTiles:
 
 
 class ImagePreparation:
-    """The child processes of one projector's settings, which start on first use. Thread-safe."""
+    """The child processes for images of all models. They start on first use, and end when they are idle. Owners of
+    requests take turns, so that two slow images of one owner do not hold up others. Use it on one event loop."""
 
-    def __init__(self, settings: ImageSettings, limits: ImageLimits | None = None) -> None:
+    def __init__(self, limits: ImageLimits | None = None) -> None:
         self._limits = limits or ImageLimits()
-        self._preparers = [_Preparer(settings, self._limits) for _ in range(PROCESSES)]
+        self._preparers = [_Preparer(self._limits) for _ in range(_PROCESSES)]
+        self._turns = Turns(_PROCESSES, _MOST_OF_AN_OWNER)
 
-    def __enter__(self) -> ImagePreparation:
+    async def __aenter__(self) -> ImagePreparation:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    async def __aexit__(self, *error: object) -> None:
+        await asyncio.to_thread(self.close)
 
     def close(self) -> None:
         """Ends the child processes. Images in progress and waiting ones fail. May be called again."""
@@ -77,48 +82,47 @@ class ImagePreparation:
         for preparer in self._preparers:
             preparer.child.close()
 
-    def prepare(self, image: bytes) -> ImageTiles:
+    async def prepare(self, image: bytes, settings: ImageSettings, owner: str = "") -> ImageTiles:
         """Raises RequestError for an image that is not taken, which another attempt does not change, and DeadlineError
-        if the work is late, killed or closed."""
-        future = self._submit(image)
-        try:
-            return future.result(self._limits.wait_s)
-        except concurrent.futures.TimeoutError:
-            future.cancel()
-            raise self._waited_too_long() from None
-
-    async def prepare_async(self, image: bytes) -> ImageTiles:
-        future = asyncio.wrap_future(self._submit(image))
-        try:
-            return await asyncio.wait_for(future, self._limits.wait_s)
-        except TimeoutError:
-            raise self._waited_too_long() from None
-
-    def _submit(self, image: bytes) -> Future[ImageTiles]:
+        if the work is late, killed or closed. The owner's turn lasts until the work ends, also if the call is
+        cancelled."""
         most = self._limits.max_bytes
         if len(image) > most:
             raise RequestError(f"the image has {len(image)} bytes; the limit is {most}: send a smaller one")
-        return min(self._preparers, key=lambda preparer: preparer.child.load).submit(image)
+        async with AsyncExitStack() as turn:
+            try:
+                async with asyncio.timeout(self._limits.wait_s):
+                    await turn.enter_async_context(self._turns.turn(owner))
+            except TimeoutError:
+                what = f"other images were prepared for {self._limits.wait_s:g} s"
+                raise DeadlineError(f"{what}; try again") from None
+            work = asyncio.wrap_future(self._least_busy().submit(image, settings))
+            try:
+                return await asyncio.shield(work)
+            finally:
+                await asyncio.wait([work])
 
-    def _waited_too_long(self) -> DeadlineError:
-        return DeadlineError(f"other images were prepared for {self._limits.wait_s:g} s; try again")
+    def _least_busy(self) -> _Preparer:
+        """Prefers a process that has started."""
+        return min(self._preparers, key=lambda preparer: (preparer.child.load, preparer.child.pid is None))
 
 
 class _Preparer:
-    def __init__(self, settings: ImageSettings, limits: ImageLimits) -> None:
-        first = {"settings": asdict(settings), **asdict(limits)}
-        program = ChildProgram(_CHILD, lambda: first, limits.start_s, limits.wall_s, _MAX_REPLY_BYTES)
+    def __init__(self, limits: ImageLimits) -> None:
+        first = asdict(limits)
+        program = ChildProgram(
+            _CHILD, lambda: first, limits.start_s, limits.wall_s, _MAX_LINE_BYTES, idle_s=limits.idle_s
+        )
         self.child = BoundedChild(program, "images")
-        self._settings = settings
         self._limits = limits
         self._is_reported = False
 
-    def submit(self, image: bytes) -> Future[ImageTiles]:
-        return self.child.submit(partial(self._prepare, image))
+    def submit(self, image: bytes, settings: ImageSettings) -> Future[ImageTiles]:
+        return self.child.submit(partial(self._prepare, image, settings))
 
-    def _prepare(self, image: bytes) -> ImageTiles:
+    def _prepare(self, image: bytes, settings: ImageSettings) -> ImageTiles:
         try:
-            reply, pixels = self.child.request_with_payload({}, image)
+            reply, pixels = self.child.request_with_payload(asdict(settings), image, settings.max_tile_bytes)
         except (ChildKilledError, ChildLateError, ChildUnusableError) as failure:
             raise DeadlineError(f"the preparation of the image was stopped: {failure}; try again") from None
         except ChildEndedError as failure:
@@ -127,7 +131,7 @@ class _Preparer:
         self._report(self.child.first_reply["unconfined"])
         if "error" in reply:
             raise RequestError(f"the image was refused: {_line(reply['error'])}")
-        return _tiles(reply, pixels, self._settings)
+        return _tiles(reply, pixels, settings)
 
     def _report(self, unconfined: str | None) -> None:
         if unconfined is not None and not self._is_reported:
@@ -140,16 +144,16 @@ def _tiles(reply: dict[str, Any], pixels: bytes, settings: ImageSettings) -> Ima
     try:
         sizes = [(int(width), int(height)) for width, height in reply["sizes"]]
         columns, rows = int(reply["columns"]), int(reply["rows"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise _damaged() from None
-    counts = [width * height * _CHANNELS for width, height in sizes]
+    counts = [width * height * CHANNELS for width, height in sizes]
     is_cut = columns > 0 and rows > 0 and len(sizes) == columns * rows + 1
     is_whole = columns == rows == 0 and len(sizes) == 1
     if not (is_cut or is_whole) or min(map(min, sizes)) < 1 or sum(counts) != len(pixels):
         raise _damaged()
     ends = np.cumsum(counts)
     tiles = (
-        np.frombuffer(pixels, np.uint8, count, end - count).reshape(height, width, _CHANNELS)
+        np.frombuffer(pixels, np.uint8, count, end - count).reshape(height, width, CHANNELS)
         for (width, height), count, end in zip(sizes, counts, ends, strict=True)
     )
     return ImageTiles(tuple(tiles), prompt_of(settings, sizes, columns, rows))
@@ -160,4 +164,5 @@ def _damaged() -> RequestError:
 
 
 def _line(text: object) -> str:
-    return "".join(character for character in " ".join(str(text).split()) if character.isprintable())
+    words = " ".join(str(text).split())[:_MAX_ERROR_CHARACTERS]
+    return "".join(character for character in words if character.isprintable())

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Final
 
 MAX_IMAGE_BYTES: Final = 20 << 20
 """The largest size of an image's file."""
+CHANNELS: Final = 3
+"""The bytes of a pixel of a tile."""
+_ROUNDING: Final = 2
+"""Rounding up and padding may enlarge a tile, but not beyond this many times its limit."""
 
 
 class ImageError(ValueError):
@@ -40,8 +45,24 @@ class ImageSettings:
         """The side in pixels of the square that becomes one row."""
         return self.patch_size * self.merge
 
+    @property
+    def max_tile_bytes(self) -> int:
+        """A bound on the bytes of all tiles of an image, which those that an encoder takes do not reach."""
+        edge = self.image_size or self.longest_edge + self.side
+        tiles_a_side = -(-self.longest_edge // self.image_size) if self.image_size else 0
+        tiles = max(self.max_tiles, tiles_a_side**2) + 1  # an overview
+        return tiles * max(edge**2, self.max_pixels) * CHANNELS * _ROUNDING
+
     def digest(self, image: bytes, projector_identity: str) -> bytes:
         """Returns the SHA-256 that identifies the rows of an image's bytes."""
         settings = repr(sorted(asdict(self).items()))
         head = f"{len(projector_identity)} {projector_identity} {settings} "
         return hashlib.sha256(head.encode() + image).digest()
+
+
+def check_tiles(sizes: Sequence[tuple[int, int]], settings: ImageSettings) -> None:
+    """Raises ImageError for tiles that are much larger than those of the encoder."""
+    n_bytes = sum(width * height for width, height in sizes) * CHANNELS
+    if n_bytes > settings.max_tile_bytes:
+        what = f"its tiles have {n_bytes} bytes; the limit is {settings.max_tile_bytes}"
+        raise ImageError(f"{what}: send a part of the image")

@@ -86,12 +86,12 @@ def test_a_payload_travels_behind_the_line_both_ways_and_is_bounded() -> None:
     data = bytes(range(256)) * 3
     with child_of() as child:
         for payload in (b"", b"\n", data):
-            reply = child.submit(partial(child.request_with_payload, {"a": 1}, payload)).result(60)
+            reply = child.submit(partial(child.request_with_payload, {"a": 1}, payload, 1000)).result(60)
             assert reply == ({"a": 1}, payload[::-1])
         with pytest.raises(ChildEndedError, match="more than 1000 bytes"):
-            child.submit(partial(child.request_with_payload, {"times": 2}, data)).result(60)
+            child.submit(partial(child.request_with_payload, {"times": 2}, data, 1000)).result(60)
         with pytest.raises(ChildEndedError, match="crashed"):
-            asked(child, cut=1)
+            child.submit(partial(child.request_with_payload, {"cut": 1}, b"", 1000)).result(60)
         assert asked(child, a=2) == {"a": 2}
 
 

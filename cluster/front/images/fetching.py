@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from socket import SOCK_STREAM, getaddrinfo
 from typing import Final
 
 import httpx
@@ -15,9 +17,18 @@ from llamaclust.cluster.front.text.sharing import hold_bytes
 from llamaclust.core.errors import DeadlineError, ParameterError
 from llamaclust.core.version import VERSION
 from llamaclust.model.images.settings import MAX_IMAGE_BYTES
+from llamaclust.wire.rpc.deadlines import deadline
 
 _MAX_S: Final = 20.0
 """Deadline of all fetches of one request."""
+_LOOKUP_S: Final = 10.0
+"""Deadline of the lookup of one host's addresses."""
+_LOOKUPS: Final = ThreadPoolExecutor(2, "look-up-host")
+"""Threads of their own: a name server that does not answer keeps a thread for as long as the system's resolver waits,
+also after the deadline."""
+_ONE_USE: Final = httpx.Limits(max_keepalive_connections=0)
+"""No connection is used again. The pool knows connections by their address, which hosts may share, but a certificate
+is checked only when a connection is opened."""
 _NAT64: Final = IPv6Network("64:ff9b::/96")
 _PLAIN: Final = "identity"
 _HEADERS: Final = {"accept": "image/*", "accept-encoding": _PLAIN, "user-agent": f"llamaclust/{VERSION}"}
@@ -43,7 +54,7 @@ async def fetch_images(urls: Sequence[str], most_bytes: int) -> dict[str, bytes]
 
 
 def _client() -> httpx.AsyncClient:
-    return httpx.AsyncClient(headers=_HEADERS, timeout=None, trust_env=False, follow_redirects=False)
+    return httpx.AsyncClient(headers=_HEADERS, timeout=None, limits=_ONE_USE, trust_env=False, follow_redirects=False)
 
 
 async def _fetched(client: httpx.AsyncClient, url: ImageUrl, most_bytes: int) -> bytes:
@@ -82,10 +93,12 @@ async def _read(reply: httpx.Response, most_bytes: int) -> bytes:
 
 
 async def _public_address(url: ImageUrl) -> str:
-    """Returns the first address of a host. Raises ValueError if any of its addresses is not public."""
-    resolving = asyncio.get_running_loop().getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
+    """Returns the first address of a host. Raises ValueError if any of its addresses is not public, and DeadlineError
+    if they are not known in time."""
+    look_up = partial(getaddrinfo, url.host, url.port, type=SOCK_STREAM)
     try:
-        found = await resolving
+        async with deadline(f"the addresses of {url.host} from its name server", _LOOKUP_S):
+            found = await asyncio.get_running_loop().run_in_executor(_LOOKUPS, look_up)
     except OSError as error:
         raise ValueError(f"the host is not found: {error.strerror or error}") from error
     addresses = [str(place[0]) for *_, place in found]

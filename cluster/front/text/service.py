@@ -108,10 +108,8 @@ class TextService:
         """The number of requests that were accepted and have not ended, including those in preparation."""
 
     async def aclose(self) -> None:
-        """Ends the processes that check grammars and prepare images."""
+        """Ends the processes that check grammars."""
         await asyncio.to_thread(self._grammars.close)
-        if self.vision is not None:
-            await self.vision.aclose()
 
     async def start(self, request: CompletionRequest) -> Completion:
         """Prepares and submits a request. The caller reads the completion's log, and must close the completion."""

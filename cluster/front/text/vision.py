@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 
 from llamaclust.cluster.front.text.image_rows import RowCache, RowLimits, Rows, SharedComputations
 from llamaclust.cluster.front.text.images import ImageSource, PromptImages
-from llamaclust.cluster.front.text.sharing import TOKENIZING, Places, current_owner, run_on
+from llamaclust.cluster.front.text.sharing import TOKENIZING, current_owner, run_on
 from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
-from llamaclust.core.errors import RequestFailedError
 from llamaclust.model.chat.prompt import encode_text
-from llamaclust.model.images.preparation import PROCESSES, ImagePreparation, ImageTiles
+from llamaclust.model.images.preparation import ImagePreparation, ImageTiles
 from llamaclust.model.images.projector_settings import low_detail, settings_of
 from llamaclust.model.images.prompt import TileRows
 from llamaclust.model.images.settings import ImageSettings
@@ -99,28 +98,24 @@ class Vision:
         projector: Projector,
         tokenizer: Tokenizer,
         encode: Encode,
+        preparation: ImagePreparation,
         rope_sections: int = 0,
         limits: RowLimits | None = None,
     ) -> None:
-        """`rope_sections`: the text model's rope positions of a row (M-RoPE: time, line, column); 0: only one."""
+        """Several models may share `preparation`. `rope_sections`: the text model's rope positions of a row (M-RoPE:
+        time, line, column); 0: only one."""
         self._projector = projector
         self._tokenizer = tokenizer
         self._encode = encode
         self._rope_sections = rope_sections
         usual = settings_of(projector)
         self._settings: Mapping[str, ImageSettings] = {"auto": usual, "high": usual, "low": low_detail(usual)}
-        self._preparations = {each: ImagePreparation(each) for each in {*self._settings.values()}}
-        self._places = Places(PROCESSES, _SIDE_BY_SIDE)
+        self._preparation = preparation
         self._layouts: OrderedDict[bytes, ImageLayout] = OrderedDict()
         self._preparing: SharedComputations[_Tiles] = SharedComputations()
         self._tiles: WeakValueDictionary[bytes, _Tiles] = WeakValueDictionary()  # that wait for the encoder
         self._encoding: SharedComputations[Rows] = SharedComputations()
         self._rows = RowCache(limits)
-
-    async def aclose(self) -> None:
-        """Ends the processes that prepare images."""
-        for preparation in self._preparations.values():
-            await asyncio.to_thread(preparation.close)
 
     async def lay_out(self, prompt: PromptImages, check: CheckLength) -> tuple[int, ...]:
         """Returns the token ids of a prompt, with 0 for each row of an image. Nothing is encoded. Raises RequestError
@@ -204,7 +199,8 @@ class Vision:
         return await self._preparing.get(digest, partial(self._prepare, digest, source)) if tiles is None else tiles
 
     async def _prepare(self, digest: bytes, source: ImageSource) -> _Tiles:
-        image = await self._in_process(self._preparations[self._settings[source.detail]], source.data)
+        settings = self._settings[source.detail]
+        image = await self._preparation.prepare(source.data, settings, current_owner.get())
         layout = await run_on(TOKENIZING, self._layout_of, image)
         self._layouts[digest] = layout
         while len(self._layouts) > _MAX_LAYOUTS:
@@ -213,16 +209,6 @@ class Vision:
         self._rows.count_tiles(tiles)
         self._tiles[digest] = tiles
         return tiles
-
-    async def _in_process(self, preparation: ImagePreparation, data: bytes) -> ImageTiles:
-        """Prepares an image in the owner's turn, which lasts until its process has ended the work, even if nobody waits
-        for the image any more."""
-        async with self._places.turn():
-            work = asyncio.create_task(preparation.prepare_async(data))
-            try:
-                return await asyncio.shield(work)
-            finally:
-                await asyncio.wait([work])
 
     def _layout_of(self, image: ImageTiles) -> ImageLayout:
         """Raises RequestError for a tile of a size that the encoder does not take."""
@@ -246,7 +232,7 @@ class Vision:
         tiles = image.tiles or await self._tiles_of(image.digest, image.source)
         with self._rows.reserving(self._bytes_of(tiles.layout)):
             parts = await self._encode(tiles.tiles, current_owner.get())
-            rows = await run_on(TOKENIZING, joined_rows, parts, tiles.layout)
+            rows = await run_on(TOKENIZING, joined_rows, parts)
         self._rows.put(image.digest, rows)
         return rows
 
@@ -278,20 +264,13 @@ class Vision:
         return positions
 
 
-def joined_rows(parts: Sequence[Rows], layout: ImageLayout) -> Rows:
-    """Returns the rows of all tiles, which may take long. Raises RequestFailedError for rows that an encoder cannot
-    have computed."""
-    for part, (lines, columns) in zip(parts, layout.grids, strict=True):
-        if len(part) != lines * columns:
-            what = f"expected {lines * columns} rows of a tile from the encoder, found {len(part)}"
-            raise RequestFailedError(f"{what}; send the image again")
-        if not np.isfinite(part).all():
-            raise RequestFailedError("expected finite numbers from the encoder, found others; send the image again")
+def joined_rows(parts: Sequence[Rows]) -> Rows:
+    """Returns the rows of all tiles, which may take long."""
     return parts[0] if len(parts) == 1 and parts[0].base is None else np.concatenate(parts)
 
 
-def vision_of(model: Model, encoder: Encoder | None) -> Vision | None:
+def vision_of(model: Model, encoder: Encoder | None, preparation: ImagePreparation) -> Vision | None:
     """Returns the images of a model. None: it reads text only."""
     if model.projector is None or encoder is None:
         return None
-    return Vision(model.projector, model.tokenizer, encoder.encode, model.rope_sections)
+    return Vision(model.projector, model.tokenizer, encoder.encode, preparation, model.rope_sections)

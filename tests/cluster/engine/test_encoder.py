@@ -64,8 +64,15 @@ class FakeEncoder:
             self.open -= 1
 
     async def has_begun(self, *numbers: int) -> None:
-        while self.begun != [*numbers]:  # noqa: ASYNC110  few turns
-            await asyncio.sleep(0)
+        async with asyncio.timeout(20):
+            while self.begun != [*numbers]:  # noqa: ASYNC110  few turns
+                await asyncio.sleep(0)
+
+
+async def passes() -> None:
+    """Lets the event loop do all that it can do now."""
+    for _ in range(50):
+        await asyncio.sleep(0)
 
 
 def fails(error: LlamaclustError, times: int = 1) -> Callable[[], None]:
@@ -123,7 +130,7 @@ async def test_a_tile_that_always_fails_ends_the_request_and_not_others(projecto
         asyncio.create_task(encoder.encode(tiles(1, 2), "o")),
         asyncio.create_task(encoder.encode(tiles(5), "o")),
     )
-    with pytest.raises(RequestFailedError, match="failed 6 times at one tile, at last: worker w1 is lost"):
+    with pytest.raises(RequestFailedError, match=f"failed {MAX_STRIKES} times at one tile, at last: worker w1 is lost"):
         await bad
     check(await good, 5)
 
@@ -148,7 +155,7 @@ async def test_a_tile_on_a_lost_pipeline_is_encoded_by_the_next_one(projector: P
     encoding = asyncio.create_task(encoder.encode(tiles(1, 2), "o"))
     await first.has_begun(1, 2)
     encoder.lose(LOST)
-    await asyncio.sleep(0.01)
+    await passes()
     assert not encoding.done() and first.open == 0
     encoder.serve(second)
     check(await encoding, 1, 2)
@@ -234,16 +241,33 @@ async def test_a_paused_encoder_ends_its_tile_and_begins_no_other(projector: Pro
     await fake.reached.wait()
     encoder.pause()
     idle = asyncio.create_task(encoder.wait_idle())
-    await asyncio.sleep(0.01)
+    await passes()
     assert not idle.done()
     fake.gate.set()
     await idle
-    await asyncio.sleep(0.01)
+    await passes()
     assert fake.begun == [1] and not encoding.done()
     encoder.lose(None)
     encoder.serve(next_one)
     check(await encoding, 1, 2)
     assert next_one.begun == [2], "the first tile is not computed again"
+
+
+async def test_a_tile_that_hangs_holds_up_no_other_model(
+    projector: Projector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("llamaclust.cluster.engine.encoder._LAST_TILE_S", 0.05)
+    fake, next_one = FakeEncoder(hangs=frozenset((1,))), FakeEncoder()
+    encoder = serving(projector, fake)
+    encoding = asyncio.create_task(encoder.encode(tiles(1), "o"))
+    await fake.reached.wait()
+    encoder.pause()
+    async with asyncio.timeout(20):
+        await encoder.wait_idle()
+    assert not encoding.done() and "longer than 0.05 s" in caplog.text
+    encoder.lose(None)
+    encoder.serve(next_one)
+    check(await encoding, 1)
 
 
 async def test_the_deadline_ends_a_tile(projector: Projector) -> None:
@@ -275,14 +299,14 @@ async def test_tiles_wait_for_the_engine_s_pipeline(projector: Projector) -> Non
     async with asyncio.timeout(20), Engine(asleep, SETTINGS, EngineSettings(), owner, projector) as engine:
         assert engine.encoder is not None
         encoding = asyncio.create_task(engine.encoder.encode(tiles(1), "o"))
-        await asyncio.sleep(0.01)
+        await passes()
         assert not encoding.done()
         engine.resume(awake, SETTINGS)
         check(await encoding, 1)
         encoding = asyncio.create_task(engine.encoder.encode(tiles(2, 3), "o"))
         await awake.encoder.has_begun(1, 2, 3)
         engine.lose(LOST)
-        await asyncio.sleep(0.01)
+        await passes()
         assert not encoding.done()
         engine.resume(later, SETTINGS)
         check(await encoding, 2, 3)

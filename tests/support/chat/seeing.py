@@ -17,6 +17,7 @@ from llamaclust.cluster.front.text.images import ImageSource, PromptImages
 from llamaclust.cluster.front.text.vision import Tile, Vision
 from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
 from llamaclust.kernels.reference.backend import ReferenceBackend
+from llamaclust.model.images.preparation import ImagePreparation
 from llamaclust.model.projectors.projector import Projector, open_projector
 from support.clusters.served import ids, tokenizer
 from support.models.vision.encoded_tiles import encoded
@@ -70,11 +71,8 @@ async def seeing(
 ) -> AsyncIterator[tuple[Vision, Encoder, Projector]]:
     path = build_projector(folder / f"{name}.gguf", name)
     projector, encoder = open_projector(path), Encoder(path)
-    vision = Vision(projector, tokenizer(), encoder.encode, sections, limits)
-    try:
-        yield vision, encoder, projector
-    finally:
-        await vision.aclose()
+    async with ImagePreparation() as preparation:
+        yield Vision(projector, tokenizer(), encoder.encode, preparation, sections, limits), encoder, projector
 
 
 def prompt_of(*images: bytes, detail: str = "auto") -> PromptImages:

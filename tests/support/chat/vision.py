@@ -44,9 +44,6 @@ class TinyVision(Vision):
         self.prompts: list[PromptImages] = []
         self._width = width
 
-    async def aclose(self) -> None:
-        pass
-
     async def image_prompt(
         self, prompt: PromptImages, check: CheckLength
     ) -> tuple[tuple[int, ...], tuple[ImageSpan, ...]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -50,11 +51,11 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names lead to this machine, which is taken for public; the names that were looked up."""
     names: list[str] = []
 
-    async def look_up(self: object, host: str, port: int, **_: Any) -> list[Any]:
+    def look_up(host: str, port: int, **_: Any) -> list[Any]:
         names.append(host)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", look_up)
+    monkeypatch.setattr(fetching, "getaddrinfo", look_up)
     monkeypatch.setattr(fetching, "is_public", lambda address: address == "127.0.0.1")
     return names
 
@@ -133,6 +134,28 @@ async def test_an_image_is_fetched_once_from_the_address_that_was_checked(resolv
     assert f"host: example.com:{port}\r\n" in asked[0] and resolved == ["example.com"]
 
 
+async def test_hosts_at_one_address_share_no_connection(resolved: list[str]) -> None:
+    """The certificate of each host is checked, because each has a connection of its own."""
+    connections: list[list[str]] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        hosts: list[str] = []
+        connections.append(hosts)
+        with suppress(asyncio.IncompleteReadError):  # the client closes the connection
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                hosts += re.findall(r"host: ([a-z.]+)", head.decode().lower())
+                writer.write(http("200 OK", IMAGE))
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        urls = [f"http://{name}.example:{port}/" for name in "abb"]
+        assert await fetch_images(urls, 1 << 20) == dict.fromkeys(urls, IMAGE)
+    assert connections == [["a.example"], ["b.example"], ["b.example"]]
+
+
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
@@ -169,10 +192,10 @@ async def test_all_images_of_a_request_share_the_bound(resolved: list[str]) -> N
 async def test_hosts_at_private_addresses_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    async def look_up(self: object, host: str, port: int, **_: Any) -> list[Any]:
+    def look_up(host: str, port: int, **_: Any) -> list[Any]:
         return [(0, 0, 0, "", (address, port)) for address in ("1.1.1.1", "127.0.0.1")]
 
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", look_up)
+    monkeypatch.setattr(fetching, "getaddrinfo", look_up)
     async with web_host(http("200 OK", IMAGE), asked) as port:
         with pytest.raises(ParameterError, match=r"127\.0\.0\.1, which is not public"):
             await fetch_images([f"http://example.com:{port}/"], 1 << 20)

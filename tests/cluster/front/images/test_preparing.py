@@ -17,14 +17,16 @@ from llamaclust.cluster.front.text import vision as vision_module
 from llamaclust.cluster.front.text.image_rows import RowLimits, Rows
 from llamaclust.cluster.front.text.images import ImageSource, PromptImages, image_part
 from llamaclust.cluster.front.text.sharing import current_owner
-from llamaclust.cluster.front.text.vision import CheckLength, ImageLayout, joined_rows
+from llamaclust.cluster.front.text.vision import CheckLength, joined_rows
 from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
-from llamaclust.core.errors import QueueFullError, RequestFailedError
-from llamaclust.model.images.preparation import ImagePreparation, ImageTiles
+from llamaclust.core.errors import QueueFullError
+from llamaclust.model.images.preparation import ImageTiles, _Preparer
+from llamaclust.model.images.settings import ImageSettings
 from support.chat.seeing import any_length, png, prompt_of, seeing, spans_of
 from support.chat.vision import TinyVision, data_url, image
 from support.clusters import served as served_module
 from support.clusters.served import ScriptedEngine, client, make_app, says, until
+from support.event_loop import pass_time
 
 _Value = TypeVar("_Value")
 ONES, TWOS, THREES = ([png(10 * owner + number) for number in range(6)] for owner in (1, 2, 3))
@@ -36,22 +38,23 @@ class Processes:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun: list[bytes] = []
         self.ended = 0
-        self._gates: dict[bytes, asyncio.Event] = {}
-        real = ImagePreparation.prepare_async
+        self._gates: dict[bytes, threading.Event] = {}
+        real = _Preparer._prepare
 
-        async def prepare(preparation: ImagePreparation, data: bytes) -> ImageTiles:
+        def prepare(preparer: _Preparer, data: bytes, settings: ImageSettings) -> ImageTiles:
+            gate = self._gates.setdefault(data, threading.Event())
             self.begun.append(data)
-            await self._gates.setdefault(data, asyncio.Event()).wait()
+            assert gate.wait(60)
             try:
-                return await real(preparation, data)
+                return real(preparer, data, settings)
             finally:
                 self.ended += 1
 
-        monkeypatch.setattr(ImagePreparation, "prepare_async", prepare)
+        monkeypatch.setattr(_Preparer, "_prepare", prepare)
 
     def let_go(self, *images: bytes) -> None:
         for each in images:
-            self._gates.setdefault(each, asyncio.Event()).set()
+            self._gates.setdefault(each, threading.Event()).set()
 
 
 @pytest.fixture
@@ -130,30 +133,18 @@ async def test_tiles_that_wait_for_the_encoder_count_as_memory(tmp_path: Path) -
             assert await first
 
 
-LAYOUT = ImageLayout(((),), ((2, 3), (1, 1)), (0, 6))
-
-
 def test_rows_are_those_of_all_tiles() -> None:
     parts = [np.arange(12, dtype=np.float32).reshape(6, 2), np.full((1, 2), -1, np.float32)]
-    rows = joined_rows(parts, LAYOUT)
+    rows = joined_rows(parts)
     assert rows.base is None and np.array_equal(rows, np.concatenate(parts))
-
-
-@pytest.mark.parametrize(
-    ("first", "reason"),
-    [(np.zeros((5, 2)), "expected 6 rows of a tile from the encoder, found 5"), (np.full((6, 2), np.inf), "finite")],
-)
-def test_other_rows_are_refused(first: Rows, reason: str) -> None:
-    with pytest.raises(RequestFailedError, match=reason):
-        joined_rows([first.astype(np.float32), np.zeros((1, 2), np.float32)], LAYOUT)
 
 
 async def test_rows_are_joined_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     threads: list[threading.Thread] = []
 
-    def joined(parts: Sequence[Rows], layout: ImageLayout) -> Rows:
+    def joined(parts: Sequence[Rows]) -> Rows:
         threads.append(threading.current_thread())
-        return joined_rows(parts, layout)
+        return joined_rows(parts)
 
     monkeypatch.setattr(vision_module, "joined_rows", joined)
     async with seeing(tmp_path) as (vision, *_):
@@ -162,11 +153,12 @@ async def test_rows_are_joined_beside_the_event_loop(monkeypatch: pytest.MonkeyP
 
 
 class SlowVision(TinyVision):
-    """Lays out one prompt of each request, and waits for ever with the rows."""
+    """Lays out one prompt of each request, and waits with the rows until the request's deadline."""
 
-    def __init__(self) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.begun = self.cancelled = 0
+        self._monkeypatch = monkeypatch
 
     async def image_prompt(
         self, prompt: PromptImages, check: CheckLength
@@ -180,13 +172,14 @@ class SlowVision(TinyVision):
         self.begun += 1
         try:
             found = await work
+            pass_time(self._monkeypatch, REQUEST_S)
             await asyncio.Event().wait()
             return found
         finally:
             self.cancelled += 1
 
 
-REQUEST_S = 0.3
+REQUEST_S = 30.0
 BODY = {"messages": [{"role": "user", "content": [image_part(data_url(image(2)))]}]}
 
 
@@ -196,16 +189,17 @@ async def test_the_preparation_of_images_ends_at_the_request_s_deadline(
     path: str, headers: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(served_module, "CONTEXT", 1 << 14)
-    engine, vision = ScriptedEngine(says("a")), SlowVision()
+    engine, vision = ScriptedEngine(says("a")), SlowVision(monkeypatch)
     async with client(make_app(engine, vision=vision, request_s=REQUEST_S), timeout=60) as http:
         reply = await http.post(path, json=BODY, headers=headers)
-    assert reply.status_code == 504 and f"(timeouts.request): not within {REQUEST_S} s" in reply.text, reply.text
-    assert vision.cancelled == vision.begun and not engine.submitted
+    assert reply.status_code == 504 and f"(timeouts.request): not within {REQUEST_S:g} s" in reply.text, reply.text
+    assert vision.begun and vision.cancelled == vision.begun and not engine.submitted
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/messages/count_tokens"])
 async def test_fetches_count_in_the_request_s_deadline(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def fetch(urls: Sequence[str], most_bytes: int) -> dict[str, bytes]:
+        pass_time(monkeypatch, REQUEST_S)
         await asyncio.Event().wait()
         return {}
 

@@ -31,8 +31,8 @@ async def test_rows_stand_in_the_family_s_prompt(name: str, tmp_path: Path) -> N
         found, spans = await vision.image_prompt(prompt_of(FIRST, SECOND), any_length)
         assert await vision.lay_out(prompt_of(FIRST, SECOND), any_length) == found
         assert encoder.images == 2
-        with ImagePreparation(settings_of(projector)) as preparation:
-            made = [preparation.prepare(image) for image in (FIRST, SECOND)]
+        async with ImagePreparation() as preparation:
+            made = [await preparation.prepare(image, settings_of(projector)) for image in (FIRST, SECOND)]
     wanted, rows = [*BEFORE], []
     for image in made:
         tiles = [encoded(ReferenceBackend(), encoder.path, tile) for tile in image.tiles]

@@ -1,0 +1,14 @@
+"""The clock of the event loop, by which deadlines end without a wait."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+
+def pass_time(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Puts the clock of the running event loop forward."""
+    loop = asyncio.get_running_loop()
+    clock = loop.time
+    monkeypatch.setattr(loop, "time", lambda: clock() + seconds)

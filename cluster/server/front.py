@@ -24,6 +24,7 @@ from llamaclust.cluster.front.models import AdapterControl, ApiModel
 from llamaclust.cluster.front.replies.handlers import Replies
 from llamaclust.cluster.front.schema import Body, field_error, parts_of
 from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.text.image_rows import RowCache
 from llamaclust.cluster.front.text.service import TextService, TextSettings
 from llamaclust.cluster.front.text.vision import vision_of
 from llamaclust.cluster.server.telemetry.settings import TelemetrySettings
@@ -193,7 +194,8 @@ async def api_models(
     """Yields all models in order. `show` returns the JSON of `GET /cluster`. The caller closes the journal."""
     residents = cluster.residency.residents
     async with AsyncExitStack() as stack:
-        services = [await stack.enter_async_context(aclosing(_text_service(served))) for served in cluster.models]
+        rows = RowCache(cluster.row_limits)
+        services = [await stack.enter_async_context(aclosing(_text_service(served, rows))) for served in cluster.models]
         if settings.image_hosts and not any(service.vision for service in services):
             raise UsageError("api.image_urls: no served model reads images; leave it out")
         replies = await stack.enter_async_context(aclosing(Replies(settings, journal)))
@@ -210,7 +212,7 @@ async def api_models(
         yield models
 
 
-def _text_service(served: ServedModel) -> TextService:
+def _text_service(served: ServedModel, rows: RowCache) -> TextService:
     model, config, engine = served.model, served.config, served.engine
     text = TextSettings(
         served.name,
@@ -227,7 +229,7 @@ def _text_service(served: ServedModel) -> TextService:
         max_drafted=engine.scheduler.settings.max_drafted,
         recommended=recommended_sampling(model.file),
     )
-    return TextService(engine, model.tokenizer, model.chat_template, text, vision_of(model, engine.encoder))
+    return TextService(engine, model.tokenizer, model.chat_template, text, vision_of(model, engine.encoder, rows))
 
 
 def _settings_of(served: ServedModel, settings: ApiSettings, models: Sequence[ServedModel]) -> ApiSettings:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llamaclust.cluster.front.text.image_rows import RowLimits, Rows
+from llamaclust.cluster.front.text.image_rows import RowCache, RowLimits, Rows
 from llamaclust.cluster.front.text.images import ImageSource, PromptImages
 from llamaclust.cluster.front.text.vision import Tile, Vision
 from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
@@ -70,7 +70,7 @@ async def seeing(
 ) -> AsyncIterator[tuple[Vision, Encoder, Projector]]:
     path = build_projector(folder / f"{name}.gguf", name)
     projector, encoder = open_projector(path), Encoder(path)
-    vision = Vision(projector, tokenizer(), encoder.encode, sections, limits)
+    vision = Vision(projector, tokenizer(), encoder.encode, sections, RowCache(limits))
     try:
         yield vision, encoder, projector
     finally:

@@ -202,12 +202,12 @@ async def _without_images(
 
 
 async def _misfit(planner: ClusterPlanner, workers: Mapping[str, WorkerHandle], reserved_bytes: int = 0) -> str | None:
-    config, model = planner.config, planner.model
+    config = planner.config
     planned = {name for entry in config.plan or () for name in entry.names}
-    if not is_optional(config, model) or not workers or not planned <= {*workers}:
+    if not workers or not planned <= {*workers} or not is_optional(config, planner.model):
         return None
     with named_errors(config):
-        return await asyncio.to_thread(misfit, config, model, planner.resources(workers), reserved_bytes)
+        return await asyncio.to_thread(misfit, config, planner.model, planner.resources(workers), reserved_bytes)
 
 
 async def _served(

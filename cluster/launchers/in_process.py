@@ -174,7 +174,7 @@ class LocalStage:
             await asyncio.to_thread(self.close)
 
     def _open_encoder(self, device: Device, settings: LocalSettings, opened: ExitStack) -> LocalEncoder | None:
-        """Without room for the encoder of a projector that the user did not choose, the model reads no images."""
+        """Opens the encoder of images. If it does not fit and the user did not choose its projector, returns None."""
         if self.model.projector is None:
             return None
         try:

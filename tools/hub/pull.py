@@ -38,7 +38,7 @@ _LOCK = ".lock"
 _LOCK_PAUSE_S = 0.2
 _TIMEOUT = httpx.Timeout(30.0, connect=15.0)
 _SHORT_TIMEOUT = httpx.Timeout(5.0, connect=3.0)
-"""For a hub that does not answer while the model is there already."""
+"""The time limits of a hub while the model is there already."""
 
 
 def check_known(spec: str, models_dir: Path | None = None) -> None:

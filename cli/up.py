@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 from llamaclust.cli.interrupts import ends_at_once, exits_on_signals
 from llamaclust.cli.listening import lan_key, listen_overrides
 from llamaclust.cli.progress import ClusterView, announce, cluster_view, shown_progress
-from llamaclust.cluster.config.catalog import stored_model
+from llamaclust.cluster.config.catalog import lacks_projector, stored_model
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.config.values import OFF
 from llamaclust.cluster.state.directory import ClusterDir, open_log
 from llamaclust.cluster.state.events import Event, Notice, Ready, StartFailed, from_line, to_line
-from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.core.errors import DownloadError, LlamaclustError, ModelFileError, UsageError
 
 if TYPE_CHECKING:
     from llamaclust.tools.progress import Progress
@@ -77,16 +77,22 @@ def _models(config: ClusterConfig, progress: Progress) -> list[Path]:
     for own in config.of_each_model():
         if own.mmproj not in (None, OFF):
             _model(own.mmproj, progress)
-    return [_model(own.model, progress) for own in config.of_each_model()]
+    return [_model(own.model, progress, is_auto=own.mmproj is None) for own in config.of_each_model()]
 
 
-def _model(spec: str, progress: Progress) -> Path:
+def _model(spec: str, progress: Progress, *, is_auto: bool = False) -> Path:
+    """`is_auto`: a downloaded model also gets its repository's projector, without an error if that is impossible."""
     path = stored_model(spec)
-    if path is None:
-        from llamaclust.tools.hub.pull import pull_model  # only here: what it imports is a twentieth of a start
+    if path is not None and not (is_auto and lacks_projector(spec)):
+        return path
+    from llamaclust.tools.hub.pull import pull_model  # only here: what it imports is a twentieth of a start
 
-        path = pull_model(spec, progress)
-    return path
+    try:
+        return pull_model(spec, progress)
+    except (DownloadError, ModelFileError):
+        if path is None:
+            raise
+        return path
 
 
 def _tune_grpc() -> None:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.control.limits import check_distinct, unused_mtp
+from llamaclust.cluster.control.optional_images import is_optional, misfit
 from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
 from llamaclust.cluster.control.resources.link_profiling import hops_matter, kept_links
 from llamaclust.cluster.control.resources.placement import check_placement
 from llamaclust.cluster.control.resources.profiling import stated_speeds
 from llamaclust.cluster.control.resources.resource_shares import WorkerResources, measurement_key
-from llamaclust.cluster.front.text.image_rows import RowLimits
 from llamaclust.cluster.launchers.models.projectors import open_with_projector
+from llamaclust.cluster.launchers.models.row_memory import row_bytes, row_limits
 from llamaclust.cluster.launchers.worker_settings import numa_nodes, thread_shares, worker_settings
 from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.links import Links
@@ -63,6 +64,7 @@ class PlannedStart:
     """The plan of a cluster's start on this machine, and other values to show."""
 
     plan: Plan
+    row_bytes: int  # the most memory of this machine for rows of images
     own_bytes: int
     """Bytes of a worker process without a model, estimated from this process, which has loaded the kernels but no
     model."""
@@ -107,15 +109,15 @@ def _show(config: ClusterConfig, acceptances: Sequence[float]) -> None:
         for each in _effects(config)
     )
     beside = _beside(config, start.own_bytes, start.draft_model)
-    found = (_image_rows(start.plan), *start.unused, disturbance(start.other_loads.values()))
+    found = (_image_rows(start), *start.unused, disturbance(start.other_loads.values()))
     hints = tuple(f"  {hint}" for hint in found if hint is not None)
     print("\n".join((*plan_lines(start.plan, acceptances), *rules, *lines, _cores(config), *beside, *hints)))
 
 
-def _image_rows(plan: Plan) -> str | None:
-    if not any(stage.encoder_bytes for stage in plan.stages):
+def _image_rows(start: PlannedStart) -> str | None:
+    if not start.row_bytes:
         return None
-    return f"the coordinator takes up to {mib(RowLimits().held_bytes)} MiB for rows of images"
+    return f"the coordinator takes up to {mib(start.row_bytes)} MiB of this machine for rows of images"
 
 
 def _cores(config: ClusterConfig) -> str:
@@ -165,15 +167,22 @@ def planned(config: ClusterConfig) -> PlannedStart:
         }
         draft_model = _draft_model(config)
         taken_bytes = 0 if draft_model is None else draft_model.bytes
-        free_bytes = max(0, available_memory_bytes() - taken_bytes)
+        limits = row_limits(taken_bytes)
+        of_rows = row_bytes(limits, [model])
+        free_bytes = max(0, available_memory_bytes() - taken_bytes - of_rows)
         try:
-            plan = plan_cluster(config, model, ClusterResources(workers, profiles, links, free_bytes=free_bytes))
+            resources = ClusterResources(workers, profiles, links, free_bytes=free_bytes)
+            misfitting = misfit(config, model, resources, of_rows) if is_optional(config, model) else None
+            if misfitting is not None:
+                model.projector = None
+                resources, of_rows = replace(resources, free_bytes=free_bytes + of_rows), 0
+            plan = plan_cluster(config, model, resources)
         except InsufficientMemoryError as error:
             beside = map(str.strip, _beside(config, own_bytes, draft_model))
             raise InsufficientMemoryError("; ".join((str(error), *beside))) from error
         other_loads = {name: loads[key] for name, key in used.items() if key in loads and name not in stated}
-        unused = filter(None, (unused_mtp(config, model), unused_projectors))
-        return PlannedStart(plan, own_bytes, draft_model, tuple(unused), other_loads)
+        unused = filter(None, (unused_mtp(config, model), unused_projectors, misfitting))
+        return PlannedStart(plan, of_rows, own_bytes, draft_model, tuple(unused), other_loads)
 
 
 @contextmanager

@@ -116,8 +116,8 @@ class TextCalls(ABC, Generic[WholeT, StreamT]):
         """Yields the answer to a request with this body at an HTTP path."""
 
     @abstractmethod
-    async def reads_images(self) -> bool:
-        """Returns False if the model is known to read text only."""
+    async def most_image_bytes(self) -> int:
+        """Returns the largest size of a request with images; 0 if the model is known to read text only."""
 
     @abstractmethod
     def deliver(self, chunks: Chunks, *, stream: bool) -> WholeT | StreamT:
@@ -273,8 +273,8 @@ class TextClient(TextCalls[Answer, ChunkStream]):
     def chunks(self, path: str, body: dict[str, Any]) -> Chunks:
         return self._client.chunks(path, body)
 
-    async def reads_images(self) -> bool:
-        return await self._client.reads_images()
+    async def most_image_bytes(self) -> int:
+        return await self._client.most_image_bytes()
 
     def deliver(self, chunks: Chunks, *, stream: bool) -> Answer | ChunkStream:
         given = self._thread.each(chunks)

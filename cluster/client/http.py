@@ -32,6 +32,7 @@ from llamaclust.cluster.client.web_access import DEFAULT_URL, Verify, explain_re
 from llamaclust.cluster.front.text.answer import Answer, TextChunk
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import LlamaclustError, ProtocolError
+from llamaclust.core.limits import MAX_BODY_BYTES
 
 if TYPE_CHECKING:
     from llamaclust.cluster.client.local import LocalClient
@@ -86,11 +87,12 @@ class AsyncClient(AsyncTextClient):
     async def chat_sampling(self) -> Options:
         return sampling_options((await self._entry()).get("chat_sampling", {}))  # servers of other programs have none
 
-    async def reads_images(self) -> bool:
+    async def most_image_bytes(self) -> int:
         entry = await self._entry()
-        if entry.get("owned_by") != "llamaclust":
-            return True
-        return bool(entry.get("capabilities", {}).get("vision"))
+        if entry.get("owned_by") == "llamaclust" and not entry.get("capabilities", {}).get("vision"):
+            return 0
+        most = entry.get("max_request_bytes")
+        return most if isinstance(most, int) else MAX_BODY_BYTES
 
     async def _entry(self) -> dict[str, Any]:
         """Returns the entry of the client's model in `GET /v1/models`, or {} for an empty list."""

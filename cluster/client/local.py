@@ -23,6 +23,7 @@ from llamaclust.cluster.front.text.embedder import Vector
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.launchers.in_process import LocalSettings, LocalStage
 from llamaclust.core.errors import ParameterError
+from llamaclust.core.limits import MAX_BODY_BYTES
 
 if TYPE_CHECKING:
     from llamaclust.kernels.backend import Float32
@@ -45,8 +46,8 @@ class AsyncServiceClient(AsyncTextClient):
     async def chat_sampling(self) -> Options:
         return sampling_options(chat_sampling(self.service.settings.recommended, {}))
 
-    async def reads_images(self) -> bool:
-        return self.service.vision is not None
+    async def most_image_bytes(self) -> int:
+        return 0 if self.service.vision is None else MAX_BODY_BYTES
 
     async def chunks(self, path: str, body: dict[str, Any]) -> Chunks:
         if path == CHAT:

@@ -21,8 +21,8 @@ from llamaclust.core.regular_file import read_bytes
 from llamaclust.model.images.formats import ImageFormat, format_of
 from llamaclust.model.images.settings import MAX_IMAGE_BYTES
 
-MOST_BYTES: Final = MAX_BODY_BYTES - (1 << 16)
-"""The largest size of the messages of a request, which leaves room for its other fields."""
+_OTHER_BYTES: Final = 1 << 16
+"""The room for other fields of a request than its messages."""
 
 
 def message_json(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,13 +51,16 @@ def has_images(message: Mapping[str, Any]) -> bool:
     return bool(_images_of(message))
 
 
-def with_latest_images(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], int]:
-    """Returns OpenAI's messages with their latest images, as many as fit into one request, and the number of images
-    without which they are. Raises UsageError if one of the last message is among these."""
+def with_latest_images(
+    messages: Sequence[Mapping[str, Any]], body_bytes: int = MAX_BODY_BYTES
+) -> tuple[list[Mapping[str, Any]], int]:
+    """Returns OpenAI's messages with their latest images, as many as fit into a request of `body_bytes`, and the number
+    of images without which they are. Raises UsageError if one of the last message is among these."""
     sizes = [(at, _json_bytes(part)) for at, message in enumerate(messages) for part in _images_of(message)]
     if not sizes:
         return [*messages], 0
-    free_bytes = MOST_BYTES - _json_bytes([*map(_without_images, messages, repeat(None))])
+    most_bytes = body_bytes - _OTHER_BYTES
+    free_bytes = most_bytes - _json_bytes([*map(_without_images, messages, repeat(None))])
     fitting = 0
     for _, size in reversed(sizes[-MAX_IMAGES:]):
         free_bytes -= size
@@ -66,7 +69,7 @@ def with_latest_images(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapp
         fitting += 1
     missing = len(sizes) - fitting
     if missing and sizes[missing - 1][0] == len(messages) - 1:
-        what = f"expected at most {MAX_IMAGES} images in a request of {MOST_BYTES} bytes, found more in one message"
+        what = f"expected at most {MAX_IMAGES} images in a request of {most_bytes} bytes, found more in one message"
         raise UsageError(f"{what}; send fewer or smaller images")
     counts = Counter(at for at, _ in sizes[:missing])
     return [_without_images(message, counts[at]) for at, message in enumerate(messages)], missing

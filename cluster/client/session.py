@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from copy import copy, deepcopy
 from os import PathLike
@@ -17,6 +17,7 @@ from llamaclust.cluster.client.message_images import has_images, message_json, w
 from llamaclust.cluster.config.values import expand_home
 from llamaclust.cluster.front.text.answer import Answer, TextChunk
 from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.core.limits import MAX_BODY_BYTES
 from llamaclust.core.regular_file import read_json, write_text
 
 _SYSTEM_ROLES = frozenset({"system", "developer"})
@@ -128,10 +129,11 @@ class Session(Generic[WholeT, StreamT]):
         parts: list[TextChunk] = []
         dropped_before, self._is_answering = self.dropped_messages, True
         try:
-            if message is not None and has_images(asked) and not await self._client.reads_images():
+            body_bytes = await self._image_bytes([*self._before(start), asked])
+            if message is not None and has_images(asked) and not body_bytes:
                 raise UsageError("the model reads text only: send no images, or serve a model with its projector")
             while True:
-                body = self._with_images_that_fit(chat_body([*self._before(start), asked], merged))
+                body = self._with_images_that_fit(chat_body([*self._before(start), asked], merged), body_bytes)
                 try:
                     async with aclosing(self._client.chunks(CHAT, body)) as chunks:
                         async for chunk in chunks:
@@ -148,8 +150,11 @@ class Session(Generic[WholeT, StreamT]):
             else:
                 self.dropped_messages = dropped_before
 
-    def _with_images_that_fit(self, body: dict[str, Any]) -> dict[str, Any]:
-        messages, self.dropped_images = with_latest_images(body["messages"])
+    async def _image_bytes(self, messages: Sequence[Message]) -> int:
+        return await self._client.most_image_bytes() if any(map(has_images, messages)) else 0
+
+    def _with_images_that_fit(self, body: dict[str, Any], body_bytes: int) -> dict[str, Any]:
+        messages, self.dropped_images = with_latest_images(body["messages"], body_bytes or MAX_BODY_BYTES)
         if self.dropped_images and not self._drops_oldest:
             what = f"the images of this conversation exceed a request by {self.dropped_images}"
             raise UsageError(f"{what}: undo turns, clear the conversation, or set drop_oldest=True")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from llamaclust.cluster.config.environment import environment
-from llamaclust.cluster.config.model_sources import RemoteSource, WebFile, parse_source, shortened
+from llamaclust.cluster.config.model_sources import HubFile, RemoteSource, WebFile, parse_source, shortened
 from llamaclust.cluster.config.public_models import public_models, terms_of
 from llamaclust.core.errors import ModelFileError, UsageError
 from llamaclust.core.sizes import gigabytes
@@ -24,6 +24,8 @@ _NEAREST = 3
 _LISTED = 10
 _PROJECTOR = "mmproj"
 """A word in the file names of projectors, which are the encoders of vision models."""
+_NO_PROJECTOR = ".no-projector"
+"""The file in a model's folder that says that its repository has no projector."""
 _LONGEST_NAME = 200
 _REPOSITORY: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
@@ -87,6 +89,17 @@ class WantedFile:
     def is_there(self) -> bool:
         """True if the file has been fetched. A file gets its name only after its hash was checked."""
         return self.path.is_file() and self.size_bytes in (None, self.path.stat().st_size)
+
+    @property
+    def may_have_projector(self) -> bool:
+        """True for a file of a repository that may have an unknown projector, which is not in the model's folder."""
+        if not isinstance(self.source, HubFile) or self.projector is not None or _is_projector(self.path):
+            return False
+        return not self.no_projector.exists() and not any(map(_is_projector, self.path.parent.glob("[!.]*.gguf")))
+
+    @property
+    def no_projector(self) -> Path:
+        return self.path.with_name(_NO_PROJECTOR)
 
     def parts(self) -> list[WantedFile]:
         """Returns the parts of a split model, otherwise only this file. Raises UsageError if this is a later part."""
@@ -194,6 +207,13 @@ def stored_model(spec: str, models_dir: Path | None = None) -> Path | None:
     if isinstance(found, Path):
         return found
     return found.path if found.is_there else None
+
+
+def lacks_projector(spec: str, models_dir: Path | None = None) -> bool:
+    """Returns True if nobody has looked for the projector of a downloaded model in its repository. Catalog models have
+    known ones."""
+    found = locate(spec, models_dir)
+    return isinstance(found, WantedFile) and found.may_have_projector and find_entry(spec) is None
 
 
 def made_beside(source: Path, name: str) -> Path:

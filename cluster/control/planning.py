@@ -325,17 +325,17 @@ class ClusterPlanner:
             closed = [workers[name].closed_port for name in entry.workers or ()]
             if why := next(filter(None, closed), ""):
                 raise NetworkPartitionError(why)
-        resources = self._resources(workers, partitions)
+        resources = self.resources(workers, partitions)
         if beside is not None:
             resources = replace(resources, held=beside.beside(self.model.model_id))
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, plan_cluster, self.config, self.model, resources)
 
     async def predict(self, plan: Plan, workers: Mapping[str, WorkerHandle]) -> Prediction | None:
-        loop, resources = asyncio.get_running_loop(), self._resources(workers)
+        loop, resources = asyncio.get_running_loop(), self.resources(workers)
         return await loop.run_in_executor(self._thread, predict_served, self.config, self.model, resources, plan)
 
-    def _resources(self, workers: Mapping[str, WorkerHandle], partitions: Pairs = frozenset()) -> ClusterResources:
+    def resources(self, workers: Mapping[str, WorkerHandle], partitions: Pairs = frozenset()) -> ClusterResources:
         known = {name: WorkerResources.of(worker) for name, worker in workers.items()}
         held = self.ledger.beside(self.model.model_id)
         return ClusterResources(known, self.profiles.of(workers), self.links, partitions, self.free_bytes, held)

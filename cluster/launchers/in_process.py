@@ -14,18 +14,20 @@ from typing import TYPE_CHECKING
 from llamaclust.cluster.config.values import OFF, parse_device
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.pipeline import PipelineEncoder, StageInfo
+from llamaclust.cluster.front.text.image_rows import RowCache
 from llamaclust.cluster.front.text.service import TextService, TextSettings
 from llamaclust.cluster.front.text.vision import vision_of
 from llamaclust.cluster.launchers.models.draft_model import open_device, open_draft_model, plan_draft_model
 from llamaclust.cluster.launchers.models.local_encoder import LocalEncoder
 from llamaclust.cluster.launchers.models.projectors import open_with_projector
+from llamaclust.cluster.launchers.models.row_memory import row_limits
 from llamaclust.cluster.scheduler.capacity import ROWS, BlockCounts, Capacity, blocks_of, microbatch_rows
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.kv.groups import WindowGroup
 from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
-from llamaclust.core.errors import LlamaclustError, RequestError, UsageError
+from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, RequestError, UsageError
 from llamaclust.core.gpus import placed
 from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_KV_BLOCKS
 from llamaclust.model.gguf.recommended_sampling import recommended_sampling
@@ -37,6 +39,7 @@ from llamaclust.model.placement import PlacementRule, placement_of
 from llamaclust.wire.microbatch.inputs import encode_inputs
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
 from llamaclust.wire.microbatch.results import decode_result
+from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.devices.whole_model import held_layers, load_whole
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
@@ -135,8 +138,8 @@ class LocalStage:
         limits = capacity.stage_limits(_with_own(blocks, context_blocks, self.scheduling.window_group))
         with ExitStack() as opened:
             opened.callback(device.close)
-            projector = self.model.projector
-            self.encoder = None if projector is None else opened.enter_context(LocalEncoder(device, projector))
+            self._row_limits = row_limits()
+            self.encoder = self._open_encoder(device, settings, opened)
             held = held_layers(device, self.model, limits, placement, settings.experts_cache_bytes)
             self._runner = load_whole(device, self.model, limits, held if device.gpus else ())
             opened.callback(self._runner.close)
@@ -165,12 +168,24 @@ class LocalStage:
                     recommended=recommended_sampling(self.model.file),
                 )
                 async with ImagePreparation() as preparation:
-                    vision = vision_of(self.model, engine.encoder, preparation)
+                    vision = vision_of(self.model, engine.encoder, preparation, RowCache(self._row_limits))
                     service = TextService(engine, self.model.tokenizer, self.model.chat_template, text, vision)
                     async with aclosing(service):
                         yield service
         finally:
             await asyncio.to_thread(self.close)
+
+    def _open_encoder(self, device: Device, settings: LocalSettings, opened: ExitStack) -> LocalEncoder | None:
+        """Opens the encoder of images. If it does not fit and the user did not choose its projector, returns None."""
+        if self.model.projector is None:
+            return None
+        try:
+            return opened.enter_context(LocalEncoder(device, self.model.projector))
+        except InsufficientMemoryError as error:
+            if settings.mmproj is not None:
+                raise
+            self.model.projector, self.unused_projectors = None, f"images are not read: {error}"
+            return None
 
     def close(self) -> None:
         """Waits for the end of computations that have begun."""

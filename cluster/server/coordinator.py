@@ -17,6 +17,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.sections import ModelEntry
 from llamaclust.cluster.control.epochs import Epochs, EpochWorkers
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
+from llamaclust.cluster.control.optional_images import is_optional, misfit
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.pool.worker_pool import SupervisedWorkers, WorkerPool
 from llamaclust.cluster.control.residency import Residency, Resident
@@ -25,7 +26,9 @@ from llamaclust.cluster.control.resources.profiling import WorkerProfiles
 from llamaclust.cluster.control.supervisor import Supervisor
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.pipeline import NoPipeline
+from llamaclust.cluster.front.text.image_rows import RowLimits
 from llamaclust.cluster.launchers.base import Launcher
+from llamaclust.cluster.launchers.models.row_memory import row_bytes, row_limits
 from llamaclust.cluster.launchers.worker_settings import worker_settings
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
@@ -39,7 +42,7 @@ from llamaclust.cluster.server.worker_metrics import WorkerMetrics
 from llamaclust.cluster.state.adapters import AdapterRecord, ServedAdapters
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.directory import ClusterDir
-from llamaclust.cluster.state.events import Report
+from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, WorkerError
 from llamaclust.model.loader import Model
 from llamaclust.model.projectors.projector import Projector
@@ -78,6 +81,7 @@ class Cluster:
     record: ControlRecord
     models: tuple[ServedModel, ...]
     residency: Residency
+    row_limits: RowLimits
     metrics: CollectorRegistry  # of no single model
 
     @property
@@ -129,7 +133,10 @@ async def open_cluster(
         named = (asyncio.to_thread(getattr, model, "tokenizer") for _, model in models)
         # a bad tokenizer is named now
         await asyncio.gather(_joined(planners, registry, launcher, record), *named)
-        meter = await _measured(planners, registry, launcher, folder, report, drafts.unused_bytes)
+        limits = row_limits(drafts.unused_bytes)
+        taken_bytes = drafts.unused_bytes + row_bytes(limits, (of.model for of in opened))
+        meter = await _measured(planners, registry, launcher, folder, report, taken_bytes)
+        await _without_images(opened, planners, _undrained(registry, record.drained), limits, report)
         start_s = 0.0 if config.launcher_facts.is_local else config.join.wait
         supervised = SupervisedWorkers(registry, launcher, record, start_s, meter)
         pool = await stack.enter_async_context(_supervised(config, supervised, report))
@@ -141,7 +148,7 @@ async def open_cluster(
         residency = Residency(residents)
         if config.models:
             await stack.enter_async_context(residency)
-        yield Cluster(config, registry, launcher, pool, record, served, residency, metrics)
+        yield Cluster(config, registry, launcher, pool, record, served, residency, limits, metrics)
 
 
 async def _joined(
@@ -175,6 +182,34 @@ async def _measured(
     return meter
 
 
+async def _without_images(
+    opened: Sequence[OpenedModel],
+    planners: Sequence[ClusterPlanner],
+    workers: Mapping[str, WorkerHandle],
+    limits: RowLimits,
+    report: Report,
+) -> None:
+    """Removes optional projectors whose encoders do not fit. Without any projector, the planners get the memory of
+    rows."""
+    reserved_bytes = row_bytes(limits, (of.model for of in opened))
+    for of, planner in zip(opened, planners, strict=True):
+        if (why := await _misfit(planner, workers, reserved_bytes)) is not None:
+            of.model.projector = of.adapted.projector = None
+            report(Notice(f"{of.config.model_name}: {why}"))
+    unused_bytes = reserved_bytes - row_bytes(limits, (of.model for of in opened))
+    for planner in planners:
+        planner.free_bytes = None if planner.free_bytes is None else planner.free_bytes + unused_bytes
+
+
+async def _misfit(planner: ClusterPlanner, workers: Mapping[str, WorkerHandle], reserved_bytes: int = 0) -> str | None:
+    config = planner.config
+    planned = {name for entry in config.plan or () for name in entry.names}
+    if not workers or not planned <= {*workers} or not is_optional(config, planner.model):
+        return None
+    with named_errors(config):
+        return await asyncio.to_thread(misfit, config, planner.model, planner.resources(workers), reserved_bytes)
+
+
 async def _served(
     stack: AsyncExitStack,
     opened: Sequence[OpenedModel],
@@ -191,7 +226,7 @@ async def _served(
     ledger = MemoryLedger(config.max_loaded_models)
     manifests = FileManifests(weight_cache())
     epoch_workers = EpochWorkers(workers.registry, workers.launcher.credentials, workers.record, manifests=manifests)
-    present = {name: worker for name, worker in workers.registry.present.items() if name not in workers.record.drained}
+    present = _undrained(workers.registry, workers.record.drained)
     loaded = 1 if config.load_on_demand else 0
     plans = [*[None] * loaded, *[await _planned(planner, present) for planner in planners[loaded:]]]
     supervisors = []
@@ -237,11 +272,16 @@ async def _shortfall(
     can."""
     try:
         for planner in planners:
-            present = {name: worker for name, worker in registry.present.items() if name not in drained}
-            await _planned(planner, present)
+            present = _undrained(registry, drained)
+            if await _misfit(planner, present) is None:
+                await _planned(planner, present)
     except (InsufficientMemoryError, WorkerError) as error:
         return error
     return None
+
+
+def _undrained(registry: Registry, drained: frozenset[str]) -> dict[str, WorkerHandle]:
+    return {name: worker for name, worker in registry.present.items() if name not in drained}
 
 
 async def _planned(planner: ClusterPlanner, workers: Mapping[str, WorkerHandle]) -> Plan:

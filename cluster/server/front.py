@@ -24,6 +24,7 @@ from llamaclust.cluster.front.models import AdapterControl, ApiModel
 from llamaclust.cluster.front.replies.handlers import Replies
 from llamaclust.cluster.front.schema import Body, field_error, parts_of
 from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.text.image_rows import RowCache
 from llamaclust.cluster.front.text.service import TextService, TextSettings
 from llamaclust.cluster.front.text.vision import vision_of
 from llamaclust.cluster.server.telemetry.settings import TelemetrySettings
@@ -194,8 +195,8 @@ async def api_models(
     """Yields all models in order. `show` returns the JSON of `GET /cluster`. The caller closes the journal."""
     residents = cluster.residency.residents
     async with AsyncExitStack() as stack:
-        preparation = await stack.enter_async_context(ImagePreparation())
-        made = (_text_service(served, preparation) for served in cluster.models)
+        rows, preparation = RowCache(cluster.row_limits), await stack.enter_async_context(ImagePreparation())
+        made = (_text_service(served, preparation, rows) for served in cluster.models)
         services = [await stack.enter_async_context(aclosing(service)) for service in made]
         if settings.image_hosts and not any(service.vision for service in services):
             raise UsageError("api.image_urls: no served model reads images; leave it out")
@@ -213,7 +214,7 @@ async def api_models(
         yield models
 
 
-def _text_service(served: ServedModel, preparation: ImagePreparation) -> TextService:
+def _text_service(served: ServedModel, preparation: ImagePreparation, rows: RowCache) -> TextService:
     model, config, engine = served.model, served.config, served.engine
     text = TextSettings(
         served.name,
@@ -230,7 +231,7 @@ def _text_service(served: ServedModel, preparation: ImagePreparation) -> TextSer
         max_drafted=engine.scheduler.settings.max_drafted,
         recommended=recommended_sampling(model.file),
     )
-    vision = vision_of(model, engine.encoder, preparation)
+    vision = vision_of(model, engine.encoder, preparation, rows)
     return TextService(engine, model.tokenizer, model.chat_template, text, vision)
 
 

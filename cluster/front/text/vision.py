@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, chain, islice
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING, Final
 from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.cluster.front.text.image_rows import RowCache, RowLimits, Rows, SharedComputations
+from llamaclust.cluster.front.text.image_rows import RowCache, RowMemoryError, Rows, SharedComputations
 from llamaclust.cluster.front.text.images import ImageSource, PromptImages
+from llamaclust.cluster.front.text.prefetch import Prefetch
 from llamaclust.cluster.front.text.sharing import TOKENIZING, current_owner, run_on
 from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
 from llamaclust.model.chat.prompt import encode_text
@@ -39,10 +39,6 @@ CheckLength = Callable[[int], None]
 
 _MAX_LAYOUTS: Final = 1024
 _FLOAT_BYTES: Final = 4
-_SIDE_BY_SIDE: Final = 2
-"""The number of images of one owner that are prepared at a time."""
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +85,10 @@ class _Begun:
     rows: Rows | None
     tiles: _Tiles | None
 
+    @property
+    def tile_bytes(self) -> int:
+        return 0 if self.tiles is None else self.tiles.nbytes
+
 
 class Vision:
     """The images of one served model. Use it on one event loop."""
@@ -100,10 +100,10 @@ class Vision:
         encode: Encode,
         preparation: ImagePreparation,
         rope_sections: int = 0,
-        limits: RowLimits | None = None,
+        rows: RowCache | None = None,
     ) -> None:
-        """Several models may share `preparation`. `rope_sections`: the text model's rope positions of a row (M-RoPE:
-        time, line, column); 0: only one."""
+        """Several models may share `preparation` and `rows`. `rope_sections`: the text model's rope positions of a row
+        (M-RoPE: time, line, column); 0: only one."""
         self._projector = projector
         self._tokenizer = tokenizer
         self._encode = encode
@@ -115,17 +115,17 @@ class Vision:
         self._preparing: SharedComputations[_Tiles] = SharedComputations()
         self._tiles: WeakValueDictionary[bytes, _Tiles] = WeakValueDictionary()  # that wait for the encoder
         self._encoding: SharedComputations[Rows] = SharedComputations()
-        self._rows = RowCache(limits)
+        self._rows = RowCache() if rows is None else rows
 
     async def lay_out(self, prompt: PromptImages, check: CheckLength) -> tuple[int, ...]:
         """Returns the token ids of a prompt, with 0 for each row of an image. Nothing is encoded. Raises RequestError
         for an image that cannot be read, and errors of `ImagePreparation` and `check`."""
         ids: list[int] = []
         known = prompt.least_tokens
-        async with aclosing(self._in_order(prompt, self._layout)) as layouts:
+        async with aclosing(Prefetch(prompt.sources, self._layout, self._rows)) as layouts:
             for piece in prompt.pieces:
                 if isinstance(piece, ImageSource):
-                    layout = await anext(layouts)
+                    layout = await layouts.next()
                     known += layout.tokens - 1
                     check(known)
                     ids += layout.ids
@@ -137,40 +137,33 @@ class Vision:
         self, prompt: PromptImages, check: CheckLength
     ) -> tuple[tuple[int, ...], tuple[ImageSpan, ...]]:
         """Returns the token ids of a prompt, and the rows of its images. Raises errors of `lay_out` and `Encode`, and
-        QueueFullError if images of other requests take too much memory."""
+        RowMemoryError if images of other requests take too much memory."""
         ids: list[int] = []
         spans: list[ImageSpan] = []
-        known, row_bytes = prompt.least_tokens, 0
-        async with aclosing(self._in_order(prompt, self._begin)) as images:
+        known = prompt.least_tokens
+        own_bytes: dict[bytes, int] = {}  # of rows, by image
+        async with aclosing(Prefetch(prompt.sources, self._begin, self._rows)) as images:
             for piece in prompt.pieces:
                 if isinstance(piece, ImageSource):
-                    image = await anext(images)
+                    image = await self._next(images, sum(own_bytes.values()))
                     known += image.layout.tokens - 1
                     check(known)
-                    row_bytes += self._bytes_of(image.layout)
-                    self._rows.check(row_bytes)
-                    spans += self._spans(len(ids), image, await self._rows_of(image))
+                    own_bytes[image.digest] = self._bytes_of(image.layout)
+                    self._rows.check(sum(own_bytes.values()) + image.tile_bytes)
+                    spans += self._spans(len(ids), image, await images.with_room(partial(self._rows_of, image)))
                     ids += image.layout.ids
+                    del image  # its tiles take memory
                 else:
                     ids += piece
         return tuple(ids), tuple(spans)
 
-    async def _in_order(
-        self, prompt: PromptImages, begin: Callable[[ImageSource], Coroutine[Any, Any, _Result]]
-    ) -> AsyncGenerator[_Result]:
-        """Yields the result of each image of a prompt. While the caller works with one, the next ones are prepared."""
-        sources = (piece for piece in prompt.pieces if isinstance(piece, ImageSource))
-        tasks = deque(asyncio.create_task(begin(source)) for source in islice(sources, _SIDE_BY_SIDE))
+    async def _next(self, images: Prefetch[_Begun], own_bytes: int) -> _Begun:
+        """Raises ParameterError if a request with `own_bytes` of rows cannot have the next image's tiles too."""
         try:
-            while tasks:
-                result = await tasks[0]
-                tasks.popleft()
-                tasks += (asyncio.create_task(begin(source)) for source in islice(sources, 1))
-                yield result
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            return await images.next()
+        except RowMemoryError as error:
+            self._rows.check(own_bytes + error.size)
+            raise
 
     async def _layout(self, source: ImageSource) -> ImageLayout:
         digest = await self._digest(source)
@@ -188,7 +181,7 @@ class Vision:
         if layout is not None and (rows is not None or digest in self._encoding):
             return _Begun(source, digest, layout, rows, None)
         tiles = await self._tiles_of(digest, source)
-        return _Begun(source, digest, tiles.layout, rows, tiles)
+        return _Begun(source, digest, tiles.layout, rows, tiles if rows is None else None)
 
     async def _digest(self, source: ImageSource) -> bytes:
         settings = self._settings[source.detail]
@@ -269,8 +262,8 @@ def joined_rows(parts: Sequence[Rows]) -> Rows:
     return parts[0] if len(parts) == 1 and parts[0].base is None else np.concatenate(parts)
 
 
-def vision_of(model: Model, encoder: Encoder | None, preparation: ImagePreparation) -> Vision | None:
+def vision_of(model: Model, encoder: Encoder | None, preparation: ImagePreparation, rows: RowCache) -> Vision | None:
     """Returns the images of a model. None: it reads text only."""
     if model.projector is None or encoder is None:
         return None
-    return Vision(model.projector, model.tokenizer, encoder.encode, preparation, model.rope_sections)
+    return Vision(model.projector, model.tokenizer, encoder.encode, preparation, model.rope_sections, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
@@ -65,9 +66,17 @@ def test_without_its_projector_a_model_reads_text_only(client: LocalClient, seei
 
 def test_memory_of_the_encoder_is_checked(seeing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_encoder, "encoder_bytes", lambda *_: EncoderMemory(1 << 50, 1 << 20))
-    with pytest.raises(InsufficientMemoryError, match=r"encoder of images needs .* are missing; set mmproj: off"):
-        Client.local(seeing, threads=1, settings=LocalSettings(mmproj=None))
-    Client.local(seeing, threads=1, settings=LocalSettings(mmproj=OFF)).close()
+    says, chosen = r"encoder of images needs .* are missing; set mmproj: off", str(seeing.with_name("mmproj-m.gguf"))
+    with pytest.raises(InsufficientMemoryError, match=says):
+        Client.local(seeing, threads=1, settings=LocalSettings(mmproj=chosen))
+    with Client.local(seeing, threads=1, settings=LocalSettings(mmproj=None)) as plain:
+        assert plain.unused_projectors is not None and re.search(
+            f"images are not read: .*{says}", plain.unused_projectors
+        )
+        with pytest.raises(ParameterError, match="image input is not supported"):
+            answer(plain, RED)
+    with Client.local(seeing, threads=1, settings=LocalSettings(mmproj=OFF)) as plain:
+        assert plain.unused_projectors is None
 
 
 async def test_an_ending_client_waits_for_a_tile_beside_the_event_loop(

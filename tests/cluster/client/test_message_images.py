@@ -111,19 +111,16 @@ def test_the_latest_images_that_fit_are_sent(monkeypatch: pytest.MonkeyPatch) ->
         {"role": "user", "content": [text, part]},
     ]
     size, images = len(json.dumps(messages)), 4 * len(json.dumps(part))
-    monkeypatch.setattr(message_images, "MOST_BYTES", size + 100)
-    assert with_latest_images(messages) == (messages, 0)
-    monkeypatch.setattr(message_images, "MOST_BYTES", size - images // 4 + 20)
-    assert with_latest_images(messages) == (
+    other_bytes = 1 << 16
+    assert with_latest_images(messages, other_bytes + size + 100) == (messages, 0)
+    assert with_latest_images(messages, other_bytes + size - images // 4 + 20) == (
         [messages[0], message_json({**messages[1], "content": [text, part]}), *messages[2:]],
         1,
     )
-    monkeypatch.setattr(message_images, "MOST_BYTES", size - images * 3 // 4 + 20)
-    assert parts_of(with_latest_images(messages)[0]) == ["Be.", [text], "b", "", [text, part]]
-    monkeypatch.setattr(message_images, "MOST_BYTES", size - images)
+    found, _ = with_latest_images(messages, other_bytes + size - images * 3 // 4 + 20)
+    assert parts_of(found) == ["Be.", [text], "b", "", [text, part]]
     with pytest.raises(UsageError, match="found more in one message; send fewer or smaller images"):
-        with_latest_images(messages)
-    monkeypatch.setattr(message_images, "MOST_BYTES", 1 << 20)
+        with_latest_images(messages, other_bytes + size - images)
     monkeypatch.setattr(message_images, "MAX_IMAGES", 2)
     assert with_latest_images(messages)[1] == 2
 
@@ -142,3 +139,16 @@ async def test_a_session_drops_its_oldest_images_or_refuses_to_send(monkeypatch:
             await strict.send([png(2)])
         assert len(strict.messages) == 2 and (await strict.send("And?")).text == "Red."
     assert len(engine.submitted) == 5
+
+
+async def test_a_session_keeps_to_the_server_s_limit() -> None:
+    engine, images = ScriptedEngine(says("Red.")), [png(number) for number in range(3)]
+    one = len(json.dumps(image_part(images[0])))
+    app = make_app(engine, vision=TinyVision(), max_body_bytes=(1 << 16) + 220 + 5 * one // 2)
+    async with serving(app) as url, AsyncClient(url) as client:
+        session = AsyncChatSession(client, drop_oldest=True)
+        for image in images:
+            await session.send([image])
+        assert session.dropped_images == 1
+        assert (await session.regenerate()).text == "Red." and session.dropped_images == 1
+    assert [len(request.images) for request in engine.submitted] == [1, 2, 2, 2]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llamaclust.cluster.front.text.image_rows import RowLimits, Rows
+from llamaclust.cluster.front.text.image_rows import RowCache, RowLimits, Rows
 from llamaclust.cluster.front.text.images import ImageSource, PromptImages
 from llamaclust.cluster.front.text.vision import Tile, Vision
 from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
@@ -72,7 +72,8 @@ async def seeing(
     path = build_projector(folder / f"{name}.gguf", name)
     projector, encoder = open_projector(path), Encoder(path)
     async with ImagePreparation() as preparation:
-        yield Vision(projector, tokenizer(), encoder.encode, preparation, sections, limits), encoder, projector
+        vision = Vision(projector, tokenizer(), encoder.encode, preparation, sections, RowCache(limits))
+        yield vision, encoder, projector
 
 
 def prompt_of(*images: bytes, detail: str = "auto") -> PromptImages:

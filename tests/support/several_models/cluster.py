@@ -28,8 +28,8 @@ AWAKE, ASLEEP = EngineState.READY, EngineState.ASLEEP
 class TightPlanner(ClusterPlanner):
     """Of workers with little memory."""
 
-    def _resources(self, workers: Mapping[str, WorkerHandle], partitions: Pairs = frozenset()) -> ClusterResources:
-        return replace(super()._resources(workers, partitions), free_bytes=BUDGET)
+    def resources(self, workers: Mapping[str, WorkerHandle], partitions: Pairs = frozenset()) -> ClusterResources:
+        return replace(super().resources(workers, partitions), free_bytes=BUDGET)
 
 
 @dataclass

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from llamaclust.cli.up import _model
 from llamaclust.cluster.config.catalog import (
     CATALOG,
     WantedFile,
     find_entry,
+    lacks_projector,
     locate,
     remove_model,
     resolve_model,
@@ -23,6 +25,7 @@ from llamaclust.core.errors import DownloadError
 from llamaclust.tools.hub.download import Patience
 from llamaclust.tools.hub.projectors import projector_in
 from llamaclust.tools.hub.pull import pull_model
+from llamaclust.tools.progress import silent
 from support.hub.download_server import Server, running_server
 from support.hub.hub_files import offer
 
@@ -140,3 +143,55 @@ def test_the_nearest_projector_is_chosen_with_f16_first(
     model: str, files: tuple[str, ...], projector: str | None
 ) -> None:
     assert projector_in(files, model) == projector_in(reversed(files), model) == projector
+
+
+SPEC = f"hf:{REPOSITORY}/{FILE}"
+
+
+@pytest.fixture
+def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model that was downloaded when nobody looked for projectors."""
+    monkeypatch.setenv("LLAMACLUST_HOME", str(tmp_path))
+    wanted = locate(SPEC)
+    assert isinstance(wanted, WantedFile) and tmp_path in wanted.path.parents
+    wanted.path.parent.mkdir(parents=True)
+    wanted.path.write_bytes(MODEL)
+    return wanted.path
+
+
+@pytest.mark.parametrize("is_start", [False, True])
+def test_a_downloaded_file_of_the_hub_gets_its_projector(
+    is_start: bool, hub: tuple[Server, Server], downloaded: Path
+) -> None:
+    server, store = hub
+    list_files(server, FILE, PROJECTOR)
+    offer(server, store, REPOSITORY, PROJECTOR, ENCODER)
+    assert lacks_projector(SPEC) and _model(SPEC, silent) == downloaded and not server.does.seen
+    path = _model(SPEC, silent, is_auto=True) if is_start else pull_model(SPEC, patience=QUICK)
+    assert path == downloaded and path.with_name(PROJECTOR).read_bytes() == ENCODER and not lacks_projector(SPEC)
+
+
+def test_a_repository_without_projector_is_asked_once(hub: tuple[Server, Server], downloaded: Path) -> None:
+    server, _ = hub
+    list_files(server, FILE)
+    for _ in range(2):
+        assert pull_model(SPEC, patience=QUICK) == _model(SPEC, silent, is_auto=True) == downloaded
+    assert len(server.does.seen) == 1 and not lacks_projector(SPEC)
+    assert remove_model(SPEC) == downloaded.parent and not downloaded.parent.exists()
+
+
+def test_a_downloaded_file_needs_no_hub(downloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_server() as gone:
+        monkeypatch.setenv("HF_ENDPOINT", gone.url)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    assert pull_model(SPEC, patience=QUICK) == _model(SPEC, silent, is_auto=True) == downloaded
+    assert lacks_projector(SPEC), "the next start looks again"
+
+
+def test_a_start_needs_no_projector_that_cannot_be_downloaded(hub: tuple[Server, Server], downloaded: Path) -> None:
+    server, _ = hub
+    list_files(server, FILE, PROJECTOR)
+    server.does.answers[f"/{REPOSITORY}/resolve/main/{PROJECTOR}"] = (404, {"X-Error-Code": "EntryNotFound"})
+    assert _model(SPEC, silent, is_auto=True) == downloaded
+    with pytest.raises(DownloadError, match=f"{PROJECTOR}@main: the repository has no such file"):
+        pull_model(SPEC, patience=QUICK)

@@ -88,7 +88,7 @@ class ModelEndpoints:
             "chat_sampling": chat_sampling(settings.recommended, settings.defaults),
         }
         if model.service.vision is not None:
-            entry["capabilities"] = {"vision": True}
+            entry |= {"capabilities": {"vision": True}, "max_request_bytes": settings.max_body_bytes}
         if adapter is not None:
             entry |= {"id": adapter.name, "aliases": (), "parent": model.name, "root": adapter.path}
         return {**entry, "status": {"value": _status(model)}} if self._can_unload else entry

@@ -27,6 +27,12 @@ export class ServedModels extends EventTarget {
     return this.#entries.find(({ id }) => id === name) ?? this.#entries[0] ?? null;
   }
 
+  /** The largest request with images to the chosen model, in bytes. 0: it reads text only. Infinity: not yet known. */
+  get bodyBytes() {
+    if (!this.chosen) return Infinity;
+    return this.chosen.capabilities?.vision ? this.chosen.max_request_bytes : 0;
+  }
+
   /** Fields of a request: the chosen model's sampling, and its name where there are several. A single one may be another
    *  after a restart. */
   get requestFields() {

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamaclust.cluster.front.text.image_rows import RowLimits
+from llamaclust.cluster.front.text.image_rows import RowCache, RowLimits, RowMemoryError
 from llamaclust.cluster.front.text.images import ImageSource
 from llamaclust.core.errors import ContextLengthError, ParameterError, QueueFullError, RequestError, WorkerError
 from llamaclust.kernels.reference.backend import ReferenceBackend
@@ -165,7 +165,7 @@ async def test_memory_of_rows_is_bounded(tmp_path: Path) -> None:
             await spans_of(vision, png(3))
         assert tiles.nbytes < 2 * size
         with pytest.raises(ParameterError, match="send fewer or smaller images"):
-            await spans_of(vision, FIRST, SECOND, FIRST, SECOND)
+            await spans_of(vision, FIRST, SECOND, png(3))
         assert encoder.images == 2 and len({span.digest for span in (*first, *second)}) == 2
         del first  # its rows are no longer kept
         gc.collect()
@@ -174,3 +174,64 @@ async def test_memory_of_rows_is_bounded(tmp_path: Path) -> None:
         assert encoder.images == 3, "a request has them still"
         await spans_of(vision, FIRST)
         assert encoder.images == 4
+
+
+async def _sizes(folder: Path) -> tuple[int, int]:
+    """The bytes of an image's rows and of its tiles."""
+    async with seeing(folder) as (vision, *_):
+        rows = sum(span.rows.nbytes for span in await spans_of(vision, FIRST))
+        return rows, (await vision._tiles_of(b"", ImageSource(FIRST))).nbytes
+
+
+@pytest.mark.parametrize("images", [(FIRST, SECOND, png(3)), (FIRST, SECOND, FIRST, SECOND, png(3), FIRST)])
+async def test_a_request_that_fits_alone_is_served(images: tuple[bytes, ...], tmp_path: Path) -> None:
+    rows, tiles = await _sizes(tmp_path)
+    most = 3 * rows + tiles
+    async with seeing(tmp_path, limits=RowLimits(0, most)) as (vision, encoder, _):
+        assert len({span.digest for span in await spans_of(vision, *images)}) == 3 and encoder.images == 3
+    async with seeing(tmp_path, limits=RowLimits(0, most - 1)) as (vision, encoder, _):
+        for _ in range(2):
+            with pytest.raises(ParameterError, match="send fewer or smaller images"):
+                await spans_of(vision, *images)
+        await asyncio.sleep(0)  # the event loop has the last result until then
+        gc.collect()
+        assert not vision._rows.held_bytes
+
+
+async def test_an_image_whose_tiles_never_fit_is_refused_for_ever(tmp_path: Path) -> None:
+    _, tiles = await _sizes(tmp_path)
+    async with seeing(tmp_path, limits=RowLimits(0, tiles - 1)) as (vision, *_):
+        for counted in (vision.lay_out, vision.image_prompt):
+            with pytest.raises(ParameterError, match="send fewer or smaller images"):
+                await counted(prompt_of(FIRST), any_length)
+
+
+def _rows(n_bytes: int) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    return np.zeros((n_bytes // 4, 1), np.float32)
+
+
+def test_kept_rows_are_dropped_only_if_that_gives_the_memory() -> None:
+    cache = RowCache(RowLimits(kept_bytes=1000, held_bytes=1000))
+    for name in (b"a", b"b", b"c"):
+        cache.put(name, _rows(200))
+    used = cache.get(b"b")
+    assert used is not None
+    part = used[3:5]
+    del used
+    for too_many in (801, 1001):
+        with pytest.raises(ParameterError if too_many > 1000 else RowMemoryError):
+            cache.make_room(too_many)
+        assert cache.kept_bytes == 600 and all(cache.get(name) is not None for name in (b"a", b"c", b"b"))
+    cache.make_room(600)
+    assert cache.get(b"a") is None and cache.get(b"c") is not None and cache.held_bytes == 400
+    cache.make_room(800)
+    assert cache.get(b"c") is None and cache.get(b"b") is not None and cache.held_bytes == 200
+    del part
+    cache.make_room(1000)
+    assert cache.held_bytes == cache.kept_bytes == 0
+
+
+@pytest.mark.parametrize(("gib", "mib"), [(64, 1024), (16, 1024), (2, 128), (0, 0)])
+def test_rows_take_a_part_of_a_small_machine_s_memory(gib: int, mib: int) -> None:
+    limits = RowLimits.of(gib << 30)
+    assert limits.held_bytes == mib << 20 and limits.kept_bytes == mib << 18

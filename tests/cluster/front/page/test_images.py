@@ -155,6 +155,37 @@ async def test_a_message_waits_for_files_that_are_still_read(browser: Browser) -
     assert [source.data for source in vision.images] == [png(1), png(2)] and len(engine.submitted) == 1
 
 
+async def test_a_message_that_waits_for_files_stays_if_another_chat_is_opened(browser: Browser) -> None:
+    engine, vision = ScriptedEngine(says("Red")), TinyVision()
+    async with chatting(browser, engine, HELD, vision=vision) as seen:
+        page = seen.page
+        await send(page, "Hello")
+        await ended(page)
+        await pick(page, picked("a.png", png(1)))
+        await page.get_by_text("Reading images…").wait_for()
+        await send(page, "Which colour?")
+        await page.get_by_role("button", name="New chat").first.click()
+        await page.get_by_text("The message was not sent: another chat was opened.").wait_for(state="attached")
+        await page.evaluate("held.shift()()")
+        await chosen(page).first.wait_for()
+        assert await page.locator(".message").count() == 0 and len(engine.submitted) == 1
+        assert await page.get_by_label("Message", exact=True).input_value() == "Which colour?"
+        await page.get_by_role("button", name="Send").click()
+        await ended(page)
+        assert await page.locator(".message.user").count() == 1 and await chosen(page).count() == 0
+        seen.check()
+    assert [source.data for source in vision.images] == [png(1)] and len(engine.submitted) == 2
+
+
+async def test_images_of_a_message_keep_to_the_server_s_limit(browser: Browser) -> None:
+    async with chatting(browser, ScriptedEngine(says("Red")), vision=TinyVision(), max_body_bytes=1 << 20) as seen:
+        await pick(seen.page, picked("a.png", bytes((11 << 16) + 1)))
+        await seen.page.get_by_text("The images of a message have at most 0.7 MiB.").wait_for()
+        await pick(seen.page, picked("a.png", bytes(11 << 16)))
+        await chosen(seen.page).first.wait_for(state="attached")
+        seen.check()
+
+
 async def test_a_file_that_cannot_be_read_is_named_and_nothing_is_sent_without_it(browser: Browser) -> None:
     engine = ScriptedEngine(says("Red"))
     async with chatting(browser, engine, UNREADABLE, vision=TinyVision()) as seen:
@@ -182,7 +213,7 @@ async def test_a_long_chat_goes_on_without_its_oldest_images_and_says_so(browser
     assert [source.data for source in vision.images[40:]] == [png(at) for at in range(16, 80)]
 
 
-SENT = """async (sizes) => {
+SENT = """async ([sizes, bodyBytes]) => {
   const { addMessage, newConversation, sentMessages } = await import("/browser/chat/conversation.js");
   const conversation = newConversation("Be.");
   let parent = null;
@@ -191,7 +222,7 @@ SENT = """async (sizes) => {
     const question = addMessage(conversation, parent, { role: "user", content: place ? "é" : "", images });
     parent = addMessage(conversation, question.id, { role: "assistant", content: "a" }).id;
   }
-  const { messages, unsent } = sentMessages(conversation, parent);
+  const { messages, unsent } = sentMessages(conversation, parent, bodyBytes);
   const part = ({ text, image_url: image }) => text ?? image.url.slice(0, 1);
   const shown = messages.map(({ content }) => (Array.isArray(content) ? content.map(part) : content));
   return { shown: shown.filter((content) => content !== "a"), unsent, size: new Blob([JSON.stringify(messages)]).size };
@@ -210,5 +241,5 @@ async def test_images_of_a_request_fit_its_body(
     sizes: list[int], unsent: int, shown: list[Any], browser: Browser
 ) -> None:
     async with chatting(browser, ScriptedEngine(says("Red"))) as seen:
-        found = await seen.page.evaluate(SENT, sizes)
+        found = await seen.page.evaluate(SENT, [sizes, MAX_BODY_BYTES])
     assert found["unsent"] == unsent and found["shown"] == shown and found["size"] < MAX_BODY_BYTES - 1000

@@ -11,7 +11,7 @@ export class Composer {
   #action;
   #images = new ChosenImages();
   #isRunning = false;
-  #isWaiting = false; // for images of a message that is to be sent
+  #waiting = null; // a message that is to be sent when its images are read
 
   constructor({ send, stop }) {
     this.#field = element("textarea", {
@@ -39,8 +39,16 @@ export class Composer {
     this.#action.textContent = value ? "Stop" : "Send";
   }
 
-  set readsImages(value) {
-    this.#images.isAllowed = value;
+  /** The largest request with images, in bytes. 0: the chosen model reads text only. */
+  set bodyBytes(value) {
+    this.#images.bodyBytes = value;
+  }
+
+  /** Keeps a message that waits for its images here; false if none waits. */
+  keep() {
+    const isWaiting = this.#waiting !== null;
+    this.#waiting = null;
+    return isWaiting;
   }
 
   focus() {
@@ -60,10 +68,11 @@ export class Composer {
   }
 
   async #send() {
-    if (this.#isWaiting) return;
-    this.#isWaiting = true;
+    if (this.#waiting) return;
+    const waiting = (this.#waiting = {});
     const areReady = await this.#images.ready();
-    this.#isWaiting = false;
+    if (this.#waiting !== waiting) return;
+    this.#waiting = null;
     const text = this.#field.value.trim();
     if (!areReady || this.#isRunning || (!text && this.#images.count === 0)) return;
     this.#field.value = "";

@@ -9,7 +9,7 @@
 export const State = Object.freeze({ STREAMING: "streaming", DONE: "done", STOPPED: "stopped", FAILED: "failed" });
 
 const TITLE = 60;
-const MOST_BYTES = 2 ** 24 - 2 ** 16; // of the messages of a request, below the server's largest body
+const OTHER_BYTES = 2 ** 16; // of the other fields of a request
 const MOST_IMAGES = 64; // of a request
 const PART_BYTES = 64; // of an image's part beside its URL
 const ENDED = [State.STOPPED, State.DONE]; // one after the other, as a stopped answer may be read to its end elsewhere
@@ -76,12 +76,13 @@ export function apiMessages(conversation, parent) {
   return [...system, ...messages.filter(isSent).map(apiMessage)];
 }
 
-/** The same with the latest images that fit into one request: {messages, unsent}, with the number of the others. */
-export function sentMessages(conversation, parent) {
+/** The same with the latest images that fit into a request of `bodyBytes`: {messages, unsent}, with the number of the
+ *  others. */
+export function sentMessages(conversation, parent, bodyBytes) {
   const messages = apiMessages(conversation, parent);
   const images = messages.flatMap(({ content }) => (Array.isArray(content) ? content.filter(isImagePart) : []));
   const texts = messages.map((message) => ({ ...message, content: textOf(message) }));
-  let free = MOST_BYTES - new Blob([JSON.stringify(texts)]).size;
+  let free = bodyBytes - OTHER_BYTES - new Blob([JSON.stringify(texts)]).size;
   const latest = images.slice(-MOST_IMAGES).reverse();
   const first = latest.findIndex(({ image_url: { url } }) => (free -= url.length + PART_BYTES) < 0);
   const unsent = images.length - (first < 0 ? latest.length : first);

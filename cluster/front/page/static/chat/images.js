@@ -3,14 +3,14 @@
 import { button, element, fill } from "../dom.js";
 
 const TYPES = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"];
-const MOST_BYTES = 11 * 2 ** 20; // of one message: as base64 they fit the server's largest body
+const SHARE = 11 / 16; // of the server's largest body: as base64 they fit it
 const MOST = 64;
 
 /** The images that stand above the field of a message, with the button that picks them. */
 export class ChosenImages {
   #urls = [];
   #reading = null; // of the files that were added last
-  #isAllowed = false;
+  #mostBytes = 0; // of one message
   #note = element("p", { class: "note", role: "status" });
   #shown = element("div", { class: "images" });
   #picker = element("input", { type: "file", accept: TYPES.join(","), multiple: true, hidden: true, change: () => this.#pick() });
@@ -21,9 +21,9 @@ export class ChosenImages {
     this.picker = this.#picker;
   }
 
-  /** Whether the chosen model reads images. */
-  set isAllowed(value) {
-    this.#isAllowed = value;
+  /** The largest request with images, in bytes. 0: the chosen model reads text only. */
+  set bodyBytes(value) {
+    this.#mostBytes = Math.floor(value * SHARE);
     this.button.hidden = !value;
   }
 
@@ -82,13 +82,14 @@ export class ChosenImages {
   }
 
   #refusal(files) {
-    if (!this.#isAllowed) return "This model reads text only.";
+    if (!this.#mostBytes) return "This model reads text only.";
     if (this.#urls.length + files.length > MOST) return `A message has at most ${MOST} images.`;
     const other = files.find(({ type }) => !TYPES.includes(type));
     if (other) return `${other.name}: not a PNG, JPEG, WebP, GIF or BMP file.`;
     const chosen = this.#urls.reduce((sum, url) => sum + url.length * 0.75, 0);
     const total = files.reduce((sum, { size }) => sum + size, chosen);
-    return total > MOST_BYTES ? `The images of a message have at most ${MOST_BYTES / 2 ** 20} MiB.` : "";
+    const most = (this.#mostBytes / 2 ** 20).toLocaleString("en", { maximumFractionDigits: 1 });
+    return total > this.#mostBytes ? `The images of a message have at most ${most} MiB.` : "";
   }
 
   #say(note) {

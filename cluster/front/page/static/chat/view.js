@@ -16,6 +16,7 @@ const ENDS = {
   [State.STOPPED]: "The answer was stopped.",
   [State.FAILED]: "The answer failed.",
 };
+const KEPT = "The message was not sent: another chat was opened.";
 
 export class ChatView {
   #history;
@@ -95,6 +96,7 @@ export class ChatView {
   }
 
   async #show() {
+    if (this.#composer.keep()) this.#status.textContent = KEPT;
     this.node.classList.remove("shows-list");
     this.#resume();
     this.#render();
@@ -116,7 +118,7 @@ export class ChatView {
   }
 
   #showModel() {
-    this.#composer.readsImages = Boolean(this.#models.chosen?.capabilities?.vision);
+    this.#composer.bodyBytes = this.#models.bodyBytes;
   }
 
   #send(text, images) {
@@ -131,7 +133,7 @@ export class ChatView {
   }
 
   #answer(parent, seed = null) {
-    const { messages, unsent } = sentMessages(this.#conversation, parent);
+    const { messages, unsent } = sentMessages(this.#conversation, parent, this.#models.bodyBytes);
     const body = requestBody(this.#settings, messages, this.#models.requestFields, seed);
     const fields = { role: "assistant", state: State.STREAMING, replyId: randomId(), lastEvent: "", unsent };
     const message = addMessage(this.#conversation, parent, fields);

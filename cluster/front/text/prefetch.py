@@ -1,0 +1,71 @@
+"""Preparation of a prompt's images in order, the next ones while the caller works with one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any, Final, Generic, TypeVar
+
+from llamaclust.cluster.front.text.image_rows import RowCache, RowMemoryError
+from llamaclust.cluster.front.text.images import ImageSource
+
+_SIDE_BY_SIDE: Final = 2
+"""The number of images of one owner that are prepared at a time."""
+
+_Result = TypeVar("_Result")
+_Any = TypeVar("_Any")
+
+
+class Prefetch(Generic[_Result]):
+    """The results of `begin` for images in order. Those of the next images are dropped and begun again later if their
+    memory is needed."""
+
+    def __init__(
+        self,
+        sources: Iterable[ImageSource],
+        begin: Callable[[ImageSource], Coroutine[Any, Any, _Result]],
+        rows: RowCache,
+    ) -> None:
+        self._sources = deque(sources)
+        self._begin = begin
+        self._rows = rows
+        self._tasks: deque[asyncio.Task[_Result]] = deque()
+
+    async def next(self) -> _Result:
+        """Returns the next image's result. Raises errors of `begin`, and those of `with_room`."""
+        self._begin_tasks(_SIDE_BY_SIDE)
+        result = await self.with_room(self._first)
+        self._sources.popleft()
+        self._tasks.popleft()
+        self._begin_tasks(_SIDE_BY_SIDE)
+        return result
+
+    async def with_room(self, work: Callable[[], Awaitable[_Any]]) -> _Any:
+        """Awaits `work`. If memory is short, the next images give theirs, and `work` is done again. Raises
+        ParameterError if no request can have so much memory, and RowMemoryError if others have it."""
+        try:
+            return await work()
+        except RowMemoryError as error:
+            await self.aclose()
+            self._rows.make_room(error.size)
+        return await work()
+
+    async def aclose(self) -> None:
+        """Drops the results of the next images. `next` begins them again."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)  # unlike gather, it holds no results
+        while self._tasks:
+            task = self._tasks.popleft()
+            if not task.cancelled():
+                task.exception()  # else it is logged
+
+    async def _first(self) -> _Result:
+        self._begin_tasks(1)
+        return await self._tasks[0]
+
+    def _begin_tasks(self, most: int) -> None:
+        while len(self._tasks) < min(most, len(self._sources)):
+            self._tasks.append(asyncio.create_task(self._begin(self._sources[len(self._tasks)])))

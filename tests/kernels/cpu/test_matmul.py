@@ -89,16 +89,7 @@ def test_only_types_with_the_same_weights_are_packed_into_tiles_of_another() -> 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("quant_type", PANEL_TYPES, ids=lambda kind: kind.name)
 def test_the_same_bits_with_more_tokens_and_columns_than_a_panel_has(quant_type: QuantType, level: str) -> None:
-    check_more_than_a_panel(quant_type, level, rows=70, cols=5632, tokens=1030)
-
-
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("quant_type", FLOAT_TYPES, ids=lambda kind: kind.name)
-def test_the_same_bits_with_more_than_a_panel_of_floats_has(quant_type: QuantType, level: str) -> None:
-    check_more_than_a_panel(quant_type, level, rows=310, cols=700, tokens=310)
-
-
-def check_more_than_a_panel(quant_type: QuantType, level: str, *, rows: int, cols: int, tokens: int) -> None:
+    rows, cols, tokens = 70, 5632, 1030
     generator = generator_of(quant_type)
     matrix = packed(quant_type, random_weights(generator, quant_type, rows, cols), rows, cols)
     x = random_activations(generator, tokens, cols)

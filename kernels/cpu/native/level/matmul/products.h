@@ -1,7 +1,8 @@
-// The loops of products: few tokens straight from the tiles, which are then read at the speed of memory; many by panels.
+// The loops of products: few tokens straight from the tiles, which are then read at the speed of memory; many, of
+// quantized weights, by panels.
 #pragma once
 
-#include "level/matmul/float_panels.h"
+#include "level/matmul/panels.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
@@ -103,11 +104,11 @@ void multiply_tile(const Product& p, int tile, int first_token, int tokens) {
 template <class Type>
 constexpr bool kFloat = Type::kLayout.activation == ActivationFormat::F32;
 
-// Up to how many tokens; types that take long to decode say less than others.
+// Up to how many tokens, those of float types always; types that take long to decode say less than others.
 template <class Type>
 constexpr int direct_tokens() {
   if constexpr (kFloat<Type>)
-    return kFloatDirectTokens;
+    return INT32_MAX;
   else if constexpr (requires { Type::kDirectTokens; })
     return Type::kDirectTokens;
   else

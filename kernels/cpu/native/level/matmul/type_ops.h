@@ -114,10 +114,7 @@ template <class Type>
 constexpr TypeOps type_ops(QuantType type) {
   using Decoder = typename InProducts<Type>::Decoder;
   TypeOps ops{type, Type::kLayout, direct_tokens<Decoder>(), nullptr, nullptr, nullptr};
-  if constexpr (kFloat<Type>)
-    ops.multiply_by_panels = multiply_by_float_panels<Type>;
-  else
-    ops.multiply_by_panels = multiply_by_panels<Decoder>;
+  if constexpr (!kFloat<Type>) ops.multiply_by_panels = multiply_by_panels<Decoder>;
   if constexpr (!kPanelsOnly) {
     ops.multiply_few = multiply_few<Decoder>;
     ops.dequantize = dequantize_tile_row<Type>;

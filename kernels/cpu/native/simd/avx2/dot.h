@@ -99,7 +99,7 @@ INLINE Bytes with_signs(Bytes b, const uint8_t* bits) {
 }
 
 constexpr int kPanelRows = 1, kPanelTokens = 4, kDirectWidth = 4;
-constexpr int kFloatRows = 1, kFloatTokens = 6;
+constexpr int kFloatRows = 1, kFloatTokens = 5;
 template <int kBits>
 constexpr int kDirectTokens = 16;
 

@@ -248,8 +248,7 @@ class ClusterConfig(Section):
             raise PlaceError(("lease",), "is not for launcher: mpi, whose workers and coordinator are one program")
         if self.join.discover and (facts.starts_workers or self.insecure):
             raise PlaceError(
-                ("join", "discover"),
-                "needs launcher: static without insecure, because workers find the cluster by its token",
+                ("join", "discover"), "needs launcher: static without insecure: the cluster is found by its token"
             )
         if not facts.starts_workers:
             return self
@@ -277,9 +276,7 @@ class ClusterConfig(Section):
             given = [key for key in _THEIR_OWN if key in worker.model_fields_set]
             if given and not facts.starts_workers:
                 options = " ".join(_as_option(worker, key) for key in given)
-                why = (
-                    f"in a static cluster, give this on the worker's own command line: llamaclust worker ... {options}"
-                )
+                why = f"in a static cluster, give this on the worker's command line: llamaclust worker ... {options}"
                 raise PlaceError(("workers", index, given[0]), why)
             for key in ("gpu_layers", "gpu_memory", "cpu_moe") if facts.starts_workers else ():
                 if worker.device == "cpu" and getattr(worker, key) is not None:
@@ -307,9 +304,7 @@ class ClusterConfig(Section):
                     ("workers", index, "kv_disk"), f"is for device cpu, but this worker has {worker.device}"
                 )
             if without is not None:
-                why = (
-                    f"is for all workers or none, because each keeps its part of the KV memory: {without.name} has none"
-                )
+                why = f"is for all workers or none, as each keeps a part of the KV memory: {without.name} has none"
                 raise PlaceError(("workers", index, "kv_disk"), why)
             if not self.prefix_cache:
                 raise PlaceError(

@@ -9,7 +9,7 @@ from hashlib import sha256
 from struct import Struct
 
 from llamaclust.cluster.scheduler.kv.blocks import KvBlocks
-from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
+from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan, SpanPlaces
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
@@ -24,8 +24,13 @@ class BlockKeys(list[bytes]):
     ) -> None:
         """Takes the digest and scale of each adapter, in the order in which they are computed."""
         super().__init__()
-        self.images = images
+        self._images, self._places = images, SpanPlaces(images)
         self.salt = f"{[*adapters]}\0{salt}" if adapters else f"\0{salt}"
+
+    def images_of_block(self, start: int) -> bytes:
+        """Returns what identifies the rows of images in the block whose first token is at `start`."""
+        numbers = self._places.within(start, start + KV_BLOCK_TOKENS)
+        return b"".join(_part_of(self._images[number], start) for number in numbers)
 
 
 class PrefixCache:
@@ -66,15 +71,12 @@ class PrefixCache:
         for index in range(len(keys), count):
             start = index * KV_BLOCK_TOKENS
             part = array("I", tokens[start : start + KV_BLOCK_TOKENS])
-            images = b"".join(_part_of(span, start) for span in keys.images)
-            before = sha256(before + part.tobytes() + images).digest()
+            before = sha256(before + part.tobytes() + keys.images_of_block(start)).digest()
             keys.append(before)
 
 
 def _part_of(span: ImageSpan, start: int) -> bytes:
     """Returns what identifies the image's rows in the block at position `start`: of rows that see each other, all."""
     first, end = max(span.start, start), min(span.end, start + KV_BLOCK_TOKENS)
-    if first >= end:
-        return b""
     place = first - start, end - start, span.offset + first - span.start, span.end - span.start
     return span.digest + _IMAGE.pack(*place, span.is_bidirectional)

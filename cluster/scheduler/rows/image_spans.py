@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,3 +28,15 @@ class ImageSpan:
     @property
     def row_bytes(self) -> int:
         return self.rows.nbytes // len(self.rows)
+
+
+class SpanPlaces:
+    """Finds the spans in a range of positions by bisection: a prompt may have thousands. They do not overlap, and stand
+    in the order of their positions."""
+
+    def __init__(self, spans: Sequence[ImageSpan]) -> None:
+        self._starts, self._ends = [span.start for span in spans], [span.end for span in spans]
+
+    def within(self, start: int, end: int) -> range:
+        """Returns the numbers of the spans that have a row at positions [start, end)."""
+        return range(bisect_right(self._ends, start), bisect_left(self._starts, end))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
+from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan, SpanPlaces
 from llamaclust.wire.microbatch.messages import ImageRows
 
 
@@ -38,7 +38,7 @@ class _Part:
 
 class SequenceImages:
     def __init__(self, spans: Sequence[ImageSpan]) -> None:
-        self._placed = _placed(spans)
+        self._placed, self._places = _placed(spans), SpanPlaces(spans)
         self._sections = max((len(s.rope_positions) for s in spans if s.rope_positions is not None), default=0)
 
     def rows_of(self, position: int, count: int) -> ImageRows | None:
@@ -49,7 +49,7 @@ class SequenceImages:
             return None
         return ImageRows(
             tuple((part.first - position, part.end - position) for part in parts),
-            b"".join(np.ascontiguousarray(part.span.rows[part.within], "<f4").tobytes() for part in parts),
+            b"".join(np.ascontiguousarray(part.span.rows[part.within], "<f4").data for part in parts),
             tuple((part.first - position, part.end - position) for part in parts if part.span.is_bidirectional),
             rope_positions,
         )
@@ -82,26 +82,34 @@ class SequenceImages:
             if placed.span.start < end:
                 found[:0] = tokens[max(placed.span.end, end - count) : end]
                 end = placed.span.start
+            if len(found) >= count:
+                break
         found[:0] = tokens[max(0, end - count) : end]
         return found[max(0, len(found) - count) :]
 
     def _parts(self, start: int, end: int) -> Iterator[_Part]:
-        for placed in self._placed:
-            span = placed.span
-            if span.start < end and start < span.end:
-                yield _Part(placed, max(span.start, start), min(span.end, end))
+        for number in self._places.within(start, end):
+            placed = self._placed[number]
+            yield _Part(placed, max(placed.span.start, start), min(placed.span.end, end))
 
     def _rope_positions(self, position: int, parts: Sequence[_Part], count: int) -> bytes:
+        if self._sections == 0:
+            return b""
         own = np.arange(position, position + count, dtype="<i4")
         turned: NDArray[np.int32] = np.repeat(own[:, None], self._sections, axis=1)
-        for placed in self._placed:
-            behind = max(0, placed.span.end - position)
-            turned[behind:] = own[behind:, None] + placed.after
+        turned += self._before(position)
         for part in parts:
+            after = part.span.end - position
+            turned[after:] = own[after:, None] + part.placed.after
             if (relative := part.span.rope_positions) is not None:
                 first = part.span.start + part.placed.before
                 turned[part.first - position : part.end - position] = first + relative[:, part.within].T
         return b"" if (turned == own[:, None]).all() else turned.tobytes()
+
+    def _before(self, position: int) -> int:
+        """Returns the difference of rope position and position that a row here has after the spans before it."""
+        first = self._places.within(position, position + 1).start
+        return self._placed[first - 1].after if first else 0
 
 
 def _placed(spans: Sequence[ImageSpan]) -> list[_Placed]:

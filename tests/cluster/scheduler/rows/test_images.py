@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any, SupportsIndex
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamaclust.cluster.scheduler.kv.blocks import KvBlocks
+from llamaclust.cluster.scheduler.kv.prefix_cache import BlockKeys, PrefixCache
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
+from llamaclust.cluster.scheduler.rows.images import SequenceImages
 from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
@@ -21,6 +25,7 @@ from llamaclust.cluster.scheduler.speculation.mtp_drafts import MtpDrafts
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import SamplingParams
+from llamaclust.model.kv_type import KvType
 from support.clusters.fakes import VOCABULARY, FakeStages, Simulation, linear
 from support.plans.draft_models import DraftingSimulation, SaidModel, wait_for_any
 from support.plans.drafting import AnyChains, AnyWindows, SaidDrafters, replayed
@@ -208,6 +213,40 @@ def test_rope_positions_go_on_behind_a_picture() -> None:
     ]
     assert np.concatenate(turned)[:, 1].tolist() == [0, 1, *[2] * 4, *[3] * 4, *[4] * 4, *range(6, 17)]
     assert len(run.rows(key)) == 6
+
+
+class CountedSpans(list[ImageSpan]):
+    """Counts how often a span is read."""
+
+    read = 0
+
+    def __getitem__(self, place: SupportsIndex | slice) -> Any:
+        self.read += 1
+        return super().__getitem__(place)
+
+    def __iter__(self) -> Iterator[ImageSpan]:
+        self.read += len(self)
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("kind", ["plain", "turned"])
+def test_spans_are_read_once_however_many_there_are(kind: str) -> None:
+    """Else a prompt of 64 images of many spans would stop every stream for seconds."""
+    one = picture(1, 40, turned=kind == "turned")
+    request = with_pictures(GenerationRequest("r", (5,) * 1000, 3), [(place, one) for place in range(1000)])
+    tokens = request.prompt
+    spans = CountedSpans(request.images)
+    keys = BlockKeys(images=spans)
+    PrefixCache(KvBlocks(4), "m", KvType.F16).find(keys, tokens, len(tokens))
+    assert len(keys) == len(tokens) // 16
+    assert spans.read < 2 * len(spans) + 2 * len(keys)
+    images = SequenceImages(spans)
+    images._placed = placed = CountedSpans(images._placed)  # type: ignore[assignment, arg-type]
+    for position in range(0, len(tokens), 16):
+        images.rows_of(position, 16)
+    for position in range(len(tokens), len(tokens) + 1000):
+        images.rows_of(position, 1)
+    assert placed.read < 1000 + 3 * len(keys)
 
 
 def test_no_model_drafts_behind_a_picture() -> None:

@@ -26,7 +26,7 @@ from llamaclust.cluster.launchers.worker_process import (
 from llamaclust.cluster.membership.log_tail import last_error
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.state.directory import open_log
-from llamaclust.core.errors import DeadlineError
+from llamaclust.core.errors import DeadlineError, LlamaclustError
 from llamaclust.model.loader import Model
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.devices.devices import check_devices
@@ -137,7 +137,7 @@ class LocalLauncher(Launcher):
         while await self._restarts.may_restart(settings.name, how):
             try:
                 await self._spawn(settings)
-            except OSError as error:  # no room for a process now may be there later
+            except (OSError, LlamaclustError) as error:  # the cause may be gone later
                 how = f"it cannot be started: {error}"
             else:
                 return True

@@ -57,7 +57,7 @@ class MpiLauncher(RestartingLauncher):
             settings = replace(worker, threads=config.threads, token=token)
             self._orders[worker.name] = StartWorker(rank, settings.to_json(), addresses)
             self._start(worker.name)
-        self._tasks.start(self._receive(reader, exited))
+        self._tasks.start(self._receive(reader, exited)).add_done_callback(_end_without_rank)
 
     async def stop(self) -> None:
         self._restarts.end()
@@ -96,9 +96,9 @@ class MpiLauncher(RestartingLauncher):
         return True
 
     async def _receive(self, reader: asyncio.StreamReader, exited: Exited) -> None:
-        """Receives messages until the rank is gone, then ends this process as SIGTERM does."""
+        """Receives messages until the rank is gone."""
         names = {order.rank: name for name, order in self._orders.items()}
-        while line := await reader.readline():
+        while line := await _line(reader):
             message = from_bytes(line)
             if isinstance(message, WorkerEnded):
                 name = names[message.rank]
@@ -111,11 +111,25 @@ class MpiLauncher(RestartingLauncher):
                 self._lost.add(name)
                 exited(name, f"its rank {message.rank} is gone")
                 self._restarts.give_up(name, f"its rank {message.rank} is gone, and MPI starts no other")
-        os.kill(os.getpid(), signal.SIGTERM)
 
     async def _restart(self, name: str, how: str) -> None:
         if await self._restarts.may_restart(name, how) and name not in self._lost:
             self._start(name)
+
+
+async def _line(reader: asyncio.StreamReader) -> bytes:
+    """Returns the next line, or nothing if the rank is gone. A killed rank that had not read all orders resets the
+    connection."""
+    try:
+        return await reader.readline()
+    except ConnectionError:
+        return b""
+
+
+def _end_without_rank(receiving: asyncio.Task[None]) -> None:
+    """Ends this process as SIGTERM does, unless the launcher stops."""
+    if not receiving.cancelled():
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _own_rank() -> socket.socket:

@@ -215,6 +215,7 @@ class _Coordinator:
         self._config = config
         self._arguments = arguments
         self._begun = b""  # of an incomplete message
+        self._unsent = b""  # bytes that the coordinator's socket has not taken
         self._machines = {0: _BOOT_ID.read_text()}  # by rank
 
     def run(self) -> int:
@@ -282,9 +283,10 @@ class _Coordinator:
                 update += self._rank.ranks.received(other)
             except RankLostError:
                 update.append(RankLost(other))
-        with suppress(BrokenPipeError, ConnectionResetError):  # it is ending
-            for message in update:
-                to_coordinator.sendall(to_bytes(message))
+        self._unsent += b"".join(map(to_bytes, update))
+        with suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):  # it is busy or ending
+            while self._unsent:
+                self._unsent = self._unsent[to_coordinator.send(self._unsent) :]
 
     def _orders(self, coordinator: socket.socket) -> list[Message]:
         with suppress(BlockingIOError, ConnectionResetError):

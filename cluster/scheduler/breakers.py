@@ -86,7 +86,7 @@ class SeenBreakers:
         self._waiting: dict[int, list[tuple[int, ...]]] = {}  # each by one of its tokens that has not occurred
         self._found: list[tuple[int, ...]] = []
         self._sequences: tuple[tuple[int, ...], ...] = ()
-        for token in tokens:
+        for token in dict.fromkeys(tokens) if by_head else ():
             self.add(token)
 
     @property

@@ -80,13 +80,17 @@ class SequenceQueues:
         for sequence in self.waiting:
             sequence.restart()
 
-    def add(self, sequence: Sequence, most_waiting: int) -> None:
-        """Queues a sequence. Raises QueueFullError if the owner has too many waiting sequences; the limit falls if
-        other owners have many."""
+    def check_room(self, owner: str, most_waiting: int) -> None:
+        """Raises QueueFullError if the owner has too many waiting sequences. The limit falls if other owners have
+        many."""
         waiting = [*self.waiting, *self.restoring]
-        own = sum([other.request.owner == sequence.request.owner for other in waiting])
+        own = sum([other.request.owner == owner for other in waiting])
         if not fits(own, len(waiting), most_waiting + self.max_running - len(self.running)):
             raise QueueFullError(f"{own} requests wait already, more may not: try again later")
+
+    def add(self, sequence: Sequence, most_waiting: int) -> None:
+        """Queues a sequence. Raises the error of `check_room`."""
+        self.check_room(sequence.request.owner, most_waiting)
         self.waiting.append(sequence)
 
     def admit(self) -> Sequence | None:

@@ -68,6 +68,11 @@ class GenerationRequest(AnswerOptions):
         return self.grammar is not None or self.reasoning is not None
 
     @property
+    def needs_place(self) -> bool:
+        """False if there may be nothing to compute."""
+        return self.embedded is not None or bool(self.max_new_tokens and not self.answered)
+
+    @property
     def looks_for_repetitions(self) -> bool:
         return self.params.chain is not None and self.params.chain.needs_history
 

@@ -38,6 +38,7 @@ from llamaclust.cluster.scheduler.strikes import Strikes
 from llamaclust.cluster.scheduler.usage import Usage
 from llamaclust.cluster.scheduler.validation import check_images, validate
 from llamaclust.core.sampling import RowResult
+from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Result
 
 _VISIBLE_WAITING = 8
@@ -98,21 +99,21 @@ class Scheduler:
         return self._sequences
 
     def add(self, request: GenerationRequest, now_ns: int) -> Sequence:
-        """Queues a request if it has anything to compute. Raises ParameterError or QueueFullError."""
+        """Queues a request if it has anything to compute. Raises QueueFullError, before any work if possible, or
+        ParameterError."""
         settings = self.settings
-        validate(
-            request,
-            settings.vocabulary,
-            settings.max_sequence_tokens,
-            adapters=settings.adapters,
-            generates=settings.generates,
-        )
+        if request.needs_place:
+            self.queues.check_room(request.owner, settings.max_waiting)
+        other = next((other for other in self._sequences.values() if other.has_prompt_of(request)), None)
+        validate(request, settings, is_prompt_valid=other is not None)
+        check_images(request, settings)
         self._next_key += 1
         max_new_tokens = min(request.max_new_tokens, settings.max_sequence_tokens - len(request.prompt))
-        check_images(request, settings)
         is_whole, drafting = settings.whole_prompts, Drafting(settings.has_mtp and not request.images)
         sequence = Sequence(self._next_key, request, max_new_tokens, Usage(now_ns), is_whole, drafting=drafting)
-        if request.adapters:
+        if other is not None:
+            sequence.kv.keys = other.kv.keys.shared(other.prompt_length // KV_BLOCK_TOKENS)
+        elif request.adapters:
             computed_by = [(settings.adapters[number], scale) for number, scale in sorted(request.adapters)]
             sequence.kv.keys = BlockKeys(request.cache_salt, computed_by, request.images)
         if sequence.known_end is None:

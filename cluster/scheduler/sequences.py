@@ -114,6 +114,13 @@ class Sequence:
     def awaits_decode(self) -> bool:
         return self.phase is _DECODE and self.scheduled < len(self.tokens)
 
+    def has_prompt_of(self, request: GenerationRequest) -> bool:
+        """True if the request is another choice of the same API request, so that the prompt and all that decides about
+        its KV blocks are the same objects."""
+        own = self.request
+        is_same = own.prompt is request.prompt and own.images is request.images
+        return is_same and (own.cache_salt, own.adapters) == (request.cache_salt, request.adapters)
+
     def may_go_ahead(self, most: int) -> bool:
         """True if the next row can be sent although its token is not known yet. At most `most` tokens may be unknown,
         that one included, and at most one if samplers look at earlier tokens."""

@@ -22,18 +22,15 @@ MAX_CHOICES = 128
 _UINT64_MAX = (1 << 64) - 1
 
 
-def validate(
-    request: GenerationRequest,
-    vocabulary: int,
-    max_sequence_tokens: int,
-    *,
-    adapters: Collection[int] = (),
-    generates: bool = True,
-) -> None:
-    """Raises ParameterError with the HTTP API's name of the field, its value and the bound."""
-    if not generates and request.embedded is None:
+def validate(request: GenerationRequest, settings: SchedulerSettings, *, is_prompt_valid: bool = False) -> None:
+    """Raises ParameterError with the HTTP API's name of the field, its value and the bound. `is_prompt_valid`: the
+    token ids of the prompt have been checked with another choice."""
+    vocabulary = settings.vocabulary
+    if not settings.generates and request.embedded is None:
         raise ParameterError("model", NO_TEXT)
-    _check_prompt(request, vocabulary, max_sequence_tokens)
+    _check_length(request, settings.max_sequence_tokens)
+    if not is_prompt_valid:
+        _check_tokens("prompt", request.prompt, vocabulary)
     check_integer("max_tokens", request.max_new_tokens, 0, MAX_CONTEXT_TOKENS)
     check_integer("min_tokens", request.min_tokens, 0, MAX_CONTEXT_TOKENS)
     check_integer("seed", request.seed, 0, _UINT64_MAX)
@@ -45,7 +42,7 @@ def validate(
         check_integer("speculative", request.max_drafted, 0, MAX_WINDOW)
     if request.score_from is not None:
         check_integer("score_from", request.score_from, 0, MAX_CONTEXT_TOKENS)
-    check_adapters(request.adapters, adapters)
+    check_adapters(request.adapters, settings.adapters)
     if request.embedded is not None:
         first, end = request.embedded
         assert 0 <= first < end <= len(request.prompt) and request.max_new_tokens == 0, request.embedded
@@ -138,14 +135,13 @@ def check_adapters(chosen: AdapterScales, adapters: Collection[int]) -> None:
         check_number("lora", scale, -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)
 
 
-def _check_prompt(request: GenerationRequest, vocabulary: int, most: int) -> None:
+def _check_length(request: GenerationRequest, most: int) -> None:
     tokens = len(request.prompt)
     if tokens == 0:
         raise ParameterError("prompt", "is empty; give at least one token")
     if tokens + (request.max_new_tokens != 0) > most:
         room = " with no room for an answer" if tokens == most else ""
         raise ContextLengthError(f"has {tokens} tokens{room}", tokens, most)
-    _check_tokens("prompt", request.prompt, vocabulary)
 
 
 def _check_params(params: SamplingParams, vocabulary: int) -> None:

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 _PROGRESS_S = 0.1
 _QUEUE_S = 120.0
-"""The longest wait of a later choice for a place in a full queue, in seconds."""
+"""The longest wait of a later choice for a place in a full queue after the choice before it, in seconds."""
+_TURN_TOKENS = 1 << 16
+"""The most prompt tokens of choices that are submitted in one turn of the event loop. A single choice may have more."""
 SCORED_TOKENS = 256
 """The number of scored prompt tokens in a chunk. Each chunk begins at a multiple of this number, except the first one.
 """
@@ -65,7 +67,7 @@ class Completion:
         self._shown: PromptProgress | None = None
         self._choices = [_Running(self, request, text, log.content.timed) for request, text in choices]
         self._submit(self._choices[0])
-        self._tasks = [asyncio.create_task(self._begin_later(choice)) for choice in self._choices[1:]]
+        self._tasks = [asyncio.create_task(self._begin_later())] if len(choices) > 1 else []
         if self._shows_progress:
             self._tasks.append(asyncio.create_task(self._watch_progress()))
         for task in self._tasks:
@@ -89,9 +91,14 @@ class Completion:
     def _submit(self, choice: _Running) -> None:
         self._engine.begin(choice.generation, choice)
 
-    async def _begin_later(self, choice: _Running) -> None:
+    async def _begin_later(self) -> None:
+        """Submits the later choices in order. Between long prompts, the event loop's other work takes a turn."""
         await self._is_primed.wait()
-        await when_free(partial(self._submit, choice), _QUEUE_S)
+        together = max(1, _TURN_TOKENS // max(1, len(self.generation.prompt)))
+        for number, choice in enumerate(self._choices[1:]):
+            if number and number % together == 0:
+                await asyncio.sleep(0)
+            await when_free(partial(self._submit, choice), _QUEUE_S)
 
     async def _watch_progress(self) -> None:
         while self._shows_progress:

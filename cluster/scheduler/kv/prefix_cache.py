@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from copy import copy
 from hashlib import sha256
 from struct import Struct
 
@@ -26,6 +27,28 @@ class BlockKeys(list[bytes]):
         super().__init__()
         self._images, self._places = images, SpanPlaces(images)
         self.salt = f"{[*adapters]}\0{salt}" if adapters else f"\0{salt}"
+        self._shared: list[bytes] = []  # the first keys, of all sequences that share them
+        self._most_shared = 0
+
+    def shared(self, blocks: int) -> BlockKeys:
+        """Makes the keys of another sequence whose first `blocks` blocks have the same keys. Each of these is computed
+        once for both."""
+        self._most_shared = blocks
+        self.share()
+        other = copy(self)
+        del other[len(self._shared) :]
+        return other
+
+    def share(self) -> None:
+        self._shared += self[len(self._shared) : self._most_shared]
+
+    def take_shared(self, count: int) -> None:
+        self.extend(self._shared[len(self) : count])
+
+    def images_of_block(self, start: int) -> bytes:
+        """Returns what identifies the rows of images in the block whose first token is at `start`."""
+        numbers = self._places.within(start, start + KV_BLOCK_TOKENS)
+        return b"".join(_part_of(self._images[number], start) for number in numbers)
 
     def images_of_block(self, start: int) -> bytes:
         """Returns what identifies the rows of images in the block whose first token is at `start`."""
@@ -67,12 +90,14 @@ class PrefixCache:
             self.blocks.register(table[index - start], keys[index])
 
     def _extend(self, keys: BlockKeys, tokens: Sequence[int], count: int) -> None:
+        keys.take_shared(count)
         before = keys[-1] if keys else sha256(self._root + keys.salt.encode("utf-8", "surrogatepass")).digest()
         for index in range(len(keys), count):
             start = index * KV_BLOCK_TOKENS
             part = array("I", tokens[start : start + KV_BLOCK_TOKENS])
             before = sha256(before + part.tobytes() + keys.images_of_block(start)).digest()
             keys.append(before)
+        keys.share()
 
 
 def _part_of(span: ImageSpan, start: int) -> bytes:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -17,6 +18,7 @@ import pytest
 
 from llamaclust.cluster.launchers import local
 from llamaclust.cluster.launchers.local import LocalLauncher
+from llamaclust.cluster.launchers.restarts import RestartLimits
 from llamaclust.cluster.launchers.run_directory import run_directory
 from llamaclust.cluster.launchers.worker_process import describe_exit, worker_command
 from llamaclust.core.errors import UsageError
@@ -97,6 +99,24 @@ async def test_the_end_of_a_lost_worker_is_waited_for(
         assert worker.is_running() == (ends == "never")
     told = [record.getMessage() for record in caplog.records if record.name == local.__name__]
     assert told == ([f"worker a (pid {worker.pid}) has not ended 0.01 s after SIGKILL"] if ends == "never" else [])
+
+
+async def test_a_worker_whose_log_cannot_be_opened_is_given_up_by_name(tmp_path: Path) -> None:
+    async def killed() -> int:
+        return -9
+
+    ends, given_up = list[str](), list[tuple[str, str]]()
+    (tmp_path / "a.log").mkdir()
+    with run_directory(tmp_path) as run:
+        launcher = LocalLauncher(run, tmp_path)
+        launcher._restarts.limits = RestartLimits(most=2, first_s=0.001)
+        launcher._processes["a"] = SimpleNamespace(wait=killed)  # type: ignore[assignment]
+        with launcher.restarting(lambda *what: given_up.append(what)):
+            async with asyncio.timeout(30.0):
+                await launcher._watch(WorkerSettings(name="a"), lambda name, how: ends.append(name))
+    reason = f"it cannot be started: {tmp_path}/a.log: is in the way of a log, which is a plain file: remove it"
+    assert given_up == [("a", f"{reason}; it was restarted 2 times within 60 s")]
+    assert ends == ["a"]
 
 
 async def test_stopping_kills_what_does_not_end_by_itself(tmp_path: Path) -> None:

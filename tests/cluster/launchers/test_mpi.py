@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,8 +17,17 @@ from typing import Any
 import psutil
 import pytest
 
-from llamaclust.cluster.launchers import mpi_rank
-from llamaclust.cluster.launchers.mpi_messages import Leave, Machine, Message, StartWorker
+from llamaclust.cluster.launchers import mpi, mpi_rank
+from llamaclust.cluster.launchers.mpi import MpiLauncher
+from llamaclust.cluster.launchers.mpi_messages import (
+    EndWorker,
+    Leave,
+    Machine,
+    Message,
+    StartWorker,
+    WorkerEnded,
+    from_bytes,
+)
 from llamaclust.cluster.state import log_files
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.core.errors import WorkerError
@@ -130,6 +141,75 @@ def test_ranks_are_waited_for_until_a_signal_or_a_deadline(is_signalled: bool, m
         with pytest.raises(WorkerError, match=r"ranks without a sign of life within 0.05 s: \[1, 2\]"):
             job.run()
     assert ranks.lost == {1, 2}
+
+
+async def started(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[MpiLauncher, socket.socket]:
+    """A launcher without workers, and the socket of its rank."""
+    rank, own = socket.socketpair()
+    monkeypatch.setattr(mpi, "_own_rank", lambda: own)
+    values = {"insecure": True, "awaits_any": True, "workers": (), "timeouts": SimpleNamespace(coordinator=1.0)}
+    config: Any = SimpleNamespace(join=SimpleNamespace(listen="127.0.0.1:0"), **values)
+    launcher = MpiLauncher(config, ClusterDir(folder), lambda event: None)
+    launcher.authority = SimpleNamespace(token=SimpleNamespace(text=""))  # type: ignore[assignment]
+    await launcher.start((), "127.0.0.1:1", lambda name, how: None)
+    return launcher, rank
+
+
+@pytest.mark.parametrize("is_order_unread", [False, True])
+async def test_a_coordinator_ends_with_its_rank(
+    is_order_unread: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A rank that is killed before it has read all orders resets the connection."""
+    is_ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, is_ended.set)
+    try:
+        launcher, rank = await started(tmp_path, monkeypatch)
+        if is_order_unread:
+            launcher._send(EndWorker(1, signal.SIGKILL))
+        rank.close()
+        async with asyncio.timeout(30.0):
+            await is_ended.wait()
+        await launcher.stop()
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+    assert caplog.records == []
+
+
+async def test_a_launcher_that_stops_does_not_signal_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signals = list[tuple[int, int]]()
+    monkeypatch.setattr(os, "kill", lambda *what: signals.append(what))
+    launcher, rank = await started(tmp_path, monkeypatch)
+    with rank:
+        await launcher.stop()
+        async with asyncio.timeout(30.0):
+            await launcher._tasks.join()
+    assert signals == []
+
+
+def test_a_rank_goes_on_while_its_coordinator_reads_nothing() -> None:
+    """The coordinator gets every report once it reads again, in order."""
+    ends, received = [WorkerEnded(0, "x" * 60_000, str(number)) for number in range(40)], b""
+    unreported = list(ends)
+    ranks = SimpleNamespace(count=1, lost=set())
+    rank: Any = SimpleNamespace(ranks=ranks, update=lambda: [unreported.pop(0)] if unreported else [])
+    config: Any = SimpleNamespace(workers="a")
+    job = mpi_rank._Coordinator(rank, config, ())
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        for _ in ends:
+            job._carry(ours)
+        assert job._unsent, "a socket takes less"
+        while job._unsent:
+            received += theirs.recv(1 << 20)
+            job._carry(ours)
+        ours.shutdown(socket.SHUT_WR)
+        while data := theirs.recv(1 << 20):
+            received += data
+    assert [from_bytes(line) for line in received.splitlines()] == ends
 
 
 @pytest.mark.parametrize("name", ["a", "b.c", "coordinator"])

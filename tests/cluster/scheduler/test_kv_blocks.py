@@ -2,13 +2,20 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
+from hashlib import sha256
+from typing import Any
 
 import pytest
 
+from llamaclust.cluster.scheduler.kv import prefix_cache
 from llamaclust.cluster.scheduler.kv.blocks import BlockTable, KvBlocks
 from llamaclust.cluster.scheduler.kv.prefix_cache import BlockKeys, PrefixCache
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS
+from support.plans.simulations import check_answer, check_writes, generation, simulation
+
+_TOKENS = 9 * KV_BLOCK_TOKENS + 5
 
 
 def test_blocks_are_allocated_from_low_ids_and_released() -> None:
@@ -115,3 +122,57 @@ def test_another_model_kv_type_or_salt_shares_nothing() -> None:
     assert PrefixCache(blocks, "model", KvType.F16).find(BlockKeys("mine"), tokens, 64) == (0, 0)
     assert PrefixCache(blocks, "model", KvType.Q8_0).find(BlockKeys(), tokens, 64) == (0, 0)
     assert PrefixCache(blocks, "model", KvType.F16, enabled=False).find(BlockKeys(), tokens, 64) == (0, 0)
+
+
+@pytest.fixture
+def hashes(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """All data that the prefix cache has hashed."""
+    hashed: list[bytes] = []
+
+    def hash_and_count(data: bytes) -> Any:
+        hashed.append(data)
+        return sha256(data)
+
+    monkeypatch.setattr(prefix_cache, "sha256", hash_and_count)
+    return hashed
+
+
+@pytest.mark.parametrize(
+    ("others_come", "times"), [("together", 1), ("after the prompt", 1), ("after the first answer", 2)]
+)
+def test_the_keys_of_a_prompt_are_computed_once(others_come: str, times: int, hashes: list[bytes]) -> None:
+    run = simulation()
+    check_writes(run)
+    request = generation(_TOKENS, 5)
+    first, *others = [replace(request, choice=choice, seed=choice) for choice in range(5)]
+    keys = [run.add(first)]
+    if others_come == "after the prompt":
+        while not run.rows(keys[0]):
+            run.step()
+    elif others_come == "after the first answer":
+        run.finish()
+    keys += [run.add(other) for other in others]
+    run.finish()
+    for key, request in zip(keys, (first, *others), strict=True):
+        check_answer(run, key, request)
+    of_blocks = [data for data in hashes if len(data) == 32 + 4 * KV_BLOCK_TOKENS]
+    assert len(of_blocks) == times * (_TOKENS // KV_BLOCK_TOKENS)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_shared_keys_are_those_of_separate_sequences(seed: int) -> None:
+    random_ = random.Random(seed)
+    cache = PrefixCache(KvBlocks(1), "m", KvType.F16)
+    prompt = [random_.randrange(100) for _ in range(_TOKENS)]
+    answered = [[*prompt, *(random_.randrange(100) for _ in range(100))] for _ in range(4)]
+    keys = [BlockKeys("salt")]
+    for _ in range(40):
+        if len(keys) < len(answered) and random_.random() < 0.2:
+            keys.append(random_.choice(keys).shared(_TOKENS // KV_BLOCK_TOKENS))
+        number = random_.randrange(len(keys))
+        cache.find(keys[number], answered[number], random_.randrange(len(answered[number])))
+    for own, tokens in zip(keys, answered, strict=False):
+        cache.find(own, tokens, len(tokens))
+        cache.find(alone := BlockKeys("salt"), tokens, len(tokens))
+        assert own == alone
+    assert len(keys) > 1 and len({tuple(own) for own in keys}) == len(keys)

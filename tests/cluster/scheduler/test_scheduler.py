@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -25,6 +27,16 @@ from support.plans.simulations import (
     random_request,
     simulation,
 )
+
+
+class Counted(tuple[int, ...]):
+    """A prompt that counts how often its tokens are read."""
+
+    reads = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.reads += 1
+        return super().__iter__()
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 127, None])
@@ -231,6 +243,34 @@ def test_a_full_queue_refuses() -> None:
     with pytest.raises(QueueFullError, match="5 requests wait"):
         run.add(generation(10, 5))
     run.finish()
+
+
+def test_a_full_queue_refuses_before_any_work() -> None:
+    run = simulation(max_sequences=2, max_waiting=1)
+    for _ in range(3):
+        run.add(generation(10, 5))
+    prompt = Counted(range(10))
+    embedded: dict[str, Any] = {"max_new_tokens": 0, "embedded": (0, 10)}
+    for changes in ({}, embedded):
+        with pytest.raises(QueueFullError, match="3 requests wait"):
+            run.add(replace(generation(1, 5), prompt=prompt, **changes))
+    assert prompt.reads == 0
+    run.add(replace(generation(1, 0), prompt=prompt))  # nothing to compute
+    assert prompt.reads > 0
+
+
+@pytest.mark.parametrize(("params", "breakers", "reads"), [(SamplingParams(), {}, 1), (DRY, {5: ((5,),)}, 2)])
+def test_later_choices_check_no_token_again(params: SamplingParams, breakers: Any, reads: int) -> None:
+    """They copy the prompt, and DRY looks for breakers in it."""
+    run, prompt = simulation(), Counted(range(50))
+    request = replace(generation(1, 5), prompt=prompt, params=params, breakers=breakers)
+    run.add(request)
+    first = prompt.reads
+    assert first > reads
+    run.add(replace(request, choice=1))
+    assert prompt.reads - first == reads
+    with pytest.raises(RequestError, match="token id 101"):
+        run.add(replace(request, prompt=(*prompt, 101), choice=2))
 
 
 def test_results_out_of_turn_are_refused() -> None:

@@ -8,7 +8,7 @@ import socket
 from collections import defaultdict
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, cast
 
@@ -58,6 +58,7 @@ MODEL = "tiny"
 SETTINGS = SchedulerSettings(
     MODEL, VOCABULARY, CONTEXT, kv_blocks=200, max_sequences=8, max_waiting=64, embedding_length=WIDTH
 )
+_WITH_ADAPTERS = replace(SETTINGS, adapters={0: "first", 1: "second"})
 
 END = VOCABULARY - 1  # <|im_end|>
 Script = Callable[[GenerationRequest], Sequence[int]]
@@ -144,7 +145,7 @@ class ScriptedEngine:
     def begin(self, generation: GenerationRequest, sink: Sink) -> ScriptedRequest:
         if self.refusal is not None:
             raise self.refusal
-        validate(generation, VOCABULARY, CONTEXT, adapters=(0, 1))
+        validate(generation, _WITH_ADAPTERS)
         self.submitted.append(generation)
         self.running += 1
         request = ScriptedRequest(self, generation, sink)

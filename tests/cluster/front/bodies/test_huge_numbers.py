@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.validation import validate
 from llamaclust.core.bounds import finite
 from llamaclust.core.errors import ParameterError, ProtocolError
@@ -89,7 +90,7 @@ def test_programs_get_the_same_refusal(name: str, number: float) -> None:
     params = SamplingParams(chain=chain) if chain else SamplingParams(**{name: value})
     request = GenerationRequest("a", (1,), 1, params)
     with pytest.raises(ParameterError, match=f"^{name}: must be a .*number within") as error:
-        validate(request, vocabulary=10, max_sequence_tokens=10)
+        validate(request, SchedulerSettings("m", vocabulary=10, context_length=10, kv_blocks=1))
     assert len(str(error.value)) < 150
 
 

@@ -57,6 +57,47 @@ async def test_later_choices_do_not_wait_for_ever(monkeypatch: pytest.MonkeyPatc
     assert engine.running == 0
 
 
+@pytest.mark.parametrize(("turn_tokens", "turns"), [(1, 4), (1 << 16, 1)])
+async def test_later_choices_of_long_prompts_take_turns_with_other_work(
+    turn_tokens: int, turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(completion, "_TURN_TOKENS", turn_tokens)
+    engine = ScriptedEngine(says("a b"))
+    begin, turn, begun = engine.begin, [0], list[tuple[int, int]]()
+
+    def noted(generation, sink):  # type: ignore[no-untyped-def]
+        begun.append((generation.choice, turn[0]))
+        return begin(generation, sink)
+
+    async def count_turns() -> None:
+        while True:
+            await asyncio.sleep(0)
+            turn[0] += 1
+
+    engine.begin = noted  # type: ignore[method-assign]
+    counting = asyncio.create_task(count_turns())
+    assert len(await answers(engine, replace(GENERATION, n=5))) == 5
+    counting.cancel()
+    (_, *later) = begun
+    assert [choice for choice, _ in later] == [1, 2, 3, 4]
+    assert len({turn for _, turn in later}) == turns
+
+
+async def test_a_full_queue_is_tried_for_one_choice_at_a_time() -> None:
+    engine = ScriptedEngine(says("a b"))
+    begin, tried = engine.begin, list[int]()
+
+    def picky(generation, sink):  # type: ignore[no-untyped-def]
+        tried.append(generation.choice)
+        if generation.choice and tried.count(generation.choice) <= 3:
+            raise QueueFullError("full", 0.001)
+        return begin(generation, sink)
+
+    engine.begin = picky  # type: ignore[method-assign]
+    assert len(await answers(engine, replace(GENERATION, n=3))) == 3
+    assert tried == [0, 1, 1, 1, 1, 2, 2, 2, 2]
+
+
 async def test_a_reader_that_falls_behind_ends_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer_log, "MAX_UNREAD_ROWS", 20)
     engine = ScriptedEngine(says("a" * 100))

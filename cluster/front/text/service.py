@@ -56,9 +56,6 @@ _TOO_MANY_PAIRS = "with the query before each these are {count} tokens, at most 
 _ANSWER_SHARE = 4
 """The part of the context (one quarter) that infilling keeps free for an answer without a limit. Texts of other files
 may fill the rest."""
-_MAX_BEGUN_CHARACTERS = 1 << 18
-"""The largest number of characters of a continued message, summed over all choices. Parsing that many takes about two
-seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +129,6 @@ class TextService:
             if len(prompt) > self.settings.context_length:
                 raise ContextLengthError(f"has {len(prompt)} tokens", len(prompt), self.settings.context_length)
             breakers = await self._breakers(request)
-        if request.begun_characters > _MAX_BEGUN_CHARACTERS:
-            reason = f"{request.n} answers would read {request.begun_characters} characters of the continued message, "
-            param = "n" if request.n > 1 else "messages"
-            raise ParameterError(param, f"{reason}at most {_MAX_BEGUN_CHARACTERS} are read")
         return replace(self._generation(request, prompt, breakers), images=images)
 
     async def submit(
@@ -281,12 +274,15 @@ class TextService:
         if not self.settings.generates:
             raise ParameterError("model", NO_TEXT)
         unconstrained = await self.chat_prompt(chat)
+        unconstrained.check_begun()
         if chat.answer.grammar is not None or (unconstrained.reading is not None and unconstrained.reading.tools):
             self._engine.prepare_matchers()
         with self._counted():
             grammar = await answer_grammar(chat, unconstrained.reading, self.tokenizer, self._grammars)
         own = None if chat.tool_use.mode is ToolMode.REQUIRED else grammar
-        reasoning = answer_reasoning(unconstrained.reading, chat.reasoning_budget, own, self.tokenizer)
+        followed = partial(answer_reasoning, unconstrained.reading, chat.reasoning_budget, own, self.tokenizer)
+        is_long = unconstrained.begun_characters > _BLOCKING_CHARACTERS
+        reasoning = await run_on(TOKENIZING, followed) if is_long else followed()
         return replace(unconstrained, grammar=grammar, reasoning=reasoning)
 
     async def chat_prompt(self, chat: ChatRequest) -> CompletionRequest:

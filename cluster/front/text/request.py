@@ -107,6 +107,12 @@ class CompletionRequest(AnswerOptions):
         """The number of characters of the answers that are already in the prompt, summed over all choices."""
         return 0 if self.reading is None else len(self.reading.begun) * self.n
 
+    @property
+    def setup_characters(self) -> int:
+        """The number of characters that are read before the answers begin: those already in the prompt, and those of
+        the stop strings."""
+        return self.begun_characters + sum(map(len, self.stop))
+
     def check_begun(self) -> None:
         """Raises ParameterError if the answers would read too many characters of the continued message."""
         if self.begun_characters > MAX_BEGUN_CHARACTERS:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogContent
 from llamaclust.cluster.front.text.call_constraint import answer_grammar
 from llamaclust.cluster.front.text.chat import ChatFormat, answer_reasoning
-from llamaclust.cluster.front.text.completion import Choice, ChoiceText, Completion
+from llamaclust.cluster.front.text.completion import Choice, ChoiceText, Completion, stop_patterns
 from llamaclust.cluster.front.text.embedder import Embedder, Embedding, EmbeddingOptions, Rank
 from llamaclust.cluster.front.text.images import PromptImages
 from llamaclust.cluster.front.text.request import SEEDS, ChatRequest, CompletionRequest, ToolMode, draw_seed
@@ -143,7 +143,7 @@ class TextService:
         try:
             held.enter_context(self._counted())
             make = partial(self._choices, request, generation)
-            is_long = request.begun_characters > _BLOCKING_CHARACTERS
+            is_long = request.setup_characters > _BLOCKING_CHARACTERS
             choices = await run_on(TOKENIZING, make) if is_long else make()
             self.settings.adapters.use(generation.adapters, request.received_ns)
             held.callback(self.settings.adapters.release, generation.adapters)
@@ -156,9 +156,9 @@ class TextService:
         return completion
 
     def _choices(self, request: CompletionRequest, generation: GenerationRequest) -> list[Choice]:
-        """Makes the choices of a prompt. Parsers read the beginning of the answer that the prompt contains, so this may
-        take long."""
-        name, ends = generation.request_id, generation.stop_token_ids
+        """Makes the choices of a prompt. This may take long, because parsers read the beginning of the answer that the
+        prompt contains, and stop strings are analysed."""
+        name, ends, stop = generation.request_id, generation.stop_token_ids, stop_patterns(request.stop)
         return [
             (
                 replace(
@@ -167,7 +167,7 @@ class TextService:
                     choice=index,
                     answered=request.answered.get(index, ()),
                 ),
-                ChoiceText(index, self.tokenizer, ends, request.stop, request.min_tokens, request.reading),
+                ChoiceText(index, self.tokenizer, ends, stop, request.min_tokens, request.reading),
             )
             for index in range(request.n)
         ]

@@ -55,8 +55,8 @@ _MOST_S = 600.0
 coordinator that crashes again and again before it reaches a new event."""
 _BACKOFF = Backoff(first_s=0.1, max_s=1.0)
 READ_TIMEOUT_S = 20.0
-"""The time without data after which a stream counts as lost. The server sends at least a comment every 5 s. A machine
-that loses power closes no connection."""
+"""The time without data after which a stream counts as lost. The server sends at least a comment every 15 s. A
+machine that loses power closes no connection."""
 _RETRIED_CODES = frozenset({"cluster_starting", "cluster_stopping", "server_busy"})
 
 
@@ -215,7 +215,7 @@ class ResumableStream:
         self._was_taken = False  # by a server that streams
         self._has_failed = False  # the server does not run it
         self._lost_s: float | None = None  # when the connection was
-        self._silent_s: float | None = None  # when the first one was lost since the last event
+        self._silent_s: float | None = None  # when the first one was lost after the last event
         self._attempts = 0
 
     @property
@@ -243,7 +243,7 @@ class ResumableStream:
 
     def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
         """Yields the events that `data` completes. Raises an error that the server reports as an event."""
-        self._lost_s, self._silent_s, self._attempts = None, None, 0
+        self._lost_s, self._attempts = None, 0
         *lines, rest = data.split(b"\n")
         for line in lines:
             event = self._event(b"".join((*self._parts, line)))
@@ -265,6 +265,7 @@ class ResumableStream:
         event = json_object(payload)
         if "error" in event:
             raise reported_error(event["error"])
+        self._silent_s = None
         return event
 
     def ended(self) -> None:

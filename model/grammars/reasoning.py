@@ -3,6 +3,7 @@ on settings and tokens. Tags are found in the answer's bytes, so a tag may be sp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from enum import Enum, auto
 from typing import Final
@@ -10,6 +11,7 @@ from typing import Final
 from llamaclust.core.sampling import Reasoning
 
 _SPACE: Final = b" \t\r\n\v\f"
+_SPACES: Final = re.compile(rb"[ \t\r\n\v\f]*")
 _CHARACTER_BYTES: Final = 4
 
 
@@ -25,6 +27,7 @@ class ReasoningScanner:
         self.begun = int(reasoning.is_open)  # how often it began
         self.ends = tuple(text.encode() for text in reasoning.ends)
         self._begins = tuple(text.encode() for text in reasoning.begins)
+        self._any_end, self._any_begin = _any_of(self.ends), _any_of(self._begins)
         self._repeats = reasoning.repeats
         self.longest_part = max(_CHARACTER_BYTES, *map(len, self.ends)) - 1  # bytes of what `is_in_part` tells of
         self._kept = max(self.longest_part, *map(len, self._begins))
@@ -45,35 +48,38 @@ class ReasoningScanner:
         return False
 
     def feed(self, data: bytes) -> None:
-        self._tail += data
-        while (tag_end := self._found()) is not None:
-            self._tail = self._tail[tag_end:]
+        """Reads further bytes of the answer, in time that is linear in their number."""
+        text, start = self._tail + data, 0
+        while (tag_end := self._next_tag_end(text, start)) is not None:
+            start = tag_end
             self.place = Place.INSIDE if self.place is Place.BEFORE else Place.BEFORE
             self.begun += self.place is Place.INSIDE
-        self._tail = self._tail[-self._kept :]
+        if self.place is Place.BEFORE and not self._repeats:
+            start = _after_spaces(text, start)
+            if not any(tag.startswith(text[start : start + len(tag)]) for tag in self._begins):
+                self.place = Place.BEHIND
+        self._tail = text[max(start, len(text) - self._kept) :]
 
     def end(self) -> None:
         self.place, self._tail = Place.BEFORE, b""
 
     def rest_behind_end(self, data: bytes) -> bytes | None:
         """Returns the bytes of `data` after the reasoning's end, or None if `data` would not end it."""
-        tail = self._tail + data
-        end = _first_end(tail, self.ends) if self.place is Place.INSIDE else None
-        return None if end is None else tail[end:]
+        text = self._tail + data
+        end = self._any_end.search(text) if self.place is Place.INSIDE else None
+        return None if end is None else text[end.end() :]
 
-    def _found(self) -> int | None:
+    def _next_tag_end(self, text: bytes, start: int) -> int | None:
+        """Returns the end of the next tag that begins or ends reasoning, or None if there is none."""
         if self.place is Place.INSIDE:
-            return _first_end(self._tail, self.ends)
-        if self.place is Place.BEHIND or self._repeats:
-            return None if self.place is Place.BEHIND else _first_end(self._tail, self._begins)
-        text = self._tail.lstrip(_SPACE)
-        for tag in self._begins:
-            if text.startswith(tag):
-                return len(self._tail) - len(text) + len(tag)
-        if not any(tag.startswith(text) for tag in self._begins):
-            self.place = Place.BEHIND
-        self._tail = text
-        return None
+            tag = self._any_end.search(text, start)
+        elif self.place is Place.BEFORE and self._repeats:
+            tag = self._any_begin.search(text, start)
+        elif self.place is Place.BEFORE:
+            tag = self._any_begin.match(text, _after_spaces(text, start))
+        else:
+            tag = None
+        return None if tag is None else tag.end()
 
 
 class ReasoningState:
@@ -144,6 +150,11 @@ def may_run_over(words: Sequence[bytes], tag: bytes) -> tuple[int, ...]:
     return tuple(token for token, word in candidates if runs_over(word.removeprefix(b"\xff")))
 
 
-def _first_end(data: bytes, tags: Sequence[bytes]) -> int | None:
-    found = [(place, -len(tag)) for tag in tags if (place := data.find(tag)) >= 0]
-    return None if not found else min(found)[0] - min(found)[1]
+def _any_of(tags: Sequence[bytes]) -> re.Pattern[bytes]:
+    """Returns the pattern of the first of the tags. If several begin at one place, the longest counts."""
+    return re.compile(b"|".join(map(re.escape, sorted(tags, key=len, reverse=True))))
+
+
+def _after_spaces(text: bytes, start: int) -> int:
+    spaces = _SPACES.match(text, start)
+    return start if spaces is None else spaces.end()

@@ -16,8 +16,7 @@ from starlette.responses import Response
 from llamaclust.cluster.front.dialects.dialect import Endpoint
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.foreign_fields import EMBEDDING, RERANK
-from llamaclust.cluster.front.http.responses import JsonResponse
-from llamaclust.cluster.front.http.sse import JsonParts, unless_disconnected
+from llamaclust.cluster.front.http.sse import JsonParts, rendered, unless_disconnected
 from llamaclust.cluster.front.json_text import is_large, json_body
 from llamaclust.cluster.front.schema import Body, is_int, prompt_string
 from llamaclust.cluster.front.text.embedder import EUCLIDEAN, Embedding, EmbeddingOptions, Rank, Vector
@@ -218,14 +217,14 @@ class Rerank(Endpoint[RerankBody]):
         ranks = await self.service.rank(body.query, texts)
         best = sorted(range(len(ranks)), key=lambda index: -ranks[index].score)[: body.top_n]
         if body.texts is not None:
-            return JsonResponse([_tei_result(body, texts, ranks, index) for index in best])
+            return rendered([_tei_result(body, texts, ranks, index) for index in best])
         results = [_result(body, texts, ranks, index) for index in best]
         if self.path == _COHERE_PATH:
-            return JsonResponse({"id": str(uuid4()), "results": results, "meta": _cohere_meta(len(texts))})
+            return rendered({"id": str(uuid4()), "results": results, "meta": _cohere_meta(len(texts))})
         tokens = sum(rank.prompt_tokens for rank in ranks)
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         model = self.service.settings.model_name
-        return JsonResponse({"object": "list", "model": model, "results": results, "usage": usage})
+        return rendered({"object": "list", "model": model, "results": results, "usage": usage})
 
 
 def _cohere_meta(documents: int) -> dict[str, Any]:

@@ -22,12 +22,12 @@ from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.gates import owner
 from llamaclust.cluster.front.http.sse import EventResponse, JsonParts, StreamFormat, unless_disconnected
 from llamaclust.cluster.front.images.chat_images import check_restored
-from llamaclust.cluster.front.json_text import one_part
+from llamaclust.cluster.front.json_text import json_size, one_part
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
 from llamaclust.cluster.front.replies.reply import Framing, MakeReply, Position, Reply, new_context, read_position
 from llamaclust.cluster.front.replies.reply_cache import ReplyCache
 from llamaclust.cluster.front.settings import ApiSettings
-from llamaclust.cluster.front.text.sharing import current_owner
+from llamaclust.cluster.front.text.sharing import current_owner, hold_bytes
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Instant, RequestContext
 from llamaclust.core.errors import LlamaclustError, RequestFailedError, WorkerError
@@ -82,6 +82,8 @@ class Replies:
             if (same := self.cache.same(context, body)) is not None:  # that came meanwhile
                 return await self._begun(request, same, Position())
             self.cache.add(kept, body)
+        elif context.earlier and (hold := hold_bytes.get()) is not None:
+            hold(json_size(context.earlier))
         await self._begin(request, kept, reply, body)
         return await self._begun(request, kept, Position())
 

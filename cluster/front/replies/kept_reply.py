@@ -27,8 +27,10 @@ from llamaclust.wire.rpc.deadlines import deadline
 if TYPE_CHECKING:
     from llamaclust.cluster.front.replies.reply_cache import ReplyCache
 
-_TURN_ENTRIES = 256
-"""Entries of the log that one reader renders before other tasks get a turn."""
+_TURN_COST: Final = 2048
+"""The largest cost of what one reader renders before other tasks get a turn. A token or logprob costs 1, and each entry
+of the log `_ENTRY_COST` more."""
+_ENTRY_COST: Final = 8
 _FRAME_BYTES: Final = 250
 """The approximate size of an event without its text and logprobs, and of a token in JSON."""
 _TOP_BYTES: Final = 8
@@ -252,7 +254,7 @@ class KeptReply:
     async def stream(self, framing: Framing) -> AsyncGenerator[bytes, None]:
         """Yields the bytes of a stream that the client lacks, until its end. Raises the error that ended the log."""
         view: View | None = None
-        sizes = _Sizes(self.log)
+        sizes, cost = _Sizes(self.log), 0
         with self.reading() as reader:
             while (entry := reader.take()) is not None or not reader.is_at_end:
                 if entry is None:
@@ -260,7 +262,9 @@ class KeptReply:
                         yield framing.form.keepalive
                     continue
                 view, size = view or self._new_view(), sizes.next(*entry)
-                if not sizes.taken % _TURN_ENTRIES:
+                cost += _ENTRY_COST + size
+                if cost > _TURN_COST:
+                    cost = _ENTRY_COST + size
                     await asyncio.sleep(0)
                 if is_large(size):
                     parts = await off_loop_if(True, partial(framing.shown, view, *entry, is_large=True))
@@ -317,14 +321,12 @@ class _Sizes:
     call, may show all prompts and all earlier text."""
 
     def __init__(self, log: AnswerLog) -> None:
-        self.taken = 0
         self._log = log
         self._begun: set[tuple[int, int]] = set()  # choices
         self._entries = 0  # so far
 
     def next(self, prompt: int, item: LogItem) -> int:
         """Returns a bound on the tokens and logprobs in the events of the next entry."""
-        self.taken += 1
         if not isinstance(item, TextChunk):
             return 0
         self._entries += item.entries

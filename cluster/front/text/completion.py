@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Self
 
 from llamaclust.cluster.engine.request_stream import SubmittedRequest
@@ -213,7 +214,7 @@ class ChoiceText:
         index: int,
         tokenizer: Tokenizer,
         end_ids: frozenset[int],
-        stop: tuple[str, ...],
+        stop: Sequence[StopPattern],
         min_tokens: int,
         reading: AnswerReading | None = None,
     ) -> None:
@@ -296,12 +297,41 @@ class ChoiceText:
         return "".join(event.text for event in events if isinstance(event, ContentText)), tuple(events)
 
 
+class StopPattern:
+    """A stop string and its table for finding it, which all choices of a request share. Its states are the numbers of
+    its characters that the text read so far ends with."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._fallback = array("I", bytes(4 * len(text)))  # [i]: longest proper prefix that text[: i + 1] ends with
+        length = 0
+        for i in range(1, len(text)):
+            while length and text[i] != text[length]:
+                length = self._fallback[length - 1]
+            length += text[i] == text[length]
+            self._fallback[i] = length
+
+    def next_state(self, state: int, character: str) -> int:
+        """Returns the state after one more character. The string is complete if the state is its length, after which
+        this method must not be called again."""
+        while state and character != self.text[state]:
+            state = self._fallback[state - 1]
+        return state + (character == self.text[state])
+
+
+@lru_cache(maxsize=8)
+def stop_patterns(strings: tuple[str, ...]) -> tuple[StopPattern, ...]:
+    """Returns the patterns of stop strings. The prompts of a request share them."""
+    return tuple(map(StopPattern, strings))
+
+
 class StopStrings:
     """Finds stop strings in a text that arrives in pieces, and holds back text that may begin one. The cost per
     character does not depend on the lengths of the strings."""
 
-    def __init__(self, strings: Sequence[str]) -> None:
-        self._patterns = [_Pattern(string) for string in strings]
+    def __init__(self, patterns: Sequence[StopPattern]) -> None:
+        self._patterns = patterns
+        self._states = [0] * len(patterns)
         self._held = ""
         self.matched: str | None = None  # the stop string that was found; the stream has ended then
 
@@ -312,35 +342,20 @@ class StopStrings:
             return "" if self.matched is not None else text
         text = self._held + text
         for at in range(len(self._held), len(text)):
-            complete = [pattern.text for pattern in self._patterns if pattern.step(text[at])]
-            if complete:
+            if complete := self._step(text[at]):
                 self.matched = max(complete, key=len)
                 return text[: at + 1 - len(self.matched)]
-        keep = max(pattern.state for pattern in self._patterns)
+        keep = max(self._states)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+    def _step(self, character: str) -> list[str]:
+        """Reads a character, and returns the stop strings that it completes."""
+        pairs = zip(self._patterns, self._states, strict=True)
+        self._states = [pattern.next_state(state, character) for pattern, state in pairs]
+        pairs = zip(self._patterns, self._states, strict=True)
+        return [pattern.text for pattern, state in pairs if state == len(pattern.text)]
 
     def flush(self) -> str:
         rest, self._held = self._held, ""
         return rest if self.matched is None else ""
-
-
-class _Pattern:
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.state = 0  # characters of the string that the text read so far ends with
-        self._fallback = [0] * len(text)  # [i]: longest proper prefix that text[: i + 1] ends with
-        length = 0
-        for i in range(1, len(text)):
-            while length and text[i] != text[length]:
-                length = self._fallback[length - 1]
-            length += text[i] == text[length]
-            self._fallback[i] = length
-
-    def step(self, character: str) -> bool:
-        """Returns True if this character completes the string, after which this method must not be called again."""
-        state = self.state
-        while state and character != self.text[state]:
-            state = self._fallback[state - 1]
-        self.state = state + (character == self.text[state])
-        return self.state == len(self.text)

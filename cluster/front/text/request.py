@@ -27,6 +27,9 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 4096
 MAX_STOP_TOKENS = 1024
 MAX_SALT_CHARACTERS = 256
+MAX_BEGUN_CHARACTERS = 1 << 18
+"""The largest number of characters of a continued message, summed over all choices. Parsing that many takes about two
+seconds."""
 SEEDS = 1 << 64
 
 _DRAWN_SEED_BITS = 53
@@ -104,6 +107,19 @@ class CompletionRequest(AnswerOptions):
         """The number of characters of the answers that are already in the prompt, summed over all choices."""
         return 0 if self.reading is None else len(self.reading.begun) * self.n
 
+    @property
+    def setup_characters(self) -> int:
+        """The number of characters that are read before the answers begin: those already in the prompt, and those of
+        the stop strings."""
+        return self.begun_characters + sum(map(len, self.stop))
+
+    def check_begun(self) -> None:
+        """Raises ParameterError if the answers would read too many characters of the continued message."""
+        if self.begun_characters > MAX_BEGUN_CHARACTERS:
+            reason = f"{self.n} answers would read {self.begun_characters} characters of the continued message, "
+            param = "n" if self.n > 1 else "messages"
+            raise ParameterError(param, f"{reason}at most {MAX_BEGUN_CHARACTERS} are read")
+
     def check_text(self) -> None:
         """Checks the fields that have no equivalent in tokens; `validate` checks the others. Raises ParameterError."""
         if self.max_new_tokens is not None:
@@ -119,6 +135,7 @@ class CompletionRequest(AnswerOptions):
             reason = f"expected none with ignore_eos, found {len(self.stop_token_ids)}"
             raise ParameterError("stop_token_ids", reason)
         check_count("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKENS, "token ids")
+        self.check_begun()
         _check_stop(self.stop)
         _check_breakers(self.dry_breakers)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogContent
 from llamaclust.cluster.front.text.call_constraint import answer_grammar
 from llamaclust.cluster.front.text.chat import ChatFormat, answer_reasoning
-from llamaclust.cluster.front.text.completion import Choice, ChoiceText, Completion
+from llamaclust.cluster.front.text.completion import Choice, ChoiceText, Completion, stop_patterns
 from llamaclust.cluster.front.text.embedder import Embedder, Embedding, EmbeddingOptions, Rank
 from llamaclust.cluster.front.text.images import PromptImages
 from llamaclust.cluster.front.text.request import SEEDS, ChatRequest, CompletionRequest, ToolMode, draw_seed
@@ -56,9 +56,6 @@ _TOO_MANY_PAIRS = "with the query before each these are {count} tokens, at most 
 _ANSWER_SHARE = 4
 """The part of the context (one quarter) that infilling keeps free for an answer without a limit. Texts of other files
 may fill the rest."""
-_MAX_BEGUN_CHARACTERS = 1 << 18
-"""The largest number of characters of a continued message, summed over all choices. Parsing that many takes about two
-seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +127,6 @@ class TextService:
             if len(prompt) > self.settings.context_length:
                 raise ContextLengthError(f"has {len(prompt)} tokens", len(prompt), self.settings.context_length)
             breakers = await self._breakers(request)
-        if request.begun_characters > _MAX_BEGUN_CHARACTERS:
-            reason = f"{request.n} answers would read {request.begun_characters} characters of the continued message, "
-            param = "n" if request.n > 1 else "messages"
-            raise ParameterError(param, f"{reason}at most {_MAX_BEGUN_CHARACTERS} are read")
         return replace(self._generation(request, prompt, breakers), images=images)
 
     async def submit(
@@ -148,7 +141,7 @@ class TextService:
         try:
             held.enter_context(self._counted())
             make = partial(self._choices, request, generation)
-            is_long = request.begun_characters > _BLOCKING_CHARACTERS
+            is_long = request.setup_characters > _BLOCKING_CHARACTERS
             choices = await run_on(TOKENIZING, make) if is_long else make()
             self.settings.adapters.use(generation.adapters, request.received_ns)
             held.callback(self.settings.adapters.release, generation.adapters)
@@ -161,9 +154,9 @@ class TextService:
         return completion
 
     def _choices(self, request: CompletionRequest, generation: GenerationRequest) -> list[Choice]:
-        """Makes the choices of a prompt. Parsers read the beginning of the answer that the prompt contains, so this may
-        take long."""
-        name, ends = generation.request_id, generation.stop_token_ids
+        """Makes the choices of a prompt. This may take long, because parsers read the beginning of the answer that the
+        prompt contains, and stop strings are analysed."""
+        name, ends, stop = generation.request_id, generation.stop_token_ids, stop_patterns(request.stop)
         return [
             (
                 replace(
@@ -172,7 +165,7 @@ class TextService:
                     choice=index,
                     answered=request.answered.get(index, ()),
                 ),
-                ChoiceText(index, self.tokenizer, ends, request.stop, request.min_tokens, request.reading),
+                ChoiceText(index, self.tokenizer, ends, stop, request.min_tokens, request.reading),
             )
             for index in range(request.n)
         ]
@@ -279,12 +272,15 @@ class TextService:
         if not self.settings.generates:
             raise ParameterError("model", NO_TEXT)
         unconstrained = await self.chat_prompt(chat)
+        unconstrained.check_begun()
         if chat.answer.grammar is not None or (unconstrained.reading is not None and unconstrained.reading.tools):
             self._engine.prepare_matchers()
         with self._counted():
             grammar = await answer_grammar(chat, unconstrained.reading, self.tokenizer, self._grammars)
         own = None if chat.tool_use.mode is ToolMode.REQUIRED else grammar
-        reasoning = answer_reasoning(unconstrained.reading, chat.reasoning_budget, own, self.tokenizer)
+        followed = partial(answer_reasoning, unconstrained.reading, chat.reasoning_budget, own, self.tokenizer)
+        is_long = unconstrained.begun_characters > _BLOCKING_CHARACTERS
+        reasoning = await run_on(TOKENIZING, followed) if is_long else followed()
         return replace(unconstrained, grammar=grammar, reasoning=reasoning)
 
     async def chat_prompt(self, chat: ChatRequest) -> CompletionRequest:

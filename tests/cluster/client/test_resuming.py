@@ -122,3 +122,24 @@ def test_servers_that_take_a_stream_again_are_given_more_time(monkeypatch: pytes
     clock.now_s += 120
     with pytest.raises(LlamaclustError, match="ended the connection"):  # 620 s without an event
         stream.pause_s(httpx.ReadError("lost"))
+
+
+def test_comments_do_not_prolong_a_stream_without_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, stream = Clock(monkeypatch), ResumableStream(URL)
+    taken = httpx.Response(200, headers={"content-type": "text/event-stream"})
+    assert len([*stream.feed(event(0))]) == 1
+
+    def lose() -> None:
+        stream.opened(taken, b"")
+        assert [*stream.feed(b": waiting\n\n")] == []
+        clock.now_s += 20
+        stream.pause_s(httpx.ReadError("lost"))
+
+    most = int(http._MOST_S) // 20
+    for _ in range(most + 1):
+        lose()
+    with pytest.raises(LlamaclustError, match="ended the connection"):
+        lose()
+    assert len([*stream.feed(event(1))]) == 1
+    for _ in range(most + 1):  # the time begins again at an event
+        lose()

@@ -30,6 +30,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Instant, RequestContext, read_journal
 from llamaclust.core.errors import ClusterStoppingError, DeadlineError, LlamaclustError, RequestCancelledError
+from llamaclust.core.sampling import RowResult, TopLogprobs
 from support.clusters.resumable import KEY, PATHS, body_of, is_idle, served, stream
 from support.clusters.served import until
 
@@ -202,8 +203,10 @@ def kept_in(cache: ReplyCache, name: str, client: str = "") -> KeptReply:
 class Long(Endless):
     """Many chunks that take 1,256 bytes each, then none."""
 
-    def __init__(self, chunks: int) -> None:
+    def __init__(self, chunks: int, top_logprobs: int = 0) -> None:
         super().__init__()
+        top = TopLogprobs.of([(token, -1.5) for token in range(top_logprobs)])
+        self.chunk = TextChunk(text="x" * 656, rows=(RowResult(5, -1.0, top),) if top_logprobs else ())
         self.chunks = chunks
 
     async def submit(self, request: CompletionRequest, ready: GenerationRequest, log: AnswerLog, prompt: int) -> Self:
@@ -213,7 +216,7 @@ class Long(Endless):
     def _append(self, log: AnswerLog) -> None:
         with suppress(LlamaclustError):
             for _ in range(self.chunks):
-                log.append(0, TextChunk(text="x" * 656))
+                log.append(0, self.chunk)
 
 
 class Complete(Long):
@@ -224,16 +227,16 @@ class Complete(Long):
         log.end(0)
 
 
-@pytest.mark.parametrize("chunks", [300, 2000, 5000])
-async def test_a_late_reader_of_a_long_reply_leaves_others_their_turns(chunks: int) -> None:
+@pytest.mark.parametrize(("chunks", "top", "most"), [(300, 0, 256), (2000, 0, 256), (5000, 0, 256), (256, 128, 16)])
+async def test_a_late_reader_of_a_long_reply_leaves_others_their_turns(chunks: int, top: int, most: int) -> None:
     kept, turns = kept_by(ReplyCache(ApiSettings())), 0
-    await kept.begin(Complete(chunks).reply)
+    await kept.begin(Complete(chunks, top).reply)
     await kept.log.wait_over()
     reading = asyncio.create_task(read_all(kept))
     while not reading.done():
         await asyncio.sleep(0)
         turns += 1
-    assert len(reading.result()) == chunks * 657 and turns >= chunks // 256
+    assert len(reading.result()) == chunks * 657 and turns >= chunks // most
     await kept.aclose()
 
 

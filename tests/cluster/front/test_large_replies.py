@@ -7,7 +7,7 @@ import json
 import sys
 import threading
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +22,16 @@ from llamaclust.cluster.front.dialects.openai import view as view_module
 from llamaclust.cluster.front.dialects.openai.view import OpenAiView, completion_logprobs
 from llamaclust.cluster.front.json_text import JsonBody, json_body, json_parts, to_json
 from llamaclust.cluster.front.text import sharing
+from llamaclust.cluster.front.text.embedder import Rank
+from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.front.text.sharing import current_owner
 from llamaclust.cluster.server.serve import serve
 from llamaclust.core.errors import ParameterError, QueueFullError
+from llamaclust.model.ranking import Ranking
+from llamaclust.model.tokenizers.pairs import PairForm
+from support.clusters import served as served_apps
 from support.clusters.resumable import KEY, PATHS, body_of, served
-from support.clusters.served import ScriptedEngine, client, events_of, make_app, real_engine, says, until
+from support.clusters.served import ScriptedEngine, client, events_of, make_app, make_service, real_engine, says, until
 
 SCORED: dict[str, Any] = {"prompt": [[5] * 150] * 64, "max_tokens": 49, "echo": True, "logprobs": 128}
 """64 x (149 + 49) x 129 entries."""
@@ -174,6 +179,47 @@ async def test_large_replies_are_rendered_off_the_event_loop(stream: bool, monke
         threads.clear()
         await http.post("/v1/completions", json={**body, "logprobs": 1, "prompt": "a b", "max_tokens": 1})
         assert threads == {threading.get_ident()}
+
+
+def _ranking_service(*given: Any, **named: Any) -> TextService:
+    service = make_service(*given, **named)
+    service.settings = replace(service.settings, ranking=Ranking(PairForm((5,), (7,), ()), of_last=False))
+    return service
+
+
+async def _ranks(self: TextService, query: str, documents: Sequence[str]) -> list[Rank]:
+    return [Rank(0.5, 3) for _ in documents]
+
+
+_LONG = "word " * 40_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/rerank", {"query": "a", "documents": [_LONG], "return_documents": True}),
+        ("/rerank", {"query": "a", "texts": [_LONG], "return_text": True}),
+        ("/v2/rerank", {"query": "a", "documents": [_LONG], "return_documents": True}),
+        ("/detokenize", {"tokens": [65] * 100_000}),
+        ("/apply-template", {"messages": [{"role": "user", "content": _LONG}]}),
+    ],
+)
+async def test_long_texts_are_rendered_off_the_event_loop(
+    path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, render = set[int](), json_text.to_json
+
+    def spied(value: Any) -> bytes:
+        threads.add(threading.get_ident())
+        return render(value)
+
+    monkeypatch.setattr(json_text, "to_json", spied)
+    monkeypatch.setattr(served_apps, "make_service", _ranking_service)
+    monkeypatch.setattr(TextService, "rank", _ranks)
+    async with client(make_app(ScriptedEngine(says("a")))) as http:
+        reply = await http.post(path, json=body)
+    assert reply.status_code == 200 and len(reply.content) >= 100_000
+    assert threads and threading.get_ident() not in threads
 
 
 def test_a_coordinator_shares_its_interpreter_finely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from llamaclust.core.sampling import Grammar, MatcherStart, Reasoning
 from llamaclust.core.sampling_bounds import MAX_FORCED_TOKENS
 from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.matcher import GrammarMatcher
-from llamaclust.model.grammars.reasoning import ReasoningState, may_run_over
+from llamaclust.model.grammars.reasoning import Place, ReasoningScanner, ReasoningState, may_run_over
 from llamaclust.model.grammars.reasoning_matcher import ReasoningMatcher, answer_matcher
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from support.chat.random_schemas import token_set
@@ -163,6 +164,30 @@ def test_tags_are_found_however_tokens_divide_them(seed: int) -> None:
             left = left[len(word) :]
         places.add(state.is_inside)
     assert len(places) == 1, f"seed {seed}"
+
+
+class CountedBytes(bytes):
+    """Bytes that count what is copied from them, in all such bytes."""
+
+    copied = 0
+
+    def __radd__(self, before: bytes) -> CountedBytes:
+        return CountedBytes(bytes(before) + bytes(self))
+
+    def __getitem__(self, place: Any) -> Any:
+        part = super().__getitem__(place)
+        if isinstance(part, int):
+            return part
+        CountedBytes.copied += len(part)
+        return CountedBytes(part)
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_many_tags_are_read_in_linear_time(repeats: bool) -> None:
+    scanner, before = ReasoningScanner(reasoning(None, is_open=False, repeats=repeats)), CountedBytes.copied
+    scanner.feed(CountedBytes(b"<t></t>" * 1000))
+    assert scanner.begun == 1000 and scanner.place is Place.BEFORE
+    assert CountedBytes.copied - before < 7000
 
 
 def matcher(settings: Reasoning, grammar: Grammar | None = None) -> ReasoningMatcher:

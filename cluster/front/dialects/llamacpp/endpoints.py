@@ -18,7 +18,7 @@ from llamaclust.cluster.front.dialects.openai.view import FINGERPRINT
 from llamaclust.cluster.front.foreign_fields import TEXT_ONLY
 from llamaclust.cluster.front.http.gates import require_first_key
 from llamaclust.cluster.front.http.responses import JsonResponse, QueryParameter, Route, unsupported
-from llamaclust.cluster.front.http.sse import unless_disconnected
+from llamaclust.cluster.front.http.sse import rendered, unless_disconnected
 from llamaclust.cluster.front.images.urls import ImageRules
 from llamaclust.cluster.front.sampling import SCALES_SCHEMA, AdapterFields, read_scales
 from llamaclust.cluster.front.schema import Body, read_fields
@@ -127,13 +127,13 @@ class TextEndpoints:
     async def detokenize(self, request: Request) -> Response:
         body = await read_body(request, DetokenizeBody, self._settings)
         detokenizing = run_on(TOKENIZING, self._service.tokenizer.decode, body.tokens)
-        return JsonResponse({"content": await unless_disconnected(request, detokenizing)})
+        return rendered({"content": await unless_disconnected(request, detokenizing)})
 
     async def apply_template(self, request: Request) -> Response:
         rules = None if self._service.vision is None else ImageRules(self._settings.image_hosts)
         body = await read_body(request, TemplateBody, self._settings, rules)
         rendering = self._service.chat_text(await converted(body, body.request))
-        return JsonResponse({"prompt": await unless_disconnected(request, rendering)})
+        return rendered({"prompt": await unless_disconnected(request, rendering)})
 
 
 def _piece(tokenizer: Tokenizer, token: int) -> dict[str, Any]:

@@ -18,8 +18,10 @@ from llamaclust.cluster.front import json_text
 from llamaclust.cluster.front.body import HEADER
 from llamaclust.cluster.front.dialects.openai.response_store import StoredResponse
 from llamaclust.cluster.front.dialects.openai.response_view import OutputItems, ResponseView, ShownRow
+from llamaclust.cluster.front.http.gates import Admission
 from llamaclust.cluster.front.replies import reply as reply_module
 from llamaclust.cluster.front.replies.reply import Event
+from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text import sharing
 from llamaclust.core.errors import WorkerError
 from llamaclust.core.sampling import RowResult
@@ -275,3 +277,16 @@ async def test_an_id_that_is_no_text_is_not_listed() -> None:
         True
     ] * 3
     assert all(item["query"] == "cats" for item in items[:3])
+
+
+@pytest.mark.parametrize(("held_bytes", "status"), [(200, 503), (1000, 200)])
+async def test_the_chat_that_a_response_continues_counts_in_the_bytes_of_open_requests(
+    held_bytes: int, status: int
+) -> None:
+    admission = Admission(ApiSettings(max_held_bytes=held_bytes))
+    async with client(make_app(ScriptedEngine(says("a" * 60)), admission=admission)) as http:
+        first = await http.post(PATH, json={"input": "A"})
+        for _ in range(4):  # a request that has ended holds nothing
+            reply = await http.post(PATH, json={"input": "B", "previous_response_id": first.json()["id"]})
+            assert len(reply.request.content) < 200 and reply.status_code == status, reply.text
+            assert status == 200 or "the server is busy with" in reply.json()["error"]["message"]

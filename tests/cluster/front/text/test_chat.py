@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from llamaclust.cluster.front.text import service as service_module
 from llamaclust.cluster.front.text.chat import PLAIN, ChatFormat
-from llamaclust.cluster.front.text.request import AnswerReading, CompletionRequest
+from llamaclust.cluster.front.text.request import MAX_BEGUN_CHARACTERS, AnswerReading, ChatRequest, CompletionRequest
 from llamaclust.core.errors import DeadlineError, ParameterError
 from llamaclust.model.chat.template import ChatTemplate, TemplateLimits
 from support.clusters.served import ScriptedEngine, make_service, says, tokenizer
@@ -30,3 +31,20 @@ async def test_a_message_that_too_many_answers_continue_is_refused_before_it_is_
     reading = AnswerReading(PLAIN, begun="a" * 10_000)
     with pytest.raises(ParameterError, match="n: 128 answers would read 1280000 characters"):
         await make_service(ScriptedEngine(says("a"))).start(replace(GENERATION, n=128, reading=reading))
+
+
+async def test_a_long_continued_message_is_refused_before_its_tags_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(service_module, "answer_reasoning", lambda reading, *_: read.append(reading.begun))
+    service = make_service(ScriptedEngine(says("a")))
+
+    async def continued(self: ChatFormat, chat: ChatRequest, check: object) -> CompletionRequest:
+        return replace(chat.answer, prompt=(1,), reading=AnswerReading(PLAIN, begun=str(chat.messages[0]["content"])))
+
+    monkeypatch.setattr(ChatFormat, "completion", continued)
+    text = "a" * (MAX_BEGUN_CHARACTERS + 1)
+    with pytest.raises(ParameterError, match=f"messages: 1 answers would read {len(text)} characters"):
+        await service.chat(ChatRequest(({"role": "assistant", "content": text},)))
+    assert not read
+    await service.chat(ChatRequest(({"role": "assistant", "content": text[1:]},)))
+    assert read == [text[1:]]

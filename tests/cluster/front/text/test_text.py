@@ -7,7 +7,6 @@ import math
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from datetime import date
-from itertools import product
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamaclust.cluster.front.text.answer import Answer, TextChunk
-from llamaclust.cluster.front.text.completion import SCORED_TOKENS, ChoiceText, StopStrings
+from llamaclust.cluster.front.text.completion import SCORED_TOKENS, ChoiceText
 from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.scheduler.requests import FinishReason, PromptScored, TokenSampled
@@ -57,48 +56,6 @@ async def one(text: str, **fields: object) -> Answer:
     (answer,) = await answers(engine, replace(GENERATION, **fields))  # type: ignore[arg-type]
     assert engine.running == 0
     return answer
-
-
-# -- stop strings ------------------------------------------------------------------------------------------------------
-
-
-def naive(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """The text before the stop string that is complete first, and that string."""
-    for end in range(1, len(text) + 1):
-        found = [stop for stop in stops if text[:end].endswith(stop)]
-        if found:
-            longest = max(found, key=len)
-            return text[: end - len(longest)], longest
-    return text, None
-
-
-@given(st.text("ab", max_size=40), st.lists(st.text("ab", min_size=1, max_size=6), max_size=4), st.data())
-def test_stop_strings_do_not_depend_on_how_the_text_comes(text: str, stops: list[str], data: st.DataObject) -> None:
-    search = StopStrings(stops)
-    shown, at = "", 0
-    while at < len(text):
-        end = at + data.draw(st.integers(1, 5))
-        shown += search.push(text[at:end])
-        longest = max(map(len, stops), default=1)
-        assert len(text[:end]) - len(shown) < longest or search.matched is not None, "held back too much"
-        at = end
-    expected, stopped_by = naive(text, stops)
-    assert (shown + search.flush(), search.matched) == (expected, stopped_by)
-
-
-def test_every_short_stop_string_in_every_short_text() -> None:
-    words = ["".join(letters) for length in range(1, 9) for letters in product("ab", repeat=length)]
-    for stop in words[:30]:
-        for text in words:
-            search = StopStrings([stop])
-            assert search.push(text) + search.flush() == text.partition(stop)[0]
-
-
-def test_long_stop_strings_cost_little() -> None:
-    search = StopStrings(["a" * 4095 + "b"] * 16)
-    shown = "".join(search.push("a" * 8) for _ in range(1000))
-    assert len(shown) == 8000 - 4095
-    assert search.matched is None
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.control.limits import check_distinct, unused_mtp
-from llamaclust.cluster.control.optional_images import is_optional, misfit
+from llamaclust.cluster.control.optional_images import encoder_shortfall, is_optional
 from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
 from llamaclust.cluster.control.resources.link_profiling import hops_matter, kept_links
 from llamaclust.cluster.control.resources.placement import check_placement
@@ -172,8 +172,8 @@ def planned(config: ClusterConfig) -> PlannedStart:
         free_bytes = max(0, available_memory_bytes() - taken_bytes - of_rows)
         try:
             resources = ClusterResources(workers, profiles, links, free_bytes=free_bytes)
-            misfitting = misfit(config, model, resources, of_rows) if is_optional(config, model) else None
-            if misfitting is not None:
+            no_images = encoder_shortfall(config, model, resources, of_rows) if is_optional(config, model) else None
+            if no_images is not None:
                 model.projector = None
                 resources, of_rows = replace(resources, free_bytes=free_bytes + of_rows), 0
             plan = plan_cluster(config, model, resources)
@@ -181,7 +181,7 @@ def planned(config: ClusterConfig) -> PlannedStart:
             beside = map(str.strip, _beside(config, own_bytes, draft_model))
             raise InsufficientMemoryError("; ".join((str(error), *beside))) from error
         other_loads = {name: loads[key] for name, key in used.items() if key in loads and name not in stated}
-        unused = filter(None, (unused_mtp(config, model), unused_projectors, misfitting))
+        unused = filter(None, (unused_mtp(config, model), unused_projectors, no_images))
         return PlannedStart(plan, of_rows, own_bytes, draft_model, tuple(unused), other_loads)
 
 

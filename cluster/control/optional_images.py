@@ -17,7 +17,9 @@ def is_optional(config: ClusterConfig, model: Model) -> bool:
     return config.mmproj is None and model.projector is not None
 
 
-def misfit(config: ClusterConfig, model: Model, resources: ClusterResources, row_bytes: int = 0) -> str | None:
+def encoder_shortfall(
+    config: ClusterConfig, model: Model, resources: ClusterResources, row_bytes: int = 0
+) -> str | None:
     """Returns the reason why an optional projector cannot be used: its encoder fits on no worker, but the model does.
     `row_bytes` of this machine's memory are reserved for rows of images. None: it can be used, or nothing fits."""
     try:

@@ -17,7 +17,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.sections import ModelEntry
 from llamaclust.cluster.control.epochs import Epochs, EpochWorkers
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
-from llamaclust.cluster.control.optional_images import is_optional, misfit
+from llamaclust.cluster.control.optional_images import encoder_shortfall, is_optional
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.pool.worker_pool import SupervisedWorkers, WorkerPool
 from llamaclust.cluster.control.residency import Residency, Resident
@@ -193,7 +193,7 @@ async def _without_images(
     rows."""
     reserved_bytes = row_bytes(limits, (of.model for of in opened))
     for of, planner in zip(opened, planners, strict=True):
-        if (why := await _misfit(planner, workers, reserved_bytes)) is not None:
+        if (why := await _encoder_shortfall(planner, workers, reserved_bytes)) is not None:
             of.model.projector = of.adapted.projector = None
             report(Notice(f"{of.config.model_name}: {why}"))
     unused_bytes = reserved_bytes - row_bytes(limits, (of.model for of in opened))
@@ -201,13 +201,17 @@ async def _without_images(
         planner.free_bytes = None if planner.free_bytes is None else planner.free_bytes + unused_bytes
 
 
-async def _misfit(planner: ClusterPlanner, workers: Mapping[str, WorkerHandle], reserved_bytes: int = 0) -> str | None:
+async def _encoder_shortfall(
+    planner: ClusterPlanner, workers: Mapping[str, WorkerHandle], reserved_bytes: int = 0
+) -> str | None:
     config = planner.config
     planned = {name for entry in config.plan or () for name in entry.names}
     if not workers or not planned <= {*workers} or not is_optional(config, planner.model):
         return None
     with named_errors(config):
-        return await asyncio.to_thread(misfit, config, planner.model, planner.resources(workers), reserved_bytes)
+        return await asyncio.to_thread(
+            encoder_shortfall, config, planner.model, planner.resources(workers), reserved_bytes
+        )
 
 
 async def _served(
@@ -273,7 +277,7 @@ async def _shortfall(
     try:
         for planner in planners:
             present = _undrained(registry, drained)
-            if await _misfit(planner, present) is None:
+            if await _encoder_shortfall(planner, present) is None:
                 await _planned(planner, present)
     except (InsufficientMemoryError, WorkerError) as error:
         return error

@@ -20,7 +20,7 @@ from support.models.vision.tiny_projectors import TEXT_WIDTH, build_projector
 
 ROWS_BYTES = 3 << 20
 FREE_BYTES = 1 << 30
-MISFIT = "images are not read: the encoder of images does not fit: "
+UNUSED = "images are not read: the encoder of images does not fit: "
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ async def test_a_start_goes_on_without_an_encoder_that_nobody_chose(seeing: Path
     async with recovering(config(seeing, tmp_path, workers=1)) as run:
         (served,) = run.cluster.models
         assert served.model.projector is None and served.engine.encoder is None
-        assert [text for text in run.told if text.startswith(f"m: {MISFIT}") and f"{(1 << 30) + 1} MiB" in text]
+        assert [text for text in run.told if text.startswith(f"m: {UNUSED}") and f"{(1 << 30) + 1} MiB" in text]
         assert await answer_of(served.engine.submit(generations(1, tokens=4)[0]))
 
 
@@ -79,7 +79,7 @@ async def test_without_images_workers_have_the_memory_of_rows(
     seeing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = start_of(seeing)
-    assert start.row_bytes == 0 and [text for text in start.unused if text.startswith(MISFIT)]
+    assert start.row_bytes == 0 and [text for text in start.unused if text.startswith(UNUSED)]
     monkeypatch.setattr(LocalLauncher, "free_memory_bytes", lambda _: FREE_BYTES)
     async with recovering(config(seeing, tmp_path, workers=1)) as run:
         (runner,) = run.cluster.pool.runners

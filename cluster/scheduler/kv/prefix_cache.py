@@ -50,11 +50,6 @@ class BlockKeys(list[bytes]):
         numbers = self._places.within(start, start + KV_BLOCK_TOKENS)
         return b"".join(_part_of(self._images[number], start) for number in numbers)
 
-    def images_of_block(self, start: int) -> bytes:
-        """Returns what identifies the rows of images in the block whose first token is at `start`."""
-        numbers = self._places.within(start, start + KV_BLOCK_TOKENS)
-        return b"".join(_part_of(self._images[number], start) for number in numbers)
-
 
 class PrefixCache:
     """Finds and registers blocks by all tokens from position 0 on. It extends `keys`, which belong to one sequence."""

@@ -111,7 +111,7 @@ async def test_a_worker_whose_log_cannot_be_opened_is_given_up_by_name(tmp_path:
         launcher = LocalLauncher(run, tmp_path)
         launcher._restarts.limits = RestartLimits(most=2, first_s=0.001)
         launcher._processes["a"] = SimpleNamespace(wait=killed)  # type: ignore[assignment]
-        with launcher.restarting(lambda *what: given_up.append(what)):
+        with launcher.restarting(lambda name, why: given_up.append((name, why))):
             async with asyncio.timeout(30.0):
                 await launcher._watch(WorkerSettings(name="a"), lambda name, how: ends.append(name))
     reason = f"it cannot be started: {tmp_path}/a.log: is in the way of a log, which is a plain file: remove it"

@@ -179,7 +179,7 @@ async def test_a_launcher_that_stops_does_not_signal_its_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signals = list[tuple[int, int]]()
-    monkeypatch.setattr(os, "kill", lambda *what: signals.append(what))
+    monkeypatch.setattr(os, "kill", lambda pid, number: signals.append((pid, number)))
     launcher, rank = await started(tmp_path, monkeypatch)
     with rank:
         await launcher.stop()

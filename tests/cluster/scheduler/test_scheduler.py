@@ -250,8 +250,8 @@ def test_a_full_queue_refuses_before_any_work() -> None:
     for _ in range(3):
         run.add(generation(10, 5))
     prompt = Counted(range(10))
-    embedded: dict[str, Any] = {"max_new_tokens": 0, "embedded": (0, 10)}
-    for changes in ({}, embedded):
+    cases: list[dict[str, Any]] = [{}, {"max_new_tokens": 0, "embedded": (0, 10)}]
+    for changes in cases:
         with pytest.raises(QueueFullError, match="3 requests wait"):
             run.add(replace(generation(1, 5), prompt=prompt, **changes))
     assert prompt.reads == 0

@@ -74,8 +74,8 @@ async def test_a_lossless_picture_keeps_its_pixels(
 ) -> None:
     pixels = drawn(3)
     assert np.array_equal(await one_tile(preparation, encoded(Image.fromarray(pixels), name, **options)), pixels)
-    prepared = await preparation.prepare(encoded(Image.fromarray(pixels), name), SAME)
-    assert shown(prepared.prompt) == "<start_of_image>[4]<end_of_image>"
+    image = await preparation.prepare(encoded(Image.fromarray(pixels), name), SAME)
+    assert shown(image.prompt) == "<start_of_image>[4]<end_of_image>"
 
 
 @pytest.mark.parametrize("name", ["PNG", "WEBP"])

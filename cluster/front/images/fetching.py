@@ -29,6 +29,9 @@ also after the deadline."""
 _ONE_USE: Final = httpx.Limits(max_keepalive_connections=0)
 """No connection is used again. The pool knows connections by their address, which hosts may share, but a certificate
 is checked only when a connection is opened."""
+_INTERNET: Final = IPv6Network("2000::/3")
+"""Addresses of hosts on the internet. `is_global` is true for others too, such as those of local translators."""
+_DOCUMENTATION: Final = IPv6Network("3fff::/20")
 _NAT64: Final = IPv6Network("64:ff9b::/96")
 _PLAIN: Final = "identity"
 _HEADERS: Final = {"accept": "image/*", "accept-encoding": _PLAIN, "user-agent": f"llamaclust/{VERSION}"}
@@ -111,6 +114,10 @@ async def _public_address(url: ImageUrl) -> str:
 def is_public(address: str) -> bool:
     """Returns True for an address on the internet. An IPv6 address must not contain another IPv4 address."""
     parsed = ip_address(address.partition("%")[0])
+    if isinstance(parsed, IPv6Address) and (
+        parsed in _DOCUMENTATION or parsed not in _INTERNET and parsed not in _NAT64
+    ):
+        return False
     return all(each.is_global and not each.is_multicast for each in (parsed, *_embedded(parsed)))
 
 

@@ -115,7 +115,7 @@ def is_public(address: str) -> bool:
     """Returns True for an address on the internet. An IPv6 address must not contain another IPv4 address."""
     parsed = ip_address(address.partition("%")[0])
     if isinstance(parsed, IPv6Address) and (
-        parsed in _DOCUMENTATION or parsed not in _INTERNET and parsed not in _NAT64
+        parsed in _DOCUMENTATION or (parsed not in _INTERNET and parsed not in _NAT64)
     ):
         return False
     return all(each.is_global and not each.is_multicast for each in (parsed, *_embedded(parsed)))

@@ -13,7 +13,7 @@ from llamaclust.core.errors import UsageError
 MISTAKES = {
     "launcher: static\nworkers: [{name: a, threads: 2}]": "it is started: llamaclust worker ... --threads 2",
     "launcher: static\nworkers: [{name: a, memory: 8GiB}]": "where it is started: llamaclust worker ... --memory 8GiB",
-    "launcher: static\nworkers: [{name: a, gpu_layers: 3}]": "it is started: llamaclust worker ... --gpu-layers 3",
+    "launcher: static\nworkers: [{name: a, gpu_layers: 3}]": "on the worker's command line: llamaclust worker ... --gpu-layers 3",
     "launcher: static\nworkers: [{name: a, device: [cuda:0, cuda:1], gpu_layers: 3}]": "cuda:0,cuda:1 --gpu-layers 3",
     "launcher: static\nworkers: 0": "workers: 0 is not possible; give 1 to 256",
     "launcher: static\nworkers: 257": "257 is not possible",

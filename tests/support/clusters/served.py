@@ -48,6 +48,7 @@ from llamaclust.core.sampling import RowResult
 from llamaclust.model.chat.template import ChatTemplate, load_chat_template
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
+from llamaclust.model.program import KV_BLOCK_TOKENS
 from support.clusters.fakes import WIDTH, FakePipeline
 from support.models.tiny_tokenizers import byte_level
 from support.several_models.api_models import api_model
@@ -58,7 +59,6 @@ MODEL = "tiny"
 SETTINGS = SchedulerSettings(
     MODEL, VOCABULARY, CONTEXT, kv_blocks=200, max_sequences=8, max_waiting=64, embedding_length=WIDTH
 )
-_WITH_ADAPTERS = replace(SETTINGS, adapters={0: "first", 1: "second"})
 
 END = VOCABULARY - 1  # <|im_end|>
 Script = Callable[[GenerationRequest], Sequence[int]]
@@ -145,7 +145,8 @@ class ScriptedEngine:
     def begin(self, generation: GenerationRequest, sink: Sink) -> ScriptedRequest:
         if self.refusal is not None:
             raise self.refusal
-        validate(generation, _WITH_ADAPTERS)
+        fitting, adapters = 1 + CONTEXT // KV_BLOCK_TOKENS, {0: "first", 1: "second"}
+        validate(generation, replace(SETTINGS, context_length=CONTEXT, kv_blocks=fitting, adapters=adapters))
         self.submitted.append(generation)
         self.running += 1
         request = ScriptedRequest(self, generation, sink)

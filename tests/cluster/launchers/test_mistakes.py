@@ -11,9 +11,9 @@ from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.core.errors import UsageError
 
 MISTAKES = {
-    "launcher: static\nworkers: [{name: a, threads: 2}]": "it is started: llamaclust worker ... --threads 2",
-    "launcher: static\nworkers: [{name: a, memory: 8GiB}]": "where it is started: llamaclust worker ... --memory 8GiB",
-    "launcher: static\nworkers: [{name: a, gpu_layers: 3}]": "on the worker's command line: llamaclust worker ... --gpu-layers 3",
+    "launcher: static\nworkers: [{name: a, threads: 2}]": "command line: llamaclust worker ... --threads 2",
+    "launcher: static\nworkers: [{name: a, memory: 8GiB}]": "command line: llamaclust worker ... --memory 8GiB",
+    "launcher: static\nworkers: [{name: a, gpu_layers: 3}]": "command line: llamaclust worker ... --gpu-layers 3",
     "launcher: static\nworkers: [{name: a, device: [cuda:0, cuda:1], gpu_layers: 3}]": "cuda:0,cuda:1 --gpu-layers 3",
     "launcher: static\nworkers: 0": "workers: 0 is not possible; give 1 to 256",
     "launcher: static\nworkers: 257": "257 is not possible",
@@ -23,8 +23,8 @@ MISTAKES = {
     "launcher: mpi\nworkers: 3": "name the workers",
     "launcher: mpi\nworkers: [{name: a}]\ninsecure: true": "is for launcher: static",
     "launcher: mpi\nworkers: [{name: a}]\ntimeouts: {coordinator: 60s}": "launcher: static or ray; mpi workers end",
-    "launcher: ray\nworkers: [{name: a}]": "set threads with launcher: ray",
-    "launcher: ray\nworkers: [{name: a, threads: 1, device: cuda:1}]": "numbered from 0: set cuda:0",
+    "launcher: ray\nworkers: [{name: a}]": "needs threads with launcher: ray",
+    "launcher: ray\nworkers: [{name: a, threads: 1, device: cuda:1}]": "from 0: set cuda:0",
     "launcher: ray\nworkers: 3": "name the workers",
     "launcher: ray\nworkers: [{name: a, threads: 1}]\nray: {address: here}": "auto and none are also possible",
     "launcher: ray\nworkers: [{name: a, threads: 1}]\nray: {strategy: ALL}": "strategy",

@@ -46,9 +46,9 @@ from llamaclust.cluster.state.adapters import ServedAdapters
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.sampling import RowResult
 from llamaclust.model.chat.template import ChatTemplate, load_chat_template
+from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
-from llamaclust.model.program import KV_BLOCK_TOKENS
 from support.clusters.fakes import WIDTH, FakePipeline
 from support.models.tiny_tokenizers import byte_level
 from support.several_models.api_models import api_model

@@ -145,8 +145,8 @@ class ScriptedEngine:
     def begin(self, generation: GenerationRequest, sink: Sink) -> ScriptedRequest:
         if self.refusal is not None:
             raise self.refusal
-        fitting, adapters = 1 + CONTEXT // KV_BLOCK_TOKENS, {0: "first", 1: "second"}
-        validate(generation, replace(SETTINGS, context_length=CONTEXT, kv_blocks=fitting, adapters=adapters))
+        room = {"vocabulary": VOCABULARY, "context_length": CONTEXT, "kv_blocks": 1 + CONTEXT // KV_BLOCK_TOKENS}
+        validate(generation, replace(SETTINGS, **room, adapters={0: "first", 1: "second"}))
         self.submitted.append(generation)
         self.running += 1
         request = ScriptedRequest(self, generation, sink)

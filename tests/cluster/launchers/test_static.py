@@ -331,7 +331,7 @@ BAD_OPTIONS = {
         "cpu",
         "--device",
         "cuda:0",
-    ): "--device: 'cpu' stands for itself, and computes beside",
+    ): "--device: 'cpu' cannot be combined with GPUs",
     ("--join", "h:1", "--device", "[cuda:0, cuda]"): "name each GPU once",
     ("--join", "h:1", "--device", "cuda", "--gpu-layers", "all"): "--gpu-layers: 'all' is not a number of layers",
     ("--join", "h:1", "--gpu-memory", "2GiB"): "--gpu-memory: is for workers with a GPU",

@@ -145,8 +145,10 @@ class ScriptedEngine:
     def begin(self, generation: GenerationRequest, sink: Sink) -> ScriptedRequest:
         if self.refusal is not None:
             raise self.refusal
-        room = {"vocabulary": VOCABULARY, "context_length": CONTEXT, "kv_blocks": 1 + CONTEXT // KV_BLOCK_TOKENS}
-        validate(generation, replace(SETTINGS, **room, adapters={0: "first", 1: "second"}))
+        fitting = replace(
+            SETTINGS, vocabulary=VOCABULARY, context_length=CONTEXT, kv_blocks=1 + CONTEXT // KV_BLOCK_TOKENS
+        )
+        validate(generation, replace(fitting, adapters={0: "first", 1: "second"}))
         self.submitted.append(generation)
         self.running += 1
         request = ScriptedRequest(self, generation, sink)

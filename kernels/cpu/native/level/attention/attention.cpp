@@ -9,15 +9,23 @@ namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
 // Queries that are computed together at most, and for R of them how many blocks of positions and groups of 16 channels:
-// as many sums as registers hold, and no fewer than hide the latency of a multiply-add.
+// as many sums as registers hold, and no fewer than hide the latency of a multiply-add. Keys and values that have to be
+// converted are worth more queries; other types and latent attention have fewer.
 #if defined(__AVX512F__)
+template <typename Kv>
 constexpr int kQueries = kScoredQueries;
 constexpr int blocks_at_once(int queries) { return queries <= 2 ? 8 : queries <= 4 ? 4 : 2; }
 constexpr int channels_at_once(int queries) { return queries <= 2 ? 8 : queries <= 6 ? 4 : 2; }
 #else
+#if defined(__AVX2__)
+template <typename Kv>
+constexpr int kQueries = Kv::kType == KvType::F16 && !Kv::kLatent ? 6 : 2;
+#else
+template <typename Kv>
 constexpr int kQueries = 2;
-constexpr int blocks_at_once(int queries) { return queries == 1 ? 4 : 2; }
-constexpr int channels_at_once(int queries) { return queries == 1 ? 4 : 2; }
+#endif
+constexpr int blocks_at_once(int queries) { return queries == 1 ? 4 : queries == 2 ? 2 : 1; }
+constexpr int channels_at_once(int queries) { return queries == 1 ? 4 : queries == 2 ? 2 : 1; }
 #endif
 // Queries whose scores become weights together: enough for their chains of operations to overlap, and their maxima and
 // sums beside what exp needs fit into the registers.
@@ -265,7 +273,7 @@ void span_from(const SpanTask& task, int query, const SpanSums& sums) {
 
 template <typename Kv>
 void span(const SpanTask& task, const SpanSums& sums) {
-  span_from<Kv, kQueries>(task, 0, sums);
+  span_from<Kv, kQueries<Kv>>(task, 0, sums);
 }
 
 // Sixteen queries at most.

@@ -58,7 +58,7 @@ INLINE Bytes with_signs(Bytes b, const uint8_t* bits) {
 }
 
 constexpr int kPanelRows = 2, kPanelTokens = 6, kDirectWidth = 8;
-constexpr int kFloatRows = 4, kFloatTokens = 4;
+constexpr int kFloatRows = 4, kFloatTokens = 6;
 
 #if defined(__AVX512VNNI__)
 

@@ -143,7 +143,7 @@ def test_tokens_outside_the_vocabulary_are_named(token: int) -> None:
 
 
 def test_unknown_levels_and_wrong_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match="there is: generic"):
+    with pytest.raises(ValueError, match="available: generic"):
         Sampler(10, "sse9")
     with pytest.raises(ValueError, match="tasks, vocabulary"):
         Sampler(10).run(np.zeros((2, 10), np.float32), (ScoreTask(1),))

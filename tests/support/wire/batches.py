@@ -233,7 +233,7 @@ def _sharing_error(chunks: Sequence[Chunk]) -> ProtocolError:
 
 def _check(chunk: Chunk, limits: StageLimits) -> None:
     if chunk.state_to[-2:-1] != (len(chunk.tokens),):
-        raise ProtocolError(f"a chunk of {len(chunk.tokens)} tokens has no block for the state behind them")
+        raise ProtocolError(f"a chunk of {len(chunk.tokens)} tokens has no block for the state after them")
     if (chunk.state_from is None) != (chunk.position == 0):
         raise ProtocolError(f"a chunk from position {chunk.position} on reads state block {chunk.state_from}")
     if (last := max(*chunk.state_to[1::2], chunk.state_from or 0)) >= limits.state_blocks:

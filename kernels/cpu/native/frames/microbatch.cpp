@@ -297,7 +297,7 @@ class Reading {
   }
 
   static ProtocolViolation no_state(const Chunk& chunk) {
-    return ProtocolViolation("a chunk of " + text(chunk.tokens) + " tokens has no block for the state behind them");
+    return ProtocolViolation("a chunk of " + text(chunk.tokens) + " tokens has no block for the state after them");
   }
 
   void check_state(int32_t block) const {

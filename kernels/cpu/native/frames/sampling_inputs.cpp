@@ -231,7 +231,7 @@ class Reading {
     const std::vector<int32_t> steps = records.slice(0, bounded<size_t>("steps", records.size(), 0, kSteps));
     for (const int32_t step : steps) bounded("step", step, 0, kSteps - 1);
     if (std::set<int32_t>(steps.begin(), steps.end()).size() < steps.size())
-      throw ProtocolViolation("a sampler stands twice in one order");
+      throw ProtocolViolation("a sampler occurs twice in one order");
     return steps;
   }
 

@@ -74,12 +74,12 @@ void Link::greet(std::span<const uint8_t> greeting, std::span<const uint8_t> exp
     const bool unsent = sent < greeting.size() || !flushed;
     const auto events = static_cast<short>((got < received.size() ? POLLIN : 0) | (unsent ? POLLOUT : 0));
     if (events != 0 && wrote + came == 0 && !socket().wait(events, until_ns))
-      throw LinkError(peer_ + " has not greeted in time: " + std::to_string(got) + " of " +
+      throw LinkError(peer_ + " did not send its greeting in time: received " + std::to_string(got) + " of " +
                           std::to_string(received.size()) + " bytes",
                       Fault::Late, place_);
   }
   if (memcmp(received.data(), expected.data(), expected.size()) != 0)
-    throw LinkError(peer_ + " greets for another group, place or version", Fault::Wrong, place_);
+    throw LinkError(peer_ + " belongs to another group or place, or has another version", Fault::Wrong, place_);
 }
 
 void Link::begin_sending(const FrameHeader& header, const uint8_t* data) {
@@ -188,7 +188,7 @@ LinkError Link::late(double deadline_s) const {
 
 void Link::check_reached(double answer_s) const {
   if (!socket().is_reached(answer_s))
-    throw LinkError(peer_ + ": the network brings no answer any more", Fault::Unreachable, place_);
+    throw LinkError(peer_ + " is unreachable: the network returns no answer", Fault::Unreachable, place_);
 }
 
 size_t Link::write(std::span<const uint8_t> data, bool more) {

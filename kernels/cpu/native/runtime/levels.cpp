@@ -132,7 +132,7 @@ Level find_level(const std::string& name) {
   }
   const std::string why = refusal(name);
   throw std::invalid_argument("feature level " + name + " is not available here" + (why.empty() ? "" : ": " + why) +
-                              "; there is: " + names);
+                              "; available: " + names);
 }
 
 }  // namespace llamaclust

@@ -232,9 +232,9 @@ def _refuses(answer: bytes) -> Callable[[], socket.socket]:
 
 _kept: list[socket.socket] = []
 BAD_BEGINNINGS: dict[str, tuple[Callable[[], socket.socket], str]] = {
-    "another greeting": (_refuses(b"hallo"), "worker 1 greets for another group, place or version"),
-    "half a greeting": (_refuses(GREETING[:2]), "worker 1 has not greeted in time: 2 of 5 bytes"),
-    "silence": (_refuses(b""), "worker 1 has not greeted in time: 0 of 5 bytes"),
+    "another greeting": (_refuses(b"hallo"), "worker 1 belongs to another group or place, or has another version"),
+    "half a greeting": (_refuses(GREETING[:2]), "worker 1 did not send its greeting in time: received 2 of 5 bytes"),
+    "silence": (_refuses(b""), "worker 1 did not send its greeting in time: received 0 of 5 bytes"),
     "a closed connection": (_closed, "worker 1: the other side has closed|worker 1: the connection has ended"),
     "a socket without a connection": (socket.socket, "worker 1: no connection"),
 }

@@ -23,7 +23,8 @@ from llamaclust.model.child_process import (
     ChildProgram,
     ChildUnusableError,
 )
-from llamaclust.model.images.prompt import Piece, prompt_of
+from llamaclust.model.images.families.family import Piece
+from llamaclust.model.images.prompt import prompt_of
 from llamaclust.model.images.settings import CHANNELS, MAX_IMAGE_BYTES, ImageSettings
 
 _CHILD: Final = "llamaclust.model.images.child"

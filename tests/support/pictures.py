@@ -10,7 +10,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.model.images.prompt import Piece
+from llamaclust.model.images.families.family import Piece
 from llamaclust.model.images.settings import ImageSettings
 from support.paths import DATA
 

@@ -20,9 +20,9 @@ from llamaclust.cluster.front.text.prefetch import Prefetch
 from llamaclust.cluster.front.text.sharing import TOKENIZING, current_owner, run_on
 from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
 from llamaclust.model.chat.prompt import encode_text
+from llamaclust.model.images.families.family import TileRows
 from llamaclust.model.images.preparation import ImagePreparation, ImageTiles
 from llamaclust.model.images.projector_settings import low_detail, settings_of
-from llamaclust.model.images.prompt import TileRows
 from llamaclust.model.images.settings import ImageSettings
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llamaclust.model.images.prompt import TileRows, prompt_of
+from llamaclust.model.images.families.family import TileRows
+from llamaclust.model.images.prompt import prompt_of
 from llamaclust.model.images.settings import ImageError, ImageSettings
 from llamaclust.model.images.tiling import tiling_of
 from support.pictures import SETTINGS, SIZES, Pixels, picture, shown, sizes_of

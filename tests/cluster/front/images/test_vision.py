@@ -13,9 +13,9 @@ from llamaclust.cluster.front.text.image_rows import RowCache, RowLimits, RowMem
 from llamaclust.cluster.front.text.images import ImageSource
 from llamaclust.core.errors import ContextLengthError, ParameterError, QueueFullError, RequestError, WorkerError
 from llamaclust.kernels.reference.backend import ReferenceBackend
+from llamaclust.model.images.families.family import TileRows
 from llamaclust.model.images.preparation import ImagePreparation
 from llamaclust.model.images.projector_settings import low_detail, settings_of
-from llamaclust.model.images.prompt import TileRows
 from support.chat.seeing import BEFORE, BETWEEN, any_length, png, prompt_of, seeing, spans_of
 from support.clusters.served import ids
 from support.models.vision.encoded_tiles import encoded

@@ -1,0 +1,60 @@
+"""LFM2-VL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import isqrt
+from typing import TYPE_CHECKING
+
+from llamaclust.model.images.families.family import Cut, Filter, Grid, ImageFamily, Piece, Size, free
+from llamaclust.model.images.families.grids import closest_grid, tiled
+from llamaclust.model.images.families.rounding import within
+from llamaclust.model.images.settings import ImageSettings
+
+if TYPE_CHECKING:
+    from llamaclust.model.projectors.keys import ImageNumbers
+
+_TILES = (2, 10)
+_TILE = 512
+_TOLERANCE = 2.0
+"""An image is cut only if it has this many times the pixels of a tile of free size."""
+
+
+def _complete(settings: ImageSettings, numbers: ImageNumbers) -> ImageSettings:
+    """Files do not tell the side of a tile. Its pixels are at most those of an image that is not cut."""
+    side = isqrt(numbers.max_pixels) // settings.side * settings.side
+    return tiled(free(settings, numbers), numbers, min(side, _TILE), _TILES)
+
+
+def _cut(size: Size, settings: ImageSettings) -> Cut:
+    overview = _resized(size, settings)
+    if not _is_cut(size, settings):
+        return Cut(Filter.BILINEAR, (overview,))
+    tile = settings.image_size
+    columns, rows = closest_grid(size, settings)
+    return Cut(Filter.BILINEAR, ((columns * tile, rows * tile),), tile=tile, overview=overview)
+
+
+def _resized(size: Size, settings: ImageSettings) -> Size:
+    side = settings.side
+    width, height = (max(side, round(length / side) * side) for length in size)
+    return within(size, (width, height), settings)
+
+
+def _is_cut(size: Size, settings: ImageSettings) -> bool:
+    width, height = (max(settings.patch_size, round(length / settings.side) * settings.side) for length in size)
+    return settings.max_tiles > 1 and width * height > settings.max_pixels * _TOLERANCE
+
+
+def _layout(grid: Grid) -> Iterator[Piece]:
+    yield "<|image_start|>"
+    for row, column in grid.cells():
+        yield f"<|img_row_{row + 1}_col_{column + 1}|>"
+        yield grid.of(row * grid.columns + column)
+    if grid.columns:
+        yield "<|img_thumbnail|>"
+    yield grid.overview
+    yield "<|image_end|>"
+
+
+LFM2 = ImageFamily(_complete, _cut, _layout)

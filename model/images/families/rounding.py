@@ -1,0 +1,38 @@
+"""Sizes in multiples of the side of one row, with about the image's aspect."""
+
+from __future__ import annotations
+
+from math import ceil, floor, sqrt
+
+from llamaclust.model.images.families.family import Size
+from llamaclust.model.images.settings import ImageError, ImageSettings
+
+_MAX_ASPECT = 200
+
+
+def smart_resized(size: Size, settings: ImageSettings) -> Size:
+    """Returns the size of transformers' `smart_resize`: the rounded one, or the nearest one between the limits."""
+    width, height = size
+    if max(size) / min(size) > _MAX_ASPECT:
+        what = f"the longer side is more than {_MAX_ASPECT} times the shorter one"
+        raise ImageError(f"it has {width} x {height} pixels: {what}; send a part of the image")
+    side = settings.side
+    rounded = (round(width / side) * side, round(height / side) * side)
+    return within(size, rounded, settings)
+
+
+def within(size: Size, rounded: Size, settings: ImageSettings) -> Size:
+    """Returns `rounded`, or a size with the aspect of `size` if the pixels of `rounded` are beyond a limit."""
+    width, height = size
+    side = settings.side
+    if rounded[0] * rounded[1] > settings.max_pixels:
+        beta = sqrt((height * width) / settings.max_pixels)
+        return max(side, floor(width / beta / side) * side), max(side, floor(height / beta / side) * side)
+    if rounded[0] * rounded[1] < settings.min_pixels:
+        beta = sqrt(settings.min_pixels / (height * width))
+        return ceil(width * beta / side) * side, ceil(height * beta / side) * side
+    return rounded
+
+
+def up(length: int, step: int) -> int:
+    return -(-length // step) * step

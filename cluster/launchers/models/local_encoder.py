@@ -19,10 +19,7 @@ from llamaclust.worker.encoder.tile_encoder import TileEncoder
 
 
 class LocalEncoder:
-    """The encoder of a `Pipeline` of one stage."""
-
     def __init__(self, device: Device, projector: Projector) -> None:
-        """Loads the encoder on the processor. Raises InsufficientMemoryError if memory is short."""
         memory, free_bytes = encoder_bytes(projector, device.threads), device.free_memory_bytes
         if memory.total_bytes > free_bytes:
             what = f"{projector.file.path}: the encoder of images needs {missing(memory.parts, free_bytes)}"

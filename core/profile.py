@@ -17,7 +17,7 @@ _Seconds = Annotated[float, Real(0.0, 3600.0)]
 @dataclass(frozen=True, slots=True)
 class StepTime:
     """The time of a step is stage_s + layers_byte_s * bytes, plus head_s on the last stage. `bytes` counts the weights
-    and the KV or recurrent state that the step reads; of experts, only the chosen ones count."""
+    (only chosen experts) and the KV or recurrent state that the step reads."""
 
     rows: Annotated[int, Integer(1, 1 << 16)]
     stage_s: _Seconds

@@ -17,7 +17,7 @@ from llamaclust.core.bounds import MAX_LAYERS, NAME
 from llamaclust.core.limits import MAX_EXPERT_SHARDS
 
 OFF = "off"
-"""The value of `mmproj` for a model that reads no images, although a projector may be beside it."""
+"""The value of `mmproj` for a model that reads no images, although its folder may have a projector."""
 TAG = ":latest"
 """The tag that Ollama's clients add to model names without one."""
 MAX_BYTES = 1 << 50

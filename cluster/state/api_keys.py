@@ -32,7 +32,7 @@ class NamedKey:
 
 
 def read_api_keys(path: Path | None) -> tuple[str, ...]:
-    """Reads keys, one per line, without comments. Raises UsageError for a bad file, or one that others may read."""
+    """Reads keys, one per line, without comments. Raises UsageError for a bad file or one that others may read."""
     if path is None:
         return ()
     keys = _keys_of(path)

@@ -159,7 +159,7 @@ async def _end_of(actor: Any) -> tuple[str, str]:
 
 
 async def _replaced(actor: Any) -> None:
-    """Waits until the process of an actor whose worker has ended is gone too."""
+    """Waits until the process of an actor is gone, after its worker has ended."""
     from ray.exceptions import RayError
 
     with contextlib.suppress(RayError):

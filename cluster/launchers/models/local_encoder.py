@@ -1,4 +1,4 @@
-"""The encoder of images of a model in this process. It computes on threads of its own, beside the model's steps."""
+"""The encoder of a model's images in this process. It computes on its own threads, parallel to the model's steps."""
 
 from __future__ import annotations
 

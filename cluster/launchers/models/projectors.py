@@ -1,4 +1,4 @@
-"""The choice of a model's projector: the given file, or the only one beside the model that fits and can be loaded."""
+"""The choice of a model's projector: the given file, or the only usable one in the model's folder."""
 
 from __future__ import annotations
 

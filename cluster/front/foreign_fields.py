@@ -40,8 +40,8 @@ _HINTS: Final = {
     **_names("store early_stopping backend_sampling cache_reuse", only(False)),
     "priority": number(0),
 }
-"""Hints of all endpoints, whose values are not even reported. `metadata` is for stored completions; `n_keep` and
-`n_discard` are for context shift; neither exists here."""
+"""Hints of all endpoints, which are not even reported. `metadata` is for stored completions, `n_keep` and `n_discard`
+are for context shift; this server has neither."""
 
 _SLOTS: Final = _names("id_slot slot_id", anything)
 _NOT_DRAFTED: Final = _names("speculative speculative.n_max", anything)

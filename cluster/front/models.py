@@ -147,7 +147,7 @@ class ModelRouter:
         return first
 
     def find(self, name: str) -> ApiModel | None:
-        """Returns the model of exactly this name, otherwise one whose name differs only by a tag, or None."""
+        """Returns the model of exactly this name, otherwise the model whose name differs only by a tag, or None."""
         whole = (model for model in self.models if name in model.names.all)
         return next(whole, None) or next((model for model in self.models if model.names.find(name)), None)
 

@@ -164,7 +164,7 @@ def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
 
 
 def text_of_call(arguments: str) -> str:
-    """Returns the text passed to a custom tool, or other arguments unchanged, such as those of a cut answer."""
+    """Returns the text passed to a custom tool. Other arguments, such as those of a cut answer, are unchanged."""
     given = (arguments_object(arguments) or {}).get(TEXT_ARGUMENT)
     return given if isinstance(given, str) else arguments
 

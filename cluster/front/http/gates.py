@@ -255,7 +255,7 @@ class Admission:
 
 
 class AdmissionGate:
-    """Passes requests with a body to the app if `Admission` admits them. Cancelled ones get status 503."""
+    """Passes requests with a body to the app if `Admission` admits them. A cancelled request gets status 503."""
 
     def __init__(self, app: ASGIApp, admission: Admission) -> None:
         self._app = app

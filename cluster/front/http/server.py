@@ -41,7 +41,7 @@ _NO_HTTP = {431: "head_too_large", 501: "not_supported"}
 
 def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: int | None = None) -> uvicorn.Config:
     """Returns a configuration with at most `places` connections. Warnings are not logged: clients can cause any number.
-    `_Room` closes idle connections later than clients and proxies do (nginx: 60 s), lest a request be lost."""
+    `_Room` closes idle connections later than clients and proxies do (nginx: 60 s), so that no request is lost."""
 
     class Connection(_Connection):
         """A connection of this server; uvicorn makes connections from a class, so each server has its own."""

@@ -16,7 +16,7 @@ MAX_JOURNALLED_BYTES: Final = 16 << 20
 
 async def with_images(chat: ChatRequest, context: RequestContext | None = None) -> ChatRequest:
     """Fetches the images at a chat's URLs once: the context keeps them for a second computation. Raises ParameterError
-    for too many or too large ones, RequestFailedError if the journal lacks them, and errors of `fetch_images`."""
+    for too many or too large images, RequestFailedError if the journal lacks them, and `fetch_images`' errors."""
     urls = image_urls(chat.messages)
     if not urls:
         return chat

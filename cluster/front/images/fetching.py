@@ -27,7 +27,7 @@ _LOOKUPS: Final = ThreadPoolExecutor(2, "look-up-host")
 _ONE_USE: Final = httpx.Limits(max_keepalive_connections=0)
 """No connection is used again: hosts may share an address, and certificates are checked only at the opening."""
 _INTERNET: Final = IPv6Network("2000::/3")
-"""Addresses of hosts on the internet. `is_global` is true for others too, such as those of local translators."""
+"""Addresses of hosts on the internet. `is_global` is true for others too, such as local translators."""
 _DOCUMENTATION: Final = IPv6Network("3fff::/20")
 _NAT64: Final = IPv6Network("64:ff9b::/96")
 _PLAIN: Final = "identity"

@@ -46,7 +46,7 @@ class ImageUrl:
 
 @dataclass(frozen=True, slots=True)
 class ImageRules:
-    """`hosts`: those whose http(s) URLs are fetched, such as `example.com`, `*.example.com` or `example.com:8080`."""
+    """`hosts`: the hosts whose URLs are fetched, such as `example.com`, `*.example.com` or `example.com:8080`."""
 
     hosts: tuple[str, ...] = ()
 

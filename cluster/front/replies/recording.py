@@ -18,7 +18,7 @@ _RECORDED_S = 1.0
 
 
 class Recording:
-    """Records the tokens of a request's choices, the first ones of a restored request sooner, so that it progresses."""
+    """Records the tokens of a request's choices. First tokens of a restored request are recorded sooner."""
 
     def __init__(self, journal: Journal, context: RequestContext, progressed: asyncio.Event) -> None:
         """`progressed` is set at the first token of a restored request that was not recorded before."""

@@ -107,8 +107,8 @@ class ReplyCache:
         self._ending.start(self.forget(kept))
 
     def grew(self, kept: KeptReply, more_bytes: int) -> None:
-        """Counts the growth of a reply. If a client's or all replies are too large, unread complete ones are evicted,
-        then running ones fail: first those of the largest client, unread and large ones first."""
+        """Counts the growth of a reply. If all replies, or its client's, are too large, complete replies without
+        readers are evicted; then running ones fail, unread and large ones first, the largest client's before others."""
         if (entry := self._entries.get(kept.context.id)) is None:
             return
         self._held_bytes.take(entry.client, more_bytes)

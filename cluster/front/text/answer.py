@@ -72,9 +72,9 @@ def json_logprob(value: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class TextChunk:
-    """A part of an answer that one step adds to the choice `index`. Text may come later than its tokens: incomplete
-    characters, possible stop strings. `rows`: all sampled tokens, also those whose text is not shown (end token, stop
-    strings). `offsets[i]`: the position of the text of `rows[i]` in the answer, in characters, or absent."""
+    """A part of an answer that one step adds to the choice `index`. Text may come later than its tokens, because of
+    incomplete characters and possible stop strings. `rows`: all sampled tokens, even without shown text (end token,
+    stop strings). `offsets[i]`, if counted: the position in the answer of the text of `rows[i]`, in characters."""
 
     index: int = 0
     text: str = ""

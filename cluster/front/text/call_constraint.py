@@ -29,9 +29,9 @@ _log = logging.getLogger(__name__)
 async def answer_grammar(
     chat: ChatRequest, reading: AnswerReading | None, tokenizer: Tokenizer, checker: GrammarChecker
 ) -> Grammar | None:
-    """Returns the grammar of a chat's answer: only calls if they are required, otherwise calls or the request's form. A
-    tool whose schema cannot be enforced takes any JSON object, and the schema is reported. Raises ParameterError if the
-    request's form cannot be enforced, DeadlineError if a check is late."""
+    """Returns the grammar of a chat's answer: only calls if they are required, otherwise calls or the request's form.
+    If a tool's schema cannot be enforced, its arguments may be any JSON object and the schema is reported. Raises
+    ParameterError if the request's form cannot be enforced, DeadlineError if a check is late."""
     is_required, other = chat.tool_use.mode is ToolMode.REQUIRED, chat.answer.grammar
     if reading is None or not reading.tools:
         return other

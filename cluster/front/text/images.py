@@ -124,7 +124,7 @@ class ImageMarkers:
 
 
 def source_of(part: Mapping[str, Any], images: Mapping[str, bytes]) -> ImageSource:
-    """Returns the image of an image part. `images`: their bytes by URL, except those of data URLs."""
+    """Returns the image of an image part. `images`: bytes by URL, without data URLs."""
     image = part["image_url"]
     url = image["url"]
     return ImageSource(images[url] if url in images else _decoded(url.partition(",")[2]), image["detail"])

@@ -1,4 +1,4 @@
-"""Preparation of a prompt's images in order, the next ones while the caller works with one."""
+"""Prepares a prompt's images in order: the next images while the caller works with one."""
 
 from __future__ import annotations
 

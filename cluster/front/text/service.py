@@ -180,8 +180,8 @@ class TextService:
                 yield await self._embedder.embed(ids, options)
 
     async def rank(self, query: str, documents: Sequence[str]) -> list[Rank]:
-        """Returns the documents' scores in order. Raises ParameterError if the model does not rank, or for a too long
-        text before later ones are tokenized; errors of `ReplyBudget.reserve_numbers` and `Embedder.embed`."""
+        """Returns the documents' scores in order. Raises ParameterError if the model does not rank or a text is too
+        long, before later texts are tokenized; and errors of `ReplyBudget.reserve_numbers` and `Embedder.embed`."""
         ranking, budget = self.settings.ranking, self.budget
         if ranking is None:
             raise ParameterError("model", "does not rank documents")

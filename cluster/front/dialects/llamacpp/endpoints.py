@@ -213,7 +213,7 @@ _Metric = tuple[str, str, str, float]
 
 
 def llamacpp_metrics(engines: Mapping[str, Engine]) -> bytes:
-    """Writes llama.cpp's metrics in Prometheus' format, whose library refuses two of the names. `engines`: by model."""
+    """Writes llama.cpp's metrics in Prometheus' format. The library of Prometheus refuses two of their names."""
     labels = [f'{{model="{_escaped(model)}"}}' if len(engines) > 1 else "" for model in engines]
     families = zip(*map(_metrics, engines.values()), strict=True)
     return "".join(_family(metrics, labels) for metrics in families).encode()

@@ -81,7 +81,7 @@ class OutputItems:
         self._pending: list[ShownRow] = []  # of tokens whose text is still to come
 
     def take(self, events: Iterable[AnswerEvent], logprobs: Sequence[ShownRow] = ()) -> Iterator[Shown]:
-        """Adds events of an answer with their tokens' logprobs; those of tokens outside messages are dropped."""
+        """Adds events of an answer with the logprobs of their tokens. Tokens outside messages lose their logprobs."""
         self._pending += logprobs
         for event in events:
             if not isinstance(event, ContentText):  # a token may have the end of its markup, and text
@@ -173,7 +173,7 @@ def _call(name: str, tool: ClientTool | None) -> tuple[str, dict[str, Any]]:
 
 
 def _logprobs_of(text: str, entries: list[ShownRow], *, is_first: bool) -> tuple[list[ShownRow], list[ShownRow]]:
-    """Splits entries into those of this text and of later text. A message's first text drops those of hidden markup."""
+    """Splits entries by the text that they belong to: this text or later text. The first text drops hidden markup."""
     ends = [*accumulate(len(entry.token_bytes) for entry in entries)]
     data, wanted = b"".join(entry.token_bytes for entry in entries), text.encode("utf-8", "surrogatepass")
     start = data.rfind(wanted) if is_first else data.find(wanted)

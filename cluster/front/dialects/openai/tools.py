@@ -209,7 +209,7 @@ class ToolChoice:
         return tuple(tool.function for tool in tools)
 
     def check(self) -> None:
-        """Raises ParameterError if tools contradict each other or the choice, whose tools must be offered or hosted."""
+        """Raises ParameterError if tools contradict each other or the choice. Its tools must be offered or hosted."""
         if isinstance(self.choice, dict):
             self._check_names()
         self.use.check(self.offered)

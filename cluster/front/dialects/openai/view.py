@@ -69,7 +69,7 @@ class OpenAiView(View, Generic[AnyGeneration]):
 
     @abstractmethod
     def _content(self, prompt: int, part: TextChunk, *, is_whole: bool) -> Choice:
-        """Returns the content and logprobs that a chunk adds to a choice, or those of a whole answer."""
+        """Returns content and logprobs: what a chunk adds to a choice, or the whole answer."""
 
     def frames(self, prompt: int, item: LogItem) -> Sequence[Event]:
         """Progress events have a slot of their own: they differ if the reply is computed again."""

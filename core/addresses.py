@@ -1,5 +1,3 @@
-"""Network addresses: HOST:PORT and [IPV6]:PORT."""
-
 from __future__ import annotations
 
 import ipaddress
@@ -21,8 +19,7 @@ class AddressError(UsageError, ValueError):
 
 
 def split_address(value: object, example: str = "127.0.0.1:8080 or [::1]:8080") -> tuple[str, int]:
-    """Raises AddressError with `example` in its message, also for link-local addresses, which other machines cannot
-    use."""
+    """Raises AddressError with `example` in its message, also for link-local hosts, which other machines cannot use."""
     match = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
     if match is None or int(match[2]) > 65535:
         shown = "an empty value" if value is None else repr(value)[:_MOST_SHOWN]
@@ -38,8 +35,7 @@ def joined_address(host: str, port: int) -> str:
 
 
 def bounded_host(host: str) -> str:
-    """Returns the unit in which connections are counted: the IPv4 address, or the /64 network of an IPv6 address, since
-    a host may use all addresses of its network."""
+    """Returns the unit in which connections are counted: an IPv4 address, or the /64 network of an IPv6 host."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -66,7 +62,6 @@ def is_address(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Resolves no names: `localhost` is the only name that counts as loopback."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

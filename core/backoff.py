@@ -1,5 +1,3 @@
-"""Exponential backoff: how long to wait before the next attempt. Pure: the caller sleeps."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -32,7 +32,6 @@ def bounded(what: str, value: int, low: int, high: int) -> int:
 
 
 def finite(what: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
-    """Raises ProtocolError for NaN, infinity and numbers outside [low, high]."""
     if not max(low, -_GREATEST) <= value <= min(high, _GREATEST):  # an int may be larger; NaN is within no bounds
         raise ProtocolError(f"{what} is {value}, must be a finite number within {low}..{high}")
     return value
@@ -73,7 +72,6 @@ def log_line(what: str, value: str, most: int) -> str:
 
 
 def fitted_log_line(text: str, most: int) -> str:
-    """Shortens text of this process so that a receiver's `log_line` accepts it."""
     text = text.encode("utf-8", "backslashreplace").decode()  # protobuf refuses lone surrogates
     return text if len(text) <= most else text[: most - 3] + "..."
 

@@ -56,8 +56,7 @@ def cpu_quota(root: Path = _ROOT) -> float | None:
 
 
 def _folders(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
-    """Yields (folder, version) for this process's group and its ancestors, innermost first. Folders may be absent: in a
-    container, /proc may state a path that is not mounted."""
+    """Yields (folder, version) for this process's group and its ancestors, innermost first; folders may be absent."""
     for line in read_text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
@@ -74,8 +73,7 @@ def is_memory_limited() -> bool:
 
 
 def drop_cached_pages(descriptor: int, offset: int = 0, n_bytes: int = 0) -> None:
-    """Drops a part of a file from the page cache if a group limits memory. `n_bytes` of 0 means the rest of the
-    file."""
+    """Drops a part of a file from the page cache if a group limits memory; 0 bytes: the rest of the file."""
     if is_memory_limited():
         os.posix_fadvise(descriptor, offset, n_bytes, os.POSIX_FADV_DONTNEED)
 

@@ -53,8 +53,7 @@ def ranges(layers: Sequence[int]) -> str:
 
 
 def cache_room(left_bytes: int, limit_bytes: int | None) -> int:
-    """Returns the size in bytes of a GPU's expert cache, a multiple of the allocation unit. `left_bytes` is the memory
-    that everything else leaves free; `limit_bytes` is the most that the cache may take (None: no limit)."""
+    """Returns the size of a GPU's expert cache in whole allocation units; `limit_bytes` None means no limit."""
     most = left_bytes if limit_bytes is None else min(left_bytes, limit_bytes)
     return max(0, most // _UNIT_BYTES * _UNIT_BYTES)
 
@@ -69,7 +68,6 @@ def placed(devices: Sequence[DeviceLayers]) -> str:
 
 
 UNUSED_BY_PARTS = "layers are divided by their experts, and parts of layers are computed on processors only"
-"""The reason in messages why no GPU is used if layers are divided."""
 
 
 def gpu_names(device: str) -> Sequence[str]:
@@ -81,8 +79,7 @@ RAM, ANY_GPU = "ram", "gpu"
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The user's rules for placing layers on a worker with GPUs. Each tuple is empty (no rules) or has one entry per
-    layer. Layers without a rule are placed where memory allows."""
+    """The user's rules for placing layers on a worker with GPUs. Each tuple is empty or has one entry per layer."""
 
     layers: tuple[str | None, ...] = ()  # "ram", "gpu": any one, "cuda:N"; None: open
     experts: tuple[bool | None, ...] = ()  # of layers on a GPU, whether in RAM; None: by `cpu_moe`
@@ -96,8 +93,7 @@ class Placement:
         return layer < self.cpu_moe
 
     def devices_of(self, layer: int, gpus: Sequence[str]) -> range:
-        """Returns the devices that may hold the layer: 0 is RAM, 1 the first GPU, and so on. Returns all devices if the
-        rule names a GPU of another worker; `check` reports that error."""
+        """Returns possible devices: 0 is RAM, 1 the first GPU; all if the rule names a missing GPU (see `check`)."""
         said = self.layers[layer] if self.layers else None
         if said is None or self.missing(gpus, layer, layer + 1):
             return range(len(gpus) + 1)
@@ -106,13 +102,11 @@ class Placement:
         return range((at := gpus.index(said) + 1), at + 1)
 
     def missing(self, gpus: Sequence[str], start: int, end: int) -> str | None:
-        """Returns the first GPU that the rules for layers [start, end) name but `gpus` lacks, or None."""
         known = (None, RAM, ANY_GPU, *gpus)
         return next((said for said in self.layers[start:end] if said not in known), None)
 
     def check(self, gpus: Sequence[str], start: int, end: int) -> None:
-        """Raises UsageError for rules that no stage can obey: its first layers are in RAM, the next on GPUs in
-        order."""
+        """Raises UsageError unless a stage can obey: its first layers are in RAM, the next on GPUs in order."""
         if not gpus:
             return
         missing = self.missing(gpus, start, end)
@@ -133,8 +127,7 @@ class Placement:
                 first_open = layer
 
     def check_obeyed(self, devices: Sequence[DeviceLayers]) -> None:
-        """Raises UsageError for a layer that is not where its rule says, because it shares KV memory with other
-        layers."""
+        """Raises UsageError for a layer that is not where its rule says, because it shares other layers' KV memory."""
         for part in devices if self.layers else ():
             allowed = (None, RAM) if part.device == "cpu" else (None, ANY_GPU, part.device)
             for layer in range(part.start, part.end):

@@ -59,7 +59,6 @@ class StageLimits:
     wide_tiles: bool = False  # weights of some types lie in tiles of another, which are larger and quicker to decode
 
     def places(self, start: int, end: int) -> tuple[float, float]:
-        """Converts a stage's start and end to layer numbers, which have fractions if experts of a layer are divided."""
         return layer_place(start, self.expert_shards), layer_place(end, self.expert_shards)
 
     def gives_up(self, window: int | None) -> bool:

@@ -113,7 +113,6 @@ _memory = _Memory()
 
 
 def start_logging(form: LogFormat, **where: str) -> None:
-    """Starts logging at level INFO to standard error. `where` names the cluster and the worker, if known."""
     handler = logging.StreamHandler(sys.stderr)
     plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handler.setFormatter(plain if form is LogFormat.TEXT else _Fields(form, where))
@@ -139,7 +138,6 @@ def last_trouble() -> str:
 
 
 def last_lines() -> tuple[tuple[str, ...], int]:
-    """Returns the last lines of this process's log, and the number of earlier lines."""
     with _memory.lock or nullcontext():
         return tuple(_memory.lines), _memory.count - len(_memory.lines)
 

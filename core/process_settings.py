@@ -56,8 +56,7 @@ def collect_rarely() -> None:
 
 
 def lower_priority(niceness: int) -> None:
-    """Lowers the priority of the calling thread, and of the threads that it starts later. Does nothing where the system
-    cannot do it for a thread (other systems than Linux) or refuses it (a sandbox)."""
+    """Lowers the priority of the calling thread and of threads that it starts later, where the system allows it."""
     if sys.platform == "linux" and niceness:
         with suppress(OSError):
             thread = os.PRIO_PROCESS, get_native_id()

@@ -17,7 +17,7 @@ _Seconds = Annotated[float, Real(0.0, 3600.0)]
 @dataclass(frozen=True, slots=True)
 class StepTime:
     """The time of a step is stage_s + layers_byte_s * bytes, plus head_s on the last stage. `bytes` counts the weights
-    and the KV or recurrent state that the step reads; of experts, only the chosen ones count."""
+    (only chosen experts) and the KV or recurrent state that the step reads."""
 
     rows: Annotated[int, Integer(1, 1 << 16)]
     stage_s: _Seconds
@@ -31,7 +31,6 @@ class StepTime:
 
 
 StepTimes = Annotated[tuple[StepTime, ...], Size(0, 16)]
-"""Step times by ascending rows; empty if none were measured."""
 
 
 def at_rows(times: StepTimes, rows: int) -> StepTime:
@@ -62,9 +61,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
-    """The speed of one device: limits, measured steps of the model, and matrix products by quant type. Fields named
-    `isolated` were measured while the machine's other workers were idle, the other fields while these workers computed.
-    An empty `isolated` field means that both speeds are equal."""
+    """The speed of one device. `isolated` fields were measured while the machine's other workers were idle, other
+    fields while these computed. An empty `isolated` field means that both speeds are equal."""
 
     read_bytes_s: Rate  # of weights
     int8_macs_s: Rate
@@ -75,7 +73,6 @@ class DeviceProfile:
     isolated_limits: Limits | None = None
 
     def check(self) -> None:
-        """Raises ProtocolError if row counts or quant types do not ascend."""
         for times in (self.concurrent, self.isolated):
             if any(time.rows >= later.rows for time, later in pairwise(times)):
                 raise ProtocolError("step times: their rows must ascend")
@@ -152,7 +149,6 @@ def _mean_limits(limits: Sequence[Limits]) -> Limits | None:
 
 
 def mean_step_times(series: Sequence[StepTimes]) -> StepTimes:
-    """Averages step times that were measured at the same rows. Empty series are ignored."""
     points = zip(*filter(None, series), strict=False)
     return tuple(StepTime(group[0].rows, *map(fmean, zip(*map(_values, group), strict=True))) for group in points)
 

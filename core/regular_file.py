@@ -70,7 +70,6 @@ def open_regular(path: Path, *, follows_links: bool = True, is_writable: bool = 
 
 
 def read_bytes(path: Path, most_bytes: int, *, follows_links: bool = True) -> bytes:
-    """Raises OSError if the file cannot be read, ValueError if it is larger than `most_bytes`."""
     with open_regular(path, follows_links=follows_links) as file:
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
@@ -88,12 +87,10 @@ def file_version(path: Path) -> tuple[int, ...]:
 
 
 def read_text(path: Path, most_bytes: int) -> str:
-    """Raises the errors of `read_bytes`, and ValueError if the file is not text."""
     return decode_text(read_bytes(path, most_bytes))
 
 
 def read_json(path: Path) -> Any:
-    """Raises OSError if the file cannot be read, ValueError if it holds no JSON."""
     try:
         return json.loads(read_text(path, _JSON_BYTES))
     except RecursionError:
@@ -101,8 +98,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
-    """Writes a file of mode 0600 atomically, even if several machines write it at once. With `is_synced`, it survives a
-    power failure. Raises OSError, for example on a full disk, and then leaves no temporary file."""
+    """Writes a file of mode 0600 atomically; `is_synced`: it survives a power failure. OSError leaves nothing."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:

@@ -131,8 +131,7 @@ MAIN_NUMBERS: Final = ("temperature", "top_k", "top_p", "min_p")
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A grammar as a JSON object of llguidance, made by model/grammars/definitions.py. The whole answer must obey it.
-    With `triggers`, only the part from the first trigger on must obey it."""
+    """A grammar as JSON of llguidance, for the whole answer or, with `triggers`, from the first trigger on."""
 
     definition: str
     triggers: tuple[str, ...] = ()
@@ -144,8 +143,7 @@ Tags: TypeAlias = tuple[Annotated[str, Text(1, MAX_TRIGGER_BYTES)], ...]
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """The reasoning in an answer: the text between one of the tags `begins` and the next of the tags `ends`. After
-    `budget` tokens of reasoning, the tokens `forced` are appended and end it."""
+    """Reasoning is the text from a tag of `begins` to the next of `ends`; after `budget` tokens, `forced` ends it."""
 
     begins: Annotated[Tags, Size(1, MAX_TRIGGERS)]
     ends: Annotated[Tags, Size(1, MAX_TRIGGERS)]
@@ -231,7 +229,6 @@ RowTask = SampleTask | ScoreTask
 
 
 _SECOND_DRAW = 1 << 31
-"""Added to a choice's index for a second draw. No choice has so large an index."""
 
 
 def second_draw(task: RowTask) -> RowTask:
@@ -246,7 +243,6 @@ class TopLogprobs(Sequence[tuple[int, float]]):
     _PAIR: Final = struct.Struct("=if")
 
     def __init__(self, packed: bytes | bytearray) -> None:
-        """`packed` has an int32 token and a float32 logprob for each pair."""
         self.packed = packed
 
     @classmethod

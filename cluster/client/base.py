@@ -38,8 +38,7 @@ Chunks = AsyncGenerator[TextChunk, None]
 
 
 class ChunkStream(Iterator[TextChunk]):
-    """The chunks of an answer as they arrive. The request is sent when the first chunk is read. The request ends
-    when the stream is closed or dropped, or its `with` block is left."""
+    """The chunks of an answer as they arrive. Reading begins the request; closing or dropping the stream ends it."""
 
     def __init__(self, chunks: Generator[TextChunk, None, None]) -> None:
         self._chunks = chunks
@@ -82,10 +81,8 @@ class AsyncChunkStream(AsyncIterator[TextChunk]):
 
 
 class TextCalls(ABC, Generic[WholeT, StreamT]):
-    """Completes prompts and answers chats.
-
-    Every call raises the server's errors as LlamaclustError of the matching kind: RequestError for a refused
-    request, QueueFullError, RequestFailedError, WorkerError, DeadlineError."""
+    """Completes prompts and answers chats. Calls raise the server's errors as LlamaclustError of the matching kind,
+    such as RequestError for a refused request, QueueFullError, WorkerError, DeadlineError."""
 
     @overload
     def generate(
@@ -171,8 +168,7 @@ class LoopThread(Generic[_Opened]):
     """Opens a resource in the event loop of a new thread. The resource stays open until `close`."""
 
     def __init__(self, open_resource: Callable[[], AbstractAsyncContextManager[_Opened]]) -> None:
-        """Returns when the resource is open. Raises the error if opening it fails. If interrupted, ends the thread
-        first."""
+        """Returns when the resource is open, or raises its error. If interrupted, ends the thread first."""
         self._lock = threading.RLock()  # the garbage collector may end a stream within `call`
         self._calls: set[Future[Any]] = set()
         self._streams: set[Callable[[], Coroutine[Any, Any, None]]] = set()  # each closes one that is read
@@ -191,8 +187,7 @@ class LoopThread(Generic[_Opened]):
             raise
 
     def call(self, work: Coroutine[Any, Any, _Value]) -> _Value:
-        """Runs `work` in the loop and returns its result. An interrupt of the caller cancels `work`. Raises
-        LlamaclustError if the thread is closed."""
+        """Runs `work` in the loop; an interrupt of the caller cancels it. Raises LlamaclustError if closed."""
         with self._lock:
             if self._is_closed:
                 work.close()
@@ -262,8 +257,7 @@ class LoopThread(Generic[_Opened]):
 
 
 class TextClient(TextCalls[Answer, ChunkStream]):
-    """Completes prompts and answers chats, from any thread. It runs an asynchronous client on a thread of its own.
-    Leaving `with` closes the client."""
+    """Completes prompts and answers chats, from any thread. Leaving `with` closes the client."""
 
     def __init__(self, open_client: Callable[[], AbstractAsyncContextManager[AsyncTextClient]]) -> None:
         self._thread = LoopThread(open_client)

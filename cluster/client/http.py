@@ -45,18 +45,14 @@ _IDLE_S = 60.0
 _STREAMED = {"stream": True, "return_token_ids": True}
 _CANCEL_S = 2.0
 _EMBED_S = 600.0
-"""The read timeout of embeddings. A reply with embeddings is sent as a whole, so a client may wait this long for its
-first byte."""
+"""The read timeout of embeddings, whose reply comes as a whole."""
 _RESUME_S = 120.0
-"""The time after which a lost connection becomes an error. A cluster waits equally long for a worker
-(`timeouts.recovery`)."""
+"""The time after which a lost connection becomes an error, equal to `timeouts.recovery` of a cluster."""
 _MOST_S = 600.0
-"""The time after which a stream without events becomes an error, even if the server answers. It ends requests to a
-coordinator that crashes again and again before it reaches a new event."""
+"""The time after which a stream without events becomes an error, as when a coordinator crashes again and again."""
 _BACKOFF = Backoff(first_s=0.1, max_s=1.0)
 READ_TIMEOUT_S = 20.0
-"""The time without data after which a stream counts as lost. The server sends at least a comment every 15 s. A
-machine that loses power closes no connection."""
+"""The time without data after which a stream counts as lost. The server sends a comment every 15 s at least."""
 _RETRIED_CODES = frozenset({"cluster_starting", "cluster_stopping", "server_busy"})
 
 
@@ -72,7 +68,6 @@ class AsyncClient(AsyncTextClient):
         verify: Verify = None,
         model: str | None = None,
     ) -> None:
-        """Takes the parameters of `Client`."""
         self._http = httpx.AsyncClient(**http_options(base_url, api_key, timeout, verify))
         self._stream_timeout = timeouts(timeout, READ_TIMEOUT_S)
         self._model = model
@@ -156,9 +151,8 @@ class AsyncClient(AsyncTextClient):
 
 
 class Client(TextClient):
-    """A client of a cluster's HTTP API. `timeout`: seconds of silence after which a call fails.
-
-    Proxies of the environment are used, but not for this machine itself."""
+    """A client of a cluster's HTTP API, reached through the environment's proxies, except on this machine. `timeout`:
+    seconds of silence after which a call fails."""
 
     _client: AsyncClient
 
@@ -172,8 +166,7 @@ class Client(TextClient):
         model: str | None = None,
     ) -> None:
         """Connects at the first call. `verify`: a PEM file of certificates to trust, or an SSL context. `model`: a
-        served model or adapter; None: the first model. Raises UsageError for an invalid address and for a file that
-        cannot be used."""
+        served model or adapter; None: the first model. Raises UsageError for an invalid address or file."""
         client = AsyncClient(base_url, api_key, timeout=timeout, verify=verify, model=model)
         super().__init__(lambda: client)
 
@@ -184,8 +177,7 @@ class Client(TextClient):
         feature_level: str | None = None,
         settings: LocalSettings | None = None,
     ) -> LocalClient:
-        """Loads a model file in this process. `model` is a path, or a text as for `--model` of the commands. The other
-        arguments and the errors are those of `LocalClient`."""
+        """Loads a model in this process; a text is read like `--model` of the commands. Errors: see `LocalClient`."""
         from llamaclust.cluster.client.local import LocalClient
         from llamaclust.cluster.config.catalog import resolve_model
 
@@ -274,8 +266,7 @@ class ResumableStream:
             raise CutShortError("the server ended the answer before it was complete")
 
     def pause_s(self, error: httpx.HTTPError | LlamaclustError) -> float:
-        """Returns the seconds to wait before the request is sent again. Raises the error if another attempt would not
-        help."""
+        """Returns the seconds before the next attempt. Raises the error if another attempt would not help."""
         is_own = isinstance(error, LlamaclustError)
         final = error if isinstance(error, LlamaclustError) else unreachable(self._url, error)
         if not (self._was_taken and _may_pass(error)):

@@ -103,8 +103,6 @@ class AnswerOptions(TypedDict, total=False):
 
 
 class Options(AnswerOptions, total=False):
-    """Options of a chat."""
-
     reasoning_budget: int  # tokens of reasoning at most; -1, the default: no limit
     reasoning_budget_message: str  # what stands before an end that the budget forces
 
@@ -130,8 +128,7 @@ def completion_body(prompt: Prompt, options: CompletionOptions) -> dict[str, Any
 
 
 def chat_body(messages: Sequence[Message], options: Options) -> dict[str, Any]:
-    """Returns the body of `POST /v1/chat/completions`, with logprobs. Raises TypeError for an unknown option, and
-    UsageError for an image that cannot be sent."""
+    """Returns a body for `/v1/chat/completions`. Raises TypeError for an unknown option, UsageError for an image."""
     return {"messages": [*map(message_json, messages)], "logprobs": True, **_answer_fields(options, Options)}
 
 
@@ -169,8 +166,7 @@ def sampling_options(given: Mapping[str, Any]) -> Options:
 
 
 class ChunkReader:
-    """Converts the events of one answer to chunks. Raises ProtocolError for events that llamaclust's API never
-    sends."""
+    """Converts the events of one answer to chunks. Raises ProtocolError for events that the API never sends."""
 
     def __init__(self) -> None:
         self._prompt: tuple[int, ...] = ()
@@ -188,8 +184,7 @@ class ChunkReader:
             raise _foreign(json.dumps(event).encode()) from error
 
     def _chunk(self, choice: Mapping[str, Any]) -> TextChunk:
-        """Reads one choice of an event: of a completion, or of a chat if it has a delta. Ignores tool calls, because
-        clients send no tools."""
+        """Reads a choice of a completion, or of a chat (with a delta). Ignores tool calls: clients send no tools."""
         ids, logprobs = choice["token_ids"], _logprobs(choice)
         of_prompt = max(0, len(logprobs) - len(ids))
         start, self._scored = self._scored, self._scored + of_prompt
@@ -243,7 +238,6 @@ def json_object(payload: bytes) -> dict[str, Any]:
 
 
 def field_of(body: bytes, name: str, kind: type[_Value]) -> _Value:
-    """Returns one field of a JSON object. Raises ProtocolError if it is absent or has another type."""
     value = json_object(body).get(name)
     if not isinstance(value, kind):
         raise _foreign(body)
@@ -251,7 +245,6 @@ def field_of(body: bytes, name: str, kind: type[_Value]) -> _Value:
 
 
 def vectors_of(body: bytes) -> list[Vector]:
-    """Returns the embeddings in a reply. Raises ProtocolError for another reply."""
     import numpy as np  # commands that embed nothing start without it
 
     try:
@@ -262,7 +255,6 @@ def vectors_of(body: bytes) -> list[Vector]:
 
 
 def reply_error(status: int, retry_after: str | None, body: bytes) -> LlamaclustError:
-    """Returns the error that a reply reports whose status is not 200."""
     try:
         report = json_object(body)["error"]
     except (ProtocolError, KeyError):
@@ -271,7 +263,6 @@ def reply_error(status: int, retry_after: str | None, body: bytes) -> Llamaclust
 
 
 def reported_error(report: Any, status: int | None = None, retry_after: str | None = None) -> LlamaclustError:
-    """Converts an error that the server reports to a LlamaclustError with its message, code and status."""
     report = report if isinstance(report, dict) else {"message": str(report)}
     message, code = str(report.get("message") or "no message"), report.get("code")
     if status == _UNAUTHORIZED:

@@ -113,18 +113,15 @@ class LocalClient(ServiceClient):
 
     @property
     def unused_projectors(self) -> str | None:
-        """The reason why no projector beside the model is used. None if one is used, none is there, or the user
-        chose."""
+        """The reason why no projector in the model's folder is used; None if one is, if none is there, or by choice."""
         return self._stage.unused_projectors
 
     @property
     def vocabulary_size(self) -> int:
-        """The number of logits per token."""
         return self._stage.scheduling.vocabulary
 
     def logits(self, token_ids: Sequence[int]) -> Float32:
-        """Returns the logits after each token, float32 [tokens, vocabulary]. Raises RequestError for unknown ids,
-        for no ids, and for more ids than the context holds."""
+        """Returns float32 logits [tokens, vocabulary] after each token. Raises RequestError for bad or too many ids."""
         parts: list[Float32] = []
         self.each_logits(token_ids, 0, lambda part: parts.append(part.copy()))
         return np.concatenate(parts)

@@ -26,8 +26,7 @@ _OTHER_BYTES: Final = 1 << 16
 
 
 def message_json(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a message in OpenAI's form. Its content may be a text, an image, or a list of both and of OpenAI's parts.
-    Raises UsageError for an image that cannot be sent."""
+    """Returns a message in OpenAI's form; its images become parts. Raises UsageError for an unusable image."""
     content = message.get("content")
     if isinstance(content, Sequence) and not isinstance(content, str | bytes | bytearray):
         return {**message, "content": [_part(part) for part in content]}
@@ -54,8 +53,8 @@ def has_images(message: Mapping[str, Any]) -> bool:
 def with_latest_images(
     messages: Sequence[Mapping[str, Any]], body_bytes: int = MAX_BODY_BYTES
 ) -> tuple[list[Mapping[str, Any]], int]:
-    """Returns OpenAI's messages with their latest images, as many as fit into a request of `body_bytes`, and the number
-    of images without which they are. Raises UsageError if one of the last message is among these."""
+    """Returns the messages with as many of their latest images as fit into `body_bytes`, and the number of removed
+    images. Raises UsageError if an image of the last message does not fit."""
     sizes = [(at, _json_bytes(part)) for at, message in enumerate(messages) for part in _images_of(message)]
     if not sizes:
         return [*messages], 0

@@ -28,8 +28,7 @@ class ClusterApi:
     """A context manager that holds a connection to a cluster for its operations. Errors name the cluster."""
 
     def __init__(self, where: str, url: str, api_keys_file: Path | None, ca_file: Path | None = None) -> None:
-        """Names the cluster `where` in errors. Raises UsageError for an invalid address of an HTTP server, and for a
-        file without a key or without certificates."""
+        """`where` names the cluster in errors. Raises UsageError for a bad address, key file or certificate file."""
         self._where = where
         key = None if api_keys_file is None else first_key(api_keys_file)
         self._client = httpx.Client(**http_options(url, key, _ANSWER_S, ca_file))
@@ -46,8 +45,7 @@ class ClusterApi:
         self._client.close()
 
     def status(self, model: str | None = None) -> dict[str, Any]:
-        """Returns the `status` part of GET /cluster for a model (None: the first one). Raises ClusterStartingError
-        if there is no status yet."""
+        """Returns the `status` of a model (None: the first). Raises ClusterStartingError if there is none yet."""
         path = "/cluster" if model is None else f"/cluster?{urlencode({'model': model})}"
         state: dict[str, Any] = self._field(self._request("GET", path), "status", dict)
         if not all(isinstance(state.get(name), kind) for name, kind in _STATUS.items()):
@@ -59,8 +57,7 @@ class ClusterApi:
         return int(settings["n_ctx"])
 
     def drain(self, worker: str) -> None:
-        """Drains a worker. Returns when no worker of this name holds layers. Raises InsufficientMemoryError or another
-        error if the layers cannot move."""
+        """Drains a worker. Returns when it holds no layers; raises an error if these cannot move."""
         self._request("POST", f"/cluster/workers/{worker}/drain", read_s=_DRAIN_S)
 
     def undrain(self, worker: str) -> None:

@@ -25,15 +25,11 @@ _ROLES = frozenset({*_SYSTEM_ROLES, "user", "assistant", "tool"})
 
 
 class Session(Generic[WholeT, StreamT]):
-    """A conversation with a model, over HTTP or in this process. The client stays open when the session is dropped.
-
-    `messages` are in OpenAI's form and may be changed between answers. A turn consists of a user's message and all
-    messages before the user's next one. With `drop_oldest`, a conversation that exceeds the model's context continues
-    without its oldest turns, and one whose images exceed a request without its oldest images: they stay in `messages`,
-    but are not sent. Otherwise the server's RequestError is raised, and UsageError for images.
-    The options, such as `stop`, are those of `Client.chat` and apply to every answer. Only one thread at a time may use
-    a session.
-    """
+    """A conversation with a model. The client stays open when the session is dropped. `messages` are in OpenAI's form
+    and may be changed between answers. A turn is a user's message and all messages up to the next one. With
+    `drop_oldest`, a conversation beyond the context is sent without its oldest turns, and one beyond a request's size
+    without its oldest images; all stay in `messages`. Otherwise RequestError or, for images, UsageError is raised. The
+    options are those of `Client.chat` and apply to every answer. Only one thread at a time may use a session."""
 
     def __init__(
         self,
@@ -57,10 +53,8 @@ class Session(Generic[WholeT, StreamT]):
     @overload
     def send(self, content: Content, *, stream: Literal[True], **options: Unpack[Options]) -> StreamT: ...
     def send(self, content: Content, *, stream: bool = False, **options: Unpack[Options]) -> WholeT | StreamT:
-        """Answers a message of the user. Options given here apply only to this answer. Both messages join the
-        conversation when the answer or its stream ends. If the answer fails or its stream is closed early, the
-        conversation keeps both messages if the answer has any text, and neither if it has none. Raises UsageError for
-        an image that cannot be sent."""
+        """Answers a user's message; options apply to this answer only. Both messages join the conversation at the
+        answer's end, unless it was cut short without text. Raises UsageError for an image that cannot be sent."""
         message = message_json({"role": "user", "content": content})
         return self._client.deliver(self._answer(message, options), stream=stream)
 
@@ -118,9 +112,8 @@ class Session(Generic[WholeT, StreamT]):
         self.messages, self.dropped_messages = messages, 0
 
     async def _answer(self, message: Message | None, options: Options) -> AsyncGenerator[TextChunk, None]:
-        """Answers one more message; None: the user's last message again. Adds the answer to the conversation, even one
-        that was cut short, but not one without text. Raises UsageError while another answer is in progress, and for
-        an image if the model reads text only."""
+        """Answers one more message; None: the last one again. The answer joins the conversation even if cut short, but
+        not without text. Raises UsageError while another answer runs, and for an image to a text model."""
         if self._is_answering:
             raise UsageError("this session is still answering: read its stream to the end, or close it")
         start = self._last_turn() if message is None else len(self.messages)
@@ -189,8 +182,7 @@ class ChatSession(Session[Answer, ChunkStream]):
 
 
 class AsyncChatSession(Session[Coroutine[None, None, Answer], AsyncChunkStream]):
-    """A session for asyncio: `await session.send(...)`, or `async for` over its result with `stream=True`. `save`
-    and `load` block."""
+    """A session for asyncio: `await session.send(...)` or `async for` over its stream. `save` and `load` block."""
 
 
 def is_conversation(path: Path) -> bool:

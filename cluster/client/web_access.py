@@ -31,9 +31,8 @@ _CURE = "give its file, or its authority's, by --ca-file, `verify=` or the envir
 
 
 def http_options(base_url: str, api_key: str | None, timeout: float, verify: Verify = None) -> dict[str, Any]:
-    """Returns httpx's arguments for a client of a cluster's HTTP API. A `/v1` at the end of the address, as OpenAI's
-    clients need it, is removed. Raises UsageError for an invalid address or key, and for files and variables that
-    cannot be used."""
+    """Returns httpx's arguments for a client of the HTTP API at `base_url`, with or without `/v1`. Raises UsageError
+    for an invalid address or key, and for files and variables that cannot be used."""
     try:
         url = httpx.URL(base_url.rstrip("/").removesuffix("/v1"))
     except httpx.InvalidURL as error:
@@ -58,9 +57,8 @@ def timeouts(timeout: float, read_s: float) -> httpx.Timeout:
 
 
 def web_options(url: httpx.URL | None, verify: ssl.SSLContext | None = None) -> dict[str, Any]:
-    """Returns httpx's arguments for a client that reaches `url` (None: any server) through the environment's proxies,
-    or directly if `url` is on this machine. `verify`: the certificates to trust, by default those of this machine.
-    Raises UsageError with the name of a variable that cannot be used."""
+    """Returns httpx's arguments for reaching `url` (None: any server) through the environment's proxies, or directly on
+    this machine. `verify` None: this machine's certificates. Raises UsageError for an unusable variable."""
     trusted = verify or authorities()
     if url is not None and _is_this_machine(url.host):
         return {"trust_env": False, "verify": trusted}
@@ -98,7 +96,6 @@ def _wrong_hosts(value: str) -> str:
 
 
 def trust(url: httpx.URL, verify: Verify) -> ssl.SSLContext:
-    """Returns the SSL context for httpx. Raises UsageError for a file that cannot be used."""
     if url.scheme != "https":
         return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody and reads no file, which would take 20 ms
     if isinstance(verify, ssl.SSLContext):
@@ -109,8 +106,7 @@ def trust(url: httpx.URL, verify: Verify) -> ssl.SSLContext:
 
 
 def authorities(file: Path | None = None) -> ssl.SSLContext:
-    """Returns an SSL context that trusts only the authorities in a PEM file (None: those that this machine trusts).
-    Raises UsageError if a file cannot be used, including one that the environment names."""
+    """Returns a context that trusts the authorities in a PEM file (None: this machine's). Raises UsageError."""
     try:
         if file is not None:
             return ssl.create_default_context(cafile=file)

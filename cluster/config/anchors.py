@@ -19,7 +19,6 @@ _PATHS = (
     ("listen_tls", "key"),
     ("telemetry", "headers_file"),
 )
-"""Keys of sections whose values are paths."""
 
 
 def anchored(document: Document, folder: Path) -> Document:

@@ -32,8 +32,7 @@ _REPOSITORY: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """A model that is known by name, with its source. Bundled models have a size and a hash. Others have the
-    estimate `about_bytes`; the hub gives their size."""
+    """A model that is known by name. A bundled model has a size and a hash, any other the estimate `about_bytes`."""
 
     name: str
     source: str
@@ -76,8 +75,6 @@ CATALOG: Final = {
 
 @dataclass(frozen=True, slots=True)
 class WantedFile:
-    """A file to fetch. Its size and hash are None if they are not known."""
-
     spec: str
     source: RemoteSource
     path: Path
@@ -116,16 +113,13 @@ class WantedFile:
 
 @dataclass(frozen=True, slots=True)
 class StoredModel:
-    """A model in the models directory. `name` is the name that `model rm` and other commands accept."""
-
     name: str
     path: Path
     size_bytes: int
 
 
 def find_entry(name: str) -> CatalogEntry | None:
-    """Finds a catalog model by NAME, or by NAME:QUANTIZATION for a public model, in any case. Raises UsageError for
-    an unknown quantization."""
+    """Finds a catalog model by NAME or, for a public model, NAME:QUANTIZATION, in any case. Raises UsageError."""
     if name.lower() in CATALOG:
         return CATALOG[name.lower()]
     plain, _, wanted = name.lower().partition(":")
@@ -193,8 +187,7 @@ def _wanted_projector(entry: CatalogEntry, directory: Path) -> WantedFile | None
 
 
 def resolve_model(spec: str, models_dir: Path | None = None) -> Path:
-    """Returns the file of a model, given by catalog name, path, `hf:`, `pypi:` or web address. Raises UsageError if
-    it is unknown or not downloaded; the message says how to download it."""
+    """Returns the file of a model. Raises UsageError if it is unknown, or with the command that downloads it."""
     path = stored_model(spec, models_dir)
     if path is None:
         raise UsageError(f"{spec}: not downloaded yet; run: llamaclust model pull {spec}")
@@ -210,15 +203,13 @@ def stored_model(spec: str, models_dir: Path | None = None) -> Path | None:
 
 
 def lacks_projector(spec: str, models_dir: Path | None = None) -> bool:
-    """Returns True if nobody has looked for the projector of a downloaded model in its repository. Catalog models have
-    known ones."""
+    """True if nobody has looked for a projector in the model's repository. Catalog models have known ones."""
     found = locate(spec, models_dir)
     return isinstance(found, WantedFile) and found.may_have_projector and find_entry(spec) is None
 
 
 def made_beside(source: Path, name: str) -> Path:
-    """Returns the default path of a file that is made from a model: in the model's folder, or in the current folder if
-    the model was downloaded. `model rm` deletes the whole folder of a downloaded model."""
+    """Returns a path in the source's folder, or in the current one: `model rm` deletes a downloaded model's folder."""
     return Path(name) if environment().models_dir in source.parents else source.with_name(name)
 
 
@@ -230,8 +221,7 @@ def stored_models(models_dir: Path | None = None) -> list[StoredModel]:
 
 
 def remove_model(spec: str, models_dir: Path | None = None) -> Path:
-    """Deletes a downloaded model's whole folder and returns its path. Raises UsageError if the model is not
-    downloaded. Never touches files outside the models directory."""
+    """Deletes a downloaded model's whole folder and returns its path. Raises UsageError if there is none."""
     root = models_dir or environment().models_dir
     directory = _stored_directory(spec, root)
     if not directory.is_dir():

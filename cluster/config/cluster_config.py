@@ -1,5 +1,3 @@
-"""The cluster file as a class."""
-
 from __future__ import annotations
 
 import json
@@ -343,7 +341,6 @@ class ClusterConfig(Section):
 _THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "numa_node", "memory", "mlock", "kv_disk")
 """Keys that workers of a static cluster have as options of `llamaclust worker` instead."""
 _OF_ONE_MODEL = ("chat_template", "mmproj", "context_length", "kv_memory", "adapters", "placement", "plan")
-"""Keys that each entry of `models` may set for itself."""
 _FOR_ONE_MODEL = {
     **dict.fromkeys(("model_name", "aliases"), "give `name` and `aliases` in the entries of `models`"),
     "strict_model": "with `models`, requests may name any of them or none; remove it",
@@ -369,9 +366,8 @@ def cluster_document(path: Path | None, overrides: Sequence[str] = ()) -> Docume
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ClusterConfig:
-    """Returns the configuration that a file describes, after KEY=VALUE overrides; without a file, that of the demo
-    cluster. Relative paths are relative to the file's folder. Raises UsageError with the place, the mistake and the
-    remedy."""
+    """Returns the checked configuration of a file after KEY=VALUE overrides; without a file, that of the demo cluster.
+    Raises UsageError with the place, the mistake and the remedy."""
     document = cluster_document(path, overrides)
     try:
         return ClusterConfig.model_validate(document.values)

@@ -133,7 +133,6 @@ def _lines(node: yaml.Node, place: Place) -> Iterator[tuple[Place, int]]:
 
 
 def read_document(path: Path) -> Document:
-    """Reads a cluster file. Raises UsageError if it is missing, too large or not a YAML mapping."""
     try:
         data = read_given(path, MAX_FILE_BYTES + 1)
     except OSError as error:

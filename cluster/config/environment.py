@@ -100,8 +100,7 @@ def hub_settings(variables: Mapping[str, str] | None = None) -> HubSettings:
 
 
 def proxy_variables(variables: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Returns the variables that set proxies, or hosts to reach without a proxy. Lower-case names win over
-    upper-case ones; empty variables are omitted."""
+    """Returns the proxy variables that are not empty. Lower-case names win over upper-case ones."""
     variables = os.environ if variables is None else variables
     by_effect = {name.lower(): name for name in sorted(variables) if name.lower() in _PROXY_VARIABLES}
     return {name: variables[name] for name in by_effect.values() if variables[name]}

@@ -16,8 +16,6 @@ from pydantic_core import CoreSchema
 
 
 class DocumentedModel(BaseModel):
-    """A model whose JSON schema describes fields by their docstrings."""
-
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler, /) -> dict[str, Any]:
         schema = handler(core_schema)

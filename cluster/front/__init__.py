@@ -1,2 +1,1 @@
-"""Serves clients: reads requests in the form of any supported API, computes logs of answers, and shows them in the same
-form."""
+"""Serves clients: reads requests of any supported API, computes logs of answers, and shows them in the API's form."""

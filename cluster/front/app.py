@@ -60,7 +60,6 @@ ENDPOINTS: Final[tuple[type[Endpoint[Any]], ...]] = (
 )
 """The endpoints of each model. An endpoint that needs more than its model is made in `_model_routes`."""
 _EXPOSED_HEADERS = (IGNORED_HEADER, "Retry-After", "WWW-Authenticate")
-"""Headers of replies that scripts of web pages may read in addition to those that CORS always allows."""
 
 
 _AFTER: Final = QueryParameter(
@@ -73,8 +72,7 @@ _CONVERSATION: Final = QueryParameter("conv_id", "string", "the conversation's n
 def create_app(
     models: Sequence[ApiModel], admission: Admission | None = None, workers: WorkerOperations | None = None
 ) -> Starlette:
-    """Makes the app of one model or several, all with the same server settings. The caller can drain the app through
-    `admission`, and must close the replies of the models. Without `workers`, there are no endpoints of workers."""
+    """Makes the app of all models, which share server settings. `admission` drains it; callers close the replies."""
     router, store = ModelRouter(models), ResponseStore()
     app = Starlette(middleware=_gates(router.settings, admission), routes=[*_routes(router, store, workers)])
     app.router.redirect_slashes = False  # see `Paths`
@@ -83,8 +81,7 @@ def create_app(
 
 
 def _gates(settings: ApiSettings, admission: Admission | None) -> list[Middleware]:
-    """Returns the middlewares, the outermost first. CORS comes before middlewares that refuse requests, so that allowed
-    web pages can read the reason of a refusal."""
+    """Returns the middlewares, outermost first. CORS comes first, so that allowed pages can read a refusal's reason."""
     cors = Middleware(
         CORSMiddleware,
         allow_origin_regex=page_origins(settings).pattern,

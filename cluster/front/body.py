@@ -35,8 +35,7 @@ LARGE_BYTES = 1 << 16
 _MOST_OF_A_PLACE = 200
 
 _MOST_VALUES = (1 << 20) + (1 << 16)
-"""The largest number of JSON values in a body: the token ids of the longest context plus the other fields. Parsing that
-many blocks the process for a fifth of a second."""
+"""The most JSON values in a body: the longest context's token ids and other fields. Parsing takes 0.2 s."""
 _PROMPT_FIELDS = {
     *("prompt", "suffix", "input_prefix", "input_suffix", "input_extra", "context", "content", "tokens"),
     *("messages", "system", "input", "instructions", "query", "documents", "texts", "images"),
@@ -58,15 +57,13 @@ _Arguments = ParamSpec("_Arguments")
 async def read_body(
     request: Request, kind: type[AnyBody], settings: ApiSettings, images: ImageRules | None = None
 ) -> AnyBody:
-    """Reads the request's body. Raises HttpError (413, 408, 415, 400), and what `read_fields` raises."""
     return await parse_body(await read_bytes(request, settings), kind, settings, images)
 
 
 async def parse_body(
     data: bytes, kind: type[AnyBody], settings: ApiSettings, images: ImageRules | None = None
 ) -> AnyBody:
-    """Parses a body, and reports fields without effect. Raises HttpError (400), and what `read_fields` raises.
-    `images`: None for a model that reads text only."""
+    """Parses a body, and reports fields without effect. `images` None: a model that reads text only."""
     context = BodyContext(images) if settings.is_strict or _is_strict.get() else Leniency(images)
 
     def parse() -> AnyBody:
@@ -88,14 +85,12 @@ async def converted(
 
 
 def _idle(kind: type[Body], settings: ApiSettings) -> dict[str, Neutral]:
-    """Returns those fields of the endpoint that have no effect with these settings."""
     slots = {} if settings.slot_folder is not None or "id_slot" not in kind.model_fields else SLOTS_NOT_KEPT
     return slots if settings.can_unload or "keep_alive" not in kind.model_fields else slots | ALWAYS_LOADED
 
 
 async def has_field(data: bytes, name: str) -> bool:
-    """Returns True if a body has a field that is not null. Raises what `parse_object` raises; a large body is not
-    checked."""
+    """True if a body has a field that is not null. Raises what `parse_object` raises for a small body."""
     if len(data) <= LARGE_BYTES:
         return parse_object(data).get(name) is not None
     members = (await run_on(_reading, outline, data)).members
@@ -103,8 +98,7 @@ async def has_field(data: bytes, name: str) -> bool:
 
 
 def _with_defaults(fields: dict[str, Any], kind: type[Body], settings: ApiSettings) -> dict[str, Any]:
-    """Adds the server's default for each field that the endpoint has and the body lacks under all of the field's names.
-    Omits defaults that conflict with the body's own fields."""
+    """Adds the server's defaults for fields that the body lacks and that do not conflict with its own fields."""
     if not settings.defaults and not settings.recommended:
         return fields
     given = {kind.foreign.name(name): value for name, value in fields.items() if value is not None}
@@ -122,8 +116,7 @@ async def parse_object_in_time(data: bytes) -> dict[str, Any]:
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """Parses a JSON object. Raises HttpError or ParameterError if it has too many values, before they are made. Also
-    raises what `parse_json` raises."""
+    """Raises HttpError or ParameterError for too many values, before they are made, and what `parse_json` raises."""
     if len(data) > LARGE_BYTES:
         _check_sizes(outline(data))
     payload = parse_json(data)
@@ -154,8 +147,7 @@ def _check_field(member: Member) -> None:
 
 
 def parse_json(data: bytes) -> Any:
-    """Parses JSON that is nested at most 200 levels deep. Raises HttpError for invalid JSON, and ParameterError for
-    numbers that a JSON reply could not show, such as NaN."""
+    """Raises HttpError for invalid JSON or more than 200 levels, ParameterError for numbers such as NaN."""
     try:
         payload = from_json(data.removeprefix(codecs.BOM_UTF8))
     except ValueError as error:
@@ -167,8 +159,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def _not_finite(value: Any) -> str | None:
-    """Returns the place of the first number that JSON lacks (NaN) or that Python reads as infinite (1e999). Returns
-    None if all numbers are finite."""
+    """Returns the place of the first number that JSON lacks (NaN) or Python reads as infinite (1e999), or None."""
     if isinstance(value, float):
         return None if math.isfinite(value) else ""
     if not isinstance(value, dict | list):
@@ -206,7 +197,6 @@ def hand_on(request: Request, data: bytes) -> None:
 
 
 async def _read_all(request: Request, max_bytes: int) -> bytes | None:
-    """Returns the body, or None if it is longer than `max_bytes`; the rest of it is not read."""
     if (read := request.scope.pop(_READ, None)) is not None:
         return read if len(read) <= max_bytes else None
     data = bytearray()
@@ -260,7 +250,6 @@ class IgnoredFields:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Joins the names. If they are too long together, it joins the first ones and adds the number of the others."""
     shown = bisect_right([*accumulate(len(name) + 2 for name in names)], _MOST_OF_A_HEADER)
     more = [f"and {len(names) - shown} more"] if shown < len(names) else []
     return ", ".join([*names[:shown], *more])

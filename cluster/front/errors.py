@@ -36,8 +36,6 @@ def internal_error() -> LlamaclustError:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The parts of an error that are shown in a reply."""
-
     status: int  # of HTTP
     message: str
     code: str

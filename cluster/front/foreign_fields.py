@@ -40,9 +40,8 @@ _HINTS: Final = {
     **_names("store early_stopping backend_sampling cache_reuse", only(False)),
     "priority": number(0),
 }
-"""Hints of all endpoints. Other unknown fields are ignored too, but these have values that are not even reported.
-`metadata` is for stored completions, which do not exist here. `n_keep` and `n_discard` are for context shift; here,
-generation ends when the context is full."""
+"""Hints of all endpoints, which are not even reported. `metadata` is for stored completions, `n_keep` and `n_discard`
+are for context shift; this server has neither."""
 
 _SLOTS: Final = _names("id_slot slot_id", anything)
 _NOT_DRAFTED: Final = _names("speculative speculative.n_max", anything)
@@ -64,7 +63,6 @@ _REFUSED: Final = {
 """Samplers, constraints and output forms that no endpoint has."""
 
 _OTHER_NAMES: Final = {"typ_p": "typical_p", "tfs": "tfs_z", "speculative.n_max": "speculative"}
-"""Other servers' names of fields that all endpoints have."""
 
 _SLOT_NAME: Final = {"slot_id": "id_slot"}
 
@@ -178,8 +176,7 @@ MESSAGES: Final = ForeignFields(
     ),
     other_names={**_OPENAI_NAMES, **_BUDGETS, "stop": "stop_sequences"},
 )
-"""Fields of Anthropic's Messages API. Its hints concern costs, caches and regions; `context_management` would only
-shorten chats."""
+"""Anthropic's fields. The hints concern costs, caches and regions; `context_management` would only shorten chats."""
 
 THINKING: Final = ForeignFields(hints={"display": only("summarized")})
 
@@ -205,8 +202,7 @@ OLLAMA_GENERATE: Final = ForeignFields(
     hints=_names("truncate shift", anything),
 )
 OLLAMA: Final = replace(OLLAMA_GENERATE, refused={**OLLAMA_GENERATE.refused, "images": only()})
-"""Fields of Ollama's requests. `truncate` and `shift` have no effect: prompts are never truncated, and the context
-never shifts."""
+"""Fields of Ollama's requests. `truncate` and `shift` do nothing: prompts are never truncated, contexts never shift."""
 
 OLLAMA_MESSAGE: Final = ForeignFields(other_names={"name": "tool_name", "reasoning_content": "thinking"})
 

@@ -1,5 +1,4 @@
-"""JSON of bodies and replies: rendering in parts, estimates of sizes, outlines of large texts, and timings under
-llama.cpp's names."""
+"""JSON of bodies and replies: rendering in parts, sizes, outlines of large texts, llama.cpp's timings."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ from llamaclust.cluster.scheduler.requests import PromptProgress, Timings
 
 
 class DeferredValue(ABC):
-    """A part of a JSON value that is made anew each time it is rendered, because its unrendered form takes less
-    memory."""
+    """A part of a JSON value that is made anew at each rendering, because its unrendered form takes less memory."""
 
     __slots__ = ()
 
@@ -43,8 +41,7 @@ class DeferredValue(ABC):
 
 
 def to_json(value: Any) -> bytes:
-    """Renders a value as JSON. Iterators become arrays, and lone surrogates become '?'. Raises ValueError for NaN and
-    infinity."""
+    """Renders a value. Iterators become arrays, lone surrogates '?'. Raises ValueError for NaN and infinity."""
     return _encoder.encode(value).encode("utf-8", "replace")
 
 
@@ -73,8 +70,7 @@ _NAME: Final = re.compile(rb'\s*("(?:[^"\\]|\\.)*")\s*:', re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member of the outermost object. `values`, the number of values in it, is exact or slightly too high: it is
-    computed from commas and brackets."""
+    """A member of the outermost object. `values`, counted by commas and brackets, is exact or slightly too high."""
 
     name: str
     size_bytes: int
@@ -92,8 +88,7 @@ class Outline:
 
 
 def outline(text: bytes) -> Outline:
-    """Returns the outline of a JSON text without parsing it. The outline of invalid JSON is arbitrary; no error is
-    raised."""
+    """Returns the outline of a JSON text without parsing it; that of invalid JSON is arbitrary."""
     values = depth = border_count = 0
     borders: list[tuple[int, int]] = []  # the first ones of the outermost object, and the values before each
     is_inside = is_escaped = False  # a string, and its next character
@@ -180,8 +175,7 @@ def has_many_values(value: Any) -> bool:
 
 
 def json_parts(value: Any) -> Generator[bytes, None, None]:
-    """Yields the result of `to_json` in parts. Makes each part, and each item of an iterator, when the caller takes
-    it."""
+    """Yields the result of `to_json` in parts, each made when the caller takes it."""
     held = bytearray()
     for piece in _pieces(value):
         held += piece
@@ -196,8 +190,7 @@ JsonBody: TypeAlias = AsyncGenerator[bytes, None]
 
 
 async def json_body(make: Callable[[], Any], *, is_large: bool) -> JsonBody:
-    """Makes a value and yields its JSON in parts. Each part is rendered when the caller takes it, on a thread if the
-    value is large. If cancelled, waits until the current part is rendered."""
+    """Yields a value's JSON in parts, rendered when taken, on a thread if large. A cancellation waits for a part."""
     rendering, parts = Lock(), _made_parts(make)
 
     def locked(step: Callable[[], _Value]) -> _Value:
@@ -220,8 +213,7 @@ async def one_part(data: bytes) -> JsonBody:
 
 
 def json_size(value: Any) -> int:
-    """Estimates the bytes of a value's JSON without rendering it: the lengths of its texts plus 8 bytes for each value.
-    For a deferred value, the bytes that it holds count instead."""
+    """Estimates a value's JSON in bytes: its texts plus 8 for each value; for a deferred value, what it holds."""
     if isinstance(value, str):
         return len(value) + _VALUE_BYTES
     if isinstance(value, Mapping):
@@ -281,8 +273,7 @@ def shown_progress(progress: PromptProgress, *, with_timings: bool) -> dict[str,
 
 
 def _phase(name: str, tokens: int, measured: int, per_second: float) -> dict[str, float]:
-    """Shows the tokens and times of prefill or decode. `measured`: the number of tokens that the rate `per_second` is
-    computed from."""
+    """Shows tokens and times of prefill or decode. `measured`: the tokens that `per_second` is computed from."""
     ms = measured / per_second * 1e3 if per_second else 0.0
     return {
         f"{name}_n": tokens,

@@ -1,5 +1,4 @@
-"""`/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, as in vLLM, and the router that finds the model of each
-request."""
+"""vLLM's `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, and the router to the model of each request."""
 
 from __future__ import annotations
 
@@ -45,8 +44,6 @@ class AdapterControl:
 
 
 class LoadAdapterBody(Body, foreign=OF_ADAPTERS):
-    """The body of `POST /v1/load_lora_adapter`."""
-
     lora_name: _Name
     """Name of the adapter. Requests use it as their `model`."""
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
@@ -56,8 +53,6 @@ class LoadAdapterBody(Body, foreign=OF_ADAPTERS):
 
 
 class UnloadAdapterBody(Body, foreign=OF_ADAPTERS):
-    """The body of `POST /v1/unload_lora_adapter`."""
-
     lora_name: Annotated[str, Field(min_length=1, max_length=255)]
     """Name of an adapter that a client loaded."""
     model: str | None = None
@@ -123,15 +118,13 @@ class ApiModel:
         return ModelNames(self.name, self.settings)
 
     def continues(self, request: RequestContext) -> bool:
-        """True if this model gives the same answer as an earlier coordinator's model to a request that was left
-        unfinished."""
+        """True if this model gives an earlier coordinator's unfinished request the same answer."""
         return request.served == self.settings.digest and self.settings.adapters.have(request.adapters)
 
 
 @dataclass(frozen=True, slots=True)
 class _Addressed:
-    """The model of a request. `keep`: seconds that the model stays loaded after the reply. `unloads`: the request has
-    no input and unloads the model."""
+    """The model of a request. `keep`: seconds that it stays loaded afterwards. `unloads`: the request unloads it."""
 
     model: ApiModel
     keep: float | None = None
@@ -139,16 +132,14 @@ class _Addressed:
 
 
 class ModelRouter:
-    """Finds the model of each request. A single model that is never unloaded gets all requests, and its endpoints check
-    the name of the model."""
+    """Finds the model of each request. A single model that is never unloaded gets all; its endpoints check names."""
 
     def __init__(self, models: Sequence[ApiModel]) -> None:
         self.models = models
         self.settings = models[0].settings
 
     def route(self, routes: Sequence[Route]) -> Route:
-        """Merges the routes of all models for one method and path into one route, which selects the model of each
-        request."""
+        """Merges all models' routes for one path into one route, which selects the model."""
         first = routes[0]
         if self.settings.can_unload:
             apps = {model.name: route.app for model, route in zip(self.models, routes, strict=True)}
@@ -156,14 +147,12 @@ class ModelRouter:
         return first
 
     def find(self, name: str) -> ApiModel | None:
-        """Returns the model that has exactly this name, otherwise one whose name differs only by a tag; None if there
-        is none."""
+        """Returns the model of exactly this name, otherwise the model whose name differs only by a tag, or None."""
         whole = (model for model in self.models if name in model.names.all)
         return next(whole, None) or next((model for model in self.models if model.names.find(name)), None)
 
     def named(self, name: object) -> ApiModel:
-        """Returns the model with this name, or the first model if there is no name. Raises HttpError 404 for an unknown
-        name."""
+        """Returns the model of this name, or the first one without a name. Raises HttpError 404 for an unknown name."""
         if not (self.settings.can_unload and isinstance(name, str) and name):
             return self.models[0]
         if (model := self.find(name)) is not None:
@@ -177,8 +166,7 @@ class ModelRouter:
     async def _serve(
         self, route: Route, apps: Mapping[str, ASGIApp], scope: Scope, receive: Receive, send: Send
     ) -> None:
-        """Passes a request to its model. Then Ollama's field `keep_alive` sets how long the model stays loaded after
-        the reply, unless the request was refused."""
+        """Passes a request to its model. Ollama's `keep_alive` then applies, unless the request was refused."""
         addressed = await self._addressed(route, Request(scope, receive))
         app, resident = apps[addressed.model.name], addressed.model.resident
         status = HTTPStatus.INTERNAL_SERVER_ERROR  # until there is a reply
@@ -202,8 +190,7 @@ class ModelRouter:
                 resident.keep(None if addressed.keep == inf else addressed.keep)
 
     async def _addressed(self, route: Route, request: Request) -> _Addressed:
-        """Finds the model of a request, and stores the body for the endpoint. Raises HttpError for an unreadable body,
-        an unknown model, a wrong `keep_alive`, and a model that must be loaded first."""
+        """Finds a request's model, stores the body. Raises HttpError for a bad body or field, or an unloaded model."""
         if route.method == "GET":
             return _Addressed(self.queried(request))
         data = await read_bytes(request, self.settings)
@@ -217,8 +204,7 @@ class ModelRouter:
         return _Addressed(model, keep, unloads)
 
     def _check_loaded(self, model: ApiModel, request: Request) -> None:
-        """Raises HttpError 400 if the model is unloaded. There are two exceptions: the model still has requests because
-        it makes room for another model, or the reply to this request is already kept."""
+        """Raises HttpError 400 if the model is unloaded, unless it still has requests or this reply is already kept."""
         if not (model.resident.is_asleep and model.resident.is_idle):
             return
         own, key = owner(request.headers, self.settings.api_keys), request.headers.get("idempotency-key", "")
@@ -233,8 +219,7 @@ def _keeps_awake(route: Route) -> bool:
 
 
 async def _fields(data: bytes) -> dict[str, Any]:
-    """Returns the fields of a body, or {} if it is not a JSON object, which the endpoint reports. Raises ParameterError
-    for NaN."""
+    """Returns the fields of a body; {} for other JSON, which the endpoint reports. Raises ParameterError for NaN."""
     try:
         return await parse_object_in_time(data)
     except HttpError:

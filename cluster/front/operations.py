@@ -1,5 +1,4 @@
-"""Endpoints for operators and tools: /health, /live, /metrics, /cluster, /cluster/requests, /props, /slots,
-/cluster/workers/NAME/..."""
+"""Endpoints for operators and tools: /health, /live, /metrics, /cluster/..., /props, /slots."""
 
 from __future__ import annotations
 
@@ -44,8 +43,6 @@ async def no_proxy(request: Request) -> Response:
 
 
 class Workers:
-    """Endpoints that drain and undrain workers, and show the last lines of their logs."""
-
     def __init__(self, pool: WorkerOperations) -> None:
         self._pool = pool
 
@@ -73,8 +70,6 @@ class Workers:
 
 
 class Operations:
-    """Endpoints that only read the state of the cluster."""
-
     def __init__(self, router: ModelRouter) -> None:
         self._router = router
         self._started_s = int(time.time())
@@ -89,8 +84,7 @@ class Operations:
         yield Route("GET", "/cluster/requests/{request}", self.waterfall)
 
     async def health(self, request: Request) -> Response:
-        """Answers 200 while requests are accepted, even if they have to wait, else 503. Clients with a key also get the
-        reason."""
+        """Answers 200 while requests are accepted (even if they wait), else 503. Clients with a key get the reason."""
         state = self._router.queried(request).engine.state
         if state in (EngineState.READY, EngineState.ASLEEP):
             return JsonResponse({"status": "ok"})

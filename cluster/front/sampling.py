@@ -31,7 +31,6 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 
 def row_entry(tokenizer: Tokenizer, row: RowResult) -> dict[str, Any]:
-    """Shows a generated token and the likeliest alternatives at its position."""
     top = [_token_entry(tokenizer, token, logprob) for token, logprob in row.top_logprobs]
     return {**_token_entry(tokenizer, row.token, row.logprob), "top_logprobs": top}
 
@@ -51,11 +50,8 @@ class Requested:
 
 
 class SlotFields(Body):
-    """The slot in which a request's tokens are kept."""
-
     id_slot: int = -1
-    """The slot in which the request's tokens are kept, for `POST /slots`; below 0: none. It has no effect unless
-    `api.slot_folder` is set."""
+    """The slot that keeps the request's tokens, for `POST /slots`; below 0: none. Needs `api.slot_folder`."""
 
     @property
     def slot(self) -> int | None:
@@ -99,16 +95,11 @@ SCALES_SCHEMA: dict[str, Any] = {
 
 
 class AdapterFields(Body):
-    """The adapters that are applied to the model for an answer."""
-
     lora: Annotated[AdapterScales | None, BeforeValidator(read_scales), WithJsonSchema(SCALES_SCHEMA)] = None
-    """[{"id": number, "scale": scale}, ...]: the adapters to use, by their numbers in `/lora-adapters`. Adapters that
-    are not listed are not used. If the field is absent, the scales set by `POST /lora-adapters` apply."""
+    """[{"id": N, "scale": scale}, ...]: the only adapters to use. Absent: the scales set by `POST /lora-adapters`."""
 
 
 class ReasoningFields(Body):
-    """The budget of reasoning tokens."""
-
     reasoning_budget: Annotated[int, Field(ge=-1)] = -1
     """The largest number of reasoning tokens; then its end is forced. 0: no reasoning; -1: no limit."""
     reasoning_budget_message: Annotated[str, Field(max_length=MAX_MESSAGE_CHARACTERS)] = ""
@@ -126,8 +117,7 @@ _FORMS: Final = f'give true, false, a number of drafted tokens from 0 to {MAX_WI
 
 
 def _most_drafted(value: Any, info: ValidationInfo) -> int | None:
-    """Reads the largest number of drafted tokens; None: the server decides. Other keys of llama.cpp's object select the
-    kind of draft, which is not a client's choice here: they are ignored or refused. Raises ValueError."""
+    """Reads the most drafted tokens; None: the server decides. Other keys of llama.cpp are no client's choice here."""
     if isinstance(value, dict):
         for name in filter("n_max".__ne__, value):
             if not isinstance(info.context, Leniency):
@@ -163,8 +153,7 @@ class SpeculativeFields(Body):
     speculative: Annotated[
         int | None, BeforeValidator(_most_drafted), WithJsonSchema(_SCHEMA), Requested("max_drafted")
     ] = None
-    """The largest number of drafted tokens in a step, as a number or {"n_max": number}; false or 0: none; true (the
-    default): the server decides. The answer is the same in all cases."""
+    """Most drafted tokens a step, or {"n_max": N}; false: none; true: the server decides. The answer stays the same."""
 
 
 _AnyFields = TypeVar("_AnyFields", bound="SamplerFields")
@@ -224,7 +213,6 @@ _TOP_K = {
 
 
 def _declared(name: str, own_name: str, dialect: Dialect) -> tuple[Any, Any]:
-    """Returns the type and the pydantic field of a number of the sampling table in a body of the dialect."""
     row = SAMPLING_TABLE[name]
     kind: Any = int if row.is_whole else float
     if name == "top_k":
@@ -287,8 +275,7 @@ class SamplerFields(Body):
         return {name: getattr(self, own_names[name]) for name in names}
 
     def params(self, logit_bias: tuple[tuple[int, float], ...] = ()) -> SamplingParams:
-        """Makes the sampling parameters. Raises ParameterError if a number of the sampler chain is out of bounds. The
-        scheduler checks the other numbers."""
+        """Raises ParameterError for a chain's number out of bounds; the scheduler checks the other numbers."""
         return SamplingParams(**self.numbers(PARAMS), logit_bias=logit_bias, chain=self._chain())
 
     def _chain(self) -> SamplerChain | None:
@@ -301,12 +288,10 @@ class SamplerFields(Body):
 
     @property
     def dry_window(self) -> int | None:
-        """The number of last tokens in which the DRY sampler looks for repetitions; None: all."""
         return self._window("dry_penalty_last_n")
 
     @property
     def penalty_window(self) -> int | None:
-        """The number of last tokens that penalties count; None: all."""
         return self._window("repeat_last_n") if "repeat_last_n" in self.own_names else None
 
     def _window(self, name: str) -> int | None:
@@ -316,8 +301,6 @@ class SamplerFields(Body):
 
 @sampled(Dialect.OPENAI, without=("repeat_last_n",))
 class AnswerFields(SamplerFields, AdapterFields, SpeculativeFields):
-    """Fields of APIs that give one answer to one chat and have no sampling fields other than these."""
-
     stream: bool = False
     """True: the answer is sent as server-sent events."""
     seed: Annotated[SeedField, Requested()] = None
@@ -345,8 +328,7 @@ _FIELDS: Final = frozenset((*SAMPLING_TABLE, *SamplerFields.model_fields))
 
 
 def chat_sampling(recommended: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns values for the sampling fields of `/v1/chat/completions`. The cluster file's `defaults` precede the
-    recommendations of the model file, and these precede llama.cpp's defaults."""
+    """Returns values of the sampling fields: the cluster file's, else the model file's, else llama.cpp's."""
     plain = {name: SAMPLING_TABLE[name].llamacpp for name in MAIN_NUMBERS}
     given = {CHAT.name(name): value for part in (recommended, defaults) for name, value in part.items()}
     return plain | {name: value for name, value in given.items() if name in _FIELDS and value is not None}

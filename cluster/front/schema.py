@@ -1,5 +1,4 @@
-"""Request bodies as pydantic classes that accept only known fields of their declared types, with errors that name the
-field. Fields that have several forms in the APIs are read into one: stop strings, prompts, logit biases."""
+"""Request bodies as strict pydantic classes, with errors that name the field, and one form of fields that APIs vary."""
 
 from __future__ import annotations
 
@@ -64,8 +63,7 @@ class ForeignFields:
 
 
 class BodyContext:
-    """The context in which a body is read. `images`: None for a model that reads text only. Fields without effect are
-    refused."""
+    """`images`: None for a model that reads text only. Fields without effect are refused."""
 
     def __init__(self, images: ImageRules | None = None) -> None:
         self.images = images
@@ -84,8 +82,7 @@ class Leniency(BodyContext):
 
 
 class Body(DocumentedModel):
-    """A request's fields, strictly typed; 5.0 is read as the whole number 5. Null is the same as absent. Unknown fields
-    are refused, or ignored if the context of validation is a `Leniency`."""
+    """A request's fields, strictly typed: 5.0 is read as 5, null as absent. A `Leniency` ignores unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
     takes_recommended: ClassVar[bool] = False
@@ -102,8 +99,7 @@ class Body(DocumentedModel):
     @model_validator(mode="before")
     @classmethod
     def _knows_its_fields(cls, fields: Any, info: ValidationInfo) -> Any:
-        """Handles unknown fields: stops at the first one if they are refused. pydantic would list them all, which takes
-        seconds for a million of them."""
+        """Stops at the first unknown field if they are refused: pydantic would take seconds for a million."""
         if not isinstance(fields, dict):
             return fields
         known = cls.model_fields
@@ -145,8 +141,7 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 @cache
 def parts_of(kind: type[Body]) -> dict[str, type[Body]]:
-    """Returns the fields of a body whose values are objects with sampling fields, such as Ollama's `options`, and the
-    class of each object."""
+    """Returns a body's fields that are objects with sampling fields, such as Ollama's `options`, and their classes."""
     kinds = ((name, each.annotation) for name, each in kind.model_fields.items())
     bodies = {name: part for name, part in kinds if isinstance(part, type) and issubclass(part, Body)}
     return {name: part for name, part in bodies.items() if part.takes_recommended}
@@ -187,16 +182,14 @@ def read_fields(
 
 
 def _built(kind: type[AnyBody]) -> type[AnyBody]:
-    """Builds the pydantic validator of a class at its first use: building all takes a tenth of the coordinator's start.
-    Holds a lock, because bodies are read on several threads and not every version of pydantic locks."""
+    """Builds a validator at first use, as all take a tenth of a start; locks, as not every version of pydantic does."""
     with _building:
         kind.model_rebuild()  # nothing where it is there
     return kind
 
 
 def _first_error(error: ValidationError, as_sent: Mapping[str, str]) -> ParameterError:
-    """Returns the error to report: the first unknown field if there is one, because it may be a misspelt required
-    field, else the first error. `as_sent`: the name that the body used for each renamed field."""
+    """Prefers an unknown field, because it may be a misspelt required one. `as_sent`: names of renamed fields."""
     details = error.errors(include_url=False, include_input=False)
     return _parameter_error(min(details, key=lambda detail: detail["type"] != _UNKNOWN), as_sent)
 

@@ -22,8 +22,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}")
 
 @dataclass(frozen=True, slots=True)
 class ApiSettings:
-    """Settings of the HTTP API. They are constant except for adapters and copies, which clients may add and remove.
-    Durations are in seconds."""
+    """Settings of the HTTP API; clients may change only adapters and copies. Durations are in seconds."""
 
     listen_host: str = "127.0.0.1"
     further_hosts: tuple[str, ...] = ()  # of the other addresses
@@ -77,12 +76,10 @@ def not_served(name: str, served: Iterable[str]) -> HttpError:
 
 
 class ModelNames:
-    """All names of a served model: its own, its aliases, its adapters, and copies. Copies are made by clients and last
-    as long as this process."""
+    """All names of a served model: its own, aliases, adapters, and copies, which clients make for this process."""
 
     def __init__(self, served: str, settings: ApiSettings, *, any_by_default: bool = False) -> None:
-        """Makes the names. `any_by_default`: a request may name any model, unless `strict_model` of the settings says
-        otherwise."""
+        """`any_by_default`: requests may name any model, unless `strict_model` of the settings decides."""
         self._served = served
         self._settings = settings
         self._adapters = settings.adapters
@@ -96,17 +93,15 @@ class ModelNames:
         return dict.fromkeys(known, self._served) | {name: name for name in adapters}
 
     def find(self, name: str) -> str | None:
-        """Returns the name of the served model or of the adapter that a name stands for; tags are optional. Returns
-        None for an unknown name."""
+        """Returns the served model's or adapter's name that a name stands for, with or without a tag, or None."""
         names = self.all
         return names.get(name) or {tagged(known): own for known, own in names.items()}.get(tagged(name))
 
     def adapters(
         self, name: str | None, lora: AdapterScales | None = None, default: AdapterScales = ()
     ) -> AdapterScales:
-        """Returns the adapters of a request: the one that it names as its model, or those of its field `lora`, or
-        `default`. Raises HttpError 404 for an unknown model, and ParameterError for an unknown adapter or for both
-        `lora` and an adapter's name as the model."""
+        """Returns a request's adapters: the one named as its model, or its field `lora`, or `default`. Raises HttpError
+        404 for an unknown model, ParameterError for an unknown adapter, or for both `lora` and an adapter's name."""
         if (number := self._adapters.number_of(self.shown(name))) is not None:
             if lora is not None:
                 raise ParameterError("lora", f"model names the adapter {name!r} already: leave one of them out")
@@ -123,8 +118,7 @@ class ModelNames:
         return (name and self.find(name)) or self._served
 
     def check(self, name: str | None) -> None:
-        """Raises HttpError for an adapter's name, because this endpoint does not take adapters. Raises it also for
-        another model's name, unless any name is taken, lest the answer seem to be that model's."""
+        """Raises HttpError for an adapter's or, unless any name is taken, another model's name."""
         if self.shown(name) in self._adapters.names:
             message = f"model: {name!r} is an adapter; here only {self._served!r} itself is computed with"
             raise HttpError(400, "unsupported_parameter", message, param="model")
@@ -136,9 +130,8 @@ class ModelNames:
             raise HttpError(404, "model_not_found", f"model {name[:200]!r} not found", param="model")
 
     def copy(self, source: str, destination: str) -> None:
-        """Adds a name of the served model. Raises HttpError for an invalid name, an adapter, fixed names, or too many
-        copies. An adapter gets no copies: after a restart, the name of a lost copy could mean the model without the
-        adapter."""
+        """Adds a name of the served model. Raises HttpError for a bad or fixed name, too many copies, or an adapter:
+        after a restart, the lost name of its copy could mean the model without it."""
         self.check_known(source)
         if not _NAME.fullmatch(destination):
             message = f"{destination[:200]!r} is not a model's name: letters, digits and ._:/@- are"
@@ -175,8 +168,7 @@ _MOST_S = 1_000_000_000
 
 
 def read_keep_alive(value: Any) -> float | None:
-    """Reads a duration, which is a number of seconds or a text like "5m". Returns seconds, or infinity for negative and
-    very large durations, or None for None. Raises HttpError 400 for anything else."""
+    """Reads seconds or a text like "5m"; negative or huge: infinity; None: None. Raises HttpError 400."""
     if value is None:
         return None
     seconds = _seconds(value)

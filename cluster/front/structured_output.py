@@ -32,8 +32,7 @@ class GrammarFields(Body):
     """Constraints on the form of an answer. If a request has several of them, they must mean the same form."""
 
     response_format: _Object | None = None
-    """`{"type": "json_object"}`, `{"type": "json_schema", "json_schema": {"schema": ...}}`, or `text`: no
-    constraint."""
+    """`{"type": "json_object"}`, `{"type": "json_schema", "json_schema": {"schema": ...}}`, or `{"type": "text"}`."""
     json_schema: _Any = None
     grammar: str = ""
     """A grammar that the answer conforms to, in llama.cpp's GBNF or llguidance's dialect of Lark."""
@@ -55,8 +54,7 @@ class GrammarFields(Body):
     """SGLang's name of `grammar`."""
 
     def answer_grammar(self) -> Grammar | None:
-        """Returns the grammar of the answer; None if no field constrains it. Raises ParameterError for invalid fields
-        and for fields that mean different forms."""
+        """None: no field constrains the answer. Raises ParameterError for invalid fields or different forms."""
         values = {name: getattr(self, name) for name in _FIELDS}
         made = {name: make(values[name], name) for name, (make, empty) in _FIELDS.items() if values[name] not in empty}
         first = next(iter(made), "")
@@ -67,8 +65,7 @@ class GrammarFields(Body):
 
 
 def response_format_grammar(value: dict[str, Any], origin: str) -> Grammar | None:
-    """Returns the grammar of a `response_format` object; None for type `text`. Raises ParameterError for any other
-    object, with `origin` as the name of the field."""
+    """Returns the grammar of a `response_format`; None for `text`. Raises ParameterError with the field `origin`."""
     kind = value.get("type")
     match kind:
         case "text":
@@ -115,7 +112,6 @@ def _schema(value: Any, origin: str) -> dict[str, Any] | bool:
 
 
 def _check_text(text: str, origin: str) -> None:
-    """Raises ParameterError if the text of a schema is too large. It is called before the text is parsed."""
     if len(text) > MAX_GRAMMAR_BYTES:
         raise ParameterError(origin, f"the grammar has {len(text)} characters; the limit is {MAX_GRAMMAR_BYTES}")
     values = outline(text.encode("utf-8", "replace")).values

@@ -15,8 +15,7 @@ from llamaclust.model.chat.tools.argument_values import arguments_object
 _MEDIA: Final = ("image", "audio", "video", "screenshot", "document", "file", "container")
 """Words that identify a part as media if its type contains one of them."""
 _OF_ITEMS: Final = frozenset(("type", "id", "call_id", "tool_use_id", "status", "cache_control", "caller", "signature"))
-"""Fields of an item that tell the model nothing. They are removed only at the top level of an item, because arguments
-and results of tools inside it may have fields of the same names."""
+"""Fields that tell the model nothing, removed only at an item's top level: arguments may have the same names."""
 _ENCRYPTED: Final = "encrypted_"
 _BYTES: Final = ("data", "result", "image_url", "file_data")
 _BASE64: Final = re.compile(r"(data:[^,]*,)?[A-Za-z0-9+/_=\s-]*")
@@ -28,8 +27,7 @@ def is_media(kind: str) -> bool:
 
 
 def media_text(kind: str, context: object) -> str:
-    """Returns the text that replaces a media part, and reports the part as without effect. Raises ValueError if
-    `context`, the context of validation, is not a `Leniency`."""
+    """Returns a text for a media part and reports it as ignored. Raises ValueError unless `context` is a `Leniency`."""
     word = next(word for word in _MEDIA if word in kind)
     if not isinstance(context, Leniency):
         raise ValueError(f"{word} input is not supported by this server; remove it")
@@ -38,16 +36,14 @@ def media_text(kind: str, context: object) -> str:
 
 
 def leave_out(place: str, kind: str, context: object) -> None:
-    """Reports a tool or an item as without effect. Raises ValueError if `context`, the context of validation, is not a
-    `Leniency`."""
+    """Reports a tool or an item as ignored. Raises ValueError unless `context` is a `Leniency`."""
     if not isinstance(context, Leniency):
         raise ValueError(f"{kind[:60]!r} is not supported by this server; remove it")
     context.ignore(f"{place}.{kind}")
 
 
 def tool_text(kind: str, fields: Mapping[str, Any]) -> str:
-    """Returns the arguments or results of a tool that another server ran, as a text, without parts that only that
-    server can read."""
+    """Shows arguments or results of another server's tool as text, without parts that only it can read."""
     return f"[{kind}: {item_text(fields)}]"
 
 
@@ -111,8 +107,7 @@ class ClientTool:
 
 
 def function_tool(function: Mapping[str, Any], place: str = "", parameters: str = "parameters") -> dict[str, Any]:
-    """Makes OpenAI's definition of a function. Raises ValueError for an invalid field. `place`: the prefix of field
-    names in error messages. `parameters`: the API's name of the field with the parameters."""
+    """Raises ValueError with `place` before the names of fields. `parameters`: the API's name of that field."""
     if not isinstance(function.get("name"), str) or not _NAME.fullmatch(function["name"]):
         raise ValueError(f"{place}name: must have 1 to 128 letters, digits and characters of _.-/:")
     if not isinstance(function.get(parameters) or {}, dict):
@@ -150,8 +145,7 @@ def flat_name(namespace: str | None, name: str) -> str:
 
 def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
     """Returns the function that replaces a custom tool; its only argument is a text. A regular expression constrains
-    the text. A Lark grammar becomes a part of the description, and is reported as without effect. Chat completions have
-    the grammar inside an object `grammar`."""
+    the text; a Lark grammar only joins the description, and is reported. Chats have it inside an object `grammar`."""
     text: dict[str, Any] = {"type": "string"}
     description = tool.get("description") or ""
     form = tool.get("format")
@@ -170,8 +164,7 @@ def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
 
 
 def text_of_call(arguments: str) -> str:
-    """Returns the text that the model passed to a custom tool. Returns other arguments unchanged, such as those of an
-    answer that was cut."""
+    """Returns the text passed to a custom tool. Other arguments, such as those of a cut answer, are unchanged."""
     given = (arguments_object(arguments) or {}).get(TEXT_ARGUMENT)
     return given if isinstance(given, str) else arguments
 

@@ -19,8 +19,7 @@ GaveUp = Callable[[str, str], None]
 
 
 class Launcher(ABC):
-    """The workers of one cluster, with its address and credentials. Defaults are those for workers on other
-    machines."""
+    """The workers of one cluster. Defaults are those for workers on other machines."""
 
     listen: str
     credentials: Credentials
@@ -46,8 +45,7 @@ class Launcher(ABC):
 
     @abstractmethod
     async def joined(self, registry: Registry, shortfall: Shortfall) -> None:
-        """Waits until all workers have joined, or enough of them if others do not appear. Raises DeadlineError with the
-        missing workers, WorkerError if a worker ended before it joined."""
+        """Waits for all workers, or for enough if others do not appear. Raises DeadlineError, or a worker's error."""
 
     @abstractmethod
     async def stop(self) -> None:
@@ -55,8 +53,7 @@ class Launcher(ABC):
 
     @abstractmethod
     def restarting(self, gave_up: GaveUp) -> AbstractContextManager[None]:
-        """Restarts ended workers while the context is open, if this launcher can restart workers. Calls `gave_up` for a
-        worker that is not restarted again."""
+        """Restarts ended workers while the context is open, if possible. Calls `gave_up` for a worker given up."""
 
     @abstractmethod
     def reset_restarts(self) -> None:

@@ -41,8 +41,7 @@ class Child:
         self._process.send_signal(number)
 
     def _live(self, settings: WorkerSettings, ended: Ended) -> None:
-        """Runs the worker on a thread that lives as long as the worker, because the kernel ends the worker with its
-        thread."""
+        """Runs the worker on a thread of the same lifetime, because the kernel ends the worker with its thread."""
         try:
             self._process = process = subprocess.Popen(
                 worker_command(settings),

@@ -114,8 +114,7 @@ def _speculation(model: Model, settings: LocalSettings) -> SpeculationSettings |
 
 
 class LocalStage:
-    """All layers of a model, and the thread that runs them. KV blocks with numbers above the scheduler's are for
-    `logits`."""
+    """All layers of a model, and the thread that runs them. KV blocks above the scheduler's are for `logits`."""
 
     def __init__(self, path: Path, threads: int | None, feature_level: str | None, settings: LocalSettings) -> None:
         self.model, self.unused_projectors = open_with_projector(path, settings.mmproj, settings.chat_template)
@@ -188,14 +187,12 @@ class LocalStage:
             return None
 
     def close(self) -> None:
-        """Waits for the end of computations that have begun."""
         self._thread.shutdown()
         self._opened.close()
         self.model.close()
 
     def _with_draft_model(self, path: Path, threads: int, opened: ExitStack) -> SchedulerSettings:
-        """Loads a draft model. Raises UsageError if nothing can be drafted, and the errors of `plan_draft_model` and
-        `open_draft_model`."""
+        """Loads a draft model. Raises UsageError if nothing can be drafted, and errors of planning and opening."""
         scheduling = self.scheduling
         if scheduling.speculation is None or not scheduling.max_drafted:
             raise UsageError(f"draft_model: nothing can be drafted for {self.model.file.path}; remove draft_model")
@@ -222,8 +219,7 @@ class LocalStage:
         return decode_result(outputs.result(frame, StageTiming(started_ns - queued_ns, compute_ns, 0, frame.rows)))
 
     def logits(self, tokens: tuple[int, ...], first: int, use: Callable[[Float32], None]) -> None:
-        """Computes logits [rows, vocabulary] of the rows [first, len(tokens)), between microbatches of the engine, and
-        passes them to `use`."""
+        """Computes logits [rows, vocabulary] of rows [first, len(tokens)) between microbatches, for `use`."""
         most, vocabulary = self.scheduling.context_length, self.scheduling.vocabulary
         if not 0 < len(tokens) <= most:
             raise RequestError(f"logits of {len(tokens)} tokens: give 1 to {most}, the context length")
@@ -283,8 +279,7 @@ class LocalPipeline:
 
 
 def _device_kind(settings: LocalSettings, model: Model) -> str:
-    """Returns the kind of device. Raises UsageError if the device is unknown, or settings are for GPUs or experts that
-    do not exist."""
+    """Raises UsageError for an unknown device, or for settings of GPUs or experts that do not exist."""
     try:
         kind = parse_device(settings.device)
     except ValueError as error:

@@ -1,5 +1,3 @@
-"""Workers as processes on this machine. They end when the coordinator ends, in whatever way."""
-
 from __future__ import annotations
 
 import asyncio

@@ -96,7 +96,6 @@ class MpiLauncher(RestartingLauncher):
         return True
 
     async def _receive(self, reader: asyncio.StreamReader, exited: Exited) -> None:
-        """Receives messages until the rank is gone."""
         names = {order.rank: name for name, order in self._orders.items()}
         while line := await _line(reader):
             message = from_bytes(line)
@@ -118,8 +117,7 @@ class MpiLauncher(RestartingLauncher):
 
 
 async def _line(reader: asyncio.StreamReader) -> bytes:
-    """Returns the next line, or nothing if the rank is gone. A killed rank that had not read all orders resets the
-    connection."""
+    """Returns a line, or nothing if the rank is gone. A rank killed with unread orders resets the connection."""
     try:
         return await reader.readline()
     except ConnectionError:

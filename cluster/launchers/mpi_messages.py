@@ -9,8 +9,7 @@ from typing import Any, get_args
 
 @dataclass(frozen=True, slots=True)
 class StartWorker:
-    """An order to start a worker. `addresses` (HOST:PORT) are enrolment addresses, of which the rank's machine reaches
-    at least one."""
+    """An order to start a worker. Its machine reaches at least one of the enrolment `addresses` (HOST:PORT)."""
 
     rank: int
     settings: str = field(repr=False)  # JSON of WorkerSettings, with the token; threads None: the rank's share

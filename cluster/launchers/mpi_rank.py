@@ -46,7 +46,6 @@ from llamaclust.worker.settings import WorkerSettings
 RANKED = "--ranked"
 _MPI_PREFIXES = ("OMPI_", "OPAL_", "ORTE_", "PMIX_", "PMI_", "PRTE_", "MPI", "HYDRA_", "HYDI_", "I_MPI_", "MV2_")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-"""The file with an id that distinguishes machines, whatever their names."""
 _REST_S = 0.01
 _LOG_LOOK_S = 0.5
 _CONNECT_S = 2.0
@@ -98,7 +97,6 @@ class _Ranks:
         self.with_all = True  # as far as the others know
 
     def send(self, message: Message, rank: int) -> None:
-        """Raises RankLostError if the rank is gone."""
         with self._losing(rank):
             self._world.Send([bytearray(to_bytes(message)), self._mpi.BYTE], dest=rank)
 
@@ -203,8 +201,7 @@ class _Rank:
 
 
 def _share(sharers: int) -> int:
-    """Returns the number of physical cores to which MPI has bound this rank, otherwise its share of the machine's
-    cores."""
+    """Returns the physical cores to which MPI bound this rank, otherwise its share of the machine's cores."""
     is_bound = len(os.sched_getaffinity(0)) < (os.cpu_count() or 1)
     return physical_cores() if is_bound else max(1, physical_cores() // sharers)
 
@@ -232,8 +229,7 @@ class _Coordinator:
                     ranks.send(Leave(other, with_all=not ranks.lost), other)
 
     def _meet(self) -> bool:
-        """Waits until every rank has sent its machine. Returns False after a signal. Raises WorkerError after a
-        minute."""
+        """Waits for every rank's machine. Returns False after a signal. Raises WorkerError after a minute."""
         ranks, end_s = self._rank.ranks, time.monotonic() + _MEET_S
         while missing := set(range(ranks.count)) - self._machines.keys():
             if self._rank.is_signalled or time.monotonic() > end_s:
@@ -304,8 +300,7 @@ def _spawn(arguments: Sequence[str], to_rank: socket.socket) -> subprocess.Popen
 
 
 def _reachable(addresses: Sequence[str], token: str) -> str:
-    """Returns the first address at which the token's coordinator answers. If none answers, returns the first
-    address."""
+    """Returns the first address at which the token's coordinator answers, otherwise the first of all."""
     pin = JoinToken.parse(token)
     assert pin is not None, "the coordinator's own"
     for address in addresses if len(addresses) > 1 else ():

@@ -94,13 +94,11 @@ class RayLauncher(RestartingLauncher):
         return self._workers
 
     async def _call(self, function: Callable[[], _Value]) -> _Value:
-        """Runs a call on Ray's thread. If this task is cancelled, the call continues, and later calls wait for its
-        end."""
+        """Runs a call on Ray's thread. A cancelled call still runs to its end, and later calls wait for it."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def _reserve(self, placed: RayWorkers, workers: Sequence[WorkerSettings]) -> None:
-        """Waits for places for all workers, because nodes may still be starting. Raises DeadlineError after
-        `join.wait`."""
+        """Waits for places for all workers, since nodes may still start. Raises DeadlineError after `join.wait`."""
         await self._call(lambda: placed.reserve(workers, self._config.ray.strategy))
         clock = asyncio.get_running_loop().time
         tell_s: float | None = clock() + _PATIENCE_S
@@ -161,7 +159,7 @@ async def _end_of(actor: Any) -> tuple[str, str]:
 
 
 async def _replaced(actor: Any) -> None:
-    """Waits until the process of an actor whose worker has ended is gone too."""
+    """Waits until the process of an actor is gone, after its worker has ended."""
     from ray.exceptions import RayError
 
     with contextlib.suppress(RayError):

@@ -32,7 +32,6 @@ _INSTALL = "launcher ray needs Ray: pip install 'llamaclust[ray]'"
 
 
 def import_ray(*, authenticated: bool) -> Any:
-    """Imports Ray. `authenticated` enables its tokens. Raises UsageError if Ray is not installed."""
     if authenticated:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -53,8 +52,7 @@ class RayCluster:
         self._ray: Any = None
 
     def open(self, workers: Sequence[WorkerSettings]) -> Any:
-        """Connects to the cluster. Raises UsageError if the cluster must not be used, LlamaclustError if none
-        answers."""
+        """Connects. Raises UsageError for a cluster that must not be used, LlamaclustError if none answers."""
         settings = self._settings
         self._ray = import_ray(authenticated=not settings.allow_unauthenticated)
         address = None if settings.address == "none" else _address(settings.address)

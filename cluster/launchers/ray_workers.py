@@ -56,8 +56,7 @@ class RayWorkers:
         return free
 
     def make(self, wanted: Sequence[Any]) -> None:
-        """Makes an actor in each reserved place. Ray starts the actor, and restarts it elsewhere if its node is
-        lost."""
+        """Makes an actor in each reserved place. Ray restarts an actor elsewhere if its node is lost."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         from llamaclust.cluster.launchers.ray_actor import CONCURRENCY, WorkerActor
@@ -85,8 +84,7 @@ class RayWorkers:
         self._ray.kill(self.actors[name])
 
     def remove(self) -> None:
-        """Removes all actors and their placement group. Returns when they are gone, or raises LlamaclustError if they
-        stay."""
+        """Removes all actors and their placement group, and waits for that. Raises LlamaclustError if they stay."""
         from llamaclust.cluster.launchers.ray_actor import PLACEMENT
 
         with suppress(ValueError):  # there is none of that name

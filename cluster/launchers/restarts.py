@@ -13,8 +13,7 @@ from llamaclust.core.backoff import Backoff
 
 @dataclass(frozen=True, slots=True)
 class RestartLimits:
-    """Limits of a worker's restarts within `within_s` seconds. The first restart is immediate, later ones come after
-    growing pauses."""
+    """Limits of a worker's restarts within `within_s` seconds; pauses grow after the first, immediate one."""
 
     most: int = 6
     within_s: float = 60.0
@@ -57,8 +56,7 @@ class RestartPolicy:
         self._starts_s.clear()
 
     async def may_restart(self, name: str, how: str) -> bool:
-        """Waits until restarts are allowed and the worker's pause is over. Returns False if the worker must not be
-        restarted."""
+        """Waits until a restart is allowed and its pause is over. Returns False if the worker must stay ended."""
         await self._begun.wait()
         now_s, limits = asyncio.get_running_loop().time(), self.limits
         starts_s = [start_s for start_s in self._starts_s.get(name, ()) if start_s > now_s - limits.within_s]

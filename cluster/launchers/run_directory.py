@@ -39,9 +39,8 @@ class RunDirectory:
 
 @contextmanager
 def run_directory(parent: Path) -> Iterator[RunDirectory]:
-    """Makes a run directory in `parent`. If paths would be too long, makes it in the temporary directory, with a link
-    in `parent`. Removes the run directory of a killed cluster, so the caller must hold the lock on `parent`. Raises
-    UsageError if another file is in the way."""
+    """Makes a run directory in `parent`, or links one in the temporary directory if paths would be too long. Removes a
+    killed cluster's directory: the caller must hold the lock on `parent`. Raises UsageError if a file is in the way."""
     path = place = parent / "run"
     _clear(place)
     if os.path.lexists(place):

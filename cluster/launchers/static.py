@@ -103,7 +103,7 @@ class StaticLauncher(Launcher):
 
     @property
     def awaited(self) -> Awaited:
-        """The workers that a start waits for. If the cluster file names no workers, those of its plan."""
+        """The workers that a start waits for: those that the cluster file names, otherwise those of its plan."""
         config = self._config
         planned = dict.fromkeys(name for entry in config.plan or () for name in entry.names)
         names = tuple(planned) if self._names is None else tuple(self._names)

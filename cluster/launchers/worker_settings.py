@@ -30,8 +30,7 @@ def thread_shares(config: ClusterConfig) -> dict[str, int]:
 
 
 def numa_nodes(config: ClusterConfig) -> dict[str, int | None]:
-    """Returns the NUMA node of each worker. If their number allows it, local workers are divided evenly over this
-    machine's nodes, unless the cluster file states nodes or threads."""
+    """Returns workers' NUMA nodes. Local workers are divided evenly, unless the file states nodes or threads."""
     workers, nodes = config.workers, read_cores().nodes
     free = all(worker.numa_node is None and worker.threads is None for worker in workers)
     if not config.launcher_facts.is_local or len(nodes) == 1 or len(workers) % len(nodes) or not free:

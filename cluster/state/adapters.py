@@ -92,8 +92,7 @@ class ServedAdapters:
         self._since_ns[number] = monotonic_ns()
 
     def remove(self, number: int) -> None:
-        """Removes an adapter that no request uses. Requests that chose the adapter but do not use it yet will be
-        refused."""
+        """Removes an adapter that no request uses. Requests that chose it but do not use it yet will be refused."""
         assert not self._uses[number]
         self._past.append((number, self._present.pop(number).name, monotonic_ns()))
 
@@ -107,8 +106,7 @@ class ServedAdapters:
         return self._uses[number]
 
     def use(self, scales: AdapterScales, received_ns: int) -> None:
-        """Counts a request that arrived at `received_ns` (0: now). Raises AdapterUnloadedError if its adapter was
-        unloaded."""
+        """Counts a request received at `received_ns` (0: now). Raises AdapterUnloadedError for an unloaded adapter."""
         for number, _ in scales:
             if number not in self._present or 0 < received_ns < self._since_ns.get(number, 0):
                 raise AdapterUnloadedError(f"model: adapter {number} was unloaded meanwhile: send the request again")
@@ -118,8 +116,7 @@ class ServedAdapters:
         self._uses.subtract(number for number, _ in scales)
 
     def marks(self, numbers: Collection[int]) -> tuple[str, ...]:
-        """Returns a text for each of the adapters that a client loaded, with its number, content and name, because
-        these affect answers."""
+        """Returns the number, content and name of each adapter that a client loaded, because these affect answers."""
         return tuple(
             f"{number} {adapter.content} {adapter.name}" for number, adapter in self.loaded if number in numbers
         )
@@ -129,8 +126,7 @@ class ServedAdapters:
 
 
 class AdapterRecord:
-    """The file of adapters that clients loaded, by model. Adapters whose files are missing at a start stay in it. The
-    event loop does not wait for the disk."""
+    """The adapters that clients loaded, by model. Those whose files are missing at a start stay in the record."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

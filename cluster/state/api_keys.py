@@ -32,8 +32,7 @@ class NamedKey:
 
 
 def read_api_keys(path: Path | None) -> tuple[str, ...]:
-    """Reads keys, one per line. Skips empty lines and lines that begin with #. Raises UsageError if the file cannot be
-    read, if others may read it, or if it has no key or an invalid one."""
+    """Reads keys, one per line, without comments. Raises UsageError for a bad file or one that others may read."""
     if path is None:
         return ()
     keys = _keys_of(path)
@@ -82,8 +81,7 @@ def named_keys(path: Path) -> list[NamedKey]:
 
 
 def add_key(path: Path, name: str | None = None) -> NamedKey:
-    """Adds a new key to a file. Creates the file with mode 0600 if there is none. Raises UsageError if the name is
-    taken."""
+    """Adds a new key to a file, which is created with mode 0600 if absent. Raises UsageError for a taken name."""
     lines = _lines_of(path) if path.exists() else []
     keys = _named(lines)
     names = {each.name for each in keys}
@@ -97,7 +95,6 @@ def add_key(path: Path, name: str | None = None) -> NamedKey:
 
 
 def remove_key(path: Path, name: str) -> None:
-    """Removes a key. Raises UsageError if no key has this name, or if it is the only key."""
     lines = _lines_of(path)
     keys = _named(lines)
     found = next((each for each in keys if each.name == name), None)

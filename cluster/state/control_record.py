@@ -32,9 +32,8 @@ _WRITTEN = TypeAdapter(_Written)
 
 @dataclass(slots=True)
 class ControlRecord:
-    """The record of one coordinator. When a change returns, it is on disk. A change raises SupersededError if a newer
-    coordinator wrote the file. Without `path`, nothing is written. The event loop does not wait for the disk. The first
-    epoch fixes the term."""
+    """The record of one coordinator. A change is on disk when it returns; it raises SupersededError if a newer
+    coordinator wrote the file. Without `path`, nothing is written. The first epoch fixes the term."""
 
     path: Path | None = None
     term: int = 0
@@ -78,7 +77,6 @@ class ControlRecord:
         return seen_term <= self.term
 
     async def drain(self, names: frozenset[str]) -> None:
-        """Replaces the names of drained workers. Raises LlamaclustError if they cannot be written."""
         if names != self.drained or names != self._written_drained:
             self.drained = names
             await self._save(self._written_term)

@@ -29,8 +29,7 @@ Value = TypeVar("Value")
 
 ELSEWHERE = ".elsewhere"
 _PROBE_S = 0.05
-"""The pause in seconds before another attempt to lock. Checks for a running cluster hold the lock for a shorter
-time."""
+"""The pause before another attempt to lock. Checks for a running cluster hold the lock for less."""
 _POLL_S = 0.05
 _NOT_A_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
 _STANDBY_LOOK_S = 0.05
@@ -59,7 +58,6 @@ class ClusterRecord:
         return LAUNCHERS[self.launcher].is_local
 
     def signal(self, number: signal.Signals) -> None:
-        """Sends a signal to the coordinator. Raises LlamaclustError if its pid now belongs to another process."""
         if start_ticks(self.pid) != self.start_ticks:
             what = f"cluster {self.name}: pid {self.pid} of its record is not its coordinator"
             raise LlamaclustError(f"{what}, which runs in another container or wrote no record: look at it with `ps`")
@@ -124,8 +122,7 @@ class ClusterDir:
         return self.path / "standby"
 
     def create(self) -> None:
-        """Creates the folders. Raises UsageError if the state directory is not writable, or is writable for other
-        users."""
+        """Creates the folders. Raises UsageError unless the state directory is writable, and only for this user."""
         try:
             self.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
             for folder in (self.path, self.logs):
@@ -140,9 +137,8 @@ class ClusterDir:
 
     @contextlib.contextmanager
     def locked(self, *, is_standby: bool = False) -> Iterator[bool]:
-        """Holds the cluster's name, and restores its files if they are deleted. Yields True. Raises UsageError if
-        another process has the name. A standby instead waits for the end of that process; if the process was stopped in
-        order, yields False."""
+        """Holds the cluster's name and restores deleted files; yields True. Raises UsageError if another process has
+        the name. A standby waits for that process instead, and yields False if it was stopped in order."""
         self.create()
         lock, is_stopped = FileLock(self._lock), False
         if is_standby:
@@ -156,8 +152,7 @@ class ClusterDir:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Publishes the cluster of the process that holds the Lease. Takes the file lock too, unless a hanging
-        coordinator has it."""
+        """Publishes the holder of the Lease. Takes the file lock too, unless a hanging coordinator has it."""
         self.create()
         self._forget_last()
         lock = FileLock(self._lock)
@@ -189,8 +184,7 @@ class ClusterDir:
         self._stopped.unlink(missing_ok=True)
 
     def _await_end(self, lock: FileLock) -> bool:
-        """Waits for the lock. Returns True if its holder was stopped in order. Otherwise returns False, and the standby
-        takes over."""
+        """Waits for the lock. Returns True if its holder was stopped in order, else False: the standby takes over."""
         has_waited, standby = False, FileLock(self._standby)
         try:
             while not self._has_ended(lock):
@@ -219,8 +213,7 @@ class ClusterDir:
                 limit_logs(self.logs)
 
     def _restore(self, lock: FileLock) -> None:
-        """Restores lock and record. Without them, no process finds the cluster, and another cluster could take its
-        name."""
+        """Restores lock and record: without them, another cluster could take the name."""
         if not lock.is_held:
             self.create()
             if lock.take():
@@ -253,8 +246,7 @@ class ClusterDir:
         return True
 
     def write_record(self, record: ClusterRecord) -> None:
-        """Publishes the cluster to other processes. If its files are elsewhere, the usual state directory gets a link
-        to them."""
+        """Publishes the cluster. If its files are elsewhere, the usual state directory gets a link to them."""
         write_private(self._record, _RECORD.dump_json(record).decode())
         self._published[:] = [record]
         if self._link is not None:
@@ -334,7 +326,6 @@ def read_as(path: Path, kind: TypeAdapter[Value]) -> Value:
 
 
 def write_private(path: Path, text: str, *, is_synced: bool = True) -> None:
-    """Writes like `write_text`, but raises LlamaclustError with the name of the file."""
     try:
         write_text(path, text, is_synced=is_synced)
     except OSError as error:

@@ -25,15 +25,13 @@ class DiskThread:
         self._name = name
 
     async def write(self, path: Path | None, work: Callable[[], None]) -> None:
-        """Calls `work`. Raises LlamaclustError with the name of the file if `work` does not return in time."""
         try:
             await self.call(work)
         except TimeoutError as error:
             raise LlamaclustError(f"{path}: cannot be written: {error.strerror}") from error
 
     async def call(self, work: Callable[[], Value]) -> Value:
-        """Runs `work` in a thread and raises its errors. Raises TimeoutError if it or an earlier call does not return
-        in time."""
+        """Runs `work` in a thread and raises its errors, or TimeoutError if it or an earlier call does not return."""
         if self.hangs:
             raise TimeoutError(errno.ETIMEDOUT, "an earlier write has not returned")
         loop = asyncio.get_running_loop()

@@ -1,5 +1,4 @@
-"""Events that a coordinator reports: progress of its start, notices, requests that delay its end. If the coordinator
-runs detached from the command that started it, events cross a pipe as JSON lines."""
+"""Events that a coordinator reports. If it runs detached from its command, they cross a pipe as JSON lines."""
 
 from __future__ import annotations
 

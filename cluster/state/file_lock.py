@@ -26,8 +26,7 @@ class FileLock:
         return self._has_taken(descriptor)
 
     def take_next(self) -> bool:
-        """Takes the lock if its present holder has ended, even if the holder's file was deleted. Returns True if the
-        lock is taken."""
+        """Takes the lock if its holder has ended, even if the lock file was deleted. Returns True on success."""
         if self._awaited is None:
             self._awaited = self._open()
         if not take_lock(self._awaited):

@@ -1,9 +1,7 @@
-"""The journal of admitted requests, from which a restarted coordinator answers them again, bit for bit.
-
-An answer is a function of prompt, parameters and seed, so an admission records the body and seed of a request. Recorded
-tokens only save computation. A reply that was sent is kept for a while, because its client may not have read it. The
-file is emptied when no request needs it, and rewritten when most of it belongs to ended requests.
-"""
+"""The journal of admitted requests, from which a restarted coordinator answers them again, bit for bit: an answer is a
+function of prompt, parameters and seed. Recorded tokens only save computation. Sent replies are kept for a while,
+because their clients may not have read them. The file is emptied when no request needs it, and rewritten when most of
+it belongs to ended requests."""
 
 from __future__ import annotations
 
@@ -35,7 +33,6 @@ _PAUSE_S = 0.02
 _LATER_S = 0.1
 """The delay of lines that need not be on disk soon. A write for an admission includes them earlier."""
 _RETRY_S = 5.0
-"""The pause between attempts to write to a disk that is full, read-only or unreachable."""
 _ENDED_BYTES = 4 << 20
 _SENT_BYTES = 16 << 20
 """The most bytes of requests whose replies were sent. The oldest of these requests are removed first."""
@@ -45,8 +42,7 @@ _log = logging.getLogger(__name__)
 
 class Journal:
     def __init__(self, path: Path, record: ControlRecord, sent_s: float) -> None:
-        """Opens the journal. Sent replies are kept for `sent_s`. The file belongs to the newest coordinator, by the
-        terms in `record`."""
+        """Sent replies are kept for `sent_s`. The newest coordinator owns the file, by the terms in `record`."""
         self._sent_s = sent_s
         self._contents = _Contents()
         self._writer = _Writer(JournalFile(path, record), self._contents)
@@ -64,8 +60,7 @@ class Journal:
         await self._writer.written(b"", is_synced=True)
 
     def admit(self, request: RequestContext) -> asyncio.Future[None]:
-        """Records a request. The future ends when the record is on disk or cannot be written. Raises SupersededError
-        after `seal`."""
+        """Records a request. The future ends once it is on disk or failed. Raises SupersededError after `seal`."""
         if self._writer.is_sealed:
             raise SupersededError("this coordinator takes no requests any more; try again")
         return self._writer.written(self._contents.add(request), is_synced=True)
@@ -75,8 +70,7 @@ class Journal:
         self._add(Change.answered(request_id, choice, start, rows))
 
     async def begin_restored(self, times: Mapping[str, int]) -> None:
-        """Records how often requests were started again without a new token. Returns once the counts are in the
-        file."""
+        """Records how often requests restarted without a new token. Returns once the counts are in the file."""
         if not self._writer.is_sealed:
             self._without_progress.update(times)
             lines = b"".join(self._contents.add(Change(name, restores=count)) for name, count in times.items())
@@ -87,15 +81,13 @@ class Journal:
         self._add(Change(request_id, restores=0))
 
     def sent(self, request_id: str) -> None:
-        """Keeps a request for a while after its whole reply was sent. If there are many such requests, the oldest are
-        removed earlier."""
+        """Keeps a request for a while after its whole reply was sent; of many, the oldest are removed earlier."""
         if not self._writer.is_sealed and (lines := self._contents.sent(request_id)):
             self._writer.add(lines)
             asyncio.get_running_loop().call_later(self._sent_s, self.end, request_id)
 
     def completed(self, request_id: str, limit_s: float) -> None:
-        """Marks a background reply as computed. Until `limit_s` after its admission, the next coordinator computes it
-        again on request."""
+        """Marks a background reply as computed. Until `limit_s` after admission, it is computed again on request."""
         self._add(Change(request_id, is_sent=True, limit_s=limit_s))
 
     def end(self, request_id: str) -> None:
@@ -106,8 +98,7 @@ class Journal:
             self._add(Change(request_id, is_ended=True))
 
     def stop_in_order(self) -> None:
-        """Takes back one counted restart of each request without progress, because an orderly stop is not the request's
-        failure."""
+        """Takes back one counted restart of each request without progress, since an orderly stop is not its failure."""
         for request_id, times in self._without_progress.items():
             self._add(Change(request_id, restores=times - 1))
         self._without_progress.clear()
@@ -187,8 +178,7 @@ class _Writer:
             self._write_at(asyncio.get_running_loop().time() + _LATER_S)
 
     def written(self, lines: bytes, *, is_synced: bool) -> asyncio.Future[None]:
-        """Adds lines. The future ends when these and all earlier lines are in the file (`is_synced`: on disk) or cannot
-        be written."""
+        """Adds lines. The future ends when all so far are in the file (`is_synced`: on disk) or cannot be written."""
         loop = asyncio.get_running_loop()
         self._pending.append(lines)
         self._waiting.append(written := loop.create_future())
@@ -278,8 +268,7 @@ class JournalFile:
         self._descriptor: int | None = None
 
     def append(self, data: bytes, is_synced: bool) -> bool:
-        """Appends all of `data` or nothing. Returns False if the file is missing or was replaced; then `rewrite` is
-        due."""
+        """Appends all of `data` or nothing. Returns False if the file is gone or replaced; then `rewrite` is due."""
         descriptor = self._descriptor
         if descriptor is None or not self._is_in_place(descriptor):
             return False
@@ -295,8 +284,7 @@ class JournalFile:
         return True
 
     def rewrite(self, data: bytes) -> None:
-        """Replaces the content, or leaves the file unchanged on an error. Raises SupersededError if a newer coordinator
-        owns the file."""
+        """Replaces the content, or nothing on an error. Raises SupersededError if a newer coordinator owns the file."""
         if not data and self._descriptor is not None and self._is_in_place(self._descriptor):
             os.ftruncate(self._descriptor, 0)
             self.size = 0

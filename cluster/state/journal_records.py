@@ -1,7 +1,5 @@
-"""Records of the journal, and the requests that they make up. A record is a line with a CRC-32, the kind of record,
-and its fields as JSON.
-
-A damaged line is skipped, and with it the tokens that follow its own."""
+"""Records of the journal: lines with a CRC-32, the kind of record, and its fields as JSON. A damaged line is skipped,
+with the tokens that follow its own."""
 
 from __future__ import annotations
 
@@ -59,8 +57,7 @@ class Instant:
 
 @dataclass(slots=True, kw_only=True)
 class RequestContext:
-    """An admitted request. It has the names of its reply, all that a second computation needs to give the same
-    reply, and its progress. The first computation adds values that later ones could not determine."""
+    """An admitted request: the names of its reply, its progress, and all values that give the same reply again."""
 
     id: str
     seed: int  # where the body has none
@@ -104,7 +101,6 @@ class RequestContext:
 
     @property
     def age_s(self) -> float:
-        """The time since this coordinator received or restored the request."""
         return (time.monotonic_ns() - self.received_ns) / 1e9
 
     def left_s(self, now: Instant) -> float:
@@ -173,8 +169,7 @@ HEAD_LINE = _line(_HEAD)
 
 
 def read_journal(path: Path, now: Instant) -> list[RequestContext]:
-    """Returns an earlier coordinator's requests that are not too old, in the order of admission; none if there is no
-    journal. Raises OSError if it is unreadable, and ValueError for another version."""
+    """Returns requests that are not too old, in order. Raises OSError, or ValueError for another version."""
     requests: dict[str, RequestContext] = {}
     for record in _records(path):
         if isinstance(record, RequestContext):

@@ -1,6 +1,5 @@
-"""A Kubernetes Lease as a lock, which one coordinator holds and renews in time. The rules are those of client-go's
-leader election. Clocks of different machines are not compared: a lease has expired when a candidate has seen no change
-of it for its duration. A holder that cannot renew the lease ends earlier."""
+"""A Kubernetes Lease as a lock by client-go's rules. Clocks of machines are not compared: a lease has expired when a
+candidate has seen no change of it for its duration. A holder that cannot renew it ends earlier."""
 
 from __future__ import annotations
 
@@ -27,7 +26,6 @@ _RETRIES = 7.5
 _LOOK_S = 0.1
 _CONFLICT, _NOT_FOUND = 409, 404
 _FIELDS = (("holderIdentity", str), ("leaseDurationSeconds", int), ("leaseTransitions", int))
-"""The fields of a Lease's spec on which decisions depend."""
 
 _log = logging.getLogger(__name__)
 
@@ -60,8 +58,7 @@ class LeaseLock:
         return self._write(lease, begun_s)
 
     def renew(self) -> None:
-        """Renews the lease. Raises SupersededError if another process has the lease, LlamaclustError if the server
-        fails."""
+        """Raises SupersededError if another process has the lease, LlamaclustError if the server fails."""
         begun_s, lease = boot_s(), self._read()
         holder = _holder(lease)
         if holder not in ("", self.identity):
@@ -124,8 +121,7 @@ class LeaseLock:
 
 @contextmanager
 def held(lock: LeaseLock, lost: Callable[[str], None]) -> Iterator[None]:
-    """Renews a taken lease until the context ends, then gives it up. If the lease is lost, a thread calls `lost` with
-    the reason."""
+    """Renews the lease while the context is open, then gives it up. If it is lost, a thread calls `lost`."""
     end = threading.Event()
     reasons = ["it was not renewed in time"]
 

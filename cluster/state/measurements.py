@@ -22,14 +22,12 @@ _STAT = Path("/proc/stat")
 _PROC = Path("/proc")
 _LEAST_S = 0.1
 _CPU_TIMES = slice(11, 15)
-"""The fields of /proc/PID/stat after the name that have user and system time of the process and of its ended
-children."""
+"""Fields of /proc/PID/stat after the name: user and system time of the process and its ended children."""
 
 
 @dataclass(frozen=True, slots=True)
 class OtherLoad:
-    """Load on the `cores` of this process, in cores. `others`: load of other programs. `stolen`: load of other virtual
-    machines."""
+    """Load on the `cores` of this process, in cores: of other programs, and of other virtual machines (`stolen`)."""
 
     cores: int
     others: float
@@ -71,7 +69,6 @@ class CpuSeconds(NamedTuple):
 
 
 def other_load(before: CpuSeconds, after: CpuSeconds, cores: int) -> OtherLoad | None:
-    """Returns the load between two readings; None if they are less than 0.1 s apart."""
     busy, stolen, own, elapsed = (end - start for start, end in zip(before, after, strict=True))
     if elapsed < _LEAST_S:
         return None

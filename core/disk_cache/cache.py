@@ -1,6 +1,5 @@
-"""A cache folder of bounded size, for files that can be computed again. It belongs to one user, whose processes share
-it. Complete files get their names, and never change. A process can read a file that it has open even after its
-deletion. One process writes at a time; readers need no lock. A file's access time is the time of its last use."""
+"""A cache folder of bounded size for one user's files that can be computed again. Complete files never change. One
+process writes at a time; readers need no lock. A file's access time is the time of its last use."""
 
 from __future__ import annotations
 
@@ -73,9 +72,8 @@ class DiskCache:
             raise PermissionError(errno.EPERM, f"{what} (mode {mode:o})", str(self.path))
 
     def open(self, name: str, *, is_use: bool = True) -> FileIO | None:
-        """Opens a file and, if `is_use`, marks it used. Returns None if it is absent. A file that was changed after it
-        was written, or is no regular file of this user, is deleted and counts as absent. Raises OSError with the
-        path."""
+        """Opens a file and, if `is_use`, marks it used. Returns None if it is absent; a changed or foreign file is
+        deleted and counts as absent. Raises OSError with the path."""
         path = self.path / name
         try:
             file = files.open_own(path)
@@ -107,9 +105,8 @@ class DiskCache:
         kept: Container[str] = (),
         writing: Writing | None = None,
     ) -> None:
-        """Writes a file, unless one of that name and size exists. Makes room by deleting files that were last used
-        before `since_ns` and are not in `kept`. Raises NoRoomError, BusyError (another writer is slow), StoppedError or
-        another OSError, and then leaves no part of the file."""
+        """Writes a file unless it exists. Makes room by deleting files last used before `since_ns` and not in `kept`.
+        Raises NoRoomError, BusyError, StoppedError or another OSError, and then leaves no part of the file."""
         n_bytes, writing = sum(map(len, parts)), writing or Writing()
         with self.locked(writing):
             if not self._has(name, n_bytes):
@@ -118,8 +115,7 @@ class DiskCache:
 
     @contextmanager
     def locked(self, writing: Writing | None = None) -> Iterator[None]:
-        """Holds the writers' lock and deletes temporary files of killed writers. Raises the errors of
-        `files.locked`."""
+        """Holds the writers' lock and deletes killed writers' temporary files. Raises the errors of `files.locked`."""
         with files.locked(self.path / _LOCK, writing or Writing()):
             for file in self.files(files.TEMPORARY):
                 files.remove(file.path)
@@ -149,8 +145,7 @@ class DiskCache:
         return sorted(path for path in self._names(_LOCK) if path.is_symlink() or not path.is_file())
 
     def clear(self) -> Cleared:
-        """Deletes every file that can be deleted. Processes that have a file open can still read it. Raises OSError if
-        the folder cannot be used, BusyError if another process writes for long or a load needs the files."""
+        """Deletes the files. Raises OSError, or BusyError if a process writes for long or a load needs the files."""
         if not os.path.lexists(self.path):
             return Cleared()
         self._check_owner()

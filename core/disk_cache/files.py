@@ -21,12 +21,10 @@ _WRITE_BYTES = 1 << 21
 """The size and alignment of writes. Some file systems use huge pages for such writes (ext4 since Linux 6.16)."""
 
 _LOCK_WAIT_S = 10.0
-"""The longest wait for another process that writes a file and holds the lock."""
 
 _LOCK_RETRY_S = 0.02
 
 _NOT_A_FILE = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EISDIR)
-"""Errors of open for links, sockets, devices without a driver and directories."""
 
 
 class ForeignFileError(OSError):
@@ -64,8 +62,7 @@ def open_own(path: Path, flags: int = os.O_RDONLY) -> FileIO:
 
 @contextmanager
 def locked(path: Path, writing: Writing) -> Iterator[None]:
-    """Holds the lock of the file `path`, which is created if absent. Raises BusyError if another process holds the lock
-    for longer than `_LOCK_WAIT_S`, StoppedError soon after `writing` was stopped."""
+    """Holds the lock of `path`, a file created if absent. Raises BusyError after `_LOCK_WAIT_S`, or StoppedError."""
     with open_own(path, os.O_RDWR | os.O_CREAT) as file:
         deadline, writing.waits = time.monotonic() + _LOCK_WAIT_S, True
         while not take_lock(file.fileno()):
@@ -140,7 +137,6 @@ def delete(path: Path) -> int:
 
 
 def delete_unlocked(path: Path) -> bool:
-    """Deletes a file. Returns False if a process has locked it. Raises OSError if the file cannot be deleted."""
     with open_own(path, os.O_RDWR) as file:
         is_free = take_lock(file.fileno())
         if is_free:

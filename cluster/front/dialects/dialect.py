@@ -38,16 +38,14 @@ class ParsedRequest(Generic[AnyBody]):
     async def chat(
         self, make: Callable[_Arguments, ChatRequest], *given: _Arguments.args, **named: _Arguments.kwargs
     ) -> ChatRequest:
-        """Calls `make` with the body, on a thread if the body is large. Returns the chat with the request's time,
-        adapters and images."""
+        """Makes the chat, on a thread if the body is large, with the request's time, adapters and images."""
         chat = await converted(self.body, make, *given, **named)
         admitted = chat.admitted(self.context.created, self.adapters)
         return await with_images(admitted, self.context)
 
 
 class Endpoint(ABC, Generic[AnyBody]):
-    """One operation of an API for one model. A subclass that is listed in `ENDPOINTS` (`front/app.py`) is served on its
-    `paths`."""
+    """One operation of an API for one model, served on its `paths` if it is listed in `ENDPOINTS` (front/app.py)."""
 
     paths: ClassVar[tuple[str, ...]]
     body: type[AnyBody]
@@ -55,8 +53,7 @@ class Endpoint(ABC, Generic[AnyBody]):
     """True if requests to `/v1/` paths may name any model, as on all other paths. `strict_model` overrides this."""
     form: ClassVar[StreamFormat] = StreamFormat.EVENTS
     errors: ClassVar[ErrorShape | None] = None
-    """The form of errors on these paths and below them. None: OpenAI's form below `/v1/` and `/cluster`, Ollama's below
-    `/api/`, llama.cpp's elsewhere."""
+    """The form of errors on these paths and below. None: that of `usual_shape`."""
 
     def __init__(self, model: ApiModel, path: str) -> None:
         self.model = model
@@ -79,7 +76,6 @@ class Endpoint(ABC, Generic[AnyBody]):
     async def answer(self, request: Request) -> Response: ...
 
     async def read(self, request: Request) -> AnyBody:
-        """Reads the body of a request. Raises what `read_body` and `check_model` raise."""
         body = await read_body(request, self.body, self.settings, self.images)
         self.check_model(body)
         return body
@@ -94,8 +90,7 @@ class Endpoint(ABC, Generic[AnyBody]):
 
 
 class Dialect(Endpoint[AnyBody]):
-    """A generating endpoint; the subclass describes the reply to a body. A subclass may override `make`, to refuse
-    requests before their bodies are read or to pass some to another dialect, and `routes`, to add operations."""
+    """A generating endpoint. Subclasses may override `make` to refuse or pass on requests, and `routes` to add some."""
 
     def __init__(self, model: ApiModel, path: str) -> None:
         super().__init__(model, path)

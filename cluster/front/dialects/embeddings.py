@@ -73,8 +73,6 @@ InputsField = Annotated[tuple[Any, ...], BeforeValidator(_inputs), WithJsonSchem
 
 
 class EmbeddingFields(Body, foreign=EMBEDDING):
-    """Fields of both embedding endpoints."""
-
     model: str | None = None
     """Name of the served model."""
     encoding_format: Literal["float", "base64"] = "float"
@@ -92,21 +90,16 @@ class EmbeddingFields(Body, foreign=EMBEDDING):
 
 
 class OpenAiEmbeddingBody(EmbeddingFields):
-    """The body of `POST /v1/embeddings`."""
-
     input: InputsField
     """One prompt (text, token ids, or a list of both), or a list of prompts."""
 
     def options(self, default: Pooling, norm: int = EUCLIDEAN) -> EmbeddingOptions:
-        """Returns the options. Raises ParameterError for a pooling that gives several vectors per prompt."""
         options = super().options(default, norm)
         check_single(options.pooling)
         return options
 
 
 class LlamaCppEmbeddingBody(EmbeddingFields):
-    """The body of `POST /embedding`."""
-
     input: InputsField | None = None
     """One prompt (text, token ids, or a list of both), or a list of prompts."""
     content: InputsField | None = None
@@ -129,8 +122,7 @@ async def embedded(
     options: EmbeddingOptions,
     shape: Callable[[list[Embedding]], Any],
 ) -> JsonParts:
-    """Embeds prompts and replies in the form that `shape` makes. The vectors count towards the memory budget until the
-    client has received the reply."""
+    """Embeds prompts and replies in `shape`'s form. Vectors count towards the memory budget until they are sent."""
     async with AsyncExitStack() as held:
         embedding = held.enter_async_context(service.embed(prompts, options))
         embeddings = await unless_disconnected(request, embedding)
@@ -146,7 +138,6 @@ def check_single(pooling: Pooling) -> None:
 
 
 _RERANKER: Final = "hf:gpustack/bge-reranker-v2-m3-GGUF/bge-reranker-v2-m3-Q8_0.gguf"
-"""A public reranking model, named in an error message."""
 _COHERE_PATH: Final = "/v2/rerank"
 _PAIRS_OF_A_UNIT: Final = 100
 """The number of documents that Cohere bills as one search."""

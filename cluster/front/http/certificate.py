@@ -34,8 +34,7 @@ from llamaclust.wire.security.server_context import server_context
 
 _LOOK_S: Final = 1.0
 _RETRY_S: Final = 60.0
-"""The pause after a failure that may be temporary, such as a wrong clock, a full disk, or an unreachable file server.
-"""
+"""The pause after a failure that may pass, such as a wrong clock, a full disk, or an unreachable file server."""
 _END_S: Final = 1.0
 _MOST_BYTES: Final = 1 << 20
 _WARNING: Final = timedelta(days=7)
@@ -65,8 +64,7 @@ class LoadedCertificate:
 
     @classmethod
     def of(cls, files: CertificateFiles) -> LoadedCertificate:
-        """Reads the files. Raises UsageError with the name of the file if a file cannot be used or the key does not
-        match the certificate."""
+        """Reads the files. Raises UsageError for an unusable file or a key that does not match the certificate."""
         version = files.version
         is_one_file = files.key == files.certificate
         chain = _read(files.certificate, is_private=is_one_file)
@@ -93,7 +91,6 @@ class ServerCertificate:
     """The server's certificate. The previous certificate stays in use if changed files cannot be used."""
 
     def __init__(self, files: CertificateFiles) -> None:
-        """Reads the files. Raises UsageError if they cannot be used."""
         self._files = files
         self._loaded = LoadedCertificate.of(files)
         self._seen = self._done = self._loaded.version
@@ -111,8 +108,7 @@ class ServerCertificate:
         return self._loaded.fingerprint
 
     def publish(self, path: Path) -> None:
-        """Writes the certificate to the file in which this user's programs look for it, now and after each change.
-        Raises LlamaclustError if the file cannot be written."""
+        """Writes the certificate for this user's programs, now and after each change. Raises LlamaclustError."""
         self._published = path
         self._publish()
 
@@ -133,8 +129,7 @@ class ServerCertificate:
             thread.join(_END_S)
 
     def look(self) -> None:
-        """Reads changed files once they are equal in two consecutive checks, because they are then completely written.
-        Warns before the certificate expires."""
+        """Reads changed files once two checks find them equal, hence completely written. Warns before expiry."""
         version, last = self._files.version, self._seen
         self._seen = version
         must_wait = version == self._failed and time.monotonic() < self._retry_at_s
@@ -221,9 +216,8 @@ def certificate_names(listen_hosts: Sequence[str], allowed_hosts: Sequence[str])
 
 
 def keep_self_signed(path: Path, names: Sequence[str]) -> None:
-    """Makes sure that a file (mode 0600) has a private key and a self-signed certificate for these names, in PEM. Keeps
-    an existing certificate that is valid for all of them. A new certificate also gets the names of the old one, because
-    several machines may share the folder. Raises LlamaclustError if the file cannot be written."""
+    """Makes sure that a file (mode 0600) has a key and a self-signed certificate for these names, in PEM. A new
+    certificate keeps the old names, because several machines may share the folder. Raises LlamaclustError."""
     former = _former(path)
     now = datetime.now(UTC)
     if former is not None:

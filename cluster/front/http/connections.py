@@ -30,8 +30,7 @@ MAX_HEADERS = 200
 EVENTS_A_TURN = 64
 """The number of body pieces that one connection may parse before other connections get a turn."""
 _FEW_CHUNKS, _LEAST_CHUNK_BYTES = 4096, 16
-"""The average chunk of a body with more than `_FEW_CHUNKS` chunks must have at least `_LEAST_CHUNK_BYTES`. Parsing
-takes the same time for each chunk, however small."""
+"""The least average size of a body's chunks, if it has more than `_FEW_CHUNKS`: each costs the same time to parse."""
 _ABSOLUTE = re.compile(rb"https?://([^/?]+)(.*)", re.IGNORECASE)
 
 
@@ -40,8 +39,7 @@ def canonical_name(name: bytes) -> bytes:
 
 
 class HttpConnection(h11.Connection):
-    """A server's HTTP connection. Accepts targets with a host, capitalizes header names, and sends pieces of a streamed
-    body without h11's checks. Bounds the headers of a request, the chunks of its body, and the work per turn."""
+    """A server's connection. Bounds headers, chunks and work per turn; sends pieces of bodies without h11's checks."""
 
     def __init__(self, our_role: type[h11.SERVER], max_incomplete_event_size: int) -> None:
         super().__init__(our_role, max_incomplete_event_size)
@@ -61,8 +59,7 @@ class HttpConnection(h11.Connection):
         return type(self._writer) is ChunkedWriter and self.our_state is h11.SEND_BODY
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        """Returns the next event, or NEED_DATA at the end of the turn. Raises RemoteProtocolError for invalid HTTP, too
-        many headers, or too small chunks."""
+        """Returns NEED_DATA at the end of the turn. Raises RemoteProtocolError for bad HTTP or exceeded bounds."""
         if self.ended_turn:
             return h11.NEED_DATA
         if self.their_state is h11.IDLE:
@@ -121,13 +118,10 @@ class _Phase(Enum):
 
 
 class TlsProtocol(asyncio.Protocol):
-    """Carries the bytes of another protocol in TLS.
-
-    In asyncio's own TLS, the carried protocol begins only after the handshake, and a connection ends only when the
-    client agrees. A client could delay both and evade the bounds on connections. Here, the carried protocol begins with
-    the connection, so that its bounds apply to handshakes too, and closing waits only for written data. Data written
-    before the end of the handshake is lost.
-    """
+    """Carries the bytes of another protocol in TLS, from the first byte. In asyncio's own TLS, the carried protocol
+    begins only after the handshake, and a connection ends only when the client agrees: clients could delay both and
+    evade the bounds on connections. Here closing waits only for written data. Data written before the end of the
+    handshake is lost."""
 
     def __init__(self, carried: asyncio.Protocol, context: ssl.SSLContext) -> None:
         self.context = context
@@ -234,8 +228,6 @@ _CURE = "choose another with `--port N` or `listen:` (0: any free one)"
 
 @dataclass(frozen=True, slots=True)
 class ApiPort:
-    """The addresses at which clients connect."""
-
     listener: socket.socket
     certificate: ServerCertificate | None = None  # None: plain HTTP
     further: tuple[socket.socket, ...] = ()

@@ -1,6 +1,5 @@
-"""Middlewares that admit requests. They check API keys, Host headers (against DNS rebinding) and the origins of web
-pages, and bound the number of open requests and the bytes of their bodies. A stopping server admits no more requests,
-but answers those that it has."""
+"""Middlewares that admit requests: API keys, Host headers (against DNS rebinding), origins of web pages, and bounds on
+open requests and their bytes. A stopping server admits no more, but answers those that it has."""
 
 from __future__ import annotations
 
@@ -54,8 +53,7 @@ def _digests(keys: tuple[str, ...]) -> tuple[bytes, ...]:
 
 
 def sent_key(headers: Mapping[str, str]) -> str:
-    """Returns the key that a request sends, or "". Header names in `headers` are in lower case. Anthropic's clients
-    send the key as X-Api-Key."""
+    """Returns the key that a request sends, or "". Anthropic's clients use X-Api-Key. `headers` are lower-case."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
 
@@ -67,8 +65,7 @@ def owner(headers: Mapping[str, str], api_keys: Sequence[str]) -> str:
 
 
 def require_first_key(headers: Mapping[str, str], settings: ApiSettings, action: str) -> None:
-    """Raises HttpError 403 if API keys are set and the request's key is not the first one, which actions that affect
-    all clients need. `action` describes the action in the message."""
+    """Raises HttpError 403 if keys are set and the request's key is not the first, which `action` requires."""
     keys = settings.api_keys
     if keys and not hmac.compare_digest(_digest(sent_key(headers)), _digest(keys[0])):
         raise HttpError(403, "first_key_required", f"only the first key of api_keys_file may {action}")
@@ -161,9 +158,8 @@ class Security:
 
 
 def _origin(headers: Headers, scope: Scope) -> str | None:
-    """Returns the origin of the web page that sent the request; None if no page did. Returns "null" if a page of
-    another site sent the request without the header Origin. GET and HEAD are exempt from that, because they may come
-    from a link."""
+    """Returns the origin of the page that sent the request; None: no page. A cross-site request without Origin counts
+    as "null", except GET and HEAD, which may come from a link."""
     is_foreign = headers.get("sec-fetch-site", "").lower() == "cross-site" and scope["method"] not in ("GET", "HEAD")
     return headers.get("origin", "null" if is_foreign else None)
 
@@ -215,9 +211,8 @@ class Admission:
 
     @contextmanager
     def held(self, *, has_body: bool) -> Iterator[_Open]:
-        """Registers the current task's request while the context is open. If too many bodies are incomplete, refuses
-        the oldest incomplete request of the owner who has most of them, so that slow bodies cannot block other owners.
-        """
+        """Registers the current request while the context is open. If too many bodies are incomplete, refuses the
+        oldest of the owner who has most, so that slow bodies cannot block other owners."""
         task = asyncio.current_task()
         assert task is not None
         request = _Open(task, current_owner.get(), has_body)
@@ -233,16 +228,14 @@ class Admission:
             self._body_bytes.take(request.owner, -request.body_bytes)
 
     def count(self, request: _Open, message: Message) -> None:
-        """Counts a part of a request's body. Raises HttpError if the bodies of all requests exceed their common
-        bound."""
+        """Counts a part of a request's body. Raises HttpError above the bound of all requests' bodies."""
         if request.awaits_body and not message.get("more_body", False):
             self.check()
             request.awaits_body = False
         self.hold(request, len(message.get("body", b"")))
 
     def hold(self, request: _Open, size: int) -> None:
-        """Counts further bytes of an open request. Raises HttpError if those of all requests exceed their common
-        bound."""
+        """Counts further bytes of an open request. Raises HttpError above the common bound."""
         if request not in self._open:
             return
         if not self._body_bytes.fits(request.owner, size):
@@ -262,8 +255,7 @@ class Admission:
 
 
 class AdmissionGate:
-    """Passes requests with a body to the app if `Admission` admits them. A request that is cancelled to make room gets
-    a reply with status 503."""
+    """Passes requests with a body to the app if `Admission` admits them. A cancelled request gets status 503."""
 
     def __init__(self, app: ASGIApp, admission: Admission) -> None:
         self._app = app
@@ -284,8 +276,7 @@ class AdmissionGate:
                 await error_response(given_way, scope)(scope, receive, send)
 
     async def _answer(self, request: _Open, scope: Scope, receive: Receive, send: Send) -> HttpError | None:
-        """Runs the app. Returns the error with which `Admission` cancelled the request before its reply began,
-        otherwise None."""
+        """Runs the app. Returns the error with which `Admission` cancelled the request before its reply, else None."""
 
         async def counted() -> Message:
             message = await receive()

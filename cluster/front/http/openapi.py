@@ -42,8 +42,7 @@ _EVENT: Final = {
     "required": ["data"],
     "properties": {"data": {"type": "string"}, "event": {"type": "string"}, "id": {"type": "string"}},
 }
-"""The schema of a stream's events. OpenAPI 3.1 has no field for it; here, the schema of the stream's media type
-describes each event."""
+"""The schema of a stream's events. OpenAPI 3.1 has no field for it, so the stream's media type has it."""
 _SCHEMAS: Final[dict[str, Any]] = {JSON: {}, EVENTS: _EVENT}
 _STYLE: Final = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"

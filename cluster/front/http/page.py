@@ -1,5 +1,4 @@
-"""The files of the web page, which are read once. They hold no secrets, need no key, and load nothing from other
-hosts."""
+"""The files of the web page, read once. They hold no secrets, need no key, and load nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -73,9 +72,8 @@ _HEADERS: Final = {
 
 
 def page_reply(path: str, headers: Mapping[str, str]) -> Response | None:
-    """Returns the file at a path; None if there is none. Paths are only looked up in a table, so that clients cannot
-    reach other files. `/` is the page only for clients that accept HTML. Header names in `headers` are in lower case.
-    """
+    """Returns the file at a path, or None. Paths are only looked up in a table. `/` is the page only for clients that
+    accept HTML. Names in `headers` are lower-case."""
     asset = assets().get(path)
     if asset is None or (path == PAGE and "text/html" not in headers.get("accept", "")):
         return None

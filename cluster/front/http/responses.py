@@ -101,8 +101,7 @@ def has_body(scope: Scope) -> bool:
 
 
 class EarlyReplies:
-    """Sends an early reply at once, but ends it only after the request's body or after a second. A client that still
-    sends when the connection is closed could lose the reply."""
+    """Sends an early reply at once, but ends it after the request's body or a second: closing earlier could lose it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -144,8 +143,6 @@ _UNKNOWN: Final = "other"
 
 
 class QueryParameter(NamedTuple):
-    """A query parameter, for openapi.json."""
-
     name: str
     kind: str  # type of JSON schema
     text: str
@@ -168,9 +165,8 @@ class Route(PathRoute):
         types: Sequence[str] | None = None,
         status: int = 200,
     ) -> None:
-        """Makes a route. `body`: the class of the body, which the endpoint reads itself. `computes`: the model must be
-        loaded. `errors`: the form of errors for this path and all paths below it; None: that of `usual_shape`. `types`:
-        media types of the reply; None: JSON, and `form` too if the body has the field `stream`."""
+        """`body`: the class of the body, which the endpoint reads. `computes`: the model must be loaded. `errors`: None
+        means `usual_shape`. `types`: media types of the reply; None: JSON, and `form` if the body has `stream`."""
         super().__init__(path, endpoint, methods=[method])
         self.method = method
         self.body = body
@@ -186,8 +182,7 @@ class Paths:
     """Middleware that replaces paths and methods by those of the app's routes."""
 
     def __init__(self, app: ASGIApp, prefix: str) -> None:
-        """Makes the middleware. `prefix`: "" or "/...". Paths without the prefix are also served, for probes and this
-        program's own clients."""
+        """`prefix`: "" or "/...". Paths without it are served too, for probes and this program's own clients."""
         self._app = app
         self._prefix = prefix
 
@@ -220,8 +215,7 @@ def template(path: str) -> str:
 
 
 def traced_names(scope: Scope) -> list[str]:
-    """Returns an empty list to which `name_route` later adds the route's name. A name never contains text of the
-    client."""
+    """Returns a list for `name_route` to fill with the route's name, which never contains text of the client."""
     names: list[str] = []
     scope["state"] = {**scope.get("state", {}), _STATE: names}
     return names

@@ -1,5 +1,4 @@
-"""The HTTP server on the API's port. It sends short replies while the cluster starts, and serves the app afterwards. It
-bounds the number of connections and their idle time."""
+"""The server on the API's port: short replies while the cluster starts, then the app, with bounded connections."""
 
 from __future__ import annotations
 
@@ -41,13 +40,11 @@ _NO_HTTP = {431: "head_too_large", 501: "not_supported"}
 
 
 def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: int | None = None) -> uvicorn.Config:
-    """Returns the configuration of a server for the app with at most `places` connections. Warnings are not logged,
-    because clients can cause any number. `_Room` closes idle connections, but only after a longer time than clients and
-    proxies use (nginx: 60 s): a request that is under way when its connection closes is lost."""
+    """Returns a configuration with at most `places` connections. Warnings are not logged: clients can cause any number.
+    `_Room` closes idle connections later than clients and proxies do (nginx: 60 s), so that no request is lost."""
 
     class Connection(_Connection):
-        """A connection of this server. Each server has its own class, because uvicorn makes the connections from a
-        class."""
+        """A connection of this server; uvicorn makes connections from a class, so each server has its own."""
 
         room = _Room(settings, settings.max_connections if places is None else places)
 
@@ -80,8 +77,7 @@ class _Room:
         self._idle: dict[_Connection, asyncio.TimerHandle] = {}
 
     def wait(self, connection: _Connection, wait_s: float) -> None:
-        """Closes the connection unless a complete request head arrives within `wait_s`. A connection that is already
-        idle keeps its rank."""
+        """Closes the connection unless a request head arrives within `wait_s`. An idle connection keeps its rank."""
         timer = self._idle.get(connection)
         if timer is not None:
             timer.cancel()
@@ -188,8 +184,7 @@ def _no_http(error: BaseException | None) -> Failure:
 
 
 class _Body:
-    """Writes the body of a reply. Pieces are written together at the end of the event loop's turn, because a system
-    call for each event would take longer than all other work."""
+    """Writes a reply's body. Pieces of one loop turn go in one system call, which costs more than all other work."""
 
     def __init__(self, connection: _Connection, cycle: RequestResponseCycle) -> None:
         self._connection = connection
@@ -197,8 +192,7 @@ class _Body:
         self._pieces: list[bytes] = []
 
     def write(self, data: bytes) -> bool:
-        """Writes a piece. Returns False if the piece must go through ASGI instead; then only earlier pieces are
-        written."""
+        """Writes a piece. Returns False, having written only earlier pieces, if this one must go through ASGI."""
         if not self._connection.takes_body(self._cycle):
             self.flush()
             return False

@@ -47,16 +47,14 @@ class StreamFormat(Enum):
         return b"%bdata: %b\n\n" % ((f"{head}event: {name}\n" if name else head).encode(), data)
 
     def error(self, scope: Scope, error: LlamaclustError, fields: Mapping[str, Any]) -> bytes:
-        """Returns the last part of a stream that fails: the error in the form of the request's API, with `fields`
-        added."""
+        """Returns the last part of a failed stream: the error in its API's form, with `fields` added."""
         shape, failure = shape_of(scope), failure_of(error)
         kind = {"type": shape.event_name} if shape.event_name else {}
         return self.part(to_json({**kind, **shape.body(failure), **fields}), shape.event_name)
 
 
 class PartsResponse(Response):
-    """Sends the parts of a body as they arrive. At the end, always closes the generator of the parts, then calls
-    `close` with True if the connection accepted the whole reply."""
+    """Sends a body's parts as they arrive. At the end, closes their generator, then calls `close` (True: all sent)."""
 
     def __init__(
         self,
@@ -94,8 +92,7 @@ class EventResponse(PartsResponse):
         form: StreamFormat,
         error_fields: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Makes the response. `error_fields`: additional fields of an error that ends the response; the caller may
-        change them."""
+        """`error_fields`: additional fields of an error that ends the response; the caller may change them."""
         self.media_type = form.value
         super().__init__(parts, close, _HEADERS)
         self._form = form
@@ -122,8 +119,7 @@ class EventResponse(PartsResponse):
 
 
 class JsonParts(PartsResponse):
-    """A body of JSON. It has a Content-Length if it is a single part. Errors of the first two parts get an HTTP
-    status."""
+    """A body of JSON, with a Content-Length if in one part. Errors of the first two parts get an HTTP status."""
 
     media_type = "application/json"
 
@@ -146,9 +142,8 @@ def rendered(value: Any) -> JsonParts:
 
 
 async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Value:
-    """Awaits `work` and returns its result. If the client disconnects first, cancels `work` and raises
-    ClientDisconnect. The request's body must have been read. If this call is cancelled, the result is lost, so `work`
-    must register its resources with the caller."""
+    """Awaits `work`; if the client disconnects, cancels it and raises ClientDisconnect. The body must have been read.
+    If this call is cancelled, the result is lost: `work` must register its resources with the caller."""
     results: list[_Value] = []
 
     async def do_it() -> None:
@@ -161,8 +156,7 @@ async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Val
 
 
 async def first_of(*works: Awaitable[None]) -> None:
-    """Waits until one of `works` is done, then cancels the others and waits for their ends. Raises the error of the one
-    that is done."""
+    """Waits until one of `works` is done, then cancels the others and waits. Raises the error of the first."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

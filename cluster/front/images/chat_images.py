@@ -12,13 +12,11 @@ from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.core.errors import ParameterError, RequestFailedError
 
 MAX_JOURNALLED_BYTES: Final = 16 << 20
-"""The largest size of a request's images that the journal keeps."""
 
 
 async def with_images(chat: ChatRequest, context: RequestContext | None = None) -> ChatRequest:
-    """Returns a chat with the images at http(s) URLs. They are fetched once: the context keeps them, so that the
-    reply can be computed again. Raises ParameterError if the images are too many or too large, RequestFailedError if
-    the journal did not keep them, and errors of `fetch_images`."""
+    """Fetches the images at a chat's URLs once: the context keeps them for a second computation. Raises ParameterError
+    for too many or too large images, RequestFailedError if the journal lacks them, and `fetch_images`' errors."""
     urls = image_urls(chat.messages)
     if not urls:
         return chat
@@ -45,15 +43,13 @@ def _inline_bytes(url: str) -> int:
 
 
 def journalled(context: RequestContext, body: bytes) -> RequestContext:
-    """Returns the record of a request with its body. If the images are too large for the journal, the record only
-    tells a restarted coordinator that the request is lost; a repeated request is then a new one."""
+    """Returns a request's record. If its images are too large to keep, a restart only reports the request as lost."""
     if context.image_bytes <= MAX_JOURNALLED_BYTES:
         return replace(context, body=body)
     return replace(context, body=b"", earlier=(), images={}, idempotency_key="")
 
 
 def check_restored(context: RequestContext) -> None:
-    """Raises RequestFailedError for a restored request whose images the journal did not keep."""
     if context.image_bytes > MAX_JOURNALLED_BYTES:
         what = f"its images have {context.image_bytes} bytes, and the journal keeps {MAX_JOURNALLED_BYTES}"
         raise RequestFailedError(f"the coordinator was restarted, and this request is lost: {what}; send it again")

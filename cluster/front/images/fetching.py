@@ -22,15 +22,12 @@ from llamaclust.wire.rpc.deadlines import deadline
 _MAX_S: Final = 20.0
 """Deadline of all fetches of one request."""
 _LOOKUP_S: Final = 10.0
-"""Deadline of the lookup of one host's addresses."""
 _LOOKUPS: Final = ThreadPoolExecutor(2, "look-up-host")
-"""Threads of their own: a name server that does not answer keeps a thread for as long as the system's resolver waits,
-also after the deadline."""
+"""Threads of their own: a name server that does not answer keeps one beyond the deadline."""
 _ONE_USE: Final = httpx.Limits(max_keepalive_connections=0)
-"""No connection is used again. The pool knows connections by their address, which hosts may share, but a certificate
-is checked only when a connection is opened."""
+"""No connection is used again: hosts may share an address, and certificates are checked only at the opening."""
 _INTERNET: Final = IPv6Network("2000::/3")
-"""Addresses of hosts on the internet. `is_global` is true for others too, such as those of local translators."""
+"""Addresses of hosts on the internet. `is_global` is true for others too, such as local translators."""
 _DOCUMENTATION: Final = IPv6Network("3fff::/20")
 _NAT64: Final = IPv6Network("64:ff9b::/96")
 _PLAIN: Final = "identity"
@@ -38,8 +35,7 @@ _HEADERS: Final = {"accept": "image/*", "accept-encoding": _PLAIN, "user-agent":
 
 
 async def fetch_images(urls: Sequence[str], most_bytes: int) -> dict[str, bytes]:
-    """Fetches images that `ImageRules` allow, one after the other. Raises ParameterError if one cannot be fetched, or
-    if all together have more than `most_bytes`, and DeadlineError if they take too long."""
+    """Fetches images in turn. Raises ParameterError if one fails or all exceed `most_bytes`, DeadlineError if late."""
     images: dict[str, bytes] = {}
     left_bytes = most_bytes
     try:
@@ -96,8 +92,7 @@ async def _read(reply: httpx.Response, most_bytes: int) -> bytes:
 
 
 async def _public_address(url: ImageUrl) -> str:
-    """Returns the first address of a host. Raises ValueError if any of its addresses is not public, and DeadlineError
-    if they are not known in time."""
+    """Returns a host's first address. Raises ValueError if one of its addresses is not public, or DeadlineError."""
     look_up = partial(getaddrinfo, url.host, url.port, type=SOCK_STREAM)
     try:
         async with deadline(f"the addresses of {url.host} from its name server", _LOOKUP_S):

@@ -25,8 +25,7 @@ def takes_images(context: object) -> bool:
 
 
 def url_part(kind: str, url: object, context: object, detail: object = None) -> Part:
-    """Reads an image by its URL: a data URL with base64, or an http(s) URL of an allowed host. For a model that reads
-    text only, returns a text. Raises ValueError. `kind`: the part's type."""
+    """Reads an image by its data URL or allowed http(s) URL; a text model gets a text. Raises ValueError."""
     if not takes_images(context):
         return media_text(kind, context)
     if not isinstance(url, str):
@@ -46,7 +45,6 @@ def url_part(kind: str, url: object, context: object, detail: object = None) -> 
 
 
 def placed(place: str, read: Callable[_Arguments, Part], *given: _Arguments.args, **named: _Arguments.kwargs) -> Part:
-    """Calls `read`, and puts the place of the part before an error."""
     try:
         return read(*given, **named)
     except ValueError as error:
@@ -65,8 +63,7 @@ def base64_part(kind: str, data: object, context: object) -> Part:
 
 
 def checked_base64(data: str) -> str:
-    """Returns base64 without line breaks. Raises ValueError for anything else, and for an empty or too large image.
-    The data are not decoded, which would take longer."""
+    """Returns base64 without line breaks. Raises ValueError for other text or sizes. Decoding would take longer."""
     data = data.translate(_BREAKS) if "\n" in data else data
     size = len(data) * 3 // 4
     if size > MAX_IMAGE_BYTES + 2:

@@ -16,8 +16,6 @@ _TARGET: Final = re.compile(r"[!-~]*")
 
 @dataclass(frozen=True, slots=True)
 class ImageUrl:
-    """An http(s) URL in the parts that a request needs."""
-
     scheme: str
     host: str
     port: int
@@ -48,13 +46,11 @@ class ImageUrl:
 
 @dataclass(frozen=True, slots=True)
 class ImageRules:
-    """The images that a model takes. `hosts`: those whose http(s) URLs are fetched, such as `example.com`,
-    `*.example.com` or `example.com:8080`."""
+    """`hosts`: the hosts whose URLs are fetched, such as `example.com`, `*.example.com` or `example.com:8080`."""
 
     hosts: tuple[str, ...] = ()
 
     def check(self, url: str) -> None:
-        """Raises ValueError for an http(s) URL that is wrong or whose host is not allowed."""
         place = ImageUrl.parse(url)
         if not any(_allows(host, place) for host in self.hosts):
             what = f"expected a host of api.image_urls in the cluster file, found {place.authority[:100]}"

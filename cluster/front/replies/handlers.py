@@ -1,7 +1,6 @@
 """HTTP handlers of generating endpoints: they begin replies, keep them for clients that lose their connections, and
-read them again. Replies that an earlier coordinator left incomplete are computed again. Since such a request may have
-crashed that coordinator, its restarts without a new token are counted. A request with restarts begins after the others,
-and alone until it has progressed, so that no other request is suspected. After several restarts, it fails."""
+read them again. A request that an earlier coordinator left incomplete may have crashed it: its restarts without a new
+token are counted, it begins after the others and alone until it progresses, and after several restarts it fails."""
 
 from __future__ import annotations
 
@@ -44,7 +43,6 @@ class Replies:
     """The replies of an app. Not thread-safe: use it on one event loop. `aclose` ends all kept replies."""
 
     def __init__(self, settings: ApiSettings, journal: Journal | None = None) -> None:
-        """Makes the replies. If there is no journal, nothing survives this process."""
         self.settings = settings
         self.cache = ReplyCache(settings, journal)
         self._endpoints: dict[tuple[str, str], MakeReply] = {}  # by digest of the model's settings, and path
@@ -54,8 +52,7 @@ class Replies:
     def endpoint(
         self, path: str, make: MakeReply, settings: ApiSettings, form: StreamFormat = StreamFormat.EVENTS
     ) -> Callable[[Request], Awaitable[Response]]:
-        """Returns the handler of a path for the model with these settings. `make` makes its replies; `form`: the form
-        of their streams."""
+        """Returns the handler of a path. `make` makes its replies; `form`: the form of their streams."""
         self._endpoints[settings.digest, path], self._forms[path] = make, form
 
         async def answer(request: Request) -> Response:
@@ -64,8 +61,7 @@ class Replies:
         return answer
 
     async def _answer(self, request: Request, path: str, make: MakeReply, settings: ApiSettings) -> Response:
-        """Answers a request. If its client could read the reply later, the reply continues after a lost connection;
-        otherwise, it ends."""
+        """Answers a request. After a lost connection, the reply continues only if its client could read it later."""
         body = await read_bytes(request, self.settings)
         context = new_context(request.headers, path, settings)
         if (same := self.cache.same(context, body)) is not None:
@@ -88,9 +84,8 @@ class Replies:
         return await self._begun(request, kept, Position())
 
     async def _begin(self, request: Request, kept: KeptReply, reply: Reply, body: bytes) -> None:
-        """Begins a reply. If the request is journalled, returns only when it is on disk; the prompt is computed
-        meanwhile. Requests are journalled if their clients could read the rest of the reply later. A stream that ends
-        with its connection first waits for its first part, so that early errors get an HTTP status."""
+        """Begins a reply. A request whose client could read it later is journalled: this returns once it is on disk,
+        while the prompt is computed. An unkept stream first waits for a part, so that early errors get a status."""
         is_journalled = kept.is_kept or (kept.context.is_streamed and self._form(kept).has_ids)
         admitted = body if is_journalled and self.cache.journal is not None else None
         try:
@@ -134,15 +129,13 @@ class Replies:
     # -- clients that come back ----------------------------------------------------------------------------------------
 
     async def resume(self, request: Request) -> Response:
-        """Answers `GET /v1/streams/ID` with the events after the one in `Last-Event-ID` or `?after=`. A reply that is
-        not streamed is sent as a whole."""
+        """Answers `GET /v1/streams/ID` with the events after `Last-Event-ID` or `?after=`, or with a whole reply."""
         kept = self._find(request)
         return await self.respond(request, kept, _given(request, kept.context))
 
     async def replay(self, request: Request) -> Response:
-        """Answers llama.cpp's `GET /v1/stream/ID?from=N` or `/v1/stream?conv_id=ID&from=N` with the bytes from N on of
-        the conversation's newest stream. A reply that is not streamed is sent as a whole, and N must be 0. N must also
-        be 0 for a stream whose measurements changed because it was computed again, as after a restart."""
+        """Answers llama.cpp's `GET /v1/stream/ID?from=N` or `/v1/stream?conv_id=ID&from=N` with the newest stream's
+        bytes from N on. N must be 0 for a whole reply, and for a stream with measurements that was computed again."""
         kept = self._find(request)
         start = request.query_params.get("from", "0")
         if not (start.isascii() and start.isdigit() and len(start) < 16):
@@ -180,8 +173,7 @@ class Replies:
     # -- after a coordinator's end -------------------------------------------------------------------------------------
 
     async def restore(self, requests: Sequence[RequestContext]) -> None:
-        """Journals and keeps the requests of an earlier coordinator. They are computed in the order of admission. A
-        reply that was sent before is computed only when a client reads it."""
+        """Restores an earlier coordinator's requests in order. Replies that were sent are computed only when read."""
         assert self.cache.journal is not None
         await self.cache.journal.restore(requests)
         begun: list[KeptReply] = []
@@ -220,8 +212,7 @@ class Replies:
                 await asyncio.wait_for(kept.progressed.wait(), _ALONE_S)
 
     async def _attempt(self, beginning: Coroutine[Any, Any, None]) -> None:
-        """Waits for a request to begin, for a limited time, so that one that waits for a busy cluster does not block
-        the others."""
+        """Waits for a request to begin, for a limited time, so that it does not block the others in a busy cluster."""
         await asyncio.wait([self._tasks.start(beginning)], timeout=_ALONE_S)
 
     async def _begin_alone(self, kept: KeptReply) -> None:
@@ -259,8 +250,7 @@ class Replies:
 
 
 def _given(request: Request, context: RequestContext) -> Position:
-    """Returns the client's position in the reply, from an event id or the part after its colon. Raises HttpError for
-    any other text, and for an event of another request."""
+    """Returns the client's position from an event id or its part after the colon. Raises HttpError for others."""
     param = "after" if "after" in request.query_params else "Last-Event-ID"
     last = request.query_params.get("after", request.headers.get("last-event-id", ""))
     if not last:
@@ -273,6 +263,5 @@ def _given(request: Request, context: RequestContext) -> Position:
 
 
 def _wants_ids(request: Request) -> bool:
-    """Returns True if the client accepts server-sent events. Some other clients read only `data:` lines, and ids would
-    confuse them."""
+    """True if the client accepts server-sent events. Others may read only `data:` lines, which ids would confuse."""
     return StreamFormat.EVENTS.value in request.headers.get("accept", "").lower()

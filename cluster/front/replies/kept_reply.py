@@ -28,24 +28,21 @@ if TYPE_CHECKING:
     from llamaclust.cluster.front.replies.reply_cache import ReplyCache
 
 _TURN_COST: Final = 2048
-"""The largest cost of what one reader renders before other tasks get a turn. A token or logprob costs 1, and each entry
-of the log `_ENTRY_COST` more."""
+"""The most that one reader renders in a turn: a token or logprob costs 1, an entry of the log `_ENTRY_COST` more."""
 _ENTRY_COST: Final = 8
 _FRAME_BYTES: Final = 250
 """The approximate size of an event without its text and logprobs, and of a token in JSON."""
 _TOP_BYTES: Final = 8
 _PROMPT_TOKEN_BYTES: Final = 36
 _BUSY = Backoff(1.0, 30.0)
-"""Pauses between attempts to submit a request."""
 _TOO_LONG = "the request took longer than timeouts.request, the coordinator's restart included"
 
 _log = logging.getLogger(__name__)
 
 
 class KeptReply:
-    """A reply whose log grows from `begin` until its end or `aclose`. If it is not kept, it drops rows that its
-    connection has sent, and the connection closes it. If it is kept, it expires when no client has read it for some
-    time; a background reply expires some time after its end."""
+    """A reply whose log grows from `begin` until its end or `aclose`. Unless kept, it drops sent rows and ends with its
+    connection. If kept, it expires when unread for some time; a background reply some time after its end."""
 
     def __init__(self, context: RequestContext, owner: ReplyCache, *, is_kept: bool = True) -> None:
         self.context = context
@@ -95,10 +92,9 @@ class KeptReply:
     async def begin(
         self, reply: Reply, *, admitted: bytes | None = None, until_s: float | None = None
     ) -> asyncio.Future[None] | None:
-        """Submits the request. Raises its refusal, or the error of a reply that was closed before. `admitted`: the
-        body, if the request is journalled. The returned future is then done when the request is on disk; readers of a
-        kept reply get nothing before. `until_s`, in the event loop's time: until then, submission is retried while the
-        cluster is busy; afterwards, the reply ends."""
+        """Submits the request. Raises its refusal, or the error of a reply closed before. `admitted`: the body of a
+        journalled request; the returned future is then done when it is on disk, and readers of a kept reply wait for
+        that. `until_s` (event loop's time): the end of retries while the cluster is busy."""
         try:
             await self._submit(reply, until_s, is_recorded=admitted is not None or self.context.is_restored)
             on_disk = None if admitted is None else self._owner.admit(self, admitted)
@@ -157,8 +153,7 @@ class KeptReply:
             raise
 
     def _take_adapters(self, used: tuple[str, ...]) -> None:
-        """Notes the adapters in use. Raises AdapterUnloadedError if a restored request uses one that it did not use
-        before: the name of its model may now be an adapter's."""
+        """Notes used adapters. Raises AdapterUnloadedError if a restored request would use another one."""
         if not self.context.is_restored:
             self.context.adapters = used
         elif not {*used} <= {*self.context.adapters}:
@@ -189,7 +184,6 @@ class KeptReply:
         self._expire_later()
 
     def end(self, error: LlamaclustError) -> None:
-        """Ends the log with an error, unless it has already ended."""
         self.log.fail(error)
         self.progressed.set()
 
@@ -201,8 +195,7 @@ class KeptReply:
         self._expire_later()
 
     async def aclose(self) -> None:
-        """Ends the reply, with an error if it is unfinished, and waits until nothing of it runs. Exception: a running
-        `begin` only notices the end."""
+        """Ends the reply, with an error if unfinished, and waits until nothing of it runs except a `begin`."""
         if self._timer is not None:
             self._timer.cancel()
         self.end(RequestCancelledError())
@@ -219,8 +212,7 @@ class KeptReply:
         self._timer = asyncio.get_running_loop().call_later(kept_s, self._owner.expired, self)
 
     def _grow(self, prompt: int, chunk: TextChunk) -> None:
-        """Counts the bytes of a chunk. Raises HttpError if the reply is too large, and LlamaclustError if it was ended
-        because all replies together are."""
+        """Counts a chunk's bytes. Raises HttpError for a too large reply, LlamaclustError if it was ended before."""
         packed = self.log.content.storage is RowStorage.PACKED
         rows = len(chunk.rows) + len(chunk.prompt_rows)
         data_bytes = len(chunk.text) + _TOP_BYTES * (chunk.entries - rows)
@@ -282,8 +274,7 @@ class KeptReply:
                 yield part
 
     async def acknowledged(self) -> bytes:
-        """Waits for a background reply to begin, and returns its acknowledgement. Raises the error that ended the reply
-        before."""
+        """Returns a background reply's acknowledgement once it has begun. Raises the error that ended it before."""
         with self.reading() as reader:
             while self.acknowledgement is None:
                 self.log.raise_error()
@@ -291,8 +282,7 @@ class KeptReply:
         return self.acknowledgement
 
     async def whole(self) -> JsonBody:
-        """Waits for the end of a reply that is not streamed, and returns its JSON. Raises the error that ended it. The
-        JSON of a kept reply is rendered at once, so that the reply is complete even if its reader leaves."""
+        """Waits for the end of the reply and returns its JSON, or raises its error. A kept one is rendered at once."""
         with self.reading():
             await self.log.wait_over()
             parts = self.log.parts()
@@ -303,7 +293,6 @@ class KeptReply:
                 return one_part(b"".join([part async for part in body]))
 
     async def value(self) -> Any:
-        """Returns the JSON value of a complete reply, even if it is streamed."""
         parts = self.log.parts()
         return await off_loop_if(is_large(self._entries(parts)), partial(self._new_view().whole, parts))
 
@@ -317,8 +306,7 @@ class KeptReply:
 
 
 class _Sizes:
-    """Computes an upper bound of what the next entry of a log shows. Chunks that begin or end an answer, or begin a
-    call, may show all prompts and all earlier text."""
+    """Bounds what a log's next entry shows: ends, and beginnings of answers and calls, may show all earlier text."""
 
     def __init__(self, log: AnswerLog) -> None:
         self._log = log
@@ -326,7 +314,6 @@ class _Sizes:
         self._entries = 0  # so far
 
     def next(self, prompt: int, item: LogItem) -> int:
-        """Returns a bound on the tokens and logprobs in the events of the next entry."""
         if not isinstance(item, TextChunk):
             return 0
         self._entries += item.entries

@@ -14,17 +14,14 @@ from llamaclust.core.sampling import RowResult
 
 _RECORDED_ROWS = 64
 _RECORDED_S = 1.0
-"""The longest wait of a row for others with which it is recorded. It bounds how much of a slow stream is computed again
-after a restart."""
+"""The longest wait of a row for others to be recorded with: it bounds what a restart computes again."""
 
 
 class Recording:
-    """Records the tokens of a request's choices. First tokens of a restored request are recorded sooner, so that the
-    request progresses even if the coordinator soon ends again."""
+    """Records the tokens of a request's choices. First tokens of a restored request are recorded sooner."""
 
     def __init__(self, journal: Journal, context: RequestContext, progressed: asyncio.Event) -> None:
-        """Makes the recording. `progressed` is set at the first new token of a restored request that was not yet
-        recorded."""
+        """`progressed` is set at the first token of a restored request that was not recorded before."""
         self._journal = journal
         self._id = context.id
         self._is_restored = context.is_restored
@@ -36,8 +33,7 @@ class Recording:
         self._oldest_s = 0.0  # of these rows
 
     def follow(self, log: AnswerLog) -> None:
-        """Records the tokens if they suffice to continue the answers. For restored requests with other answers, only
-        records that they progress."""
+        """Records tokens if they suffice to continue the answers; otherwise only that a restored request progresses."""
         needs_more = any(
             each.top_logprobs or each.score_from is not None or each.params.needs_state for each in log.generations
         )

@@ -32,8 +32,7 @@ _MAX_SLOTS = 130
 
 
 def new_context(headers: Headers, endpoint: str, settings: ApiSettings) -> RequestContext:
-    """Makes the context of a new request. `settings`: the settings of its model. Raises HttpError for a header that is
-    not a valid name."""
+    """Makes the context of a new request to a model with these settings. Raises HttpError for a bad header."""
     trace = current_trace.get()
     return RequestContext(
         id=secrets.token_hex(12),
@@ -52,9 +51,8 @@ def new_context(headers: Headers, endpoint: str, settings: ApiSettings) -> Reque
 
 
 def identified(request: CompletionRequest, context: RequestContext, prompt: int) -> CompletionRequest:
-    """Returns the completion request of one prompt with its seed and recorded tokens. Whether a grammar applies to
-    calls depends on its compile time, so the first computation decides and later ones follow. Raises WorkerError if the
-    grammar could not be made again."""
+    """Returns a prompt's completion request with its seed and recorded tokens. The first computation decides whether a
+    grammar applies to calls, since that depends on time. Raises WorkerError if the grammar cannot be made again."""
     named = replace(
         request,
         request_id=context.id if prompt == 0 else f"{context.id}-p{prompt}",
@@ -87,8 +85,7 @@ def _name(headers: Headers, header: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A part of a stream. Events of one slot have the same order each time the reply is computed. Events of different
-    slots may come in any order."""
+    """A part of a stream. The events of one slot have the same order each time the reply is computed."""
 
     slot: int  # index of a choice; one past the last for what belongs to none
     value: Any  # rendered as JSON; bytes are the text itself
@@ -96,13 +93,11 @@ class Event:
 
 
 class View(ABC):
-    """Converts the entries of an answer's log to the form of one client. Each reader has its own view. For large
-    entries, methods are called on a thread."""
+    """Shows the entries of an answer's log to one reader in its form; for large entries, called on a thread."""
 
     @abstractmethod
     def frames(self, prompt: int, item: LogItem) -> Iterable[Event]:
-        """Yields the events that the next entry adds, including those at the beginning of the stream and at the end of
-        an answer. The caller renders each event before it takes the next one."""
+        """Yields the events that the next entry adds. The caller renders each before it takes the next one."""
 
     @property
     def error_fields(self) -> Mapping[str, Any]:
@@ -119,15 +114,12 @@ class View(ABC):
 
 
 MakeView = Callable[[AnswerLog], View]
-"""Makes a view of a log that has begun or ended."""
 Requests = Callable[[], Awaitable[Sequence[CompletionRequest]]]
 """Prepares the completion requests of a body, one per prompt. Raises an error to refuse the body."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """The description of a reply, independent of connections."""
-
     service: TextService
     requests: Requests
     view: MakeView
@@ -136,8 +128,7 @@ class Reply:
     with_progress: bool = False
     keeps_chunks: bool = False  # a reply needs the chunks of its answer until it ends, since it shows logprobs by them
     has_measurements: bool = False
-    """True if the stream shows times or cached tokens before its last event, so that its bytes change if the reply is
-    computed again."""
+    """True if the stream shows times or cached tokens early: its bytes change if it is computed again."""
     acknowledgement: bytes | None = None
     """JSON for a client that does not wait for its (background) reply; None: the client waits."""
     is_stored: bool = False  # a view has an effect once its answer is complete, so that it is made without a client too
@@ -159,8 +150,7 @@ class Reply:
         return LogContent(RowStorage.CHUNKS if is_kept else RowStorage.STREAMED, self.timed, self.with_progress)
 
     def sizes(self, asked: Sequence[CompletionRequest], generations: Sequence[GenerationRequest]) -> list[ReplySize]:
-        """Returns bounds on the memory of each prompt's answers. Only the first answer of a stream is read while it is
-        computed; the others are held until their turn."""
+        """Returns bounds on the memory of each prompt's answers. Only a stream's first answer is read meanwhile."""
         first = MAX_UNREAD_ROWS if self._storage is RowStorage.STREAMED else None
         return [
             ReplySize.of(generation, request.n, self._storage, None if prompt else first)
@@ -185,8 +175,6 @@ def read_position(text: str, param: str) -> Position:
 
 @dataclass(slots=True)
 class Framing:
-    """Renders the events of a stream for one client."""
-
     form: StreamFormat
     request_id: str
     keepalive_s: float
@@ -198,8 +186,7 @@ class Framing:
     _numbers: Position = field(default_factory=Counter)
 
     def shown(self, view: View, prompt: int, item: LogItem, *, is_large: bool = False) -> list[bytes]:
-        """Renders the events that the next entry adds. Large events are rendered in pieces, so that other threads can
-        run in between."""
+        """Renders the next entry's events, large ones in pieces, so that other threads can run in between."""
         return self.parts(view.frames(prompt, item), is_large=is_large)
 
     def parts(self, events: Iterable[Event], *, is_large: bool = False) -> list[bytes]:

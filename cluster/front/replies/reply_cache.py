@@ -79,8 +79,7 @@ class ReplyCache:
         await kept.aclose()
 
     async def left(self, kept: KeptReply, has_all: bool) -> None:
-        """Notes that a connection has ended. If it received the whole reply, or the reply ends with it, a later
-        coordinator computes the reply only if a client reads it again. A background reply is not affected."""
+        """Notes a connection's end. After a restart, a reply that was read is computed only if it is read again."""
         if self.journal is not None and (has_all or not kept.is_kept) and not kept.context.is_background:
             self.journal.sent(kept.context.id)
         if not kept.is_kept:
@@ -99,8 +98,7 @@ class ReplyCache:
     # -- called by replies ---------------------------------------------------------------------------------------------
 
     def admit(self, kept: KeptReply, body: bytes) -> asyncio.Future[None]:
-        """Journals a request. It must be called right after the completions were submitted, before their first token.
-        The future is done when the request is on disk, or with an error."""
+        """Journals a request between its submission and its first token. The future is done when it is on disk."""
         assert self.journal is not None
         context, limit_s = kept.context, self.settings.request_s
         return self.journal.admit(replace(journalled(context, body), admitted=Instant.now(), limit_s=limit_s))
@@ -109,9 +107,8 @@ class ReplyCache:
         self._ending.start(self.forget(kept))
 
     def grew(self, kept: KeptReply, more_bytes: int) -> None:
-        """Counts the bytes by which a reply grew or shrank. If the replies of the client, or of all clients, are too
-        large, complete ones without readers are evicted first. Then running ones fail: unread ones first, and larger
-        ones first. Those of the client with the most bytes come before all others."""
+        """Counts the growth of a reply. If all replies, or its client's, are too large, complete replies without
+        readers are evicted; then running ones fail, unread and large ones first, the largest client's before others."""
         if (entry := self._entries.get(kept.context.id)) is None:
             return
         self._held_bytes.take(entry.client, more_bytes)
@@ -142,7 +139,6 @@ class ReplyCache:
         return entry is not None
 
     def _fail(self, entries: Iterable[_Entry]) -> bool:
-        """Ends a running reply with an error. Returns False if there is none."""
         running = [entry for entry in entries if entry.kept.is_running and entry.kept.held_bytes]
         largest = max(running, key=self._failure_rank, default=None)
         if largest is not None:
@@ -161,8 +157,7 @@ class ReplyCache:
     # -- those of clients ----------------------------------------------------------------------------------------------
 
     def named(self, owner: str, name: str) -> KeptReply | None:
-        """Finds a reply by its id, with or without the prefix that replies show, or by a name that its client gave it:
-        a conversation, or else an idempotency key."""
+        """Finds a reply by its id, with or without a prefix, or by its client's conversation or idempotency key."""
         request_id = name.replace("_", "-").rpartition("-")[2]
         for found in (request_id, *(self._ids.get((owner, kind, name), "") for kind in (_CONVERSATION, _KEY))):
             entry = self._entries.get(found)
@@ -176,8 +171,7 @@ class ReplyCache:
         return None if entry is None else entry.kept
 
     def same(self, context: RequestContext, body: bytes) -> KeptReply | None:
-        """Returns the reply to the same request, sent earlier with the same idempotency key. Raises HttpError if the
-        key belongs to a different request."""
+        """Returns the reply to this request under its idempotency key. Raises HttpError if another one has the key."""
         key = context.idempotency_key
         entry = self._entries.get(self._ids.get((context.owner, _KEY, key), ""))
         if entry is None:
@@ -187,8 +181,7 @@ class ReplyCache:
         return entry.kept
 
     def _make_room(self, client: str, body_bytes: int) -> None:
-        """Makes room for another reply of the client. Evicts complete replies: the client's own, or also those of
-        clients that hold more. Raises HttpError if that is not enough."""
+        """Evicts complete replies of the client, or of clients that hold more. Raises HttpError if room is lacking."""
         for shares, more in (self._held_bytes, body_bytes), (self._replies, 1):
             while not shares.fits(client, more):
                 own = shares.held[client]

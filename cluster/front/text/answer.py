@@ -15,8 +15,7 @@ from llamaclust.model.chat.tools.events import AnswerEvent, ReasoningText, merge
 
 
 class PackedRows(Sequence[RowResult]):
-    """Rows as packed arrays of tokens, logprobs and likeliest alternatives. Other values of a row are dropped. Each
-    read makes a new RowResult."""
+    """Rows as packed arrays of tokens, logprobs and likeliest alternatives. Each read makes a new RowResult."""
 
     __slots__ = ("_ends", "_logprobs", "_tokens", "_tops")
 
@@ -67,19 +66,15 @@ _MOST_EVENTS = 1024
 
 
 def json_logprob(value: float) -> float:
-    """Returns a float32 logprob for JSON, with enough digits to restore the same float32. Minus infinity, which JSON
-    lacks, becomes -9999."""
+    """Returns a logprob with digits that restore its float32; -9999 for minus infinity, which JSON lacks."""
     return value if math.isfinite(value) else _LEAST_LOGPROB
 
 
 @dataclass(frozen=True, slots=True)
 class TextChunk:
-    """A part of an answer that one step adds to the choice `index`.
-
-    Text may come later than its tokens, because of incomplete characters or possible stop strings. `rows` has all
-    sampled tokens with their logprobs, including tokens whose text is not shown: the end token and stop strings.
-    `offsets[i]`, if the server counts offsets, is the position of the text of `rows[i]` in the answer, in characters.
-    """
+    """A part of an answer that one step adds to the choice `index`. Text may come later than its tokens, because of
+    incomplete characters and possible stop strings. `rows`: all sampled tokens, even without shown text (end token,
+    stop strings). `offsets[i]`, if counted: the position in the answer of the text of `rows[i]`, in characters."""
 
     index: int = 0
     text: str = ""
@@ -113,7 +108,6 @@ class TextChunk:
 
     @property
     def prompt_logprobs(self) -> tuple[float, ...]:
-        """The float32 logprobs of the scored prompt tokens; -9999 stands for minus infinity."""
         return tuple(json_logprob(row.logprob) for row in self.prompt_rows)
 
 

@@ -17,8 +17,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptProgr
 from llamaclust.core.errors import DeadlineError
 
 MAX_UNREAD_ROWS = 4096
-"""The largest number of unread rows in a streamed log. Rows that existed when the reader began with their prompt do not
-count."""
+"""The most unread rows in a streamed log, without those present when the reader began with their prompt."""
 
 LogItem = TextChunk | PromptProgress
 Entry = tuple[int, LogItem]
@@ -36,8 +35,6 @@ class Timed(Enum):
 
 @dataclass(frozen=True, slots=True)
 class LogContent:
-    """The parts of an answer that readers of its log need."""
-
     storage: RowStorage
     timed: Timed = Timed.NEVER
     with_progress: bool = False  # how far the prompts are computed
@@ -49,12 +46,9 @@ class _PromptEnd:
 
 
 class AnswerLog:
-    """An append-only log. Entries are in the order of their prompts, whichever prompt is computed first, so that the
-    log is the same if the request is computed again.
-
-    A log of STREAMED rows drops each entry when its only reader takes it. A log of CHUNKS keeps all entries. A log of
-    PACKED rows has no entries, only the complete answers at its end.
-    """
+    """An append-only log. Entries are in the order of prompts, however they are computed, so that a second computation
+    gives the same log. STREAMED logs drop each entry when their only reader takes it, CHUNKS keep all; PACKED logs have
+    no entries, only complete answers at their end."""
 
     def __init__(self, *subscribers: Subscriber, is_held: bool = False) -> None:
         """Makes a log. With `is_held`, readers get nothing before `release`."""
@@ -81,8 +75,7 @@ class AnswerLog:
         return self.ended_s is not None
 
     def begin(self, generations: Sequence[GenerationRequest], content: LogContent) -> None:
-        """Begins the answers to these prompts and drops those of an earlier attempt. Without prompts, the log ends at
-        once."""
+        """Begins the answers and drops those of an earlier attempt. Without prompts, the log ends at once."""
         self.clear()
         self.generations, self.content = generations, content
         self._is_packed = content.storage is RowStorage.PACKED
@@ -108,8 +101,7 @@ class AnswerLog:
         self._put(prompt, item)
 
     def end(self, prompt: int, error: BaseException | None = None) -> None:
-        """Ends the answer to a prompt. With an `error`, the log ends after the entries of this prompt and earlier
-        ones."""
+        """Ends a prompt's answer. After an `error`, the log ends with the entries of this prompt and earlier ones."""
         if self.ended_s is None:
             self._put(prompt, _PromptEnd(error))
 
@@ -129,8 +121,7 @@ class AnswerLog:
         self._packed.clear()
 
     def parts(self) -> list[list[TextChunk]]:
-        """Returns for each prompt its answers if rows are packed, otherwise its chunks. The log must have ended. Raises
-        the error of the log."""
+        """Returns each prompt's answers, or its chunks if rows are not packed. Raises the error of the ended log."""
         self.raise_error()
         parts: list[list[TextChunk]] = [[] for _ in self.generations]
         for (prompt, _), collected in sorted(self._packed.items(), key=itemgetter(0)):
@@ -141,7 +132,6 @@ class AnswerLog:
         return parts
 
     async def chunks(self) -> AsyncGenerator[TextChunk, None]:
-        """Yields the chunks as they arrive. Raises the error that ended the log."""
         with LogReader(self) as reader:
             while not reader.is_at_end:
                 if (entry := reader.take()) is None:
@@ -228,8 +218,7 @@ class AnswerLog:
 
 
 class LogReader:
-    """Reads a log from its beginning. It is a context manager. One timer serves many waits, because most waits are
-    shorter than the time to set and cancel a timer."""
+    """Reads a log from its beginning. One timer serves many waits, which are shorter than setting a timer."""
 
     def __init__(self, log: AnswerLog) -> None:
         self._log = log
@@ -258,8 +247,7 @@ class LogReader:
         return entry
 
     async def wait(self, idle_s: float | None = None) -> bool:
-        """Waits for something to read. Returns False if nothing came for `idle_s`. May be cancelled and called
-        again."""
+        """Waits for something to read. Returns False after `idle_s` without it. May be cancelled and called again."""
         loop = asyncio.get_running_loop()
         self._is_silent = False
         if idle_s is not None:

@@ -1,5 +1,4 @@
-"""Constraints on a chat's answer. Calls must conform to the schemas of their tools, and other answers to the form that
-the request states."""
+"""Constraints on a chat's answer: calls conform to their tools' schemas, other answers to the request's form."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _ORIGIN: Final = "tools"
 _MOST_CHECKS: Final = 64
-"""The largest number of checks in the search for tools whose schemas cannot be enforced. Tools that are not checked by
-then are not constrained."""
+"""The most checks in the search for schemas that cannot be enforced; tools not checked are not constrained."""
 
 _log = logging.getLogger(__name__)
 
@@ -31,10 +29,9 @@ _log = logging.getLogger(__name__)
 async def answer_grammar(
     chat: ChatRequest, reading: AnswerReading | None, tokenizer: Tokenizer, checker: GrammarChecker
 ) -> Grammar | None:
-    """Returns the grammar of a chat's answer: only calls if the request requires them, otherwise calls or an answer in
-    the request's form. If a tool's schema cannot be enforced, the tool's arguments may be any JSON object and the
-    schema is reported as without effect. Raises ParameterError if the request's form cannot be enforced, DeadlineError
-    if a check takes too long."""
+    """Returns the grammar of a chat's answer: only calls if they are required, otherwise calls or the request's form.
+    If a tool's schema cannot be enforced, its arguments may be any JSON object and the schema is reported. Raises
+    ParameterError if the request's form cannot be enforced, DeadlineError if a check is late."""
     is_required, other = chat.tool_use.mode is ToolMode.REQUIRED, chat.answer.grammar
     if reading is None or not reading.tools:
         return other
@@ -68,8 +65,6 @@ def _unobeyed(schemas: Mapping[str, NormalSchema], free: Iterable[str]) -> list[
 
 
 class _Calls:
-    """Makes grammars of a chat's calls, and finds the tools whose schemas can be enforced."""
-
     def __init__(
         self,
         chat: ChatRequest,
@@ -87,8 +82,7 @@ class _Calls:
         self._is_over = False  # a check met the guard against hostile grammars: further ones could take as long
 
     async def find(self, tools: Tools) -> tuple[Grammar | None, set[str]]:
-        """Returns the grammar of calls to all tools, and the names of the tools whose arguments it does not
-        constrain."""
+        """Returns the grammar of calls to all tools, and the tools whose arguments it does not constrain."""
         try:
             return await self._check(tools), set()
         except ParameterError:
@@ -126,8 +120,7 @@ class _Calls:
             raise
 
     def _grammar(self, tools: Tools) -> Grammar | None:
-        """Makes the grammar of calls. Returns None if calls are optional and no text marks their beginning. Raises
-        ParameterError if the grammar is too long."""
+        """Returns None if calls are optional and nothing marks their beginning. Raises ParameterError if too long."""
         if self._use.mode is ToolMode.REQUIRED:
             start = CallStart.THOUGHT if self._reading.is_thinking else CallStart.ANSWER
         else:
@@ -143,8 +136,7 @@ class _Calls:
 
 
 def _largest_half(tools: Mapping[str, Schema]) -> set[str]:
-    """Returns the half of the tools with the longest schemas, for tools whose schemas together are too large for a
-    grammar."""
+    """Returns the half of the tools with the longest schemas, as all together are too large for a grammar."""
     names = sorted(tools, key=lambda name: -len(str(tools[name])))
     return {*names[: -(-len(names) // 2)]}
 

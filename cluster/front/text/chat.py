@@ -64,8 +64,7 @@ class ChatFormat:
         """True if the template shows contents only as lists of parts."""
 
     async def get(self) -> ToolFormat:
-        """Returns the form of answers. Raises DeadlineError if deriving it takes too long; the next call tries
-        again."""
+        """Raises DeadlineError if deriving takes too long; the next call tries again."""
         async with deadline("the chat template's form", _MAX_WAIT_S), self._lock:
             if self._form is None:
                 self._takes_parts = await run_on(RENDERING, self._needs_parts)
@@ -84,8 +83,7 @@ class ChatFormat:
         return markers.public(unguarded(text))
 
     async def completion(self, chat: ChatRequest, check: Callable[[int], None]) -> CompletionRequest:
-        """Returns the completion request for a chat, without the grammar of its calls. `check` gets the number of
-        characters, and raises an error if they are too many."""
+        """Returns the request without the grammar of calls. `check` gets the number of characters, may refuse it."""
         markers = ImageMarkers()
         chat = replace(chat, messages=markers.mark(chat.messages))
         check(await run_on(TOKENIZING, chat.count_characters))
@@ -109,8 +107,7 @@ class ChatFormat:
         return source_of(piece, images)
 
     async def _rendered(self, chat: ChatRequest) -> tuple[str, AnswerReading | None]:
-        """Returns the guarded prompt (see `model.chat.prompt`) and the reading of the answer. If the template refuses
-        calls, they are rendered as text. Raises RequestError if it refuses the messages in every form."""
+        """Returns the guarded prompt and the answer's reading. Refused calls become text. Raises RequestError."""
         form = await self.get()
         taken = _TEMPLATE_ARGUMENTS & chat.variables.keys()
         if taken:
@@ -144,8 +141,7 @@ class ChatFormat:
         return text + begun, chat.reading(form, opened_reasoning(form, text) + unguarded(begun))
 
     async def _accepted_text(self, messages: list[dict[str, Any]], more: dict[str, Any]) -> str:
-        """Renders the messages in the first form that the template accepts with the system message, or else in the
-        first form that it accepts. If it refuses all, raises the TemplateRefusalError about the original messages."""
+        """Renders the messages in the first accepted form, preferably with the system message, or raises a refusal."""
         refusal, shortened = None, None
         for accepted in chain([messages], accepted_forms(messages)):
             shown = [*map(_with_parts, accepted)] if self._takes_parts else accepted
@@ -164,8 +160,7 @@ class ChatFormat:
         return shortened
 
     def _guarded(self, chat: ChatRequest, history: ToolFormat) -> list[dict[str, Any]]:
-        """Returns the messages, followed by a dict of the template's variables, all with GUARD in their control words.
-        The variables include those that llama.cpp sets, because some publishers' templates need them."""
+        """Returns the messages and the template's variables, also llama.cpp's, with GUARD in control words."""
         tools, today = chat.offered_tools, datetime.fromtimestamp(chat.created).astimezone()
         variables = {
             "date_string": today.strftime("%d %b %Y"),
@@ -177,8 +172,7 @@ class ChatFormat:
         return guard_messages([*template_messages(history, chat.messages, tools), variables], self._tokenizer)
 
     def _needs_parts(self) -> bool:
-        """Returns True if the template shows a content only as a list of parts, as templates of some vision models
-        do."""
+        """True if the template shows contents only as lists of parts, like those of some vision models."""
         source = self._template.source or ""
         if not any(word in source for word in _PART_TYPES):
             return False
@@ -208,7 +202,6 @@ class ChatFormat:
 
 
 def _with_parts(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a message whose content, if it is a text, is a list of one part."""
     content = message.get("content")
     return {**message, "content": [text_part(content)]} if isinstance(content, str) else dict(message)
 
@@ -216,9 +209,8 @@ def _with_parts(message: Mapping[str, Any]) -> dict[str, Any]:
 def answer_reasoning(
     reading: AnswerReading | None, budget: ReasoningBudget | None, grammar: Grammar | None, tokenizer: Tokenizer
 ) -> Reasoning | None:
-    """Returns how the engine follows the reasoning in an answer. Returns None if the reasoning cannot be told from the
-    content, or nothing depends on it. `grammar`: a grammar that does not cover the reasoning. Raises ParameterError if
-    the budget's message contains the tag that ends the reasoning."""
+    """Returns how the engine follows reasoning; None if it cannot be told from content, or nothing depends on it.
+    `grammar`: one that does not cover reasoning. Raises ParameterError if the budget's message has the end tag."""
     calls_end = reading is not None and reading.form.calls_end_reasoning and (grammar is None or bool(grammar.triggers))
     found = None if reading is None else _open_or_closed(reading, calls_end=calls_end)
     if found is None:
@@ -236,8 +228,7 @@ def answer_reasoning(
 
 
 def _open_or_closed(reading: AnswerReading, *, calls_end: bool) -> Reasoning | None:
-    """Returns the tags of reasoning, and whether the prompt leaves reasoning open. Returns None if the tags cannot be
-    followed."""
+    """Returns the tags of reasoning and whether the prompt leaves it open; None if they cannot be followed."""
     found = _tags(reading.form)
     if found is None or any(len(text.encode()) > MAX_TRIGGER_BYTES for text in (*found.begins, *found.ends)):
         return None

@@ -38,8 +38,7 @@ _QUEUE_S = 120.0
 _TURN_TOKENS = 1 << 16
 """The most prompt tokens of choices that are submitted in one turn of the event loop. A single choice may have more."""
 SCORED_TOKENS = 256
-"""The number of scored prompt tokens in a chunk. Each chunk begins at a multiple of this number, except the first one.
-"""
+"""The number of scored prompt tokens in a chunk. Chunks after the first begin at multiples of this number."""
 
 
 Choice = tuple[GenerationRequest, "ChoiceText"]
@@ -47,16 +46,14 @@ Choice = tuple[GenerationRequest, "ChoiceText"]
 
 
 class Completion:
-    """All choices of one prompt. Their chunks are appended to a log as they arrive. `aclose` ends the choices that
-    still run. An error ends all choices. Later choices are submitted after the first one has computed the prompt, so
-    that they find it in the prefix cache. If the queue is then full, they wait for a place up to a limit, because the
-    request has already been accepted."""
+    """All choices of one prompt, whose chunks are appended to a log. `aclose` ends the running choices, an error ends
+    all. Later choices wait until the first has computed the prompt, which they find in the prefix cache; if the queue
+    is then full, they wait up to a limit, because the request was accepted."""
 
     def __init__(
         self, engine: Engine, choices: Sequence[Choice], log: AnswerLog, prompt: int, on_close: Callable[[], None]
     ) -> None:
-        """Submits the first choice. Raises the engine's errors. `prompt`: the index of the prompt in the log, which
-        must have begun."""
+        """Submits the first choice. Raises the engine's errors. The log, with this prompt's index, must have begun."""
         self.generation = choices[0][0]
         self._engine = engine
         self._on_close = on_close
@@ -107,8 +104,7 @@ class Completion:
             await asyncio.sleep(_PROGRESS_S)
 
     def _show_progress(self) -> None:
-        """Appends the progress of the prompt: first only the cached tokens, then the growing number of computed
-        tokens."""
+        """Appends the prompt's progress: first the cached tokens, then the growing number of computed ones."""
         request = self._choices[0].request
         now = None if request is None else request.progress
         if now is None:
@@ -147,8 +143,7 @@ class Completion:
 
 
 class _Running:
-    """Converts a choice's events to text within the engine's calls, as its `Sink`. A separate task for each choice
-    would double the time per token."""
+    """Converts events to text within the engine's calls: a task for each choice would double the time per token."""
 
     def __init__(self, owner: Completion, generation: GenerationRequest, text: ChoiceText, timed: Timed) -> None:
         self.generation = generation
@@ -206,8 +201,7 @@ class _Running:
 
 
 class ChoiceText:
-    """Converts the events of one choice to chunks. The chunks do not depend on how many prompt tokens the engine
-    computes at a time."""
+    """Converts a choice's events to chunks, however many prompt tokens the engine computes at a time."""
 
     def __init__(
         self,
@@ -298,8 +292,7 @@ class ChoiceText:
 
 
 class StopPattern:
-    """A stop string and its table for finding it, which all choices of a request share. Its states are the numbers of
-    its characters that the text read so far ends with."""
+    """A stop string and its search table. A state is how many of its characters the text read so far ends with."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -312,8 +305,7 @@ class StopPattern:
             self._fallback[i] = length
 
     def next_state(self, state: int, character: str) -> int:
-        """Returns the state after one more character. The string is complete if the state is its length, after which
-        this method must not be called again."""
+        """Returns the next state. A state equal to the string's length means that it is complete, and is the last."""
         while state and character != self.text[state]:
             state = self._fallback[state - 1]
         return state + (character == self.text[state])
@@ -321,13 +313,11 @@ class StopPattern:
 
 @lru_cache(maxsize=8)
 def stop_patterns(strings: tuple[str, ...]) -> tuple[StopPattern, ...]:
-    """Returns the patterns of stop strings. The prompts of a request share them."""
     return tuple(map(StopPattern, strings))
 
 
 class StopStrings:
-    """Finds stop strings in a text that arrives in pieces, and holds back text that may begin one. The cost per
-    character does not depend on the lengths of the strings."""
+    """Finds stop strings in text that comes in pieces; their lengths do not change the cost per character."""
 
     def __init__(self, patterns: Sequence[StopPattern]) -> None:
         self._patterns = patterns
@@ -336,8 +326,7 @@ class StopStrings:
         self.matched: str | None = None  # the stop string that was found; the stream has ended then
 
     def push(self, text: str) -> str:
-        """Returns the text that certainly precedes any stop string. The first stop string to be completed ends the
-        text. If one character completes several, the one that began first counts."""
+        """Returns text before any stop string. The first completed one counts; on a tie, the one that began first."""
         if not self._patterns or self.matched is not None:
             return "" if self.matched is not None else text
         text = self._held + text
@@ -350,7 +339,6 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def _step(self, character: str) -> list[str]:
-        """Reads a character, and returns the stop strings that it completes."""
         pairs = zip(self._patterns, self._states, strict=True)
         self._states = [pattern.next_state(state, character) for pattern, state in pairs]
         pairs = zip(self._patterns, self._states, strict=True)

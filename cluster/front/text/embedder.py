@@ -1,5 +1,4 @@
-"""Embeddings and reranking scores. Hidden states are pooled in token order and in float64, so that the result does not
-depend on how layers are distributed over workers."""
+"""Embeddings and reranking scores, pooled in token order in float64, so that the layers' placement does not matter."""
 
 from __future__ import annotations
 
@@ -29,13 +28,10 @@ Float64 = NDArray[np.float64]
 Vector = NDArray[np.float32]
 
 EUCLIDEAN = 2
-"""The default norm of embeddings."""
 _INT16 = 32760.0
 
 
 class Pooler:
-    """Pools the hidden states of one prompt as they come."""
-
     def __init__(self, pooling: Pooling) -> None:
         self._pooling = pooling
         self._rows: list[Float64] = []  # of Pooling.MEAN: one row, their sum
@@ -62,8 +58,7 @@ def normalized(vector: Float64, norm: int = EUCLIDEAN) -> Vector:
 
 
 def _length(vector: Float64, norm: int) -> float:
-    """Returns the number by which the vector is divided. Sums are exact before they are rounded, so that all
-    instruction sets agree."""
+    """Returns the divisor of the vector. Sums are exact before rounding, so that all instruction sets agree."""
     if norm < 0:
         return 1.0
     magnitudes: Sequence[float] = np.abs(vector).tolist()
@@ -83,8 +78,7 @@ _MOST_SUBMITTED = 16
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingOptions:
-    """Options of embeddings. `norm`: see `normalized`; without pooling, vectors are not normalized. `dimensions`: the
-    number of leading channels to keep; None: all."""
+    """`norm`: see `normalized`; without pooling, there is none. `dimensions`: leading channels to keep; None: all."""
 
     pooling: Pooling
     norm: int = EUCLIDEAN
@@ -113,9 +107,8 @@ class Embedder:
         self._engine = engine
 
     async def embed(self, prompts: Sequence[tuple[int, ...]], options: EmbeddingOptions) -> list[Embedding]:
-        """Returns the embeddings in the order of the prompts. An error or a cancellation ends all prompts. Raises
-        ParameterError for a prompt that is empty, too long or has unknown ids, QueueFullError if there is no place for
-        the first prompt, WorkerError, and DeadlineError if the prompts together take longer than a request may."""
+        """Returns embeddings in order. An error or a cancellation ends all. Raises ParameterError for a bad prompt,
+        QueueFullError without a place for the first, WorkerError, DeadlineError if they exceed a request's time."""
         group = secrets.token_hex(12)
         requests = [_request(f"{group}-{index}", group, prompt, options) for index, prompt in enumerate(prompts)]
         first = self._engine.submit(requests[0])

@@ -1,5 +1,4 @@
-"""Rows of images that an encoder computed: shared by requests, bounded together with prepared tiles, and computed
-once."""
+"""Rows of images from an encoder: computed once, shared by requests, and bounded together with prepared tiles."""
 
 from __future__ import annotations
 
@@ -39,7 +38,6 @@ class RowLimits:
 
     @classmethod
     def of(cls, free_bytes: int) -> Self:
-        """Returns the limits on a machine with this much free memory."""
         held_bytes = min(_MOST_BYTES, free_bytes // _SHARE)
         return cls(held_bytes // _KEPT, held_bytes)
 
@@ -53,15 +51,12 @@ class RowMemoryError(QueueFullError):
 
 
 class Sized(Protocol):
-    """Memory that can be referred to weakly."""
-
     @property
     def nbytes(self) -> int: ...
 
 
 class RowCache:
-    """The rows of images by digest. The latest are kept, and those that a request uses stay known as long as it does.
-    Tiles that wait for the encoder count in the same limit of memory. Not thread-safe."""
+    """Rows of images by digest: the latest, and those in use. Waiting tiles count in the limit. Not thread-safe."""
 
     def __init__(self, limits: RowLimits | None = None) -> None:
         self._limits = limits or RowLimits()
@@ -106,8 +101,7 @@ class RowCache:
             self._reserved_bytes -= size
 
     def make_room(self, size: int) -> None:
-        """Forgets kept rows for `size` bytes. Raises ParameterError if they are more than all may have, and
-        RowMemoryError if there is too little."""
+        """Forgets unused rows. Raises ParameterError if `size` exceeds the limit, RowMemoryError if others take it."""
         self.check(size)
         lacking_bytes = self.held_bytes + size - self._limits.held_bytes
         if lacking_bytes <= 0:
@@ -151,8 +145,7 @@ class _Running(Generic[_Value]):
 
 
 class SharedComputations(Generic[_Value]):
-    """Computations by key. Callers with equal keys wait for the same computation, and all get its result or error. It
-    is cancelled if all of them are."""
+    """Computations by key, shared by callers with equal keys. A computation without callers is cancelled."""
 
     def __init__(self) -> None:
         self._running: dict[bytes, _Running[_Value]] = {}

@@ -12,13 +12,10 @@ from typing import Any, Final
 from llamaclust.core.errors import ParameterError
 
 MAX_IMAGES: Final = 64
-"""The largest number of images in a request."""
 MAX_IMAGES_BYTES: Final = 32 << 20
-"""The largest size of all images of a request."""
 
 MEDIA_MARKER: Final = f"<__media_{token_hex(16)}__>"
-"""The text that stands for an image in prompts of llama.cpp's API. `GET /props` shows it. It is random, so that a text
-has it only on purpose."""
+"""llama.cpp's text for an image, shown by `GET /props`. It is random, so that a text has it only on purpose."""
 PLAIN_MARKER: Final = "<__media__>"
 """The marker of llama.cpp's older versions, for prompts without the random one."""
 
@@ -77,15 +74,13 @@ def parts_of(content: Content) -> list[Part]:
 
 
 def image_urls(messages: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Returns the URLs of all images in the messages, in their order."""
     contents = (message.get("content") for message in messages)
     parts = (part for content in contents if isinstance(content, list) for part in content)
     return [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
 
 
 class ImageMarkers:
-    """The texts that stand for the images of one chat while its template is rendered. They are random, so that no
-    message has them, and consist of letters and digits, so that no template changes them."""
+    """Texts in place of a chat's images while its template is rendered: random, of letters and digits only."""
 
     def __init__(self) -> None:
         self._word = f"image{token_hex(16)}n"
@@ -93,8 +88,7 @@ class ImageMarkers:
         self._parts: list[dict[str, Any]] = []
 
     def mark(self, messages: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-        """Returns the messages with texts as contents. As in llama.cpp, texts are joined with line breaks, but there is
-        none beside an image."""
+        """Joins texts with line breaks, as in llama.cpp, except next to an image."""
         return tuple(
             {**each, "content": self._text(content)} if isinstance(content := each.get("content"), list) else each
             for each in messages
@@ -113,8 +107,7 @@ class ImageMarkers:
         return text
 
     def split(self, rendered: str) -> list[Part]:
-        """Returns the texts and image parts of a rendered prompt, the first text even if it is empty. Raises
-        ParameterError if an image is missing."""
+        """Returns texts and image parts, beginning with a text. Raises ParameterError if an image is missing."""
         first, *others = self._pattern.split(rendered)
         numbers, texts = [*map(int, others[::2])], others[1::2]
         if missing := len(self._parts) - len({*numbers}):
@@ -131,7 +124,7 @@ class ImageMarkers:
 
 
 def source_of(part: Mapping[str, Any], images: Mapping[str, bytes]) -> ImageSource:
-    """Returns the image of an image part. `images`: their bytes by URL, except those of data URLs."""
+    """Returns the image of an image part. `images`: bytes by URL, without data URLs."""
     image = part["image_url"]
     url = image["url"]
     return ImageSource(images[url] if url in images else _decoded(url.partition(",")[2]), image["detail"])

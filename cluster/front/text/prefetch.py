@@ -1,4 +1,4 @@
-"""Preparation of a prompt's images in order, the next ones while the caller works with one."""
+"""Prepares a prompt's images in order: the next images while the caller works with one."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ _Any = TypeVar("_Any")
 
 
 class Prefetch(Generic[_Result]):
-    """The results of `begin` for images in order. Those of the next images are dropped and begun again later if their
-    memory is needed."""
+    """Results of `begin` in order, prepared ahead. Those of the next images are dropped if memory is needed."""
 
     def __init__(
         self,
@@ -42,8 +41,7 @@ class Prefetch(Generic[_Result]):
         return result
 
     async def with_room(self, work: Callable[[], Awaitable[_Any]]) -> _Any:
-        """Awaits `work`. If memory is short, the next images give theirs, and `work` is done again. Raises
-        ParameterError if no request can have so much memory, and RowMemoryError if others have it."""
+        """Awaits `work`, again after the next images have freed memory. Raises ParameterError or RowMemoryError."""
         try:
             return await work()
         except RowMemoryError as error:

@@ -1,5 +1,4 @@
-"""Requests in the form of text: a prompt or a chat, the options of its answer, and checks of fields that have no
-equivalent in tokens."""
+"""Prompts and chats with the options of their answers, and checks of fields that have no equivalent in tokens."""
 
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ MAX_STOP_CHARACTERS = 4096
 MAX_STOP_TOKENS = 1024
 MAX_SALT_CHARACTERS = 256
 MAX_BEGUN_CHARACTERS = 1 << 18
-"""The largest number of characters of a continued message, summed over all choices. Parsing that many takes about two
-seconds."""
+"""The most characters of a continued message, over all choices; parsing them takes about two seconds."""
 SEEDS = 1 << 64
 
 _DRAWN_SEED_BITS = 53
@@ -109,12 +107,10 @@ class CompletionRequest(AnswerOptions):
 
     @property
     def setup_characters(self) -> int:
-        """The number of characters that are read before the answers begin: those already in the prompt, and those of
-        the stop strings."""
+        """The characters read before the answers begin: of the text begun in the prompt, and of stop strings."""
         return self.begun_characters + sum(map(len, self.stop))
 
     def check_begun(self) -> None:
-        """Raises ParameterError if the answers would read too many characters of the continued message."""
         if self.begun_characters > MAX_BEGUN_CHARACTERS:
             reason = f"{self.n} answers would read {self.begun_characters} characters of the continued message, "
             param = "n" if self.n > 1 else "messages"
@@ -155,8 +151,6 @@ class ToolMode(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """The calls that an answer may or must contain."""
-
     mode: ToolMode = ToolMode.AUTO
     name: str | None = None  # of the only one that may be called
     is_parallel: bool = True  # an answer may have several calls
@@ -167,7 +161,6 @@ class ToolUse:
         return cls(mode, name, mode is not ToolMode.REQUIRED if is_parallel is None else is_parallel)
 
     def check(self, tools: Sequence[Variables]) -> None:
-        """Raises ParameterError for tools that contradict each other or this rule."""
         names = [tool["function"]["name"] for tool in tools]
         if len(set(names)) < len(names):
             raise ParameterError("tools", "expected functions with different names, found two with the same name")
@@ -178,8 +171,6 @@ class ToolUse:
 
 
 class PromptEnd(Enum):
-    """The end of a rendered chat."""
-
     GENERATION_PROMPT = auto()  # the beginning of a new answer
     LAST_MESSAGE = auto()  # the text of the last message, without its end: the answer continues it
     NOTHING = auto()  # the end of the last message
@@ -233,8 +224,7 @@ class ChatRequest:
         )
 
     def count_characters(self) -> int:
-        """Counts the characters of contents, reasoning, arguments of calls, and tools. The prompt has at least about as
-        many, unless its template leaves reasoning out. Takes long for large tools."""
+        """Counts the characters of contents, reasoning, calls and tools: about a lower bound of the prompt's."""
         contents = [message.get(name) for message in self.messages for name in ("content", "reasoning_content")]
         calls = (call for message in self.messages for call in message.get("tool_calls") or ())
         texts = [*contents, *(call["function"].get("arguments") for call in calls)]
@@ -252,8 +242,7 @@ class ReasoningBudget:
 
 
 def effort_variables(effort: str | None) -> dict[str, Any]:
-    """Returns the template's variables for a reasoning effort. As in llama.cpp, the template decides what the effort
-    means."""
+    """Returns the template's variables for an effort. As in llama.cpp, the template decides what it means."""
     if effort is None:
         return {}
     return {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
@@ -262,9 +251,8 @@ def effort_variables(effort: str | None) -> dict[str, Any]:
 def prompt_end(
     roles: Sequence[str], continue_final_message: bool | None, add_generation_prompt: bool | None
 ) -> PromptEnd:
-    """Returns how the prompt ends, from the roles of the messages and two fields of vLLM and Transformers. Without
-    `continue_final_message`, llama.cpp's rule applies: an assistant's last message is continued, unless a generation
-    prompt is requested. Raises ParameterError for fields that contradict each other or the messages."""
+    """Returns how the prompt ends. Without `continue_final_message`, llama.cpp's rule applies: an assistant's last
+    message is continued, unless a generation prompt is requested. Raises ParameterError for contradictory fields."""
     is_answered = roles[-1:] == ["assistant"]
     if continue_final_message is None:
         continue_final_message = is_answered and not add_generation_prompt

@@ -1,5 +1,4 @@
-"""The text service of one model, for the HTTP API and the in-process client: it tokenizes requests, submits them to an
-engine, and collects the answers."""
+"""The text service of one model: it tokenizes requests, submits them to an engine, and collects the answers."""
 
 from __future__ import annotations
 
@@ -54,8 +53,7 @@ _BLOCKING_CHARACTERS = 2048
 _TOO_MANY_NUMBERS = "embeddings of {count} numbers, at most {most} are given in one reply: send less at once"
 _TOO_MANY_PAIRS = "with the query before each these are {count} tokens, at most {most} are ranked: send fewer at once"
 _ANSWER_SHARE = 4
-"""The part of the context (one quarter) that infilling keeps free for an answer without a limit. Texts of other files
-may fill the rest."""
+"""The part of the context (one quarter) that infilling keeps free for an answer; other files may fill the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +86,6 @@ class TextService:
         settings: TextSettings,
         vision: Vision | None = None,
     ) -> None:
-        """Makes the service. `vision`: None for a model that reads text only."""
         self.tokenizer = tokenizer
         self.vision = vision
         self.chat_template = chat_template
@@ -105,7 +102,6 @@ class TextService:
         """The number of requests that were accepted and have not ended, including those in preparation."""
 
     async def aclose(self) -> None:
-        """Ends the processes that check grammars."""
         await asyncio.to_thread(self._grammars.close)
 
     async def start(self, request: CompletionRequest) -> Completion:
@@ -115,8 +111,7 @@ class TextService:
         return await self.submit(request, generation, log)
 
     async def prepare(self, request: CompletionRequest) -> GenerationRequest:
-        """Returns the request in tokens, with its first choice. Raises ParameterError for invalid fields that have no
-        equivalent in tokens."""
+        """Raises ParameterError for invalid fields that have no equivalent in tokens."""
         request.check_text()
         self.slots.check(request.slot, has_images=isinstance(request.prompt, PromptImages))
         with self._counted():
@@ -132,11 +127,9 @@ class TextService:
     async def submit(
         self, request: CompletionRequest, generation: GenerationRequest, log: AnswerLog, prompt: int = 0
     ) -> Completion:
-        """Submits a prepared request. The caller must close the completion. Its items are appended to the log, which
-        must have begun, under the index `prompt`.
-
-        Raises ParameterError for a value out of bounds, AdapterUnloadedError, QueueFullError, and WorkerError. Later
-        errors end the log."""
+        """Submits a prepared request. Its items are appended under the index `prompt` to the log, which must have
+        begun. The caller must close the completion. Raises ParameterError, AdapterUnloadedError, QueueFullError and
+        WorkerError; later errors end the log."""
         held = ExitStack()
         try:
             held.enter_context(self._counted())
@@ -154,8 +147,7 @@ class TextService:
         return completion
 
     def _choices(self, request: CompletionRequest, generation: GenerationRequest) -> list[Choice]:
-        """Makes the choices of a prompt. This may take long, because parsers read the beginning of the answer that the
-        prompt contains, and stop strings are analysed."""
+        """Makes the choices. It may be slow: parsers read the begun answer, and stop strings are analysed."""
         name, ends, stop = generation.request_id, generation.stop_token_ids, stop_patterns(request.stop)
         return [
             (
@@ -174,9 +166,8 @@ class TextService:
     async def embed(
         self, prompts: Sequence[Sequence[str | int]], options: EmbeddingOptions
     ) -> AsyncIterator[list[Embedding]]:
-        """Embeds prompts of texts and token ids, in their order. Their memory counts towards the budget while the
-        context is open. Raises RequestError for a prompt that is empty or too long, or if there are too many numbers.
-        Also raises errors of `Embedder.embed`."""
+        """Embeds prompts of texts and token ids; they count towards the budget while the context is open. Raises
+        RequestError for an empty or too long prompt or too many numbers, and errors of `Embedder.embed`."""
         length = self.settings.embedding_length
         if self.settings.ranking is not None:
             raise ParameterError("model", "ranks documents and makes no embeddings: use /v1/rerank")
@@ -189,9 +180,8 @@ class TextService:
                 yield await self._embedder.embed(ids, options)
 
     async def rank(self, query: str, documents: Sequence[str]) -> list[Rank]:
-        """Returns the scores of the documents for a query, in their order. Raises ParameterError if the model does not
-        rank, or for a text that is too long, before later texts are tokenized. Also raises errors of
-        `ReplyBudget.reserve_numbers` and `Embedder.embed`."""
+        """Returns the documents' scores in order. Raises ParameterError if the model does not rank or a text is too
+        long, before later texts are tokenized; and errors of `ReplyBudget.reserve_numbers` and `Embedder.embed`."""
         ranking, budget = self.settings.ranking, self.budget
         if ranking is None:
             raise ParameterError("model", "does not rank documents")
@@ -206,9 +196,8 @@ class TextService:
     async def _pair_reader(
         self, form: PairForm | PairTemplate, query: str
     ) -> Callable[[str, str], Awaitable[tuple[int, ...]]]:
-        """Returns a function that makes the prompt of the query and a document; its second argument is the document's
-        field, for errors. Special tokens written in the texts remain text. Each document has its own turn on the
-        threads. A template's prompts are tokenized as a whole, since its words may merge with the texts into tokens."""
+        """Returns a function of a document and its field's name (for errors) that makes the prompt. Special tokens in
+        texts remain text. A template's prompts are tokenized whole, since words may merge with the texts."""
         tokenizer, context = self.tokenizer, self.settings.context_length
         self._check_characters(len(query), "query")
         if isinstance(form, PairTemplate):
@@ -241,8 +230,7 @@ class TextService:
         return ids
 
     async def fill_in(self, gap: Gap, max_new_tokens: int | None) -> tuple[int, ...]:
-        """Returns the token ids of a prompt whose answer fills a gap, for a model with infill tokens. Raises
-        ContextLengthError if the texts around the gap are too long."""
+        """Returns a prompt to fill a gap by infill tokens. Raises ContextLengthError for too long texts around it."""
         tokens, context = self.tokenizer.vocabulary.fill_in, self.settings.context_length
         assert tokens is not None, "asked before"
         self._check_characters(gap.characters, "input_prefix")
@@ -258,17 +246,15 @@ class TextService:
     async def tokenize_all(
         self, parts: Sequence[str | int], param: str, most_tokens: int | None = None, add_special: bool = False
     ) -> list[list[int]]:
-        """Returns the token ids of each part of the request's field `param`. A part that is an id stands for itself.
-        `add_special` applies to the first part. Raises an error, before any work, if the parts certainly have more than
-        `most_tokens` tokens (None: the context length)."""
+        """Returns the ids of each part; a part that is an id stands for itself. `add_special` applies to the first
+        part. Raises an error early if the parts certainly have more than `most_tokens` (None: the context length)."""
         self._check_room(f"has {len(parts)} parts", len(parts), param, most_tokens)
         characters = sum(len(part) for part in parts if isinstance(part, str))
         self._check_characters(characters, param, most_tokens)
         return await run_on(tokenizing(characters), self._encode_all, parts, add_special)
 
     async def chat(self, chat: ChatRequest) -> CompletionRequest:
-        """Returns the completion request for a chat. Special tokens written in the messages remain text. Raises
-        RequestError if the template refuses the messages, or if the model generates no text."""
+        """Special tokens in messages remain text. Raises RequestError if the template or the model refuses the chat."""
         if not self.settings.generates:
             raise ParameterError("model", NO_TEXT)
         unconstrained = await self.chat_prompt(chat)
@@ -289,7 +275,6 @@ class TextService:
             return await self._format_of(chat).completion(chat, self._check_characters)
 
     async def count(self, chat: ChatRequest) -> int:
-        """Returns the number of tokens in the prompt of a chat."""
         with self._counted():
             request = await self.chat_prompt(chat)
             if not isinstance(request.prompt, PromptImages):
@@ -301,8 +286,7 @@ class TextService:
         return await self._format_of(chat).text(chat)
 
     def _format_of(self, chat: ChatRequest) -> ChatFormat:
-        """Returns the format of the template variant for a chat. Raises ParameterError if the template would not show
-        the chat's documents."""
+        """Returns the format of a chat's template variant. Raises ParameterError if it would not show the documents."""
         template = self.chat_template.variant(uses_tools=chat.uses_tools, has_documents=chat.has_documents)
         if chat.has_documents and "documents" not in (template.source or ""):
             raise ParameterError("documents", "the model's chat template shows none; write them into a message")
@@ -317,7 +301,6 @@ class TextService:
             self.active_requests -= 1
 
     async def _prompt(self, request: CompletionRequest) -> tuple[tuple[int, ...], tuple[ImageSpan, ...]]:
-        """Returns the token ids of a prompt, and the rows of its images."""
         if not isinstance(request.prompt, PromptImages):
             return await self._prompt_ids(request.prompt, request), ()
         assert self.vision is not None, "bodies with images are refused"
@@ -356,7 +339,6 @@ class TextService:
             raise ParameterError(param, f"{has}, too many for {most_tokens} tokens; shorten it")
 
     async def _breakers(self, request: CompletionRequest) -> Breakers:
-        """Returns the sequence breakers of the DRY sampler, or {} if it is not used."""
         chain = request.params.chain
         if chain is None or not chain.needs_history:
             return {}

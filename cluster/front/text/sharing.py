@@ -1,5 +1,4 @@
-"""Resources that are shared fairly among owners of requests: threads and processes for work on texts, and memory for
-replies."""
+"""Resources shared fairly among owners of requests: threads and processes for texts, memory for replies."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ current_owner: Final[ContextVar[str]] = ContextVar("owner", default="")
 """The owner of the current task's request: the digest of its API key, or the client's address if no keys are set."""
 
 hold_bytes: Final[ContextVar[Callable[[int], None] | None]] = ContextVar("hold_bytes", default=None)
-"""Counts further bytes that the current task's request holds, and raises an error if they are too many. None: the
-request did not come over HTTP."""
+"""Counts further bytes of the current task's request, or raises an error. None: it did not come over HTTP."""
 
 ignored_parts: Final[ContextVar[list[str] | None]] = ContextVar("ignored_parts", default=None)
 """Names of the fields of the current task's request that have no effect."""
@@ -40,8 +38,7 @@ def report_ignored(names: Iterable[str]) -> None:
 
 
 _WORK_S = 120.0
-"""The deadline of work on a thread in seconds, including the wait for the thread. It is long, because a busy machine
-may be many times slower."""
+"""The deadline of work on a thread, including the wait for it; a busy machine may be many times slower."""
 
 _Result = TypeVar("_Result")
 _Arguments = ParamSpec("_Arguments")
@@ -75,12 +72,10 @@ RENDERING = Threads(1, "derive-format")
 BREAKERS = Threads(1, "breakers")
 """A single thread. Breakers are computed in Python, so that more threads would only delay the event loop."""
 TEMPLATES = Places(2)
-"""Places for processes that render a chat template."""
 
 
 def tokenizing(characters: int) -> Threads:
-    """Returns the threads for texts of this length. Long texts are tokenized one at a time, because a tokenizer uses up
-    to 150 bytes per character. Short texts need not wait for long ones."""
+    """Returns the threads for a length. Long texts go one at a time: a tokenizer takes up to 150 bytes a character."""
     return _LONG_TEXTS if characters > _LONG_CHARACTERS else TOKENIZING
 
 
@@ -90,8 +85,7 @@ async def run_on(
     *arguments: _Arguments.args,
     **named: _Arguments.kwargs,
 ) -> _Result:
-    """Runs a function on a thread and returns its result. Raises DeadlineError if the result is late. Work that has not
-    begun by then is not run."""
+    """Runs a function on a thread. Raises DeadlineError if it is late; work that has not begun is then not run."""
     async with deadline("work on the request's text, on a busy machine", _WORK_S), threads.turn():
         work = partial(function, *arguments, **named)
         return await asyncio.get_running_loop().run_in_executor(threads.executor, work)
@@ -101,8 +95,7 @@ MAX_REPLY_ENTRIES = 1 << 21
 """The largest number of tokens and top logprobs in one reply."""
 UNIT_BYTES = 200
 MAX_HELD_UNITS = 1 << 21
-"""The most memory, in units, of one owner's replies with logprobs or embeddings and of the owner's prompts to rank. All
-owners together may use twice as much, see `fits`."""
+"""The most memory, in units, of one owner's replies and prompts to rank; all owners may use twice as much."""
 _UNIT_NUMBERS = 5
 """The number of embedding values, or of tokens to rank, that one unit stands for."""
 _TOP_BYTES = 8
@@ -110,8 +103,7 @@ _RETRY_S = 5.0
 
 
 async def when_free(submit: Callable[[], _Result], limit_s: float = inf) -> _Result:
-    """Submits a request that was already accepted. While the queue is full, tries again; raises QueueFullError after
-    `limit_s`."""
+    """Submits an accepted request, again while the queue is full; raises QueueFullError after `limit_s`."""
     clock = asyncio.get_running_loop().time
     end_s = clock() + limit_s
     while True:
@@ -124,8 +116,6 @@ async def when_free(submit: Callable[[], _Result], limit_s: float = inf) -> _Res
 
 
 class RowStorage(Enum):
-    """The ways in which a reply holds rows."""
-
     STREAMED = auto()  # the first prompt's are dropped as they come, the others wait
     CHUNKS = auto()
     PACKED = auto()
@@ -148,8 +138,7 @@ class ReplySize:
     def of(
         cls, generation: GenerationRequest, choices: int, storage: RowStorage, unread_rows: int | None = None
     ) -> ReplySize:
-        """Makes the bound. `unread_rows`: the largest number of sampled rows that are held at a time; None: all rows
-        are held."""
+        """`unread_rows`: the most sampled rows that are held at a time; None: all rows are held."""
         first = generation.score_from
         scored = 0 if first is None else max(0, len(generation.prompt) - max(first, 1))
         sampled = choices * generation.max_new_tokens
@@ -168,15 +157,13 @@ class ReplySize:
 
 
 class ReplyBudget:
-    """The memory of all replies. Tokens without logprobs do not count, because few answers become as long as
-    allowed."""
+    """The memory of all replies. Tokens without logprobs do not count: few answers become as long as allowed."""
 
     def __init__(self) -> None:
         self.shares = Shares(MAX_HELD_UNITS)
 
     def reserve(self, sizes: Sequence[ReplySize]) -> AbstractContextManager[None]:
-        """Reserves a request's memory while the context is open. Raises ParameterError if no request may have that
-        much, QueueFullError if the owner's other requests or those of all owners now hold too much."""
+        """Reserves memory in a context. Raises ParameterError if no request may have it, QueueFullError if taken."""
         rows, top = sum(size.rows for size in sizes), max((size.top_logprobs for size in sizes), default=0)
         units = -(-sum(size.held_bytes for size in sizes if size.has_logprobs) // UNIT_BYTES)
         if (entries := sum(size.entries for size in sizes)) > MAX_REPLY_ENTRIES:
@@ -190,8 +177,7 @@ class ReplyBudget:
         raise ParameterError("logprobs" if top else "max_tokens", reason, "reply_too_large")
 
     def reserve_numbers(self, count: int, param: str, refusal: str) -> AbstractContextManager[None]:
-        """Reserves memory for embedding values, or for tokens to rank, while the context is open. Raises the errors of
-        `reserve`. `refusal`: the text of the ParameterError, with {count} and {most}."""
+        """Reserves memory for numbers like `reserve`. `refusal`: the ParameterError's text with {count} and {most}."""
         most = MAX_REPLY_ENTRIES * _UNIT_NUMBERS
         if count > most:
             raise ParameterError(param, refusal.format(count=count, most=most), "reply_too_large")

@@ -1,5 +1,4 @@
-"""Slots, as in llama.cpp's API. Each slot keeps the tokens of the last request that named it, but no KV memory:
-requests share that by their tokens."""
+"""Slots of llama.cpp's API keep the tokens of their last request, but no KV memory: requests share that anyway."""
 
 from __future__ import annotations
 
@@ -47,8 +46,7 @@ class Slots:
             raise ParameterError("id_slot", "slots keep token ids alone and no images; leave it out")
 
     def recording(self, slot: int, request: GenerationRequest, prompt: int) -> Subscriber:
-        """Stores the request's prompt in the slot. Returns a subscriber that adds the tokens of the first answer, from
-        the chunks of the log's prompt with index `prompt`. Of a prompt with images, it keeps the text before."""
+        """Stores the prompt, up to the first image. Returns a subscriber that adds the tokens of the first answer."""
         text = request.prompt[: request.images[0].start] if request.images else request.prompt
         tokens = array("I", text)
         self._tokens[slot] = SlotTokens(tokens, request.cache_salt, request.adapters)
@@ -73,6 +71,5 @@ class Slots:
         self._tokens[slot] = tokens
 
     def erase(self, slot: int) -> int:
-        """Removes the tokens of a slot, and returns their number. Their KV memory stays, because other requests may
-        share it."""
+        """Removes a slot's tokens, and returns their number. Their KV memory stays, as others may share it."""
         return len(self._tokens.pop(slot, SlotTokens()).tokens)

@@ -43,8 +43,7 @@ _FLOAT_BYTES: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class ImageLayout:
-    """The part of a prompt that an image becomes. `pieces`: token ids, and rows of tiles. `grids`: the lines and
-    columns of rows of each tile. `starts`: the number of rows before each tile."""
+    """The part of a prompt that an image becomes. `grids`: lines and columns of each tile; `starts`: rows before it."""
 
     pieces: tuple[tuple[int, ...] | TileRows, ...]
     grids: tuple[tuple[int, int], ...]
@@ -102,8 +101,7 @@ class Vision:
         rope_sections: int = 0,
         rows: RowCache | None = None,
     ) -> None:
-        """Several models may share `preparation` and `rows`. `rope_sections`: the text model's rope positions of a row
-        (M-RoPE: time, line, column); 0: only one."""
+        """Models may share `rows`. `rope_sections`: positions of a row (M-RoPE: time, line, column); 0: only one."""
         self._projector = projector
         self._tokenizer = tokenizer
         self._encode = encode
@@ -118,8 +116,7 @@ class Vision:
         self._rows = RowCache() if rows is None else rows
 
     async def lay_out(self, prompt: PromptImages, check: CheckLength) -> tuple[int, ...]:
-        """Returns the token ids of a prompt, with 0 for each row of an image. Nothing is encoded. Raises RequestError
-        for an image that cannot be read, and errors of `ImagePreparation` and `check`."""
+        """Returns a prompt's token ids, 0 for each image row; encodes nothing. Raises RequestError for a bad image."""
         ids: list[int] = []
         known = prompt.least_tokens
         async with aclosing(Prefetch(prompt.sources, self._layout, self._rows)) as layouts:
@@ -136,8 +133,7 @@ class Vision:
     async def image_prompt(
         self, prompt: PromptImages, check: CheckLength
     ) -> tuple[tuple[int, ...], tuple[ImageSpan, ...]]:
-        """Returns the token ids of a prompt, and the rows of its images. Raises errors of `lay_out` and `Encode`, and
-        RowMemoryError if images of other requests take too much memory."""
+        """Returns a prompt's token ids and image rows. Raises errors of `lay_out` and `Encode`, RowMemoryError."""
         ids: list[int] = []
         spans: list[ImageSpan] = []
         known = prompt.least_tokens

@@ -30,8 +30,7 @@ from llamaclust.worker.stage.stage_runner import StageMemory, StageRunner, plan_
 _MOST_OTHER = 128
 """The most token ids that one vocabulary may lack at the end of another one. Padding differs within a model family."""
 _FIRST_COMPARED = 5
-"""The first token id that is compared. Earlier tokens, such as beginning of text, have different names in different
-files."""
+"""The first token id that is compared. Earlier ones, such as beginning of text, differ in name between files."""
 _CONTEXTS = 4
 """The number of full-length sequences that the KV memory holds."""
 _LEAST_CONTEXT = 32
@@ -60,9 +59,8 @@ class DraftModelPlan:
 
 
 def plan_draft_model(path: Path, targets: Sequence[Model], threads: int | None, context_length: int) -> DraftModelPlan:
-    """Plans the memory of a draft model from the header of its file. KV memory is for sequences of `context_length`.
-    `threads` is limited to the available ones. Raises UsageError if the model can draft for no target, and the errors
-    of `Model.open`."""
+    """Plans a draft model's memory from its file's header, for sequences of `context_length`. `threads` is limited to
+    the available ones. Raises UsageError if the model can draft for no target, and errors of `Model.open`."""
     with of_draft_model():
         model = Model.open(path)
     if threads is not None:
@@ -152,8 +150,7 @@ class SharedDraftModel:
 
 
 def open_draft_model(plan: DraftModelPlan, reserved_bytes: int = 0) -> LoadedDraftModel:
-    """Loads the model and measures its speed. Leaves `reserved_bytes` of the free memory to others. Raises
-    InsufficientMemoryError, or UsageError if the model's logits are not finite."""
+    """Loads and measures the model, leaving `reserved_bytes` free. Raises InsufficientMemoryError or UsageError."""
     model, device = plan.model, plan.device
     free_bytes = max(0, device.free_bytes_of("cpu") - reserved_bytes)
     if plan.memory.total_bytes > free_bytes:
@@ -177,8 +174,7 @@ def of_draft_model() -> Iterator[None]:
 
 @asynccontextmanager
 async def draft_model_beside(plan: DraftModelPlan) -> AsyncIterator[LoadedDraftModel]:
-    """Loads the model, and closes it at the end, without blocking the event loop. A cancelled load still completes;
-    then the model is closed."""
+    """Loads the model without blocking the event loop, and closes it at the end. A cancelled load completes first."""
     thread = ThreadPoolExecutor(1, "draft model")
     loading = thread.submit(open_draft_model, plan)
     thread.shutdown(wait=False)
@@ -205,8 +201,7 @@ def _too_short(path: Path, context: int, own_context: int) -> str:
 
 
 def _targets(model: Model, targets: Sequence[Model]) -> tuple[int, ...]:
-    """Returns the indices of the targets with the same tokens. Raises UsageError if there is none or the model cannot
-    draft."""
+    """Returns the indices of targets with the same tokens. Raises UsageError for none, or if `model` cannot draft."""
     path = model.file.path
     if model.has_states or not (model.is_causal and model.generates):
         raise UsageError(f"draft model {path}: layers with states, encoders and rerankers cannot draft; name another")

@@ -1,4 +1,4 @@
-"""The encoder of images of a model in this process. It computes on threads of its own, beside the model's steps."""
+"""The encoder of a model's images in this process. It computes on its own threads, parallel to the model's steps."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ from llamaclust.worker.encoder.tile_encoder import TileEncoder
 
 
 class LocalEncoder:
-    """The encoder of a `Pipeline` of one stage."""
-
     def __init__(self, device: Device, projector: Projector) -> None:
-        """Loads the encoder on the processor. Raises InsufficientMemoryError if memory is short."""
         memory, free_bytes = encoder_bytes(projector, device.threads), device.free_memory_bytes
         if memory.total_bytes > free_bytes:
             what = f"{projector.file.path}: the encoder of images needs {missing(memory.parts, free_bytes)}"

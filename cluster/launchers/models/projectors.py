@@ -1,4 +1,4 @@
-"""The choice of a model's projector: the given file, or the only one beside the model that fits and can be loaded."""
+"""The choice of a model's projector: the given file, or the only usable one in the model's folder."""
 
 from __future__ import annotations
 
@@ -16,17 +16,15 @@ from llamaclust.worker.devices.encoder_memory import encoder_bytes
 def open_with_projector(
     path: Path, mmproj: str | None, chat_template: str | None = None, adapters: Sequence[Path] = ()
 ) -> tuple[Model, str | None]:
-    """Opens a model with its projector, if it has one. Also returns the reason of `choose_projector`. Raises the errors
-    of `Model.open` and `choose_projector`."""
+    """Opens a model and its projector, if any. Returns and raises also what `choose_projector` does."""
     model = Model.open(path, chat_template, adapters)
     model.projector, unused = choose_projector(model, mmproj)
     return model, unused
 
 
 def choose_projector(model: Model, mmproj: str | None) -> tuple[Projector | None, str | None]:
-    """Returns the model's projector; None if it reads no images. `mmproj` is the key of the cluster file. Also returns
-    the reason why no projector beside the model is used; None if one is used, none is there, or the user chose. Raises
-    UsageError if a given projector is not there, and ModelFileError if it does not fit or cannot be loaded."""
+    """Returns the model's projector (None: it reads no images), and why one in its folder is unused (None: no such
+    case). Raises UsageError if a given projector is missing, ModelFileError if it does not fit or load."""
 
     def check(projector: Projector) -> None:
         model.check_projector(projector)

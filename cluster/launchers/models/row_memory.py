@@ -1,5 +1,3 @@
-"""The memory of this machine for rows of images."""
-
 from __future__ import annotations
 
 from collections.abc import Iterable

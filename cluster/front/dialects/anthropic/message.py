@@ -177,8 +177,7 @@ def _put_together(events: Iterable[Shown]) -> list[Block]:
 
 
 def _input(text: str) -> dict[str, Any]:
-    """Parses the arguments of a call. If the answer ended before their end, returns their text under INVALID_JSON, as
-    Anthropic recommends."""
+    """Parses a call's arguments. Cut arguments are returned as text under INVALID_JSON, as Anthropic recommends."""
     arguments = arguments_object(text or "{}")
     return {"INVALID_JSON": text} if arguments is None else arguments
 
@@ -196,8 +195,7 @@ _ERROR_TYPES: Final = {
 
 
 def _error(failure: Failure) -> dict[str, Any]:
-    """Returns Anthropic's form of an error. If the prompt exceeds the context, the message begins with "prompt is too
-    long", at which clients shorten the chat."""
+    """Returns Anthropic's form of an error. Clients shorten the chat if it begins with "prompt is too long"."""
     kind, message = error_type(failure, _ERROR_TYPES, "api_error"), failure.message
     if failure.numbers:
         tokens, most = failure.numbers["n_prompt_tokens"], failure.numbers["n_ctx"]

@@ -71,8 +71,6 @@ _CLIENT_TOOLS: Final[dict[str, dict[str, Any]]] = {
 
 
 class Tool(Body, foreign=ANTHROPIC_TOOL):
-    """A function that the model may call; the client runs it."""
-
     name: str
     description: str | None = None
     input_schema: dict[str, Any]
@@ -80,8 +78,6 @@ class Tool(Body, foreign=ANTHROPIC_TOOL):
 
 
 class ToolChoice(Body):
-    """The calls that the answer may or must contain."""
-
     type: Literal["auto", "any", "tool", "none"]
     """`auto`: the model decides; `none`: no calls; `any`: at least one call; `tool`: the tool `name` must be called."""
     name: str | None = None
@@ -97,16 +93,12 @@ class ToolChoice(Body):
 
 
 class Thinking(Body, foreign=THINKING):
-    """The thinking that precedes the answer."""
-
     type: Literal["enabled", "adaptive", "disabled"]
     budget_tokens: Annotated[int, Field(ge=0)] | None = None
     """The largest number of thinking tokens; the end of thinking is then forced. By default there is no limit."""
 
 
 class OutputConfig(Body):
-    """The form of the answer."""
-
     format: Any = None
     """`{"type": "json_schema", "schema": ...}`."""
     effort: str | None = None
@@ -117,8 +109,7 @@ class OutputConfig(Body):
 
 
 def output_grammar(value: Any, origin: str) -> Grammar | None:
-    """Returns the grammar of `{"type": "json_schema", "schema": ...}`, or None for None. Raises ParameterError for any
-    other value."""
+    """Returns the grammar of an output format; None for None. Raises ParameterError for any other value."""
     if value is None:
         return None
     if not isinstance(value, dict) or value.get("type") != "json_schema" or not isinstance(value.get("schema"), dict):
@@ -154,8 +145,7 @@ ThinkingField = Annotated[Thinking, BeforeValidator(_thinking), _THINKING_SCHEMA
 
 
 _BILLING: Final = re.compile(r"x-anthropic-billing-header:(?:[ \t]*\w+=[^;\s]*(?:;|(?=\n)|\Z))*[ \t]*\n?")
-"""The header that Claude Code puts before its system prompt. It tells the model nothing, and it differs between
-requests, so that the prefix cache would not find the prompt that follows it."""
+"""Claude Code's header means nothing to the model, and differs between requests, so that no prefix would be cached."""
 _ROLES: Final = ("user", "assistant", "system")
 _ERROR: Final = "Error: "
 
@@ -193,8 +183,7 @@ class Turn:
 
 
 def read_turn(message: Any, info: ValidationInfo) -> Turn:
-    """Reads one message. Unsupported blocks are replaced by texts. Raises ValueError for a wrong message, and also for
-    an unsupported block unless the context of validation is a `Leniency`."""
+    """Reads one message. A `Leniency` replaces unsupported blocks by texts; otherwise they raise ValueError."""
     if not isinstance(message, dict) or message.get("role") not in _ROLES:
         raise ValueError(f"a message must be an object with a 'role' of {', '.join(_ROLES)}")
     role, content = message["role"], message.get("content")
@@ -212,12 +201,10 @@ def read_turn(message: Any, info: ValidationInfo) -> Turn:
 
 
 def merged_turns(turns: Iterable[Turn]) -> list[Turn]:
-    """Joins successive turns of the same role, as Anthropic's API does."""
     return [Turn.of(role, same) for role, same in groupby(turns, lambda turn: turn.role)]
 
 
 def read_system(value: Any, info: ValidationInfo) -> str:
-    """Returns the text of a system prompt without billing headers. Raises ValueError."""
     blocks = [{"type": "text", "text": value}] if isinstance(value, str) else value
     if not isinstance(blocks, list):
         raise ValueError("must be a string or a list of text blocks")
@@ -338,14 +325,11 @@ _SystemField = Annotated[str, BeforeValidator(read_system), WithJsonSchema(_CONT
 
 
 class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
-    """The body of `POST /v1/messages` and `/count_tokens`. `max_tokens` is optional."""
-
     model: str | None = None
     """Name of the model. Any name is accepted, unless `strict_model` is set."""
     messages: Annotated[list[_TurnField], FailFast(), Field(min_length=1, max_length=16_384)]
-    """The chat so far: blocks of type text, image, thinking, tool_use and tool_result. Documents and the blocks of
-    tools that other servers ran are replaced by texts, and so are images if the model reads text only. Successive
-    messages of one role are joined. If the last message has the role assistant, the model continues it."""
+    """The chat: blocks of type text, image, thinking, tool_use and tool_result. Other blocks, and images for text
+    models, become texts. Successive messages of a role are joined; a last one of the assistant is continued."""
     system: _SystemField = ""
     """The system prompt: a text or text blocks. Billing headers at its beginning are removed."""
     max_tokens: LimitField = None
@@ -368,7 +352,6 @@ class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
         return ToolUse() if self.tool_choice is None else self.tool_choice.use
 
     def request(self) -> ChatRequest:
-        """Makes the chat. Raises ParameterError for fields that contradict each other."""
         self.tool_use.check(self.tools)
         turns = merged_turns(self.messages)
         if turns[-1].calls:
@@ -388,7 +371,6 @@ class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
 
     @property
     def _budget(self) -> ReasoningBudget | None:
-        """Returns the budget of thinking tokens: that of `thinking`, or else that of `reasoning_budget`."""
         tokens = None if self.thinking is None else self.thinking.budget_tokens
         return self.answer_budget if tokens is None else self.budget_of(tokens)
 

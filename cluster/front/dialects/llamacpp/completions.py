@@ -66,7 +66,6 @@ class MarkedPrompt:
 
 
 LlamaCppPrompt = str | tuple[str | int, ...] | MarkedPrompt
-"""A prompt: a text, or texts and token ids in their order, or a text with images."""
 
 
 def _prompts(value: Any, info: ValidationInfo) -> tuple[LlamaCppPrompt, ...]:
@@ -143,8 +142,6 @@ _PAIRS = {"anyOf": [{"type": "array", "items": {"type": "array"}}, {"type": "obj
 
 @sampled(sampling_bounds.Dialect.LLAMACPP)
 class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, SpeculativeFields, foreign=LLAMACPP):
-    """The body of `POST /completion`."""
-
     takes_recommended: ClassVar = True
 
     model: str | None = None
@@ -178,7 +175,6 @@ class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Spec
 
     @property
     def max_new_tokens(self) -> int | None:
-        """The largest number of tokens of the answer; None: as many as the context has room for."""
         return None if self.n_predict < 0 else self.n_predict
 
     def request(
@@ -231,8 +227,6 @@ _FILES = {"type": "array", "items": {"type": "object", "required": ["text"]}}
 
 
 class InfillBody(LlamaCppBody):
-    """The body of `POST /infill`."""
-
     prompt: Annotated[tuple[Any, ...], BeforeValidator(_begun), WithJsonSchema({"type": "string"})] = Field(
         default_factory=lambda: ("",)
     )
@@ -293,8 +287,7 @@ class Infill(LlamaCppCompletion):
 
 
 class Completions(TextCompletions):
-    """`/completions`: a body with `model`, which OpenAI's clients must send, gets a reply in OpenAI's form. Other
-    bodies get one in llama.cpp's form."""
+    """Replies in OpenAI's form to a body with `model`, which OpenAI's clients must send, else in llama.cpp's form."""
 
     paths = ("/completions",)
 
@@ -320,8 +313,6 @@ class LlamaCppView(View):
 
 
 class _AnswerView:
-    """Shows the answer to one prompt."""
-
     def __init__(self, service: TextService, body: LlamaCppBody, index: int, generation: GenerationRequest) -> None:
         self._service = service
         self._body = body

@@ -66,8 +66,6 @@ def _text(value: Any) -> Any:
 
 
 class TokenizeBody(Body, foreign=TEXT_ONLY):
-    """The body of `POST /tokenize`."""
-
     content: Annotated[str, BeforeValidator(_text)]
     """The text, at most 1 MiB of UTF-8."""
     add_special: bool = False
@@ -79,15 +77,10 @@ class TokenizeBody(Body, foreign=TEXT_ONLY):
 
 
 class DetokenizeBody(Body, foreign=TEXT_ONLY):
-    """The body of `POST /detokenize`."""
-
     tokens: Annotated[list[int], FailFast(), Field(max_length=1 << 20)]
-    """Token ids."""
 
 
 class TemplateBody(ChatFields, foreign=TEXT_ONLY):
-    """The body of `POST /apply-template`."""
-
     def check(self) -> None:
         self.choice.check()
 
@@ -102,8 +95,6 @@ class TemplateBody(ChatFields, foreign=TEXT_ONLY):
 
 
 class TextEndpoints:
-    """Endpoints that convert between text and tokens of one served model."""
-
     def __init__(self, service: TextService, settings: ApiSettings) -> None:
         self._service = service
         self._settings = settings
@@ -115,8 +106,7 @@ class TextEndpoints:
         return await unless_disconnected(request, run_on(tokenizing(len(body.content)), self._tokenized, body))
 
     def _tokenized(self, body: TokenizeBody) -> Response:
-        """Tokenizes a text and renders the reply at once. A waiting reply then holds JSON, which takes a tenth of the
-        ids' memory."""
+        """Tokenizes and renders at once: a waiting reply then holds JSON, which takes a tenth of the ids' memory."""
         tokenizer = self._service.tokenizer
         ids = tokenizer.encode(body.content, body.add_special, body.parse_special)
         if body.with_pieces and len(ids) > _MAX_PIECES:
@@ -166,8 +156,7 @@ class AdapterList:
         )
 
     async def set(self, request: Request) -> Response:
-        """Sets the scales that apply to requests without `lora` from now on; adapters that are not listed get 0. If API
-        keys are set, it needs the first of them, because the scales apply to all clients."""
+        """Sets the scales of requests without `lora`; unlisted adapters get 0. With API keys, it needs the first."""
         require_first_key(request.headers, self._settings, "set the scales of adapters in requests that choose none")
         value = parse_json(await read_bytes(request, self._settings, LARGE_BYTES))
         given = read_fields(AdapterFields, {"lora": {} if value is None else value}).lora or ()
@@ -182,8 +171,7 @@ class AdapterList:
 
 
 def server_properties(models: Sequence[ApiModel], model: ApiModel) -> dict[str, Any]:
-    """Returns the JSON of `GET /props` for one of the models. It includes the fields of llama.cpp's router if models
-    can be unloaded."""
+    """Returns the JSON of `GET /props`, with fields of llama.cpp's router if models can be unloaded."""
     settings, tokenizer, template = model.service.settings, model.service.tokenizer, model.service.chat_template
     api = models[0].settings
     has_vision = model.service.vision is not None
@@ -214,8 +202,7 @@ def server_properties(models: Sequence[ApiModel], model: ApiModel) -> dict[str, 
 
 
 def slot_list(model: ApiModel) -> list[dict[str, Any]]:
-    """Returns the JSON of `GET /slots`: one slot for each sequence that can run concurrently, the running ones
-    first."""
+    """Returns the JSON of `GET /slots`: a slot for each sequence that can run concurrently, running ones first."""
     settings, running = model.service.settings, model.engine.counts.running
     shared = {"n_ctx": settings.context_length, "speculative": settings.max_drafted > 0}
     return [{"id": slot, **shared, "is_processing": slot < running} for slot in range(settings.max_sequences)]
@@ -226,8 +213,7 @@ _Metric = tuple[str, str, str, float]
 
 
 def llamacpp_metrics(engines: Mapping[str, Engine]) -> bytes:
-    """Writes llama.cpp's metrics in Prometheus' text format, without its library, which refuses the names of two
-    counters. `engines` is by model; if there are several, each value has the model as a label."""
+    """Writes llama.cpp's metrics in Prometheus' format. The library of Prometheus refuses two of their names."""
     labels = [f'{{model="{_escaped(model)}"}}' if len(engines) > 1 else "" for model in engines]
     families = zip(*map(_metrics, engines.values()), strict=True)
     return "".join(_family(metrics, labels) for metrics in families).encode()

@@ -74,8 +74,7 @@ class SlotActions:
         return {"n_saved": len(tokens.tokens), "n_written": written}
 
     async def _restore(self, request: Request, slot: int, name: str) -> dict[str, int]:
-        """Reads the tokens of a slot file. Before the slot gets them, their KV blocks are computed or read from the
-        workers' disks."""
+        """Restores a slot from a file. First its tokens' KV blocks are computed or read from the workers' disks."""
         slots = self._service.slots
         tokens, size_bytes = await asyncio.to_thread(self._folder.read, name, slots.model_id)
         await unless_disconnected(request, self._compute(tokens))
@@ -83,8 +82,7 @@ class SlotActions:
         return {"n_restored": len(tokens.tokens), "n_read": size_bytes}
 
     async def _compute(self, tokens: SlotTokens) -> None:
-        """Fills the KV cache with the tokens. Generates one token in addition, because a prompt is computed only for an
-        answer."""
+        """Fills the KV cache. Generates one more token, because a prompt is computed only for an answer."""
         completion = CompletionRequest(
             tuple(tokens.tokens),
             1,
@@ -124,8 +122,7 @@ class SlotFolder:
         self._folder = folder
 
     def write(self, name: str, tokens: SlotTokens, model_id: str) -> int:
-        """Writes or replaces a slot file and returns its size in bytes. Raises OSError, or ParameterError for an
-        invalid name, for the name of another kind of file, and if there are too many files."""
+        """Writes a slot file, returns its size. Raises OSError, or ParameterError for a bad name or too many files."""
         path = self._path(name)
         if os.path.lexists(path):
             if not _is_slot_file(path):
@@ -137,8 +134,7 @@ class SlotFolder:
         return len(data)
 
     def read(self, name: str, model_id: str) -> tuple[SlotTokens, int]:
-        """Returns the tokens of a slot file and its size in bytes. Raises OSError, or ParameterError if no file of this
-        name is usable with this model."""
+        """Returns a slot file's tokens and size. Raises OSError, or ParameterError if this model cannot use it."""
         path = self._path(name)
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise ParameterError("filename", f"{name!r} cannot be restored: it is not a regular file")
@@ -158,8 +154,7 @@ class SlotFolder:
 
 
 def _is_slot_file(path: Path) -> bool:
-    """True for a slot file, even a damaged one, because a damaged file may be replaced. Reads only its beginning.
-    Raises OSError."""
+    """True even for a damaged slot file, which may be replaced. Raises OSError."""
     if path.is_symlink() or not path.is_file():
         return False
     with regular_file.open_regular(path, follows_links=False) as file:

@@ -1,5 +1,4 @@
-"""Answers of `/api/generate`, `/api/chat` and Ollama's embedding endpoints. A stream is lines of JSON with text,
-reasoning and complete tool calls."""
+"""Answers of `/api/generate`, `/api/chat` and Ollama's embedding endpoints, streamed as lines of JSON."""
 
 from __future__ import annotations
 
@@ -105,7 +104,6 @@ class PieceReader:
 
 
 Show = Callable[[Piece], dict[str, Any]]
-"""Shows a piece in the form of an endpoint."""
 
 
 @dataclass(eq=False)
@@ -162,8 +160,7 @@ class OllamaView(View):
 
 
 def durations(timings: Timings) -> dict[str, int]:
-    """Returns durations in nanoseconds, and counts of tokens. Cached prompt tokens are counted but take no time.
-    `load_duration` is the time that the request waited."""
+    """Returns durations in ns and counts of tokens, including cached ones. `load_duration`: the time in the queue."""
     shown = shown_timings(timings)
     answer_ms = shown["predicted_ms"]
     return {
@@ -185,8 +182,6 @@ AnyEmbedding = TypeVar("AnyEmbedding", bound=EmbeddingFields)
 
 
 class OllamaDialect(Dialect[AnyAnswer]):
-    """An endpoint that streams its answers as lines of JSON."""
-
     form = StreamFormat.LINES
 
     @abstractmethod
@@ -198,8 +193,7 @@ class OllamaDialect(Dialect[AnyAnswer]):
         """Makes the completion request of a body."""
 
     async def reply(self, parsed: ParsedRequest[AnyAnswer]) -> Reply:
-        """Describes the reply. `created_at` is the time of admission, so that it stays the same if the reply is
-        computed again."""
+        """`created_at` is the time of admission, so that a second computation shows the same."""
         body, end = parsed.body, None
         if body.is_load:
             unloads = self.settings.can_unload and read_keep_alive(body.keep_alive) == 0
@@ -213,8 +207,7 @@ class OllamaDialect(Dialect[AnyAnswer]):
         )
 
     async def _requests(self, parsed: ParsedRequest[AnyAnswer]) -> list[CompletionRequest]:
-        """Makes the completion request, or none if the model is only loaded. Raises HttpError if the body requires
-        reasoning and the model has none, as Ollama does."""
+        """Makes the request, or none for a load. Like Ollama, raises HttpError if required reasoning is lacking."""
         if parsed.body.is_load:
             return []
         if parsed.body.wants_reasoning and not (await self.service.chat_format.get()).knows_reasoning:

@@ -50,7 +50,6 @@ class ModelDetails:
 
     @classmethod
     def of(cls, settings: TextSettings) -> ModelDetails:
-        """Reads the details from the model's file. If there is no file, only the name is known."""
         file = settings.file
         if file is None:
             return cls(_listed(hashlib.sha256(settings.model_name.encode()).hexdigest()), {}, shown_time(0))
@@ -67,8 +66,7 @@ class ModelDetails:
 def _listed(
     digest: str, size_bytes: int = 0, family: str = "", parameters: int = 0, quantization: str = ""
 ) -> dict[str, Any]:
-    """Returns the fields of a model that lists show. `digest`: SHA-256 of the model's identity, in hex; `quantization`:
-    the type of most weights."""
+    """Returns the fields of a model that lists show. `digest`: SHA-256 of the model's identity, in hex."""
     unit, letter = next((unit for unit in _UNITS if parameters >= unit[0]), (1, ""))
     return {
         "size": size_bytes,
@@ -85,7 +83,6 @@ def _listed(
 
 
 def _modified(path: Path) -> str:
-    """Returns the modification time of a file, or 1970 if the file was deleted."""
     try:
         return shown_time(path.stat().st_mtime)
     except OSError:
@@ -104,8 +101,6 @@ def _shown(value: Any) -> Any:
 
 
 class OllamaModels:
-    """Ollama's endpoints that list the served models under all their names."""
-
     def __init__(self, router: ModelRouter) -> None:
         self._router = router
         self._details = {model.name: ModelDetails.of(model.service.settings) for model in router.models}
@@ -184,8 +179,7 @@ def _expiry(model: ApiModel) -> str:
 
 
 async def _capabilities(model: ApiModel) -> list[str]:
-    """Returns the model's capabilities under Ollama's names. `tools` is always one of them: if a template has no tools,
-    their definitions are put into a message."""
+    """Returns Ollama's names of capabilities; always `tools`: templates without tools get them in a message."""
     has_reasoning = (await model.service.chat_format.get()).knows_reasoning
     further = {
         "vision": model.service.vision is not None,
@@ -196,8 +190,6 @@ async def _capabilities(model: ApiModel) -> list[str]:
 
 
 class OllamaManaging:
-    """Ollama's endpoints that add and remove names of the served models, and download models."""
-
     def __init__(self, router: ModelRouter) -> None:
         self._router = router
         self._pulls = CatalogPulls(router.settings)

@@ -31,8 +31,7 @@ class CatalogPulls:
         self._running: str | None = None  # the model that is downloaded
 
     def wanted(self, request: Request, name: str) -> CatalogEntry:
-        """Returns the catalog entry to download. Raises HttpError 403 if the cluster file or the client's key does not
-        permit it, or if the catalog lacks the model."""
+        """Raises HttpError 403 if the cluster file or the client's key forbids it, or the catalog lacks the model."""
         if not self._settings.allows_pull:
             cure = "the API downloads no models; use `llamaclust model pull`, or set api.pull in the cluster file"
             raise _not_allowed(f"model {name[:200]!r} not found; {cure}")
@@ -47,9 +46,8 @@ class CatalogPulls:
         return entry
 
     async def progress(self, entry: CatalogEntry) -> AsyncGenerator[dict[str, Any], None]:
-        """Yields the steps of a download; the last one is "success". Raises HttpError 409 while another download runs,
-        and 502 if this one fails. Closing the generator ends the download process. A later download of the same model
-        resumes from the partial file."""
+        """Yields the steps of a download; the last one is "success". Raises HttpError 409 while another one runs, 502
+        if it fails. Closing the generator ends the download process; a later download resumes from the partial file."""
         if self._running is not None:
             message = f"model {self._running!r} is being downloaded; try again when that is done"
             raise HttpError(409, "pull_in_progress", message, {"Retry-After": "10"}, param="model")

@@ -44,8 +44,6 @@ _MESSAGES: Final = 16_384
 
 @sampled(Dialect.OLLAMA)
 class Options(SamplerFields, ReasoningFields, SpeculativeFields, foreign=OLLAMA_OPTIONS):
-    """The field `options`: sampling settings and the length of an answer."""
-
     takes_recommended: ClassVar = True
 
     num_predict: WholeLimitField = -1
@@ -96,8 +94,6 @@ _ThinkField = Annotated[
 
 
 class AnswerFields(Body):
-    """Fields of `/api/generate` and `/api/chat`."""
-
     model: str
     """Name of the model, with or without `:latest`. Any name is accepted, unless `api.strict_model` is true."""
     keep_alive: Any = None
@@ -107,8 +103,7 @@ class AnswerFields(Body):
     format: _FormatField = None
     """`json`: the answer is a JSON object; a JSON schema: the answer conforms to it."""
     think: _ThinkField = None
-    """false: the answer begins without reasoning; true: the model must support reasoning; an effort: as true, and the
-    chat template gets it."""
+    """false: no reasoning; true: the model must support reasoning; an effort: as true, for the chat template too."""
     options: _OptionsField = Field(default_factory=Options)
     """Settings of the samplers, and the length of the answer."""
     logprobs: bool = False
@@ -117,7 +112,6 @@ class AnswerFields(Body):
     """The number of likeliest tokens whose logprobs are shown in addition; needs `logprobs`."""
 
     def completion(self, prompt: str | tuple[int, ...] = ()) -> CompletionRequest:
-        """Makes the completion request. Raises ParameterError for fields that contradict each other."""
         if self.top_logprobs and not self.logprobs:
             raise ParameterError("top_logprobs", "only makes sense with logprobs: true")
         options = self.options
@@ -142,7 +136,6 @@ class AnswerFields(Body):
 
     @property
     def wants_reasoning(self) -> bool:
-        """True if the model must support reasoning."""
         return self.think not in (None, False)
 
     def _grammar(self) -> Grammar | None:
@@ -163,8 +156,6 @@ class AnswerFields(Body):
 
 
 class GenerateBody(AnswerFields, foreign=OLLAMA_GENERATE):
-    """The body of `POST /api/generate`."""
-
     prompt: str = ""
     """The prompt. If it is empty, the model is only loaded."""
     suffix: str = ""
@@ -198,12 +189,8 @@ class GenerateBody(AnswerFields, foreign=OLLAMA_GENERATE):
 
 
 class OllamaMessage(Body, foreign=OLLAMA_MESSAGE):
-    """A message of a chat."""
-
     role: Annotated[str, WithJsonSchema({"enum": ["system", "user", "assistant", "tool"]})]
-    """The role of the message's author."""
     content: str = ""
-    """The text of the message."""
     images: _ImagesField = ()
     """Images as base64, which precede the text. They are replaced by a short text if the model reads text only."""
     thinking: str = ""
@@ -216,7 +203,6 @@ class OllamaMessage(Body, foreign=OLLAMA_MESSAGE):
     """Id of the call that the message answers, for the role `tool`."""
 
     def as_variables(self) -> dict[str, Any]:
-        """Returns the message in the form that chat templates expect."""
         more = {
             "name": self.tool_name,
             "reasoning_content": self.thinking,
@@ -244,8 +230,6 @@ def _message(value: Any, info: ValidationInfo) -> Any:
 
 
 class OllamaChatBody(AnswerFields, foreign=OLLAMA):
-    """The body of `POST /api/chat`."""
-
     messages: Annotated[
         list[Annotated[OllamaMessage, BeforeValidator(_message)]], FailFast(), Field(max_length=_MESSAGES)
     ] = Field(default_factory=list)
@@ -268,8 +252,6 @@ _CHANGES: Final = "files adapters template license system parameters messages qu
 
 
 class ModelBody(Body):
-    """A body that names a model."""
-
     model: str
     """The model's name, with or without `:latest`."""
 
@@ -282,8 +264,6 @@ class ShowBody(
 
 
 class PullBody(ModelBody, foreign=ForeignFields(hints={"insecure": _OFF}, other_names=_NAMES)):
-    """The body of `POST /api/pull`."""
-
     stream: bool = True
     """True: the reply is a stream of JSON lines; false: it is one JSON object."""
 
@@ -293,8 +273,6 @@ class DeleteBody(ModelBody, foreign=ForeignFields(hints={"force": anything}, oth
 
 
 class CopyBody(Body):
-    """The body of `POST /api/copy`."""
-
     source: str
     """A name of a served model."""
     destination: str
@@ -311,8 +289,6 @@ class CreateBody(
     ModelBody,
     foreign=ForeignFields(refused=dict.fromkeys(_CHANGES.split(), only()), other_names={**_NAMES, "from": "source"}),
 ):
-    """The body of `POST /api/create`."""
-
     model_config = ConfigDict(json_schema_extra=_with_from)
 
     source: str = Field(description="`from`: a name of the served model.")
@@ -333,16 +309,11 @@ _EMBEDDING: Final = ForeignFields(hints=dict.fromkeys(("keep_alive", "truncate",
 
 
 class EmbeddingFields(ModelBody, foreign=_EMBEDDING):
-    """Fields of both embedding endpoints."""
-
     pooling: Literal["none", "mean", "cls", "last"] | None = None
-    """Pooling of the tokens' hidden states. The default is the model file's, or the last token's state if the file has
-    none. `none` is refused, because the replies have one vector for each text."""
+    """Pooling of the hidden states; by default the model file's, or else the last token's. `none` is refused."""
 
 
 class EmbedBody(EmbeddingFields):
-    """The body of `POST /api/embed`."""
-
     input: Annotated[tuple[str, ...], BeforeValidator(_texts), WithJsonSchema(_TEXTS)]
     """A text, or a list of texts."""
     dimensions: int | None = Field(default=None, ge=1)
@@ -350,7 +321,4 @@ class EmbedBody(EmbeddingFields):
 
 
 class EmbeddingsBody(EmbeddingFields):
-    """The body of `POST /api/embeddings`."""
-
     prompt: str
-    """The text to embed."""

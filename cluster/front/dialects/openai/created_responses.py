@@ -39,8 +39,6 @@ _ITEMS: Final = (
 
 
 class CreatedResponses:
-    """The responses of all models. Background responses can be retrieved at any time, and cancelled."""
-
     def __init__(self, replies: Replies, store: ResponseStore) -> None:
         self.replies = replies
         self._store = store
@@ -54,8 +52,7 @@ class CreatedResponses:
             yield Route("DELETE", one, self.delete)
 
     async def retrieve(self, request: Request) -> Response:
-        """Returns a response in its current state. With `?stream=true`, returns the events of a response that was
-        streamed in the background, from the one after number `starting_after`."""
+        """Returns a response in its current state, or with `?stream=true` its events after number `starting_after`."""
         if request.query_params.get("stream", "false").lower() not in ("true", "1"):
             return rendered(await self._shown(request))
         kept = self._kept(request)
@@ -143,8 +140,7 @@ def _not_found(request: Request) -> HttpError:
 
 
 def _unended(kept: KeptReply, response_id: str) -> dict[str, Any]:
-    """Shows a response that is not complete. After a restart of the coordinator, a queued response shows little more
-    than its id."""
+    """Shows an incomplete response. After a restart, a queued response shows little more than its id."""
     known = kept.acknowledgement
     shown: dict[str, Any] = {"id": response_id, "object": "response", "created_at": kept.context.created}
     shown |= {"background": True, "output": []} if known is None else json.loads(known)

@@ -56,8 +56,6 @@ class _Generating(Dialect[AnyGeneration]):
 
 
 class TextCompletions(_Generating[CompletionBody]):
-    """The endpoint that completes prompts, texts or token ids, without a chat template."""
-
     paths = ("/v1/completions",)
     body, view = CompletionBody, CompletionView
 
@@ -67,14 +65,11 @@ class TextCompletions(_Generating[CompletionBody]):
 
 
 class ChatCompletions(_Generating[ChatBody]):
-    """The endpoint that answers chats, rendered by the model's chat template."""
-
     paths = ("/v1/chat/completions", "/chat/completions")
     body, view = ChatBody, ChatView
 
     def routes(self) -> Iterator[Route]:
-        """Adds llama.cpp's endpoint that counts the tokens of a chat. It accepts any model's name, because it is made
-        from the path without `/v1/`."""
+        """Adds llama.cpp's count of a chat's tokens. It accepts any model's name, like paths without `/v1/`."""
         yield from super().routes()
         if self.path == "/chat/completions":
             for path in self.paths:
@@ -93,8 +88,6 @@ _AnyResponse = TypeVar("_AnyResponse", bound=ResponsesBody | CompactionBody)
 
 
 class _Continuing(Dialect[_AnyResponse]):
-    """An endpoint whose requests may continue stored responses."""
-
     def __init__(self, model: ApiModel, path: str, store: ResponseStore) -> None:
         super().__init__(model, path)
         self._store = store
@@ -124,8 +117,6 @@ class _Continuing(Dialect[_AnyResponse]):
 
 
 class Compaction(_Continuing[CompactionBody]):
-    """The endpoint that summarizes chats."""
-
     body = CompactionBody
 
     async def reply(self, parsed: ParsedRequest[CompactionBody]) -> Reply:

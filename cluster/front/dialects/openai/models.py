@@ -58,8 +58,7 @@ class ModelEndpoints:
         return JsonResponse({"success": True})
 
     async def unload(self, request: Request) -> Response:
-        """Unloads the named model, and answers once it is unloaded. Raises HttpError 409 if the model has requests.
-        Raises DeadlineError if it is still being loaded after a minute; it is unloaded afterwards."""
+        """Unloads the model, then answers. Raises HttpError 409 if it has requests, DeadlineError after a minute."""
         model = await self._named(request)
         async with deadline(f"the end of a load of {model.name!r}, which is unloaded then", _UNLOAD_S):
             await model.resident.sleep()
@@ -101,7 +100,6 @@ def _capabilities(model: ApiModel) -> dict[str, Any]:
 
 
 def _status(model: ApiModel) -> str:
-    """Returns the model's status in llama.cpp's terms."""
     if model.resident.is_asleep:
         return "unloaded"
     return "loading" if model.resident.is_loading else "loaded"

@@ -48,8 +48,7 @@ _THOUGHTS: Final = ("summary_text", "reasoning_text", "text")
 
 
 def read_items(value: Any, context: object) -> list[Item]:
-    """Reads the input of a request as full items. Unsupported parts are replaced by texts. Raises ValueError for a
-    wrong input, and also for an unsupported part unless `context` is a `Leniency`."""
+    """Reads the input as items. A `Leniency` replaces unsupported parts by texts; otherwise they raise ValueError."""
     if isinstance(value, str):
         return [_message({"role": "user", "content": value}, context)]
     if not isinstance(value, list):
@@ -75,8 +74,7 @@ def with_ids(items: Sequence[Item], response_id: str) -> list[Item]:
 
 
 def summary_item(item_id: str, summary: str) -> Item:
-    """Makes the item that replaces all messages before it. Despite its name, `encrypted_content` is only base64, so the
-    client can read the summary."""
+    """Makes the item that replaces all earlier messages. `encrypted_content` is only base64: clients can read it."""
     content = _SUMMARY_FORMAT + b64encode(summary.encode()).decode()
     return {"type": "compaction", "id": item_id, "encrypted_content": content}
 
@@ -112,7 +110,6 @@ def _answer(items: Iterable[Item]) -> dict[str, Any]:
 
 
 def _function(item: Item) -> dict[str, str]:
-    """Returns the name and arguments of a call as the model wrote them."""
     kind = str(item["type"])
     if kind in CALL_TEXTS:
         text = item[CALL_TEXTS[kind]]
@@ -168,14 +165,12 @@ def _items(value: Any, context: object) -> list[Item]:
 
 
 def _item(kind: str, value: Item, **more: Any) -> Item:
-    """Makes an item from the required fields of its type, the id if it has one, and `more`."""
     item_id = {"id": value["id"]} if isinstance(value.get("id"), str) else {}
     return {"type": kind, **item_id, **{name: _string(value, name) for name in _STRINGS.get(kind, ())}, **more}
 
 
 def _call(kind: str, value: Item, context: object) -> Item:
-    """Reads a call. Calls of the client's function and custom tools are checked; those of other tools are kept as they
-    are."""
+    """Reads a call. Only calls of the client's function and custom tools are checked."""
     if kind in CALL_TEXTS:
         space = {"namespace": _string(value, "namespace")} if value.get("namespace") is not None else {}
         return _item(kind, value, **space, status="completed")
@@ -188,8 +183,7 @@ def _call(kind: str, value: Item, context: object) -> Item:
 
 
 def _output(kind: str, value: Item, context: object) -> str | list[Item]:
-    """Reads the result of a call as a text, or as parts in which media that the model does not read are replaced by
-    texts."""
+    """Reads a call's result: a text, or parts in which media that the model does not read become texts."""
     is_text = kind.removesuffix(_OUTPUT) in CALL_TEXTS
     output = value.get("output") or ("" if is_text else None)
     if isinstance(output, str):
@@ -211,8 +205,7 @@ def _is_part(part: Any) -> bool:
 
 
 def _compaction(item: Item, context: object) -> Item:
-    """Reads a summary. Another server's summary is replaced by a short text, or refused unless `context` is a
-    `Leniency`."""
+    """Reads a summary. A `Leniency` replaces another server's summary by a short text; otherwise it is refused."""
     try:
         _summary(item)
     except ValueError:
@@ -264,7 +257,6 @@ def _part(place: int, part: Any, context: object, kinds: Sequence[str]) -> Item:
 
 
 def _image(part: Part) -> Item:
-    """Makes an item's part from OpenAI's chat part."""
     assert isinstance(part, dict)
     return {"type": IMAGE, "detail": part["image_url"]["detail"], "image_url": part["image_url"]["url"]}
 

@@ -78,8 +78,6 @@ _MetadataField = Annotated[dict[str, str], BeforeValidator(_metadata), WithJsonS
 
 
 class Reasoning(Body):
-    """Settings of reasoning."""
-
     effort: str | None = None
     """Passed to the chat template. `none` sets the template's `enable_thinking` to false."""
     summary: Literal["auto", "concise", "detailed"] | None = None
@@ -89,8 +87,6 @@ class Reasoning(Body):
 
 
 class TextConfig(Body):
-    """Settings of the answer's text."""
-
     format: dict[str, Any] = Field(default_factory=lambda: {"type": "text"})
     """`{"type": "json_schema", "name": ..., "schema": ...}`, `{"type": "json_object"}` or `{"type": "text"}`."""
     verbosity: Literal["low", "medium", "high"] | None = None
@@ -98,20 +94,15 @@ class TextConfig(Body):
 
 
 class StreamOptions(Body):
-    """Additions to the stream."""
-
     include_obfuscation: bool = False
     """Accepted without effect: events are never padded."""
 
 
 class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
-    """The body of `POST /v1/responses`."""
-
     model: str | None = None
     """Name of the served model. Another name is refused, unless `strict_model` is false."""
     input: InputField = Field(default_factory=list)
-    """A text or items: messages, function_call, function_call_output, reasoning, compaction, and item_reference, which
-    stands for an item of a stored response."""
+    """A text, or items: messages, calls, their outputs, reasoning, compaction, item_reference (of a stored item)."""
     instructions: str | None = None
     """A system prompt. Instructions of earlier responses do not apply."""
     previous_response_id: str | None = Field(default=None, max_length=256)
@@ -127,17 +118,14 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
     stop: Annotated[StopField, Requested()] = ()
     """Texts; the answer ends before the first occurrence of one of them."""
     tools: _ToolsField = Field(default_factory=ToolSet)
-    """Tools that the model may call and the client runs: function, custom, local_shell, shell, apply_patch, and
-    namespaces of functions and custom tools. Hosted tools are left out."""
+    """Tools of the client: function, custom, local_shell, shell, apply_patch, namespaces. Hosted ones are left out."""
     tool_choice: _ChoiceField = "auto"
     """`auto`, `none`, `required`, an object with the one tool to call, or `{"type": "allowed_tools", "mode": "auto" or
     "required", "tools": [{"type": "function", "name": ...}]}`, which offers only these of the tools."""
     parallel_tool_calls: bool | None = None
     """true: an answer may have several calls. The default is false if `tool_choice` requires a call, else true."""
     reasoning: Reasoning = Field(default_factory=Reasoning)
-    """Settings of reasoning."""
     text: TextConfig = Field(default_factory=TextConfig)
-    """Settings of the answer's text."""
     metadata: _MetadataField = Field(default_factory=dict)
     """Texts that the response repeats."""
     include: _IncludeField = ()
@@ -158,7 +146,6 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
         return _LOGPROBS in self.include
 
     def shown(self) -> dict[str, Any]:
-        """Returns the request's fields that its response repeats."""
         return {name: getattr(self, name) for name in _REPEATED.split()} | {
             "parallel_tool_calls": self.choice.use.is_parallel,
             "reasoning": {"effort": self.reasoning.effort, "summary": None},
@@ -178,7 +165,6 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
             raise ParameterError("input", "is missing")
 
     def request(self, messages: Sequence[Mapping[str, Any]]) -> ChatRequest:
-        """Makes the chat with these messages, which include earlier ones."""
         answer = self.completion(
             (),
             self.max_output_tokens,
@@ -197,8 +183,7 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
 
 
 def _chat(instructions: str | None, messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-    """Joins the instructions and the first system messages into one, because many chat templates accept only one.
-    Messages with images stay as they are."""
+    """Joins instructions and first system messages, since many templates accept only one. Images stay as they are."""
     systems = [*takewhile(_is_system_text, messages)]
     texts = [*([] if instructions is None else [instructions]), *(message["content"] for message in systems)]
     prompt = [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
@@ -210,8 +195,6 @@ def _is_system_text(message: Mapping[str, Any]) -> bool:
 
 
 class Status(StrEnum):
-    """The status of a response or of one of its items."""
-
     QUEUED = "queued"
     IN_PROGRESS = "in_progress"
     COMPLETED = "completed"
@@ -231,12 +214,10 @@ class ResponseHead:
 
     @property
     def begun(self) -> dict[str, Any]:
-        """Returns the JSON of the response before it is computed."""
         return self.shown(Status.QUEUED if self.body.background else Status.IN_PROGRESS)
 
     @property
     def first_events(self) -> list[dict[str, Any]]:
-        """Returns the first events of a stream."""
         statuses = [Status.QUEUED, Status.IN_PROGRESS] if self.body.background else [Status.IN_PROGRESS]
         return [{"type": "response.created", "response": self.begun}, *map(self.event, statuses)]
 
@@ -276,8 +257,6 @@ _TASK: Final = (
 
 
 class CompactionBody(AdapterFields, foreign=COMPACTION):
-    """The body of `POST /v1/responses/compact`."""
-
     model: str
     """Name of the served model. Another name is refused, unless `strict_model` is false."""
     input: InputField = Field(default_factory=list)

@@ -21,8 +21,7 @@ Messages = tuple[Mapping[str, Any], ...]
 
 @dataclass(slots=True, eq=False)
 class StoredResponse:
-    """A response with its input. The constructor estimates the size, so a response with many values must be made on a
-    thread."""
+    """A response with its input. A large one must be made on a thread, because the constructor estimates its size."""
 
     response: dict[str, Any]  # as it is shown
     input_items: list[Item]
@@ -34,8 +33,7 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """Stored responses within bounds. If they exceed the bound, the owner who holds the most loses the oldest one. Not
-    thread-safe: use it on one event loop."""
+    """Stored responses within bounds. The owner who holds the most loses the oldest. Not thread-safe."""
 
     def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
         self._max_responses = max_responses
@@ -43,8 +41,7 @@ class ResponseStore:
         self._stored: dict[tuple[str, str], StoredResponse] = {}  # by owner and id, the oldest first
 
     def put(self, owner: str, stored: StoredResponse) -> None:
-        """Stores a response, replaces one with the same id, and deletes others to make room. Does not store a response
-        that alone exceeds the bound."""
+        """Stores or replaces a response, and deletes others to make room, unless it alone exceeds the bound."""
         self.delete(owner, stored.response["id"])
         if stored.held_bytes <= self._max_bytes:
             self._make_room(stored.held_bytes)
@@ -66,8 +63,7 @@ class ResponseStore:
         return stored
 
     def resolved(self, owner: str, items: list[Item], most_bytes: int) -> list[Item]:
-        """Replaces references by the items to which they refer. Raises HttpError for an unknown item, and
-        ParameterError if the items have more than `most_bytes`."""
+        """Replaces references by items. Raises HttpError for an unknown one, ParameterError above `most_bytes`."""
         references = Counter(item["id"] for item in items if item["type"] == REFERENCE)
         if not references:
             return items
@@ -108,8 +104,7 @@ class ResponseStore:
 
 @dataclass(slots=True, eq=False)
 class Storing:
-    """Stores a response with its input items, only once, although all readers of a reply share this object. It must be
-    made on the event loop of the store."""
+    """Stores a response and its input items once for all readers. It must be made on the store's event loop."""
 
     store: ResponseStore
     owner: str
@@ -122,8 +117,7 @@ class Storing:
         self.store.put(self.owner, self._stored(response, ()))
 
     def complete(self, response: dict[str, Any]) -> None:
-        """Stores the complete response before its client gets the end of the reply. Thread-safe. Every reader of the
-        reply calls this method."""
+        """Stores the response before its client gets the reply's end. Thread-safe; every reader calls it."""
         stored = self._stored(response, (*self.messages, *messages_of(response["output"])))
         self._loop.call_soon_threadsafe(self._put, stored)
 

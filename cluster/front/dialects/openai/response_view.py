@@ -69,8 +69,7 @@ class ShownRow(DeferredValue):
 
 
 class OutputItems:
-    """Collects the items of an answer, and yields the events that build the items. At most one item is open at a
-    time."""
+    """Collects an answer's items, and yields the events that build them. At most one item is open at a time."""
 
     def __init__(self, reply_id: str, tools: Iterable[ClientTool]) -> None:
         self._tools = {tool.function_name: tool for tool in tools}
@@ -82,8 +81,7 @@ class OutputItems:
         self._pending: list[ShownRow] = []  # of tokens whose text is still to come
 
     def take(self, events: Iterable[AnswerEvent], logprobs: Sequence[ShownRow] = ()) -> Iterator[Shown]:
-        """Adds events of an answer with the logprobs of their tokens. Logprobs of tokens outside messages, such as
-        reasoning, are dropped."""
+        """Adds events of an answer with the logprobs of their tokens. Tokens outside messages lose their logprobs."""
         self._pending += logprobs
         for event in events:
             if not isinstance(event, ContentText):  # a token may have the end of its markup, and text
@@ -175,8 +173,7 @@ def _call(name: str, tool: ClientTool | None) -> tuple[str, dict[str, Any]]:
 
 
 def _logprobs_of(text: str, entries: list[ShownRow], *, is_first: bool) -> tuple[list[ShownRow], list[ShownRow]]:
-    """Splits the entries into those of this piece of text and those of later text. Before the first piece of a message,
-    entries of hidden markup are dropped."""
+    """Splits entries by the text that they belong to: this text or later text. The first text drops hidden markup."""
     ends = [*accumulate(len(entry.token_bytes) for entry in entries)]
     data, wanted = b"".join(entry.token_bytes for entry in entries), text.encode("utf-8", "surrogatepass")
     start = data.rfind(wanted) if is_first else data.find(wanted)
@@ -207,8 +204,7 @@ class ResponseView(View):
         self._reasoning = ReasoningCount(tokenizer)
 
     def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:
-        """Shows the whole answer. An answer with logprobs comes as several chunks, because a joined answer does not
-        tell which text each token belongs to."""
+        """An answer with logprobs comes in several chunks: a joined one does not tell each token's text."""
         (chunks,) = parts
         for chunk in chunks:
             for _ in self._take(chunk):
@@ -216,8 +212,7 @@ class ResponseView(View):
         return self._ended(chunks[-1])
 
     def frames(self, prompt: int, item: LogItem) -> Iterator[Event]:
-        """Yields the events of a log item. Progress events have their own slot and the number of the previous event,
-        because the progress differs if the reply is computed again."""
+        """Progress events have their own slot and the previous event's number: they differ in a second computation."""
         if not self._events:
             yield from map(self._numbered, self._head.first_events)
         if isinstance(item, TextChunk):
@@ -268,8 +263,7 @@ class ResponseView(View):
 
 
 class ReasoningCount:
-    """Estimates the number of reasoning tokens in an answer. Text is counted in blocks of 1,024 characters as it
-    arrives, so that the end of a stream is not delayed and the result does not depend on the size of chunks."""
+    """Counts reasoning tokens in blocks of 1,024 characters, as text arrives: chunk sizes do not change the result."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

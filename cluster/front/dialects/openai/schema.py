@@ -48,8 +48,6 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 
 class StreamOptions(Body):
-    """Additions to the stream."""
-
     include_usage: bool = False
     """True: a last chunk shows the token counts."""
     include_obfuscation: bool = False
@@ -59,13 +57,10 @@ class StreamOptions(Body):
 
 
 class Message(Body, foreign=MESSAGE):
-    """A message of a chat."""
-
     role: Literal["system", "developer", "user", "assistant", "tool"]
     """`developer` is another name of `system`."""
     content: ContentField = ""
-    """Text, or parts of type `text` and `image_url`. Audio and files are replaced by a short text, and so are images if
-    the model reads text only."""
+    """Text, or parts of type `text` and `image_url`. Other media, and images for text models, become a short text."""
     name: str | None = None
     """Passed to the chat template."""
     reasoning_content: str | None = None
@@ -77,7 +72,6 @@ class Message(Body, foreign=MESSAGE):
     """Id of the call that the message answers, for the role `tool`."""
 
     def as_variables(self) -> dict[str, Any]:
-        """Returns the message in the form that chat templates expect."""
         role = "system" if self.role == "developer" else self.role
         more = {
             "name": self.name,
@@ -106,8 +100,6 @@ MessagesField = Annotated[
 
 
 class ChatFields(ToolFields):
-    """Fields from which a chat's prompt is made."""
-
     messages: MessagesField
     """The chat so far."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -143,8 +135,7 @@ class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Sp
     logit_bias: BiasField = ()
     """Biases by token id, which are added to the logits."""
     seed: Annotated[SeedField, Requested()] = None
-    """Seed of the random numbers; the same seed gives the same answer. Absent or -1: a random seed, which the reply
-    shows."""
+    """Seed of the random numbers; the same seed gives the same answer. Absent or -1: random, and shown in the reply."""
     stop: Annotated[StopField, Requested()] = ()
     """Texts; the answer ends before the first occurrence of one of them."""
     stop_token_ids: Annotated[list[int], FailFast(), Field(default_factory=list, max_length=MAX_STOP_TOKENS)]
@@ -160,8 +151,7 @@ class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Sp
     return_progress: bool = False
     """True: a stream begins with events that show how many tokens of the prompt are computed, as in llama.cpp."""
     verbose: bool = False
-    """True: the reply, or the last event of each choice, contains the text of the prompt as `__verbose.prompt`, as in
-    llama.cpp."""
+    """True: the reply, or the last event of each choice, contains the prompt's text as `__verbose.prompt`."""
     stream: bool = False
     """True: the answer is sent as server-sent events."""
     stream_options: StreamOptions | None = None
@@ -202,8 +192,6 @@ class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Sp
 
 
 class ChatBody(GenerationBody, ChatFields, foreign=CHAT):
-    """The body of `POST /v1/chat/completions`."""
-
     max_tokens: LimitField = None
     """The largest number of tokens of an answer; by default, and for -1, as many as the context has room for."""
     max_completion_tokens: LimitField = None
@@ -243,13 +231,10 @@ class ChatBody(GenerationBody, ChatFields, foreign=CHAT):
 
 
 class CompletionBody(GenerationBody, foreign=COMPLETION):
-    """The body of `POST /v1/completions`."""
-
     prompt: PromptsField
     """One prompt (text or token ids), or a list of prompts."""
     max_tokens: LimitField = DEFAULT_COMPLETION_TOKENS
-    """The largest number of tokens of an answer; -1: as many as the context has room for; 0: no answer, but `echo` and
-    `logprobs` still show the prompt's logprobs."""
+    """Most tokens of an answer; -1: as many as the context has room for; 0: only `echo` and the prompt's logprobs."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     """The number of likeliest tokens whose logprobs are shown in addition to the chosen token's."""
     echo: bool = False

@@ -31,7 +31,6 @@ _PARTS: Final = {"type": "array", "items": {"type": "object", "required": ["type
 
 
 def _content(value: Any, info: ValidationInfo) -> Content:
-    """Reads a text or the parts of a message. Raises ValueError."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -145,14 +144,11 @@ _ChoiceField = Annotated[Any, BeforeValidator(_choice), WithJsonSchema(_CHOICE)]
 
 
 class ToolFields(ReasoningFields):
-    """Fields about the tools that a chat offers, and about how the answer shows reasoning."""
-
     tools: _ToolsField = Field(default_factory=list)
     """Tools of type `function` or `custom` that the model may call. Tools of other types are left out."""
     tool_choice: _ChoiceField = "auto"
-    """`auto`, `none`, `required`, an object with the one tool that must be called, or `{"type": "allowed_tools",
-    "allowed_tools": {"mode": "auto" or "required", "tools": [{"type": "function", "function": {"name": ...}}]}}`, which
-    offers only these of the tools."""
+    """`auto`, `none`, `required`, an object with the one tool to call, or, to offer only some, `{"type":
+    "allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": [...]}}`."""
     parallel_tool_calls: bool | None = None
     """true: an answer may have several calls. The default is false if `tool_choice` requires a call, else true."""
     reasoning_format: Literal["auto", "deepseek", "deepseek-legacy", "none"] = "auto"
@@ -167,8 +163,7 @@ ALLOWED: Final = "allowed_tools"
 
 
 def read_choice(value: Any, example: str = '{"type": "function", "name": ...}') -> Any:
-    """Reads a choice of tools, which is a mode or an object in the form of the Responses API. Raises ValueError;
-    `example` shows how the API names a tool."""
+    """Reads a mode, or an object in the form of the Responses API. Raises ValueError with the API's `example`."""
     if isinstance(value, str) and value in MODES:
         return value
     if isinstance(value, dict) and value.get("type") == ALLOWED:
@@ -183,7 +178,6 @@ def read_choice(value: Any, example: str = '{"type": "function", "name": ...}') 
 
 
 def _named_tool(value: Any, message: str) -> dict[str, str]:
-    """Reads the fields by which a choice names a tool. Raises ValueError."""
     kind = value.get("type") if isinstance(value, dict) else None
     names = {key: value[key] for key in ("type", "name", "namespace") if value.get(key) is not None} if kind else {}
     needs_name = kind in ("function", "custom")
@@ -209,15 +203,13 @@ class ToolChoice:
 
     @property
     def offered(self) -> tuple[dict[str, Any], ...]:
-        """The functions that the model may call."""
         tools = self.tools
         if isinstance(self.choice, dict) and self.choice["type"] == ALLOWED:
             tools = [tool for tool in tools if any(map(tool.is_named_by, self.choice["tools"]))]
         return tuple(tool.function for tool in tools)
 
     def check(self) -> None:
-        """Raises ParameterError if the tools contradict each other or the choice. The tool that must be called must be
-        among the tools, and so must the allowed tools, except hosted ones."""
+        """Raises ParameterError if tools contradict each other or the choice. Its tools must be offered or hosted."""
         if isinstance(self.choice, dict):
             self._check_names()
         self.use.check(self.offered)
@@ -240,8 +232,7 @@ _HOSTED_ENVIRONMENTS: Final = ("container_auto", "container_reference")
 
 @dataclass(frozen=True, slots=True)
 class BuiltInTool:
-    """A tool that clients know by its type alone. The items of its calls have the arguments in an object named
-    `field`."""
+    """A tool that clients know by its type alone. Items of its calls have the arguments in an object `field`."""
 
     field: str
     fixed: Mapping[str, Any]  # in that object
@@ -277,8 +268,7 @@ BUILT_IN: Final = {
 
 @dataclass(frozen=True, slots=True)
 class ToolSet:
-    """The tools in a request of the Responses API that the client runs. `client`: the tools as functions for the
-    model."""
+    """The tools of a Responses request that the client runs. `client`: the tools as functions for the model."""
 
     client: tuple[ClientTool, ...] = ()
     shown: tuple[dict[str, Any], ...] = ()  # as the response repeats them

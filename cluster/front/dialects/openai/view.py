@@ -40,8 +40,6 @@ Choice = dict[str, Any]
 
 
 class OpenAiView(View, Generic[AnyGeneration]):
-    """Shows the answers of a request to one reader. Each endpoint shows choices in its own form."""
-
     id_prefix: ClassVar[str]
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
@@ -71,11 +69,10 @@ class OpenAiView(View, Generic[AnyGeneration]):
 
     @abstractmethod
     def _content(self, prompt: int, part: TextChunk, *, is_whole: bool) -> Choice:
-        """Returns the content and logprobs that a chunk adds to a choice, or those of a whole answer."""
+        """Returns content and logprobs: what a chunk adds to a choice, or the whole answer."""
 
     def frames(self, prompt: int, item: LogItem) -> Sequence[Event]:
-        """Returns the events of a log item. Progress events have their own slot, because the progress differs if the
-        reply is computed again."""
+        """Progress events have a slot of their own: they differ if the reply is computed again."""
         if isinstance(item, PromptProgress):
             progress = shown_progress(item, with_timings=self._body.timings_per_token)
             return (Event(self._choices + 1, self._event([], progress)),)
@@ -149,9 +146,8 @@ class OpenAiView(View, Generic[AnyGeneration]):
         return {**content, **ids, **self._ending(prompt, part)}
 
     def _ending(self, prompt: int, part: TextChunk) -> dict[str, Any]:
-        """Shows why a choice ended; null if it has not ended. `stop_reason`, as in vLLM, is the stop string or token id
-        that ended the choice. The reason `tool_calls` means that the answer is complete and the client has to send the
-        results of its calls."""
+        """Shows why a choice ended; null before. `stop_reason`, as in vLLM, is the stop string or token id. The reason
+        `tool_calls` means that the client has to send the results of its calls."""
         if part.finish_reason is None or part.timings is None:
             return {"finish_reason": None}
         waits = part.finish_reason is FinishReason.STOP and (prompt, part.index) in self._calling
@@ -186,8 +182,7 @@ class OpenAiView(View, Generic[AnyGeneration]):
 
 
 def _around(name: str, text: str, event: Event) -> tuple[int, bytes, bytes]:
-    """Returns the slot of an event, and the bytes of its JSON before and after the text that it adds. The split is
-    unambiguous, because quotes inside strings are escaped."""
+    """Returns an event's slot and its JSON before and after the added text. Quotes in strings are escaped."""
     key = to_json(name) + b":"
     begin, _, end = to_json(event.value).partition(key + to_json(text))
     return event.slot, begin + key, end
@@ -203,8 +198,7 @@ ShownToken = tuple[int, int, RowResult | None]
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """A prompt that `echo` shows before its answers. `offsets`: the positions of its tokens in `text`. `unscored`: its
-    first tokens, which have no logprobs."""
+    """A prompt that `echo` shows. `offsets`: of its tokens in `text`. `unscored`: first tokens without logprobs."""
 
     text: str = ""
     offsets: Sequence[int] = ()
@@ -264,8 +258,7 @@ class CompletionView(OpenAiView[CompletionBody]):
 
 
 def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[ShownToken]) -> dict[str, Any]:
-    """Shows logprobs in the form of `/v1/completions`. Iterators stand for its lists, because there may be many
-    tokens."""
+    """Shows logprobs in the form of `/v1/completions`. Its lists are iterators, because there may be many tokens."""
     return {
         "tokens": (_label(tokenizer, token) for token, _, _ in tokens),
         "token_logprobs": (None if row is None else json_logprob(row.logprob) for _, _, row in tokens),
@@ -318,8 +311,7 @@ class ChatView(OpenAiView[ChatBody]):
 
 
 class Message:
-    """Builds the chat message of a choice. In a stream, the text of a custom tool call is sent as a whole at its
-    end."""
+    """Builds a choice's chat message. A stream gets the text of a custom tool call as a whole at its end."""
 
     def __init__(self, choice_id: str, tools: Iterable[ClientTool]) -> None:
         self._choice_id = choice_id

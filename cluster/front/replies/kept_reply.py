@@ -179,8 +179,8 @@ class KeptReply:
                 journal.completed(self.context.id, passed_s + self._owner.settings.background_s)
         except TimeoutError:
             self.end(DeadlineError(_TOO_LONG))
-        except LlamaclustError:
-            pass  # its readers get it
+        except LlamaclustError as error:
+            self.end(error)
         except Exception:  # noqa: BLE001  a mistake of ours, which ends this reply alone
             _log.exception("request %s failed", self.context.id)
         finally:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.state.control_record import ControlRecord
-from llamaclust.cluster.state.journal import JournalFile
+from llamaclust.cluster.state.journal_file import JournalFile
 from llamaclust.cluster.state.journal_records import read_journal
 from llamaclust.core.errors import SupersededError
 from support.clusters.journals import LIMIT_S, NOW, admission, ids_in, journal, left, row, until

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
 from llamaclust.cluster.front.errors import HttpError, internal_error
-from llamaclust.cluster.front.json_text import JsonBody, is_large, json_body, off_loop_if, one_part
+from llamaclust.cluster.front.json_text import (
+    JsonBody,
+    entries_of,
+    is_large,
+    json_body,
+    off_loop_if,
+    one_part,
+)
 from llamaclust.cluster.front.replies.recording import Recording
 from llamaclust.cluster.front.replies.reply import Framing, MakeView, Reply, View, identified
 from llamaclust.cluster.front.text.answer import TextChunk
@@ -50,13 +57,14 @@ class KeptReply:
     def __init__(self, context: RequestContext, owner: ReplyCache, *, is_kept: bool = True) -> None:
         self.context = context
         self.is_kept = is_kept
-        self.acknowledgement: bytes | None = None  # see `Reply`; None also before it has begun
+        self.acknowledgement: Mapping[str, Any] | None = None  # see `Reply`; None also before it has begun
         self.log = AnswerLog(*([self._grow] if is_kept else []), is_held=is_kept)
         self.progressed = asyncio.Event()  # a token came that no earlier coordinator recorded; or it is over
         self.held_bytes = 0
         self._content_bytes = 0
         self._owner = owner
         self._view: MakeView | None = None
+        self._repeated_entries = 0  # of its request
         self._postponed: Callable[[], None] | None = None  # begins what is not computed until a client reads it
         self._computing = AsyncExitStack()
         self._timer: asyncio.TimerHandle | None = None
@@ -108,6 +116,7 @@ class KeptReply:
             await self._computing.aclose()
             raise
         self._view, self.acknowledgement = reply.view, reply.acknowledgement
+        self._repeated_entries = entries_of(reply.repeated)
         if self.is_kept:
             self._task = asyncio.create_task(self._run(reply.is_stored, until_s, on_disk))
             self._expire_later()
@@ -254,7 +263,7 @@ class KeptReply:
     async def stream(self, framing: Framing) -> AsyncGenerator[bytes, None]:
         """Yields the bytes of a stream that the client lacks, until its end. Raises the error that ended the log."""
         view: View | None = None
-        sizes, cost = _Sizes(self.log), 0
+        sizes, cost = _Sizes(self._request_entries), 0
         with self.reading() as reader:
             while (entry := reader.take()) is not None or not reader.is_at_end:
                 if entry is None:
@@ -281,7 +290,7 @@ class KeptReply:
             for part in framing.parts(view.closing()):
                 yield part
 
-    async def acknowledged(self) -> bytes:
+    async def acknowledged(self) -> Mapping[str, Any]:
         """Waits for a background reply to begin, and returns its acknowledgement. Raises the error that ended the reply
         before."""
         with self.reading() as reader:
@@ -308,8 +317,12 @@ class KeptReply:
         return await off_loop_if(is_large(self._entries(parts)), partial(self._new_view().whole, parts))
 
     def _entries(self, parts: Sequence[Sequence[TextChunk]]) -> int:
-        """Counts the tokens and logprobs of whole answers, and the tokens of the prompts, which some APIs show."""
-        return _prompt_tokens(self.log) + sum(chunk.entries for chunks in parts for chunk in chunks)
+        """Counts the tokens and logprobs of whole answers, and what the reply shows of its request."""
+        return self._request_entries() + sum(chunk.entries for chunks in parts for chunk in chunks)
+
+    def _request_entries(self) -> int:
+        """Counts the tokens of the prompts, which some APIs show, and what else the reply repeats."""
+        return _prompt_tokens(self.log) + self._repeated_entries
 
     def _new_view(self) -> View:
         assert self._view is not None
@@ -318,10 +331,10 @@ class KeptReply:
 
 class _Sizes:
     """Computes an upper bound of what the next entry of a log shows. Chunks that begin or end an answer, or begin a
-    call, may show all prompts and all earlier text."""
+    call, may show all that the reply repeats of its request, and all earlier text."""
 
-    def __init__(self, log: AnswerLog) -> None:
-        self._log = log
+    def __init__(self, request_entries: Callable[[], int]) -> None:
+        self._request_entries = request_entries
         self._begun: set[tuple[int, int]] = set()  # choices
         self._entries = 0  # so far
 
@@ -334,7 +347,7 @@ class _Sizes:
         if not (is_first or item.finish_reason or any(isinstance(event, CallBegun) for event in item.events)):
             return item.entries
         self._begun.add((prompt, item.index))
-        return self._entries + _prompt_tokens(self._log)
+        return self._entries + self._request_entries()
 
 
 def _prompt_tokens(log: AnswerLog) -> int:

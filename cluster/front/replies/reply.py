@@ -138,8 +138,9 @@ class Reply:
     has_measurements: bool = False
     """True if the stream shows times or cached tokens before its last event, so that its bytes change if the reply is
     computed again."""
-    acknowledgement: bytes | None = None
-    """JSON for a client that does not wait for its (background) reply; None: the client waits."""
+    acknowledgement: Mapping[str, Any] | None = None
+    """The JSON value for a client that does not wait for its (background) reply; None: the client waits."""
+    repeated: Any = None  # of its request, shown or stored with the reply; if that is large, a thread renders them
     is_stored: bool = False  # a view has an effect once its answer is complete, so that it is made without a client too
 
     @property

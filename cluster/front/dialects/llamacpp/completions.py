@@ -263,6 +263,7 @@ class LlamaCppCompletion(Dialect[LlamaCppBody]):
             timed=Timed.ALWAYS if body.timings_per_token else Timed.NEVER,
             with_progress=body.return_progress,
             has_measurements=body.timings_per_token or body.return_progress,
+            repeated=body,
         )
 
     async def _requests(self, body: LlamaCppBody, adapters: AdapterScales) -> list[CompletionRequest]:

@@ -271,7 +271,7 @@ class _Writer:
         self._write_at(asyncio.get_running_loop().time())
 
     async def aclose(self) -> None:
-        while self._writing is not None or self._pending:
+        while self._writing is not None or self._pending or self._waiting:
             if self._writing is None:
                 self._write()
             assert self._writing is not None

@@ -60,11 +60,12 @@ class Journal:
         self._making = ThreadPoolExecutor(1, "journal-lines")
         self._without_progress: dict[str, int] = {}  # restored requests, and how many times they have been begun so
 
-    async def restore(self, requests: Iterable[RequestContext]) -> None:
+    async def restore(self, requests: Sequence[RequestContext]) -> None:
         """Begins with the open requests of an earlier coordinator. Removes all other content of the file."""
-        for request in requests:
-            for record in request.records():
-                self._contents.add(record, await self._made(record))
+        made = [[(each, await self._made(each)) for each in request.records()] for request in requests]
+        for request, records in zip(requests, made, strict=True):  # without a write in between: it would lose some
+            for record, line in records:
+                self._contents.add(record, line)
             if request.is_complete:
                 self.completed(request.id, request.limit_s)
             elif request.is_sent:

@@ -83,6 +83,28 @@ async def test_a_long_line_is_made_beside_the_event_loop_and_the_order_stays(
     assert read_journal(path, NOW) == opened
 
 
+async def test_the_file_stays_until_all_lines_of_restored_requests_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal"
+    async with journal(path) as writing:
+        for number in range(3):
+            await writing.admit(admission(number, LONG))
+        writing.seal()
+    before, making = path.read_bytes(), Making(monkeypatch)
+    monkeypatch.setattr(journal_module, "_LATER_S", 0.0)
+    async with journal(path) as writing:
+        opened = [left(admission(number, LONG), is_sent=number > 0) for number in (1, 2, 0)]
+        restoring = asyncio.create_task(writing.restore(opened))
+        await making.wait_begun()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert writing._writer._writing is None and path.read_bytes() == before
+        making.go.set()
+        await restoring
+        assert read_journal(path, NOW) == opened
+
+
 @pytest.mark.parametrize("is_sealed", [False, True])
 async def test_a_journal_is_closed_with_all_that_it_took(
     is_sealed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

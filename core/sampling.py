@@ -183,7 +183,7 @@ class SampleTask:
     seed: int  # 64 bits, unsigned
     choice: int  # index among a request's n choices
     position: int  # absolute position of the token to be chosen
-    history: tuple[int, ...] = ()  # tokens that penalties and DRY look at, oldest first; empty where there are none
+    history: Sequence[int] = ()  # tokens that penalties and DRY look at, oldest first; empty where there are none
     suppressed: tuple[int, ...] = ()  # ids that may not be chosen (min_tokens)
     top_logprobs: int = 0
     history_rows: int = 0  # so many newest tokens of its chunk, up to the row's own, follow in the history

@@ -8,7 +8,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, Unpack, overload
 
 from llamaclust.cluster.client.http_codec import (
@@ -25,9 +25,14 @@ from llamaclust.cluster.client.http_codec import (
 )
 from llamaclust.cluster.front.text.answer import Answer, TextChunk, join
 from llamaclust.core.errors import LlamaclustError
+from llamaclust.wire.rpc.deadlines import deadline
 
 if TYPE_CHECKING:
     from llamaclust.cluster.front.text.embedder import Vector
+
+_OPEN_S = 600.0
+_CALL_S = 86_400.0
+"""The longest wait for a result, or for the next chunk of a stream. It is long, because a large model may be slow."""
 
 _Value = TypeVar("_Value")
 _Opened = TypeVar("_Opened")
@@ -168,7 +173,8 @@ class LoopThread(Generic[_Opened]):
     """Opens a resource in the event loop of a new thread. The resource stays open until `close`."""
 
     def __init__(self, open_resource: Callable[[], AbstractAsyncContextManager[_Opened]]) -> None:
-        """Returns when the resource is open, or raises its error. If interrupted, ends the thread first."""
+        """Returns when the resource is open. Raises the error if opening it fails, and DeadlineError if that takes too
+        long. If interrupted, ends the thread first."""
         self._lock = threading.RLock()  # the garbage collector may end a stream within `call`
         self._calls: set[Future[Any]] = set()
         self._streams: set[Callable[[], Coroutine[Any, Any, None]]] = set()  # each closes one that is read
@@ -187,12 +193,13 @@ class LoopThread(Generic[_Opened]):
             raise
 
     def call(self, work: Coroutine[Any, Any, _Value]) -> _Value:
-        """Runs `work` in the loop; an interrupt of the caller cancels it. Raises LlamaclustError if closed."""
+        """Runs `work` in the loop and returns its result. An interrupt of the caller cancels `work`. Raises
+        LlamaclustError if the thread is closed, and DeadlineError if `work` takes too long."""
         with self._lock:
             if self._is_closed:
                 work.close()
                 raise LlamaclustError("the client is closed")
-            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+            future = asyncio.run_coroutine_threadsafe(_in_time(work), self._loop)
             self._calls.add(future)
         try:
             return future.result()
@@ -244,7 +251,9 @@ class LoopThread(Generic[_Opened]):
         self, open_resource: Callable[[], AbstractAsyncContextManager[_Opened]], opened: Future[_Opened]
     ) -> None:
         try:
-            async with open_resource() as resource:
+            async with AsyncExitStack() as stack:
+                async with deadline("opening the client", _OPEN_S):
+                    resource = await stack.enter_async_context(open_resource())
                 opened.set_result(resource)
                 await self._stop.wait()
                 for close in tuple(self._streams):
@@ -254,6 +263,11 @@ class LoopThread(Generic[_Opened]):
                 opened.set_exception(error)
             elif not isinstance(error, asyncio.CancelledError):  # by an interrupted constructor
                 raise
+
+
+async def _in_time(work: Coroutine[Any, Any, _Value]) -> _Value:
+    async with deadline("the answer to a call of the client", _CALL_S):
+        return await work
 
 
 class TextClient(TextCalls[Answer, ChunkStream]):

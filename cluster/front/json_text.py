@@ -154,7 +154,12 @@ async def off_loop_if(is_large: bool, work: Callable[[], _Value]) -> _Value:
 
 
 def has_many_values(value: Any) -> bool:
-    """Returns True if rendering a value takes long. Counts its values only until the answer is certain."""
+    """Returns True if rendering a value takes long."""
+    return is_large(entries_of(value))
+
+
+def entries_of(value: Any) -> int:
+    """Returns about how many numbers and texts a value has, counted only until they are many."""
     left, count = [value], 0
     while left:
         part = left.pop()
@@ -169,9 +174,11 @@ def has_many_values(value: Any) -> bool:
             left.extend(part)
         elif isinstance(part, DeferredValue):
             count += part.entries
-        if is_large(count + len(left)) or isinstance(part, Iterator):
-            return True
-    return False
+        if isinstance(part, Iterator):
+            return _LARGE_ENTRIES + 1
+        if is_large(count + len(left)):
+            return count + len(left)
+    return count
 
 
 def json_parts(value: Any) -> Generator[bytes, None, None]:
@@ -223,6 +230,11 @@ def json_size(value: Any) -> int:
     if isinstance(value, DeferredValue):
         return value.held_bytes + _VALUE_BYTES
     return _VALUE_BYTES
+
+
+async def size_of_json(value: Any) -> int:
+    """Returns `json_size`, computed on a thread if the value has many values; 0 for an empty one."""
+    return await off_loop_if(has_many_values(value), partial(json_size, value)) if value else 0
 
 
 def _pieces(value: Any) -> Iterator[bytes]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.disk_thread import DiskThread
+from llamaclust.cluster.state.journal_file import JournalFile
 from llamaclust.cluster.state.journal_records import (
-    HEAD_LINE,
     Change,
     ChoiceKey,
     Record,
@@ -25,7 +26,6 @@ from llamaclust.cluster.state.journal_records import (
     to_line,
 )
 from llamaclust.core.errors import SupersededError
-from llamaclust.core.regular_file import sync_folder
 from llamaclust.core.sampling import RowResult
 
 _PAUSE_S = 0.02
@@ -37,6 +37,12 @@ _ENDED_BYTES = 4 << 20
 _SENT_BYTES = 16 << 20
 """The most bytes of requests whose replies were sent. The oldest of these requests are removed first."""
 
+_LONG_BYTES = 1 << 16
+"""The size of a body from which on the line of its request is made on a thread."""
+
+_Step: TypeAlias = "Callable[[], asyncio.Future[bytes] | None]"
+"""A change of the contents. The next one waits until the returned future is done."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -46,24 +52,32 @@ class Journal:
         self._sent_s = sent_s
         self._contents = _Contents()
         self._writer = _Writer(JournalFile(path, record), self._contents)
+        self._steps = _Steps()
+        self._making = ThreadPoolExecutor(1, "journal-lines")
         self._without_progress: dict[str, int] = {}  # restored requests, and how many times they have been begun so
 
-    async def restore(self, requests: Iterable[RequestContext]) -> None:
+    async def restore(self, requests: Sequence[RequestContext]) -> None:
         """Begins with the open requests of an earlier coordinator. Removes all other content of the file."""
-        for request in requests:
-            for record in request.records():
-                self._contents.add(record)
+        made = [[(each, await self._made(each)) for each in request.records()] for request in requests]
+        for request, records in zip(requests, made, strict=True):  # without a write in between: it would lose some
+            for record, line in records:
+                self._contents.add(record, line)
             if request.is_complete:
                 self.completed(request.id, request.limit_s)
             elif request.is_sent:
                 self.sent(request.id)
-        await self._writer.written(b"", is_synced=True)
+        on_disk: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._writer.write(b"", on_disk, is_synced=True)
+        await on_disk
 
     def admit(self, request: RequestContext) -> asyncio.Future[None]:
-        """Records a request. The future ends once it is on disk or failed. Raises SupersededError after `seal`."""
+        """Records a request. The future ends when the record is on disk or cannot be written, or with RequestError if
+        the record is too long. Raises SupersededError after `seal`."""
         if self._writer.is_sealed:
             raise SupersededError("this coordinator takes no requests any more; try again")
-        return self._writer.written(self._contents.add(request), is_synced=True)
+        on_disk: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._steps.take(partial(self._make, request, on_disk))
+        return on_disk
 
     def answer(self, request_id: str, choice: ChoiceKey, start: int, rows: Sequence[RowResult]) -> None:
         """Records tokens of a choice, beginning with token number `start`. They are written soon, but not synced."""
@@ -73,18 +87,20 @@ class Journal:
         """Records how often requests restarted without a new token. Returns once the counts are in the file."""
         if not self._writer.is_sealed:
             self._without_progress.update(times)
-            lines = b"".join(self._contents.add(Change(name, restores=count)) for name, count in times.items())
-            await self._writer.written(lines, is_synced=False)
+            in_file: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            changes = [Change(name, restores=count) for name, count in times.items()]
+            self._steps.take(partial(self._enter, changes, in_file))
+            await in_file
 
     def progressed(self, request_id: str) -> None:
         self._without_progress.pop(request_id, None)
         self._add(Change(request_id, restores=0))
 
     def sent(self, request_id: str) -> None:
-        """Keeps a request for a while after its whole reply was sent; of many, the oldest are removed earlier."""
-        if not self._writer.is_sealed and (lines := self._contents.sent(request_id)):
-            self._writer.add(lines)
-            asyncio.get_running_loop().call_later(self._sent_s, self.end, request_id)
+        """Keeps a request for a while after its whole reply was sent. If there are many such requests, the oldest are
+        removed earlier."""
+        if not self._writer.is_sealed:
+            self._steps.take(partial(self._enter_sent, request_id))
 
     def completed(self, request_id: str, limit_s: float) -> None:
         """Marks a background reply as computed. Until `limit_s` after admission, it is computed again on request."""
@@ -94,8 +110,8 @@ class Journal:
         self._add(Change(request_id, is_ended=True))
 
     def end_sent(self) -> None:
-        for request_id in tuple(self._contents.sent_ids):
-            self._add(Change(request_id, is_ended=True))
+        if not self._writer.is_sealed:
+            self._steps.take(self._end_sent)
 
     def stop_in_order(self) -> None:
         """Takes back one counted restart of each request without progress, since an orderly stop is not its failure."""
@@ -106,14 +122,78 @@ class Journal:
     def seal(self) -> None:
         self._writer.is_sealed = True
 
-    def _add(self, record: Record) -> None:
-        if not self._writer.is_sealed:
-            self._writer.add(self._contents.add(record))
-
     async def aclose(self) -> None:
         """Writes pending lines. Ends requests with sent replies, unless the journal is sealed."""
         self.end_sent()
+        await self._steps.wait_done()
+        self._making.shutdown(wait=False)
         await self._writer.aclose()
+
+    def _add(self, change: Change) -> None:
+        if not self._writer.is_sealed:
+            self._steps.take(partial(self._enter, [change]))
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def _make(self, request: RequestContext, on_disk: asyncio.Future[None]) -> asyncio.Future[bytes] | None:
+        if len(request.body) < _LONG_BYTES and not (request.images or request.earlier):
+            return self._admit(request, on_disk, partial(to_line, request))
+        made = self._made(request)
+        made.add_done_callback(lambda made: self._admit(request, on_disk, made.result))
+        return made
+
+    def _admit(self, request: RequestContext, on_disk: asyncio.Future[None], made: Callable[[], bytes]) -> None:
+        try:
+            line = made()
+        except Exception as error:  # noqa: BLE001  the request's
+            if not on_disk.done():
+                on_disk.set_exception(error)
+        else:
+            self._writer.write(self._contents.add(request, line), on_disk, is_synced=True)
+
+    def _made(self, record: Record) -> asyncio.Future[bytes]:
+        return asyncio.get_running_loop().run_in_executor(self._making, to_line, record)
+
+    def _enter(self, changes: Iterable[Change], in_file: asyncio.Future[None] | None = None) -> None:
+        lines = b"".join(map(self._contents.add, changes))
+        if in_file is None:
+            self._writer.add(lines)
+        else:
+            self._writer.write(lines, in_file, is_synced=False)
+
+    def _enter_sent(self, request_id: str) -> None:
+        if lines := self._contents.sent(request_id):
+            self._writer.add(lines)
+            asyncio.get_running_loop().call_later(self._sent_s, self.end, request_id)
+
+    def _end_sent(self) -> None:
+        self._enter(Change(request_id, is_ended=True) for request_id in tuple(self._contents.sent_ids))
+
+
+class _Steps:
+    """Changes the contents in the order of the calls: while a long line is made on a thread, all that follows waits."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[_Step] = deque()
+        self._running: asyncio.Future[bytes] | None = None
+
+    def take(self, step: _Step) -> None:
+        self._waiting.append(step)
+        self._go_on()
+
+    async def wait_done(self) -> None:
+        while self._running is not None:
+            await asyncio.wait([self._running])
+
+    def _go_on(self) -> None:
+        while self._waiting and self._running is None:
+            self._running = self._waiting.popleft()()
+            if self._running is not None:
+                self._running.add_done_callback(self._made)
+
+    def _made(self, _: asyncio.Future[bytes]) -> None:
+        self._running = None
+        self._go_on()
 
 
 class _Contents:
@@ -127,14 +207,13 @@ class _Contents:
     def data(self) -> bytes:
         return b"".join(self.lines.values())
 
-    def add(self, record: Record) -> bytes:
+    def add(self, record: Record, line: bytes = b"") -> bytes:
+        """Returns the record's line, made here unless given; empty for a change of a request that is not open."""
         if isinstance(record, RequestContext):
-            line = to_line(record)
             self.lines[record.id] = bytearray()
-        elif record.id in self.lines:
-            line = to_line(record)
-        else:
+        elif record.id not in self.lines:
             return b""
+        line = line or to_line(record)
         if isinstance(record, Change) and record.is_ended:
             self._count(record.id, -len(self.lines.pop(record.id)))
             self.sent_ids.pop(record.id, None)
@@ -177,17 +256,16 @@ class _Writer:
             self._pending.append(lines)
             self._write_at(asyncio.get_running_loop().time() + _LATER_S)
 
-    def written(self, lines: bytes, *, is_synced: bool) -> asyncio.Future[None]:
-        """Adds lines. The future ends when all so far are in the file (`is_synced`: on disk) or cannot be written."""
-        loop = asyncio.get_running_loop()
+    def write(self, lines: bytes, written: asyncio.Future[None], *, is_synced: bool) -> None:
+        """Adds lines. The future ends when these and all earlier lines are in the file (`is_synced`: on disk) or cannot
+        be written."""
         self._pending.append(lines)
-        self._waiting.append(written := loop.create_future())
+        self._waiting.append(written)
         self._is_sync_due |= is_synced
-        self._write_at(loop.time())
-        return written
+        self._write_at(asyncio.get_running_loop().time())
 
     async def aclose(self) -> None:
-        while self._writing is not None or self._pending:
+        while self._writing is not None or self._pending or self._waiting:
             if self._writing is None:
                 self._write()
             assert self._writing is not None
@@ -258,72 +336,3 @@ class _Writer:
                 return
             self._pending.clear()  # what came meanwhile is in the contents
         await self._thread.call(partial(self._file.rewrite, self._contents.data))
-
-
-class JournalFile:
-    def __init__(self, path: Path, record: ControlRecord) -> None:
-        self.path = path
-        self.size = 0
-        self._record = record
-        self._descriptor: int | None = None
-
-    def append(self, data: bytes, is_synced: bool) -> bool:
-        """Appends all of `data` or nothing. Returns False if the file is gone or replaced; then `rewrite` is due."""
-        descriptor = self._descriptor
-        if descriptor is None or not self._is_in_place(descriptor):
-            return False
-        try:
-            size = _write_all(descriptor, data, self.size)
-            if is_synced:
-                os.fdatasync(descriptor)
-        except OSError:
-            with suppress(OSError):
-                os.ftruncate(descriptor, self.size)
-            raise
-        self.size = size
-        return True
-
-    def rewrite(self, data: bytes) -> None:
-        """Replaces the content, or nothing on an error. Raises SupersededError if a newer coordinator owns the file."""
-        if not data and self._descriptor is not None and self._is_in_place(self._descriptor):
-            os.ftruncate(self._descriptor, 0)
-            self.size = 0
-            return
-        self._check_owner()
-        temporary = self.path.with_name(f".{self.path.name}.new")  # a killed process leaves one at most
-        temporary.unlink(missing_ok=True)  # it may be a pipe or a link
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            size = _write_all(descriptor, data, 0)
-            os.fdatasync(descriptor)
-            self._check_owner()
-            temporary.replace(self.path)
-            sync_folder(self.path.parent)
-        except (OSError, SupersededError):
-            os.close(descriptor)
-            temporary.unlink(missing_ok=True)
-            raise
-        self.close()
-        self._descriptor, self.size = descriptor, size
-
-    def _is_in_place(self, descriptor: int) -> bool:
-        with suppress(OSError):
-            return os.path.samestat(os.fstat(descriptor), self.path.lstat())
-        return False
-
-    def _check_owner(self) -> None:
-        if newer := self._record.newer_term():
-            raise SupersededError(f"belongs to a newer coordinator (term {newer}); this one no longer writes it")
-
-    def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-
-def _write_all(descriptor: int, data: bytes, offset: int) -> int:
-    view = memoryview(HEAD_LINE + data if data and not offset else data)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
-    return offset

@@ -7,14 +7,16 @@ import json
 import logging
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from base64 import urlsafe_b64encode
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import starmap
+from functools import reduce
+from itertools import chain, repeat, starmap
 from pathlib import Path
 from struct import Struct
 from typing import Annotated, Any, BinaryIO, get_args
 
-from pydantic import BeforeValidator, ConfigDict, PlainSerializer, TypeAdapter
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter
 
 from llamaclust.core.errors import RequestError
 from llamaclust.core.limits import AdapterScales
@@ -27,12 +29,14 @@ _MAX_LINE_BYTES = 64 << 20
 _ROW = Struct("<id")
 """A token and its logprob in binary, which is read several times as fast as decimal numbers."""
 _CHECKSUM = b"%08x "
+_PART_BYTES = 3 << 15
+"""The bytes that are encoded at a time, a multiple of 3. The interpreter lock is held meanwhile."""
 _BASE64 = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
 
 _log = logging.getLogger(__name__)
 
 ChoiceKey = tuple[int, int]
-_Messages = Annotated[Sequence[Mapping[str, Any]], PlainSerializer(json.dumps), BeforeValidator(json.loads)]
+_Messages = Annotated[Sequence[Mapping[str, Any]], BeforeValidator(json.loads)]
 """JSON within JSON, because texts may have halves of surrogate pairs, which Pydantic refuses."""
 
 
@@ -149,18 +153,54 @@ _KINDS: dict[bytes, TypeAdapter[Any]] = {kind.__name__.encode(): TypeAdapter(kin
 
 
 def to_line(record: Record) -> bytes:
-    """Encodes a record as a line. Raises RequestError if the line is too long to be read again."""
+    """Encodes a record as a line, in parts between which other threads can run. Raises RequestError if the line is too
+    long to be read again."""
     kind = type(record).__name__.encode()
-    later = {each.name for each in fields(record) if not each.init}
-    line = _line(kind + b" " + _KINDS[kind].dump_json(record, exclude=later, exclude_defaults=True))
+    parts = {name: part for name, part in _PARTS.items() if getattr(record, name, None)}
+    other = {each.name for each in fields(record) if not each.init} | parts.keys()
+    text = _KINDS[kind].dump_json(record, exclude=other, exclude_defaults=True)
+    pieces = [kind + b" " + text.removesuffix(b"}")]
+    for name, part in parts.items():
+        pieces += (b',"%b":' % name.encode(), *part(getattr(record, name)))
+    line = _line(*pieces, b"}")
     if len(line) >= _MAX_LINE_BYTES:  # a line of just this length would be read as one that is longer
         what = f"the request, with the chat that it continues, takes {len(line)} bytes in the journal"
         raise RequestError(f"{what}, at most {_MAX_LINE_BYTES - 1} are possible: send less at once")
     return line
 
 
-def _line(text: bytes) -> bytes:
-    return _CHECKSUM % zlib.crc32(text) + text + b"\n"
+def _line(*pieces: bytes) -> bytes:
+    checksum = reduce(lambda before, piece: zlib.crc32(piece, before), pieces, 0)
+    return b"".join((_CHECKSUM % checksum, *pieces, b"\n"))
+
+
+def _base64_parts(data: bytes) -> Iterator[bytes]:
+    yield b'"'
+    for start in range(0, len(data), _PART_BYTES):
+        yield urlsafe_b64encode(data[start : start + _PART_BYTES])
+    yield b'"'
+
+
+def _image_parts(images: Mapping[str, bytes]) -> Iterator[bytes]:
+    for begin, (url, data) in zip(chain((b"{",), repeat(b",")), images.items(), strict=False):
+        yield b"%b%b:" % (begin, json.dumps(url).encode())
+        yield from _base64_parts(data)
+    yield b"}"
+
+
+def _message_parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[bytes]:
+    for begin, message in zip(chain(('"[',), repeat(",")), messages, strict=False):
+        text = json.dumps(message).replace("\\", "\\\\").replace('"', '\\"')
+        yield (begin + text).encode()
+    yield b']"'
+
+
+_PARTS: dict[str, Callable[[Any], Iterator[bytes]]] = {
+    "body": _base64_parts,
+    "images": _image_parts,
+    "earlier": _message_parts,
+}
+"""The fields of a request that may be large, as parts of JSON."""
 
 
 _HEAD = b"llamaclust journal 4"

@@ -4,6 +4,7 @@ has the name of its sampler."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -42,8 +43,8 @@ def _draw(row: Candidates) -> int:
     return next(rank for rank, so_far in enumerate(accumulate(row.w)) if so_far > target)
 
 
-def _newest(history: tuple[int, ...], window: int | None) -> tuple[int, ...]:
-    return history if window is None else history[max(0, len(history) - window) :]
+def _newest(history: Sequence[int], window: int | None) -> tuple[int, ...]:
+    return tuple(history if window is None else history[max(0, len(history) - window) :])
 
 
 def penalties(row: Candidates) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from functools import lru_cache
 from struct import Struct
 from typing import Final
@@ -72,7 +73,8 @@ class _Tasks:
         if task.matcher is not None:
             self.matcher_rows.append(_MATCHER_ROW.pack(row, task.matcher.key, task.matcher.position))
 
-    def _place(self, tokens: tuple[int, ...]) -> tuple[int, int]:
+    def _place(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """Returns the place of the tokens. It copies those of an `array("i")` at once, because a history is long."""
         if not tokens:
             return 0, 0
         if (found := self._written.get(id(tokens))) is None:

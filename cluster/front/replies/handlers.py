@@ -19,9 +19,9 @@ from llamaclust.cluster.engine.trace_context import TraceContext, current_trace
 from llamaclust.cluster.front.body import read_bytes
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.gates import owner
-from llamaclust.cluster.front.http.sse import EventResponse, JsonParts, StreamFormat, unless_disconnected
+from llamaclust.cluster.front.http.sse import EventResponse, JsonParts, StreamFormat, rendered, unless_disconnected
 from llamaclust.cluster.front.images.chat_images import check_restored
-from llamaclust.cluster.front.json_text import json_size, one_part
+from llamaclust.cluster.front.json_text import size_of_json
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
 from llamaclust.cluster.front.replies.reply import Framing, MakeReply, Position, Reply, new_context, read_position
 from llamaclust.cluster.front.replies.reply_cache import ReplyCache
@@ -71,15 +71,16 @@ class Replies:
         reply = await make(body, context)
         context.is_streamed, context.is_background = reply.is_streamed, reply.is_background
         context.has_measurements = reply.has_measurements
+        earlier_bytes = await size_of_json(context.earlier)
         kept = KeptReply(context, self.cache, is_kept=context.is_named or reply.is_background)
         if kept.is_kept:
             while (before := self.cache.in_conversation(context)) is not None:
                 await self.cache.forget(before)
             if (same := self.cache.same(context, body)) is not None:  # that came meanwhile
                 return await self._begun(request, same, Position())
-            self.cache.add(kept, body)
+            self.cache.add(kept, body, earlier_bytes)
         elif context.earlier and (hold := hold_bytes.get()) is not None:
-            hold(json_size(context.earlier))
+            hold(earlier_bytes)
         await self._begin(request, kept, reply, body)
         return await self._begun(request, kept, Position())
 
@@ -101,7 +102,7 @@ class Replies:
     async def _begun(self, request: Request, kept: KeptReply, given: Position) -> Response:
         """Responds to a request, new or repeated, with its reply, or with the acknowledgement of a background reply."""
         if kept.context.is_background and not kept.context.is_streamed:
-            return JsonParts(one_part(await unless_disconnected(request, kept.acknowledged())))
+            return rendered(await unless_disconnected(request, kept.acknowledged()))
         return await self.respond(request, kept, given)
 
     async def respond(self, request: Request, kept: KeptReply, given: Position) -> Response:
@@ -180,7 +181,7 @@ class Replies:
         for request in sorted(requests, key=attrgetter("is_sent")):
             kept = KeptReply(request, self.cache)
             try:
-                self.cache.add(kept, request.body)
+                self.cache.add(kept, request.body, await size_of_json(request.earlier))
             except HttpError as full:
                 _log.warning("request %s is not restored: %s", request.id, full)
                 self.cache.remove(kept)

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
 from llamaclust.cluster.front.errors import HttpError, internal_error
-from llamaclust.cluster.front.json_text import JsonBody, is_large, json_body, off_loop_if, one_part
+from llamaclust.cluster.front.json_text import (
+    JsonBody,
+    entries_of,
+    is_large,
+    json_body,
+    off_loop_if,
+    one_part,
+)
 from llamaclust.cluster.front.replies.recording import Recording
 from llamaclust.cluster.front.replies.reply import Framing, MakeView, Reply, View, identified
 from llamaclust.cluster.front.text.answer import TextChunk
@@ -47,13 +54,14 @@ class KeptReply:
     def __init__(self, context: RequestContext, owner: ReplyCache, *, is_kept: bool = True) -> None:
         self.context = context
         self.is_kept = is_kept
-        self.acknowledgement: bytes | None = None  # see `Reply`; None also before it has begun
+        self.acknowledgement: Mapping[str, Any] | None = None  # see `Reply`; None also before it has begun
         self.log = AnswerLog(*([self._grow] if is_kept else []), is_held=is_kept)
         self.progressed = asyncio.Event()  # a token came that no earlier coordinator recorded; or it is over
         self.held_bytes = 0
         self._content_bytes = 0
         self._owner = owner
         self._view: MakeView | None = None
+        self._repeated_entries = 0  # of its request
         self._postponed: Callable[[], None] | None = None  # begins what is not computed until a client reads it
         self._computing = AsyncExitStack()
         self._timer: asyncio.TimerHandle | None = None
@@ -104,6 +112,7 @@ class KeptReply:
             await self._computing.aclose()
             raise
         self._view, self.acknowledgement = reply.view, reply.acknowledgement
+        self._repeated_entries = entries_of(reply.repeated)
         if self.is_kept:
             self._task = asyncio.create_task(self._run(reply.is_stored, until_s, on_disk))
             self._expire_later()
@@ -174,8 +183,8 @@ class KeptReply:
                 journal.completed(self.context.id, passed_s + self._owner.settings.background_s)
         except TimeoutError:
             self.end(DeadlineError(_TOO_LONG))
-        except LlamaclustError:
-            pass  # its readers get it
+        except LlamaclustError as error:
+            self.end(error)
         except Exception:  # noqa: BLE001  a mistake of ours, which ends this reply alone
             _log.exception("request %s failed", self.context.id)
         finally:
@@ -246,7 +255,7 @@ class KeptReply:
     async def stream(self, framing: Framing) -> AsyncGenerator[bytes, None]:
         """Yields the bytes of a stream that the client lacks, until its end. Raises the error that ended the log."""
         view: View | None = None
-        sizes, cost = _Sizes(self.log), 0
+        sizes, cost = _Sizes(self._request_entries), 0
         with self.reading() as reader:
             while (entry := reader.take()) is not None or not reader.is_at_end:
                 if entry is None:
@@ -273,8 +282,9 @@ class KeptReply:
             for part in framing.parts(view.closing()):
                 yield part
 
-    async def acknowledged(self) -> bytes:
-        """Returns a background reply's acknowledgement once it has begun. Raises the error that ended it before."""
+    async def acknowledged(self) -> Mapping[str, Any]:
+        """Waits for a background reply to begin, and returns its acknowledgement. Raises the error that ended the reply
+        before."""
         with self.reading() as reader:
             while self.acknowledgement is None:
                 self.log.raise_error()
@@ -297,8 +307,12 @@ class KeptReply:
         return await off_loop_if(is_large(self._entries(parts)), partial(self._new_view().whole, parts))
 
     def _entries(self, parts: Sequence[Sequence[TextChunk]]) -> int:
-        """Counts the tokens and logprobs of whole answers, and the tokens of the prompts, which some APIs show."""
-        return _prompt_tokens(self.log) + sum(chunk.entries for chunks in parts for chunk in chunks)
+        """Counts the tokens and logprobs of whole answers, and what the reply shows of its request."""
+        return self._request_entries() + sum(chunk.entries for chunks in parts for chunk in chunks)
+
+    def _request_entries(self) -> int:
+        """Counts the tokens of the prompts, which some APIs show, and what else the reply repeats."""
+        return _prompt_tokens(self.log) + self._repeated_entries
 
     def _new_view(self) -> View:
         assert self._view is not None
@@ -306,10 +320,11 @@ class KeptReply:
 
 
 class _Sizes:
-    """Bounds what a log's next entry shows: ends, and beginnings of answers and calls, may show all earlier text."""
+    """Computes an upper bound of what the next entry of a log shows. Chunks that begin or end an answer, or begin a
+    call, may show all that the reply repeats of its request, and all earlier text."""
 
-    def __init__(self, log: AnswerLog) -> None:
-        self._log = log
+    def __init__(self, request_entries: Callable[[], int]) -> None:
+        self._request_entries = request_entries
         self._begun: set[tuple[int, int]] = set()  # choices
         self._entries = 0  # so far
 
@@ -321,7 +336,7 @@ class _Sizes:
         if not (is_first or item.finish_reason or any(isinstance(event, CallBegun) for event in item.events)):
             return item.entries
         self._begun.add((prompt, item.index))
-        return self._entries + _prompt_tokens(self._log)
+        return self._entries + self._request_entries()
 
 
 def _prompt_tokens(log: AnswerLog) -> int:

@@ -128,9 +128,11 @@ class Reply:
     with_progress: bool = False
     keeps_chunks: bool = False  # a reply needs the chunks of its answer until it ends, since it shows logprobs by them
     has_measurements: bool = False
-    """True if the stream shows times or cached tokens early: its bytes change if it is computed again."""
-    acknowledgement: bytes | None = None
-    """JSON for a client that does not wait for its (background) reply; None: the client waits."""
+    """True if the stream shows times or cached tokens before its last event, so that its bytes change if the reply is
+    computed again."""
+    acknowledgement: Mapping[str, Any] | None = None
+    """The JSON value for a client that does not wait for its (background) reply; None: the client waits."""
+    repeated: Any = None  # of its request, shown or stored with the reply; if that is large, a thread renders them
     is_stored: bool = False  # a view has an effect once its answer is complete, so that it is made without a client too
 
     @property

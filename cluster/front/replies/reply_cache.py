@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.images.chat_images import journalled
-from llamaclust.cluster.front.json_text import json_size
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.state.journal import Journal
@@ -51,11 +50,11 @@ class ReplyCache:
         self._replies = Shares(settings.max_kept_replies)
         self._ending = TaskSet()
 
-    def add(self, kept: KeptReply, body: bytes) -> None:
-        """Adds a reply. Raises HttpError if the client has no room left."""
+    def add(self, kept: KeptReply, body: bytes, earlier_bytes: int = 0) -> None:
+        """Adds a reply. `earlier_bytes`: the size of the chat that it continues. Raises HttpError if the client has no
+        room left."""
         context, client = kept.context, kept.context.client
-        body_bytes = len(body) + (json_size(context.earlier) if context.earlier else 0)
-        body_bytes += sum(map(len, context.images.values()))
+        body_bytes = len(body) + earlier_bytes + sum(map(len, context.images.values()))
         self._make_room(client, body_bytes)
         self._entries[context.id] = _Entry(kept, _digest(context, body), body_bytes)
         self._held_bytes.take(client, body_bytes)

@@ -75,18 +75,6 @@ class SequenceImages:
     def begins_with_group(self, position: int) -> bool:
         return any(part.span.is_bidirectional for part in self._parts(position, position + 1))
 
-    def last_tokens(self, tokens: Sequence[int], end: int, count: int) -> list[int]:
-        """Returns the last `count` tokens before position `end`, without those in place of rows."""
-        found: list[int] = []
-        for placed in reversed(self._placed):
-            if placed.span.start < end:
-                found[:0] = tokens[max(placed.span.end, end - count) : end]
-                end = placed.span.start
-            if len(found) >= count:
-                break
-        found[:0] = tokens[max(0, end - count) : end]
-        return found[max(0, len(found) - count) :]
-
     def _parts(self, start: int, end: int) -> Iterator[_Part]:
         for number in self._places.within(start, end):
             placed = self._placed[number]

@@ -23,17 +23,15 @@ def prompt_tasks(sequence: Sequence, start: int, end: int) -> tuple[RowTask, ...
 
 def sample_task(sequence: Sequence, unknown: int = 0) -> SampleTask:
     """Returns the next token's task, with `unknown` unknown tokens before it: at most 1 if samplers look at tokens."""
-    window, tokens = sequence.sampler.window, sequence.tokens
-    history = _history(sequence, len(tokens), window - unknown) if window else ()
-    return _task(sequence, history, unknown)
+    sampler = sequence.sampler
+    return _task(sequence, sampler.history(sampler.window - unknown) if sampler.window else (), unknown)
 
 
 def window_tasks(sequence: Sequence, drafted: tuple[int, ...]) -> tuple[SampleTask, ...]:
     """Returns the tasks of the last token's row and of the drafted rows after it, the same as without speculation."""
-    window, tokens = sequence.sampler.window, sequence.tokens
-    end = len(tokens) - 1
-    history = _history(sequence, end, window - 1) if window else ()
-    first = _task(sequence, history, 0, drafted, follows=window > 0)
+    sampler = sequence.sampler
+    history = sampler.history(sampler.window - 1, newer=1) if sampler.window else ()
+    first = _task(sequence, history, 0, drafted, follows=sampler.window > 0)
     tasks = accumulate(repeat(first, 1 + len(drafted)), lambda before, _: before.next())
     if not first.suppressed:
         return tuple(tasks)
@@ -53,19 +51,12 @@ def further_tasks(sequence: Sequence, drafted: tuple[int, ...]) -> tuple[SampleT
     )
 
 
-def _history(sequence: Sequence, end: int, count: int) -> Items[int]:
-    """Returns the last `count` tokens before position `end`. Rows of images are no tokens."""
-    if sequence.images is None:
-        return sequence.tokens[max(0, end - count) : end]
-    return sequence.images.last_tokens(sequence.tokens, end, count)
-
-
 def _task(
     sequence: Sequence, history: Items[int], unknown: int, drafted: tuple[int, ...] = (), *, follows: bool = False
 ) -> SampleTask:
     request, sampler, end = sequence.request, sequence.sampler, len(sequence.tokens) + unknown
     suppressed = sampler.stop_ids if end - len(request.prompt) < request.min_tokens else ()
-    row = request.params, request.seed, request.choice, end, tuple(history), suppressed, request.top_logprobs
+    row = request.params, request.seed, request.choice, end, history, suppressed, request.top_logprobs
     if sampler.is_plain:
         return SampleTask(*row)
     return SampleTask(

@@ -14,8 +14,9 @@ from types import FrameType
 
 import pytest
 
+from llamaclust.cluster.client import base
 from llamaclust.cluster.client.base import LoopThread
-from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.core.errors import DeadlineError, LlamaclustError, UsageError
 
 EVENTS: list[str] = []
 
@@ -109,6 +110,35 @@ def test_what_opening_raises_is_raised() -> None:
 
     with pytest.raises(UsageError, match="no such file"):
         LoopThread(refused)
+
+
+def test_what_hangs_is_ended(thread: LoopThread[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hanging() -> AsyncGenerator[int, None]:
+        try:
+            await asyncio.sleep(20)
+            yield 1
+        finally:
+            EVENTS.append("ended")
+
+    monkeypatch.setattr(base, "_CALL_S", 0.01)
+    with pytest.raises(DeadlineError, match=r"the answer to a call of the client: not within 0\.01 s"):
+        thread.call(asyncio.sleep(20))
+    with pytest.raises(DeadlineError):
+        list(thread.each(hanging()))
+    assert EVENTS == ["opened", "ended"]
+
+
+def test_what_hangs_while_it_opens_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    @asynccontextmanager
+    async def hanging() -> AsyncIterator[None]:
+        await asyncio.sleep(20)
+        yield
+
+    monkeypatch.setattr(base, "_OPEN_S", 0.01)
+    before = set(threading.enumerate())
+    with pytest.raises(DeadlineError, match=r"opening the client: not within 0\.01 s"):
+        LoopThread(hanging)
+    assert set(threading.enumerate()) <= before
 
 
 def test_closing_ends_values_that_nobody_reads_before_the_resource(thread: LoopThread[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from llamaclust.cluster.front.dialects.llamacpp.completions import LlamaCppBody
 from support.clusters.served import (
     CONTEXT,
     END,
@@ -104,6 +105,22 @@ async def test_biases_and_new_lines_are_shown() -> None:
     events = await complete(ignore_eos=True, stream=True)
     assert {"token": END, "bias": None} in events[-1]["generation_settings"]["logit_bias"]
     assert events[-1]["has_new_line"] is False
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_settings_are_shown_once_for_all_prompts(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    dump, dumps = LlamaCppBody.model_dump, 0
+
+    def counted(self: LlamaCppBody, **given: Any) -> Any:
+        nonlocal dumps
+        dumps += 1
+        return dump(self, **given)
+
+    monkeypatch.setattr(LlamaCppBody, "model_dump", counted)
+    shown = await complete(prompt=["Hello", "Hi", [5]], seed=3, logit_bias=[[7, -2]], stream=stream)
+    settings = [one["generation_settings"] for one in shown if one["stop"]]
+    assert len(settings) == 3 and settings[0]["seed"] == 3 and settings == settings[:1] * 3
+    assert dumps == 1
 
 
 async def test_neutral_settings_are_taken() -> None:

@@ -255,7 +255,7 @@ async def test_what_a_client_had_not_read_of_a_sent_reply_outlives_the_coordinat
     path.write_bytes(before)
     async with served(path, resume_s=0.2) as server:
         await until(lambda: path.stat().st_size == 0)
-        await asyncio.sleep(0.1)  # the reply's own timer
+        await until(lambda: server.replies.cache.named("", request_id) is None)
         gone = await server.http.get(f"/v1/streams/{request_id}")
         assert gone.status_code == 404 and is_idle(server.engine)
 

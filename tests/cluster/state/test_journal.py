@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import random
 import threading
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.state.control_record import ControlRecord
-from llamaclust.cluster.state.journal import JournalFile
+from llamaclust.cluster.state.journal_file import JournalFile
 from llamaclust.cluster.state.journal_records import read_journal
 from llamaclust.core.errors import SupersededError
 from support.clusters.journals import LIMIT_S, NOW, admission, ids_in, journal, left, row, until
@@ -325,6 +326,12 @@ async def test_restores_count_until_a_token_is_added(tmp_path: Path) -> None:
     assert [request.restores for request in read_journal(path, NOW)] == [2, 0, 0, 2]
 
 
+async def turns() -> None:
+    """Lets the event loop do all that it can do at once."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
 async def test_admissions_at_about_the_same_time_share_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What nothing waits for goes with them; a lone one is written at once."""
     path, append, appended = tmp_path / "journal", JournalFile.append, []
@@ -334,23 +341,26 @@ async def test_admissions_at_about_the_same_time_share_a_write(tmp_path: Path, m
         return append(self, data, is_synced)
 
     monkeypatch.setattr(JournalFile, "append", counted)
-    monkeypatch.setattr("llamaclust.cluster.state.journal._PAUSE_S", 1.0)
-    monkeypatch.setattr("llamaclust.cluster.state.journal._LATER_S", 60.0)
+    monkeypatch.setattr("llamaclust.cluster.state.journal._PAUSE_S", 3600.0)
+    monkeypatch.setattr("llamaclust.cluster.state.journal._LATER_S", 3600.0)
     async with journal(path) as writing:
         await writing.restore([])
-        writing._writer._begun_s = 0.0
-        await writing.admit(admission(0))
-        writing._writer._begun_s = 0.0
-        await writing.admit(admission(1))
+        for number in (0, 1):
+            writing._writer._begun_s = -math.inf  # the pause is over
+            await writing.admit(admission(number))
         assert appended == [(1, True), (1, True)]
         admitted = [writing.admit(admission(2))]
-        await asyncio.sleep(0.05)
+        await turns()
         writing.answer("id2", (0, 0), 0, [row(5)])
         writing.sent("id1")
         admitted.append(writing.admit(admission(3)))
+        await turns()
+        assert len(appended) == 2 and writing._writer._writing is None
+        writing._writer._write()  # the pause is over
         await asyncio.gather(*admitted)
         assert appended[2:] == [(4, True)]
+        writing._writer._begun_s = -math.inf
         writing.end("id3")
-        await asyncio.sleep(0.05)
-        assert len(appended) == 3
+        await turns()
+        assert len(appended) == 3 and writing._writer._writing is None
     assert [request.id for request in read_journal(path, NOW)] == ["id0", "id2"]

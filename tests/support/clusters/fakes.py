@@ -66,7 +66,7 @@ def answer(tokens: Sequence[int], task: RowTask) -> RowResult:
             task.choice,
             task.position,
             task.params,
-            task.history,
+            tuple(task.history),
             task.top_logprobs,
             _more(tokens, task),
         )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from typing import Annotated, Any, ClassVar, Final
 
@@ -257,6 +257,7 @@ class LlamaCppCompletion(Dialect[LlamaCppBody]):
             timed=Timed.ALWAYS if body.timings_per_token else Timed.NEVER,
             with_progress=body.return_progress,
             has_measurements=body.timings_per_token or body.return_progress,
+            repeated=body,
         )
 
     async def _requests(self, body: LlamaCppBody, adapters: AdapterScales) -> list[CompletionRequest]:
@@ -299,7 +300,9 @@ class Completions(TextCompletions):
 
 class LlamaCppView(View):
     def __init__(self, service: TextService, body: LlamaCppBody, log: AnswerLog) -> None:
-        self._answers = [_AnswerView(service, body, place, one) for place, one in enumerate(log.generations)]
+        generations = log.generations  # they have the same settings
+        shown = cache(lambda: _shown_settings(service, body, generations[0]))
+        self._answers = [_AnswerView(service, body, place, one, shown) for place, one in enumerate(generations)]
 
     def frames(self, prompt: int, item: LogItem) -> list[Event]:
         answer = self._answers[prompt]
@@ -312,14 +315,17 @@ class LlamaCppView(View):
         return shown[0] if len(shown) == 1 else shown
 
 
+@dataclass(slots=True, eq=False)
 class _AnswerView:
-    def __init__(self, service: TextService, body: LlamaCppBody, index: int, generation: GenerationRequest) -> None:
-        self._service = service
-        self._body = body
-        self._generation = generation
-        self._index = index
-        self._predicted = 0
-        self._has_new_line = False
+    """Shows the answer to one prompt."""
+
+    _service: TextService
+    _body: LlamaCppBody
+    _index: int
+    _generation: GenerationRequest
+    _settings: Callable[[], dict[str, Any]]
+    _predicted: int = 0
+    _has_new_line: bool = False
 
     def part(self, part: TextChunk, *, is_whole: bool = False) -> dict[str, Any]:
         self._predicted += len(part.rows)
@@ -364,20 +370,20 @@ class _AnswerView:
         slot, evaluated = self._body.slot or 0, len(self._generation.prompt)
         return {"id_slot": slot, "tokens_predicted": predicted, "tokens_evaluated": evaluated}
 
-    def _settings(self) -> dict[str, Any]:
-        most, wanted = self._service.settings.max_drafted, self._body.speculative
-        return {
-            **self._body.model_dump(exclude=_INPUTS),
-            "lora": [{"id": number, "scale": scale} for number, scale in self._generation.adapters],
-            "logit_bias": self._shown_biases(),
-            "seed": self._generation.seed,
-            "speculative.n_max": most if wanted is None else min(most, wanted),
-            "n_ctx": self._service.settings.context_length,
-        }
 
-    def _shown_biases(self) -> list[dict[str, Any]]:
-        """Returns the biases of a request; null means that the token must not be chosen."""
-        biases: dict[int, float | None] = dict(self._generation.params.logit_bias)
-        if self._body.ignore_eos:
-            biases |= dict.fromkeys(self._service.tokenizer.end_of_generation)
-        return [{"token": token, "bias": None if bias == _NEVER else bias} for token, bias in sorted(biases.items())]
+def _shown_settings(service: TextService, body: LlamaCppBody, generation: GenerationRequest) -> dict[str, Any]:
+    """Shows the settings of a request. A bias of null means that the token must not be chosen."""
+    most, wanted = service.settings.max_drafted, body.speculative
+    biases: dict[int, float | None] = dict(generation.params.logit_bias)
+    if body.ignore_eos:
+        biases |= dict.fromkeys(service.tokenizer.end_of_generation)
+    return {
+        **body.model_dump(exclude=_INPUTS),
+        "lora": [{"id": number, "scale": scale} for number, scale in generation.adapters],
+        "logit_bias": [
+            {"token": token, "bias": None if bias == _NEVER else bias} for token, bias in sorted(biases.items())
+        ],
+        "seed": generation.seed,
+        "speculative.n_max": most if wanted is None else min(most, wanted),
+        "n_ctx": service.settings.context_length,
+    }

@@ -8,9 +8,10 @@ import os
 import re
 import time
 from array import array
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -26,10 +27,17 @@ from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.front.text.slots import SlotTokens
+from llamaclust.cluster.state.disk_thread import DiskThread
 from llamaclust.core import regular_file
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
+from llamaclust.wire.rpc.deadlines import deadline
+
+_TURN_S = 60.0
+"""The longest wait for the slot files of other requests."""
+
+_Value = TypeVar("_Value")
 
 
 class SlotBody(Body):
@@ -46,6 +54,7 @@ class SlotActions:
         self._service = service
         self._settings = settings
         self._folder = SlotFolder(folder)
+        self._disk, self._turn = DiskThread("slots"), asyncio.Lock()
 
     async def act(self, request: Request) -> Response:
         """Saves, restores or erases a slot, according to the query parameter `action`."""
@@ -70,16 +79,25 @@ class SlotActions:
         tokens = slots.tokens(slot)
         if not tokens.tokens:
             raise ParameterError("id_slot", f"slot {slot} has no tokens: no request has named it as its id_slot")
-        written = await asyncio.to_thread(self._folder.write, name, tokens, slots.model_id)
+        written = await self._on_disk(lambda: self._folder.write(name, tokens, slots.model_id))
         return {"n_saved": len(tokens.tokens), "n_written": written}
 
     async def _restore(self, request: Request, slot: int, name: str) -> dict[str, int]:
         """Restores a slot from a file. First its tokens' KV blocks are computed or read from the workers' disks."""
         slots = self._service.slots
-        tokens, size_bytes = await asyncio.to_thread(self._folder.read, name, slots.model_id)
+        tokens, size_bytes = await self._on_disk(lambda: self._folder.read(name, slots.model_id))
         await unless_disconnected(request, self._compute(tokens))
         slots.put(slot, tokens)
         return {"n_restored": len(tokens.tokens), "n_read": size_bytes}
+
+    async def _on_disk(self, work: Callable[[], _Value]) -> _Value:
+        """Runs work on slot files, one after another. Raises TimeoutError if the disk does not answer."""
+        async with deadline("the slot files of other requests", _TURN_S):
+            await self._turn.acquire()
+        try:
+            return await self._disk.call(work)
+        finally:
+            self._turn.release()
 
     async def _compute(self, tokens: SlotTokens) -> None:
         """Fills the KV cache. Generates one more token, because a prompt is computed only for an answer."""
@@ -91,7 +109,8 @@ class SlotActions:
             cache_salt=tokens.cache_salt,
             adapters=tokens.adapters,
         )
-        async with await self._service.start(completion) as running:
+        limit = deadline("computing the slot's tokens (timeouts.request)", self._settings.request_s)
+        async with limit, await self._service.start(completion) as running:
             await running.log.wait_over()
             running.log.raise_error()
 

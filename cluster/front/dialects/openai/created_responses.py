@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -14,7 +13,7 @@ from llamaclust.cluster.front.dialects.openai.response_schema import (
     ID_PREFIX,
     Status,
 )
-from llamaclust.cluster.front.dialects.openai.response_store import ResponseStore, StoredResponse
+from llamaclust.cluster.front.dialects.openai.response_store import ResponseStore, stored_response
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.gates import owner
 from llamaclust.cluster.front.http.responses import EVENTS, JSON, JsonResponse, QueryParameter, Route
@@ -75,7 +74,7 @@ class CreatedResponses:
             response = {**response, "status": Status.CANCELLED}
             key = self._key(request)
             begun = self._store.get(*key)
-            self._store.put(key[0], StoredResponse(response, [] if begun is None else begun.input_items, ()))
+            self._store.put(key[0], await stored_response(response, [] if begun is None else begun.input_items, ()))
             await self.replies.cache.forget(kept)
         return rendered(response)
 
@@ -143,7 +142,7 @@ def _unended(kept: KeptReply, response_id: str) -> dict[str, Any]:
     """Shows an incomplete response. After a restart, a queued response shows little more than its id."""
     known = kept.acknowledgement
     shown: dict[str, Any] = {"id": response_id, "object": "response", "created_at": kept.context.created}
-    shown |= {"background": True, "output": []} if known is None else json.loads(known)
+    shown |= {"background": True, "output": []} if known is None else known
     if isinstance(kept.error, ClusterStoppingError):  # the next coordinator computes it on
         raise kept.error
     if kept.error is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Final, TypeVar
@@ -26,7 +26,6 @@ from llamaclust.cluster.front.dialects.openai.view import AnyGeneration, ChatVie
 from llamaclust.cluster.front.errors import ErrorShape, openai_error
 from llamaclust.cluster.front.http.gates import owner
 from llamaclust.cluster.front.http.responses import Route
-from llamaclust.cluster.front.json_text import to_json
 from llamaclust.cluster.front.models import ApiModel
 from llamaclust.cluster.front.replies.reply import Reply
 from llamaclust.cluster.front.text.answer_log import Timed
@@ -92,24 +91,26 @@ class _Continuing(Dialect[_AnyResponse]):
         super().__init__(model, path)
         self._store = store
 
-    async def _requests(self, chat: ChatRequest, begin: Callable[[], None] | None = None) -> list[CompletionRequest]:
+    async def _requests(
+        self, chat: ChatRequest, begin: Callable[[], Awaitable[None]] | None = None
+    ) -> list[CompletionRequest]:
         completion = await self.service.chat(chat)
         if begin is not None:
-            begin()
+            await begin()
         return [completion]
 
-    def _chat(self, body: _AnyResponse, context: RequestContext) -> tuple[list[Item], Messages]:
+    async def _chat(self, body: _AnyResponse, context: RequestContext) -> tuple[list[Item], Messages]:
         if not has_references(body.input):
             context.earlier = context.earlier or self._earlier(body, context.owner)
-            return body.input, (*context.earlier, *messages_of(body.input))
+            return body.input, (*context.earlier, *await converted(body, messages_of, body.input))
         if context.earlier:
             return [item for item in body.input if item["type"] != REFERENCE], tuple(context.earlier)
-        items, context.earlier = self._resolved(body, context.owner)
+        items, context.earlier = await self._resolved(body, context.owner)
         return items, context.earlier
 
-    def _resolved(self, body: _AnyResponse, owner: str) -> tuple[list[Item], Messages]:
-        items = self._store.resolved(owner, body.input, self.settings.max_body_bytes)
-        return items, (*self._earlier(body, owner), *messages_of(items))
+    async def _resolved(self, body: _AnyResponse, owner: str) -> tuple[list[Item], Messages]:
+        items = await self._store.resolved(owner, body.input, self.settings.max_body_bytes)
+        return items, (*self._earlier(body, owner), *await converted(body, messages_of, items))
 
     def _earlier(self, body: _AnyResponse, owner: str) -> Messages:
         followed = body.previous_response_id
@@ -120,7 +121,7 @@ class Compaction(_Continuing[CompactionBody]):
     body = CompactionBody
 
     async def reply(self, parsed: ParsedRequest[CompactionBody]) -> Reply:
-        _, messages = self._chat(parsed.body, parsed.context)
+        _, messages = await self._chat(parsed.body, parsed.context)
         chat = await parsed.chat(parsed.body.request, messages)
         view = partial(CompactionView, parsed.context)
         return Reply(service=self.service, requests=partial(self._requests, chat), view=view, is_streamed=False)
@@ -138,11 +139,12 @@ class Responses(_Continuing[ResponsesBody]):
 
     async def reply(self, parsed: ParsedRequest[ResponsesBody]) -> Reply:
         body, context = parsed.body, parsed.context
-        items, messages = self._chat(body, context)
+        items, messages = await self._chat(body, context)
         chat = await parsed.chat(body.request, messages)
         head = ResponseHead(context.id, context.created, parsed.model, body)
         storing = Storing(self._store, context.owner, items, messages) if body.store else None
-        begin = partial(storing.begin, head.begun) if storing is not None and body.background else None
+        begun = head.begun
+        begin = partial(storing.begin, begun) if storing is not None and body.background else None
         complete = None if storing is None else storing.complete
         return Reply(
             service=self.service,
@@ -153,12 +155,13 @@ class Responses(_Continuing[ResponsesBody]):
             with_progress=body.return_progress,
             keeps_chunks=body.with_logprobs,
             has_measurements=body.timings_per_token or body.return_progress,
-            acknowledgement=to_json(head.begun) if body.background else None,
+            acknowledgement=begun if body.background else None,
+            repeated=[begun, items, messages],
             is_stored=body.store,
         )
 
     async def count(self, request: Request) -> Response:
         """Returns the number of tokens in the prompt of a response."""
         body = await self.read(request)
-        _, messages = self._resolved(body, owner(request.headers, self.settings.api_keys))
+        _, messages = await self._resolved(body, owner(request.headers, self.settings.api_keys))
         return await self.counted(request, await converted(body, body.request, messages), object=_COUNT)

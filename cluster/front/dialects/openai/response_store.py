@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from llamaclust.cluster.front.dialects.openai.response_items import REFERENCE, Item, messages_of, with_ids
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.json_text import json_size
+from llamaclust.cluster.front.json_text import has_many_values, json_size, off_loop_if, size_of_json
 from llamaclust.core.errors import ParameterError
 
 MAX_RESPONSES: Final = 1024
@@ -30,6 +30,15 @@ class StoredResponse:
 
     def __post_init__(self) -> None:
         self.held_bytes = json_size([self.response, self.input_items, self.messages])
+
+
+async def stored_response(response: dict[str, Any], input_items: Sequence[Item], messages: Messages) -> StoredResponse:
+    """Makes a stored response with the items' ids, on a thread if it has many values."""
+
+    def make() -> StoredResponse:
+        return StoredResponse(response, with_ids(input_items, response["id"]), messages)
+
+    return await off_loop_if(has_many_values([response, input_items, messages]), make)
 
 
 class ResponseStore:
@@ -62,8 +71,9 @@ class ResponseStore:
             raise HttpError(400, "previous_response_not_found", message, param="previous_response_id")
         return stored
 
-    def resolved(self, owner: str, items: list[Item], most_bytes: int) -> list[Item]:
-        """Replaces references by items. Raises HttpError for an unknown one, ParameterError above `most_bytes`."""
+    async def resolved(self, owner: str, items: list[Item], most_bytes: int) -> list[Item]:
+        """Replaces references by the items to which they refer. Raises HttpError for an unknown item, and
+        ParameterError if the items have more than `most_bytes`."""
         references = Counter(item["id"] for item in items if item["type"] == REFERENCE)
         if not references:
             return items
@@ -72,7 +82,7 @@ class ResponseStore:
             raise HttpError(
                 400, "item_not_found", f"input: item {missing[:60]!r} is not stored on this server", param="input"
             )
-        size = sum(json_size(named[item_id]) * count for item_id, count in references.items())
+        size = sum([await size_of_json(named[item_id]) * count for item_id, count in references.items()])
         if size > most_bytes:
             reason = f"its item references stand for {size} bytes; the limit is {most_bytes}"
             raise ParameterError("input", f"{reason}; follow a response with previous_response_id instead")
@@ -113,16 +123,16 @@ class Storing:
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _is_done: bool = False
 
-    def begin(self, response: dict[str, Any]) -> None:
-        self.store.put(self.owner, self._stored(response, ()))
+    async def begin(self, response: dict[str, Any]) -> None:
+        self.store.put(self.owner, await stored_response(response, self.input_items, ()))
 
     def complete(self, response: dict[str, Any]) -> None:
-        """Stores the response before its client gets the reply's end. Thread-safe; every reader calls it."""
-        stored = self._stored(response, (*self.messages, *messages_of(response["output"])))
-        self._loop.call_soon_threadsafe(self._put, stored)
-
-    def _stored(self, response: dict[str, Any], messages: Messages) -> StoredResponse:
-        return StoredResponse(response, with_ids(self.input_items, response["id"]), messages)
+        """Stores the complete response before its client gets the end of the reply. Thread-safe. Every reader of the
+        reply calls this method."""
+        if not self._is_done:
+            messages = (*self.messages, *messages_of(response["output"]))
+            stored = StoredResponse(response, with_ids(self.input_items, response["id"]), messages)
+            self._loop.call_soon_threadsafe(self._put, stored)
 
     def _put(self, stored: StoredResponse) -> None:
         if not self._is_done:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.rows.prompt_outputs import PromptOutputs
 from llamaclust.cluster.scheduler.rows.sampling_state import SamplingState
+from llamaclust.cluster.scheduler.rows.tasks import sample_task, window_tasks
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.speculation.sequence_drafting import Drafting
 from llamaclust.cluster.scheduler.usage import Usage
 from llamaclust.core.sampler_chain import SamplerChain
-from llamaclust.core.sampling import RowResult, SamplingParams
+from llamaclust.core.sampling import RowResult, SampleTask, SamplingParams
+from llamaclust.wire.microbatch.inputs import encode_inputs
+from llamaclust.wire.microbatch.messages import SamplingInputs
 
 PROMPT = (1, 2, 3, 4)
 
@@ -73,6 +80,49 @@ def test_samplers_keep_what_tokens_change() -> None:
     state.add(RowResult(5, -1.0, mu=2.5))
     state.add(RowResult(6, -1.0))
     assert state.mu == 2.5
+
+
+class Read(array):  # type: ignore[type-arg]  # array has none at run time
+    """An array that counts the tokens that Python reads one by one; its slices count too."""
+
+    count = 0
+
+    def __getitem__(self, place: Any) -> Any:
+        found = super().__getitem__(place)
+        Read.count += not isinstance(place, slice)
+        return Read("i", found) if isinstance(place, slice) else found
+
+    def __iter__(self) -> Iterator[int]:
+        for token in super().__iter__():
+            Read.count += 1
+            yield token
+
+
+class Unread(list[int]):
+    def __iter__(self) -> Iterator[int]:
+        raise AssertionError("all tokens are read")
+
+    def __getitem__(self, place: Any) -> Any:
+        assert not isinstance(place, slice), "tokens are copied"
+        return super().__getitem__(place)
+
+
+def test_no_token_is_read_again_for_penalties() -> None:
+    """However long the sequence, its history is copied as a whole."""
+    request = GenerationRequest("r", PROMPT * 100, 9, SamplingParams(frequency_penalty=0.5), penalty_window=1000)
+    sequence = Sequence(1, request, 9, Usage(0))
+    plain = [*request.prompt]
+    sequence.tokens, sequence.sampler._seen = Unread(plain), Read("i", plain)
+    for token in (7, 8):
+        sequence.append(RowResult(token, -1.0))
+        tasks = sample_task(sequence), sample_task(sequence, 1), *window_tasks(sequence, (5, 6))
+        sent = encode_inputs(SamplingInputs(1, 2, tasks))
+        assert Read.count == 0
+        plain.append(token)
+        assert all(isinstance(task, SampleTask) for task in tasks)
+        assert [[*task.history] for task in tasks] == [plain, plain, *[plain[:-1]] * 3]
+        assert Read.count > 0 and array("i", plain).tobytes() in sent
+        Read.count = 0
 
 
 def test_a_restarted_sequence_keeps_its_tokens_and_nothing_that_lies_elsewhere() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -16,6 +18,8 @@ import pytest
 
 from llamaclust.cluster.front.body import HEADER
 from llamaclust.cluster.front.dialects.llamacpp import slots
+from llamaclust.cluster.state import disk_thread
+from llamaclust.core import regular_file
 from support.clusters.served import SETTINGS, client, make_app, real_engine, tokenizer
 
 PROMPT = "the quick brown fox jumps over the lazy dog " * 2
@@ -77,6 +81,37 @@ async def test_a_slot_is_saved_and_restored_after_a_restart(tmp_path: Path) -> N
         assert copied["n_saved"] == tokens
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
     assert _names(tmp_path) == ["a.bin", "b.bin"]
+
+
+async def test_a_disk_that_hangs_ends_the_request_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    back, write = threading.Event(), regular_file.write_bytes
+
+    def hanging(path: Path, data: bytes) -> None:
+        back.wait(20)
+        write(path, data)
+
+    async with serving(tmp_path) as http:
+        await complete(http)
+        monkeypatch.setattr(regular_file, "write_bytes", hanging)
+        monkeypatch.setattr(disk_thread, "_CALL_S", 0.05)
+        try:
+            late = await error(http, SAVE, {"filename": "a"}, 500)
+            assert late == "filename: 'a': the slot cannot be saved: no answer within 0.05 s"
+            assert "an earlier write has not returned" in await error(http, SAVE, {"filename": "b"}, 500)
+        finally:
+            back.set()
+        monkeypatch.undo()
+        async with asyncio.timeout(20):
+            while (await http.post(SAVE, json={"filename": "b"})).status_code != 200:  # noqa: ASYNC110  as a client
+                await asyncio.sleep(0.005)
+    assert _names(tmp_path) == ["a", "b"]
+
+
+async def test_requests_for_slot_files_wait_for_each_other(tmp_path: Path) -> None:
+    async with serving(tmp_path) as http:
+        await complete(http)
+        replies = await asyncio.gather(*(http.post(SAVE, json={"filename": f"a{number}"}) for number in range(5)))
+    assert [reply.status_code for reply in replies] == [200] * 5 and len(_names(tmp_path)) == 5
 
 
 async def test_an_erased_slot_has_no_tokens_and_others_share_its_memory(tmp_path: Path) -> None:

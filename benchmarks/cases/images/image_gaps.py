@@ -91,7 +91,7 @@ class ImageGaps(Case):
             yield path
 
     async def _measured(self, bench: Bench, question: str, turn: int) -> Measures:
-        return {"first s": (await _answered(bench, question, turn)).first_s}
+        return {"first s": (await _answered(bench, question, _image(turn))).first_s}
 
     async def _alone(self, seen: Others, turn: int) -> Measures:
         await asyncio.sleep(_SETTLE_S)
@@ -114,8 +114,9 @@ class _Answered:
 
 
 async def _beside(bench: Bench, seen: Others, turn: int) -> Measures:
+    image = _image(_BESIDE + turn)  # before the settling: it holds up this process, which reads the streams
     await asyncio.sleep(_SETTLE_S)
-    found = await _answered(bench, "What is this?", _BESIDE + turn)
+    found = await _answered(bench, "What is this?", image)
     await asyncio.sleep(_SETTLE_S)
     prompt_s = max(_gaps_s(seen, found.encoded_s, found.answered_s))
     own = {"prompt ms": 1e3 * prompt_s, "encode s": found.encoded_s - found.begun_s, "first s": found.first_s}
@@ -131,9 +132,9 @@ def _gap_measures(gaps_s: Sequence[float]) -> Measures:
     return {"gap ms": 1e3 * max(gaps_s), "mid ms": 1e3 * median(gaps_s)}
 
 
-async def _answered(bench: Bench, question: str, number: int) -> _Answered:
-    """Requests an answer about the image of this number, to its first token."""
-    content = [_image(number), {"type": "text", "text": question}]
+async def _answered(bench: Bench, question: str, image: dict[str, Any]) -> _Answered:
+    """Requests an answer about an image, to its first token."""
+    content = [image, {"type": "text", "text": question}]
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 2, "return_token_ids": True}
     begun_s = monotonic()
     reader, writer = await requested(bench.api, body, "/v1/chat/completions")

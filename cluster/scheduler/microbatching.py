@@ -52,8 +52,7 @@ class DecodeSplit:
         return self._groups
 
     def rows(self, decoding: int, under_way: int) -> int:
-        """Returns how many sequences to decode now: 0 while all groups are in flight. Sequences that are ready then
-        join the next group."""
+        """Returns how many sequences to decode now: 0 while all groups are in flight."""
         groups = self.groups(decoding)
         return 0 if under_way >= groups else -(-decoding // groups)
 

@@ -34,8 +34,8 @@ class Drafting:
         self.ahead = ()
 
     def settle(self, added: list[int]) -> bool:
-        """Processes the tokens that a window added. Returns True if they equal the drafted ones, so that later windows
-        remain valid."""
+        """Processes the tokens that a window added. Returns True if later windows remain valid: tokens equal drafted
+        ones."""
         expected, self.ahead = self.ahead[: len(added)], self.ahead[len(added) :]
         return list(expected) == added[: len(expected)]
 

@@ -122,7 +122,6 @@ class Model:
 
     @property
     def model_id(self) -> str:
-        """Hex digits that identify this model without its adapters."""
         return self.file.identity
 
     @property
@@ -173,7 +172,6 @@ class Model:
 
     @property
     def generates(self) -> bool:
-        """False for encoders and rerankers."""
         return self._whole.has_logits
 
     @property

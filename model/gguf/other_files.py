@@ -30,8 +30,7 @@ _PAGES: Final = (b"<!doctype", b"<html", b"<?xml", b"<head")
 
 
 def other_kind(start: bytes) -> tuple[str, str]:
-    """Returns the kind of a file that is not GGUF, and advice. `start` are its first `START_BYTES` bytes, or all of
-    them."""
+    """Returns the kind of a file that is not GGUF, and advice, from its first `START_BYTES` bytes."""
     for magic, what, advice in _KINDS:
         if start.startswith(magic):
             return what, advice

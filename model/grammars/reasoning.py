@@ -48,7 +48,6 @@ class ReasoningScanner:
         return False
 
     def feed(self, data: bytes) -> None:
-        """Reads further bytes of the answer, in time that is linear in their number."""
         text, start = self._tail + data, 0
         while (tag_end := self._next_tag_end(text, start)) is not None:
             start = tag_end
@@ -151,7 +150,6 @@ def may_run_over(words: Sequence[bytes], tag: bytes) -> tuple[int, ...]:
 
 
 def _any_of(tags: Sequence[bytes]) -> re.Pattern[bytes]:
-    """Returns the pattern of the first of the tags. If several begin at one place, the longest counts."""
     return re.compile(b"|".join(map(re.escape, sorted(tags, key=len, reverse=True))))
 
 

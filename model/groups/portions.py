@@ -162,8 +162,7 @@ class _Rows:
 
 
 def _product_units(width: int, members: int) -> int:
-    """Returns the units of a product's result: segments of the next product, otherwise tiles of weights. Segments are
-    quantized before a gather."""
+    """Returns a product's units: segments of the next product (quantized before a gather), otherwise tiles."""
     for segment, least in _LEAST_UNITS.items():
         if width % segment == 0 and width // segment >= least * members:
             return width // segment

@@ -16,7 +16,6 @@ class Buffers:
 
     plan: Plan
     rows: int
-    """The most rows that the next steps compute."""
     ids: dict[tuple[ir.Buffer, bool, int], int] = field(default_factory=dict)
     current: dict[str, tuple[int, bool]] = field(default_factory=dict)
     packed: dict[str, ActivationFormat] = field(default_factory=dict)

@@ -163,8 +163,7 @@ class CudaBackend:
 
 
 def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-    """Returns the bytes of a stage except weights and KV memory, without opening a GPU. Raises ModelFileError or
-    UsageError if GPUs cannot compute the program."""
+    """Returns a stage's bytes except weights and KV memory, without a GPU. Raises ModelFileError or UsageError."""
     plan = _plan(program, tensors, limits)
     rounded = plan.kv_allocated_bytes - kv_bytes(program, limits)
     return plan.buffers_allocated_bytes + rounded + rounded_weight_bytes(program, tensors)

@@ -33,7 +33,6 @@ class Instructions:
 
 @asynccontextmanager
 async def counted_instructions(pid: int) -> AsyncIterator[Instructions]:
-    """Counts all threads of the process during the `async with` block."""
     counted = Instructions()
     if (perf := shutil.which("perf")) is None:
         yield counted

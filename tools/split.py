@@ -49,8 +49,7 @@ class Part:
 
 
 def plan_split(model: ModelFile, prefix: Path, rules: SplitRules) -> list[Part]:
-    """Returns the parts PREFIX-00001-of-0000N.gguf. Raises UsageError if the model is already split, a tensor is too
-    large, or there would be too many parts."""
+    """Returns the parts PREFIX-00001-of-0000N.gguf. Raises UsageError if that is impossible."""
     if len(model.parts) > 1:
         raise UsageError(f"{model.path}: is already split; merge it first with `llamaclust model merge`")
     alignment = _alignment(model)

@@ -53,7 +53,6 @@ class Requests:
         return "v1/completions", {**body, "prompt": text, "logprobs": top}
 
     def start(self, client: AsyncClient, number: int) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
-        """Yields (id, event) for each event of the request."""
         return client.events(*self.path_and_body(number))
 
 

@@ -61,8 +61,7 @@ class ChaosSettings:
 class View(Protocol):
     def line(self, text: str) -> None: ...
 
-    def progress(self, text: str) -> None:
-        """Replaces the previous progress text."""
+    def progress(self, text: str) -> None: ...
 
 
 async def run_chaos(settings: ChaosSettings, tally: Tally, view: View) -> None:

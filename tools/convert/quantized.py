@@ -111,12 +111,10 @@ def _groups(order: Lazy | None, inputs: int, count: int) -> NDArray[np.int64]:
 
 
 def _gptq_steps(packed: NDArray[np.uint32], start: int, end: int) -> NDArray[np.uint8]:
-    """Returns four-bit numbers [inputs, end - start]."""
     return _nibbles(packed[:, start:end].T).reshape(end - start, -1).T
 
 
 def _awq_steps(packed: NDArray[np.uint32], start: int, end: int) -> NDArray[np.uint8]:
-    """Returns four-bit numbers [inputs, end - start]."""
     first = start // _EIGHT
     steps = _nibbles(packed[:, first : -(-end // _EIGHT)])[..., _AWQ_ORDER].reshape(len(packed), -1)
     return steps[:, start - first * _EIGHT : end - first * _EIGHT]
@@ -151,7 +149,6 @@ def _is_scale(name: str, tensors: Mapping[str, Lazy]) -> bool:
 
 
 def _block(said: Settings) -> tuple[int, int] | None:
-    """Returns the rows and columns of a block with one scale, if configured."""
     value = said.values.get("weight_block_size")
     if value is None:
         return None

@@ -141,7 +141,6 @@ def _links_at(client: httpx.Client, place: str) -> Iterator[WheelLink]:
 
 
 def local_path(place: str) -> Path | None:
-    """Returns the path of a `file:` address or plain path; None for a network address."""
     parts = urlsplit(place)
     if parts.scheme == "file":
         return Path(unquote(parts.path))

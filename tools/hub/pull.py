@@ -38,7 +38,6 @@ _LOCK = ".lock"
 _LOCK_PAUSE_S = 0.2
 _TIMEOUT = httpx.Timeout(30.0, connect=15.0)
 _SHORT_TIMEOUT = httpx.Timeout(5.0, connect=3.0)
-"""The time limits of a hub while the model is there already."""
 
 
 def check_known(spec: str, models_dir: Path | None = None) -> None:
@@ -78,8 +77,7 @@ def pull_model(
 
 
 def _projector_of(found: WantedFile, progress: Progress) -> WantedFile | None:
-    """Returns the projector in the model's repository; None if there is none. Raises DownloadError or UsageError if the
-    hub does not list the files."""
+    """Returns the repository's projector, or None. Raises DownloadError or UsageError if the hub lists no files."""
     source = found.source
     assert isinstance(source, HubFile)
     progress(f"looking for a projector of {found.spec}", 0, None)

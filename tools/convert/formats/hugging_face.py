@@ -24,7 +24,6 @@ _FILE_NAME: Final = re.compile(r"(?!\.\.?$)[^/\\]{1,255}")
 
 
 def read_folder(files: SourceFiles, folder: Path) -> Checkpoint:
-    """Raises ModelFileError for a shard that is missing, damaged or from another model."""
     path = folder / CONFIG
     values = read_json(path)
     settings = Settings(values, str(path))

@@ -46,7 +46,6 @@ def build(page: Page) -> None:
 
 
 def _experts(page: Page, layer: int, count: int, width: int) -> None:
-    """Copies the experts. Rows of gate and up alternate in the matrix and in the bias."""
     source, hidden = f"model.layers.{layer}.mlp.experts", page.width
     halves = _matrices(page, f"{source}.gate_up_proj", (count, 2 * width, hidden), 2)
     bias = page.take(f"{source}.gate_up_proj_bias", count, 2 * width)

@@ -69,7 +69,6 @@ MULTIMODAL: Final[Mapping[str, TextPart]] = MappingProxyType(
         ),
     }
 )
-"""Text models by the class of the multimodal model that contains them."""
 _PREFIXES: Final = (
     ("language_model.model.", "model."),
     ("language_model.", ""),

@@ -27,7 +27,6 @@ _BYTES: Final = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
 def read_tokenizer_json(path: Path) -> Words:
-    """Raises ModelFileError for an unknown kind or pre-tokenizer."""
     said = read_json(path)
     model = _object(said.get("model"), path, "model")
     is_unigram = model.get("type") == "Unigram"

@@ -175,7 +175,6 @@ class Loads:
         return await self._beside_last_tiles(lambda: load_stage(order, *place, reserved_bytes))
 
     async def _kept(self, order: Load) -> tuple[StageRunner | None, bool]:
-        """Returns a kept stage that fits the order."""
         service, wanted = self._worker.service, FindWeights(order.model_path, order.model_id)
         version = await self._version(wanted) if service.has_kept else None
         runner = await service.take_kept(order, version)

@@ -57,8 +57,7 @@ class UnreachableError(StreamBrokenError):
 
 
 def _options(answer_s: float) -> tuple[tuple[str, int], ...]:
-    """Returns options of a channel that closes if sent bytes or pings are not acknowledged within `answer_s`
-    seconds."""
+    """Returns options of a channel that closes if sent bytes or pings are not acknowledged within `answer_s`."""
     pings = {
         "grpc.keepalive_time_ms": int(200 * answer_s),
         "grpc.keepalive_timeout_ms": int(1000 * answer_s),

@@ -1,7 +1,4 @@
-"""Frames on a Unix socket, both ways.
-
-u32 length | u8 kind | content      little-endian
-"""
+"""Frames on a Unix socket, both ways: u32 length | u8 kind | content, little-endian."""
 
 from __future__ import annotations
 
@@ -54,8 +51,7 @@ class _LargeFrame:
 
     @property
     def free(self) -> memoryview:
-        """The memory for the next bytes. It grows as they arrive, because the size that the frame states may be
-        wrong."""
+        """The memory for the next bytes. It grows as they arrive: the frame's stated size may be wrong."""
         if self._filled == len(self.content):
             self.content.extend(bytes(min(max(self._filled, _PIECE_BYTES), self._size - self._filled)))
         return memoryview(self.content)[self._filled :]

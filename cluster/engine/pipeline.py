@@ -68,8 +68,6 @@ class EncoderUnreachableError(WorkerError):
 
 
 class PipelineEncoder(Protocol):
-    """The encoder of images of a pipeline, on one of its workers."""
-
     @property
     def worker(self) -> str | None:
         """The name of its worker; None in this process."""

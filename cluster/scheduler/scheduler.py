@@ -1,8 +1,7 @@
 """Decides what the stages compute next: continuous batching, chunked prefill, preemption. It reads no clock.
 
 Blocks of a sequence that finishes, is aborted or is preempted are released at once. Microbatches in flight may still
-read them, but stages run microbatches in number order, and the next owner writes the blocks in a later one.
-"""
+read them, but stages run microbatches in number order, and the next owner writes the blocks in a later one."""
 
 from __future__ import annotations
 

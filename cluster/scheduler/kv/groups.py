@@ -68,8 +68,7 @@ class StateGroup:
 
     States of running sequences take up to half as much memory as keys and values, and checkpoints take as much again.
     There are at least three blocks: one of a running sequence, the checkpoint at which it began, and one that it
-    leaves. A position whose KV bytes are few counts as a 1,024th of a state.
-    """
+    leaves. A position whose KV bytes are few counts as a 1,024th of a state."""
 
     state_bytes: int  # bytes of a state in all layers
     kv_token_bytes: int  # bytes of a position in all layers

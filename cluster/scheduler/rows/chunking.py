@@ -30,8 +30,7 @@ def chunk_rows(
     any case (without decode `prefill_alone_ms` and 64 rows). It is no larger than what finishes the burst soonest: k
     chunks on S stages end after (k + S - 1) * (a + b * burst / k), with the stage time a + b * rows. This is least at
     burst / k = sqrt(burst * a / ((S - 1) * b)). The last chunks get half of `left` each: the first stages idle while
-    later ones compute.
-    """
+    later ones compute."""
     most = settings.max_batch_tokens - decoding
     if settings.prefill_chunk is not None:
         return min(settings.prefill_chunk, most)

@@ -2,8 +2,7 @@
 
 A round without drafts chooses n tokens for n sequences. A drafted row makes the round longer, and adds a ** d tokens on
 average, with its depth d in the draft and the acceptance rate a. The rows that add most are taken first, as many as
-give the most tokens per second. None are taken unless the round is then clearly faster.
-"""
+give the most tokens per second. None are taken unless the round is then clearly faster."""
 
 from __future__ import annotations
 

@@ -119,8 +119,7 @@ def _units_of(steps: Sequence[Step], members: int) -> list[int]:
 
 
 def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
-    """Returns the products that compute an attention's only KV head. Every member computes them, which is faster than a
-    gather."""
+    """Returns products of an attention's only KV head. Every member computes them, which is faster than a gather."""
     found, wanted = set[int](), set[str]()
     for at, step in reversed([*enumerate(steps)]):
         name = step.out.name

@@ -145,9 +145,8 @@ class WeightCache(DiskCache):
 
 
 class WeightPart:
-    """A tensor that is written into the cache in pieces, by one process at a time. Writing can be resumed. The tensor
-    gets its name after a check. Methods block; any thread may call them. `resumed`: some of `done_bytes` existed
-    before."""
+    """A tensor that is written into the cache in pieces, by one process at a time, and named after a check. Writing can
+    be resumed. Methods block; any thread may call them. `resumed`: some of `done_bytes` existed before."""
 
     def __init__(self, cache: WeightCache, content: str, n_bytes: int, file: FileIO) -> None:
         self._cache = cache
@@ -163,8 +162,7 @@ class WeightPart:
 
     @classmethod
     def open(cls, cache: WeightCache, content: str, n_bytes: int) -> WeightPart | None:
-        """Returns None if another process writes the tensor or has finished it. Raises LlamaclustError on I/O
-        errors."""
+        """Returns None if another process writes the tensor or has finished it. Raises LlamaclustError on I/O error."""
         path = cache.part_path(content)
         try:
             file = open_own(path, os.O_RDWR | os.O_CREAT)

@@ -53,8 +53,7 @@ class MatcherTurns:
         return frozenset(idle).difference(self._next)
 
     def _in_turn(self, slow: Iterable[Sequence], idle: Iterable[Sequence]) -> Iterable[Sequence]:
-        """Yields the idle sequences in turn: the owner whose last turn was longest ago, then its request, then that
-        one's sequence."""
+        """Yields the idle sequences in turn: by owner, request, then sequence, that whose last turn was longest ago."""
         owners, requests, turn = Counter[str](), Counter[str](), self._turn
         for sequence in sorted(slow, key=_by_turn):
             owners[sequence.request.owner] = requests[turn_of(sequence)] = sequence.matcher.turn

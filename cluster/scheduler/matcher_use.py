@@ -1,5 +1,4 @@
-"""The scheduler's record of a sequence's matcher, which runs at the last stage. It only decides when rows are
-computed."""
+"""The scheduler's record of a sequence's matcher, which runs at the last stage. It only decides when rows run."""
 
 from __future__ import annotations
 

@@ -46,8 +46,7 @@ class SequenceQueues:
 
     @property
     def decode_plainly(self) -> bool:
-        """True if all running sequences decode and sample from logits alone, so that lookahead steps can have their
-        rows."""
+        """True if all running sequences decode and sample from logits alone, so that lookahead can have their rows."""
         return all(sequence.phase is _DECODE and sequence.sampler.is_plain for sequence in self.running)
 
     @property

@@ -56,8 +56,7 @@ class Curve:
         return curve
 
     def predict(self, rows: float, other: Curve | None = None) -> float | None:
-        """Returns nanoseconds, or None before the first sample. A single point has no slope: `other` adds its
-        points."""
+        """Returns nanoseconds, or None before the first sample. A single point has no slope: `other` adds points."""
         points = list(self._points.values())
         if len(points) < 2 and other is not None:
             points = sorted((other._points | self._points).values())

@@ -30,8 +30,7 @@ NO_MATCH = Match(NONE, 0, 0)
 
 
 class HashChains:
-    """Chains of places whose last `order` tokens have the same hash. A place is the index of the last of these
-    tokens."""
+    """Chains of places whose last `order` tokens have the same hash. A place is the index of the last of these."""
 
     def __init__(self, order: int) -> None:
         self._order = order

@@ -1,5 +1,4 @@
-"""The prefix cache. Keys: SHA-256 chains over model (without adapters), KV type, adapters, salt, tokens, rows of
-images."""
+"""The prefix cache. Keys: SHA-256 chains over model (without adapters), KV type, adapters, salt, tokens, image rows."""
 
 from __future__ import annotations
 
@@ -58,8 +57,7 @@ class PrefixCache:
         self.is_enabled = enabled
 
     def find(self, keys: BlockKeys, tokens: Sequence[int], reusable: int) -> tuple[int, int]:
-        """Returns (found, idle): how many leading blocks of tokens[:reusable] are cached, and how many of them are
-        idle."""
+        """Returns (found, idle): how many leading blocks of tokens[:reusable] are cached, and how many are idle."""
         if not self.is_enabled:
             return 0, 0
         self._extend(keys, tokens, reusable // KV_BLOCK_TOKENS)

@@ -63,8 +63,7 @@ class KvStates:
         self._keep_last(sequence)
 
     def draft(self, sequence: Sequence) -> bool:
-        """Takes a block for the state after drafted rows, and keeps the one before. Returns False if no block is
-        left."""
+        """Takes a block for the state after drafted rows, and keeps the one before. Returns False if none is left."""
         if self.blocks.available <= self._lacking:
             return False
         sequence.kv.states.ahead = self.blocks.take()

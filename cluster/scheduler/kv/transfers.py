@@ -49,8 +49,7 @@ class KvTransfers:
         return Transfer(tuple(sequence.kv.keys[:end]), (*prefix, *taken), found)
 
     def begin_save(self, keys: Items[bytes], start: int) -> Transfer | None:
-        """Holds the cached blocks of keys[start:], which microbatches in flight may still fill. None: none is
-        cached."""
+        """Holds the cached blocks of keys[start:], which microbatches in flight may still fill; None without any."""
         there = list(takewhile(lambda key: self._blocks.is_idle(key) is not None, keys[start:]))
         if not there:
             return None

@@ -19,8 +19,7 @@ _MARGIN = 0.05
 """The relative gain below which nothing is drafted, because predictions are not more accurate."""
 _DEEPEST = 6
 _MARGIN_BESIDE = 0.2
-"""The relative gain needed with several microbatches in flight, because those of different lengths wait for each
-other."""
+"""The relative gain needed with several microbatches in flight, as those of different lengths wait for each other."""
 
 
 class RoundTimes(Protocol):

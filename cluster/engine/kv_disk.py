@@ -32,8 +32,7 @@ _MOST_SAVES = 8
 
 
 class KvDisk:
-    """Reads and writes the KV memory of one lane. Does nothing if there are no disks, no prefix cache, or a sliding
-    window."""
+    """Reads and writes one lane's KV memory. Does nothing without disks or prefix cache, or with a sliding window."""
 
     def __init__(self, disks: KvDisks | None, scheduler: Scheduler, lane: Lane) -> None:
         settings = scheduler.settings

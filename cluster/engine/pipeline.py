@@ -49,8 +49,7 @@ class KvDisks(Protocol):
         ...
 
     async def save(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
-        """Writes blocks, which belong to the last keys, to disk. Returns for how many keys all stages now have blocks
-        there."""
+        """Writes blocks of the last keys to disk. Returns for how many keys all stages now have blocks there."""
         ...
 
 

@@ -227,8 +227,7 @@ class Peer:
             raise UnreachableError(str(error), worker=self.worker) from error
 
     def _channel(self) -> Any:
-        """Returns a channel with this process's current certificate. Each renewal needs another channel, since a
-        channel keeps its certificate."""
+        """Returns a channel with this process's current certificate, which a channel keeps until it ends."""
         if not isinstance(self._credentials, Identity):
             if not self._channels:
                 self._channels.append(aio.insecure_channel(self.address, options=self._options))

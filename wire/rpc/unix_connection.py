@@ -73,9 +73,8 @@ def _pieces(messages: tuple[bytes, ...]) -> Iterator[bytes | memoryview]:
 
 
 class UnixConnection(asyncio.BufferedProtocol):
-    """Sends and receives frames. Calls `on_control` with each frame that is not a message, and `on_lost` at the end. A
-    message larger than `most_bytes` ends the connection before it is received. With `awaits_call`, the first frame must
-    be a CALL and arrive within `CALL_S`."""
+    """Sends and receives frames. Calls `on_control` with each that is no message, and `on_lost` at the end. A message
+    larger than `most_bytes` ends the connection. With `awaits_call`, the first frame must be a CALL within `CALL_S`."""
 
     def __init__(
         self,

@@ -1,5 +1,4 @@
-"""Splits a model file into parts, and merges parts. Bytes of tensors and metadata do not change. llama.cpp and this
-program read each other's parts."""
+"""Splits a model file, and merges parts, without a change of bytes. llama.cpp and this program read each other's."""
 
 from __future__ import annotations
 

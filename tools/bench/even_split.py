@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 from llamaclust.model.costs import ModelCosts
 
 _PROMPT_TOKENS, _STEPS = 512, 16
-"""The work of a sequence in the planner's `throughput`. An answer of 128 tokens, eight sequences at once, is 16
-steps."""
+"""A sequence's work in the planner's `throughput`: an answer of 128 tokens, eight sequences at once, is 16 steps."""
 _MACS_PER_BYTE = 15.0
 """This many multiply-adds take about as long as reading one byte."""
 _SHARPNESS = 8

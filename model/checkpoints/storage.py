@@ -1,5 +1,3 @@
-"""Number types in checkpoints."""
-
 from __future__ import annotations
 
 from enum import Enum

@@ -1,5 +1,3 @@
-"""Recognizes files that are not GGUF by their first bytes, and advises what to do with them."""
-
 from __future__ import annotations
 
 from typing import Final

@@ -1,5 +1,3 @@
-"""Inputs per layer, which Gemma's E models have in addition to the hidden state."""
-
 from __future__ import annotations
 
 import math

@@ -1,5 +1,3 @@
-"""The numbering of buffers in a plan of the native executor."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass, field

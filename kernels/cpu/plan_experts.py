@@ -1,5 +1,3 @@
-"""Emits mixtures of experts into a plan of the native executor."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence

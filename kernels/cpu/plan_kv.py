@@ -1,5 +1,3 @@
-"""Numbers a plan's KV memory: keys and values, and recurrent states, of each layer."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass, field

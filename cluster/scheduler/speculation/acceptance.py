@@ -1,5 +1,3 @@
-"""Estimates of the acceptance rate of drafted tokens, learned from recent tokens."""
-
 from __future__ import annotations
 
 _REMEMBERED = 96

@@ -1,5 +1,3 @@
-"""Loads and unloads stages as the coordinator orders."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""OpenAPI documents from which schemathesis makes thousands of requests."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -20,7 +20,7 @@ ROWS = 512
 
 def microbatch_rows(projector: Projector | None) -> int:
     """Returns the rows of a microbatch beyond one per sequence. Rows of an image that see each other must fit together,
-    but no more than half of `MAX_BATCH_TOKENS`."""
+    up to half of `MAX_BATCH_TOKENS`."""
     if projector is None or not projector.is_bidirectional:
         return ROWS
     return max(ROWS, min(projector.max_rows, MAX_BATCH_TOKENS // 2))

@@ -17,7 +17,7 @@ from llamaclust.core.sharing.shares import fits
 _OVERTAKING = 8
 
 _MAX_OVERTAKEN = 32
-"""The most sequences that may overtake the first in turn, before no other one starts earlier however long it waits."""
+"""The most sequences that may overtake the first in turn. Then no other starts before it, however long it waits."""
 
 _PREFILL, _DECODE = Phase.PREFILL, Phase.DECODE
 _by_arrival = attrgetter("key")
@@ -79,7 +79,7 @@ class SequenceQueues:
             sequence.restart()
 
     def check_room(self, owner: str, most_waiting: int) -> None:
-        """Raises QueueFullError if the owner has too many waiting sequences, or fewer while other owners have many."""
+        """Raises QueueFullError if the owner has too many waiting sequences. Fewer may wait if others have many."""
         waiting = [*self.waiting, *self.restoring]
         own = sum([other.request.owner == owner for other in waiting])
         if not fits(own, len(waiting), most_waiting + self.max_running - len(self.running)):

@@ -98,8 +98,7 @@ class Scheduler:
         return self._sequences
 
     def add(self, request: GenerationRequest, now_ns: int) -> Sequence:
-        """Queues a request if it has anything to compute. Raises QueueFullError, early if possible, or
-        ParameterError."""
+        """Queues a request with anything to compute. Raises QueueFullError (early if possible) or ParameterError."""
         settings = self.settings
         if request.needs_place:
             self.queues.check_room(request.owner, settings.max_waiting)

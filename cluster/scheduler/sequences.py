@@ -115,8 +115,7 @@ class Sequence:
         return self.phase is _DECODE and self.scheduled < len(self.tokens)
 
     def has_prompt_of(self, request: GenerationRequest) -> bool:
-        """True for another choice of the same API request: its prompt and all that decides about KV blocks are the
-        same."""
+        """True for another choice of the same API request: prompt and all that decides about KV blocks are equal."""
         own = self.request
         is_same = own.prompt is request.prompt and own.images is request.images
         return is_same and (own.cache_salt, own.adapters) == (request.cache_salt, request.adapters)
@@ -180,7 +179,7 @@ class Sequence:
 
     @property
     def settled(self) -> int:
-        """The first row that may be computed again: drafted rows in flight, with states also the rows before them."""
+        """The first row that may be computed again: a drafted row in flight, or with states a row before it."""
         ahead = self.drafting.ahead
         return self.computed if ahead and self.kv.states.is_begun else self.scheduled - len(ahead)
 

@@ -101,7 +101,7 @@ class Strikes:
         return to_suspected if to_suspected > 0 else _PROBED_ROWS
 
     def add(self, slices: Iterable[SequenceSlice], worker: str | None = None) -> list[StruckOut]:
-        """Records a failure of these slices, by `worker` if known. Returns the sequences that must fail."""
+        """Records a failure of these slices in flight, at `worker` if known. Returns the sequences that must fail."""
         in_flight = _rows_in_flight(slices)
         isolated = self._isolated
         is_alone = isolated is not None and list(in_flight) == [isolated.sequence]

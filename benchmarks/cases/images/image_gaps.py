@@ -46,8 +46,8 @@ _BESIDE = 1000  # the number of the first image beside streams
 class ImageGaps(Case):
     """Cost of an image of 1024 x 768 pixels to streams of text meanwhile, and of another question to the same image.
     `first s`: time to the first token of an answer about the image. `gap ms`: the longest time between two tokens of a
-    stream while the image is encoded, or without one (goal: 150). `mid ms`: the median. `prompt ms`: the longest while
-    the prompt with the image is computed. Weights are random, and nothing is drafted."""
+    stream while the image is encoded, or without an image (goal: 150). `mid ms`: the median. `prompt ms`: the longest
+    while the prompt with the image is computed. Weights are random, and nothing is drafted."""
 
     rounds = 3
     shape: str = option("smolvlm-500m", "of both models", chosen("shape", _NAMES))

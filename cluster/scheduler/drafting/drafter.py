@@ -11,8 +11,8 @@ CLASSES = 20
 SUBSTITUTED = 1
 """The class of drafts after a replaced token whose 8 previous tokens match."""
 SHORT = 2
-"""The first of 3 classes after matches of 2 or 3 tokens: several tokens followed, there was one match, or one followed
-all."""
+"""The first of 3 classes after matches of 2 or 3 tokens: several tokens followed such matches, there was one match, or
+one token followed all of them."""
 MIDDLE = 5
 """The first of 3 classes after matches of 4 to 7 tokens, distinguished like those of `SHORT`."""
 LONG = 8

@@ -1,5 +1,5 @@
-"""Drafts from a bounded store of recent answers. An answer that repeats a stored one is faster and so reveals it, so
-requests share answers only if their keys are equal."""
+"""Drafts from a bounded store of recent answers to other requests. A stored answer makes an equal one faster, which
+reveals it, so requests share answers only if their keys are equal."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class StateGroup:
 
     def blocks_beside(self, kv_blocks: int, sequences: int) -> int:
         """Returns the sum of a block for each running sequence whose state fits into half of the KV blocks' bytes (at
-        least one), two for checkpoints, and one for each `span` positions that fit into the other half."""
+        least one), two for checkpoints, and one for each `span` positions whose state fits into the other."""
         tokens = kv_blocks * KV_BLOCK_TOKENS
         half = tokens * self._token_bytes // (2 * self.state_bytes)
         return min(sequences, 1 + half) + 2 + min(tokens // self.span, half)

@@ -43,8 +43,8 @@ class KvMemory:
         self._filling.clear()
 
     def admit(self, sequence: Sequence, reserve: int) -> bool:
-        """Gives a sequence blocks for all its rows if `reserve` blocks remain. Otherwise returns False, as it does if
-        the microbatch being made fills blocks to share: they cannot be read in the same microbatch."""
+        """Gives a sequence blocks for all its rows if `reserve` blocks remain. Returns False otherwise, and if the
+        microbatch being made fills blocks that the sequence would share: it cannot also read them."""
         if (refused := self._refused.pop(sequence.key, None)) is not None and self._is_unchanged(refused, reserve):
             self._refused[sequence.key] = refused
             return False

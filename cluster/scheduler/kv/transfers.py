@@ -37,9 +37,8 @@ class KvTransfers:
         return range(found, sequence.first_output // KV_BLOCK_TOKENS)
 
     def begin_restore(self, sequence: Sequence, end: int, reserve: int) -> Transfer | None:
-        """Takes blocks for a sequence's missing blocks before number `end`, and holds the cached ones before them.
-        Returns None if fewer than `reserve` blocks would remain. Microbatches in flight may still use the taken
-        blocks."""
+        """Takes blocks for a sequence's missing blocks before number `end`, and holds the cached ones before them. None
+        if fewer than `reserve` would remain. Microbatches in flight may still use the taken blocks."""
         found, idle = self._cache.find(sequence.kv.keys, sequence.tokens, sequence.first_output)
         if found >= end or end - found + idle + reserve > self._blocks.available:
             return None

@@ -196,7 +196,6 @@ def _timer(seconds: float, call: Callable[[], None]) -> Timer:
 
 
 def _read_reply(stream: IO[bytes], max_line_bytes: int, max_payload_bytes: int) -> _Reply | None:
-    """Returns None if the stream ends before the reply does."""
     line = stream.readline(max_line_bytes + 1)
     if not line.endswith(b"\n"):
         _check_size(len(line), max_line_bytes)

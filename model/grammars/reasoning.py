@@ -69,7 +69,6 @@ class ReasoningScanner:
         return None if end is None else text[end.end() :]
 
     def _next_tag_end(self, text: bytes, start: int) -> int | None:
-        """Returns the end of the next tag that begins or ends reasoning, or None if there is none."""
         if self.place is Place.INSIDE:
             tag = self._any_end.search(text, start)
         elif self.place is Place.BEFORE and self._repeats:

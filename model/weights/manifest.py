@@ -87,7 +87,6 @@ def content_of(tensor: Tensor, progress: Callable[[int], None] = lambda n_bytes:
 
 
 def _own_metadata(file: ModelFile) -> dict[str, WritableValue]:
-    """Returns the keys that programs and the tokenizer, `with_adapters` or `projector_of` read."""
     architecture, is_adapter = read_architecture(file), "adapter.type" in file.metadata
     kept = ("adapter.", "general.type") if is_adapter else (f"{architecture}.", _TOKENIZER)
     is_model = not is_adapter and architecture != PROJECTOR_ARCHITECTURE

@@ -185,7 +185,6 @@ def rounded_weight_bytes(program: Program, tensors: Mapping[str, Tensor]) -> int
 
 
 def _check_part(program: Program) -> None:
-    """Raises ModelFileError if the layers read anything but the hidden state from another device."""
     known = set() if program.is_first else {program.hidden.name}
     stored: set[int] = set()
     for step in program.steps:
@@ -210,7 +209,6 @@ def _has_windows_ahead(program: Program) -> bool:
 
 
 def _checked_weights(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Weights]:
-    """Returns weights without addresses. Raises ModelFileError or UsageError for a program that GPUs cannot compute."""
     if any(isinstance(step, MixtureStep) for step in program.steps):
         raise ModelFileError("a part of the experts of a layer is not computed on GPUs; set device: cpu for its worker")
     if not program.is_causal and (program.is_first or program.is_last or _has_windows_ahead(program)):

@@ -144,7 +144,6 @@ class Loads:
         return Loaded(order.epoch, *stage_bytes, fetched_bytes, encoder_bytes)
 
     async def _add(self, order: Load, links: MemberLinks | None) -> tuple[StageMemory, int]:
-        """Adds the stage, and the encoder of images if one is ordered, to the service. Returns the memory of each."""
         runner: StageRunner | None = None
         encoder: EncoderStreams | None = None
         try:
@@ -181,7 +180,6 @@ class Loads:
         return runner, runner is not None
 
     async def _encoder(self, order: Load) -> EncoderStreams | None:
-        """Returns the kept encoder that fits the order, or loads it."""
         service, session, wanted = self._worker.service, self._session, order.encoder
         version = None
         if wanted is not None and service.has_kept:

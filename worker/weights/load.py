@@ -217,7 +217,6 @@ def _in_tiles(limits: StageLimits, model: Model) -> Model:
 
 
 def _planned(order: Load, device: Device, model: Model, reserved_bytes: int) -> StageMemory:
-    """Returns the memory of all devices together. Raises InsufficientMemoryError if one has too little."""
     shares = device_shares(device, model, device.layers(order), order.limits, portion_of(order))
     release_freed_memory()
     for name, share in shares.items():

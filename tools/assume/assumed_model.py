@@ -151,7 +151,6 @@ def _catalog_entry(spec: str) -> CatalogEntry | None:
 
 
 def _quantization_of(spec: str) -> CatalogEntry | None:
-    """Returns the catalog's entry, or None. Raises UsageError if the text after the colon is not a mix."""
     try:
         return find_entry(spec)
     except UsageError:

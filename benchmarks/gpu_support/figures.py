@@ -140,7 +140,6 @@ class Figures:
         return _plain(found) | {"wanted": [asdict(target) | {"met": target.is_met} for target in self.wanted()]}
 
     def _rates(self) -> dict[str, Spread]:
-        """Returns the best rates of the devices; a processor without weights has none."""
         found = {
             "vram_read_gb_s": self.spread(lambda round_: round_.rates.read.gpu / 1e9),
             "gpu_int8_gmac_s": self.spread(lambda round_: round_.rates.int8.gpu / 1e9),
@@ -151,7 +150,6 @@ class Figures:
         return found
 
     def _copies(self, sequences: int) -> dict[str, Any]:
-        """Returns figures of steps with copies. Hits and misses are sums over all rounds."""
         steps = [round_.copied[sequences] for round_ in self.rounds]
         return {
             "tok_s": self.spread(lambda round_: sequences / round_.copied[sequences].step_s),

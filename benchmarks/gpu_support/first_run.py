@@ -184,7 +184,6 @@ def run_steps(
 
 
 def _run(step: Step, log: Path, places: dict[str, str]) -> int:
-    """Runs a step and returns its exit status. At the time limit, ends all processes of the step and returns 124."""
     model = Path(places["models"]) / step.model
     commands = [step.needs] if step.model and not model.is_file() else []
     script = " && ".join(_filled(command, places) for command in (*commands, step.command))

@@ -72,7 +72,6 @@ class Plan(Case):
 
 
 async def _times(source: random.Random, cluster: Cluster) -> Times:
-    """Measures ms per token of one request; for `throughput`, of eight simultaneous prompts of one token."""
     vocabulary = cluster.model.hyperparameters.vocabulary_size
     if cluster.config.objective == "latency":
         finished = await run(cluster, prompts(source, 1, PROMPT, vocabulary)[0], TOKENS)

@@ -4,17 +4,12 @@ products, and eight sequences relative to one. Optionally compares llama.cpp, an
     python benchmarks/gpu.py MODEL.gguf                              # the three figures
     python benchmarks/gpu.py MODEL.gguf --llama-bench PROGRAM        # in turns with llama.cpp's CUDA backend
     python benchmarks/gpu.py MODEL.gguf --gpu-memory 24GiB           # layers beyond that size in RAM
-    python benchmarks/gpu.py MODEL.gguf --cpu-moe --experts-cache 0  # experts in RAM
-    python benchmarks/gpu.py MODEL.gguf --cpu-moe                    # and copies of them on the GPU
+    python benchmarks/gpu.py MODEL.gguf --cpu-moe                    # experts in RAM, and copies of them on the GPU
 
-In a mixture of experts (benchmarks/public_shape.py), one sequence counts as reading the experts that it uses, several
-as reading an expected number of them. If experts in RAM have copies on the GPU, each round measures decode without and
-with the copies; hits and misses are those of the measured steps.
-
-Needs a GPU and the extra `cuda13` or `cuda12`; docs/gpu.md says how to build llama-bench. The best rates of GPU and
-processor are measured right before and after each round, and the greater ones count. Figures are medians over rounds,
-with the least and the most. Progress goes to standard error, all figures go as JSON to standard output.
-"""
+One sequence counts as reading the experts that it uses, several as reading an expected number of them. Copies of
+experts are measured with and without. Needs a GPU and the extra `cuda13` or `cuda12`; docs/gpu.md says how to build
+llama-bench. The best rates of GPU and processor are measured before and after each round. Figures are medians with the
+least and the most. Progress goes to standard error, all figures as JSON to standard output."""
 
 from __future__ import annotations
 

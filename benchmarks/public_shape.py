@@ -2,9 +2,8 @@
 
     python benchmarks/public_shape.py qwen3-30b-a3b:q4_k_m /tmp/shape.gguf --layers 8
 
-The shapes are those of `llamaclust plan --assume` and of the models of the catalog. With fewer layers than its own, a
-model fits into less memory, and the speed of a layer stays the same. All layers have the same bytes, so that files are
-written fast."""
+The shapes are those of `llamaclust plan --assume` and of the catalog. With fewer layers, a model fits into less memory,
+and the speed of a layer stays the same. All layers have the same bytes, so that files are written fast."""
 
 from __future__ import annotations
 
@@ -31,7 +30,6 @@ from llamaclust.tools.assume.shapes import SHAPES
 from llamaclust.tools.quantize.mixes import ALIASES, MIXES
 
 SIZES = ("layers", "experts", "vocabulary")
-"""Sizes of a shape that options may replace."""
 
 
 def public_shape(spec: str, sizes: Mapping[str, int]) -> ModelFile:

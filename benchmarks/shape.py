@@ -3,8 +3,7 @@
     python benchmarks/shape.py 1.1b Q4_K /tmp/shape.gguf
     python benchmarks/shape.py 70b Q4_K /tmp/70b.gguf --alike     # 39 GB as quickly as the disk takes them
 
-All matrices and the embedding have the given type; norms and routers are float32. The file also loads in llama.cpp.
-Options may replace the dimensions of the named shape."""
+All matrices and the embedding have the given type; norms and routers are float32. The file also loads in llama.cpp."""
 
 from __future__ import annotations
 
@@ -55,9 +54,8 @@ SHAPES = {
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The layout of random blocks with plausible weights. Each of `scales` is the byte offset of a float16 in the
-    block, and its size relative to the first one. `deviation` is the standard deviation of weights at a first scale of
-    1."""
+    """Random blocks with plausible weights. `scales`: the byte offset of each float16 in the block, and its size
+    relative to the first. `deviation`: the standard deviation of weights at a first scale of 1."""
 
     file_type: int
     scales: tuple[tuple[int, float], ...]
@@ -189,7 +187,6 @@ def tensors(shape: Shape, quant_type: QuantType, seed: int, alike: bool = False)
 
 
 def metadata(name: str, shape: Shape, quant_type: QuantType) -> dict[str, WritableValue]:
-    """Returns the metadata that llamaclust and llama.cpp read."""
     experts: dict[str, WritableValue] = {
         "llama.expert_count": shape.experts,
         "llama.expert_used_count": shape.experts_used,

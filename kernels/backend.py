@@ -26,13 +26,10 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class BatchStates:
-    """The state blocks of a batch's sequences.
-
-    The first row of sequence s reads block before[s], unless its position is 0. For each i in starts[s] .. starts[s +
-    1], the state after row rows[i] is written to blocks[i]. The last of them is the state after the sequence's last
-    row; the others are checkpoints, from which other sequences may start. No two sequences of a batch share a block
-    that one of them writes.
-    """
+    """The state blocks of a batch's sequences. The first row of sequence s reads block before[s], unless its position
+    is 0. For each i in starts[s] .. starts[s + 1], the state after row rows[i] is written to blocks[i]: checkpoints,
+    from which other sequences may start, and last the state after the sequence's last row. No two sequences of a batch
+    share a block that one of them writes."""
 
     before: Int32  # [sequences] block ids, -1 where no state is read
     starts: Int32  # [sequences + 1]
@@ -54,12 +51,10 @@ class Batch:
 
     Rows sequence_starts[s] .. sequence_starts[s + 1] belong to sequence s, at ascending, consecutive positions.
     Position p of sequence s is in KV block block_tables[table_starts[s] + p // KV_BLOCK_TOKENS]. Layers with a window
-    and KV blocks of their own use window_tables instead, at the same index; it has -1 for blocks that no row of the
-    batch reads or writes.
+    and KV blocks of their own use window_tables, at the same index; -1: no row of the batch uses the block.
 
     Rows of a sequence with equal `groups` are adjacent, all in this batch, at positions [start, end) of the group. A
-    row in no group is one of its own. Steps that merge rows take a whole number of rows from each sequence.
-    """
+    row in no group is one of its own. Steps that merge rows take a whole number of rows from each sequence."""
 
     tokens: Int32  # [rows] token ids; read by a first stage only
     positions: Int32  # [rows]
@@ -109,11 +104,8 @@ class Stage(Protocol):
         """A reference that keeps the weights in memory, even after `close`."""
 
     def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
-        """Computes the batch. `hidden` [rows, embedding] is None for a first stage.
-
-        Returns the hidden state [rows, embedding]; a last stage returns logits [outputs, vocabulary]. The result is a
-        view that the next `run` overwrites.
-        """
+        """Computes the batch. `hidden` [rows, embedding] is None for a first stage. Returns the hidden state [rows,
+        embedding] or, of a last stage, logits [outputs, vocabulary], as a view that the next `run` overwrites."""
 
     def normed(self, rows: Int32) -> Float32:
         """Copies the normed hidden state of rows of a last stage's last `run`, [len(rows), embedding]."""
@@ -156,8 +148,7 @@ class KvInRam(Protocol):
 
 @runtime_checkable
 class RunsFrames(Protocol):
-    def run_frame(self, frame: MicrobatchFrame) -> Float32:
-        """Computes the frame's batch and hidden state like `Stage.run`."""
+    def run_frame(self, frame: MicrobatchFrame) -> Float32: ...
 
 
 @runtime_checkable
@@ -187,8 +178,7 @@ class ExpertsStage(Protocol):
     workspace_bytes: int
 
     @property
-    def weights(self) -> object:
-        """A reference that keeps the weights in memory."""
+    def weights(self) -> object: ...
 
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32:
         """Computes mixture `number`, counted in the order of steps. The next call overwrites the result."""
@@ -214,8 +204,7 @@ class ExpertsCache(Protocol):
     def step(self) -> AbstractContextManager[None]:
         """Keeps the experts that a run uses cached until it ends. Raises DeviceLostError if a copy lost the device."""
 
-    def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32 | None:
-        """Computes an exchange; see `Experts`."""
+    def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32 | None: ...
 
     def settle(self, timeout_s: float) -> bool:
         """Waits until all wanted experts are cached. Returns False if `timeout_s` was too short."""

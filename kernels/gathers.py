@@ -40,7 +40,6 @@ def bands_of(program: ir.Program, rows: int, most: int) -> int:
 
 
 def borders_in(step: ir.Gather, width: int) -> list[int]:
-    """Returns the members' borders in rows of `width` floats. The floats may hold int8 values and scales."""
     return [border * width // step.borders[-1] for border in step.borders]
 
 

@@ -27,8 +27,6 @@ from llamaclust.model.program import Attention, Buffer, Gather, Join, Program, S
 
 @dataclass(frozen=True, slots=True)
 class BackendLayers:
-    """The layers [start, end) that one backend computes."""
-
     backend: Backend
     start: int
     end: int

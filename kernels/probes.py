@@ -14,8 +14,7 @@ class ReadProbe:
         self._probe = _native.ReadProbe(threads, 16)
 
     def measure(self, seconds: float = 0.3) -> float:
-        """Returns GB/s: the median of several reads in the fastest pattern. (A longer run would not reach the maximum.)
-        Raises ValueError outside 0..60 seconds."""
+        """Returns GB/s, the median of several reads in the fastest pattern. Raises ValueError outside 0..60 seconds."""
         return self._probe.measure(seconds) / 1e9
 
 
@@ -25,7 +24,6 @@ def int8_peak(threads: int, seconds: float = 0.2) -> float:
 
 
 def fma_peak(threads: int, seconds: float = 0.2) -> float:
-    """Returns the peak of float32 multiply-adds of all threads, in 10^9 per second."""
     return _native.fma_peak(threads, seconds) / 1e9
 
 

@@ -16,12 +16,11 @@ from llamaclust.kernels.backend import Logits, RankedLogits
 
 
 class Sampler:
-    """The sampler of one stage. It runs one call at a time, without the GIL. Sampling follows llama.cpp's default
-    order. First logit bias, then repetition, frequency and presence penalties; the logits of suppressed tokens and of
-    tokens that a grammar forbids become -infinity. At temperature 0, the greatest logit wins (on a tie, the lowest id).
-    Otherwise top-k, top-p and min-p follow, on probabilities at temperature 1, then temperature, then a draw. (OpenAI
-    and vLLM apply the temperature before top-p.) A sampler chain adds steps or changes their order. Logprobs are the
-    log-softmax of the raw logits."""
+    """The sampler of one stage. It runs one call at a time, without the GIL, in llama.cpp's default order: logit bias,
+    then repetition, frequency and presence penalties; suppressed tokens and those that a grammar forbids become
+    -infinity. At temperature 0, the greatest logit wins (on a tie, the lowest id). Otherwise top-k, top-p and min-p
+    follow, on probabilities at temperature 1, then temperature, then a draw. (OpenAI and vLLM apply the temperature
+    before top-p.) A sampler chain adds steps or changes their order. Logprobs are the log-softmax of the raw logits."""
 
     def __init__(self, vocabulary_size: int, feature_level: str = "", threads: int = 1) -> None:
         """Divides rows among `threads`. `feature_level` "" is the best; ValueError for an unknown one lists them."""
@@ -44,7 +43,6 @@ class Sampler:
         return tuple(map(_result, self._native.run(logits, native)))
 
     def sample(self, logits: Logits, tasks: _native.SamplingTasks) -> _native.RowOutcomes:
-        """Samples like `run`, for natively decoded tasks. `row_results` converts the outcomes."""
         if isinstance(logits, RankedLogits):
             return _native.sample_ranked(self._native, logits.records, tasks, logits.rows, logits.totals)
         return _native.sample(self._native, logits, tasks)

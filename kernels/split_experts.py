@@ -1,6 +1,5 @@
-"""Splits a program between two devices. A GPU computes attention, norms, shared experts and dense products; a processor
-computes the routers and routed experts of some layers. At each of these mixtures, the GPU sends the normed input to the
-processor, which returns the weighted sum of the experts."""
+"""Splits a program between a GPU and a processor, which computes the routers and routed experts of some layers. At each
+of these mixtures, the GPU sends the normed input, and gets back the weighted sum of the experts."""
 
 from __future__ import annotations
 

@@ -24,7 +24,6 @@ from llamaclust.model.program import Adapt, MatMul, Program, Step
 from llamaclust.model.quant_types import QuantType
 
 _KEY = "llamaclust.adapter."
-"""The prefix of metadata keys that adapters add to a model, for example `llamaclust.adapter.0.alpha`."""
 _PREFIX = "adapter."
 _TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 _NAME = re.compile(r"(?P<weight>blk\.\d+\.\w+\.weight)\.lora_(?P<half>[ab])")
@@ -44,8 +43,7 @@ def adapter_files(path: Path) -> tuple[Path, ...]:
 
 
 def read_adapter(path: Path, model: ModelFile) -> ModelFile:
-    """Reads an adapter. Its identity covers samples of each tensor. Raises errors like `read_header` and
-    `read_peft`."""
+    """Reads an adapter. Its identity covers samples of each tensor. Raises errors of `read_header` and `read_peft`."""
     header = read_peft(path, model) if is_peft(path) else read_header(path)
     hashed = sha256(header.digest)
     for tensor in header.tensors.values():
@@ -78,8 +76,7 @@ def with_adapters(model: ModelFile, adapters: Mapping[int, ModelFile]) -> ModelF
 
 
 def check_adapter_weights(adapters: Iterable[ModelFile]) -> None:
-    """Reads all weights of the adapters; only the coordinator does so. Raises ModelFileError if a weight is not finite
-    or exceeds `_MOST`."""
+    """Reads all weights of the adapters. Raises ModelFileError if one is not finite or exceeds `_MOST`."""
     for tensor in (tensor for adapter in adapters for tensor in adapter.tensors.values()):
         for start in range(0, tensor.n_bytes, _READ_BYTES):
             largest = _largest(tensor, start, min(start + _READ_BYTES, tensor.n_bytes))
@@ -121,7 +118,6 @@ def _alpha(found: ModelFile, model: ModelFile) -> MetadataValue:
 
 
 def _checked(tensor: Tensor) -> str:
-    """Returns the tensor's name. Raises ModelFileError if the tensor cannot be part of an adapter."""
     name = _NAME.fullmatch(tensor.name)
     place = f"tensor {shown(tensor.name)}"
     if name is None:
@@ -180,8 +176,7 @@ def _adapt(product: MatMul, model: ModelFile, number: int) -> Adapt | None:
 
 
 def own_names(names: Iterable[str], number: int | None) -> list[str]:
-    """Returns the weight names of adapter `number` as its own file has them, or those of the model if `number` is
-    None."""
+    """Returns the weight names of adapter `number` as its file has them; those of the model for None."""
     if number is None:
         return [name for name in names if not name.startswith(_PREFIX)]
     prefix = f"{_PREFIX}{number}."

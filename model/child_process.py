@@ -18,7 +18,6 @@ from llamaclust.model.child_frames import decoded, encoded
 
 _Result = TypeVar("_Result")
 _Reply = tuple[dict[str, Any], bytes]
-"""The object and the payload of a reply."""
 
 _KEPT_VARIABLES: Final = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ", "LANG", "LC_ALL")
 """The environment variables that a child gets, for Python's start and for dates. Secrets are not passed on."""
@@ -45,8 +44,7 @@ class ChildUnusableError(ChildEndedError):
 
 @dataclass(frozen=True, slots=True)
 class ChildProgram:
-    """The module that a child runs, and its limits. If the reply to the first frame has the key "error", the child is
-    unusable."""
+    """The module that a child runs. A first reply with the key "error" makes the child unusable."""
 
     module: str
     first: Callable[[], Mapping[str, Any]]
@@ -90,9 +88,8 @@ class BoundedChild:
     def request_with_payload(
         self, values: Mapping[str, Any], payload: bytes = b"", max_payload_bytes: int = 0
     ) -> tuple[dict[str, Any], bytes]:
-        """Returns the reply and its payload of at most `max_payload_bytes`. If the child was killed from outside, sends
-        the request once more. Raises ChildEndedError, or TypeError, ValueError or RecursionError for values that JSON
-        cannot hold."""
+        """Returns the reply and its payload of at most `max_payload_bytes`. Sends the request once more if the child
+        was killed from outside. Raises ChildEndedError, or the errors of `encoded`."""
         frame = encoded(values, payload)
         try:
             return self._request(frame, max_payload_bytes)
@@ -199,7 +196,6 @@ def _timer(seconds: float, call: Callable[[], None]) -> Timer:
 
 
 def _read_reply(stream: IO[bytes], max_line_bytes: int, max_payload_bytes: int) -> _Reply | None:
-    """Returns None if the stream ends before the reply does."""
     line = stream.readline(max_line_bytes + 1)
     if not line.endswith(b"\n"):
         _check_size(len(line), max_line_bytes)

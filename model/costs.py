@@ -59,7 +59,6 @@ def idle_bytes(tensors: Mapping[str, Tensor], steps: Iterable[Step], size: Calla
 
 
 def idle_share(steps: Iterable[Step]) -> float:
-    """Returns the share of a layer's experts that a token does not choose."""
     return next((1 - step.mixture.used / step.mixture.experts for step in _of_mixtures(steps)), 0.0)
 
 

@@ -1,9 +1,8 @@
 """Programs of stages that begin or end inside a mixture of experts, so that several workers hold the experts of a
-layer.
-Each layer has as many parts as its experts have shards. The first part holds the steps before the experts, the choice
-of experts and the first shard. The last part holds the last shard, the sum and the steps after it. From one part to the
-next, a stage sends the buffers that later steps read, the choice, and the experts' results by rank. The last part adds
-the results in the order of ranks, as a worker with all experts does."""
+layer. Each layer has as many parts as its experts have shards. The first part holds the steps before the experts, the
+choice of experts and the first shard; the last part holds the last shard, the sum and the steps after it. From one part
+to the next, a stage sends the buffers that later steps read, the choice, and the experts' results by rank. The last
+part adds them in rank order, as a worker with all experts does."""
 
 from __future__ import annotations
 

@@ -45,12 +45,10 @@ _NEUTRAL_VALUES = {
 
 
 LATENT_KEYS = ("attention.key_length_mla", "attention.value_length_mla")
-"""Metadata keys of the widths of a head's query and value in latent attention, where the usual metadata keys have the
-widths of the stored keys."""
+"""Keys of the widths of a head's query and value in latent attention; the usual keys have those of the stored keys."""
 
 MAX_LAYERS = 1 << 10
 PROJECTOR_ARCHITECTURE = "clip"
-"""The architecture of projector files, which `model.projectors` reads."""
 SHARED_KV_KEY = "attention.shared_kv_layers"
 """The metadata key with the number of last layers that read the keys and values of earlier layers."""
 NEXTN_KEY = "nextn_predict_layers"

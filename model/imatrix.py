@@ -49,7 +49,6 @@ class ImportanceMatrix:
 
 
 def read_imatrix(path: Path) -> ImportanceMatrix:
-    """Reads a file of either format. Raises ModelFileError for any other file, or a damaged one."""
     with open_regular(path) as descriptor:
         size_bytes = FileIdentity.of(descriptor).size_bytes
         if size_bytes > _MOST_BYTES:

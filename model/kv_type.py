@@ -15,9 +15,8 @@ KV_VALUE_CHANNELS = 16
 
 
 class KvType(StrEnum):
-    """The type to which keys and values are rounded before any use: float16, or int8 with a float16 scale for each
-    32 channels. With INT8, queries and attention weights are rounded to 8 bits too, and attention is computed in
-    integers."""
+    """The type to which keys and values are rounded before any use: float16, or int8 with a float16 scale for each 32
+    channels. With INT8, queries and attention weights are 8 bits too, and attention is computed in integers."""
 
     F16 = "f16"
     Q8_0 = "q8_0"

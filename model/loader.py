@@ -122,7 +122,6 @@ class Model:
 
     @property
     def model_id(self) -> str:
-        """Hex digits that identify this model without its adapters."""
         return self.file.identity
 
     @property
@@ -173,7 +172,6 @@ class Model:
 
     @property
     def generates(self) -> bool:
-        """False for encoders and rerankers."""
         return self._whole.has_logits
 
     @property
@@ -288,7 +286,6 @@ class Model:
             self.chat_template.close()
 
     def _refuse_other_uses(self) -> None:
-        """Refuses models without attention or state, decoders that rank, and an `attention.causal` that is unusual."""
         keys = ModelKeys(self.file)
         if not self._whole.kv_memory:
             what = f"none of its {self.layer_count} layers has attention or a state of the sequence"

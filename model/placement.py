@@ -181,7 +181,6 @@ def _conflict(pair: tuple[str, PlacementRule], other: tuple[str, PlacementRule],
 
 
 def _layers(model: Model) -> list[_Layer]:
-    """Returns each layer's tensors. The embedding belongs to the first layer, the head to the last one."""
     program = model.program(0, model.layer_count)
     found = [
         _Layer(_Part(f"layer {layer}"), _Part(f"the experts of layer {layer}")) for layer in range(model.layer_count)

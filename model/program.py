@@ -1,8 +1,6 @@
-"""A stage as a program: the flat list of typed steps that an architecture emits and every backend runs.
-
-Buffers are float32 matrices [rows, width]. All rows of a microbatch go through a step, until `SelectRows` keeps only
-the rows whose logits are wanted. Weights are named by their GGUF tensor names; a backend looks them up at load.
-"""
+"""A stage as a program: the flat list of typed steps that an architecture emits and every backend runs. Buffers are
+float32 matrices [rows, width]; `SelectRows` keeps only the rows whose logits are wanted. Weights are named by their
+GGUF tensor names; a backend looks them up at load."""
 
 from __future__ import annotations
 
@@ -93,7 +91,6 @@ __all__ = [
 ]  # beside what is defined here
 
 LOGITS = "logits"
-"""The name of the last stage's buffer `out` if the model has a head."""
 
 RowStep = (
     RmsNorm
@@ -134,18 +131,16 @@ RowsChange = SelectRows | FewerRows
 Step = Embed | MatMul | HeadMatMul | Adapt | Attention | StateStep | Moe | MixtureStep | Across | RowsChange | RowStep
 
 KvLayer = Attention | SequenceState
-"""Steps and states that have KV memory. A layer has at most one attention, and at most one state of each
-`StatePart`."""
+"""Steps and states with KV memory. A layer has at most one attention and one state of each `StatePart`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """The steps of layers [start, end) of a model, or of parts [start, end) if layers are divided into `shards` (see
-    `expert_shards`).
-    The first stage begins with `Embed`; other stages receive `hidden`. The last stage ends with the logits in `out`
-    [output rows, vocabulary]; other stages end with the hidden state [rows, embedding]. On the last stage, `normed`
-    [rows, embedding] is the normed hidden state of every row, written before `SelectRows`. In a reranker, `normed` has
-    the scores [rows, classes]. Encoders and rerankers have no logits."""
+    """The steps of layers [start, end), or of parts of layers if these are divided into `shards` (see `expert_shards`).
+    The first stage begins with `Embed`; others receive `hidden`. The last stage ends with the logits in `out` [output
+    rows, vocabulary]; others with the hidden state [rows, embedding]. On the last stage, `normed` [rows, embedding] is
+    the normed hidden state of every row, or the scores [rows, classes] of a reranker, written before `SelectRows`.
+    Encoders and rerankers have no logits."""
 
     start: int
     end: int
@@ -211,12 +206,10 @@ class Program:
 
     @property
     def given_levels(self) -> int:
-        """The least number of levels of a batch's given rows; 0 if the program reads none."""
         return max((step.level + 1 for step in self.steps if isinstance(step, GivenRows)), default=0)
 
     @property
     def given_width(self) -> int:
-        """The width of a level of a batch's given rows; 0 if the program reads none."""
         return next((step.out.width for step in self.steps if isinstance(step, GivenRows)), 0)
 
     @property

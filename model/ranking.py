@@ -27,8 +27,7 @@ class PairTemplate:
     text: str
 
     def prompt(self, tokenizer: Tokenizer, query: str, document: str) -> tuple[int, ...]:
-        """Makes control tokens of control words in the template, but not of those in the two texts. Raises RequestError
-        if a text contains U+FDD0."""
+        """Makes control tokens of words in the template only. Raises RequestError if a text contains U+FDD0."""
         (texts,) = guard_messages([dict(zip(_FIELDS, (query, document), strict=True))], tokenizer)
         rendered = _PLACES.sub(lambda place: str(texts[place[0][1:-1]]), self.text)
         parts = tokenizer.split_special(rendered, parse_special=True)
@@ -55,8 +54,7 @@ class Ranking:
 
 
 def read_ranking(metadata: Mapping[str, Any], tokenizer: Tokenizer, *, of_last: bool) -> Ranking:
-    """Reads the file's template for pairs, or the form of its special tokens. Raises ModelFileError for an invalid
-    one."""
+    """Reads the file's template for pairs, or the form of its special tokens. Raises ModelFileError if invalid."""
     text = metadata.get(_KEY)
     if text is None:
         return Ranking(read_pair_form(metadata, tokenizer), of_last)

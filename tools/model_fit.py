@@ -89,7 +89,6 @@ def fit(path: Path, available_bytes: int, threads: int, context_length: int | No
 
 
 def _kv_bytes(groups: KvGroups, costs: ModelCosts, layers: int, kv_tokens: int) -> int:
-    """Returns the KV bytes that a plan gives to the first layers for `kv_tokens`."""
     first = costs.layers[:layers]
     sizes = KvSizes(
         token_bytes=sum(layer.kv_bytes_per_token for layer in first),

@@ -43,7 +43,6 @@ class ModelInfo:
 
 
 def describe(model: ModelFile) -> ModelInfo:
-    """Counts the weights of a model file without reading a tensor."""
     tensors = list(model.tensors.values())
     layers = _grouped((match[1], tensor) for tensor in tensors if (match := _LAYER_NAME.match(tensor.name)))
     return ModelInfo(

@@ -1,5 +1,3 @@
-"""Progress of long work."""
-
 from __future__ import annotations
 
 from collections.abc import Callable

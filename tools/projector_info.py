@@ -68,7 +68,6 @@ def is_projector(file: ModelFile) -> bool:
 
 
 def describe_projector(file: ModelFile) -> ProjectorInfo:
-    """Raises ModelFileError for a projector that is not supported."""
     return _info(projector_of(file))
 
 
@@ -87,8 +86,7 @@ def _info(projector: Projector) -> ProjectorInfo:
 
 
 def projector_beside(model: Path, threads: int) -> ProjectorBeside | None:
-    """Looks for the projectors beside a model. Returns None if there are none. Raises ModelFileError for a model that
-    cannot run here."""
+    """Looks for the projectors next to a model; None without any. Raises ModelFileError if the model cannot run."""
     opened, unused = open_with_projector(model, None)
     opened.close()
     projector = opened.projector

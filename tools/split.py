@@ -1,5 +1,4 @@
-"""Splits a model file into parts, and merges parts. Bytes of tensors and metadata do not change. llama.cpp and this
-program read each other's parts."""
+"""Splits a model file, and merges parts, without a change of bytes. llama.cpp and this program read each other's."""
 
 from __future__ import annotations
 
@@ -49,8 +48,7 @@ class Part:
 
 
 def plan_split(model: ModelFile, prefix: Path, rules: SplitRules) -> list[Part]:
-    """Returns the parts PREFIX-00001-of-0000N.gguf. Raises UsageError if the model is already split, a tensor is too
-    large, or there would be too many parts."""
+    """Returns the parts PREFIX-00001-of-0000N.gguf. Raises UsageError if that is impossible."""
     if len(model.parts) > 1:
         raise UsageError(f"{model.path}: is already split; merge it first with `llamaclust model merge`")
     alignment = _alignment(model)

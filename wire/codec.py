@@ -121,7 +121,6 @@ def write(message: Any, record: Any) -> None:
 
 
 def read(kind: type[_Value], record: Any) -> _Value:
-    """Raises ProtocolError if a field is out of bounds."""
     message = kind(**{field.name: field.read(record) for field in _fields(kind)})
     check: Callable[[], None] | None = getattr(message, "check", None)
     if check is not None:

@@ -30,12 +30,10 @@ _MOST_NAME = 40
 _MOST_LOOK_UPS = 16
 _MOST_OTHERS = 8
 _OTHER_NAME = re.compile(r"([a-z0-9_.-]{1,40})-[0-9a-f]{16}\b", re.ASCII)
-"""The pattern of an announced name: the cluster's name, then its id."""
 _MOST_ADDRESSES = 32
 _BEGIN_S = 10.0
 _END_S = 5.0
 _LOOK_S = 2.0
-"""The pause between two checks of this machine's addresses."""
 _NO_MULTICAST = "::1"
 """The IPv6 loopback address, on which multicast does not work."""
 
@@ -207,7 +205,6 @@ async def _follow(
 
 @asynccontextmanager
 async def _ending() -> AsyncIterator[None]:
-    """Logs if the service does not stop in time. The end of the process then stops it."""
     try:
         async with deadline("the end of multicast DNS", _END_S):
             yield

@@ -3,8 +3,7 @@
 request   height u32 | width u32 | uint8 [height, width, 3]                 little-endian
 answer    1 | bytes of the float32 rows: FRAME_BYTES of them, fewer only in the last frame of a tile
           0 | one line of UTF-8: the encoder does not take the tile
-          2: the tile still waits or is being computed
-"""
+          2: the tile still waits or is being computed"""
 
 from __future__ import annotations
 
@@ -31,7 +30,6 @@ def tile_bytes(pixels: int) -> int:
 
 
 def encode_tile(tile: NDArray[np.uint8]) -> bytes:
-    """Takes a tile [height, width, 3]."""
     height, width, _ = tile.shape
     return b"".join((_SIZE.pack(height, width), np.ascontiguousarray(tile).data.cast("B")))
 

@@ -32,8 +32,7 @@ def listener(host: str, port: int, cure: str) -> socket.socket:
 
 
 def listening_host(opened: socket.socket) -> str:
-    """Returns a host by which this machine reaches a listener; 0.0.0.0, which needs no IPv6, if it is at all
-    addresses."""
+    """Returns a host by which this machine reaches a listener; 0.0.0.0, which needs no IPv6, for all addresses."""
     host = str(opened.getsockname()[0])
     takes_both = host == "::" and not opened.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
     return ANYWHERE[0] if takes_both else host

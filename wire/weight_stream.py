@@ -2,8 +2,7 @@
 
 request   SHA-256 | start u64 | end u64                                      little-endian
 answer    1 | bytes: FRAME_BYTES of them, fewer only in the last frame of a range
-          0 | one line of UTF-8: the other side does not have the bytes
-"""
+          0 | one line of UTF-8: the other side does not have the bytes"""
 
 from __future__ import annotations
 
@@ -59,8 +58,7 @@ def encode_missing(why: str) -> bytes:
 
 
 def decode_frame(data: bytes, left_bytes: int) -> memoryview:
-    """Returns a frame's bytes. `left_bytes` of the range are due. Raises WeightsNotFoundError if the peer lacks
-    them."""
+    """Returns a frame's bytes, of `left_bytes` that are due. Raises WeightsNotFoundError if the peer lacks them."""
     if data[:1] == _MISSING and len(data) <= _MAX_LINE_BYTES:
         raise WeightsNotFoundError(
             one_line(line("reason", data[1:].decode("utf-8", "replace")), _MAX_LINE) or "the weights are not there"

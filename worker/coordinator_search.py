@@ -157,5 +157,4 @@ class CoordinatorSearch:
 
     @property
     def _end_s(self) -> float | None:
-        """The end of the search by the event loop's clock."""
         return None if self.limit_s is None or self._begun_s is None else self._begun_s + self.limit_s

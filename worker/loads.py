@@ -1,5 +1,3 @@
-"""Loads and unloads stages as the coordinator orders."""
-
 from __future__ import annotations
 
 import asyncio
@@ -146,7 +144,6 @@ class Loads:
         return Loaded(order.epoch, *stage_bytes, fetched_bytes, encoder_bytes)
 
     async def _add(self, order: Load, links: MemberLinks | None) -> tuple[StageMemory, int]:
-        """Adds the stage, and the encoder of images if one is ordered, to the service. Returns the memory of each."""
         runner: StageRunner | None = None
         encoder: EncoderStreams | None = None
         try:
@@ -175,7 +172,6 @@ class Loads:
         return await self._beside_last_tiles(lambda: load_stage(order, *place, reserved_bytes))
 
     async def _kept(self, order: Load) -> tuple[StageRunner | None, bool]:
-        """Returns a kept stage that fits the order."""
         service, wanted = self._worker.service, FindWeights(order.model_path, order.model_id)
         version = await self._version(wanted) if service.has_kept else None
         runner = await service.take_kept(order, version)
@@ -184,7 +180,6 @@ class Loads:
         return runner, runner is not None
 
     async def _encoder(self, order: Load) -> EncoderStreams | None:
-        """Returns the kept encoder that fits the order, or loads it."""
         service, session, wanted = self._worker.service, self._session, order.encoder
         version = None
         if wanted is not None and service.has_kept:

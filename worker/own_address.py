@@ -47,8 +47,6 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class OwnAddress:
-    """A worker's listening and advertised address, for the route to one coordinator."""
-
     listen: str
     advertised: str  # HOST, or HOST:PORT
     route: Route

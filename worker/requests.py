@@ -1,5 +1,3 @@
-"""Answers the coordinator's requests: profiles, weights, probes, logs."""
-
 from __future__ import annotations
 
 import asyncio

@@ -81,8 +81,7 @@ class StageService:
             await asyncio.wait((freed,))
 
     async def last_tiles(self) -> bool:
-        """Waits until the memory of all ended encoders is free, at most `_TILE_S`. Returns False if it was free
-        already."""
+        """Waits at most `_TILE_S` until ended encoders' memory is free. Returns False if it was free already."""
         ending = tuple(self._ending)
         if ending:
             _log.info("an ended encoder computes its last tile; its memory is waited for")
@@ -151,7 +150,6 @@ class StageService:
         return runner
 
     async def take_kept_encoder(self, wanted: EncoderFile | None, file_version: str | None) -> EncoderStreams | None:
-        """Returns a kept encoder of the wanted file, like `take_kept`."""
         found = None
         while self._kept_encoders:
             kept = self._kept_encoders.pop()

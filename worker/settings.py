@@ -12,9 +12,8 @@ from llamaclust.core.logs import LogFormat
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
-    """Settings of one worker. It ends with `parent_pid`, the process that started it. A `static` worker enrols: `join`
-    and `standbys` are enrolment addresses of coordinators, and its token is a join token. Without a token it is
-    insecure; with `discover` it needs no `join`."""
+    """Settings of one worker. It ends with its parent, `parent_pid`. A `static` worker enrols at `join` and `standbys`
+    with its join token. Without a token it is insecure; with `discover` it needs no `join`."""
 
     name: str
     join: str = ""  # gRPC target of the coordinator; set when a launcher knows it

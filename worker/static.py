@@ -201,7 +201,6 @@ class _StaticWorker:
 
 
 async def _served(member: Member, own: OwnAddress) -> str:
-    """Returns the coordinator's reason to end. Raises WorkerError if it is lost or the advertised address changes."""
     serving, watching = asyncio.create_task(member.serve()), asyncio.create_task(own.changed())
     try:
         await asyncio.wait((serving, watching), return_when=asyncio.FIRST_COMPLETED)

@@ -2,8 +2,7 @@
 
     python benchmarks/gpu_support/cubins.py FOLDER_OF_NVRTC 90 OUT --keep KEPT
 
-OUT gets all modules under the names by which llamaclust finds compiled ones. KEPT collects the modules of all calls.
-"""
+OUT gets all modules under the names by which llamaclust finds compiled ones, KEPT the modules of all calls."""
 
 from __future__ import annotations
 
@@ -23,7 +22,6 @@ from llamaclust.kernels.cuda.runtime.sources import modules, whole_text
 
 
 def open_nvrtc_in(folder: Path) -> Nvrtc:
-    """Opens the NVRTC in a folder. Raises UsageError if the folder has none."""
     found = next(folder.glob("libnvrtc.so.*"), None)
     if found is None:
         raise UsageError(f"{folder}: no libnvrtc.so.* there")
@@ -33,7 +31,6 @@ def open_nvrtc_in(folder: Path) -> Nvrtc:
 
 
 def compile_all(nvrtc: Nvrtc, architecture: int, out: Path, kept: Path) -> None:
-    """Compiles all modules. Prints seconds and size of each."""
     cache = CubinCache(kept)
     out.mkdir(parents=True, exist_ok=True)
 

@@ -1,5 +1,4 @@
-"""Goals: the share of decode on a GPU alone, and with layers or experts in RAM; the share of prefill; the speed of
-eight sequences relative to one; the speed relative to llama.cpp, and with copies of experts relative to none."""
+"""The figures of a run on a GPU and their goals."""
 
 from __future__ import annotations
 
@@ -20,8 +19,6 @@ _TOGETHER = 8
 
 @dataclass(frozen=True, slots=True)
 class CopiedSteps:
-    """Decode steps with copies of experts."""
-
     step_s: float  # seconds of a step
     hits: int  # uses of experts that had copies
     misses: int
@@ -87,7 +84,6 @@ class Figures:
 
     @property
     def decode_ratio(self) -> Spread:
-        """The speed of decode relative to llama.cpp. Values above 1 mean that llamaclust is faster."""
         return self.spread(lambda round_: 1 / round_.step_s / _theirs(round_).decode)
 
     @property
@@ -144,7 +140,6 @@ class Figures:
         return _plain(found) | {"wanted": [asdict(target) | {"met": target.is_met} for target in self.wanted()]}
 
     def _rates(self) -> dict[str, Spread]:
-        """Returns the best rates of the devices; a processor without weights has none."""
         found = {
             "vram_read_gb_s": self.spread(lambda round_: round_.rates.read.gpu / 1e9),
             "gpu_int8_gmac_s": self.spread(lambda round_: round_.rates.int8.gpu / 1e9),
@@ -155,7 +150,6 @@ class Figures:
         return found
 
     def _copies(self, sequences: int) -> dict[str, Any]:
-        """Returns figures of steps with copies. Hits and misses are sums over all rounds."""
         steps = [round_.copied[sequences] for round_ in self.rounds]
         return {
             "tok_s": self.spread(lambda round_: sequences / round_.copied[sequences].step_s),
@@ -188,10 +182,9 @@ class Figures:
         ]
 
     def _wanted_of_sequences(self, decode_share: float) -> Wanted:
-        """Returns the figure of several sequences, with its goal. For a dense model, the figure is the speed relative
-        to one sequence. In a mixture, several sequences read more experts than one does. There, the figure is the share
-        of the time to read them, and its goal is that of a dense model that decodes at `decode_share` and reaches
-        TIMES_ONE."""
+        """Returns the figure of several sequences, with its goal: the speed relative to one sequence. In a mixture,
+        several sequences read more experts; the figure is the share of the time to read them, and its goal that of a
+        dense model that decodes at `decode_share` and reaches TIMES_ONE."""
         count, is_mixture = self.work.sequences, self.work.is_mixture
         least = decode_share * TIMES_ONE / _TOGETHER if is_mixture else TIMES_ONE
         found = self.many_share if is_mixture else self.times_one
@@ -201,8 +194,6 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A figure and its goal: the least wanted value, or None without a goal."""
-
     what: str
     found: float
     least: float | None

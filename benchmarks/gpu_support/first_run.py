@@ -4,14 +4,12 @@ for a machine that is lent for some minutes at a time.
     python benchmarks/gpu_support/first_run.py results                      # repeat while the output says: steps left
     python benchmarks/gpu_support/first_run.py results --minutes 9 --models /dev/shm
     python benchmarks/gpu_support/first_run.py --list                       # the steps, in their order
-    python benchmarks/gpu_support/first_run.py results --llama-bench llama-build/bin/llama-bench
 
 Each step is a command with a time limit. Its output is in results/NAME.log, records of benchmarks are in results/NAME,
-and results/steps.json has the outcomes. A step that passed with the present sources is not repeated. The next call
-repeats a step that failed, after the steps that are left. A step begins only if its time limit ends within --minutes;
-a step that is ended has five more seconds to remove partial files. Exit status: 0 if all passed, 1 if any failed, 75 if
-any is left. Models of random weights (4, 12, 4 and 39 GB) are written to --models when a step needs them.
-"""
+and results/steps.json has the outcomes. A step that passed with the present sources is not repeated; a step that failed
+is repeated after the steps that are left. A step begins only if its time limit ends within --minutes. Exit status: 0 if
+all passed, 1 if any failed, 75 if any is left. Models of random weights (4, 12, 4 and 39 GB) are written to
+--models."""
 
 from __future__ import annotations
 
@@ -114,8 +112,6 @@ class Outcome:
 
 
 class Record:
-    """The outcomes of steps by name, stored in results/steps.json."""
-
     def __init__(self, folder: Path, sources: str) -> None:
         self.folder, self._sources, self._path = folder, sources, folder / "steps.json"
         self._partial = self._path.with_suffix(".tmp")
@@ -188,7 +184,6 @@ def run_steps(
 
 
 def _run(step: Step, log: Path, places: dict[str, str]) -> int:
-    """Runs a step and returns its exit status. At the time limit, ends all processes of the step and returns 124."""
     model = Path(places["models"]) / step.model
     commands = [step.needs] if step.model and not model.is_file() else []
     script = " && ".join(_filled(command, places) for command in (*commands, step.command))

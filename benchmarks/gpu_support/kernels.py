@@ -3,9 +3,8 @@
     python benchmarks/gpu_support/kernels.py                       # Q4_K, Q6_K, Q8_0 and F16, 1, 8 and 512 rows
     python benchmarks/gpu_support/kernels.py --types Q4_0 --rows 1 32
 
-Products are launched one after another from a CUDA graph. Each has its own weights; together they exceed the last-level
-cache. A line has the shape (outputs x inputs), the rows, microseconds, and the share.
-"""
+Products are launched from a CUDA graph. Together, their weights exceed the last-level cache. A line has the shape
+(outputs x inputs), the rows, microseconds, and the share."""
 
 from __future__ import annotations
 

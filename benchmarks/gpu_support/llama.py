@@ -15,8 +15,7 @@ _ALL_LAYERS = 999
 
 @dataclass(slots=True)
 class LlamaCpp:
-    """Measures prefill and decode with llama-bench, which does not sample. Takes the faster of two runs, with and
-    without flash attention."""
+    """Measures prefill and decode by llama-bench. Takes the faster of two runs, with and without flash attention."""
 
     program: Path
     gpu: int  # CUDA's number of the GPU

@@ -1,5 +1,3 @@
-"""A digest of the sources that benchmarks and tests on a GPU run or compile."""
-
 from __future__ import annotations
 
 import hashlib

@@ -90,8 +90,6 @@ class Layout:
 
 
 class Loaded:
-    """A loaded model to measure. It holds its memory until it is closed."""
-
     def __init__(self, task: Task, whole: bool = False) -> None:
         """Loads the model. Raises UsageError if the model or the GPU is missing, if the GPU cannot hold the `whole`
         model, or if copies of experts are impossible. Raises InsufficientMemoryError if memory is short."""
@@ -141,8 +139,7 @@ class Loaded:
         return Device("cpu", task.threads, "", None, processor, (self.gpu,))
 
     def warm_up(self) -> None:
-        """Runs everything that is measured later. The first prefill teaches the scheduler how to cut prompts; the
-        second run captures CUDA graphs."""
+        """Runs all that is measured: the scheduler learns how to cut prompts, and CUDA graphs are captured."""
         for _ in range(3):
             self._stage.prefill(self.task.prompt, 1)
         for sequences in (1, self.task.sequences):

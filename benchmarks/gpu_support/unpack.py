@@ -19,7 +19,6 @@ _TEST_TOOLS = ("pytest", "hypothesis", "psutil")
 
 
 def unpack(archive: Path, unpacked: Path, tree: Path) -> None:
-    """Unpacks the kit. Replaces an earlier kit together with its state."""
     shutil.rmtree(unpacked, ignore_errors=True)
     with tarfile.open(archive) as content:
         content.extractall(

@@ -71,7 +71,6 @@ def _tell(process: asyncio.subprocess.Process, what: object) -> None:
 
 
 async def _answer(process: asyncio.subprocess.Process) -> dict[str, Any] | None:
-    """Returns the process's answer; None after the last group. Raises LlamaclustError if the process failed."""
     assert process.stdout is not None
     line = await process.stdout.readline()
     if not line and await process.wait():

@@ -52,7 +52,6 @@ class Case(ABC):
 
 
 def argument(what: str, read: Callable[[str], Any] = Path, *, nargs: str | None = None, default: Any = MISSING) -> Any:
-    """Makes a field that is a positional argument."""
     return field(default=default, metadata={"help": what, "type": read, "nargs": nargs})
 
 

@@ -98,7 +98,6 @@ def _chat(model: Model, text: str) -> tuple[int, ...]:
 
 
 def _excerpt(draw: random.Random, pattern: str, characters: int) -> str:
-    """Returns consecutive whole lines from a random place in a random file."""
     text = draw.choice([path for path in sorted(_ROOT.glob(pattern)) if path.stat().st_size > 2 * characters])
     lines = text.read_text().splitlines(keepends=True)
     sizes = [len(line) for line in lines]

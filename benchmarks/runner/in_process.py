@@ -41,9 +41,8 @@ async def run(cluster: Cluster, prompt: tuple[int, ...], tokens: int) -> Finishe
 
 @contextmanager
 def pinned_to_cores(cluster: Cluster) -> Iterator[None]:
-    """Pins each worker of one thread to a core, in the order of the stages, while there are cores. The coordinator,
-    which is this process, shares the second core: the first stage has to begin when the coordinator gets a result.
-    Without pins, some virtual machines leave a process on its last core even if another core is idle."""
+    """Pins each worker of one thread to a core, in the order of stages. The coordinator, this process, shares the
+    second core: the first stage begins when it gets a result. Without pins, some virtual machines leave cores idle."""
     cores = sorted(os.sched_getaffinity(0))
     present = cluster.registry.present
     workers = [str(present[stage.worker].registration.pid) for stage in cluster.engine.metrics.stage_report()]

@@ -3,8 +3,7 @@
 llama-bench must be built on the machine that is measured:
 
     git clone --depth 1 https://github.com/ggml-org/llama.cpp && cd llama.cpp
-    cmake -B build -DCMAKE_BUILD_TYPE=Release && cmake --build build --target llama-bench llama-server -j
-"""
+    cmake -B build -DCMAKE_BUILD_TYPE=Release && cmake --build build --target llama-bench llama-server -j"""
 
 from __future__ import annotations
 

@@ -1,5 +1,3 @@
-"""Parses option values on the command lines of benchmarks."""
-
 from __future__ import annotations
 
 import argparse

@@ -53,7 +53,6 @@ def at(round_trip_ms: float, rate_mbit: int | None = None) -> Link:
 
 @contextmanager
 def network(shape: Shape) -> Iterator[Box | None]:
-    """Makes the network, with this process on the coordinator's host. Yields None for a shape without links."""
     if not shape.links:
         yield None
         return
@@ -66,7 +65,6 @@ def network(shape: Shape) -> Iterator[Box | None]:
 
 @asynccontextmanager
 async def opened(shape: Shape, model: Path, box: Box | None, context_length: int = 512) -> AsyncIterator[Cluster]:
-    """Opens a cluster with nothing measured before."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as hosts:
         directory = ClusterDir(Path(folder) / shape.name)
         directory.create()

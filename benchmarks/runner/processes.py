@@ -33,7 +33,6 @@ class Instructions:
 
 @asynccontextmanager
 async def counted_instructions(pid: int) -> AsyncIterator[Instructions]:
-    """Counts all threads of the process during the `async with` block."""
     counted = Instructions()
     if (perf := shutil.which("perf")) is None:
         yield counted
@@ -60,7 +59,6 @@ def _endless(fifo: Path) -> FileIO:
 
 
 async def _order(process: Process, orders: FileIO, replies: FileIO, words: bytes) -> None:
-    """Writes an order and waits for its reply. Raises LlamaclustError if `perf` has ended or does not reply."""
     orders.write(words)
     async with asyncio.timeout(_REPLY_S):
         while process.returncode is None:
@@ -71,7 +69,6 @@ async def _order(process: Process, orders: FileIO, replies: FileIO, words: bytes
 
 
 def _count(text: str) -> int | None:
-    """Returns the first field of the counter's line; None if the machine has no such counter."""
     fields = [line.split(",")[0] for line in text.splitlines() if "instructions" in line]
     return int(fields[0]) if fields and fields[0].isdigit() else None
 

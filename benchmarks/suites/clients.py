@@ -5,11 +5,9 @@
 
 Each suite has its own environment in the cache folder, made by pip or npm. Its packages have fixed versions; their
 dependencies are as new as they allow. A suite is skipped, with the reason, if its packages are unavailable or its tests
-do not end. The cases are in `cases/`, except those of langchain-tests. Suites whose tests are only in a public
-repository need a checkout of it. Suites of requests from OpenAPI documents (their cases are operations) and of images
-have their own clusters, with small models of random weights. With `--api`, suites run against another server that
-already serves the model, such as llama.cpp's.
-"""
+do not end. Suites whose tests are only in a public repository need a checkout of it. Suites of OpenAPI documents and of
+images have their own clusters, with small random models. With `--api`, suites run against another server that already
+serves the model, such as llama.cpp's."""
 
 from __future__ import annotations
 
@@ -117,8 +115,6 @@ SUITES = {
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The server that suites run against."""
-
     api: str  # base URL
     model: str  # the model's served name
     checkouts: Mapping[str, Path] = field(default_factory=dict)  # checkouts of repositories by suite
@@ -205,8 +201,7 @@ async def run(name: str, suite: Suite, target: Target) -> Counter[str]:
 
 
 async def _run(command: list[str], output: Path, own: dict[str, str], limit_s: float) -> None:
-    """Runs a command in the folder of `output` with harmless environment variables only. Then kills all its
-    processes."""
+    """Runs a command in the folder of `output` with harmless environment variables. Then kills all its processes."""
     kept = {name: value for name, value in os.environ.items() if name in _KEPT_VARIABLES}
     with output.open("wb") as file:
         process = await asyncio.create_subprocess_exec(
@@ -230,7 +225,6 @@ async def _run(command: list[str], output: Path, own: dict[str, str], limit_s: f
 
 
 async def run_on_clusters(model: Path, names: list[str], workers: int, target: Target) -> dict[str, Counter[str]]:
-    """Runs suites, one cluster per model. Counts their cases by suite."""
     counts: dict[str, Counter[str]] = {}
     for stand_in, group in groupby(sorted(names, key=_stand_in), _stand_in):
         with TemporaryDirectory(prefix="llamaclust-suite-") as folder:
@@ -245,7 +239,6 @@ def _stand_in(name: str) -> str:
 
 
 async def run_all(names: list[str], target: Target) -> dict[str, Counter[str]]:
-    """Runs suites on the target. Counts their cases by suite."""
     async with httpx.AsyncClient(trust_env=False) as client:
         served = (await client.get(f"{target.api}/v1/models")).json()["data"][0]["id"]
     counts = {}

@@ -1,5 +1,3 @@
-"""OpenAPI documents from which schemathesis makes thousands of requests."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -13,9 +11,8 @@ _REQUEST_S = 120
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """An OpenAPI document and the checks of replies. Two things are not checked. A request that the document forbids
-    need not be refused: unknown fields and nulls are accepted, and a header names them. A request that the document
-    allows need not be accepted: no schema says, for example, that the context is full."""
+    """An OpenAPI document and the checks of replies. A request that the document forbids need not be refused (unknown
+    fields and nulls are accepted); one that it allows need not be accepted (the context may be full)."""
 
     place: str  # a path in a checkout, or a path of the server that begins with /
     checks: tuple[str, ...] = ()  # checks in addition to server errors, types and schemas of replies

@@ -2,8 +2,7 @@
 
 LLAMACLUST_SUITE_MODEL replaces the models that tests name, except models with a substitute in the folder
 LLAMACLUST_SUITE_STAND_INS (`llamacpp_models.py`). Flags without a counterpart are ignored. If LLAMACLUST_SUITE_SERVER
-names a `llama-server`, that program runs instead of a cluster, with the same models.
-"""
+names a `llama-server`, that program runs instead of a cluster, with the same models."""
 
 from __future__ import annotations
 
@@ -48,7 +47,6 @@ def read_flags(arguments: list[str]) -> dict[str, str]:
 
 
 def own_models(arguments: list[str], folder: Path) -> list[str]:
-    """Replaces each model name in the arguments by the path of a model on this machine."""
     kept: list[str] = []
     rest = iter(arguments)
     for flag in rest:
@@ -118,14 +116,12 @@ def served(flags: dict[str, str]) -> dict[str, Any]:
 
 
 def addresses(hosts: str, port: str) -> dict[str, Any]:
-    """Returns the cluster file's keys for comma-separated hosts."""
     first, *others = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts.split(",")]
     return {"listen": first, "listen_also": others}
 
 
 def names(flags: dict[str, str]) -> dict[str, Any]:
-    """Returns the cluster file's keys for names and tags. The alphabetically first alias is the model's name. There are
-    no such keys with `models`, which have names of their own."""
+    """Returns the cluster file's keys for names and tags, none with `models`. The first alias is the model's name."""
     if "models" in served(flags):
         return {}
     aliases = sorted(name for name in flags.get("--alias", "").split(",") if name)

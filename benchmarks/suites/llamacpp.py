@@ -4,9 +4,8 @@
 
 The tests come from llama-cpp-python's source package, which pip downloads (77 MB), or from `--source`, a checkout of
 llama.cpp. The server is `llama_server.py`, or the llama-server that `--server` names. MODEL or a small substitute
-replaces the models that the tests name. `--results` keeps each file's results: files with results are not run again,
-and the tables of both servers are printed next to each other.
-"""
+replaces the models that the tests name. Files with results in `--results` are not run again; tables of both servers are
+printed next to each other."""
 
 from __future__ import annotations
 
@@ -114,7 +113,6 @@ def _free_port() -> int:
 
 
 def run_all(options: argparse.Namespace, folder: Path, results: Path) -> list[Path]:
-    """Runs the test files without results. Returns the JUnit files of all test files."""
     reports = [results / f"{name}.xml" for name in options.files]
     missing = [report for report in reports if not report.exists()]
     if not missing:

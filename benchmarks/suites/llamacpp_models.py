@@ -45,7 +45,6 @@ def build_stand_ins(folder: Path) -> None:
 
 
 def model_of(flags: Mapping[str, str]) -> Path | None:
-    """Returns the file for the model that a command line names; None if it names none, as for a router."""
     if not any(flag in flags for flag in MODEL_FLAGS):
         return None
     if "--lora" in flags:
@@ -59,7 +58,6 @@ def model_of(flags: Mapping[str, str]) -> Path | None:
 
 
 def projector_of(model: Path) -> Path | None:
-    """Returns the projector in a small model's folder; None for a model that reads text only."""
     path = model.with_name("mmproj.gguf")
     return path if path.is_file() else None
 

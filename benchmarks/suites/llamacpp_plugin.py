@@ -19,7 +19,6 @@ from PIL import Image
 
 
 def _download(url: str, out: str) -> None:
-    """Copies a small model to `out` in place of an adapter or a draft model that wget would download."""
     model = model_of({"--hf-file": url})
     source = adapter() if "lora" in url.lower() or "shakespeare" in url or model is None else model
     Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +31,6 @@ _get = requests.get
 
 
 def _get_image(url: str, *arguments: Any, **options: Any) -> Any:
-    """Returns a random image in place of one that a test downloads."""
     if not url.startswith(_IMAGES):
         return _get(url, *arguments, **options)
     pixels = np.random.default_rng(zlib.crc32(url.encode())).integers(0, 256, (32, 32, 3), np.uint8)

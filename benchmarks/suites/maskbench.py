@@ -3,8 +3,7 @@
     python benchmarks/suites/maskbench.py FOLDER [--sample 1000] [--seed 1] [--verbose]
 
 FOLDER is `maskbench/data` of a checkout of guidance-ai/jsonschemabench. Instances are matched byte by byte. A schema
-passes if it is accepted and each of its instances, if any, is judged right.
-"""
+passes if it is accepted and each of its instances, if any, is judged right."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ from pathlib import Path
 _FAILED = frozenset({"failure", "error"})
 
 Outcomes = dict[str, dict[str, str]]
-"""`passed`, `failed` or `skipped`, by file and test."""
 
 
 def count(report: Path) -> dict[str, Counter[str]]:

@@ -19,7 +19,6 @@ def build_stand_in(name: str, folder: Path) -> tuple[Path, Mapping[str, Any]]:
 
 
 def _generating(folder: Path) -> tuple[Path, Mapping[str, Any]]:
-    """Writes a decoder that can fill text in, and an adapter."""
     from support.models.tiny_adapter import build_adapter
     from support.models.tiny_model import build_tiny_model
 
@@ -33,7 +32,6 @@ def _generating(folder: Path) -> tuple[Path, Mapping[str, Any]]:
 
 
 def _ranking(folder: Path) -> tuple[Path, Mapping[str, Any]]:
-    """Writes an encoder with a classifier."""
     from support.models.tiny_encoders import RANK, build_encoder
 
     model = folder / "ranking.gguf"
@@ -42,7 +40,6 @@ def _ranking(folder: Path) -> tuple[Path, Mapping[str, Any]]:
 
 
 def _seeing(folder: Path) -> tuple[Path, Mapping[str, Any]]:
-    """Writes a decoder and its projector."""
     from support.models.tiny_model import build_tiny_model
     from support.models.vision.tiny_projectors import TEXT_WIDTH, build_projector
 

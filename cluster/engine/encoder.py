@@ -67,8 +67,7 @@ class Encoder:
         self._serving.set_result(self._present)
 
     def lose(self, error: LlamaclustError | None) -> None:
-        """Ends the tile in progress. Tiles wait for the next encoder. `error`: the failure of the pipeline; None: it
-        was given up."""
+        """Ends the tile in progress. Tiles wait for the next encoder. `error`: the pipeline's failure, if it failed."""
         self.pause()
         if self._present is not None:
             self._present.lost.set_result(error)
@@ -86,8 +85,7 @@ class Encoder:
             self._serving = self._loop.create_future()
 
     async def wait_idle(self) -> None:
-        """Waits for the end of the tile in progress, whether it succeeds or not, but not beyond its deadline: a worker
-        that hangs must not hold up other models."""
+        """Waits for the tile in progress, but not beyond its deadline: a hung worker must not hold up other models."""
         if self._running is not None and not (await asyncio.wait((self._running,), timeout=_LAST_TILE_S))[0]:
             _log.warning("a tile of an image takes longer than %g s: other models are not held up", _LAST_TILE_S)
 

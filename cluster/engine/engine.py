@@ -296,8 +296,7 @@ class Engine:
         self._lose(self._lane, error)
 
     def _lose(self, lane: Lane, error: BaseException, microbatch: int | None = None) -> None:
-        """Handles a pipeline's failure. The requests in flight may be the cause; if `microbatch` is known, only the
-        requests in it."""
+        """Handles a pipeline's failure, which the requests in flight (in `microbatch`, if known) may have caused."""
         if self._phase is not _Phase.RUNNING or self._owner is None or not isinstance(error, LlamaclustError):
             self.interrupt(error)
             return
@@ -332,8 +331,7 @@ class Engine:
             await self.encoder.wait_idle()
 
     def sleep(self, *, gives_way: bool = False) -> bool:
-        """Gives up the pipeline until `resume`. Without `gives_way`, does nothing and returns False if a request is
-        open."""
+        """Gives up the pipeline until `resume`. Without `gives_way`, returns False instead if a request is open."""
         if self._phase is _Phase.CLOSED or not (gives_way or self.requests.are_empty):
             return False
         self._lane.stop()

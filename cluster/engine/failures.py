@@ -44,8 +44,7 @@ class PipelineFailure:
 
 
 def stage_error(result: Result, stages: Sequence[StageInfo]) -> WorkerError:
-    """Returns the error of a microbatch that failed at a stage. The first stage without timings is the one that
-    failed."""
+    """Returns the error of a failed microbatch. The first stage without timings is the one that failed."""
     assert result.failure is not None
     return WorkerError(result.failure, worker=stages[min(len(result.timings), len(stages) - 1)].worker)
 
@@ -53,8 +52,7 @@ def stage_error(result: Result, stages: Sequence[StageInfo]) -> WorkerError:
 def failure_of(
     error: LlamaclustError, scheduler: Scheduler, stages: Sequence[StageInfo], microbatch: int | None
 ) -> PipelineFailure:
-    """Returns the failure of one microbatch, or of all microbatches in flight. Invalid results are the last stage's
-    fault."""
+    """Returns the failure of one microbatch or of all in flight. Invalid results are the last stage's fault."""
     if isinstance(error, ProtocolError) and error.worker is None:
         error.worker = stages[-1].worker
     slices = scheduler.in_flight.slices(microbatch)

@@ -32,8 +32,7 @@ _MOST_SAVES = 8
 
 
 class KvDisk:
-    """Reads and writes the KV memory of one lane. Does nothing if there are no disks, no prefix cache, or a sliding
-    window."""
+    """Reads and writes one lane's KV memory. Does nothing without disks or prefix cache, or with a sliding window."""
 
     def __init__(self, disks: KvDisks | None, scheduler: Scheduler, lane: Lane) -> None:
         settings = scheduler.settings
@@ -131,8 +130,7 @@ class KvDisk:
         return restored
 
     async def _in_flight_returned(self) -> None:
-        """Waits until all present microbatches in flight have returned: they may use released blocks or fill shared
-        ones."""
+        """Waits until all present microbatches return: they may use released blocks or fill shared ones."""
         newest = self._scheduler.in_flight.newest
         if newest is not None:
             returned: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -140,8 +138,7 @@ class KvDisk:
             await returned
 
     def _failed(self, error: LlamaclustError) -> None:
-        """Logs a failure to read or write. A missed deadline ends the lane. A lost worker ends the lane without this
-        method."""
+        """Logs a failure to read or write. A missed deadline ends the lane."""
         _log.warning("KV memory on disk: %s", error)
         if isinstance(error, DeadlineError):
             self._lane.disk_hangs(error)

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 
 class Lane:
-    """Sends its scheduler's microbatches between `start` and `stop`. The pipeline counts as lost if a result never
-    comes."""
+    """Sends its scheduler's microbatches between `start` and `stop`. If a result never comes, the pipeline is lost."""
 
     def __init__(self, pipeline: Pipeline, scheduler: Scheduler, engine: Engine, deadlines: EngineSettings) -> None:
         self.pipeline = pipeline
@@ -65,8 +64,7 @@ class Lane:
         self.launch_soon()
 
     def launch_soon(self) -> None:
-        """Calls `launch` after the event loop's other callbacks, so that requests that arrive together start
-        together."""
+        """Calls `launch` after other callbacks, so that requests that arrive together start together."""
         if self._is_running and not self._is_launch_due:
             self._is_launch_due = True
             asyncio.get_running_loop().call_soon(self.launch)

@@ -49,8 +49,7 @@ class KvDisks(Protocol):
         ...
 
     async def save(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
-        """Writes blocks, which belong to the last keys, to disk. Returns for how many keys all stages now have blocks
-        there."""
+        """Writes blocks of the last keys to disk. Returns for how many keys all stages now have blocks there."""
         ...
 
 
@@ -68,8 +67,6 @@ class EncoderUnreachableError(WorkerError):
 
 
 class PipelineEncoder(Protocol):
-    """The encoder of images of a pipeline, on one of its workers."""
-
     @property
     def worker(self) -> str | None:
         """The name of its worker; None in this process."""

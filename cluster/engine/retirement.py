@@ -33,9 +33,8 @@ class _PreCopy:
 
 
 class Retirement:
-    """Moves the sequences of `old` to `new`. Waiting ones move at once, decoding ones one after the other. The new
-    pipeline first computes a copy of such a sequence while the old one goes on generating. So only the newest tokens
-    are not in the prefix cache when the sequence moves."""
+    """Moves the sequences of `old` to `new`: waiting ones at once, decoding ones one after the other. The new pipeline
+    first computes a copy of such a sequence, so that only its newest tokens are not cached when it moves."""
 
     def __init__(self, old: Lane, new: Lane) -> None:
         self.old = old

@@ -1,5 +1,4 @@
-"""Divides a sequence's time into phases, and computation time into stages, links and idle time. Timestamps come from
-the caller."""
+"""Divides a sequence's time into phases, and computation into stages, links and idle time. Callers pass timestamps."""
 
 from __future__ import annotations
 
@@ -60,8 +59,7 @@ class ComputedMicrobatch:
     def of(
         cls, stages: tuple[StageInfo, ...], timings: tuple[StageTiming, ...], sent_ns: int, done_ns: int
     ) -> ComputedMicrobatch:
-        """Makes the value from a result's stage timings. If some timings are missing, all time counts as time of the
-        links."""
+        """Makes the value from a result's stage timings. If some are missing, all time counts as the links'."""
         if len(timings) != len(stages):
             return cls((), sent_ns, done_ns, (), 0)
         parts = tuple(ns for timing in timings for ns in (timing.compute_ns, timing.queue_ns, timing.wire_ns))
@@ -91,9 +89,8 @@ class Waterfall:
         self._at_ns = now_ns
 
     def add(self, microbatch: ComputedMicrobatch, chunk: Chunk, drafted: int = 0) -> None:
-        """Adds the time since the last microbatch, in which this one computed rows. The last `drafted` of the rows may
-        be computed again. While several microbatches are in flight, each one counts from the end of the one before it.
-        """
+        """Adds the time since the last microbatch, in which this one computed rows. The last `drafted` may be computed
+        again. With several in flight, each counts from the end of the one before it."""
         end = chunk.position + len(chunk.tokens)
         kind = self._kind(chunk.position)
         self._reached = max(self._reached, end - drafted)

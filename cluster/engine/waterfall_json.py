@@ -1,5 +1,4 @@
-"""Waterfalls as JSON for `GET /cluster/requests`, in seconds. The times of the parts of a phase add up to the time of
-the phase."""
+"""Waterfalls as JSON for `GET /cluster/requests`, in seconds. The times of a phase's parts add up to its time."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
 
 
 def summary_json(record: RequestRecord, adapters: Mapping[int, str]) -> dict[str, Any]:
-    """Returns a record without its phases. `adapters` has names by number; the name of an adapter that was unloaded
-    long ago is null."""
+    """Returns a record without phases. `adapters`: names by number, null for one that was unloaded long ago."""
     timings = record.timings
     return {
         "id": record.request_id[:SHOWN_CHARACTERS],

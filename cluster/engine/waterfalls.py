@@ -43,8 +43,7 @@ class _Open:
 
 
 class Waterfalls:
-    """Owns the waterfalls. Time without a pipeline counts as loading if no model is loaded, and as recovery after a
-    loss."""
+    """Owns the waterfalls. Time without a pipeline counts as loading without a model, and as recovery after a loss."""
 
     def __init__(self) -> None:
         self.spans: SpanSink | None = None  # None: without telemetry

@@ -16,7 +16,6 @@ MAX_BREAKERS = 64
 MAX_BREAKER_BYTES = 40
 
 Breakers = Mapping[int, tuple[tuple[int, ...], ...]]
-"""The token sequences of breakers, grouped by their first token."""
 
 _KEPT = 16
 
@@ -53,8 +52,7 @@ class BreakerTokens:
         return TokenIndex([self._tokenizer.token_bytes(token) for token in range(self._tokenizer.vocabulary_size)])
 
     def _find(self, text: str) -> tuple[tuple[int, ...], ...]:
-        """Returns each token that contains the text, and each token that ends with a beginning of the text, followed by
-        the tokens of the rest."""
+        """Returns each token that contains the text, and each that ends with its beginning, then tokens of the rest."""
         whole = text.encode("utf-8", "surrogatepass")
         found: list[tuple[int, ...]] = [(token,) for token in self._index.containing(whole)]
         containing, tokens = {token for (token,) in found}, len(found)
@@ -96,7 +94,7 @@ class SeenBreakers:
         return self._sequences
 
     def with_tokens(self, tokens: Iterable[int]) -> tuple[tuple[int, ...], ...]:
-        """Returns the breakers as if these tokens had occurred too. Additional breakers do no harm."""
+        """Returns the breakers as if these tokens had occurred too. More breakers than needed do no harm."""
         if not self._by_head or self._seen.issuperset(tokens):
             return self.sequences
         more = copy(self)

@@ -19,8 +19,8 @@ ROWS = 512
 
 
 def microbatch_rows(projector: Projector | None) -> int:
-    """Returns the rows of a microbatch beyond one for each sequence. If the rows of an image see each other, they are
-    computed together, so that a whole image must fit. Images of more than half of `MAX_BATCH_TOKENS` do not fit."""
+    """Returns the rows of a microbatch beyond one per sequence. Rows of an image that see each other must fit together,
+    up to half of `MAX_BATCH_TOKENS`."""
     if projector is None or not projector.is_bidirectional:
         return ROWS
     return max(ROWS, min(projector.max_rows, MAX_BATCH_TOKENS // 2))

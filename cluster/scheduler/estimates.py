@@ -4,8 +4,7 @@ from __future__ import annotations
 
 _SLOW_WEIGHT = 0.1
 _FAST_WEIGHT = 0.4
-"""The weight of a sample below the estimate. It exceeds that of a sample above, because chance delays make steps slower
-but never faster."""
+"""The weight of a sample below the estimate. Samples above weigh less: chance delays make steps slower, not faster."""
 
 
 def moved(estimate: float, sample: float) -> float:

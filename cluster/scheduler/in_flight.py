@@ -105,8 +105,8 @@ class InFlight:
         return ScheduledMicrobatch(microbatch, SamplingInputs(self.epoch, number, tasks, released, starts))
 
     def complete(self, result: Result, now_ns: int) -> tuple[SequenceSlice, ...]:
-        """Returns the slices that a result belongs to. `now_ns`: when the result was computed, which may be before it
-        arrived. Raises ProtocolError if the result does not answer the microbatch that is due."""
+        """Returns the slices that a result belongs to. `now_ns`: when it was computed, maybe before it arrived. Raises
+        ProtocolError if the result does not answer the microbatch that is due."""
         due = self._sent[0] if self._sent else None
         if due is None or (result.epoch, result.number) != (self.epoch, due.number):
             expected = f"microbatch {due.number} of epoch {epoch_text(self.epoch)}" if due else "nothing"

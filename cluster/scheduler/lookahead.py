@@ -12,8 +12,7 @@ _WORTH_HIDING = 0.02
 """The least share of links and coordinator in a step's time that justifies lookahead, which delays new requests."""
 
 _MOST_NS = 20e6
-"""The most nanoseconds of lookahead steps in flight. New requests wait for these steps, and an answer's end wastes
-them."""
+"""The most nanoseconds of lookahead steps in flight. New requests wait for them, and an answer's end wastes them."""
 
 _SHORTEST_NS = 1e6
 
@@ -26,8 +25,7 @@ class Lookahead:
 
     @property
     def most_steps(self) -> int:
-        """The most lookahead steps in flight. It is 1 with several stages, with states, or before times are
-        measured."""
+        """The most lookahead steps in flight: 1 with several stages, with states, or before times are measured."""
         decode_ns = self._times.decode_ns
         if decode_ns is None or self._times.stages > 1 or self._has_states:
             return 1

@@ -25,11 +25,9 @@ _LEAST_NS = 50_000_000
 _LONGER = 0.25
 """The share of a decode microbatch's time that slow matchers may take if this share is longer than `_LEAST_NS`."""
 _MOST_NS = 400_000_000
-"""The most nanoseconds of slow matchers in flight. This much is allowed only if all running sequences have slow
-matchers and the same owner."""
+"""The most nanoseconds of slow matchers in flight, if all running sequences have slow matchers and the same owner."""
 _NEXT_ROWS = 1 + MAX_FORCED_TOKENS
-"""The most remaining rows of a sequence that may be held back. A sequence with more rows is in prefill and not yet
-sampled."""
+"""The most remaining rows of a sequence that may be held back. With more it is in prefill and not yet sampled."""
 
 
 class MatcherTurns:
@@ -39,8 +37,7 @@ class MatcherTurns:
         self._next: list[Sequence] = []  # slow ones that are not held, in turn
 
     def held(self, running: Items[Sequence]) -> frozenset[Sequence]:
-        """Returns the slow sequences that get no rows in the next microbatch. At least one slow sequence is in flight
-        or may run."""
+        """Returns the slow sequences without rows in the next microbatch. At least one is in flight or may run."""
         slow = [sequence for sequence in running if sequence.matcher.is_slow]
         self._next = []
         if len(slow) < 2:
@@ -56,8 +53,7 @@ class MatcherTurns:
         return frozenset(idle).difference(self._next)
 
     def _in_turn(self, slow: Iterable[Sequence], idle: Iterable[Sequence]) -> Iterable[Sequence]:
-        """Yields the idle sequences in turn. The owner whose last turn was longest ago comes first, then the owner's
-        request, then the request's sequence."""
+        """Yields the idle sequences in turn: owners, then their requests, then sequences, least recent turns first."""
         owners, requests, turn = Counter[str](), Counter[str](), self._turn
         for sequence in sorted(slow, key=_by_turn):
             owners[sequence.request.owner] = requests[turn_of(sequence)] = sequence.matcher.turn

@@ -1,5 +1,4 @@
-"""The scheduler's record of a sequence's matcher, which runs at the last stage. The last stage reports the times. They
-only decide when the next rows are computed."""
+"""The scheduler's record of a sequence's matcher, which runs at the last stage. It only decides when rows run."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ class MatcherUse:
         return self.step_ns >= _SLOW_NS
 
     def learn(self, rows: Iterable[RowResult]) -> None:
-        """Updates `step_ns` from the rows of one step. The value falls slowly, because slow rows may follow quick
-        ones."""
+        """Updates `step_ns` from one step's rows. It falls slowly, because slow rows may follow quick ones."""
         if taken := [row.matcher_ns for row in rows if not row.is_deferred]:
             self.step_ns = max(sum(taken), self.step_ns * 3 // 4)
 

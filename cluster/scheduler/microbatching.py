@@ -4,8 +4,7 @@ A microbatch makes each stage read all of its weights, so two microbatches of n 
 one of n. Several groups pay only if stages would otherwise wait for each other. With stage times t_i(rows), and the
 time `transit` on links and in the coordinator, each sequence gets one token in every cycle(groups) = max(sum_i t_i(n /
 groups) + transit, groups * max_i t_i(n / groups)), which is the time of one microbatch through all stages or, if
-longer, the time of the slowest stage for all microbatches.
-"""
+longer, the time of the slowest stage for all microbatches."""
 
 from __future__ import annotations
 
@@ -52,8 +51,7 @@ class DecodeSplit:
         return self._groups
 
     def rows(self, decoding: int, under_way: int) -> int:
-        """Returns how many sequences to decode now: 0 while all groups are in flight. Sequences that are ready then
-        join the next group."""
+        """Returns how many sequences to decode now: 0 while all groups are in flight."""
         groups = self.groups(decoding)
         return 0 if under_way >= groups else -(-decoding // groups)
 

@@ -17,8 +17,7 @@ from llamaclust.core.sharing.shares import fits
 _OVERTAKING = 8
 
 _MAX_OVERTAKEN = 32
-"""The most sequences that may overtake the first in turn. After that, no other sequence starts before it, however long
-it waits."""
+"""The most sequences that may overtake the first in turn. Then no other starts before it, however long it waits."""
 
 _PREFILL, _DECODE = Phase.PREFILL, Phase.DECODE
 _by_arrival = attrgetter("key")
@@ -47,8 +46,7 @@ class SequenceQueues:
 
     @property
     def decode_plainly(self) -> bool:
-        """True if all running sequences decode and sample from logits alone, so that lookahead steps can have rows of
-        all."""
+        """True if all running sequences decode and sample from logits alone, so that lookahead can have their rows."""
         return all(sequence.phase is _DECODE and sequence.sampler.is_plain for sequence in self.running)
 
     @property
@@ -81,8 +79,7 @@ class SequenceQueues:
             sequence.restart()
 
     def check_room(self, owner: str, most_waiting: int) -> None:
-        """Raises QueueFullError if the owner has too many waiting sequences. The limit falls if other owners have
-        many."""
+        """Raises QueueFullError if the owner has too many waiting sequences. Fewer may wait if others have many."""
         waiting = [*self.waiting, *self.restoring]
         own = sum([other.request.owner == owner for other in waiting])
         if not fits(own, len(waiting), most_waiting + self.max_running - len(self.running)):
@@ -94,8 +91,7 @@ class SequenceQueues:
         self.waiting.append(sequence)
 
     def admit(self) -> Sequence | None:
-        """Starts the first sequence in turn, otherwise a later one that fits. The sequence gets blocks for all of its
-        tokens."""
+        """Starts the first sequence in turn, otherwise a later one that fits, with blocks for all of its tokens."""
         if not self.can_start or not (waiting := startable(self.waiting, self.running)):
             return None
         running = Running.of(self.running)
@@ -116,9 +112,8 @@ class SequenceQueues:
         return True
 
     def give_turn(self) -> None:
-        """Preempts the youngest sequence of the owner and request with the most running ones. Does so only if the first
-        waiting sequence may take its turn (`takes_turn`) but lacks a place or memory. Must not be called while a
-        microbatch is being made."""
+        """Preempts the youngest sequence of the owner and request with the most running ones, if the first waiting one
+        may take its turn (`takes_turn`) but lacks a place or memory. Not while a microbatch is being made."""
         if not self.waiting or not (waiting := startable(self.waiting, self.running)):
             return
         running = Running.of(self.running)
@@ -130,8 +125,7 @@ class SequenceQueues:
         self._preempt_one()
 
     def make_room(self, sequence: Sequence) -> None:
-        """Starts a sequence, or gives it its next block if it runs, and preempts others for that. Nothing may be in
-        flight."""
+        """Starts a sequence or gives it its next block, and preempts others for that. Nothing may be in flight."""
         grow = self.memory.grow if sequence.phase is _DECODE else self.memory.extend
         if sequence.is_running and not grow(sequence):
             self.preempt(sequence)
@@ -142,9 +136,8 @@ class SequenceQueues:
         self._start(sequence)
 
     def shortest(self, prefilling: list[Sequence]) -> Sequence | None:
-        """Returns the sequence to prefill before the oldest one, or None. It is preferred if its owner or request has
-        fewer running sequences than the oldest one's, or if it has fewer rows left than the oldest. Starts the sequence
-        if it waits."""
+        """Starts and returns the sequence to prefill before the oldest one, or None. It has fewer rows left, or an
+        owner or request with fewer running sequences."""
         if not prefilling:
             return None
         running = Running.of(self.running)

@@ -1,8 +1,7 @@
 """Decides what the stages compute next: continuous batching, chunked prefill, preemption. It reads no clock.
 
 Blocks of a sequence that finishes, is aborted or is preempted are released at once. Microbatches in flight may still
-read them, but stages run microbatches in number order, and the next owner writes the blocks in a later one.
-"""
+read them, but stages run microbatches in number order, and the next owner writes the blocks in a later one."""
 
 from __future__ import annotations
 
@@ -99,8 +98,7 @@ class Scheduler:
         return self._sequences
 
     def add(self, request: GenerationRequest, now_ns: int) -> Sequence:
-        """Queues a request if it has anything to compute. Raises QueueFullError, before any work if possible, or
-        ParameterError."""
+        """Queues a request with anything to compute. Raises QueueFullError (early if possible) or ParameterError."""
         settings = self.settings
         if request.needs_place:
             self.queues.check_room(request.owner, settings.max_waiting)
@@ -200,8 +198,8 @@ class Scheduler:
         return self._launch(slices, len(ready), now_ns) if slices else self._next_ahead(now_ns)
 
     def complete(self, result: Result, now_ns: int, *, suspects_workers: bool = False) -> Completed:
-        """Processes the result that is due. With `suspects_workers`, the last stage may move to another worker after a
-        failure. Raises ProtocolError if the result is not due."""
+        """Processes the result. With `suspects_workers`, the last stage may move to another worker after a failure.
+        Raises ProtocolError if the result is not due."""
         completed = Completed()
         row = at = 0  # in the rows, and in the embeddings
         slices = self.in_flight.complete(result, now_ns)
@@ -283,8 +281,7 @@ class Scheduler:
         return ready
 
     def _next_ahead(self, now_ns: int) -> ScheduledMicrobatch | None:
-        """Returns a lookahead step, which stages compute while results travel, or None. There is none while several
-        groups keep the stages busy anyway, or while prompts would have to wait for it."""
+        """Returns a lookahead step or None. There is none while groups keep the stages busy, or prompts would wait."""
         queues = self.queues
         if queues.can_start or queues.prefilling or self._split.groups(queues.decoding) > 1:
             return None
@@ -339,9 +336,9 @@ class Scheduler:
     # -- prefill ---------------------------------------------------------------------------------------------------
 
     def _prefill_slices(self, ready: list[Sequence], now_ns: int) -> list[SequenceSlice]:
-        """Returns the prompt slices of a microbatch. Half of the rows go to the sequences with the fewest rows left, so
-        that short prompts do not wait for long ones. The rest goes by order of arrival, so that the oldest never
-        starves. All go by order of arrival if prompts, or the oldest one's next rows, must be computed together."""
+        """Returns the prompt slices of a microbatch. Half of the rows go to the sequences with the fewest rows left,
+        the rest by order of arrival, so that neither short prompts wait nor the oldest starves. All go by order of
+        arrival if prompts, or the oldest one's next rows, must be computed together."""
         prefilling = self.queues.prefilling
         if not prefilling and not self.queues.can_start:
             return []

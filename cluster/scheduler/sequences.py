@@ -115,15 +115,14 @@ class Sequence:
         return self.phase is _DECODE and self.scheduled < len(self.tokens)
 
     def has_prompt_of(self, request: GenerationRequest) -> bool:
-        """True if the request is another choice of the same API request, so that the prompt and all that decides about
-        its KV blocks are the same objects."""
+        """True for another choice of the same API request: prompt and all that decides about KV blocks are equal."""
         own = self.request
         is_same = own.prompt is request.prompt and own.images is request.images
         return is_same and (own.cache_salt, own.adapters) == (request.cache_salt, request.adapters)
 
     def may_go_ahead(self, most: int) -> bool:
-        """True if the next row can be sent although its token is not known yet. At most `most` tokens may be unknown,
-        that one included, and at most one if samplers look at earlier tokens."""
+        """True if the next row can be sent before its token is known. At most `most` tokens may be unknown, this one
+        included, and at most one if samplers look at earlier tokens."""
         most = 0 if self.matcher.is_slow else most if self.sampler.is_plain else 1
         if not 0 < self.sampling <= most or self.request.params.needs_state:
             return False
@@ -155,7 +154,6 @@ class Sequence:
 
     @property
     def unknown(self) -> int:
-        """The number of unknown tokens before the token that the next row samples."""
         return max(0, self.scheduled + 1 - len(self.tokens))
 
     @property
@@ -181,8 +179,7 @@ class Sequence:
 
     @property
     def settled(self) -> int:
-        """The first row that may have to be computed again. Drafted rows in flight may be refused, and if the sequence
-        keeps states, the rows before them are then repeated as well."""
+        """The first row that may be computed again: a drafted row in flight, or with states a row before it."""
         ahead = self.drafting.ahead
         return self.computed if ahead and self.kv.states.is_begun else self.scheduled - len(ahead)
 

@@ -17,8 +17,7 @@ _FRESH = 96
 """The number of later samples after which a point of a curve counts as stale."""
 
 _NEGLIGIBLE = 0.02
-"""The share of the slowest stage's time that may stay idle. If more would be idle, one more microbatch is kept in
-flight."""
+"""The share of the slowest stage's time that may stay idle before one more microbatch is kept in flight."""
 
 
 def _occupied_ns(timing: StageTiming) -> int:
@@ -26,8 +25,7 @@ def _occupied_ns(timing: StageTiming) -> int:
 
 
 class Curve:
-    """The time of one stage by the rows of a microbatch: a point for each power of two, and lines between the
-    points."""
+    """The time of one stage by the rows of a microbatch: a point for each power of two, and lines between them."""
 
     __slots__ = ("_learned", "_learned_at", "_points")
 
@@ -48,7 +46,7 @@ class Curve:
             self._points[bucket] = (point[0] + 0.25 * (rows - point[0]), moved(point[1], ns))
 
     def extended(self, other: Curve) -> Curve:
-        """Returns this curve and those points of `other` that have more rows. Omits stale points except the first,
+        """Returns this curve with the points of `other` that have more rows. Omits stale points except the first,
         because a time that was too long by chance would never be measured again."""
         curve, first, oldest = Curve(), min(self._points, default=0), self._learned - _FRESH
         own = {bucket: p for bucket, p in self._points.items() if bucket == first or self._learned_at[bucket] > oldest}
@@ -58,8 +56,7 @@ class Curve:
         return curve
 
     def predict(self, rows: float, other: Curve | None = None) -> float | None:
-        """Returns nanoseconds, or None before the first sample. A single point has no slope, so the points of `other`
-        are added to it."""
+        """Returns nanoseconds, or None before the first sample. A single point has no slope: `other` adds points."""
         points = list(self._points.values())
         if len(points) < 2 and other is not None:
             points = sorted((other._points | self._points).values())
@@ -75,8 +72,7 @@ class Curve:
 
 
 def _rising(points: dict[int, tuple[float, float]]) -> dict[int, tuple[float, float]]:
-    """Returns the points, lowered where more rows take less time, because a time that is too long was delayed or is
-    old."""
+    """Returns the points, lowered where more rows take less time: the longer time was delayed or is old."""
     rising, most = dict[int, tuple[float, float]](), inf
     for bucket, (rows, ns) in sorted(points.items(), reverse=True):
         most = min(most, ns)

@@ -1,16 +1,13 @@
-"""Finds requests that make a pipeline fail. A suspected request is isolated, and ends if the same few rows keep
-failing.
+"""Finds requests that make a pipeline fail. A suspect is isolated, and ends if the same few rows keep failing.
 
 A pipeline also fails for other reasons, once a second at worst. Therefore a failure is evidence against a request only
-if *suspected rows* of it were in flight: rows that were in flight at an earlier failure and were not computed since.
-Each failure leaves fewer of them. A request that really breaks the pipeline does so at one row, which is in flight each
-time and stays suspected.
+if *suspected rows* of it were in flight: rows that were in flight at an earlier failure and were not computed since. A
+request that really breaks the pipeline does so at one row, which stays suspected.
 
 After two such failures the request is computed alone, a few suspected rows at a time. If these take w seconds, and
 workers are lost for other reasons r times a second, one more failure has the probability r * w, about 0.02 for SmolLM2
 and a loss per second. Without one more failure, the request is cleared. So a harmless request fails with a probability
-of at most (r * w) ** 3: the first of four such failures only finds the rows.
-"""
+of at most (r * w) ** 3: the first of four such failures only finds the rows."""
 
 from __future__ import annotations
 
@@ -21,13 +18,11 @@ from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 
 _ISOLATED = 2
-"""The number of strikes from which a request is isolated. It is more than one, because requests are seldom the
-cause."""
+"""Strikes from which a request is isolated: more than one, because requests are seldom the cause."""
 MAX_STRIKES = 6
 """The number of strikes that ends a request. Strikes after `_ISOLATED` count only while the request is isolated."""
 _PROBED_ROWS = 8
-"""The number of suspected rows in a microbatch. They take about as long as one row, because the weights are read
-once."""
+"""Suspected rows in a microbatch. They take about as long as one row, because the weights are read once."""
 _MOST_SUSPECTED = 3
 
 
@@ -67,8 +62,7 @@ class _Record:
         return max(suspected.strikes for suspected in self.suspected)
 
     def strike(self, rows: range, *, is_alone: bool) -> bool:
-        """Records a failure while these rows were in flight. Returns True if the failure is evidence against the
-        sequence."""
+        """Records a failure while these rows were in flight. True if it is evidence against the sequence."""
         found = [suspected for suspected in self.suspected if suspected.overlaps(rows)]
         for suspected in found:
             suspected.strike(rows, is_alone=is_alone)
@@ -100,16 +94,14 @@ class Strikes:
         return None if self._is_paused else max(found, key=lambda r: (-r.interrupted, r.strikes), default=None)
 
     def rows(self, isolated: Sequence) -> int:
-        """Returns how many rows of the isolated sequence come next: all rows before suspected ones, or a few suspected
-        rows."""
+        """Returns how many rows of the isolated sequence come next: those before suspected ones, or a few of these."""
         scheduled = isolated.scheduled
         ahead = [each.start - scheduled for each in self._records[isolated.key].suspected if each.end > scheduled]
         to_suspected = min(ahead, default=0)
         return to_suspected if to_suspected > 0 else _PROBED_ROWS
 
     def add(self, slices: Iterable[SequenceSlice], worker: str | None = None) -> list[StruckOut]:
-        """Records a failure while these slices were in flight. `worker`: the worker at fault, if known. Returns the
-        sequences that must fail."""
+        """Records a failure of these slices in flight, at `worker` if known. Returns the sequences that must fail."""
         in_flight = _rows_in_flight(slices)
         isolated = self._isolated
         is_alone = isolated is not None and list(in_flight) == [isolated.sequence]

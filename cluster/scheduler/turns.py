@@ -10,11 +10,10 @@ from heapq import nsmallest
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 
 _LARGE_GRAMMAR = 1 << 12
-"""The number of characters above which a grammar is large. Making its matcher may take tens of milliseconds. The last
-stage makes one matcher at a time."""
+"""The characters above which a grammar is large. Its matcher may take tens of milliseconds on the last stage, which
+makes one at a time."""
 _MOST_MATCHERS = 2
-"""The most matchers of large grammars that are made for one owner at the same time. Two keep the last stage busy, and
-other owners wait only for these."""
+"""The most matchers of large grammars made for one owner at a time. Two keep the last stage busy."""
 
 
 def turn_of(sequence: Sequence) -> str:
@@ -38,14 +37,12 @@ class Running:
         return Running(self.owners + Counter([sequence.request.owner]), self.requests + Counter([turn_of(sequence)]))
 
     def rank(self, sequence: Sequence) -> tuple[int, int]:
-        """Returns how many sequences the owner runs, and how many the request runs. The sequence with the lowest rank
-        is next."""
+        """Returns how many sequences the owner runs, and how many the request runs. The lowest rank is next."""
         return self.owners[sequence.request.owner], self.requests[turn_of(sequence)]
 
 
 def startable(waiting: Iterable[Sequence], running: Iterable[Sequence]) -> list[Sequence]:
-    """Returns the waiting sequences, except those with large grammars whose owner awaits `_MOST_MATCHERS` matchers of
-    large grammars."""
+    """Returns waiting sequences, except those with large grammars whose owner awaits `_MOST_MATCHERS` matchers."""
     making = Counter(other.request.owner for other in running if other.phase is Phase.PREFILL and _is_large(other))
     if not making:
         return [*waiting]
@@ -66,14 +63,13 @@ def first_in_turn(waiting: Iterable[Sequence], running: Running) -> Sequence:
 
 
 def gives_way(running: Reversible[Sequence], counts: Running) -> Sequence:
-    """Returns the youngest sequence of the owner, then the request, with the most running ones. `running` is oldest
-    first."""
+    """Returns the youngest sequence of owner, then request, with the most running ones. `running`: oldest first."""
     return max(reversed(running), key=counts.rank)
 
 
 def takes_turn(sequence: Sequence, running: Reversible[Sequence], counts: Running) -> bool:
-    """True if a running sequence must give way to `sequence`. Its owner runs none, and another owner several; or its
-    request runs none, and another request several, whose owner runs at least as many."""
+    """True if a running sequence must give way to `sequence`: its owner runs none and another one several, or its
+    request runs none and another one several, whose owner runs at least as many."""
     if not running:
         return False
     owner, request = counts.rank(sequence)

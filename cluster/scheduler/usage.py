@@ -1,5 +1,4 @@
-"""The times of one request, and the number of its prompt tokens found in the prefix cache. Timestamps come from the
-caller."""
+"""The times of one request, given by the caller, and the number of its prompt tokens found in the prefix cache."""
 
 from __future__ import annotations
 

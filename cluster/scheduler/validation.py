@@ -23,8 +23,8 @@ _UINT64_MAX = (1 << 64) - 1
 
 
 def validate(request: GenerationRequest, settings: SchedulerSettings, *, is_prompt_valid: bool = False) -> None:
-    """Raises ParameterError with the HTTP API's name of the field, its value and the bound. `is_prompt_valid`: the
-    token ids of the prompt have been checked with another choice."""
+    """Raises ParameterError with the HTTP API's field name, value and bound. `is_prompt_valid`: the prompt's token ids
+    have been checked with another choice."""
     vocabulary = settings.vocabulary
     if not settings.generates and request.embedded is None:
         raise ParameterError("model", NO_TEXT)
@@ -59,7 +59,6 @@ def validate(request: GenerationRequest, settings: SchedulerSettings, *, is_prom
 
 
 def check_images(request: GenerationRequest, settings: SchedulerSettings) -> None:
-    """Raises ParameterError if the model or a microbatch cannot take the request's images."""
     if not request.images:
         return
     if not settings.image_width:

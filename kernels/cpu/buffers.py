@@ -1,5 +1,3 @@
-"""The numbering of buffers in a plan of the native executor."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -16,7 +14,6 @@ class Buffers:
 
     plan: Plan
     rows: int
-    """The most rows that the next steps compute."""
     ids: dict[tuple[ir.Buffer, bool, int], int] = field(default_factory=dict)
     current: dict[str, tuple[int, bool]] = field(default_factory=dict)
     packed: dict[str, ActivationFormat] = field(default_factory=dict)

@@ -18,8 +18,6 @@ _GENERIC = "generic"
 
 
 class ExpertLines:
-    """Runs the plan of `compile_lines`. A line is a row followed by the channels that name its expert."""
-
     def __init__(self, native: _native.Stage, compiled: CompiledLines, lines: int, experts: int) -> None:
         self._native = native
         self._choice = native.contents(compiled.choice)

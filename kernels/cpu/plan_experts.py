@@ -1,5 +1,3 @@
-"""Emits mixtures of experts into a plan of the native executor."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -156,7 +154,6 @@ class _Experts:
         return biased
 
     def _held(self, name: str) -> list[tuple[int, Weight]]:
-        """Returns this worker's parts of a tensor, each with the number of its first expert."""
         weights = self.plan_experts.weights
         if self.shards is None:
             return [(0, weights[name])]

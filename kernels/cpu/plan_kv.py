@@ -1,5 +1,3 @@
-"""Numbers a plan's KV memory: keys and values, and recurrent states, of each layer."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -41,7 +39,6 @@ class PlanKv:
         return self._numbers[name]
 
     def by_layer(self, program: Program) -> tuple[tuple[int, ...], ...]:
-        """Returns the numbers of each layer's KV memory, in the order of `Program.kv_memory`."""
         layers: dict[int, list[int]] = {}
         for kept in program.kv_memory:
             part = kept.part if isinstance(kept, SequenceState) else None

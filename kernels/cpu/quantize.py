@@ -33,7 +33,6 @@ def narrowed(values: NDArray[Any], stored: QuantType, quant_type: QuantType) -> 
 
 
 def to_floats(quant_type: QuantType, data: bytearray, width: int) -> Float32:
-    """Converts whole rows of a GGUF tensor to float32 [rows, width]."""
     stored = np.frombuffer(data, np.uint8)
     if quant_type in (QuantType.F32, QuantType.F16, QuantType.BF16):
         return to_float(quant_type, stored).reshape(-1, width)

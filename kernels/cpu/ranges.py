@@ -13,7 +13,6 @@ _MAX: Final = (1 << 31) - 1
 
 
 def check_ranges(program: Program, limits: StageLimits) -> None:
-    """Raises ValueError that names the first number of a step or limit that does not fit int32."""
     for value in (limits, program.hidden, program.out, *program.steps, *program.states):
         for place, number in _integers(value):
             if not -_MAX <= number <= _MAX:

@@ -163,8 +163,7 @@ class CudaBackend:
 
 
 def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-    """Returns the bytes of a stage except weights and KV memory, without opening a GPU. Raises ModelFileError or
-    UsageError if GPUs cannot compute the program."""
+    """Returns a stage's bytes except weights and KV memory, without a GPU. Raises ModelFileError or UsageError."""
     plan = _plan(program, tensors, limits)
     rounded = plan.kv_allocated_bytes - kv_bytes(program, limits)
     return plan.buffers_allocated_bytes + rounded + rounded_weight_bytes(program, tensors)
@@ -186,7 +185,6 @@ def rounded_weight_bytes(program: Program, tensors: Mapping[str, Tensor]) -> int
 
 
 def _check_part(program: Program) -> None:
-    """Raises ModelFileError if the layers read anything but the hidden state from another device."""
     known = set() if program.is_first else {program.hidden.name}
     stored: set[int] = set()
     for step in program.steps:
@@ -211,7 +209,6 @@ def _has_windows_ahead(program: Program) -> bool:
 
 
 def _checked_weights(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Weights]:
-    """Returns weights without addresses. Raises ModelFileError or UsageError for a program that GPUs cannot compute."""
     if any(isinstance(step, MixtureStep) for step in program.steps):
         raise ModelFileError("a part of the experts of a layer is not computed on GPUs; set device: cpu for its worker")
     if not program.is_causal and (program.is_first or program.is_last or _has_windows_ahead(program)):

@@ -1,8 +1,5 @@
-"""Weights on a GPU, in the CPU backend's packed tiles.
-
-They are uploaded layer by layer through two pinned buffers, while the next layer is packed. A layer's host memory is
-freed after its upload.
-"""
+"""Weights on a GPU, in the CPU backend's packed tiles. They are uploaded layer by layer through two pinned buffers,
+while the next layer is packed. A layer's host memory is freed after its upload."""
 
 from __future__ import annotations
 
@@ -129,8 +126,6 @@ class DeviceWeights:
 
 
 class _Uploads:
-    """Uploads through two pinned buffers: the host fills one while the device copies from the other."""
-
     def __init__(self, gpu_lock: GpuLock) -> None:
         self._gpu_lock = gpu_lock
         self._free: list[Event | None] = [None, None]

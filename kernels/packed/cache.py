@@ -1,9 +1,6 @@
-"""The packed-weight cache: tiles that an earlier load packed are on disk, and later loads map or read them.
-
-The key of a layer is a SHA-256 of how its quant types are packed, and of the identity of the model file's bytes: their
-own SHA-256 if known, else the file's device, inode, size and times. Each load verifies the image's checksum; a damaged
-layer is packed again.
-"""
+"""The packed-weight cache: tiles that an earlier load packed are on disk, and later loads map or read them. A layer's
+key is a SHA-256 of how its quant types are packed, and of the model file's bytes: their own SHA-256 if known, else
+device, inode, size and times. Each load verifies the checksum; a damaged layer is packed again."""
 
 from __future__ import annotations
 
@@ -159,7 +156,6 @@ def layer_key(layer: PackedLayer) -> str | None:
 
 
 def _bytes_key(tensor: Tensor) -> tuple[object, ...] | None:
-    """Returns the identity of the tensor's bytes: their SHA-256 if known, otherwise their place in the file."""
     if tensor.content is not None:
         return tensor.shape, tensor.content
     try:

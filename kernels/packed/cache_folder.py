@@ -17,13 +17,10 @@ from llamaclust.core.disk_cache.files import Writing, remove
 _ENTRY, _IMAGE = ".json", ".tiles"
 
 _MOST_ENTRY_BYTES = 1 << 18
-"""The most bytes of an entry. Its strings are short, and paths of model files have at most 4096 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A cached layer. Its key covers everything that determines the image."""
-
     key: str  # also the name of its file: a moved or copied entry is invalid
     model: str
     layer: str
@@ -80,7 +77,6 @@ class PackedCacheFolder(DiskCache):
         return entry
 
     def open_image(self, entry: Entry) -> FileIO | None:
-        """Opens an image like `open`. Deletes an image of the wrong size and returns None."""
         file = self.open(self.image_path(entry).name)
         if file is None or os.fstat(file.fileno()).st_size == entry.n_bytes:
             return file

@@ -35,8 +35,6 @@ _STOP_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A layer to write, unless its memory is freed first."""
-
     layer: PackedLayer
     key: str
     memory: ref[Memory]

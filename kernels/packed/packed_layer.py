@@ -1,5 +1,3 @@
-"""The layout of a layer's packed matrices in one block of memory."""
-
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator

@@ -31,7 +31,6 @@ class Memory:
         return len(self.keys)
 
     def sums(self, weights: Float64, first: int, end: int) -> Float64:
-        """Sums the values of positions [first, end), weighted by [kv_heads, heads per KV head, end - first]."""
         values = self.values[first:end]
         if self.scales is not None:
             return weighted_values(weights, values, self.scales[first:end], first)

@@ -141,7 +141,6 @@ class ReferenceBackend:
     def load(
         self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
     ) -> ReferenceStage:
-        """Raises ModelFileError for a weight type without a kernel, or if the file has changed."""
         weights: dict[str, Float32] = {}
         for name in program.weights:
             weights[name] = _load(tensors[name])

@@ -19,7 +19,6 @@ def decay(step: Decay, x: Float32, weights: Mapping[str, Float32]) -> Float64:
 
 
 def delta_rule(step: DeltaRule, buffers: Mapping[str, Float32], sequences: Iterator[SequenceRows]) -> Float64:
-    """Computes the rule. The state is rounded to float32 after each row."""
     heads, keys, values = step.shape
     key_of = [h % step.key_heads if step.tiled else h * step.key_heads // heads for h in range(heads)]
 

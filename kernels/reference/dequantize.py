@@ -11,7 +11,6 @@ from llamaclust.kernels.reference.bits import Bytes, Float32
 from llamaclust.model.quant_types import QuantType
 
 _MODULES = (simple_quants, k_quants, i_quants)
-"""Modules of dequantizers. Functions have the names of quant types."""
 
 _DEQUANTIZERS: dict[QuantType, Callable[[Bytes], Float32]] = {
     kind: vars(module)[kind.name.lower()]

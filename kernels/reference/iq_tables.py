@@ -23,9 +23,8 @@ _LEVELS = {
 
 @cache
 def grid(name: str) -> NDArray[np.float32]:
-    """Returns float32 [points, dims]. A point is a number whose digits, lowest first, are the levels of its weights.
-    The header has the differences between ascending numbers: a character counts from "$" on, and each "~" before it
-    adds 56."""
+    """Returns float32 [points, dims]. A point's digits, lowest first, are its weights' levels. The header has
+    differences of ascending numbers: a character counts from "$" on, and each "~" before it adds 56."""
     levels = _LEVELS[name]
     found = re.search(rf'k{name}Grid = unpack<\d+, {len(levels)}>\((.+?")\);', _HEADER.read_text(), re.DOTALL)
     assert found is not None, name

@@ -123,7 +123,6 @@ class LayerKv:
         return keys, values
 
     def value_scales(self, table: Int32, count: int) -> Float64:
-        """Returns the scales of int8 values at positions [0, count): [count, kv_heads, groups]."""
         assert isinstance(self._values, _ByteRows)
         positions = np.arange(count, dtype=np.int32)
         scales = self._values.scales(_places(table, positions))

@@ -15,7 +15,6 @@ from llamaclust.model.steps.states import Scan
 def scan(
     step: Scan, x: Float32, dt: Float32, weights: Mapping[str, Float32], sequences: Iterator[SequenceRows]
 ) -> Float64:
-    """Computes the scan. The states [heads, state size, channels] are rounded to float32 after every row."""
     bias, decay, skip = (weights[name].reshape(-1).astype(np.float64) for name in (step.bias, step.decay, step.skip))
     steps = np.logaddexp(0, dt + bias)
     inner, b, c = np.split(x.astype(np.float64), [step.out.width, (x.shape[1] + step.out.width) // 2], axis=1)

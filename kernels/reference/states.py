@@ -14,8 +14,6 @@ from llamaclust.model.program import KV_BLOCK_TOKENS, Convolution, SequenceState
 
 
 class StateMemory:
-    """The states of a layer, [blocks, floats]; NaN until stored."""
-
     def __init__(self, state: SequenceState, limits: StageLimits) -> None:
         self._has_blocks = limits.state_blocks > 0  # of its own, see `Batch.states`
         blocks = limits.state_blocks or limits.kv_blocks

@@ -115,7 +115,6 @@ def as_programs_read(model: ModelFile) -> ModelFile:
 
 
 def check_architecture(model: ModelFile) -> None:
-    """Raises ModelFileError for an unsupported architecture."""
     name = read_architecture(model)
     if name not in ARCHITECTURES:
         what = f"{shown(name)} is none of the {len(ARCHITECTURES)} supported ones, which docs/models.md lists"

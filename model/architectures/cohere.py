@@ -1,5 +1,3 @@
-"""Command R7B and Command A: cohere2."""
-
 from __future__ import annotations
 
 from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
@@ -10,7 +8,8 @@ _MAX_SCALE = 1e6
 
 
 def cohere2(builder: ProgramBuilder) -> None:
-    """Cohere 2: attention and inner layer are parallel. Every fourth layer has no window and no rotation."""
+    """Command R7B and Command A: attention and inner layer are parallel. Every fourth layer has no window or
+    rotation."""
     hp, keys = builder.hyperparameters, builder.keys
     windowed = keys.windowed_layers(hp.block_count, _PERIOD)
     if hp.sliding_window is None:

@@ -105,7 +105,6 @@ class EncoderBuilder(ProgramBuilder):
         self._norm("cls.norm", scores, scores)
 
     def _refuse_mean_of_classifier(self) -> None:
-        """Refuses classifiers that read the mean of all rows, because each row must have its own result."""
         key, pools_mean = "classifier.pooling_type", self.hyperparameters.architecture == "modern-bert"
         if self.keys.count(key, 1 if pools_mean else 2, minimum=0, maximum=4) != 2:
             raise self.keys.error(key, "expected 2 (cls); a classifier of the mean is not supported")

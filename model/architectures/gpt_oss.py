@@ -1,5 +1,3 @@
-"""The models gpt-oss 20b and 120b."""
-
 from __future__ import annotations
 
 from dataclasses import replace

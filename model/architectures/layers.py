@@ -200,22 +200,19 @@ class ProgramBuilder(CheckedTensors):
         self._add_projected()
 
     def kv_heads(self, layer: int) -> int:
-        """Returns the KV heads of a layer. Raises ModelFileError if the layer has no attention."""
         count = self.hyperparameters.head_counts_kv[layer]
         if count == 0:
             raise self.keys.error("attention.head_count_kv", f"it is 0 in layer {layer}, which has attention")
         return count
 
     def add_given(self, level: int) -> None:
-        """hidden += a level of the given rows."""
         self._steps.append(steps.GivenRows(self._hidden, self._hidden, level, adds=True))
 
     def append(self, added: Iterable[steps.Step]) -> None:
         self._steps += added
 
     def mix(self, layer: int, mixer: Iterable[steps.Step], *, beside: bool = False) -> None:
-        """hidden += projected, which `mixer` computes from a norm of the hidden state. With `beside`, it is the norm
-        that attention read, otherwise a new one."""
+        """hidden += projected, which `mixer` computes from a norm: attention's if `beside`, otherwise a new one."""
         if not beside:
             self._norm(f"blk.{layer}.attn_norm", self._hidden)
         self.append(mixer)

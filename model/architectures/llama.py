@@ -83,7 +83,6 @@ def seed_oss(builder: ProgramBuilder) -> None:
 
 
 def ernie4_5(builder: ProgramBuilder) -> None:
-    """ERNIE 4.5 without experts."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NORM, table))

@@ -67,9 +67,8 @@ def minimax_m2(builder: ProgramBuilder) -> None:
 
 
 def glm4moe(builder: ProgramBuilder) -> None:
-    """GLM 4.5, 4.6 and their Air models: leading dense layers, then a shared expert and experts with sigmoid gates that
-    are chosen with a bias. The feed-forward network's norm is named `post_attention_norm`. GLM 4.5V's text turns by
-    sections."""
+    """GLM 4.5, 4.6 and Air: leading dense layers, then a shared expert and experts with sigmoid gates, chosen with a
+    bias. The feed-forward norm is named `post_attention_norm`. GLM 4.5V's text turns by sections."""
     hp, keys, table = builder.hyperparameters, builder.keys, builder.rope_table()
     sections = text_sections(keys, hp.rope.dimension_count // 2)
     shared = hp.expert_feed_forward_length * _shared_experts(builder)

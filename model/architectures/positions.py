@@ -94,8 +94,7 @@ def rope_sections(keys: ModelKeys, pairs: int, *, interleaved: bool) -> tuple[in
 
 
 def text_sections(keys: ModelKeys, pairs: int) -> tuple[int, ...] | None:
-    """Returns the sections, in runs, of an architecture whose models have them only if they read images. None: the
-    file has none."""
+    """Returns the sections, in runs, of an architecture whose models have them only if they read images, or None."""
     if not keys.has(_SECTIONS_KEY) or not any(keys.integers(_SECTIONS_KEY)):
         return None
     return rope_sections(keys, pairs, interleaved=False)

@@ -61,8 +61,7 @@ def qwen3moe(builder: ProgramBuilder) -> None:
 
 
 def qwen3vl(builder: ProgramBuilder) -> None:
-    """The text of Qwen 3 VL: Qwen 3, whose pairs turn by sections in turn, and whose first layers add to the rows of
-    images."""
+    """The text of Qwen 3 VL: Qwen 3 with interleaved sections, whose first layers add to the rows of images."""
     variant, levels = _with_sections(builder), _image_levels(builder)
     for layer in builder.layers(may_rank=True):
         builder.attention(layer, variant)
@@ -90,6 +89,5 @@ def _with_sections(builder: ProgramBuilder) -> AttentionVariant:
 
 
 def _image_levels(builder: ProgramBuilder) -> int:
-    """Returns the number of layers that add a level of the given rows."""
     layers = builder.hyperparameters.block_count
     return builder.keys.count("n_deepstack_layers", 0, minimum=0, maximum=layers)

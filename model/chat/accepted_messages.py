@@ -15,9 +15,8 @@ _SHOWN: Final = 64
 
 
 def accepted_forms(messages: Sequence[Message]) -> Iterator[Messages]:
-    """Yields ever more changed forms of the messages that the template refused: later system messages move into user
-    messages; consecutive messages of one role are merged; an empty user message comes first; the leading system
-    messages move into the first user message."""
+    """Yields ever more changed forms of refused messages: later system messages move into user messages; messages of
+    one role are merged; an empty user message comes first; leading system messages move into the first user message."""
     before = [dict(message) for message in messages]
     for change in _CHANGES:
         changed = change(before)

@@ -14,8 +14,7 @@ GUARD: Final = "\ufdd0"
 
 
 def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Puts GUARD into every control word of the messages; `encode_chat` and `unguarded` remove it. Raises RequestError
-    if a message already has GUARD."""
+    """Puts GUARD into every control word of the messages. Raises RequestError if a message already has GUARD."""
     words = tuple(text for text in tokenizer.control_texts if len(text) > 1)
     starts = _starts_of(words)
     longest = max(map(len, words), default=1) - 1
@@ -41,7 +40,6 @@ def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
 
 
 def encode_text(tokenizer: Tokenizer, rendered: str) -> list[int]:
-    """Returns the token ids of a part of a rendered prompt with control tokens."""
     parts = tokenizer.split_special(rendered, parse_special=True)
     return tokenizer.encode_parts([unguarded(part) if isinstance(part, str) else part for part in parts])
 

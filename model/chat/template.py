@@ -97,10 +97,9 @@ class ChatTemplate:
         return next((self.named[name] for name in names if name in self.named), self)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any) -> str:
-        """Returns the prompt for messages. `extra` has variables of the template (`tools`, `documents`, ...) and
-        `now_s`, the template's Unix time (default: now). Raises TemplateRefusalError if the template refuses the
-        messages, DeadlineError if the render is late, killed or closed, and RequestError for any other failure, which a
-        retry would repeat."""
+        """Returns the prompt. `extra` has variables of the template (`tools`, `documents`, ...) and `now_s`, its Unix
+        time. Raises TemplateRefusalError if the template refuses the messages, DeadlineError if the render is late,
+        killed or closed, and RequestError for any other failure, which a retry would repeat."""
         future = self._submit(messages, add_generation_prompt, extra)
         try:
             return future.result(self._limits.wait_s)

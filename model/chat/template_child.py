@@ -84,8 +84,7 @@ def _clock(now_s: float) -> Callable[[str], str]:
 
 
 def functions_of(tools: Sequence[Mapping[str, Any]] | None) -> str:
-    """Returns the value of the variable `functions` of old templates: the tools as JSON. The text may be long, so it is
-    made only under the limits of memory and time."""
+    """Returns the variable `functions` of old templates: tools as JSON. Made here, under limits, as it may be long."""
     return json.dumps([tool.get("function", tool) for tool in tools], ensure_ascii=False, indent=4) if tools else ""
 
 

@@ -220,4 +220,3 @@ TURN_FORMATS: Final[dict[str, TurnFormat]] = {
 }
 
 OTHER_NAMES: Final = {"chatglm3": "chatglm-3", "chatglm4": "chatglm-4", "llama3": "llama-3"}
-"""llama.cpp's names of templates that are files here, and the names of these files."""

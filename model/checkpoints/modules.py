@@ -60,8 +60,7 @@ _MATRICES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
         "starcoder2": {**_ATTENTION, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
     }
 )
-"""Names of matrices by architecture and module. Their rows are those of the module's matrix; in `PAIRED` architectures,
-the rows of Q and K are in another order."""
+"""Names of matrices by architecture and module. In `PAIRED` architectures, rows of Q and K are in another order."""
 PAIRED: Final = frozenset({"granite", "granitehybrid", "granitemoe", "llama", "mistral3", "smollm3"})
 """Architectures whose GGUF files interleave the two halves of each head's rows in Q and K: first row of the
 checkpoint's first half, first row of the second half, and so on. RoPE then rotates neighbouring pairs."""

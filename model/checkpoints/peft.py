@@ -26,8 +26,7 @@ _REFUSED: Final = (
     "target_parameters",
 )
 _CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of `init_lora_weights` for initializations that change the base model's matrices. `true` changes
-nothing."""
+"""Beginnings of `init_lora_weights` that change the base model's matrices. `true` changes nothing."""
 _PLAIN: Final = re.compile(r"[\w.-]+")
 
 
@@ -53,7 +52,6 @@ class Scaling:
 
     @property
     def plain_alpha(self) -> float:
-        """The alpha that gives `factor` when divided by the rank."""
         return self.alpha * (self.rank**0.5 if self.is_rank_stabilized else 1.0)
 
 

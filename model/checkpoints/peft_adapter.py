@@ -91,8 +91,7 @@ class _Reader:
         )
 
     def alpha(self) -> float:
-        """Returns the alpha of all matrices as float32 (scale = alpha / rank). Raises ModelFileError if alphas
-        differ."""
+        """Returns the one alpha as float32 (scale = alpha / rank). Raises ModelFileError if alphas differ."""
         if len(self._alphas) > 1:
             one, other = list(self._alphas.items())[:2]
             both = f"{one[0]:g} for {shown(one[1])} and {other[0]:g} for {shown(other[1])}"

@@ -34,7 +34,6 @@ class StoredTensor:
 
 
 def read_safetensors(file: SourceFile) -> list[StoredTensor]:
-    """Raises ModelFileError for a damaged file or an unknown type."""
     length = int.from_bytes(file.read(0, 8), "little")
     if not 2 <= length <= min(_MAX_HEADER_BYTES, file.size_bytes - 8):
         raise file.error(

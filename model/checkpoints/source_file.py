@@ -16,7 +16,6 @@ class SourceFile:
     size_bytes: int
 
     def read(self, offset: int, count: int) -> bytes:
-        """Returns bytes [offset, offset + count). Raises ModelFileError if the file is shorter."""
         if offset < 0 or count < 0 or offset + count > self.size_bytes:
             raise self.error(
                 f"expected {count} bytes from byte {offset} on, but the file has {self.size_bytes}: it was cut short"

@@ -1,5 +1,3 @@
-"""Number types in checkpoints."""
-
 from __future__ import annotations
 
 from enum import Enum
@@ -8,7 +6,6 @@ from typing import Any, Final
 import numpy as np
 
 MAX_DIMENSIONS: Final = 5
-"""The most dimensions of a tensor: a 3D convolution over images and time has five."""
 
 
 class Storage(Enum):

@@ -19,7 +19,6 @@ _RESERVE_BYTES: Final = 1 << 24
 _PART: Final = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 Opened = Callable[[Path], AbstractContextManager[BinaryIO]]
-"""Opens one of the files for writing. When its `with` block ends, the file is on disk."""
 
 
 @contextmanager
@@ -134,7 +133,6 @@ def _clear(paths: Sequence[Path]) -> None:
 
 
 def _delete_unlocked(parts: Sequence[Path]) -> None:
-    """Deletes all parts, the first one last, unless a process holds the lock on the first."""
     with open(parts[0], "r+b", opener=_no_links) as file:
         if take_lock(file):
             for part in reversed(parts):

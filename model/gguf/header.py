@@ -83,7 +83,6 @@ class _Cursor:
         return fail_at(self._path, f"{self.place} (byte {self.position})", what, advice)
 
     def need(self, count: int) -> None:
-        """Makes the next `count` bytes available. Raises ModelFileError if the file ends or the header is too long."""
         end = self.position + count
         if end <= len(self._buffer):
             return
@@ -197,7 +196,6 @@ class _Cursor:
 
 
 def read_header(path: Path) -> Header:
-    """Reads and checks one file's header. Raises ModelFileError with the file and the place."""
     with open_regular(path) as descriptor:
         identity = FileIdentity.of(descriptor)
         cursor = _Cursor(descriptor, path, identity.size_bytes)

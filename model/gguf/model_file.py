@@ -49,8 +49,7 @@ class ModelFile:
 
     @property
     def copy_id(self) -> str:
-        """A hash of the version and this machine, different for every copy of the files. On a remote file system, the
-        machine does not count."""
+        """A hash of the version and, unless the file system is remote, this machine: different for every copy."""
         machine = "" if is_remote(self.path) else machine_id()
         return hashlib.sha256(f"{self.version} {machine}".encode()).hexdigest()
 
@@ -138,7 +137,6 @@ def open_model(path: Path | str) -> ModelFile:
 
 
 def _other_parts(first: Header) -> list[Header]:
-    """Returns the headers of parts 2 to N. Each is checked against its name and the first part."""
     count = _split_number(first, "split.count", default=1, minimum=0)
     name = PART_NAME.fullmatch(first.path.name)
     if count <= 1:  # llama-gguf-split leaves 0 in a file that it merged

@@ -1,5 +1,3 @@
-"""Recognizes files that are not GGUF by their first bytes, and advises what to do with them."""
-
 from __future__ import annotations
 
 from typing import Final
@@ -30,8 +28,7 @@ _PAGES: Final = (b"<!doctype", b"<html", b"<?xml", b"<head")
 
 
 def other_kind(start: bytes) -> tuple[str, str]:
-    """Returns the kind of a file that is not GGUF, and advice. `start` are its first `START_BYTES` bytes, or all of
-    them."""
+    """Returns the kind of a file that is not GGUF, and advice, from its first `START_BYTES` bytes."""
     for magic, what, advice in _KINDS:
         if start.startswith(magic):
             return what, advice

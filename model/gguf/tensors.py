@@ -63,7 +63,6 @@ def open_regular(path: Path) -> Iterator[int]:
 
 
 def read_exactly(descriptor: int, path: Path, offset: int, buffer: memoryview) -> None:
-    """Fills `buffer` with the file's bytes from `offset` on. Raises ModelFileError if the file ends before that."""
     done = 0
     while done < len(buffer):
         try:
@@ -79,11 +78,10 @@ def read_exactly(descriptor: int, path: Path, offset: int, buffer: memoryview) -
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """One tensor of a model file, not yet read. `shape` is row-major, slowest first: GGUF's ne = [k, n] is (n, k).
-    `content` is the SHA-256 of its bytes in hex, if known. `paired_heads`: the number of heads whose rows are
-    interleaved on reading, because the file has their halves one after the other; 0: bytes are read as they are.
-    `packed_as`: the type of the tiles if it is not `quant_type` (`WIDER_TILES`). `stride_bytes`: the distance in the
-    file between entries of the slowest dimension; 0: they are contiguous. `stored`: rows and columns of the matrices,
-    one after the other in the file, which are transposed on reading; None: no matrix is."""
+    `content`: the SHA-256 of its bytes in hex, if known. `paired_heads`: the number of heads whose rows are interleaved
+    on reading, because the file has their halves one after the other (0: none). `packed_as`: the type of the tiles if
+    it is not `quant_type` (`WIDER_TILES`). `stride_bytes`: the distance in the file between entries of the slowest
+    dimension (0: contiguous). `stored`: rows and columns of matrices that are transposed on reading."""
 
     name: str
     quant_type: QuantType
@@ -121,7 +119,6 @@ class Tensor:
 
     @property
     def origin(self) -> Path:
-        """The model file, or the folder that holds the fetched bytes."""
         return self.path if self.content is None else self.path.parent
 
     @property
@@ -170,7 +167,6 @@ class Tensor:
         )
 
     def read(self) -> bytes:
-        """Returns all bytes. Raises ModelFileError if the file is gone, shrank or changed."""
         return self.read_range(0, self.n_bytes)
 
     def read_range(self, start: int, end: int) -> bytes:
@@ -179,7 +175,6 @@ class Tensor:
         return bytes(buffer)
 
     def read_into(self, buffer: bytearray | memoryview, start: int = 0) -> None:
-        """Fills a writable buffer with the bytes from `start` on. Raises errors like `read`."""
         view = memoryview(buffer).cast("B")
         assert 0 <= start <= start + len(view) <= self.n_bytes
         with open_regular(self.path) as descriptor:

@@ -20,7 +20,6 @@ class LazyStrings(Sequence[str]):
     __slots__ = ("_count", "_data", "_decoded", "_origin")
 
     def __init__(self, data: bytes, count: int, origin: str) -> None:
-        """`data` has exactly `count` strings with checked lengths. `origin` names file and key in errors."""
         self._data = data
         self._count = count
         self._origin = origin
@@ -40,8 +39,7 @@ class LazyStrings(Sequence[str]):
         return f"LazyStrings({self._origin}, {self._count} strings)"
 
     def decoded(self) -> list[str]:
-        """Returns all strings as a cached list, which must not be changed. Raises ModelFileError if one is not
-        UTF-8."""
+        """Returns all strings as a cached list, not to be changed. Raises ModelFileError if one is not UTF-8."""
         if self._decoded is not None:
             return self._decoded
         data, unpack = self._data, LENGTH.unpack_from

@@ -79,7 +79,6 @@ def write_gguf(path: Path | str, metadata: Mapping[str, WritableValue], tensors:
 
 
 def write_gguf_parts(parts: Mapping[Path, Contents]) -> None:
-    """Writes several files, which appear when all are complete. Raises the errors of `write_gguf`."""
     with new_files(list(parts), sum(contents.n_bytes for contents in parts.values())) as opened:
         for path, contents in parts.items():
             with opened(path) as file:

@@ -1,5 +1,3 @@
-"""One child process that checks grammars."""
-
 from __future__ import annotations
 
 from concurrent.futures import Future
@@ -25,9 +23,8 @@ _MAX_LINE_BYTES: Final = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class CheckLimits:
-    """Limits of a grammar's check. Usually counts of work refuse a grammar (see matcher.py). `guard_cpu_s` and
-    `memory_bytes` stop a check that the counts do not stop. `start_s`, `wall_s` and `wait_s` (the wait for other
-    checks) bound the delays of a slow machine."""
+    """Limits of a grammar's check. Usually counts of work refuse a grammar (see matcher.py); `guard_cpu_s` and
+    `memory_bytes` stop what the counts do not. `start_s`, `wall_s` and `wait_s` bound the delays of a slow machine."""
 
     guard_cpu_s: float = 20.0
     memory_bytes: int = 1 << 30

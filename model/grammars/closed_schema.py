@@ -11,12 +11,10 @@ _OPEN: Final = frozenset(("additionalProperties", "patternProperties", "property
 _ALTERNATIVES: Final = ("anyOf", "oneOf", "prefixItems")
 _APPLICATORS: Final = frozenset(("properties", "$ref", "anyOf", "oneOf"))
 COMBINING: Final = frozenset(("allOf", "if", "dependentSchemas", "dependencies", "not", "$dynamicRef"))
-"""Keywords that apply several schemas to one object."""
 
 
 def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Closes all objects. Changes nothing if several schemas apply to one object, since each would refuse the
-    properties of the others."""
+    """Closes all objects, unless several schemas apply to one: each would refuse the properties of the others."""
     try:
         return schema if _combines(schema) else _closed(schema)
     except RecursionError:  # too deep for llguidance, too

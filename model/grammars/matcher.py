@@ -67,8 +67,7 @@ class LexerUsedUpError(RequestError):
 class GrammarMatcher:
     """The state of one answer, for one thread at a time. Methods raise RequestError if the grammar cannot be followed,
     and release the GIL. llguidance limits the lexer's work between two computations of allowed tokens. A usual matcher
-    rarely computes these, and raises LexerUsedUpError at the limit. A costly matcher computes them at each token and so
-    stays below the limit."""
+    rarely computes these, and raises LexerUsedUpError at the limit; a costly one computes them at each token."""
 
     def __init__(self, grammar: Grammar, vocabulary: GrammarVocabulary, *, is_costly: bool = False) -> None:
         self.position = 0  # tokens taken in

@@ -48,7 +48,6 @@ class ReasoningScanner:
         return False
 
     def feed(self, data: bytes) -> None:
-        """Reads further bytes of the answer, in time that is linear in their number."""
         text, start = self._tail + data, 0
         while (tag_end := self._next_tag_end(text, start)) is not None:
             start = tag_end
@@ -70,7 +69,6 @@ class ReasoningScanner:
         return None if end is None else text[end.end() :]
 
     def _next_tag_end(self, text: bytes, start: int) -> int | None:
-        """Returns the end of the next tag that begins or ends reasoning, or None if there is none."""
         if self.place is Place.INSIDE:
             tag = self._any_end.search(text, start)
         elif self.place is Place.BEFORE and self._repeats:
@@ -151,7 +149,6 @@ def may_run_over(words: Sequence[bytes], tag: bytes) -> tuple[int, ...]:
 
 
 def _any_of(tags: Sequence[bytes]) -> re.Pattern[bytes]:
-    """Returns the pattern of the first of the tags. If several begin at one place, the longest counts."""
     return re.compile(b"|".join(map(re.escape, sorted(tags, key=len, reverse=True))))
 
 

@@ -18,7 +18,6 @@ def endless_reference(schema: Any) -> str | None:
 
 
 def _targets(schema: Any) -> dict[str, Any]:
-    """Returns the target of each used reference, in order of discovery. Each part of the schema is read once."""
     found: dict[str, Any] = {}
     references, read = SchemaReferences(schema), set[int]()
     pending = [schema]

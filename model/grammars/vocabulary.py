@@ -22,8 +22,6 @@ _KEPT_TAGS: Final = 16
 
 
 class GrammarVocabulary:
-    """Each token's bytes (`words`), the tokens that end an answer, and a function that encodes plain text."""
-
     def __init__(self, words: Sequence[bytes], end_ids: Sequence[int], encode: Callable[[str], list[int]]) -> None:
         self.words = words
         self.end_ids = tuple(end_ids)

@@ -53,7 +53,6 @@ class GrammarWalk:
             raise RequestError(f"{error}; after {text.decode('utf-8', 'replace')!r}") from None
 
     def _next(self, matcher: GrammarMatcher, keys: deque[list[int]], preferred: list[int]) -> list[int]:
-        """Returns the walk's next tokens; [] at the end. Property names are taken in the given order."""
         allowed = matcher.allowed()
         assert allowed is not None, "it waits for no trigger"
         for key in keys:

@@ -146,8 +146,6 @@ class GroupCosts:
 
 @dataclass(frozen=True, slots=True)
 class _DividedProgram:
-    """The divided program of one layer. `head` is the index of the head's first step."""
-
     division: Division
     tensors: Mapping[str, Tensor]
     head: int

@@ -1,8 +1,7 @@
 """Makes the program of one member of a group, which computes some output rows of every product.
 Results of products stay divided, and so do values that follow from them channel by channel or head by head. For all
-other steps, a `Gather` assembles whole rows. Only the leader holds the token embeddings, and sends their rows. All
-members take part in the same gathers. Each output is computed by one member, in the order of the whole program, so that
-results have the same bits."""
+other steps, a `Gather` assembles whole rows. Only the leader holds the token embeddings, and sends their rows. Each
+output is computed by one member, in the order of the whole program, so that results have the same bits."""
 
 from __future__ import annotations
 

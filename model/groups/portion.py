@@ -1,5 +1,3 @@
-"""The portion of a stage that one member of a group computes."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -7,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Portion:
-    """The shares of all members in the output rows, and the number of the member with this portion."""
+    """The part of a stage that one member of a group computes: all members' shares of output rows, and its number."""
 
     shares: tuple[int, ...]
     member: int

@@ -119,8 +119,7 @@ def _units_of(steps: Sequence[Step], members: int) -> list[int]:
 
 
 def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
-    """Returns the products that compute an attention's only KV head. Every member computes them, which is faster than a
-    gather."""
+    """Returns products of an attention's only KV head. Every member computes them, which is faster than a gather."""
     found, wanted = set[int](), set[str]()
     for at, step in reversed([*enumerate(steps)]):
         name = step.out.name
@@ -162,8 +161,7 @@ class _Rows:
 
 
 def _product_units(width: int, members: int) -> int:
-    """Returns the units of a product's result: segments of the next product, otherwise tiles of weights. Segments are
-    quantized before a gather."""
+    """Returns a product's units: segments of the next product (quantized before a gather), otherwise tiles."""
     for segment, least in _LEAST_UNITS.items():
         if width % segment == 0 and width // segment >= least * members:
             return width // segment

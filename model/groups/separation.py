@@ -73,5 +73,4 @@ def _slices(product: MatMul, steps: Sequence[Step]) -> list[Slice]:
 
 
 def _is_read(steps: Sequence[Step], buffer: Buffer) -> bool:
-    """True if a step reads the content that the buffer had before these steps."""
     return buffer.name in {read.name for read in read_before_written(steps)}

@@ -1,5 +1,3 @@
-"""Costs of an MTP head, which is on the last stage of its model."""
-
 from __future__ import annotations
 
 from dataclasses import replace

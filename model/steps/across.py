@@ -22,9 +22,8 @@ class Exchange(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class Gather(StepFacts):
-    """Gathers rows: out = the columns of all members. This member's columns are `x`, or None if it has none. A row has
-    `lines` lines of equal width. Member i has columns [borders[i], borders[i + 1]) of each line of out. If `to` is
-    given, only that member receives the whole rows."""
+    """out = the columns of all members, of which this member has `x` or None. A row has `lines` lines of equal width.
+    Member i has columns [borders[i], borders[i + 1]) of each line. If `to` is given, only it receives the rows."""
 
     x: Buffer | None
     out: Buffer

@@ -145,10 +145,9 @@ class ExpertChoice(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertShards(StepFacts):
-    """Computes the chosen experts in `shards`, which are consecutive ranges of ids. Each result, not yet weighted, is
-    stored at its expert's rank in the choice. Results of other experts are copied from the end of `given`, or are 0.
-    out = the results [used * width of the mixture's out] or, for the next stage, the `carried` buffers, the choice and
-    the results, joined."""
+    """Computes the chosen experts in `shards`, consecutive ranges of ids. Each result, not yet weighted, is stored at
+    its expert's rank. Others are copied from the end of `given`, or are 0. out = the results [used * width of the
+    mixture's out], or for the next stage the `carried` buffers, the choice and the results, joined."""
 
     mixture: Moe
     choice: Buffer

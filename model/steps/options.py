@@ -63,4 +63,3 @@ SWIGLU_LIMIT = 7.0
 """The limit of clamped_swiglu. Its factor 1.702 is a constant in the kernels."""
 
 LEAST_WEIGHT_SUM = 2.0**-14
-"""The least divisor when the weights of chosen experts are normalized."""

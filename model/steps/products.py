@@ -63,9 +63,8 @@ class HeadMatMul(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class Adapt(UnaryStep):
-    """out += scale * (x @ down^T) @ up^T, an adapter's addition to a product. down is [rank, x.width], up
-    [out.width, rank]. `scale` is `factor` times the batch's scale of this adapter for the row. A row with scale 0
-    stays as it is."""
+    """out += scale * (x @ down^T) @ up^T. down is [rank, x.width], up [out.width, rank]. `scale` is `factor` times the
+    batch's scale of this adapter for the row. A row with scale 0 stays as it is."""
 
     adapter: int
     down: str

@@ -149,8 +149,7 @@ class Scale(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class PositionScale(UnaryStep):
-    """out = x * (1 + factor * ln(1 + (position + offset) // length)); out may be x. The number that multiplies x is
-    rounded to float32."""
+    """out = x * (1 + factor * ln(1 + (position + offset) // length)), the factor as float32; out may be x."""
 
     factor: float
     length: int

@@ -26,10 +26,9 @@ class StatePart(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SequenceState:
-    """A layer's memory of a sequence: `floats` float32 numbers, which are 0 at the sequence's beginning and which each
-    row updates in order.
-    A state block holds the state after some position. Other sequences with the same tokens up to this position may
-    continue from it. Without state blocks, each KV block holds the state after its last computed position."""
+    """A layer's memory of a sequence: `floats` float32 numbers, 0 at its beginning, which each row updates in order. A
+    state block holds the state after some position, from which other sequences with the same tokens may continue.
+    Without state blocks, each KV block holds the state after its last computed position."""
 
     layer: int
     part: StatePart

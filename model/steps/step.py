@@ -48,10 +48,9 @@ def optional_weight(name: str | None, *shape: int) -> tuple[StepWeight, ...]:
 
 @dataclass(frozen=True, slots=True)
 class DivisionRule:
-    """The division of a step's result in a group. Members divide the `rows` rows of a product's weights, or follow the
-    portions of the buffers in `reads`, in whole heads if there are `heads`. All other buffers are read whole. A row of
-    the result has `lines` lines, which are divided alike. `has_part`: each member has a part of the weights or KV
-    memory."""
+    """The division of a step's result. Members divide the `rows` rows of a product's weights, or follow the portions of
+    the buffers in `reads`, in whole heads if there are `heads`. All other buffers are read whole. Each of `lines` lines
+    of a row is divided alike. `has_part`: each member has a part of weights or KV memory."""
 
     reads: tuple[Buffer, ...] = ()
     heads: int = 0
@@ -76,7 +75,6 @@ class Units:
     count: int
 
     def of(self, size: int) -> range:
-        """Returns the member's part of `size` channels, rows or heads."""
         assert size % self.count == 0, (size, self.count)
         unit = size // self.count
         return range(unit * self.start, unit * self.end)

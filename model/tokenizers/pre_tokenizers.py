@@ -11,7 +11,6 @@ from llamaclust.core.errors import ModelFileError
 
 
 def _ranges(spans: str) -> str:
-    """Writes code points such as `41-5A B5` as the inside of a character class."""
     return "".join("-".join(chr(int(end, 16)) for end in span.split("-")) for span in spans.split())
 
 

@@ -104,8 +104,7 @@ def _model_proto(vocabulary: Vocabulary) -> Any:
 
 
 def _piece_types(vocabulary: Vocabulary, unknown: int, byte_fallback: bool) -> bytes:
-    """Returns SentencePiece's types, which have GGUF's numbers. SentencePiece allows one unknown piece; others become
-    control pieces."""
+    """Returns SentencePiece's types (GGUF's numbers). It allows one unknown piece; others become control pieces."""
     changed = {TokenType.UNDEFINED: TokenType.UNUSED, TokenType.UNKNOWN: TokenType.CONTROL}
     if not byte_fallback:
         changed[TokenType.BYTE] = TokenType.CONTROL
@@ -117,8 +116,7 @@ def _piece_types(vocabulary: Vocabulary, unknown: int, byte_fallback: bool) -> b
 
 def check_charsmap(data: bytes, origin: str) -> None:
     """Checks SentencePiece's precompiled map of characters: a trie's length, the trie as a double array (darts-clone),
-    and the texts of its leaves, each ending with a zero byte. Raises ModelFileError if any input could lead outside the
-    map."""
+    and its leaves' texts, each ending with a zero byte. Raises ModelFileError if an input could lead outside."""
     if not data:
         return
     length = int.from_bytes(data[:4], "little")

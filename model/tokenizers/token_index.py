@@ -1,5 +1,3 @@
-"""Finds the tokens of a vocabulary by parts of their bytes."""
-
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
@@ -10,7 +8,7 @@ from numpy.typing import NDArray
 
 
 class TokenIndex:
-    """An index of tokens' bytes. Building takes about a second for 256 Ki tokens, a search a few milliseconds."""
+    """Finds tokens by parts of their bytes. Building takes a second for 256 Ki tokens, a search a few milliseconds."""
 
     def __init__(self, words: Sequence[bytes]) -> None:
         self._bytes: NDArray[np.uint8] = np.frombuffer(b"".join(words), np.uint8)

@@ -33,7 +33,6 @@ class Tokenizer(ABC):
 
     @property
     def control_texts(self) -> Sequence[str]:
-        """Texts that are parsed as control tokens, longest first."""
         return [text for text, token_id in self._special if self.is_control(token_id)]
 
     @property
@@ -94,8 +93,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_plain(self, text: str, after_special: bool) -> list[int]:
-        """Returns the ids of text without special tokens. `after_special`: the text comes first or after a special
-        token."""
+        """Returns ids of text without special tokens. `after_special`: the text is first or after a special token."""
 
     @abstractmethod
     def word_bytes(self, word: str) -> bytes:
@@ -145,7 +143,6 @@ class Detokenizer:
         return self._decoder.decode(data)
 
     def flush(self) -> str:
-        """Returns U+FFFD for a character that was never completed, and resets the stream."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest

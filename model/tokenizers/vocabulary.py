@@ -21,7 +21,6 @@ _END_TEXTS: Final = (
     "[e~[ _<EOT>"
 )
 END_OF_GENERATION_TEXTS: Final = frozenset(_END_TEXTS.split())
-"""Words that end a generation, as in llama.cpp, in addition to the ids in the file."""
 
 _PADDING_TEXTS: Final = frozenset({"<PAD>", "[PAD]"})
 _PLAIN_TEXTS: Final = frozenset({"<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"})
@@ -41,8 +40,6 @@ class TokenType(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The words by token id. `types` has a TokenType for each word."""
-
     words: Sequence[str]
     types: bytes
     scores: Sequence[float] | None

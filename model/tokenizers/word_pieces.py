@@ -13,7 +13,6 @@ from llamaclust.model.tokenizers.vocabulary import Vocabulary, key, read_flag, r
 
 _BEGIN: Final = "▁"
 _CLS, _SEP, _UNKNOWN = 101, 102, 100
-"""BERT's token ids, for files that do not name them."""
 _LONGEST_WORD: Final = 256
 """The most characters per token of a prompt on average. Longer words or so many blanks are not text."""
 _MOST_CHARACTERS: Final = 1 << 18
@@ -28,12 +27,10 @@ _HAN: Final = (
     (0xF900, 0xFAFF),
     (0x2F800, 0x2FA1F),
 )
-"""Ranges of characters of which each is a word."""
 
 
 class WordPieceTokenizer(Tokenizer):
-    """Lowers case and strips accents, unless the file has flags against it. A word without a spelling is one unknown
-    token."""
+    """Lowers case and strips accents unless the file forbids it. A word without a spelling is one unknown token."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         size = len(vocabulary)

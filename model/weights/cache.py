@@ -31,8 +31,6 @@ _HASH = re.compile("[0-9a-f]{64}")
 
 
 class WeightCache(DiskCache):
-    """A cache whose folder is made on first use."""
-
     suffixes = (WHOLE, UNFINISHED, KNOWN, MAKING)
     content, limit = "weights", "LLAMACLUST_WEIGHTS_SIZE"
     free_bytes = 0  # a load cannot do without them
@@ -69,7 +67,6 @@ class WeightCache(DiskCache):
         return None
 
     def known_manifest(self, key: str) -> str | None:
-        """Returns the SHA-256 of the manifest that is stored for `key`, or None if it is gone."""
         assert _HASH.fullmatch(key)
         try:
             content = (self.read(f"{key}{KNOWN}", 65) or b"").decode("ascii")
@@ -148,9 +145,8 @@ class WeightCache(DiskCache):
 
 
 class WeightPart:
-    """A tensor that is being written into the cache, piece by piece. Writing can be resumed. The tensor gets its name
-    after a check. Only one process at a time has it open. Methods block, and any thread may call them. `resumed`: some
-    of `done_bytes` existed before."""
+    """A tensor that is written into the cache in pieces, by one process at a time, and named after a check. Writing can
+    be resumed. Methods block; any thread may call them. `resumed`: some of `done_bytes` existed before."""
 
     def __init__(self, cache: WeightCache, content: str, n_bytes: int, file: FileIO) -> None:
         self._cache = cache
@@ -166,8 +162,7 @@ class WeightPart:
 
     @classmethod
     def open(cls, cache: WeightCache, content: str, n_bytes: int) -> WeightPart | None:
-        """Returns None if another process writes the tensor or has finished it. Raises LlamaclustError if the file
-        cannot be opened."""
+        """Returns None if another process writes the tensor or has finished it. Raises LlamaclustError on I/O error."""
         path = cache.part_path(content)
         try:
             file = open_own(path, os.O_RDWR | os.O_CREAT)
@@ -197,7 +192,6 @@ class WeightPart:
                     raise self._failed(error) from error
 
     def finish(self) -> bool:
-        """Gives a complete tensor its name. Discards wrong bytes and returns False."""
         with self._lock:
             if self.done_bytes != self._n_bytes or self._hash.hexdigest() != self._content:
                 self._file.truncate(0)

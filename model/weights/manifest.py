@@ -48,8 +48,6 @@ class TensorRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """`metadata` has the keys that programs and the tokenizer read."""
-
     model_id: str
     size_bytes: int
     metadata: Mapping[str, MetadataValue]
@@ -89,8 +87,6 @@ def content_of(tensor: Tensor, progress: Callable[[int], None] = lambda n_bytes:
 
 
 def _own_metadata(file: ModelFile) -> dict[str, WritableValue]:
-    """Returns the keys that programs and the tokenizer read; for an adapter, those that `with_adapters` reads; for a
-    projector, those that `projector_of` reads."""
     architecture, is_adapter = read_architecture(file), "adapter.type" in file.metadata
     kept = ("adapter.", "general.type") if is_adapter else (f"{architecture}.", _TOKENIZER)
     is_model = not is_adapter and architecture != PROJECTOR_ARCHITECTURE

@@ -65,7 +65,6 @@ def what_fits(cluster: AssumedCluster, model: AssumedModel, error: InsufficientM
 
 
 def what_helps(cluster: AssumedCluster, model: AssumedModel, plan: Plan) -> Iterator[str]:
-    """Yields changes that would make one request clearly faster than with `plan`."""
     now, expert_shards = prediction_of(plan), plan.expert_shards
     for what, changed, instead in _changes(cluster, model):
         other = changed.fitting_plan(instead, max_expert_shards=expert_shards)

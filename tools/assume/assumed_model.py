@@ -1,5 +1,4 @@
-"""Models without weights: tensors of a named shape or of a file, in one of `quantize`'s mixes. They become programs
-like real files, so the sizes of weights, KV memory and workspace are exact."""
+"""Models without weights: tensors of a named shape or of a file, in one of `quantize`'s mixes, with exact sizes."""
 
 from __future__ import annotations
 
@@ -64,7 +63,6 @@ class AssumedModel:
 
     @cached_property
     def opened(self) -> Model:
-        """The programs and costs, which all plans share. Raises ModelFileError if the model cannot run."""
         return Model(self.file)
 
     @cached_property
@@ -72,8 +70,7 @@ class AssumedModel:
         return self._with(choose_projector(self.opened, None)[0]) if self.has_file else self.opened
 
     def with_projector(self, mmproj: str | None) -> Model:
-        """Returns the opened model with the projector that the key `mmproj` chooses. Raises the errors of
-        `choose_projector`."""
+        """Returns the opened model with the projector of the key `mmproj`. Raises the errors of `choose_projector`."""
         return self._with_own_projector if mmproj is None else self._with(choose_projector(self.opened, mmproj)[0])
 
     def _with(self, projector: Projector | None) -> Model:
@@ -95,7 +92,6 @@ class AssumedModel:
 
     @property
     def shown_mix(self) -> str | None:
-        """The mix as the catalog spells it."""
         return "MXFP4" if self.mix == "MXFP4_MOE" else self.mix
 
     @property
@@ -155,7 +151,6 @@ def _catalog_entry(spec: str) -> CatalogEntry | None:
 
 
 def _quantization_of(spec: str) -> CatalogEntry | None:
-    """Returns the catalog's entry, or None. Raises UsageError if the text after the colon is not a mix."""
     try:
         return find_entry(spec)
     except UsageError:
@@ -170,7 +165,6 @@ def _is_downloaded(entry: CatalogEntry) -> bool:
 
 
 def _catalog_model(entry: CatalogEntry, spec: str, mix: str | None) -> AssumedModel:
-    """Raises UsageError if the model's shape is not known."""
     plain, _, quantization = entry.name.partition(":")
     shape = public_shapes().get(plain)
     if shape is None:

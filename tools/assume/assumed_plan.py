@@ -49,7 +49,6 @@ class AssumedPlan:
             yield "text only; the encoder of images is counted once the model is downloaded"
 
     def lines(self) -> Iterator[str]:
-        """Yields a summary, the lines of the command `plan`, and the assumptions."""
         prediction = prediction_of(self.plan)
         used = len(self.plan.stages)
         yield (
@@ -157,8 +156,6 @@ class ShapePlan:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The plans of all named shapes on the same machines."""
-
     assumed: AssumedMachines
     plans: tuple[ShapePlan, ...]
 

@@ -76,7 +76,6 @@ class _Reader:
         return _MEMORY.match(self.text, self.at if counted is None else counted.end()) is not None
 
     def error(self, wanted: str, at: int | None = None) -> UsageError:
-        """Returns an error that quotes the faulty text up to the next `+` or `,`."""
         place = self.at if at is None else at
         rest = re.split(r"[+,]", self.text[place + 1 :], maxsplit=1)[0]
         part = (self.text[place : place + 1] + rest).rstrip()

@@ -107,7 +107,6 @@ LEADING_LAYERS: Final[Mapping[str, Tensors]] = {
     "ernie4_5-moe": _LLAMA,
     "bailingmoe2": {**_NORMS, **_FUSED_ATTENTION, **_HEAD_NORMS, **_FEED_FORWARD},
 }
-"""Tensors of the leading layers, which have no experts."""
 
 LAST_LAYERS: Final[Mapping[str, Tensors]] = {
     "qwen35moe": {**_POST_NORMS, **_GATED_ATTENTION, **_EXPERTS, **_GATED_EXPERT}
@@ -116,7 +115,6 @@ LAST_LAYERS: Final[Mapping[str, Tensors]] = {
 
 OUTSIDE: Final[Tensors] = {"token_embd.weight": ("vocabulary", "hidden"), "output_norm.weight": ("hidden",)}
 HEAD: Final[Tensors] = {"output.weight": ("vocabulary", "hidden")}
-"""The output head of models that do not share it with their embedding."""
 
 NEXTN: Final[Tensors] = {
     "nextn.eh_proj.weight": ("hidden", "hidden+embedding"),
@@ -126,4 +124,3 @@ NEXTN: Final[Tensors] = {
     "nextn.shared_head_head.weight": ("vocabulary", "hidden"),
     "nextn.shared_head_norm.weight": ("hidden",),
 }
-"""Further tensors of a layer for multi-token prediction."""

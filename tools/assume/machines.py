@@ -8,7 +8,6 @@ from typing import Final
 MAX_MACHINES: Final = 64
 MAX_GPUS_EACH: Final = 8
 MAX_THREADS: Final = 1024
-"""The most threads of a machine; workers have the same limit."""
 MAX_MEMORY_TIB: Final = 1024
 """The most memory of a processor or a GPU. The bytes of all machines together fit into 64 bits."""
 MAX_CHANNELS: Final = 24
@@ -27,8 +26,6 @@ class Ddr:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A processor or a GPU: its memory, and the given speeds."""
-
     memory_bytes: int
     bandwidth: float | Ddr | None = None  # bytes a second
     macs_s: float | None = None

@@ -29,7 +29,6 @@ KEYS = (
     "plan",
     "prefill_chunk",
 )
-"""The keys of a cluster file that have an effect on assumed plans."""
 _LOADED = 0.95
 """The least share of a file that is loaded. Layers for multi-token prediction are not."""
 
@@ -104,7 +103,6 @@ def prediction_of(plan: Plan) -> Prediction:
 
 
 def room_bytes(machine: Machine) -> int:
-    """Returns the RAM that the operating system and this program leave free."""
     return max(0, machine.cpu.memory_bytes - rates.SYSTEM_BYTES)
 
 

@@ -24,9 +24,7 @@ _LIKE: Final = {
         "qwen3-vl-30b-a3b-instruct",
     ),
 }
-"""The catalog's models with a named shape, by shape."""
 IN_CATALOG: Final = {"8b": "llama-3.1-8b-instruct", "70b": "llama-3.3-70b-instruct"}
-"""The catalog's names of named shapes, if they differ."""
 _AS_LARGE: Final = {**IN_CATALOG, "7b": "mistral-7b-instruct-v0.3"}
 _MIXTURES: Final = {
     "ernie-4.5-21b-a3b": ModelShape(

@@ -1,6 +1,5 @@
-"""Assumptions about machines that nobody measured: the shares of hardware limits that kernels reach, and defaults.
-Sources: cluster/planner/product_times.py for products on a processor, docs/gpu.md for shares of GPUs,
-benchmarks/notebook.md for costs of a hop."""
+"""Assumptions about machines that nobody measured: shares of hardware limits that kernels reach, and defaults. Sources:
+cluster/planner/product_times.py (processors), docs/gpu.md (GPUs), benchmarks/notebook.md (costs of a hop)."""
 
 from __future__ import annotations
 
@@ -21,11 +20,9 @@ GPU_PREFILL_SHARE: Final = 0.35
 OLD_GPU_PREFILL_SHARE: Final = 0.15
 """The prefill share of GPUs without matrix units for bytes, which is low since their threads exchange operands."""
 CHANNEL_BYTES_S: Final = {3: 10e9, 4: 20e9, 5: 30e9}
-"""Bytes per second of one memory channel with usual modules, by DDR generation."""
 CHANNELS: Final = 2
 DEFAULT_MEMORY: Final = Ddr(4)
 SYSTEM_BYTES: Final = 2 * _GIB
-"""The memory of each machine that its operating system and this program take."""
 GPU_RESERVED_BYTES: Final = _GIB // 2
 THREADS: Final = 4
 THREAD_MACS_S: Final = 90e9

@@ -43,7 +43,6 @@ class ModelShape:
     arrays: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def size(self, name: str) -> int:
-        """Returns the size that has the name `name` in `layer_tensors`."""
         queries, delta_values = self.heads * self.head_dim, self.delta_heads * self.delta_dim
         derived = {
             "queries": queries,

@@ -28,7 +28,6 @@ from llamaclust.worker.devices.whole_model import load_whole
 from llamaclust.worker.settings import WorkerSettings
 
 OnStep = Callable[[str], None]
-"""Gets the name of the next measurement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,6 @@ class BenchTask:
 
     @property
     def steps(self) -> int:
-        """The number of calls of `OnStep`."""
         return 1 + 2 * self.repeats
 
 
@@ -201,7 +199,6 @@ def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
 
 
 def _device(task: BenchTask) -> Device:
-    """Opens the processor, and the GPU if the task names one, without the cache of packed weights."""
     variables = environment()
     settings = WorkerSettings(
         name="bench",

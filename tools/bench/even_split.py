@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 from llamaclust.model.costs import ModelCosts
 
 _PROMPT_TOKENS, _STEPS = 512, 16
-"""The work of a sequence in the planner's `throughput`. An answer of 128 tokens, eight sequences at once, is 16
-steps."""
+"""A sequence's work in the planner's `throughput`: an answer of 128 tokens, eight sequences at once, is 16 steps."""
 _MACS_PER_BYTE = 15.0
 """This many multiply-adds take about as long as reading one byte."""
 _SHARPNESS = 8
@@ -17,8 +16,7 @@ _SHARPNESS = 8
 
 
 def even_split(costs: ModelCosts, workers: int) -> list[tuple[int, int]]:
-    """Returns a half-open range of layers per worker, such that the slowest stage is as fast as possible. The last
-    stage has the head."""
+    """Returns half-open ranges of layers that make the slowest stage as fast as possible. The last has the head."""
     times = [_time(layer.macs_per_token, layer.used_file_bytes) for layer in costs.layers]
     head = _time(0, costs.head_file_bytes)
     until = np.concatenate(([0.0], np.cumsum(times))) / (sum(times) + head)

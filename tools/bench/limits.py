@@ -77,7 +77,6 @@ class Limits:
 
     @classmethod
     async def open(cls, threads: int, float_share: float) -> Self:
-        """Raises InsufficientMemoryError if the system refuses the read buffer."""
         try:
             return cls(await _elsewhere(partial(probes.ReadProbe, threads)), threads, float_share)
         except MemoryError as error:
@@ -120,7 +119,6 @@ class GpuLimits:
         return self._found[-1].read_bytes_s / 1e9
 
     async def peak(self) -> float:
-        """Returns 10^9 multiply-adds per second."""
         self._found.append(self._gpu.limits())
         return self._found[-1].int8_macs_s / 1e9
 

@@ -37,7 +37,6 @@ class BenchStage:
     """A loaded stage with sequences of random tokens, as many and as long as its limits allow."""
 
     def __init__(self, model: Model, runner: StageRunner) -> None:
-        """Owns the runner, which holds the whole model."""
         limits = runner.limits
         batch, context = limits.max_sequences, limits.max_context_tokens
         blocks = limits.kv_blocks // batch
@@ -63,8 +62,7 @@ class BenchStage:
         return (perf_counter_ns() - started_ns) / 1e9
 
     def decode(self, depth: int, steps: int, sequences: int | None = None) -> float:
-        """Returns the seconds of `steps` decode steps, each for `sequences` (None: all) sequences together. `depth`
-        tokens precede the first step."""
+        """Returns the seconds of `steps` decode steps of `sequences` (None: all) together, after `depth` tokens."""
         last = [tokens[depth] for tokens in self._tokens[:sequences]]
         started_ns = perf_counter_ns()
         for position in range(depth, depth + steps):
@@ -74,7 +72,6 @@ class BenchStage:
 
     @property
     def has_copies(self) -> bool:
-        """True if GPUs keep copies of often used experts."""
         return any(stage.cache is not None for stage in self._runner.split_stages)
 
     @property

@@ -101,7 +101,6 @@ class ClusterRunner:
         return (end_ns - start_ns) / 1e9 * self._task.generate * self._task.batch / within
 
     async def _token_times(self, prompt: int, generate: int) -> list[int]:
-        """Returns the times in ns at which a request's tokens arrived. The request never ends early."""
         tokens = tuple(map(int, self._random.integers(0, self._vocabulary, prompt)))
         number = int(self._random.integers(1 << 62))
         async with self._engine.submit(GenerationRequest(f"bench-{number:x}", tokens, generate)) as events:

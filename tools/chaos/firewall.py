@@ -39,7 +39,6 @@ class Firewall:
             raise FirewallError(f"nftables: {next(iter(lines), 'unknown error')}")
 
     def close(self) -> None:
-        """Removes all rules. Repeated calls do nothing."""
         if self._context is not None:
             self.run(f"delete table {self.table}")
             self._free()

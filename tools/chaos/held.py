@@ -10,8 +10,6 @@ from llamaclust.tools.chaos.processes import Process
 
 
 class Stops:
-    """Stopped processes, by the name of their target."""
-
     def __init__(self) -> None:
         self._processes: dict[str, Process] = {}
 
@@ -20,7 +18,6 @@ class Stops:
         return frozenset(self._processes)
 
     def begin(self, name: str, process: Process) -> bool:
-        """Stops the process. Returns False if the process has ended."""
         self._processes[name] = process
         if process.send(signal.SIGSTOP):
             return True
@@ -44,7 +41,6 @@ class FullDisks:
         return frozenset(self._limits)
 
     def begin(self, name: str, process: Process) -> bool:
-        """Returns False if the process has ended."""
         before = process.limit_files(0)
         if before is not None:
             self._limits[name] = process, before
@@ -75,7 +71,6 @@ class DisturbedLinks:
         return frozenset(self._labels)
 
     def begin(self, name: str, link: WorkerLink, disturbance: Disturbance, hold_s: float) -> None:
-        """Raises FirewallError if the rules cannot be added."""
         assert self._firewall is not None, "without a firewall, links are no targets"
         self._serial += 1
         label = f"fault{self._serial}"

@@ -27,8 +27,7 @@ _RETURN_S = 120.0
 _UNDRAIN_S = 30.0
 _POLL_S = 0.1
 _JOURNAL_S = 6.0
-"""The seconds after a full disk until the journal has all open requests again. A coordinator that ends sooner loses
-some."""
+"""Seconds after a full disk until the journal has all open requests: a coordinator that ends sooner loses some."""
 
 Show = Callable[[str], None]
 
@@ -49,12 +48,10 @@ class Injector:
 
     @property
     def held(self) -> frozenset[str]:
-        """The targets of faults that have not ended: worker names, or the cluster's name for a fault of its
-        coordinator."""
+        """The targets of faults that have not ended: worker names, or the cluster's name for its coordinator."""
         return self._stops.names | self._disks.names | self._drains.names | self._links.names | self._failing
 
     def targets(self) -> Targets:
-        """Raises LlamaclustError while no coordinator answers."""
         record, status = self._status()
         return find_targets(record, status, self._permissions, has_standby=self._folder.has_standby)
 

@@ -1,5 +1,4 @@
-"""Workers' network links, and nftables rules that disturb a link. The rules match only addresses and ports of the
-cluster's members."""
+"""Workers' network links, and nftables rules that disturb a link. Rules match only the cluster's addresses."""
 
 from __future__ import annotations
 

@@ -53,7 +53,6 @@ class Requests:
         return "v1/completions", {**body, "prompt": text, "logprobs": top}
 
     def start(self, client: AsyncClient, number: int) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
-        """Yields (id, event) for each event of the request."""
         return client.events(*self.path_and_body(number))
 
 
@@ -108,7 +107,6 @@ class Streams:
         return received
 
     async def _read(self, number: int, received: Received) -> None:
-        """Adds a request's events as they come. Raises NotAcceptedError if it fails before the first event."""
         is_accepted = False
         try:
             async with aclosing(self.requests.start(self.client, number)) as events:

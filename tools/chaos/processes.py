@@ -29,7 +29,6 @@ class Process:
 
     @property
     def is_running(self) -> bool:
-        """True if the process has neither ended nor become a zombie."""
         fields = process_fields(self.pid)
         return bool(fields) and int(fields[_START]) == self.start_time and fields[_STATE] not in ("Z", "X")
 

@@ -20,8 +20,6 @@ def answer_rows(rows: Iterable[RowResult]) -> Answer:
 
 @dataclass(slots=True)
 class Received:
-    """Answers by choice index, and the number of misplaced events."""
-
     choices: dict[int, Answer] = field(default_factory=dict)
     misplaced: int = 0  # events that were duplicated or skipped
     _events: int = 0

@@ -61,8 +61,7 @@ class ChaosSettings:
 class View(Protocol):
     def line(self, text: str) -> None: ...
 
-    def progress(self, text: str) -> None:
-        """Replaces the previous progress text."""
+    def progress(self, text: str) -> None: ...
 
 
 async def run_chaos(settings: ChaosSettings, tally: Tally, view: View) -> None:
@@ -94,7 +93,6 @@ async def _disturb_and_compare(settings: ChaosSettings, injector: Injector, stre
 
 
 def _idle_status(settings: ChaosSettings, record: ClusterRecord) -> tuple[dict[str, Any], int]:
-    """Returns the status and the context length. Raises UsageError if other clients' requests run."""
     with ClusterApi.of(record) as api:
         status, context_tokens = api.status(), api.context_length()
     busy = status["requests"]["running"] + status["requests"]["waiting"]
@@ -124,7 +122,6 @@ def _firewall(settings: ChaosSettings, targets: Targets, view: View) -> Iterator
 
 
 def _announce(settings: ChaosSettings, cluster: str, targets: Targets, view: View) -> None:
-    """Shows the coming kinds of faults. Raises UsageError if none is possible or a required one is not."""
     kinds = [kind for kind in FaultKind if _suffices(kind, targets)]
     for kind in FaultKind:
         if kind in settings.required and kind not in kinds:

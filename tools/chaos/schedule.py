@@ -39,7 +39,6 @@ class FaultKind(StrEnum):
 
     @property
     def option(self) -> str:
-        """The kind's name in `--faults`."""
         return self.name.lower().replace("_", "-")
 
     @property

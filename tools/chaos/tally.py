@@ -17,8 +17,6 @@ _WATCH_S = 30.0
 
 @dataclass(slots=True)
 class Comparison:
-    """Differences from the undisturbed answers, in tokens."""
-
     answers: int = 0
     tokens: int = 0
     lost: int = 0

@@ -40,7 +40,6 @@ class Targets:
 def find_targets(
     record: ClusterRecord, status: Mapping[str, Any], permissions: Permissions, *, has_standby: bool
 ) -> Targets:
-    """Finds targets from a cluster's record and `status`, except drained and lost workers."""
     workers = [worker for worker in status["workers"] if worker["state"] not in _GONE and not worker["drained"]]
     is_local = record.is_local
     found = {

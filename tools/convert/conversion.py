@@ -64,7 +64,6 @@ def convert(
 def write_converted(
     files: SourceFiles, checkpoint: Checkpoint, target: Target, hints: Hints, on_progress: OnProgress
 ) -> Converted:
-    """Writes an open checkpoint. Raises the errors of `convert`."""
     kind = OUTPUT_TYPES.get(target.type_name)
     if kind is None:
         raise UsageError(f"--type {target.type_name}: give one of {', '.join(OUTPUT_TYPES)}")
@@ -108,8 +107,7 @@ def thread_count() -> int:
 
 
 def output_type(name: str, tensor: Lazy, wanted: QuantType) -> QuantType:
-    """Returns F32 for vectors and `_EXACT` tensors, F16 if rows are not whole blocks, otherwise `wanted`. Packed blocks
-    keep their type."""
+    """Returns the packed type, F32 for vectors and `_EXACT` tensors, F16 if rows are no whole blocks, else `wanted`."""
     if tensor.packed is not None:
         return tensor.packed
     if len(tensor.shape) == 1 or _EXACT.fullmatch(name):

@@ -19,7 +19,6 @@ Array = NDArray[Any]
 Rows = Callable[[int, int], Array]
 
 _MAX_LOGARITHM = 88.0
-"""The logarithm of the largest float32, rounded down."""
 _WASTE = 4
 """Permuted rows are read as one range if this has at most so many times as many rows."""
 
@@ -66,7 +65,6 @@ def rows(tensor: Lazy, start: int, end: int) -> Lazy:
 
 
 def gathered(tensor: Lazy, index: NDArray[np.int64]) -> Lazy:
-    """Gathers rows: row i is row index[i] of `tensor`."""
 
     def read(start: int, end: int) -> Array:
         wanted = index[start:end]
@@ -109,7 +107,6 @@ def below(tensors: Sequence[Lazy]) -> Lazy:
 
 
 def beside(tensors: Sequence[Lazy]) -> Lazy:
-    """Concatenates matrices along the second dimension."""
     tensors = _alike(tensors)
     first = tensors[0]
     width = sum(tensor.shape[1] for tensor in tensors)
@@ -165,7 +162,6 @@ def squeezed(tensor: Lazy) -> Lazy:
 
 
 def joined(tensor: Lazy) -> Lazy:
-    """Flattens all dimensions but the first."""
     width = tensor.row_elements
     return replace(
         tensor,
@@ -180,7 +176,6 @@ def reshaped(tensor: Lazy, shape: tuple[int, ...]) -> Lazy:
 
 
 def in_groups(tensor: Lazy, size: int) -> Lazy:
-    """Reshapes [n * size, ...] to [n, size, ...]."""
     shape = (tensor.shape[0] // size, size, *tensor.shape[1:])
     return replace(
         tensor,
@@ -190,7 +185,6 @@ def in_groups(tensor: Lazy, size: int) -> Lazy:
 
 
 def columns_of(tensor: Lazy, index: NDArray[np.int64]) -> Lazy:
-    """Gathers columns: column i of the result is the column with number `index[i]` of a matrix."""
     shape = (tensor.shape[0], len(index))
     return replace(tensor, shape=shape, read=lambda first, last: tensor.read(first, last)[:, index])
 
@@ -227,7 +221,6 @@ def transposed(tensor: Lazy, recent: Recent) -> Lazy:
 
 
 def _alike(tensors: Sequence[Lazy]) -> Sequence[Lazy]:
-    """Returns the tensors, in float32 if their storage types differ."""
     if len({tensor.storage for tensor in tensors}) == 1:
         return tensors
     return [mapped(tensor, lambda values: values) for tensor in tensors]

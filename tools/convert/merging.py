@@ -47,9 +47,8 @@ _STORAGE: Final = {"f32": Storage.F32, "f16": Storage.F16, "bf16": Storage.BF16}
 def merge_adapter(
     base: Path, adapter: Path, out: Path, type_name: str, hints: Hints, on_progress: OnProgress
 ) -> Converted:
-    """Writes the base to `out`, with W + scale * B @ A for each matrix W that the adapter changes. `out` is a GGUF file
-    if its name ends in .gguf, otherwise a folder. The adapter's tokenizer is used if it has one. Raises ModelFileError
-    if base and adapter do not fit."""
+    """Writes the base with W + scale * B @ A for each changed matrix W to `out`: a GGUF file if its name ends in .gguf,
+    otherwise a folder. The adapter's tokenizer comes first. Raises ModelFileError if the two do not fit."""
     if not (base / CONFIG).is_file():
         raise ModelFileError(
             f"{base}: {CONFIG} is missing: the base must be a folder of Hugging Face's form that is not quantized"
@@ -140,15 +139,12 @@ class _Factors:
 
 @dataclass(frozen=True, slots=True)
 class _Adapter:
-    """A LoRA adapter: `factors` by matrix name, and `replaced` tensors in place of the base's."""
-
     path: Path
     factors: Mapping[str, _Factors]
     replaced: Mapping[str, Lazy]
 
 
 def _read_adapter(files: SourceFiles, folder: Path) -> _Adapter:
-    """Raises ModelFileError for a damaged adapter, or one that does not compute W + scale * B @ A."""
     if not folder.is_dir():
         raise ModelFileError(f"{folder}: not a folder; give the one that has adapter_config.json")
     settings = PeftSettings.read(folder)

@@ -41,7 +41,6 @@ class Page:
         return name in self._left
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Returns the shape of a tensor that was not taken yet, otherwise None."""
         tensor = self._left.get(name)
         return None if tensor is None else tensor.shape
 
@@ -127,7 +126,6 @@ class Page:
         return self.settings.count("vocab_size", "padded_vocab_size", maximum=MAX_WORDS)
 
     def output(self, source: str = "lm_head", *, tied: bool = False) -> None:
-        """Copies the output matrix, unless it is the embedding."""
         if self.settings.flag("tie_word_embeddings", default=tied) or not self.has(f"{source}.weight"):
             if not self.settings.flag("tie_word_embeddings", default=True):
                 raise self._error(f"{source}.weight", "missing")

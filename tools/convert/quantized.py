@@ -111,12 +111,10 @@ def _groups(order: Lazy | None, inputs: int, count: int) -> NDArray[np.int64]:
 
 
 def _gptq_steps(packed: NDArray[np.uint32], start: int, end: int) -> NDArray[np.uint8]:
-    """Returns four-bit numbers [inputs, end - start]."""
     return _nibbles(packed[:, start:end].T).reshape(end - start, -1).T
 
 
 def _awq_steps(packed: NDArray[np.uint32], start: int, end: int) -> NDArray[np.uint8]:
-    """Returns four-bit numbers [inputs, end - start]."""
     first = start // _EIGHT
     steps = _nibbles(packed[:, first : -(-end // _EIGHT)])[..., _AWQ_ORDER].reshape(len(packed), -1)
     return steps[:, start - first * _EIGHT : end - first * _EIGHT]
@@ -128,7 +126,6 @@ def _nibbles(packed: Array) -> NDArray[np.uint8]:
 
 
 def _eight_bit(tensors: Mapping[str, Lazy], said: Settings) -> dict[str, Lazy]:
-    """Makes scaled tensors float32. Raises ModelFileError for a scale that does not fit."""
     block = _block(said)
     found = {}
     for name, tensor in tensors.items():
@@ -151,7 +148,6 @@ def _is_scale(name: str, tensors: Mapping[str, Lazy]) -> bool:
 
 
 def _block(said: Settings) -> tuple[int, int] | None:
-    """Returns the rows and columns of a block with one scale, if configured."""
     value = said.values.get("weight_block_size")
     if value is None:
         return None
@@ -162,7 +158,6 @@ def _block(said: Settings) -> tuple[int, int] | None:
 
 
 def _scaled(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
-    """Applies a scale per block, per row or per matrix, as the shape of `scales` tells."""
     if len(tensor.shape) != 2 or tensor.storage is not Storage.U8 or not scales.storage.is_real:
         kinds = f"{tensor.storage.name} {list(tensor.shape)}, scales {scales.storage.name}"
         raise ModelFileError(f"{tensor.origin}: {kinds}: no matrix of eight-bit floats with its scales")
@@ -189,7 +184,6 @@ def _scaled(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
 
 
 def _scaled_experts(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
-    """Applies scales to a tensor of all experts: one per block, one per expert, or one for all."""
     if tensor.storage is not Storage.U8 or not scales.storage.is_real:
         raise ModelFileError(
             f"{tensor.origin}: {tensor.storage.name}, scales {scales.storage.name}: no eight-bit floats"

@@ -104,7 +104,7 @@ def rotating_channels(page: Page, default_share: float = 1.0) -> int:
 
 
 def sections(settings: Settings, pairs: int) -> list[int]:
-    """Returns how many channel pairs rotate by each of the four picture coordinates, which are equal in text."""
+    """Returns how many channel pairs rotate by each of the four coordinates in an image, which are equal in text."""
     listed = _parameters(settings).values.get("mrope_section")
     if listed is None:
         return [(pairs + 2 - number) // 3 for number in range(3)] + [0]
@@ -163,7 +163,6 @@ def _yarn(page: Page, said: Settings, log_multiplier: bool) -> None:
 
 
 def _yarn_keys(page: Page, said: Settings) -> float:
-    """Writes all YaRN keys except the magnitude. Returns the scaling factor."""
     factor = said.real("factor", minimum=1e-3, maximum=1e6)
     page.key("rope.scaling.type", "yarn")
     page.key("rope.scaling.factor", factor)
@@ -185,7 +184,6 @@ def _yarn_keys(page: Page, said: Settings) -> float:
 
 
 def _magnitude(said: Settings, factor: float) -> float:
-    """Returns YaRN's magnitude, or the ratio of DeepSeek's two magnitudes."""
     if not (said.has("mscale") and said.has("mscale_all_dim")):
         return _growth(factor)
     up, down = (said.real(name, maximum=1e3) for name in ("mscale", "mscale_all_dim"))

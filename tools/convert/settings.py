@@ -1,5 +1,3 @@
-"""The settings and tensors of a checkpoint, and bounds of both."""
-
 from __future__ import annotations
 
 from collections.abc import Mapping

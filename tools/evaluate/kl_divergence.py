@@ -56,7 +56,6 @@ class Scores:
 
     @property
     def p_difference(self) -> Float64:
-        """The model's probability of each token minus the base's probability of it."""
         return np.exp(-self.nll) - np.exp(-self.base_nll)
 
 

@@ -16,7 +16,6 @@ from llamaclust.tools.evaluate.perplexity import Accumulator, OnChunk, Perplexit
 
 
 def keep_logits(client: LocalClient, chunks: Sequence[tuple[int, ...]], file: Path, on_chunk: OnChunk) -> Perplexity:
-    """Writes the logits of the second half of each chunk. Returns the perplexity."""
     shape = LogitsShape(len(chunks[0]), client.vocabulary_size, len(chunks))
     sums = Accumulator()
     with writing(file, shape, chunks) as out:

@@ -40,7 +40,6 @@ class LogitsShape:
 
     @property
     def first(self) -> int:
-        """The first position of a chunk whose logits are kept."""
         return self.context // 2
 
     @property
@@ -62,8 +61,6 @@ class LogitsShape:
 
 
 class LogitsWriter:
-    """Writes the logits of all chunks in order, some rows at a time."""
-
     def __init__(self, file: BinaryIO, shape: LogitsShape, chunks: Sequence[Sequence[int]]) -> None:
         self._file = file
         self._row_numbers = shape.row_bytes // 2

@@ -61,7 +61,6 @@ class Accumulator:
 
 
 def read_text(path: Path) -> str:
-    """Reads a text without its last line break. Raises UsageError if it cannot be read."""
     if path.exists() and not (path.is_file() or path.is_fifo()):
         raise UsageError(f"{path}: not a text file; give the name of one")
     try:

@@ -85,12 +85,10 @@ def hash_of(path: Path) -> str:
 
 
 def byte_count(text: str) -> int | None:
-    """Parses a size in a header. Returns None if it is missing or no number."""
     return int(text) if _COUNT.fullmatch(text) else None
 
 
 def check_room(directory: Path, needed_bytes: int, what: str) -> None:
-    """Raises DownloadError if the disk has less than `needed_bytes` plus a reserve."""
     free = shutil.disk_usage(directory).free
     if free < needed_bytes + _DISK_RESERVE_BYTES:
         needed = (needed_bytes + _DISK_RESERVE_BYTES) >> 20
@@ -99,16 +97,13 @@ def check_room(directory: Path, needed_bytes: int, what: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Consecutive bytes, and the failure that ended them, if any."""
-
     data: bytes
     failure: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class RangeSource:
-    """A large file whose ranges come over several connections. A validator in `headers` ensures that all pieces are of
-    one version."""
+    """A large file whose ranges come over several connections. A validator in `headers` keeps to one version."""
 
     client: httpx.Client
     url: str
@@ -160,8 +155,6 @@ class RangeSource:
 
 @dataclass(frozen=True, slots=True)
 class _Transfer:
-    """A download in progress: the bytes so far, and the server's validator for their version of the file."""
-
     client: httpx.Client
     wanted: Download
     path: Path

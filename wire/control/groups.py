@@ -42,8 +42,6 @@ _Seconds = Annotated[float, Real(0.0, 1e9)]
 
 @dataclass(frozen=True, slots=True)
 class GroupCounters:
-    """One member's counters of its links to the other members in an epoch."""
-
     gathers: int = 0
     waited_s: _Seconds = 0.0  # that gathers have waited for the rows of others
     waited_for_s: Annotated[tuple[_Seconds, ...], Size(0, MAX_GROUP_MEMBERS)] = ()

@@ -179,8 +179,6 @@ class LoadFailed:
 
 @dataclass(frozen=True, slots=True)
 class Unload:
-    """The order to free the weights and KV memory of an epoch's stage, or to cancel its load."""
-
     epoch: int
 
 

@@ -46,8 +46,6 @@ AdapterFiles = Annotated[tuple[AdapterFile, ...], Size(0, MAX_ADAPTERS)]
 
 @dataclass(frozen=True, slots=True)
 class EncoderFile:
-    """A projector file (mmproj), which has the encoder of images."""
-
     path: ModelPath  # on the coordinator's machine
     file_id: ModelId
     weights: WeightSources | None = None  # as in Load
@@ -103,8 +101,6 @@ class FindWeightsProgress:
 
 @dataclass(frozen=True, slots=True)
 class SetAdapters:
-    """The request to replace a loaded stage's adapters with these."""
-
     epoch: int
     adapters: AdapterFiles = ()
     request_id: int = 0

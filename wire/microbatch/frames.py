@@ -6,8 +6,7 @@
        header: the microbatch as its sender encoded it
 
 The body precedes the header, so that the body is 16-byte aligned in the received bytes and can be used in place.
-Stages read frames, and write those for the next stage, natively (kernels/cpu/native/frames).
-"""
+Stages read and write frames natively (kernels/cpu/native/frames)."""
 
 from __future__ import annotations
 

@@ -10,8 +10,7 @@ from llamaclust.core.sampling import MatcherStart, RowResult, RowTask
 
 @dataclass(frozen=True, slots=True)
 class ImageRows:
-    """The data that rows of images add to a chunk. Rows are numbered from the chunk's first one, and listed in ranges
-    [first, end) in ascending order."""
+    """The data that rows of images add to a chunk, by ranges [first, end) of its rows in ascending order."""
 
     given: tuple[tuple[int, int], ...] = ()  # rows whose embedding is given
     values: bytes = b""  # these embeddings: float32, little endian [given rows, levels * embedding]
@@ -25,12 +24,11 @@ class Chunk:
 
     tokens[i] is at `position` + i. `table` lists the sequence's KV blocks of 16 tokens, from its first token on, as
     runs of consecutive ids (start, count, start, count, ...). `window_table` lists the blocks of layers with a sliding
-    window, if these have their own; its first block is number `window_start` of the sequence. The last `outputs` rows
-    are sampled or scored. If `depends_on` is set, `tokens` is (0,): the only token is the one sampled at that row,
-    which is unknown when the chunk is sent. The result has the normed hidden state of the `embedded` rows [first, end).
-    An MTP head reads `next_token`, the token after the chunk's last one, if known. It drafts `drafts` tokens after the
-    token that the last row that counts chooses. If `checked`, the microbatch fails at the first stage that computes a
-    hidden state of the chunk that is not finite."""
+    window, if these have their own, from number `window_start` on. The last `outputs` rows are sampled or scored. If
+    `depends_on` is set, `tokens` is (0,): the only token is the one sampled at that row, which is unknown when the
+    chunk is sent. The result has the normed hidden state of the `embedded` rows [first, end). An MTP head reads
+    `next_token`, the token after the chunk's last one, if known, and drafts `drafts` tokens after the last chosen
+    token. If `checked`, the first stage whose hidden state of the chunk is not finite fails the microbatch."""
 
     tokens: tuple[int, ...]
     position: int

@@ -42,7 +42,6 @@ def most_result_bytes(rows: int, top_logprobs: int, *, embeds: bool) -> int:
 
 
 def decode_result(data: bytes) -> Result:
-    """Raises ProtocolError if the bytes are no result or break a bound."""
     message = parse(sampling_proto.Result, data, MAX_INPUTS_BYTES)
     bounded("timings", len(message.timings), 0, MAX_STAGES * _TIMING.size)
     timings = tuple(StageTiming(*numbers) for numbers in _records("timings", message.timings, _TIMING))

@@ -45,7 +45,6 @@ class CacheFlush:
         self._memory = np.ones(n_bytes // 8, np.uint64)
 
     def sweep(self) -> None:
-        """Blocks for some milliseconds."""
         self._memory.max()
         sleep(_REST_S)
 

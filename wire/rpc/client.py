@@ -57,8 +57,7 @@ class UnreachableError(StreamBrokenError):
 
 
 def _options(answer_s: float) -> tuple[tuple[str, int], ...]:
-    """Returns options of a channel that closes if sent bytes or pings are not acknowledged within `answer_s`
-    seconds."""
+    """Returns options of a channel that closes if sent bytes or pings are not acknowledged within `answer_s`."""
     pings = {
         "grpc.keepalive_time_ms": int(200 * answer_s),
         "grpc.keepalive_timeout_ms": int(1000 * answer_s),
@@ -228,8 +227,7 @@ class Peer:
             raise UnreachableError(str(error), worker=self.worker) from error
 
     def _channel(self) -> Any:
-        """Returns a channel with this process's current certificate. Each renewal needs another channel, since a
-        channel keeps its certificate."""
+        """Returns a channel with this process's current certificate, which a channel keeps until it ends."""
         if not isinstance(self._credentials, Identity):
             if not self._channels:
                 self._channels.append(aio.insecure_channel(self.address, options=self._options))

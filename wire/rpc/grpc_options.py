@@ -13,8 +13,7 @@ because they may print a warning: equal results, slower links between machines. 
 
 
 def tune_grpc() -> None:
-    """Selects gRPC's faster event loop for links between machines. Keeps the user's settings. Call before importing
-    gRPC."""
+    """Selects gRPC's faster event loop unless the user set one. Call before importing gRPC."""
     if "grpc" in sys.modules:
         return
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

@@ -40,8 +40,7 @@ async def serve_echo(stream: ServerStream) -> None:
 
 
 async def measure_link(peer: Peer, permit: str = "") -> LinkProfile:
-    """Measures a link in seconds. Raises StreamBrokenError if the peer is out of reach, DeadlineError if it is
-    silent."""
+    """Measures a link in seconds. Raises StreamBrokenError if the peer is out of reach, DeadlineError if silent."""
     stream = peer.open(ECHO, permit=permit or None)
     try:
         async with deadline(f"measuring the link to {peer.address}", _MEASURE_S):

@@ -91,8 +91,7 @@ class Handshakes:
 
     @contextmanager
     def call(self, caller: str) -> Iterator[None]:
-        """Registers a call from `caller`, gRPC's name of the peer, and remembers the name for some time after the
-        call."""
+        """Registers a call from `caller`, gRPC's name of the peer, and remembers this name for some time."""
         if caller not in self._calls and caller not in self._callers:
             self._answered += 1
         self._callers.pop(caller, None)

@@ -1,6 +1,5 @@
 """Time slices of threads. Threads that only forward messages request short slices, so that they soon run on cores where
-other threads compute. A worker's own threads all compute and keep the usual slices. Linux obeys since 6.12. Figures:
-benchmarks/run.py split."""
+other threads compute. Those keep the usual slices. Linux obeys since 6.12. Figures: benchmarks/run.py split."""
 
 from __future__ import annotations
 

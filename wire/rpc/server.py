@@ -145,8 +145,7 @@ class _Places:
 
     @contextmanager
     def taken(self, caller: Principal | None) -> Iterator[None]:
-        """Counts an open stream. Raises ProtocolError if too many are open. Only the total counts without a
-        certificate."""
+        """Counts an open stream. Raises ProtocolError if too many are open: without certificate, in total only."""
         method, total = self._method, self._open.total()
         if total >= method.streams or (caller is not None and self._open[caller] >= method.streams_of_caller):
             of_caller = "" if caller is None else f" ({self._open[caller]} of {caller})"

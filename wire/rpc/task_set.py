@@ -1,5 +1,3 @@
-"""Background tasks of one owner. The owner keeps a reference to each task until it ends."""
-
 from __future__ import annotations
 
 import asyncio

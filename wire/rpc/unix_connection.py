@@ -1,7 +1,4 @@
-"""Frames on a Unix socket, both ways.
-
-u32 length | u8 kind | content      little-endian
-"""
+"""Frames on a Unix socket, both ways: u32 length | u8 kind | content, little-endian."""
 
 from __future__ import annotations
 
@@ -54,8 +51,7 @@ class _LargeFrame:
 
     @property
     def free(self) -> memoryview:
-        """The memory for the next bytes. It grows as they arrive, because the size that the frame states may be
-        wrong."""
+        """The memory for the next bytes. It grows as they arrive: the frame's stated size may be wrong."""
         if self._filled == len(self.content):
             self.content.extend(bytes(min(max(self._filled, _PIECE_BYTES), self._size - self._filled)))
         return memoryview(self.content)[self._filled :]
@@ -77,9 +73,8 @@ def _pieces(messages: tuple[bytes, ...]) -> Iterator[bytes | memoryview]:
 
 
 class UnixConnection(asyncio.BufferedProtocol):
-    """Sends and receives frames. Calls `on_control` with each frame that is not a message, and `on_lost` at the end. A
-    message larger than `most_bytes` ends the connection before it is received. With `awaits_call`, the first frame must
-    be a CALL and arrive within `CALL_S`."""
+    """Sends and receives frames. Calls `on_control` with each that is no message, and `on_lost` at the end. A message
+    larger than `most_bytes` ends the connection. With `awaits_call`, the first frame must be a CALL within `CALL_S`."""
 
     def __init__(
         self,

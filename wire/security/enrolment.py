@@ -42,7 +42,6 @@ class Request:
         return replace(self, proof=_mac(token, _WORKER, *_transcript(token, challenge, self)))
 
     def is_proven(self, token: JoinToken, challenge: Challenge) -> bool:
-        """True if the sender knows the token and answers this challenge."""
         return hmac.compare_digest(self.proof, self.proven(token, challenge).proof)
 
 

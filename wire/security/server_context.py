@@ -1,5 +1,3 @@
-"""The server's side of TLS for Python's `ssl`."""
-
 from __future__ import annotations
 
 import ssl

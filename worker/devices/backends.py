@@ -16,16 +16,13 @@ from llamaclust.worker.devices import nvidia
 
 
 class GpuBackend(ExchangingBackend, Protocol):
-    """A backend on a GPU, which has memory of its own."""
-
     device: str  # "cuda:N"
 
     @property
     def free_bytes(self) -> int:
         """The bytes that this worker may still take, within its cap."""
 
-    def gpu(self) -> Gpu:
-        """Returns the description of the GPU."""
+    def gpu(self) -> Gpu: ...
 
     def measure(self) -> DeviceProfile:
         """Measures the kernels, which blocks for a moment."""

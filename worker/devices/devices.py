@@ -79,7 +79,6 @@ class Device:
 
     @property
     def encoder_backend(self) -> Backend:
-        """The processor's backend with threads of its own, which shares loaded weights."""
         return _apart(self.backend, ENCODER_NICENESS)
 
     def free_bytes_of(self, name: str) -> int:
@@ -151,7 +150,6 @@ def _apart(backend: Backend, niceness: int = 0) -> Backend:
 
 
 def gpus_of(device: str, gpu_memory_bytes: int | None) -> tuple[Gpu, ...]:
-    """Describes this machine's GPUs as a worker would find them. Raises UsageError if one is missing."""
     found = []
     for name in gpu_names(device):
         gpu = backends.open_gpu(name, 1, gpu_memory_bytes)

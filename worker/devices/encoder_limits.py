@@ -26,7 +26,6 @@ class EncoderMemory:
 
     @property
     def parts(self) -> dict[str, int]:
-        """The bytes by kind, as messages show them."""
         return {"weights": self.weight_bytes, "workspace": self.workspace_bytes}
 
 

@@ -26,7 +26,6 @@ def encoder_bytes(projector: Projector, threads: int) -> EncoderMemory:
 
 
 def _input_bytes(projector: Projector) -> int:
-    """Returns the bytes of the tensors that are added to patches, which are kept as floats."""
     names = {*projector.read_names} - {*projector.program.weights}
     return sum(_FLOAT_BYTES * prod(projector.file.tensor(name).shape) for name in names)
 

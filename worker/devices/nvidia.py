@@ -1,5 +1,3 @@
-"""Advice if this process cannot open NVIDIA's devices."""
-
 from __future__ import annotations
 
 import os

@@ -46,7 +46,6 @@ _LEAST_BYTES = 32 << 20  # of layers that are tried: fewer stay in caches, and d
 _EPOCH = 1
 
 Sweep = Callable[[], None]
-"""Evicts everything from caches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,6 @@ class ProfiledDevice:
 
     @classmethod
     def gpu(cls, gpu: GpuBackend, threads: int, feature_level: str) -> ProfiledDevice:
-        """`feature_level` is for the sampler, which runs on the CPU."""
         free_bytes = gpu.free_bytes * 3 // 4  # the rest is for what makes its cache cold
         return cls(gpu, threads, feature_level, free_bytes, size=GPU, own_cache=gpu.cache_flush)
 
@@ -213,8 +211,7 @@ def _first_tried(costs: Sequence[LayerCost]) -> int:
 
 
 def _ranges(layers: int, some: int, place: int) -> list[tuple[int, int]]:
-    """Returns ranges: one layer, `some` layers, the last layer. Workers start at different layers, to find them
-    cold."""
+    """Returns ranges: one layer, `some` layers, the last. Workers start at different layers, to find them cold."""
     start = place * some % (layers - some)
     return [(start, start + 1), (start, start + some), (layers - 1, layers)]
 

@@ -54,7 +54,6 @@ def resident_bytes() -> int:
 
 
 def release_freed_memory() -> None:
-    """Collects cyclic garbage, and makes glibc return freed memory to the system."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

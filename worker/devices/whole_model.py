@@ -45,10 +45,9 @@ def held_layers(
     placement: Placement | None = None,
     experts_cache: int | None = None,
 ) -> tuple[DeviceLayers, ...]:
-    """Places layers on devices, the last ones on the last GPU. If `placement` has no rule for experts, those that do
-    not fit on the first GPU go to RAM. Up to `experts_cache` bytes of the memory that is left on a GPU hold copies of
-    its layers' experts in RAM. Raises UsageError for an impossible placement, InsufficientMemoryError if memory is
-    short."""
+    """Places layers on devices, the last ones on the last GPU. Experts that no rule of `placement` places and that do
+    not fit on the first GPU go to RAM. Up to `experts_cache` bytes left on a GPU hold copies of its layers' experts in
+    RAM. Raises UsageError for an impossible placement, InsufficientMemoryError if memory is short."""
     placement, end = placement or Placement(cpu_moe=None), model.layer_count
     placement.check([gpu.device for gpu in device.gpus], 0, end)
     borders = model.costs(KvType(limits.kv_type)).borders

@@ -14,7 +14,6 @@ from llamaclust.worker.stage.stage_runner import model_program
 def planned_workspace_bytes(
     model: Model, start: int, end: int, limits: StageLimits, threads: int, device: str = "cpu"
 ) -> int:
-    """Returns the bytes of a stage's memory without weights and KV memory. Raises ModelFileError."""
     return program_workspace_bytes(model, model_program(model, start, end, limits), limits, threads, device)
 
 
@@ -34,7 +33,6 @@ def program_workspace_bytes(model: Model, program: Program, limits: StageLimits,
 
 
 def weight_rounding_bytes(model: Model, start: int, end: int, device: str, *, experts: bool = True) -> int:
-    """Returns the bytes that the device's rounding adds to the weights of layers [start, end)."""
     if not gpu_names(device):
         return 0
     from llamaclust.kernels.cuda.backend import rounded_weight_bytes

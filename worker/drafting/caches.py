@@ -1,5 +1,3 @@
-"""KV blocks of a draft model by sequence, and the tokens whose keys and values they contain."""
-
 from __future__ import annotations
 
 from collections import OrderedDict

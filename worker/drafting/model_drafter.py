@@ -13,7 +13,6 @@ from llamaclust.worker.drafting.caches import SequenceCache, SequenceCaches
 from llamaclust.worker.stage.stage_runner import StageRunner
 
 MOST_ROWS = 256
-"""The most tokens of a sequence in one prefill step."""
 _MOST_BESIDE = 8
 """The most tokens of a sequence that are prefilled in the drafting step. More are prefilled in steps before it."""
 

@@ -13,7 +13,6 @@ _Connection = TypeVar("_Connection")
 
 
 def caller_of(connection: socket.socket) -> str:
-    """Returns the other end's host, "" on a Unix socket. Raises OSError if the other end has gone."""
     if connection.family == socket.AF_UNIX:
         return ""
     return bounded_host(connection.getpeername()[0])

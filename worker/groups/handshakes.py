@@ -32,7 +32,6 @@ class Handshakes:
     """Takes connections while its context lasts. The end closes connections whose handshake is not complete."""
 
     def __init__(self, prove: Callable[[socket.socket], Awaitable[Link]], failed: Callable[[LinkError], None]) -> None:
-        """`prove` runs a handshake until the other end has proven to be the member. It closes its connection."""
         self._prove, self._failed = prove, failed
         self._claims: dict[asyncio.Task[Link], _Claim] = {}
         self._proven: asyncio.LifoQueue[Link] = asyncio.LifoQueue()

@@ -39,7 +39,6 @@ class LinkOpener:
     """Opens a member's links, once. Between two members, the one with the greater place connects."""
 
     def __init__(self, order: GroupOrder, credentials: Credentials, listener: LinkListener) -> None:
-        """Raises UsageError if these credentials do not allow an address, or if TLS is missing."""
         self._order, self._credentials, self._listener = order, credentials, listener
         for place in self._peers():
             check_address(order.members[place].address, credentials)

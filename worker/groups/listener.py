@@ -30,7 +30,6 @@ _MOST_SILENT = 64
 """The most connections without a hello. Above it, the host with the most loses its oldest one."""
 _BACKLOG = 128
 SOCKET_ENDING = ".l"
-"""The suffix that makes the path of the links' Unix socket from that of the stages' socket."""
 LINK_PORTS = 1000
 """The distance from the port for stages to the port for links. Ports between them may be other workers'."""
 _LAST_PORT = 65535

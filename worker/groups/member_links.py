@@ -42,7 +42,6 @@ class MemberLinks:
         self._one_row = 0, 0.0  # steps, and what their gathers have waited
 
     def open(self, on_open: Callable[[Links], None]) -> None:
-        """Begins to open the links. `on_open` is called on the event loop."""
         self._opening = asyncio.create_task(self._open_or_give_up(on_open))
         self._opening.add_done_callback(_retrieved)
 

@@ -1,5 +1,3 @@
-"""The folder of KV memory on disk. All workers of a machine with the same cache folder share it."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -7,8 +7,7 @@
         SHA-256 of all before
         the blocks [blocks, layers], without gaps
 
-A file is never changed, but it may be damaged: data with a wrong digest is not used.
-"""
+A file is never changed, but it may be damaged: data with a wrong digest is not used."""
 
 from __future__ import annotations
 

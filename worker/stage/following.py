@@ -25,12 +25,9 @@ _log = logging.getLogger(__name__)
 
 _TOKENS_BYTES = 1 << 20  # beside a frame
 _STEP_S = 60.0
-"""The longest time in seconds until a step ends after its links were closed."""
 
 
 class FollowingStage:
-    """A portion of a stage in an epoch. Its thread runs while the links are open."""
-
     def __init__(
         self,
         epoch: int,

@@ -87,8 +87,7 @@ class Leader:
 
 
 def encode_step(frame: bytes, followed: Sequence[SampledTokens], bands: int) -> bytes:
-    """Encodes a step: the number of bands, the number of token messages, each of these messages preceded by its length,
-    then the received frame."""
+    """Encodes a step: the numbers of bands and of token messages, each of these with its length, then the frame."""
     parts = [_LENGTH.pack(bands), _LENGTH.pack(len(followed))]
     for sampled in followed:
         tokens = encode_sampled_tokens(sampled)
@@ -97,7 +96,6 @@ def encode_step(frame: bytes, followed: Sequence[SampledTokens], bands: int) -> 
 
 
 def decode_step(data: bytes) -> tuple[bytes, SampledTokensBox, int]:
-    """Returns the frame, the tokens it depends on, and the number of bands. Raises ProtocolError for damaged data."""
     box, at = SampledTokensBox(), 2 * _LENGTH.size
     bands = _number(data, 0, MOST_BANDS)
     if bands == 0:

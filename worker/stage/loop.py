@@ -63,8 +63,6 @@ async def _send_all(waiting: deque[asyncio.Future[Answer]], send: Callable[[list
 
 @dataclass(frozen=True, slots=True)
 class StageContext:
-    """Objects that the stages of a membership share. A group's stage has some of its own."""
-
     worker: str
     compute: Compute
     counters: Counters

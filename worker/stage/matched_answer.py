@@ -26,8 +26,7 @@ _READY_S: Final = 60.0
 _TOKEN_NS: Final = 50_000_000
 """The CPU time allowed per token. Large schemas take at most a tenth of it."""
 _GUARD_NS: Final = 2_000_000_000
-"""The CPU time allowed per answer in addition to that of its tokens. It protects other answers if the counts of work
-(see matcher.py) do not reveal an answer's cost."""
+"""The CPU time of an answer beyond that of its tokens. It protects others if counts of work (see matcher.py) do not."""
 _TOKENS_AT_ONCE: Final = 64
 
 DEFERRED: Final = RowResult(-1, nan, is_deferred=True)
@@ -114,9 +113,8 @@ class MatchedAnswer:
         return self._due is not None
 
     def begin(self, row: MatcherRow) -> bool:
-        """Returns False if the row is deferred, because the matcher is not ready or an earlier row was deferred. Raises
-        ProtocolError if the row is at a wrong position. Rows that were sent before the forced tokens were known repeat
-        them."""
+        """Returns False if the row is deferred: the matcher is not ready, or an earlier row was deferred. Raises
+        ProtocolError for a wrong position. Rows sent before the forced tokens were known repeat them."""
         if self._due is not None and row.position > self._due:
             return False
         is_ready = self.ready.done() and self._matcher is not None

@@ -1,8 +1,7 @@
 """Matchers of a last stage's answers, for grammars and reasoning budgets. A thread makes them when sampling inputs
-arrive, while the stage computes. Rows without a ready matcher are deferred: the coordinator sends them again. A row is
-first sampled without its grammar. If the grammar refuses the token, the row is sampled again from the allowed tokens.
-The rows of a step share a bounded CPU time. A matcher's state depends only on grammar and tokens, so an answer can
-continue on another pipeline."""
+arrive. Rows without a ready matcher are deferred: the coordinator sends them again. A row is first sampled without its
+grammar; if that refuses the token, again from the allowed tokens. The rows of a step share a bounded CPU time. A
+matcher's state depends only on grammar and tokens, so an answer can continue on another pipeline."""
 
 from __future__ import annotations
 

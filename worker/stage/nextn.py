@@ -1,6 +1,5 @@
 """A multi-token prediction (MTP) head, which drafts after the last stage's layers. It keeps keys and values of all rows
-that counted, in blocks with the layers' block ids; those of drafted tokens are overwritten. Missing or wrong ones make
-drafts worse but change no answer."""
+that counted, in blocks with the layers' ids; wrong ones make drafts worse but change no answer."""
 
 from __future__ import annotations
 

@@ -160,8 +160,6 @@ class StageOptions:
 
 
 class StageRunner:
-    """Layers [start, end) of a model on a backend."""
-
     def __init__(
         self,
         backend: Backend,
@@ -171,7 +169,6 @@ class StageRunner:
         limits: StageLimits,
         options: StageOptions = StageOptions(),
     ) -> None:
-        """Loads weights, which may take long."""
         self.limits = limits
         self.portion = options.portion
         self.program = program = model_program(model, start, end, limits, options.portion)
@@ -238,9 +235,8 @@ class StageRunner:
         self._native_stage = stage if isinstance(stage, RunsFrames) else None
 
     def run(self, microbatch: Microbatch, hidden: Float32 | None) -> Float32:
-        """Returns hidden states [rows, embedding], or the last stage's logits [outputs, vocabulary]. They are valid
-        until the next run. `hidden` is [rows, embedding], or None for a first stage. Raises ProtocolError if the
-        microbatch does not fit."""
+        """Returns hidden states [rows, embedding], or the last stage's logits [outputs, vocabulary], valid until the
+        next run. `hidden` is None for a first stage. Raises ProtocolError if the microbatch does not fit."""
         self.settle()
         self._frame = frame = self.read(microbatch, hidden)
         return self._stage.run(batch_of(frame), frame.hidden)
@@ -355,7 +351,6 @@ class StageRunner:
 
     @property
     def weights(self) -> object:
-        """An object that keeps the weights in memory while it is referenced."""
         return self._newest.weights if self._nextn is None else (self._newest.weights, self._nextn.weights)
 
     def close(self) -> None:

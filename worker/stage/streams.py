@@ -26,7 +26,6 @@ from llamaclust.worker.stage.stage_runner import StageRunner
 from llamaclust.worker.stage.step_inputs import StepInputs
 
 _STEP_S = 60.0
-"""The longest time in seconds until a leader's step ends after its links were closed."""
 
 _Use = Callable[[ClientStream], Coroutine[None, None, None]]
 

@@ -50,13 +50,11 @@ async def load_stage(
 async def load_encoder(
     wanted: EncoderFile, epoch: int, device: Device, report: Report, weights: Weights, reach: Reach
 ) -> TileEncoder:
-    """Loads an encoder on the processor. Raises the errors of `load_stage`."""
     files = _Files(weights, reach, Progress())
     return await _reported(epoch, files.progress, report, _load_encoder(wanted, device, files))
 
 
 async def _reported(epoch: int, progress: Progress, report: Report, load: Coroutine[None, None, _Value]) -> _Value:
-    """Reports the progress of fetching and loading together."""
 
     async def progressed(done_bytes: int, total_bytes: int) -> None:
         if total_bytes:
@@ -219,7 +217,6 @@ def _in_tiles(limits: StageLimits, model: Model) -> Model:
 
 
 def _planned(order: Load, device: Device, model: Model, reserved_bytes: int) -> StageMemory:
-    """Returns the memory of all devices together. Raises InsufficientMemoryError if one has too little."""
     shares = device_shares(device, model, device.layers(order), order.limits, portion_of(order))
     release_freed_memory()
     for name, share in shares.items():

@@ -132,14 +132,12 @@ _KNOWN = (*BODIES, *FLOODS)
 @dataclass(frozen=True)
 class Attacks(Case):
     """Cost of a hostile client to other clients: gaps in their streams, `/live`, first tokens, memory.
-
-    The attacker has one API key; the streams and short requests of other clients have another. Bodies have 15 MB and as
-    many elements as fit; --at-once of each kind are sent together. `background`: 300 background responses. `tokenize`:
-    40 texts of 1 MiB. `answers`: 128 answers that obey a large schema. `logprobs`: a reply of 32 answers of 1,900
-    tokens with 20 logprobs each (only a tiny model is fast enough). `ambiguous`: 16 answers under grammars whose
-    matchers take 20 to 60 ms per token. `fixed_texts`: 8 choices of a text of 100,000 characters. Two attacks have no
-    key: `headers`, 900 connections with 10,000 short headers each, and `chunks`, 40 bodies in 100,000 chunks of a byte.
-    `form ms` is the time of another client's answer that obeys a schema."""
+    The attacker and the other clients have different API keys. Bodies have 15 MB; --at-once of each kind are sent
+    together. `background`: 300 background responses. `tokenize`: 40 texts of 1 MiB. `answers`: 128 answers that obey a
+    large schema. `logprobs`: 32 answers of 1,900 tokens with 20 logprobs each (needs a tiny model). `ambiguous`: 16
+    answers whose matchers take 20 to 60 ms per token. `fixed_texts`: 8 choices of 100,000 characters. Without a key:
+    `headers`, 900 connections with 10,000 headers, and `chunks`, 40 bodies of 100,000 chunks. `form ms`: another
+    client's answer under a schema."""
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)

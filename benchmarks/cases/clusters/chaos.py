@@ -25,10 +25,8 @@ _LOOK_S = 0.1
 @dataclass(frozen=True)
 class Chaos(Case):
     """Injects the faults of `llamaclust chaos` into a new cluster: no answer may be lost or changed.
-
-    A killed coordinator is restarted at once, or a standby takes over. Workers that joined are restarted when they end.
-    With --group, a group of that many workers holds the first two thirds of the layers, and one other worker the rest,
-    so that no worker can replace another. Pauses of all streams are shown by kind of fault."""
+    A killed coordinator is restarted at once, or a standby takes over. With --group, that many workers hold the first
+    two thirds of the layers and one other worker the rest, so that no worker can replace another."""
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)
@@ -104,8 +102,6 @@ async def _keep_up(bench: Bench, *, with_standby: bool) -> None:
 
 
 class _View:
-    """Prints the messages of the run on standard error."""
-
     def line(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 

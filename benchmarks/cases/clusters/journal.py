@@ -35,9 +35,8 @@ main()
 @dataclass(frozen=True)
 class Journal(Case):
     """Throughput of short requests with the journal of admissions, relative to a coordinator without one.
-
-    Two clusters of one worker each run at the same time and take turns at bursts of streamed requests. The journal is
-    in the folder of temporary files, or in --state-dir: choose a disk, not a tmpfs."""
+    Two clusters take turns at bursts of streamed requests. The journal is in the folder of temporary files, or in
+    --state-dir: choose a disk, not a tmpfs."""
 
     rounds = 15
     warm = 1

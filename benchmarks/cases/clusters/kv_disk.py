@@ -28,10 +28,9 @@ _WRITTEN = "llamaclust_worker_kv_disk_written_bytes_total{"
 @dataclass(frozen=True)
 class KvDisk(Case):
     """Time to the first token after a full restart, when the KV memory of a long shared prefix is read from disk.
-
-    Each prompt is the prefix and a few tokens of its own. The first cluster computes the prefix and writes its KV
-    memory. The second cluster, whose processes are all new, answers another prompt with the same prefix. Then both
-    clusters' answers to the first prompt must have equal ids and logprob bits. The client measures the times."""
+    A first cluster computes the prefix and writes its KV memory; a second one answers another prompt with the same
+    prefix. Both clusters' answers to the first prompt must have equal ids and logprob bits. The client measures the
+    times."""
 
     rounds = 3
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")

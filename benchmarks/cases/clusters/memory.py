@@ -30,10 +30,8 @@ _ROOM_BYTES = 1 << 40
 @dataclass(frozen=True)
 class Memory(Case):
     """Memory of stages as stated by `plan`, `model info` and `status`, compared with the memory that is resident.
-
-    The model is planned for one worker, and for two with half of the layers each. Each stage is loaded in its own
-    process without the packed-weight cache, so that all weights are private. It runs microbatches of the greatest size
-    that its limits allow, until all KV blocks are in use. `resident` is the process's growth since before the load
+    Each stage, of one worker and of two, is loaded in its own process without the packed-weight cache, and runs the
+    largest microbatches until all KV blocks are in use. `resident` is the process's growth since before the load
     (RssAnon of /proc/self/status). The case fails if a figure differs from `resident` by more than 5 %."""
 
     rounds = 1
@@ -59,7 +57,6 @@ class Memory(Case):
     def _stages(
         self, path: Path, model: Model, cut: tuple[int, ...]
     ) -> list[tuple[str, dict[str, int], dict[str, Any]]]:
-        """Returns for each stage its name, its planned bytes, and the order for the process that loads it."""
         names = [f"w{number}" for number in range(len(cut) - 1)]
         entries = [{"worker": name, "layers": [*cut[at : at + 2]]} for at, name in enumerate(names)]
         values = {"model": str(path), "workers": [{"name": name} for name in names], "plan": entries}

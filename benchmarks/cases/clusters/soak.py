@@ -37,8 +37,6 @@ _ENDS = ("read",) * 6 + ("resumed",) * 2 + ("given up", "given up by name")
 
 @dataclass(slots=True)
 class Soak:
-    """The streams that load one cluster, and their results."""
-
     api: str
     requests: Requests
     expected: dict[int, Received]
@@ -73,8 +71,6 @@ class Soak:
 
 @dataclass(slots=True)
 class Exchange:
-    """One request. Its reply may be read over several connections."""
-
     client: httpx.AsyncClient
     path: str
     content: bytes
@@ -82,8 +78,7 @@ class Exchange:
     received: Received = field(default_factory=Received)
 
     async def read(self, most: int | None, *, with_name: bool) -> None:
-        """Reads the reply over a new connection, which is closed after `most` events. `with_name` gives the reply a
-        name, with which a later connection can resume it."""
+        """Reads at most `most` events over a new connection. `with_name` lets a later connection resume the reply."""
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
         headers |= self.stream.headers if with_name else {}
         events = 0
@@ -99,18 +94,14 @@ class Exchange:
 
 
 Samples = dict[str, list[tuple[float, float]]]
-"""Pairs of time in seconds and resident MiB, by process."""
 
 
 @dataclass(frozen=True)
 class SoakCase(Case):
     """Many streams for a long time, with clients that disconnect, return or give up: errors, and memory.
-
-    Each stream sends one request after another. Three in five replies are read to the end. The other clients are
-    disconnected at a random event; they return at once or within two seconds, or give up, with or without a name for
-    the reply. Complete answers are compared with undisturbed ones. For each process, the median memory of the first
-    tenth of the time after --warm-up is compared with that of the last tenth. The case fails if an answer differs, or
-    if a process has grown or shrunk by more than a twentieth."""
+    Three in five replies are read to the end. Other clients are disconnected at a random event; they return within two
+    seconds, or give up. The case fails if a complete answer differs from an undisturbed one, or if a process's median
+    memory in the last tenth differs by more than a twentieth from that in the first tenth after --warm-up."""
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)

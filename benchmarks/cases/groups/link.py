@@ -30,13 +30,10 @@ _GREETING = b"benchmark"
 _NAMES = ("first", "second")
 
 Way = Callable[[int], list[int]]
-"""Does the given number of exchanges and returns the nanoseconds of each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One of the two processes that exchange bytes."""
-
     member: int
     library: Path
     identities: tuple[Identity, Identity]
@@ -91,7 +88,6 @@ class Side:
 @dataclass(frozen=True)
 class LinkCase(Case):
     """Cost of a gather of two members over loopback, compared with a loop that exchanges the same bytes.
-
     Two processes on a core each use three ways in turns: a loop that only sends and receives, plain links, and links
     with TLS. Each member sends --kib. Then all is repeated with the other member late each time."""
 
@@ -143,8 +139,7 @@ class LinkCase(Case):
 
 
 def serve(side: Side, ends: list[socket.socket], orders: Connection) -> None:
-    """Runs the second member. Each order has the name of a way, a number of gathers, and the milliseconds by which the
-    member is late in each gather."""
+    """Runs the second member. An order has a way's name, a number of gathers, and the member's delay in each, in ms."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     ways = side.ways(ends)
     while (order := orders.recv()) is not None:

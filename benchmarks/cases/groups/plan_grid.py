@@ -36,12 +36,10 @@ class _Case:
 
 
 Entry = dict[str, object]
-"""An entry of `plan` in a cluster file."""
 
 
 def _grid() -> list[_Case]:
-    """Returns the cases of the grid. Machines have at least the memory that the model needs, if possible. Unequal
-    machines differ in speed and memory."""
+    """Returns the cases. Unequal machines differ in speed and memory. All have enough memory, if possible."""
     cases = []
     for number, (model, count, (gbit, ms)) in enumerate(itertools.product(_MODELS, _COUNTS, _NETWORKS)):
         if number % 3:  # a third of the cases, spread over all combinations
@@ -62,8 +60,6 @@ def _grid() -> list[_Case]:
 
 
 class _Alternatives:
-    """Makes alternative plans for a cluster, such as a user could write."""
-
     def __init__(self, cluster: AssumedCluster, model: AssumedModel, source: random.Random) -> None:
         self._source = source
         self._layers = model.opened.layer_count
@@ -179,12 +175,9 @@ def _outcome(case: _Case, most: int, source: random.Random) -> Measures | None:
 @dataclass(frozen=True)
 class PlanGrid(Case):
     """Choices of the planner, compared with other plans over a grid of assumed clusters: none may be clearly faster.
-
-    Plans are compared by the predicted time of a usual answer (a prompt of 512 tokens, 128 tokens of answer), which the
-    objective `latency` minimizes. The chosen plan is compared with the best plan without groups, and with manual plans:
-    all chains of sets of up to three machines, and random chains of more. Their shares follow speed, follow memory or
-    are equal; layers are cut where memories end, and at random borders. The case fails if another plan is faster by
-    more than 3 %."""
+    The predicted time of 512 tokens of prompt and 128 of answer is compared with that of the best plan without groups,
+    and of manual plans: all chains of sets of up to three machines, and random chains of more, with shares and cuts by
+    speed, by memory, equal or random. The case fails if one is faster by more than 3 %."""
 
     rounds = 1
     count: int | None = option(None, "number of clusters to draw from the grid; by default all", positive)

@@ -72,7 +72,6 @@ class Setting:
 
 
 def serve(setting: Setting, orders: Connection) -> None:
-    """Loads the stage, then runs the prompt for each order: a number of bands, or 0 to end the program."""
     os.sched_setaffinity(0, {setting.core})
     if setting.is_realtime:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))

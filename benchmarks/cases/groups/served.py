@@ -67,8 +67,7 @@ class Way:
 
 
 def ways_of(cores: Sequence[int], shares: Sequence[int], speeds: Sequence[float]) -> list[Way]:
-    """Returns the kinds of clusters: one worker with the highest speed, a stage on each core, and a group. Stages are
-    omitted if the speeds differ."""
+    """Returns the kinds of clusters: one worker with the highest speed, stages (if speeds are equal), and a group."""
     found = [Way(ONE, (cores[0],), speeds=(max(speeds),))]
     if len(set(speeds)) == 1:
         found.append(Way(STAGES, tuple(cores), speeds=tuple(speeds)))
@@ -124,15 +123,13 @@ class Served(Case):
     """Answers of a group as clients of the HTTP API receive them, compared with one worker and with stages.
 
         run.py served 7b IQ2_XXS --delays 0,0.1,0.5,2 --gbit 1
-        run.py served 70b IQ1_S --layers 4                       # each layer counts 20 times
-        run.py served 70b IQ1_S --layers 4 --shares 2,1 --speeds 1,0.5
+        run.py served 70b IQ1_S --layers 4 --shares 2,1 --speeds 1,0.5  # each layer counts 20 times
 
-    All clusters run `llamaclust up` at the same time, with random weights. Their static workers have one thread each,
-    on a core each, and use mutual TLS (--local: processes of the coordinator, without TLS). `decode` is one answer
-    after a short prompt, `prefill` a long prompt up to its first token, `together` several answers at once. Ids and
-    logprobs must be those of one worker. Round trip and rate of links between members are emulated, and so are members
-    slower than their cores. With --layers, models of two layers are measured as well, and the times of the whole model
-    are extrapolated. With --speculation, answers repeat their prompt, and all clusters draft."""
+    Static workers have one thread each, on a core each, with mutual TLS (--local: processes of the coordinator, without
+    TLS). `decode` is one answer after a short prompt, `prefill` a long prompt up to its first token, `together` several
+    answers at once. Ids and logprobs must be those of one worker. Links between members and slow members are emulated.
+    With --layers, models of two layers are measured too, and times of the whole model are extrapolated. With
+    --speculation, answers repeat their prompt, and all clusters draft."""
 
     warm = 1
     shape: str = argument("shape of the model", chosen("shape", {name: name for name in SHAPES}))
@@ -270,8 +267,7 @@ class Served(Case):
         return {**figures, "processors": " ".join(f"{ms:.2f}" for ms in used), "tokens or logprobs": bits}
 
     def _priority(self, served: ServedWay) -> ExitStack:
-        """Sets real-time priority with --realtime. The coordinator and this client have priority over
-        the workers, like tasks that were asleep."""
+        """Sets real-time priority with --realtime: the coordinator and this client come before the workers."""
         stack = ExitStack()
         if self.realtime:
             coordinator, *workers = served.pids

@@ -30,9 +30,8 @@ _HOW = "the docstring of tests/support/models/vision/record_mtmd.py"
 @dataclass(frozen=True)
 class Encode(Case):
     """Speed of encoders, compared with llama.cpp's mtmd: one tile of an image of 1024 x 768 pixels.
-
-    A ratio above 1 means that llamaclust is faster. The docstring of tests/support/models/vision/record_mtmd.py says
-    how to build mtmd's program. Weights are random and have the types of files that people download."""
+    A ratio above 1 means that llamaclust is faster. tests/support/models/vision/record_mtmd.py says how to build mtmd's
+    program. Weights are random, of the types of published files."""
 
     rounds = 3
     shapes: tuple[str, ...] = option(tuple(_NAMES), "shapes of encoders", listed(chosen("shape", _NAMES)))
@@ -60,7 +59,6 @@ class Encode(Case):
 async def _variants(
     program: Path | None, path: Path, tile: NDArray[np.uint8], threads: int
 ) -> AsyncIterator[dict[str, Variant]]:
-    """Yields the encoders with weights in memory: mtmd's, if its program is given, and llamaclust's."""
     projector = open_projector(path)
     with _ours(projector, tile, threads) as ours:
         if program is None:

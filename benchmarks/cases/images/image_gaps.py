@@ -1,5 +1,3 @@
-"""The case `image_gaps`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -47,12 +45,9 @@ _BESIDE = 1000  # the number of the first image beside streams
 @dataclass(frozen=True)
 class ImageGaps(Case):
     """Cost of an image of 1024 x 768 pixels to streams of text meanwhile, and of another question to the same image.
-
-    Both models have random weights in the shapes of a public model. `first s` is the time to the first token of an
-    answer about the image. The time between two tokens of a stream is a gap: `gap ms` is the longest one without an
-    image, or while the image is encoded (goal: 150), `mid ms` the median, and `prompt ms` the longest one while the
-    prompt with the image is computed. Nothing is drafted: with random weights a drafter is always right, and a step of
-    33 tokens is a long gap."""
+    `first s`: time to the first token of an answer about the image. `gap ms`: the longest time between two tokens of a
+    stream while the image is encoded, or without an image (goal: 150). `mid ms`: the median. `prompt ms`: the longest
+    while the prompt with the image is computed. Weights are random, and nothing is drafted."""
 
     rounds = 3
     shape: str = option("smolvlm-500m", "of both models", chosen("shape", _NAMES))
@@ -80,7 +75,6 @@ class ImageGaps(Case):
 
     @contextmanager
     def _models(self) -> Iterator[Path]:
-        """Yields a text model with its projector beside it."""
         shape, text = VISION_SHAPES[self.shape], _TEXTS[self.shape]
         text = replace(text, layers=min(self.text_layers or text.layers, text.layers))
         with TemporaryDirectory(prefix="llamaclust-") as folder:
@@ -124,7 +118,6 @@ async def _beside(bench: Bench, seen: Others, turn: int) -> Measures:
 
 
 def _gaps_s(seen: Others, from_s: float, to_s: float) -> list[float]:
-    """Returns the gaps that overlap the given time, at least one."""
     return [end_s - begun_s for begun_s, end_s in seen.gaps if begun_s < to_s and end_s > from_s] or [0.0]
 
 
@@ -150,7 +143,6 @@ async def _answered(bench: Bench, question: str, image: dict[str, Any]) -> _Answ
 
 
 async def _preparation_s(bench: Bench, request: str) -> float:
-    """Returns the seconds before a request's prompt is computed. Its images are encoded in this time."""
     async with httpx.AsyncClient(base_url=bench.api, trust_env=False) as client:
         (found,) = (await client.get(f"/cluster/requests/{request}")).raise_for_status().json()["requests"]
     return sum(float(phase["seconds"]) for phase in found["phases"] if phase["phase"] == "preparation")

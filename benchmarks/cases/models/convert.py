@@ -124,10 +124,8 @@ _KINDS = {name: name for name in OUTPUT_TYPES}
 @dataclass(frozen=True)
 class Convert(Case):
     """Speed and peak memory of `model convert` on random weights in the shape of a real model, compared with dd.
-
-    The checkpoint is made first (all its matrices repeat the same random numbers) and deleted at the end. For every
-    type, dd writes as many bytes to the same disk with conv=fsync. Then one dd reads the checkpoint while another
-    writes as many bytes. With --cold, the checkpoint is first removed from the page cache."""
+    The checkpoint is made first and deleted at the end. dd writes as many bytes to the same disk with conv=fsync, alone
+    and while another dd reads the checkpoint. With --cold, the checkpoint is first removed from the page cache."""
 
     rounds = 1
     folder: Path = argument("new folder for the files; deleted at the end")
@@ -157,7 +155,6 @@ class Convert(Case):
         return await asyncio.to_thread(self._run, way, kind)
 
     def _run(self, way: str, kind: str) -> Measures:
-        """Measures one way. The converted file stays until dd has written as many bytes."""
         converts, out, weights = self.folder / f"{kind}.gguf", self.folder / "out", self.folder / WEIGHTS
         if self.cold and way != "dd":
             forget(weights)

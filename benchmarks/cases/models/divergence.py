@@ -33,11 +33,9 @@ _SAME = {"F32", "F16", "BF16"}
 @dataclass(frozen=True)
 class Divergence(Case):
     """Effect of quantizing on predictions, compared with llama-quantize: KL divergence from the unquantized model.
-
-    The model is first padded with zeros, so that all types fit. For mixes with `+`, both programs get the same
-    importance matrix, made from the second half of TEXT. The first chunks are predicted, token by token. Both files run
-    in llamaclust's kernels and must have tensors of the same types. The ratio's standard error is computed over pairs
-    of tokens."""
+    The model is padded with zeros, so that all types fit. For mixes with `+`, both programs get the importance matrix
+    of the second half of TEXT; the first chunks are predicted. Both files run in llamaclust's kernels and must have
+    tensors of the same types. The ratio's standard error is computed over pairs of tokens."""
 
     rounds = 1
     model: str = argument("catalog name or path of a .gguf", str)
@@ -77,7 +75,6 @@ class Divergence(Case):
 
 
 def divergences(model: Path, logits: Path) -> Float64:
-    """Returns the KL divergence of each scored token from the model whose logits are in the file."""
     base = LogitsFile.open(logits)
     with closing(Model.open(model)) as opened:
         tokenizer = opened.tokenizer
@@ -88,7 +85,6 @@ def divergences(model: Path, logits: Path) -> Float64:
 
 
 def ratio(ours: Float64, theirs: Float64) -> tuple[float, float]:
-    """Returns the ratio of two means over the same tokens, and its standard error."""
     value = float(ours.mean() / theirs.mean())
     apart = ours - value * theirs
     return value, float(apart.std() / theirs.mean() / np.sqrt(apart.size))

@@ -30,8 +30,6 @@ Quantize = Callable[[QuantType, Float32, Float32 | None], NDArray[np.uint8]]
 
 
 class Ggml:
-    """The quantizers of ggml, from its shared library."""
-
     class _Memory(ctypes.Structure):
         _fields_ = [("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
 
@@ -66,10 +64,8 @@ def rows_of(path: Path, most: int) -> Float32:
 @dataclass(frozen=True)
 class QuantizeCase(Case):
     """Quantizers compared with llama.cpp's: error and time of every type on a model's own weights, in rows of 2304.
-
-    With --llama-quantize, the time of a whole file is measured as well. Errors are roots of mean squares, weighted by a
-    random importance for types with `+`. Both programs get the same float32 rows and run in one thread, or in --threads
-    for the whole file."""
+    Errors are roots of mean squares, weighted by a random importance for types with `+`. Both programs get the same
+    rows and run in one thread. With --llama-quantize, a whole file is timed too, in --threads."""
 
     rounds = 2
     model: str = argument("catalog name or path of a .gguf", str)

@@ -19,10 +19,9 @@ from llamaclust.tools.quantize.type_choice import Wishes, choose_types, is_kept
 @dataclass(frozen=True)
 class Quantized(Case):
     """Compares the quantizations of a model: size, perplexity, KL divergence from the unquantized one, speed.
-
-    The model is first padded with zeros, so that all types fit. All types use the importance matrix, made from the
-    second half of TEXT; the first chunks are predicted. `fall back` is the share of matrices that get another type than
-    the mix wants without padding. Speeds are those of `llamaclust bench`, relative to F16's in the same minute."""
+    The model is padded with zeros, so that all types fit. All types use the importance matrix of the second half of
+    TEXT; the first chunks are predicted. `fall back`: the share of matrices that get another type without padding.
+    Speeds are those of `llamaclust bench`, relative to F16's in the same minute."""
 
     rounds = 1
     model: str = argument("catalog name or path of a .gguf", str)
@@ -59,7 +58,6 @@ class Quantized(Case):
 
 
 def fall_back(narrow: ModelFile, wide: ModelFile, mix: str) -> float:
-    """Returns the share of matrices to which the mix gives different types in the narrow model and in the wide one."""
     matrices = [name for name, tensor in narrow.tensors.items() if not is_kept(name, tensor.shape)]
     here, there = (choose_types(model, Wishes(MIXES[mix], has_importance=True)) for model in (narrow, wide))
     return sum(here[name] != there[name] for name in matrices) / len(matrices)

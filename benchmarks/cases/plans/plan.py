@@ -42,10 +42,9 @@ SHAPES = {
 @dataclass(frozen=True)
 class Plan(Case):
     """Accuracy of plans: predicted and measured time of a token in clusters of eleven shapes.
-
     SMALL is the demo model; LARGE has about a gigabyte (`benchmarks/shape.py 1.1b Q4_K`). Each cluster starts with
-    nothing measured, like a newcomer's. `ratio` is predicted / measured time, for the objective `throughput` per token
-    of eight simultaneous requests. Shapes with links need root (network namespaces) and a process for each worker."""
+    nothing measured. `ratio` is predicted / measured time, for the objective `throughput` per token of eight
+    simultaneous requests. Shapes with links need root (network namespaces)."""
 
     rounds = 3
     small: Path = argument("path of a small model (.gguf)", existing)
@@ -73,7 +72,6 @@ class Plan(Case):
 
 
 async def _times(source: random.Random, cluster: Cluster) -> Times:
-    """Measures ms per token of one request; for `throughput`, of eight simultaneous prompts of one token."""
     vocabulary = cluster.model.hyperparameters.vocabulary_size
     if cluster.config.objective == "latency":
         finished = await run(cluster, prompts(source, 1, PROMPT, vocabulary)[0], TOKENS)

@@ -28,9 +28,8 @@ class PlanExperts(Case):
         python benchmarks/shape.py 7b Q4_K moe.gguf --alike --hidden 2048 --layers 40 --heads 32 --kv-heads 4 \
             --ffn 768 --experts 128 --experts-used 8
 
-    makes a model of 13 GB, of which a token reads a tenth. Three workers of one thread each get memory for less than
-    half of the model. They run on this machine or, with --hosts, on hosts of their own (network namespaces, round trip
-    1 ms, 1 Gbit/s; needs root). Each cluster starts with nothing measured."""
+    makes a model of 13 GB. Three workers of one thread each get memory for less than half of it. They run on this
+    machine or, with --hosts, on hosts of their own (network namespaces, round trip 1 ms, 1 Gbit/s; needs root)."""
 
     rounds = 3
     model: Path = argument("path of a .gguf", existing)

@@ -33,12 +33,10 @@ _KINDS = ("steps", "products", "limits")
 @dataclass(frozen=True)
 class PlanTypes(Case):
     """Accuracy of plans for every type of weights: predicted / measured times of one shape on one worker.
-
-    For each type, a file is written and a cluster started. Columns have the measured ms of a token and of a prompt of
-    512 tokens, and predicted / measured for three predictions. The first uses steps of the model that the worker
-    measured, like a plan; the second products alone (a worker without the model file); the third the worker's limits
-    alone, like `plan --assume`. The worker measures itself before and after each measured request, and the mean of both
-    predictions counts."""
+    Columns have the measured ms of a token and of a prompt of 512 tokens, and predicted / measured for three
+    predictions: by the worker's measured steps, like a plan; by products alone (a worker without the model file); by
+    the worker's limits alone, like `plan --assume`. The mean of predictions before and after each measured request
+    counts."""
 
     rounds = 3
     types: tuple[QuantType, ...] = option(tuple(LAYOUTS), "types of weights, or all", types_of)

@@ -25,10 +25,9 @@ _PROMPT = 64
 @dataclass(frozen=True)
 class DraftModel(Case):
     """Gain of a draft model. The weights are random; their construction determines how often drafts are right.
-
-    The draft model is the first layers of the model. What the later layers add to the hidden state is multiplied by
-    each of --strengths: with 0, they add nothing and every draft is right. N-gram drafts are off. Tokens and logprobs
-    must be equal with and without drafts."""
+    The draft model is the first layers of the model. What later layers add to the hidden state is multiplied by each of
+    --strengths: with 0, every draft is right. N-gram drafts are off. Tokens and logprobs must equal those without
+    drafts."""
 
     warm = 1
     shape: str = option("1.1b", "shape of the model", chosen("shape", {name: name for name in SHAPES}))

@@ -67,11 +67,9 @@ def _first_inputs(rows: int, columns: int, sign: int) -> memoryview:
 @dataclass(frozen=True)
 class Mtp(Case):
     """Gain and cost of a head for multi-token prediction that is always right, or always wrong. Weights are random.
-
-    The model has GLM 4.5's architecture without experts. Its layers are computed but add nothing to the hidden state,
-    so that each token follows from the previous one alone. The right head passes the embedding of its input token on,
-    and so predicts every greedily chosen token. The wrong head has the opposite sign and predicts none. `prompt ms`
-    shows the cost in prefill: the head is one layer more than --layers."""
+    The layers of the model, of GLM 4.5's architecture without experts, add nothing to the hidden state, so that each
+    token follows from the previous one. The right head passes the embedding of its input on; the wrong head has the
+    opposite sign. `prompt ms` shows the cost in prefill: the head is one layer more than --layers."""
 
     rounds = 7
     warm = 1

@@ -24,11 +24,9 @@ _GOALS = {0.95: ">= 0.85", 0.0: ">= 0.97"}
 @dataclass(frozen=True)
 class Replay(Case):
     """Gain of drafted tokens by the share that is right. Drafts are recorded answers.
-
-    First, the cost of rows is measured: times of a microbatch in which each row chooses a token. It determines the gain
-    that an acceptance allows with the best fixed number of drafted tokens. With --together, that many random prompts
-    are answered at the same time, with and without n-gram drafts. Tokens and logprobs must be equal with and without
-    drafts."""
+    The measured cost of rows determines the gain that an acceptance allows with the best fixed number of drafted
+    tokens. With --together, random prompts are answered at the same time, with and without n-gram drafts. Tokens and
+    logprobs must be equal with and without drafts."""
 
     warm = 1
     model: Path = argument("path of a .gguf", existing)

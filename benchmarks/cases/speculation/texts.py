@@ -24,10 +24,9 @@ _LEAST_TOKENS = 32
 @dataclass(frozen=True)
 class Texts(Case):
     """Gain of n-gram drafts on real text: every prompt with plain decode and with drafted tokens, on one engine.
-
-    Prompts are built from this repository's files with a seed. `copy`: a file and the beginning of its copy. `edit`: a
-    program and the beginning of a copy with a name changed. `quote`: a summary with quotations. `prose`: open questions
-    at temperature 0.8. Each turn has its own prompt. Tokens and logprobs must be equal with and without drafts."""
+    `copy`: a file of this repository and the beginning of its copy. `edit`: a program and a copy with a name changed.
+    `quote`: a summary with quotations. `prose`: open questions at temperature 0.8. Each turn has its own prompt. Tokens
+    and logprobs must be equal."""
 
     rounds = 50
     warm = 1

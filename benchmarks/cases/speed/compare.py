@@ -22,7 +22,6 @@ _LEAST_PROMPT = 16
 @dataclass(frozen=True)
 class Compare(Case):
     """Speed compared with llama.cpp: `llamaclust bench` and `llama-bench` in turns, for models or for types of weights.
-
     A ratio above 1 means that llamaclust is faster. `benchmarks/runner/llama.py` says how to build llama-bench. For
     each of --types, a temporary file of random weights is made."""
 

@@ -26,10 +26,8 @@ _BODY = {"prompt": "Once upon a time", "temperature": 0, "speculative": False, "
 @dataclass(frozen=True)
 class IdleStreams(Case):
     """Cost of waiting streams: one answer while a thousand other streams are open, and one alone.
-
-    The cluster computes one request at a time, so the other streams wait, and get signs of life. Figures are tokens per
-    second in the same part of the answer, and the coordinator's processor time per token. `KiB a stream` is the
-    coordinator's memory per open stream."""
+    The cluster computes one request at a time; waiting streams get signs of life. Figures are tokens per second in the
+    same part of the answer, and the coordinator's processor time per token and memory per open stream."""
 
     rounds = 3
     warm = 1

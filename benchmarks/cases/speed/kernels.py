@@ -45,11 +45,9 @@ _LEVELS = tuple(_native.available_levels())
 @dataclass(frozen=True)
 class Kernels(Case):
     """Speed of the matrix products, compared with this machine's own limits in the same minute.
-
-    A row has a type, shape, level and number of tokens. It shows bytes of weights and multiply-adds per second, and
-    their shares of this CPU's read bandwidth and of its multiply-add peak (8-bit integers; float32 for float weights).
-    One token should be near the first limit, hundreds near the second. Limits are means of two measurements, right
-    before and right after."""
+    Rows show bytes of weights and multiply-adds per second, and their shares of this CPU's read bandwidth and of its
+    multiply-add peak (8-bit integers; float32 for float weights). One token should be near the first limit, hundreds
+    near the second. Limits are measured right before and after."""
 
     types: tuple[QuantType, ...] = option(tuple(LAYOUTS), "types of weights, or all", types_of)
     shapes: tuple[tuple[int, int], ...] = option(((5632, 2048),), "shapes of matrices, as ROWSxCOLS", listed(shape))

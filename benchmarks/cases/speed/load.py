@@ -18,11 +18,9 @@ from runner.options import existing, positive
 @dataclass(frozen=True)
 class Load(Case):
     """Time until a model is ready and peak memory, for loads from its file and from packed layers.
-
-    Each load runs in its own process, with the files in the page cache. `ready` is the time from opening the file to a
-    stage that could run; `process` begins at the start of Python instead. `limit` bounds the peak of resident memory
-    after a prefill: 1.10 of the weights held, plus KV memory, plus 150 MiB. For "copied", the packed layers are in
-    small pages."""
+    Each load runs in its own process, with files in the page cache. `ready` counts from opening the file, `process`
+    from the start of Python. `limit` bounds peak resident memory after a prefill: 1.10 of the weights held, plus KV
+    memory, plus 150 MiB. For "copied", packed layers are in small pages."""
 
     rounds = 3
     model: Path = argument("path of a .gguf", existing)

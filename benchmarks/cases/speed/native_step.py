@@ -37,8 +37,6 @@ KINDS: Final[Mapping[str, Callable[[Chunk, int], Chunk]]] = {
 
 
 class Step:
-    """The messages of microbatch 1, in which `rows` sequences continue from microbatch 0."""
-
     def __init__(self, rows: int, kind: str) -> None:
         blocks = _LIMITS.max_context_tokens // 16
         plain = (Chunk((0,), _POSITION, (row * blocks, blocks), 1, (0, row)) for row in range(rows))
@@ -111,10 +109,8 @@ class Step:
 @dataclass(frozen=True)
 class NativeStep(Case):
     """Cost of a decode step's messages, without its computing: the coordinator writes them and a stage reads them.
-
-    Figures are microseconds per call in a loop, where the caches hold everything. The microbatch follows another one,
-    whose tokens are filled in. The model is 576 wide, and rows are sampled from 32 words. Rows are plain, or have
-    states, adapters, drafts of a head or matchers, without the matchers' own work."""
+    Figures are microseconds per call in a loop, with warm caches. The model is 576 wide, and rows are sampled from 32
+    words. Rows are plain, or have states, adapters, drafts of a head or matchers, without the matchers' own work."""
 
     rounds = 9
     rows: tuple[int, ...] = option((1, 8), "numbers of rows in a microbatch", listed(positive))

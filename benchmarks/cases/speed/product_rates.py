@@ -23,9 +23,8 @@ _RUN_S, _PEAK_S = 0.02, 0.02
 @dataclass(frozen=True)
 class ProductRates(Case):
     """Rates of products by type, relative to the 8-bit peak: the table of cluster/planner/product_times.py.
-
-    Weights lie in the core's own cache; one thread computes. With one row, a weight takes the time of one product and
-    of `decode_macs` 8-bit multiply-accumulates. With many rows, products run at `peak_share` of the peak."""
+    Weights are in the core's cache; one thread computes. With one row, a weight takes the time of one product and of
+    `decode_macs` 8-bit multiply-accumulates. With many rows, products run at `peak_share` of the peak."""
 
     rounds = 7
     types: tuple[QuantType, ...] = option(tuple(LAYOUTS), "types of weights, or all", types_of)
@@ -43,7 +42,6 @@ class ProductRates(Case):
 
 
 def _weight_s(matrix: _native.PackedMatrix, weights: int, rows: int) -> float:
-    """Returns seconds per weight and row."""
     level, x = _native.available_levels()[-1], np.random.default_rng(1).standard_normal((rows, _COLUMNS))
     once = _native.matmul_seconds(level, [matrix], x.astype(np.float32), 1)
     times = max(1, min(1000, round(_RUN_S / max(once, 1e-6))))

@@ -35,7 +35,6 @@ class Served:
 @dataclass(frozen=True)
 class Serving(Case):
     """Many streams for a minute, compared with llama.cpp's server: tokens per second, first tokens, errors.
-
     A stream sends its next chat when the last one has ended; prompts differ from their first word on. Both servers run
     all the time, but one of them is idle. A ratio of `tok/s` above 1 means that llamaclust is faster."""
 
@@ -112,7 +111,6 @@ class Serving(Case):
 
 @asynccontextmanager
 async def _llama_server(program: Path, model: Path, threads: int, slots: int, context: int) -> AsyncIterator[str]:
-    """Starts llama.cpp's server. Yields its address when it is ready."""
     port = free_port()
     words = ["-m", str(model), "--host", "127.0.0.1", "--port", str(port), "-t", str(threads), "-np", str(slots)]
     words += ["-c", str(context * slots), "--no-webui"]

@@ -26,11 +26,9 @@ _GOALS = {"alone tok/s": ">= 0.93 (1.1B: 0.985)", "prefill s": "<= 0.53", "of 8 
 @dataclass(frozen=True)
 class Split(Case):
     """Cost and gain of a split: two workers of one thread each, compared with one worker of one thread.
-
-    The case measures decode of one request, prefill of 8 prompts of 512 tokens, and decode of 8 simultaneous requests.
-    `of bound` is the share of the bound that follows from the stages' computing times at the chosen size of
-    microbatches. `beside ms` is the workers' processor time per token of the 8 requests, without their computing. A
-    turn takes half a minute with a model of 135M."""
+    Decode of one request, prefill of 8 prompts of 512 tokens, decode of 8 requests. `of bound`: the share of the bound
+    that follows from the stages' computing times. `beside ms`: the workers' processor time per token without computing.
+    A turn takes half a minute with a model of 135M."""
 
     warm = 1
     model: Path = argument("path of a .gguf", existing)
@@ -75,7 +73,6 @@ def _workers_s(cluster: Cluster) -> float:
 
 
 def _difference(before: Sequence[StageReport], after: Sequence[StageReport]) -> tuple[float, tuple[float, ...]]:
-    """Returns the mean number of rows of a microbatch and the mean compute ms of each stage, between two reports."""
     count = after[0].microbatches - before[0].microbatches
     pairs = zip(before, after, strict=True)
     times = (b.compute_ms * b.microbatches - a.compute_ms * a.microbatches for a, b in pairs)

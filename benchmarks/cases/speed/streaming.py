@@ -25,10 +25,8 @@ _DEADLINE_S = 300
 @dataclass(frozen=True)
 class Streaming(Case):
     """Overhead of streaming by HTTP: answers read by curl, compared with `llamaclust bench` with as many sequences.
-
-    The cluster has one worker. `tok/s` uses the coordinator's clock; `client tok/s` the time from the requests to
-    curl's end. `coordinator ms` is the coordinator's processor time per token, `k instr` the thousands of instructions
-    per token (with `perf`)."""
+    `tok/s` uses the coordinator's clock, `client tok/s` the time to curl's end. `coordinator ms` is the coordinator's
+    processor time per token, `k instr` thousands of instructions per token (with `perf`)."""
 
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")
     threads: int = option(2, "threads of the worker", positive)

@@ -34,7 +34,6 @@ PERSON = definitions.of_schema(
 @dataclass(frozen=True)
 class Structured(Case):
     """Cost and savings of grammars: one model in this process, with and without a grammar.
-
     Cost: a token under a grammar that allows any text or any list, compared with a free token, at 1 and at 16 streams.
     Savings: a JSON object under a schema, whose forced tokens are computed together, compared with free text."""
 

@@ -22,9 +22,7 @@ _READ_S = 0.1
 @dataclass(frozen=True)
 class WideTiles(Case):
     """Products with weights in wider tiles (`WIDER_TILES`), compared with tiles of the weights' own type.
-
-    Figures are the time of a product, and its share of this machine's read bandwidth. Both products have the same
-    bits."""
+    Figures are the time of a product, and its share of this machine's read bandwidth. Both have the same bits."""
 
     rounds = 9
     tokens: tuple[int, ...] = option((1, 8), "numbers of tokens, the rows of activations", listed(positive))

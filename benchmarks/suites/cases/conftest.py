@@ -1,5 +1,3 @@
-"""The server under test."""
-
 from __future__ import annotations
 
 import os

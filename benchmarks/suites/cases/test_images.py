@@ -21,7 +21,6 @@ PNG = (
 WEBP = "UklGRjQAAABXRUJQVlA4TCcAAAAvJ0AHACCTtvFZ7dUzdm7fFfSHov9kkzZJuvcOC2Kw+3LH7I7hzDMA"
 SVG = base64.b64encode(b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>").decode()
 LEAST_ROWS = 16
-"""Rows of an image, at least."""
 TEXT = "What is this?"
 FEW = {"num_predict": 8}
 

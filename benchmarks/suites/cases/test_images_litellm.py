@@ -13,7 +13,6 @@ PNG = (
 )
 WEBP = "data:image/webp;base64,UklGRjQAAABXRUJQVlA4TCcAAAAvJ0AHACCTtvFZ7dUzdm7fFfSHov9kkzZJuvcOC2Kw+3LH7I7hzDMA"
 LEAST_ROWS = 16
-"""Rows of an image, at least."""
 PROVIDERS = {"openai": "/v1", "hosted_vllm": "/v1", "lm_studio": "/v1", "anthropic": "", "ollama_chat": ""}
 """The end of the base URL of each provider."""
 

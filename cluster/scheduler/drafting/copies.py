@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MOST_DIFFERENT = 16
-"""The most tokens in which text and copied tokens may differ. After a longer difference, the place in the copied tokens
-is lost."""
+"""The most tokens in which text and copied tokens may differ before the place in the copied tokens is lost."""
 _NEAR = 16
 _MOST_SINCE = 160
-"""The most tokens between two calls of `resumption`, more than a draft has."""
 
 
 class Resumption(NamedTuple):
@@ -27,9 +25,8 @@ class Copy:
         self._end, self._place = len(tokens), place
 
     def resumption(self, tokens: Sequence[int]) -> Resumption | None:
-        """Returns the place near the copied tokens that matches the most of the last tokens. On a tie, prefers the
-        place at which about as many tokens were omitted as added. Returns None while the copy continues, or if it does
-        not resume."""
+        """Returns the place near the copied tokens that matches the most of the last tokens, on a tie the one with
+        about as many omitted as added tokens. Returns None while the copy continues, or if it does not resume."""
         if self._place < 0 or len(tokens) - self._end > _MOST_SINCE:
             return None
         while self._end < len(tokens) and tokens[self._end] == tokens[self._place + 1]:

@@ -18,8 +18,7 @@ MIDDLE = 5
 LONG = 8
 """The first of 2 classes: after matches of 8 to 15 tokens, and of more tokens."""
 SHARED = 10
-"""The first of 2 classes for drafts from other requests' answers: after matches of fewer than 16 tokens, and of
-more."""
+"""The first of 2 classes for drafts from other requests' answers: after matches of fewer than 16 tokens, or more."""
 MODEL = 12
 FORCED = 13
 MTP = 14

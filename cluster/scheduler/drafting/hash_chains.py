@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 NONE = -1
-"""Stands for no place and for no token."""
 LONGEST = 32
 """The most tokens of a match. Longer matches count as equally long."""
 CANDIDATES = 8
@@ -31,8 +30,7 @@ NO_MATCH = Match(NONE, 0, 0)
 
 
 class HashChains:
-    """Chains of places whose last `order` tokens have the same hash. A place is the index of the last of these
-    tokens."""
+    """Chains of places whose last `order` tokens have the same hash. A place is the index of the last of these."""
 
     def __init__(self, order: int) -> None:
         self._order = order
@@ -69,9 +67,8 @@ class HashChains:
         return self._newest[hash(window) & len(self._newest) - 1]
 
     def longest(self, text: Sequence[int], place: int, tail: Sequence[int]) -> Match:
-        """Returns the longest match of `tail` in the text at `place` or earlier in its chain; the newest one on a tie.
-        `tail` has at most LONGEST tokens, of the text's type. A NONE in the text matches nothing and follows no
-        match."""
+        """Returns the longest match of `tail` (at most LONGEST tokens) in the text at `place` or earlier in its chain;
+        the newest one on a tie. A NONE in the text matches nothing and follows no match."""
         previous, order, window = self._previous, self._order, tail[-self._order :]
         found, length, followers, follower, agree = NONE, order - 1, 0, NONE, True
         for _ in range(CANDIDATES):

@@ -19,8 +19,7 @@ from llamaclust.cluster.scheduler.drafting.drafter import (
 from llamaclust.cluster.scheduler.drafting.hash_chains import LONGEST, NO_MATCH, HashChains, Match, extended
 
 _ORDER = 2
-"""The number of tokens of the shortest match. In four cases of five, a token that always followed a pair follows it
-again."""
+"""The number of tokens of the shortest match. Four of five tokens that always followed a pair follow it again."""
 _COPIED = 8
 """The fewest tokens of a match that counts as a copy, which probably continues after a difference."""
 _UNSURE = 3
@@ -45,8 +44,7 @@ class NgramDrafter:
         return self._chains.take_in(tokens)
 
     def draft(self, tokens: Sequence[int], most: int) -> Draft:
-        """Returns a draft once a long prompt is in the index. Each call adds a bounded number of tokens to the
-        index."""
+        """Returns a draft once a long prompt is in the index. Each call adds a bounded number of tokens to it."""
         if not self.take_in(tokens) or most < 1:
             return NO_DRAFT
         return self.continued(tokens, self.match(tokens), most)
@@ -65,8 +63,7 @@ class NgramDrafter:
         return found
 
     def continued(self, tokens: Sequence[int], match: Match, most: int) -> Draft:
-        """Returns the tokens after the match, after the place of a copy, or after the last token. Starts over at the
-        end of the text."""
+        """Returns the tokens after the match, a copy's place, or the last token. Starts over at the end of the text."""
         if match.length <= _UNSURE:
             resumed = self._copy.resumption(tokens)
             if resumed is not None and resumed.length >= match.length:

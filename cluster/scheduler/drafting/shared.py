@@ -1,5 +1,5 @@
-"""Drafts from a bounded store of recent answers to other requests. An answer that repeats a stored one is faster, which
-reveals the stored answer, so requests share answers only if their keys are equal."""
+"""Drafts from a bounded store of recent answers to other requests. A stored answer makes an equal one faster, which
+reveals it, so requests share answers only if their keys are equal."""
 
 from __future__ import annotations
 
@@ -55,8 +55,7 @@ class SharedAnswers:
         return sum(sys.getsizeof(half) + sum(answers.size_bytes for answers in half.values()) for half in halves)
 
     def add(self, tokens: Sequence[int], key: Hashable) -> None:
-        """Adds an answer, or the end of a very long one. Only requests with this key (cache salt and adapters) use
-        it."""
+        """Adds an answer, or the end of a very long one, for requests with this key (cache salt and adapters)."""
         kept = tokens[-max(self._half_tokens - _KEY_TOKENS - 1, 0) :]
         added = len(kept) + 1 + _KEY_TOKENS * (key not in self._newer)
         if len(kept) <= _ORDER or added > self._half_tokens:
@@ -81,8 +80,7 @@ class SharedAnswers:
 
 
 class SharedDrafter:
-    """A drafter for one sequence. It uses shared answers if they match more tokens than the sequence's own text
-    does."""
+    """A drafter for one sequence. It uses shared answers if they match more tokens than the sequence's own text."""
 
     def __init__(self, answers: SharedAnswers, key: Hashable) -> None:
         self._answers, self._key = answers, key

@@ -55,8 +55,7 @@ class KvBlocks:
         return self._by_key.get(key) == block
 
     def register(self, block: int, key: bytes) -> None:
-        """Lets `acquire` find a full block, which is then never written again. Of several equal blocks, only the first
-        is found."""
+        """Lets `acquire` find a full block, which is never written again. Only the first of equal blocks is found."""
         assert self._holders[block] > 0
         if key not in self._by_key and block not in self._keys:
             self._by_key[key] = block
@@ -70,8 +69,7 @@ class KvBlocks:
                 self._free.append(block)
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Removes a holder of each block. Of the blocks that become idle, those at the end of the table are reused
-        first."""
+        """Removes a holder of each block. Idle blocks at the end of the table are reused first."""
         for block in reversed(list(blocks)):
             self._holders[block] -= 1
             assert self._holders[block] >= 0, "a block was released twice"

@@ -29,17 +29,16 @@ class KvSizes(Generic[Sizes]):
 
 @dataclass(frozen=True, slots=True)
 class WindowGroup:
-    """Layers that keep only the keys and values of a sliding window. `window`, the largest of their windows, includes
-    the row's own position. A block outside the window is released once the last microbatch that reads it has been made.
-    Until then, rows of a prompt take additional blocks."""
+    """Layers that keep only the keys and values of a sliding window. `window`, their largest, includes the row's own
+    position. A block outside the window is released after the last microbatch that reads it has been made."""
 
     window: int
     rows: int  # the most rows of a microbatch
 
     @property
     def sequence_blocks(self) -> int:
-        """The most blocks of a sequence: those for a window and one more position at any offset, a block that is not
-        full, and one for drafted rows. Prompt rows of the microbatch that is being made need additional blocks."""
+        """The most blocks of a sequence, without prompt rows of the microbatch being made: a window and one more
+        position at any offset, a block that is not full, and one for drafted rows."""
         return (self.window + KV_BLOCK_TOKENS - 3) // KV_BLOCK_TOKENS + 3
 
     @property
@@ -54,8 +53,8 @@ class WindowGroup:
         return max(0, position - self.window + 1) // KV_BLOCK_TOKENS
 
     def blocks_beside(self, kv_blocks: int, context_length: int, sequences: int) -> int:
-        """Returns the group's number of blocks if other layers have `kv_blocks`: blocks of one sequence for the first
-        full-length sequence, and of several sequences for each further one, because most sequences are shorter."""
+        """Returns the group's number of blocks if other layers have `kv_blocks`: those of one sequence for the first
+        full-length sequence, of several for each further one, because most sequences are shorter."""
         context = _blocks(context_length)
         further = -(-_SEQUENCES_A_CONTEXT * max(0, kv_blocks - context) * self.sequence_blocks // context)
         most = max(self.sequence_blocks, kv_blocks - self.row_blocks)  # never more than of other layers
@@ -69,16 +68,14 @@ class StateGroup:
 
     States of running sequences take up to half as much memory as keys and values, and checkpoints take as much again.
     There are at least three blocks: one of a running sequence, the checkpoint at which it began, and one that it
-    leaves. A position whose KV bytes are few counts as a 1,024th of a state.
-    """
+    leaves. A position whose KV bytes are few counts as a 1,024th of a state."""
 
     state_bytes: int  # bytes of a state in all layers
     kv_token_bytes: int  # bytes of a position in all layers
 
     @property
     def span(self) -> int:
-        """The number of positions between checkpoints, a power of two. Their keys and values take about as much memory
-        as a state."""
+        """Positions between checkpoints, a power of two. Their keys and values take about as much memory as a state."""
         positions = self.state_bytes // self._token_bytes
         return min(_MOST_STATE_POSITIONS, max(KV_BLOCK_TOKENS, 1 << (positions - 1).bit_length()))
 
@@ -87,9 +84,8 @@ class StateGroup:
         return max(self.kv_token_bytes, -(-self.state_bytes // _MOST_STATE_POSITIONS))
 
     def blocks_beside(self, kv_blocks: int, sequences: int) -> int:
-        """Returns the sum of three numbers: a block for each running sequence whose state fits into half of the KV
-        blocks' bytes (at least one), two for the checkpoints that a sequence begins at and leaves, and one for each
-        `span` positions whose state fits into the other half."""
+        """Returns the sum of a block for each running sequence whose state fits into half of the KV blocks' bytes (at
+        least one), two for checkpoints, and one for each `span` positions whose state fits into the other."""
         tokens = kv_blocks * KV_BLOCK_TOKENS
         half = tokens * self._token_bytes // (2 * self.state_bytes)
         return min(sequences, 1 + half) + 2 + min(tokens // self.span, half)

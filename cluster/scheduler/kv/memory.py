@@ -15,8 +15,7 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 RESERVE_BLOCKS = 2
-"""The number of blocks kept free for each running sequence when another one starts, so that the new one is not
-preempted at once."""
+"""Blocks kept free for each running sequence when another one starts, so that the new one is not preempted at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +43,8 @@ class KvMemory:
         self._filling.clear()
 
     def admit(self, sequence: Sequence, reserve: int) -> bool:
-        """Gives a sequence blocks for all its rows if `reserve` blocks remain. Otherwise returns False. Returns False
-        too if the microbatch being made fills blocks that the sequence would share, because they cannot be read in the
-        same microbatch."""
+        """Gives a sequence blocks for all its rows if `reserve` blocks remain. Returns False otherwise, and if the
+        microbatch being made fills blocks that the sequence would share: it cannot also read them."""
         if (refused := self._refused.pop(sequence.key, None)) is not None and self._is_unchanged(refused, reserve):
             self._refused[sequence.key] = refused
             return False
@@ -118,8 +116,7 @@ class KvMemory:
             self.window.reserve(sequence, sequence.next_rows + len(tokens))
 
     def settle(self, sequence: Sequence, *, is_whole: bool) -> None:
-        """Keeps or releases the memory of drafted rows whose results came. Shares full blocks at once, because there
-        may be no later microbatch."""
+        """Keeps or releases memory of drafted rows, and shares full blocks: there may be no later microbatch."""
         if self.states is not None:
             self.states.settle(sequence, is_whole=is_whole)
         if sequence.is_running:
@@ -128,8 +125,7 @@ class KvMemory:
                 self.window.settle(sequence)
 
     def finished(self, sequence: Sequence) -> None:
-        """Shares the full blocks of a sequence whose last token is known, including blocks that lookahead steps
-        filled."""
+        """Shares the full blocks of a sequence whose last token is known, also those that lookahead steps filled."""
         if sequence.is_running and self.states is None:
             self._register(sequence)
 
@@ -150,8 +146,7 @@ class KvMemory:
             self.states.reserve(sequence, rows)
 
     def filled(self, sequence: Sequence) -> None:
-        """Shares full blocks of known tokens. Called when rows up to `scheduled` are in the microbatch that is being
-        made."""
+        """Shares full blocks of known tokens once rows up to `scheduled` are in the microbatch being made."""
         self._register(sequence)
         if self.window is not None:
             self.window.release_out_of_window(sequence)

@@ -1,5 +1,4 @@
-"""The prefix cache. Its keys are SHA-256 chains over model (without adapters), KV type, adapters, salt, tokens and rows
-of images."""
+"""The prefix cache. Keys: SHA-256 chains over model (without adapters), KV type, adapters, salt, tokens, image rows."""
 
 from __future__ import annotations
 
@@ -31,8 +30,7 @@ class BlockKeys(list[bytes]):
         self._most_shared = 0
 
     def shared(self, blocks: int) -> BlockKeys:
-        """Makes the keys of another sequence whose first `blocks` blocks have the same keys. Each of these is computed
-        once for both."""
+        """Makes the keys of another sequence whose first `blocks` keys are the same, and are computed once for both."""
         self._most_shared = blocks
         self.share()
         other = copy(self)
@@ -46,7 +44,6 @@ class BlockKeys(list[bytes]):
         self.extend(self._shared[len(self) : count])
 
     def images_of_block(self, start: int) -> bytes:
-        """Returns what identifies the rows of images in the block whose first token is at `start`."""
         numbers = self._places.within(start, start + KV_BLOCK_TOKENS)
         return b"".join(_part_of(self._images[number], start) for number in numbers)
 
@@ -60,8 +57,7 @@ class PrefixCache:
         self.is_enabled = enabled
 
     def find(self, keys: BlockKeys, tokens: Sequence[int], reusable: int) -> tuple[int, int]:
-        """Returns (found, idle): the number of leading blocks of tokens[:reusable] that are cached, and how many of
-        these are idle."""
+        """Returns (found, idle): how many leading blocks of tokens[:reusable] are cached, and how many are idle."""
         if not self.is_enabled:
             return 0, 0
         self._extend(keys, tokens, reusable // KV_BLOCK_TOKENS)

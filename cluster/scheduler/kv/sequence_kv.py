@@ -10,8 +10,6 @@ from llamaclust.cluster.scheduler.kv.prefix_cache import BlockKeys
 
 @dataclass(slots=True)
 class SequenceStates:
-    """State blocks that a sequence holds, because its next rows read or write them."""
-
     is_begun: bool = False  # it runs, and may hold blocks
     read: int | None = None  # has the state behind the rows that are scheduled; None: there are none
     own: int | None = None  # gets the state behind the next rows; may be `read`, and is never shared

@@ -13,13 +13,11 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 class KvStates:
     """Blocks that each hold the state after one position.
 
-    A chunk's rows overwrite the state that they read, or write another block if other sequences may continue from the
-    one that they read. A checkpoint is a block that is registered by the key of the KV block which ends at its
-    position. It is never written again. If there are enough blocks, checkpoints are kept every `span` positions and
-    after a prompt's last full KV block. Sequences begin only at checkpoints. A sequence that has begun always gets a
-    block for its rows. Blocks that a microbatch reads are released only after it was made, because rows of other
-    sequences in it must not overwrite them.
-    """
+    A chunk's rows overwrite the state that they read, or write another block if other sequences may continue from it. A
+    checkpoint is a block registered by the key of the KV block that ends at its position, and never written again. If
+    there are enough blocks, checkpoints are kept every `span` positions and after a prompt's last full KV block.
+    Sequences begin only at checkpoints. A sequence that has begun always gets a block for its rows. Blocks that a
+    microbatch reads are released after it was made, because rows of other sequences in it must not overwrite them."""
 
     def __init__(self, span: int, cache: PrefixCache) -> None:
         self.blocks = cache.blocks
@@ -65,8 +63,7 @@ class KvStates:
         self._keep_last(sequence)
 
     def draft(self, sequence: Sequence) -> bool:
-        """Takes a block for the state after drafted rows, and keeps the state before them. Returns False if no block is
-        left."""
+        """Takes a block for the state after drafted rows, and keeps the one before. Returns False if none is left."""
         if self.blocks.available <= self._lacking:
             return False
         sequence.kv.states.ahead = self.blocks.take()

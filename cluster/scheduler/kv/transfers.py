@@ -14,8 +14,8 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Blocks in transfer. `keys` are those of a sequence's first blocks; the last of the keys belong to `blocks`. The
-    first `found` of `blocks` were already cached."""
+    """Blocks in transfer. `keys` are a sequence's first; the last of them belong to `blocks`, of which the first
+    `found` were already cached."""
 
     keys: tuple[bytes, ...]
     blocks: tuple[int, ...]
@@ -37,9 +37,8 @@ class KvTransfers:
         return range(found, sequence.first_output // KV_BLOCK_TOKENS)
 
     def begin_restore(self, sequence: Sequence, end: int, reserve: int) -> Transfer | None:
-        """Takes blocks for a sequence's missing blocks before number `end`, and holds the cached blocks before the
-        missing ones. Returns None if fewer than `reserve` blocks would remain. Microbatches in flight may still use the
-        taken blocks."""
+        """Takes blocks for a sequence's missing blocks before number `end`, and holds the cached ones before them. None
+        if fewer than `reserve` would remain. Microbatches in flight may still use the taken blocks."""
         found, idle = self._cache.find(sequence.kv.keys, sequence.tokens, sequence.first_output)
         if found >= end or end - found + idle + reserve > self._blocks.available:
             return None
@@ -49,8 +48,7 @@ class KvTransfers:
         return Transfer(tuple(sequence.kv.keys[:end]), (*prefix, *taken), found)
 
     def begin_save(self, keys: Items[bytes], start: int) -> Transfer | None:
-        """Holds the cached blocks of keys[start:], which microbatches in flight may still fill. Returns None if none is
-        cached."""
+        """Holds the cached blocks of keys[start:], which microbatches in flight may still fill; None without any."""
         there = list(takewhile(lambda key: self._blocks.is_idle(key) is not None, keys[start:]))
         if not there:
             return None

@@ -8,15 +8,13 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.stage_times import StageCurves, StageTimes
 
 _FIRST_ROWS = 64
-"""The rows of the first chunk without decode: few enough for a slow machine, and enough to be efficient on a fast
-one."""
+"""The rows of the first chunk without decode: few enough for a slow machine, and efficient on a fast one."""
 _LEAST_ROWS = 16
 _LEAST_ROWS_ALONE = 64
 """The fewest rows of a chunk without decode. A slow machine reads the weights once for 64 rows as it does for 16."""
 _EFFICIENT = 4
 _SCORED_SHARE = 0.5
-"""The share of `prefill_ms` that scored rows may take. Scored rows also cost the coordinator time, and come in
-hundreds."""
+"""The share of `prefill_ms` that scored rows may take. They cost the coordinator time too, and come in hundreds."""
 
 _EMBEDDED_BYTES = 1 << 20
 """The most bytes of hidden states that a microbatch with decode rows returns."""
@@ -32,8 +30,7 @@ def chunk_rows(
     any case (without decode `prefill_alone_ms` and 64 rows). It is no larger than what finishes the burst soonest: k
     chunks on S stages end after (k + S - 1) * (a + b * burst / k), with the stage time a + b * rows. This is least at
     burst / k = sqrt(burst * a / ((S - 1) * b)). The last chunks get half of `left` each: the first stages idle while
-    later ones compute.
-    """
+    later ones compute."""
     most = settings.max_batch_tokens - decoding
     if settings.prefill_chunk is not None:
         return min(settings.prefill_chunk, most)
@@ -52,8 +49,7 @@ def chunk_rows(
 
 
 def scored_rows(settings: SchedulerSettings, times: StageTimes, decoding: int) -> int:
-    """Returns the most scored rows of a microbatch. The last stage computes logits for each, which may take longer than
-    its layers."""
+    """Returns the most scored rows of a microbatch. The last stage's logits may take longer than its layers."""
     slowest = _slowest(times.scoring)
     if slowest is None:
         return _LEAST_ROWS
@@ -63,16 +59,14 @@ def scored_rows(settings: SchedulerSettings, times: StageTimes, decoding: int) -
 
 
 def embedded_rows(settings: SchedulerSettings, *, is_beside_decode: bool) -> int:
-    """Returns the most rows whose hidden states a microbatch may return. Returned states delay the sampled tokens of
-    other sequences."""
+    """Returns the most rows whose hidden states may be returned, which delays the tokens of other sequences."""
     if not is_beside_decode or not settings.embedding_length:
         return settings.max_embedded_rows
     return min(settings.max_embedded_rows, max(1, _EMBEDDED_BYTES // (4 * settings.embedding_length)))
 
 
 def _slowest(curves: StageCurves) -> tuple[float, float] | None:
-    """Returns (fixed ns of a microbatch, ns of a row) of the slowest stage, from a line through its times of two
-    chunks."""
+    """Returns (fixed ns of a microbatch, ns of a row) of the slowest stage, by a line through two chunks' times."""
     small, large = curves.predict(_LEAST_ROWS), curves.predict(8 * _LEAST_ROWS)
     if small is None or large is None:
         return None

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 @dataclass(frozen=True, slots=True)
 class ImageSpan:
     """Rows of an image at positions [start, end) of a prompt, which has token 0 there. `offset`: the image's row at
-    `start`. Equal digests mean the same image, projector and settings: their rows and rope positions are equal. If
-    `is_bidirectional`, the rows see each other both ways. `rope_positions` are relative to the rope position of the
-    first row; the row after the span has the next position after the highest of them."""
+    `start`. Equal digests mean equal rows and rope positions. If `is_bidirectional`, the rows see each other both ways.
+    `rope_positions` are relative to the first row's; the row after the span follows the highest of them."""
 
     start: int
     end: int
@@ -31,12 +30,10 @@ class ImageSpan:
 
 
 class SpanPlaces:
-    """Finds the spans in a range of positions by bisection: a prompt may have thousands. They do not overlap, and stand
-    in the order of their positions."""
+    """Finds the spans in a range of positions by bisection. They do not overlap, and are sorted by position."""
 
     def __init__(self, spans: Sequence[ImageSpan]) -> None:
         self._starts, self._ends = [span.start for span in spans], [span.end for span in spans]
 
     def within(self, start: int, end: int) -> range:
-        """Returns the numbers of the spans that have a row at positions [start, end)."""
         return range(bisect_right(self._ends, start), bisect_left(self._starts, end))

@@ -56,8 +56,8 @@ class SequenceImages:
 
     def fitting(self, position: int, rows: int, most_rows: int, most_bytes: int) -> int:
         """Returns how many rows a chunk takes that would take `rows` without images, and may have `most_bytes` of them.
-        Rows that see each other stay together: a chunk that begins with such rows takes all of them, up to `most_rows`.
-        It takes 0 rows if they do not fit."""
+        Rows that see each other stay together: a chunk that begins with such rows takes all of them, up to `most_rows`,
+        or 0 rows if they do not fit."""
         chunk_end = position + rows
         for part in self._parts(position, chunk_end):
             span, end = part.span, part.end

@@ -27,9 +27,8 @@ class Retry(Enum):
 
 @dataclass(slots=True)
 class Retries:
-    """Computes a failed sequence again in other KV blocks. If it fails again, another worker becomes the last stage if
-    possible; then the sequence ends. If the sequence has a matcher, only logits that are not finite can be a worker's
-    fault."""
+    """Computes a failed sequence again in other KV blocks, then on another last worker if possible; then the sequence
+    ends. If it has a matcher, only logits that are not finite can be a worker's fault."""
 
     count: int = 0
 

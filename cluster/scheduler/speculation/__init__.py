@@ -1,2 +1,1 @@
-"""Speculative decoding: drafted tokens are computed together with a known token, so that one pass can choose several
-tokens."""
+"""Speculative decoding: one pass computes drafted tokens with a known token, and can choose several tokens."""

@@ -1,5 +1,3 @@
-"""Estimates of the acceptance rate of drafted tokens, learned from recent tokens."""
-
 from __future__ import annotations
 
 _REMEMBERED = 96
@@ -10,8 +8,7 @@ _CHANGES = 1 / 256
 """The probability at each token that the kind of text, and with it the acceptance rate, changes."""
 _STRETCHES = 6
 _EVEN = 1.0
-"""The number of accepted and of refused tokens with which each stretch begins, so that every rate is equally probable
-at first."""
+"""Accepted and refused tokens with which each stretch begins, so that every rate is equally probable at first."""
 
 
 class _Stretch:
@@ -34,9 +31,8 @@ class _Stretch:
 
 
 class Acceptance:
-    """Estimates the acceptance rate of one kind of draft, which may change at any token. Each possible change begins a
-    stretch of tokens with its own rate. The estimate is the mean of the rates, weighted by the probability of each
-    stretch."""
+    """Estimates the acceptance rate of one kind of draft. Each possible change begins a stretch of tokens with its own
+    rate. The estimate is the mean of the rates, weighted by the probability of each stretch."""
 
     __slots__ = ("_first", "_rate", "_stretches")
 

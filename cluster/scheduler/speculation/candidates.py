@@ -31,8 +31,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Windows of one sequence that are in flight together. Each continues the drafted tokens of the window before
-    it."""
+    """Windows of one sequence in flight together. Each continues the drafted tokens of the window before it."""
 
     window: int  # drafted tokens of each
     depth: int  # windows under way, at most

@@ -25,8 +25,7 @@ class DraftTimes:
         self._overhead_ns = _USUAL_OVERHEAD * step_ns
 
     def draft_ns(self, sequences: int, tokens: int, rows: int, *, at_best: bool = False) -> float:
-        """Returns the time to read `rows` known tokens in all and draft `tokens` tokens for each sequence. `at_best`
-        uses the shortest measured times."""
+        """Returns the time to read `rows` known tokens in all and draft `tokens` for each sequence."""
         lacking = max(0, rows - sequences)
         if at_best:
             return tokens * self._best_step_ns + lacking * self._best_row_ns
@@ -65,5 +64,4 @@ class DraftModel(Protocol):
     def lose(self) -> None: ...
 
     def draft(self, orders: Sequence[DraftOrder]) -> Awaitable[DraftReplies]:
-        """Drafts for the sequence of each order, as far as memory allows. Work begins even before the result is
-        awaited."""
+        """Drafts for each order's sequence, as far as memory allows. Work begins before the result is awaited."""

@@ -37,8 +37,7 @@ class SequenceDrafts:
         return Candidate(draft.tokens[:most], rate, min(draft.forced, most), self.rate(FORCED) if draft.forced else 1.0)
 
     def further(self, tokens: Sequence[int], ahead: tuple[int, ...], most: int) -> tuple[int, ...]:
-        """Returns the draft's tokens after those in flight (`ahead`). Returns none if `ahead` is not part of the
-        draft."""
+        """Returns the draft's tokens after those in flight (`ahead`); none if `ahead` is not part of the draft."""
         self._compare(tokens)
         under_way = (*tokens[self._at :], *ahead)
         if self._draft.tokens[: len(under_way)] != under_way:
@@ -65,8 +64,7 @@ class SequenceDrafts:
                 self._draft, self._at = self._checked(Draft(drafted, MODEL), len(drafted)), length
 
     def suggest(self, tokens: Sequence[int], drafted: tuple[int, ...]) -> None:
-        """Takes an MTP head's draft if more of its tokens are expected to be accepted than of the drafter's own
-        draft."""
+        """Takes an MTP head's draft if more of its tokens are expected to be accepted than of the drafter's own."""
         own = self.next(tokens, LONGEST_DRAFT)
         draft = self._checked(Draft(drafted, MTP), len(drafted))
         if expected(self.rate(MTP), len(draft.tokens)) > expected(own.rate, len(own.tokens)):

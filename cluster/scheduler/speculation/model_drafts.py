@@ -1,8 +1,7 @@
 """Decides what a draft model does: for which sequences it drafts, how many tokens, and what it reads in advance.
 
 A step waits for its draft, so the draft must gain more than n-gram drafts, which cost no time. The model reads a prompt
-during steps that do not wait for it, if the tokens left to generate are worth the time.
-"""
+during steps that do not wait for it, if the tokens left to generate are worth the time."""
 
 from __future__ import annotations
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _AGAIN = 64
-"""The number of tokens after which a head that did not pay is tried again. It doubles with each trial, up to
-`_AGAIN_MOST`."""
+"""The number of tokens after which a head that did not pay is tried again. It doubles up to `_AGAIN_MOST`."""
 _AGAIN_MOST = 1024
 _DRAFTS = 6
 

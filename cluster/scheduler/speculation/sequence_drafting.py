@@ -34,8 +34,7 @@ class Drafting:
         self.ahead = ()
 
     def settle(self, added: list[int]) -> bool:
-        """Processes the tokens that a window added. Returns True if they equal the drafted ones, so that later windows
-        remain valid."""
+        """Processes a window's added tokens. Returns True if they equal drafted ones: later windows remain valid."""
         expected, self.ahead = self.ahead[: len(added)], self.ahead[len(added) :]
         return list(expected) == added[: len(expected)]
 

@@ -22,8 +22,8 @@ from llamaclust.cluster.scheduler.speculation.windows import best_chain, best_wi
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _MOST_REPEATED = 4
-"""The most known rows that a window of a sequence with states may repeat. If there are more, a step without drafts
-comes first. Otherwise each further refused window would add to the rows of all later ones."""
+"""The most known rows that a window of a sequence with states may repeat. With more, a step without drafts comes first,
+or refused windows would add up."""
 
 
 _OTHER_RATE = 0.02

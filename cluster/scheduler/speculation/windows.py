@@ -2,8 +2,7 @@
 
 A round without drafts chooses n tokens for n sequences. A drafted row makes the round longer, and adds a ** d tokens on
 average, with its depth d in the draft and the acceptance rate a. The rows that add most are taken first, as many as
-give the most tokens per second. None are taken unless the round is then clearly faster.
-"""
+give the most tokens per second. None are taken unless the round is then clearly faster."""
 
 from __future__ import annotations
 
@@ -20,8 +19,7 @@ _MARGIN = 0.05
 """The relative gain below which nothing is drafted, because predictions are not more accurate."""
 _DEEPEST = 6
 _MARGIN_BESIDE = 0.2
-"""The relative gain that is needed with several microbatches in flight, because microbatches of different lengths wait
-for each other."""
+"""The relative gain needed with several microbatches in flight, as those of different lengths wait for each other."""
 
 
 class RoundTimes(Protocol):
@@ -33,18 +31,15 @@ class RoundTimes(Protocol):
     def window_ns(self, rows: int, groups: int) -> float:
         """Returns the time of a round of `rows` rows that is sent only after its first tokens are known."""
 
-    def slowest_ns(self, rows: int) -> float:
-        """Returns the slowest stage's time for `rows` rows."""
+    def slowest_ns(self, rows: int) -> float: ...
 
 
 def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain | None:
     """Returns the best chain for a draft of `length` tokens with the acceptance rate `rate`. Returns None if times are
     unknown, or if the first window would return before a second one is sent.
 
-    A wrong token is known a whole round after its window was sent. The windows before it return in the meantime, as
-    fast as the slowest stage computes them; the windows after it are wasted. The delay caused by wasted windows does
-    not count: counting half a stage's time for it made answers slower (benchmarks/notebook.md).
-    """
+    A wrong token is known a whole round after its window was sent; the windows after it are wasted. Their delay does
+    not count: counting half a stage's time for it made answers slower (benchmarks/notebook.md)."""
     rate = min(rate, 0.999)
     best: Chain | None = None
     for count in counts_to_try(min(most, length)):
@@ -65,8 +60,7 @@ def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain 
 
 
 def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:
-    """Returns the number of drafted tokens of each sequence in one of `groups` microbatches, with at most `most_rows`
-    rows in all."""
+    """Returns each sequence's number of drafted tokens in one of `groups` microbatches of at most `most_rows` rows."""
     sequences = len(candidates)
     windows = [0] * sequences
     plain_ns = times.plain_ns(sequences, groups)

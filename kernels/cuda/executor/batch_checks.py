@@ -1,6 +1,5 @@
-"""Checks a microbatch against a stage's limits before it runs, so that no kernel accesses memory outside its buffers.
-The rules are those of the CPU's executor (batch_checks.cpp). Tokens are checked where microbatches are decoded. Plain
-Python is faster than NumPy on such small arrays."""
+"""Checks a microbatch against a stage's limits, so that no kernel accesses memory outside its buffers. The rules are
+those of batch_checks.cpp. Plain Python is faster than NumPy on such small arrays."""
 
 from __future__ import annotations
 
@@ -65,7 +64,6 @@ def check_images(
 
 
 def _check_groups(batch: Batch, groups: NDArray[np.int32]) -> None:
-    """A group's rows are adjacent, in one sequence, and all there."""
     if groups.shape != (batch.rows, 2):
         raise ValueError(f"batch: groups are {list(groups.shape)}, expected {[batch.rows, 2]}")
     starts, positions = batch.sequence_starts.tolist(), batch.positions.tolist()

@@ -258,7 +258,6 @@ class Emitter:
                 yield elementwise.elementwise(operation, (x, *others, *numbers), out, width, rows)
 
     def _numbers_of(self, row: int) -> np.uint64:
-        """Returns the address of a row number for each row of a batch."""
         return self.ops.layout.constant(np.full(self.ops.limits.max_batch_tokens, row, np.int32))
 
     def _bias(self, step: ir.LayerNorm) -> np.uint64:

@@ -135,7 +135,6 @@ class ExpertsEmitter:
 
     @property
     def _bias_rows(self) -> int:
-        """The rows of a bias tile. Products read F32 biases in tiles; others are dequantized to rows first."""
         is_plain = all(self.ops.weights[name].quant_type is QuantType.F32 for name in self.step.biases)
         return TILE_ROWS if self.step.biases and is_plain else 1
 

@@ -14,7 +14,6 @@ from llamaclust.model.quant_types import ActivationFormat, QuantType
 from llamaclust.model.steps.options import ActivationFunction
 
 _MOST_STEPS = 4
-"""The most steps that are examined for one fusion, including the step that reads the result."""
 
 TypeOf = Callable[[str], QuantType]
 

@@ -1,5 +1,4 @@
-"""Steps of a program that the host computes between launches: exchanges with other devices, gathers of a group, and
-given rows."""
+"""Steps that the host computes between launches: exchanges with other devices, gathers of a group, given rows."""
 
 from __future__ import annotations
 

@@ -1,5 +1,3 @@
-"""The operands of launches: a program with its weights, KV memory and buffers, and the limits of the GPU."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -118,7 +116,6 @@ class Operands:
         return self.layout.constant(np.ones(step.width, np.float32))
 
     def angles(self, rope: Rope) -> np.uint64:
-        """Returns the address of the cosines and sines that all steps with this table and these sections share."""
         n_bytes = _FLOAT * 2 * len(rope.table.frequencies) * self.limits.max_batch_tokens
         return self.layout.at(("rotation", rope.table, rope.sections), n_bytes)
 

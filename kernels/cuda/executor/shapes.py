@@ -57,7 +57,6 @@ class Shape:
 
     @classmethod
     def with_images(cls, limits: StageLimits, reads: ImageReads) -> Shape:
-        """Returns the largest bucket of microbatches with images."""
         outputs = min(limits.max_batch_tokens, limits.max_outputs)
         return cls(
             limits.max_batch_tokens,

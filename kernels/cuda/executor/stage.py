@@ -103,7 +103,6 @@ class CudaStage:
         self.workspace_bytes = allocated_bytes - self.kv_bytes - self.weight_bytes
 
     def _pinned_ranks(self) -> tuple[Bytes, Bytes, Bytes]:
-        """Allocates pinned host memory for records, divisors and sums of logits. Only a last stage needs it."""
         program, device = self._plan.program, self._gpu_lock.device
         rows = self._plan.limits.max_outputs if program.is_last else 1
         vocabulary = program.out.width if program.is_last else 1
@@ -196,7 +195,6 @@ class CudaStage:
             device.copy_in(self._buffers, plan.hidden_offset, staged)
 
     def _on_host(self, host: HostStep, batch: Batch, experts: Experts | None) -> None:
-        """Computes a host step. Meanwhile the GPU is free for other stages."""
         plan, device = self._plan, self._gpu_lock.device
         rows = len(batch.output_rows) if host.selected else batch.rows
         *reads, out = places = [*self._host_places(host, rows)]

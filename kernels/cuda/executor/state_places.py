@@ -1,5 +1,3 @@
-"""The blocks where a microbatch reads and writes recurrent states, as lists for the device."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

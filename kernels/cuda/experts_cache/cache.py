@@ -95,7 +95,6 @@ class CudaExpertsCache:
             sums()
 
     def _of_mixture(self, number: int, rows: int) -> Sequence[Callable[[], None]]:
-        """Returns functions that launch the mixture's two segments: its products and its sums."""
         if rows not in self._segments:
             self._segments[rows] = self._launches.segments(self._plan.shape(rows))
         return self._segments[rows][2 * number : 2 * number + 2]

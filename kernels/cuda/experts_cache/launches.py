@@ -1,8 +1,5 @@
-"""Launches of an experts cache: products of the lines whose experts are cached, then the weighted sums of all lines.
-
-A line is one row for one of its experts. The host says which lines the cache computes, and uploads the results of the
-others.
-"""
+"""Launches of an experts cache: products of the lines whose experts are cached, then the weighted sums of all lines. A
+line is one row for one of its experts. The host says which lines the cache computes, and uploads the other results."""
 
 from __future__ import annotations
 
@@ -77,7 +74,6 @@ class LineInputs:
 
 
 def _items(slots: Int32, piece: int) -> Int32:
-    """Returns items {slot, first index, count up to `piece`} of lines that are sorted by slot."""
     found = []
     starts = np.flatnonzero(np.diff(slots, prepend=-1))
     for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(slots)], strict=True):

@@ -45,7 +45,6 @@ def open_cache(
     experts: ExpertsStage,
     graphs: bool,
 ) -> CudaExpertsCache:
-    """Raises InsufficientMemoryError if the device has too little free memory."""
     with gpu_lock.driver_errors():
         gpu_lock.device.prepare(plan.kernels)
     with ExitStack() as held:

@@ -1,8 +1,5 @@
-"""The layout of experts in the memory of a cache. It is computed from sizes alone.
-
-Experts of equal layout share a pool of slots; a slot holds the matrices of one expert. After the slots of a pool come
-the biases of all slots, in the order in which products read them.
-"""
+"""The layout of experts in the memory of a cache, from sizes alone. Experts of equal layout share a pool of slots, each
+with the matrices of one expert. Then come the biases of all slots, in the order in which products read them."""
 
 from __future__ import annotations
 

@@ -69,9 +69,8 @@ class ExpertTable:
             self._weight = 1.0
 
     def next_copy(self) -> Copy | None:
-        """Frees and returns a slot for the most used expert that is not cached, or returns None. The slot is free, or
-        its owner has clearly fewer uses (by `_LEAD_USES`) and none in the current step. Call `complete` after the copy
-        and before the next call."""
+        """Frees and returns a slot for the most used expert that is not cached, or None. The slot is free, or its owner
+        has clearly fewer uses (by `_LEAD_USES`) and none in this step. Call `complete` before the next call."""
         assert self._copying is None, "one at a time"
         found = [(copy, uses) for index in range(len(self._pools)) for copy, uses in self._copies(index)]
         if not found:

@@ -1,9 +1,6 @@
-"""Attention on a GPU as launches: which kernels run, of what size, over which scratch memory.
-
-A plan kernel divides a microbatch's rows into tiles, and these into spans of positions, once for all layers of equal
-shape. A layer stores its keys and values, computes tiles of few queries (decode) and of many (prefill), and merges
-spans that were computed separately.
-"""
+"""Attention on a GPU as launches: which kernels run, of what size, over which scratch memory. A plan kernel divides
+rows into tiles, and these into spans of positions, once for all layers of equal shape. A layer stores its keys and
+values, computes tiles of few queries (decode) and of many (prefill), and merges spans computed separately."""
 
 from __future__ import annotations
 
@@ -40,8 +37,7 @@ _CAUSAL, _GROUP, _SEQUENCE = range(3)
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """The memory that a stage's attention steps share. `slots` is the maximum number of single-row spans that are
-    computed separately."""
+    """Memory that a stage's attention steps share. `slots`: the most single-row spans that are computed separately."""
 
     max_rows: int
     slots: int
@@ -202,14 +198,12 @@ def _stage_floats(step: Attention, blocks: int, queries: int, channels: int) -> 
 
 
 def value_slices(step: Attention) -> int:
-    """Returns the most thread blocks among which the values are divided if queries are few."""
     return -(-step.value_dim // (_SLICE_CHANNELS if step.v is not None else _LATENT_SLICE_CHANNELS))
 
 
 def few_shared_bytes(step: Attention, queries: int) -> int:
-    """Returns the shared memory of the kernel for few queries. One part holds queries, in whole pieces of 8 channels,
-    and later scores. The other holds queries and a key, and later values. A slice of 32 channels has four times the
-    positions, so it takes as much as 128 channels."""
+    """Returns the shared memory of the kernel for few queries: queries in pieces of 8 channels, and later scores; then
+    queries and a key, and later values. A slice of 32 channels has four times the positions of 128 channels."""
     scores = max(queries * max(_SCORE_STRIDE, 8 * -(-step.head_dim // 8)), _MERGER_FLOATS)
     channels = _stage_channels(step) if step.kv_type is KvType.INT8 else 128
     staged = _stage_floats(step, 2 if queries < 16 else 1, queries, channels)

@@ -22,7 +22,6 @@ WIDEST_ROW = PLAIN_SHARED_BYTES // 4 - 16
 """The most channels of a row that `add_rms_norm` takes."""
 
 _GATED = {GatedActivation.GELU_MUL: f"{ActivationFunction.GELU_TANH}_mul"}
-"""The kernels' names that differ from the enum's values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +154,6 @@ def copy_rows(x: np.uint64, out: np.uint64, width: int, rows: RowCount) -> Launc
 
 
 def rope(step: Rope, x: np.uint64, angles: np.uint64, rows: RowCount) -> Launch:
-    """Rotates x in place by the `angles` that `rotation` computed from the step's table."""
     pairs = len(step.table.frequencies)
     neox = np.int32(step.style is RopeStyle.NEOX)
     args = (x, angles, np.int32(step.heads), np.int32(step.head_dim), np.int32(pairs), neox, rows.address)

@@ -1,5 +1,3 @@
-"""The device addresses of a microbatch's integers."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass, field

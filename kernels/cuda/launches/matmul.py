@@ -55,8 +55,7 @@ several pieces. Longer pieces would leave memory for fewer than three stages."""
 _STATIC_BYTES, _RESERVED_BYTES = 576, 1024
 """The bytes of a block's shared memory that are not dynamic: the kernel's static part and the system's part."""
 _TEAM_ROWS, _TEAM_WARPS, _STAGE_BYTES = 2, 4, 8192
-"""Limits of products with float weights (src/matmul/float_teams.cuh): the most rows for teams of one warp, the most
-warps of a block, and the bytes of a stage."""
+"""Limits of float weights (float_teams.cuh): rows for teams of one warp, warps of a block, bytes of a stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +136,6 @@ def kernel_name(kind: str, quant_type: QuantType) -> str:
 
 
 def activation_bytes(activation: ActivationFormat, rows: int, cols: int) -> int:
-    """Returns the bytes of quantized rows; 0 for float32, which products read directly."""
     if activation is ActivationFormat.F32:
         return 0
     return -(-rows // _GROUP_ROWS) * (cols // int(activation)) * _GROUP_BYTES[activation]
@@ -166,7 +164,6 @@ def _quantize(
 
 
 def embed(weights: Weights, ids: np.uint64, rows: RowCount, out: np.uint64) -> Launch:
-    """Copies row ids[i] of the weights to row i of `out`, as float32."""
     args = (ids, weights.address, np.int32(weights.tile_bytes), np.int32(weights.cols), rows.address, out)
     grid = (-(-weights.cols // 1024), rows.bucket, 1)
     return Launch(kernel_name("embed", weights.quant_type), grid, (256, 1, 1), args)
@@ -189,8 +186,7 @@ def _blocks(products: Sequence[Product], tiles: int) -> int:
 
 
 def _takes_gemm(products: Sequence[Product], rows: int, sms: int) -> bool:
-    """True if the gemm kernel is faster. Up to 32 rows it is not: the gemv kernel reads weights up to four times, three
-    of them from the cache, but a few large gemm blocks would leave more bandwidth unused."""
+    """True if the gemm kernel is faster: not up to 32 rows, where few large blocks leave more bandwidth unused."""
     if rows <= _GROUP_ROWS:
         return False
     return rows > 4 * _GROUP_ROWS or _blocks(products, 4) * -(-rows // _GEMM_ROWS) >= 2 * sms

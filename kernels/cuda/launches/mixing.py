@@ -29,7 +29,6 @@ def scale_by_weight(step: ScaleByWeight, x: np.uint64, weight: np.uint64, out: n
 
 
 def mix(step: Mix, reads: Sequence[np.uint64], out: np.uint64, rows: RowCount) -> Launch:
-    """Takes x, y and, if the step has them, coefficients as `reads`."""
     x, y, coefficients = (*reads, NULL)[:3]
     x_parts, parts = np.int32(step.x.width // step.width), np.int32(step.out.width // step.width)
     figures = np.float32(step.offset), np.int32(step.width), np.int32(step.first), x_parts, parts

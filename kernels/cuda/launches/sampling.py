@@ -25,14 +25,12 @@ def record_words(vocabulary: int) -> int:
 
 
 def piece_count(vocabulary: int) -> int:
-    """Returns the number of pieces of a row of logits. The greatest logit of each piece is stored as a float32."""
     return -(-vocabulary // _PIECE_LOGITS)
 
 
 def rank_logits(
     logits: np.uint64, vocabulary: int, pieces: np.uint64, records: np.uint64, rows: RowCount
 ) -> Iterator[Launch]:
-    """Fills the rows' `records`. `pieces` is scratch memory for the greatest logit of each piece."""
     args = (logits, np.int32(vocabulary), rows.address, pieces, records)
     blocks = {"maxima": -(-piece_count(vocabulary) // _BLOCK_PIECES), "candidates": sums_of_row(vocabulary)}
     for kernel, count in blocks.items():

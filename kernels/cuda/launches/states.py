@@ -13,7 +13,6 @@ from llamaclust.model.program import Convolution, Decay, DeltaRule, Scan
 
 _BLOCK = 256
 _DELTA_CHANNELS = 32
-"""The channels that a thread block of delta_rule computes."""
 _SCAN_CHANNELS = (32, 16, 8, 4, 2)
 """The possible channels of a thread block of scan. The most whose states fit shared memory are used."""
 

@@ -31,7 +31,6 @@ class KernelFolder(DiskCache):
         super().__init__(path, _MOST_BYTES)
 
     def find(self, key: str) -> Path | None:
-        """Returns the path of an undamaged module, and marks it used. Raises OSError."""
         for path in (path for suffix in self.suffixes for path in self.path.glob(f"{key}.*{suffix}")):
             data = self.read(path.name, _MOST_MODULE_BYTES)
             if data is not None and path.name == _file_name(key, data, path.suffix):

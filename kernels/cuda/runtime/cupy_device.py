@@ -194,5 +194,4 @@ class CupyDevice:
         self._kernels.close()
 
     def _select(self) -> None:
-        """Selects the GPU for CUDA calls of the calling thread."""
         self._runtime.setDevice(self._index)

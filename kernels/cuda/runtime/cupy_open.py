@@ -25,7 +25,6 @@ class GpuProperties:
 
 
 def import_cupy() -> Any:
-    """Raises UsageError if CuPy is missing, broken or too old."""
     try:
         import cupy
     except ModuleNotFoundError as error:

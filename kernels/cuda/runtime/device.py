@@ -54,17 +54,13 @@ class Launch:
 class Graph(Protocol):
     """Captured launches and copies. Each execution copies the current content of pinned memory."""
 
-    def launch(self) -> None:
-        """Executes the graph in order with other calls of the device."""
+    def launch(self) -> None: ...
 
     def close(self) -> None: ...
 
 
 class Event(Protocol):
-    """A point in the sequence of the device's work."""
-
-    def synchronize(self) -> None:
-        """Waits until all work before the event is done."""
+    def synchronize(self) -> None: ...
 
 
 class Device(Protocol):
@@ -112,8 +108,6 @@ class Device(Protocol):
     def event(self) -> Event:
         """Returns an event that marks the end of all calls so far."""
 
-    def synchronize(self) -> None:
-        """Waits until all work is done."""
+    def synchronize(self) -> None: ...
 
-    def close(self) -> None:
-        """Frees all remaining memory."""
+    def close(self) -> None: ...

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 ALIGNMENT = 256
-"""The alignment of parts within one allocation."""
 
 _GRANULE = 2 << 20
 """The driver's smallest allocation."""

@@ -1,5 +1,4 @@
-"""NVIDIA's run-time compiler, called with only our options. CuPy would add `-ftz=true`, which flushes subnormals to
-zero and so changes bits."""
+"""NVIDIA's run-time compiler without CuPy, whose option `-ftz=true` flushes subnormals to zero and so changes bits."""
 
 from __future__ import annotations
 

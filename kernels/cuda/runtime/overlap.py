@@ -12,7 +12,6 @@ import numpy as np
 from llamaclust.kernels.cuda.runtime.device import Launch
 
 OLDEST = 90
-"""The first architecture that supports overlapping launches."""
 
 _KERNELS = (
     *(f"{module}.gemv_" for module in ("matmul.k", "matmul.simple", "matmul.grid", "matmul.float")),
@@ -52,7 +51,6 @@ class OverlappingLauncher:
         return ctypes.CDLL("libcuda.so.1")
 
     def launch(self, function: int, launch: Launch, stream: int) -> None:
-        """`function` is a CUfunction, `stream` a CUstream."""
         values = [np.array(one) for one in launch.args]
         config = _Config(
             (ctypes.c_uint * 3)(*launch.grid),

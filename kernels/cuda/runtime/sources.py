@@ -16,14 +16,12 @@ _INCLUDE = re.compile(r'^#include (?:"(.+)"|<.+>)')
 
 
 def modules() -> dict[str, Path]:
-    """Returns every module by name: `attention.few` is src/attention/few.cu."""
     return {".".join(path.relative_to(SRC).with_suffix("").parts): path for path in sorted(SRC.rglob("*.cu"))}
 
 
 def whole_text(path: Path, include: tuple[Path, ...] = INCLUDE) -> str:
-    """Returns the source with its includes inserted, each once, so that compilers need no files and their caches notice
-    every change. Standard headers are left out for compilers that have them. A missing header of ours stays an include:
-    it is in a branch for another compiler."""
+    """Returns the source with its includes inserted, each once, so that compilers' caches notice every change. Standard
+    headers stay out. A missing header of ours stays an include: it is in a branch for another compiler."""
     return "".join(_lines(path, include, set()))
 
 

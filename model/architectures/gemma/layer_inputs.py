@@ -1,5 +1,3 @@
-"""Inputs per layer, which Gemma's E models have in addition to the hidden state."""
-
 from __future__ import annotations
 
 import math
@@ -44,12 +42,10 @@ class LayerInputs:
 
     @property
     def given(self) -> Buffer:
-        """The buffer that the stage receives."""
         return Buffer("given", self.carried.width + self._all.width) if self.first else self._hidden
 
     @property
     def sent(self) -> Buffer:
-        """The buffer that the next stage receives."""
         return Buffer("sent", self.carried.width + (self._layers - self.end) * self.width)
 
     def begin(self) -> Iterator[ir.Step]:

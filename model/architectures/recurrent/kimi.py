@@ -112,7 +112,6 @@ class _KimiDelta:
             yield ir.Activate(out, out, ActivationFunction.SILU)
 
     def _low_rank(self, name: str, x: Buffer, out: Buffer) -> Iterator[ir.Step]:
-        """Yields two products, with `head_dim` channels between them."""
         between = Buffer(f"delta {name}", self.head_dim)
         yield self.builder.product(self._name(f"ssm_{name}_a"), x, between)
         yield self.builder.product(self._name(f"ssm_{name}_b"), between, out)

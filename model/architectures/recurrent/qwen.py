@@ -28,7 +28,6 @@ def qwen35(builder: ProgramBuilder) -> None:
 
 
 def qwen35moe(builder: ProgramBuilder) -> None:
-    """Qwen 3.5 with experts and a gated shared expert in every layer."""
     experts = _experts(builder)
     _layers(builder, lambda layer: builder.experts(layer, experts, norm=_FEED_FORWARD_NORM), tiled=True)
 

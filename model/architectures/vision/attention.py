@@ -1,5 +1,3 @@
-"""Options of the attention blocks of encoders of images."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

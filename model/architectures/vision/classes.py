@@ -18,8 +18,7 @@ _LARGE = (3200, 45)
 
 
 def internvl(builder: VisionBuilder) -> Buffer:
-    """InternVL 2.5 to 3.5: learned factors of residuals (`ls1`, `ls2`), groups of patches, and a norm before the
-    projector."""
+    """InternVL 2.5 to 3.5: learned residual factors (`ls1`, `ls2`), groups of patches, a norm before the projector."""
     hp = builder.hyperparameters
     builder.rms = (hp.embedding_length, hp.block_count) == _LARGE
     builder.embed(bias=False)

@@ -12,12 +12,10 @@ from llamaclust.model.steps.options import ActivationFunction
 
 
 class Positions(Enum):
-    """The learned positions that are added to patches.
-
-    NONE: there are none. TABLE: a row for each patch of a tile, whose size is fixed. BILINEAR_CORNERS, ANTIALIASED,
-    BICUBIC: a square table, interpolated to the tile's size. BILINEAR_CORNERS keeps the corners in place, ANTIALIASED
-    has wider weights where the tile is smaller than the table, and BICUBIC has PyTorch's kernel (a = -0.75). AXES: a
-    table for columns and one for lines."""
+    """The learned positions added to patches. NONE: there are none. TABLE: a row for each patch of a tile of fixed
+    size. BILINEAR_CORNERS, ANTIALIASED, BICUBIC: a square table, interpolated to the tile's size. BILINEAR_CORNERS
+    keeps the corners in place, ANTIALIASED has wider weights where the tile is smaller than the table, and BICUBIC has
+    PyTorch's kernel (a = -0.75). AXES: a table for columns and one for lines."""
 
     NONE = auto()
     TABLE = auto()
@@ -32,10 +30,8 @@ class VisionFamily:
     """A family of encoders. `emit` appends the steps to a builder and returns the buffer with the result.
 
     merge_key, merge: the key with the number of patches a side that become one row, and its default (None: required).
-    gelu: the function that `use_gelu` means.
-    plain: the function of files with neither `use_gelu` nor `use_silu`.
-    turns: the program has rotations by height and width.
-    windows: the program has attention in windows.
+    gelu, plain: the functions of files with `use_gelu`, and with neither `use_gelu` nor `use_silu`.
+    turns, windows: the program has rotations by height and width, or attention in windows.
     bidirectional: the text model's rows of an image see each other.
     sections: the text model turns by the line and column of an image's rows (M-RoPE).
     tokens: the least and the most rows of an image, where its size is free; None: all tiles have the file's size.
@@ -43,8 +39,7 @@ class VisionFamily:
     first_place: the number by which the first line and column turn. The class row turns by 0.
     pads: images whose size is free are padded to whole merge groups.
     signed: a normalized colour c becomes 2 c - 1.
-    transposed: tensors whose numbers are in the other order in files. The value tells if they are those of a
-    convolution over a merge group, [out, channels, height, width].
+    transposed: tensors in the other order in files; True: convolutions [out, channels, height, width] of a merge group.
     as_row: vectors that the program reads as matrices of one row.
     unread: tensors that llama.cpp needs, and that are part of the text model too."""
 

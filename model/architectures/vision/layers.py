@@ -65,8 +65,7 @@ class VisionBuilder(CheckedTensors):
         self._steps += added
 
     def embed(self, *, bias: bool = True, norm: str | None = None) -> None:
-        """hidden = the products of patches with the patch embedding (and its bias), normed if a norm is named, plus the
-        added channels."""
+        """hidden = embedded patches (with the bias), normed if a norm is named, plus the added channels."""
         hp, embedded = self.hyperparameters, self.hidden
         if hp.added_width:
             self.append(steps.Slice(self._patches, self._pixels, 0))
@@ -203,7 +202,6 @@ class VisionBuilder(CheckedTensors):
         self.append(steps.LayerNorm(x, out, weight, self.optional_vector(f"{name}.bias", x.width), epsilon))
 
     def merge(self, x: Buffer) -> Buffer:
-        """Joins the rows of each merge group, which are consecutive."""
         factor = self.hyperparameters.merged
         if factor == 1:
             return x
@@ -220,7 +218,6 @@ class VisionBuilder(CheckedTensors):
         return result
 
     def width(self, name: str) -> int:
-        """Returns the number of results of a product."""
         shape = self.model.tensor(f"{name}.weight").shape
         if len(shape) != 2:
             raise self.error(f"{name}.weight", f"expected 2 dimensions, found {len(shape)}")

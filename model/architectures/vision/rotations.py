@@ -20,8 +20,7 @@ def halves(head_dim: int, base: float, style: RopeStyle, sections: tuple[int, in
 
 
 def alternating(head_dim: int, base: float, style: RopeStyle, sections: tuple[int, int]) -> Rotation:
-    """Returns a rotation like `halves`, but the first half has the frequencies base^(-2 i / head_dim) with even i, and
-    the second half has those with odd i."""
+    """Returns a rotation like `halves`, with the frequencies base^(-2 i / head_dim): even i first, then odd i."""
     whole = frequencies(head_dim, base)
     half = len(whole) // 2
     return Rotation(style, RopeTable(whole[::2] + whole[1::2]), _sections(half, sections))

@@ -110,7 +110,6 @@ def _refuse(constant: str) -> Any:
 
 
 def _finite(text: str) -> float:
-    """Raises ValueError for numbers beyond float64, which Python would read as infinite."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text[:60]} is too large")

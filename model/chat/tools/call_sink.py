@@ -1,5 +1,3 @@
-"""Collects the events of calls from their readers, and tells the readers which tools exist."""
-
 from __future__ import annotations
 
 from collections.abc import Mapping

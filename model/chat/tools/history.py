@@ -102,8 +102,7 @@ def _arguments(function: Message) -> Any:
 
 
 def _add_result(form: ToolFormat, adapted: list[dict[str, Any]], message: Message, names: Mapping[str, str]) -> None:
-    """Adds a tool's result. For a template without a tool role, it becomes a user message, joined with adjacent
-    results."""
+    """Adds a tool's result; without a tool role, as a user message that is joined with adjacent results."""
     name = message.get("name") or names.get(str(message.get("tool_call_id", "")))
     named = {} if name is None else {"name": name}
     if form.takes_tool_role:

@@ -8,7 +8,6 @@ from typing import Final
 from llamaclust.model.chat.tools.events import AnswerEvent
 
 _MAX_HELD: Final = 64
-"""The most characters of white space that are held back in case a marker follows."""
 
 
 class TextRun:

@@ -24,7 +24,6 @@ _FILE_NAME: Final = re.compile(r"(?!\.\.?$)[^/\\]{1,255}")
 
 
 def read_folder(files: SourceFiles, folder: Path) -> Checkpoint:
-    """Raises ModelFileError for a shard that is missing, damaged or from another model."""
     path = folder / CONFIG
     values = read_json(path)
     settings = Settings(values, str(path))
@@ -87,7 +86,6 @@ def _indexed(files: SourceFiles, index: Path) -> dict[str, Lazy]:
 
 
 def _all_shards(files: SourceFiles, shards: list[Path]) -> dict[str, Lazy]:
-    """Reads shards without an index. Their names must count from 1 to the stated number."""
     names = [name for path in shards if (name := _SHARD.fullmatch(path.name))]
     first = names[0]
     wanted = [(first["stem"], number, int(first["count"])) for number in range(1, int(first["count"]) + 1)]

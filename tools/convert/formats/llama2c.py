@@ -64,7 +64,6 @@ def is_llama2c(file: SourceFile) -> bool:
 
 
 def read_llama2c(files: SourceFiles, path: Path) -> Checkpoint:
-    """Reads a file. Its default tokenizer is tokenizer.bin in the same folder."""
     file = files.open(path)
     header = _read_header(file)
     tensors: dict[str, Lazy] = {}

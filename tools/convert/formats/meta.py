@@ -76,7 +76,6 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _merged(files: SourceFiles, parts: list[Path], width: int) -> dict[str, Lazy]:
-    """Joins the parts of each tensor. Raises ModelFileError if the parts are not of one model."""
     shards = [read_torch(files.open(path), files.recent) for path in parts]
     for path, shard in zip(parts, shards, strict=True):
         if shard.keys() != shards[0].keys():

@@ -23,7 +23,6 @@ class Hints:
     context_length: int | None = None
 
     def check(self, kind: str, *, config: bool = False, context_length: bool = False) -> None:
-        """Raises UsageError for an option that this kind of checkpoint does not need."""
         if self.config is not None and not config:
             raise UsageError(f"--config {self.config}: is for TencentPretrain's files, but this is {kind}")
         if self.context_length is not None and not context_length:
@@ -31,7 +30,6 @@ class Hints:
 
 
 def open_checkpoint(files: SourceFiles, path: Path, hints: Hints) -> Checkpoint:
-    """Raises ModelFileError for a missing or bad checkpoint, and UsageError for hints that it does not need."""
     if not path.exists():
         raise ModelFileError(f"{path}: no such file or folder; check the path")
     if not path.is_dir():

@@ -17,8 +17,6 @@ _MAX_STEPS: Final = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class StorageRef:
-    """A PyTorch storage. `key` is its member in the archive, `count` its number of elements."""
-
     storage: Storage
     key: str
     count: int
@@ -64,7 +62,6 @@ _STORAGES: Final = {
 
 
 def read_pickle(data: bytes, origin: str) -> Any:
-    """Raises ModelFileError if the pickle is damaged or is no state dict."""
     machine = _Machine()
     try:
         for step, (opcode, argument, _) in enumerate(pickletools.genops(data)):
@@ -186,7 +183,6 @@ _ACTIONS: Final[dict[str, Callable[[_Machine, Any], Any]]] = {
     "BUILD": _Machine.set_state,
     "BINPERSID": lambda machine, _: _storage(machine.pop()),
 }
-"""Functions by opcode. Each returns the value that its opcode pushes."""
 
 
 def _storage(said: Any) -> StorageRef:

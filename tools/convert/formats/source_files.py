@@ -38,14 +38,12 @@ class SourceFiles:
         return self._open[path][0]
 
     def check_unchanged(self) -> None:
-        """Raises ModelFileError if a file was modified since it was opened."""
         for file, identity in self._open.values():
             if FileIdentity.of(file.descriptor) != identity:
                 raise file.error("it changed while it was read; try again when it is complete")
 
 
 def lazy_tensor(file: SourceFile, name: str, offset: int, shape: tuple[int, ...], storage: Storage) -> Lazy:
-    """Makes a tensor whose rows are contiguous from byte `offset` on."""
     origin = f"{file.path}: tensor {shown(name)}"
     if not 0 < len(shape) <= MAX_DIMENSIONS or min(shape) < 1:
         raise ModelFileError(

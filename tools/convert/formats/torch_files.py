@@ -30,7 +30,6 @@ class _Member:
 
 
 def read_torch(file: SourceFile, recent: Recent) -> dict[str, Lazy]:
-    """Returns all tensors by name. Raises ModelFileError if the file is damaged, hostile or of another kind."""
     members = _members(file)
     pickled = next((name for name in members if name.endswith("/data.pkl") or name == "data.pkl"), None)
     if pickled is None:
@@ -48,7 +47,6 @@ def read_torch(file: SourceFile, recent: Recent) -> dict[str, Lazy]:
 
 
 def _named_tensors(found: Any, file: SourceFile) -> dict[str, TensorRef]:
-    """Returns a state dict's tensors. The dict may be nested under a usual name."""
     for _ in range(2):
         inner = [found[name] for name in _WRAPPERS if isinstance(found, dict) and isinstance(found.get(name), dict)]
         if not inner:
@@ -93,7 +91,6 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _members(file: SourceFile) -> dict[str, _Member]:
-    """Raises ModelFileError if a member is compressed or extends beyond the file."""
     if file.read(0, min(4, file.size_bytes)) != _ZIP:
         raise file.error("not a zip file, which torch.save has written since 1.6; save it again with a newer PyTorch")
     try:

@@ -103,7 +103,6 @@ _NOTE: Final = "only the text model is written, without what sees pictures or he
 
 
 def build_page(checkpoint: Checkpoint) -> Page:
-    """Raises ModelFileError if the architecture has no page."""
     text = text_part(checkpoint)
     found = PAGES.get(text.family)
     if found is None:

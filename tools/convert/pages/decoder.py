@@ -17,7 +17,6 @@ GELU: Final = ("gelu_pytorch_tanh", "gelu_new", "gelu")
 
 
 def activation(page: Page, names: Sequence[str], *keys: str) -> None:
-    """Raises ModelFileError if the activation is not one of `names`, which the architecture computes."""
     said = page.settings.text(*keys, default=names[0])
     if said not in names:
         raise page.settings.error(keys[0], f"{shown(said)}: {page.architecture} computes {names[0]}")
@@ -86,7 +85,6 @@ def experts(page: Page, place: str, count: int, width: int, names: tuple[str, st
 
 
 def feed_forward_width(page: Page) -> int:
-    """Returns the width of the feed-forward network. Raises ModelFileError if the activation is not SiLU."""
     activation(page, SILU, "hidden_act")
     return page.settings.count("intermediate_size", "n_inner")
 

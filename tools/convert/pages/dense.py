@@ -33,14 +33,12 @@ def build_seed_oss(page: Page) -> None:
 
 
 def build_ernie4_5(page: Page) -> None:
-    """ERNIE 4.5 without experts. Neighbouring channels rotate, as in the checkpoint."""
     if page.settings.flag("use_bias"):
         raise page.settings.error("use_bias", "true is not what ernie4_5 computes")
     _plain(page, base=500000.0)
 
 
 def build_granite(page: Page) -> None:
-    """Granite 3, and dense Granite 4 without recurrent states: LLaMA with four scales."""
     settings = page.settings
     if settings.flag("mlp_bias"):
         raise settings.error("mlp_bias", "true is not what granite computes")
@@ -72,8 +70,7 @@ def _plain(page: Page, base: float) -> None:
 
 
 def build_exaone4(page: Page) -> None:
-    """EXAONE 4 has norms only after attention and feed-forward. In models with a window, every fourth layer has neither
-    window nor rotation."""
+    """EXAONE 4 has norms only after blocks. With a window, every fourth layer has neither window nor rotation."""
     settings, hidden = page.settings, page.width
     width = decoder.feed_forward_width(page)
     decoder.usual_keys(page, width)

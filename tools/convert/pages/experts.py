@@ -13,7 +13,6 @@ MAX_EXPERTS: Final = 1 << 10
 PARTS: Final = ("gate_proj", "up_proj", "down_proj")
 """The modules of gate, up and down, as most checkpoints call them."""
 SOFTMAX, SIGMOID = 1, 2
-"""GGUF's numbers for gating functions."""
 NO_PREDICTIONS: Final = "layers that predict further tokens are not written"
 
 
@@ -32,8 +31,7 @@ def weight_keys(page: Page, gating: int, *, normalized: bool) -> None:
 
 
 def group_keys(page: Page, count: int, chosen: int) -> None:
-    """Writes the keys of expert groups. The groups with the highest sums of their two best experts are used. A token
-    uses `chosen` of `count` experts."""
+    """Writes the keys of expert groups. Groups with the highest sums of their two best experts are used."""
     settings = page.settings
     groups = settings.count("n_group", "num_expert_group", default=1, maximum=count)
     used = settings.count("topk_group", default=1, maximum=groups)

@@ -46,7 +46,6 @@ def build(page: Page) -> None:
 
 
 def _experts(page: Page, layer: int, count: int, width: int) -> None:
-    """Copies the experts. Rows of gate and up alternate in the matrix and in the bias."""
     source, hidden = f"model.layers.{layer}.mlp.experts", page.width
     halves = _matrices(page, f"{source}.gate_up_proj", (count, 2 * width, hidden), 2)
     bias = page.take(f"{source}.gate_up_proj_bias", count, 2 * width)
@@ -59,8 +58,7 @@ def _experts(page: Page, layer: int, count: int, width: int) -> None:
 
 
 def _matrices(page: Page, source: str, shape: tuple[int, int, int], parts: int) -> list[Lazy]:
-    """Splits [experts, rows, columns] into `parts` tensors of alternating rows. The source is blocks, or floats as
-    [experts, columns, rows]."""
+    """Splits blocks [experts, rows, columns], or floats [experts, columns, rows], into `parts` of alternating rows."""
     count, rows, columns = shape
     if not page.has(f"{source}_blocks"):
         whole = exchanged(page.take(source, count, columns, rows))

@@ -56,7 +56,6 @@ def _attention(page: Page, layer: int) -> None:
 
 
 def _of_all_layers(page: Page, *names: str, default: int | None = None, maximum: int = 1 << 20) -> int:
-    """Returns a number that configurations state once, or equally for each layer."""
     settings = page.settings
     name = next((name for name in names if settings.has(name)), names[0])
     listed = settings.values.get(name)

@@ -114,7 +114,6 @@ def _meta_feed_forward(page: Page, place: str, source: str, width: int) -> None:
 
 
 def build_internlm2(page: Page) -> None:
-    """InternLM 2 and 2.5. Q, K and V are one matrix, ordered by groups of heads that share K and V."""
     width, hidden = decoder.feed_forward_width(page), page.width
     decoder.usual_keys(page, width)
     decoder.rms_epsilon(page)
@@ -145,7 +144,6 @@ def _internlm2_attention(page: Page, place: str, source: str) -> None:
 
 
 def build_baichuan(page: Page) -> None:
-    """Baichuan and Baichuan 2. Q, K and V are one matrix."""
     width = decoder.feed_forward_width(page)
     decoder.usual_keys(page, width)
     decoder.rms_epsilon(page)

@@ -42,7 +42,6 @@ def build(page: Page) -> None:
 
 
 def _step(page: Page) -> int:
-    """Returns the distance between layers with experts. Raises ModelFileError if distances differ."""
     settings = page.settings
     listed = settings.values.get("moe_layers")
     if listed is None:

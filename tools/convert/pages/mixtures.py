@@ -14,7 +14,6 @@ _PREDICTIONS = ("model.mtp_block.", "model.mtp_emb_norm.", "model.mtp_hidden_nor
 
 
 def build_granite(page: Page) -> None:
-    """Granite 3 with experts. There may be a shared expert."""
     settings = page.settings
     width = decoder.feed_forward_width(page)
     shared = settings.count("shared_intermediate_size", default=0, minimum=0)
@@ -64,8 +63,7 @@ def granite_feed_forward(page: Page, layer: int, width: int, suffix: str = "") -
 
 
 def build_ernie(page: Page) -> None:
-    """ERNIE 4.5 with experts. From some layer on, every n-th layer has experts, and shared experts as one network.
-    Layers for multi-token prediction are omitted, as by llama.cpp."""
+    """ERNIE 4.5 with experts in every n-th layer, and shared ones. MTP layers are omitted, as by llama.cpp."""
     settings, width = page.settings, decoder.feed_forward_width(page)
     if settings.flag("use_bias"):
         raise settings.error("use_bias", "true is not what ernie4_5-moe computes")

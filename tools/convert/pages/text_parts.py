@@ -69,7 +69,6 @@ MULTIMODAL: Final[Mapping[str, TextPart]] = MappingProxyType(
         ),
     }
 )
-"""Text models by the class of the multimodal model that contains them."""
 _PREFIXES: Final = (
     ("language_model.model.", "model."),
     ("language_model.", ""),
@@ -114,7 +113,6 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _sources(checkpoint: Checkpoint) -> Mapping[str, str]:
-    """Maps names in a text-only model to the checkpoint's. Raises ModelFileError if two become the same."""
     sources: dict[str, str] = {}
     for source in checkpoint.tensors:
         if source.startswith(_PICTURES):

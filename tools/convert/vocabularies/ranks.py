@@ -1,5 +1,4 @@
-"""Byte strings with ranks: tiktoken files (Llama 3, GLM-4, Qwen, Hunyuan, Kimi), and tekken.json, Mistral's form of
-them. Merges follow from ranks."""
+"""Byte strings with ranks: tiktoken files (Llama 3, GLM-4, Qwen, Hunyuan, Kimi), and Mistral's tekken.json."""
 
 from __future__ import annotations
 
@@ -94,7 +93,6 @@ def _spell(word: bytes) -> str:
 
 
 def _model_of(path: Path, count: int) -> str:
-    """Returns the pre-tokenizer's name, by the file's name or number of ranks."""
     if path.suffix == ".tiktoken":
         return "hunyuan" if path.name == _HUNYUAN_FILE else "qwen2"
     known = {_LLAMA3_WORDS: "llama-bpe", _GLM4_WORDS: "chatglm-bpe", _KIMI_WORDS: "kimi-k2"}
@@ -129,7 +127,6 @@ def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
 
 
 def _split(word: bytes, ranks: Mapping[bytes, int], path: Path) -> tuple[bytes, bytes]:
-    """Returns the two parts that a word's last merge joins."""
     parts = [word[place : place + 1] for place in range(len(word))]
     own = ranks[word]
     while len(parts) > 2:
@@ -143,7 +140,6 @@ def _split(word: bytes, ranks: Mapping[bytes, int], path: Path) -> tuple[bytes, 
 
 
 def read_tekken(path: Path) -> Words:
-    """Raises ModelFileError for a damaged file or an unknown pre-tokenizer."""
     said = read_json(path)
     config = Settings(said, str(path)).inner("config")
     count = config.count("default_num_special_tokens", minimum=0, maximum=MAX_WORDS)

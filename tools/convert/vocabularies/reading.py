@@ -70,7 +70,6 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _read_special(words: Words, folder: Path, config: dict[str, Any], rows: int) -> None:
-    """Adds the contents of tokenizer_config.json, added_tokens.json, config.json and chat templates to `words`."""
     said = _json(folder / "tokenizer_config.json")
     for text, token_id in _json(folder / "added_tokens.json").items():
         if type(token_id) is int and token_id >= 0:
@@ -123,7 +122,6 @@ def _content(entry: Any) -> str | None:
 
 
 def _template(folder: Path, said: dict[str, Any]) -> str | None:
-    """Returns the chat template: the folder's file, otherwise the default one of the settings."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         if path.stat().st_size > _MAX_TEMPLATE_BYTES:

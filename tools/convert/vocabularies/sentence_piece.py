@@ -21,11 +21,9 @@ _LONGEST: Final = 1 << 16
 _BYTE: Final = re.compile(r"<0x[0-9A-F]{2}>")
 """A byte token's name. Files of 2023 have the character with the byte's code instead."""
 _FIRST: Final = (("<unk>", TokenType.UNKNOWN), ("<s>", TokenType.CONTROL), ("</s>", TokenType.CONTROL))
-"""The first tokens, which the file spells differently."""
 
 
 def read_sentence_piece(path: Path, data: bytes) -> Words:
-    """Raises ModelFileError if the file is damaged or of a kind that GGUF does not have."""
     model = _PROTO.ModelProto()
     try:
         model.ParseFromString(data)

@@ -27,7 +27,6 @@ _BYTES: Final = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
 def read_tokenizer_json(path: Path) -> Words:
-    """Raises ModelFileError for an unknown kind or pre-tokenizer."""
     said = read_json(path)
     model = _object(said.get("model"), path, "model")
     is_unigram = model.get("type") == "Unigram"
@@ -188,7 +187,6 @@ def _special(item: Any) -> str | None:
 
 
 def _parts(said: Any, inner: str) -> list[dict[str, Any]]:
-    """Returns the components of a sequence, or a single component as a list."""
     if not isinstance(said, dict):
         return []
     parts = said.get(inner) if said.get("type") == "Sequence" else [said]
@@ -244,7 +242,6 @@ def _unigrams(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
 
 
 def _check_alike(words: Words, library: tokenizers.Tokenizer) -> None:
-    """Raises ModelFileError if SentencePiece's algorithm gives other tokens than the library."""
     own = load_tokenizer(words.metadata())
     for text in _TEXTS:
         if own.encode(text, add_special=False) != library.encode(text, add_special_tokens=False).ids:

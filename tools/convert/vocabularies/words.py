@@ -1,5 +1,3 @@
-"""A vocabulary to write: words by id with types, and the tokenizer's settings."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass, field

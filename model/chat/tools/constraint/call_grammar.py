@@ -125,8 +125,7 @@ def _object(rules: LarkRules, calls: ObjectCalls, name: str, schema: Schema) -> 
 
 
 def _json_parts(text: str) -> str:
-    """Splits JSON text into llguidance's lexemes for JSON schemas, since a call without markers may be an alternative
-    to other JSON."""
+    """Splits JSON text into llguidance's lexemes for schemas, since such a call may be an alternative to other JSON."""
     return joined(*map(quoted, _JSON_PART.findall(text)))
 
 

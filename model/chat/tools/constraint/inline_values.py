@@ -25,8 +25,7 @@ class InlineValues(ABC):
 
     @property
     @abstractmethod
-    def text(self) -> str:
-        """The rule for any string."""
+    def text(self) -> str: ...
 
     @property
     @abstractmethod

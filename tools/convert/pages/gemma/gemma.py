@@ -55,7 +55,6 @@ def _window(page: Page) -> None:
 
 
 def _caps(page: Page) -> None:
-    """Writes the soft caps. Gemma 2 caps scores and logits; Gemma 3 may cap logits."""
     settings = page.settings
     scores, final = "attn_logit_softcapping", "final_logit_softcapping"
     if page.architecture == "gemma2":

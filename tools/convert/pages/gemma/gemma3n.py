@@ -58,7 +58,6 @@ def _widths(page: Page) -> list[int]:
 
 
 def _keys(page: Page, widths: list[int], copies: int, inputs: int) -> int:
-    """Writes the keys. Returns the number of layers that use other layers' keys and values."""
     settings = page.settings
     decoder.usual_keys(page, widths[0])
     if len({*widths}) > 1:

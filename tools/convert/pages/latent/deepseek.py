@@ -48,13 +48,11 @@ def build_v3(page: Page) -> None:
 
 
 def build_glm_flash(page: Page) -> None:
-    """GLM-4.7-Flash. The layers for multi-token prediction are the last ones."""
     page.vocabulary_rules = _GLM
     _build(page, _V3, further=experts.further_layers(page))
 
 
 def build_mistral4(page: Page) -> None:
-    """Mistral Small 4, whose queries are scaled by their position."""
     _build(page, _MISTRAL4)
     length = position_scale(page)
     if length:

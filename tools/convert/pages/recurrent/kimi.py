@@ -50,7 +50,6 @@ def _dense_module(page: Page, layer: int) -> str:
 
 
 def _net(page: Page) -> Settings:
-    """Returns checked settings of delta nets. Raises ModelFileError for values that GGUF cannot express."""
     settings = page.settings
     said = settings.inner("linear_attn_config")
     if not settings.has("linear_attn_config"):

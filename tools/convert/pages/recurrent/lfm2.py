@@ -42,7 +42,6 @@ def build(page: Page) -> None:
 
 
 def _kinds(page: Page) -> list[str]:
-    """Returns the kind of each layer, from `layer_types` or from the numbers of the layers with attention."""
     listed = page.settings.values.get("full_attn_idxs")
     if page.settings.has("layer_types") or not isinstance(listed, list):
         return decoder.layer_kinds(page, "layer_types", _KINDS)
@@ -76,7 +75,6 @@ def _taps(page: Page) -> int:
 
 
 def _expert_keys(page: Page) -> int:
-    """Writes the keys. Returns the number of leading dense layers."""
     settings = page.settings
     for name in ("use_expert_bias", "norm_topk_prob"):
         if not settings.flag(name, default=True):

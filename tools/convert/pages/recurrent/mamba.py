@@ -96,7 +96,6 @@ def _column(page: Page, name: str, mamba: Mamba) -> Lazy:
 
 
 def _check_time_steps(page: Page) -> None:
-    """Raises ModelFileError for limited time steps, for which GGUF has no key."""
     for name in ("time_step_limit", "mamba_dt_limit"):
         said = page.settings.values.get(name)
         if said is not None and said not in _ALL_STEPS:

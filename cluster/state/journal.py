@@ -137,7 +137,8 @@ class Journal:
 
     def _make(self, request: RequestContext, on_disk: asyncio.Future[None]) -> asyncio.Future[bytes] | None:
         if len(request.body) < _LONG_BYTES and not (request.images or request.earlier):
-            return self._admit(request, on_disk, partial(to_line, request))
+            self._admit(request, on_disk, partial(to_line, request))
+            return None
         made = self._made(request)
         made.add_done_callback(lambda made: self._admit(request, on_disk, made.result))
         return made

@@ -141,7 +141,10 @@ async def test_a_long_request_that_could_not_be_read_again_is_refused_alone(
 @pytest.mark.parametrize("more", range(-2, 3))
 async def test_what_is_encoded_in_parts_is_read_as_it_was(more: int, tmp_path: Path) -> None:
     drawn, size = random.Random(f"{SEED} {more}"), 2 * journal_records._PART_BYTES + more
-    messages = [{"role": "user", "content": '"\\' * 9}, {"role": "tool", "é\ud800": [{}, None]}]
+    messages: list[dict[str, object]] = [
+        {"role": "user", "content": '"\\' * 9},
+        {"role": "tool", "é\ud800": [{}, None]},
+    ]
     images = {'https://a/\u20ac?"': drawn.randbytes(size), "b": b"", "c": b"\xff"}
     request = replace(admission(0, drawn.randbytes(size)), earlier=messages, images=images)
     async with journal(tmp_path / "journal") as writing:

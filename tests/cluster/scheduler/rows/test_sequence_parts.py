@@ -85,16 +85,16 @@ def test_samplers_keep_what_tokens_change() -> None:
 class Read(array):  # type: ignore[type-arg]  # array has none at run time
     """An array that counts the tokens that Python reads one by one; its slices count too."""
 
-    count = 0
+    reads = 0
 
     def __getitem__(self, place: Any) -> Any:
         found = super().__getitem__(place)
-        Read.count += not isinstance(place, slice)
+        Read.reads += not isinstance(place, slice)
         return Read("i", found) if isinstance(place, slice) else found
 
     def __iter__(self) -> Iterator[int]:
         for token in super().__iter__():
-            Read.count += 1
+            Read.reads += 1
             yield token
 
 
@@ -117,12 +117,12 @@ def test_no_token_is_read_again_for_penalties() -> None:
         sequence.append(RowResult(token, -1.0))
         tasks = sample_task(sequence), sample_task(sequence, 1), *window_tasks(sequence, (5, 6))
         sent = encode_inputs(SamplingInputs(1, 2, tasks))
-        assert Read.count == 0
+        assert Read.reads == 0
         plain.append(token)
         assert all(isinstance(task, SampleTask) for task in tasks)
         assert [[*task.history] for task in tasks] == [plain, plain, *[plain[:-1]] * 3]
-        assert Read.count > 0 and array("i", plain).tobytes() in sent
-        Read.count = 0
+        assert Read.reads > 0 and array("i", plain).tobytes() in sent
+        Read.reads = 0
 
 
 def test_a_restarted_sequence_keeps_its_tokens_and_nothing_that_lies_elsewhere() -> None:

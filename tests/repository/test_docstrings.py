@@ -20,11 +20,15 @@ FRAGMENTS = re.compile(
 """First words of fragments."""
 
 
-def docstrings(path: Path) -> Iterator[tuple[int, str]]:
-    """Docstrings of modules, classes, functions, constants and attributes, by line."""
+MOST_LINES = 0.06
+"""The largest share of lines of Python that docstrings may take."""
+
+
+def docstrings(path: Path) -> Iterator[tuple[int, str, int]]:
+    """Yields the line, text and number of lines of the docstrings of modules, classes, functions and attributes."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            yield node.lineno, node.value.value
+            yield node.lineno, node.value.value, (node.end_lineno or node.lineno) - node.lineno + 1
 
 
 def is_fragment(text: str) -> bool:
@@ -35,7 +39,14 @@ def is_fragment(text: str) -> bool:
 def test_docstrings_are_sentences(folder: str) -> None:
     found = [(path, *each) for path in sorted((ROOT / folder).rglob("*.py")) for each in docstrings(path)]
     assert len(found) > 40
-    assert [f"{path}:{line}: {text}" for path, line, text in found if is_fragment(text)] == []
+    assert [f"{path}:{line}: {text}" for path, line, text, _ in found if is_fragment(text)] == []
+
+
+def test_docstrings_are_few() -> None:
+    paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    lines = sum(path.read_text().count("\n") for path in paths)
+    taken = sum(count for path in paths for _, _, count in docstrings(path))
+    assert taken <= MOST_LINES * lines, f"{taken} of {lines} lines are docstrings: delete what names and types say"
 
 
 def test_fragments_are_found() -> None:

@@ -18,7 +18,7 @@ def _cut(size: Size, settings: ImageSettings) -> Cut:
 
 
 def _resized(size: Size, settings: ImageSettings) -> Size:
-    """Only an image with more patches than the limit is resized."""
+    """An image is resized if it has more patches than the limit."""
     width, height = size
     patch = settings.patch_size
     patches = (width // patch) * (height // patch)

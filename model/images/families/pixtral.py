@@ -21,7 +21,7 @@ def _complete(settings: ImageSettings, numbers: ImageNumbers) -> ImageSettings:
 
 
 def _resized(size: Size, settings: ImageSettings) -> Size:
-    """Only a side above the longest edge is reduced. Then both are rounded up to multiples of a row's side."""
+    """A side above the longest edge is reduced. Then both are rounded up to multiples of a row's side."""
     width, height = size
     ratio = max(height / settings.longest_edge, width / settings.longest_edge)
     if ratio > 1:

@@ -27,6 +27,7 @@ from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, QueueFullError
 from llamaclust.core.limits import AdapterScales
 from llamaclust.core.sampling import Grammar
+from support.clusters.fakes import FakePipeline
 from support.clusters.resumable import (
     KEY,
     PATHS,
@@ -292,6 +293,35 @@ async def test_a_request_that_ends_the_coordinator_again_and_again_fails_alone(
     assert lives == 10
     assert '"code":"request_failed"' in poisoned.result().text
     assert "the coordinator ended 10 times while it computed this request, at last alone" in poisoned.result().text
+
+
+async def test_a_suspected_request_begins_after_the_others_progressed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a kill from outside while the others' prompts are computed would count as its failure."""
+    path, begun, body = tmp_path / "journal", list[str](), json.dumps(body_of(PATHS[0]))
+    create, open_pipeline = TextCompletions.make, FakePipeline.__init__
+    async with aclosing(Journal(path, ControlRecord(), 60.0)) as journal:
+        for number in range(2):
+            await journal.admit(admission(number, body))
+        await journal.begin_restored({f"{0:024x}": 1})
+
+    def closed(self: FakePipeline, *given: Any, **more: Any) -> None:
+        open_pipeline(self, *given, **more)
+        self.gate.clear()
+
+    async def seen(self: TextCompletions, data: bytes, context: RequestContext) -> Reply:
+        begun.append(context.idempotency_key)
+        return await create(self, data, context)
+
+    monkeypatch.setattr(FakePipeline, "__init__", closed)
+    monkeypatch.setattr(TextCompletions, "make", seen)
+    async with served(path) as server:
+        await until(lambda: server.engine.scheduler.counts.running == 1)
+        for _ in range(50):
+            assert (await server.http.get("/live")).status_code == 200 and begun == ["key 1"]
+        server.pipeline.gate.set()
+        await until(lambda: begun == ["key 1", "key 0"])
 
 
 async def test_a_restored_request_that_progresses_is_not_given_up(

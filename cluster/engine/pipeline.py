@@ -93,6 +93,11 @@ class Pipeline(Protocol):
     @property
     def encoder(self) -> PipelineEncoder | None: ...
 
+    @property
+    def no_images(self) -> str:
+        """Why there is no encoder although the model has a projector; empty if there is one, or no projector."""
+        ...
+
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
         """Sends microbatches to the first stage and their sampling inputs to the last, without waiting."""
         ...
@@ -115,6 +120,7 @@ class NoPipeline:
     stages: tuple[StageInfo, ...] = ()
     kv_disks: KvDisks | None = None
     encoder: PipelineEncoder | None = None
+    no_images = ""
 
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
         raise AssertionError("no pipeline is loaded")

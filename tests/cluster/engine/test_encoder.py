@@ -328,3 +328,20 @@ async def test_tiles_wait_for_the_engine_s_pipeline(projector: Projector) -> Non
 async def test_an_engine_without_a_projector_has_no_encoder() -> None:
     async with Engine(FakePipeline(200), SETTINGS) as engine:
         assert engine.encoder is None
+
+
+async def test_a_pipeline_without_an_encoder_refuses_tiles_until_one_has_it(projector: Projector) -> None:
+    first, blind, later = FakePipeline(200), FakePipeline(200), FakePipeline(200)
+    first.encoder, later.encoder = FakeEncoder(hangs=frozenset((1,))), FakeEncoder()
+    blind.no_images = "images are refused: no room"
+    async with asyncio.timeout(20), Engine(first, SETTINGS, EngineSettings(), Losses(), projector) as engine:
+        assert engine.encoder is not None
+        encoding = asyncio.create_task(engine.encoder.encode(tiles(1), "o"))
+        await first.encoder.reached.wait()
+        engine.lose(LOST)
+        engine.resume(blind, SETTINGS)
+        for refused in (encoding, engine.encoder.encode(tiles(2), "o")):
+            with pytest.raises(WorkerError, match=r"^images are refused: no room$"):
+                await refused
+        engine.resume(later, SETTINGS)
+        check(await engine.encoder.encode(tiles(3), "o"), 3)

@@ -13,11 +13,8 @@ from numpy.typing import NDArray
 
 from llamaclust.cluster.control import residency
 from llamaclust.cluster.engine.pipeline import PipelineEncoder, TileTask
-from llamaclust.kernels.cpu.backend import CpuBackend
-from support.clusters.recovering import CONTEXT, generations, undisturbed
-from support.models.tiny_model import build_tiny_model
-from support.models.vision.encoded_tiles import encoded
-from support.models.vision.tiny_projectors import TEXT_WIDTH, build_projector
+from support.clusters.recovering import generations, undisturbed
+from support.models.vision.served_tiles import check_rows, random_tiles, seeing_model
 from support.seed import SEED
 from support.several_models.cluster import ASLEEP, AWAKE, model_files, models
 
@@ -38,24 +35,6 @@ class Held:
         self.begun.append(task)
         await self.gate.wait()
         return await self.encoder.rows(task)
-
-
-def seeing_model(tmp_path: Path) -> tuple[Path, Path]:
-    """Makes a model and its projector."""
-    folder = tmp_path / "seeing"
-    folder.mkdir()
-    model = build_tiny_model(folder / "a.gguf", hidden=TEXT_WIDTH, heads=4, layers=4, context=CONTEXT)
-    return model, build_projector(folder / "mmproj-a.gguf", "pixtral")
-
-
-def random_tiles() -> list[NDArray[np.uint8]]:
-    random = np.random.default_rng(SEED)
-    return [random.integers(0, 256, (160, 160, 3), np.uint8) for _ in range(2)]
-
-
-def check_rows(path: Path, tiles: list[NDArray[np.uint8]], found: list[NDArray[np.float32]]) -> None:
-    for rows, tile in zip(found, tiles, strict=True):
-        np.testing.assert_array_equal(rows.view("u4"), encoded(CpuBackend(1), path, tile).view("u4"))
 
 
 async def test_images_wake_a_model_that_is_not_unloaded_before_their_end(tmp_path: Path) -> None:

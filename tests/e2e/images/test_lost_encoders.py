@@ -12,7 +12,7 @@ from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.core.errors import WorkerError
 from support.clusters.recovering import answer_of, config, generations, recovering, undisturbed
-from support.models.vision.served_tiles import check_rows, random_tiles, seeing_model
+from support.models.vision.served_tiles import check_rows, encode, random_tiles, seeing_model
 from support.seed import SEED
 
 ROOM = 19 << 20
@@ -35,7 +35,7 @@ async def test_text_goes_on_without_the_encoder_until_a_worker_is_back(
         engine, launcher = run.cluster.engine, run.cluster.launcher
         assert isinstance(launcher, LocalLauncher)
         assert engine.encoder is not None
-        check_rows(path, tiles, await engine.encoder.encode(tiles, ""))
+        check_rows(path, tiles, await encode(engine.encoder, tiles))
         may_restart = launcher._restarts._begun
         answering = run.start(requests)
         await run.token(20)
@@ -43,7 +43,7 @@ async def test_text_goes_on_without_the_encoder_until_a_worker_is_back(
         run.hurt("b")
         await run.until("the loss", lambda: engine.state is EngineState.RECOVERING)
         with pytest.raises(WorkerError) as refused:
-            await engine.encoder.encode(tiles, "")
+            await encode(engine.encoder, tiles)
         text = str(refused.value)
         assert text.startswith("images are refused until a worker has room for their encoder: the encoder of images")
         assert "Give one of them more memory" in text and "\n" not in text and text in run.told
@@ -51,5 +51,5 @@ async def test_text_goes_on_without_the_encoder_until_a_worker_is_back(
         assert run.cluster.supervisor.recoveries == 1 and not run.cluster.plan.has_encoder
         may_restart.set()
         await run.until("images", lambda: "images are read again" in run.told)
-        check_rows(path, tiles, await engine.encoder.encode(tiles, ""))
+        check_rows(path, tiles, await encode(engine.encoder, tiles))
         assert await answer_of(engine.submit(requests[0])) == expected[0]

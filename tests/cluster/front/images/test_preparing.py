@@ -14,12 +14,10 @@ import pytest
 from llamaclust.cluster.client.http_codec import CHAT
 from llamaclust.cluster.front.images import fetching
 from llamaclust.cluster.front.text import vision as vision_module
-from llamaclust.cluster.front.text.image_rows import RowLimits, Rows
+from llamaclust.cluster.front.text.image_rows import RowLeases, RowLimits, Rows
 from llamaclust.cluster.front.text.images import ImageSource, PromptImages, image_part
 from llamaclust.cluster.front.text.sharing import current_owner
-from llamaclust.cluster.front.text.vision import CheckLength, joined_rows
-from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
-from llamaclust.core.errors import QueueFullError
+from llamaclust.cluster.front.text.vision import CheckLength, ImagePrompt, joined_rows
 from llamaclust.model.images.preparation import ImageTiles, _Preparer
 from llamaclust.model.images.settings import ImageSettings
 from support.chat.seeing import any_length, png, prompt_of, seeing, spans_of
@@ -117,20 +115,19 @@ async def test_an_error_ends_the_images_that_follow(processes: Processes, tmp_pa
 async def test_tiles_that_wait_for_the_encoder_count_as_memory(tmp_path: Path) -> None:
     async with seeing(tmp_path) as (vision, *_):
         rows = sum(span.rows.nbytes for span in await spans_of(vision, ONES[0]))
-        tiles = (await vision._tiles_of(b"", ImageSource(ONES[0]))).nbytes
+        tiles = (await vision._tiles_of(b"", ImageSource(ONES[0]))).value.nbytes
     for held_bytes, is_taken in ((rows + 2 * tiles, True), (rows + 2 * tiles - 1, False)):
         async with seeing(tmp_path, limits=RowLimits(0, held_bytes)) as (vision, encoder, _):
             encoder.gate.clear()
             first = asyncio.create_task(spans_of(vision, ONES[0]))
             await asyncio.wait_for(encoder.begun.wait(), 60)
-            counting = vision.lay_out(prompt_of(ONES[1]), any_length)
-            if is_taken:
-                assert await counting
-            else:
-                with pytest.raises(QueueFullError, match="images of other requests take"):
-                    await counting
+            counting = asyncio.create_task(vision.lay_out(prompt_of(ONES[1]), any_length))
+            await asyncio.wait((counting,), timeout=None if is_taken else 0)
+            if not is_taken:
+                await until(lambda vision=vision: vision._rows.line.is_busy)
+            assert counting.done() is is_taken
             encoder.gate.set()
-            assert await first
+            assert await first and await counting and not vision._rows.held_bytes
 
 
 def test_rows_are_those_of_all_tiles() -> None:
@@ -160,10 +157,8 @@ class SlowVision(TinyVision):
         self.begun = self.cancelled = 0
         self._monkeypatch = monkeypatch
 
-    async def image_prompt(
-        self, prompt: PromptImages, check: CheckLength
-    ) -> tuple[tuple[int, ...], tuple[ImageSpan, ...]]:
-        return await self._wait(super().image_prompt(prompt, check))
+    async def image_prompt(self, prompt: PromptImages, check: CheckLength, leases: RowLeases) -> ImagePrompt:
+        return await self._wait(super().image_prompt(prompt, check, leases))
 
     async def lay_out(self, prompt: PromptImages, check: CheckLength) -> tuple[int, ...]:
         return await self._wait(super().lay_out(prompt, check))

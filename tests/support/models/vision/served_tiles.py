@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.cluster.engine.encoder import Encoder
 from llamaclust.kernels.cpu.backend import CpuBackend
 from support.clusters.recovering import CONTEXT
 from support.models.tiny_model import build_tiny_model
@@ -26,6 +27,11 @@ def seeing_model(tmp_path: Path, layers: int = 4) -> tuple[Path, Path]:
 def random_tiles() -> list[NDArray[np.uint8]]:
     random = np.random.default_rng(SEED)
     return [random.integers(0, 256, (160, 160, 3), np.uint8) for _ in range(2)]
+
+
+async def encode(encoder: Encoder, tiles: list[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
+    async with encoder.turn(""):
+        return await encoder.encode(tiles, [""])
 
 
 def check_rows(path: Path, tiles: list[NDArray[np.uint8]], found: list[NDArray[np.float32]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -54,6 +54,7 @@ from llamaclust.model.costs import ModelCosts
 from llamaclust.model.loader import Model
 from llamaclust.wire.microbatch.codec import MAX_STAGES
 
+MakeClusterPlan = Callable[[ClusterConfig, Model, "ClusterResources"], Plan]
 _NO_DIVIDED_MIXTURES = "the experts of layers are divided among workers"
 _MOST_PARTS = 512
 """The most parts (layers times shards) of a divided model. The time to plan grows with the square of their number."""
@@ -361,7 +362,7 @@ class ClusterPlanner:
         resources = self.resources(workers, partitions)
         if beside is not None:
             resources = replace(resources, held=beside.beside(self.model.model_id))
-        make = plan_cluster if needs_images or resources.held else plan_text_at_least
+        make: MakeClusterPlan = plan_cluster if needs_images or resources.held else plan_text_at_least
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, make, self.config, self.model, resources)
 

@@ -349,7 +349,6 @@ def test_a_loss_during_a_move_is_recovered_by_the_move() -> None:
 
 
 def test_a_plan_with_images_is_worth_a_move_and_one_without_is_none() -> None:
-    """Even if layers and times are the same."""
     reading = replace(BOTH, stages=(replace(BOTH.stages[0], encoder_bytes=1), *BOTH.stages[1:]))
     cluster = Cluster.serving()
     cluster.see(seen.Signal.LINKS_CHANGED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from llamaclust.cluster.front.text import vision as vision_module
 from llamaclust.cluster.front.text.image_rows import RowLeases, RowLimits, Rows
 from llamaclust.cluster.front.text.images import ImageSource, PromptImages, image_part
 from llamaclust.cluster.front.text.sharing import current_owner
-from llamaclust.cluster.front.text.vision import CheckLength, ImagePrompt, joined_rows
+from llamaclust.cluster.front.text.vision import CheckLength, ImagePrompt, Vision, joined_rows
 from llamaclust.model.images.preparation import ImageTiles, _Preparer
 from llamaclust.model.images.settings import ImageSettings
 from support.chat.seeing import any_length, png, prompt_of, seeing, spans_of
@@ -112,6 +113,10 @@ async def test_an_error_ends_the_images_that_follow(processes: Processes, tmp_pa
         assert encoder.images == 0 and ONES[1] not in processes.begun
 
 
+def _is_busy(vision: Vision) -> bool:
+    return vision._rows.line.is_busy
+
+
 async def test_tiles_that_wait_for_the_encoder_count_as_memory(tmp_path: Path) -> None:
     async with seeing(tmp_path) as (vision, *_):
         rows = sum(span.rows.nbytes for span in await spans_of(vision, ONES[0]))
@@ -124,7 +129,7 @@ async def test_tiles_that_wait_for_the_encoder_count_as_memory(tmp_path: Path) -
             counting = asyncio.create_task(vision.lay_out(prompt_of(ONES[1]), any_length))
             await asyncio.wait((counting,), timeout=None if is_taken else 0)
             if not is_taken:
-                await until(lambda vision=vision: vision._rows.line.is_busy)
+                await until(partial(_is_busy, vision))
             assert counting.done() is is_taken
             encoder.gate.set()
             assert await first and await counting and not vision._rows.held_bytes

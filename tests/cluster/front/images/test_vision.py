@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -202,7 +203,7 @@ async def test_a_request_that_fits_alone_is_served(images: tuple[bytes, ...], tm
 async def test_an_image_whose_tiles_never_fit_is_refused_for_ever(tmp_path: Path) -> None:
     _, tiles = await _sizes(tmp_path)
     async with seeing(tmp_path, limits=RowLimits(0, tiles - 1)) as (vision, *_):
-        for counted in (vision.lay_out, vision.image_prompt):
+        for counted in (vision.lay_out, partial(vision.image_prompt, leases=RowLeases())):
             with pytest.raises(ParameterError, match="send fewer or smaller images"):
                 await counted(prompt_of(FIRST), any_length)
 

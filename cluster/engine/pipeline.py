@@ -95,7 +95,7 @@ class Pipeline(Protocol):
 
     @property
     def no_images(self) -> str:
-        """Why there is no encoder although the model has a projector; empty if there is one, or no projector."""
+        """Returns why there is no encoder; empty if there is one, or if the model has no projector."""
         ...
 
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:

@@ -108,17 +108,17 @@ class SharedComputations(Generic[_Value]):
         shared.task.add_done_callback(lambda task: self._ended(key, shared, task))
 
     def _ended(self, key: bytes, shared: _Shared[_Value], task: asyncio.Task[_Value]) -> None:
-        if task.cancelled() or (error := task.exception()) is not None:
-            self._forget(key, shared)
-            if task.cancelled():
-                shared.result.cancel()
-            else:
-                shared.result.set_exception(error)
-                shared.result.exception()  # else it is logged if all callers have left
+        error = None if task.cancelled() else task.exception()
+        if task.cancelled():
+            shared.result.cancel()
+        elif error is not None:
+            shared.result.set_exception(error)
+            shared.result.exception()  # else it is logged if all callers have left
         else:
             shared.result.set_result(task.result())
-            if not shared.owners:
-                self._end(key, shared)
+            if shared.owners:
+                return
+        self._end(key, shared)
 
     def _leave(self, key: bytes, owner: str, shared: _Shared[_Value]) -> None:
         shared.owners.remove(owner)

@@ -196,6 +196,20 @@ async def test_the_preparation_of_images_ends_at_the_request_s_deadline(
     assert vision.begun and vision.cancelled == vision.begun and not engine.submitted
 
 
+@pytest.mark.parametrize("is_streamed", [True, False])
+@pytest.mark.parametrize("headers", [{}, {"idempotency-key": "a"}])
+async def test_rows_are_leased_until_the_end_of_a_request(
+    is_streamed: bool, headers: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_module, "CONTEXT", 1 << 14)
+    vision = TinyVision()
+    async with client(make_app(ScriptedEngine(says("a")), vision=vision), timeout=60) as http:
+        reply = await http.post(CHAT, json={**BODY, "stream": is_streamed}, headers=headers)
+        assert reply.status_code == 200, reply.text
+        await until(lambda: not vision.leases)
+    assert vision.leased == 1
+
+
 @pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/messages/count_tokens"])
 async def test_fetches_count_in_the_request_s_deadline(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def fetch(urls: Sequence[str], most_bytes: int) -> dict[str, bytes]:

@@ -271,18 +271,18 @@ async def test_an_owner_whose_rows_fill_the_memory_gives_way_to_others(tmp_path:
         for leases, image in zip(held, images, strict=False):
             await for_owner("one", spans_of(vision, image, leases=leases))
         more = [for_owner("one", spans_of(vision, image, leases=RowLeases())) for image in images[2:4]]
-        await until(lambda: vision._rows.line.is_busy)
-        others = [for_owner("two", spans_of(vision, images[4], leases=RowLeases()))]
+        await until(lambda: len(vision._rows.line) == 2)
+        other = for_owner("two", spans_of(vision, images[4], leases=RowLeases()))
         await until(lambda: len(vision._rows.line) == 3)
         assert encoder.images == 2
         held[0].close()  # the first in line goes on
-        await more[0]
+        _, (last,) = await asyncio.wait(more, return_when=asyncio.FIRST_COMPLETED)
         held[1].close()
-        await others[0]
-        assert [owners[0] for owners in encoder.owners] == ["one"] * 3 + ["two"] and not more[1].done()
-        for task in more:
-            task.cancel()
-        await asyncio.wait(more)
+        async with asyncio.timeout(30):
+            await other
+        assert [owners[0] for owners in encoder.owners] == ["one"] * 3 + ["two"] and not last.done()
+        last.cancel()
+        await asyncio.wait([last])
         assert not vision._rows.line.is_busy
 
 

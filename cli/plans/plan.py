@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.control.limits import check_distinct, unused_mtp
-from llamaclust.cluster.control.optional_images import encoder_shortfall, is_optional
-from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
+from llamaclust.cluster.control.planning import ClusterResources, MakeClusterPlan, plan_cluster, plan_text_at_least
 from llamaclust.cluster.control.resources.link_profiling import hops_matter, kept_links
 from llamaclust.cluster.control.resources.placement import check_placement
 from llamaclust.cluster.control.resources.profiling import stated_speeds
@@ -171,18 +170,15 @@ def planned(config: ClusterConfig) -> PlannedStart:
         of_rows = row_bytes(limits, [model])
         free_bytes = max(0, available_memory_bytes() - taken_bytes - of_rows)
         try:
-            resources = ClusterResources(workers, profiles, links, free_bytes=free_bytes)
-            no_images = encoder_shortfall(config, model, resources, of_rows) if is_optional(config, model) else None
-            if no_images is not None:
-                model.projector = None
-                resources, of_rows = replace(resources, free_bytes=free_bytes + of_rows), 0
-            plan = plan_cluster(config, model, resources)
+            resources = ClusterResources(workers, profiles, links, free_bytes=free_bytes, row_bytes=of_rows)
+            make: MakeClusterPlan = plan_text_at_least if config.mmproj is None else plan_cluster
+            plan = make(config, model, resources)
         except InsufficientMemoryError as error:
             beside = map(str.strip, _beside(config, own_bytes, draft_model))
             raise InsufficientMemoryError("; ".join((str(error), *beside))) from error
         other_loads = {name: loads[key] for name, key in used.items() if key in loads and name not in stated}
-        unused = filter(None, (unused_mtp(config, model), unused_projectors, no_images))
-        return PlannedStart(plan, of_rows, own_bytes, draft_model, tuple(unused), other_loads)
+        unused = filter(None, (unused_mtp(config, model), unused_projectors))
+        return PlannedStart(plan, 0 if plan.no_images else of_rows, own_bytes, draft_model, tuple(unused), other_loads)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control import reconcile as act
 from llamaclust.cluster.control.cluster_state import Expulsion, PipelineLoss
 from llamaclust.cluster.control.epochs import Epoch, Epochs, StageLoadError
-from llamaclust.cluster.control.notices import awake_text, moving_text, recovered_text
+from llamaclust.cluster.control.notices import awake_text, images_text, moving_text, recovered_text
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.engine.engine import Engine
@@ -120,6 +120,7 @@ class ActionRunner:
         present = self._registry.present
         usable = {name: present[name] for name, _ in inputs.workers if name in present}
         excluded = self.observed.state.pool.quarantine.worst_first(inputs.quarantined & usable.keys())
+        needs_images = self.engine is None and self.planner.config.mmproj is not None
         plan, failure = None, None
         async with self.planner.ledger.lock:
             self.planner.ledger.planned(self.epochs.model_id)
@@ -128,7 +129,8 @@ class ActionRunner:
                 if count and not workers:
                     continue
                 try:
-                    plan, failure = await self.planner.plan(workers, inputs.partitions), None
+                    plan = await self.planner.plan(workers, inputs.partitions, needs_images=needs_images)
+                    failure = None
                     break
                 except (InsufficientMemoryError, WorkerError) as error:
                     failure = error
@@ -191,6 +193,8 @@ class ActionRunner:
         """Lets the engine continue on the loaded epoch. Frees the layers of older epochs, at once or when retired."""
         old, epoch, loss = self.epoch, self._loaded, self.observed.state.loss
         assert epoch is not None
+        if (text := images_text(self.plan, epoch.plan)) is not None:
+            self._notice(text)
         self.epoch, self._loaded = epoch, None
         self.plan = epoch.plan
         if self.engine is not None:

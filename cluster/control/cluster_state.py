@@ -171,6 +171,10 @@ class ClusterState:
         )
 
     @property
+    def reads_images(self) -> bool:
+        return self.serving is not None and self.serving.plan.has_encoder
+
+    @property
     def has_failing_workers(self) -> bool:
         planned = {stage.worker for stage in self.planning.plan.stages} if self.planning and self.planning.plan else {}
         serving = () if self.serving is None else self.serving.workers

@@ -13,6 +13,7 @@ from llamaclust.cluster.control.failures.failure_attribution import root_cause
 from llamaclust.cluster.control.limits import plan_limits, scheduler_settings
 from llamaclust.cluster.control.load_orders import StageLoads, load_orders
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
+from llamaclust.cluster.control.notices import refused_images
 from llamaclust.cluster.control.observations import Suspect
 from llamaclust.cluster.control.remote.model_copies import OwnCopy
 from llamaclust.cluster.control.remote.pipeline import RemotePipeline
@@ -324,7 +325,8 @@ class Epochs:
         )
         workers = await load_stages(loads, self._registry.workers, report)
         try:
-            pipeline = await RemotePipeline.open(number, workers, self._credentials)
+            refused = refused_images(plan.no_images) if plan.no_images else ""
+            pipeline = await RemotePipeline.open(number, workers, self._credentials, refused)
         except LlamaclustError as error:
             if not is_exclusive:
                 await _discard(number, workers)

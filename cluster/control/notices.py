@@ -32,6 +32,17 @@ def moving_text(plan: Plan, held: Mapping[str, tuple[float, float]]) -> str:
     return f"new plan: {', '.join(parts)}"
 
 
+def images_text(before: Plan | None, plan: Plan) -> str | None:
+    """Describes a change of whether images are read. None: there is none."""
+    if bool(plan.no_images) == (before is not None and bool(before.no_images)):
+        return None
+    return refused_images(plan.no_images) if plan.no_images else "images are read again"
+
+
+def refused_images(why: str) -> str:
+    return f"images are refused until a worker has room for their encoder: {why}"
+
+
 def recovered_text(seconds: float, requests: int) -> str:
     return f"recovered in {seconds:.2f} s{_resumed(requests)}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -54,6 +54,7 @@ from llamaclust.model.costs import ModelCosts
 from llamaclust.model.loader import Model
 from llamaclust.wire.microbatch.codec import MAX_STAGES
 
+MakeClusterPlan = Callable[[ClusterConfig, Model, "ClusterResources"], Plan]
 _NO_DIVIDED_MIXTURES = "the experts of layers are divided among workers"
 _MOST_PARTS = 512
 """The most parts (layers times shards) of a divided model. The time to plan grows with the square of their number."""
@@ -68,6 +69,10 @@ class ClusterResources:
     free_bytes: int | None = None
     """Free bytes of the machine before its workers held layers, shared by all. None: workers report their own."""
     held: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    row_bytes: int = 0
+    """Bytes beside `free_bytes` that are reserved for rows of images. A plan without an encoder may use them."""
+    encodes: bool = True
+    """A worker of the plan holds the model's encoder of images, if it has one."""
 
 
 def plan_cluster(
@@ -78,6 +83,21 @@ def plan_cluster(
     NetworkPartitionError."""
     plan = _plan_in_own_tiles(config, model, resources, max_expert_shards)
     return _in_wide_tiles(config, model, resources, plan) or plan
+
+
+def plan_text_at_least(config: ClusterConfig, model: Model, resources: ClusterResources) -> Plan:
+    """Plans like `plan_cluster`. If the encoder of images alone does not fit, returns a plan without it that says so in
+    `no_images`."""
+    try:
+        return plan_cluster(config, model, resources)
+    except InsufficientMemoryError as error:
+        if model.projector is None or not resources.encodes:
+            raise
+        free_bytes = None if resources.free_bytes is None else resources.free_bytes + resources.row_bytes
+        with suppress(InsufficientMemoryError):
+            text_only = replace(resources, free_bytes=free_bytes, row_bytes=0, encodes=False)
+            return replace(plan_cluster(config, model, text_only), no_images=str(error))
+        raise
 
 
 def _in_wide_tiles(config: ClusterConfig, model: Model, resources: ClusterResources, own: Plan) -> Plan | None:
@@ -183,7 +203,8 @@ def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResourc
     )
     wanted = placements(config, model, {worker.name: [gpu.device for gpu in worker.gpus] for worker in facts})
     facts = [replace(worker, placement=wanted[worker.name]) if worker.gpus else worker for worker in facts]
-    plan = _plan(model_costs(config, model, expert_shards), facts, request, encoder_of(model))
+    encoder = encoder_of(model) if resources.encodes else None
+    plan = _plan(model_costs(config, model, expert_shards), facts, request, encoder)
     for stage in plan.stages if expert_shards == 1 else ():
         wanted[stage.worker].check_obeyed(stage.device_layers)
     if len(plan.leaders) > MAX_STAGES:
@@ -300,20 +321,33 @@ class ClusterPlanner:
     model: Model
     profiles: WorkerProfiles
     free_bytes: int | None = None  # see `ClusterResources`
+    row_bytes: int = 0  # likewise
+    encodes: bool = True  # likewise; False: the model reads text only, because its encoder did not fit at the start
     links: Links = UNKNOWN
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
     _thread: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "planner"), init=False)
     """A separate thread, so that planning during a recovery does not wait for other work."""
+
+    @property
+    def reads_images(self) -> bool:
+        return self.encodes and self.model.projector is not None
 
     def update(self, links: Links) -> bool:
         changed, self.links = links != self.links, links
         return changed
 
     async def plan(
-        self, workers: Mapping[str, WorkerHandle], partitions: Pairs = frozenset(), beside: MemoryLedger | None = None
+        self,
+        workers: Mapping[str, WorkerHandle],
+        partitions: Pairs = frozenset(),
+        beside: MemoryLedger | None = None,
+        *,
+        needs_images: bool = False,
     ) -> Plan:
-        """Plans in the planner's thread, because plans of many workers and layers take seconds. Raises the errors of
-        `plan_cluster`, ModelLimitError, and WorkerError if no worker is present or one of a manual plan is missing."""
+        """Plans in the planner's thread, because plans of many workers and layers take seconds. If the encoder of
+        images does not fit, the plan is without it, unless `needs_images`, or other models hold memory that they will
+        free. Raises the errors of `plan_cluster`, ModelLimitError, and WorkerError if no worker is present or one of a
+        manual plan is missing."""
         (beside or self.ledger).check_count(self.model.model_id)
         planned = (name for entry in self.config.plan or () for name in entry.names)
         missing = [name for name in planned if name not in workers]
@@ -328,8 +362,9 @@ class ClusterPlanner:
         resources = self.resources(workers, partitions)
         if beside is not None:
             resources = replace(resources, held=beside.beside(self.model.model_id))
+        make: MakeClusterPlan = plan_cluster if needs_images or resources.held else plan_text_at_least
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, plan_cluster, self.config, self.model, resources)
+        return await loop.run_in_executor(self._thread, make, self.config, self.model, resources)
 
     async def predict(self, plan: Plan, workers: Mapping[str, WorkerHandle]) -> Prediction | None:
         loop, resources = asyncio.get_running_loop(), self.resources(workers)
@@ -338,4 +373,13 @@ class ClusterPlanner:
     def resources(self, workers: Mapping[str, WorkerHandle], partitions: Pairs = frozenset()) -> ClusterResources:
         known = {name: WorkerResources.of(worker) for name, worker in workers.items()}
         held = self.ledger.beside(self.model.model_id)
-        return ClusterResources(known, self.profiles.of(workers), self.links, partitions, self.free_bytes, held)
+        return ClusterResources(
+            known,
+            self.profiles.of(workers),
+            self.links,
+            partitions,
+            self.free_bytes,
+            held,
+            self.row_bytes,
+            self.encodes,
+        )

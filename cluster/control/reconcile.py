@@ -203,7 +203,7 @@ def _improve(state: ClusterState) -> Action:
         return Notify(text) if must_move and not planning.is_noticed else settled
     is_broken = state.has_lost_workers or state.pool.is_partitioned(serving.plan) or state.has_failing_workers
     may_stay = not (must_move or is_broken)
-    if may_stay and (serving.has_layers_as(planning.plan) or serving.is_as_good_as(planning.plan)):
+    if may_stay and serving.is_worth_keeping(planning.plan):
         return settled
     if planning.rejected is not None:
         return _move_failed(planning.rejected, must_move=must_move, is_noticed=planning.is_noticed) or settled

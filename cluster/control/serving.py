@@ -18,6 +18,12 @@ class Serving:
     plan: Plan
     workers: tuple[Incarnation, ...]  # in the order of their stages
 
+    def is_worth_keeping(self, plan: Plan) -> bool:
+        """True if a move to the plan would gain nothing. Images count more than layers and times."""
+        if self.plan.has_encoder != plan.has_encoder:
+            return self.plan.has_encoder
+        return self.has_layers_as(plan) or self.is_as_good_as(plan)
+
     def has_layers_as(self, plan: Plan) -> bool:
         return _layers(self.plan) == _layers(plan) and self.plan.wide_tiles == plan.wide_tiles
 

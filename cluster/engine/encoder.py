@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from llamaclust.cluster.engine.pipeline import EncoderUnreachableError, Pipeline
 from llamaclust.cluster.scheduler.strikes import MAX_STRIKES
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import LlamaclustError, RequestError, RequestFailedError, WorkerError
+from llamaclust.core.sharing.computations import Owners
 from llamaclust.core.sharing.turns import Turns
 from llamaclust.model.projectors.projector import Projector
 from llamaclust.wire.rpc.deadlines import deadline
@@ -43,8 +44,8 @@ class _Serving:
 
 
 class Encoder:
-    """Sends one tile at a time to the encoder of the present pipeline. Owners take turns at each tile. The images of
-    one owner are encoded in the order of the calls."""
+    """Sends one tile at a time to the encoder of the present pipeline. Owners take turns at each tile. One image of an
+    owner has its turn at a time, in the order of the calls."""
 
     def __init__(
         self, projector: Projector, deadline_s: float, announced: Callable[[], AbstractContextManager[None]]
@@ -89,24 +90,31 @@ class Encoder:
         if self._running is not None and not (await asyncio.wait((self._running,), timeout=_LAST_TILE_S))[0]:
             _log.warning("a tile of an image takes longer than %g s: other models are not held up", _LAST_TILE_S)
 
-    async def encode(self, tiles: Sequence[NDArray[np.uint8]], owner: str) -> list[NDArray[np.float32]]:
-        """Takes tiles [height, width, 3] and returns the rows [rows, levels * width] of each. Waits until a pipeline
-        serves. Raises RequestError if the encoder does not take a tile, RequestFailedError if its worker fails several
-        times with the same tile, WorkerError if requests are refused, and DeadlineError."""
-        tasks = [self._task(tile) for tile in tiles]
+    @asynccontextmanager
+    async def turn(self, owner: str) -> AsyncIterator[None]:
+        """Enters a turn of an owner for one image. Raises DeadlineError if the turn, with the wait for it, takes longer
+        than a request may."""
         with self._announced():
             async with deadline("encoding an image (timeouts.request)", self._deadline_s), self._images.turn(owner):
-                return [await self._encoded(task, owner) for task in tasks]
+                yield
+
+    async def encode(self, tiles: Sequence[NDArray[np.uint8]], owners: Owners) -> list[NDArray[np.float32]]:
+        """Takes tiles [height, width, 3] and returns the rows [rows, levels * width] of each. The caller has a turn;
+        each tile waits in the order of the first owner. Waits until a pipeline serves. Raises RequestError if the
+        encoder does not take a tile, RequestFailedError if its worker fails several times with the same tile, and
+        WorkerError if requests are refused."""
+        tasks = [self._task(tile) for tile in tiles]
+        return [await self._encoded(task, owners) for task in tasks]
 
     def _task(self, tile: NDArray[np.uint8]) -> TileTask:
         projector, (height, width, _) = self._projector, tile.shape
         return TileTask(tile, projector.rows_of(height, width), projector.levels * projector.width)
 
-    async def _encoded(self, task: TileTask, owner: str) -> NDArray[np.float32]:
+    async def _encoded(self, task: TileTask, owners: Owners) -> NDArray[np.float32]:
         attempts = strikes = 0
         while True:
             try:
-                async with self._tiles.turn(owner):
+                async with self._tiles.turn(next(iter(owners), "")):
                     return await self._attempt(task, await asyncio.shield(self._serving))
             except _AttemptError as failed:
                 strikes += failed.is_strike

@@ -97,8 +97,12 @@ class Engine:
         self._ended = scheduler.counts.totals  # counts of earlier lanes
 
     def _encode_by(self, pipeline: Pipeline) -> None:
-        if self.encoder is not None and pipeline.encoder is not None:
+        if self.encoder is None:
+            return
+        if pipeline.encoder is not None:
             self.encoder.serve(pipeline.encoder)
+        elif pipeline.no_images:
+            self.encoder.end(WorkerError(pipeline.no_images))
 
     def _end_encoding(self, error: LlamaclustError | None) -> None:
         if self.encoder is not None:

@@ -90,6 +90,11 @@ class Pipeline(Protocol):
     @property
     def encoder(self) -> PipelineEncoder | None: ...
 
+    @property
+    def no_images(self) -> str:
+        """Returns why there is no encoder; empty if there is one, or if the model has no projector."""
+        ...
+
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
         """Sends microbatches to the first stage and their sampling inputs to the last, without waiting."""
         ...
@@ -112,6 +117,7 @@ class NoPipeline:
     stages: tuple[StageInfo, ...] = ()
     kv_disks: KvDisks | None = None
     encoder: PipelineEncoder | None = None
+    no_images = ""
 
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
         raise AssertionError("no pipeline is loaded")

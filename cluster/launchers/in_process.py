@@ -154,7 +154,8 @@ class LocalStage:
     async def serve(self) -> AsyncIterator[TextService]:
         scheduling = self.scheduling
         try:
-            async with Engine(LocalPipeline(self), scheduling, _DEADLINES, projector=self.model.projector) as engine:
+            projector = None if self.encoder is None else self.model.projector
+            async with Engine(LocalPipeline(self), scheduling, _DEADLINES, projector=projector) as engine:
                 text = TextSettings(
                     self.model.file.path.stem,
                     scheduling.context_length,
@@ -183,7 +184,7 @@ class LocalStage:
         except InsufficientMemoryError as error:
             if settings.mmproj is not None:
                 raise
-            self.model.projector, self.unused_projectors = None, f"images are not read: {error}"
+            self.unused_projectors = f"images are not read: {error}"
             return None
 
     def close(self) -> None:
@@ -258,6 +259,7 @@ class LocalPipeline:
         self.stages: tuple[StageInfo, ...] = (StageInfo("this process", 0, stage.model.layer_count),)
         self.kv_disks = None
         self.encoder: PipelineEncoder | None = stage.encoder
+        self.no_images = ""
         self._stage = stage
         self._results: asyncio.Queue[asyncio.Future[Result]] = asyncio.Queue()
 

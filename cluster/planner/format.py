@@ -63,6 +63,7 @@ def choice_json(plan: Plan) -> dict[str, Any]:
             "reason": rejected.reason,
         },
         "no_group": plan.no_group or None,
+        "no_images": plan.no_images or None,
     }
 
 
@@ -79,6 +80,8 @@ def choice_lines(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"as a group, {who}: {speeds}; not taken: {group['reason']}"
     elif values["no_group"]:
         yield f"no group is possible: {values['no_group']}"
+    if values["no_images"]:
+        yield f"images are not read: {values['no_images']}"
 
 
 def _speeds(prediction: Prediction) -> dict[str, float]:

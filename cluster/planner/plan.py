@@ -135,6 +135,11 @@ class Plan:
     )
     rejected_group: RejectedGroup | None = field(default=None, compare=False)  # only in plans without groups
     no_group: str = field(default="", compare=False)  # why no group of the workers is possible
+    no_images: str = field(default="", compare=False)  # why no worker holds the model's encoder of images
+
+    @property
+    def has_encoder(self) -> bool:
+        return any(stage.encoder_bytes for stage in self.stages)
 
     @property
     def leaders(self) -> tuple[StagePlan, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -17,7 +17,6 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.sections import ModelEntry
 from llamaclust.cluster.control.epochs import Epochs, EpochWorkers
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
-from llamaclust.cluster.control.optional_images import encoder_shortfall, is_optional
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.pool.worker_pool import SupervisedWorkers, WorkerPool
 from llamaclust.cluster.control.residency import Residency, Resident
@@ -134,9 +133,9 @@ async def open_cluster(
         # a bad tokenizer is named now
         await asyncio.gather(_joined(planners, registry, launcher, record), *named)
         limits = row_limits(drafts.unused_bytes)
-        taken_bytes = drafts.unused_bytes + row_bytes(limits, (of.model for of in opened))
-        meter = await _measured(planners, registry, launcher, folder, report, taken_bytes)
-        await _without_images(opened, planners, _undrained(registry, record.drained), limits, report)
+        of_rows = row_bytes(limits, (of.model for of in opened))
+        meter = await _measured(planners, registry, launcher, folder, report, drafts.unused_bytes, of_rows)
+        await _choose_images(planners, _undrained(registry, record.drained), report)
         start_s = 0.0 if config.launcher_facts.is_local else config.join.wait
         supervised = SupervisedWorkers(registry, launcher, record, start_s, meter)
         pool = await stack.enter_async_context(_supervised(config, supervised, report))
@@ -165,9 +164,10 @@ async def _measured(
     folder: ClusterDir,
     report: Report,
     unused_bytes: int,
+    of_rows: int,
 ) -> MeasureLinks | None:
     """Gives the planners speeds and links. Returns the function that measures links again. `unused_bytes` of this
-    machine's free memory are reserved."""
+    machine's free memory are reserved, and `of_rows` for rows of images."""
     workers = registry.present
     for planner in planners:
         if not (folder.has_requests and planner.profiles.estimate(workers)):
@@ -176,42 +176,31 @@ async def _measured(
     meter = link_meter(first.config, first.profiles.of(workers), launcher, folder, report)
     links = None if meter is None else await meter(registry.present)
     for planner in planners:
-        planner.free_bytes = None if free_bytes is None else max(0, free_bytes - unused_bytes)
+        planner.free_bytes = None if free_bytes is None else max(0, free_bytes - unused_bytes - of_rows)
+        planner.row_bytes = of_rows
         if links is not None:
             planner.update(links)
     return meter
 
 
-async def _without_images(
-    opened: Sequence[OpenedModel],
-    planners: Sequence[ClusterPlanner],
-    workers: Mapping[str, WorkerHandle],
-    limits: RowLimits,
-    report: Report,
+async def _choose_images(
+    planners: Sequence[ClusterPlanner], workers: Mapping[str, WorkerHandle], report: Report
 ) -> None:
-    """Removes optional projectors whose encoders do not fit. Without any projector, the planners get the memory of
-    rows."""
-    reserved_bytes = row_bytes(limits, (of.model for of in opened))
-    for of, planner in zip(opened, planners, strict=True):
-        if (why := await _encoder_shortfall(planner, workers, reserved_bytes)) is not None:
-            of.model.projector = of.adapted.projector = None
-            report(Notice(f"{of.config.model_name}: {why}"))
-    unused_bytes = reserved_bytes - row_bytes(limits, (of.model for of in opened))
+    """Decides which models read images: those whose encoders fit, or whose projectors the user chose. Without any, the
+    planners get the memory of rows."""
     for planner in planners:
-        planner.free_bytes = None if planner.free_bytes is None else planner.free_bytes + unused_bytes
-
-
-async def _encoder_shortfall(
-    planner: ClusterPlanner, workers: Mapping[str, WorkerHandle], reserved_bytes: int = 0
-) -> str | None:
-    config = planner.config
-    planned = {name for entry in config.plan or () for name in entry.names}
-    if not workers or not planned <= {*workers} or not is_optional(config, planner.model):
-        return None
-    with named_errors(config):
-        return await asyncio.to_thread(
-            encoder_shortfall, config, planner.model, planner.resources(workers), reserved_bytes
-        )
+        if planner.config.mmproj is not None or not planner.reads_images:
+            continue
+        with suppress(InsufficientMemoryError, WorkerError):  # the start names it
+            why = (await _planned(planner, workers)).no_images
+            planner.encodes = not why
+            if why:
+                report(Notice(f"{planner.config.model_name}: images are not read: {why}"))
+    is_unused = not any(planner.reads_images for planner in planners)
+    for planner in planners:
+        if planner.free_bytes is not None and is_unused:
+            planner.free_bytes += planner.row_bytes
+        planner.row_bytes = 0
 
 
 async def _served(
@@ -247,7 +236,8 @@ async def _served(
         loaders.append(AdapterLoader(model, runner, adapter_record, report, loaders, turn))
     for loader, plan, runner, supervisor in zip(loaders, plans, pool.runners, supervisors, strict=True):
         of, settings = loader.opened, None if plan is None else runner.epochs.settings(plan)
-        engine = await stack.enter_async_context(_engine(of.config, of.model.projector, supervisor, settings))
+        projector = of.model.projector if runner.planner.reads_images else None
+        engine = await stack.enter_async_context(_engine(of.config, projector, supervisor, settings))
         served.append(ServedModel(of.config, of.model, supervisor, engine, loader))
     return tuple(served)
 
@@ -276,9 +266,7 @@ async def _shortfall(
     can."""
     try:
         for planner in planners:
-            present = _undrained(registry, drained)
-            if await _encoder_shortfall(planner, present) is None:
-                await _planned(planner, present)
+            await _planned(planner, _undrained(registry, drained))
     except (InsufficientMemoryError, WorkerError) as error:
         return error
     return None
@@ -290,7 +278,7 @@ def _undrained(registry: Registry, drained: frozenset[str]) -> dict[str, WorkerH
 
 async def _planned(planner: ClusterPlanner, workers: Mapping[str, WorkerHandle]) -> Plan:
     with named_errors(planner.config):
-        return await planner.plan(workers)
+        return await planner.plan(workers, needs_images=planner.config.mmproj is not None)
 
 
 @asynccontextmanager

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
 from concurrent.futures import Future
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Final
@@ -84,12 +85,13 @@ class ImagePreparation:
             preparer.child.close()
 
     async def prepare(self, image: bytes, settings: ImageSettings, owner: str = "") -> ImageTiles:
-        """Raises RequestError for an image that is not taken, which another attempt does not change, and DeadlineError
-        if the work is late, killed or closed. The owner's turn lasts until the work ends, also if the call is
-        cancelled."""
-        most = self._limits.max_bytes
-        if len(image) > most:
-            raise RequestError(f"the image has {len(image)} bytes; the limit is {most}: send a smaller one")
+        """Prepares an image in a turn of its owner. Raises the errors of `turn` and `tiles`."""
+        async with self.turn(owner):
+            return await self.tiles(image, settings)
+
+    @asynccontextmanager
+    async def turn(self, owner: str) -> AsyncIterator[None]:
+        """Enters a turn of an owner for one image. Raises DeadlineError if other images take long."""
         async with AsyncExitStack() as turn:
             try:
                 async with asyncio.timeout(self._limits.wait_s):
@@ -97,11 +99,20 @@ class ImagePreparation:
             except TimeoutError:
                 what = f"other images were prepared for {self._limits.wait_s:g} s"
                 raise DeadlineError(f"{what}; try again") from None
-            work = asyncio.wrap_future(self._least_busy().submit(image, settings))
-            try:
-                return await asyncio.shield(work)
-            finally:
-                await asyncio.wait([work])
+            yield
+
+    async def tiles(self, image: bytes, settings: ImageSettings) -> ImageTiles:
+        """Prepares an image; the caller has a turn. Raises RequestError for an image that is not taken, which another
+        attempt does not change, and DeadlineError if the work is late, killed or closed. If the call is cancelled, it
+        ends with the work."""
+        most = self._limits.max_bytes
+        if len(image) > most:
+            raise RequestError(f"the image has {len(image)} bytes; the limit is {most}: send a smaller one")
+        work = asyncio.wrap_future(self._least_busy().submit(image, settings))
+        try:
+            return await asyncio.shield(work)
+        finally:
+            await asyncio.wait([work])
 
     def _least_busy(self) -> _Preparer:
         """Prefers a process that has started."""

@@ -170,7 +170,13 @@ def test_the_head_of_several_models_is_of_all_of_them() -> None:
     first, second, *more = _head(state)
     assert first.startswith("many: ready, one at") and second == "requests: 2 running, 4 waiting"
     assert [line.split(":")[0] for line in more] == ["models", "predicted"]
-    choice = {"objective": "latency", "prompt_tokens": 512, "rejected_group": None, "no_group": "`groups` is off"}
+    choice = {
+        "objective": "latency",
+        "prompt_tokens": 512,
+        "rejected_group": None,
+        "no_group": "`groups` is off",
+        "no_images": None,
+    }
     assert [*_head(state | {"choice": choice})][-2:] == [
         "objective: latency (a request alone: 512 tokens of prompt, 128 of answer)",
         "no group is possible: `groups` is off",

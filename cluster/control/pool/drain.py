@@ -77,7 +77,8 @@ class WorkerOperations:
             scratch = ledger.copy()
             for runner in self._runners:
                 if not runner.observed.state.is_asleep:
-                    plan = await runner.planner.plan(workers, self._partitions.pairs, scratch)
+                    reads_images, pairs = runner.observed.state.reads_images, self._partitions.pairs
+                    plan = await runner.planner.plan(workers, pairs, scratch, needs_images=reads_images)
                     scratch.enter(runner.epochs.model_id, (plan,))
 
     def undrain(self, name: str) -> None:

@@ -36,7 +36,9 @@ class RemotePipeline:
     """The streams of an epoch's stages, as a `Pipeline`. The owner of the workers loads and unloads the stages."""
 
     @classmethod
-    async def open(cls, epoch: int, workers: Sequence[WorkerHandle], credentials: Credentials) -> RemotePipeline:
+    async def open(
+        cls, epoch: int, workers: Sequence[WorkerHandle], credentials: Credentials, no_images: str = ""
+    ) -> RemotePipeline:
         """Opens the streams of an epoch. `workers` are in the order of stages, the leader of a group first. Raises
         WorkerError; its `worker` is the one at fault, if known."""
         chain = leaders(workers, [stage_of(epoch, worker) for worker in workers])
@@ -57,7 +59,7 @@ class RemotePipeline:
             if isinstance(error, LlamaclustError):
                 raise await attribute_failure(epoch, workers, error) from error
             raise
-        return cls(epoch, workers, (first, last, *encodes), forward, sample, encoder)
+        return cls(epoch, workers, (first, last, *encodes), forward, sample, encoder, no_images)
 
     def __init__(
         self,
@@ -67,12 +69,14 @@ class RemotePipeline:
         forward: ClientStream,
         sample: ClientStream,
         encoder: RemoteEncoder | None,
+        no_images: str = "",
     ) -> None:
         self.epoch = epoch
         held = (stage_of(epoch, worker) for worker in workers)
         self.stages = tuple(stage for stage in held if stage.member == 0)
         self.kv_disks = remote_kv_disks(epoch, workers)
         self.encoder = encoder
+        self.no_images = no_images
         self._workers = tuple(workers)
         self._peers = tuple(peers)
         self._forward = forward

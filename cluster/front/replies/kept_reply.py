@@ -23,6 +23,7 @@ from llamaclust.cluster.front.replies.recording import Recording
 from llamaclust.cluster.front.replies.reply import Framing, MakeView, Reply, View, identified
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem, LogReader
+from llamaclust.cluster.front.text.image_rows import RowLeases
 from llamaclust.cluster.front.text.sharing import RowStorage
 from llamaclust.cluster.state.adapters import AdapterUnloadedError
 from llamaclust.cluster.state.journal_records import Instant, RequestContext
@@ -149,7 +150,8 @@ class KeptReply:
             requests = [identified(each, self.context, at) for at, each in enumerate(await reply.requests())]
             numbers = {number for request in requests for number, _ in request.adapters}
             self._take_adapters(service.settings.adapters.marks(numbers))
-            generations = [await service.prepare(request) for request in requests]
+            leases = computing.enter_context(RowLeases())
+            generations = [await service.prepare(request, leases) for request in requests]
             computing.enter_context(service.budget.reserve(reply.sizes(requests, generations)))
             self.log.begin(generations, reply.content(is_kept=self.is_kept))
             if is_recorded and (journal := self._owner.journal) is not None:

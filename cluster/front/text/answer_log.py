@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from operator import itemgetter
 from typing import Self
@@ -75,9 +75,11 @@ class AnswerLog:
         return self.ended_s is not None
 
     def begin(self, generations: Sequence[GenerationRequest], content: LogContent) -> None:
-        """Begins the answers and drops those of an earlier attempt. Without prompts, the log ends at once."""
+        """Begins the answers to these prompts and drops those of an earlier attempt. Without prompts, the log ends at
+        once. Rows of images are not kept."""
         self.clear()
-        self.generations, self.content = generations, content
+        self.generations = [replace(each, images=()) if each.images else each for each in generations]
+        self.content = content
         self._is_packed = content.storage is RowStorage.PACKED
         self._lets_go = content.storage is RowStorage.STREAMED
         self._first = self._prompt = self._unread_rows = 0

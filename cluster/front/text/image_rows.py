@@ -1,21 +1,21 @@
-"""Rows of images from an encoder: computed once, shared by requests, and bounded together with prepared tiles."""
+"""The memory of images: rows that an encoder computed and no request uses now, and the bytes of those in use and of
+tiles."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
-from sys import getrefcount
-from typing import Any, Final, Generic, Protocol, Self, TypeVar
-from weakref import WeakSet, WeakValueDictionary
+from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.core.errors import ParameterError, QueueFullError
+from llamaclust.core.sharing.line import Line
+from llamaclust.core.sharing.shares import Shares
 
 Rows = NDArray[np.float32]  # [rows, levels * width]
 _RETRY_S: Final = 5.0
@@ -24,9 +24,6 @@ _SHARE: Final = 16
 """The part of a machine's free memory that rows may take is one in this number."""
 _KEPT: Final = 4
 """The part of that memory for rows that no request uses is one in this number."""
-_REFERENCES: Final = 2
-"""The number of references to rows that only the cache has: its own, and that of the call that counts them."""
-_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,78 +44,73 @@ class RowMemoryError(QueueFullError):
 
     def __init__(self, held_bytes: int, size: int) -> None:
         super().__init__(f"images of other requests take {held_bytes >> 20} MiB; try again", _RETRY_S)
+        self.held_bytes = held_bytes
         self.size = size
 
 
-class Sized(Protocol):
-    @property
-    def nbytes(self) -> int: ...
-
-
 class RowCache:
-    """Rows of images by digest: the latest, and those in use. Waiting tiles count in the limit. Not thread-safe."""
+    """Rows by digest that no request uses, the latest ones, and the number of bytes in use, which count in the same
+    limit. Requests that lack memory wait in `line`. Not thread-safe."""
 
     def __init__(self, limits: RowLimits | None = None) -> None:
         self._limits = limits or RowLimits()
         self._kept: OrderedDict[bytes, Rows] = OrderedDict()
-        self._live: WeakValueDictionary[bytes, Rows] = WeakValueDictionary()
-        self._tiles: WeakSet[Sized] = WeakSet()
-        self._reserved_bytes = 0
+        self._freed = asyncio.Event()
+        self.owned = Shares(self._limits.held_bytes)
+        """The bytes of rows that the requests of each owner use."""
+        self.line = Line(self.owned.held)
+        self.used_bytes = 0
         self.kept_bytes = 0
 
     @property
     def held_bytes(self) -> int:
-        """The memory of kept rows, of those that requests use, of those that are being computed, and of tiles."""
-        held = (each.nbytes for each in chain(self._live.values(), self._tiles))
-        return sum(held) + self._reserved_bytes
+        return self.used_bytes + self.kept_bytes
 
-    def get(self, digest: bytes) -> Rows | None:
-        rows = self._live.get(digest)
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._kept
+
+    def reuse(self, digest: bytes) -> Rows | None:
+        """Returns kept rows, which count as used from now on."""
+        rows = self._kept.pop(digest, None)
         if rows is not None:
-            self._keep(digest, rows)
+            self.kept_bytes -= rows.nbytes
+            self.used_bytes += rows.nbytes
         return rows
 
-    def put(self, digest: bytes, rows: Rows) -> None:
-        """Takes rows that own their memory, so that they live as long as any part of them."""
+    def keep(self, digest: bytes, rows: Rows) -> None:
+        """Takes rows that were used, and own their memory."""
         assert rows.base is None
-        rows.flags.writeable = False
-        self._live[digest] = rows
-        self._keep(digest, rows)
+        self.used_bytes -= rows.nbytes
+        if digest not in self._kept:
+            self._kept[digest] = rows
+            self.kept_bytes += rows.nbytes
+        self._kept.move_to_end(digest)
+        while self.kept_bytes > self._limits.kept_bytes:
+            self._drop()
+        self._freed.set()
 
-    def count_tiles(self, tiles: Sized) -> None:
-        """Counts the memory of an image's tiles as long as they live. Raises RowMemoryError if there is too little."""
-        self.make_room(tiles.nbytes)
-        self._tiles.add(tiles)
-
-    @contextmanager
-    def reserving(self, size: int) -> Iterator[None]:
-        """Reserves memory for rows while they are computed. Raises RowMemoryError if there is too little."""
+    def use(self, size: int) -> None:
+        """Counts bytes as used. Raises the errors of `make_room`."""
         self.make_room(size)
-        self._reserved_bytes += size
-        try:
-            yield
-        finally:
-            self._reserved_bytes -= size
+        self.used_bytes += size
+
+    def free(self, size: int) -> None:
+        self.used_bytes -= size
+        self._freed.set()
 
     def make_room(self, size: int) -> None:
         """Forgets unused rows. Raises ParameterError if `size` exceeds the limit, RowMemoryError if others take it."""
         self.check(size)
-        lacking_bytes = self.held_bytes + size - self._limits.held_bytes
-        if lacking_bytes <= 0:
-            return
-        unused = dict(self._unused())
-        if lacking_bytes > sum(unused.values()):
+        if self.used_bytes + size > self._limits.held_bytes:
             raise RowMemoryError(self.held_bytes, size)
-        for digest, n_bytes in unused.items():
-            if lacking_bytes > 0:
-                self._drop(digest)
-                lacking_bytes -= n_bytes
+        while self.held_bytes + size > self._limits.held_bytes:
+            self._drop()
 
-    def _unused(self) -> Iterator[tuple[bytes, int]]:
-        """Yields the bytes of kept rows that no request uses, the oldest first."""
-        for digest in self._kept:
-            if getrefcount(self._kept[digest]) <= _REFERENCES:
-                yield digest, self._kept[digest].nbytes
+    async def wait_for(self, size: int) -> None:
+        """Waits until there is room for `size` bytes. One caller waits at a time: the first in line."""
+        while self.used_bytes + size > self._limits.held_bytes:
+            self._freed.clear()
+            await self._freed.wait()
 
     def check(self, size: int) -> None:
         """Raises ParameterError if the images of one request need `size` bytes at a time, more than all may have."""
@@ -127,48 +119,34 @@ class RowCache:
             what = f"have images that take {size >> 20} MiB; the limit is {most >> 20} MiB"
             raise ParameterError("messages", f"{what}: send fewer or smaller images, or set detail to low")
 
-    def _keep(self, digest: bytes, rows: Rows) -> None:
-        self.kept_bytes += 0 if digest in self._kept else rows.nbytes
-        self._kept[digest] = rows
-        self._kept.move_to_end(digest)
-        while self.kept_bytes > self._limits.kept_bytes:
-            self._drop(next(iter(self._kept)))
-
-    def _drop(self, digest: bytes) -> None:
-        self.kept_bytes -= self._kept.pop(digest).nbytes
+    def _drop(self) -> None:
+        _, rows = self._kept.popitem(last=False)
+        self.kept_bytes -= rows.nbytes
 
 
-@dataclass(slots=True)
-class _Running(Generic[_Value]):
-    task: asyncio.Task[_Value]
-    waiters: int = 0
-
-
-class SharedComputations(Generic[_Value]):
-    """Computations by key, shared by callers with equal keys. A computation without callers is cancelled."""
+class RowLeases:
+    """The leases of the rows that a request uses, until its end."""
 
     def __init__(self) -> None:
-        self._running: dict[bytes, _Running[_Value]] = {}
+        self._held = ExitStack()
+        self.are_empty = True
 
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._running
+    def add(self, release: Callable[[], None]) -> None:
+        self._held.callback(release)
+        self.are_empty = False
 
-    async def get(self, key: bytes, compute: Callable[[], Coroutine[Any, Any, _Value]]) -> _Value:
-        running = self._running.get(key)
-        if running is None:
-            running = self._running[key] = _Running(asyncio.create_task(compute()))
-            running.task.add_done_callback(lambda task: self._forget(key, task))
-        running.waiters += 1
-        try:
-            return await asyncio.shield(running.task)
-        finally:
-            running.waiters -= 1
-            if not running.waiters and not running.task.done():
-                running.task.cancel()
-                self._forget(key, running.task)
+    def close(self) -> None:
+        self._held.close()
+        self.are_empty = True
 
-    def _forget(self, key: bytes, task: asyncio.Task[_Value]) -> None:
-        if (running := self._running.get(key)) is not None and running.task is task:
-            del self._running[key]
-        if task.done() and not task.cancelled():
-            task.exception()  # else it is logged if all callers are cancelled
+    def moved(self) -> RowLeases:
+        """Gives the leases to another owner."""
+        other = RowLeases()
+        other._held, other.are_empty, self.are_empty = self._held.pop_all(), self.are_empty, True
+        return other
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -5,30 +5,39 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
-from llamaclust.cluster.front.text.image_rows import RowCache, RowMemoryError
+from llamaclust.cluster.front.text.image_rows import RowMemoryError
 from llamaclust.cluster.front.text.images import ImageSource
 
 _SIDE_BY_SIDE: Final = 2
 """The number of images of one owner that are prepared at a time."""
 
-_Result = TypeVar("_Result")
+
+class Releasable(Protocol):
+    def release(self) -> None:
+        """Gives up the memory that it uses."""
+        ...
+
+
+_Result = TypeVar("_Result", bound=Releasable)
 _Any = TypeVar("_Any")
 
 
 class Prefetch(Generic[_Result]):
-    """Results of `begin` in order, prepared ahead. Those of the next images are dropped if memory is needed."""
+    """The results of `begin` for images in order, which the caller releases. Those of the next images are dropped and
+    begun again later if their memory is needed."""
 
     def __init__(
         self,
         sources: Iterable[ImageSource],
         begin: Callable[[ImageSource], Coroutine[Any, Any, _Result]],
-        rows: RowCache,
+        room: Callable[[int], Awaitable[None]],
     ) -> None:
+        """`room(size)` returns when there may be `size` bytes of memory. It raises RowMemoryError if others have it."""
         self._sources = deque(sources)
         self._begin = begin
-        self._rows = rows
+        self._room = room
         self._tasks: deque[asyncio.Task[_Result]] = deque()
 
     async def next(self) -> _Result:
@@ -41,13 +50,15 @@ class Prefetch(Generic[_Result]):
         return result
 
     async def with_room(self, work: Callable[[], Awaitable[_Any]]) -> _Any:
-        """Awaits `work`, again after the next images have freed memory. Raises ParameterError or RowMemoryError."""
-        try:
-            return await work()
-        except RowMemoryError as error:
+        """Awaits `work`. If memory is short, the next images give theirs, and `work` is done again. Raises
+        ParameterError if no request can have so much memory, and errors of `room`."""
+        while True:
+            try:
+                return await work()
+            except RowMemoryError as error:
+                size = error.size
             await self.aclose()
-            self._rows.make_room(error.size)
-        return await work()
+            await self._room(size)
 
     async def aclose(self) -> None:
         """Drops the results of the next images. `next` begins them again."""
@@ -57,8 +68,8 @@ class Prefetch(Generic[_Result]):
             await asyncio.wait(self._tasks)  # unlike gather, it holds no results
         while self._tasks:
             task = self._tasks.popleft()
-            if not task.cancelled():
-                task.exception()  # else it is logged
+            if not task.cancelled() and task.exception() is None:  # else it is logged
+                task.result().release()
 
     async def _first(self) -> _Result:
         self._begin_tasks(1)

@@ -15,6 +15,7 @@ from llamaclust.cluster.front.text.call_constraint import answer_grammar
 from llamaclust.cluster.front.text.chat import ChatFormat, answer_reasoning
 from llamaclust.cluster.front.text.completion import Choice, ChoiceText, Completion, stop_patterns
 from llamaclust.cluster.front.text.embedder import Embedder, Embedding, EmbeddingOptions, Rank
+from llamaclust.cluster.front.text.image_rows import RowLeases
 from llamaclust.cluster.front.text.images import PromptImages
 from llamaclust.cluster.front.text.request import SEEDS, ChatRequest, CompletionRequest, ToolMode, draw_seed
 from llamaclust.cluster.front.text.sharing import (
@@ -27,10 +28,9 @@ from llamaclust.cluster.front.text.sharing import (
     tokenizing,
 )
 from llamaclust.cluster.front.text.slots import Slots
-from llamaclust.cluster.front.text.vision import Vision
+from llamaclust.cluster.front.text.vision import ImagePrompt, Vision
 from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
 from llamaclust.cluster.scheduler.validation import NO_TEXT
 from llamaclust.cluster.state.adapters import ServedAdapters
 from llamaclust.core.errors import ContextLengthError, ParameterError
@@ -84,7 +84,7 @@ class TextService:
         tokenizer: Tokenizer,
         chat_template: ChatTemplate,
         settings: TextSettings,
-        vision: Vision | None = None,
+        vision: Vision | None = None,  # None: the model reads text only
     ) -> None:
         self.tokenizer = tokenizer
         self.vision = vision
@@ -106,33 +106,44 @@ class TextService:
 
     async def start(self, request: CompletionRequest) -> Completion:
         """Prepares and submits a request. The caller reads the completion's log, and must close the completion."""
-        generation, log = await self.prepare(request), AnswerLog()
-        log.begin([generation], LogContent(RowStorage.STREAMED))
-        return await self.submit(request, generation, log)
+        with RowLeases() as leases:
+            generation, log = await self.prepare(request, leases), AnswerLog()
+            log.begin([generation], LogContent(RowStorage.STREAMED))
+            return await self.submit(request, generation, log, leases=leases)
 
-    async def prepare(self, request: CompletionRequest) -> GenerationRequest:
-        """Raises ParameterError for invalid fields that have no equivalent in tokens."""
+    async def prepare(self, request: CompletionRequest, leases: RowLeases) -> GenerationRequest:
+        """Returns the request in tokens, with its first choice. `leases` hold the rows of its images, until the caller
+        closes them. Raises ParameterError for invalid fields that have no equivalent in tokens."""
         request.check_text()
         self.slots.check(request.slot, has_images=isinstance(request.prompt, PromptImages))
         with self._counted():
             if request.grammar is not None:
                 self._engine.prepare_matchers()
                 request = replace(request, grammar=await self._grammars.check(request.grammar, current_owner.get()))
-            prompt, images = await self._prompt(request)
+            prompt, images = await self._prompt(request, leases)
             if len(prompt) > self.settings.context_length:
                 raise ContextLengthError(f"has {len(prompt)} tokens", len(prompt), self.settings.context_length)
             breakers = await self._breakers(request)
         return replace(self._generation(request, prompt, breakers), images=images)
 
     async def submit(
-        self, request: CompletionRequest, generation: GenerationRequest, log: AnswerLog, prompt: int = 0
+        self,
+        request: CompletionRequest,
+        generation: GenerationRequest,
+        log: AnswerLog,
+        prompt: int = 0,
+        leases: RowLeases | None = None,
     ) -> Completion:
-        """Submits a prepared request. Its items are appended under the index `prompt` to the log, which must have
-        begun. The caller must close the completion. Raises ParameterError, AdapterUnloadedError, QueueFullError and
-        WorkerError; later errors end the log."""
+        """Submits a prepared request. The caller must close the completion, which then closes the `leases` it was
+        given. Its items are appended to the log, which must have begun, under the index `prompt`.
+
+        Raises ParameterError for a value out of bounds, AdapterUnloadedError, QueueFullError, and WorkerError. Later
+        errors end the log."""
         held = ExitStack()
         try:
             held.enter_context(self._counted())
+            if leases is not None:
+                held.enter_context(leases.moved())
             make = partial(self._choices, request, generation)
             is_long = request.setup_characters > _BLOCKING_CHARACTERS
             choices = await run_on(TOKENIZING, make) if is_long else make()
@@ -300,12 +311,13 @@ class TextService:
         finally:
             self.active_requests -= 1
 
-    async def _prompt(self, request: CompletionRequest) -> tuple[tuple[int, ...], tuple[ImageSpan, ...]]:
+    async def _prompt(self, request: CompletionRequest, leases: RowLeases) -> ImagePrompt:
+        """Returns the token ids of a prompt, and the rows of its images."""
         if not isinstance(request.prompt, PromptImages):
             return await self._prompt_ids(request.prompt, request), ()
         assert self.vision is not None, "bodies with images are refused"
         self._check_image_prompt(request.prompt.least_tokens)
-        return await self.vision.image_prompt(request.prompt, self._check_image_prompt)
+        return await self.vision.image_prompt(request.prompt, self._check_image_prompt, leases)
 
     async def _prompt_ids(self, prompt: str | tuple[int, ...], request: CompletionRequest) -> tuple[int, ...]:
         if not isinstance(prompt, str):
@@ -314,7 +326,6 @@ class TextService:
         return tuple(await self.tokenize(prompt, request.add_special, request.parse_special))
 
     def _check_image_prompt(self, tokens: int) -> None:
-        """Raises an error for a prompt with images that has at least `tokens` tokens, if these are too many."""
         self._check_room(f"has {tokens} tokens", tokens, "prompt", None)
 
     def _encode_all(self, parts: Sequence[str | int], add_special: bool) -> list[list[int]]:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, ExitStack, aclosing
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING, Final
-from weakref import WeakValueDictionary
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.cluster.front.text.image_rows import RowCache, RowMemoryError, Rows, SharedComputations
+from llamaclust.cluster.front.text.image_rows import RowCache, RowLeases, RowMemoryError, Rows
 from llamaclust.cluster.front.text.images import ImageSource, PromptImages
 from llamaclust.cluster.front.text.prefetch import Prefetch
 from llamaclust.cluster.front.text.sharing import TOKENIZING, current_owner, run_on
 from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
+from llamaclust.core.sharing.computations import Lease, Owners, SharedComputations
+from llamaclust.core.sharing.line import Place
 from llamaclust.model.chat.prompt import encode_text
 from llamaclust.model.images.families.family import TileRows
 from llamaclust.model.images.preparation import ImagePreparation, ImageTiles
@@ -32,13 +33,25 @@ if TYPE_CHECKING:
     from llamaclust.model.projectors.projector import Projector
 
 Tile = NDArray[np.uint8]  # [height, width, 3]
-Encode = Callable[[Sequence[Tile], str], Awaitable[list[Rows]]]
-"""Computes the rows [rows, levels * width] of each tile, line by line, for an owner of requests."""
 CheckLength = Callable[[int], None]
 """Raises an error if a prompt has at least this many tokens, and these are too many."""
 
+ImagePrompt = tuple[tuple[int, ...], tuple[ImageSpan, ...]]
+"""The token ids of a prompt, with 0 for each row of an image, and the rows of its images."""
+
 _MAX_LAYOUTS: Final = 1024
 _FLOAT_BYTES: Final = 4
+_Found = TypeVar("_Found")
+
+
+class ImageEncoder(Protocol):
+    def turn(self, owner: str) -> AbstractAsyncContextManager[None]:
+        """Enters a turn of an owner for one image."""
+        ...
+
+    async def encode(self, tiles: Sequence[Tile], owners: Owners) -> list[Rows]:
+        """Computes the rows [rows, levels * width] of each tile, line by line, for the owners who wait for them."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +77,7 @@ class ImageLayout:
         return sum(lines * columns for lines, columns in self.grids)
 
 
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Tiles:
     layout: ImageLayout
     tiles: tuple[Tile, ...]
@@ -81,12 +94,15 @@ class _Begun:
     source: ImageSource
     digest: bytes
     layout: ImageLayout
-    rows: Rows | None
-    tiles: _Tiles | None
+    tiles: Lease[_Tiles] | None = None
 
     @property
     def tile_bytes(self) -> int:
-        return 0 if self.tiles is None else self.tiles.nbytes
+        return 0 if self.tiles is None else self.tiles.value.nbytes
+
+    def release(self) -> None:
+        if self.tiles is not None:
+            self.tiles.release()
 
 
 class Vision:
@@ -96,7 +112,7 @@ class Vision:
         self,
         projector: Projector,
         tokenizer: Tokenizer,
-        encode: Encode,
+        encoder: ImageEncoder,
         preparation: ImagePreparation,
         rope_sections: int = 0,
         rows: RowCache | None = None,
@@ -104,25 +120,54 @@ class Vision:
         """Models may share `rows`. `rope_sections`: positions of a row (M-RoPE: time, line, column); 0: only one."""
         self._projector = projector
         self._tokenizer = tokenizer
-        self._encode = encode
+        self._encoder = encoder
         self._rope_sections = rope_sections
         usual = settings_of(projector)
         self._settings: Mapping[str, ImageSettings] = {"auto": usual, "high": usual, "low": low_detail(usual)}
         self._preparation = preparation
         self._layouts: OrderedDict[bytes, ImageLayout] = OrderedDict()
-        self._preparing: SharedComputations[_Tiles] = SharedComputations()
-        self._tiles: WeakValueDictionary[bytes, _Tiles] = WeakValueDictionary()  # that wait for the encoder
-        self._encoding: SharedComputations[Rows] = SharedComputations()
         self._rows = RowCache() if rows is None else rows
+        self._preparing: SharedComputations[_Tiles] = SharedComputations(lambda _, tiles: self._rows.free(tiles.nbytes))
+        self._encoding: SharedComputations[Rows] = SharedComputations(self._rows.keep)
 
     async def lay_out(self, prompt: PromptImages, check: CheckLength) -> tuple[int, ...]:
-        """Returns a prompt's token ids, 0 for each image row; encodes nothing. Raises RequestError for a bad image."""
+        """Returns the token ids of a prompt, with 0 for each row of an image. Nothing is encoded. Waits while images of
+        other requests take too much memory. Raises RequestError for an image that cannot be read, and errors of
+        `ImagePreparation` and `check`."""
+        with RowLeases() as leases:
+            return await self._in_line(leases, partial(self._lay_out, prompt, check))
+
+    async def image_prompt(self, prompt: PromptImages, check: CheckLength, leases: RowLeases) -> ImagePrompt:
+        """Returns the token ids of a prompt, and the rows of its images, which `leases` hold. Raises errors of
+        `lay_out` and the encoder, and RowMemoryError if memory is short and the leases hold rows of another prompt."""
+        return await self._in_line(leases, partial(self._image_prompt, prompt, check))
+
+    async def _in_line(self, leases: RowLeases, work: Callable[[Place, ExitStack], Awaitable[_Found]]) -> _Found:
+        """Does work that takes memory of rows. If others have the memory, gives up what the work has taken, waits to be
+        the first in line, and begins again. The first one keeps what it takes, since all others in line have none."""
+        with self._rows.line.place(current_owner.get()) as place:
+            while True:
+                with ExitStack() as own:
+                    try:
+                        found = await work(place, own)
+                    except RowMemoryError as error:
+                        if not leases.are_empty:
+                            raise
+                        size = error.size
+                    else:
+                        leases.add(own.pop_all().close)
+                        return found
+                await place.enter()
+                await self._rows.wait_for(size)
+
+    async def _lay_out(self, prompt: PromptImages, check: CheckLength, place: Place, _: ExitStack) -> tuple[int, ...]:
         ids: list[int] = []
         known = prompt.least_tokens
-        async with aclosing(Prefetch(prompt.sources, self._layout, self._rows)) as layouts:
+        begin, room = partial(self._layout, place), partial(self._room, place)
+        async with aclosing(Prefetch(prompt.sources, begin, room)) as images:
             for piece in prompt.pieces:
                 if isinstance(piece, ImageSource):
-                    layout = await layouts.next()
+                    layout = (await images.next()).layout
                     known += layout.tokens - 1
                     check(known)
                     ids += layout.ids
@@ -130,28 +175,42 @@ class Vision:
                     ids += piece
         return tuple(ids)
 
-    async def image_prompt(
-        self, prompt: PromptImages, check: CheckLength
-    ) -> tuple[tuple[int, ...], tuple[ImageSpan, ...]]:
-        """Returns a prompt's token ids and image rows. Raises errors of `lay_out` and `Encode`, RowMemoryError."""
+    async def _image_prompt(
+        self, prompt: PromptImages, check: CheckLength, place: Place, own: ExitStack
+    ) -> ImagePrompt:
         ids: list[int] = []
         spans: list[ImageSpan] = []
         known = prompt.least_tokens
         own_bytes: dict[bytes, int] = {}  # of rows, by image
-        async with aclosing(Prefetch(prompt.sources, self._begin, self._rows)) as images:
+        begin, room = partial(self._begin, place), partial(self._room, place)
+        async with aclosing(Prefetch(prompt.sources, begin, room)) as images:
             for piece in prompt.pieces:
                 if isinstance(piece, ImageSource):
                     image = await self._next(images, sum(own_bytes.values()))
-                    known += image.layout.tokens - 1
-                    check(known)
-                    own_bytes[image.digest] = self._bytes_of(image.layout)
-                    self._rows.check(sum(own_bytes.values()) + image.tile_bytes)
-                    spans += self._spans(len(ids), image, await images.with_room(partial(self._rows_of, image)))
-                    ids += image.layout.ids
-                    del image  # its tiles take memory
+                    try:
+                        known += image.layout.tokens - 1
+                        check(known)
+                        own_bytes[image.digest] = self._bytes_of(image.layout)
+                        needed = sum(own_bytes.values()) + image.tile_bytes
+                        spans += self._spans(len(ids), image, await self._leased(images, image, needed, place, own))
+                        ids += image.layout.ids
+                    finally:
+                        image.release()
                 else:
                     ids += piece
         return tuple(ids), tuple(spans)
+
+    async def _room(self, place: Place, size: int) -> None:
+        if place.is_first:
+            await self._rows.wait_for(size)
+        else:
+            self._check_open(place, size)
+            self._rows.make_room(size)
+
+    def _check_open(self, place: Place, size: int = 0) -> None:
+        """Raises RowMemoryError if another request is first in line."""
+        if not place.is_open:
+            raise RowMemoryError(self._rows.held_bytes, size)
 
     async def _next(self, images: Prefetch[_Begun], own_bytes: int) -> _Begun:
         """Raises ParameterError if a request with `own_bytes` of rows cannot have the next image's tiles too."""
@@ -159,11 +218,27 @@ class Vision:
             return await images.next()
         except RowMemoryError as error:
             self._rows.check(own_bytes + error.size)
-            raise
+            raise RowMemoryError(error.held_bytes, own_bytes + error.size) from error
 
-    async def _layout(self, source: ImageSource) -> ImageLayout:
+    async def _leased(self, images: Prefetch[_Begun], image: _Begun, needed: int, place: Place, own: ExitStack) -> Rows:
+        """Returns the rows of an image, which `own` holds. `needed`: the bytes of the request up to this image."""
+        self._rows.check(needed)
+        try:
+            lease = await images.with_room(partial(self._rows_of, image, place))
+        except RowMemoryError as error:
+            raise RowMemoryError(error.held_bytes, needed) from error
+        own.callback(lease.release)
+        own.enter_context(self._rows.owned.holding(current_owner.get(), lease.value.nbytes))
+        return lease.value
+
+    async def _layout(self, place: Place, source: ImageSource) -> _Begun:
         digest = await self._digest(source)
-        return self._known(digest) or (await self._tiles_of(digest, source)).layout
+        layout = self._known(digest)
+        if layout is None:
+            tiles = await self._tiles_of(digest, source, place)
+            layout = tiles.value.layout
+            tiles.release()
+        return _Begun(source, digest, layout)
 
     def _known(self, digest: bytes) -> ImageLayout | None:
         layout = self._layouts.get(digest)
@@ -171,32 +246,34 @@ class Vision:
             self._layouts.move_to_end(digest)
         return layout
 
-    async def _begin(self, source: ImageSource) -> _Begun:
+    async def _begin(self, place: Place, source: ImageSource) -> _Begun:
         digest = await self._digest(source)
-        layout, rows = self._known(digest), self._rows.get(digest)
-        if layout is not None and (rows is not None or digest in self._encoding):
-            return _Begun(source, digest, layout, rows, None)
-        tiles = await self._tiles_of(digest, source)
-        return _Begun(source, digest, tiles.layout, rows, tiles if rows is None else None)
+        layout = self._known(digest)
+        if layout is not None and (digest in self._encoding or digest in self._rows):
+            return _Begun(source, digest, layout)
+        tiles = await self._tiles_of(digest, source, place)
+        return _Begun(source, digest, tiles.value.layout, tiles)
 
     async def _digest(self, source: ImageSource) -> bytes:
         settings = self._settings[source.detail]
         return await run_on(TOKENIZING, settings.digest, source.data, self._projector.identity)
 
-    async def _tiles_of(self, digest: bytes, source: ImageSource) -> _Tiles:
-        tiles = self._tiles.get(digest)
-        return await self._preparing.get(digest, partial(self._prepare, digest, source)) if tiles is None else tiles
+    async def _tiles_of(self, digest: bytes, source: ImageSource, place: Place | None = None) -> Lease[_Tiles]:
+        """Raises RowMemoryError if another `place` is first in line."""
+        if place is not None and digest not in self._preparing:
+            self._check_open(place)
+        owner = current_owner.get()
+        turn = self._preparation.turn(owner)
+        return await self._preparing.take(digest, owner, turn, partial(self._prepare, digest, source))
 
-    async def _prepare(self, digest: bytes, source: ImageSource) -> _Tiles:
-        settings = self._settings[source.detail]
-        image = await self._preparation.prepare(source.data, settings, current_owner.get())
+    async def _prepare(self, digest: bytes, source: ImageSource, _: Owners) -> _Tiles:
+        image = await self._preparation.tiles(source.data, self._settings[source.detail])
         layout = await run_on(TOKENIZING, self._layout_of, image)
         self._layouts[digest] = layout
         while len(self._layouts) > _MAX_LAYOUTS:
             self._layouts.popitem(last=False)
         tiles = _Tiles(layout, image.tiles)
-        self._rows.count_tiles(tiles)
-        self._tiles[digest] = tiles
+        self._rows.use(tiles.nbytes)
         return tiles
 
     def _layout_of(self, image: ImageTiles) -> ImageLayout:
@@ -212,17 +289,29 @@ class Vision:
     def _bytes_of(self, layout: ImageLayout) -> int:
         return layout.rows * self._projector.width * self._projector.levels * _FLOAT_BYTES
 
-    async def _rows_of(self, image: _Begun) -> Rows:
-        rows = self._rows.get(image.digest) if image.rows is None else image.rows
-        return await self._encoding.get(image.digest, partial(self._compute, image)) if rows is None else rows
+    async def _rows_of(self, image: _Begun, place: Place) -> Lease[Rows]:
+        digest, owner = image.digest, current_owner.get()
+        if digest not in self._encoding:
+            if (rows := self._rows.reuse(digest)) is not None:
+                return self._encoding.put(digest, owner, rows)
+            self._check_open(place)
+        return await self._encoding.take(digest, owner, self._encoder.turn(owner), partial(self._compute, image))
 
-    async def _compute(self, image: _Begun) -> Rows:
-        """Encodes an image. It is prepared again if the computation for which its caller waited was cancelled."""
-        tiles = image.tiles or await self._tiles_of(image.digest, image.source)
-        with self._rows.reserving(self._bytes_of(tiles.layout)):
-            parts = await self._encode(tiles.tiles, current_owner.get())
-            rows = await run_on(TOKENIZING, joined_rows, parts)
-        self._rows.put(image.digest, rows)
+    async def _compute(self, image: _Begun, owners: Owners) -> Rows:
+        """Encodes an image. It is prepared again if its caller expected its rows to be known."""
+        tiles = await self._tiles_of(image.digest, image.source)
+        size = self._bytes_of(tiles.value.layout)
+        try:
+            self._rows.use(size)
+            try:
+                parts = await self._encoder.encode(tiles.value.tiles, owners)
+                rows = await run_on(TOKENIZING, joined_rows, parts)
+            except BaseException:
+                self._rows.free(size)
+                raise
+        finally:
+            tiles.release()
+        rows.flags.writeable = False
         return rows
 
     def _spans(self, start: int, image: _Begun, rows: Rows) -> Iterator[ImageSpan]:
@@ -262,4 +351,4 @@ def vision_of(model: Model, encoder: Encoder | None, preparation: ImagePreparati
     """Returns the images of a model. None: it reads text only."""
     if model.projector is None or encoder is None:
         return None
-    return Vision(model.projector, model.tokenizer, encoder.encode, preparation, model.rope_sections, rows)
+    return Vision(model.projector, model.tokenizer, encoder, preparation, model.rope_sections, rows)

@@ -107,7 +107,7 @@ async def test_the_pipeline_that_serves_is_predicted_again_with_each_plan(is_los
     """Not while requests wait for another one."""
     former, new = plan_of("a", "b"), plan_of("a")
 
-    async def plan(*_: object) -> Plan:
+    async def plan(*_: object, **__: object) -> Plan:
         return new
 
     async def predict(plan: Plan, workers: object) -> Prediction | None:
@@ -230,7 +230,7 @@ async def test_a_worker_that_is_admitted_while_the_supervisor_starts_joins_once(
 
 
 async def test_a_drain_of_a_worker_without_layers_returns_although_requests_delay_a_better_plan() -> None:
-    async def plan(*_: object) -> Plan:
+    async def plan(*_: object, **__: object) -> Plan:
         return plan_of("a", "b")
 
     observed, events = observed_cluster(), list[Event]()
@@ -273,7 +273,7 @@ async def test_a_drain_that_is_undrained_while_it_is_planned_does_not_take_place
     """As where its client was cut off: the request to undrain comes later, and is the one that counts."""
     planning, planned = asyncio.Event(), asyncio.Event()
 
-    async def plan(*_: object) -> Plan:
+    async def plan(*_: object, **__: object) -> Plan:
         planning.set()
         await planned.wait()
         return plan_of("b")

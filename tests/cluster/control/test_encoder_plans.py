@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.epochs import _stage_info
 from llamaclust.cluster.control.limits import check_plan, plan_limits, scheduler_settings
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
-from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
+from llamaclust.cluster.control.planning import ClusterResources, plan_cluster, plan_text_at_least
 from llamaclust.cluster.control.resources.resource_shares import WorkerResources
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.plan import Plan, StagePlan
@@ -148,3 +149,28 @@ def test_a_loaded_stage_is_known_by_its_encoder() -> None:
     for encoder, planned_bytes in ((None, 6), (EncoderFile("/p.gguf", "0" * 64), 16)):
         handle.stages[1] = replace(order, encoder=encoder), Loaded(1, 1, 3, 2, encoder_bytes=planned_bytes - 6)
         assert ledger.loaded(handle) == {"cpu": planned_bytes} and handle.held_bytes == planned_bytes
+
+
+@pytest.mark.parametrize("row_bytes", [0, 1 << 16])
+def test_a_plan_for_text_at_least_says_why_it_has_no_encoder(seeing: Model, row_bytes: int) -> None:
+    """It may use the memory of rows, and the model keeps its projector."""
+    config = config_of(seeing, max_sequences=1)
+    workers = {"a": WorkerResources("a", 1 << 30, threads=THREADS)}
+
+    def resources(free_bytes: int, row_bytes: int = 0, *, encodes: bool = True) -> ClusterResources:
+        return ClusterResources(workers, {}, free_bytes=free_bytes, row_bytes=row_bytes, encodes=encodes)
+
+    (stage,) = plan_cluster(config, seeing, resources(1 << 26, encodes=False)).stages
+    room = stage.weight_bytes + stage.workspace_bytes
+    while True:  # the least room for text
+        with suppress(InsufficientMemoryError):
+            least = plan_cluster(config, seeing, resources(room, encodes=False))
+            break
+        room += 1 << 14
+    plan = plan_text_at_least(config, seeing, resources(room - row_bytes, row_bytes))
+    assert plan == least and "the encoder of images" in plan.no_images and not plan.has_encoder
+    assert seeing.projector is not None and plan_text_at_least(config, seeing, resources(1 << 30)).has_encoder
+    with pytest.raises(InsufficientMemoryError, match="the encoder of images"):
+        plan_cluster(config, seeing, resources(room - row_bytes, row_bytes))
+    with pytest.raises(InsufficientMemoryError, match="the model does not fit"):
+        plan_text_at_least(config, seeing, resources(room - row_bytes - (1 << 16), row_bytes))

@@ -346,3 +346,17 @@ def test_a_loss_during_a_move_is_recovered_by_the_move() -> None:
     cluster.see(seen.PipelineLost(LOST))
     assert cluster.see(seen.Signal.EPOCH_LOADED) == Serve()
     assert cluster.see(seen.Signal.EPOCH_SERVING) == IDLE and cluster.state.loss is None
+
+
+def test_a_plan_with_images_is_worth_a_move_and_one_without_is_none() -> None:
+    reading = replace(BOTH, stages=(replace(BOTH.stages[0], encoder_bytes=1), *BOTH.stages[1:]))
+    cluster = Cluster.serving()
+    cluster.see(seen.Signal.LINKS_CHANGED)
+    assert cluster.plan(reading) == LoadEpoch(reading, is_exclusive=False)
+    cluster.see(seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING, seen.Signal.RETIRING_FREED)
+    assert cluster.state.reads_images
+    cluster.see(seen.Signal.LINKS_CHANGED)
+    faster = replace(ALL, no_images="no room")
+    assert cluster.plan(faster) == IDLE
+    cluster.see(seen.DrainRequested("b"))
+    assert cluster.plan(replace(ONLY_A, no_images="no room")) != IDLE, "the worker must go"

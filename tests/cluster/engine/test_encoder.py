@@ -85,6 +85,12 @@ def fails(error: LlamaclustError, times: int = 1) -> Callable[[], None]:
     return fail
 
 
+async def encode(encoder: Encoder, images: Sequence[NDArray[np.uint8]], owner: str) -> list[NDArray[np.float32]]:
+    """Encodes one image in its owner's turn."""
+    async with encoder.turn(owner):
+        return await encoder.encode(images, [owner])
+
+
 @pytest.fixture(scope="module")
 def projector(tmp_path_factory: pytest.TempPathFactory) -> Projector:
     return open_projector(build_projector(tmp_path_factory.mktemp("p") / "p.gguf", "qwen3vl_merger"))
@@ -110,8 +116,8 @@ def serving(projector: Projector, fake: FakeEncoder | None, deadline_s: float = 
 async def test_tiles_are_encoded_in_order(projector: Projector) -> None:
     fake = FakeEncoder()
     encoder = serving(projector, fake)
-    check(await encoder.encode([], "o"))
-    first, second = await asyncio.gather(encoder.encode(tiles(1, 2), "o"), encoder.encode(tiles(3, 4), "o"))
+    check(await encode(encoder, [], "o"))
+    first, second = await asyncio.gather(encode(encoder, tiles(1, 2), "o"), encode(encoder, tiles(3, 4), "o"))
     check(first, 1, 2)
     check(second, 3, 4)
     assert fake.begun == [1, 2, 3, 4]
@@ -119,7 +125,7 @@ async def test_tiles_are_encoded_in_order(projector: Projector) -> None:
 
 async def test_a_failure_repeats_the_tile_alone(projector: Projector) -> None:
     fake = FakeEncoder({2: fails(LOST, MAX_STRIKES - 1), 3: fails(LOST)})
-    check(await serving(projector, fake).encode(tiles(1, 2, 3), "o"), 1, 2, 3)
+    check(await encode(serving(projector, fake), tiles(1, 2, 3), "o"), 1, 2, 3)
     assert fake.begun == [1, *[2] * MAX_STRIKES, 3, 3]
 
 
@@ -127,8 +133,8 @@ async def test_a_tile_that_always_fails_ends_the_request_and_not_others(projecto
     fake = FakeEncoder({2: fails(LOST, MAX_STRIKES)})
     encoder = serving(projector, fake)
     bad, good = (
-        asyncio.create_task(encoder.encode(tiles(1, 2), "o")),
-        asyncio.create_task(encoder.encode(tiles(5), "o")),
+        asyncio.create_task(encode(encoder, tiles(1, 2), "o")),
+        asyncio.create_task(encode(encoder, tiles(5), "o")),
     )
     with pytest.raises(RequestFailedError, match=f"failed {MAX_STRIKES} times at one tile, at last: worker w1 is lost"):
         await bad
@@ -138,21 +144,21 @@ async def test_a_tile_that_always_fails_ends_the_request_and_not_others(projecto
 async def test_a_refused_tile_is_not_tried_again(projector: Projector) -> None:
     fake = FakeEncoder({1: fails(RequestError("not this one"))})
     with pytest.raises(RequestError, match=r"^not this one$"):
-        await serving(projector, fake).encode(tiles(1), "o")
+        await encode(serving(projector, fake), tiles(1), "o")
     assert fake.begun == [1]
 
 
 async def test_a_tile_of_a_wrong_size_is_not_sent(projector: Projector) -> None:
     fake = FakeEncoder()
     with pytest.raises(RequestError, match=r"multiples of 8 and at most .* pixels, found 4 x 8"):
-        await serving(projector, fake).encode([*tiles(1), np.zeros((8, 4, 3), np.uint8)], "o")
+        await encode(serving(projector, fake), [*tiles(1), np.zeros((8, 4, 3), np.uint8)], "o")
     assert fake.begun == []
 
 
 async def test_a_tile_on_a_lost_pipeline_is_encoded_by_the_next_one(projector: Projector) -> None:
     first, second = FakeEncoder(hangs=frozenset((2,))), FakeEncoder()
     encoder = serving(projector, first)
-    encoding = asyncio.create_task(encoder.encode(tiles(1, 2), "o"))
+    encoding = asyncio.create_task(encode(encoder, tiles(1, 2), "o"))
     await first.has_begun(1, 2)
     encoder.lose(LOST)
     await passes()
@@ -165,12 +171,12 @@ async def test_a_tile_on_a_lost_pipeline_is_encoded_by_the_next_one(projector: P
 async def test_a_move_does_not_disturb_a_tile_in_progress(projector: Projector) -> None:
     first, second = FakeEncoder(hangs=frozenset((1,))), FakeEncoder()
     encoder = serving(projector, first)
-    encoding = asyncio.create_task(encoder.encode(tiles(1), "o"))
+    encoding = asyncio.create_task(encode(encoder, tiles(1), "o"))
     await first.reached.wait()
     encoder.serve(second)
     first.gate.set()
     check(await encoding, 1)
-    check(await encoder.encode(tiles(2), "o"), 2)
+    check(await encode(encoder, tiles(2), "o"), 2)
     assert second.begun == [2]
 
 
@@ -181,7 +187,7 @@ async def test_only_the_loss_of_its_own_worker_counts_against_a_tile(
     loss: LlamaclustError | None, is_strike: bool, projector: Projector
 ) -> None:
     encoder, hangs = serving(projector, None), frozenset((1,))
-    encoding = asyncio.create_task(encoder.encode(tiles(1), "o"))
+    encoding = asyncio.create_task(encode(encoder, tiles(1), "o"))
     for _ in range(MAX_STRIKES):
         assert not encoding.done()
         fake = FakeEncoder(hangs=hangs)
@@ -202,7 +208,7 @@ async def test_an_encoder_that_is_not_reached_or_was_replaced_counts_nothing_aga
     unreachable = fails(EncoderUnreachableError("no way", worker="w1"), 2 * MAX_STRIKES)
     fake = FakeEncoder({1: unreachable})
     encoder = serving(projector, fake)
-    check(await encoder.encode(tiles(1), "o"), 1)
+    check(await encode(encoder, tiles(1), "o"), 1)
     assert fake.begun == [1] * (2 * MAX_STRIKES + 1)
     old = FakeEncoder()
 
@@ -212,7 +218,7 @@ async def test_an_encoder_that_is_not_reached_or_was_replaced_counts_nothing_aga
 
     old.stops[2] = replace_then_fail
     encoder.serve(old)
-    encoding = asyncio.create_task(encoder.encode(tiles(2), "o"))
+    encoding = asyncio.create_task(encode(encoder, tiles(2), "o"))
     await old.has_begun(*[2] * (MAX_STRIKES + 3))
     del old.stops[2]
     check(await encoding, 2)
@@ -223,9 +229,9 @@ async def test_owners_take_turns_at_each_tile(projector: Projector) -> None:
     fake = FakeEncoder(hangs=frozenset((1,)))
     encoder = serving(projector, fake)
     numbers = [*range(1, 101)]
-    many = [asyncio.create_task(encoder.encode(tiles(n, n), "many")) for n in numbers]
+    many = [asyncio.create_task(encode(encoder, tiles(n, n), "many")) for n in numbers]
     await fake.reached.wait()
-    ones = [asyncio.create_task(encoder.encode(tiles(n, n), str(n))) for n in (201, 202)]
+    ones = [asyncio.create_task(encode(encoder, tiles(n, n), str(n))) for n in (201, 202)]
     await asyncio.sleep(0)
     fake.gate.set()
     await asyncio.gather(*many, *ones)
@@ -237,7 +243,7 @@ async def test_a_paused_encoder_ends_its_tile_and_begins_no_other(projector: Pro
     fake, next_one = FakeEncoder(hangs=frozenset((1,))), FakeEncoder()
     encoder = serving(projector, fake)
     await encoder.wait_idle()
-    encoding = asyncio.create_task(encoder.encode(tiles(1, 2), "o"))
+    encoding = asyncio.create_task(encode(encoder, tiles(1, 2), "o"))
     await fake.reached.wait()
     encoder.pause()
     idle = asyncio.create_task(encoder.wait_idle())
@@ -259,7 +265,7 @@ async def test_a_tile_that_hangs_holds_up_no_other_model(
     monkeypatch.setattr("llamaclust.cluster.engine.encoder._LAST_TILE_S", 0.05)
     fake, next_one = FakeEncoder(hangs=frozenset((1,))), FakeEncoder()
     encoder = serving(projector, fake)
-    encoding = asyncio.create_task(encoder.encode(tiles(1), "o"))
+    encoding = asyncio.create_task(encode(encoder, tiles(1), "o"))
     await fake.reached.wait()
     encoder.pause()
     async with asyncio.timeout(20):
@@ -273,18 +279,18 @@ async def test_a_tile_that_hangs_holds_up_no_other_model(
 async def test_the_deadline_ends_a_tile(projector: Projector) -> None:
     fake = FakeEncoder(hangs=frozenset((1,)))
     with pytest.raises(DeadlineError, match=r"encoding an image \(timeouts.request\): not within 0.05 s"):
-        await serving(projector, fake, 0.05).encode(tiles(1), "o")
+        await encode(serving(projector, fake, 0.05), tiles(1), "o")
     assert fake.open == 0
     with pytest.raises(DeadlineError):
-        await serving(projector, None, 0.05).encode(tiles(1), "o")
+        await encode(serving(projector, None, 0.05), tiles(1), "o")
 
 
 async def test_a_cancelled_call_lets_the_next_one_in(projector: Projector) -> None:
     fake = FakeEncoder(hangs=frozenset((1,)))
     encoder = serving(projector, fake)
     encoding, waiting = (
-        asyncio.create_task(encoder.encode(tiles(1), "o")),
-        asyncio.create_task(encoder.encode(tiles(2), "o")),
+        asyncio.create_task(encode(encoder, tiles(1), "o")),
+        asyncio.create_task(encode(encoder, tiles(2), "o")),
     )
     await fake.reached.wait()
     encoding.cancel()
@@ -298,12 +304,12 @@ async def test_tiles_wait_for_the_engine_s_pipeline(projector: Projector) -> Non
     owner = Losses()
     async with asyncio.timeout(20), Engine(asleep, SETTINGS, EngineSettings(), owner, projector) as engine:
         assert engine.encoder is not None
-        encoding = asyncio.create_task(engine.encoder.encode(tiles(1), "o"))
+        encoding = asyncio.create_task(encode(engine.encoder, tiles(1), "o"))
         await passes()
         assert not encoding.done()
         engine.resume(awake, SETTINGS)
         check(await encoding, 1)
-        encoding = asyncio.create_task(engine.encoder.encode(tiles(2, 3), "o"))
+        encoding = asyncio.create_task(encode(engine.encoder, tiles(2, 3), "o"))
         await awake.encoder.has_begun(1, 2, 3)
         engine.lose(LOST)
         await passes()
@@ -312,19 +318,36 @@ async def test_tiles_wait_for_the_engine_s_pipeline(projector: Projector) -> Non
         check(await encoding, 2, 3)
         assert later.encoder.begun == [3]
         engine.lose(LOST)
-        encoding = asyncio.create_task(engine.encoder.encode(tiles(4), "o"))
+        encoding = asyncio.create_task(encode(engine.encoder, tiles(4), "o"))
         await asyncio.sleep(0)
         engine.give_up(WorkerError("no worker is left"))
         with pytest.raises(WorkerError, match=r"^no worker is left$"):
             await encoding
         with pytest.raises(WorkerError, match=r"^no worker is left$"):
-            await engine.encoder.encode(tiles(4), "o")
+            await encode(engine.encoder, tiles(4), "o")
         engine.resume(later, SETTINGS)
-        check(await engine.encoder.encode(tiles(5), "o"), 5)
+        check(await encode(engine.encoder, tiles(5), "o"), 5)
     with pytest.raises(WorkerError, match="the cluster is stopping"):
-        await engine.encoder.encode(tiles(6), "o")
+        await encode(engine.encoder, tiles(6), "o")
 
 
 async def test_an_engine_without_a_projector_has_no_encoder() -> None:
     async with Engine(FakePipeline(200), SETTINGS) as engine:
         assert engine.encoder is None
+
+
+async def test_a_pipeline_without_an_encoder_refuses_tiles_until_one_has_it(projector: Projector) -> None:
+    first, blind, later = FakePipeline(200), FakePipeline(200), FakePipeline(200)
+    first.encoder, later.encoder = FakeEncoder(hangs=frozenset((1,))), FakeEncoder()
+    blind.no_images = "images are refused: no room"
+    async with asyncio.timeout(20), Engine(first, SETTINGS, EngineSettings(), Losses(), projector) as engine:
+        assert engine.encoder is not None
+        encoding = asyncio.create_task(encode(engine.encoder, tiles(1), "o"))
+        await first.encoder.reached.wait()
+        engine.lose(LOST)
+        engine.resume(blind, SETTINGS)
+        for refused in (encoding, encode(engine.encoder, tiles(2), "o")):
+            with pytest.raises(WorkerError, match=r"^images are refused: no room$"):
+                await refused
+        engine.resume(later, SETTINGS)
+        check(await encode(engine.encoder, tiles(3), "o"), 3)

@@ -23,6 +23,7 @@ from llamaclust.cluster.front.replies.reply_cache import ReplyCache
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem
+from llamaclust.cluster.front.text.image_rows import RowLeases
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.service import TextSettings
 from llamaclust.cluster.front.text.sharing import ReplyBudget
@@ -57,7 +58,7 @@ class Endless:
         self.settings = TextSettings("a", 64)
         self.submitted = self.closed = 0
 
-    async def prepare(self, request: CompletionRequest) -> GenerationRequest:
+    async def prepare(self, request: CompletionRequest, leases: RowLeases) -> GenerationRequest:
         return GenerationRequest("a", (), 1)
 
     async def submit(self, request: CompletionRequest, ready: GenerationRequest, log: AnswerLog, prompt: int) -> Self:

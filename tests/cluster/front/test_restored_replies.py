@@ -17,6 +17,7 @@ from llamaclust.cluster.front.replies import handlers, kept_reply
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
 from llamaclust.cluster.front.replies.reply import Reply
 from llamaclust.cluster.front.text.completion import Completion
+from llamaclust.cluster.front.text.image_rows import RowLeases
 from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.scheduler.requests import GenerationRequest
@@ -363,9 +364,9 @@ async def test_a_restored_chat_has_the_grammar_of_its_first_computation(
     async def deciding(service: TextService, request: ChatRequest) -> CompletionRequest:
         return replace(await chat(service, request), grammar=GRAMMAR if decisions[-1] else None)
 
-    async def seeing(service: TextService, request: CompletionRequest) -> GenerationRequest:
+    async def seeing(service: TextService, request: CompletionRequest, leases: RowLeases) -> GenerationRequest:
         used.append(request.grammar)
-        return await prepare(service, replace(request, grammar=None))
+        return await prepare(service, replace(request, grammar=None), leases)
 
     monkeypatch.setattr(TextService, "chat", deciding)
     monkeypatch.setattr(TextService, "prepare", seeing)

@@ -320,7 +320,7 @@ def test_every_figure_of_a_plan_is_in_its_json(measured: bool) -> None:
     assert values.keys() == predicted_keys | {
         "stages", "kv_blocks", "window_blocks", "state_blocks", "context_length", "idle_workers", "optimality_gap",
         "unused_gpus", "prompt_tokens", "wide_tiles", "without_groups",
-        "objective", "rejected_group", "no_group",
+        "objective", "rejected_group", "no_group", "no_images",
     }  # fmt: skip
     assert values["stages"][0].keys() == {
         "worker", "start", "end", "weight_bytes", "touched_bytes", "kv_bytes", "workspace_bytes", "memory_bytes",

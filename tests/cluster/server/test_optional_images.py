@@ -12,6 +12,7 @@ from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.cluster.control import stage_memory
 from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.models import row_memory
+from llamaclust.cluster.planner.format import plan_lines
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.worker.devices.encoder_limits import EncoderMemory
 from support.clusters.recovering import answer_of, config, generations, recovering
@@ -49,7 +50,7 @@ def start_of(model: Path, **keys: object) -> PlannedStart:
 async def test_a_start_goes_on_without_an_encoder_that_nobody_chose(seeing: Path, tmp_path: Path) -> None:
     async with recovering(config(seeing, tmp_path, workers=1)) as run:
         (served,) = run.cluster.models
-        assert served.model.projector is None and served.engine.encoder is None
+        assert served.engine.encoder is None and not served.supervisor.planner.reads_images
         assert [text for text in run.told if text.startswith(f"m: {UNUSED}") and f"{(1 << 30) + 1} MiB" in text]
         assert await answer_of(served.engine.submit(generations(1, tokens=4)[0]))
 
@@ -70,7 +71,7 @@ async def test_rows_are_bounded_by_the_machine(seeing: Path, tmp_path: Path, mon
     monkeypatch.setattr(LocalLauncher, "free_memory_bytes", lambda _: FREE_BYTES)
     async with recovering(config(seeing, tmp_path, workers=1)) as run:
         (runner,) = run.cluster.pool.runners
-        assert runner.planner.free_bytes == FREE_BYTES - ROWS_BYTES and runner.planner.model.projector is not None
+        assert runner.planner.free_bytes == FREE_BYTES - ROWS_BYTES and runner.planner.reads_images
         assert run.cluster.row_limits.held_bytes == ROWS_BYTES
 
 
@@ -79,7 +80,7 @@ async def test_without_images_workers_have_the_memory_of_rows(
     seeing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = start_of(seeing)
-    assert start.row_bytes == 0 and [text for text in start.unused if text.startswith(UNUSED)]
+    assert start.row_bytes == 0 and [text for text in plan_lines(start.plan) if text.strip().startswith(UNUSED)]
     monkeypatch.setattr(LocalLauncher, "free_memory_bytes", lambda _: FREE_BYTES)
     async with recovering(config(seeing, tmp_path, workers=1)) as run:
         (runner,) = run.cluster.pool.runners

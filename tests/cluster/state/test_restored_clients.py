@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llamaclust.cluster.front.text.image_rows import RowLeases
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.front.text.sharing import current_owner
@@ -46,9 +47,9 @@ async def test_restored_requests_have_the_shares_and_turns_of_their_clients(
 ) -> None:
     path, seen, prepare = tmp_path / "journal", list[str](), TextService.prepare
 
-    async def seeing(service: TextService, request: CompletionRequest) -> GenerationRequest:
+    async def seeing(service: TextService, request: CompletionRequest, leases: RowLeases) -> GenerationRequest:
         seen.append(current_owner.get())
-        return await prepare(service, request)
+        return await prepare(service, request, leases)
 
     monkeypatch.setattr(TextService, "prepare", seeing)
     journal = Journal(path, ControlRecord(), 60.0)

@@ -28,6 +28,7 @@ from support.clusters.recovering import CONTEXT, config, generations, recovering
 from support.file_members import projector_at
 from support.models.tiny_model import build_tiny_model
 from support.models.vision.encoded_tiles import encoded
+from support.models.vision.served_tiles import encode
 from support.models.vision.tiny_projectors import TEXT_WIDTH, build_projector
 from support.seed import SEED
 
@@ -87,7 +88,7 @@ async def test_a_worker_is_killed_in_mid_encode(tmp_path: Path) -> None:
         assert first.encoder is not None
         watched = Watched(first.encoder)
         encoder.serve(watched)
-        encoding = asyncio.create_task(encoder.encode(tiles, ""))
+        encoding = asyncio.create_task(encode(encoder, tiles))
         await watched.begun.wait()
         assert not encoding.done()
         os.kill(cluster.pids["a"], signal.SIGKILL)
@@ -113,13 +114,13 @@ def test_a_cluster_loses_the_worker_that_encodes(tmp_path: Path) -> None:
             watched = Watched(epoch.pipeline.encoder)
             engine.encoder.serve(watched)
             answers = run.start(requests)
-            encoding = asyncio.create_task(engine.encoder.encode(tiles, ""))
+            encoding = asyncio.create_task(encode(engine.encoder, tiles))
             await watched.begun.wait()
             assert not encoding.done()
             run.hurt(holder.name)
             check(await encoding, wanted)
             assert await asyncio.gather(*answers) == expected
             assert run.cluster.supervisor.recoveries == 1
-            check(await engine.encoder.encode(tiles[:1], ""), wanted[:1])
+            check(await encode(engine.encoder, tiles[:1]), wanted[:1])
 
     asyncio.run(run())

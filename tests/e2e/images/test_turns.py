@@ -12,12 +12,10 @@ import pytest
 from numpy.typing import NDArray
 
 from llamaclust.cluster.control import residency
+from llamaclust.cluster.engine import encoder as encoder_module
 from llamaclust.cluster.engine.pipeline import PipelineEncoder, TileTask
-from llamaclust.kernels.cpu.backend import CpuBackend
-from support.clusters.recovering import CONTEXT, generations, undisturbed
-from support.models.tiny_model import build_tiny_model
-from support.models.vision.encoded_tiles import encoded
-from support.models.vision.tiny_projectors import TEXT_WIDTH, build_projector
+from support.clusters.recovering import generations, undisturbed
+from support.models.vision.served_tiles import check_rows, encode, random_tiles, seeing_model
 from support.seed import SEED
 from support.several_models.cluster import ASLEEP, AWAKE, model_files, models
 
@@ -40,37 +38,19 @@ class Held:
         return await self.encoder.rows(task)
 
 
-def seeing_model(tmp_path: Path) -> tuple[Path, Path]:
-    """Makes a model and its projector."""
-    folder = tmp_path / "seeing"
-    folder.mkdir()
-    model = build_tiny_model(folder / "a.gguf", hidden=TEXT_WIDTH, heads=4, layers=4, context=CONTEXT)
-    return model, build_projector(folder / "mmproj-a.gguf", "pixtral")
-
-
-def random_tiles() -> list[NDArray[np.uint8]]:
-    random = np.random.default_rng(SEED)
-    return [random.integers(0, 256, (160, 160, 3), np.uint8) for _ in range(2)]
-
-
-def check_rows(path: Path, tiles: list[NDArray[np.uint8]], found: list[NDArray[np.float32]]) -> None:
-    for rows, tile in zip(found, tiles, strict=True):
-        np.testing.assert_array_equal(rows.view("u4"), encoded(CpuBackend(1), path, tile).view("u4"))
-
-
 async def test_images_wake_a_model_that_is_not_unloaded_before_their_end(tmp_path: Path) -> None:
     (seeing, path), other, tiles = seeing_model(tmp_path), model_files(tmp_path)[1], random_tiles()
     async with models([other, seeing], tmp_path, tight=False, keys={"max_loaded_models": 1}) as found:
         served, resident = found.cluster.models[1], found.cluster.residency.residents["a"]
         encoder = served.engine.encoder
         assert encoder is not None and found.states == [AWAKE, ASLEEP]
-        check_rows(path, tiles, await encoder.encode(tiles, ""))
+        check_rows(path, tiles, await encode(encoder, tiles))
         assert found.states == [ASLEEP, AWAKE]
         pipeline = served.supervisor.epoch.pipeline
         assert pipeline.encoder is not None
         held = Held(pipeline.encoder)
         encoder.serve(held)
-        encoding = asyncio.create_task(encoder.encode(tiles, ""))
+        encoding = asyncio.create_task(encode(encoder, tiles))
         await found.run.until("a tile", lambda: len(held.begun) == 1)
         assert not resident.is_idle
         await resident.sleep()
@@ -97,7 +77,7 @@ async def test_a_tile_longer_than_a_turn_ends(tmp_path: Path, monkeypatch: pytes
         assert encoder is not None and pipeline.encoder is not None
         held = Held(pipeline.encoder)
         encoder.serve(held)
-        encoding = asyncio.create_task(encoder.encode(tiles, ""))
+        encoding = asyncio.create_task(encode(encoder, tiles))
         await found.run.until("a tile", lambda: len(held.begun) == 1)
         answering = asyncio.create_task(found.answer(1, request))
         await found.run.until("the end of the turn", lambda: resident.gives_way)
@@ -108,3 +88,25 @@ async def test_a_tile_longer_than_a_turn_ends(tmp_path: Path, monkeypatch: pytes
         check_rows(path, tiles, await encoding)
         assert len(held.begun) == 1, "no other tile began in this turn"
         assert any("a sleeps: it is another model's turn" in text for text in found.run.told)
+
+
+async def test_a_tile_that_never_ends_holds_up_another_model_only_for_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residency, "_TURN_S", 0.1)
+    monkeypatch.setattr(encoder_module, "_LAST_TILE_S", 0.2)
+    (seeing, path), tiles = seeing_model(tmp_path), random_tiles()
+    other, (request, *_) = model_files(tmp_path)[1], generations(SEED, 12, 40)
+    (expected,) = await asyncio.to_thread(undisturbed, other, (request,))
+    async with models([seeing, other], tmp_path, tight=False, keys={"max_loaded_models": 1}) as found:
+        served = found.cluster.models[0]
+        encoder, pipeline = served.engine.encoder, served.supervisor.epoch.pipeline
+        assert encoder is not None and pipeline.encoder is not None
+        held = Held(pipeline.encoder)
+        encoder.serve(held)
+        encoding = asyncio.create_task(encode(encoder, tiles))
+        await found.run.until("a tile", lambda: len(held.begun) == 1)
+        async with asyncio.timeout(40):
+            assert await found.answer(1, request) == expected
+            assert not held.gate.is_set()
+            check_rows(path, tiles, await encoding)

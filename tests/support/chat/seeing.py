@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,10 +13,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llamaclust.cluster.front.text.image_rows import RowCache, RowLimits, Rows
+from llamaclust.cluster.front.text.image_rows import RowCache, RowLeases, RowLimits, Rows
 from llamaclust.cluster.front.text.images import ImageSource, PromptImages
 from llamaclust.cluster.front.text.vision import Tile, Vision
 from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
+from llamaclust.core.sharing.computations import Owners
+from llamaclust.core.sharing.turns import Turns
 from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.images.preparation import ImagePreparation
 from llamaclust.model.projectors.projector import Projector, open_projector
@@ -40,6 +43,8 @@ class Encoder:
 
     path: Path
     images: int = 0
+    turns: Turns = field(default_factory=lambda: Turns(sys.maxsize, 1))  # one image of an owner at a time
+    owners: list[list[str]] = field(default_factory=list)  # of each image, when it began
     failure: Exception | None = None
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     begun: asyncio.Event = field(default_factory=asyncio.Event)
@@ -48,8 +53,14 @@ class Encoder:
     def __post_init__(self) -> None:
         self.gate.set()
 
-    async def encode(self, tiles: Sequence[Tile], owner: str = "") -> list[Rows]:
+    @asynccontextmanager
+    async def turn(self, owner: str) -> AsyncIterator[None]:
+        async with self.turns.turn(owner):
+            yield
+
+    async def encode(self, tiles: Sequence[Tile], owners: Owners) -> list[Rows]:
         self.images += 1
+        self.owners.append([*owners])
         self.begun.set()
         try:
             await self.gate.wait()
@@ -72,7 +83,7 @@ async def seeing(
     path = build_projector(folder / f"{name}.gguf", name)
     projector, encoder = open_projector(path), Encoder(path)
     async with ImagePreparation() as preparation:
-        vision = Vision(projector, tokenizer(), encoder.encode, preparation, sections, RowCache(limits))
+        vision = Vision(projector, tokenizer(), encoder, preparation, sections, RowCache(limits))
         yield vision, encoder, projector
 
 
@@ -81,5 +92,7 @@ def prompt_of(*images: bytes, detail: str = "auto") -> PromptImages:
     return PromptImages((BEFORE, *pieces))
 
 
-async def spans_of(vision: Vision, *images: bytes) -> tuple[ImageSpan, ...]:
-    return (await vision.image_prompt(prompt_of(*images), any_length))[1]
+async def spans_of(vision: Vision, *images: bytes, leases: RowLeases | None = None) -> tuple[ImageSpan, ...]:
+    """Without `leases`, the request ends at once."""
+    with RowLeases() as own:
+        return (await vision.image_prompt(prompt_of(*images), any_length, leases or own))[1]

@@ -7,8 +7,9 @@ from hashlib import sha256
 
 import numpy as np
 
+from llamaclust.cluster.front.text.image_rows import RowLeases
 from llamaclust.cluster.front.text.images import ImageSource, PromptImages
-from llamaclust.cluster.front.text.vision import CheckLength, Vision
+from llamaclust.cluster.front.text.vision import CheckLength, ImagePrompt, Vision
 from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
 from llamaclust.core.errors import RequestError
 from support.clusters.served import ids
@@ -42,12 +43,15 @@ class TinyVision(Vision):
 
     def __init__(self, *, width: int = WIDTH) -> None:
         self.prompts: list[PromptImages] = []
+        self.leases: list[int] = []  # that requests hold
+        self.leased = 0  # so far
         self._width = width
 
-    async def image_prompt(
-        self, prompt: PromptImages, check: CheckLength
-    ) -> tuple[tuple[int, ...], tuple[ImageSpan, ...]]:
+    async def image_prompt(self, prompt: PromptImages, check: CheckLength, leases: RowLeases) -> ImagePrompt:
         ids, spans = await self.lay_out(prompt, check), []
+        self.leases.append(len(self.prompts))
+        leases.add(self.leases.pop)
+        self.leased += 1
         starts = [at for at in range(len(ids)) if ids[at] == 0 and (not at or ids[at - 1])]
         for start, image in zip(starts, self.images[-len(starts) :] if starts else (), strict=True):
             rows = np.full((image.data[0], self._width), image.data[0], np.float32)

@@ -325,6 +325,7 @@ class FakePipeline:
         self.most_together = 0  # that have come
         self.kv_disks: KvDisks | None = None
         self.encoder: PipelineEncoder | None = None
+        self.no_images = ""
         self.replaced: Result | None = None  # comes instead of the next result
         self.gate = asyncio.Event()
         self.taken = asyncio.Event()  # a microbatch came

@@ -76,7 +76,7 @@ async def test_a_plan_of_before_another_model_took_memory_is_not_loaded(is_lost:
     """Unless it was entered, so that the other one was planned beside it."""
     opened = []
 
-    async def plan(*_: object) -> Plan:
+    async def plan(*_: object, **__: object) -> Plan:
         return BOTH
 
     async def open_epoch(new: Plan, *_: object, **__: object) -> Any:
@@ -115,7 +115,9 @@ async def test_a_drain_is_refused_where_the_others_suffice_for_each_model_but_no
     assert len(old.stages) == 2
 
     def runner_of(model_id: str) -> Any:
-        async def plan(workers: Mapping[str, object], _: object, beside: MemoryLedger = ledger) -> Plan:
+        async def plan(
+            workers: Mapping[str, object], _: object, beside: MemoryLedger = ledger, *, needs_images: bool = False
+        ) -> Plan:
             held = beside.beside(model_id)
             return make_plan(SMALL, [worker(name, 420 - held[name, "cpu"] // MIB - 1) for name in workers], REQUEST)
 

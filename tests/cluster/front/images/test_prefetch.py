@@ -12,9 +12,13 @@ from llamaclust.cluster.front.text.images import ImageSource
 from llamaclust.cluster.front.text.prefetch import Prefetch
 
 
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Tiles:
-    nbytes: int
+    cache: RowCache
+    nbytes: int = 100
+
+    def release(self) -> None:
+        self.cache.free(self.nbytes)
 
 
 @pytest.mark.parametrize(("held_bytes", "is_enough"), [(220, True), (219, False)])
@@ -23,15 +27,18 @@ async def test_rows_get_the_memory_of_the_next_images(held_bytes: int, is_enough
 
     async def begin(source: ImageSource) -> Tiles:
         begun.append(source.data)
-        tiles = Tiles(100)
-        cache.count_tiles(tiles)
-        return tiles
+        cache.use(100)
+        return Tiles(cache)
 
     async def rows() -> int:
-        with cache.reserving(120):
-            return 120
+        cache.use(120)
+        cache.free(120)
+        return 120
 
-    async with aclosing(Prefetch([ImageSource(bytes([at])) for at in range(3)], begin, cache)) as images:
+    async def room(size: int) -> None:
+        cache.make_room(size)
+
+    async with aclosing(Prefetch([ImageSource(bytes([at])) for at in range(3)], begin, room)) as images:
         for _ in range(3):
             tiles = await images.next()
             if not is_enough:
@@ -39,5 +46,6 @@ async def test_rows_get_the_memory_of_the_next_images(held_bytes: int, is_enough
                     await images.with_room(rows)
                 break
             assert await images.with_room(rows) == 120
-            del tiles
+            tiles.release()
+    assert not is_enough or cache.held_bytes == 0
     assert not is_enough or (len({*begun}) == 3 and len(begun) > 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,12 +15,10 @@ import pytest
 from llamaclust.cluster.client.http_codec import CHAT
 from llamaclust.cluster.front.images import fetching
 from llamaclust.cluster.front.text import vision as vision_module
-from llamaclust.cluster.front.text.image_rows import RowLimits, Rows
+from llamaclust.cluster.front.text.image_rows import RowLeases, RowLimits, Rows
 from llamaclust.cluster.front.text.images import ImageSource, PromptImages, image_part
 from llamaclust.cluster.front.text.sharing import current_owner
-from llamaclust.cluster.front.text.vision import CheckLength, joined_rows
-from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
-from llamaclust.core.errors import QueueFullError
+from llamaclust.cluster.front.text.vision import CheckLength, ImagePrompt, Vision, joined_rows
 from llamaclust.model.images.preparation import ImageTiles, _Preparer
 from llamaclust.model.images.settings import ImageSettings
 from support.chat.seeing import any_length, png, prompt_of, seeing, spans_of
@@ -114,23 +113,26 @@ async def test_an_error_ends_the_images_that_follow(processes: Processes, tmp_pa
         assert encoder.images == 0 and ONES[1] not in processes.begun
 
 
+def _is_busy(vision: Vision) -> bool:
+    return vision._rows.line.is_busy
+
+
 async def test_tiles_that_wait_for_the_encoder_count_as_memory(tmp_path: Path) -> None:
     async with seeing(tmp_path) as (vision, *_):
         rows = sum(span.rows.nbytes for span in await spans_of(vision, ONES[0]))
-        tiles = (await vision._tiles_of(b"", ImageSource(ONES[0]))).nbytes
+        tiles = (await vision._tiles_of(b"", ImageSource(ONES[0]))).value.nbytes
     for held_bytes, is_taken in ((rows + 2 * tiles, True), (rows + 2 * tiles - 1, False)):
         async with seeing(tmp_path, limits=RowLimits(0, held_bytes)) as (vision, encoder, _):
             encoder.gate.clear()
             first = asyncio.create_task(spans_of(vision, ONES[0]))
             await asyncio.wait_for(encoder.begun.wait(), 60)
-            counting = vision.lay_out(prompt_of(ONES[1]), any_length)
-            if is_taken:
-                assert await counting
-            else:
-                with pytest.raises(QueueFullError, match="images of other requests take"):
-                    await counting
+            counting = asyncio.create_task(vision.lay_out(prompt_of(ONES[1]), any_length))
+            await asyncio.wait((counting,), timeout=None if is_taken else 0)
+            if not is_taken:
+                await until(partial(_is_busy, vision))
+            assert counting.done() is is_taken
             encoder.gate.set()
-            assert await first
+            assert await first and await counting and not vision._rows.held_bytes
 
 
 def test_rows_are_those_of_all_tiles() -> None:
@@ -160,10 +162,8 @@ class SlowVision(TinyVision):
         self.begun = self.cancelled = 0
         self._monkeypatch = monkeypatch
 
-    async def image_prompt(
-        self, prompt: PromptImages, check: CheckLength
-    ) -> tuple[tuple[int, ...], tuple[ImageSpan, ...]]:
-        return await self._wait(super().image_prompt(prompt, check))
+    async def image_prompt(self, prompt: PromptImages, check: CheckLength, leases: RowLeases) -> ImagePrompt:
+        return await self._wait(super().image_prompt(prompt, check, leases))
 
     async def lay_out(self, prompt: PromptImages, check: CheckLength) -> tuple[int, ...]:
         return await self._wait(super().lay_out(prompt, check))
@@ -194,6 +194,20 @@ async def test_the_preparation_of_images_ends_at_the_request_s_deadline(
         reply = await http.post(path, json=BODY, headers=headers)
     assert reply.status_code == 504 and f"(timeouts.request): not within {REQUEST_S:g} s" in reply.text, reply.text
     assert vision.begun and vision.cancelled == vision.begun and not engine.submitted
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+@pytest.mark.parametrize("headers", [{}, {"idempotency-key": "a"}])
+async def test_rows_are_leased_until_the_end_of_a_request(
+    is_streamed: bool, headers: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_module, "CONTEXT", 1 << 14)
+    vision = TinyVision()
+    async with client(make_app(ScriptedEngine(says("a")), vision=vision), timeout=60) as http:
+        reply = await http.post(CHAT, json={**BODY, "stream": is_streamed}, headers=headers)
+        assert reply.status_code == 200, reply.text
+        await until(lambda: not vision.leases)
+    assert vision.leased == 1
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/messages/count_tokens"])

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import gc
+from collections.abc import Coroutine
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 
-from llamaclust.cluster.front.text.image_rows import RowCache, RowLimits, RowMemoryError
+from llamaclust.cluster.front.text.image_rows import RowCache, RowLeases, RowLimits, RowMemoryError
 from llamaclust.cluster.front.text.images import ImageSource
-from llamaclust.core.errors import ContextLengthError, ParameterError, QueueFullError, RequestError, WorkerError
+from llamaclust.cluster.front.text.sharing import current_owner
+from llamaclust.core.errors import ContextLengthError, ParameterError, RequestError, WorkerError
 from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.images.families.family import TileRows
 from llamaclust.model.images.preparation import ImagePreparation
 from llamaclust.model.images.projector_settings import low_detail, settings_of
 from support.chat.seeing import BEFORE, BETWEEN, any_length, png, prompt_of, seeing, spans_of
-from support.clusters.served import ids
+from support.clusters.served import ids, until
 from support.models.vision.encoded_tiles import encoded
 from support.models.vision.tiny_projectors import PROJECTORS
 
+_Value = TypeVar("_Value")
 TURNED = ("qwen2.5vl_merger", "qwen3vl_merger", "glm4v")
 FIRST, SECOND = png(1), png(2)
 
@@ -28,7 +32,7 @@ FIRST, SECOND = png(1), png(2)
 @pytest.mark.parametrize("name", PROJECTORS)
 async def test_rows_stand_in_the_family_s_prompt(name: str, tmp_path: Path) -> None:
     async with seeing(tmp_path, name, 3 if name in TURNED else 0) as (vision, encoder, projector):
-        found, spans = await vision.image_prompt(prompt_of(FIRST, SECOND), any_length)
+        found, spans = await vision.image_prompt(prompt_of(FIRST, SECOND), any_length, RowLeases())
         assert await vision.lay_out(prompt_of(FIRST, SECOND), any_length) == found
         assert encoder.images == 2
         async with ImagePreparation() as preparation:
@@ -86,9 +90,9 @@ async def test_equal_images_are_encoded_once(tmp_path: Path) -> None:
 
 async def test_low_detail_has_fewer_rows_of_its_own(tmp_path: Path) -> None:
     async with seeing(tmp_path) as (vision, encoder, projector):
-        low, spans = await vision.image_prompt(prompt_of(FIRST, detail="low"), any_length)
-        high, more = await vision.image_prompt(prompt_of(FIRST, detail="high"), any_length)
-        auto, same = await vision.image_prompt(prompt_of(FIRST), any_length)
+        low, spans = await vision.image_prompt(prompt_of(FIRST, detail="low"), any_length, RowLeases())
+        high, more = await vision.image_prompt(prompt_of(FIRST, detail="high"), any_length, RowLeases())
+        auto, same = await vision.image_prompt(prompt_of(FIRST), any_length, RowLeases())
     assert auto == high and len(low) < len(high)
     assert [span.digest for span in same] == [span.digest for span in more] and spans[0].digest != more[0].digest
     assert len(spans) == 1 and len(more) > 4 and encoder.images == 2
@@ -141,7 +145,7 @@ async def test_a_prompt_that_is_too_long_is_not_encoded(tmp_path: Path) -> None:
     async with seeing(tmp_path) as (vision, encoder, _):
         for _ in range(2):  # the second time, the image's layout is known
             with pytest.raises(ContextLengthError):
-                await vision.image_prompt(prompt_of(FIRST), check)
+                await vision.image_prompt(prompt_of(FIRST), check, RowLeases())
             with pytest.raises(ContextLengthError):
                 await vision.lay_out(prompt_of(FIRST), check)
         assert encoder.images == 0
@@ -155,32 +159,32 @@ async def test_an_image_that_cannot_be_read_is_an_error_of_its_request(tmp_path:
 
 
 async def test_memory_of_rows_is_bounded(tmp_path: Path) -> None:
-    async with seeing(tmp_path) as (vision, *_):
-        size = sum(span.rows.nbytes for span in await spans_of(vision, FIRST))
-        tiles = await vision._tiles_of(b"", ImageSource(FIRST))
-    async with seeing(tmp_path, limits=RowLimits(size, 2 * size + tiles.nbytes)) as (vision, encoder, _):
-        first = await spans_of(vision, FIRST)
-        second = await spans_of(vision, SECOND)
-        with pytest.raises(QueueFullError, match="other requests"):
-            await spans_of(vision, png(3))
-        assert tiles.nbytes < 2 * size
+    size, n_bytes = await _sizes(tmp_path)
+    async with seeing(tmp_path, limits=RowLimits(size, 2 * size + n_bytes)) as (vision, encoder, _):
+        first, second = RowLeases(), RowLeases()
+        await spans_of(vision, FIRST, leases=first)
+        await spans_of(vision, SECOND, leases=second)
+        assert n_bytes < 2 * size
         with pytest.raises(ParameterError, match="send fewer or smaller images"):
             await spans_of(vision, FIRST, SECOND, png(3))
-        assert encoder.images == 2 and len({span.digest for span in (*first, *second)}) == 2
-        del first  # its rows are no longer kept
-        gc.collect()
-        assert await spans_of(vision, png(3)) and encoder.images == 3
+        third = asyncio.create_task(spans_of(vision, png(3)))
+        await until(lambda: vision._rows.line.is_busy)
+        assert encoder.images == 2 and not third.done()
+        first.close()  # its rows are no longer kept
+        assert await third and encoder.images == 3
         await spans_of(vision, SECOND)
         assert encoder.images == 3, "a request has them still"
         await spans_of(vision, FIRST)
         assert encoder.images == 4
+        second.close()
+        assert vision._rows.used_bytes == 0 and not vision._rows.owned.held
 
 
 async def _sizes(folder: Path) -> tuple[int, int]:
     """The bytes of an image's rows and of its tiles."""
     async with seeing(folder) as (vision, *_):
         rows = sum(span.rows.nbytes for span in await spans_of(vision, FIRST))
-        return rows, (await vision._tiles_of(b"", ImageSource(FIRST))).nbytes
+        return rows, (await vision._tiles_of(b"", ImageSource(FIRST))).value.nbytes
 
 
 @pytest.mark.parametrize("images", [(FIRST, SECOND, png(3)), (FIRST, SECOND, FIRST, SECOND, png(3), FIRST)])
@@ -193,15 +197,13 @@ async def test_a_request_that_fits_alone_is_served(images: tuple[bytes, ...], tm
         for _ in range(2):
             with pytest.raises(ParameterError, match="send fewer or smaller images"):
                 await spans_of(vision, *images)
-        await asyncio.sleep(0)  # the event loop has the last result until then
-        gc.collect()
         assert not vision._rows.held_bytes
 
 
 async def test_an_image_whose_tiles_never_fit_is_refused_for_ever(tmp_path: Path) -> None:
     _, tiles = await _sizes(tmp_path)
     async with seeing(tmp_path, limits=RowLimits(0, tiles - 1)) as (vision, *_):
-        for counted in (vision.lay_out, vision.image_prompt):
+        for counted in (vision.lay_out, partial(vision.image_prompt, leases=RowLeases())):
             with pytest.raises(ParameterError, match="send fewer or smaller images"):
                 await counted(prompt_of(FIRST), any_length)
 
@@ -213,20 +215,19 @@ def _rows(n_bytes: int) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
 def test_kept_rows_are_dropped_only_if_that_gives_the_memory() -> None:
     cache = RowCache(RowLimits(kept_bytes=1000, held_bytes=1000))
     for name in (b"a", b"b", b"c"):
-        cache.put(name, _rows(200))
-    used = cache.get(b"b")
-    assert used is not None
-    part = used[3:5]
-    del used
+        cache.use(200)
+        cache.keep(name, _rows(200))
+    used = cache.reuse(b"b")
+    assert used is not None and b"b" not in cache and (cache.used_bytes, cache.kept_bytes) == (200, 400)
     for too_many in (801, 1001):
         with pytest.raises(ParameterError if too_many > 1000 else RowMemoryError):
             cache.make_room(too_many)
-        assert cache.kept_bytes == 600 and all(cache.get(name) is not None for name in (b"a", b"c", b"b"))
+        assert cache.kept_bytes == 400 and b"a" in cache and b"c" in cache
     cache.make_room(600)
-    assert cache.get(b"a") is None and cache.get(b"c") is not None and cache.held_bytes == 400
+    assert b"a" not in cache and b"c" in cache and cache.held_bytes == 400
     cache.make_room(800)
-    assert cache.get(b"c") is None and cache.get(b"b") is not None and cache.held_bytes == 200
-    del part
+    assert b"c" not in cache and cache.held_bytes == 200
+    cache.keep(b"b", used)
     cache.make_room(1000)
     assert cache.held_bytes == cache.kept_bytes == 0
 
@@ -235,3 +236,64 @@ def test_kept_rows_are_dropped_only_if_that_gives_the_memory() -> None:
 def test_rows_take_a_part_of_a_small_machine_s_memory(gib: int, mib: int) -> None:
     limits = RowLimits.of(gib << 30)
     assert limits.held_bytes == mib << 20 and limits.kept_bytes == mib << 18
+
+
+def for_owner(owner: str, work: Coroutine[Any, Any, _Value]) -> asyncio.Task[_Value]:
+    async def run() -> _Value:
+        current_owner.set(owner)
+        return await work
+
+    return asyncio.create_task(run())
+
+
+async def test_an_image_of_two_owners_is_encoded_in_the_turn_of_the_one_who_need_not_wait(tmp_path: Path) -> None:
+    async with seeing(tmp_path) as (vision, encoder, _):
+        encoder.gate.clear()
+        busy = for_owner("one", spans_of(vision, FIRST))
+        await until(lambda: encoder.images == 1)
+        waits = for_owner("one", spans_of(vision, SECOND))
+        await until(lambda: len(vision._encoding) == 2)
+        assert encoder.images == 1
+        other = for_owner("two", spans_of(vision, SECOND))
+        await until(lambda: encoder.images == 2)
+        assert encoder.owners == [["one"], ["two", "one"]]
+        waits.cancel()
+        encoder.gate.set()
+        assert await other and await busy and encoder.images == 2
+
+
+async def test_an_owner_whose_rows_fill_the_memory_gives_way_to_others(tmp_path: Path) -> None:
+    """No request waits for ever, and none is refused."""
+    size, n_bytes = await _sizes(tmp_path)
+    images = [png(number) for number in range(6)]
+    async with seeing(tmp_path, limits=RowLimits(0, 2 * size + n_bytes)) as (vision, encoder, _):
+        held = [RowLeases(), RowLeases()]
+        for leases, image in zip(held, images, strict=False):
+            await for_owner("one", spans_of(vision, image, leases=leases))
+        more = [for_owner("one", spans_of(vision, image, leases=RowLeases())) for image in images[2:4]]
+        await until(lambda: len(vision._rows.line) == 2)
+        other = for_owner("two", spans_of(vision, images[4], leases=RowLeases()))
+        await until(lambda: len(vision._rows.line) == 3)
+        assert encoder.images == 2
+        held[0].close()  # the first in line goes on
+        _, (last,) = await asyncio.wait(more, return_when=asyncio.FIRST_COMPLETED)
+        held[1].close()
+        async with asyncio.timeout(30):
+            await other
+        assert [owners[0] for owners in encoder.owners] == ["one"] * 3 + ["two"] and not last.done()
+        last.cancel()
+        await asyncio.wait([last])
+        assert not vision._rows.line.is_busy
+
+
+async def test_requests_that_need_the_memory_of_each_other_end(tmp_path: Path) -> None:
+    """Each fits alone. While one waits, it holds nothing."""
+    size, n_bytes = await _sizes(tmp_path)
+    sets = [[png(10 * owner + number) for number in range(3)] for owner in range(4)]
+    async with seeing(tmp_path, limits=RowLimits(0, 3 * size + n_bytes)) as (vision, _, _projector):
+        tasks = [for_owner(str(number % 3), spans_of(vision, *images)) for number, images in enumerate(sets)]
+        async with asyncio.timeout(60):
+            for images, spans in zip(sets, await asyncio.gather(*tasks), strict=True):
+                alone = await spans_of(vision, *images)
+                assert [span.rows.tobytes() for span in spans] == [span.rows.tobytes() for span in alone]
+        assert not vision._rows.held_bytes and not vision._rows.owned.held

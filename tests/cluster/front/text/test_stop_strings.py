@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamaclust.cluster.front.text.completion import StopPattern, StopStrings
+from llamaclust.cluster.front.text.image_rows import RowLeases
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
 from support.clusters.served import ScriptedEngine, make_service, says
@@ -71,7 +72,7 @@ class CountedText(str):
 async def test_choices_and_prompts_share_the_analysis_of_stop_strings() -> None:
     stop = CountedText("ab" * 1000 + "z")
     service, request = make_service(ScriptedEngine(says("a"))), replace(GENERATION, n=100, stop=(stop,))
-    generation = await service.prepare(request)
+    generation = await service.prepare(request, RowLeases())
     before = CountedText.reads
     for _ in range(3):
         assert len(service._choices(request, generation)) == 100

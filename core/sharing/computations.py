@@ -1,0 +1,142 @@
+"""Values that are computed once for all callers that use them at the same time. Each caller has its own turn and
+deadline."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Generic, TypeVar
+
+_Value = TypeVar("_Value")
+
+Owners = Sequence[str]
+"""The owners of all callers that use a value now, first the one in whose turn it is computed. It changes as they come
+and leave."""
+Compute = Callable[[Owners], Coroutine[Any, Any, _Value]]
+
+
+class Lease(Generic[_Value]):
+    """A caller's use of a value, until `release`."""
+
+    def __init__(self, value: _Value, release: Callable[[], None]) -> None:
+        self.value = value
+        self._release: Callable[[], None] | None = release
+
+    def release(self) -> None:
+        """May be called again."""
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+
+class _Shared(Generic[_Value]):
+    def __init__(self) -> None:
+        self.result: asyncio.Future[_Value] = asyncio.get_running_loop().create_future()
+        self.owners: list[str] = []
+        self.task: asyncio.Task[_Value] | None = None  # None: no caller had a turn yet
+        self.claim: asyncio.Task[None] | None = None  # in whose turn the task began
+
+    async def claim_turn(self, owner: str, turn: AbstractAsyncContextManager[None], begin: Callable[[], None]) -> None:
+        """Begins the computation in this turn, unless it has begun in another one. The turn lasts until its end."""
+        async with turn:
+            if self.task is None:
+                self.claim = asyncio.current_task()
+                self.owners.remove(owner)
+                self.owners.insert(0, owner)
+                begin()
+            assert self.task is not None
+            await asyncio.wait((self.task,))
+
+
+class SharedComputations(Generic[_Value]):
+    """Values by key. A computation begins in the first turn that one of its callers gets, and its result or error is
+    that of all. It is cancelled, or its value is closed, when no caller is left."""
+
+    def __init__(self, close: Callable[[bytes, _Value], None] = lambda key, value: None) -> None:
+        self._close = close
+        self._shared: dict[bytes, _Shared[_Value]] = {}
+
+    def __len__(self) -> int:
+        return len(self._shared)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._shared
+
+    def put(self, key: bytes, owner: str, value: _Value) -> Lease[_Value]:
+        """Adds a value that is known, for its first caller."""
+        assert key not in self._shared
+        self._shared[key] = shared = _Shared[_Value]()
+        shared.result.set_result(value)
+        return self._lease(key, owner, shared)
+
+    async def take(
+        self, key: bytes, owner: str, turn: AbstractAsyncContextManager[None], compute: Compute[_Value]
+    ) -> Lease[_Value]:
+        """Waits for a value and returns a lease of it. Raises errors of the computation, and those of `turn` until its
+        end: they are the caller's own."""
+        shared = self._shared.get(key)
+        if shared is None:
+            shared = self._shared[key] = _Shared()
+        lease = self._lease(key, owner, shared)
+        claim: asyncio.Task[None] | None = None
+        try:
+            if not shared.result.done():
+                claim = asyncio.create_task(shared.claim_turn(owner, turn, lambda: self._begin(key, shared, compute)))
+                claim.add_done_callback(_retrieved)
+                await asyncio.wait((shared.result, claim), return_when=asyncio.FIRST_COMPLETED)
+                if not shared.result.done():
+                    await claim  # raises
+            lease.value = shared.result.result()
+        except BaseException:
+            lease.release()
+            raise
+        finally:
+            if claim is not None and claim is not shared.claim:
+                claim.cancel()
+        return lease
+
+    def _lease(self, key: bytes, owner: str, shared: _Shared[_Value]) -> Lease[_Value]:
+        shared.owners.append(owner)
+        lease: Lease[Any] = Lease(None, lambda: self._leave(key, owner, shared))
+        if shared.result.done():
+            lease.value = shared.result.result()
+        return lease
+
+    def _begin(self, key: bytes, shared: _Shared[_Value], compute: Compute[_Value]) -> None:
+        shared.task = asyncio.create_task(compute(shared.owners))
+        shared.task.add_done_callback(lambda task: self._ended(key, shared, task))
+
+    def _ended(self, key: bytes, shared: _Shared[_Value], task: asyncio.Task[_Value]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if task.cancelled():
+            shared.result.cancel()
+        elif error is not None:
+            shared.result.set_exception(error)
+            shared.result.exception()  # else it is logged if all callers have left
+        else:
+            shared.result.set_result(task.result())
+            if shared.owners:
+                return
+        self._end(key, shared)
+
+    def _leave(self, key: bytes, owner: str, shared: _Shared[_Value]) -> None:
+        shared.owners.remove(owner)
+        if not shared.owners:
+            self._end(key, shared)
+
+    def _end(self, key: bytes, shared: _Shared[_Value]) -> None:
+        self._forget(key, shared)
+        if shared.task is not None and not shared.task.done():
+            shared.task.cancel()
+        elif shared.result.done() and not shared.result.cancelled() and shared.result.exception() is None:
+            self._close(key, shared.result.result())
+
+    def _forget(self, key: bytes, shared: _Shared[_Value]) -> None:
+        if self._shared.get(key) is shared:
+            del self._shared[key]
+
+
+def _retrieved(claim: asyncio.Task[None]) -> None:
+    if not claim.cancelled():
+        claim.exception()  # else it is logged if its caller has left

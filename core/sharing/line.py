@@ -1,0 +1,82 @@
+"""A line of those who lack room. One at a time is first: it alone may take room until it leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from types import TracebackType
+from typing import Self
+
+
+class Line:
+    """The next first one is that whose owner holds least, and of these the one that has waited longest. Those who wait
+    must hold no room. Not thread-safe: for one event loop."""
+
+    def __init__(self, held: Counter[str]) -> None:
+        """`held`: the room that each owner holds now."""
+        self._held = held
+        self._first: Place | None = None
+        self._waiting: list[Place] = []
+
+    def place(self, owner: str) -> Place:
+        return Place(self, owner)
+
+    def __len__(self) -> int:
+        return len(self._waiting) + self.is_busy
+
+    @property
+    def is_busy(self) -> bool:
+        return self._first is not None
+
+    def is_first(self, place: Place) -> bool:
+        return self._first is place
+
+    def is_open(self, place: Place) -> bool:
+        """True if it may take room: nobody else is first."""
+        return self._first in (None, place)
+
+    async def enter(self, place: Place) -> None:
+        """Waits until a place is the first."""
+        if self._first is None:
+            self._first = place
+        if self._first is not place:
+            self._waiting.append(place)
+            await place.called.wait()
+
+    def leave(self, place: Place) -> None:
+        if place in self._waiting:
+            self._waiting.remove(place)
+        if self._first is place:
+            self._first = min(self._waiting, key=lambda each: self._held[each.owner], default=None)
+            if self._first is not None:
+                self._waiting.remove(self._first)
+                self._first.called.set()
+
+
+class Place:
+    """A place of one request, which is outside the line at first. Leaving the context leaves the line."""
+
+    def __init__(self, line: Line, owner: str) -> None:
+        self.owner = owner
+        self.called = asyncio.Event()
+        self._line = line
+
+    @property
+    def is_first(self) -> bool:
+        return self._line.is_first(self)
+
+    @property
+    def is_open(self) -> bool:
+        return self._line.is_open(self)
+
+    async def enter(self) -> None:
+        """Waits until it is the first."""
+        await self._line.enter(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._line.leave(self)

@@ -185,7 +185,7 @@ async def test_errors_of_a_start_name_the_model_of_several(tiny: Path, tmp_path:
 
 @pytest.mark.parametrize("several", [False, True])
 async def test_a_plan_that_fails_names_its_model_of_several(several: bool) -> None:
-    async def plan(workers: object) -> Plan:
+    async def plan(workers: object, **_: object) -> Plan:
         raise InsufficientMemoryError("it needs 3 MiB more")
 
     model = {"models": [{"model": "m"}, {"model": "n"}]} if several else {"model": "n"}

@@ -16,7 +16,7 @@ from llamaclust.cluster.front.replies.handlers import Replies
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import Instant, read_journal
+from llamaclust.cluster.state.journal_records import Instant, RequestContext, read_journal
 from support.clusters.fakes import FakePipeline
 from support.clusters.served import SETTINGS, make_app, real_engine, serving
 
@@ -135,3 +135,24 @@ async def stream(http: httpx.AsyncClient, method: str, path: str, **more: Any) -
 def is_idle(engine: Engine) -> bool:
     counts = engine.scheduler.counts
     return counts.running == counts.waiting == counts.kv_blocks_held == 0
+
+
+async def write_journal(path: Path, *admissions: RequestContext) -> None:
+    async with aclosing(Journal(path, ControlRecord(), 60.0)) as journal:
+        for admission in admissions:
+            await journal.admit(admission)
+
+
+def admission(number: int, body: str, *, endpoint: str = PATHS[0], is_streamed: bool = True) -> RequestContext:
+    return RequestContext(
+        id=f"{number:024x}",
+        seed=7,
+        created=1,
+        idempotency_key=f"key {number}",
+        endpoint=endpoint,
+        body=body.encode(),
+        admitted=Instant.now(),
+        limit_s=1e9,
+        served=SERVED,
+        is_streamed=is_streamed,
+    )

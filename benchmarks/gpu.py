@@ -122,7 +122,7 @@ def main(arguments: Sequence[str]) -> None:
         "--experts-cache",
         type=_cache_size,
         metavar="SIZE|0|auto",
-        help="most VRAM for copies of experts in RAM; by default auto: all that is left",
+        help="most VRAM for copies of experts kept in RAM; default auto: all that is left",
     )
     parser.add_argument("--no-graphs", action="store_true", help="launch kernels without CUDA graphs")
     parser.add_argument("--llama-bench", type=Path, metavar="PROGRAM", help="llama-bench of llama.cpp, built for CUDA")

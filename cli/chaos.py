@@ -42,7 +42,7 @@ def chaos(
     ] = False,
     kill_joined: Annotated[
         bool,
-        Option("--kill-joined", help="Kill workers that joined by themselves, too. Something else must restart them."),
+        Option("--kill-joined", help="Also kill workers that the launcher did not start, and so does not restart."),
     ] = False,
     yes: Annotated[bool, Option("--yes", "-y", help="Run even if other clients have active requests.")] = False,
     cluster: Cluster = None,

@@ -1,4 +1,4 @@
-"""Options that several commands share: declarations, values, and help without Python's types."""
+"""Options that several commands share: declarations and values; help that hides Python types."""
 
 from __future__ import annotations
 

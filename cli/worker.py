@@ -85,7 +85,7 @@ def worker(
     ] = None,
     model_dir: Annotated[
         Path | None,
-        Option("--model-dir", metavar="DIR", help="Folder of the model file, if it is not at the coordinator's path."),
+        Option("--model-dir", metavar="DIR", help="Model file's folder, if it differs from the coordinator's."),
     ] = None,
     stay: Annotated[bool, Option("--stay", help="Wait for the next cluster after the end of one.")] = False,
     ready_file: Annotated[

@@ -64,7 +64,7 @@ def _edited(model: Model, draw: random.Random, characters: int) -> Prompt:
 
 def _continued(model: Model, kind: str, head: str, text: str, least: int) -> Prompt:
     """Makes a prompt of the head and a third of the text, at least `least` characters; the rest is the expected answer.
-    The text is cut between two tokens. At another cut, the model would have to continue with other tokens."""
+    The text is cut between two tokens; a cut inside a token would change the tokens that are expected."""
     head_ids = model.tokenizer.encode(head)
     ids = model.tokenizer.encode(text, add_special=False)
     shown = len(model.tokenizer.encode(text[:least], add_special=False)) if least else 0

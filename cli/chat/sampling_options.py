@@ -48,9 +48,9 @@ _FILES: dict[str, Callable[[Path], Any]] = {"json_schema": _json_of, "grammar": 
 
 
 def with_samplers(*, recommended: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Returns a decorator that adds sampling options to a command. The command gets the given values by request field
-    in its argument `more`. With `recommended`, the model's file decides about the main numbers that are not given;
-    otherwise `more` has their defaults."""
+    """Returns a decorator that adds sampling options to a command. Its argument `more` maps request fields to the given
+    values. `MAIN_NUMBERS` that are not given: with `recommended`, the model's file decides; otherwise `more` has their
+    defaults."""
     added = {name: _number_option(name, recommended) for name in _NUMBERS} | {name: _option(name) for name in _MORE}
 
     def add(command: Callable[..., None]) -> Callable[..., None]:

@@ -62,7 +62,7 @@ class Resident:
 
     @property
     def is_leaving(self) -> bool:
-        """True if the model is awake but about to sleep: its time without requests is over, or its memory is needed."""
+        """True if the model is awake but about to sleep: its idle time has run out, or its memory is needed."""
         return not self.observed.state.is_wanted or (self.is_idle and self.expires_in_s == 0)
 
     @property

@@ -49,7 +49,7 @@ class KvDisks(Protocol):
         ...
 
     async def save(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
-        """Writes blocks of the last keys to disk. Returns for how many keys all stages now have blocks there."""
+        """Writes the last keys' blocks to disk. Returns how many of these keys all stages now have there."""
         ...
 
 

@@ -80,7 +80,7 @@ class Authority:
         token = JoinToken.read(self.token_file)
         if token.ca_hash != ca_hash(self.certificate):
             certificate = self.token_file.parent / _CA_CERTIFICATE
-            raise UsageError(f"token file {self.token_file}: of another CA than {certificate}")
+            raise UsageError(f"token file {self.token_file}: not from the CA of {certificate}")
         return token
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _WORTH_HIDING = 0.02
-"""The least share of links and coordinator in a step's time that justifies lookahead, which delays new requests."""
+"""Lookahead delays new requests, so links and coordinator must take more than this share of a step's time."""
 
 _MOST_NS = 20e6
 """The most nanoseconds of lookahead steps in flight. New requests wait for them, and an answer's end wastes them."""

@@ -53,7 +53,7 @@ class MatcherTurns:
         return frozenset(idle).difference(self._next)
 
     def _in_turn(self, slow: Iterable[Sequence], idle: Iterable[Sequence]) -> Iterable[Sequence]:
-        """Yields the idle sequences in turn: owners, then their requests, then sequences, least recent turns first."""
+        """Yields the idle sequences by least recent turn: first the owner's, then the request's, then their own."""
         owners, requests, turn = Counter[str](), Counter[str](), self._turn
         for sequence in sorted(slow, key=_by_turn):
             owners[sequence.request.owner] = requests[turn_of(sequence)] = sequence.matcher.turn

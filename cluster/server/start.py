@@ -37,7 +37,7 @@ async def open_models(
     stack: AsyncExitStack, config: ClusterConfig, paths: Sequence[Path], launcher: Launcher, report: Report
 ) -> list[tuple[ClusterConfig, Model]]:
     """Opens each model with its own configuration. Reports projectors that are not used. Raises UsageError for mistakes
-    that hold for any workers."""
+    that no workers can fix."""
     models = []
     for own, path in zip(config.of_each_model(), paths, strict=True):
         adapters = [adapter.path for adapter in own.adapters]

@@ -74,7 +74,7 @@ class Journal:
         """Records a request. The future ends when the record is on disk or cannot be written, or with RequestError if
         the record is too long. Raises SupersededError after `seal`."""
         if self._writer.is_sealed:
-            raise SupersededError("this coordinator takes no requests any more; try again")
+            raise SupersededError("this coordinator has stopped serving; try again later")
         on_disk: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._steps.take(partial(self._make, request, on_disk))
         return on_disk

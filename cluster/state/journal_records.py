@@ -42,7 +42,7 @@ _Messages = Annotated[Sequence[Mapping[str, Any]], BeforeValidator(json.loads)]
 
 @dataclass(frozen=True, slots=True)
 class Instant:
-    """A point in time for later processes: the time since the machine started and, for other machines, Unix time."""
+    """A time that later processes can compare: time since boot on the same machine, Unix time on others."""
 
     unix_s: float
     boot_s: float

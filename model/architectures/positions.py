@@ -103,8 +103,8 @@ def text_sections(keys: ModelKeys, pairs: int) -> tuple[int, ...] | None:
 @lru_cache(maxsize=64)
 def alibi_slopes(heads: int) -> tuple[float, ...]:
     """Returns ALiBi's slopes, a float32 for each head. Let n be the greatest power of two up to `heads`. The first n
-    heads have 2^(-8 (h + 1) / n); the others have every second slope of 2 n heads, from the first on. (ALiBi, arXiv
-    2108.12409, and its authors' rule for other numbers of heads.)"""
+    heads have 2^(-8 (h + 1) / n); the others have the 1st, 3rd, 5th, ... slopes of 2 n heads. (ALiBi, arXiv 2108.12409,
+    and its authors' rule for other numbers of heads.)"""
     whole = 1 << (heads.bit_length() - 1)
     exponents = [(h + 1, whole) for h in range(whole)] + [(2 * h + 1, 2 * whole) for h in range(heads - whole)]
     with localcontext(_DIGITS):

@@ -68,8 +68,8 @@ def chosen_template(choice: str) -> str:
         return decode_text(text)
     except (OSError, RuntimeError, ValueError) as error:
         listed = ", ".join(names)
-        why = error if isinstance(error, ValueError) else "it is not a file that can be read"
-        raise UsageError(f"chat template {choice}: {why}, and not one of {listed}") from error
+        why = error if isinstance(error, ValueError) else "it is not a readable file"
+        raise UsageError(f"chat template {choice}: {why}; built in: {listed}") from error
 
 
 def suggested_template(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> str | None:

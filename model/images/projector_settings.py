@@ -22,8 +22,8 @@ def settings_of(projector: Projector) -> ImageSettings:
 
 
 def low_detail(settings: ImageSettings) -> ImageSettings:
-    """Returns the settings for OpenAI's `detail: low`. An image is not cut into tiles. If its size is free, it has at
-    most the pixels of 512 x 512."""
+    """Returns the settings for OpenAI's `detail: low`: no tiles, and at most 512 x 512 pixels if the model does not fix
+    the size."""
     most = max(_LOW_SIDE // settings.side, 1) ** 2 * settings.side**2
     return replace(
         settings,

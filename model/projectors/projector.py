@@ -100,7 +100,7 @@ class Projector:
 
     @property
     def max_rows(self) -> int:
-        """The most rows of a tile for the text model."""
+        """The most text-model rows of one tile."""
         return self.most_patches // self.hyperparameters.merged
 
     @property

@@ -269,7 +269,7 @@ def test_a_step_ahead_without_sampling_inputs_is_a_failure(model: Model, tmp_pat
 @pytest.mark.parametrize("stage", ["first of one", "last"])
 async def test_only_the_first_of_several_stages_is_told_tokens(model: Model, tmp_path: Path, stage: str) -> None:
     async with chain(model, tmp_path, (0, 3) if stage == "first of one" else (0, 1, 3)) as stages:
-        with pytest.raises(StreamBrokenError, match="sampled tokens for a stage that is not the first of several"):
+        with pytest.raises(StreamBrokenError, match="got sampled tokens, but is not the first of several stages"):
             await stages.last.open(SAMPLED_TOKENS, epoch=1).opened()
 
 

@@ -82,7 +82,7 @@ class Limits:
         except MemoryError as error:
             what = "measuring the read bandwidth takes a quarter of the free memory, up to 1024 MiB"
             raise InsufficientMemoryError(
-                f"{what}, which the system refuses; end other programs, or lift the limit"
+                f"{what}, which the system refuses; end programs or raise a memory limit"
             ) from error
 
     @property

@@ -140,7 +140,7 @@ def _eight_bit(tensors: Mapping[str, Lazy], said: Settings) -> dict[str, Lazy]:
 
 
 def _is_scale(name: str, tensors: Mapping[str, Lazy]) -> bool:
-    """True for scales of weights or activations. Their names extend a module's `weight` or a parameter."""
+    """True for scales of weights or activations, named after a parameter or next to a module's `weight`."""
     stem, _, part = name.rpartition(".")
     ends = (*_SCALES, *(f"_{end}" for end in _NOT_NEEDED))
     behind = any(name.endswith(end) and name.removesuffix(end) in tensors for end in ends)

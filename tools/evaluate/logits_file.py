@@ -133,7 +133,7 @@ def _read_shape(path: Path, file: BinaryIO) -> LogitsShape:
     shape = LogitsShape(*_HEAD.unpack(head[len(_MAGIC) :]))
     if not (4 <= shape.context <= _MOST_TOKENS and shape.vocabulary > 0 and shape.chunks > 0):
         sizes = f"{shape.chunks} chunks of {shape.context} tokens, vocabulary {shape.vocabulary}"
-        raise UsageError(f"{path}: {sizes}: these sizes make no valid file")
+        raise UsageError(f"{path}: the file's sizes are invalid: {sizes}")
     size = os.fstat(file.fileno()).st_size
     if size != shape.total_bytes:
         raise UsageError(f"{path}: expected {shape.total_bytes} bytes, found {size}; the file is incomplete")

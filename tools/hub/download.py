@@ -74,7 +74,7 @@ def fetch(
         return
     transfer.forget()
     if not resumed:
-        raise DownloadError(f"{wanted.url}: expected SHA-256 {wanted.sha256}; the file was deleted, check the address")
+        raise DownloadError(f"{wanted.url}: SHA-256 is not {wanted.sha256}; download deleted, check the address")
     progress("the resumed file has a wrong hash, starting anew", 0, None)
     fetch(client, wanted, partial, progress, patience)
 

@@ -180,7 +180,7 @@ def _quantized(change: Change, rows: range) -> NDArray[np.uint8]:
 
 
 def sizes_by_type(job: Quantizing) -> Mapping[tuple[QuantType, QuantType], tuple[int, int, int]]:
-    """Maps (old type, new type) to (tensors, bytes before, bytes after), by falling bytes after."""
+    """Maps (old type, new type) to (tensors, bytes before, bytes after), largest new size first."""
     sums: dict[tuple[QuantType, QuantType], tuple[int, int, int]] = {}
     for change in job.changes:
         key = (change.tensor.quant_type, change.quant_type)

@@ -62,7 +62,7 @@ class FindWeights:
 
     def check(self) -> None:
         if self.adapter is not None and self.encoder is not None:
-            raise ProtocolError("FindWeights with an adapter and an encoder, one file expected")
+            raise ProtocolError("FindWeights has both an adapter and an encoder; expected one")
 
     @property
     def file_id(self) -> str:

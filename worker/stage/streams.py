@@ -117,7 +117,7 @@ class StageStreams:
 
     async def sampled_tokens(self, stream: ServerStream) -> None:
         if not self.runner.program.is_first or self._neighbours.next is None:
-            raise ProtocolError("sampled tokens for a stage that is not the first of several")
+            raise ProtocolError("got sampled tokens, but is not the first of several stages")
         _check_caller(stream, Principal(self._neighbours.last_worker))
         if self._has_sampled_stream:
             raise ProtocolError(f"a second stream of sampled tokens for epoch {epoch_text(self.epoch)}")

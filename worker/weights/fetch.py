@@ -42,7 +42,7 @@ class DamagedError(LlamaclustError):
 
 @dataclass(frozen=True, slots=True)
 class WantedWeights:
-    """`content` is the SHA-256 in hex."""
+    """`content` is their SHA-256, hex."""
 
     content: str
     n_bytes: int

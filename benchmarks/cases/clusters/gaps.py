@@ -34,7 +34,7 @@ class Gaps(Case):
     rounds = 1
     model: Path = argument("path of a .gguf", existing)
     parts: tuple[str, ...] = option(_PARTS, "parts to run", listed(chosen("part", {part: part for part in _PARTS})))
-    streams: int = option(8, "streams that run meanwhile", positive)
+    streams: int = option(8, "streams that are measured", positive)
     workers: int = option(2, "workers with one thread each", positive)
     quiet: float = option(_QUIET_S, "seconds of streams before the first expensive request")
 

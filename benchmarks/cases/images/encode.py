@@ -34,7 +34,7 @@ class Encode(Case):
     program. Weights are random, of the types of published files."""
 
     rounds = 3
-    shapes: tuple[str, ...] = option(tuple(_NAMES), "shapes of encoders", listed(chosen("shape", _NAMES)))
+    shapes: tuple[str, ...] = option(tuple(_NAMES), "encoder models", listed(chosen("shape", _NAMES)))
     type: QuantType | None = option(None, "type of all matrices", chosen("type", TYPES))
     layers: int = option(0, "layers of each encoder; 0: all", natural)
     threads: int = option(2, "threads of each program", positive)

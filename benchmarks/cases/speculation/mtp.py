@@ -80,7 +80,7 @@ class Mtp(Case):
         (*HEADS,), "kinds of heads: right, wrong", listed(chosen("head", {head: head for head in HEADS}))
     )
     stages: tuple[int, ...] = option(
-        (1, 2), "numbers of stages; more than 1: workers with one thread each", listed(positive)
+        (1, 2), "stage counts; more than 1 are workers with one thread each", listed(positive)
     )
     prompt: int = option(256, "tokens per prompt", positive)
     tokens: int = option(200, "tokens per answer", positive)

@@ -34,7 +34,7 @@ class Replay(Case):
         (0.0, 0.5, 0.8, 0.95, 1.0), "shares of drafted tokens that are right", listed(share)
     )
     stages: tuple[int, ...] = option(
-        (1,), "numbers of stages; 1: in this process; more: workers with one thread each", listed(positive)
+        (1,), "stage counts; 1 is in this process, more are workers with one thread each", listed(positive)
     )
     tokens: int = option(260, "tokens per answer", positive)
     threads: int = option(os.cpu_count() or 1, "threads of a stage in this process", positive)

@@ -35,7 +35,7 @@ class Texts(Case):
         (*KINDS,), "kinds of prompts", listed(chosen("kind", {kind: kind for kind in KINDS}))
     )
     stages: tuple[int, ...] = option(
-        (1,), "numbers of stages; 1: in this process; more: workers with one thread each", listed(positive)
+        (1,), "stage counts; 1 is in this process, more are workers with one thread each", listed(positive)
     )
     tokens: int = option(200, "most tokens per answer", positive)
     characters: int = option(1200, "characters of the text in a prompt", positive)

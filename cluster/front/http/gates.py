@@ -80,7 +80,7 @@ def page_origins(settings: ApiSettings) -> re.Pattern[str]:
 
 class KeyGate:
     """Refuses requests without a valid key, except those for the web page. Stores the owner of each admitted request.
-    Traces get the route of a request only if its key is valid, because others could create any number of names."""
+    Traces name a request's route only if its key is valid: other requests could invent any number of routes."""
 
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app

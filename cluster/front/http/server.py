@@ -218,7 +218,7 @@ class StartingReplies:
     """Replies on the API's port while the cluster starts. Afterwards, the API uses the same listening socket."""
 
     def __init__(self, port: ApiPort, settings: ApiSettings, report: Report, *, is_live: bool = False) -> None:
-        """Makes the replies. Only clients with a key see what the start waits for. `is_live`: /live gets status 200."""
+        """Clients without a key are not told what the start waits for. `is_live`: /live answers with status 200."""
         self._settings = settings
         self._is_live = is_live
         self._report = report

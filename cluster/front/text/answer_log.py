@@ -103,7 +103,7 @@ class AnswerLog:
         self._put(prompt, item)
 
     def end(self, prompt: int, error: BaseException | None = None) -> None:
-        """Ends a prompt's answer. After an `error`, the log ends with the entries of this prompt and earlier ones."""
+        """Ends a prompt's answer. An `error` also ends the log here: it gets no entries of later prompts."""
         if self.ended_s is None:
             self._put(prompt, _PromptEnd(error))
 

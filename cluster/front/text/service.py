@@ -297,7 +297,7 @@ class TextService:
         return await self._format_of(chat).text(chat)
 
     def _format_of(self, chat: ChatRequest) -> ChatFormat:
-        """Returns the format of a chat's template variant. Raises ParameterError if it would not show the documents."""
+        """Returns the format of a chat's template variant. Raises ParameterError if the variant omits the documents."""
         template = self.chat_template.variant(uses_tools=chat.uses_tools, has_documents=chat.has_documents)
         if chat.has_documents and "documents" not in (template.source or ""):
             raise ParameterError("documents", "the model's chat template shows none; write them into a message")

@@ -178,7 +178,7 @@ class GroupTable:
         return total
 
     def _computing(self, step: Rows) -> DividedTables:
-        """Returns the time of one step by member and kind of stage, while other stages on the same machine compute."""
+        """Returns one step's time by member and kind of stage if other stages on its machine compute meanwhile."""
         return self.tables.seconds(self.divided, self.members, Rows(step.rows, 1, step.is_prompt, concurrent=True))
 
     @cached_property

@@ -28,7 +28,7 @@ EncoderParts = Callable[[int], Mapping[str, int]]
 
 class MakePlan(Protocol):
     def __call__(self, workers: Sequence[WorkerFacts], by_hand: tuple[Assignment, ...] | None = None) -> Plan:
-        """Makes a plan with these layers, or else the request's plan."""
+        """Makes a plan with the layers in `by_hand`; None: as the request says."""
         ...
 
 

@@ -60,7 +60,7 @@ class KvTransfers:
         return all(map(self._blocks.holds, transfer.blocks, keys))
 
     def end(self, transfer: Transfer, restored: int = 0) -> None:
-        """Releases the blocks. The first `restored` of the taken blocks are shared from now on."""
+        """Releases its blocks. The first `restored` blocks after the found ones become shared."""
         start = transfer.found
         for key, block in zip(transfer.keys[start:], transfer.blocks[start : start + restored], strict=False):
             self._blocks.register(block, key)

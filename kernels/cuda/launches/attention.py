@@ -37,7 +37,7 @@ _CAUSAL, _GROUP, _SEQUENCE = range(3)
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Memory that a stage's attention steps share. `slots`: the most single-row spans that are computed separately."""
+    """Memory that a stage's attention steps share. `slots`: at most this many single-row spans run separately."""
 
     max_rows: int
     slots: int

@@ -12,7 +12,7 @@ _INPUT_NORM_EPSILON = 1e-5  # PyTorch's own
 
 
 def idefics3(builder: VisionBuilder) -> Buffer:
-    """Idefics 3 and SmolVLM: groups of patches (pixel shuffle), and one product to the width of the text model."""
+    """Idefics 3 and SmolVLM: groups patches (pixel shuffle), then projects them to the text model's width."""
     _layers(builder)
     merged = builder.merge(builder.hidden)
     out = Buffer("rows", builder.width("mm.model.fc"))

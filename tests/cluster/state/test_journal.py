@@ -269,7 +269,7 @@ async def test_a_sealed_journal_leaves_everything_to_the_next_coordinator(tmp_pa
         writing.seal()
         writing.end("id1")
         writing.answer("id1", (0, 0), 0, [row(5)])
-        with pytest.raises(SupersededError, match="takes no requests any more"):
+        with pytest.raises(SupersededError, match="has stopped serving"):
             await writing.admit(admission(2))
     assert ids_in(path, is_sent=True) == ["id0"] and ids_in(path, is_sent=False) == ["id1"]
 
@@ -285,7 +285,7 @@ async def test_a_superseded_coordinator_does_not_touch_its_successors_files(
         assert (record.newer_term(), newer.newer_term()) == (2, 0)
         async with journal(path, newer) as successor:
             await successor.restore(read_journal(path, NOW))
-            with pytest.raises(SupersededError, match="takes no requests any more"):
+            with pytest.raises(SupersededError, match="has stopped serving"):
                 for number in (5, 6):  # the first one finds it out
                     await writing.admit(admission(number))
             writing.end("id0")

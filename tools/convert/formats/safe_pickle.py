@@ -71,7 +71,7 @@ def read_pickle(data: bytes, origin: str) -> Any:
                 return machine.pop()
             machine.run(opcode.name, argument)
     except _Refused as refused:
-        raise ModelFileError(f"{origin}: {refused}; nothing of it was run; take a safetensors checkpoint") from None
+        raise ModelFileError(f"{origin}: {refused}; no code was run; use a safetensors checkpoint") from None
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeError) as error:
         what = " ".join(str(error).split())[:100]
         raise ModelFileError(f"{origin}: a pickle that is damaged or was cut short ({what})") from None

@@ -97,7 +97,7 @@ def _marked_prompt(value: dict[str, Any], context: object) -> MarkedPrompt:
     texts = text.split(MEDIA_MARKER if MEDIA_MARKER in text else PLAIN_MARKER)
     if len(texts) != len(data) + 1:
         found = f"has {len(texts) - 1} media markers for {len(data)} images"
-        raise ValueError(f"{found}; write the `media_marker` of GET /props for each image into `prompt_string`")
+        raise ValueError(f"{found}; for each image, put the `media_marker` from GET /props in `prompt_string`")
     if len(data) > MAX_IMAGES:
         raise ValueError(f"has {len(data)} images, at most {MAX_IMAGES} are taken in one request")
     parts = (
@@ -111,7 +111,7 @@ def _biases(value: Any) -> tuple[tuple[int | str, float], ...]:
     if isinstance(value, dict):
         value = [[int(key) if is_token_id(key) else key, bias] for key, bias in value.items()]
     if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
-        raise ValueError("must be a list of [token, bias] or an object of them")
+        raise ValueError("must be [[token, bias], ...] or {token: bias, ...}")
     return tuple(_token_bias(*pair) for pair in value)
 
 

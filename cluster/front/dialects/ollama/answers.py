@@ -290,7 +290,7 @@ class Embed(OllamaEmbedding[EmbedBody]):
     body = EmbedBody
 
     async def answer(self, request: Request) -> Response:
-        """Returns a vector of length 1 for each text."""
+        """Returns a unit vector for each text."""
         body = await self.read(request)
         begun_ns = time.perf_counter_ns()
 

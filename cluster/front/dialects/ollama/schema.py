@@ -225,7 +225,7 @@ def _message(value: Any, info: ValidationInfo) -> Any:
     if message.role not in ("system", "user", "assistant", "tool"):
         raise ValueError(f"role: {message.role[:60]!r} is none of system, user, assistant, tool")
     if message.tool_calls and message.role != "assistant":
-        raise ValueError(f"tool_calls: a message of role {message.role!r} has none")
+        raise ValueError(f"tool_calls: not allowed for role {message.role!r}")
     return message
 
 

@@ -183,7 +183,7 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
 
 
 def _chat(instructions: str | None, messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-    """Joins instructions and first system messages, since many templates accept only one. Images stay as they are."""
+    """Joins instructions and leading system texts: many templates take only one such message. Images are kept."""
     systems = [*takewhile(_is_system_text, messages)]
     texts = [*([] if instructions is None else [instructions]), *(message["content"] for message in systems)]
     prompt = [{"role": "system", "content": "\n\n".join(texts)}] if texts else []

@@ -90,7 +90,7 @@ def _message(value: Any, info: ValidationInfo) -> Any:
     if "content" not in message.model_fields_set and message.role not in ("assistant", "tool"):
         raise ValueError("content: is missing")
     if message.tool_calls and message.role != "assistant":
-        raise ValueError(f"tool_calls: a message of role {message.role!r} has none")
+        raise ValueError(f"tool_calls: not allowed for role {message.role!r}")
     return message
 
 

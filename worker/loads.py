@@ -83,7 +83,7 @@ class Loads:
 
     async def _loaded(self, order: Load) -> Loaded:
         if order.epoch in self._loading:
-            raise ProtocolError(f"epoch {epoch_text(order.epoch)} is being loaded already")
+            raise ProtocolError(f"epoch {epoch_text(order.epoch)} is already being loaded")
         loading = self._loading[order.epoch] = asyncio.create_task(self._load(order))
         try:
             await asyncio.wait((loading,))
@@ -126,7 +126,7 @@ class Loads:
         service, weights = self._worker.service, self._worker.weights
         self._worker.terms.see(term_of(order.epoch))
         if order.epoch in service:
-            raise ProtocolError(f"epoch {epoch_text(order.epoch)} is loaded already")
+            raise ProtocolError(f"epoch {epoch_text(order.epoch)} is already loaded")
         links = None if order.group is None else self._member_links(order.epoch, order.group)
         received_bytes = weights.received_bytes
         if self._worker.kv_disk is not None:

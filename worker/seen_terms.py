@@ -35,7 +35,7 @@ class SeenTerms:
     def enter(self, cluster: ClusterKey, term: int, proof: TermProof) -> None:
         """Records an admission. Raises WorkerError if the term is too small, or another cluster is awaited."""
         if self.is_awaited and cluster != self.last:
-            raise WorkerError(f"a coordinator of cluster {self.last.name!r} is awaited, not one of {cluster.name!r}")
+            raise WorkerError(f"expected a coordinator of cluster {self.last.name!r}, found one of {cluster.name!r}")
         self.last = cluster  # its coordinator is told the term at the next attempt where this one is superseded
         self.see(term, proof)
         self.is_awaited = True

@@ -72,7 +72,9 @@ def _check_frames(config: ClusterConfig, model: Model) -> None:
     room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // token_bytes
     if (most := max_batch_tokens(config, model.projector)) > room:
         asked = f"prefill_chunk and max_sequences make microbatches of {most} tokens"
-        raise UsageError(f"{asked}: {room} tokens of {token_bytes} bytes fit in a message between workers; lower them")
+        raise UsageError(
+            f"{asked}: a message between workers holds {room} of {token_bytes} bytes; lower them"
+        )
 
 
 def says_placement(config: ClusterConfig) -> bool:
@@ -97,7 +99,7 @@ def check_division(config: ClusterConfig, model: Model, expert_shards: int) -> N
     room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // max(row_bytes, 1)
     if (most := max_batch_tokens(config, model.projector)) > room:
         asked = f"prefill_chunk and max_sequences make microbatches of {most} tokens"
-        what = f"{room} tokens of {row_bytes} bytes fit in a message between parts of a layer"
+        what = f"a message between parts of a layer holds {room} of {row_bytes} bytes"
         raise UsageError(f"{asked}: {what}; lower them")
 
 

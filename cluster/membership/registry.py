@@ -201,7 +201,7 @@ class Registry(Members):
 
     def _renewal(self, request: messages.RenewCertificate, peer: Principal | None) -> CoordinatorMessage:
         if self._settings.certify is None or peer is None:
-            raise ProtocolError("a certificate is to be renewed where there are none")
+            raise ProtocolError("this cluster has no certificates to renew")
         try:
             return messages.CertificateRenewed(self._settings.certify(request.certificate_request, peer))
         except ProtocolError as error:

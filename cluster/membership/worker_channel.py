@@ -105,7 +105,7 @@ class WorkerChannel:
         if isinstance(answer, Exception):
             pending.set_exception(answer)
         elif key in self._expected and not isinstance(answer, expected := self._expected[key]):
-            raise ProtocolError(f"{type(answer).__name__} answers request {key}, which {expected.__name__} answers")
+            raise ProtocolError(f"request {key}: expected {expected.__name__}, found {type(answer).__name__}")
         else:
             pending.set_result(answer)
 

@@ -277,7 +277,7 @@ class WorkerHandle:
 
     def cancel_load(self, model_id: str) -> None:
         if self.loading is not None and self.loading.model_id == model_id:
-            error = LoadCancelledError(f"worker {self.name}: its load is not needed any more")
+            error = LoadCancelledError(f"worker {self.name}: its load is no longer needed")
             self.channel.answer(f"load of epoch {epoch_text(self.loading.epoch)}", error)
 
     async def unload(self, epoch: int, deadline_s: float = _UNLOAD_S) -> None:

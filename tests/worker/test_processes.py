@@ -170,7 +170,7 @@ def _order(cluster: RealCluster, model: Path, **changes: object) -> Load:
 BAD_ORDERS: dict[str, tuple[dict[str, object], type[LlamaclustError], str]] = {
     "another model": ({"model_id": "00"}, ModelFileError, "worker a: .*changed or replaced"),
     "no file": ({"model_path": "/absent.gguf"}, ModelFileError, "worker a: /absent.gguf: no such file"),
-    "no such layers": ({"end": 6}, UsageError, r"worker a: layers \[0, 6\) of a model that has 5"),
+    "no such layers": ({"end": 6}, UsageError, r"worker a: layers \[0, 6\) do not exist: the model has 5"),
     "memory": (
         {"limits": replace(LIMITS, kv_blocks=1 << 26)},
         InsufficientMemoryError,

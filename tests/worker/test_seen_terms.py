@@ -17,7 +17,7 @@ NONE = TermProof()
 def test_only_the_awaited_cluster_admits_the_worker(another: ClusterKey) -> None:
     terms = SeenTerms()
     terms.enter(ALPHA, 5, NONE)
-    with pytest.raises(WorkerError, match="a coordinator of cluster 'alpha' is awaited"):
+    with pytest.raises(WorkerError, match="expected a coordinator of cluster 'alpha'"):
         terms.enter(another, 9, NONE)
     terms.enter(ALPHA, 6, NONE)
     terms.give_up()

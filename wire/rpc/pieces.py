@@ -37,7 +37,7 @@ async def read_message(read: Callable[[], Awaitable[Any]], most_bytes: int) -> b
             raise too_large(size, most_bytes)
         if (piece := await read()) is _EOF:
             parts.clear()
-            raise ProtocolError(f"the stream ended within a message, after {size} bytes")
+            raise ProtocolError(f"the stream ended inside a message, after {size} bytes")
         parts.append(piece)
         size += len(piece)
     joined = b"".join(parts)

@@ -200,7 +200,7 @@ class _Entry:
         if caller is None or callers in (Callers.MEMBERS, Callers.NEIGHBOUR) or caller == COORDINATOR:
             return
         if callers is Callers.COORDINATOR:
-            raise ProtocolError(f"{caller} opens a stream that is for {COORDINATOR} alone")
+            raise ProtocolError(f"{caller} opened a stream that is reserved for {COORDINATOR}")
         shown = str(dict(context.invocation_metadata()).get(PERMIT_KEY, ""))
         if not is_permitted(self._credentials, caller, shown):
             raise ProtocolError(f"{caller} has no permit of the coordinator to measure this link")

@@ -130,7 +130,7 @@ class MemberLinks:
         return GroupFault(self._epoch, own, "failed", text)
 
     def not_finite(self, place: int) -> LinkError:
-        error = LinkError(f"worker {self._order.members[place].worker} computes numbers that are not finite, twice")
+        error = LinkError(f"worker {self._order.members[place].worker} computed numbers that are not finite, twice")
         error.place, error.kind = place, "wrong"
         return error
 

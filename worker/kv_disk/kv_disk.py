@@ -74,7 +74,7 @@ class KvDisk:
 
 def _check(blocks: tuple[int, ...], count: int) -> None:
     if max(blocks) >= count:
-        raise ProtocolError(f"KV block {max(blocks)} of {count}")
+        raise ProtocolError(f"KV block {max(blocks)} does not exist: there are {count}")
 
 
 def _nothing() -> None:

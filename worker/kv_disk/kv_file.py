@@ -76,7 +76,7 @@ class KvFile:
         if sha256(prefix + sizes + keys + digests[:-_DIGEST_BYTES]).digest() != digests[-_DIGEST_BYTES:]:
             raise DamagedError("its header is damaged")
         if os.fstat(file.fileno()).st_size != found.size_bytes:
-            raise DamagedError("its size is not what its header says")
+            raise DamagedError("its size differs from that in its header")
         return found
 
     def parts(self, kv: KvLayers, blocks: Sequence[int]) -> list[bytes | memoryview]:

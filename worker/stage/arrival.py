@@ -89,7 +89,7 @@ class Arrival:
             first, end = starts[chunk], starts[chunk + 1]
             if not np.isfinite(hidden[first:end]).all():
                 place = f"tokens [{positions[first]}, {positions[end - 1] + 1})"
-                raise WorkerError(f"hidden states of {place} are not finite numbers, twice")
+                raise WorkerError(f"hidden states of {place} were not finite twice")
 
     def next_frame(self, hidden: Logits, timing: StageTiming) -> bytes:
         assert not isinstance(hidden, RankedLogits), "those of a last stage"

@@ -35,7 +35,9 @@ class Dependencies:
         if found != expected:
             raise ProtocolError(f"sampling inputs: expected {place_text(expected)}, found {place_text(found)}")
         if len(self._inputs) >= MOST_IN_FLIGHT:
-            raise ProtocolError(f"sampling inputs for more than {MOST_IN_FLIGHT} microbatches that did not come")
+            raise ProtocolError(
+                f"got sampling inputs for more than {MOST_IN_FLIGHT} microbatches that have not arrived"
+            )
         self._next_put += 1
         if found[1] >= self._next_done:
             self._inputs[found[1]] = inputs

@@ -99,7 +99,7 @@ def decode_step(data: bytes) -> tuple[bytes, SampledTokensBox, int]:
     box, at = SampledTokensBox(), 2 * _LENGTH.size
     bands = _number(data, 0, MOST_BANDS)
     if bands == 0:
-        raise ProtocolError("a step's message with no band of rows")
+        raise ProtocolError("a step's message has no band of rows")
     for _ in range(_number(data, _LENGTH.size, MOST_IN_FLIGHT)):
         begin = at + _LENGTH.size
         at = begin + _number(data, at, len(data))
@@ -109,7 +109,7 @@ def decode_step(data: bytes) -> tuple[bytes, SampledTokensBox, int]:
 
 def _number(data: bytes, at: int, most: int) -> int:
     if len(data) < at + _LENGTH.size:
-        raise ProtocolError(f"a step's message of {len(data)} bytes, which ends within its parts")
+        raise ProtocolError(f"a step's message of {len(data)} bytes ends inside a part")
     (number,) = _LENGTH.unpack_from(data, at)
     if number > most:
         raise ProtocolError(f"a step's message has {number} parts or bytes; the limit is {most}")

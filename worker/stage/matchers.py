@@ -64,7 +64,7 @@ class StageMatchers:
                 answer.is_released = True
         for start in inputs.starts:
             if len(self._starting) >= MOST_IN_FLIGHT * self._most:
-                raise ProtocolError(f"more than {MOST_IN_FLIGHT * self._most} matchers that start")
+                raise ProtocolError(f"more than {MOST_IN_FLIGHT * self._most} matchers are starting")
             answer = MatchedAnswer(start)
             with self._lock:
                 self._starting[inputs.number, start.key] = answer
@@ -97,9 +97,11 @@ class StageMatchers:
         complete: list[int] = []
         for place, row in inputs.rows:
             if (answer := self._answers.get(row.key)) is None:
-                raise ProtocolError(f"a row of answer {row.key}, whose matcher is not on this worker")
+                raise ProtocolError(f"got a row of answer {row.key}, but this worker has no matcher for it")
             if (row.drafted is None) == (answer in self._rows):
-                raise ProtocolError(f"rows of answer {row.key} that do not go on with its first one")
+                raise ProtocolError(
+                    f"rows of answer {row.key} in the wrong order: the row without a draft comes first"
+                )
             if row.drafted is not None:
                 self._rows[answer].append((place, row))
             elif answer.begin(row):

@@ -30,7 +30,7 @@ class SampledTokensBox:
     def put(self, sampled: SampledTokens) -> None:
         newest = next(reversed(self._tokens), -1)
         if sampled.number <= newest:
-            raise ProtocolError(f"tokens of microbatch {sampled.number} after those of {newest}")
+            raise ProtocolError(f"tokens of microbatch {sampled.number} came after those of {newest}")
         self._tokens[sampled.number] = sampled.tokens, perf_counter_ns()
         if len(self._tokens) > MOST_IN_FLIGHT:
             del self._tokens[next(iter(self._tokens))]

@@ -109,7 +109,7 @@ def model_program(model: Model, start: int, end: int, limits: StageLimits, porti
     """Raises UsageError if the model lacks these layers, or they cannot be divided into such portions."""
     shards = limits.expert_shards
     if not 0 <= start < end <= model.layer_count * shards:
-        raise UsageError(f"layers {layer_span(start, end, shards)} of a model that has {model.layer_count}")
+        raise UsageError(f"layers {layer_span(start, end, shards)} do not exist: the model has {model.layer_count}")
     program = model.program(start, end, KvType(limits.kv_type), limits.max_context_tokens, shards)
     return program if portion is None else divide(program, portion.shares, portion.member)
 
@@ -282,7 +282,7 @@ class StageRunner:
         assert self.program.normed is not None, "only a last stage has it"
         most = max_embedded_rows(self.program.normed.width)
         if len(rows) > most:
-            raise ProtocolError(f"microbatch with {len(rows)} embedded rows, one result holds {most}")
+            raise ProtocolError(f"a microbatch has {len(rows)} embedded rows; a result holds at most {most}")
         return self._stage.normed(rows).astype("<f4").tobytes()
 
     @property
@@ -314,7 +314,7 @@ class StageRunner:
     def kv_layers(self) -> Sequence[Sequence[NDArray[np.uint8]]]:
         """KV memory of each layer. Raises ProtocolError if it is not in RAM, or layers have a window or a state."""
         if not isinstance(self._stage, KvInRam) or self.limits.window_blocks or self.limits.state_blocks:
-            raise ProtocolError("a request for KV memory of a GPU, or of layers with a window or a state")
+            raise ProtocolError("KV memory of a GPU, or of layers with a window or a state, is not sent")
         return self._stage.kv_layers()
 
     @property

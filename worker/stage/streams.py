@@ -55,7 +55,7 @@ async def _while_open(stream: ClientStream, which: str, work: Coroutine[None, No
 
 def _check_caller(stream: ServerStream, expected: Principal) -> None:
     if stream.peer not in (None, expected):
-        raise ProtocolError(f"{stream.peer} opens a stream that is for {expected} alone")
+        raise ProtocolError(f"{stream.peer} opened a stream that is reserved for {expected}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class StageStreams:
 
     async def sample(self, stream: ServerStream) -> None:
         if self._neighbours.next is not None:
-            raise ProtocolError("sampling inputs for a stage that is not the last")
+            raise ProtocolError("got sampling inputs, but is not the last stage")
         if self._results is not None:
             raise ProtocolError(f"a second sampling stream for epoch {epoch_text(self.epoch)}")
         self._results = stream
@@ -127,7 +127,7 @@ class StageStreams:
             while (data := await stream.read()) is not None:
                 self._loop.dependencies.put_tokens(read_sampled_tokens(data))
         finally:
-            self._loop.dependencies.fail(WorkerError("the last stage sends no more tokens"))
+            self._loop.dependencies.fail(WorkerError("the last stage stopped sending tokens"))
 
     async def forward(self, stream: ServerStream) -> None:
         """Serves the previous stage's or the coordinator's stream once the streams to later stages are open."""
@@ -158,7 +158,7 @@ class StageStreams:
             use: _Use = partial(self._loop.run, stream, receiver=self._neighbours.next.worker)
             await self._with_stream_to(self._neighbours.next, FORWARD, "next", stream, use)
         elif results is None:
-            raise ProtocolError("microbatches for a last stage before its sampling stream")
+            raise ProtocolError("got microbatches for the last stage before its sampling stream")
         elif first is None:
             await stream.accept()
             await self._loop.run(stream, results)

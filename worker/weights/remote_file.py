@@ -73,7 +73,9 @@ class RemoteFile:
         await self._fetch([WantedWeights(content, self.known.manifest_bytes, f"the manifest of {self._path.name}")])
         manifest = await asyncio.to_thread(read_manifest, self._cache.place(content))
         if manifest.model_id != self._identity:
-            raise ModelFileError(f"{self._path}: the manifest is of {manifest.model_id}, not {self._identity}")
+            raise ModelFileError(
+                f"{self._path}: expected the manifest of model {self._identity}, found that of {manifest.model_id}"
+            )
         self._cache.remember_manifest(key_of(self._identity), content)
         self._manifest = manifest
         await self._fetch(self._wanted(FACTOR_TENSORS))  # which programs are made of

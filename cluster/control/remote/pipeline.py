@@ -141,7 +141,9 @@ class RemotePipeline:
     async def _watch_forward(self) -> None:
         """Raises WorkerError when the stream ends or brings a message, because the first stage sends nothing back."""
         data = await self._forward.read()
-        raise WorkerError("the first stage ended its stream" if data is None else "the first stage sent a message")
+        raise WorkerError(
+            "the first stage ended its stream" if data is None else "the first stage sent a message, but may send none"
+        )
 
 
 async def _while_whole(opens: Coroutine[None, None, None], epoch: int, workers: Sequence[WorkerHandle]) -> None:

@@ -233,7 +233,7 @@ async def test_where_there_are_no_certificates_none_is_renewed() -> None:
         member, welcome = await join(there, Insecure(), REGISTER)
         assert isinstance(welcome, Admitted)
         await member.say(RenewCertificate(NewKey().request))
-        with pytest.raises(StreamBrokenError, match="where there are none"):
+        with pytest.raises(StreamBrokenError, match="no certificates to renew"):
             await member.hear()
 
 
@@ -256,8 +256,8 @@ async def test_stage_streams_are_for_members(trust: Authority) -> None:
             (COORDINATOR, SAMPLE, "worker a holds no stage for epoch 0.1"),
             (B, FORWARD, "worker a holds no stage for epoch 0.1"),
             (COORDINATOR, ENCODE, "worker a holds no encoder of images for epoch 0.1"),
-            (B, ENCODE, "worker b opens a stream that is for the coordinator alone"),
-            (B, SAMPLE, "worker b opens a stream that is for the coordinator alone"),
+            (B, ENCODE, "worker b opened a stream that is reserved for the coordinator"),
+            (B, SAMPLE, "worker b opened a stream that is reserved for the coordinator"),
         ):
             peer = Peer(server.address, trust.identity(who), A)
             with pytest.raises(StreamBrokenError, match=message):
@@ -277,16 +277,16 @@ async def test_a_stage_takes_streams_from_its_neighbours_alone(trust: Authority,
         first, middle, last = there.peers
         idle = Principal("spare")
         for stage, method, caller, message in (
-            (first, FORWARD, idle, "worker spare opens a stream that is for the coordinator alone"),
-            (first, FORWARD, Principal("w1"), "worker w1 opens a stream that is for the coordinator alone"),
+            (first, FORWARD, idle, "worker spare opened a stream that is reserved for the coordinator"),
+            (first, FORWARD, Principal("w1"), "worker w1 opened a stream that is reserved for the coordinator"),
             (first, FORWARD, COORDINATOR, "a second stream of microbatches for epoch 0.1"),
-            (first, SAMPLED_TOKENS, idle, "worker spare opens a stream that is for worker w2 alone"),
-            (first, SAMPLED_TOKENS, Principal("w1"), "worker w1 opens a stream that is for worker w2 alone"),
+            (first, SAMPLED_TOKENS, idle, "worker spare opened a stream that is reserved for worker w2"),
+            (first, SAMPLED_TOKENS, Principal("w1"), "worker w1 opened a stream that is reserved for worker w2"),
             (first, SAMPLED_TOKENS, Principal("w2"), "a second stream of sampled tokens for epoch 0.1"),
-            (middle, FORWARD, idle, "worker spare opens a stream that is for worker w0 alone"),
-            (middle, FORWARD, COORDINATOR, "the coordinator opens a stream that is for worker w0 alone"),
-            (last, FORWARD, Principal("w0"), "worker w0 opens a stream that is for worker w1 alone"),
-            (last, SAMPLE, idle, "worker spare opens a stream that is for the coordinator alone"),
+            (middle, FORWARD, idle, "worker spare opened a stream that is reserved for worker w0"),
+            (middle, FORWARD, COORDINATOR, "the coordinator opened a stream that is reserved for worker w0"),
+            (last, FORWARD, Principal("w0"), "worker w0 opened a stream that is reserved for worker w1"),
+            (last, SAMPLE, idle, "worker spare opened a stream that is reserved for the coordinator"),
         ):
             peer = Peer(stage.address, trust.identity(caller), stage.principal)
             with pytest.raises(StreamBrokenError, match=message):

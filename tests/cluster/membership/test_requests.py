@@ -98,7 +98,7 @@ async def test_an_answer_to_another_kind_of_request_breaks_the_protocol(what: st
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         with pytest.raises(
-            ProtocolError, match=f"{type(wrong).__name__} answers request 1, which {type(right).__name__}"
+            ProtocolError, match=f"request 1: expected {type(right).__name__}, found {type(wrong).__name__}"
         ):
             worker.receive(wrong)
         with pytest.raises(DeadlineError):

@@ -213,7 +213,7 @@ def test_the_cluster_file_names_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("up", "--chat-template", "nonsense"), "not one of alpaca, baichuan"),
+        (("up", "--chat-template", "nonsense"), "built in: alpaca, baichuan"),
         (("chat", "--chat-template", "alpaca"), "--chat-template is for --model"),
     ],
 )

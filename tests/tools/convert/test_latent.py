@@ -113,7 +113,7 @@ def test_decays_and_convolutions_of_kimi_stay_exact(tmp_path: Path) -> None:
         (V2, {"topk_method": "group_limited_greedy", "n_group": 2}, "groups of experts chosen by their best one"),
         (V2, {"topk_method": "a" * 9999, "n_group": 2}, r"'a{61}\.\.\.': groups of experts"),
         (V2, {"rope_scaling": {"type": "a" * 9999}}, r"'a{61}\.\.\.' is not supported; deepseek2 supports yarn"),
-        (V2, {"norm_topk_prob": True}, "true is not what DeepSeek V2 computes"),
+        (V2, {"norm_topk_prob": True}, "true is not supported by DeepSeek V2"),
         (V2, {"scoring_func": "sigmoid"}, "expected softmax, found 'sigmoid'"),
         (V2, {"moe_layer_freq": 2}, "'moe_layer_freq': 2 is not supported; supported is 1"),
         (V2, {"rope_scaling": YARN}, r"'mscale_all_dim': None, mscale None: deepseek2 needs two equal numbers"),
@@ -124,7 +124,7 @@ def test_decays_and_convolutions_of_kimi_stay_exact(tmp_path: Path) -> None:
             {"rope_scaling": YARN | {"mscale": 1, "mscale_all_dim": 1, "attn_factor": 2}},
             "deepseek2 computes with 1",
         ),
-        (V3, {"attention_bias": True}, "true is not what deepseek2 computes"),
+        (V3, {"attention_bias": True}, "true is not supported by deepseek2"),
         (V3, {"rope_interleave": False}, "false is not supported; supported is a rotation of neighbouring channels"),
         (V3, {"num_key_value_heads": 2}, "expected 4 as for queries, found 2: latent attention"),
         (V3, {"qk_rope_head_dim": 7}, "'qk_rope_head_dim': expected an even number of channels, found 7"),
@@ -146,7 +146,7 @@ def test_decays_and_convolutions_of_kimi_stay_exact(tmp_path: Path) -> None:
         (KIMI, {"linear_attn_config": {"head_dim": 24, "num_heads": 4}}, "expected a multiple of 16, found 24"),
         (KIMI, {"linear_attn_config": None, "linear_head_dim": None}, "'num_heads': missing"),
         (KIMI, {"moe_router_activation_func": "softmax"}, "expected sigmoid, found 'softmax'"),
-        (KIMI, {"mla_use_nope": False}, "false is not what kimi-linear computes"),
+        (KIMI, {"mla_use_nope": False}, "false is not supported by kimi-linear"),
     ],
 )
 def test_what_no_key_can_say(case: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:

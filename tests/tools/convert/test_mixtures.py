@@ -66,8 +66,8 @@ def test_a_part_of_each_head_turns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "change", "message"),
     [
-        (DENSE, {"use_qk_norm": False}, "false is not what hunyuan-dense computes"),
-        (DENSE, {"use_cla": True}, "true is not what hunyuan-dense computes"),
+        (DENSE, {"use_qk_norm": False}, "false is not supported by hunyuan-dense"),
+        (DENSE, {"use_cla": True}, "true is not supported by hunyuan-dense"),
         (DENSE, {"rope_scaling": {"type": "dynamic", "alpha": -1}}, "expected 0 to 1e.06, found -1"),
         (DENSE, {"rope_scaling": {"type": "dynamic", "alpha": 0.5}}, "expected a number of 1 or more, found 0.5"),
         (MOE, {"moe_topk": [2, 1]}, "'moe_topk': expected 2 equal numbers, found 2"),
@@ -75,9 +75,9 @@ def test_a_part_of_each_head_turns(tmp_path: Path) -> None:
         (MOE, {"moe_topk": [5, 5]}, "expected a whole number of 1 to 4, found 5"),
         (MOE, {"moe_topk": []}, "expected 2 equal numbers, found 0"),
         (MOE, {"num_experts": 10**9}, "expected a whole number of 1 to 1024, found 1000000000"),
-        (MOE, {"norm_topk_prob": False}, "false is not what hunyuan-moe computes"),
-        (BAILING, {"use_qkv_bias": True}, "true is not what bailingmoe2 computes"),
-        (BAILING, {"use_qk_norm": False}, "false is not what bailingmoe2 computes"),
+        (MOE, {"norm_topk_prob": False}, "false is not supported by hunyuan-moe"),
+        (BAILING, {"use_qkv_bias": True}, "true is not supported by bailingmoe2"),
+        (BAILING, {"use_qk_norm": False}, "false is not supported by bailingmoe2"),
         (BAILING, {"score_function": "softmax"}, "'softmax' is not supported; supported is sigmoid"),
         (BAILING, {"num_experts": 10**9}, "expected a whole number of 1 to 1024, found 1000000000"),
         (BAILING, {"n_group": 3}, "3 does not divide 4 experts"),

@@ -105,5 +105,5 @@ def _all_shards(files: SourceFiles, shards: list[Path]) -> dict[str, Lazy]:
 def _family(settings: Settings) -> str:
     listed = settings.values.get("architectures")
     if not isinstance(listed, list) or not listed or not isinstance(listed[0], str):
-        raise settings.error("architectures", "missing, so it is not known what to make of the weights")
+        raise settings.error("architectures", "missing, so the architecture is unknown")
     return listed[0]

@@ -125,4 +125,4 @@ def refuse(page: Page, *names: str) -> None:
     """Raises ModelFileError if one of these flags is set, since the architecture cannot express it."""
     for name in names:
         if page.settings.flag(name):
-            raise page.settings.error(name, f"true is not what {page.architecture} computes")
+            raise page.settings.error(name, f"true is not supported by {page.architecture}")

@@ -18,7 +18,7 @@ def build_seed_oss(page: Page) -> None:
     """Q, K and V have biases. GGUF calls the norm before the feed-forward network `post_attention_norm`."""
     for name in ("attention_out_bias", "mlp_bias"):
         if page.settings.flag(name):
-            raise page.settings.error(name, "true is not what seed_oss computes")
+            raise page.settings.error(name, "true is not supported by seed_oss")
     width = decoder.feed_forward_width(page)
     decoder.usual_keys(page, width)
     decoder.rms_epsilon(page)
@@ -34,14 +34,14 @@ def build_seed_oss(page: Page) -> None:
 
 def build_ernie4_5(page: Page) -> None:
     if page.settings.flag("use_bias"):
-        raise page.settings.error("use_bias", "true is not what ernie4_5 computes")
+        raise page.settings.error("use_bias", "true is not supported by ernie4_5")
     _plain(page, base=500000.0)
 
 
 def build_granite(page: Page) -> None:
     settings = page.settings
     if settings.flag("mlp_bias"):
-        raise settings.error("mlp_bias", "true is not what granite computes")
+        raise settings.error("mlp_bias", "true is not supported by granite")
     granite_scales(page)
     _plain(page, base=10000.0)
 

@@ -22,7 +22,7 @@ def build_moe(page: Page) -> None:
     inner = _of_all_layers(page, "moe_intermediate_size", default=width)
     shared = width * _of_all_layers(page, "num_shared_expert", default=1, maximum=experts.MAX_EXPERTS)
     if not settings.flag("norm_topk_prob", default=True):
-        raise settings.error("norm_topk_prob", "false is not what hunyuan-moe computes")
+        raise settings.error("norm_topk_prob", "false is not supported by hunyuan-moe")
     _keys(page, width)
     experts.expert_keys(page, count, _of_all_layers(page, "moe_topk", "num_experts_per_tok", maximum=count), inner)
     page.key("expert_shared_feed_forward_length", shared)
@@ -38,7 +38,7 @@ def build_moe(page: Page) -> None:
 def _keys(page: Page, width: int) -> None:
     for name, wanted in (("use_qk_norm", True), ("use_cla", False)):
         if page.settings.flag(name, default=wanted) is not wanted:
-            raise page.settings.error(name, f"{str(not wanted).lower()} is not what {page.architecture} computes")
+            raise page.settings.error(name, f"{str(not wanted).lower()} is not supported by {page.architecture}")
     decoder.usual_keys(page, width)
     page.key("vocab_size", page.words)
     decoder.rms_epsilon(page, default=1e-5)

@@ -65,7 +65,7 @@ def _check_attention(page: Page, count: int) -> None:
             f"{said} is not supported for {count} experts: only models with {_MAVERICK_EXPERTS} have no norms",
         )
     if settings.values.get("attn_temperature_tuning", True) in (None, False, 0):
-        raise settings.error("attn_temperature_tuning", "false is not what llama4 computes")
+        raise settings.error("attn_temperature_tuning", "false is not supported by llama4")
     for name, value in _TEMPERATURE:
         if settings.real(name, default=value) != value:
             raise settings.error(name, f"{settings.shown(name)} is not supported; llama4 computes with {value}")

@@ -66,7 +66,7 @@ def build_ernie(page: Page) -> None:
     """ERNIE 4.5 with experts in every n-th layer, and shared ones. MTP layers are omitted, as by llama.cpp."""
     settings, width = page.settings, decoder.feed_forward_width(page)
     if settings.flag("use_bias"):
-        raise settings.error("use_bias", "true is not what ernie4_5-moe computes")
+        raise settings.error("use_bias", "true is not supported by ernie4_5-moe")
     first = settings.count("moe_layer_start_index", minimum=0, maximum=MAX_LAYERS)
     step = settings.count("moe_layer_interval", default=1, maximum=MAX_LAYERS)
     last = settings.count("moe_layer_end_index", default=page.layers - 1, minimum=0, maximum=MAX_LAYERS)
@@ -122,7 +122,7 @@ def build_bailing(page: Page) -> None:
     settings, width, hidden = page.settings, decoder.feed_forward_width(page), page.width
     for name, wanted in (("use_bias", False), ("use_qkv_bias", False), ("use_qk_norm", True)):
         if settings.flag(name, default=wanted) is not wanted:
-            raise settings.error(name, f"{str(not wanted).lower()} is not what bailingmoe2 computes")
+            raise settings.error(name, f"{str(not wanted).lower()} is not supported by bailingmoe2")
     dense = experts.leading_dense(page)
     decoder.usual_keys(page, width)
     page.key("vocab_size", page.words)

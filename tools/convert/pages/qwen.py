@@ -55,9 +55,9 @@ def _expert_keys(page: Page) -> int:
     if page.architecture == "qwen2moe":
         page.key("expert_shared_feed_forward_length", settings.count("shared_expert_intermediate_size"))
         if settings.flag("norm_topk_prob"):
-            raise settings.error("norm_topk_prob", "true is not what qwen2moe computes")
+            raise settings.error("norm_topk_prob", "true is not supported by qwen2moe")
     elif not settings.flag("norm_topk_prob", default=page.architecture == "qwen3vlmoe"):
-        raise settings.error("norm_topk_prob", f"false is not what {page.architecture} computes")
+        raise settings.error("norm_topk_prob", f"false is not supported by {page.architecture}")
     return count
 
 

@@ -142,7 +142,7 @@ def _expert_keys(page: Page) -> None:
     if settings.count("decoder_sparse_step", default=1) != 1 or settings.values.get("mlp_only_layers"):
         raise settings.error("mlp_only_layers", "layers without experts among those with them are not supported")
     if not settings.flag("norm_topk_prob", default=True):
-        raise settings.error("norm_topk_prob", f"false is not what {page.architecture} computes")
+        raise settings.error("norm_topk_prob", f"false is not supported by {page.architecture}")
     count = settings.count("num_experts", maximum=experts.MAX_EXPERTS)
     experts.expert_keys(
         page, count, settings.count("num_experts_per_tok", maximum=count), settings.count("moe_intermediate_size")

@@ -60,7 +60,7 @@ def _caps(page: Page) -> None:
     if page.architecture == "gemma2":
         for name, default in ((scores, 50.0), (final, 30.0)):
             if settings.values.get(name, default) is None:
-                raise settings.error(name, "null is not what gemma2 computes")
+                raise settings.error(name, "null is not supported by gemma2")
             page.key(name, settings.real(name, default=default, minimum=1e-3, maximum=MAX_CAP))
         return
     if settings.has(scores):

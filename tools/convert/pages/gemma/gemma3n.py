@@ -27,7 +27,7 @@ def build(page: Page) -> None:
     settings = page.settings
     decoder.activation(page, decoder.GELU[:1], "hidden_activation")
     if not settings.flag("altup_correct_scale", default=True):
-        raise settings.error("altup_correct_scale", "false is not what gemma3n computes")
+        raise settings.error("altup_correct_scale", "false is not supported by gemma3n")
     widths, copies = _widths(page), settings.count("altup_num_inputs", default=4, minimum=2, maximum=_MAX_COPIES)
     inputs = settings.count("hidden_size_per_layer_input", default=256, maximum=_MAX_INPUT)
     rank = settings.count("laurel_rank", default=64)

@@ -28,7 +28,7 @@ def read_latent(page: Page) -> Latent:
     """Raises ModelFileError for attention that GGUF's latent attention cannot express."""
     settings = page.settings
     if settings.flag("attention_bias"):
-        raise settings.error("attention_bias", f"true is not what {page.architecture} computes")
+        raise settings.error("attention_bias", f"true is not supported by {page.architecture}")
     if not settings.flag("rope_interleave", default=True):
         raise settings.error(
             "rope_interleave", "false is not supported; supported is a rotation of neighbouring channels"

@@ -37,7 +37,7 @@ def build_v2(page: Page) -> None:
             "topk_method", f"{shown(method)}: groups of experts chosen by their best one are not supported"
         )
     if settings.flag("norm_topk_prob"):
-        raise settings.error("norm_topk_prob", "true is not what DeepSeek V2 computes")
+        raise settings.error("norm_topk_prob", "true is not supported by DeepSeek V2")
     _build(page, _V2)
 
 

@@ -19,9 +19,7 @@ def build(page: Page) -> None:
     decoder.refuse(page, "mamba_proj_bias", "projectors_bias", "attention_bias", "mlp_bias")
     has_norm = settings.flag("mamba_rms_norm")
     if has_norm and settings.flag("mamba_norm_before_gate", default=True):
-        raise settings.error(
-            "mamba_norm_before_gate", "true is not what falcon-h1 computes: its norm is after the gate"
-        )
+        raise settings.error("mamba_norm_before_gate", "true is not supported by falcon-h1: its norm is after the gate")
     said = settings.count("mamba_expand", default=2) * page.width
     mamba = read_mamba(page, settings.count("mamba_d_ssm", default=said))
     decoder.usual_keys(page, width)

@@ -24,7 +24,7 @@ def build(page: Page) -> None:
     settings, width, latent = page.settings, decoder.feed_forward_width(page), read_latent(page)
     net, dense, attends = _net(page), experts.leading_dense(page), _attends(page)
     if not settings.flag("mla_use_nope", default=True):
-        raise settings.error("mla_use_nope", "false is not what kimi-linear computes")
+        raise settings.error("mla_use_nope", "false is not supported by kimi-linear")
     decoder.usual_keys(page, width)
     page.key("vocab_size", page.words)
     decoder.rms_epsilon(page, default=1e-5)

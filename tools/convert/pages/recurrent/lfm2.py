@@ -78,9 +78,9 @@ def _expert_keys(page: Page) -> int:
     settings = page.settings
     for name in ("use_expert_bias", "norm_topk_prob"):
         if not settings.flag(name, default=True):
-            raise settings.error(name, "false is not what lfm2moe computes")
+            raise settings.error(name, "false is not supported by lfm2moe")
     if settings.real("routed_scaling_factor", default=1.0) != 1:
-        raise settings.error("routed_scaling_factor", "only 1 is what lfm2moe computes")
+        raise settings.error("routed_scaling_factor", "lfm2moe supports only 1")
     dense = settings.count("num_dense_layers", default=2, minimum=0, maximum=MAX_LAYERS)
     count = settings.count("num_experts", maximum=experts.MAX_EXPERTS)
     used = settings.count("num_experts_per_tok", maximum=count)

@@ -76,7 +76,7 @@ async def pinned(host: str, port: int, token: JoinToken, where: str) -> bytes:
     async with _connected(host, port, None, "") as (reader, _):
         challenge = await _challenge(reader)
     if ca_hash(challenge.ca_certificate) != token.ca_hash:
-        why = "the token is of another cluster, or the connection is intercepted"
+        why = "the token belongs to another cluster, or the connection is intercepted"
         raise UsageError(f"the coordinator at {where} is not the one that the token names: {why}")
     if challenge.protocol_version != PROTOCOL_VERSION:
         versions = f"speaks protocol {challenge.protocol_version}, this worker {PROTOCOL_VERSION}"

@@ -80,7 +80,7 @@ class OwnAddress:
             before, now = now, self._host_now()
             looks = looks + 1 if now == before else 1
             if now != self.own_host and looks >= _LOOKS:
-                return WorkerError(f"this machine's address is {now} now; it was {self.own_host}")
+                return WorkerError(f"this machine's address changed from {self.own_host} to {now}")
 
     def _host_now(self) -> str | None:
         """Returns this machine's current address on the route; the old one if there is none or it does not matter."""

@@ -72,9 +72,7 @@ def _check_frames(config: ClusterConfig, model: Model) -> None:
     room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // token_bytes
     if (most := max_batch_tokens(config, model.projector)) > room:
         asked = f"prefill_chunk and max_sequences make microbatches of {most} tokens"
-        raise UsageError(
-            f"{asked}: a message between workers holds {room} of {token_bytes} bytes; lower them"
-        )
+        raise UsageError(f"{asked}: a message between workers holds {room} of {token_bytes} bytes; lower them")
 
 
 def says_placement(config: ClusterConfig) -> bool:
@@ -109,7 +107,7 @@ def check_parts_on_gpus(config: ClusterConfig, expert_shards: int, gpus: Mapping
         for name in entry.names:
             if devices := gpus.get(name):
                 what = f"{', '.join(devices)} of {name} would be unused: {UNUSED_BY_PARTS}"
-                raise UsageError(f"the plan: {what}; set device: cpu for {name}, or divide no layer")
+                raise UsageError(f"the plan: {what}; set device: cpu for {name}, or divide no layers")
 
 
 def _check_kv_disk(config: ClusterConfig, model: Model) -> None:
@@ -130,7 +128,7 @@ def _check_mtp(config: ClusterConfig, model: Model) -> None:
     check_nextn(model)
     if manual_shards(config) > 1:
         why = "the MTP head needs whole layers, but the plan divides the experts of some"
-        raise UsageError(f"speculative.mtp: {why}; remove speculative.mtp, or divide no layer")
+        raise UsageError(f"speculative.mtp: {why}; remove speculative.mtp, or divide no layers")
 
 
 def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:

@@ -165,7 +165,9 @@ def _check_time(folder: Path, certificate: x509.Certificate) -> None:
     if not begin <= now <= end:
         valid = f"its certificate is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}"
         clock = f"this machine's clock says {now:%Y-%m-%d %H:%M} UTC"
-        raise UsageError(f"{folder}: {valid}, {clock}: set the clock, or remove the folder for new ones")
+        raise UsageError(
+            f"{folder}: {valid}, {clock}; set the clock, or remove the folder for a new certificate and token"
+        )
 
 
 def _usage(*, signs: bool) -> x509.KeyUsage:

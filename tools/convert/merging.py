@@ -70,7 +70,7 @@ def _write_folder(
     if type_name not in _STORAGE:
         raise UsageError(f"--type {type_name}: a folder holds one of {', '.join(_STORAGE)}; q8_0 is for .gguf files")
     if whole.settings.inner("quantization_config").values.get("quant_method") == KEPT_METHOD:
-        raise UsageError(f"{out}: of a base in {KEPT_METHOD} only a file is written; give a name that ends in .gguf")
+        raise UsageError(f"{out}: a base in {KEPT_METHOD} is written to one file only; give a name that ends in .gguf")
     weights = out / "model.safetensors"
     if out.exists() and (not out.is_dir() or set(out.iterdir()) - {hidden_name(weights)}):
         raise UsageError(f"{out}: already exists; give another name, or one that ends in .gguf")
@@ -171,7 +171,7 @@ def _factors(module: str, pair: Mapping[str, Lazy], settings: PeftSettings) -> _
     kinds = set(pair)
     if kinds not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
         origin = next(iter(pair.values())).origin
-        raise ModelFileError(f"{origin}: of two factors of {shown(module)} only {', '.join(sorted(kinds))} is there")
+        raise ModelFileError(f"{origin}: {shown(module)} needs two factors, but has only {', '.join(sorted(kinds))}")
     of_embedding = "embedding_A" in pair
     left, right = (pair["embedding_B"], pair["embedding_A"]) if of_embedding else (pair["B"], pair["A"])
     if len(left.shape) != 2 or len(right.shape) != 2 or left.shape[1] != right.shape[0]:
@@ -190,11 +190,11 @@ def _merged(tensors: Mapping[str, Lazy], adapter: _Adapter) -> dict[str, Lazy]:
         base = found.get(name)
         if base is None:
             raise ModelFileError(
-                f"{adapter.path}: the base has no tensor {shown(name)}: the adapter is of another model"
+                f"{adapter.path}: the base has no tensor {shown(name)}: the adapter belongs to another model"
             )
         if base.shape != factors.shape:
             shapes = f"expected shape {list(base.shape)} as in the base, found {list(factors.shape)}"
-            raise ModelFileError(f"{adapter.path}: {shown(name)}: {shapes}: the adapter is of another model")
+            raise ModelFileError(f"{adapter.path}: {shown(name)}: {shapes}: the adapter belongs to another model")
         found[name] = _added(base, factors)
     return found
 
@@ -202,10 +202,12 @@ def _merged(tensors: Mapping[str, Lazy], adapter: _Adapter) -> dict[str, Lazy]:
 def _replacement(tensor: Lazy, base: Lazy | None, name: str) -> Lazy:
     """Checks a tensor that replaces one of the base. It may have more rows, for added tokens."""
     if base is None and not name.startswith("lm_head"):
-        raise ModelFileError(f"{tensor.origin}: the base has no tensor {shown(name)}: the adapter is of another model")
+        raise ModelFileError(
+            f"{tensor.origin}: the base has no tensor {shown(name)}: the adapter belongs to another model"
+        )
     if base is not None and tensor.shape[1:] != base.shape[1:]:
         shapes = f"expected shape {list(base.shape)} as in the base, found {list(tensor.shape)}"
-        raise ModelFileError(f"{tensor.origin}: {shapes}: the adapter is of another model")
+        raise ModelFileError(f"{tensor.origin}: {shapes}: the adapter belongs to another model")
     return tensor
 
 

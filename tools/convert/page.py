@@ -86,7 +86,8 @@ class Page:
         """Raises ModelFileError if a tensor that may be needed was not taken."""
         left = [name for name in self._left if not _NOT_NEEDED.fullmatch(name)]
         if left:
-            more = f" and {len(left) - 1} others" if len(left) > 1 else ""
+            others = len(left) - 1
+            more = "" if not others else ", nor is 1 other" if others == 1 else f", nor are {others} others"
             raise self._error(
                 left[0], f"not a tensor of {self.architecture}{more}: another kind of model, or more layers"
             )

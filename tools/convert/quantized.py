@@ -160,7 +160,7 @@ def _block(said: Settings) -> tuple[int, int] | None:
 def _scaled(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
     if len(tensor.shape) != 2 or tensor.storage is not Storage.U8 or not scales.storage.is_real:
         kinds = f"{tensor.storage.name} {list(tensor.shape)}, scales {scales.storage.name}"
-        raise ModelFileError(f"{tensor.origin}: {kinds}: no matrix of eight-bit floats with its scales")
+        raise ModelFileError(f"{tensor.origin}: expected an eight-bit float matrix and its scales, found {kinds}")
     rows, columns = tensor.shape
     shape = (*scales.shape, 1)[:2]
     sizes = {_ONE: (rows, columns), (rows, 1): (1, columns)}
@@ -185,9 +185,8 @@ def _scaled(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
 
 def _scaled_experts(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
     if tensor.storage is not Storage.U8 or not scales.storage.is_real:
-        raise ModelFileError(
-            f"{tensor.origin}: {tensor.storage.name}, scales {scales.storage.name}: no eight-bit floats"
-        )
+        kinds = f"{tensor.storage.name} and {scales.storage.name}"
+        raise ModelFileError(f"{tensor.origin}: expected eight-bit floats and scales, found {kinds}")
     count, rows, columns = tensor.shape
     height, width = block or (rows, columns)
     blocks = (-(-rows // height), -(-columns // width))

@@ -226,8 +226,8 @@ class MatchedAnswer:
     def _charge(self, taken_ns: int, tokens: int) -> None:
         self._excess_ns = max(0, self._excess_ns + taken_ns - tokens * _TOKEN_NS)
         if self._excess_ns > _GUARD_NS:
-            most = f"{_ms(_TOKEN_NS)} ms of a processor a token"
-            raise DeadlineError(f"{self.rule} is too slow to follow: its tokens take more than {most}; try again")
+            most = f"{_ms(_TOKEN_NS)} ms of processor time"
+            raise DeadlineError(f"{self.rule} is too slow to follow: a token takes more than {most}; try again")
 
     def _take(self, token: int) -> AllowedTokens | None:
         matcher = self._matcher

@@ -99,9 +99,7 @@ class StageMatchers:
             if (answer := self._answers.get(row.key)) is None:
                 raise ProtocolError(f"got a row of answer {row.key}, but this worker has no matcher for it")
             if (row.drafted is None) == (answer in self._rows):
-                raise ProtocolError(
-                    f"rows of answer {row.key} in the wrong order: the row without a draft comes first"
-                )
+                raise ProtocolError(f"rows of answer {row.key} in the wrong order: the row without a draft comes first")
             if row.drafted is not None:
                 self._rows[answer].append((place, row))
             elif answer.begin(row):

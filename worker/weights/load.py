@@ -190,14 +190,14 @@ class _Files(AsyncExitStack):
             return None
         if file is None and known is None:
             where = " and ".join(map(str, self._weights.places(path)))
-            what = "no such file on this machine, and neither the coordinator nor another worker may give it"
+            what = "no such file on this machine, and neither the coordinator nor another worker may send it"
             raise ModelFileError(f"{where}: {what}; copy it there, or name its folder by --model-dir")
         return file
 
     def _check_bytes(self, file: ModelFile, manifest: str) -> None:
         own = self._weights.manifest_of(file, self.progress).content
         if own != manifest:
-            what = f"its bytes are not those that the cluster computes with: SHA-256 {own[:12]}, not {manifest[:12]}"
+            what = f"its bytes differ from those of the cluster: SHA-256 is {own[:12]}, not {manifest[:12]}"
             raise ModelFileError(f"{file.path}: {what}; it is damaged or was changed, replace it by a good copy")
 
 

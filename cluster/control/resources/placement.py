@@ -56,7 +56,7 @@ def check_placement(config: ClusterConfig, model: Model) -> None:
         raise UsageError(f"experts_cache: none of {len(gpus)} workers has a GPU; remove experts_cache")
     for entry in config.placement:
         if not any(gpus[worker] for worker in gpus if entry.is_for(worker)):
-            what = f"{entry.rule} is for no worker with a GPU, and all is in RAM on others"
+            what = f"{entry.rule} applies to no worker with a GPU, and all is in RAM on others"
             raise UsageError(f"placement: {what}; remove this rule")
     placements(config, model, gpus)
 

@@ -88,7 +88,7 @@ def test_divided_layers_are_refused(tmp_path: Path) -> None:
     model = Model.open(path := with_nextn(tmp_path / "model.gguf"))
     plan = [{"worker": "a", "layers": [0, 1.5]}, {"worker": "b", "layers": [1.5, 4]}]
     check_plan(_config(path, plan=plan), model)
-    with pytest.raises(UsageError, match=r"speculative.mtp: .*; remove speculative.mtp, or divide no layer"):
+    with pytest.raises(UsageError, match=r"speculative.mtp: .*; remove speculative.mtp, or divide no layers"):
         check_plan(_config(path, plan=plan, **_MTP), model)
 
 

@@ -77,8 +77,12 @@ def test_floats_are_multiplied_with_their_scales(
         ({"weight_block_size": [0, 16]}, {}, "'rows': expected a whole number of 1 to .*, found 0"),
         ({}, {}, r"scales of shape \[3, 3\] do not fit 40 rows of 24"),
         ({}, {"m.weight_scale_inv": np.ones((ROWS, 1, 2), np.float32)}, r"scales of shape \[40, 1, 2\]"),
-        ({}, {"m.weight": np.zeros((ROWS, COLUMNS), np.float32)}, "no matrix of eight-bit floats"),
-        ({}, {"m.weight_scale_inv": np.zeros((3, 3), np.int32)}, "scales I32: no matrix"),
+        ({}, {"m.weight": np.zeros((ROWS, COLUMNS), np.float32)}, "expected an eight-bit float matrix"),
+        (
+            {},
+            {"m.weight_scale_inv": np.zeros((3, 3), np.int32)},
+            "eight-bit float matrix and its scales, found .* scales I32",
+        ),
     ],
 )
 def test_scales_that_do_not_fit(said: dict[str, Any], change: Arrays, message: str, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_decays_and_convolutions_of_kimi_stay_exact(tmp_path: Path) -> None:
         (V3, {"n_group": 4}, "4 does not divide 4 experts into groups of 2"),
         (V3, {"topk_group": 3}, "expected a whole number of 1 to 2, found 3"),
         (V3, {"num_experts_per_tok": 3}, "1 of 2 groups are too few for 3 of 4 experts"),
-        (V3, {"num_hidden_layers": 1}, "not a tensor of deepseek2 and"),
+        (V3, {"num_hidden_layers": 1}, "not a tensor of deepseek2, nor"),
         (V3, {"rope_scaling": YARN | {"beta_slow": 0}}, "'beta_slow': expected 0.001 to 1e.06, found 0"),
         (V3, {"rope_scaling": YARN, "rope_theta": 1}, "'rope_theta': expected more than 1 with yarn, found 1"),
         (V3, {"v_head_dim": 8}, r"kv_b_proj.weight': expected shape \[128, 32\], found \[256, 32\]"),

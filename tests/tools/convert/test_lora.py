@@ -136,11 +136,11 @@ def test_exchanged_matrices_and_ranks_of_their_own(tmp_path: Path) -> None:
         (factors("mlp.up_proj", INNER, HIDDEN), {"r": -4}, "expected a whole number of 1 to 65536, found -4"),
         (factors("mlp.up_proj", INNER + 1, HIDDEN), {}, r"expected shape \[96, 64\] as in the base, found \[97, 64\]"),
         (factors("mlp.other", INNER, HIDDEN), {}, "the base has no tensor"),
-        (dict(list(factors("mlp.up_proj", INNER, HIDDEN).items())[:1]), {}, "only A is there"),
+        (dict(list(factors("mlp.up_proj", INNER, HIDDEN).items())[:1]), {}, "has only A"),
         (
             {"base_model.model.model.embed_tokens.weight": values("e", (WORDS, 32))},
             {},
-            "the adapter is of another model",
+            "the adapter belongs to another model",
         ),
         (
             {f"{PREFIX}.mlp.up_proj.lora_magnitude_vector": values("m", (4,))},

@@ -49,7 +49,7 @@ def test_layers_of_predictions_of_ling_are_left_out(tmp_path: Path) -> None:
     page = page_of(BAILING, tmp_path, behind, num_nextn_predict_layers=1)
     assert page.tensors.keys() == page_of(BAILING, tmp_path).tensors.keys() and len(page.notes) == 1
     assert page.metadata["bailingmoe2.block_count"] == LAYERS
-    with pytest.raises(ModelFileError, match="not a tensor of bailingmoe2 and 1 others"):
+    with pytest.raises(ModelFileError, match="not a tensor of bailingmoe2, nor is 1 other"):
         page_of(BAILING, tmp_path, behind, num_nextn_predict_layers=0)
 
 

@@ -137,5 +137,7 @@ def test_damaged_tekken_files_are_named(change: dict[str, Any], message: str, tm
 
 def test_ranks_of_another_model_are_refused(tmp_path: Path) -> None:
     write_ranks(tmp_path / "tokenizer.model")
-    with pytest.raises(ModelFileError, match="700 ranks are not known; Llama 3 has 128000, GLM-4 151329, Kimi 163584"):
+    with pytest.raises(
+        ModelFileError, match="700 ranks fit no known tokenizer; Llama 3 has 128000, GLM-4 151329, Kimi 163584"
+    ):
         read(tmp_path / "tokenizer.model", 1000)

@@ -31,7 +31,7 @@ _GEMMA4 = "Gemma4ForCausalLM experts"
         ({"num_key_value_heads": 3}, "3 does not divide 4 heads"),
         ({"intermediate_size": 128}, r"expected shape \[128, 64\], found \[96, 64\]"),
         ({"num_hidden_layers": 3}, "'model.layers.2.input_layernorm.weight': missing"),
-        ({"num_hidden_layers": 1}, "not a tensor of llama and 8 others"),
+        ({"num_hidden_layers": 1}, "not a tensor of llama, nor are 8 others"),
         ({"architectures": ["LlamaForCausalM"]}, "did you mean LlamaForCausalLM"),
         ({"architectures": ["Nobody"]}, r"'Nobody' cannot be converted; \d+ architectures can: docs/models.md$"),
         ({"architectures": None}, "'architectures': missing"),
@@ -102,7 +102,7 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
             "expected a whole number of 0 to 1024, found 1000000000",
         ),
         ("Glm4MoeForCausalLM", {"num_nextn_predict_layers": 2}, "layers.3.input_layernorm.weight': missing"),
-        ("Glm4MoeForCausalLM", {"num_nextn_predict_layers": 0}, "not a tensor of glm4moe and"),
+        ("Glm4MoeForCausalLM", {"num_nextn_predict_layers": 0}, "not a tensor of glm4moe, nor"),
         ("Glm4MoeForCausalLM", {"first_k_dense_replace": -1}, "expected a whole number of 0 to 1024, found -1"),
         (
             _GEMMA4,
@@ -183,8 +183,8 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
         ("Ernie4_5_MoeForCausalLM", {"moe_k": None}, "'moe_k': missing"),
         ("Cohere2ForCausalLM", {"logit_scale": None}, "'logit_scale': missing"),
         ("Cohere2ForCausalLM", {"rotary_pct": 0.5}, "0.5 is not supported; supported is 1"),
-        ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}, "no rotation in every 4th layer, and only there"),
-        ("SmolLM3ForCausalLM", {"no_rope_layers": "all"}, "'no_rope_layers': smollm3 has no rotation in every 4th"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}, "omits the rotation in every 4th layer, and only there"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": "all"}, "'no_rope_layers': smollm3 omits the rotation in every 4th"),
         (
             "SmolLM3ForCausalLM",
             {"no_rope_layers": None, "no_rope_layer_interval": 10**30},
@@ -208,7 +208,7 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
         ("Olmo3ForCausalLM", {"layer_types": [{}, {}]}, "expected 2 kinds of attention, found 2 entries"),
         ("Gemma3ForCausalLM", {"rope_parameters": _STRETCHED}, "a window whose rotation is stretched"),
         ("FalconForCausalLM", {"new_decoder_architecture": False, "parallel_attn": False}, "'parallel_attn': false"),
-        ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, "scores that are scaled otherwise"),
+        ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, "other scales of attention scores"),
     ],
 )
 def test_settings_that_no_key_can_say(case: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:

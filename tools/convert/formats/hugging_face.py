@@ -71,9 +71,7 @@ def _indexed(files: SourceFiles, index: Path) -> dict[str, Lazy]:
     found = {}
     for name, shard in places.items():
         if not isinstance(shard, str) or not _FILE_NAME.fullmatch(shard) or not shard.isprintable():
-            raise ModelFileError(
-                f"{index}: {shown(name)} is said to be in {shown(str(shard))}, which is not a file name"
-            )
+            raise ModelFileError(f"{index}: {shown(name)} has the shard {shown(str(shard))}, which is not a file name")
         if shard not in shards:
             path = index.with_name(shard)
             if not path.is_file():

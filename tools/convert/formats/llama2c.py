@@ -93,7 +93,9 @@ def _read_header(file: SourceFile) -> _Header:
             raise file.error("the header is not one of llama2.c")
         return header
     if version not in (1, 2):
-        raise file.error(f"version {version} of llama2.c's format is not supported; supported: the first form, 1 and 2")
+        raise file.error(
+            f"version {version} of llama2.c's format is not supported; supported: unversioned files, 1 and 2"
+        )
     numbers = unpack("<7i", file.read(8, 28))
     header = _checked(numbers, tied=file.read(36, 1) == b"\1")
     if header is None:

@@ -58,4 +58,4 @@ def _file(files: SourceFiles, path: Path, hints: Hints) -> Checkpoint:
         return read_llama2c(files, path)
     if file.size_bytes >= 4 and file.read(0, 4) == b"GGUF":
         raise file.error("is a GGUF file already: run it as it is, or make it smaller with `llamaclust model quantize`")
-    raise file.error("not a checkpoint of a known kind: neither a file of PyTorch's nor one of llama2.c")
+    raise file.error("not a checkpoint of a known kind: neither a PyTorch file nor a llama2.c file")

@@ -82,7 +82,7 @@ def build_exaone4(page: Page) -> None:
         page.key("attention.sliding_window_pattern", np.array(decoder.windowed_layers(page, _PERIOD), np.bool_))
     elif page.layers == _EXAONE4_32B_LAYERS:
         raise settings.error(
-            "sliding_window", f"it is missing, but exaone4 takes {page.layers} layers for its 32B model, which has it"
+            "sliding_window", f"missing; exaone4 needs it with {page.layers} layers, as in its 32B model"
         )
     page.copy("token_embd", "model.embed_tokens", page.words, hidden)
     page.copy("output_norm", "model.norm", hidden)

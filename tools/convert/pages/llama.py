@@ -53,7 +53,7 @@ def build_smollm3(page: Page) -> None:
         rotated = settings.values["no_rope_layers"]
     if rotated != [int((layer + 1) % _SMOLLM3_PERIOD != 0) for layer in range(page.layers)]:
         name = "no_rope_layers" if settings.has("no_rope_layers") else "no_rope_layer_interval"
-        raise settings.error(name, f"smollm3 has no rotation in every {_SMOLLM3_PERIOD}th layer, and only there")
+        raise settings.error(name, f"smollm3 omits the rotation in every {_SMOLLM3_PERIOD}th layer, and only there")
     width = decoder.feed_forward_width(page)
     decoder.usual_keys(page, width)
     page.key("vocab_size", page.words)

@@ -98,7 +98,7 @@ def _model_of(path: Path, count: int) -> str:
     known = {_LLAMA3_WORDS: "llama-bpe", _GLM4_WORDS: "chatglm-bpe", _KIMI_WORDS: "kimi-k2"}
     if count not in known:
         listed = f"Llama 3 has {_LLAMA3_WORDS}, GLM-4 {_GLM4_WORDS}, Kimi {_KIMI_WORDS}"
-        raise ModelFileError(f"{path}: {count} ranks are not known; {listed}")
+        raise ModelFileError(f"{path}: {count} ranks fit no known tokenizer; {listed}")
     return known[count]
 
 

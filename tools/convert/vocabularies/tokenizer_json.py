@@ -71,7 +71,7 @@ def _merges(model: dict[str, Any], path: Path) -> list[tuple[str, str]]:
     for merge in _list(model.get("merges"), path, "merges"):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
-            raise ModelFileError(f"{path}: the merge {shown(str(merge))} is not two words")
+            raise ModelFileError(f"{path}: the merge {shown(str(merge))} is not a pair of words")
         found.append((pair[0], pair[1]))
     return found
 

@@ -45,7 +45,7 @@ class Words:
         if token_id == self.ids.get("unknown"):
             return
         if not 0 <= token_id < MAX_WORDS:
-            raise ModelFileError(f"{self.origin}: token {shown(text)} has the id {token_id}")
+            raise ModelFileError(f"{self.origin}: token {shown(text)} has id {token_id}, expected 0 to {MAX_WORDS - 1}")
         while len(self.texts) <= token_id:
             self._append(f"[PAD{len(self.texts)}]", TokenType.UNUSED, _PADDING_SCORE)
         control = special or _looks_special(text)

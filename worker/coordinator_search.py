@@ -117,7 +117,7 @@ class CoordinatorSearch:
             finally:
                 more.cancel()
             if not done:
-                _log.info("no coordinator of the token's cluster is announced yet; looking on")
+                _log.info("no coordinator of the token's cluster is announced yet; still looking")
             if ended := done & {*self._trying.values()}:  # not those that were dropped
                 return ended
 

@@ -147,7 +147,7 @@ async def _connected(
         raise WorkerError(f"the certificate that {where} shows is refused: {why}") from error
     except ssl.SSLError as error:
         if error.reason == "WRONG_VERSION_NUMBER":
-            advice = "it is not the join port of the cluster whose token this is; check the address and the port"
+            advice = "it is not the join port of this token's cluster; check address and port"
             raise UsageError(f"{where} does not use TLS: {advice}") from error
         raise WorkerError(f"{where} cannot be reached: {_reason(error)}") from error
     except OSError as error:

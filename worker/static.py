@@ -116,7 +116,7 @@ class _StaticWorker:
 
     def _tell_of_another(self, name: str) -> None:
         if self._search.limit_s is None:
-            what = "in this network, the cluster %s is announced, whose token this worker does not have"
+            what = "cluster %s is announced in this network, but this worker lacks its token"
             _log.warning(f"{what}; copy the token file that its `llamaclust up` names", name)
 
     async def _explained(self, address: str, error: LlamaclustError) -> LlamaclustError:

@@ -56,7 +56,9 @@ class Worker:
     async def accept_links(self, stages: str, port: int | None, credentials: Credentials) -> None:
         """Makes `links` listen at an address derived from `stages`. Raises UsageError if the user's `port` is taken."""
         if isinstance(credentials, Identity) and not tls_library():
-            _log.info("this worker takes part in no group: links need OpenSSL, without which this llamaclust was built")
+            _log.info(
+                "this worker takes part in no group: links need OpenSSL, but this llamaclust was built without it"
+            )
             return
         address = link_address(stages, port)
         try:

@@ -59,7 +59,7 @@ class JoinRules:
     def _mismatch(self, register: Register, peer: Principal | None) -> str | None:
         name = register.name
         if peer is not None and peer.worker != name:
-            return f"the certificate is of {peer}, which registers as worker {name}"
+            return f"the certificate of {peer} cannot register worker {name}"
         same = "install the same version of llamaclust everywhere"
         if register.protocol_version != PROTOCOL_VERSION:
             theirs = f"protocol {register.protocol_version}"
@@ -72,7 +72,7 @@ class JoinRules:
             if register.link_address:
                 check_address(register.link_address, self._credentials)
         except UsageError as error:
-            return f"worker {name} is served at no address that can be used: {error}"
+            return f"worker {name} has no usable address: {error}"
         return None
 
     def _surplus(self, register: Register) -> str | None:

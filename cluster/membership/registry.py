@@ -177,7 +177,7 @@ class Registry(Members):
         try:
             while await self._has_message(reading, lost):
                 if handle.lost.is_set():
-                    return "it is not a member any more"
+                    return "it is no longer a member"
                 data = reading.result()
                 if data is None:
                     return "its connection closed"

@@ -257,7 +257,7 @@ class WorkerHandle:
         """Loads a stage. Raises the worker's own error, WorkerError if the worker is lost, StalledError without
         progress."""
         assert self.loading is None, "one load at a time"
-        what = f"worker {self.name} gets no further with layers [{order.start}, {order.end})"
+        what = f"worker {self.name} made no progress with layers [{order.start}, {order.end})"
         request = partial(self.channel.order, f"load of epoch {epoch_text(order.epoch)}", order)
         self.loading = order
         if order.exclusive:

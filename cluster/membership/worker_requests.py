@@ -107,7 +107,7 @@ async def find_weights(
     async with worker.channel.one_at_a_time("weights"):
         key = request.file_id, request.describe
         if key not in worker.weights_found:
-            what = f"worker {worker.name} gets no further with reading {request.path}"
+            what = f"worker {worker.name} made no progress with reading {request.path}"
             limit, requested = ProgressDeadline(what, progress_timeout_s), partial(worker.channel.request, request)
             found = await worker.channel.with_progress(FindWeightsProgress, requested, limit, on_reading)
             worker.weights_found[key] = found

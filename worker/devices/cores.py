@@ -73,7 +73,7 @@ class Cores:
     @property
     def nodes_text(self) -> str:
         options = " and ".join(f"--numa-node {node}" for node in self.nodes)
-        better = "a worker for each, which reads memory of its own node only, is faster"
+        better = "a worker for each is faster, because it reads only its own node's memory"
         return f"{len(self.nodes)} NUMA nodes: {better}: {options}, or numa_node of local workers"
 
     def threads_text(self, threads: int) -> str:

@@ -43,7 +43,7 @@ class LinkOpener:
         for place in self._peers():
             check_address(order.members[place].address, credentials)
         if isinstance(credentials, Identity) and not tls_library():
-            raise UsageError("groups over several machines need OpenSSL, without which this llamaclust was built")
+            raise UsageError("groups over several machines need OpenSSL, but this llamaclust was built without it")
         self._failures: dict[int, str] = {}  # the last one of each place
         self._linked: set[int] = set()
         self._unreached_s: dict[int, float] = {}  # since when there is no connection to that place
@@ -67,7 +67,7 @@ class LinkOpener:
         if place is None:
             return None
         member = self._order.members[place]
-        reason = self._failures.get(place, "it has not been heard of")
+        reason = self._failures.get(place, "it has not connected")
         return member.worker, f"no link to worker {member.worker} at {member.address}: {reason}"
 
     def unreached(self, seconds: float) -> Iterator[tuple[str, str]]:

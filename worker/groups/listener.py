@@ -135,7 +135,7 @@ class LinkListener:
             oldest, *_ = of_the_most(self._silent)
             oldest.cancel()
             await asyncio.wait([oldest])
-            self._strangers.tell(f"a connection from {host} to {self.address}: too many have said no hello")
+            self._strangers.tell(f"a connection from {host} to {self.address}: too many have sent no hello")
         task = asyncio.create_task(self._hand_on(connection, host))
         self._silent[task] = host
         task.add_done_callback(self._silent.pop)

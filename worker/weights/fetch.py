@@ -75,7 +75,7 @@ class _Source:
 
     def works(self) -> None:
         if self.failed_since_s is not None:
-            _log.info("weights from %s come again", self.name)
+            _log.info("weights from %s arrive again", self.name)
         self.failed_since_s, self.failures = None, 0
 
     async def rest(self, error: LlamaclustError, limit_s: float) -> None:
@@ -83,7 +83,7 @@ class _Source:
         now_s = asyncio.get_running_loop().time()
         if self.failed_since_s is None:
             self.failed_since_s = now_s
-            _log.warning("weights from %s: %s; it is asked again for %g s", self.name, error, limit_s)
+            _log.warning("weights from %s: %s; trying again for %g s", self.name, error, limit_s)
         pause_s = _BACKOFF.pause_s(self.failures)
         if now_s + pause_s - self.failed_since_s > limit_s:
             self.give_up(error)
@@ -223,7 +223,7 @@ class WeightFetch:
         elif not was_resumed:
             raise DamagedError(f"{wanted.name}: its bytes do not have SHA-256 {wanted.content}")
         else:
-            _log.warning("%s: what was resumed has another SHA-256; it is fetched again", wanted.name)
+            _log.warning("%s: the resumed file has another SHA-256; it is fetched again", wanted.name)
             item.mixed += 1
             if item.mixed > _MOST_MIXED:
                 item.lacking.add(source.name)

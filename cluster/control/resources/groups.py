@@ -46,4 +46,4 @@ def group_problems(config: ClusterConfig, model: Model) -> Iterator[str]:
     if config.speculative is not None and config.speculative.mtp:
         yield "speculative.mtp is set, but the MTP head is not divided yet; remove speculative.mtp, or"
     if any(place % 1 for entry in config.plan or () for place in entry.layers):
-        yield "the plan divides the experts of a layer, of which groups hold whole ones;"
+        yield "the plan divides the experts of a layer, but groups need whole layers;"

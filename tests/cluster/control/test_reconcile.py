@@ -217,13 +217,13 @@ def test_a_worker_with_less_memory_than_reported_is_planned_anew_and_not_expelle
 
 
 def test_a_worker_that_hangs_is_expelled_and_the_others_load_at_once() -> None:
-    hangs = StalledError("worker b gets no further")
+    hangs = StalledError("worker b made no progress")
     for is_exclusive in (True, False):
         cluster = Cluster.serving()
         if is_exclusive:
             cluster.lose_pipeline()
         action = cluster.load_failed(FAILED, Suspect("b", hangs), is_exclusive=is_exclusive)
-        assert isinstance(action, Expel) and action.expulsions[0].reason == "it hangs: worker b gets no further"
+        assert isinstance(action, Expel) and action.expulsions[0].reason == "it hangs: worker b made no progress"
         assert isinstance(cluster.see(seen.WorkerLost("b"), seen.Signal.WORKERS_EXPELLED), MakePlan)
 
 

@@ -62,7 +62,7 @@ async def test_loads_that_hang_and_workers_that_stop_while_they_load_change_no_t
     async with recovering(config(model, tmp_path, timeouts={"worker": "600ms", "load": "1s"})) as run:
         assert not victims  # by the first epoch's load
         said = (
-            r"is lost: it hangs: worker c gets no further with layers \[4, 6\) for 1 s \(timeouts.load\): \d of \d MiB"
+            r"is lost: it hangs: worker c made no progress with layers \[4, 6\) for 1 s \(timeouts.load\): \d of \d MiB"
         )
         assert re.search(said, run.told[0]), run.told[0]
 
@@ -126,8 +126,8 @@ async def test_what_gets_further_is_waited_for_and_what_does_not_is_stalled() ->
     )
     assert all(isinstance(one, StalledError) for one in bad)
     layers = f"layers [{LOAD.start}, {LOAD.end})"
-    assert f"gets no further with {layers} for 0.4 s (timeouts.load): 3 of 8 MiB" in str(bad[0])
-    assert "gets no further with reading /m.gguf for 0.4 s (timeouts.load): 2 of 8 MiB" in str(bad[1])
+    assert f"made no progress with {layers} for 0.4 s (timeouts.load): 3 of 8 MiB" in str(bad[0])
+    assert "made no progress with reading /m.gguf for 0.4 s (timeouts.load): 2 of 8 MiB" in str(bad[1])
 
 
 async def test_progress_after_the_deadline_is_ignored() -> None:
@@ -135,7 +135,7 @@ async def test_progress_after_the_deadline_is_ignored() -> None:
         async with limit:
             await asyncio.Event().wait()
 
-    progress = ProgressDeadline("worker a gets no further", 0.02)
-    with pytest.raises(StalledError, match=r"worker a gets no further for 0\.02 s"):
+    progress = ProgressDeadline("worker a made no progress", 0.02)
+    with pytest.raises(StalledError, match=r"worker a made no progress for 0\.02 s"):
         await progress.wait(request)
     progress.report(1 << 20, 2 << 20)

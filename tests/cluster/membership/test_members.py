@@ -59,7 +59,7 @@ async def test_a_worker_that_poses_as_another_is_refused_and_logged_once(
         for who, name in ((B, "a"), (B, "c"), (COORDINATOR, "b")):
             _, refused = await join(there, trust.identity(who), replace(REGISTER, name=name))
             assert isinstance(refused, Rejected)
-            assert refused.reason == f"the certificate is of {who}, which registers as worker {name}"
+            assert refused.reason == f"the certificate of {who} cannot register worker {name}"
         assert len(refusals(caplog.records)) == 3
         await member.say(ALIVE)
         assert [*there.present] == ["a"]
@@ -91,11 +91,11 @@ async def test_another_protocol_version_arithmetic_or_an_unusable_address_is_ref
         changes: tuple[tuple[dict[str, Any], str], ...] = (
             ({"protocol_version": other}, f"worker a speaks protocol {other}, this coordinator {PROTOCOL_VERSION}:"),
             ({"numerics_version": 99}, "worker a computes by numerics_version 99, this cluster needs"),
-            ({"address": "unix:/run/a.sock"}, "worker a is served at no address that can be used: 'unix:/run/a.sock'"),
-            ({"address": "nowhere"}, "worker a is served at no address that can be used: 'nowhere' is not an address"),
+            ({"address": "unix:/run/a.sock"}, "worker a has no usable address: 'unix:/run/a.sock'"),
+            ({"address": "nowhere"}, "worker a has no usable address: 'nowhere' is not an address"),
             (
                 {"link_address": "unix:/run/a"},
-                "worker a is served at no address that can be used: 'unix:/run/a' is not",
+                "worker a has no usable address: 'unix:/run/a' is not",
             ),
         )
         for change, reason in changes:
@@ -223,7 +223,7 @@ async def test_a_renewal_is_for_the_name_of_the_present_certificate_and_a_bad_on
         identity = trust.identity(B)
         identity.pair = key.with_certificate(renewed.certificate)
         _, refused = await join(there, identity, replace(REGISTER, name="b"))
-        assert isinstance(refused, Rejected) and "the certificate is of worker a" in refused.reason
+        assert isinstance(refused, Rejected) and "the certificate of worker a" in refused.reason
         with pytest.raises(ProtocolError, match="another key"):
             NewKey().with_certificate(renewed.certificate)
 

@@ -214,5 +214,5 @@ async def test_a_member_without_tls_opens_no_links_to_other_machines(
             members = GroupMember("a", started[0].address), GroupMember("b", "192.0.2.1:7102")
             LinkOpener(GroupOrder(GROUP, members, 0), ClusterToken("t" * 40), started[0])
         monkeypatch.setattr(link_opener, "tls_library", lambda: "")
-        with pytest.raises(UsageError, match="need OpenSSL, without which this llamaclust was built"):
+        with pytest.raises(UsageError, match="need OpenSSL, but this llamaclust was built without it"):
             LinkOpener(order_of(started), trust.identity(Principal("a")), started[0])

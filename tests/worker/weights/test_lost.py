@@ -159,6 +159,6 @@ async def test_the_holder_is_lost_while_it_sends(
         assert await answering == expected
         await asyncio.gather(first, second, other, return_exceptions=True)
     print("\n".join(told))
-    assert "it is asked again for 4 s" in caplog.text and "no more weights from worker a" in caplog.text
+    assert "trying again for 4 s" in caplog.text and "no more weights from worker a" in caplog.text
     waiting = [text for text in told if "waiting for a worker" in text]
     assert "are not available (worker a: " in waiting[0]

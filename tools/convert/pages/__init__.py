@@ -99,7 +99,7 @@ PAGES: Mapping[str, tuple[str, Callable[[Page], None]]] = MappingProxyType(
 )
 
 _LONGEST_NAME: Final = 100
-_NOTE: Final = "only the text model is written, without what sees pictures or hears"
+_NOTE: Final = "only the text model is written, without the parts for images and sound"
 
 
 def build_page(checkpoint: Checkpoint) -> Page:

@@ -95,7 +95,7 @@ def test_where_the_others_do_not_suffice_such_a_worker_is_noticed_once_in_its_qu
 
 @pytest.mark.parametrize("is_exclusive", [True, False], ids=["recovery", "move"])
 def test_a_worker_that_gave_up_a_load_stays_for_other_models(is_exclusive: bool) -> None:
-    late = DeadlineError("worker b gets no further")
+    late = DeadlineError("worker b made no progress")
     state = failed(lost() if is_exclusive else serving(), late, is_exclusive=is_exclusive)
     assert stays(reconcile(state))
     state = after(state, seen.Signal.WORKERS_EXPELLED)
@@ -103,7 +103,7 @@ def test_a_worker_that_gave_up_a_load_stays_for_other_models(is_exclusive: bool)
 
 
 def test_a_worker_that_does_not_even_give_up_is_expelled() -> None:
-    hangs = StalledError("worker b gets no further")
+    hangs = StalledError("worker b made no progress")
     assert reconcile(failed(lost(), hangs)) == Expel((Expulsion(("b", 2), f"it hangs: {hangs}"),))
 
 
@@ -146,7 +146,7 @@ async def test_a_load_that_stalls_is_ended_where_the_worker_holds_another_model(
         handle.stages[1] = (replace(LOAD, epoch=1, model_id="cd" * 32), Loaded(1, 1, 2, 3))
     reference = ModelReference(LOAD.model_path, LOAD.model_id)
     loads = StageLoads(3, [StageInfo("a", 0, 4)], reference, LOAD.limits, is_exclusive=True, progress_timeout_s=0.05)
-    with pytest.raises(StageLoadError, match="gets no further") as raised:
+    with pytest.raises(StageLoadError, match="made no progress") as raised:
         await load_stages(loads, {"a": handle})
     (suspect,) = raised.value.suspects
     assert isinstance(suspect.error, StalledError) is not (holds_others and unloads)

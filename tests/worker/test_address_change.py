@@ -1,5 +1,5 @@
 """Addresses of this machine and of its coordinator: a membership that ends for a change has ended whole before the next
-one begins; names that are not found, or have addresses of one link."""
+one begins; names that are not found, or have only link-local addresses."""
 
 from __future__ import annotations
 

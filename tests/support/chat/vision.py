@@ -47,10 +47,13 @@ class TinyVision(Vision):
         self.leased = 0  # so far
         self._width = width
 
+    def _end_lease(self) -> None:
+        self.leases.pop()
+
     async def image_prompt(self, prompt: PromptImages, check: CheckLength, leases: RowLeases) -> ImagePrompt:
         ids, spans = await self.lay_out(prompt, check), []
         self.leases.append(len(self.prompts))
-        leases.add(self.leases.pop)
+        leases.add(self._end_lease)
         self.leased += 1
         starts = [at for at in range(len(ids)) if ids[at] == 0 and (not at or ids[at - 1])]
         for start, image in zip(starts, self.images[-len(starts) :] if starts else (), strict=True):

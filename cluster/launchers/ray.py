@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -28,12 +27,7 @@ _PATIENCE_S = 2.0
 _GRACE_S = 1.0
 _PAUSE_S = 0.2
 _END_S = 2.0
-_OPEN_S = 300.0
-_CALL_S = 60.0
-"""The longest waits for a call into Ray, with the calls before it; `_CALL_S` also for the answer of an actor."""
 _Value = TypeVar("_Value")
-
-_log = logging.getLogger(__name__)
 
 
 class RayLauncher(RestartingLauncher):
@@ -50,20 +44,20 @@ class RayLauncher(RestartingLauncher):
 
     async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
         where = await self.open(join)
-        library = await self._call("connecting", lambda: self._cluster.open(workers), _OPEN_S)
+        library = await self._call(lambda: self._cluster.open(workers))
         _restore_signal_handlers()
         authority = self.authority
         assert authority is not None
         self._workers = placed = RayWorkers(library, authority.cluster)
-        join = await self._call("this node's address", lambda: _reachable(library, where))
+        join = await self._call(lambda: _reachable(library, where))
 
         from llamaclust.cluster.launchers.ray_actor import Given
 
         token = authority.token.text
         wanted = [Given(replace(worker, join=join, token=token), authority.cluster) for worker in workers]
-        if not await self._call("the actors of an earlier coordinator", lambda: placed.take_back(wanted), _OPEN_S):
+        if not await self._call(lambda: placed.take_back(wanted)):
             await self._reserve(placed, workers)
-            await self._call("making actors", lambda: placed.make(wanted))
+            await self._call(lambda: placed.make(wanted))
         self._watches = [
             asyncio.create_task(self._follow(name, actor, exited)) for name, actor in placed.actors.items()
         ]
@@ -78,13 +72,11 @@ class RayLauncher(RestartingLauncher):
             task.cancel()
         try:
             if self._workers is not None:
-                await self._call("removing all actors", self._workers.remove, _OPEN_S)
+                await self._call(self._workers.remove)
         finally:
-            try:
-                await self._call("disconnecting", self._cluster.close, _OPEN_S)
-            finally:
-                self._thread.shutdown(wait=False)
-                await super().stop()
+            await self._call(self._cluster.close)
+            self._thread.shutdown()
+            await super().stop()
 
     async def end(self, name: str) -> None:
         """Kills the worker's actor, so that Ray restarts it, unless Ray has already done so."""
@@ -92,49 +84,42 @@ class RayLauncher(RestartingLauncher):
 
         with contextlib.suppress(DeadlineError, RayError):
             async with deadline(f"the end of worker {name}", _END_S):
-                seen = await _answer(name, self._placed.actors[name].incarnation.remote())
+                seen = await _answer(self._placed.actors[name].incarnation.remote())
                 if self._incarnations.get(name) == seen:
-                    await self._restart(name)
+                    await self._call(lambda: self._placed.restart(name))
 
     @property
     def _placed(self) -> RayWorkers:
         assert self._workers is not None
         return self._workers
 
-    async def _restart(self, name: str) -> None:
-        await self._call(f"restarting worker {name}", lambda: self._placed.restart(name))
-
-    async def _call(self, what: str, function: Callable[[], _Value], limit_s: float = _CALL_S) -> _Value:
-        """Runs a call on Ray's thread. Raises DeadlineError after `limit_s`. If this task is cancelled or the call is
-        late, the call continues, and later calls wait for its end."""
-        async with deadline(f"Ray: {what}", limit_s):
-            return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+    async def _call(self, function: Callable[[], _Value]) -> _Value:
+        """Runs a call on Ray's thread. If this task is cancelled, the call continues, and later calls wait for its
+        end."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def _reserve(self, placed: RayWorkers, workers: Sequence[WorkerSettings]) -> None:
         """Waits for places for all workers, because nodes may still be starting. Raises DeadlineError after
         `join.wait`."""
-        await self._call("reserving places", lambda: placed.reserve(workers, self._config.ray.strategy))
+        await self._call(lambda: placed.reserve(workers, self._config.ray.strategy))
         clock = asyncio.get_running_loop().time
         tell_s: float | None = clock() + _PATIENCE_S
         async with deadline("room for all workers in the Ray cluster (`join.wait`)", self._config.join.wait):
-            while not await self._call("looking for places", placed.is_ready):
+            while not await self._call(placed.is_ready):
                 if tell_s is not None and clock() > tell_s:
                     tell_s = None
-                    self._report(AwaitingWorkers(_shortage(workers, await self._call("free resources", placed.free))))
+                    self._report(AwaitingWorkers(_shortage(workers, await self._call(placed.free))))
 
     async def _follow(self, name: str, actor: Any, exited: Exited) -> None:
         from ray.exceptions import ActorDiedError, RayError
 
         while True:
             try:
-                self._incarnations[name] = await _answer(name, actor.incarnation.remote())
-                how, self._last_errors[name] = await _end_of(name, actor)
+                self._incarnations[name] = await _answer(actor.incarnation.remote())
+                how, self._last_errors[name] = await _end_of(actor)
             except ActorDiedError as error:
                 exited(name, _gone(error))
                 return
-            except DeadlineError as late:
-                _log.warning("%s; it is tried again", late)
-                continue
             except RayError:  # it is being started
                 await asyncio.sleep(_PAUSE_S)
                 continue
@@ -143,12 +128,12 @@ class RayLauncher(RestartingLauncher):
                 exited(name, how)
             if not await self._restarts.may_restart(name, how):
                 if self._restarts.is_on:  # given up: Ray is not to start it again either
-                    await self._call(f"removing worker {name}", lambda: self._placed.forget(name))
+                    await self._call(lambda: self._placed.forget(name))
                 return
-            with contextlib.suppress(DeadlineError, RayError):  # it is being started
-                if await _answer(name, actor.incarnation.remote()) == ended:
-                    await self._restart(name)
-            await _replaced(name, actor)
+            with contextlib.suppress(RayError):  # it is being started
+                if await _answer(actor.incarnation.remote()) == ended:
+                    await self._call(lambda: self._placed.restart(name))
+            await _replaced(actor)
 
 
 def _restore_signal_handlers() -> None:
@@ -157,16 +142,15 @@ def _restore_signal_handlers() -> None:
             signal.signal(number, signal.getsignal(number))
 
 
-async def _answer(name: str, reference: Any) -> Any:
-    async with deadline(f"the answer of worker {name}'s actor in Ray", _CALL_S, name):
-        return await asyncio.wrap_future(reference.future())
+async def _answer(reference: Any) -> Any:
+    return await asyncio.wrap_future(reference.future())
 
 
-async def _end_of(name: str, actor: Any) -> tuple[str, str]:
+async def _end_of(actor: Any) -> tuple[str, str]:
     from ray.exceptions import ActorDiedError, RayError
 
     try:
-        while (end := await _answer(name, actor.ended.remote())) is None:
+        while (end := await _answer(actor.ended.remote())) is None:
             pass
         how, error = end
         return how, error
@@ -176,13 +160,13 @@ async def _end_of(name: str, actor: Any) -> tuple[str, str]:
         return _gone(error), ""
 
 
-async def _replaced(name: str, actor: Any) -> None:
+async def _replaced(actor: Any) -> None:
     """Waits until the process of an actor whose worker has ended is gone too."""
     from ray.exceptions import RayError
 
-    with contextlib.suppress(DeadlineError, RayError):
+    with contextlib.suppress(RayError):
         while True:
-            if not await _answer(name, actor.is_over.remote()):
+            if not await _answer(actor.is_over.remote()):
                 return
             await asyncio.sleep(_PAUSE_S)
 

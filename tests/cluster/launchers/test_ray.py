@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import secrets
 import signal
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,11 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
-from llamaclust.cluster.launchers import ray as ray_launcher
 from llamaclust.cluster.launchers.ray import RayLauncher
 from llamaclust.cluster.launchers.ray_workers import resources
 from llamaclust.cluster.launchers.restarts import RestartPolicy
-from llamaclust.core.errors import DeadlineError
 from llamaclust.worker.settings import WorkerSettings
 from support.clusters.command_line import Cluster, CommandLine, Running, eventually, is_there
 from support.clusters.launched import Answers, answers, logs_of
@@ -239,41 +235,6 @@ async def test_a_restart_kills_the_actor_that_ended_and_not_its_successor(is_ano
     with launcher._restarts.on(lambda name, why: None), pytest.raises(RuntimeError, match="StopIteration"):
         await launcher._follow("a", actor, lambda name, how: None)
     assert len(killed) == kills
-
-
-async def test_calls_into_ray_that_hang_are_ended() -> None:
-    launcher: Any = RayLauncher.__new__(RayLauncher)
-    launcher._thread, back = ThreadPoolExecutor(1), threading.Event()
-    try:
-        with pytest.raises(DeadlineError, match=r"^Ray: free resources: not within 0\.01 s$"):
-            await launcher._call("free resources", lambda: back.wait(20), 0.01)
-    finally:
-        back.set()
-    assert await launcher._call("free resources", lambda: 1) == 1
-
-
-async def test_an_actor_that_does_not_answer_is_called_again(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    from ray.exceptions import ActorDiedError
-
-    calls: list[Future[object]] = []
-
-    def remote() -> SimpleNamespace:
-        calls.append(Future())
-        if len(calls) == 3:
-            calls[-1].set_exception(ActorDiedError())
-        return SimpleNamespace(future=lambda: calls[-1])
-
-    monkeypatch.setattr(ray_launcher, "_CALL_S", 0.01)
-    launcher: Any = RayLauncher.__new__(RayLauncher)
-    launcher._incarnations, ends = {}, list[str]()
-    actor = SimpleNamespace(incarnation=SimpleNamespace(remote=remote))
-    async with asyncio.timeout(20):
-        await launcher._follow("a", actor, lambda name, how: ends.append(name))
-    assert (len(calls), ends) == (3, ["a"])
-    line = "the answer of worker a's actor in Ray: not within 0.01 s; it is tried again"
-    assert [record.message for record in caplog.records] == [line] * 2
 
 
 def test_ray_reserves_what_the_file_says() -> None:

@@ -72,7 +72,7 @@ def test_an_authority_outlives_a_clock_that_is_set(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(Clock, "ahead", timedelta(days=days))
         assert authority(tmp_path).certificate == made.certificate
     monkeypatch.setattr(Clock, "ahead", timedelta(days=20 * 365))
-    with pytest.raises(UsageError, match=r"this machine's clock says 20.*: set the clock, or remove the folder"):
+    with pytest.raises(UsageError, match=r"this machine's clock says 20.*; set the clock, or remove the folder"):
         authority(tmp_path)
 
 

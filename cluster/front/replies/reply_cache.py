@@ -25,7 +25,7 @@ _CONVERSATION, _KEY = "conversation", "idempotency key"
 @dataclass(frozen=True, slots=True)
 class _Entry:
     kept: KeptReply
-    digest: bytes  # of its request
+    digest: bytes  # of its request, if it has an idempotency key
     body_bytes: int
 
     @property
@@ -56,7 +56,8 @@ class ReplyCache:
         context, client = kept.context, kept.context.client
         body_bytes = len(body) + earlier_bytes + sum(map(len, context.images.values()))
         self._make_room(client, body_bytes)
-        self._entries[context.id] = _Entry(kept, _digest(context, body), body_bytes)
+        digest = _digest(context, body) if context.idempotency_key else b""
+        self._entries[context.id] = _Entry(kept, digest, body_bytes)
         self._held_bytes.take(client, body_bytes)
         self._replies.take(client, 1)
         for name in _names(context):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class LlamaclustError(Exception):
     """Base of all errors whose message is for the user: one line that says what is wrong, where, and what to do."""
@@ -14,6 +16,12 @@ class LlamaclustError(Exception):
         """`worker` names the worker that is the root cause, if known."""
         super().__init__(*message)
         self.worker = worker
+
+    def __copy__(self) -> Self:
+        """Returns an equal error without a traceback, for an error that is stored and raised for each reader."""
+        twin = type(self).__new__(type(self), *self.args)
+        twin.__dict__.update(self.__dict__)
+        return twin
 
 
 class UsageError(LlamaclustError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
@@ -19,16 +19,21 @@ def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) 
     starts = _starts_of(words)
     longest = max(map(len, words), default=1) - 1
 
-    def guarded(value: Any) -> Any:
-        if isinstance(value, str):
-            if GUARD in value:
-                raise RequestError("the messages hold U+FDD0, which is no character; take it out")
-            return _guard_end(_guard_words(value, words), starts, longest)
-        if isinstance(value, Mapping):
-            return {guarded(key): guarded(item) for key, item in value.items()}
-        return [guarded(item) for item in value] if isinstance(value, list | tuple) else value
+    def guarded(text: str) -> str:
+        if GUARD in text:
+            raise RequestError("the messages hold U+FDD0, which is no character; take it out")
+        return _guard_end(_guard_words(text, words), starts, longest)
 
-    return [guarded(message) for message in messages]
+    return [_with_texts(message, guarded) for message in messages]
+
+
+def _with_texts(value: Any, changed: Callable[[str], str]) -> Any:
+    """Returns a JSON value in which `changed` has replaced each text."""
+    if isinstance(value, str):
+        return changed(value)
+    if isinstance(value, Mapping):
+        return {_with_texts(key, changed): _with_texts(item, changed) for key, item in value.items()}
+    return [_with_texts(item, changed) for item in value] if isinstance(value, list | tuple) else value
 
 
 def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:

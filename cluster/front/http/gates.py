@@ -287,13 +287,15 @@ class AdmissionGate:
             request.is_answered = True
             await send(message)
 
+        token = hold_bytes.set(partial(self._admission.hold, request))
         try:
-            hold_bytes.set(partial(self._admission.hold, request))
             await self._app(scope, counted, noted)
         except asyncio.CancelledError:  # the task is the server's and ends here
             if request.refusal is None:
                 raise
             return None if request.is_answered else request.refusal
+        finally:
+            hold_bytes.reset(token)  # the task of `request` refers to its context
         return None
 
 

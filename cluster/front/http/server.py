@@ -109,6 +109,7 @@ class _Connection(H11Protocol):
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
         self._awaits_head = False  # kept, without a byte of its next head
+        self._body: _Body | None = None  # of the current reply
         self.conn = self._http = HttpConnection(h11.SERVER, _HEAD_BYTES)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -130,6 +131,7 @@ class _Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.room.leave(self)
         super().connection_lost(exc)
+        self._end_body()
 
     def handle_events(self) -> None:
         before = self.cycle
@@ -139,7 +141,8 @@ class _Connection(H11Protocol):
             self.transport.pause_reading()
             self.loop.call_soon(self._go_on)
         if self.cycle is not before:
-            self.scope["extensions"] = {BODY_WRITER: _Body(self, self.cycle)}  # type: ignore[dict-item]
+            self._body = _Body(self, self.cycle)
+            self.scope["extensions"] = {BODY_WRITER: self._body}  # type: ignore[dict-item]
         if not self._is_idle:
             self.room.leave(self)
 
@@ -161,6 +164,7 @@ class _Connection(H11Protocol):
         self.handle_events()
 
     def on_response_complete(self) -> None:
+        self._end_body()
         super().on_response_complete()
         if self._is_idle and not self.transport.is_closing():
             self._awaits_head = self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
@@ -172,6 +176,11 @@ class _Connection(H11Protocol):
         is_sending = cycle.response_started and not (cycle.response_complete or cycle.disconnected)
         is_paused = self.flow.write_paused or cycle.scope["method"] == "HEAD"
         return is_sending and self._http.is_chunked and not is_paused
+
+    def _end_body(self) -> None:
+        if self._body is not None:
+            self._body.end()
+            self._body = None
 
     @property
     def _is_idle(self) -> bool:
@@ -187,24 +196,31 @@ class _Body:
     """Writes a reply's body. Pieces of one loop turn go in one system call, which costs more than all other work."""
 
     def __init__(self, connection: _Connection, cycle: RequestResponseCycle) -> None:
-        self._connection = connection
-        self._cycle = cycle
+        self._reply: tuple[_Connection, RequestResponseCycle] | None = (connection, cycle)  # until its end
         self._pieces: list[bytes] = []
 
     def write(self, data: bytes) -> bool:
         """Writes a piece. Returns False, having written only earlier pieces, if this one must go through ASGI."""
-        if not self._connection.takes_body(self._cycle):
+        if self._reply is None:
+            return False
+        connection, cycle = self._reply
+        if not connection.takes_body(cycle):
             self.flush()
             return False
         if not self._pieces:
-            self._connection.loop.call_soon(self.flush)
+            connection.loop.call_soon(self.flush)
         self._pieces.append(chunk(data))
         return True
 
     def flush(self) -> None:
         pieces, self._pieces = self._pieces, []
-        if pieces:
-            self._connection.transport.write(b"".join(pieces))
+        if pieces and self._reply is not None:
+            connection, _ = self._reply
+            connection.transport.write(b"".join(pieces))
+
+    def end(self) -> None:
+        """Forgets the connection, which refers to this object by the scope of its request."""
+        self._reply = None
 
 
 def _end_unread(transport: asyncio.Transport, unread_s: float) -> None:

@@ -213,6 +213,7 @@ class KeptReply:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+            self._task = None  # its error refers to this object
         await self._computing.aclose()  # a task that is cancelled before its first step closes nothing
 
     def _expire_later(self) -> None:

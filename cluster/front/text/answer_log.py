@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from operator import itemgetter
@@ -14,7 +15,7 @@ from typing import Self
 from llamaclust.cluster.front.text.answer import Collected, TextChunk
 from llamaclust.cluster.front.text.sharing import RowStorage
 from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptProgress
-from llamaclust.core.errors import DeadlineError
+from llamaclust.core.errors import DeadlineError, LlamaclustError
 
 MAX_UNREAD_ROWS = 4096
 """The most unread rows in a streamed log, without those present when the reader began with their prompt."""
@@ -143,8 +144,8 @@ class AnswerLog:
         self.raise_error()
 
     def raise_error(self) -> None:
-        if self.error is not None:
-            raise self.error
+        if self.error is not None:  # a stored error would keep the frames through which it was raised
+            raise copy(self.error) if isinstance(self.error, LlamaclustError) else self.error
 
     async def wait_over(self) -> None:
         await self._over.wait()
@@ -189,6 +190,7 @@ class AnswerLog:
     def _finish(self, error: BaseException | None) -> None:
         if self.ended_s is None:
             self.error, self.ended_s = error, time.time()
+            self._owners, self._subscribers = (), []  # the owner refers to this object
             self._over.set()
             self._wake()
 

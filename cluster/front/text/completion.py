@@ -64,7 +64,11 @@ class Completion:
         self._shows_progress = log.content.with_progress
         self._shown: PromptProgress | None = None
         self._choices = [_Running(self, request, text, log.content.timed) for request, text in choices]
-        self._submit(self._choices[0])
+        try:
+            self._submit(self._choices[0])
+        except BaseException:
+            self._choices.clear()  # each refers to this object
+            raise
         self._tasks = [asyncio.create_task(self._begin_later())] if len(choices) > 1 else []
         if self._shows_progress:
             self._tasks.append(asyncio.create_task(self._watch_progress()))
@@ -85,6 +89,7 @@ class Completion:
             task.cancel()
         self._on_close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._choices.clear()  # each refers to this object
 
     def _submit(self, choice: _Running) -> None:
         self._engine.begin(choice.generation, choice)
@@ -184,6 +189,7 @@ class _Running:
         return replace(chunk, timings=chunk.timings or self.request.timings)
 
     def end(self, error: Exception | None) -> None:
+        self.request = None  # which refers to this object
         if not self._is_over:
             self._is_over = True
             self._owner.primed()

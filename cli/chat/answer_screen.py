@@ -1,4 +1,4 @@
-"""The display of an answer while it is generated, with or without colors."""
+"""Displays an answer while it is generated, with or without colors."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def uses_color(color: Color) -> bool:
 
 
 class AnswerScreen:
-    """One answer on standard output. Reasoning is shown only on a terminal, dimmed if there are colors, otherwise below
-    a heading."""
+    """Writes one answer to standard output. Only a terminal shows reasoning: dimmed if there are colors, otherwise
+    below a heading."""
 
     def __init__(self, *, is_colored: bool, renders_markdown: bool = False) -> None:
         self._is_colored = is_colored

@@ -274,5 +274,5 @@ def test_what_is_made_from_a_pulled_model_goes_to_the_current_folder(
 def test_chunks_longer_than_the_model_knows_are_refused(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("word " * 20)
-    with pytest.raises(LlamaclustError, match=r"-c 99999: the model was made for \d+ tokens"):
+    with pytest.raises(LlamaclustError, match=r"-c 99999: the model's context is \d+ tokens"):
         run("imatrix", model, "-f", text, "-o", tmp_path / "matrix", "-c", "99999")

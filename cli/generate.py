@@ -383,8 +383,7 @@ class Target:
 
 
 def connect(endpoint: str, api_key_file: Path | None, ca_file: Path | None = None, model: str | None = None) -> Client:
-    """Returns a client that uses the first API key of `api_key_file`, if given. Raises UsageError if there is no
-    key."""
+    """Returns a client with the first API key of `api_key_file`, if given. Raises UsageError if there is no key."""
     from llamaclust.cluster.client.http import Client
     from llamaclust.cluster.state.api_keys import first_key
 

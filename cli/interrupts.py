@@ -14,8 +14,7 @@ from llamaclust.cli.terminal import print_error
 from llamaclust.core.errors import LlamaclustError
 
 _REPEAT_S = 0.01
-"""Seconds until a signal's handler is called again after a destructor discarded the exception of the first call. By
-then the destructor has returned."""
+"""Seconds after which a signal's handler is called again because a destructor discarded its exception."""
 
 
 _FIRST_PROCESS = 1

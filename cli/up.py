@@ -99,16 +99,14 @@ def _model(spec: str, progress: Progress, *, is_auto: bool = False) -> Path:
 
 
 def _tune_grpc() -> None:
-    """Sets gRPC's environment variables. If gRPC is imported earlier, the coordinator's hops are slower and gRPC writes
-    to the terminal."""
+    """Sets gRPC's environment before gRPC is imported. Otherwise hops are slower and gRPC prints to the terminal."""
     from llamaclust.wire.rpc.grpc_options import tune_grpc
 
     tune_grpc()
 
 
 def template_of(choice: str) -> str:
-    """Returns the chat template for the cluster file: a built-in name, or the absolute path of a file. Raises
-    UsageError if `choice` is neither."""
+    """Returns the name of a built-in template, or a file's absolute path. Raises UsageError if `choice` is neither."""
     from llamaclust.model.chat.template_choice import built_in_names, chosen_template
 
     chosen_template(choice)
@@ -123,8 +121,7 @@ def _arguments(file: Path | None, overrides: list[str]) -> list[str]:
 
 
 def _run_notifying(config: ClusterConfig, starter: Starter) -> None:
-    """Serves the cluster in the detached process. Events go to the waiting command until it returns, then to the
-    log."""
+    """Serves a cluster in the detached process. Events go to the waiting command until it ends, then to the log."""
     _tune_grpc()
     from llamaclust.cluster.server.serve import serve
     from llamaclust.tools.progress import silent

@@ -22,8 +22,7 @@ def uses_color(color: Color) -> bool:
 
 
 class AnswerScreen:
-    """Writes one answer to standard output. Only a terminal shows reasoning: dimmed if there are colors, otherwise
-    below a heading."""
+    """Writes one answer to standard output. Reasoning is shown only on a terminal, dimmed or below a heading."""
 
     def __init__(self, *, is_colored: bool, renders_markdown: bool = False) -> None:
         self._is_colored = is_colored

@@ -15,8 +15,7 @@ _QUOTES: Final = '"""'
 _FIRST_PROMPT: Final = "> "
 _NEXT_PROMPT: Final = ". "
 _BRIGHT: Final = ("\001\033[1;32m\002", "\001\033[0m\002")
-"""Escape codes before and after a colored prompt. The control characters around each code tell readline that the code
-takes no space on the screen."""
+"""Escape codes around a colored prompt. Control characters tell readline that the codes take no space."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,8 +78,7 @@ def with_samplers(*, recommended: bool) -> Callable[[Callable[..., None]], Calla
 
 
 def _with_most_drafted(more: dict[str, Any]) -> dict[str, Any]:
-    """Merges --speculative and --draft-max into the field `speculative`. Raises UsageError for invalid or contradictory
-    values."""
+    """Merges --speculative and --draft-max into the field `speculative`. Raises UsageError for invalid values."""
     from llamaclust.cluster.config.values import switched
     from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 

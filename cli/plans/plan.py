@@ -86,7 +86,6 @@ def _json(config: ClusterConfig, acceptances: Sequence[float]) -> dict[str, obje
 
 
 def _effects(config: ClusterConfig) -> Sequence[RuleEffect]:
-    """Returns the number and bytes of the tensors that each rule of `placement` decides on."""
     if not config.placement:
         return ()
     with _opened(config) as (model, _):

@@ -217,7 +217,9 @@ def test_plan_knows_what_memory_leaves_to_a_worker_and_says_why(line: CommandLin
     with line.cluster("good.gguf", "capped", workers=[worker]) as cluster:
         started = room_mib(cluster.command.err.read_text())
     planned = line.run("plan", path).out
-    (own,) = re.findall(r"`memory` limits a whole worker: its process without layers takes about (\d+) MiB of that", planned)
+    (own,) = re.findall(
+        r"`memory` limits a whole worker: its process without layers takes about (\d+) MiB of that", planned
+    )
     assert abs(room_mib(planned) - started) <= 32
     assert abs(300 - int(own) - room_mib(planned)) <= 1
     lacking = line.run("plan", path, "--set", "workers.a.memory=10MiB")

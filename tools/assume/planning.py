@@ -1,4 +1,4 @@
-"""Plans of described machines, with keys of a cluster file."""
+"""Plans models on described machines. Overrides are keys of a cluster file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KEYS = (
     "prefill_chunk",
 )
 _LOADED = 0.95
-"""The least share of a file that is loaded. Layers for multi-token prediction are not."""
+"""The smallest share of a file that is loaded. Layers for multi-token prediction are not loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class AssumedCluster:
         return self.changed(replace(self.assumed, machines=(*machines, *((machines[-1],) * count))))
 
     def with_one(self, machine: Machine) -> AssumedCluster:
-        """Keeps only this machine. Drops the override `plan`, which would assign layers to others."""
+        """Keeps only this machine. Drops the override `plan`, which would assign layers to other machines."""
         overrides = tuple(text for text in self.overrides if text.partition("=")[0].strip() != "plan")
         return AssumedCluster(replace(self.assumed, machines=(machine,)), overrides)
 
@@ -84,7 +84,7 @@ class AssumedCluster:
         return sum(max(0, n_bytes) for n_bytes in (*gpus, *map(room_bytes, machines)))
 
     def fitting_plan(self, model: AssumedModel, *, max_expert_shards: int = 1) -> Plan | None:
-        """Returns None if the model does not fit. By default, all experts of a layer stay on one machine."""
+        """Returns a plan, or None if the model does not fit. By default, all experts of a layer stay on one machine."""
         if _LOADED * model.file.size_bytes > self.memory_bytes:
             return None
         try:

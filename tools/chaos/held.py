@@ -31,7 +31,7 @@ class Stops:
 
 
 class FullDisks:
-    """Coordinators whose file writes fail as on a full disk, by target. Workers that they start then fail too."""
+    """Coordinators, by target, that cannot write files, as on a full disk. Workers that they start cannot either."""
 
     def __init__(self) -> None:
         self._limits: dict[str, tuple[Process, int]] = {}  # of files, before

@@ -66,7 +66,7 @@ def choose_types(model: ModelFile, wishes: Wishes) -> dict[str, QuantType]:
 
 
 def in_layer_order(model: ModelFile) -> Sequence[Tensor]:
-    """Returns tensors outside the layers, then layer by layer, by name. Rules count tensors in this order."""
+    """Returns the tensors outside the layers, then those of each layer, by name. Rules count tensors in this order."""
     return sorted(model.tensors.values(), key=lambda tensor: (_layer(tensor.name), tensor.name.encode()))
 
 
@@ -141,7 +141,7 @@ class _Chooser:
         return QuantType.Q5_K if mix in LOWEST.split() or mix == "IQ3_XXS" else QuantType.Q6_K
 
     def _place(self, tensor: Tensor, part: Part, by_name: bool = True) -> Place:
-        """Counts a part's tensors as they come, or uses the layer's number if a layer may have several."""
+        """Counts a part's tensors as they come, or uses the layer's number if a layer may have several of the part."""
         if part in VALUES:
             index, count = self._seen[Part.V], self._values
         else:

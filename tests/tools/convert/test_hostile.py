@@ -230,7 +230,7 @@ def test_absurd_params(params: dict[str, Any], message: str, tmp_path: Path) -> 
 def test_meta_s_parts_that_do_not_belong_together(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "m/params.json").write_text(json.dumps({"dim": 64, "n_layers": 1, "n_heads": 4}))
-    refused(tmp_path / "m", "expected consolidated.00.pth and those after it, found none")
+    refused(tmp_path / "m", "expected consolidated.00.pth, consolidated.01.pth and so on, found none")
     one = {"norm.weight": np.ones(64, np.float32), "layers.0.attention.wq.weight": np.ones((32, 64), np.float32)}
     write_torch(tmp_path / "m/consolidated.00.pth", one)
     write_torch(tmp_path / "m/consolidated.02.pth", one)
@@ -247,7 +247,7 @@ def test_meta_s_parts_that_do_not_belong_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [b"", b"GGUF" + bytes(99), bytes(300), b"\x10\0\0\0" * 80, np.arange(9999).tobytes()])
 def test_other_files_are_no_checkpoints(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(data)
-    refused(tmp_path / "x.bin", "not a checkpoint of a known kind|a GGUF file already|cut short")
+    refused(tmp_path / "x.bin", "not a checkpoint of a known kind|already a GGUF file|cut short")
 
 
 def test_paths_without_a_checkpoint(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def read_llama2c(files: SourceFiles, path: Path) -> Checkpoint:
         at += 4 * prod(shape)
     if at != file.size_bytes:
         raise file.error(
-            f"expected {at} bytes for its header, found {file.size_bytes}: cut short, or not a llama2.c file"
+            f"expected {at} bytes by its header, found {file.size_bytes}: it was cut short, or is not a llama2.c file"
         )
     values = header.values
     return Checkpoint("Meta", Settings(values, str(path)), tensors, path.with_name("tokenizer.bin"), path.stem)

@@ -40,7 +40,7 @@ class SourceFiles:
     def check_unchanged(self) -> None:
         for file, identity in self._open.values():
             if FileIdentity.of(file.descriptor) != identity:
-                raise file.error("it changed while it was read; try again when it is complete")
+                raise file.error("the file changed while it was read; try again when it is complete")
 
 
 def lazy_tensor(file: SourceFile, name: str, offset: int, shape: tuple[int, ...], storage: Storage) -> Lazy:

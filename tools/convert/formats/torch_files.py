@@ -121,7 +121,7 @@ def _data_offset(file: SourceFile, entry: zipfile.ZipInfo) -> int:
 
 
 def _check_apart(file: SourceFile, members: dict[str, _Member]) -> None:
-    """Refuses overlapping members, with which a small file could stand for any number of large tensors."""
+    """Raises ModelFileError if members overlap, since a small file could then claim any number of large tensors."""
     at = 0
     for name, member in sorted(members.items(), key=lambda item: (item[1].offset, item[1].n_bytes)):
         if member.offset < at:

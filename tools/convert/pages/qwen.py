@@ -76,6 +76,6 @@ def _experts(page: Page, layer: int, count: int) -> None:
 
 
 def _has_columns_first(page: Page, source: str, count: int, width: int) -> bool:
-    """True for the form in which Qwen 3 VL was published; transformers writes another. One matrix may be square."""
+    """True for Qwen 3 VL's published form. transformers writes another form. One of the two matrices may be square."""
     both, down = page.shape(f"{source}.gate_up_proj"), page.shape(f"{source}.down_proj")
     return both == (count, page.width, 2 * width) and down == (count, width, page.width)

@@ -195,7 +195,7 @@ def _delta_net(page: Page, place: str, source: str, net: _DeltaNet) -> None:
 
 
 def _grouped_products(page: Page, place: str, source: str, net: _DeltaNet) -> None:
-    """Regroups the rows of each key head (q, k, v, gates) to one tensor with all q, k and v, and one with all gates."""
+    """Splits rows grouped by key head (q, k, v, gates) into one tensor of all q, k and v, and one of all gates."""
     shared = net.values // net.key_heads
     group = 2 * net.width + 2 * shared
     whole = page.take(f"{source}.in_proj_qkvz.weight", net.key_heads * group, page.width)

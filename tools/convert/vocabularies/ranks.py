@@ -115,7 +115,7 @@ def _parse(path: Path, data: bytes) -> dict[bytes, int]:
 
 
 def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
-    """Raises ModelFileError if ranks do not count from 0, a byte is no word, or a size is out of bounds."""
+    """Raises ModelFileError if ranks do not count from 0, a byte is not a word, or a size is out of bounds."""
     if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) > _MOST_WORDS:
         raise ModelFileError(f"{path}: its {len(ranks)} ranks are not the numbers from 0 on, each once")
     if max(map(len, ranks)) > _MOST_BYTES:

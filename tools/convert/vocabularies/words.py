@@ -22,8 +22,8 @@ _MARKED_CONTROL: Final = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 
 @dataclass(slots=True)
 class Words:
-    """A vocabulary. `kind` is GGUF's `tokenizer.ggml.model`. SentencePiece vocabularies have `scores`, BPE ones
-    `merges`. Those of SentencePiece in tokenizer.json have both, but only kind gemma4 writes their merges."""
+    """A vocabulary. `kind` is GGUF's `tokenizer.ggml.model`. SentencePiece vocabularies have `scores`, BPE vocabularies
+    have `merges`. A SentencePiece vocabulary in tokenizer.json has both, but only kind gemma4 writes the merges."""
 
     kind: str
     pre: str
@@ -71,7 +71,7 @@ class Words:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A note on tokens that end an answer but have no GGUF key, except those that readers know by text."""
+        """A note on tokens that end an answer but have no GGUF key, except tokens that readers know by their text."""
         written = self.ids.values()
         left = [shown(self.texts[end]) for end in self.ends if end not in written and not self._ends_by_text(end)]
         if not left:

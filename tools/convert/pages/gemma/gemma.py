@@ -44,7 +44,7 @@ def build(page: Page) -> None:
 
 
 def _window(page: Page) -> None:
-    """Writes the window, and the layers with a window if they differ from those of the published models."""
+    """Writes the window's size. Also writes which layers have a window, if the published models differ."""
     settings = page.settings
     page.key("attention.sliding_window", settings.count("sliding_window", maximum=MAX_CONTEXT))
     usual = _PERIODS[page.architecture]

@@ -85,7 +85,7 @@ def _keys(page: Page, widths: list[int], copies: int, inputs: int) -> int:
 
 
 def _sparsity(page: Page) -> list[float]:
-    """Returns each layer's threshold of activations, in standard deviations above the mean; -inf passes all."""
+    """Returns each layer's threshold of activations, in standard deviations above the mean. -inf passes all of them."""
     name, sparse = "activation_sparsity_pattern", _SPARSE_LAYERS if page.layers > _SPARSE_LAYERS else 0
     shares = page.settings.values.get(name)
     if shares is None:

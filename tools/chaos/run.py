@@ -36,7 +36,7 @@ _IMPOSSIBLE = {
     FaultKind.KILL: "has no workers here that it restarts itself; give --kill-joined if something else does",
     FaultKind.STOP: "needs two connected workers, one of them on this machine",
     FaultKind.DRAIN: "needs two connected workers",
-    FaultKind.COORDINATOR_KILL: "has no standby (`llamaclust up --standby`); give --coordinator if something restarts it",
+    FaultKind.COORDINATOR_KILL: "has no standby (`llamaclust up --standby`); use --coordinator if something restarts it",
     FaultKind.COORDINATOR_STOP: _NOT_HERE,
     FaultKind.DISK_FULL: _NOT_HERE,
     FaultKind.PARTITION: f"needs two connected workers, one of them with {_LINK}",

@@ -176,7 +176,7 @@ def logs(
     follow: Annotated[bool, Option("-f", "--follow", help="Keep printing new lines until Ctrl-C.")] = False,
     cluster: Cluster = None,
 ) -> None:
-    """Print a worker's log. The cluster is running, or --cluster names a cluster that has ended."""
+    """Print the log of a worker in a running cluster, or in an ended cluster that --cluster names."""
     folder, record = _running_or_last(cluster)
     if record is not None and not record.is_local and worker != _COORDINATOR:
         _print_tail(record, _worker_name(worker), follow)

@@ -24,7 +24,9 @@ def cluster_source(
     if --workers is given with a cluster file."""
     if source is not None and not _is_model(source):
         if workers is not None:
-            raise UsageError(f"--workers: {source} lists its workers; give a model in place of the file")
+            raise UsageError(
+                f"--workers: the cluster file {source} lists its workers; give a model instead of the file"
+            )
         return Path(source), [*(["join.discover=true"] if discover else []), *overrides]
     count = [] if source is None and workers is None else _local_workers(workers or 1)
     if discover:

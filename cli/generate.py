@@ -235,7 +235,7 @@ def given_or_piped(prompt: str | None) -> str:
     if prompt is not None and prompt != "-":
         return terminal.argument(prompt)
     if prompt is None and sys.stdin.isatty():
-        raise UsageError('no prompt: give one, as in llamaclust generate "Once upon a time", or pipe it in')
+        raise UsageError('no prompt: give a prompt, as in llamaclust generate "Once upon a time", or pipe it in')
     return terminal.piped().removesuffix("\n").removesuffix("\r")
 
 

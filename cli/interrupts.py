@@ -31,7 +31,7 @@ def _end_by_signal(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def obey_signals() -> None:
-    """Lets SIGTERM and SIGHUP end this process if it is the first in a container. Call it before slow imports."""
+    """Lets SIGTERM and SIGHUP end this process if it is the first process in a container. Must precede slow imports."""
     for number in (signal.SIGTERM, signal.SIGHUP) if os.getpid() == _FIRST_PROCESS else ():
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end_by_signal)
@@ -65,8 +65,8 @@ Held = Callable[[], AbstractContextManager[None]]
 
 @contextmanager
 def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Calls `handle` for the first of these signals and ignores later signals. A signal that was ignored before (nohup)
-    stays ignored. `handle` is called again if a destructor discarded its exception."""
+    """Calls `handle` for the first of the given signals and ignores later signals. A signal that was ignored before
+    (nohup) stays ignored. `handle` is called again if a destructor discarded its exception."""
     handled = [number for number in numbers if signal.getsignal(number) is unhandled()]
     received: list[int] = []
     usual_hook = sys.unraisablehook
@@ -98,8 +98,8 @@ def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameTy
 
 @contextmanager
 def exits_on_signals(*numbers: signal.Signals) -> Iterator[Held]:
-    """Turns the first of these signals into SystemExit, so that cleanup runs. The exit code is 128 plus the signal's
-    number, as in a shell. Yields a `Held`, which defers the exit."""
+    """Turns the first of the given signals into SystemExit, so that cleanup runs. The exit code is 128 plus the
+    signal's number, as in a shell. Yields a `Held`, which defers the exit."""
     holds = False
     received: list[int] = []
 
@@ -125,7 +125,7 @@ def exits_on_signals(*numbers: signal.Signals) -> Iterator[Held]:
 
 @contextmanager
 def signals_as_interrupts(*numbers: signal.Signals) -> Iterator[None]:
-    """Handles the first of these signals like Ctrl-C, so that cleanup runs. The process then ends with 128 plus the
+    """Handles the first of the given signals like Ctrl-C, so that cleanup runs. The process then ends with 128 plus the
     signal's number, as in a shell."""
     received: list[int] = []
 

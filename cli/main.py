@@ -12,7 +12,7 @@ from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
 from llamaclust.core.process_settings import collect_rarely, open_standard_streams
 
 _INTERRUPTED = 130
-"""The exit code after KeyboardInterrupt, which typer returns, too."""
+"""The exit code after KeyboardInterrupt, equal to typer's exit code."""
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ class PlainCommand(TyperCommand):
 
 
 class PlainGroup(TyperGroup):
-    """A group of commands, with help in the form of `PlainCommand`."""
+    """A group of commands whose help has the form of `PlainCommand`."""
 
     def get_params(self, ctx: Any) -> Any:
         return _without_types(super().get_params(ctx))
@@ -108,7 +108,7 @@ class FileCommand(PlainCommand):
     """A command that reads a cluster file."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Raises UsageError for an option that belongs in the cluster file, and names the key to set there."""
+        """Raises UsageError for an option that belongs in the cluster file. The error names the key to set there."""
         for word, following in zip_longest(args, args[1:], fillvalue=""):
             option, _, value = word.partition("=")
             if (key := _key_of(option, value or following)) is not None:
@@ -299,7 +299,7 @@ _MOST_TEXT_BYTES = 64 << 20
 
 
 def text_of(path: Path) -> str:
-    """Reads a text file. Raises ValueError if it cannot be read, is not text or is larger than 64 MiB."""
+    """Reads a text file. Raises ValueError if the file cannot be read, is not text or is larger than 64 MiB."""
     try:
         data = read_given(path, _MOST_TEXT_BYTES + 1)
         if len(data) > _MOST_TEXT_BYTES:

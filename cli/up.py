@@ -38,7 +38,7 @@ def run_cluster(
     notify: int | None,
     ranked: bool,
 ) -> None:
-    """Runs a cluster until it ends. With `detach`, returns when it is ready."""
+    """Runs a cluster until it ends. With `detach`, returns when the cluster is ready."""
     if port is not None or lan:
         overrides = [*overrides, *listen_overrides(file, overrides, port, lan=lan)]
     config = load_config(file, overrides)

@@ -126,7 +126,7 @@ def _groups(tensors: Sequence[Tensor], rules: SplitRules, alignment: int) -> lis
             begins = number > 0 and number % rules.most_tensors == 0
         elif size > rules.most_bytes:
             raise UsageError(
-                f"tensor {tensor.name} has {size} bytes, but a part at most {rules.most_bytes}: raise --split-max-size"
+                f"tensor {tensor.name} has {size} bytes, but a part holds {rules.most_bytes}: raise --split-max-size"
             )
         else:
             begins = held + size > rules.most_bytes

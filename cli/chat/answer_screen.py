@@ -75,7 +75,7 @@ class AnswerScreen:
 
 
 def _markdown_screen() -> MarkdownScreen | None:
-    """Returns None if standard output is not a terminal that can render."""
+    """Returns a Markdown screen, or None if standard output is not a terminal that can render Markdown."""
     from llamaclust.cli.chat.markdown import MarkdownScreen  # only here: rich's parser takes a part of the start
 
     screen = MarkdownScreen()

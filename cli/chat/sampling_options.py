@@ -49,8 +49,8 @@ _FILES: dict[str, Callable[[Path], Any]] = {"json_schema": _json_of, "grammar": 
 
 def with_samplers(*, recommended: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Returns a decorator that adds sampling options to a command. The command gets an argument `more`, which maps
-    request fields to the values that the user gave. If the user gives none of `MAIN_NUMBERS`, the model's file decides
-    if `recommended` is True. Otherwise `more` contains their defaults."""
+    request fields to the values that the user gave. A number of `MAIN_NUMBERS` that the user did not give comes from
+    the model's file if `recommended` is True. Otherwise `more` contains its default."""
     added = {name: _number_option(name, recommended) for name in _NUMBERS} | {name: _option(name) for name in _MORE}
 
     def add(command: Callable[..., None]) -> Callable[..., None]:

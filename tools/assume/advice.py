@@ -37,7 +37,7 @@ class Alone:
 
 
 def fastest_alone(cluster: AssumedCluster, model: AssumedModel) -> Alone | None:
-    """Returns the machine that decodes fastest among those that can hold the whole model, or None."""
+    """Returns the machine that decodes fastest by itself and can hold the whole model, or None."""
     found = list[Alone]()
     for machine in dict.fromkeys(cluster.assumed.machines):
         plan = cluster.with_one(machine).fitting_plan(model)

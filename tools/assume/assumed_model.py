@@ -88,7 +88,7 @@ class AssumedModel:
         return not self.has_file and model is not None and bool(model.mmproj)
 
     def quantized(self, mix: str) -> AssumedModel:
-        """Raises UsageError if `quantize` has no rules for the architecture."""
+        """Returns the model in another mix. Raises UsageError if `quantize` has no rules for the architecture."""
         return replace(self, file=_quantized(self.file, MIXES[mix]), mix=mix)
 
     @property

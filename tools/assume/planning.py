@@ -40,7 +40,7 @@ class AssumedCluster:
 
     @classmethod
     def of(cls, assumed: AssumedMachines, overrides: Sequence[str]) -> AssumedCluster:
-        """Raises UsageError for a key that has no effect in an assumed plan."""
+        """Returns a cluster of these machines. Raises UsageError for a key that has no effect in an assumed plan."""
         for text in overrides:
             key = text.partition("=")[0].strip()
             if key.split(".")[0] not in KEYS:
@@ -60,7 +60,8 @@ class AssumedCluster:
         return AssumedCluster(replace(self.assumed, machines=(machine,)), overrides)
 
     def plan(self, model: AssumedModel, *, max_expert_shards: int = MAX_EXPERT_SHARDS) -> Plan:
-        """Raises UsageError for a wrong override or unusable GPUs, and InsufficientMemoryError with the missing MiB."""
+        """Plans a model. Raises UsageError if overrides or GPUs are wrong, and InsufficientMemoryError if it does not
+        fit."""
         workers = {f"m{number}": machine for number, machine in enumerate(self.assumed.machines, 1)}
         resources = ClusterResources(
             workers={name: _resources(name, machine) for name, machine in workers.items()},

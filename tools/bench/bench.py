@@ -121,7 +121,8 @@ class BenchReport:
 
     @property
     def prefill_roofline(self) -> Spread:
-        """The shares of the 8-bit peak (for float weights, the float32 peak) in multiply-adds that prefill reached."""
+        """The shares of the peak that prefill reached. The peak is in 8-bit operations, or float32 for float
+        weights."""
         return Spread.of(pair.share for pair in self.prefills)
 
     def as_json(self) -> dict[str, Any]:
@@ -177,7 +178,7 @@ class _StageRunner:
 
 
 def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
-    """Raises UsageError if the tokens exceed the model's context, or if there are more workers than layers."""
+    """Runs a benchmark. Raises UsageError if tokens exceed the model's context, or workers outnumber its layers."""
     with closing(Model.open(task.model)) as model:
         trained = model.hyperparameters.context_length
         if task.context > trained:
@@ -228,7 +229,7 @@ async def _cluster_runs(task: BenchTask, on_step: OnStep, measure: _Measure) -> 
 async def _measure(
     task: BenchTask, work: Work, on_step: OnStep, runner: Runner, limits: GpuLimits | Limits | None = None
 ) -> _Runs:
-    """Alternates decode and prefill, so that changes of the machine affect both. The default is the CPU's limits."""
+    """Alternates decode and prefill, so that changes of the machine affect both. Default `limits` are the CPU's."""
     on_step("warming up")
     threads = min(task.threads_each * task.workers, physical_cores())
     limits = limits or await Limits.open(threads, work.float_share)

@@ -18,7 +18,7 @@ class FirewallError(LlamaclustError):
 
 
 class Firewall:
-    """Rules in the network namespace of this process. Raises FirewallError if the process may not add any."""
+    """Rules in the network namespace of this process. Raises FirewallError if the process may not add rules."""
 
     def __init__(self) -> None:
         self.table = f"inet llamaclust_chaos_{os.getpid()}"

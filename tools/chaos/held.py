@@ -31,7 +31,7 @@ class Stops:
 
 
 class FullDisks:
-    """Coordinators, by target, that cannot write files, as on a full disk. Workers that they start cannot either."""
+    """Coordinators whose disk appears full, by target. The disk also appears full to workers that they start."""
 
     def __init__(self) -> None:
         self._limits: dict[str, tuple[Process, int]] = {}  # of files, before

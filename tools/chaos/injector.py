@@ -27,7 +27,7 @@ _RETURN_S = 120.0
 _UNDRAIN_S = 30.0
 _POLL_S = 0.1
 _JOURNAL_S = 6.0
-"""Seconds after a full disk until the journal has all open requests. If the coordinator ends sooner, it loses some."""
+"""Seconds after a full disk until the journal has all open requests. If the coordinator ends sooner, some are lost."""
 
 Show = Callable[[str], None]
 

@@ -33,7 +33,7 @@ class Process:
         return bool(fields) and int(fields[_START]) == self.start_time and fields[_STATE] not in ("Z", "X")
 
     def send(self, number: signal.Signals) -> bool:
-        """Returns False if the process has ended. A pidfd ensures that no other process gets the signal."""
+        """Sends a signal. Returns False if the process has ended. A pidfd keeps the signal from any other process."""
         with suppress(ProcessLookupError):
             descriptor = os.pidfd_open(self.pid)
             try:
@@ -45,7 +45,7 @@ class Process:
         return False
 
     def catches(self, number: signal.Signals) -> bool:
-        """True if the process handles the signal. Otherwise the signal would end it."""
+        """True if the process handles the signal. A signal without a handler would end the process."""
         with suppress(OSError):
             lines = (_PROC / str(self.pid) / "status").read_text().splitlines()
             caught = next((line for line in lines if line.startswith("SigCgt:")), "SigCgt: 0")

@@ -33,10 +33,12 @@ _NOT_HERE = "has no coordinator of this user on this machine"
 _LINK = "a network link to this machine (workers of `launcher: local` have Unix sockets)"
 _NOT_PRELOADED = f"needs two connected workers, one of them on this machine and started with PYTHONPATH={PRELOAD}"
 _IMPOSSIBLE = {
-    FaultKind.KILL: "has no workers here that it restarts itself; give --kill-joined if something else does",
+    FaultKind.KILL: "has no workers here that it restarts itself; give --kill-joined if something does",
     FaultKind.STOP: "needs two connected workers, one of them on this machine",
     FaultKind.DRAIN: "needs two connected workers",
-    FaultKind.COORDINATOR_KILL: "has no standby (`llamaclust up --standby`); use --coordinator if something restarts it",
+    FaultKind.COORDINATOR_KILL: (
+        "has no standby (`llamaclust up FILE --standby`); give --coordinator if something restarts it"
+    ),
     FaultKind.COORDINATOR_STOP: _NOT_HERE,
     FaultKind.DISK_FULL: _NOT_HERE,
     FaultKind.PARTITION: f"needs two connected workers, one of them with {_LINK}",

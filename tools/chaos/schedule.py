@@ -17,7 +17,7 @@ _LOST_S = (0.1, 10.0)
 """Seconds below and above `timeouts.worker`, drawn log-uniformly: a worker is late, or counts as lost."""
 _DRAINED_S = (0.5, 5.0)
 _COORDINATOR_STOPPED_S = (0.1, 4.0)
-"""Seconds, fewer than `timeouts.worker` but more than many heartbeats."""
+"""Durations in seconds, below `timeouts.worker` but longer than many heartbeats."""
 _FULL_S = (0.5, 5.0)
 _SLOW_S = (0.5, 8.0)
 _LOSSES = 5

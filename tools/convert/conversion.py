@@ -54,8 +54,7 @@ def convert(
     source: Path, out: Path | None, type_name: str, hints: Hints, on_progress: OnProgress, name: str | None
 ) -> Converted:
     """Writes the checkpoint at `source` to `out`, by default NAME-TYPE.gguf in the current folder. Raises
-    ModelFileError, and UsageError if an option is bad or the disk has too little room. Leaves no file after an
-    error."""
+    ModelFileError for a bad checkpoint, and UsageError for a bad option or a full disk. Leaves no file then."""
     with SourceFiles() as files:
         return write_converted(
             files, open_checkpoint(files, source, hints), Target(out, type_name, name), hints, on_progress

@@ -151,7 +151,7 @@ def _read_adapter(files: SourceFiles, folder: Path) -> _Adapter:
     settings = PeftSettings.read(folder)
     weights = next((folder / name for name in _NAMES if (folder / name).is_file()), None)
     if weights is None:
-        raise ModelFileError(f"{folder}: has no weights: neither {' nor '.join(_NAMES)}")
+        raise ModelFileError(f"{folder}: has no weights: neither {' nor '.join(_NAMES)} is there")
     halves: dict[str, dict[str, Lazy]] = {}
     replaced = {}
     for name, tensor in read_weight_file(files, weights).items():

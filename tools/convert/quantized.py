@@ -30,7 +30,8 @@ _AWQ_ORDER: Final = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 
 
 def dequantized(tensors: Mapping[str, Lazy], settings: Settings, recent: Recent) -> Mapping[str, Lazy]:
-    """Replaces each `.qweight` by a `.weight`, and scaled tensors by float32. Raises ModelFileError if unsupported."""
+    """Replaces each `.qweight` by a `.weight`, and scaled tensors by float32 tensors. Raises ModelFileError if the
+    quantization method is not supported."""
     if not settings.has("quantization_config"):
         return tensors
     said = settings.inner("quantization_config")
@@ -207,7 +208,7 @@ def _scaled_experts(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -
 
 
 def _all_numbers() -> Array:
-    """Returns the numbers of all E4M3 bytes: 4 exponent bits with bias 7, 3 fraction bits. All seven set mean NaN."""
+    """Returns all E4M3 numbers by byte: 4 exponent bits with bias 7, 3 fraction bits. All seven bits set mean NaN."""
     byte = np.arange(256)
     exponent, fraction = byte >> 3 & 15, byte & 7
     size = np.where(exponent == 0, np.ldexp(fraction, -9), np.ldexp(8.0 + fraction, exponent - 10))

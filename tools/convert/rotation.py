@@ -29,7 +29,7 @@ def rotation(
     log_multiplier: bool = False,
 ) -> None:
     """Writes keys and tensors of factors, for heads with `dimensions` rotating channels. `base` is the default base.
-    With `log_multiplier`, GGUF has a key for the divisor of YaRN's magnitude. Raises ModelFileError if unsupported."""
+    With `log_multiplier`, GGUF has a key for the divisor of YaRN's magnitude. Unknown kinds raise ModelFileError."""
     said = _parameters(page.settings)
     theta = _base(said, base or 10000.0)
     page.key("rope.freq_base", theta)
@@ -67,7 +67,7 @@ def latent_rotation(page: Page, dimensions: int) -> None:
         both = f"{said.shown('mscale_all_dim')}, mscale {said.shown('mscale')}"
         raise said.error("mscale_all_dim", f"{both}: {page.architecture} needs two equal numbers above 0")
     if said.real("attention_factor", "attn_factor", default=1.0) != 1:
-        raise said.error("attention_factor", f"{page.architecture} computes with 1")
+        raise said.error("attention_factor", f"expected 1, since {page.architecture} computes with 1")
     page.key("rope.scaling.yarn_log_multiplier", share / 10)
     if page.architecture == "mistral4" and share != 1:
         page.key("rope.scaling.attn_factor", _growth(factor, share) / _growth(factor))
@@ -118,7 +118,7 @@ def sections(settings: Settings, pairs: int) -> list[int]:
 
 
 def position_scale(page: Page) -> int:
-    """Writes how queries grow with the logarithm of the position. Returns the positions per step, or 0 if constant."""
+    """Writes how queries grow with the logarithm of the position. Returns positions per step, or 0 without growth."""
     said = _parameters(page.settings)
     growth = said.real("llama_4_scaling_beta", default=0.0, maximum=1e3)
     if not growth:

@@ -86,7 +86,7 @@ def writing(path: Path, shape: LogitsShape, chunks: Sequence[Sequence[int]]) -> 
 
 @dataclass(frozen=True, slots=True)
 class LogitsFile:
-    """A file of logits. Tokens are read when it is opened, logprobs on demand."""
+    """A file of logits. Tokens are read when the file is opened, and logprobs on demand."""
 
     path: Path
     shape: LogitsShape
@@ -94,7 +94,7 @@ class LogitsFile:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Raises UsageError if the file cannot be read, is of another kind or is incomplete."""
+        """Opens a file. Raises UsageError if the file cannot be read, is of another kind or is incomplete."""
         try:
             with path.open("rb") as file:
                 shape = _read_shape(path, file)
@@ -102,7 +102,9 @@ class LogitsFile:
         except OSError as error:
             raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
         if not (tokens.min() >= 0 and tokens.max() < shape.vocabulary):
-            raise UsageError(f"{path}: holds a token outside its vocabulary of {shape.vocabulary}; create it again")
+            raise UsageError(
+                f"{path}: holds a token outside its vocabulary of {shape.vocabulary}; create the file again"
+            )
         return cls(path, shape, tuple(tuple(chunk) for chunk in tokens.reshape(shape.chunks, -1).tolist()))
 
     def logprobs(self, chunk: int, start: int, end: int) -> Float32:
@@ -112,7 +114,7 @@ class LogitsFile:
             file.seek(shape.head_bytes + (chunk * shape.rows + start) * shape.row_bytes)
             data = file.read((end - start) * shape.row_bytes)
         if len(data) != (end - start) * shape.row_bytes:
-            raise LlamaclustError(f"{self.path}: became shorter while it was read; create it again")
+            raise LlamaclustError(f"{self.path}: became shorter while it was read; create the file again")
         numbers = np.frombuffer(data, "<u2").reshape(end - start, -1)
         scale = np.ascontiguousarray(numbers[:, :4]).view("<f4").astype(np.float32)
         step, least = scale.T.astype(np.float64)

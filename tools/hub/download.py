@@ -28,7 +28,7 @@ _LARGE_BYTES = 1 << 26
 _CONNECTIONS = 4
 _PIECE_BYTES = 8 << 20
 _AHEAD = 6
-"""The maximum number of pieces in memory or in transfer. It lets others continue while one piece is slow."""
+"""The maximum number of pieces in memory or in transfer. Other pieces continue while one piece is slow."""
 RETRY_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -204,7 +204,7 @@ class _Transfer:
                 if response.headers.get("content-range") == f"bytes */{self.size_bytes}":
                     return None
                 self.forget()
-                raise _TryAgain("the server has fewer bytes than were kept")
+                raise _TryAgain("the server's file is shorter than the kept bytes")
             _check_status(response, self.wanted.url)
             start = _start_of(response)
             if start not in (0, self.size_bytes):

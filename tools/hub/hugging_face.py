@@ -65,7 +65,7 @@ def files_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile) -
             for data in response.iter_bytes():
                 body += data
                 if len(body) > _LISTING_BYTES:
-                    raise DownloadError(f"{url}: more than {_LISTING_BYTES >> 20} MiB")
+                    raise DownloadError(f"{url}: the list of files exceeds {_LISTING_BYTES >> 20} MiB")
         return [file["rfilename"] for file in json.loads(body)["siblings"] if isinstance(file["rfilename"], str)]
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise DownloadError(f"{url}: {failure(error)}") from error
@@ -95,7 +95,7 @@ def _token_of_file(settings: HubSettings) -> str | None:
             raise UsageError(f"HF_TOKEN_PATH={path}: no such file") from error
         return None
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot read the token in it: {error}") from error
+        raise UsageError(f"{path}: the token cannot be read: {error}") from error
     if mode & 0o077:
         raise UsageError(f"{path}: other users may read this token (mode {mode:04o}): chmod 600 {path}")
     return token or None

@@ -97,7 +97,7 @@ def _only_one(directory: Path, progress: Progress) -> Iterator[None]:
     lock = FileLock(directory / _LOCK)
     while not _taken(lock, directory):
         if time.monotonic() > deadline:
-            raise DownloadError(f"{directory}: another process has been downloading for an hour; end it")
+            raise DownloadError(f"{directory}: another process has been downloading for an hour; end that process")
         progress("waiting for another download", 0, None)
         time.sleep(_LOCK_PAUSE_S)
     try:

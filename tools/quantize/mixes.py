@@ -11,7 +11,7 @@ from llamaclust.model.quant_types import QuantType as Q
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """`file_type` is the mix's number in `general.file_type`. `base` is the type of tensors that no rule names."""
+    """A quantization mix. `file_type` is its number in GGUF files. `base` is the type of tensors that no rule names."""
 
     name: str
     file_type: int

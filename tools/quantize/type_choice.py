@@ -59,7 +59,9 @@ def choose_types(model: ModelFile, wishes: Wishes) -> dict[str, QuantType]:
     """Returns each tensor's type, in the model's order. Raises UsageError if the architecture's rules are unknown."""
     architecture = model.metadata_str("general.architecture")
     if architecture in _OTHER_RULES and not wishes.pure:
-        raise UsageError(f"{model.path}: mixes have other rules for {architecture}: give --pure, and types by name")
+        raise UsageError(
+            f"{model.path}: mixes have unsupported rules for {architecture}: give --pure, and types by name"
+        )
     chooser = _Chooser(model, architecture, wishes)
     chosen = {tensor.name: chooser.choose(tensor) for tensor in in_layer_order(model)}
     return {name: chosen[name] for name in model.tensors}

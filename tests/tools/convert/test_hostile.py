@@ -194,7 +194,7 @@ def test_files_and_shards_that_are_cut_short_or_missing(tmp_path: Path) -> None:
         second.write_bytes(whole[:end])
         refused(model, "cut short|damaged|not a safetensors")
     second.unlink()
-    refused(model, "missing, but model.safetensors.index.json names it; get all shards")
+    refused(model, "missing, but model.safetensors.index.json lists it; get all shards")
     (model / "model.safetensors.index.json").unlink()
     refused(model, "expected 3 shards, found 2")
     second.write_bytes((model / "model-00001-of-00003.safetensors").read_bytes())

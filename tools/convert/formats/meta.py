@@ -51,7 +51,7 @@ _TENCENT_SETTINGS: Final = {
 
 
 def read_meta(files: SourceFiles, folder: Path, context_length: int | None) -> Checkpoint:
-    """Reads a folder of Meta's. The user gives `context_length`, because params.json may lack it."""
+    """Reads a folder in Meta's form. `context_length` comes from the user, because params.json may lack it."""
     path = folder / PARAMS
     params = Settings(read_json(path), str(path))
     width = params.count("dim")
@@ -151,7 +151,7 @@ def read_tencent_pretrain(
     place = config or path.with_suffix(".json")
     if not place.is_file():
         raise ModelFileError(
-            f"{path}: the file does not state the number of heads; name its configuration with --config"
+            f"{path}: the file does not state the number of heads; name the model's configuration with --config"
         )
     said = Settings(read_json(place), str(place))
     for name, wanted in _TENCENT_SETTINGS.items():
@@ -167,7 +167,7 @@ def _meta_name(name: str, path: Path) -> str:
         return _TENCENT_ENDS[name]
     found = _TENCENT_LAYER.fullmatch(name)
     if found is None or found[2] not in _TENCENT_PARTS:
-        raise ModelFileError(f"{path}: tensor {shown(name)}: the name is not one of TencentPretrain's LLaMA")
+        raise ModelFileError(f"{path}: tensor {shown(name)}: TencentPretrain's LLaMA has no such tensor")
     return f"layers.{int(found[1])}.{_TENCENT_PARTS[found[2]]}.weight"
 
 
@@ -178,7 +178,7 @@ def _tencent_settings(
     width, heads = said.count("hidden_size", "emb_size"), said.count("heads_num", maximum=MAX_HEADS)
     key = tensors.get("layers.0.attention.wk.weight")
     if key is None:
-        raise ModelFileError(f"{path}: keys of the first layer are missing")
+        raise ModelFileError(f"{path}: the first layer's matrix of keys is missing")
     head = max(1, width // heads)
     return {
         "hidden_size": width,

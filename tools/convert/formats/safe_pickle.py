@@ -212,7 +212,7 @@ def _refuse_call(arguments: tuple[Any, ...]) -> Any:
 
 
 def _tensor(arguments: tuple[Any, ...]) -> TensorRef:
-    """`arguments` are (storage, offset, shape, strides, requires_grad, hooks, ...)."""
+    """Makes a tensor from the arguments (storage, offset, shape, strides, requires_grad, hooks, ...)."""
     if len(arguments) < 4 or not isinstance(arguments[0], StorageRef):
         raise _Refused("the pickle makes a tensor of something that is not a storage")
     numbers = [arguments[1], *_shape(arguments[2]), *_shape(arguments[3])]
@@ -230,7 +230,7 @@ def _shape(value: Any) -> tuple[Any, ...]:
 
 
 def _parameter(arguments: tuple[Any, ...]) -> TensorRef:
-    """`arguments` are (tensor, requires_grad, hooks)."""
+    """Returns the tensor among the arguments (tensor, requires_grad, hooks)."""
     if not arguments or not isinstance(arguments[0], TensorRef):
         raise _Refused("the pickle makes a parameter of something that is not a tensor")
     return arguments[0]

@@ -90,7 +90,7 @@ def feed_forward_width(page: Page) -> int:
 
 
 def windowed_layers(page: Page, period: int) -> list[bool]:
-    """Returns True for each layer with a window: by `layer_types`, or else for all layers except each `period`th."""
+    """Returns True for each layer with a window: by `layer_types`, or else for all layers except every `period`th."""
     listed = page.settings.values.get("layer_types")
     if not isinstance(listed, list):
         return [(layer + 1) % period != 0 for layer in range(page.layers)]

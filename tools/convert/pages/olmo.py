@@ -25,7 +25,9 @@ def build_olmo3(page: Page) -> None:
     base = page.metadata["olmo2.rope.freq_base"]
     local = local_base(settings, settings.real("rope_theta", default=_BASE, minimum=1.0))
     if local != base:
-        raise settings.error("rope_parameters", f"layers with a window have base {local:g}, but the others {base}")
+        raise settings.error(
+            "rope_parameters", f"layers with a window have base {local:g}, but other layers have {base}"
+        )
     page.key("attention.sliding_window", settings.count("sliding_window", maximum=MAX_CONTEXT))
     page.key("attention.sliding_window_pattern", np.array(decoder.windowed_layers(page, _PERIOD), np.bool_))
 

@@ -140,7 +140,7 @@ def _keys(page: Page, net: _DeltaNet, recurrent: list[bool], further: int, has_e
 def _expert_keys(page: Page) -> None:
     settings = page.settings
     if settings.count("decoder_sparse_step", default=1) != 1 or settings.values.get("mlp_only_layers"):
-        raise settings.error("mlp_only_layers", "layers without experts among those with them are not supported")
+        raise settings.error("mlp_only_layers", "layers without experts among layers with experts are not supported")
     if not settings.flag("norm_topk_prob", default=True):
         raise settings.error("norm_topk_prob", f"false is not supported by {page.architecture}")
     count = settings.count("num_experts", maximum=experts.MAX_EXPERTS)

@@ -91,7 +91,8 @@ _PICTURES: Final = tuple(
 
 
 def text_part(checkpoint: Checkpoint) -> Checkpoint:
-    """Returns a multimodal checkpoint's text model, or another checkpoint unchanged. Refuses unknown text models."""
+    """Returns a multimodal checkpoint's text model, or another checkpoint unchanged. Raises ModelFileError if the text
+    model is of an unknown kind."""
     part = MULTIMODAL.get(checkpoint.family)
     if part is None:
         return checkpoint

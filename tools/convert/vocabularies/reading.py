@@ -48,7 +48,7 @@ def read_words(
 def _find(folder: Path, names: Sequence[str]) -> Path:
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
-        raise ModelFileError(f"{folder}: has no tokenizer ({', '.join(names)}); name one with --tokenizer")
+        raise ModelFileError(f"{folder}: has no tokenizer ({', '.join(names)}); name a tokenizer with --tokenizer")
     return found
 
 

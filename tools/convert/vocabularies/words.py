@@ -60,10 +60,10 @@ class Words:
             self._drop()
         count = len(self.texts)
         if count > rows:
-            more = f"{count} words, the embedding has {rows} rows"
+            more = f"there are {count} words, but the embedding has {rows} rows"
             raise ModelFileError(f"{self.origin}: {more}: take the tokenizer of the same model")
         if rows - count > max(_FREE_ROWS, rows * _FREE_SHARE):
-            fewer = f"only {count} words, the embedding has {rows} rows"
+            fewer = f"there are only {count} words, but the embedding has {rows} rows"
             raise ModelFileError(f"{self.origin}: {fewer}: take the tokenizer of the same model")
         for number in range(count, rows):
             self._append(f"[PAD{number}]", TokenType.UNUSED, _PADDING_SCORE)

@@ -64,7 +64,7 @@ def _caps(page: Page) -> None:
             page.key(name, settings.real(name, default=default, minimum=1e-3, maximum=MAX_CAP))
         return
     if settings.has(scores):
-        raise settings.error(scores, "gemma3 caps no scores")
+        raise settings.error(scores, "gemma3 does not cap scores")
     if settings.has(final):
         page.key(final, settings.real(final, minimum=1e-3, maximum=MAX_CAP))
 

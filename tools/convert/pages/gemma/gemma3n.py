@@ -109,7 +109,7 @@ def _table(page: Page, width: int) -> None:
 
 
 def _attention(page: Page, layer: int, *, is_idle: bool) -> None:
-    """Copies attention. An idle layer uses another layer's keys and values, even if it has own weights for them."""
+    """Copies attention. An idle layer uses another layer's keys and values, even if it has its own weights for them."""
     place, source = f"blk.{layer}", f"model.layers.{layer}"
     attention, query, key = f"{source}.self_attn", page.heads * page.head_width, page.kv_heads * page.head_width
     page.copy(f"{place}.attn_norm", f"{source}.input_layernorm", page.width)

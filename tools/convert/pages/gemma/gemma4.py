@@ -85,7 +85,7 @@ def _read_form(page: Page) -> _Form:
 
 
 def _heads(page: Page, windowed: list[bool], alike: bool) -> tuple[_Heads, _Heads]:
-    """Returns the heads of layers with a window, and of other layers. Settings have two keys, or one object a layer."""
+    """Reads the heads of layers with a window, and of other layers, from two keys or from an object per layer."""
     settings = page.settings
     part = _Heads(page.head_width, page.kv_heads)
     if not settings.has("per_layer_config"):

@@ -60,7 +60,7 @@ class AssumedCluster:
         return AssumedCluster(replace(self.assumed, machines=(machine,)), overrides)
 
     def plan(self, model: AssumedModel, *, max_expert_shards: int = MAX_EXPERT_SHARDS) -> Plan:
-        """Plans a model. Raises UsageError if overrides or GPUs are wrong, and InsufficientMemoryError if it does not
+        """Plans a model. Raises UsageError for wrong overrides or GPUs, and InsufficientMemoryError if it does not
         fit."""
         workers = {f"m{number}": machine for number, machine in enumerate(self.assumed.machines, 1)}
         resources = ClusterResources(

@@ -16,7 +16,7 @@ _LONG_WORD = re.compile(r"(\S{100})\S{100,}(\S{50})")
 
 
 class Color(StrEnum):
-    """When to use colors. `auto` uses them on a terminal with colors unless NO_COLOR is set."""
+    """The use of colors. `auto` means colors on a terminal that has them, unless NO_COLOR is set."""
 
     AUTO = "auto"
     ON = "on"

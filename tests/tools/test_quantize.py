@@ -180,7 +180,7 @@ def test_what_is_refused_leaves_nothing(model: Path, tmp_path: Path) -> None:
         ((model, out, "Q4_0", "--tensor-type", "attn_q"), "PATTERN=TYPE"),
         ((model, out, "Q4_0", "--tensor-type", "(=Q8_0"), "regular expression"),
         ((model, out, "Q4_0", "--tensor-type", "attn_q=Q9"), "give one of"),
-        ((model, out, "Q4_0", "--tensor-type", "attn_z=Q8_0"), "no tensor of"),
+        ((model, out, "Q4_0", "--tensor-type", "attn_z=Q8_0"), "no tensor name in"),
         ((model, out, "Q4_0", "--leave-output-tensor", "--output-tensor-type", "Q8_0"), "contradict"),
         ((model, model, "Q4_0"), "the model itself"),
         ((model, tmp_path, "Q4_0"), "a folder"),

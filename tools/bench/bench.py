@@ -121,8 +121,7 @@ class BenchReport:
 
     @property
     def prefill_roofline(self) -> Spread:
-        """The shares of the peak that prefill reached. The peak is in 8-bit or, for float weights, float32
-        operations."""
+        """The shares of the peak that prefill reached. The peak is of 8-bit products, or float32 for float weights."""
         return Spread.of(pair.share for pair in self.prefills)
 
     def as_json(self) -> dict[str, Any]:

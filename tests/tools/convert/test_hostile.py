@@ -141,7 +141,7 @@ def test_pytorch_files_with_numbers_that_do_not_fit(tmp_path: Path) -> None:
     write_archive(path, members | {"archive/data/0": members["archive/data/0"][:-4]})
     refused(model, r"bytes in its member, found \d+")
     write_archive(path, {name: data for name, data in members.items() if name != "archive/data/3"})
-    refused(model, "data/3, are missing")
+    refused(model, "data/3 are missing")
     write_archive(path, members | {"archive/byteorder": b"big"})
     refused(model, "not little-endian")
     for end in (10, 1000, len(whole) // 2, len(whole) - 10):
@@ -257,7 +257,7 @@ def test_paths_without_a_checkpoint(tmp_path: Path) -> None:
     model = folder(tmp_path)
     refused(model, "--type q4_0: give one of f32, f16, bf16, q8_0", "q4_0")
     (model / "tokenizer.json").unlink()
-    refused(model, "no tokenizer .*; name one with --tokenizer")
+    refused(model, "no tokenizer .*; name a tokenizer with --tokenizer")
     refused(model / "model.safetensors", "weights without their folder")
 
 

@@ -202,7 +202,7 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
         (
             "Olmo3ForCausalLM",
             {"rope_parameters": _TWO_BASES},
-            "layers with a window have base 3000, but the others 20000.0",
+            "layers with a window have base 3000, but other layers have 20000.0",
         ),
         ("Olmo3ForCausalLM", {"sliding_window": None}, "'sliding_window': missing"),
         ("Olmo3ForCausalLM", {"layer_types": [{}, {}]}, "expected 2 kinds of attention, found 2 entries"),

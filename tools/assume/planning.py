@@ -60,7 +60,8 @@ class AssumedCluster:
         return AssumedCluster(replace(self.assumed, machines=(machine,)), overrides)
 
     def plan(self, model: AssumedModel, *, max_expert_shards: int = MAX_EXPERT_SHARDS) -> Plan:
-        """Plans a model. Raises UsageError for a bad override, and InsufficientMemoryError with the missing MiB."""
+        """Plans a model. Raises UsageError for a bad override or GPU, and InsufficientMemoryError if it does not
+        fit."""
         workers = {f"m{number}": machine for number, machine in enumerate(self.assumed.machines, 1)}
         resources = ClusterResources(
             workers={name: _resources(name, machine) for name, machine in workers.items()},

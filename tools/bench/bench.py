@@ -121,7 +121,7 @@ class BenchReport:
 
     @property
     def prefill_roofline(self) -> Spread:
-        """The shares of the peak that prefill reached. The peak is of 8-bit products, or float32 for float weights."""
+        """The shares of the peak that prefill reached. The peak counts 8-bit products, or float32 for float weights."""
         return Spread.of(pair.share for pair in self.prefills)
 
     def as_json(self) -> dict[str, Any]:

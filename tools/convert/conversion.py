@@ -53,8 +53,8 @@ class Target:
 def convert(
     source: Path, out: Path | None, type_name: str, hints: Hints, on_progress: OnProgress, name: str | None
 ) -> Converted:
-    """Writes the checkpoint at `source` to `out`, by default NAME-TYPE.gguf in the current folder. Raises
-    ModelFileError for a bad checkpoint, and UsageError for a bad option or a full disk. Leaves no file then."""
+    """Writes the checkpoint at `source` to `out`, by default NAME-TYPE.gguf in this folder. Raises ModelFileError for a
+    bad checkpoint, and UsageError for a bad option or a full disk. Leaves no file after an error."""
     with SourceFiles() as files:
         return write_converted(
             files, open_checkpoint(files, source, hints), Target(out, type_name, name), hints, on_progress

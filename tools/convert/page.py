@@ -23,7 +23,7 @@ _NOT_NEEDED: Final = re.compile(
 
 
 class Page:
-    """Metadata and tensors of one architecture. `vocabulary_rules` names the architecture of its vocabulary rules."""
+    """Metadata and tensors of one architecture. `vocabulary_rules` is the architecture whose vocabulary rules apply."""
 
     def __init__(self, checkpoint: Checkpoint, architecture: str) -> None:
         self.settings = checkpoint.settings

@@ -72,7 +72,7 @@ def _check_attention(page: Page, count: int) -> None:
 
 
 def _chunks(page: Page) -> None:
-    """Writes the keys of chunks, except for chunks as in Scout and Maverick, whose published files have no keys."""
+    """Writes the keys of chunks, except for chunks as in Scout and Maverick, whose published files lack the keys."""
     settings, rotated = page.settings, _rotated(page)
     kinds = ["chunked_attention" if flag else "full_attention" for flag in rotated]
     if settings.has("layer_types") and settings.values["layer_types"] != kinds:

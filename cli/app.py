@@ -25,12 +25,12 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Options of the program itself."""
+    """Declares the program's own options."""
 
 
 _FIRST_STEPS = (
-    "First: `llamaclust up`, and `llamaclust chat` in another terminal. "
-    "`llamaclust plan --assume 3x16GB` lists what such machines can run."
+    "To start, run `llamaclust up`, then `llamaclust chat` in another terminal. "
+    "`llamaclust plan --assume 3x16GB` lists the models that three machines with 16 GB can run."
 )
 
 

@@ -1,4 +1,4 @@
-"""`llamaclust model cache ...`: the packed-weight cache, fetched weights, compiled kernels and KV memory on disk."""
+"""The `llamaclust model cache` commands: list and clear packed weights, fetched weights, GPU kernels and KV memory."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def list_layers(as_json: Json = False) -> None:
-    """Show the packed-weight cache by model, weights fetched from workers, and KV memory on disk.
+    """List the packed weights of each model, the weights fetched from other workers, KV memory on disk and GPU kernels.
 
-    A part is a layer, the embedding or the output matrix."""
+    In the list, a part is a layer, the embedding or the output matrix."""
     from llamaclust.core.disk_cache.files import TEMPORARY
     from llamaclust.model.weights.cache import UNFINISHED, WHOLE
 
@@ -50,7 +50,7 @@ def list_layers(as_json: Json = False) -> None:
     for model in models:
         print(f"{_mib(model.size_bytes)}  {model.parts:4} parts  {printable(model.model)}")
     if unfinished:
-        why = "being written, or left by a process that was killed: the next one that writes deletes it"
+        why = "still being written, or left by a killed process; the next write to the cache deletes leftovers"
         print(f"{_mib(_total(unfinished))}  {len(unfinished):4} unfinished  ({why})")
     for path in strange:
         print(f"not a regular file, remove it: {printable(str(path))}")
@@ -65,8 +65,8 @@ def list_layers(as_json: Json = False) -> None:
 
 
 def clear(as_json: Json = False) -> None:
-    """Delete packed layers, fetched weights, KV memory and compiled kernels. Processes that use them go on; the next
-    start makes them anew."""
+    """Delete packed layers, fetched weights, KV memory and compiled kernels. Running processes are not disturbed. The
+    next start creates the files again."""
     caches = _caches()
     cleared = []
     for cache in caches:

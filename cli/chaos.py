@@ -23,7 +23,9 @@ _LINE_S = 5.0
 
 
 def chaos(
-    minutes: Annotated[float, Option(metavar="M", min=0.01, max=10_000.0, help="How long faults are injected.")] = 1.0,
+    minutes: Annotated[
+        float, Option(metavar="M", min=0.01, max=10_000.0, help="Minutes during which faults are injected.")
+    ] = 1.0,
     seed: Annotated[
         int | None, Option(metavar="N", min=0, help="Seed of the faults and their times. Default: random.")
     ] = None,
@@ -32,7 +34,7 @@ def chaos(
         Option(
             metavar="KIND,...",
             help="Kinds of faults: kill, stop, drain, coordinator-kill, coordinator-stop, disk-full, partition, "
-            "slow-link, fails, mute. Default: all that are possible.",
+            "slow-link, fails, mute. Default: all kinds that are possible.",
         ),
     ] = None,
     streams: Annotated[int, Option(metavar="K", min=1, max=64, help="Number of concurrent requests.")] = 8,
@@ -42,7 +44,7 @@ def chaos(
     ] = False,
     kill_joined: Annotated[
         bool,
-        Option("--kill-joined", help="Also kill workers that the launcher did not start, and so does not restart."),
+        Option("--kill-joined", help="Also kill workers that the launcher did not start and will not restart."),
     ] = False,
     yes: Annotated[bool, Option("--yes", "-y", help="Run even if other clients have active requests.")] = False,
     cluster: Cluster = None,
@@ -70,8 +72,8 @@ def chaos(
 
 
 def _run(settings: ChaosSettings) -> bool:
-    """Runs the test and returns True if there were faults and every answer was intact. After the first fault or answer,
-    prints the verdict even after Ctrl-C or an error."""
+    """Runs the test. Returns True if faults occurred and every answer was intact. Once a fault or an answer was
+    counted, the verdict is printed even if Ctrl-C or an error ends the test."""
     from llamaclust.tools.chaos.run import run_chaos
     from llamaclust.tools.chaos.tally import Tally
 
@@ -91,7 +93,7 @@ def _run(settings: ChaosSettings) -> bool:
 
 
 class ChaosView:
-    """Prints lines on standard error. A terminal shows the progress below; other outputs get it every five seconds."""
+    """Prints lines on standard error. Progress is a status line on a terminal, else a line every five seconds."""
 
     def __init__(self) -> None:
         from rich.console import Console

@@ -41,9 +41,9 @@ _KILL_S = 10.0
 _STOP_S = 60.0
 _IDLE_S = 1.5
 _FILE_S, _TAIL_S = 0.05, 0.5
-"""Seconds between two reads of a followed log: of a file on this machine, and of a worker's report."""
+"""Seconds between two reads of a followed log: first for a file on this machine, then for a log that a worker sends."""
 _PIECE = 1 << 16
-"""Characters of a log that are read at a time."""
+"""The number of characters of a log that one read returns."""
 _COORDINATOR = "coordinator"
 
 
@@ -52,23 +52,23 @@ def up(
     overrides: Overrides = [],  # noqa: B006  typer reads the default
     workers: LocalWorkers = None,
     port: Annotated[
-        int | None, Option(min=0, max=65535, metavar="N", help="Port of the HTTP API. 0: any free port.")
+        int | None, Option(min=0, max=65535, metavar="N", help="Port of the HTTP API; 0 for any free port.")
     ] = None,
     lan: Annotated[
         bool,
-        Option("--lan", help="Serve phones and computers of the local network, too. They need the printed API key."),
+        Option("--lan", help="Serve phones and computers on the local network, too. They need the printed API key."),
     ] = False,
     chat_template: Annotated[
         str | None,
         Option(
             "--chat-template",
             metavar="NAME",
-            help="Built-in chat template or Jinja file, instead of the model's template.",
+            help="Built-in chat template or Jinja file to use instead of the model's template.",
         ),
     ] = None,
     mmproj: Mmproj = None,
     discover: Annotated[
-        bool, Option("--discover", help="Let workers of the local network find the cluster by multicast DNS.")
+        bool, Option("--discover", help="Let workers on the local network find the cluster by multicast DNS.")
     ] = False,
     detach: Annotated[bool, Option("--detach", "-d", help="Return when the cluster is ready.")] = False,
     standby: Annotated[
@@ -77,8 +77,7 @@ def up(
     notify: Annotated[int | None, Option("--notify", hidden=True)] = None,
     ranked: Annotated[bool, Option("--ranked", hidden=True)] = False,
 ) -> None:
-    """Start the cluster that FILE describes, or one of workers on this machine for a model, and serve its API until
-    Ctrl-C."""
+    """Start a cluster and serve its API until Ctrl-C. FILE describes the cluster, or is a model for local workers."""
     with ends_at_once():
         from llamaclust.cli.up import run_cluster, template_of
 
@@ -93,7 +92,7 @@ def down(
     cluster: Cluster = None,
     every: Annotated[bool, Option("--all", help="Stop all clusters that run on this machine.")] = False,
 ) -> None:
-    """Stop a running cluster. Running requests get up to 30 seconds to finish; a second `down` stops it at once."""
+    """Stop a running cluster. Running requests get up to 30 seconds to finish. A second `down` does not wait."""
     if every and cluster is not None:
         raise UsageError("--all and --cluster: choose one")
     clusters = _all_running() if every else [_running(cluster)]
@@ -141,13 +140,13 @@ def status(
     api_key_file: KeyFile = None,
     ca_file: CaFile = None,
 ) -> None:
-    """Show a running cluster: workers, layers, memory, requests, measured and predicted speed. Several clusters have
-    a line each."""
+    """Show a running cluster: workers, layers, memory, requests, measured and predicted speed. If several clusters run,
+    show one line for each."""
     from llamaclust.cli.status import Watched, show_clusters, show_status
 
     one = cluster or endpoint or api_key_file or ca_file or watch
     if every and one:
-        raise UsageError("--all: shows all clusters once; remove the other options but --json")
+        raise UsageError("--all: shows all clusters once; remove all other options except --json")
     if every or not (one or as_json):
         several = _all_running()
         if every or len(several) > 1:
@@ -157,7 +156,7 @@ def status(
 
 
 def drain(worker: Worker, cluster: Cluster = None) -> None:
-    """Move a worker's layers to other workers, without losing a token. It gets none until `undrain`."""
+    """Move a worker's layers to other workers without losing a token. The worker gets no layers until `undrain`."""
     with _api(_running(cluster)[1]) as api:
         api.drain(_worker_name(worker))
     print(f"worker {worker} is drained: it holds no layers, and gets none until `undrain`", file=sys.stderr)
@@ -167,15 +166,17 @@ def undrain(worker: Worker, cluster: Cluster = None) -> None:
     """Make a drained worker available again."""
     with _api(_running(cluster)[1]) as api:
         api.undrain(_worker_name(worker))
-    print(f"worker {worker} is used again: it gets layers where that makes the cluster faster", file=sys.stderr)
+    print(f"worker {worker} is used again: it gets layers when that makes the cluster faster", file=sys.stderr)
 
 
 def logs(
-    worker: Annotated[str, Argument(metavar="WORKER", help="Name of a worker, or `coordinator` for a detached one.")],
-    follow: Annotated[bool, Option("-f", "--follow", help="Follow the log.")] = False,
+    worker: Annotated[
+        str, Argument(metavar="WORKER", help="Name of a worker, or `coordinator` for a detached cluster's coordinator.")
+    ],
+    follow: Annotated[bool, Option("-f", "--follow", help="Keep printing new lines until Ctrl-C.")] = False,
     cluster: Cluster = None,
 ) -> None:
-    """Print the log of a worker, of a running cluster or of the last one with that name."""
+    """Print the log of a worker in a running cluster, or in an ended cluster that --cluster names."""
     folder, record = _running_or_last(cluster)
     if record is not None and not record.is_local and worker != _COORDINATOR:
         _print_tail(record, _worker_name(worker), follow)
@@ -186,7 +187,7 @@ def logs(
         if worker == _COORDINATOR:
             what = "of the coordinator, which logs to its terminal unless `up --detach` started it"
         elif record is None:
-            what += f": {folder.path.name} has ended, and workers on other machines log there"
+            what += f": {folder.path.name} has ended, and workers on other machines keep their logs there"
         raise UsageError(f"no log {what}; there are logs of: {', '.join(files) or 'none'}")
     with _opened(files[worker]) as file:
         _print_rest(file)
@@ -211,8 +212,8 @@ def _print_rest(file: TextIO) -> None:
 
 
 def _print_tail(record: ClusterRecord, worker: str, follow: bool) -> None:
-    """Prints the last lines of the worker's log; with `follow`, new lines too. A log that became shorter belongs to a
-    new process and is printed from its first line."""
+    """Prints the last lines of a worker's log, and then new lines if `follow` is True. A log that became shorter
+    belongs to a new process, so it is printed from its first line."""
     printed = 0
     with _api(record) as api:
         while True:
@@ -248,11 +249,11 @@ def plan(
         Option(
             "--acceptance",
             metavar="SHARE",
-            help="Share of drafted tokens that are right, e.g. 0.8 or 80%, to predict the gain of drafts; repeatable.",
+            help="Assumed share of accepted draft tokens, e.g. 0.8 or 80%, to predict the gain of drafts; repeatable.",
         ),
     ] = [],  # noqa: B006  typer reads the default
 ) -> None:
-    """Show the split, its memory and its predicted speed, without starting anything."""
+    """Show how the model would be split, with memory and predicted speed, without starting anything."""
     acceptances = _acceptances(acceptance)
     if assume is not None or model is not None:
         from llamaclust.cli.plans.assumed_plan import show_assumed_plan
@@ -297,7 +298,7 @@ def _all_running() -> list[tuple[ClusterDir, ClusterRecord]]:
 
 
 def _running_or_last(name: str | None) -> tuple[ClusterDir, ClusterRecord | None]:
-    """Returns a cluster, and its record if it is running. A cluster that has ended is found by its name only."""
+    """Returns a cluster's folder, and its record if the cluster runs. Without a name, finds running clusters only."""
     from llamaclust.cluster.config.environment import environment
     from llamaclust.cluster.state.clusters import running_clusters
     from llamaclust.cluster.state.directory import ClusterDir

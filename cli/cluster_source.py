@@ -1,4 +1,4 @@
-"""Reads what to run from the command line: a cluster file, a model for workers on this machine, or the demo."""
+"""Determines what to run from the command line: a cluster file, a model for workers on this machine, or the demo."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ _MAX_NAME = 63
 def cluster_source(
     source: str | None, workers: int | None, overrides: Sequence[str], *, discover: bool = False
 ) -> tuple[Path | None, list[str]]:
-    """Returns the path of the cluster file, if any, and the KEY=VALUE overrides. A model has no file: the cluster is
-    named after the model, and its workers are processes of this machine or, with `discover`, workers that find the
-    cluster. Raises UsageError for a model that is neither a file nor a known name, and for --workers with a cluster
-    file."""
+    """Returns the path of the cluster file, or None, and the KEY=VALUE overrides. If `source` is a model, there is no
+    file, and the overrides name the cluster after the model. The model's workers are processes on this machine or, with
+    `discover`, any workers that find the cluster. Raises UsageError if a model is neither a file nor a known name, and
+    if --workers is given with a cluster file."""
     if source is not None and not _is_model(source):
         if workers is not None:
-            raise UsageError(f"--workers: {source} lists its workers; give a model in place of the file")
+            raise UsageError(
+                f"--workers: the cluster file {source} lists its workers; give a model instead of the file"
+            )
         return Path(source), [*(["join.discover=true"] if discover else []), *overrides]
     count = [] if source is None and workers is None else _local_workers(workers or 1)
     if discover:
@@ -70,7 +72,7 @@ def _served(spec: str) -> list[str]:
 
 
 def mmproj_override(choice: str | None) -> list[str]:
-    """Returns the override for a projector that was given on the command line, if one was."""
+    """Returns the override for the projector given on the command line, or an empty list if none was given."""
     if choice is None:
         return []
     is_path = choice.endswith(".gguf") and not choice.startswith(_remote_prefixes())
@@ -78,14 +80,14 @@ def mmproj_override(choice: str | None) -> list[str]:
 
 
 def _cluster_name(text: str) -> str:
-    """Makes a valid cluster name from a text, quoted as JSON."""
+    """Returns a valid cluster name made from a text, as a JSON string."""
     name = re.sub(r"[^a-z0-9_.-]+", "-", text.lower(), flags=re.ASCII)[:_MAX_NAME].strip("_.-")
     return json.dumps(name or "default")
 
 
 def _local_workers(count: int) -> list[str]:
-    """Returns overrides for workers on this machine. The objective of one worker is latency, because one is fastest for
-    a single request. Several workers serve many requests, so theirs is throughput."""
+    """Returns overrides for workers on this machine. One worker gets the objective latency, since it answers a single
+    request fastest. Several workers get the objective throughput, since they serve many requests."""
     names = [{"name": name} for name in string.ascii_lowercase[:count]]
     objective = "latency" if count == 1 else "throughput"
     return [f"workers={json.dumps(names)}", f"objective={objective}"]

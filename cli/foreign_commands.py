@@ -57,13 +57,14 @@ WITHOUT_ARGUMENT = {
     "down": "`llamaclust down --cluster {0}`",
     "worker": "`llamaclust worker --join {0}`",
 }
-"""Advice for commands that got an argument but take none, by command."""
+"""Maps each command without arguments to advice for a user who gave an argument."""
 _MOST_SHOWN = 100
 
 
 def instead_of(group: str, words: Sequence[str], commands: Mapping[str, object]) -> str | None:
-    """Returns advice about unknown words after the command `group`: the equivalent of another program's command, or a
-    command of a subgroup; None if nothing is known. `commands` are those of the group."""
+    """Returns advice about an unknown command in a group, or None if there is no advice. `words` are the command and
+    its arguments; `commands` are the group's commands. The advice names the equivalent of another program's command, or
+    the command of that name in a subgroup."""
     word, *more = words
     known = _COMMANDS.get(group, {}).get(word)
     if known is None:

@@ -52,7 +52,8 @@ ServedModel = Annotated[
     ),
 ]
 Seed = Annotated[
-    int | None, Option("--seed", metavar="N", help="The same seed gives the same answer. Default: random.")
+    int | None,
+    Option("--seed", metavar="N", help="Seed for sampling; the same seed gives the same answer. Default: random."),
 ]
 
 
@@ -70,7 +71,7 @@ def generate(
     model: ModelFile = None,
     image: Annotated[
         list[Path],
-        Option("--image", metavar="FILE", help="Image for PROMPT, which is then a message of a chat; repeatable."),
+        Option("--image", metavar="FILE", help="Image to send with PROMPT as a chat message; repeatable."),
     ] = [],  # noqa: B006  typer reads the default
     mmproj: Mmproj = None,
     threads: Threads = None,
@@ -121,10 +122,10 @@ def generate(
 def chat(
     system: Annotated[str | None, Option("--system", metavar="TEXT", help="System message.")] = None,
     system_file: Annotated[
-        Path | None, Option("--system-file", "-f", metavar="FILE", help="File of the system message.")
+        Path | None, Option("--system-file", "-f", metavar="FILE", help="File that contains the system message.")
     ] = None,
     session: Annotated[
-        Path | None, Option("--session", metavar="FILE", help="Continue the conversation of FILE, and keep it there.")
+        Path | None, Option("--session", metavar="FILE", help="Continue the conversation in FILE, and save it there.")
     ] = None,
     stop: Annotated[
         list[str],
@@ -132,13 +133,15 @@ def chat(
     ] = [],  # noqa: B006  typer reads the default
     stats: Annotated[bool, Option("--stats", help="Show tokens and speed after each answer.")] = False,
     color: Annotated[
-        terminal.Color, Option("--color", metavar="WHEN", help="Colors: on, off, or auto: on a terminal.")
+        terminal.Color,
+        Option("--color", metavar="WHEN", help="Use of colors: on, off, or auto for colors on a terminal only."),
     ] = terminal.Color.AUTO,
     plain: Annotated[
         bool, Option("--plain", help="Show answers as they come, without rendering their Markdown.")
     ] = False,
     commands: Annotated[
-        bool, Option("--commands", help="Read commands and @FILE in piped input, too. Not for text of others.")
+        bool,
+        Option("--commands", help="Obey commands and @FILE in piped input, too. Unsafe for text that others wrote."),
     ] = False,
     max_tokens: Annotated[
         int | None,
@@ -146,13 +149,13 @@ def chat(
             "-n",
             "--max-tokens",
             metavar="N",
-            help="Maximum number of tokens of an answer. Default: the rest of the context.",
+            help="Maximum number of tokens in an answer. Default: the rest of the context.",
         ),
     ] = None,
     reasoning_budget: Annotated[
         int | None,
         Option(
-            "--reasoning-budget", metavar="N", help="Maximum number of tokens of reasoning. 0: none. Default: no limit."
+            "--reasoning-budget", metavar="N", help="Maximum number of reasoning tokens; 0 for none. Default: no limit."
         ),
     ] = None,
     seed: Seed = None,
@@ -166,7 +169,7 @@ def chat(
         Option(
             "--chat-template",
             metavar="NAME",
-            help="Built-in chat template or Jinja file, instead of the template of --model.",
+            help="Built-in chat template or Jinja file to use instead of the template of --model.",
         ),
     ] = None,
     mmproj: Mmproj = None,
@@ -182,7 +185,7 @@ def chat(
     *,
     more: dict[str, Any],
 ) -> None:
-    """Chat: Ctrl-C interrupts an answer, /help shows the commands. Piped input is read line by line."""
+    """Chat with a model. Ctrl-C interrupts an answer, /help shows the commands. Piped input is read line by line."""
     from llamaclust.cli.chat.answer_screen import uses_color
     from llamaclust.cli.chat.chat import Chat, ChatSettings
     from llamaclust.cluster.client.session import ChatSession
@@ -232,12 +235,12 @@ def given_or_piped(prompt: str | None) -> str:
     if prompt is not None and prompt != "-":
         return terminal.argument(prompt)
     if prompt is None and sys.stdin.isatty():
-        raise UsageError('no prompt: give one, as in llamaclust generate "Once upon a time", or pipe it in')
+        raise UsageError('no prompt: give a prompt, as in llamaclust generate "Once upon a time", or pipe it in')
     return terminal.piped().removesuffix("\n").removesuffix("\r")
 
 
 def _answer(client: TextClient, prompt: str, images: Sequence[dict[str, Any]], options: Any) -> ChunkStream:
-    """Completes a prompt, or answers it as a message with images. `options`: those that both have."""
+    """Completes the prompt, or sends it with images as a chat message. Both requests must accept the options."""
     if not images:
         return client.generate(prompt, stream=True, **options)
     message: dict[str, Any] = {"role": "user", "content": [*images, prompt]}  # images first, as llama.cpp has them
@@ -274,7 +277,7 @@ def reply_json(reply: Answer) -> dict[str, object]:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The model or cluster that the options select, by default the running cluster of this machine."""
+    """The model or cluster that the options select. The default is the cluster that runs on this machine."""
 
     cluster: str | None = None
     endpoint: str | None = None
@@ -291,16 +294,16 @@ class Target:
     mmproj: str | None = None  # the projector of `model`; None: the only one beside it
 
     def check_drafts(self, most: int | None) -> None:
-        """Raises UsageError if --model-draft or --mtp is given although `most`, the most drafted tokens of a step,
-        forbids drafts (0 or False). None sets no limit."""
+        """Raises UsageError if --model-draft or --mtp is given although `most` forbids drafts. `most` is the maximum
+        number of drafted tokens in a step: 0 or False forbids drafts, and None sets no limit."""
         given = [option for option, value in (("--model-draft", self.draft), ("--mtp", self.mtp)) if value]
         if given and most is not None and not most:
             none = "--speculative off" if most is False else "--draft-max 0"
             raise UsageError(f"{given[0]} drafts tokens, but {none} does not: give one of them")
 
     def open(self) -> TextClient:
-        """Opens a client. Raises UsageError if options contradict each other or no cluster runs, RequestError if the
-        cluster does not serve the model."""
+        """Opens a client. Raises UsageError if options contradict each other or no cluster runs, and RequestError if
+        the cluster does not serve the model."""
         from llamaclust.cluster.client.http import Client
 
         self._check()
@@ -358,17 +361,21 @@ class Target:
         if self.served is not None and self.model is not None:
             raise UsageError("--served-model is for a cluster: --model runs one model in this process")
         if self.draft is not None and self.model is None:
-            raise UsageError("--model-draft is for --model: a cluster's is `speculative.model` in the cluster file")
+            raise UsageError("--model-draft is for --model: for a cluster, set `speculative.model` in the cluster file")
         if self.mtp and self.model is None:
-            raise UsageError("--mtp is for --model: a cluster's is `speculative.mtp` in the cluster file")
+            raise UsageError("--mtp is for --model: for a cluster, set `speculative.mtp` in the cluster file")
         if self.mmproj is not None and self.model is None:
-            raise UsageError("--mmproj is for --model: a cluster's is `mmproj` in the cluster file, or given to `up`")
+            raise UsageError(
+                "--mmproj is for --model: for a cluster, set `mmproj` in the cluster file or give --mmproj to `up`"
+            )
         if self.threads is not None and self.model is None:
-            raise UsageError("--threads is for --model: a cluster's workers have theirs in the cluster file")
+            raise UsageError("--threads is for --model: for a cluster, set the workers' `threads` in the cluster file")
         if (option := self.gpus.first_option) is not None and self.model is None:
-            raise UsageError(f"{option} is for --model: a cluster's workers have theirs in the cluster file")
+            raise UsageError(f"{option} is for --model: for a cluster, set it for the workers in the cluster file")
         if self.chat_template is not None and self.model is None:
-            raise UsageError("--chat-template is for --model: a cluster's is in its file, or given to `up`")
+            raise UsageError(
+                "--chat-template is for --model: for a cluster, set it in the cluster file or give it to `up`"
+            )
         if self.ca_file is not None and self.endpoint is None:
             raise UsageError("--ca-file is for --endpoint: the certificate of a cluster on this machine is known")
         if self.api_key_file is not None and self.model is not None:
@@ -376,7 +383,7 @@ class Target:
 
 
 def connect(endpoint: str, api_key_file: Path | None, ca_file: Path | None = None, model: str | None = None) -> Client:
-    """Returns a client, with the first API key of `api_key_file` if given. Raises UsageError if the file has no key."""
+    """Returns a client with the first API key of `api_key_file`, if given. Raises UsageError if there is no key."""
     from llamaclust.cluster.client.http import Client
     from llamaclust.cluster.state.api_keys import first_key
 

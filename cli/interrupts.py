@@ -1,4 +1,4 @@
-"""Handling of Ctrl-C and other signals by commands. A running cluster handles its signals itself."""
+"""Handles Ctrl-C and other signals for commands. A running cluster handles its signals itself."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from llamaclust.cli.terminal import print_error
 from llamaclust.core.errors import LlamaclustError
 
 _REPEAT_S = 0.01
-"""Delay of a second call of a signal's handler, used if a destructor discarded the first call's exception. The
-destructor has returned by then."""
+"""Seconds after which a signal's handler is called again because a destructor discarded its exception."""
 
 
 _FIRST_PROCESS = 1
 
 
 def unhandled() -> Callable[[int, FrameType | None], None] | signal.Handlers:
-    """Returns the handler for signals that end the process. The first process of a container needs its own handler,
-    since the kernel drops signals that this process does not handle."""
+    """Returns the handler for signals that end the process. The first process of a container needs a handler in Python,
+    since the kernel drops every signal that such a process does not handle."""
     return _end_by_signal if os.getpid() == _FIRST_PROCESS else signal.SIG_DFL
 
 
@@ -32,7 +31,7 @@ def _end_by_signal(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def obey_signals() -> None:
-    """Lets SIGTERM and SIGHUP end this process if it is the first in a container. Call it before slow imports."""
+    """Lets SIGTERM and SIGHUP end this process if it is the first process in a container. Must precede slow imports."""
     for number in (signal.SIGTERM, signal.SIGHUP) if os.getpid() == _FIRST_PROCESS else ():
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end_by_signal)
@@ -61,13 +60,13 @@ def end_at_once(code: int) -> NoReturn:
 
 
 Held = Callable[[], AbstractContextManager[None]]
-"""A context that defers a signal to its end."""
+"""Returns a context manager. A signal that arrives within the context takes effect at the context's end."""
 
 
 @contextmanager
 def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handles the first of these signals and ignores later ones. A signal that was ignored before (nohup) stays
-    ignored. The handler runs again if Python discarded its exception, as destructors do."""
+    """Calls `handle` for the first of the given signals and ignores later signals. A signal that was ignored before
+    (nohup) stays ignored. `handle` is called again if a destructor discarded its exception."""
     handled = [number for number in numbers if signal.getsignal(number) is unhandled()]
     received: list[int] = []
     usual_hook = sys.unraisablehook
@@ -99,8 +98,8 @@ def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameTy
 
 @contextmanager
 def exits_on_signals(*numbers: signal.Signals) -> Iterator[Held]:
-    """Turns the first of these signals into SystemExit, so that cleanup runs. The exit code is 128 plus the signal's
-    number, as in a shell. Yields a `Held`, which defers the exit."""
+    """Turns the first of the given signals into SystemExit, so that cleanup runs. The exit code is 128 plus the
+    signal's number, as in a shell. Yields a `Held`, which defers the exit."""
     holds = False
     received: list[int] = []
 
@@ -126,7 +125,7 @@ def exits_on_signals(*numbers: signal.Signals) -> Iterator[Held]:
 
 @contextmanager
 def signals_as_interrupts(*numbers: signal.Signals) -> Iterator[None]:
-    """Handles the first of these signals like Ctrl-C, so that cleanup runs. The process then ends with 128 plus the
+    """Handles the first of the given signals like Ctrl-C, so that cleanup runs. The process then ends with 128 plus the
     signal's number, as in a shell."""
     received: list[int] = []
 
@@ -164,5 +163,5 @@ def ends_in_one_line() -> Iterator[None]:
 
 
 def ends_workers_cleanly(workers: int) -> AbstractContextManager[None]:
-    """Returns a context in which SIGTERM and SIGHUP clean up after a cluster of several workers."""
+    """Returns a context in which SIGTERM and SIGHUP run cleanup if there are several workers."""
     return signals_as_interrupts(signal.SIGTERM, signal.SIGHUP) if workers > 1 else nullcontext()

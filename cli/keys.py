@@ -13,9 +13,11 @@ from llamaclust.cli.terminal import printable
 
 File = Annotated[
     Path | None,
-    Option("--file", metavar="FILE", help="File of API keys, as `api_keys_file`. Default: api-keys in the state dir."),
+    Option(
+        "--file", metavar="FILE", help="File of API keys, as in `api_keys_file`. Default: api-keys in the state folder."
+    ),
 ]
-_AT_ONCE = "clusters that run with this file know it at once"
+_AT_ONCE = "running clusters that use this file apply the change at once"
 
 
 def add(
@@ -31,11 +33,13 @@ def add(
     path = key_file(file)
     added = add_key(path, None if name is None else option_value("NAME", parse_name, name))
     print(added.key)
-    print(f"key {added.name} is in {path}; {_AT_ONCE}, others need it as `api_keys_file`", file=sys.stderr)
+    print(
+        f"key {added.name} is in {path}; {_AT_ONCE}; other clusters need the file as `api_keys_file`", file=sys.stderr
+    )
 
 
 def list_keys(file: File = None) -> None:
-    """List the names of API keys, without the keys; the first one may do more than the others."""
+    """List the names of API keys, without the keys. The first key may do more than the others."""
     from llamaclust.cluster.state.api_keys import named_keys
 
     path = key_file(file)

@@ -21,8 +21,8 @@ _OWNER, _KEY_NAME = "owner", "lan"
 
 def listen_overrides(file: Path | None, overrides: list[str], port: int | None, *, lan: bool) -> list[str]:
     """Returns --port and --lan as overrides of the cluster file. --port replaces the port. --lan makes an API on
-    loopback listen at all addresses. If the cluster file lacks them, --lan also adds the default file of API keys, and
-    this machine's names as allowed hosts."""
+    loopback listen at all addresses. --lan also sets the default file of API keys, and allows this machine's names as
+    hosts, unless the cluster file sets these keys."""
     values = cluster_document(file, overrides).values
     listen = values.get("listen", ClusterConfig.model_fields["listen"].default)
     more = []
@@ -38,16 +38,16 @@ def listen_overrides(file: Path | None, overrides: list[str], port: int | None, 
 
 
 def _own_names() -> list[str]:
-    """Returns the names by which other machines may find this one: host name and multicast DNS name."""
+    """Returns this machine's names on the network: its host name and its multicast DNS name."""
     name = socket.gethostname().partition(".")[0].lower()
     return [name, f"{name}.local"] if _HOST_NAME.fullmatch(name) else []
 
 
 def lan_key(path: Path) -> str:
-    """Returns the API key named `lan` on a terminal, otherwise the place of the key. A file without keys first gets a
-    key `owner`, then `lan`, since the first key of a file may do more than the others."""
+    """Returns the API key named `lan` on a terminal, and a description of the key's place elsewhere. If the file has no
+    keys, adds the key `owner` and then `lan`, since the first key of a file may do more than the others."""
     keys = named_keys(path) or [add_key(path, name) for name in (_OWNER, _KEY_NAME)]
     own = next((each for each in keys if each.name == _KEY_NAME), None)
     if own is None:
-        return f"one of {printable(str(path))}; `llamaclust keys add NAME` makes and prints another one"
+        return f"a key in {printable(str(path))}; `llamaclust keys add NAME` makes and prints another key"
     return own.key if sys.stderr.isatty() else f"the line below `# {_KEY_NAME}` in {printable(str(path))}"

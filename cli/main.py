@@ -12,12 +12,11 @@ from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
 from llamaclust.core.process_settings import collect_rarely, open_standard_streams
 
 _INTERRUPTED = 130
-"""The exit code after KeyboardInterrupt, the same that typer returns."""
+"""The exit code after KeyboardInterrupt, equal to typer's exit code."""
 
 
 def main() -> None:
-    """Runs the command line. Exit codes: 0 done, 1 failed, 2 bad usage or file, 3 too little memory, 130
-    interrupted."""
+    """Runs the command. Exit codes: 0 success, 1 failure, 2 bad usage or file, 3 too little memory, 130 interrupted."""
     obey_signals()
     open_standard_streams()
     collect_rarely()
@@ -39,7 +38,7 @@ def main() -> None:
     except KeyboardInterrupt:
         end_at_once(_INTERRUPTED)
     except MemoryError:
-        print_error("the system refuses more memory; end other programs, or lift the limit on this one's memory")
+        print_error("the system refuses more memory; end other programs, or raise the memory limit of this program")
         sys.exit(InsufficientMemoryError.exit_code)
     except OSError as error:
         _end_output()

@@ -1,4 +1,4 @@
-"""Options that several commands share: declarations and values; help that hides Python types."""
+"""Declares and parses options that several commands share, and hides Python types in help texts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class PlainCommand(TyperCommand):
 
 
 class PlainGroup(TyperGroup):
-    """A group of commands, with help in the form of `PlainCommand`."""
+    """A group of commands whose help has the form of `PlainCommand`."""
 
     def get_params(self, ctx: Any) -> Any:
         return _without_types(super().get_params(ctx))
@@ -85,7 +85,8 @@ _KEYS = {
 
 
 def _key_of(option: str, value: str) -> tuple[str, str] | None:
-    """Returns the cluster file's key for an option, and the argument of `--set`. `value` is "" if not given."""
+    """Returns the cluster file's key for an option and the argument for `--set`, or None if the option has no key.
+    `value` is "" if the option has no value."""
     given = value or "..."
     match option:
         case "--cpu-moe" | "-cmoe":
@@ -107,7 +108,7 @@ class FileCommand(PlainCommand):
     """A command that reads a cluster file."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Raises UsageError for an option that belongs in the cluster file, and names the key to set there."""
+        """Raises UsageError for an option that belongs in the cluster file. The error names the key to set there."""
         for word, following in zip_longest(args, args[1:], fillvalue=""):
             option, _, value = word.partition("=")
             if (key := _key_of(option, value or following)) is not None:
@@ -132,7 +133,7 @@ LocalModel = Annotated[Path, Argument(metavar="MODEL", parser=model_file, help=M
 """The path of a model file on this machine."""
 Source = Annotated[
     str | None,
-    Argument(metavar="FILE", help="Cluster file (YAML), or a model for workers on this machine. Without it: the demo."),
+    Argument(metavar="FILE", help="Cluster file (YAML), or a model for workers on this machine. Default: the demo."),
 ]
 LocalWorkers = Annotated[
     int | None,
@@ -141,7 +142,7 @@ LocalWorkers = Annotated[
         min=1,
         max=MAX_WORKERS,
         metavar="N",
-        help="Number of workers that share the model. Default: 1; the demo: 2.",
+        help="Number of workers that share the model. Default: 1, or 2 for the demo.",
     ),
 ]
 Mmproj = Annotated[
@@ -150,7 +151,7 @@ Mmproj = Annotated[
         "--mmproj",
         "-mm",
         metavar="FILE",
-        help="Projector of a vision model. Default: the only one beside the model. off: read no images.",
+        help="Projector of a vision model, or off to read no images. Default: the only projector next to the model.",
     ),
 ]
 Overrides = Annotated[
@@ -170,9 +171,11 @@ Threads = Annotated[
 ]
 ModelDraft = Annotated[
     str | None,
-    Option("--model-draft", "-md", metavar="DRAFT", help="Small model that drafts for --model, with the same tokens."),
+    Option(
+        "--model-draft", "-md", metavar="DRAFT", help="Small model with the same vocabulary that drafts for --model."
+    ),
 ]
-Mtp = Annotated[bool, Option("--mtp", help="Draft with the own head of --model for multi-token prediction.")]
+Mtp = Annotated[bool, Option("--mtp", help="Draft with the multi-token prediction head of --model.")]
 Workers = Annotated[
     int, Option("--workers", min=1, max=64, metavar="K", help="Split the model over K local processes.")
 ]
@@ -193,11 +196,11 @@ KvTypeOption = Annotated[
 Chunks = Annotated[int | None, Option("--chunks", min=1, metavar="N", help="Use only the first N chunks.")]
 Devices = Annotated[
     list[str],
-    Option("--device", metavar="DEVICE", help="cpu (default), or GPUs in addition: cuda:0, or cuda:0,cuda:1."),
+    Option("--device", metavar="DEVICE", help="cpu (default), or GPUs to use as well, e.g. cuda:0 or cuda:0,cuda:1."),
 ]
 GpuLayers = Annotated[
     str,
-    Option("--gpu-layers", "-ngl", metavar="N", help="Put the last N layers on GPUs; auto: as many as fit."),
+    Option("--gpu-layers", "-ngl", metavar="N", help="Put the last N layers on GPUs, or as many as fit (auto)."),
 ]
 CpuMoe = Annotated[bool, Option("--cpu-moe", "-cmoe", help="Keep the experts of all layers in RAM, the rest on GPUs.")]
 NCpuMoe = Annotated[
@@ -257,8 +260,8 @@ class Gpus:
 
     @property
     def cpu_moe(self) -> int | None:
-        """The number of leading layers whose experts stay in RAM. None: free GPU memory decides. Raises UsageError if
-        both options are given, or one without a GPU."""
+        """The number of leading layers whose experts stay in RAM, or None if free GPU memory decides. Raises UsageError
+        if both --cpu-moe and --n-cpu-moe are given, and if one of them is given without a GPU."""
         name = "--cpu-moe" if self.all_cpu_moe else "--n-cpu-moe"
         if self.all_cpu_moe and self.n_cpu_moe is not None:
             raise UsageError("--cpu-moe and --n-cpu-moe: give one of them")
@@ -269,8 +272,8 @@ class Gpus:
 
     @property
     def parsed(self) -> tuple[str, int | None, int | None]:
-        """The device, the number of layers on its GPUs (None: automatic), and the limit of GPU memory in bytes (None:
-        no limit). Raises UsageError that names an option with an invalid value."""
+        """The device, the number of layers on its GPUs, and the limit of GPU memory in bytes. None stands for an
+        automatic number, or for no limit. Raises UsageError if an option is invalid or needs a GPU."""
         from llamaclust.cluster.config.values import parse_device, parse_gpu_layers, parse_size
 
         device = option_value("--device", parse_device, ",".join(self.devices) or "cpu")
@@ -296,7 +299,7 @@ _MOST_TEXT_BYTES = 64 << 20
 
 
 def text_of(path: Path) -> str:
-    """Reads a text file. Raises ValueError if it cannot be read, is not text or is larger than 64 MiB."""
+    """Reads a text file. Raises ValueError if the file cannot be read, is not text or is larger than 64 MiB."""
     try:
         data = read_given(path, _MOST_TEXT_BYTES + 1)
         if len(data) > _MOST_TEXT_BYTES:

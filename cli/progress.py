@@ -45,7 +45,7 @@ _JSON_LINE_S = 0.1
 
 
 def announce(spec: str) -> None:
-    """Prints a catalog model's description and licence on standard error, unless the model is downloaded."""
+    """Prints a catalog model's description and licence on standard error, unless the model is already downloaded."""
     from llamaclust.tools.assume.assumed_model import with_file_size
 
     found = locate(spec)
@@ -53,7 +53,7 @@ def announce(spec: str) -> None:
     if entry is None or not isinstance(found, WantedFile) or found.is_there:
         return
     size = with_file_size(entry).shown_size
-    terms = f" (to use the model is to accept it: {entry.terms})" if entry.terms else ""
+    terms = f" (by using the model you accept it: {entry.terms})" if entry.terms else ""
     print(f"{entry.name}: {entry.summary}; {size}, from {entry.source}", file=sys.stderr)
     print(f"licence: {entry.licence}{terms}", file=sys.stderr)
 
@@ -84,7 +84,7 @@ def shown_progress(counts_bytes: bool = True) -> Iterator[ShowProgress]:
 
 
 class ProgressLines:
-    """Prints a line for each new step, each tenth of a step, and ten seconds after the previous line."""
+    """Prints a line when a step begins, after each tenth of a step, and ten seconds after the previous line."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, counts_bytes: bool = True) -> None:
         self._clock = clock
@@ -103,7 +103,7 @@ class ProgressLines:
 
 
 class JsonLines:
-    """Prints JSON lines: at each new step, at its end, and otherwise at most every tenth of a second."""
+    """Prints JSON lines: when a step begins, when it ends, and in between at most every tenth of a second."""
 
     def __init__(self) -> None:
         self._step = ""
@@ -125,12 +125,12 @@ def _line(what: str, done_bytes: int, total_bytes: int | None) -> str:
 
 _log = logging.getLogger(__name__)
 _UNNAMED = ("default", "demo")
-"""Names that clusters have by default. Printed commands omit them."""
+"""Default names of clusters. Printed commands omit them."""
 
 
 class ClusterView:
-    """Shows a cluster's events on standard error, with bars on a terminal and lines elsewhere. The context's end
-    restores the terminal. `lan_key`: see `ready_text`."""
+    """Shows a cluster's events on standard error, with bars on a terminal and lines elsewhere. Leaving the context
+    restores the terminal. `lan_key` is the argument of `ready_text`."""
 
     def __init__(self, lan_key: str | None = None) -> None:
         self._lan_key = lan_key
@@ -195,7 +195,6 @@ class ClusterView:
         self._progress.stop()
 
     def _measure(self, event: events.Measuring) -> None:
-        """Shows the current measurement. On a terminal it replaces the previous one."""
         if self._console.is_terminal:
             self._measuring.update(f"measuring {', '.join(event.workers)}: {event.what}")
             self._measuring.start()
@@ -241,7 +240,7 @@ def _log_event(event: events.Event) -> None:
 @contextmanager
 def cluster_view(cluster: str, lan_key: str | None = None) -> Iterator[events.Report]:
     """Yields a function that shows a cluster's events on standard error: as text, or as log lines if LLAMACLUST_LOG
-    selects them. `lan_key`: see `ready_text`."""
+    selects them. `lan_key` is the argument of `ready_text`."""
     form = environment().log_format
     if form is LogFormat.TEXT:
         count_file_shortages()
@@ -254,8 +253,8 @@ def cluster_view(cluster: str, lan_key: str | None = None) -> Iterator[events.Re
 
 @contextmanager
 def _shown_by_thread(view: ClusterView) -> Iterator[events.Report]:
-    """Yields a function that passes events to a thread, which shows them, so that a blocked terminal cannot block the
-    event loop. Drops events if too many wait."""
+    """Yields a function that passes events to a thread, which shows them. A blocked terminal therefore cannot block the
+    event loop. Events are dropped if too many wait."""
     waiting: Queue[events.Event | None] = Queue(_MOST_WAITING)
 
     def show_all() -> None:
@@ -284,7 +283,7 @@ def joined_text(joined: events.WorkerJoined) -> str:
 
 def ready_text(ready: events.Ready, lan_key: str | None = None) -> str:
     """Returns the message about a ready cluster, with commands to copy, one per line. `lan_key` is the API key for
-    other machines, or the place of the key; None without --lan."""
+    other machines or the place of that key, or None without --lan."""
     name = "" if ready.name in _UNNAMED else f" --cluster {ready.name}"
     api = own_address(ready.api)
     key = "" if ready.api_keys_file is None else f", api_key=a line of {printable(ready.api_keys_file)}"
@@ -302,13 +301,13 @@ def _lan_text(api: str, lan_key: str | None) -> str:
         return ""
     host = split_address(api.partition("://")[2])[0]
     is_reached = host not in ANYWHERE and not is_loopback(host)
-    place = f"{api}/" if is_reached else "none reaches this machine, which has no address of a network"
+    place = f"{api}/" if is_reached else "cannot reach this machine, which has no network address"
     return f"  phones and other computers of this network: {place}\n  API key: {lan_key}\n"
 
 
 def _others_text(ready: events.Ready) -> str:
     others = ", ".join(map(printable, ready.others))
-    return f"  beside it: {others}; --served-model NAME chooses one\n" if others else ""
+    return f"  other models: {others}; --served-model NAME chooses a model\n" if others else ""
 
 
 def _load_text(ready: events.Ready) -> str:

@@ -50,7 +50,7 @@ class Watched:
     def find(
         cls, name: str | None, endpoint: str | None, api_key_file: Path | None, ca_file: Path | None = None
     ) -> Watched:
-        """Finds a cluster. Raises UsageError if it does not run here, or if the options contradict each other."""
+        """Finds a cluster. Raises UsageError if the cluster does not run here, or if options contradict each other."""
         if endpoint is None:
             if ca_file is not None:
                 raise UsageError("--ca-file is for --endpoint: the certificate of a cluster on this machine is known")
@@ -68,7 +68,7 @@ class Watched:
 
 def show_status(cluster: Watched, as_json: bool, watch: bool) -> None:
     """Prints a cluster's state once or, with `watch`, every second until Ctrl-C or the cluster's end. A terminal shows
-    repeated states in the same place, cut to its height; elsewhere each is one line."""
+    repeated states in place, cut to the terminal's height. Elsewhere each repeated state is one line."""
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:  # in a file or a pipe, lines are as long as they are
         console = Console(highlight=False, markup=False, width=_WIDE)
@@ -99,7 +99,7 @@ def show_status(cluster: Watched, as_json: bool, watch: bool) -> None:
 
 
 def show_clusters(clusters: list[tuple[ClusterDir, ClusterRecord]], as_json: bool) -> None:
-    """Prints a line for each cluster. The line of a cluster that does not answer is the error."""
+    """Prints a line for each cluster. If a cluster does not answer, its line is the error."""
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
         states = [*pool.map(_state_or_error, (record for _, record in clusters))]
     if as_json:
@@ -113,7 +113,7 @@ def show_clusters(clusters: list[tuple[ClusterDir, ClusterRecord]], as_json: boo
         else:
             print(f"{next(_head(state))}; {_requests_text(state)}, workers: {len(state['workers'])}")
     sys.stdout.flush()
-    print("more of one: `--cluster NAME`; `llamaclust down --all` stops them all", file=sys.stderr)
+    print("`--cluster NAME` shows more of one cluster; `llamaclust down --all` stops all clusters", file=sys.stderr)
 
 
 def _state_or_error(record: ClusterRecord) -> State:
@@ -127,7 +127,7 @@ def _state_or_error(record: ClusterRecord) -> State:
 
 
 def _starting(name: str, record: ClusterRecord | None, start: ClusterStartingError) -> State:
-    """Returns the state of a cluster that is still starting. Without a record, `name` is the cluster's endpoint."""
+    """Returns the state of a cluster that is still starting. `name` is the cluster's endpoint if there is no record."""
     known = {"api": name} if record is None else {"api": record.api, "pid": record.pid, "model": record.model}
     requests = {"running": 0, "waiting": 0}
     return {"name": name, "state": _STARTING, "reason": start.awaited, **known, "workers": [], "requests": requests}
@@ -211,7 +211,7 @@ def _model(model: State) -> str:
 
 
 def _quarantine_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields a line for each quarantined worker, which plans avoid because it failed."""
+    """Yields a line for each quarantined worker. Plans avoid such a worker because it failed."""
     for worker in workers:
         if quarantine := worker.get("quarantine"):
             pause = f"no layers for {quarantine['left_s']:.0f} s if the others suffice"
@@ -220,7 +220,7 @@ def _quarantine_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def closed_port_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields a line for each worker whose link port is not reachable for other workers."""
+    """Yields a line for each worker whose link port other workers cannot reach."""
     for worker in workers:
         if why := worker.get("closed_port"):
             yield f"{worker['name']}: in no group of an automatic plan: {why}"
@@ -238,12 +238,12 @@ def group_lines(groups: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 
 def group_name(group: dict[str, Any]) -> str:
-    """Joins the members' names, leader first, as in a+b."""
+    """Joins the names of a group's members, leader first, as in a+b."""
     return "+".join(member["worker"] for member in group["members"])
 
 
 def gpu_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields lines for workers with GPUs: one on the devices of layers, and one per GPU."""
+    """Yields lines for workers with GPUs: a line about the devices that hold layers, and a line per GPU."""
     for worker in workers:
         if worker.get("gpus") and worker["layers"] is not None:
             held = [_device_layers(part) for part in worker["device_layers"]]
@@ -305,8 +305,8 @@ def _number(value: float | None) -> str:
 
 
 def _drafts(measured: dict[str, Any]) -> Iterator[str]:
-    """Yields a line on the drafted tokens of the last 10 seconds, and one on those since the start by kind. Lines
-    without tokens are omitted."""
+    """Yields a line about the drafted tokens of the last 10 seconds, and a line about all drafted tokens by kind. A
+    line without tokens is omitted."""
     if drafted := measured.get("drafted_tokens"):
         yield f"{accepted_text(measured['accepted_tokens'], drafted)} in the last 10 s"
     if drafts := measured.get("drafts"):

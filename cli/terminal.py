@@ -12,11 +12,11 @@ from llamaclust.core.regular_file import decode_text
 
 _CONTROLS = dict.fromkeys(code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t")
 _LONG_WORD = re.compile(r"(\S{100})\S{100,}(\S{50})")
-"""Matches a long word, such as a path. Its ends suffice to recognize it."""
+"""Matches a long word, such as a path. Its beginning and end suffice to recognize it."""
 
 
 class Color(StrEnum):
-    """The use of colors. `auto` uses them on a terminal with colors unless NO_COLOR is set."""
+    """The use of colors. `auto` means colors on a terminal that has them, unless NO_COLOR is set."""
 
     AUTO = "auto"
     ON = "on"
@@ -56,7 +56,7 @@ def print_error(message: object) -> None:
 
 
 def argument(text: str) -> str:
-    """Returns the text unchanged. Raises UsageError if the user's bytes were not UTF-8: Python turns such bytes into
+    """Returns the text unchanged. Raises UsageError if the user's bytes were not UTF-8. Python turns such bytes into
     lone surrogates."""
     try:
         text.encode()
@@ -66,7 +66,7 @@ def argument(text: str) -> str:
 
 
 def piped() -> str:
-    """Reads standard input to its end. Raises UsageError if it is not text."""
+    """Reads standard input to its end. Raises UsageError if the input is not text."""
     try:
         return decode_text(sys.stdin.buffer.read())
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The `up` command: runs a cluster in the foreground, or in a detached process that reports its start to this one."""
+"""The `up` command, which runs a cluster in the foreground or in a detached process."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run_cluster(
     notify: int | None,
     ranked: bool,
 ) -> None:
-    """Runs a cluster until it ends. With `detach`, returns when it is ready."""
+    """Runs a cluster until it ends. With `detach`, returns when the cluster is ready."""
     if port is not None or lan:
         overrides = [*overrides, *listen_overrides(file, overrides, port, lan=lan)]
     config = load_config(file, overrides)
@@ -46,13 +46,15 @@ def run_cluster(
         _run_notifying(config, Starter(notify))
         return
     if standby and (detach or config.launcher_facts.is_one_program):
-        other = "--detach" if detach else "launcher mpi, whose workers and coordinator are one program"
+        other = "--detach" if detach else "launcher mpi, which runs workers and coordinator as one program"
         raise UsageError(f"--standby: cannot be used together with {other}")
     if config.launcher_facts.is_one_program and not ranked:
         from llamaclust.cluster.launchers.mpi_rank import run_ranks
 
         if detach:
-            raise UsageError("--detach: a cluster of launcher mpi ends with mpirun; put that into the background")
+            raise UsageError(
+                "--detach: a cluster of launcher mpi ends with mpirun; run mpirun in the background instead"
+            )
         raise SystemExit(run_ranks(config, [*_arguments(file, overrides), *(["--lan"] if lan else [])]))
     key = lan_key(config.api_keys_file) if lan and config.api_keys_file else None
     for own in config.of_each_model():
@@ -73,7 +75,7 @@ def run_cluster(
 
 
 def _models(config: ClusterConfig, progress: Progress) -> list[Path]:
-    """Returns the file of each model. Downloads models and given projectors that are not there."""
+    """Returns the file of each model. Downloads models and given projectors that are missing."""
     for own in config.of_each_model():
         if own.mmproj not in (None, OFF):
             _model(own.mmproj, progress)
@@ -81,7 +83,8 @@ def _models(config: ClusterConfig, progress: Progress) -> list[Path]:
 
 
 def _model(spec: str, progress: Progress, *, is_auto: bool = False) -> Path:
-    """`is_auto`: a downloaded model also gets its repository's projector, without an error if that is impossible."""
+    """Returns a model's file, after downloading it if needed. If `is_auto` is True, a downloaded model also gets the
+    projector of its repository. A failure to get the projector is ignored."""
     path = stored_model(spec)
     if path is not None and not (is_auto and lacks_projector(spec)):
         return path
@@ -96,16 +99,14 @@ def _model(spec: str, progress: Progress, *, is_auto: bool = False) -> Path:
 
 
 def _tune_grpc() -> None:
-    """Sets gRPC's environment variables. If gRPC is imported before, the coordinator's hops are slower and gRPC writes
-    to the terminal."""
+    """Sets gRPC's environment before gRPC is imported. Otherwise hops are slower and gRPC prints to the terminal."""
     from llamaclust.wire.rpc.grpc_options import tune_grpc
 
     tune_grpc()
 
 
 def template_of(choice: str) -> str:
-    """Returns a built-in name, or the absolute path of a file, for the cluster file. Raises UsageError if `choice` is
-    neither."""
+    """Returns the name of a built-in template, or a file's absolute path. Raises UsageError if `choice` is neither."""
     from llamaclust.model.chat.template_choice import built_in_names, chosen_template
 
     chosen_template(choice)
@@ -120,8 +121,7 @@ def _arguments(file: Path | None, overrides: list[str]) -> list[str]:
 
 
 def _run_notifying(config: ClusterConfig, starter: Starter) -> None:
-    """Serves the cluster in the detached process. Events go to the waiting command until it returns, then to the
-    log."""
+    """Serves a cluster in the detached process. Events go to the waiting command until it ends, then to the log."""
     _tune_grpc()
     from llamaclust.cluster.server.serve import serve
     from llamaclust.tools.progress import silent
@@ -142,8 +142,8 @@ _END_S = 10.0
 
 
 class Starter:
-    """The command that started this process. It waits at the other end of a pipe for the event `Ready` or
-    `StartFailed`. If it ends earlier, this process gets SIGTERM."""
+    """The command that started this process. The command waits at the other end of a pipe for the event `Ready` or
+    `StartFailed`. If the command ends earlier, this process gets SIGTERM."""
 
     def __init__(self, descriptor: int) -> None:
         self.waits = True
@@ -166,8 +166,8 @@ class Starter:
 
 
 def run_detached(config: ClusterConfig, arguments: list[str], lan_key: str | None = None) -> None:
-    """Runs `up` with these arguments as another process, and returns when its cluster is ready. Raises LlamaclustError
-    if the start fails. After a failure or a signal, no process is left. `lan_key`: see `ready_text`."""
+    """Runs `up` with these arguments in another process, and returns when the cluster is ready. Raises LlamaclustError
+    if the start fails. After a failure or a signal, no process is left. `lan_key` is the argument of `ready_text`."""
     folder = ClusterDir(config.state_dir / config.name)
     with folder.locked():  # refuses a name that is taken before its log is begun anew
         pass
@@ -184,7 +184,7 @@ def run_detached(config: ClusterConfig, arguments: list[str], lan_key: str | Non
 
 
 def _spawn(arguments: list[str], log: Path) -> tuple[int, subprocess.Popen[bytes]]:
-    """Starts the process. Returns the reading end of the pipe for its events, and the process."""
+    """Starts the process. Returns the reading end of its event pipe, and the process."""
     reading, writing = os.pipe()
     to_log = open_log(log, anew=True)
     try:

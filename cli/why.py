@@ -1,4 +1,4 @@
-"""The `why` command: shows the phases of a request and their times, in lines of 80 columns."""
+"""The `why` command: shows the phases of a request and their times in lines of 80 columns."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from llamaclust.core.errors import UsageError
 
 Request = Annotated[
     str | None,
-    Argument(
-        metavar="REQUEST", help="A request's id, or at least its first 4 characters. Without it: a list of requests."
-    ),
+    Argument(metavar="REQUEST", help="A request's id, or at least its first 4 characters. Default: list the requests."),
 ]
 _SINGULAR = {"tokens": "token", "microbatches": "microbatch"}
 Record = dict[str, Any]
@@ -28,7 +26,7 @@ _LABEL, _BAR = 44, 19
 _SHOWN = 20
 """The maximum number of requests in the list."""
 _LEAST = 0.005
-"""Parts with a smaller share of their phase have no line."""
+"""The smallest share of a phase's time for which a part of the phase gets a line."""
 
 
 def why(
@@ -43,7 +41,7 @@ def why(
     from llamaclust.cli.status import Watched, group_lines
 
     if request is not None and len(request) < _LEAST_CHARACTERS:
-        raise UsageError(f"{request!r} is too short for a request: give at least {_LEAST_CHARACTERS} characters")
+        raise UsageError(f"{request!r} is too short for a request's id: give at least {_LEAST_CHARACTERS} characters")
     groups: list[Record] = []
     with Watched.find(cluster, endpoint, api_key_file, ca_file).api as api:
         records = api.requests() if request is None else api.waterfall(request)
@@ -107,7 +105,7 @@ def _of_stages(groups: list[Record], records: list[Record]) -> list[Record]:
 
 
 def _gather_lines(lines: Iterator[str]) -> Iterator[str]:
-    """Puts the lines about gathers, indented, under a heading: they are not measured by request."""
+    """Puts the lines about gathers, indented, under a heading. Gathers are not measured per request."""
     for index, line in enumerate(lines):
         if index == 0:
             yield "compute includes time in gathers; since the plan, over all requests:"
@@ -132,7 +130,7 @@ def _row(label: str, seconds: float, whole: float) -> str:
 
 
 def _bar(start: float, share: float) -> str:
-    """Draws at least one mark, so that each phase is visible."""
+    """Returns a bar with at least one mark, so that each phase is visible."""
     begin = min(round(start * _BAR), _BAR - 1)
     length = max(1, min(round(share * _BAR), _BAR - begin))
     return f"{' ' * begin}{'#' * length}".ljust(_BAR)

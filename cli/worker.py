@@ -1,5 +1,4 @@
-"""The commands `worker`, which joins a static cluster, and `token rotate`, which replaces the secret that joining
-needs."""
+"""The commands `worker` and `token rotate`: join a static cluster, and replace the secret for joining."""
 
 from __future__ import annotations
 
@@ -27,21 +26,27 @@ _JOIN_S = 15.0
 def worker(
     join: Annotated[
         list[str],
-        Option("--join", metavar="HOST[:PORT]", help="`join.listen` of the coordinator; repeatable, for its standbys."),
+        Option(
+            "--join", metavar="HOST[:PORT]", help="Coordinator's address, its `join.listen`; repeat it for standbys."
+        ),
     ] = [],  # noqa: B006  typer reads the default
     discover: Annotated[
-        bool, Option("--discover", help="Find the coordinator of the token's cluster by multicast DNS.")
+        bool, Option("--discover", help="Find the coordinator by multicast DNS. The token names the cluster.")
     ] = False,
     token_file: Annotated[
         Path | None,
-        Option("--token-file", metavar="FILE", help="The join token, mode 0600. Default: join-token in the state dir."),
+        Option(
+            "--token-file",
+            metavar="FILE",
+            help="File of the join token, mode 0600. Default: join-token in the state folder.",
+        ),
     ] = None,
     name: Annotated[str | None, Option(metavar="NAME", help="Name of the worker. Default: the host name.")] = None,
     listen: Annotated[
         str,
         Option(
             metavar="HOST:PORT",
-            help="Address for other members. Default: a free port of the address that reaches --join.",
+            help="Address for other members. Default: a free port at the local address that reaches --join.",
         ),
     ] = "",
     advertise: Annotated[
@@ -57,43 +62,47 @@ def worker(
             min=1,
             max=65535,
             metavar="N",
-            help="Port for links of groups. Default: 1000 above that of --listen, if it has one.",
+            help="Port for links of groups. Default: the port of --listen plus 1000, if given.",
         ),
     ] = None,
     device: Devices = [],  # noqa: B006  typer reads the default
     gpu_layers: GpuLayers = "auto",
     gpu_memory: Annotated[
         str | None,
-        Option("--gpu-memory", metavar="SIZE", help="Limit for the memory of each GPU. Default: free memory."),
+        Option("--gpu-memory", metavar="SIZE", help="Memory limit of each GPU. Default: the GPU's free memory."),
     ] = None,
     threads: Annotated[
         int | None, Option(min=1, max=1024, metavar="N", help="Compute threads. Default: one per physical core.")
     ] = None,
     numa_node: Annotated[
         int | None,
-        Option("--numa-node", min=0, max=1023, metavar="N", help="Use cores and memory of this NUMA node only."),
+        Option("--numa-node", min=0, max=1023, metavar="N", help="Use only the cores and memory of this NUMA node."),
     ] = None,
     memory: Annotated[
-        str | None, Option(metavar="SIZE", help="Limit for the RAM of the process, e.g. 8GiB. Default: free memory.")
+        str | None, Option(metavar="SIZE", help="RAM limit of the process, e.g. 8GiB. Default: free memory.")
     ] = None,
     mlock: Annotated[bool, Option("--mlock", help="Lock weights in RAM, so that they are never swapped out.")] = False,
     kv_disk: Annotated[
         str | None,
         Option(
-            "--kv-disk", metavar="SIZE", help="Limit for KV memory on disk, for all workers or none. Default: none."
+            "--kv-disk",
+            metavar="SIZE",
+            help="Limit for KV memory on disk; give it to all workers or none. Default: none.",
         ),
     ] = None,
     model_dir: Annotated[
         Path | None,
-        Option("--model-dir", metavar="DIR", help="Model file's folder, if it differs from the coordinator's."),
+        Option(
+            "--model-dir", metavar="DIR", help="Folder of the model file, if it differs from the coordinator's folder."
+        ),
     ] = None,
-    stay: Annotated[bool, Option("--stay", help="Wait for the next cluster after the end of one.")] = False,
+    stay: Annotated[bool, Option("--stay", help="Wait for the next cluster after a cluster ends.")] = False,
     ready_file: Annotated[
         Path | None,
         Option(
             "--ready-file",
             metavar="FILE",
-            help="File for probes, which exists while the worker has loaded its layers or is idle.",
+            help="File for probes; it exists while the worker has loaded its layers or is idle.",
         ),
     ] = None,
     insecure: Annotated[
@@ -113,7 +122,7 @@ def worker(
     if insecure and token_file is not None:
         raise UsageError("--insecure and --token-file: choose one; an insecure cluster has no token")
     if insecure and discover:
-        raise UsageError("--insecure and --discover: choose one; the token says which cluster is looked for")
+        raise UsageError("--insecure and --discover: choose one; discovery needs the token, which names the cluster")
     variables = environment()
     addresses = _addresses(join, variables, discover=discover)
     device_name, layers, gpu_bytes = Gpus(device, gpu_layers, gpu_memory).parsed
@@ -156,12 +165,12 @@ def _run(settings: WorkerSettings) -> NoReturn:
 
 
 def _addresses(given: list[str], variables: Environment, *, discover: bool) -> tuple[str, ...]:
-    """Returns the addresses of the coordinator and its standbys, without duplicates. Raises UsageError if there is none
-    and the worker does not discover clusters."""
+    """Returns the addresses of the coordinator and its standbys, without duplicates. Raises UsageError if no address is
+    given and the worker does not discover clusters."""
     name, values = ("--join", given) if given else ("LLAMACLUST_JOIN", list(variables.join))
     if not values and not discover:
-        what = "the address that `llamaclust up` prints; LLAMACLUST_JOIN is read as well"
-        raise UsageError(f"--join: needed, {what}. With `up --discover`, --discover does without")
+        what = "the address that `llamaclust up` prints, or set LLAMACLUST_JOIN"
+        raise UsageError(f"--join: give {what}; if the cluster runs with `up --discover`, give --discover instead")
     return tuple(dict.fromkeys(option_value(name, _address, _with_port(value)) for value in values))
 
 
@@ -185,42 +194,44 @@ def _advertised(value: str) -> str:
 def _token_file(given: Path | None, state_dir: Path) -> Path:
     path = given or state_dir / _TOKEN
     if given is None and not path.exists():
-        raise UsageError(f"--token-file: needed, since there is no {path}; `llamaclust up` prints where the token is")
+        raise UsageError(
+            f"--token-file: give the token's file, since there is no {path}; `llamaclust up` prints where the token is"
+        )
     return path
 
 
 def rotate(
     cluster: Annotated[
-        str | None, Option(metavar="NAME", help="`name` of the cluster file. Default: the one that runs.")
+        str | None, Option(metavar="NAME", help="Name of the cluster, from its file. Default: the running cluster.")
     ] = None,
     trust_dir: Annotated[
-        Path | None, Option(metavar="DIR", help="`join.trust_dir` of the cluster file, if set.")
+        Path | None, Option(metavar="DIR", help="Folder `join.trust_dir` from the cluster file, if set.")
     ] = None,
 ) -> None:
-    """Replace the join token, while the cluster runs or not, and print its file.
+    """Replace the join token, while the cluster runs or not, and print the path of the token's file.
 
-    The old token no longer admits workers. Connected workers stay, and need the new token to rejoin."""
+    The old token no longer admits workers. Connected workers stay, but need the new token to rejoin."""
     from llamaclust.cluster.config.environment import environment
     from llamaclust.cluster.membership.authority import Authority
 
     folder = trust_dir or _trust_folder(cluster, environment().state_dir)
     if not folder.is_dir():
         raise UsageError(
-            f"{folder}: no such folder; give the cluster's name by --cluster, or the folder by --trust-dir"
+            f"{folder}: no such folder; give the cluster's name with --cluster, or the folder with --trust-dir"
         )
     authority = Authority.open(folder)
     authority.rotate_token()
     print(authority.token_file)
     print(
-        "copy it over the old one on every worker's machine: members stay, but workers that rejoin need it, as do all"
-        " of them once the coordinator was restarted",
+        "copy this file over the old token on every worker's machine: connected workers stay, but need the new token"
+        " to rejoin, and all workers need it once the coordinator was restarted",
         file=sys.stderr,
     )
 
 
 def _trust_folder(cluster: str | None, state_dir: Path) -> Path:
-    """Returns the trust folder of the named cluster. Without a name, returns that of the running cluster, or of
-    `default` if none runs."""
+    """Returns the trust folder of the named cluster. If `cluster` is None, returns the running cluster's trust folder,
+    or that of the cluster `default` if none runs."""
     from llamaclust.cluster.config.values import parse_name
     from llamaclust.cluster.membership.authority import trust_folder
     from llamaclust.cluster.state.clusters import find_running, running_clusters

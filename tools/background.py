@@ -1,4 +1,4 @@
-"""Work in daemon threads. A native call cannot be interrupted, and Ctrl-C must not wait for it."""
+"""Runs work in daemon threads, because a native call cannot be interrupted and Ctrl-C must not wait for it."""
 
 from __future__ import annotations
 

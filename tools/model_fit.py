@@ -1,4 +1,4 @@
-"""The memory use of a model, and the part of the model that fits: layers, or tokens of context."""
+"""Computes a model's memory use, and how much of the model fits: layers, or tokens of context."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Fit:
 
 
 def fit(path: Path, available_bytes: int, threads: int, context_length: int | None = None) -> Fit:
-    """Plans one worker with the defaults of a cluster file. Reads only headers. Limits `context_length` to the model's.
-    Raises ModelFileError for a model that cannot run here."""
+    """Plans one worker with the defaults of a cluster file. Reads only headers. Limits `context_length` to the model's
+    own. Raises ModelFileError if the model cannot run here."""
     model, _ = open_with_projector(path, None)
     with model:
         config = ClusterConfig.model_validate({"model": str(path), "workers": [{"name": "a"}]})

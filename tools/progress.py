@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int | None], None]
-"""Gets the step, the finished amount (bytes or pieces), and the total (None if unknown)."""
+"""Receives the step, the finished amount (bytes or pieces), and the total or None if unknown."""
 
 
 def silent(what: str, done: int, total: int | None) -> None:

@@ -17,8 +17,8 @@ from llamaclust.worker.devices.encoder_memory import encoder_bytes
 
 @dataclass(frozen=True, slots=True)
 class ProjectorInfo:
-    """`width` is the number of channels of a row. `image_size` is the side of a tile in pixels, or 0 if tiles may have
-    any size up to `max_pixels`."""
+    """A projector's figures. `width` is the number of channels in a row. `image_size` is the side of a tile in pixels,
+    or 0 if tiles may have any size up to `max_pixels`."""
 
     name: str
     width: int
@@ -45,7 +45,7 @@ class ProjectorInfo:
 
 @dataclass(frozen=True, slots=True)
 class ProjectorBeside:
-    """The projector that a model uses by default, with the RAM of its encoder, or the reason why it uses none."""
+    """A model's default projector with the RAM of its encoder, or the reason why the model uses no projector."""
 
     path: Path | None = None
     info: ProjectorInfo | None = None
@@ -86,7 +86,7 @@ def _info(projector: Projector) -> ProjectorInfo:
 
 
 def projector_beside(model: Path, threads: int) -> ProjectorBeside | None:
-    """Looks for the projectors next to a model; None without any. Raises ModelFileError if the model cannot run."""
+    """Returns the projector next to a model, or None. Raises ModelFileError if the model cannot run."""
     opened, unused = open_with_projector(model, None)
     opened.close()
     projector = opened.projector

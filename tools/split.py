@@ -1,4 +1,4 @@
-"""Splits a model file, and merges parts, without a change of bytes. llama.cpp and this program read each other's."""
+"""Splits a model file, and merges parts, without changing tensors. llama.cpp reads our parts, and we read its parts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SPLIT_KEYS: Final = re.compile(r"split\.(no|count|tensors\.count)")
 
 @dataclass(frozen=True, slots=True)
 class SplitRules:
-    """The limit of a part: `most_bytes` of tensors, or `most_tensors` if that is None."""
+    """The limit of a part's tensors: `most_bytes`, or `most_tensors` if `most_bytes` is None."""
 
     most_bytes: int | None = None
     most_tensors: int = DEFAULT_TENSORS
@@ -80,8 +80,8 @@ def plan_merge(model: ModelFile, out: Path) -> Part:
 
 
 def write_parts(parts: Sequence[Part], progress: Progress) -> None:
-    """Writes all files or none. They get their names when all are complete, the first last. Raises UsageError if a file
-    exists or the disk has too little room. `progress` gets file names and bytes of tensors."""
+    """Writes all files or none. The files get their names when all are complete, the first file last. Raises UsageError
+    if a file exists or the disk has too little room. `progress` receives file names and bytes of tensors."""
     for part in parts:
         if part.path.exists():
             raise UsageError(f"{part.path}: already exists; delete it or choose another name")
@@ -126,7 +126,7 @@ def _groups(tensors: Sequence[Tensor], rules: SplitRules, alignment: int) -> lis
             begins = number > 0 and number % rules.most_tensors == 0
         elif size > rules.most_bytes:
             raise UsageError(
-                f"tensor {tensor.name} has {size} bytes, but a part at most {rules.most_bytes}: raise --split-max-size"
+                f"tensor {tensor.name} has {size} bytes, but a part holds {rules.most_bytes}: raise --split-max-size"
             )
         else:
             begins = held + size > rules.most_bytes

@@ -1,4 +1,4 @@
-"""The display of an answer while it is generated, with or without colors."""
+"""Displays an answer while it is generated, with or without colors."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ def uses_color(color: Color) -> bool:
 
 
 class AnswerScreen:
-    """One answer on standard output. Reasoning is shown only on a terminal, dimmed if there are colors, otherwise below
-    a heading."""
+    """Writes one answer to standard output. Reasoning is shown only on a terminal, dimmed or below a heading."""
 
     def __init__(self, *, is_colored: bool, renders_markdown: bool = False) -> None:
         self._is_colored = is_colored
@@ -76,7 +75,7 @@ class AnswerScreen:
 
 
 def _markdown_screen() -> MarkdownScreen | None:
-    """Returns None if standard output is not a terminal that can render."""
+    """Returns a Markdown screen, or None if standard output is not a terminal that can render Markdown."""
     from llamaclust.cli.chat.markdown import MarkdownScreen  # only here: rich's parser takes a part of the start
 
     screen = MarkdownScreen()

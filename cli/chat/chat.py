@@ -22,23 +22,27 @@ from llamaclust.cluster.scheduler.requests import Timings
 from llamaclust.core.errors import LlamaclustError, UsageError
 
 _HELP: Final = '''\
-/again        answer the last message anew
+/again        answer the last message again
 /undo         take back the last message and its answer
 /history      print the conversation
-/system TEXT  say how to answer; without TEXT, no more
-/stats        tokens and speed of the last answer
+/system TEXT  set the system message; without TEXT, remove it
+/stats        show token counts and speed of the last answer
 /save FILE    write the conversation to FILE
-/load FILE    go on with the conversation of FILE
-/clear        forget the conversation, but not the system message
-/help, /?     this
-/exit         leave, as /quit, /bye and Ctrl-D do
-@FILE         in a message: the text of FILE, or an image; @"MY FILE": with spaces in its name (Tab completes)
-A line that ends with \\ continues on the next one. """ begins and ends a message of several lines.
-Such a message, and a line that begins with a space, are sent as they are. Ctrl-C interrupts an answer.'''
-_DROPPED: Final = "(longer than the model's context: the oldest turns are left out from here on; /clear begins anew)"
-_DROPPED_IMAGES: Final = "(the images are too many for a request: the oldest ones are left out from here on)"
+/load FILE    continue the conversation in FILE
+/clear        forget the conversation, keep the system message
+/help, /?     show this help
+/exit         leave, like /quit, /bye and Ctrl-D
+@FILE         in a message, insert the text or image in FILE; quote a name with spaces: @"MY FILE" (Tab completes)
+A line that ends with \\ continues on the next line. """ begins and ends a message of several lines.
+Such a message is sent unchanged, and so is a line that begins with a space. Ctrl-C interrupts an answer.'''
+_DROPPED: Final = (
+    "(the conversation exceeds the model's context: from now on the oldest turns are left out; /clear begins anew)"
+)
+_DROPPED_IMAGES: Final = (
+    "(the conversation has too many images for a request: from now on the oldest images are left out)"
+)
 _ALL_REASONING: Final = (
-    "(no answer: it ended within its reasoning, which is shown on a terminal alone; raise -n or set --reasoning-budget)"
+    "(no answer: it ended within its reasoning, which only a terminal shows; raise -n or set --reasoning-budget)"
 )
 _EXITS: Final = ("/exit", "/quit", "/bye")
 _HISTORY: Final = ".chat_history"
@@ -77,8 +81,8 @@ class Chat:
         }
 
     def run(self) -> None:
-        """Runs until the end of the input or /exit. An error ends only the turn on a terminal, but the whole chat
-        elsewhere."""
+        """Runs until /exit or the end of the input. On a terminal, an error ends only the current turn. If input is
+        piped, an error ends the chat."""
         is_terminal = sys.stdin.isatty()
         settings = self._settings
         history = environment().state_dir / _HISTORY
@@ -195,7 +199,7 @@ def _given(name: str, command: str) -> str:
 
 
 def _shown(content: Any) -> str:
-    """Returns the text of a content, with `[image]` for each image."""
+    """Returns the text of a message's content, with `[image]` in place of each image."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):

@@ -15,7 +15,7 @@ _QUOTES: Final = '"""'
 _FIRST_PROMPT: Final = "> "
 _NEXT_PROMPT: Final = ". "
 _BRIGHT: Final = ("\001\033[1;32m\002", "\001\033[0m\002")
-"""Codes of the prompt's color. The marks around them tell readline that they have no width."""
+"""Escape codes around a colored prompt. Control characters tell readline that the codes take no space."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,10 @@ class Entry:
 
 
 class Entries:
-    """Reads entries from standard input. On a terminal, readline's keys edit lines and bring back earlier ones."""
+    """Reads entries from standard input. On a terminal, readline lets the user edit a line and recall earlier lines."""
 
     def __init__(self, history: Path, *, is_colored: bool, takes_commands: bool) -> None:
-        """`history` is the file of earlier lines. Without `takes_commands`, piped lines are literal, since somebody
+        """The file `history` keeps earlier lines. If `takes_commands` is False, piped lines are literal, since somebody
         else may have written them."""
         self._is_terminal = sys.stdin.isatty()
         self._is_literal = not (self._is_terminal or takes_commands)
@@ -42,7 +42,7 @@ class Entries:
         self._color = _BRIGHT if is_colored and self._history is not None else ("", "")
 
     def read(self) -> Entry:
-        """Returns the next entry. Raises EOFError at the end of the input, UsageError if it ends within an entry."""
+        """Returns the next entry. Raises EOFError at the end of the input, and UsageError if an entry is incomplete."""
         line = self._line(_FIRST_PROMPT)
         if line.startswith(" "):
             return Entry(line.strip(), is_literal=True)

@@ -1,4 +1,4 @@
-"""The lines typed in this chat and in earlier ones. A file keeps them, and readline's keys bring them back."""
+"""Keeps the lines typed in this chat and earlier chats in a file, so that readline can recall them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from llamaclust.core.regular_file import read_text, write_text
 
 _LINES: Final = 1000
 _CHARACTERS: Final = 4096
-"""Longer lines are not kept, because they were pasted and not typed."""
+"""The maximum length of a kept line. A longer line was probably pasted, not typed."""
 _MOST_BYTES: Final = 64 << 20
 
 
 class LineHistory:
-    """Enables readline's keys in input(), and keeps typed lines in a file to which concurrent chats append. Ignores a
-    file that cannot be read or written."""
+    """Enables readline's keys in input(), and appends typed lines to a file that concurrent chats share. A file that
+    cannot be read or written is ignored."""
 
     def __init__(self, path: Path) -> None:
         """Raises ImportError if Python was built without readline."""

@@ -70,7 +70,7 @@ def _without_padding(line: list[Segment]) -> list[Segment]:
 
 
 def split_blocks(text: str) -> tuple[str, str]:
-    """Splits a text into complete blocks and the rest. An empty line ends a block; a fence ends a block of code."""
+    """Splits Markdown into complete blocks and the rest. An empty line ends a block, and a fence ends a code block."""
     fence, end, at = "", 0, 0
     for line in text.splitlines(keepends=True):
         at += len(line)

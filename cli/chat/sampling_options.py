@@ -18,19 +18,19 @@ from llamaclust.core.sampling import MAIN_NUMBERS, SAMPLING_TABLE, SamplingParam
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 _MORE: dict[str, tuple[Any, str, str]] = {
     "samplers": (str, "A;B", "Order of the samplers, e.g. 'top_k;xtc;temperature'."),
-    "dry_sequence_breakers": (list[str], "TEXT", "No repetition continues across this text; repeatable."),
-    "speculative": (str, "WHEN", "Draft tokens: auto or on (default): if that is faster; off: never."),
-    "draft_max": (int, "N", "Maximum number of drafted tokens in a step. 0: none."),
-    "json_schema": (Path, "FILE", "Answer in JSON that the schema in this file allows."),
-    "grammar": (Path, "FILE", "Answer by the grammar in this file, in GBNF or Lark."),
+    "dry_sequence_breakers": (list[str], "TEXT", "Text at which a repetition ends for the DRY sampler; repeatable."),
+    "speculative": (str, "WHEN", "Draft tokens when that is faster (auto or on, default), or never (off)."),
+    "draft_max": (int, "N", "Maximum number of drafted tokens in a step; 0 for none."),
+    "json_schema": (Path, "FILE", "JSON schema file that the answer must match."),
+    "grammar": (Path, "FILE", "Grammar file (GBNF or Lark) that the answer must match."),
 }
-"""Type, placeholder and help of each request field that is not in the sampling table."""
+"""The type, placeholder and help text of each request field that is not in the sampling table."""
 _NUMBERS = [name for name in SAMPLING_TABLE if name != "repeat_last_n"]
 _NAMES = {
     "dry_sequence_breakers": ("--dry-sequence-breaker",),
     "draft_max": ("--draft-max", "--spec-draft-n-max"),
 }
-"""Options whose names do not follow from the field's name, and aliases."""
+"""Option names of the fields that have an alias or an option with another name."""
 
 
 def _json_of(path: Path) -> Any:
@@ -44,13 +44,13 @@ def _json_of(path: Path) -> Any:
 
 
 _FILES: dict[str, Callable[[Path], Any]] = {"json_schema": _json_of, "grammar": text_of}
-"""Readers for options whose value is the path of a file."""
+"""Functions that read the file of an option whose value is a path."""
 
 
 def with_samplers(*, recommended: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Returns a decorator that adds sampling options to a command. Its argument `more` maps request fields to the given
-    values. `MAIN_NUMBERS` that are not given: with `recommended`, the model's file decides; otherwise `more` has their
-    defaults."""
+    """Returns a decorator that adds sampling options to a command. The command gets an argument `more`, which maps
+    request fields to the values that the user gave. A number of `MAIN_NUMBERS` that the user did not give comes from
+    the model's file if `recommended` is True. Otherwise `more` contains its default."""
     added = {name: _number_option(name, recommended) for name in _NUMBERS} | {name: _option(name) for name in _MORE}
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
@@ -78,8 +78,7 @@ def with_samplers(*, recommended: bool) -> Callable[[Callable[..., None]], Calla
 
 
 def _with_most_drafted(more: dict[str, Any]) -> dict[str, Any]:
-    """Merges --speculative and --draft-max into the field `speculative`. Raises UsageError for invalid or contradictory
-    values."""
+    """Merges --speculative and --draft-max into the field `speculative`. Raises UsageError for invalid values."""
     from llamaclust.cluster.config.values import switched
     from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 

@@ -38,7 +38,7 @@ def convert(
     kind: TypeOption = "f16",
     tokenizer: Annotated[
         Path | None,
-        Option("--tokenizer", metavar="PATH", help="Tokenizer file or its folder, if it is not beside SRC."),
+        Option("--tokenizer", metavar="PATH", help="Tokenizer file or its folder, if it is not next to SRC."),
     ] = None,
     config: Annotated[
         Path | None, Option("--config", metavar="FILE", help="TencentPretrain's configuration in JSON.")
@@ -53,7 +53,7 @@ def convert(
             help="Context length in tokens, for checkpoints that do not have it.",
         ),
     ] = None,
-    name: Annotated[str | None, Option("--name", metavar="NAME", help="Model name in the file.")] = None,
+    name: Annotated[str | None, Option("--name", metavar="NAME", help="Model name to write into the file.")] = None,
 ) -> None:
     """Convert a checkpoint to a GGUF file, without PyTorch and without running code of the checkpoint."""
     from llamaclust.tools.convert.conversion import convert as run
@@ -89,7 +89,7 @@ def merge_lora(
 
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows progress on standard error. SIGTERM and SIGHUP first run cleanup."""
+    """Shows progress on standard error. SIGTERM and SIGHUP run cleanup before the process ends."""
     from llamaclust.cli.interrupts import signals_as_interrupts
     from llamaclust.cli.progress import shown_progress
 
@@ -104,11 +104,11 @@ def split(
     ] = None,
     max_size: Annotated[
         str | None,
-        Option("--split-max-size", metavar="SIZE", help="Maximum bytes of tensors per part, e.g. 2GiB or 2G."),
+        Option("--split-max-size", metavar="SIZE", help="Maximum size of the tensors in a part, e.g. 2GiB or 2G."),
     ] = None,
     max_tensors: Annotated[
         int | None,
-        Option("--split-max-tensors", metavar="N", min=1, help="Maximum number of tensors per part. Default: 128."),
+        Option("--split-max-tensors", metavar="N", min=1, help="Maximum number of tensors in a part. Default: 128."),
     ] = None,
     no_tensor_first: Annotated[
         bool, Option("--no-tensor-first-split", help="Write only metadata to the first part.")

@@ -178,7 +178,7 @@ def tokenize(
     text: Annotated[str | None, Argument(metavar="TEXT", help="Text to tokenize. Default: standard input.")] = None,
     no_special: Annotated[bool, Option("--no-special", help="Add no BOS or EOS token.")] = False,
     parse_special: Annotated[
-        bool, Option("--parse-special", help="Read control words in the text as their tokens.")
+        bool, Option("--parse-special", help="Read names of special tokens in the text as special tokens.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -214,7 +214,7 @@ def _print_info(model: ModelFile, info: ModelInfo) -> None:
 
 
 def _alike(layers: tuple[Share, ...]) -> Iterator[Share]:
-    """Joins consecutive layers of the same size in one row."""
+    """Merges consecutive layers of equal size into one row."""
     for _, equal in groupby(layers, key=lambda layer: replace(layer, name="")):
         first, *others = equal
         yield replace(first, name=f"{first.name}-{others[-1].name}, each") if others else first
@@ -265,12 +265,14 @@ def perplexity(
     chunks: Chunks = None,
     base: Annotated[
         Path | None,
-        Option("--kl-divergence-base", metavar="FILE", help="File of logits: written, or read with --kl-divergence."),
+        Option(
+            "--kl-divergence-base", metavar="FILE", help="File to write logits to, or to read with --kl-divergence."
+        ),
     ] = None,
     compare: Annotated[
         bool,
         Option(
-            "--kl-divergence", help="Compare MODEL with the file of --kl-divergence-base, on the text of that file."
+            "--kl-divergence", help="Compare MODEL with the logits in the file of --kl-divergence-base, on its text."
         ),
     ] = False,
     hellaswag: Annotated[
@@ -278,7 +280,7 @@ def perplexity(
         Option(
             "--hellaswag",
             metavar="FILE",
-            help="Evaluate HellaSwag tasks instead: six lines each, in llama.cpp's format.",
+            help="Evaluate HellaSwag tasks instead, in llama.cpp's format of six lines per task.",
         ),
     ] = None,
     tasks: Annotated[int | None, Option("--tasks", min=1, metavar="N", help="Use only the first N tasks.")] = None,

@@ -49,16 +49,18 @@ class Evaluation:
             raise UsageError("--kl-divergence needs --kl-divergence-base FILE, the logits to compare with")
         given = {"-f": self.text, "-c": self.context, "--chunks": self.chunks, "--kl-divergence-base": self.base}
         if self.hellaswag is not None:
-            self._refuse(given, "--hellaswag reads its tasks whole from its own FILE")
+            self._refuse(given, "--hellaswag reads whole tasks from its own FILE")
         elif self.compare:
-            self._refuse({"-f": self.text, "-c": self.context}, "--kl-divergence takes text and chunks from its FILE")
+            self._refuse(
+                {"-f": self.text, "-c": self.context}, "--kl-divergence takes the text and chunks from its FILE"
+            )
         elif self.text is None:
-            raise UsageError("give a text to predict: -f TEXT")
+            raise UsageError("there is no text to evaluate: give -f TEXT")
 
     def _refuse(self, options: Mapping[str, object], why: str) -> None:
         for name, value in options.items():
             if value is not None:
-                raise UsageError(f"{why}: {name} is not for it")
+                raise UsageError(f"{why}: remove {name}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ class Source:
     def local(self, context: int, sequences: int = 1) -> LocalClient:
         """Loads the model in this process. Raises UsageError if options place the model elsewhere."""
         if self.endpoint is not None or self.workers > 1:
-            raise UsageError("logits are those of a model in this process: --endpoint and --workers are not for them")
+            raise UsageError("logits are those of a model in this process: remove --endpoint and --workers")
         self._check_no_endpoint()
         from llamaclust.cluster.client.local import LocalClient
         from llamaclust.cluster.launchers.in_process import LocalSettings
@@ -116,11 +118,11 @@ class Source:
     def _open(self, context: int, sequences: int) -> TextClient:
         if self.gpus != NO_GPUS and (self.endpoint is not None or self.workers > 1):
             options = "--device and --gpu-layers"
-            raise UsageError(f"{options} are for a model in this process: not with --endpoint, --workers")
+            raise UsageError(f"{options} are for a model in this process: remove --endpoint and --workers")
         if self.endpoint is not None:
             if self.workers > 1 or self.threads is not None or self.kv_type is not None:
                 given = "--workers, --threads and --kv-type"
-                raise UsageError(f"--endpoint uses a cluster that runs already: {given} are not for it")
+                raise UsageError(f"--endpoint uses a cluster that already runs: remove {given}")
             return connect(self.endpoint, self.api_key_file, self.ca_file)
         self._check_no_endpoint()
         if self.workers == 1:

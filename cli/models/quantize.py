@@ -87,7 +87,7 @@ def quantize(
     importance = None if imatrix_file is None else read_imatrix(imatrix_file)
     for pattern, _ in wishes.by_pattern:
         if not any(pattern.search(name) for name in file.tensors):
-            raise UsageError(f"--tensor-type {pattern.pattern}: no tensor of {file.path} has such a name")
+            raise UsageError(f"--tensor-type {pattern.pattern}: no tensor name in {file.path} matches the pattern")
     job = plan_quantizing(file, wishes, importance, allow_requantize)
     if dry_run:
         _print_sizes(job)
@@ -122,14 +122,14 @@ def imatrix(
     from llamaclust.worker.devices.cores import physical_cores
 
     if out.is_dir() or not out.parent.is_dir():
-        raise UsageError(f"{out}: a file cannot be written there; check the path")
+        raise UsageError(f"{out} is a folder, or lies in a folder that does not exist; check the path")
     if out.exists() and any(source.exists() and out.samefile(source) for source in (model, text)):
-        raise UsageError(f"{out}: would replace what is read; give another name")
+        raise UsageError(f"{out} is also an input file; give the output another name")
     words = read_text(text)
     with Model.open(model) as loaded, shown_progress(counts_bytes=False) as progress:
         trained = loaded.hyperparameters.context_length
         if context > trained:
-            raise UsageError(f"-c {context}: the model was made for {trained} tokens; set {trained} or less")
+            raise UsageError(f"-c {context}: the model's context is {trained} tokens; give {trained} or less")
         parts = cut(loaded.tokenizer, words, context, chunks)
         write_imatrix(out, collect(loaded, parts, threads or physical_cores(), str(text), process_output, progress))
     print(out)
@@ -171,10 +171,10 @@ def _out(source: Path, given: str | None, name: str, parts: tuple[Path, ...], ke
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", source.stem)
     out = made_beside(source, f"{stem}-{name}.gguf") if given is None else Path(given)
     if out.is_dir():
-        raise UsageError(f"{out}: a folder; give the name of a file in it")
+        raise UsageError(f"{out} is a folder; give the name of a file in it")
     for path in part_paths(out, len(parts) if keep_split else 1):
         if any(path.exists() and part.exists() and path.samefile(part) for part in parts):
-            raise UsageError(f"{path}: the model itself; give the new file another name")
+            raise UsageError(f"{path} is the model itself; give the new file another name")
     return out
 
 

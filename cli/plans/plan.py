@@ -1,4 +1,4 @@
-"""The `plan` command: predicts the plan of a cluster's start from stored measurements."""
+"""The `plan` command: shows the plan with which a cluster would start, predicted from stored measurements."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from llamaclust.worker.devices.system_info import LOADING_BYTES, available_memor
 def show_plan(
     file: Path | None, overrides: list[str], as_json: bool, acceptances: Sequence[float] | None = None
 ) -> None:
-    """Prints a cluster's plan. Several models are planned as if each ran alone. `acceptances` are shares of accepted
-    drafts for which the gain of speculation is predicted. Raises UsageError if they are given but speculation is off,
-    and the errors of `planned`."""
+    """Prints a cluster's plan. If the cluster has several models, each is planned as if it ran alone. The gain of
+    speculation is predicted for each share of accepted drafts in `acceptances`. Raises UsageError if `acceptances` are
+    given but speculation is off, and the errors of `planned`."""
     config = load_config(file, overrides)
     models = config.of_each_model()
     if acceptances is not None and any(own.speculative is None for own in models):
@@ -65,13 +65,12 @@ class PlannedStart:
     plan: Plan
     row_bytes: int  # the most memory of this machine for rows of images
     own_bytes: int
-    """Bytes of a worker process without a model, estimated from this process, which has loaded the kernels but no
-    model."""
+    """The bytes of a worker process without a model, estimated from the memory that this process uses."""
     draft_model: DraftModelMemory | None
     unused: tuple[str, ...]
-    """Hints about an MTP head that could draft and projectors that could read images, but are not used."""
+    """Hints about an unused MTP head that could draft, and about unused projectors that could read images."""
     other_loads: Mapping[str, OtherLoad]
-    """The load of other programs while each worker was measured, by worker."""
+    """Maps a worker's name to the load of other programs while the worker was measured."""
 
 
 def _json(config: ClusterConfig, acceptances: Sequence[float]) -> dict[str, object]:
@@ -87,7 +86,6 @@ def _json(config: ClusterConfig, acceptances: Sequence[float]) -> dict[str, obje
 
 
 def _effects(config: ClusterConfig) -> Sequence[RuleEffect]:
-    """Returns, for each rule of `placement`, the number of tensors that it decides about."""
     if not config.placement:
         return ()
     with _opened(config) as (model, _):
@@ -95,7 +93,7 @@ def _effects(config: ClusterConfig) -> Sequence[RuleEffect]:
 
 
 def _on_disk(config: ClusterConfig) -> dict[str, int]:
-    """Returns the limits of KV memory on disk by worker name, for workers that have one."""
+    """Returns the limit of KV memory on disk in bytes for each worker that has such a limit."""
     return {worker.name: worker.kv_disk for worker in config.workers if worker.kv_disk is not None}
 
 
@@ -131,11 +129,11 @@ def _cores(config: ClusterConfig) -> str:
 
 
 def planned(config: ClusterConfig) -> PlannedStart:
-    """Plans a cluster's start. Raises UsageError for an invalid cluster file, API keys or chat template,
-    InsufficientMemoryError with the missing MiB."""
+    """Plans a cluster's start. Raises UsageError if the cluster file, API keys or chat template are invalid, and
+    InsufficientMemoryError with the missing MiB if the model does not fit."""
     facts = config.launcher_facts
     if not (facts.is_local or (facts.uses_ray and config.ray.address == "none")):
-        why = "what its machines have is known once their workers have joined"
+        why = "its machines' resources are known only after their workers have joined"
         raise UsageError(f"launcher {config.launcher}: {why}; `llamaclust up` prints the plan then")
     read_api_keys(config.api_keys_file)
     own_bytes, specs = resident_bytes() + LOADING_BYTES, worker_settings(config)
@@ -183,7 +181,7 @@ def planned(config: ClusterConfig) -> PlannedStart:
 
 @contextmanager
 def _opened(config: ClusterConfig) -> Iterator[tuple[Model, str | None]]:
-    """Yields the values of `open_with_projector`."""
+    """Yields the model, and a hint about unused projectors or None."""
     adapters = [adapter.path for adapter in config.adapters]
     path = resolve_model(config.model)
     model, unused = open_with_projector(path, config.mmproj, config.chat_template, adapters)
@@ -205,18 +203,17 @@ def _draft_model(config: ClusterConfig) -> DraftModelMemory | None:
 
 
 def _beside(config: ClusterConfig, own_bytes: int, draft_model: DraftModelMemory | None) -> Iterator[str]:
-    """Yields lines about memory that layers cannot use: the draft model's, and that of workers with a `memory`
-    limit."""
+    """Yields lines about memory that layers cannot use: the draft model, and worker processes with a `memory` limit."""
     if draft_model is not None:
         yield f"  {draft_model.text}, which workers do not have"
         yield from (f"  {remark}" for remark in draft_model.remarks)
     if any(worker.memory is not None for worker in config.workers):
-        yield f"  `memory` is for all of a worker: its process itself takes about {mib(own_bytes)} MiB of it"
+        yield f"  `memory` limits a whole worker: its process without layers takes about {mib(own_bytes)} MiB of that"
 
 
 def _measurement_keys(model_id: str, fingerprints: Mapping[str, str], threads: int) -> dict[str, list[str]]:
-    """Returns the keys of stored measurements by worker, best first: with this model, then with another one. `threads`
-    is the sum over all workers."""
+    """Maps each worker to its keys of stored measurements: first with this model, then without a model. `threads` is
+    the thread count of all workers together."""
     return {
         name: [measurement_key(text, len(fingerprints), threads, profiled) for profiled in (model_id, "")]
         for name, text in fingerprints.items()

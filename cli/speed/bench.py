@@ -1,4 +1,4 @@
-"""The `bench` command: compares prefill and decode with the machine's limits."""
+"""The `bench` command: compares the speed of prefill and decode with the machine's limits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def known_device(devices: list[str], workers: int) -> str:
 
     known = option_value("--device", parse_device, ",".join(devices) or "cpu")
     if "," in known or (known != "cpu" and workers > 1):
-        raise UsageError("--device: one GPU in this process; for several of them, or of workers, start a cluster")
+        raise UsageError("--device: give one GPU and --workers 1; to use several GPUs or GPU workers, start a cluster")
     return known
 
 
@@ -48,11 +48,11 @@ def bench(
     kv_type: KvTypeOption = None,
     device: Annotated[
         list[str],
-        Option("--device", metavar="DEVICE", help="cpu (default), or a GPU such as cuda:0, with all layers on it."),
+        Option("--device", metavar="DEVICE", help="cpu (default), or a GPU such as cuda:0 that holds all layers."),
     ] = [],  # noqa: B006  typer reads the default
     as_json: Json = False,
 ) -> None:
-    """Measure the speed of prefill and decode, beside the limits of this machine."""
+    """Measure the speed of prefill and decode, and compare it with the limits of this machine."""
     from llamaclust.model.kv_type import KvType
     from llamaclust.tools.bench.bench import BenchTask
 
@@ -82,7 +82,7 @@ def print_bench(task: BenchTask, as_json: bool) -> None:
         _print_table(_table(report))
     threads = task.threads_each * task.workers
     if threads > physical_cores():
-        _note(f"{threads} threads shared {physical_cores()} cores: a thread a core is faster")
+        _note(f"{threads} threads shared {physical_cores()} cores: one thread per core is faster")
     load = report.other_load
     if load is not None and load.is_much and not as_json:
         _note(f"{load.text} meanwhile: on an idle machine the figures are higher")
@@ -93,7 +93,7 @@ def _note(text: str) -> None:
 
 
 def _print_table(table: Table) -> None:
-    """Prints a table. Outside a terminal it has its full width and no trailing blanks."""
+    """Prints a table. Outside a terminal, the table has its full width and no trailing blanks."""
     from rich.console import Console
 
     console = Console(highlight=False)

@@ -1,4 +1,4 @@
-"""The `measure` command: repeats the stored measurements of this machine."""
+"""The `measure` command, which repeats the stored measurements of this machine."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def measure(
     workers: LocalWorkers = None,
     as_json: Json = False,
 ) -> None:
-    """Measure this machine again, with the local workers and the model of FILE, for plans. No cluster of that name may
-    run, and other programs should be idle."""
+    """Repeat the measurements of this machine that plans use, with the local workers and the model of FILE. No cluster
+    of that name may be running, and other programs should be idle."""
     from llamaclust.cluster.config.cluster_config import load_config
 
     config = load_config(*cluster_source(source, workers, overrides))
     if not config.launcher_facts.is_local:
         where = f"delete .profiles.json and .links.json in {config.state_dir}, and the next `up` measures again"
-        raise UsageError(f"launcher {config.launcher}: `measure` starts workers of this machine alone; {where}")
+        raise UsageError(f"launcher {config.launcher}: `measure` starts workers on this machine only; {where}")
     found = _measured(config)
     print(json.dumps(_json(found)) if as_json else "\n".join(_lines(found)))
     stated = {worker.name for worker in config.workers if worker.memory_bandwidth_gb_s is not None}
     if failed := {name for each in found.models for name in each.missing} - stated:
-        raise LlamaclustError(f"not measured: {', '.join(sorted(failed))}; what was stored of it is kept")
+        raise LlamaclustError(f"not measured: {', '.join(sorted(failed))}; earlier measurements are kept")
 
 
 def _measured(config: ClusterConfig) -> Measurements:
@@ -87,7 +87,7 @@ def _lines(found: Measurements) -> Iterator[str]:
 
 def _part_lines(model: MeasuredModel) -> Iterator[str]:
     yield from _table(model.devices, "worker ")
-    yield from (f"  worker {name}: speeds of the cluster file, or not measured" for name in model.missing)
+    yield from (f"  worker {name}: not measured, or the cluster file states its speeds" for name in model.missing)
 
 
 def _table(parts: Sequence[MeasuredPart], kind: str) -> Iterator[str]:

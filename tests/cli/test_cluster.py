@@ -217,9 +217,11 @@ def test_plan_knows_what_memory_leaves_to_a_worker_and_says_why(line: CommandLin
     with line.cluster("good.gguf", "capped", workers=[worker]) as cluster:
         started = room_mib(cluster.command.err.read_text())
     planned = line.run("plan", path).out
-    (own,) = re.findall(r"`memory` is for all of a worker: its process itself takes about (\d+) MiB of it", planned)
+    (own,) = re.findall(
+        r"`memory` limits a whole worker: its process without layers takes about (\d+) MiB of that", planned
+    )
     assert abs(room_mib(planned) - started) <= 32
     assert abs(300 - int(own) - room_mib(planned)) <= 1
     lacking = line.run("plan", path, "--set", "workers.a.memory=10MiB")
-    assert lacking.code == 3 and "a 0;" in lacking.error and "its process itself takes about" in lacking.error
-    assert "its process itself" not in line.run("plan", line.cluster_file("good.gguf")).out
+    assert lacking.code == 3 and "a 0;" in lacking.error and "its process without layers takes about" in lacking.error
+    assert "its process without layers" not in line.run("plan", line.cluster_file("good.gguf")).out

@@ -64,7 +64,7 @@ def test_a_file_is_a_file_whatever_it_is_called(tmp_path: Path, monkeypatch: pyt
     for name in ("cluster.yaml", "plain"):
         (tmp_path / name).write_text("name: filed\nmodel: smollm2-135m-instruct\nworkers: [{name: a}]\n")
         assert described(name).name == "filed"
-    with pytest.raises(UsageError, match="--workers: plain lists its workers"):
+    with pytest.raises(UsageError, match="--workers: the cluster file plain lists its workers"):
         described("plain", 2)
     with pytest.raises(UsageError, match=r"missing\.yaml: "):
         described("missing.yaml")

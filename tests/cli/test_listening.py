@@ -95,7 +95,7 @@ def test_keys_of_others_are_neither_shown_nor_changed(keys: Path, monkeypatch: p
     keys.write_text(text)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert (
-        lan_key(keys) == f"one of {keys}; `llamaclust keys add NAME` makes and prints another one"
+        lan_key(keys) == f"a key in {keys}; `llamaclust keys add NAME` makes and prints another key"
         and keys.read_text() == text
     )
 
@@ -113,8 +113,8 @@ def test_a_file_without_keys_gets_one(keys: Path, text: str) -> None:
     [
         (["192.168.1.5", "127.0.0.1"], "http://192.168.1.5:8080/"),
         (["fd00::7", "::1"], "http://[fd00::7]:8080/"),
-        (["127.0.0.1", "::1"], "none reaches this machine, which has no address of a network"),
-        ([], "none reaches this machine, which has no address of a network"),
+        (["127.0.0.1", "::1"], "cannot reach this machine, which has no network address"),
+        ([], "cannot reach this machine, which has no network address"),
     ],
 )
 def test_what_is_typed_on_a_phone(monkeypatch: pytest.MonkeyPatch, own: list[str], place: str) -> None:

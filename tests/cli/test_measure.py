@@ -71,7 +71,7 @@ def test_speeds_of_the_cluster_file_are_not_measured(line: CommandLine) -> None:
     [
         (
             ("--set", "launcher=static", "--set", "workers=2"),
-            "launcher static: `measure` starts workers of this machine alone",
+            "launcher static: `measure` starts workers on this machine only",
         ),
         (("--set", "model=absent.gguf"), "absent.gguf"),
         (("--workers", "2"), "--workers"),

@@ -108,7 +108,7 @@ def test_a_ready_cluster_with_tls_names_its_certificate() -> None:
 
 def test_a_ready_cluster_names_its_other_models_and_adapters() -> None:
     lines = ready_text(Ready("mine", "http://127.0.0.1:1", "good", others=("two", "poet"))).splitlines()
-    assert "  beside it: two, poet; --served-model NAME chooses one" in lines
+    assert "  other models: two, poet; --served-model NAME chooses a model" in lines
 
 
 def test_a_ready_cluster_without_loaded_models_names_how_one_is_loaded() -> None:

@@ -61,7 +61,7 @@ def test_nothing_is_planned_for_machines_that_are_not_known(
     line: CommandLine, launcher: str, more: dict[str, Any]
 ) -> None:
     done = line.run("plan", line.cluster_file("good.gguf", launcher=launcher, **more))
-    assert done.code == 2 and f"launcher {launcher}: what its machines have is known once" in done.error
+    assert done.code == 2 and f"launcher {launcher}: its machines' resources are known only after" in done.error
 
 
 def test_workers_of_a_ray_that_starts_here_are_planned_as_local_ones(line: CommandLine) -> None:

@@ -158,7 +158,7 @@ def test_what_are_no_logprobs_is_refused(step: float, least: float, tmp_path: Pa
 
 
 def test_a_text_without_a_chance_is_named_when_compared() -> None:
-    with pytest.raises(LlamaclustError, match="no chance: 1000 nats per token"):
+    with pytest.raises(LlamaclustError, match="almost no chance: 1000 nats per token"):
         Estimate(1000.0, 1.0).exp()
 
 
@@ -289,15 +289,15 @@ def test_endings_are_chosen_alike_on_two_workers(tiny: Path, tasks: Path, capsys
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ((), "give a text to predict: -f TEXT"),
+        ((), "there is no text to evaluate: give -f TEXT"),
         (("--kl-divergence",), "--kl-divergence needs --kl-divergence-base FILE"),
         (("--kl-divergence", "--kl-divergence-base", "TEXT"), "not a file of logits"),
         (("--kl-divergence", "--kl-divergence-base", "LOGITS"), "are for 37 tokens, but the model has 320"),
-        (("--kl-divergence", "--kl-divergence-base", "x", "-c", "32"), "-c is not for it"),
+        (("--kl-divergence", "--kl-divergence-base", "x", "-c", "32"), "remove -c"),
         (("-f", "TEXT", "-c", "16", "--kl-divergence-base", "x", "--workers", "2"), "in this process"),
         (("--kl-divergence", "--kl-divergence-base", "LOGITS", "--endpoint", "http://a"), "in this process"),
         (("-f", "TEXT", "--tasks", "2"), "--tasks is for --hellaswag"),
-        (("--hellaswag", "TASKS", "-f", "TEXT"), "-f is not for it"),
+        (("--hellaswag", "TASKS", "-f", "TEXT"), "remove -f"),
         (("--hellaswag", "TEXT"), "expected six lines for each task (context, number, four endings), found 1 lines"),
         (("--hellaswag", "WRONG"), "line 2: expected the number of the right ending, 0 to 3, found 'four'"),
     ],

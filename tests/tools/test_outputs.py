@@ -1,4 +1,4 @@
-"""Outputs that would replace what is read, or what is no file."""
+"""Outputs that is also an input file, or what is no file."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_an_importance_matrix_replaces_neither_its_model_nor_its_text(tmp_path: 
     text.write_text("x")
     (tmp_path / "link").symlink_to(model)
     for out in (model, text, tmp_path / "link"):
-        with pytest.raises(UsageError, match="would replace what is read"):
+        with pytest.raises(UsageError, match="is also an input file"):
             imatrix(model, text, out)
 
 

@@ -129,13 +129,13 @@ async def test_a_server_with_another_vocabulary_is_found_out(
     async with serving(make_app(ScriptedEngine(says("Hi")))) as url:
         arguments = (str(tiny), "-f", str(text), "-c", str(CONTEXT), "--endpoint", url)
         code, out, err = await asyncio.to_thread(command, capsys, *arguments)
-    assert (code, out) == (2, "") and "serves another model" in err
+    assert (code, out) == (2, "") and "is not the model of the file" in err
 
 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("-f", "/nonexistent"), "/nonexistent: cannot read it"),
+        (("-f", "/nonexistent"), "/nonexistent: cannot be read"),
         (("-f", "TINY"), "not UTF-8"),
         (("-f", "TEXT", "-c", "4096"), "take a longer text"),
         (("-f", "TEXT", "-c", "2"), "-c"),

@@ -180,7 +180,7 @@ def test_what_is_refused_leaves_nothing(model: Path, tmp_path: Path) -> None:
         ((model, out, "Q4_0", "--tensor-type", "attn_q"), "PATTERN=TYPE"),
         ((model, out, "Q4_0", "--tensor-type", "(=Q8_0"), "regular expression"),
         ((model, out, "Q4_0", "--tensor-type", "attn_q=Q9"), "give one of"),
-        ((model, out, "Q4_0", "--tensor-type", "attn_z=Q8_0"), "no tensor of"),
+        ((model, out, "Q4_0", "--tensor-type", "attn_z=Q8_0"), "no tensor name in"),
         ((model, out, "Q4_0", "--leave-output-tensor", "--output-tensor-type", "Q8_0"), "contradict"),
         ((model, model, "Q4_0"), "the model itself"),
         ((model, tmp_path, "Q4_0"), "a folder"),
@@ -274,5 +274,5 @@ def test_what_is_made_from_a_pulled_model_goes_to_the_current_folder(
 def test_chunks_longer_than_the_model_knows_are_refused(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("word " * 20)
-    with pytest.raises(LlamaclustError, match=r"-c 99999: the model was made for \d+ tokens"):
+    with pytest.raises(LlamaclustError, match=r"-c 99999: the model's context is \d+ tokens"):
         run("imatrix", model, "-f", text, "-o", tmp_path / "matrix", "-c", "99999")

@@ -160,7 +160,7 @@ def test_the_commands(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("split", "TINY", "--split-max-size", "1kB"), "a part at most 1000: raise --split-max-size"),
+        (("split", "TINY", "--split-max-size", "1kB"), "a part holds 1000: raise --split-max-size"),
         (("split", "TINY", "--split-max-size", "many"), "--split-max-size: 'many' is not a size"),
         (("split", "TINY", "--split-max-size", "1M", "--split-max-tensors", "3"), "give one of them"),
         (("split", "TINY", "--split-max-tensors", "0"), "--split-max-tensors"),

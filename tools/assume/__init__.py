@@ -1,1 +1,1 @@
-"""Assumed plans: what a set of machines would do with a model, without machines or model file."""
+"""Plans for machines and models that are only described. Neither machines nor model files need to exist."""

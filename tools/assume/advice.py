@@ -1,4 +1,4 @@
-"""Advice on described machines: changes that make a model fit or run faster."""
+"""Finds changes of described machines, or of the model, with which the model fits or runs faster."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SMALLER_MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K"
 _FEW_BITS = 3.0
 """The number of bits per weight below which answers become clearly worse."""
 _FURTHER = 3
-"""The most machines that are tried in addition to those whose memory suffices."""
+"""The maximum number of machines to try beyond the number whose memory suffices."""
 _NETWORKS = ((1.0, 1.0), (1.0, 0.3), (1.0, 0.1), (2.5, 0.1), (10.0, 0.1), (10.0, 0.05), (25.0, 0.03))
 """Networks that are tried for groups of machines, as (Gbit/s, round trip in ms), slowest first."""
 _WORTH_DECODE, _WORTH_PROMPT = 0.95, 0.9
@@ -37,7 +37,7 @@ class Alone:
 
 
 def fastest_alone(cluster: AssumedCluster, model: AssumedModel) -> Alone | None:
-    """Returns the machine that decodes fastest among those that can hold the whole model, or None."""
+    """Returns the machine that decodes fastest by itself and can hold the whole model, or None."""
     found = list[Alone]()
     for machine in dict.fromkeys(cluster.assumed.machines):
         plan = cluster.with_one(machine).fitting_plan(model)
@@ -47,8 +47,8 @@ def fastest_alone(cluster: AssumedCluster, model: AssumedModel) -> Alone | None:
 
 
 def what_fits(cluster: AssumedCluster, model: AssumedModel, error: InsufficientMemoryError) -> Iterator[str]:
-    """Yields the largest quantization that fits, preferably of the catalog, and the number of additional machines (like
-    the last one) that would suffice. Does not divide a layer's experts, which would take many searches."""
+    """Yields the largest quantization that fits, preferably from the catalog. Then yields how many more machines like
+    the last machine would suffice. A layer's experts are not divided, since that would take many searches."""
     for smaller in _smaller(model):
         if cluster.fitting_plan(smaller) is not None:
             yield f"{smaller.mix}, {gigabytes(smaller.file.size_bytes)}{_remark(smaller)}"
@@ -122,7 +122,7 @@ def _changes(cluster: AssumedCluster, model: AssumedModel) -> Iterator[tuple[str
 
 
 def _smaller(model: AssumedModel) -> Iterator[AssumedModel]:
-    """Yields the model in smaller mixes, those of the catalog first, then by falling size. MXFP4 models have none."""
+    """Yields the model in smaller mixes: first the catalog's, then by falling size. Yields nothing for MXFP4 models."""
     if model.has_mxfp4:
         return
     mixes = (model.quantized(mix) for mix in _SMALLER_MIXES)

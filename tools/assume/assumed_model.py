@@ -1,4 +1,4 @@
-"""Models without weights: tensors of a named shape or of a file, in one of `quantize`'s mixes, with exact sizes."""
+"""Models without weights. Tensors have the exact sizes of a named shape or a file, in one of `quantize`'s mixes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _MIXES: Final = {
 
 @dataclass(frozen=True)  # without slots: it keeps the model that it opened
 class AssumedModel:
-    """A model to plan for described machines. `mix` is None if the tensors keep their types in the file."""
+    """A model to plan for described machines. `mix` is None if the tensors keep the file's types."""
 
     title: str
     file: ModelFile
@@ -70,7 +70,8 @@ class AssumedModel:
         return self._with(choose_projector(self.opened, None)[0]) if self.has_file else self.opened
 
     def with_projector(self, mmproj: str | None) -> Model:
-        """Returns the opened model with the projector of the key `mmproj`. Raises the errors of `choose_projector`."""
+        """Returns the opened model with the projector that `mmproj` selects. Raises the errors of
+        `choose_projector`."""
         return self._with_own_projector if mmproj is None else self._with(choose_projector(self.opened, mmproj)[0])
 
     def _with(self, projector: Projector | None) -> Model:
@@ -82,12 +83,12 @@ class AssumedModel:
 
     @property
     def lacks_encoder(self) -> bool:
-        """True if the model reads images, but its encoder is known only once it is downloaded."""
+        """True if the model reads images, but its encoder is unknown until the model is downloaded."""
         model = public_models().get(self.catalog_name)
         return not self.has_file and model is not None and bool(model.mmproj)
 
     def quantized(self, mix: str) -> AssumedModel:
-        """Raises UsageError if `quantize` has no rules for the architecture."""
+        """Returns the model in another mix. Raises UsageError if `quantize` has no rules for the architecture."""
         return replace(self, file=_quantized(self.file, MIXES[mix]), mix=mix)
 
     @property
@@ -109,7 +110,7 @@ class AssumedModel:
 
 
 def assumed_model(spec: str) -> AssumedModel:
-    """Finds a model by SHAPE[:MIX], catalog name or path. Raises UsageError that lists the choices."""
+    """Finds a model by SHAPE[:MIX], catalog name or path. Raises UsageError with the choices if it is unknown."""
     name, mix = _split(spec)
     if (shape := SHAPES.get(name.lower())) is not None:
         return shape_model(name.lower(), shape, mix)
@@ -128,7 +129,7 @@ def assumed_model(spec: str) -> AssumedModel:
 
 
 def shape_model(name: str, shape: ModelShape, mix: str | None = None) -> AssumedModel:
-    """`mix` is a key of MIXES. None selects the usual mix of the shape."""
+    """Returns the model of a named shape. `mix` is a key of MIXES, or None for the shape's usual mix."""
     return AssumedModel(shape.title, _file_of(name, shape), None, IN_CATALOG.get(name, name)).quantized(
         mix or shape.mix
     )
@@ -177,7 +178,7 @@ def _catalog_model(entry: CatalogEntry, spec: str, mix: str | None) -> AssumedMo
 
 
 def _unknown_error(name: str, error: UsageError) -> UsageError:
-    """Returns an error that lists the nearest names. For a path or an address, it states the fault instead."""
+    """Returns an error that lists the nearest names or, for a path or an address, states the fault."""
     if "/" in name or ":" in name or name.endswith(".gguf"):
         return UsageError(f"--model: {error}")
     near = nearest_names(name, _known_names())
@@ -189,13 +190,13 @@ def _known_names() -> list[str]:
 
 
 def _mix(text: str) -> str | None:
-    """Returns the key in MIXES for any spelling of a mix, such as `q4`; None for other texts."""
+    """Returns the key in MIXES for any spelling of a mix, such as `q4`. Returns None for other texts."""
     name = _MIXES.get(text.upper(), text.upper())
     return name if name in MIXES else None
 
 
 def _split(spec: str) -> tuple[str, str | None]:
-    """Splits a text into model and mix at its last colon. The mix is None if the text after it is not one."""
+    """Splits a text at its last colon into model and mix. The mix is None if the text after the colon is not a mix."""
     name, colon, last = spec.rpartition(":")
     if colon and (mix := _mix(last)) is not None:
         return name, mix
@@ -205,7 +206,7 @@ def _split(spec: str) -> tuple[str, str | None]:
 
 
 def _file_of(name: str, shape: ModelShape) -> ModelFile:
-    """Makes a file with F16 matrices and other tensors in F32. Experts are MXFP4 if they were published so."""
+    """Makes a file with F16 matrices and other tensors in F32. Experts are MXFP4 if they were published as MXFP4."""
     path = Path(name)
     tensors = {name: _tensor(path, name, _source_type(shape, name, sizes), sizes) for name, sizes in shape.tensors()}
     return ModelFile(

@@ -1,4 +1,4 @@
-"""The plan of a model on described machines, with speed, advice and shortfall; or plans of all named shapes."""
+"""Plans one model, or all named shapes, on described machines, with speed, advice and missing memory."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ def _speeds(prediction: Prediction) -> str:
 def plan_assumed(
     machines: str, spec: str, overrides: Sequence[str], acceptances: Sequence[float] = USUAL_ACCEPTANCES
 ) -> AssumedPlan:
-    """Raises UsageError for wrong arguments, InsufficientMemoryError with the missing MiB and what would fit."""
+    """Plans a model on described machines. Raises UsageError if an argument is wrong, and InsufficientMemoryError with
+    the missing MiB and what would fit."""
     cluster = AssumedCluster.of(parse_machines(machines), overrides)
     model = assumed_model(spec)
     try:
@@ -110,7 +111,7 @@ def plan_assumed(
 
 @dataclass(frozen=True, slots=True)
 class ShapePlan:
-    """The plan of a named shape, or the problem that prevents it, with advice."""
+    """The plan of a named shape with advice, or the problem that prevents a plan."""
 
     name: str
     model: AssumedModel
@@ -180,7 +181,7 @@ class Survey:
 
 
 def plan_shapes(machines: str, overrides: Sequence[str], planned: Callable[[str], None]) -> Survey:
-    """Plans each shape in its usual mix, and first calls `planned` with its name. Raises UsageError if all fail."""
+    """Plans each shape in its usual mix, after calling `planned` with its name. Raises UsageError if all plans fail."""
     cluster = AssumedCluster.of(parse_machines(machines), overrides)
     plans, errors = list[ShapePlan](), list[UsageError]()
     for name in SHAPES:

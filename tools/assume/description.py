@@ -1,4 +1,4 @@
-"""The parser of machine descriptions, such as "3x16GB@40GB/s, 1Gbit" or "2 x 16 GB @ DDR3 + 8 GB"."""
+"""Parses descriptions of machines, such as "3x16GB@40GB/s, 1Gbit" or "2 x 16 GB @ DDR3 + 8 GB"."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Final
 
 _GIB: Final = 1 << 30
 _MATRIX_UNITS: Final = 75
-"""The least compute capability (7.5) with matrix units for bytes. Older GPUs multiply only four bytes at a time."""
+"""The lowest compute capability (7.5) with matrix units for bytes. Older GPUs multiply only four bytes at a time."""
 _MAKERS: Final = re.compile(r"^(?:nvidia|geforce|tesla|quadro)+|gpu$")
 
 
@@ -104,7 +104,7 @@ _NAMES: Final = {name.replace("-", ""): name for name in GPU_MODELS}
 
 
 def find_gpu(text: str) -> str | None:
-    """Returns the name in GPU_MODELS for any spelling: rtx3090 for "GeForce RTX 3090"; None if unknown."""
+    """Returns the key in GPU_MODELS for any spelling, such as rtx3090 for "GeForce RTX 3090", or None if unknown."""
     return _NAMES.get(_plain(text))
 
 

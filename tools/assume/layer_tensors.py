@@ -1,4 +1,4 @@
-"""The tensors of a layer by architecture: GGUF's names, and sizes by names that `ModelShape.size` resolves."""
+"""Lists the layer tensors of each architecture: GGUF's name, and names of sizes that `ModelShape.size` resolves."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ MAX_MACHINES: Final = 64
 MAX_GPUS_EACH: Final = 8
 MAX_THREADS: Final = 1024
 MAX_MEMORY_TIB: Final = 1024
-"""The most memory of a processor or a GPU. The bytes of all machines together fit into 64 bits."""
+"""The maximum memory of a processor or a GPU, so that the bytes of all machines together fit into 64 bits."""
 MAX_CHANNELS: Final = 24
 EXAMPLE: Final = "3x16GB@40GB/s,1Gbit"
 GPU_EXAMPLE: Final = "64GB@60GB/s + rtx3090"

@@ -1,4 +1,4 @@
-"""Plans of described machines, with keys of a cluster file."""
+"""Plans models on described machines. Overrides are keys of a cluster file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KEYS = (
     "prefill_chunk",
 )
 _LOADED = 0.95
-"""The least share of a file that is loaded. Layers for multi-token prediction are not."""
+"""The smallest share of a file that is loaded. Layers for multi-token prediction are not loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class AssumedCluster:
 
     @classmethod
     def of(cls, assumed: AssumedMachines, overrides: Sequence[str]) -> AssumedCluster:
-        """Raises UsageError for a key that has no effect in an assumed plan."""
+        """Returns a cluster of these machines. Raises UsageError for a key that has no effect in an assumed plan."""
         for text in overrides:
             key = text.partition("=")[0].strip()
             if key.split(".")[0] not in KEYS:
@@ -55,12 +55,13 @@ class AssumedCluster:
         return self.changed(replace(self.assumed, machines=(*machines, *((machines[-1],) * count))))
 
     def with_one(self, machine: Machine) -> AssumedCluster:
-        """Keeps only this machine. Drops the override `plan`, which would assign layers to others."""
+        """Keeps only this machine. Drops the override `plan`, which would assign layers to other machines."""
         overrides = tuple(text for text in self.overrides if text.partition("=")[0].strip() != "plan")
         return AssumedCluster(replace(self.assumed, machines=(machine,)), overrides)
 
     def plan(self, model: AssumedModel, *, max_expert_shards: int = MAX_EXPERT_SHARDS) -> Plan:
-        """Raises UsageError for a wrong override or unusable GPUs, and InsufficientMemoryError with the missing MiB."""
+        """Plans a model. Raises UsageError for a bad override or GPU, and InsufficientMemoryError if it does not
+        fit."""
         workers = {f"m{number}": machine for number, machine in enumerate(self.assumed.machines, 1)}
         resources = ClusterResources(
             workers={name: _resources(name, machine) for name, machine in workers.items()},
@@ -84,7 +85,7 @@ class AssumedCluster:
         return sum(max(0, n_bytes) for n_bytes in (*gpus, *map(room_bytes, machines)))
 
     def fitting_plan(self, model: AssumedModel, *, max_expert_shards: int = 1) -> Plan | None:
-        """Returns None if the model does not fit. By default, all experts of a layer stay on one machine."""
+        """Returns a plan, or None if the model does not fit. By default, all experts of a layer stay on one machine."""
         if _LOADED * model.file.size_bytes > self.memory_bytes:
             return None
         try:

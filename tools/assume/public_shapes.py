@@ -1,4 +1,4 @@
-"""Shapes of the catalog's models, by catalog name. `public_shapes.csv` holds data of their published configurations."""
+"""Shapes of the catalog's models, by catalog name. `public_shapes.csv` holds data from published configurations."""
 
 from __future__ import annotations
 
@@ -98,12 +98,14 @@ def public_shapes() -> Mapping[str, ModelShape]:
 
 
 def no_file_hint(name: str) -> str | None:
-    """Returns advice on what to pull in place of a named shape that the catalog lacks; None for other names."""
+    """Returns advice on what to pull instead of a named shape that the catalog lacks. Returns None for other names."""
     plain = name.lower().partition(":")[0]
     if plain not in SHAPES or plain in _LIKE:
         return None
     of_catalog = f"; a model of that size is {_AS_LARGE[plain]}" if plain in _AS_LARGE else ""
-    return f"{plain}: a shape known to `plan --assume` only{of_catalog}; a file of the hub is hf:OWNER/REPO/FILE.gguf"
+    return (
+        f"{plain}: only `plan --assume` knows this shape{of_catalog}; name a file on the hub as hf:OWNER/REPO/FILE.gguf"
+    )
 
 
 def _shape(row: Mapping[str, str]) -> ModelShape:

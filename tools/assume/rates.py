@@ -1,5 +1,5 @@
-"""Assumptions about machines that nobody measured: shares of hardware limits that kernels reach, and defaults. Sources:
-cluster/planner/product_times.py (processors), docs/gpu.md (GPUs), benchmarks/notebook.md (costs of a hop)."""
+"""Assumptions about machines that were not measured: defaults, and shares of hardware limits that kernels reach.
+Sources: cluster/planner/product_times.py (processors), docs/gpu.md (GPUs), benchmarks/notebook.md (costs of a hop)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GIB: Final = 1 << 30
 GPU_DECODE_SHARE: Final = 0.80
 GPU_PREFILL_SHARE: Final = 0.35
 OLD_GPU_PREFILL_SHARE: Final = 0.15
-"""The prefill share of GPUs without matrix units for bytes, which is low since their threads exchange operands."""
+"""The prefill share of GPUs without matrix units for bytes. It is low because threads exchange operands."""
 CHANNEL_BYTES_S: Final = {3: 10e9, 4: 20e9, 5: 30e9}
 CHANNELS: Final = 2
 DEFAULT_MEMORY: Final = Ddr(4)
@@ -69,7 +69,7 @@ def round_trip_s(network: Network) -> float:
 
 
 def links_of(network: Network, names: list[str]) -> Links:
-    """Returns links between all machines, and between each machine and the coordinator on the first one."""
+    """Returns links between all machines, and from the coordinator, which runs on the first machine, to the others."""
     one_way_s = round_trip_s(network) / 2
     link = Link(one_way_s + HOP_S, 8 / (NETWORK_SHARE * bits_s(network)), one_way_s)
     pairs = {frozenset((one, other)) for one in names for other in names if one != other}

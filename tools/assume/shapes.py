@@ -13,7 +13,7 @@ Scalar = int | float | bool
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """The shape of a public model. `ffn` is the width in layers without experts, `mix` the usual mix of its files."""
+    """The shape of a public model. `ffn` is the width of layers without experts, and `mix` is the usual mix."""
 
     architecture: str
     title: str

@@ -32,8 +32,7 @@ OnStep = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class BenchTask:
-    """The parameters of a benchmark. Prefill and decode are separate, as in llama-bench. Decode follows `depth`
-    tokens."""
+    """The parameters of a benchmark. Prefill and decode are measured separately. Decode follows `depth` tokens."""
 
     model: Path
     threads: int | None  # of each worker; None: the cores, shared out
@@ -61,9 +60,9 @@ class BenchTask:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The work of a prefill and of a decode step: MACs with weights, and bytes read. Weights count with their size in
-    the file, even if packed tiles are larger. Not counted: the embedding, experts that no token chose, and KV memory
-    outside a sliding window. A recurrent state counts as read once."""
+    """The work of a prefill and of a decode step: multiply-adds (MACs) with weights, and bytes read. Weights count with
+    their size in the file, even if packed tiles are larger. The embedding, experts that no token chose, and KV memory
+    outside a sliding window are not counted. A recurrent state counts as read once."""
 
     prefill_macs: int
     float_share: float  # of them, those by float weights
@@ -87,7 +86,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """The measurements of all repeats. Properties are their medians. GB are 10^9 bytes."""
+    """The measurements of all repeats. Properties are medians over the repeats. A GB is 10^9 bytes."""
 
     task: BenchTask
     quant_type: str
@@ -122,7 +121,7 @@ class BenchReport:
 
     @property
     def prefill_roofline(self) -> Spread:
-        """The shares that prefill reached of the peak of 8-bit multiply-adds, or of float32 ones for float weights."""
+        """The shares of the peak that prefill reached. The peak counts 8-bit products, or float32 for float weights."""
         return Spread.of(pair.share for pair in self.prefills)
 
     def as_json(self) -> dict[str, Any]:
@@ -178,7 +177,7 @@ class _StageRunner:
 
 
 def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
-    """Raises UsageError if the tokens exceed the model's context, or if there are more workers than layers."""
+    """Runs a benchmark. Raises UsageError if tokens exceed the model's context, or workers outnumber its layers."""
     with closing(Model.open(task.model)) as model:
         trained = model.hyperparameters.context_length
         if task.context > trained:
@@ -229,7 +228,7 @@ async def _cluster_runs(task: BenchTask, on_step: OnStep, measure: _Measure) -> 
 async def _measure(
     task: BenchTask, work: Work, on_step: OnStep, runner: Runner, limits: GpuLimits | Limits | None = None
 ) -> _Runs:
-    """Alternates decode and prefill, so that changes of the machine affect both. Default limits: the processor's."""
+    """Alternates decode and prefill, so that changes of the machine affect both. Default `limits` are the CPU's."""
     on_step("warming up")
     threads = min(task.threads_each * task.workers, physical_cores())
     limits = limits or await Limits.open(threads, work.float_share)

@@ -1,4 +1,4 @@
-"""The division of a model's layers among equal workers. Pure."""
+"""Divides a model's layers among equal workers. Pure."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from numpy.typing import NDArray
 from llamaclust.model.costs import ModelCosts
 
 _PROMPT_TOKENS, _STEPS = 512, 16
-"""A sequence's work in the planner's `throughput`: an answer of 128 tokens, eight sequences at once, is 16 steps."""
+"""The work of a sequence in the planner's `throughput`. Eight concurrent answers of 128 tokens cost 16 steps each."""
 _MACS_PER_BYTE = 15.0
 """This many multiply-adds take about as long as reading one byte."""
 _SHARPNESS = 8
-"""The exponent of stage times. It is so large that the slowest stage decides; among equal cuts, the evenest wins."""
+"""The exponent of stage times. It is large, so that the slowest stage decides, and the most even of equal cuts wins."""
 
 
 def even_split(costs: ModelCosts, workers: int) -> list[tuple[int, int]]:
-    """Returns half-open ranges of layers that make the slowest stage as fast as possible. The last has the head."""
+    """Returns half-open layer ranges that make the slowest stage as fast as possible. The last range has the head."""
     times = [_time(layer.macs_per_token, layer.used_file_bytes) for layer in costs.layers]
     head = _time(0, costs.head_file_bytes)
     until = np.concatenate(([0.0], np.cumsum(times))) / (sum(times) + head)

@@ -1,4 +1,4 @@
-"""This machine's limits, measured directly before and after each run, since its speed may change."""
+"""Measures this machine's limits directly before and after each run, since the machine's speed may change."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Pair:
 
     @property
     def limit(self) -> float:
-        """The mean of both limits, since the greater of two noisy figures would exceed the real limit."""
+        """The mean of `before` and `after`, since the greater of two noisy figures would exceed the real limit."""
         return (self.before + self.after) / 2
 
     @property
@@ -68,8 +68,8 @@ class MachineLimits:
 
 
 class Limits:
-    """Measures the limits with `threads` threads, which are daemon threads. Holds a read buffer of up to 1 GiB.
-    `float_share` is the share of a prefill's multiply-adds with float weights."""
+    """Measures the limits with `threads` daemon threads. Holds a read buffer of up to 1 GiB. `float_share` is the share
+    of a prefill's multiply-adds with float weights."""
 
     def __init__(self, probe: probes.ReadProbe, threads: int, float_share: float) -> None:
         self._probe, self._threads, self._float_share = probe, threads, float_share
@@ -82,7 +82,7 @@ class Limits:
         except MemoryError as error:
             what = "measuring the read bandwidth takes a quarter of the free memory, up to 1024 MiB"
             raise InsufficientMemoryError(
-                f"{what}, which the system refuses; end programs or raise a memory limit"
+                f"{what}, which the system refuses; end other programs or raise the memory limit"
             ) from error
 
     @property
@@ -94,7 +94,7 @@ class Limits:
         return self._read_gb_s[-1]
 
     async def peak(self) -> float:
-        """Returns 10^9 multiply-adds per second, mixing 8-bit and float32 ones as the model does."""
+        """Returns 10^9 multiply-adds per second, for the model's mix of 8-bit and float32 multiply-adds."""
         self._int8_gmac_s.append(await _elsewhere(partial(probes.int8_peak, self._threads, _PEAK_S)))
         self._fma_gmac_s.append(await _elsewhere(partial(probes.fma_peak, self._threads, _PEAK_S)))
         return 1 / ((1 - self._float_share) / self._int8_gmac_s[-1] + self._float_share / self._fma_gmac_s[-1])
@@ -124,7 +124,7 @@ class GpuLimits:
 
 
 async def paired(run: Callable[[], Awaitable[float]], work: float, limit: Callable[[], Awaitable[float]]) -> Pair:
-    """Measures a run between two limits. `run` returns seconds for `work` units, `limit` 10^9 units per second."""
+    """Measures a run between two limits. `run` returns the seconds of `work` units, and `limit` 10^9 units a second."""
     before = await limit()
     seconds = await run()
     return Pair(work / seconds / 1e9, before, await limit())

@@ -1,4 +1,4 @@
-"""The speed of one stage with a whole model, in the calling thread and without the engine."""
+"""Measures the speed of one stage with a whole model, in the calling thread and without the engine."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class BenchStage:
         self._settings = capacity.scheduler_settings(model, BlockCounts(limits.kv_blocks))
 
     def prefill(self, tokens: int, sequences: int | None = None) -> float:
-        """Returns the seconds to prefill `tokens` tokens of each of `sequences` (None: all) sequences, one after
-        another. Each prefill samples a token."""
+        """Returns the seconds to prefill `tokens` tokens of each sequence, one sequence after another. `sequences` is
+        the number of sequences, or None for all. Each prefill samples a token."""
         started_ns = perf_counter_ns()
         for index in range(len(self._tables[:sequences])):
             for start, rows in self._chunks(tokens):
@@ -62,7 +62,7 @@ class BenchStage:
         return (perf_counter_ns() - started_ns) / 1e9
 
     def decode(self, depth: int, steps: int, sequences: int | None = None) -> float:
-        """Returns the seconds of `steps` decode steps of `sequences` (None: all) together, after `depth` tokens."""
+        """Returns the seconds of `steps` joint decode steps after `depth` tokens. `sequences` is as in `prefill`."""
         last = [tokens[depth] for tokens in self._tokens[:sequences]]
         started_ns = perf_counter_ns()
         for position in range(depth, depth + steps):
@@ -80,7 +80,7 @@ class BenchStage:
 
     @contextmanager
     def without_copies(self) -> Iterator[None]:
-        """Computes all experts in RAM within the context, after waiting for copies to GPUs in progress."""
+        """Waits for copies to GPUs in progress, and then computes all experts in RAM until the context ends."""
         stages = self._runner.split_stages
         caches = [stage.cache for stage in stages]
         for stage, cache in zip(stages, caches, strict=True):

@@ -28,18 +28,20 @@ if TYPE_CHECKING:
 
 _SEED = 20_240_601
 _ALIKE = {"memory_bandwidth_gb_s": 20.0, "int8_gmac_s": 300.0}
-"""Assumed speeds of the workers, which share one machine, so that nothing is measured at their start."""
+"""Assumed speeds of the workers, which share one machine. With these speeds, nothing is measured at the start."""
 
 
 @asynccontextmanager
 async def temporary_cluster(
     model: Path, workers: int, threads: int | None, context_length: int, max_sequences: int, kv_type: KvType
 ) -> AsyncIterator[Cluster]:
-    """Runs the model on `workers` workers of `threads` threads. Raises UsageError if the model has fewer layers."""
+    """Runs the model on `workers` workers of `threads` threads. Raises UsageError if workers outnumber layers."""
     names = [f"w{index}" for index in range(1, workers + 1)]
     with closing(Model.open(model)) as opened:
         if workers > opened.layer_count:
-            raise UsageError(f"{model} has {opened.layer_count} layers, too few for {workers} workers; give fewer")
+            raise UsageError(
+                f"{model} has {opened.layer_count} layers, too few for {workers} workers; give fewer workers"
+            )
         cut = even_split(opened.costs(kv_type), workers)
     with TemporaryDirectory(prefix="llamaclust-") as folder:
         values = {
@@ -93,7 +95,7 @@ class ClusterRunner:
         return (perf_counter_ns() - started_ns) / 1e9
 
     async def decode(self) -> float:
-        """Returns the seconds after all sequences have their first token, scaled to all tokens."""
+        """Returns the decode seconds after all sequences have their first token, scaled to all generated tokens."""
         requests = (self._token_times(self._task.depth + 1, self._task.generate + 1) for _ in range(self._task.batch))
         times = await asyncio.gather(*requests)
         start_ns, end_ns = max(each[0] for each in times), max(each[-1] for each in times)

@@ -1,1 +1,1 @@
-"""Fault tests of a running cluster: the `chaos` command."""
+"""The `chaos` command, which tests a running cluster by injecting faults."""

@@ -1,4 +1,4 @@
-"""An nftables table of this process. The kernel removes it when the process ends; others cannot change it."""
+"""An nftables table that only this process can change. The kernel removes the table when the process ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FirewallError(LlamaclustError):
 
 
 class Firewall:
-    """Rules in the network namespace of this process. Raises FirewallError if the process may not add any."""
+    """Rules in the network namespace of this process. Raises FirewallError if the process may not add rules."""
 
     def __init__(self) -> None:
         self.table = f"inet llamaclust_chaos_{os.getpid()}"
@@ -33,7 +33,7 @@ class Firewall:
             raise FirewallError(f"{error} (nftables of Linux 5.12 or newer)") from None
 
     def run(self, commands: str) -> None:
-        """Runs all commands. If one fails, runs none and raises FirewallError."""
+        """Runs all commands. If a command fails, runs none of them and raises FirewallError."""
         if self._library.nft_run_cmd_from_buffer(self._context, commands.encode()) != 0:
             lines = self._library.nft_ctx_get_error_buffer(self._context).decode(errors="replace").splitlines()
             raise FirewallError(f"nftables: {next(iter(lines), 'unknown error')}")
@@ -50,7 +50,7 @@ class Firewall:
 
 def _load() -> Any:
     if not _may_filter():
-        raise FirewallError("packets are filtered only with CAP_NET_ADMIN (root)")
+        raise FirewallError("filtering packets needs CAP_NET_ADMIN (root)")
     try:
         library = ctypes.CDLL(_LIBRARY)
     except OSError:

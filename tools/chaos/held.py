@@ -31,7 +31,7 @@ class Stops:
 
 
 class FullDisks:
-    """Coordinators whose file writes fail as on a full disk, by target. Workers that they start then fail too."""
+    """Coordinators whose disk appears full, by target. The disk also appears full to workers that they start."""
 
     def __init__(self) -> None:
         self._limits: dict[str, tuple[Process, int]] = {}  # of files, before

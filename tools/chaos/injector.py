@@ -1,4 +1,4 @@
-"""Injects faults into a running cluster, and undoes those that last."""
+"""Injects faults into a running cluster, and undoes lasting faults."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _RETURN_S = 120.0
 _UNDRAIN_S = 30.0
 _POLL_S = 0.1
 _JOURNAL_S = 6.0
-"""Seconds after a full disk until the journal has all open requests: a coordinator that ends sooner loses some."""
+"""Seconds after a full disk until the journal has all open requests. If the coordinator ends sooner, some are lost."""
 
 Show = Callable[[str], None]
 
 
 class Injector:
-    """The faults of one cluster. `close` undoes all lasting ones and may be called twice."""
+    """Injects faults into one cluster. `close` undoes all lasting faults, and can be called twice."""
 
     def __init__(
         self, state_dir: Path, name: str, permissions: Permissions, show: Show, firewall: Firewall | None = None
@@ -60,8 +60,8 @@ class Injector:
         return find_running(self._state_dir, self._name)[0]
 
     async def inject(self, fault: Fault, targets: Targets) -> bool:
-        """Returns False if the fault did not take place. Lasting faults continue in the background, but a stop of the
-        coordinator is awaited. A kill of the coordinator returns when another one serves."""
+        """Injects a fault. Returns False if the fault did not take place. Lasting faults continue in the background,
+        but a stop of the coordinator is awaited. A kill of the coordinator returns when another coordinator serves."""
         match fault.kind:
             case FaultKind.KILL:
                 return targets.workers[fault.target].send(signal.SIGKILL)
@@ -120,7 +120,7 @@ class Injector:
         return is_stopped
 
     def _begin_within(self, fault: Fault, process: Process, number: signal.Signals) -> bool:
-        """Begins a fault within the process. Returns False if it has ended or does not handle the signal."""
+        """Begins a fault within a process. Returns False if the process has ended or does not handle the signal."""
         if not process.catches(number) or not process.send(number):
             return False
         self._failing.add(fault.target)
@@ -194,7 +194,9 @@ class Injector:
             return False
         after = await self._successor(process)
         if after.api != before.api:
-            raise LlamaclustError(f"the API moved from {before.api} to {after.api}: give `listen` a port in the file")
+            raise LlamaclustError(
+                f"the API moved from {before.api} to {after.api}: set a port in `listen` of the cluster file"
+            )
         if not self._permissions.coordinator and not self._folder.has_standby:
             self._show("no standby is left: the coordinator is not killed again")
         return True
@@ -207,7 +209,9 @@ class Injector:
                 if record.pid != killed.pid and status["state"] == "ready":
                     return record
             await asyncio.sleep(_POLL_S)
-        raise LlamaclustError(f"no coordinator of {self._name} within {_RETURN_S:.0f} s: start it with `llamaclust up`")
+        raise LlamaclustError(
+            f"no coordinator of {self._name} is ready within {_RETURN_S:.0f} s: start it with `llamaclust up`"
+        )
 
 
 class Drains:
@@ -220,11 +224,11 @@ class Drains:
         return frozenset(self._workers)
 
     def add(self, name: str) -> None:
-        """Announces a drain, so that `end` may precede `begin`."""
+        """Announces a drain, so that `end` can be called before `begin`."""
         self._workers[name] = threading.Lock()
 
     def begin(self, name: str) -> None:
-        """Drains the worker, unless `end` came first."""
+        """Drains the worker, unless `end` was called first."""
         lock = self._workers.get(name)
         if lock is None:
             return
@@ -234,7 +238,7 @@ class Drains:
                     api.drain(name)
 
     def end(self, name: str) -> str:
-        """Undrains the worker; retries while no coordinator answers. Returns why it stays drained, or ""."""
+        """Undrains the worker. Retries while no coordinator answers. Returns why the worker stays drained, or ""."""
         with self._workers.get(name, threading.Lock()):
             return self._undrain(name)
 

@@ -1,4 +1,4 @@
-"""Workers' network links, and nftables rules that disturb a link. Rules match only the cluster's addresses."""
+"""The network links of workers, and nftables rules that disturb a link. Rules match only the cluster's addresses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaclust.tools.chaos.processes import is_here
 
 _UNIX = "unix:"
 _PRIORITY = -310
-"""The priority of rules. They precede connection tracking and other programs' rules."""
+"""The priority of the rules, which precede connection tracking and other programs' rules."""
 
 
 class Disturbance(StrEnum):
@@ -25,15 +25,15 @@ class Disturbance(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerLink:
-    """A worker's link to the members on this machine. `own_ports` are the ports here to which the worker connects. It
-    is empty for a worker here, whose outgoing connections look like those of other processes."""
+    """A worker's link to the members on this machine. `own_ports` are the local ports to which the worker connects. For
+    a worker on this machine, `own_ports` is empty, since its connections look like those of other processes."""
 
     hosts: frozenset[str]  # IP addresses
     ports: frozenset[int]  # for stages, and for links of groups
     own_ports: frozenset[int] = frozenset()
 
     def commands(self, table: str, label: str, disturbance: Disturbance, hold_s: float) -> str:
-        """Returns nft commands for a disturbance that the kernel ends: its rules match sets of ports that expire."""
+        """Returns nft commands for a disturbance. The kernel ends it, since rules match sets of ports that expire."""
         lifetime = f"timeout {max(1, round(hold_s * 1000))}ms"
         lines = []
         for name, ports in (("port", self.ports), ("own", self.own_ports)):

@@ -1,4 +1,4 @@
-"""Endless streamed requests. Each answer is compared with the undisturbed answer to the same request."""
+"""Sends endless streamed requests, and compares each answer with the undisturbed answer to the same request."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MIXED: tuple[tuple[int, int, dict[str, Any]], ...] = (
     (11, 7, {"mirostat": 2}),
     (13, 8, {"dry_multiplier": 0.8}),
 )
-"""Entries (divisor, remainder, fields): requests whose number leaves this remainder get the fields."""
+"""Entries (divisor, remainder, fields). A request gets the fields if its number modulo divisor is the remainder."""
 _TOP_EVERY, _TOP = 7, 5
 
 

@@ -1,4 +1,4 @@
-"""Processes of a cluster, the only ones that get signals. Process id and start time identify a process."""
+"""The processes of a cluster. No other process gets signals. Process id and start time identify a process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Process:
         return bool(fields) and int(fields[_START]) == self.start_time and fields[_STATE] not in ("Z", "X")
 
     def send(self, number: signal.Signals) -> bool:
-        """Returns False if the process has ended. A pidfd ensures that no other process gets the signal."""
+        """Sends a signal. Returns False if the process has ended. A pidfd keeps the signal from any other process."""
         with suppress(ProcessLookupError):
             descriptor = os.pidfd_open(self.pid)
             try:
@@ -45,7 +45,7 @@ class Process:
         return False
 
     def catches(self, number: signal.Signals) -> bool:
-        """True if the process handles the signal. Otherwise the signal would end it."""
+        """True if the process handles the signal. A signal without a handler would end the process."""
         with suppress(OSError):
             lines = (_PROC / str(self.pid) / "status").read_text().splitlines()
             caught = next((line for line in lines if line.startswith("SigCgt:")), "SigCgt: 0")
@@ -53,8 +53,8 @@ class Process:
         return False
 
     def limit_files(self, most_bytes: int) -> int | None:
-        """Limits the size of files that the process and its later children write, up to the hard limit. Returns the
-        previous limit, or None if the process has ended."""
+        """Limits the size of files that the process and its later children write. The hard limit caps `most_bytes`.
+        Returns the previous limit, or None if the process has ended."""
         if not self.is_running:
             return None
         with suppress(ProcessLookupError):
@@ -80,8 +80,8 @@ def local_worker(worker: Mapping[str, Any], coordinator_pid: int) -> Process | N
 
 
 def joined_worker(worker: Mapping[str, Any]) -> Process | None:
-    """Returns the process of a worker that joined by itself. It must listen on the worker's port, at an address of this
-    machine: a worker elsewhere may have the same process id and port."""
+    """Returns the process of a worker that joined by itself. The process must listen on the worker's port at an address
+    of this machine, since a worker elsewhere may have the same process id and port."""
     process = _own_process(worker["pid"])
     if process is None:
         return None
@@ -95,7 +95,7 @@ def joined_worker(worker: Mapping[str, Any]) -> Process | None:
 
 
 def coordinator(pid: int, start_ticks: int) -> Process | None:
-    """Returns the coordinator's process; None if the id belongs to another process, as in another container."""
+    """Returns the coordinator's process, or None if the id belongs to another process, as in another container."""
     process = _own_process(pid)
     if process is None or process.start_time != start_ticks:
         return None

@@ -11,7 +11,7 @@ from typing import Any
 from llamaclust.core.sampling import RowResult
 
 Answer = list[tuple[int, bytes]]
-"""The tokens of an answer: ids, each with the bits of its logprob and top logprobs (float32)."""
+"""The tokens of an answer: the id, and the bits of the logprob (float32) followed by the top logprobs as JSON."""
 
 
 def answer_rows(rows: Iterable[RowResult]) -> Answer:

@@ -1,4 +1,4 @@
-"""A fault test of a running cluster: applies load, injects faults, compares answers."""
+"""Tests a running cluster: applies load, injects faults, and compares answers."""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ _SHOW_S = 1.0
 _FINISH_S = 180.0
 """The longest wait in seconds for the last answers after the last fault."""
 _NOT_HERE = "has no coordinator of this user on this machine"
-_LINK = "a network link to this machine (those of `launcher: local` have Unix sockets)"
+_LINK = "a network link to this machine (workers of `launcher: local` have Unix sockets)"
 _NOT_PRELOADED = f"needs two connected workers, one of them on this machine and started with PYTHONPATH={PRELOAD}"
 _IMPOSSIBLE = {
-    FaultKind.KILL: "has no workers on this machine that it starts again itself; --kill-joined: something else does",
+    FaultKind.KILL: "has no workers here that it restarts itself; give --kill-joined if something does",
     FaultKind.STOP: "needs two connected workers, one of them on this machine",
     FaultKind.DRAIN: "needs two connected workers",
-    FaultKind.COORDINATOR_KILL: "has no standby (`llamaclust up FILE --standby`); --coordinator: something restarts it",
+    FaultKind.COORDINATOR_KILL: (
+        "has no standby (`llamaclust up FILE --standby`); give --coordinator if something restarts it"
+    ),
     FaultKind.COORDINATOR_STOP: _NOT_HERE,
     FaultKind.DISK_FULL: _NOT_HERE,
     FaultKind.PARTITION: f"needs two connected workers, one of them with {_LINK}",
@@ -65,7 +67,7 @@ class View(Protocol):
 
 
 async def run_chaos(settings: ChaosSettings, tally: Tally, view: View) -> None:
-    """Fills the tally and always undoes lasting faults. Raises UsageError if nothing may be disturbed."""
+    """Runs the test and fills the tally. Always undoes lasting faults. Raises UsageError if nothing can be hit."""
     folder, record = find_running(settings.state_dir, settings.cluster)
     status, context_tokens = _idle_status(settings, record)
     targets = find_targets(record, status, settings.permissions, has_standby=folder.has_standby)
@@ -105,7 +107,7 @@ def _idle_status(settings: ChaosSettings, record: ClusterRecord) -> tuple[dict[s
 
 @contextmanager
 def _firewall(settings: ChaosSettings, targets: Targets, view: View) -> Iterator[Firewall | None]:
-    """Yields None if no link can be disturbed, and tells the user what is missing."""
+    """Yields a firewall, or None if no link can be disturbed. Tells the user what is missing."""
     kinds = [kind for kind in FaultKind if kind.is_of_link and targets.names[kind]]
     try:
         firewall = Firewall() if kinds else None
@@ -141,7 +143,7 @@ def _suffices(kind: FaultKind, targets: Targets) -> bool:
 
 @asynccontextmanager
 async def _load(streams: Streams) -> AsyncIterator[None]:
-    """Repeats requests within the context. Its end lets running requests finish, except after an exception."""
+    """Repeats requests until the context ends. Then running requests finish, except after an exception."""
     done = asyncio.Event()
     async with meanwhile(streams.repeat(number, done) for number in streams.expected) as tasks:
         yield

@@ -1,4 +1,4 @@
-"""The order and times of faults, drawn from a seed. Pure: no clock, no processes. Each fault takes the same number of
+"""Draws the order and times of faults from a seed. Pure: no clock, no processes. Each fault takes the same number of
 draws, so that a seed gives equal faults for clusters in equal states."""
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from llamaclust.tools.chaos.worker_faults import FAILING_S, MUTE_S
 
 _BETWEEN_S = (0.5, 3.0)
 _LOST_S = (0.1, 10.0)
-"""Durations around `timeouts.worker`, drawn log-uniformly: the worker is late, or counts as lost."""
+"""Seconds below and above `timeouts.worker`, drawn log-uniformly: a worker is late, or counts as lost."""
 _DRAINED_S = (0.5, 5.0)
 _COORDINATOR_STOPPED_S = (0.1, 4.0)
-"""Durations shorter than `timeouts.worker`, but longer than many heartbeats."""
+"""Durations in seconds, below `timeouts.worker` but longer than many heartbeats."""
 _FULL_S = (0.5, 5.0)
 _SLOW_S = (0.5, 8.0)
 _LOSSES = 5
 _WITHIN_S = 75.0
-"""The seconds in which a worker is lost at most `_LOSSES` times, since launchers restart it six times a minute."""
+"""Seconds during which a worker is lost at most `_LOSSES` times. Launchers restart a worker six times a minute."""
 
 
 class FaultKind(StrEnum):
@@ -60,7 +60,7 @@ class FaultKind(StrEnum):
 
 
 def fault_kinds(text: str | None = None) -> frozenset[FaultKind]:
-    """Parses a list such as `kill,stop`; None means all kinds. Raises UsageError that lists the kinds."""
+    """Parses a list of kinds such as `kill,stop`. None means all kinds. Raises UsageError if a kind is unknown."""
     kinds = {kind.option: kind for kind in FaultKind}
     names = list(kinds) if text is None else [name.strip() for name in text.split(",")]
     if unknown := [name for name in names if name not in kinds]:
@@ -114,8 +114,8 @@ class Schedule:
     def next_fault(
         self, now_s: float, targets: Mapping[FaultKind, Sequence[str]], held: Iterable[str] = ()
     ) -> Fault | None:
-        """Draws a fault for a target that is not in `held`; None without such a target. The last worker that is not in
-        `held` is only killed or slowed."""
+        """Draws a fault for a target that is not in `held`. Returns None if there is no such target. The last worker
+        that is not in `held` is only killed or slowed."""
         kind_draw, target_draw, hold_draw = (self._source.random() for _ in range(3))
         able = {kind: names for kind in FaultKind if (names := self._able(kind, now_s, targets, frozenset(held)))}
         if not able:

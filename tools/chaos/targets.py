@@ -68,7 +68,7 @@ def find_targets(
 
 
 def _links(record: ClusterRecord, workers: Sequence[Mapping[str, Any]], coordinator: Process) -> dict[str, WorkerLink]:
-    """Returns {} for a cluster in another network namespace. Links of the API's clients are never targets."""
+    """Returns the links of workers, or {} in another network namespace. API clients' links are never targets."""
     if not processes.is_in_our_network(coordinator.pid):
         return {}
     own_ports = processes.listening_ports(coordinator.pid) - {int(record.api.rpartition(":")[2])}

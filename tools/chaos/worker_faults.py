@@ -1,5 +1,5 @@
-"""Faults within a worker process for a few seconds after a signal: steps fail, or stages send nothing. They exist only
-in workers that start with `PRELOAD` in PYTHONPATH."""
+"""Faults within a worker process for a few seconds after a signal: steps fail, or stages send nothing. The faults exist
+only in workers that start with `PRELOAD` in PYTHONPATH."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 PRELOAD = Path(__file__).parent / "preload"
 FAILING, MUTE = signal.SIGUSR1, signal.SIGUSR2
 FAILING_S, MUTE_S = 2.0, 6.0
-"""Seconds. The first allows several failures; the second exceeds the time after which a worker counts as lost."""
+"""Durations of the faults. FAILING_S allows several failures. MUTE_S is enough for a worker to count as lost."""
 _LOOK_S = 0.01
 
 Active = Callable[[], bool]
 
 
 def break_steps(is_active: Active) -> None:
-    """Makes steps of this process's stages, and its portions of groups' steps, fail while `is_active()`."""
+    """Makes this process's stages, and its part of every group step, fail while `is_active()`."""
     from llamaclust.worker.stage.following import FollowingStage  # not where faults are only begun
     from llamaclust.worker.stage.loop import StageLoop
 
@@ -40,7 +40,7 @@ def break_steps(is_active: Active) -> None:
 
 
 def silence(is_active: Active) -> None:
-    """Makes stages of this process send nothing, and its portions of groups' steps wait, while `is_active()`."""
+    """Stops this process's stages from sending, and delays its part of every group step, while `is_active()`."""
     from llamaclust.worker.stage.following import FollowingStage
     from llamaclust.worker.stage.loop import StageLoop
 

@@ -1,1 +1,1 @@
-"""The conversion of checkpoints to GGUF: formats, architectures (pages), vocabularies, and a streaming writer."""
+"""Converts checkpoints to GGUF: formats, architectures (pages), vocabularies, and a streaming writer."""

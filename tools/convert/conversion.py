@@ -1,4 +1,4 @@
-"""The conversion of a checkpoint to a GGUF file: reader, page, vocabulary, writer."""
+"""Converts a checkpoint to a GGUF file with a reader, a page, a vocabulary and a writer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _EXACT: Final = re.compile(
     r".*_norm(_2)?\.weight|blk\.\d+\.ffn_gate_inp(_shexp)?\.weight|position_embd\.weight|rope_.*|.*\.bias"
     r"|.*\.(ssm_conv1d(_[qkv])?|shortconv\.conv)\.weight|.*\.ssm_[ad]|.*\.altup_.*"
 )
-"""Small tensors with a large effect on answers. Every file has them in float32."""
+"""Small tensors with a large effect on answers. Every file stores them in float32."""
 _MOST_THREADS: Final = 8
 
 
@@ -53,8 +53,8 @@ class Target:
 def convert(
     source: Path, out: Path | None, type_name: str, hints: Hints, on_progress: OnProgress, name: str | None
 ) -> Converted:
-    """Writes the checkpoint at `source` to `out`, by default to NAME-TYPE.gguf in the current folder. Raises
-    ModelFileError, or UsageError for bad options or a disk without room. Leaves no file after an error."""
+    """Writes the checkpoint at `source` to `out`, by default NAME-TYPE.gguf in this folder. Raises ModelFileError for a
+    bad checkpoint, and UsageError for a bad option or a full disk. Leaves no file after an error."""
     with SourceFiles() as files:
         return write_converted(
             files, open_checkpoint(files, source, hints), Target(out, type_name, name), hints, on_progress
@@ -93,7 +93,7 @@ def _file_type(outputs: Sequence[Output], kind: QuantType) -> int:
 
 
 def _check_replaceable(path: Path) -> None:
-    """Raises UsageError if the path is a file that is not a model file, such as one of the checkpoint's."""
+    """Raises UsageError if the path is a file but not a model file, for example a file of the checkpoint."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -107,7 +107,8 @@ def thread_count() -> int:
 
 
 def output_type(name: str, tensor: Lazy, wanted: QuantType) -> QuantType:
-    """Returns the packed type, F32 for vectors and `_EXACT` tensors, F16 if rows are no whole blocks, else `wanted`."""
+    """Returns the packed type if there is one, F32 for vectors and `_EXACT` tensors, F16 if a row is not a whole number
+    of blocks, and otherwise `wanted`."""
     if tensor.packed is not None:
         return tensor.packed
     if len(tensor.shape) == 1 or _EXACT.fullmatch(name):

@@ -20,13 +20,13 @@ Rows = Callable[[int, int], Array]
 
 _MAX_LOGARITHM = 88.0
 _WASTE = 4
-"""Permuted rows are read as one range if this has at most so many times as many rows."""
+"""Permuted rows are read as one range if the range has at most this many times as many rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lazy:
-    """A tensor whose `read(start, end)` returns rows [start, end) as [end - start, *shape[1:]], in any thread. `origin`
-    names file and tensor in errors. If `packed` is set, the last dimension has bytes of that type's blocks."""
+    """A tensor. `read(start, end)` returns rows [start, end) as [end - start, *shape[1:]], in any thread. `origin`
+    names file and tensor in errors. If `packed` is set, `read` returns that type's blocks as bytes."""
 
     shape: tuple[int, ...]
     storage: Storage
@@ -118,7 +118,7 @@ def beside(tensors: Sequence[Lazy]) -> Lazy:
 
 
 def mapped(tensor: Lazy, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Lazy:
-    """Applies `change`, which keeps shapes, to rows in float32."""
+    """Applies `change` to rows in float32. `change` must keep the shape."""
 
     def read(start: int, end: int) -> Array:
         return change(as_floats(tensor.read(start, end), tensor.storage))
@@ -155,7 +155,7 @@ def scaled(tensor: Lazy, factors: NDArray[np.float32]) -> Lazy:
 
 
 def squeezed(tensor: Lazy) -> Lazy:
-    """Makes a vector of a matrix with one row or one column."""
+    """Converts a matrix with one row or one column to a vector."""
     return replace(
         tensor, shape=(prod(tensor.shape),), read=lambda start, end: tensor.all().reshape(-1)[start:end].copy()
     )
@@ -195,7 +195,7 @@ def part_of_each(tensor: Lazy, start: int, end: int) -> Lazy:
 
 
 def strided(tensor: Lazy, axis: int, start: int, step: int) -> Lazy:
-    """Takes every `step`th position from `start` on along `axis`, which is not the first."""
+    """Takes every `step`th position along `axis`, beginning at `start`. `axis` must not be 0."""
     index = (*[slice(None)] * axis, slice(start, None, step))
     size = len(range(start, tensor.shape[axis], step))
     shape = (*tensor.shape[:axis], size, *tensor.shape[axis + 1 :])

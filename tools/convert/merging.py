@@ -47,8 +47,9 @@ _STORAGE: Final = {"f32": Storage.F32, "f16": Storage.F16, "bf16": Storage.BF16}
 def merge_adapter(
     base: Path, adapter: Path, out: Path, type_name: str, hints: Hints, on_progress: OnProgress
 ) -> Converted:
-    """Writes the base with W + scale * B @ A for each changed matrix W to `out`: a GGUF file if its name ends in .gguf,
-    otherwise a folder. The adapter's tokenizer comes first. Raises ModelFileError if the two do not fit."""
+    """Writes the base to `out`, with W + scale * B @ A in place of each matrix W that the adapter changes. `out` is a
+    GGUF file if its name ends in .gguf, otherwise a folder. The adapter's tokenizer takes precedence over the base's.
+    Raises ModelFileError if adapter and base do not match."""
     if not (base / CONFIG).is_file():
         raise ModelFileError(
             f"{base}: {CONFIG} is missing: the base must be a folder of Hugging Face's form that is not quantized"
@@ -146,11 +147,11 @@ class _Adapter:
 
 def _read_adapter(files: SourceFiles, folder: Path) -> _Adapter:
     if not folder.is_dir():
-        raise ModelFileError(f"{folder}: not a folder; give the one that has adapter_config.json")
+        raise ModelFileError(f"{folder}: not a folder; give the folder that has adapter_config.json")
     settings = PeftSettings.read(folder)
     weights = next((folder / name for name in _NAMES if (folder / name).is_file()), None)
     if weights is None:
-        raise ModelFileError(f"{folder}: has no weights: neither {' nor '.join(_NAMES)}")
+        raise ModelFileError(f"{folder}: has no weights: neither {' nor '.join(_NAMES)} is there")
     halves: dict[str, dict[str, Lazy]] = {}
     replaced = {}
     for name, tensor in read_weight_file(files, weights).items():
@@ -200,7 +201,7 @@ def _merged(tensors: Mapping[str, Lazy], adapter: _Adapter) -> dict[str, Lazy]:
 
 
 def _replacement(tensor: Lazy, base: Lazy | None, name: str) -> Lazy:
-    """Checks a tensor that replaces one of the base. It may have more rows, for added tokens."""
+    """Checks a tensor that replaces a tensor of the base. The new tensor may have more rows, for added tokens."""
     if base is None and not name.startswith("lm_head"):
         raise ModelFileError(
             f"{tensor.origin}: the base has no tensor {shown(name)}: the adapter belongs to another model"

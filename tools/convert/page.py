@@ -23,7 +23,7 @@ _NOT_NEEDED: Final = re.compile(
 
 
 class Page:
-    """Metadata and tensors of one architecture. The vocabulary follows the rules of `vocabulary_rules`."""
+    """Metadata and tensors of one architecture. `vocabulary_rules` is the architecture whose vocabulary rules apply."""
 
     def __init__(self, checkpoint: Checkpoint, architecture: str) -> None:
         self.settings = checkpoint.settings
@@ -45,7 +45,7 @@ class Page:
         return None if tensor is None else tensor.shape
 
     def take(self, name: str, *shape: int) -> Lazy:
-        """Takes a tensor from the checkpoint. Raises ModelFileError if it is missing, taken or of another shape."""
+        """Takes a tensor from the checkpoint. Raises ModelFileError if it is missing or of another shape."""
         tensor = self._taken(name, shape)
         if not tensor.storage.is_real:
             raise self._error(name, f"expected decimal numbers, found {tensor.storage.name}")
@@ -70,13 +70,13 @@ class Page:
         self.tensors[name] = tensor
 
     def copy(self, name: str, source: str, *shape: int, bias: bool | None = False) -> None:
-        """Copies `source`.weight to `name`.weight. Copies the bias too if `bias` is True, or is None and one exists."""
+        """Copies a module's weight, and its bias if `bias` is True, or if `bias` is None and the module has a bias."""
         self.put(f"{name}.weight", self.take(f"{source}.weight", *shape))
         if bias or (bias is None and self.has(f"{source}.bias")):
             self.put(f"{name}.bias", self.take(f"{source}.bias", shape[0]))
 
     def leave(self, *prefixes: str) -> bool:
-        """Drops tensors with one of the prefixes. Returns False if there are none."""
+        """Drops tensors whose names begin with a prefix. Returns False if there is no such tensor."""
         found = [name for name in self._left if name.startswith(prefixes)]
         for name in found:
             del self._left[name]
@@ -136,7 +136,7 @@ class Page:
 
 
 def neighbours(tensor: Lazy, heads: int) -> Lazy:
-    """Permutes rows of Q or K so that neighbouring channels rotate, not the halves of a head as in the checkpoint."""
+    """Permutes rows of Q or K to rotate neighbouring channels. The checkpoint rotates the two halves of a head."""
     width = tensor.shape[0] // heads
     order = np.arange(tensor.shape[0], dtype=np.int64).reshape(heads, 2, width // 2).swapaxes(1, 2)
     return gathered(tensor, order.reshape(-1))

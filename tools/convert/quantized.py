@@ -16,9 +16,9 @@ from llamaclust.tools.convert.lazy import Array, Lazy, Recent
 
 _EIGHT_BIT_METHODS: Final = ("fp8", "compressed-tensors")
 KEPT_METHOD: Final = "mxfp4"
-"""The quantization method whose blocks exist in GGUF. Pages take them unchanged."""
+"""The quantization method whose blocks exist in GGUF. Pages copy these blocks unchanged."""
 _SCALES: Final = ("_scale_inv", "_scale")
-"""Suffixes of names of scales. All multiply the weights, even `_scale_inv`."""
+"""Name suffixes of scales. All scales multiply the weights, even `_scale_inv`."""
 _NOT_NEEDED: Final = ("input_scale", "activation_scale")
 """Scales of activations, which are useless because activations are not quantized."""
 _ONE: Final = (1, 1)
@@ -30,7 +30,8 @@ _AWQ_ORDER: Final = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 
 
 def dequantized(tensors: Mapping[str, Lazy], settings: Settings, recent: Recent) -> Mapping[str, Lazy]:
-    """Adds a `.weight` for each `.qweight`; makes scaled tensors float32. Raises ModelFileError for unknown methods."""
+    """Replaces each `.qweight` by a `.weight`, and scaled tensors by float32 tensors. Raises ModelFileError if the
+    quantization method is not supported."""
     if not settings.has("quantization_config"):
         return tensors
     said = settings.inner("quantization_config")
@@ -57,8 +58,8 @@ def _is_part(name: str, tensors: Mapping[str, Lazy]) -> bool:
 
 
 def _four_bit(stem: str, tensors: Mapping[str, Lazy], recent: Recent, *, is_awq: bool, zero_offset: int) -> Lazy:
-    """Unpacks to [outputs, inputs]. GPTQ packs weights along inputs and zeros along outputs, and stores zeros minus
-    `zero_offset` (1, or 0 in version 2). AWQ packs both along outputs, in its own order."""
+    """Unpacks a weight to [outputs, inputs]. GPTQ packs weights along inputs and zeros along outputs, and stores zeros
+    minus `zero_offset` (1, or 0 in version 2). AWQ packs weights and zeros along outputs, in its own order."""
     weight = tensors[f"{stem}.qweight"]
     if len(weight.shape) != 2:
         raise ModelFileError(f"{weight.origin}: expected a matrix, found shape {list(weight.shape)}")
@@ -207,7 +208,7 @@ def _scaled_experts(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -
 
 
 def _all_numbers() -> Array:
-    """Returns the numbers of all E4M3 bytes: 4 bits of exponent with bias 7, 3 bits of fraction. All ones are NaN."""
+    """Returns all E4M3 numbers by byte: 4 exponent bits with bias 7, 3 fraction bits. All seven bits set mean NaN."""
     byte = np.arange(256)
     exponent, fraction = byte >> 3 & 15, byte & 7
     size = np.where(exponent == 0, np.ldexp(fraction, -9), np.ldexp(8.0 + fraction, exponent - 10))

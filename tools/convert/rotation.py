@@ -28,8 +28,8 @@ def rotation(
     says_dimensions: bool = True,
     log_multiplier: bool = False,
 ) -> None:
-    """Writes keys, and tensors of factors, for heads with `dimensions` rotating channels. `base` is the default.
-    `log_multiplier`: GGUF has a key for the divisor of YaRN's magnitude. Raises ModelFileError for unknown kinds."""
+    """Writes keys and tensors of factors, for heads with `dimensions` rotating channels. `base` is the default base.
+    With `log_multiplier`, GGUF has a key for the divisor of YaRN's magnitude. Unknown kinds raise ModelFileError."""
     said = _parameters(page.settings)
     theta = _base(said, base or 10000.0)
     page.key("rope.freq_base", theta)
@@ -52,8 +52,8 @@ def rotation(
 
 
 def latent_rotation(page: Page, dimensions: int) -> None:
-    """Writes the rotation of latent attention. GGUF derives YaRN's magnitude from `yarn_log_multiplier` alone (a tenth
-    of other architectures'), so `mscale` and `mscale_all_dim` must be equal."""
+    """Writes the rotation of latent attention. GGUF derives YaRN's magnitude only from `yarn_log_multiplier`, which
+    here is a tenth of its value elsewhere. `mscale` and `mscale_all_dim` must therefore be equal."""
     said = _parameters(page.settings)
     page.key("rope.freq_base", _base(said, 10000.0))
     page.key("rope.dimension_count", dimensions)
@@ -67,7 +67,7 @@ def latent_rotation(page: Page, dimensions: int) -> None:
         both = f"{said.shown('mscale_all_dim')}, mscale {said.shown('mscale')}"
         raise said.error("mscale_all_dim", f"{both}: {page.architecture} needs two equal numbers above 0")
     if said.real("attention_factor", "attn_factor", default=1.0) != 1:
-        raise said.error("attention_factor", f"{page.architecture} computes with 1")
+        raise said.error("attention_factor", f"expected 1, since {page.architecture} computes with 1")
     page.key("rope.scaling.yarn_log_multiplier", share / 10)
     if page.architecture == "mistral4" and share != 1:
         page.key("rope.scaling.attn_factor", _growth(factor, share) / _growth(factor))
@@ -104,7 +104,7 @@ def rotating_channels(page: Page, default_share: float = 1.0) -> int:
 
 
 def sections(settings: Settings, pairs: int) -> list[int]:
-    """Returns how many channel pairs rotate by each of the four coordinates in an image, which are equal in text."""
+    """Returns how many channel pairs rotate by each of an image's four coordinates. In text, these are equal."""
     listed = _parameters(settings).values.get("mrope_section")
     if listed is None:
         return [(pairs + 2 - number) // 3 for number in range(3)] + [0]
@@ -118,7 +118,7 @@ def sections(settings: Settings, pairs: int) -> list[int]:
 
 
 def position_scale(page: Page) -> int:
-    """Writes how queries grow with the logarithm of the position. Returns the positions per step; 0 without growth."""
+    """Writes how queries grow with the logarithm of the position. Returns positions per step, or 0 without growth."""
     said = _parameters(page.settings)
     growth = said.real("llama_4_scaling_beta", default=0.0, maximum=1e3)
     if not growth:
@@ -150,7 +150,7 @@ def _base(said: Settings, default: float) -> float:
 
 
 def _yarn(page: Page, said: Settings, log_multiplier: bool) -> None:
-    """Writes an unusual magnitude. GGUF's factor multiplies YaRN's; a configuration's replaces it."""
+    """Writes YaRN's keys. GGUF's factor multiplies YaRN's magnitude, but a configuration's factor replaces it."""
     factor = _yarn_keys(page, said)
     wanted = said.real("attention_factor", "attn_factor", default=_magnitude(said, factor), minimum=1e-3, maximum=1e3)
     usual = _growth(factor)
@@ -203,7 +203,7 @@ def _dynamic(page: Page, said: Settings) -> None:
 
 
 def _llama3(page: Page, said: Settings, theta: float, dimensions: int) -> None:
-    """Divides low frequencies by `factor`, keeps high ones, and interpolates between them."""
+    """Divides low frequencies by `factor`, keeps high frequencies, and interpolates between them."""
     defaults = dict(zip(_LLAMA3, (8.0, 1.0, 4.0, 8192.0), strict=True))
     factor, low, high, original = (said.real(name, default=defaults[name], minimum=1e-3) for name in _LLAMA3)
     if low >= high:

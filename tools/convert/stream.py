@@ -1,4 +1,4 @@
-"""Writes GGUF files as a stream: threads read and convert some rows at a time, and these are written in order."""
+"""Writes GGUF files as a stream: threads read and convert ranges of rows, and the ranges are written in order."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CHUNK_ELEMENTS: Final = 1 << 21
 _FLUSH_BYTES: Final = 1 << 26
 
 OnProgress = Callable[[int, int], None]
-"""Gets the bytes written so far and the total."""
+"""Receives the number of bytes written so far, and the total."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def write_stream(
     threads: int,
     check: Callable[[], None],
 ) -> None:
-    """Raises UsageError before writing if the disk is too small. `check` runs before the file gets its name."""
+    """Writes a file. Raises UsageError first if the disk is too small. `check` runs before the file gets its name."""
     header = header_bytes(
         metadata, [TensorSource(output.name, output.quant_type, output.tensor.shape, bytes) for output in outputs]
     )
@@ -82,7 +82,7 @@ def write_pieces(
 
 
 def _begin_writing(file: BinaryIO, start: int, count: int) -> None:
-    """Starts the write-back of a range during the conversion of the next pieces, and drops its pages from the cache."""
+    """Starts to write a range to disk while the next pieces are converted, and drops its pages from the cache."""
     file.flush()
     os.posix_fadvise(file.fileno(), start, count, os.POSIX_FADV_DONTNEED)
 

@@ -1,4 +1,4 @@
-"""HellaSwag: the most likely of four endings. Tasks have the text format of llama.cpp's `--hellaswag`."""
+"""Measures HellaSwag: which of four endings is the most likely? Tasks have the format of llama.cpp's `--hellaswag`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NORMAL_95: Final = 1.95996398454
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A context's tokens with each of its endings. The first `shared` tokens are the same in all."""
+    """A context's tokens, followed by each of its endings. All sequences begin with the same `shared` tokens."""
 
     endings: tuple[tuple[int, ...], ...]
     shared: int
@@ -55,7 +55,7 @@ class Accuracy:
         return (share + z / 2 - half) / (1 + z), (share + z / 2 + half) / (1 + z)
 
     def plus(self, task: Task, logprobs: Sequence[Sequence[float]]) -> Accuracy:
-        """Counts a task, by the logprobs of each ending. On a tie, the first ending is the likeliest."""
+        """Counts a task by the logprobs of its endings. On a tie, the first ending is the likeliest."""
         sums = [math.fsum(ending) for ending in logprobs]
         means = [total / len(ending) for total, ending in zip(sums, logprobs, strict=True)]
         right, norm = sums.index(max(sums)) == task.right, means.index(max(means)) == task.right
@@ -71,7 +71,8 @@ class Accuracy:
 
 
 def read_tasks(path: Path, tokenizer: Tokenizer, most: int | None) -> list[Task]:
-    """Reads the first `most` tasks of six lines: context, right number, four endings. Raises UsageError for others."""
+    """Reads the first `most` tasks. A task is six lines: context, number of the right ending, four endings. Raises
+    UsageError if a task has another form."""
     lines = read_text(path).split("\n")
     if len(lines) % _LINES:
         raise UsageError(

@@ -40,7 +40,7 @@ class Estimate:
         """Returns the estimate of e^value. Raises LlamaclustError if it is too large."""
         if self.value > MOST_NLL:
             raise LlamaclustError(
-                f"a model gives this text no chance: {self.value:.4g} nats per token; check the model and the text"
+                f"a model gives the text almost no chance: {self.value:.4g} nats per token; check model and text"
             )
         return Estimate(math.exp(self.value), math.exp(self.value) * self.stderr)
 

@@ -1,4 +1,4 @@
-"""Scores of a model in this process. Its logits are written to a file, or compared with another model's file."""
+"""Scores a model in this process. Its logits are written to a file, or compared with another model's file."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Files of one model's logits over a text, for comparison with another model. The format is llama.cpp's
-(`llama-perplexity --kl-divergence-base`): both programs read each other's files. All is little-endian: `_logits_`;
-uint32 tokens of a chunk; int32 vocabulary; int32 chunks; int32 tokens [chunks, context]. For each chunk and each
-position in [context // 2, context - 1) follow float32 step, float32 least and uint16 [vocabulary, made even]. A token's
-logprob is its uint16 times step, plus least. Logprobs 16 or more below the likeliest become least."""
+(`llama-perplexity --kl-divergence-base`): both programs read each other's files. All numbers are little-endian. The
+file begins with `_logits_`; uint32 tokens of a chunk; int32 vocabulary; int32 chunks; int32 tokens [chunks, context].
+Each chunk and position in [context // 2, context - 1) then has float32 step, float32 least and uint16 [vocabulary, made
+even]. A token's logprob is its uint16 times step, plus least. Logprobs 16 or more below the likeliest become least."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SPREAD: Final = 16.0
 _LEVELS: Final = 65535
 _LEAST: Final = -100.0
 _MOST: Final = 0.1
-"""Bounds of logprobs in a file. They reach 16 below the likeliest, which is at least 1 / vocabulary."""
+"""Bounds of logprobs in a file. Logprobs reach 16 below the likeliest, which is at least log(1 / vocabulary)."""
 _MOST_TOKENS: Final = 1 << 24
 
 
@@ -44,7 +44,7 @@ class LogitsShape:
 
     @property
     def rows(self) -> int:
-        """The number of positions of a chunk whose logits are kept. Each has a following token."""
+        """The number of positions of a chunk whose logits are kept. Each position has a following token."""
         return self.context - 1 - self.first
 
     @property
@@ -68,7 +68,7 @@ class LogitsWriter:
         file.write(np.array(chunks, "<i4").tobytes())
 
     def add(self, logits: Float32) -> None:
-        """`logits` is [rows, vocabulary]."""
+        """Writes rows of logits [rows, vocabulary]."""
         rows, vocabulary = logits.shape
         packed = np.zeros((rows, self._row_numbers), "<u2")
         step, least, numbers = _coded(logits)
@@ -86,7 +86,7 @@ def writing(path: Path, shape: LogitsShape, chunks: Sequence[Sequence[int]]) -> 
 
 @dataclass(frozen=True, slots=True)
 class LogitsFile:
-    """A file of logits. Tokens are read when it is opened, logprobs on demand."""
+    """A file of logits. Tokens are read when the file is opened, and logprobs on demand."""
 
     path: Path
     shape: LogitsShape
@@ -94,15 +94,17 @@ class LogitsFile:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Raises UsageError if the file cannot be read, is of another kind or is incomplete."""
+        """Opens a file. Raises UsageError if the file cannot be read, is of another kind or is incomplete."""
         try:
             with path.open("rb") as file:
                 shape = _read_shape(path, file)
                 tokens = np.frombuffer(file.read(4 * shape.context * shape.chunks), "<i4")
         except OSError as error:
-            raise UsageError(f"{path}: cannot read it: {error.strerror}") from error
+            raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
         if not (tokens.min() >= 0 and tokens.max() < shape.vocabulary):
-            raise UsageError(f"{path}: holds a token outside its vocabulary of {shape.vocabulary}; create it again")
+            raise UsageError(
+                f"{path}: holds a token outside its vocabulary of {shape.vocabulary}; create the file again"
+            )
         return cls(path, shape, tuple(tuple(chunk) for chunk in tokens.reshape(shape.chunks, -1).tolist()))
 
     def logprobs(self, chunk: int, start: int, end: int) -> Float32:
@@ -112,7 +114,7 @@ class LogitsFile:
             file.seek(shape.head_bytes + (chunk * shape.rows + start) * shape.row_bytes)
             data = file.read((end - start) * shape.row_bytes)
         if len(data) != (end - start) * shape.row_bytes:
-            raise LlamaclustError(f"{self.path}: became shorter while it was read; create it again")
+            raise LlamaclustError(f"{self.path}: became shorter while it was read; create the file again")
         numbers = np.frombuffer(data, "<u2").reshape(end - start, -1)
         scale = np.ascontiguousarray(numbers[:, :4]).view("<f4").astype(np.float32)
         step, least = scale.T.astype(np.float64)

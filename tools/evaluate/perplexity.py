@@ -1,4 +1,4 @@
-"""Perplexity by llama.cpp's convention: a text is cut into chunks, and the second half of each is scored."""
+"""Measures perplexity by llama.cpp's convention: a text is cut into chunks, and the second half of each is scored."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Perplexity:
 
 
 class Accumulator:
-    """Sums tokens' float64 values in order, so that equal logprobs give equal digits."""
+    """Sums the tokens' values in float64 and in order, so that equal logprobs give equal digits."""
 
     def __init__(self) -> None:
         self._chunks = 0
@@ -53,7 +53,7 @@ class Accumulator:
         mean = self._sum / self._tokens
         if mean > MOST_NLL:
             raise LlamaclustError(
-                f"the model gives this text no chance: {mean:.4g} nats per token; check the model and the text"
+                f"the model gives the text almost no chance: {mean:.4g} nats per token; check the model and the text"
             )
         variance = self._squares / self._tokens - mean * mean
         error = math.sqrt(max(0.0, variance) / max(1, self._tokens - 1))
@@ -62,11 +62,11 @@ class Accumulator:
 
 def read_text(path: Path) -> str:
     if path.exists() and not (path.is_file() or path.is_fifo()):
-        raise UsageError(f"{path}: not a text file; give the name of one")
+        raise UsageError(f"{path}: not a text file; give the name of a text file")
     try:
         return decode_text(path.read_bytes()).removesuffix("\n")
     except OSError as error:
-        raise UsageError(f"{path}: cannot read it: {error.strerror}") from error
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from error
 
@@ -75,7 +75,9 @@ def cut(tokenizer: Tokenizer, text: str, context: int, most: int | None) -> list
     """Returns the first `most` chunks of `context` tokens, changed by `begun`. Raises UsageError for a short text."""
     ids = tokenizer.encode(text)
     if len(ids) < context:
-        raise UsageError(f"the text has {len(ids)} tokens, but a chunk {context}: take a longer text or a smaller -c")
+        raise UsageError(
+            f"the text has {len(ids)} tokens, but a chunk has {context}: take a longer text or a smaller -c"
+        )
     starts = range(0, len(ids) - context + 1, context)[:most]
     return [begun(tokenizer, tuple(ids[start : start + context])) for start in starts]
 
@@ -98,4 +100,4 @@ def check_same_model(client: TextClient, tokenizer: Tokenizer, text: str) -> Non
     """Raises UsageError if the server and the model file tokenize the text differently."""
     sample = text[:_CHECKED_CHARACTERS]
     if client.tokenize(sample, add_special=False) != tokenizer.encode(sample, add_special=False, parse_special=True):
-        raise UsageError("the server serves another model than the file: its tokens are different")
+        raise UsageError("the server's model is not the model of the file: they tokenize the text differently")

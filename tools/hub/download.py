@@ -24,11 +24,11 @@ from llamaclust.tools.progress import Progress
 _COUNT = re.compile("[0-9]{1,18}")
 _DISK_RESERVE_BYTES = 1 << 26
 _LARGE_BYTES = 1 << 26
-"""Several connections are worth their set-up from this number of missing bytes on."""
+"""The number of missing bytes from which on several connections are worth their set-up."""
 _CONNECTIONS = 4
 _PIECE_BYTES = 8 << 20
 _AHEAD = 6
-"""The most pieces in memory or in transfer, so that a slow piece does not stop the others at once."""
+"""The maximum number of pieces in memory or in transfer. Other pieces continue while one piece is slow."""
 RETRY_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -65,8 +65,8 @@ def fetch(
     client: httpx.Client, wanted: Download, partial: Path, progress: Progress, patience: Patience = PATIENCE
 ) -> None:
     """Downloads a file into `partial`, or resumes an earlier attempt. Uses several connections if the server supports
-    ranges. Raises DownloadError if the server refuses, the disk is too small, `patience` ends or the hash is wrong.
-    Deletes a file with a wrong hash, but keeps an incomplete one."""
+    ranges. Raises DownloadError if the server refuses, the disk is too small, `patience` is exhausted or the hash is
+    wrong. Deletes a file with a wrong hash, but keeps an incomplete file."""
     transfer = _Transfer(client, wanted, partial, progress, time.monotonic() + patience.deadline_s)
     resumed = transfer.size_bytes > 0
     transfer.run(patience)
@@ -74,7 +74,9 @@ def fetch(
         return
     transfer.forget()
     if not resumed:
-        raise DownloadError(f"{wanted.url}: SHA-256 is not {wanted.sha256}; download deleted, check the address")
+        raise DownloadError(
+            f"{wanted.url}: the SHA-256 is not {wanted.sha256}; the download is deleted, check the address"
+        )
     progress("the resumed file has a wrong hash, starting anew", 0, None)
     fetch(client, wanted, partial, progress, patience)
 
@@ -103,7 +105,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class RangeSource:
-    """A large file whose ranges come over several connections. A validator in `headers` keeps to one version."""
+    """A large file whose ranges come over several connections. A validator in `headers` keeps them to one version."""
 
     client: httpx.Client
     url: str
@@ -111,7 +113,7 @@ class RangeSource:
     deadline: float  # of time.monotonic()
 
     def pieces(self, start: int, end: int) -> Iterator[Piece]:
-        """Yields bytes [start, end) in order. A piece with a failure is the last."""
+        """Yields bytes [start, end) in order. A piece with a failure is the last piece."""
         stop = Event()
         ranges = iter([(at, min(at + _PIECE_BYTES, end)) for at in range(start, end, _PIECE_BYTES)])
         with ThreadPoolExecutor(_CONNECTIONS, "download") as pool:
@@ -191,7 +193,7 @@ class _Transfer:
                 if failures >= patience.tries or time.monotonic() + pause_s > self.deadline:
                     raise DownloadError(
                         f"{url}: {failure(error)} ({failures} tries without progress, {best} bytes are "
-                        "kept); run the same command again to go on"
+                        "kept); run the same command again to continue"
                     ) from error
                 time.sleep(pause_s)
 
@@ -202,7 +204,7 @@ class _Transfer:
                 if response.headers.get("content-range") == f"bytes */{self.size_bytes}":
                     return None
                 self.forget()
-                raise _TryAgain("the server has fewer bytes than were kept")
+                raise _TryAgain("the server's file is shorter than the kept bytes")
             _check_status(response, self.wanted.url)
             start = _start_of(response)
             if start not in (0, self.size_bytes):
@@ -218,7 +220,7 @@ class _Transfer:
         return self._append_ranges(start, total)
 
     def _validator(self) -> str | None:
-        """Returns the ETag or date for resuming, without which a partial file may be of another version."""
+        """Returns the stored ETag or date. Without a validator, a resumed file may mix two versions."""
         try:
             said = json.loads(self.note.read_text(encoding="utf-8"))
             return str(said["validator"]) if said["url"] == self.wanted.url else None
@@ -239,7 +241,7 @@ class _Transfer:
         return headers | ({"If-Range": validator} if validator else {})
 
     def _resume_headers(self) -> dict[str, str]:
-        """Returns headers with a range, if a validator or hash ensures that it continues the same file."""
+        """Returns request headers. They have a range if a validator or hash ensures that the file is still the same."""
         headers = self._range_headers()
         if self.size_bytes and ("If-Range" in headers or self.is_checked):
             return headers | {"Range": f"bytes={self.size_bytes}-"}
@@ -247,7 +249,7 @@ class _Transfer:
         return headers
 
     def _is_for_ranges(self, response: httpx.Response, rest: int) -> bool:
-        """True if several connections pay off for the rest, and a validator or hash ensures that pieces fit."""
+        """True if several connections are worth their set-up, and a validator or hash ensures that pieces match."""
         gives = response.status_code == httpx.codes.PARTIAL_CONTENT or response.headers.get("accept-ranges") == "bytes"
         return rest >= _LARGE_BYTES and gives and (self.is_checked or self._validator() is not None)
 

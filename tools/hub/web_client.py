@@ -26,8 +26,8 @@ def failure(error: Exception) -> str:
 
 
 class WebClient(httpx.Client):
-    """An httpx client with a deadline for all headers of a reply, and one for its whole body. A deadline ends all
-    connections of the client with a TransportError, after which callers retry."""
+    """An httpx client with a deadline for a reply's headers, and another deadline for its whole body. A missed deadline
+    ends all connections of the client with a TransportError, after which callers retry."""
 
     def __init__(self, *, headers_s: float = HEADERS_S, body_s: float = BODY_S, **options: Any) -> None:
         super().__init__(**options)
@@ -47,7 +47,7 @@ class WebClient(httpx.Client):
 
 
 class _Connections:
-    """All sockets of a client, because httpcore does not report which one a request reuses."""
+    """All sockets of a client, because httpcore does not report which socket a request reuses."""
 
     def __init__(self) -> None:
         self._lock = Lock()

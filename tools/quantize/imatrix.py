@@ -1,4 +1,4 @@
-"""A model's importance matrix: sums of squares of each matrix's inputs by column, as by llama-imatrix."""
+"""Collects a model's importance matrix as llama-imatrix does: sums of squared inputs, by matrix and column."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.tools.progress import Progress
 
 _ROWS = 64
-"""The rows of a microbatch. The inputs of every matrix are kept for all of these."""
+"""The rows of a microbatch. The inputs of every matrix are kept for all rows of a microbatch."""
 
 _OUTPUT = "output.weight"
 
@@ -47,7 +47,7 @@ def collect(
 
 
 def _run(stage: CpuStage, chunk: tuple[int, ...], rows: int, blocks: int) -> Iterator[int]:
-    """Yields each microbatch's row count. All rows are outputs, since the last layer would skip others."""
+    """Yields each microbatch's row count. All rows are outputs, since the last layer would skip other rows."""
     for start in range(0, len(chunk), rows):
         tokens = np.array(chunk[start : start + rows], np.int32)
         count = len(tokens)

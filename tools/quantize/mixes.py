@@ -11,7 +11,7 @@ from llamaclust.model.quant_types import QuantType as Q
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """`file_type` is the mix's number in `general.file_type`. `base` is the type of tensors that no rule names."""
+    """A quantization mix. `file_type` is its number in GGUF files. `base` is the type of tensors that no rule names."""
 
     name: str
     file_type: int
@@ -135,7 +135,7 @@ When = Callable[[Place], bool]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rule of the named mixes: tensors for whose place `when` is true get `quant_type`."""
+    """A rule of the named mixes. A tensor gets `quant_type` if `when` is true for its place."""
 
     mixes: str
     quant_type: Q
@@ -146,7 +146,7 @@ class Rule:
 
 
 LOWEST = "IQ2_XXS IQ2_XS IQ2_S IQ2_M IQ1_S IQ1_M"
-"""Mixes with their own rules. Tensors that these do not name get the base type."""
+"""Mixes with their own rules. Tensors that no rule names get the base type."""
 
 _IQ2_SM = "IQ2_S IQ2_M"
 _OTHER_LOWEST = "IQ2_XXS IQ2_XS IQ1_S IQ1_M"

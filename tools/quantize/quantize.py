@@ -1,4 +1,4 @@
-"""Quantizes a model file tensor by tensor. The new file appears when complete."""
+"""Quantizes a model file tensor by tensor. The new file appears only when it is complete."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Quantizing:
 def plan_quantizing(
     model: ModelFile, wishes: Wishes, importance: ImportanceMatrix | None, allow_requantize: bool
 ) -> Quantizing:
-    """Raises UsageError for impossible changes, before anything is written."""
+    """Chooses each tensor's new type. Raises UsageError if a change is impossible, before anything is written."""
     types = choose_types(model, replace(wishes, has_importance=importance is not None))
     changes = []
     for tensor in model.tensors.values():
@@ -150,7 +150,7 @@ def _source(change: Change, pool: ThreadPoolExecutor, progress: ByteProgress) ->
 
 
 def _row_ranges(tensor: Tensor) -> list[range]:
-    """Returns ranges that cover all rows, none with rows of two experts."""
+    """Returns ranges that cover all rows. No range has rows of two experts."""
     rows = tensor.shape[-2] if len(tensor.shape) > 1 else 1
     step = max(1, _CHUNK_WEIGHTS // tensor.shape[-1])
     starts = range(0, tensor.rows, rows)

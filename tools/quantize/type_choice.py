@@ -59,14 +59,16 @@ def choose_types(model: ModelFile, wishes: Wishes) -> dict[str, QuantType]:
     """Returns each tensor's type, in the model's order. Raises UsageError if the architecture's rules are unknown."""
     architecture = model.metadata_str("general.architecture")
     if architecture in _OTHER_RULES and not wishes.pure:
-        raise UsageError(f"{model.path}: mixes have other rules for {architecture}: give --pure, and types by name")
+        raise UsageError(
+            f"{model.path}: mixes have unsupported rules for {architecture}: give --pure, and types by name"
+        )
     chooser = _Chooser(model, architecture, wishes)
     chosen = {tensor.name: chooser.choose(tensor) for tensor in in_layer_order(model)}
     return {name: chosen[name] for name in model.tensors}
 
 
 def in_layer_order(model: ModelFile) -> Sequence[Tensor]:
-    """Returns tensors outside the layers, then layer by layer, by name. Rules count tensors in this order."""
+    """Returns the tensors outside the layers, then those of each layer, by name. Rules count tensors in this order."""
     return sorted(model.tensors.values(), key=lambda tensor: (_layer(tensor.name), tensor.name.encode()))
 
 
@@ -141,7 +143,7 @@ class _Chooser:
         return QuantType.Q5_K if mix in LOWEST.split() or mix == "IQ3_XXS" else QuantType.Q6_K
 
     def _place(self, tensor: Tensor, part: Part, by_name: bool = True) -> Place:
-        """Counts a part's tensors as they come, or uses the layer's number if a layer may have several."""
+        """Counts a part's tensors as they come, or uses the layer's number if a layer may have several of the part."""
         if part in VALUES:
             index, count = self._seen[Part.V], self._values
         else:

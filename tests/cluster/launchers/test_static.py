@@ -336,8 +336,8 @@ BAD_OPTIONS = {
     ("--join", "h:1", "--device", "cuda", "--gpu-layers", "all"): "--gpu-layers: 'all' is not a number of layers",
     ("--join", "h:1", "--gpu-memory", "2GiB"): "--gpu-memory: is for workers with a GPU",
     ("--join", "h:1", "--insecure", "--token-file", "f"): "--insecure and --token-file: choose one",
-    ("--join", "h:1"): "--token-file: needed, since there is no",
-    (): "--join: needed, the address that `llamaclust up` prints; LLAMACLUST_JOIN is read as well",
+    ("--join", "h:1"): "--token-file: give the token's file, since there is no",
+    (): "--join: give the address that `llamaclust up` prints, or set LLAMACLUST_JOIN",
     ("--join", "h:1", "--join", "elsewhere:x"): "--join: 'elsewhere:x' is not an address",
 }
 

@@ -85,4 +85,4 @@ def test_without_a_network_it_says_so(small_model: Path) -> None:
     with Box((SERVER, PHONE)) as box, command_line() as line:
         box.configure(SERVER, "addr flush dev eth0")
         up = line.start("up", line.cluster_file(small_model, "tiny", **KEYS), "--lan", network=box[SERVER].namespace)
-        up.says("other computers of this network: none reaches this machine, which has no address of a network")
+        up.says("other computers of this network: cannot reach this machine, which has no network address")

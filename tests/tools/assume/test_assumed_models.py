@@ -204,7 +204,7 @@ def test_shapes_without_a_file_of_the_catalog_say_what_to_pull(name: str) -> Non
     hint = no_file_hint(f"{name}:q4_k_m")
     assert (hint is None) == (find_entry(name) is not None)
     if hint is not None:
-        assert hint.startswith(f"{name}: a shape known to `plan --assume` only; ") and "hf:OWNER/REPO/FILE.gguf" in hint
+        assert hint.startswith(f"{name}: only `plan --assume` knows this shape; ") and "hf:OWNER/REPO/FILE.gguf" in hint
         of_catalog = re.search(r"a model of that size is ([^;]*);", hint)
         assert of_catalog is None or find_entry(of_catalog[1]) is not None
         with pytest.raises(LlamaclustError, match=re.escape(hint)):

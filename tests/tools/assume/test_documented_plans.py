@@ -163,7 +163,7 @@ def test_the_command_refuses_what_it_would_ignore(monkeypatch: pytest.MonkeyPatc
     assert "remove FILE, --workers and --mmproj" in output(["plan", "cluster.yaml", "--assume", "16GB@40GB/s"])
     assert "7b: LLaMA 2 7B Q4_K_M" in output(example)
     assert [model["name"] for model in json.loads(output([*example, "--json"]))["models"]] == list(SHAPES)
-    assert "--model: is for --assume MACHINES" in output(["plan", "--model", "8b"])
+    assert "--model needs --assume MACHINES" in output(["plan", "--model", "8b"])
     values = json.loads(output([*example, "--model", "8b", "--json"]))
     assert values["stages"][0]["worker"] == "m1" and values["model"] == "LLaMA 3.1 8B"
     with pytest.raises(InsufficientMemoryError):
@@ -182,7 +182,7 @@ def test_gains_on_the_page_are_those_of_the_program(row: tuple[str, ...]) -> Non
 
 def test_gains_are_predicted_for_the_acceptance_that_is_asked_for() -> None:
     example = ["plan", "--assume", "16GB@40GB/s", "--model", "8b"]
-    assert "give --model MODEL" in output([*example[:3], "--acceptance", "0.8"])
+    assert "--acceptance needs --model MODEL" in output([*example[:3], "--acceptance", "0.8"])
     for wrong in ("80", "-0.1", "nan"):
         assert f"--acceptance: {float(wrong):g} is not a share of tokens" in output([*example, "--acceptance", wrong])
     usual = json.loads(output([*example, "--json"]))["speculation"]

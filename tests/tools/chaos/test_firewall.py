@@ -14,7 +14,7 @@ from llamaclust.tools.chaos.schedule import FaultKind
 from llamaclust.tools.chaos.targets import Permissions, Targets
 
 LINKS = (FaultKind.PARTITION, FaultKind.SLOW_LINK)
-ROOT = "packets are filtered only with CAP_NET_ADMIN (root)"
+ROOT = "filtering packets needs CAP_NET_ADMIN (root)"
 
 
 class Shown:
@@ -60,7 +60,7 @@ def test_faults_of_links_are_left_out_or_refused(monkeypatch: pytest.MonkeyPatch
     with run._firewall(settings(FaultKind.KILL), targets("a"), shown) as found:
         assert found is None and shown.lines == [f"no partition, no slow-link: {ROOT}"]
     with (
-        pytest.raises(UsageError, match="--faults partition: packets are filtered only with"),
+        pytest.raises(UsageError, match="--faults partition: filtering packets needs"),
         run._firewall(settings(FaultKind.PARTITION), targets("a"), shown),
     ):
         pass

@@ -160,10 +160,10 @@ def test_gemma_4_s_marks_stay_visible_and_its_ends_are_known(tmp_path: Path) -> 
 
 def test_gemma_4_without_merges_or_with_a_space_in_front_is_refused(tmp_path: Path) -> None:
     said, texts = gemma4()
-    with pytest.raises(ModelFileError, match=r"has no merges; gemma4 needs those of tokenizer\.json"):
+    with pytest.raises(ModelFileError, match=r"has no merges; gemma4 needs the merges of tokenizer\.json"):
         vocabulary(tmp_path, said | {"model": said["model"] | {"merges": []}}, "gemma4", len(texts))
     steps = [{"type": "Prepend", "prepend": "▁"}, said["normalizer"]]
-    with pytest.raises(ModelFileError, match="it puts a space before a text"):
+    with pytest.raises(ModelFileError, match="the vocabulary puts a space before a text"):
         vocabulary(tmp_path, said | {"normalizer": {"type": "Sequence", "normalizers": steps}}, "gemma4", len(texts))
     (tmp_path / "tokenizer.json").rename(tmp_path / "tokenizer.model")
     with SourceFiles() as files, pytest.raises(ModelFileError, match=r"no tokenizer \(tokenizer\.json\)"):

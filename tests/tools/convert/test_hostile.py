@@ -141,7 +141,7 @@ def test_pytorch_files_with_numbers_that_do_not_fit(tmp_path: Path) -> None:
     write_archive(path, members | {"archive/data/0": members["archive/data/0"][:-4]})
     refused(model, r"bytes in its member, found \d+")
     write_archive(path, {name: data for name, data in members.items() if name != "archive/data/3"})
-    refused(model, "data/3, are missing")
+    refused(model, "data/3 are missing")
     write_archive(path, members | {"archive/byteorder": b"big"})
     refused(model, "not little-endian")
     for end in (10, 1000, len(whole) // 2, len(whole) - 10):
@@ -194,7 +194,7 @@ def test_files_and_shards_that_are_cut_short_or_missing(tmp_path: Path) -> None:
         second.write_bytes(whole[:end])
         refused(model, "cut short|damaged|not a safetensors")
     second.unlink()
-    refused(model, "missing, but model.safetensors.index.json names it; get all shards")
+    refused(model, "missing, but model.safetensors.index.json lists it; get all shards")
     (model / "model.safetensors.index.json").unlink()
     refused(model, "expected 3 shards, found 2")
     second.write_bytes((model / "model-00001-of-00003.safetensors").read_bytes())
@@ -230,7 +230,7 @@ def test_absurd_params(params: dict[str, Any], message: str, tmp_path: Path) -> 
 def test_meta_s_parts_that_do_not_belong_together(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "m/params.json").write_text(json.dumps({"dim": 64, "n_layers": 1, "n_heads": 4}))
-    refused(tmp_path / "m", "expected consolidated.00.pth and those after it, found none")
+    refused(tmp_path / "m", "expected consolidated.00.pth, consolidated.01.pth and so on, found none")
     one = {"norm.weight": np.ones(64, np.float32), "layers.0.attention.wq.weight": np.ones((32, 64), np.float32)}
     write_torch(tmp_path / "m/consolidated.00.pth", one)
     write_torch(tmp_path / "m/consolidated.02.pth", one)
@@ -247,7 +247,7 @@ def test_meta_s_parts_that_do_not_belong_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [b"", b"GGUF" + bytes(99), bytes(300), b"\x10\0\0\0" * 80, np.arange(9999).tobytes()])
 def test_other_files_are_no_checkpoints(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(data)
-    refused(tmp_path / "x.bin", "not a checkpoint of a known kind|a GGUF file already|cut short")
+    refused(tmp_path / "x.bin", "not a checkpoint of a known kind|already a GGUF file|cut short")
 
 
 def test_paths_without_a_checkpoint(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_paths_without_a_checkpoint(tmp_path: Path) -> None:
     model = folder(tmp_path)
     refused(model, "--type q4_0: give one of f32, f16, bf16, q8_0", "q4_0")
     (model / "tokenizer.json").unlink()
-    refused(model, "no tokenizer .*; name one with --tokenizer")
+    refused(model, "no tokenizer .*; name a tokenizer with --tokenizer")
     refused(model / "model.safetensors", "weights without their folder")
 
 

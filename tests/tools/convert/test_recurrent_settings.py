@@ -172,7 +172,7 @@ def test_layers_that_predict_further_tokens_are_left_out_of_nemotron_with_a_note
         ("llama4", {"attention_chunk_size": -1}, "expected a whole number of 1 to .*, found -1"),
         ("qwen3vl", {"rope_parameters": {"mrope_section": [6, 5]}}, "expected 3 or 4 numbers, found 2"),
         ("qwen3vl", {"rope_parameters": {"mrope_section": [16, 5, 5]}}, "exceeds 16"),
-        ("qwen3vlmoe", {"mlp_only_layers": [1]}, "layers without experts among those with them"),
+        ("qwen3vlmoe", {"mlp_only_layers": [1]}, "layers without experts among layers with experts"),
         ("qwen3vlmoe", {"norm_topk_prob": False}, "false is not supported by qwen3vlmoe"),
     ],
 )

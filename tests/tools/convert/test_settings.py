@@ -72,7 +72,7 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
         ("Qwen3MoeForCausalLM", {"norm_topk_prob": False}, "false is not supported by qwen3moe"),
         ("Gemma2ForCausalLM", {"query_pre_attn_scalar": 24}, "expected 16 for 2 layers, found 24"),
         ("Gemma2ForCausalLM", {"attn_logit_softcapping": None}, "null is not supported by gemma2"),
-        ("Gemma3ForCausalLM", {"attn_logit_softcapping": 50.0}, "gemma3 caps no scores"),
+        ("Gemma3ForCausalLM", {"attn_logit_softcapping": 50.0}, "gemma3 does not cap scores"),
         ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "true is not supported"),
         ("Gemma3ForCausalLM", {"layer_types": ["full_attention"]}, "expected 2 kinds of attention, found 1 entries"),
         (
@@ -165,7 +165,7 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
         (_QWEN35, {"rope_parameters": {"mrope_section": [0] * 5}}, "expected 3 or 4 numbers, found 5"),
         (_QWEN35, {"rope_parameters": {"mrope_section": [1]}}, "expected 3 or 4 numbers, found 1"),
         ("Qwen3NextForCausalLM", {"norm_topk_prob": False}, "false is not supported by qwen3next"),
-        ("Qwen3NextForCausalLM", {"mlp_only_layers": [0]}, "layers without experts among those with them"),
+        ("Qwen3NextForCausalLM", {"mlp_only_layers": [0]}, "layers without experts among layers with experts"),
         ("Qwen3_5MoeForCausalLM", {"num_experts": 10**9}, "expected a whole number of 1 to 1024, found 1000000000"),
         ("SeedOssForCausalLM", {"mlp_bias": True}, "true is not supported by seed_oss"),
         ("Ernie4_5ForCausalLM", {"use_bias": True}, "true is not supported by ernie4_5"),
@@ -202,7 +202,7 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
         (
             "Olmo3ForCausalLM",
             {"rope_parameters": _TWO_BASES},
-            "layers with a window have base 3000, but the others 20000.0",
+            "layers with a window have base 3000, but other layers have 20000.0",
         ),
         ("Olmo3ForCausalLM", {"sliding_window": None}, "'sliding_window': missing"),
         ("Olmo3ForCausalLM", {"layer_types": [{}, {}]}, "expected 2 kinds of attention, found 2 entries"),

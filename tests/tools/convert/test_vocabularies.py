@@ -228,7 +228,7 @@ def test_each_end_is_written_once_and_is_a_word(
 
 @pytest.mark.parametrize(
     ("rows", "message"),
-    [(300, "320 words, the embedding has 300 rows"), (55296, "only 320 words, the embedding has 55296 rows")],
+    [(300, "320 words, but the embedding has 300 rows"), (55296, "only 320 words, but the embedding has 55296 rows")],
 )
 def test_the_tokenizer_of_another_model(rows: int, message: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(tokenizer_json())

@@ -137,7 +137,7 @@ def test_the_licence_is_said_before_the_first_byte(hub: Server) -> None:
     result = run("pull", "llama-3.2-1b-instruct")
     first, second, *_ = result.stderr.splitlines()
     assert "1.24 B parameters, Q4_K_M" in first and "bartowski/Llama-3.2-1B-Instruct-GGUF" in first
-    assert second.startswith("licence: Llama 3.2 Community License (to use the model is to accept it: https://")
+    assert second.startswith("licence: Llama 3.2 Community License (by using the model you accept it: https://")
     assert result.stdout.endswith("/Llama-3.2-1B-Instruct-Q4_K_M.gguf\n") and result.exit_code == 0
     assert "licence" not in run("pull", "llama-3.2-1b-instruct").stderr, "it is there"
     assert "licence: Apache-2.0\n" in run("pull", "qwen3-8b").stderr

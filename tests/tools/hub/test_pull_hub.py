@@ -110,7 +110,7 @@ def test_a_token_file_is_its_owners_alone(hub: Server, tmp_path: Path, monkeypat
     file.write_text(f"{TOKEN}\n")
     file.chmod(0o644)
     monkeypatch.setenv("HF_TOKEN_PATH", str(file))
-    with pytest.raises(UsageError, match="others may read this token"):
+    with pytest.raises(UsageError, match="other users may read this token"):
         pull_model(SPEC, models_dir=tmp_path, patience=QUICK)
     file.chmod(0o600)
     pull_model(SPEC, models_dir=tmp_path, patience=QUICK)
@@ -120,7 +120,7 @@ def test_a_token_file_is_its_owners_alone(hub: Server, tmp_path: Path, monkeypat
 def test_no_token_over_plain_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("HF_ENDPOINT", "http://192.0.2.1")
-    with pytest.raises(UsageError, match="a token goes to https addresses only"):
+    with pytest.raises(UsageError, match="a token is sent to https addresses only"):
         pull_model(SPEC, models_dir=tmp_path, patience=QUICK)
 
 
@@ -130,7 +130,7 @@ def test_no_token_over_plain_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (404, "EntryNotFound", "has no such file at revision main"),
         (404, "RevisionNotFound", "has no revision main"),
         (401, "RepoNotFound", "no such repository, or a private one: give a token in HF_TOKEN"),
-        (403, "GatedRepo", "accept its conditions on its page first"),
+        (403, "GatedRepo", "accept the repository's conditions on its page first"),
         (401, "", "the hub answered 401: give a token"),
         (410, "", "the hub answered 410 Gone"),
         (503, "", "the hub answered 503"),

@@ -49,7 +49,7 @@ def read_weights(files: SourceFiles, folder: Path) -> dict[str, Lazy]:
     shards = sorted(path for path in folder.iterdir() if _SHARD.fullmatch(path.name))
     if not shards:
         names = " or ".join(f"{stem}.{suffix}" for stem, suffix in _STEMS)
-        raise ModelFileError(f"{folder}: has no weights: neither {names} nor shards of them")
+        raise ModelFileError(f"{folder}: has no weights: neither {names} nor their shards are there")
     return _all_shards(files, shards)
 
 
@@ -75,7 +75,9 @@ def _indexed(files: SourceFiles, index: Path) -> dict[str, Lazy]:
         if shard not in shards:
             path = index.with_name(shard)
             if not path.is_file():
-                raise ModelFileError(f"{path}: missing, but {index.name} names it; get all shards of the model")
+                raise ModelFileError(
+                    f"{path}: the file is missing, but {index.name} lists it; get all shards of the model"
+                )
             shards[shard] = read_weight_file(files, path)
         if name not in shards[shard]:
             raise ModelFileError(f"{index.with_name(shard)}: tensor {shown(name)} of {index.name} is missing")

@@ -79,7 +79,7 @@ def read_llama2c(files: SourceFiles, path: Path) -> Checkpoint:
         at += 4 * prod(shape)
     if at != file.size_bytes:
         raise file.error(
-            f"expected {at} bytes for its header, found {file.size_bytes}: cut short, or not a llama2.c file"
+            f"expected {at} bytes by the header, found {file.size_bytes}: the file is cut short, or not of llama2.c"
         )
     values = header.values
     return Checkpoint("Meta", Settings(values, str(path)), tensors, path.with_name("tokenizer.bin"), path.stem)
@@ -90,7 +90,7 @@ def _read_header(file: SourceFile) -> _Header:
     if magic != _MAGIC:
         header = _old_header(file)
         if header is None:
-            raise file.error("the header is not one of llama2.c")
+            raise file.error("the header is not a llama2.c header")
         return header
     if version not in (1, 2):
         raise file.error(
@@ -99,7 +99,7 @@ def _read_header(file: SourceFile) -> _Header:
     numbers = unpack("<7i", file.read(8, 28))
     header = _checked(numbers, tied=file.read(36, 1) == b"\1")
     if header is None:
-        raise file.error(f"its header has impossible sizes: {list(numbers)}")
+        raise file.error(f"the header has impossible sizes: {list(numbers)}")
     (group,) = unpack("<i", file.read(37, 4)) if version == 2 else (0,)
     if version == 2 and not 0 < group <= header.width:
         raise file.error(f"expected groups of 1 to {header.width} weights, found {group}")

@@ -1,5 +1,5 @@
-"""Meta's folders: params.json, tokenizer.model, and files consolidated.NN.pth, each with a part of every matrix. LLaMA
-checkpoints of TencentPretrain (a PyTorch file and a JSON configuration) get the same names."""
+"""Meta's folders: params.json, tokenizer.model, and files consolidated.NN.pth, each with a part of every matrix. The
+tensors of TencentPretrain's LLaMA checkpoints (a PyTorch file and a JSON configuration) get Meta's names."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _TENCENT_SETTINGS: Final = {
 
 
 def read_meta(files: SourceFiles, folder: Path, context_length: int | None) -> Checkpoint:
-    """`context_length` comes from the user, because params.json may lack it."""
+    """Reads a folder in Meta's form. `context_length` comes from the user, because params.json may lack it."""
     path = folder / PARAMS
     params = Settings(read_json(path), str(path))
     width = params.count("dim")
@@ -71,7 +71,7 @@ def _parts(folder: Path) -> list[Path]:
     numbers = [int(path.name.split(".")[1]) for path in found]
     if not found or numbers != list(range(len(found))):
         there = ", ".join(path.name for path in found[:4]) or "none"
-        raise ModelFileError(f"{folder}: expected consolidated.00.pth and those after it, found {there}")
+        raise ModelFileError(f"{folder}: expected consolidated.00.pth, consolidated.01.pth and so on, found {there}")
     return found
 
 
@@ -125,7 +125,7 @@ def _rows(tensors: dict[str, Lazy], name: str, params: Settings) -> int:
 
 
 def _context(params: Settings, values: dict[str, Any]) -> int:
-    """Returns the trained context length. Other settings reveal the generation (Code Llama, 3.1, 3, 2, 1)."""
+    """Returns the trained context length, or derives it from settings that reveal Code Llama, 3.1, 3, 2 or 1."""
     if params.has("max_seq_len"):
         return params.count("max_seq_len", maximum=MAX_CONTEXT)
     if "rope_scaling" in values:
@@ -147,11 +147,11 @@ def is_tencent_pretrain(tensors: Mapping[str, Lazy]) -> bool:
 def read_tencent_pretrain(
     files: SourceFiles, path: Path, tensors: Mapping[str, Lazy], config: Path | None, context_length: int | None
 ) -> Checkpoint:
-    """`config` is TencentPretrain's configuration file, such as models/llama/7b_config.json."""
+    """Reads TencentPretrain's checkpoint. `config` is its configuration, such as models/llama/7b_config.json."""
     place = config or path.with_suffix(".json")
     if not place.is_file():
         raise ModelFileError(
-            f"{path}: the file does not state the number of heads; name its configuration with --config"
+            f"{path}: the file does not state the number of heads; name the model's configuration with --config"
         )
     said = Settings(read_json(place), str(place))
     for name, wanted in _TENCENT_SETTINGS.items():
@@ -167,7 +167,7 @@ def _meta_name(name: str, path: Path) -> str:
         return _TENCENT_ENDS[name]
     found = _TENCENT_LAYER.fullmatch(name)
     if found is None or found[2] not in _TENCENT_PARTS:
-        raise ModelFileError(f"{path}: tensor {shown(name)}: the name is not one of TencentPretrain's LLaMA")
+        raise ModelFileError(f"{path}: tensor {shown(name)}: TencentPretrain's LLaMA has no such tensor")
     return f"layers.{int(found[1])}.{_TENCENT_PARTS[found[2]]}.weight"
 
 
@@ -178,7 +178,7 @@ def _tencent_settings(
     width, heads = said.count("hidden_size", "emb_size"), said.count("heads_num", maximum=MAX_HEADS)
     key = tensors.get("layers.0.attention.wk.weight")
     if key is None:
-        raise ModelFileError(f"{path}: keys of the first layer are missing")
+        raise ModelFileError(f"{path}: the first layer's matrix of keys is missing")
     head = max(1, width // heads)
     return {
         "hidden_size": width,

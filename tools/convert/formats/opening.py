@@ -24,9 +24,11 @@ class Hints:
 
     def check(self, kind: str, *, config: bool = False, context_length: bool = False) -> None:
         if self.config is not None and not config:
-            raise UsageError(f"--config {self.config}: is for TencentPretrain's files, but this is {kind}")
+            raise UsageError(f"--config {self.config}: is for TencentPretrain's files, but the source is {kind}")
         if self.context_length is not None and not context_length:
-            raise UsageError(f"--context-length {self.context_length}: is not for {kind}, which states its own")
+            raise UsageError(
+                f"--context-length {self.context_length}: is not for {kind}, which states its own context length"
+            )
 
 
 def open_checkpoint(files: SourceFiles, path: Path, hints: Hints) -> Checkpoint:
@@ -57,5 +59,7 @@ def _file(files: SourceFiles, path: Path, hints: Hints) -> Checkpoint:
         hints.check("a file of llama2.c's")
         return read_llama2c(files, path)
     if file.size_bytes >= 4 and file.read(0, 4) == b"GGUF":
-        raise file.error("is a GGUF file already: run it as it is, or make it smaller with `llamaclust model quantize`")
+        raise file.error(
+            "is already a GGUF file: run it without conversion, or make it smaller with `llamaclust model quantize`"
+        )
     raise file.error("not a checkpoint of a known kind: neither a PyTorch file nor a llama2.c file")

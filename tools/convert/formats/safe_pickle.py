@@ -1,5 +1,5 @@
 """A restricted interpreter for the pickle of a PyTorch state dict. It builds numbers, text, lists, dicts and references
-to tensors. It refuses all other names and runs no code of the pickle."""
+to tensors. It refuses all other names, and runs no code from the pickle."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def read_pickle(data: bytes, origin: str) -> Any:
         raise ModelFileError(f"{origin}: {refused}; no code was run; use a safetensors checkpoint") from None
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeError) as error:
         what = " ".join(str(error).split())[:100]
-        raise ModelFileError(f"{origin}: a pickle that is damaged or was cut short ({what})") from None
-    raise ModelFileError(f"{origin}: a pickle without an end: it was cut short")
+        raise ModelFileError(f"{origin}: the pickle is damaged or was cut short ({what})") from None
+    raise ModelFileError(f"{origin}: the pickle has no end: it was cut short")
 
 
 class _Machine:
@@ -121,7 +121,7 @@ class _Machine:
         return self._memo[place]
 
     def set_items(self, values: tuple[Any, ...], target: Any = None) -> Any:
-        """`target` None means the value on top of the stack."""
+        """Puts keys and values into `target`, or into the dict on top of the stack if `target` is None."""
         target = self._stack.pop() if target is None else target
         if not isinstance(target, dict) or len(values) % 2:
             raise _Refused("the pickle puts items into something that is not a dict")
@@ -145,7 +145,7 @@ class _Machine:
         return target.call(arguments)
 
     def set_state(self, argument: Any) -> Any:
-        """Drops the state, in which PyTorch's state dicts carry the versions of their modules."""
+        """Drops the state. In a PyTorch state dict, the state holds only the versions of modules."""
         target, state = self.last(2)
         if not isinstance(target, dict) or not isinstance(state, dict):
             raise _Refused("the pickle sets the state of something that is not a dict")
@@ -212,7 +212,7 @@ def _refuse_call(arguments: tuple[Any, ...]) -> Any:
 
 
 def _tensor(arguments: tuple[Any, ...]) -> TensorRef:
-    """`arguments` are (storage, offset, shape, strides, requires_grad, hooks, ...)."""
+    """Makes a tensor from the arguments (storage, offset, shape, strides, requires_grad, hooks, ...)."""
     if len(arguments) < 4 or not isinstance(arguments[0], StorageRef):
         raise _Refused("the pickle makes a tensor of something that is not a storage")
     numbers = [arguments[1], *_shape(arguments[2]), *_shape(arguments[3])]
@@ -230,7 +230,7 @@ def _shape(value: Any) -> tuple[Any, ...]:
 
 
 def _parameter(arguments: tuple[Any, ...]) -> TensorRef:
-    """`arguments` are (tensor, requires_grad, hooks)."""
+    """Returns the tensor among the arguments (tensor, requires_grad, hooks)."""
     if not arguments or not isinstance(arguments[0], TensorRef):
         raise _Refused("the pickle makes a parameter of something that is not a tensor")
     return arguments[0]

@@ -40,7 +40,7 @@ def read_torch(file: SourceFile, recent: Recent) -> dict[str, Lazy]:
     root = pickled.removesuffix("data.pkl")
     order = members.get(f"{root}byteorder")
     if order is not None and file.read(order.offset, min(order.n_bytes, 16)) != b"little":
-        raise file.error("its numbers are not little-endian")
+        raise file.error("the numbers are not little-endian")
     found = read_pickle(file.read(place.offset, place.n_bytes), f"{file.path}: data.pkl")
     storages = {name.removeprefix(f"{root}data/"): member for name, member in members.items()}
     return {name: _tensor(file, name, ref, storages, recent) for name, ref in _named_tensors(found, file).items()}
@@ -56,7 +56,7 @@ def _named_tensors(found: Any, file: SourceFile) -> dict[str, TensorRef]:
         raise file.error(f"expected names and tensors, found {type(found).__name__}")
     tensors = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, TensorRef)}
     if not tensors:
-        raise file.error("has no tensor with a name")
+        raise file.error("there is no tensor with a name")
     return tensors
 
 
@@ -64,7 +64,7 @@ def _tensor(file: SourceFile, name: str, ref: TensorRef, members: dict[str, _Mem
     origin = f"{file.path}: tensor {shown(name)}"
     member = members.get(ref.storage.key)
     if member is None:
-        raise ModelFileError(f"{origin}: its numbers, data/{shown(ref.storage.key)[1:-1]}, are missing")
+        raise ModelFileError(f"{origin}: the numbers in data/{shown(ref.storage.key)[1:-1]} are missing")
     count, storage = _count(ref, origin), ref.storage.storage
     item = storage.dtype.itemsize
     if ref.storage.count * item > member.n_bytes or ref.offset + count > ref.storage.count:
@@ -82,7 +82,9 @@ def _tensor(file: SourceFile, name: str, ref: TensorRef, members: dict[str, _Mem
 def _count(ref: TensorRef, origin: str) -> int:
     few = len(ref.stride) == len(ref.shape) <= MAX_DIMENSIONS
     if not few or min((*ref.shape, 1)) < 1 or prod(ref.shape) >= 1 << 48:
-        raise ModelFileError(f"{origin}: shape {list(ref.shape)[:8]} with strides {list(ref.stride)[:8]}")
+        raise ModelFileError(
+            f"{origin}: shape {list(ref.shape)[:8]} with strides {list(ref.stride)[:8]} is not supported"
+        )
     return prod(ref.shape)
 
 
@@ -121,14 +123,14 @@ def _data_offset(file: SourceFile, entry: zipfile.ZipInfo) -> int:
 
 
 def _check_apart(file: SourceFile, members: dict[str, _Member]) -> None:
-    """Refuses overlapping members, with which a small file could stand for any number of large tensors."""
+    """Raises ModelFileError if members overlap, since a small file could then claim any number of large tensors."""
     at = 0
     for name, member in sorted(members.items(), key=lambda item: (item[1].offset, item[1].n_bytes)):
         if member.offset < at:
-            raise file.error(f"member {shown(name)} begins inside another")
+            raise file.error(f"member {shown(name)} begins inside another member")
         at = member.offset + member.n_bytes
     if at > file.size_bytes:
-        raise file.error(f"members end at byte {at}, but the file at byte {file.size_bytes}: it was cut short")
+        raise file.error(f"members end at byte {at}, but the file ends at {file.size_bytes}: it was cut short")
 
 
 class _Window(io.RawIOBase):
@@ -155,7 +157,7 @@ class _Window(io.RawIOBase):
         left = max(0, self._file.size_bytes - self._at)
         count = left if count < 0 else min(count, left)
         if count > _MAX_DIRECTORY_BYTES:
-            raise ValueError(f"its directory has {count >> 20} MiB")
+            raise ValueError(f"the directory of members has {count >> 20} MiB")
         data = self._file.read(self._at, count)
         self._at += count
         return data

@@ -1,4 +1,4 @@
-"""Pages by the checkpoint's architecture, with GGUF's name. Of multimodal checkpoints, the text model is taken."""
+"""Maps a checkpoint's architecture to GGUF's name and a page. Multimodal checkpoints yield only the text model."""
 
 from __future__ import annotations
 

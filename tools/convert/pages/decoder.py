@@ -1,4 +1,4 @@
-"""Metadata of all architectures, and tensors of those that derive from Hugging Face's LLaMA."""
+"""Writes metadata of all architectures, and tensors of architectures that derive from Hugging Face's LLaMA."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def feed_forward(page: Page, layer: int, width: int, *, source: str = "mlp", suf
 
 
 def experts(page: Page, place: str, count: int, width: int, names: tuple[str, str, str], prefix: str) -> None:
-    """Stacks the experts' matrices to one tensor per part. `names` are the modules of gate, up and down."""
+    """Stacks the experts' matrices into one tensor per part. `names` are the modules of gate, up and down."""
     shapes = ((width, page.width), (width, page.width), (page.width, width))
     for part, name, shape in zip(("gate", "up", "down"), names, shapes, strict=True):
         found = [page.take(f"{prefix}.{number}.{name}.weight", *shape) for number in range(count)]
@@ -90,7 +90,7 @@ def feed_forward_width(page: Page) -> int:
 
 
 def windowed_layers(page: Page, period: int) -> list[bool]:
-    """True for each layer with a window: by `layer_types`, otherwise for all except each `period`th layer."""
+    """Returns True for each layer with a window: by `layer_types`, or else for all layers except every `period`th."""
     listed = page.settings.values.get("layer_types")
     if not isinstance(listed, list):
         return [(layer + 1) % period != 0 for layer in range(page.layers)]
@@ -102,7 +102,7 @@ def windowed_layers(page: Page, period: int) -> list[bool]:
 
 
 def layer_kinds(page: Page, name: str, kinds: Mapping[str, str]) -> list[str]:
-    """Returns a value of `kinds` for each layer. The setting `name` lists the key of each layer."""
+    """Returns `kinds[entry]` for each layer's entry in the list of the setting `name`."""
     listed = page.settings.values.get(name)
     if not isinstance(listed, list) or not all(isinstance(kind, str) and kind in kinds for kind in listed):
         raise page.settings.error(name, f"expected a list of {', '.join(kinds)}")

@@ -99,7 +99,7 @@ def build_exaone4(page: Page) -> None:
 
 def build_cohere2(page: Page) -> None:
     """Command R7B and Command A. Norms subtract the mean; attention and feed-forward are parallel. Three of four layers
-    have a window and a rotation, with neighbouring channels as in the checkpoint."""
+    have a window and rotate neighbouring channels, as in the checkpoint."""
     settings, hidden = page.settings, page.width
     width = decoder.feed_forward_width(page)
     if settings.real("rotary_pct", default=1.0) != 1:

@@ -31,7 +31,7 @@ def weight_keys(page: Page, gating: int, *, normalized: bool) -> None:
 
 
 def group_keys(page: Page, count: int, chosen: int) -> None:
-    """Writes the keys of expert groups. Groups with the highest sums of their two best experts are used."""
+    """Writes the keys of expert groups. The model uses groups whose two best experts have the highest sums."""
     settings = page.settings
     groups = settings.count("n_group", "num_expert_group", default=1, maximum=count)
     used = settings.count("topk_group", default=1, maximum=groups)
@@ -46,7 +46,7 @@ def group_keys(page: Page, count: int, chosen: int) -> None:
 
 
 def matrices(page: Page, place: str, source: str, count: int, width: int, names: tuple[str, str, str] = PARTS) -> None:
-    """Puts the expert matrices at `source`: one tensor per expert and part, or one for all with gate above up."""
+    """Writes the expert matrices. `source` has a tensor per expert and part, or one for all with gate above up."""
     if not page.has(f"{source}.gate_up_proj"):
         decoder.experts(page, place, count, width, names, source)
         return
@@ -57,7 +57,7 @@ def matrices(page: Page, place: str, source: str, count: int, width: int, names:
 
 
 def column_matrices(page: Page, place: str, source: str, count: int, width: int) -> None:
-    """Puts the expert matrices at `source`: one transposed tensor for all, with gate to the left of up."""
+    """Writes the expert matrices. `source` has one transposed tensor for all experts, with gate to the left of up."""
     both = exchanged(page.take(f"{source}.gate_up_proj", count, page.width, 2 * width))
     page.put(f"{place}.ffn_gate_exps.weight", part_of_each(both, 0, width))
     page.put(f"{place}.ffn_up_exps.weight", part_of_each(both, width, 2 * width))
@@ -65,7 +65,7 @@ def column_matrices(page: Page, place: str, source: str, count: int, width: int)
 
 
 def leading_dense(page: Page) -> int:
-    """Returns the number of leading layers without experts. Raises ModelFileError if another layer has none."""
+    """Returns the number of leading layers without experts. Raises ModelFileError if another layer has no experts."""
     settings, layers = page.settings, page.layers
     listed = settings.values.get("mlp_layer_types")
     if isinstance(listed, list):
@@ -79,7 +79,7 @@ def leading_dense(page: Page) -> int:
 
 
 def further_layers(page: Page) -> int:
-    """Returns the number of layers for multi-token prediction, 0 if their tensors are missing."""
+    """Returns the number of layers for multi-token prediction, or 0 if their tensors are missing."""
     count = page.settings.count("num_nextn_predict_layers", default=0, minimum=0, maximum=MAX_LAYERS)
     return count if count and page.has(f"model.layers.{page.layers}.eh_proj.weight") else 0
 
@@ -93,7 +93,7 @@ def leave_further_layers(page: Page) -> None:
 
 
 def prediction(page: Page, layer: int) -> None:
-    """Copies an MTP layer's own tensors. Embedding and head are missing if they are the model's."""
+    """Copies an MTP layer's own tensors. Embedding and head are missing if the layer uses the model's."""
     place, source, hidden = f"blk.{layer}.nextn", f"model.layers.{layer}", page.width
     page.copy(f"{place}.eh_proj", f"{source}.eh_proj", hidden, 2 * hidden)
     page.copy(f"{place}.enorm", f"{source}.enorm", hidden)

@@ -31,7 +31,7 @@ def build(page: Page) -> None:
 
 
 def _kv_heads(page: Page) -> int:
-    """Returns the number of KV heads. With `multi_query` it is 1, and keys of newer programs are ignored."""
+    """Returns the number of KV heads. With `multi_query` the number is 1, and settings of newer files are ignored."""
     settings = page.settings
     large = settings.flag("new_decoder_architecture", default=settings.has("n_head_kv"))
     if not large and not settings.flag("parallel_attn", default=True):

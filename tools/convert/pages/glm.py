@@ -9,7 +9,7 @@ from llamaclust.tools.convert.rotation import rotating_channels, rotation
 
 
 def build(page: Page) -> None:
-    """Hugging Face's form. GLM-4-0414 also has norms after attention and after the feed-forward network."""
+    """Builds Hugging Face's form. GLM-4-0414 also has norms after attention and after the feed-forward network."""
     width, hidden = decoder.feed_forward_width(page), page.width
     decoder.usual_keys(page, width)
     decoder.rms_epsilon(page)
@@ -27,7 +27,7 @@ def build(page: Page) -> None:
 
 
 def build_chatglm(page: Page) -> None:
-    """The authors' form, in which Q, K and V are one matrix."""
+    """Builds the authors' form, in which Q, K and V are one matrix."""
     settings, width = page.settings, page.width
     feed_forward = settings.count("ffn_hidden_size")
     head = settings.count("kv_channels", default=max(1, width // page.heads), maximum=1 << 12)

@@ -1,4 +1,4 @@
-"""GLM 4.5, 4.6 and Air. The layers for multi-token prediction are the last ones."""
+"""GLM 4.5, 4.6 and Air. The layers for multi-token prediction come last."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llamaclust.tools.convert.settings import MAX_LAYERS
 
 
 def build(page: Page) -> None:
-    """Leading dense layers, then layers of experts and a shared expert, then any layers for multi-token prediction."""
+    """Builds leading dense layers, then layers with experts and a shared expert, then multi-token prediction layers."""
     settings, width = page.settings, decoder.feed_forward_width(page)
     if settings.count("n_group", default=1) != 1:
         raise settings.error(

@@ -72,8 +72,8 @@ def _matrices(page: Page, source: str, shape: tuple[int, int, int], parts: int) 
 
 
 def packed_blocks(blocks: Lazy, scales: Lazy) -> Lazy:
-    """Packs blocks [experts, rows, blocks per row, 16] and scales into GGUF's MXFP4: a scale, then 16 bytes with number
-    i in the low and number i + 16 in the high half. The checkpoint's bytes have numbers 2 i and 2 i + 1."""
+    """Packs blocks [experts, rows, blocks per row, 16] and scales into GGUF's MXFP4: a scale, then 16 bytes. Byte i has
+    number i in its low half and number i + 16 in its high half. The checkpoint's byte i has numbers 2 i and 2 i + 1."""
     count, rows, width, _ = blocks.shape
 
     def read(start: int, end: int) -> Array:

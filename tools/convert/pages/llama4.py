@@ -1,5 +1,5 @@
 """The text model of Llama 4. Three of four layers rotate neighbouring pairs (as in the checkpoint) and attend to a
-chunk of positions. Each layer or every second one has experts."""
+chunk of positions. Every layer, or every second layer, has experts."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _check_attention(page: Page, count: int) -> None:
 
 
 def _chunks(page: Page) -> None:
-    """Writes keys only if the model differs from Scout and Maverick, whose published files have none."""
+    """Writes the keys of chunks, except for chunks as in Scout and Maverick, whose published files lack the keys."""
     settings, rotated = page.settings, _rotated(page)
     kinds = ["chunked_attention" if flag else "full_attention" for flag in rotated]
     if settings.has("layer_types") and settings.values["layer_types"] != kinds:
@@ -85,7 +85,7 @@ def _chunks(page: Page) -> None:
 
 
 def _rotated(page: Page) -> list[bool]:
-    """True for each layer that rotates. Without a list, these are all except the last of each interval."""
+    """Returns True for each layer that rotates. Without a list, all layers rotate except the last of each interval."""
     settings = page.settings
     listed = settings.values.get("no_rope_layers")
     if not listed:

@@ -31,7 +31,7 @@ def build_granite(page: Page) -> None:
 
 
 def granite_expert_keys(page: Page, shared: int) -> None:
-    """`shared` is the width of the shared expert, or 0 without one."""
+    """Writes the keys of experts. `shared` is the width of the shared expert, or 0 if there is no shared expert."""
     count = page.settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)
     page.key("expert_count", count)
     page.key("expert_used_count", page.settings.count("num_experts_per_tok", maximum=count))
@@ -63,7 +63,7 @@ def granite_feed_forward(page: Page, layer: int, width: int, suffix: str = "") -
 
 
 def build_ernie(page: Page) -> None:
-    """ERNIE 4.5 with experts in every n-th layer, and shared ones. MTP layers are omitted, as by llama.cpp."""
+    """ERNIE 4.5 with experts and shared experts in every n-th layer. MTP layers are omitted, as in llama.cpp."""
     settings, width = page.settings, decoder.feed_forward_width(page)
     if settings.flag("use_bias"):
         raise settings.error("use_bias", "true is not supported by ernie4_5-moe")
@@ -117,8 +117,8 @@ def _ernie_experts(page: Page, layer: int) -> None:
 
 
 def build_bailing(page: Page) -> None:
-    """Ling and Ring 2.0. Q, K and V are one matrix; half of each head rotates. After dense layers follow layers with
-    grouped sigmoid experts and shared ones. Layers for multi-token prediction are omitted."""
+    """Ling and Ring 2.0. Q, K and V are one matrix; half of each head rotates. Dense layers come first, then layers
+    with grouped sigmoid experts and shared experts. Layers for multi-token prediction are omitted."""
     settings, width, hidden = page.settings, decoder.feed_forward_width(page), page.width
     for name, wanted in (("use_bias", False), ("use_qkv_bias", False), ("use_qk_norm", True)):
         if settings.flag(name, default=wanted) is not wanted:

@@ -1,4 +1,4 @@
-"""OLMo 2 and 3. Their only norms are those after attention and after the feed-forward network."""
+"""OLMo 2 and 3. The only norms are after attention and after the feed-forward network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT
 
 _PERIOD = 4
 _BASE = 500000.0
-"""The base of the rotation for configurations of OLMo 3 without one."""
+"""The base of the rotation for OLMo 3 configurations that lack it."""
 
 
 def build(page: Page) -> None:
@@ -19,13 +19,15 @@ def build(page: Page) -> None:
 
 
 def build_olmo3(page: Page) -> None:
-    """OLMo 3: OLMo 2 with a window in three of four layers, which have the same rotation without stretching."""
+    """OLMo 3 is OLMo 2 with a window in three of four layers. These layers have the same rotation, but unstretched."""
     settings = page.settings
     _build(page, _BASE)
     base = page.metadata["olmo2.rope.freq_base"]
     local = local_base(settings, settings.real("rope_theta", default=_BASE, minimum=1.0))
     if local != base:
-        raise settings.error("rope_parameters", f"layers with a window have base {local:g}, but the others {base}")
+        raise settings.error(
+            "rope_parameters", f"layers with a window have base {local:g}, but other layers have {base}"
+        )
     page.key("attention.sliding_window", settings.count("sliding_window", maximum=MAX_CONTEXT))
     page.key("attention.sliding_window_pattern", np.array(decoder.windowed_layers(page, _PERIOD), np.bool_))
 

@@ -48,7 +48,7 @@ def _expert_keys(page: Page) -> int:
     settings = page.settings
     count = settings.count("num_experts", "num_local_experts", maximum=1 << 10)
     if settings.count("decoder_sparse_step", default=1) != 1 or settings.values.get("mlp_only_layers"):
-        raise settings.error("mlp_only_layers", "layers without experts among those with them are not supported")
+        raise settings.error("mlp_only_layers", "layers without experts among layers with experts are not supported")
     page.key("expert_count", count)
     page.key("expert_used_count", settings.count("num_experts_per_tok", maximum=count))
     page.key("expert_feed_forward_length", page.settings.count("moe_intermediate_size"))
@@ -76,6 +76,6 @@ def _experts(page: Page, layer: int, count: int) -> None:
 
 
 def _has_columns_first(page: Page, source: str, count: int, width: int) -> bool:
-    """True for the form in which Qwen 3 VL was published; transformers writes another. One matrix may be square."""
+    """True for Qwen 3 VL's published form. transformers writes another form. One of the two matrices may be square."""
     both, down = page.shape(f"{source}.gate_up_proj"), page.shape(f"{source}.down_proj")
     return both == (count, page.width, 2 * width) and down == (count, width, page.width)

@@ -140,7 +140,7 @@ def _keys(page: Page, net: _DeltaNet, recurrent: list[bool], further: int, has_e
 def _expert_keys(page: Page) -> None:
     settings = page.settings
     if settings.count("decoder_sparse_step", default=1) != 1 or settings.values.get("mlp_only_layers"):
-        raise settings.error("mlp_only_layers", "layers without experts among those with them are not supported")
+        raise settings.error("mlp_only_layers", "layers without experts among layers with experts are not supported")
     if not settings.flag("norm_topk_prob", default=True):
         raise settings.error("norm_topk_prob", f"false is not supported by {page.architecture}")
     count = settings.count("num_experts", maximum=experts.MAX_EXPERTS)
@@ -195,7 +195,7 @@ def _delta_net(page: Page, place: str, source: str, net: _DeltaNet) -> None:
 
 
 def _grouped_products(page: Page, place: str, source: str, net: _DeltaNet) -> None:
-    """Regroups the rows of each key head (q, k, v, gates) to one tensor with all q, k and v, and one with all gates."""
+    """Splits rows grouped by key head (q, k, v, gates) into one tensor of all q, k and v, and one of all gates."""
     shared = net.values // net.key_heads
     group = 2 * net.width + 2 * shared
     whole = page.take(f"{source}.in_proj_qkvz.weight", net.key_heads * group, page.width)

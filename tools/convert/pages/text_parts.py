@@ -15,7 +15,7 @@ from llamaclust.tools.convert.settings import Checkpoint
 
 @dataclass(frozen=True, slots=True)
 class TextPart:
-    """Classes of text models by `model_type`, and `defaults` for settings that authors omit."""
+    """`families` maps a `model_type` to the text model's class. `defaults` are for settings that authors omit."""
 
     families: Mapping[str, str]
     usual_type: str  # where the settings name none
@@ -91,7 +91,8 @@ _PICTURES: Final = tuple(
 
 
 def text_part(checkpoint: Checkpoint) -> Checkpoint:
-    """Returns the text model of a multimodal checkpoint, others unchanged. Raises ModelFileError for unknown kinds."""
+    """Returns a multimodal checkpoint's text model, or another checkpoint unchanged. Raises ModelFileError if the text
+    model is of an unknown kind."""
     part = MULTIMODAL.get(checkpoint.family)
     if part is None:
         return checkpoint

@@ -36,7 +36,7 @@ _LIBRARY_FILE: Final = "tokenizer.json"
 
 
 def vocabulary_of(architecture: str, files: SourceFiles, place: Path, rows: int) -> Words:
-    """Reads the vocabulary at `place` for an architecture and an embedding of `rows` rows. Raises ModelFileError."""
+    """Reads an architecture's vocabulary at `place`, for `rows` embedding rows. Raises ModelFileError on a mismatch."""
     behind = _CHATGLM_WORDS if architecture == "chatglm" else ()
     names = (_LIBRARY_FILE,) if architecture == _GEMMA4 else NAMES
     words = read_words(files, place, rows, behind, names)
@@ -55,11 +55,11 @@ def vocabulary_of(architecture: str, files: SourceFiles, place: Path, rows: int)
 
 
 def _become_gemma4(words: Words) -> None:
-    """Makes the vocabulary BPE with tokenizer.json's merges, which SentencePiece's scores would lose."""
+    """Changes the vocabulary to BPE with tokenizer.json's merges, which SentencePiece's scores would lose."""
     if not words.merges:
-        raise ModelFileError(f"{words.origin}: has no merges; gemma4 needs those of {_LIBRARY_FILE}")
+        raise ModelFileError(f"{words.origin}: has no merges; gemma4 needs the merges of {_LIBRARY_FILE}")
     if words.flags["add_space_prefix"]:
-        raise ModelFileError(f"{words.origin}: it puts a space before a text, which gemma4 does not")
+        raise ModelFileError(f"{words.origin}: the vocabulary puts a space before a text, but gemma4 does not")
     words.kind = _GEMMA4
     words.flags["add_bos_token"] = True
     for token_id, text in enumerate(words.texts):

@@ -27,7 +27,8 @@ Pieces = tuple[str, ...]
 
 
 def recognised(pre_tokenizer: Any, ignore_merges: bool, adds_bos: bool) -> str | None:
-    """Returns a known pre-tokenizer with equal pieces and `ignore_merges`, preferably with equal BOS, or None."""
+    """Returns the name of a known pre-tokenizer with the same pieces and `ignore_merges`, or None. If several match,
+    prefers a pre-tokenizer with the same BOS."""
     found = cut(pre_tokenizer)
     alike = [name for name, pieces in _known().items() if pieces == found]
     kinds = known_pre_tokenizers()

@@ -115,13 +115,13 @@ def _parse(path: Path, data: bytes) -> dict[bytes, int]:
 
 
 def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
-    """Raises ModelFileError if ranks do not count from 0, a byte is no word, or a size is out of bounds."""
+    """Raises ModelFileError if ranks do not count from 0, a byte is not a word, or a size is out of bounds."""
     if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) > _MOST_WORDS:
-        raise ModelFileError(f"{path}: its {len(ranks)} ranks are not the numbers from 0 on, each once")
+        raise ModelFileError(f"{path}: the {len(ranks)} ranks are not the numbers from 0 on, each once")
     if max(map(len, ranks)) > _MOST_BYTES:
         raise ModelFileError(f"{path}: a word has {max(map(len, ranks))} bytes; the limit is {_MOST_BYTES}")
     if sum(len(word) ** 2 for word in ranks) > _MOST_PAIRS:
-        raise ModelFileError(f"{path}: its {len(ranks)} words are too long to find their merges")
+        raise ModelFileError(f"{path}: the {len(ranks)} words are too long to find their merges")
     if any(bytes([byte]) not in ranks for byte in range(256)):
         raise ModelFileError(f"{path}: not all 256 bytes are words")
 
@@ -202,7 +202,7 @@ def _pre_tokenizer(path: Path, pattern: str) -> str:
     whole = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     name = recognised(whole, ignore_merges=True, adds_bos=True)
     if name is None:
-        raise ModelFileError(f"{path}: its pattern splits text unlike any known pre-tokenizer")
+        raise ModelFileError(f"{path}: the pattern splits text unlike any known pre-tokenizer")
     return name
 
 

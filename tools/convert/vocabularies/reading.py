@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, and the files in its folder: added tokens, BOS and EOS, chat template."""
+"""Reads a checkpoint's tokenizer, and the files in its folder: added tokens, BOS and EOS, chat template."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def read_words(
 def _find(folder: Path, names: Sequence[str]) -> Path:
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
-        raise ModelFileError(f"{folder}: has no tokenizer ({', '.join(names)}); name one with --tokenizer")
+        raise ModelFileError(f"{folder}: has no tokenizer ({', '.join(names)}); name a tokenizer with --tokenizer")
     return found
 
 
@@ -92,7 +92,7 @@ def _read_special(words: Words, folder: Path, config: dict[str, Any], rows: int)
 
 
 def _read_parts(words: Words, said: dict[str, Any], named: dict[str, Any], config: dict[str, Any]) -> None:
-    """Reads the ids of roles. The tokenizer's own files precede the model's configuration."""
+    """Reads the ids of roles. The tokenizer's own files take precedence over the model's configuration."""
     places = {text: token_id for token_id, text in enumerate(words.texts)}
     for short, name in _PARTS.items():
         text = _content(said.get(f"{short}_token")) or _content(named.get(f"{short}_token"))
@@ -105,7 +105,7 @@ def _read_parts(words: Words, said: dict[str, Any], named: dict[str, Any], confi
 
 
 def _read_ends(words: Words, config: dict[str, Any], rows: int) -> None:
-    """Gives free roles to tokens other than EOS that end an answer, last ones first, since chats use these."""
+    """Gives free roles to tokens other than EOS that end an answer. Later tokens come first, since chats use them."""
     listed = config.get("eos_token_id")
     said = [config.get("eod_token_id"), *(listed if isinstance(listed, list) else ())]
     ends = dict.fromkeys(end for end in reversed(said) if type(end) is int and 0 <= end < rows)

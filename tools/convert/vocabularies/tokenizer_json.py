@@ -56,10 +56,10 @@ def _texts(model: dict[str, Any], path: Path) -> list[str]:
     ids = list(vocabulary.values())
     if not ids or not all(type(token_id) is int and 0 <= token_id < MAX_WORDS for token_id in ids):
         raise ModelFileError(
-            f"{path}: its vocabulary is empty, or has ids that are not whole numbers below {MAX_WORDS}"
+            f"{path}: the vocabulary is empty, or has ids that are not whole numbers below {MAX_WORDS}"
         )
     if len(set(ids)) != len(ids):
-        raise ModelFileError(f"{path}: two words of its vocabulary have the same id")
+        raise ModelFileError(f"{path}: two words of the vocabulary have the same id")
     texts = [f"[PAD{number}]" for number in range(max(ids) + 1)]
     for text, token_id in vocabulary.items():
         texts[token_id] = text
@@ -84,8 +84,8 @@ def _byte_level(path: Path, texts: list[str], merges: list[tuple[str, str]], sai
     name = _pre_tokenizer_name(_library(path), said)
     if name is None:
         raise ModelFileError(
-            f"{path}: its pre-tokenizer splits text unlike any known pre-tokenizer (docs/models.md lists them); "
-            "a file would give wrong tokens"
+            f"{path}: the pre-tokenizer splits text unlike any known pre-tokenizer (docs/models.md lists them); "
+            "a converted file would give wrong tokens"
         )
     return Words(
         kind="gpt2",
@@ -207,7 +207,7 @@ def _object(value: Any, path: Path, name: str) -> dict[str, Any]:
 
 def _unigrams(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
     """Reads SentencePiece's pieces, character map and treatment of spaces from the library's steps. Raises
-    ModelFileError for malformed entries, or without a piece for unknown text."""
+    ModelFileError if an entry is malformed, or if the piece for unknown text is missing."""
     steps = _parts(said.get("normalizer"), "normalizers")
     cutters = _parts(said.get("pre_tokenizer"), "pretokenizers")
     spaces = next((cutter for cutter in cutters if cutter.get("type") == "Metaspace"), {"prepend_scheme": "never"})
@@ -245,7 +245,7 @@ def _check_alike(words: Words, library: tokenizers.Tokenizer) -> None:
     own = load_tokenizer(words.metadata())
     for text in _TEXTS:
         if own.encode(text, add_special=False) != library.encode(text, add_special_tokens=False).ids:
-            raise ModelFileError(f"{words.origin}: it splits {shown(text[:40])} unlike SentencePiece")
+            raise ModelFileError(f"{words.origin}: the tokenizer splits {shown(text[:40])} unlike SentencePiece")
 
 
 def _is_entry(entry: Any) -> bool:

@@ -22,8 +22,8 @@ _MARKED_CONTROL: Final = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 
 @dataclass(slots=True)
 class Words:
-    """A vocabulary. `kind` is GGUF's `tokenizer.ggml.model`. SentencePiece vocabularies have `scores`, BPE ones
-    `merges`. Those of SentencePiece in tokenizer.json have both, but only kind gemma4 writes their merges."""
+    """A vocabulary. `kind` is GGUF's `tokenizer.ggml.model`. SentencePiece vocabularies have `scores`, BPE vocabularies
+    have `merges`. A SentencePiece vocabulary in tokenizer.json has both, but only kind gemma4 writes the merges."""
 
     kind: str
     pre: str
@@ -60,10 +60,10 @@ class Words:
             self._drop()
         count = len(self.texts)
         if count > rows:
-            more = f"{count} words, the embedding has {rows} rows"
+            more = f"there are {count} words, but the embedding has {rows} rows"
             raise ModelFileError(f"{self.origin}: {more}: take the tokenizer of the same model")
         if rows - count > max(_FREE_ROWS, rows * _FREE_SHARE):
-            fewer = f"only {count} words, the embedding has {rows} rows"
+            fewer = f"there are only {count} words, but the embedding has {rows} rows"
             raise ModelFileError(f"{self.origin}: {fewer}: take the tokenizer of the same model")
         for number in range(count, rows):
             self._append(f"[PAD{number}]", TokenType.UNUSED, _PADDING_SCORE)
@@ -71,7 +71,7 @@ class Words:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A note on tokens that end an answer but have no GGUF key, except those that readers know by text."""
+        """A note on tokens that end an answer but have no GGUF key, except tokens that readers know by their text."""
         written = self.ids.values()
         left = [shown(self.texts[end]) for end in self.ends if end not in written and not self._ends_by_text(end)]
         if not left:

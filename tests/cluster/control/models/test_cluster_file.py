@@ -25,7 +25,7 @@ def test_models_of_a_cluster_file_answer_by_their_names(tmp_path: Path) -> None:
             {"model": str(files[1]), "keep_alive": "10min", "adapters": adapters},
         ]
         with line.cluster("", "both", models=entries) as both:
-            assert "beside it: b, poet; --served-model NAME chooses one" in both.command.err.read_text()
+            assert "other models: b, poet; --served-model NAME chooses a model" in both.command.err.read_text()
             assert "models: a ready, b asleep\n" in line.run("status").out
             assert {name: both.http.get(f"/props?model={name}").json()["is_sleeping"] for name in "ab"} == {
                 "a": False,

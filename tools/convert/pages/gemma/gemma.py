@@ -44,7 +44,7 @@ def build(page: Page) -> None:
 
 
 def _window(page: Page) -> None:
-    """Writes the window, and the layers with a window if they differ from those of the published models."""
+    """Writes the window's size. Also writes which layers have a window, if the published models differ."""
     settings = page.settings
     page.key("attention.sliding_window", settings.count("sliding_window", maximum=MAX_CONTEXT))
     usual = _PERIODS[page.architecture]
@@ -64,7 +64,7 @@ def _caps(page: Page) -> None:
             page.key(name, settings.real(name, default=default, minimum=1e-3, maximum=MAX_CAP))
         return
     if settings.has(scores):
-        raise settings.error(scores, "gemma3 caps no scores")
+        raise settings.error(scores, "gemma3 does not cap scores")
     if settings.has(final):
         page.key(final, settings.real(final, minimum=1e-3, maximum=MAX_CAP))
 

@@ -85,7 +85,7 @@ def _keys(page: Page, widths: list[int], copies: int, inputs: int) -> int:
 
 
 def _sparsity(page: Page) -> list[float]:
-    """Returns each layer's threshold of activations, in standard deviations above the mean; -inf passes all."""
+    """Returns each layer's threshold of activations, in standard deviations above the mean. -inf passes all of them."""
     name, sparse = "activation_sparsity_pattern", _SPARSE_LAYERS if page.layers > _SPARSE_LAYERS else 0
     shares = page.settings.values.get(name)
     if shares is None:
@@ -109,7 +109,7 @@ def _table(page: Page, width: int) -> None:
 
 
 def _attention(page: Page, layer: int, *, is_idle: bool) -> None:
-    """Copies attention. An idle layer uses another layer's keys and values, even if it has own weights for them."""
+    """Copies attention. An idle layer uses another layer's keys and values, even if it has its own weights for them."""
     place, source = f"blk.{layer}", f"model.layers.{layer}"
     attention, query, key = f"{source}.self_attn", page.heads * page.head_width, page.kv_heads * page.head_width
     page.copy(f"{place}.attn_norm", f"{source}.input_layernorm", page.width)

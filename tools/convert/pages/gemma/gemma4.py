@@ -34,7 +34,7 @@ class _Heads:
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """Differences between layers. The first `own` layers have their own keys and values, which the others use."""
+    """Differences between layers. The first `own` layers have their own keys and values, which the other layers use."""
 
     windowed: list[bool]
     part: _Heads
@@ -85,7 +85,7 @@ def _read_form(page: Page) -> _Form:
 
 
 def _heads(page: Page, windowed: list[bool], alike: bool) -> tuple[_Heads, _Heads]:
-    """Returns the heads of layers with a window, then those of the others, from two keys or an object per layer."""
+    """Reads the heads of layers with a window, and of other layers, from two keys or from an object per layer."""
     settings = page.settings
     part = _Heads(page.head_width, page.kv_heads)
     if not settings.has("per_layer_config"):
@@ -195,7 +195,7 @@ def _expert_keys(page: Page) -> int:
 
 
 def _experts(page: Page, layer: int, count: int) -> None:
-    """Copies the experts. Gate and up of an expert are one matrix, as in GGUF; a scale multiplies the output."""
+    """Copies the experts. An expert's gate and up are one matrix, as in GGUF. A scale multiplies the output."""
     place, source, hidden = f"blk.{layer}", f"model.layers.{layer}", page.width
     width = page.settings.count("moe_intermediate_size", "expert_intermediate_size")
     for name, norm in (

@@ -15,7 +15,7 @@ _MAX_RANK: Final = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """Channels of the latent vector, of a key's two parts, and of a value. `query_rank` is 0 without latent queries."""
+    """Channel counts of the latent vector, a key's two parts, and a value. `query_rank` is 0 without latent queries."""
 
     rank: int
     rotated: int

@@ -15,7 +15,7 @@ _GLM = "glm4moe"
 
 @dataclass(frozen=True, slots=True)
 class _Mixture:
-    """A gating function. `has_bias`: a bias affects the choice. `has_groups`: grouped experts, normalized weights."""
+    """The gating of experts. `has_bias` biases the choice. `has_groups` groups experts and normalizes weights."""
 
     name: str
     number: int
@@ -42,7 +42,7 @@ def build_v2(page: Page) -> None:
 
 
 def build_v3(page: Page) -> None:
-    """DeepSeek V3, V3.1, R1 and Kimi K2. Layers for multi-token prediction are omitted, as by llama.cpp."""
+    """DeepSeek V3, V3.1, R1 and Kimi K2. Layers for multi-token prediction are omitted, as in llama.cpp."""
     _build(page, _V3)
     experts.leave_further_layers(page)
 

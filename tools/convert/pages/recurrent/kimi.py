@@ -65,7 +65,7 @@ def _net(page: Page) -> Settings:
 
 
 def _attends(page: Page) -> list[bool]:
-    """True for each layer with attention, by the config's list (counted from 1) or by its layer types."""
+    """Returns True for each layer with attention, by the config's list (counted from 1) or by its layer types."""
     settings = page.settings
     listed: Any = settings.inner("linear_attn_config").values.get("full_attn_layers")
     if isinstance(listed, list):

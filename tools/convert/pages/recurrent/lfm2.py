@@ -50,7 +50,7 @@ def _kinds(page: Page) -> list[str]:
 
 
 def _adjusted_width(page: Page) -> int:
-    """Returns the configured width if it is exact, otherwise two thirds of it, times a factor, rounded up."""
+    """Returns the configured width. If the model adjusts it, returns two thirds of it, times a factor, rounded up."""
     settings = page.settings
     width = settings.count("block_ff_dim", "intermediate_size")
     if not settings.flag("block_auto_adjust_ff_dim", default=True):

@@ -16,7 +16,7 @@ _NAMES = MappingProxyType(
     {"ssm.inner_size": "mamba_d_head", "ssm.state_size": "mamba_d_state", "ssm.group_count": "mamba_n_groups"}
 )
 _ALL_STEPS = ([0, math.inf], [0, {"__float__": "Infinity"}])
-"""Limits of time steps without effect. transformers writes the first one as the second."""
+"""Limits of time steps that have no effect, and the form in which transformers writes these limits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Mamba:
 
     @property
     def matrices(self) -> int:
-        """The channels of all groups' input matrices, and also of their output matrices."""
+        """The number of channels in all groups' input matrices, and also in all their output matrices."""
         return self.groups * self.state_size
 
     @property
@@ -48,7 +48,7 @@ class Mamba:
 
 
 def read_mamba(page: Page, inner: int | None) -> Mamba:
-    """`inner` is the width of all heads, or None if the configuration lacks it."""
+    """Reads the sizes of a Mamba 2 block. `inner` is the width of all heads, or None if the configuration lacks it."""
     settings = page.settings
     heads = settings.count("mamba_n_heads", "mamba_num_heads", maximum=_MAX_HEADS)
     width = None if inner is None else max(1, inner // heads)

@@ -105,7 +105,7 @@ def _layer(page: Page, place: str, source: str, kind: str, mamba: Mamba) -> None
 
 
 def _attention(page: Page, place: str, source: str) -> None:
-    """Copies attention. Rows of Q and K are paired as by llama.cpp's conversion, although nothing rotates."""
+    """Copies attention. Rows of Q and K are paired as in llama.cpp's conversion, although nothing rotates."""
     query, key = page.heads * page.head_width, page.kv_heads * page.head_width
     for part, heads in (("q", page.heads), ("k", page.kv_heads)):
         found = page.take(f"{source}.{part}_proj.weight", heads * page.head_width, page.width)

@@ -1,4 +1,4 @@
-"""Fetches images over http(s), only from public addresses and within limits of size and time."""
+"""Fetches images over http(s), only from public addresses. Limits their sizes and the time."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from llamaclust.model.images.settings import MAX_IMAGE_BYTES
 from llamaclust.wire.rpc.deadlines import deadline
 
 _MAX_S: Final = 20.0
-"""Deadline of all fetches of one request."""
+"""The deadline for all of a request's fetches together."""
 _LOOKUP_S: Final = 10.0
 _LOOKUPS: Final = ThreadPoolExecutor(2, "look-up-host")
-"""Threads of their own: a name server that does not answer keeps one beyond the deadline."""
+"""Separate threads for lookups. A name server that does not answer blocks a thread beyond the deadline."""
 _ONE_USE: Final = httpx.Limits(max_keepalive_connections=0)
-"""No connection is used again: hosts may share an address, and certificates are checked only at the opening."""
+"""Connections are not reused. Hosts may share an address, and a certificate is checked only when a connection opens."""
 _INTERNET: Final = IPv6Network("2000::/3")
-"""Addresses of hosts on the internet. `is_global` is true for others too, such as local translators."""
+"""Addresses of hosts on the internet. `is_global` is also true for others, such as addresses of local translators."""
 _DOCUMENTATION: Final = IPv6Network("3fff::/20")
 _NAT64: Final = IPv6Network("64:ff9b::/96")
 _PLAIN: Final = "identity"
@@ -35,7 +35,7 @@ _HEADERS: Final = {"accept": "image/*", "accept-encoding": _PLAIN, "user-agent":
 
 
 async def fetch_images(urls: Sequence[str], most_bytes: int) -> dict[str, bytes]:
-    """Fetches images in turn. Raises ParameterError if one fails or all exceed `most_bytes`, DeadlineError if late."""
+    """Fetches images one by one. Raises ParameterError if one fails or all exceed `most_bytes`, or DeadlineError."""
     images: dict[str, bytes] = {}
     left_bytes = most_bytes
     try:
@@ -57,7 +57,7 @@ def _client() -> httpx.AsyncClient:
 
 
 async def _fetched(client: httpx.AsyncClient, url: ImageUrl, most_bytes: int) -> bytes:
-    """Connects to the address that was checked: no second answer of a name server counts."""
+    """Connects to the address that was checked. A second lookup could give another address."""
     address = await _public_address(url)
     request = client.build_request(
         "GET",
@@ -92,7 +92,7 @@ async def _read(reply: httpx.Response, most_bytes: int) -> bytes:
 
 
 async def _public_address(url: ImageUrl) -> str:
-    """Returns a host's first address. Raises ValueError if one of its addresses is not public, or DeadlineError."""
+    """Returns a host's first address. Raises ValueError if none is found or one is not public, or DeadlineError."""
     look_up = partial(getaddrinfo, url.host, url.port, type=SOCK_STREAM)
     try:
         async with deadline(f"the addresses of {url.host} from its name server", _LOOKUP_S):
@@ -107,7 +107,7 @@ async def _public_address(url: ImageUrl) -> str:
 
 
 def is_public(address: str) -> bool:
-    """Returns True for an address on the internet. An IPv6 address must not contain another IPv4 address."""
+    """Returns True if the address is on the internet. An IPv4 address inside an IPv6 address must be public too."""
     parsed = ip_address(address.partition("%")[0])
     if isinstance(parsed, IPv6Address) and (
         parsed in _DOCUMENTATION or (parsed not in _INTERNET and parsed not in _NAT64)
@@ -117,7 +117,7 @@ def is_public(address: str) -> bool:
 
 
 def _embedded(address: IPv4Address | IPv6Address) -> list[IPv4Address]:
-    """Returns the IPv4 addresses to which an IPv6 address may lead: mapped, 6to4, Teredo and NAT64."""
+    """Returns the IPv4 addresses that an IPv6 address may lead to: mapped, 6to4, Teredo and NAT64 addresses."""
     if isinstance(address, IPv4Address):
         return []
     inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]

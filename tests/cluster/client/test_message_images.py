@@ -135,7 +135,7 @@ async def test_a_session_drops_its_oldest_images_or_refuses_to_send(monkeypatch:
         assert session.dropped_images == 1 and len(session.messages) == 6
         assert [source.data for source in vision.images[3:]] == [png(1), png(2)]
         await strict.send([png(0), png(1)])
-        with pytest.raises(UsageError, match="images of this conversation exceed a request by 1: undo turns"):
+        with pytest.raises(UsageError, match="1 images of this conversation do not fit into a request: undo turns"):
             await strict.send([png(2)])
         assert len(strict.messages) == 2 and (await strict.send("And?")).text == "Red."
     assert len(engine.submitted) == 5

@@ -18,7 +18,7 @@ from llamaclust.cluster.state.adapters import ServedAdapter
 from llamaclust.core.errors import ParameterError
 from llamaclust.wire.rpc.deadlines import deadline
 
-_ONE_MODEL: Final = "the only served model stays loaded; list several models under `models` in the cluster file"
+_ONE_MODEL: Final = "the only served model stays loaded; list several as `models` in the cluster file"
 _UNLOAD_S: Final = 60.0
 """The deadline, in seconds, of an unload request that waits for a load to end. The load is not cancelled."""
 

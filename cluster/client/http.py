@@ -177,7 +177,7 @@ class Client(TextClient):
         feature_level: str | None = None,
         settings: LocalSettings | None = None,
     ) -> LocalClient:
-        """Loads a model in this process. A text is read as the commands read `--model`. Errors: see `LocalClient`."""
+        """Loads a model in this process. A text is read like the commands' `--model`. Raises `LocalClient`'s errors."""
         from llamaclust.cluster.client.local import LocalClient
         from llamaclust.cluster.config.catalog import resolve_model
 

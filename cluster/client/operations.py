@@ -73,7 +73,7 @@ class ClusterApi:
         return self._field(self._request("GET", "/cluster/requests"), "requests", list)
 
     def waterfall(self, request: str) -> list[dict[str, Any]]:
-        """Returns the waterfall of each sequence of a request. `request` is its id or the first 4 or more
+        """Returns a request's waterfalls, one for each sequence. `request` is its id or the first 4 or more
         characters."""
         return self._field(self._request("GET", f"/cluster/requests/{quote(request, safe='')}"), "requests", list)
 

@@ -90,7 +90,7 @@ class Session(Generic[WholeT, StreamT]):
         return other
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes the messages to a file that only its owner may read. UsageError means that it is unchanged."""
+        """Saves the messages to a file that only its owner may read. The file is unchanged after a UsageError."""
         place = _place(path)
         try:
             if place.exists() and not place.is_file():
@@ -102,7 +102,7 @@ class Session(Generic[WholeT, StreamT]):
             raise UsageError(f"{path}: cannot save: a message cannot be written as JSON: {error}") from error
 
     def load(self, path: str | PathLike[str]) -> None:
-        """Replaces all messages by a file's, which `save` wrote. If UsageError is raised, they are unchanged."""
+        """Replaces the messages by those in a file that `save` wrote. They are unchanged after a UsageError."""
         try:
             messages = _checked(read_json(_place(path)))
         except OSError as error:
@@ -112,8 +112,8 @@ class Session(Generic[WholeT, StreamT]):
         self.messages, self.dropped_messages = messages, 0
 
     async def _answer(self, message: Message | None, options: Options) -> AsyncGenerator[TextChunk, None]:
-        """Answers one more message, or the last message again if it is None. An answer that is cut short joins the
-        conversation if it has text. Raises UsageError if another answer runs, or a text model gets an image."""
+        """Answers `message`, or the last message again if `message` is None. A cut-off answer with text also joins the
+        conversation. Raises UsageError if another answer is running, or a text model gets an image."""
         if self._is_answering:
             raise UsageError("this session is still answering: read its stream to the end, or close it")
         start = self._last_turn() if message is None else len(self.messages)

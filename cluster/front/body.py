@@ -48,7 +48,7 @@ _MOST_FIELDS = 1024
 _reading = Threads(1, "read-body")
 """A single thread, because Python parses only one body at a time. The event loop serves streams meanwhile."""
 _converting = Threads(1, "convert-body")
-"""A separate thread for parsed bodies. They need not wait until others are parsed, so fewer are held at once."""
+"""A separate thread for parsed bodies. They need not wait for others to be parsed, so fewer are held in memory."""
 
 _Made = TypeVar("_Made")
 _Arguments = ParamSpec("_Arguments")
@@ -116,7 +116,7 @@ async def parse_object_in_time(data: bytes) -> dict[str, Any]:
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """Raises HttpError or ParameterError for too many values, before making them, and `parse_json`'s errors."""
+    """Parses a JSON object, after counting its values. Raises HttpError, ParameterError, and `parse_json`'s errors."""
     if len(data) > LARGE_BYTES:
         _check_sizes(outline(data))
     payload = parse_json(data)
@@ -213,7 +213,7 @@ _YES: Final = ("1", "true", "yes")
 _MOST_LOGGED: Final = 256
 _MOST_CHARACTERS: Final = 160
 _MOST_OF_A_HEADER: Final = 3072
-"""The maximum length of this header. Some proxies accept at most 4 KiB for all headers of a reply."""
+"""The maximum length of the header `HEADER`. Some proxies accept at most 4 KiB for all of a reply's headers."""
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.$:/\[\]-]")
 
 _log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from operator import ne
 from typing import Any, Final
 
 _Refuses = Callable[[Any, Any], bool]
-"""Returns True if the second field's value refuses the first field's value. An absent field is None."""
+"""Returns True if the first value is refused because of the second value. None stands for an absent field."""
 
 _GRAMMARS: Final = (
     *("response_format", "json_schema", "grammar", "structured_outputs", "guided_json", "guided_regex"),
@@ -44,7 +44,7 @@ _EXCLUDED: Final[Collection[tuple[str, str, _Refuses]]] = (
     *(("suffix", other, _both) for other in ("raw", "context", "system")),
     *((one, other, _both) for one, other in combinations(_GRAMMARS, 2)),
 )
-"""Pairs of fields that exclude each other, and predicates. A predicate is True for values that conflict."""
+"""Pairs of fields that exclude each other, each with a predicate that is True for conflicting values."""
 _NEEDED: Final[Collection[tuple[str, str, _Refuses]]] = (
     ("stream_options", "stream", _alone),
     ("top_logprobs", "logprobs", _alone),
@@ -53,7 +53,7 @@ _NEEDED: Final[Collection[tuple[str, str, _Refuses]]] = (
     ("score_from", "logprobs", _alone),
     ("tool_choice", "tools", lambda choice, tools: choice not in ("auto", "none") and _is_empty(tools)),
 )
-"""Fields that need a second field, and predicates. A predicate is True if the values forbid the first field."""
+"""Fields that need a second field, each with a predicate that is True if the values do not permit the first field."""
 
 
 def usable_defaults(defaults: Mapping[str, Any], given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:

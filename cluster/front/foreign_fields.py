@@ -202,7 +202,7 @@ OLLAMA_GENERATE: Final = ForeignFields(
     hints=_names("truncate shift", anything),
 )
 OLLAMA: Final = replace(OLLAMA_GENERATE, refused={**OLLAMA_GENERATE.refused, "images": only()})
-"""Fields of Ollama's requests. `truncate` and `shift` have no effect, because prompts are never cut or shifted."""
+"""Fields of Ollama's requests. `truncate` and `shift` have no effect: prompts are not cut, contexts do not shift."""
 
 OLLAMA_MESSAGE: Final = ForeignFields(other_names={"name": "tool_name", "reasoning_content": "thinking"})
 

@@ -220,7 +220,7 @@ async def one_part(data: bytes) -> JsonBody:
 
 
 def json_size(value: Any) -> int:
-    """Estimates a value's size as JSON, in bytes: its texts plus 8 for each value. Counts `held_bytes` if deferred."""
+    """Estimates a value's JSON size in bytes: its texts plus 8 per value. Deferred values count as `held_bytes`."""
     if isinstance(value, str):
         return len(value) + _VALUE_BYTES
     if isinstance(value, Mapping):

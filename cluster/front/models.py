@@ -152,7 +152,7 @@ class ModelRouter:
         return next(whole, None) or next((model for model in self.models if model.names.find(name)), None)
 
     def named(self, name: object) -> ApiModel:
-        """Returns the model with this name, or the first model if no name is given. Raises HttpError 404 otherwise."""
+        """Returns the model with this name, or the first model if there is no name. May raise HttpError 404."""
         if not (self.settings.can_unload and isinstance(name, str) and name):
             return self.models[0]
         if (model := self.find(name)) is not None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 _DRAIN_S = 600.0
-"""The deadline of a drain, in which other workers load the layers. A repeated request continues to wait."""
+"""The deadline of a drain, in seconds. Other workers load the layers meanwhile. A repeated request waits further."""
 _MOST_SEQUENCES = 32
 """The maximum number of sequences to show for one request."""
 
@@ -107,7 +107,7 @@ class Operations:
         return str(error or f"the cluster is {engine.state}")
 
     async def metrics(self, request: Request) -> Response:
-        """Returns metrics for Prometheus, under this program's names and, where llama.cpp has them, under its names."""
+        """Returns metrics for Prometheus. Metrics that llama.cpp also has appear under both programs' names."""
         engines = {model.name: model.engine for model in self._read(request)}
         metrics = {name: engine.metrics for name, engine in engines.items()}
         own = render_all(metrics) if len(metrics) > 1 else b"".join(each.render() for each in metrics.values())
@@ -122,7 +122,7 @@ class Operations:
         return _listed(sorted(self._records(request), key=_order), summary_json)
 
     async def waterfall(self, request: Request) -> Response:
-        """Returns a request's waterfall, which shows what each of its sequences did when. It contains no text."""
+        """Returns a request's waterfall, which shows each sequence's activities over time. It contains no text."""
         name, known = request.path_params["request"], self._records(request)
         found = [(model, record) for model, record in known if matching([record], name)]
         if not found:

@@ -148,12 +148,10 @@ _SCHEMA: Final[dict[str, Any]] = {
 
 
 class SpeculativeFields(Body):
-    """Limits speculative decoding."""
-
     speculative: Annotated[
         int | None, BeforeValidator(_most_drafted), WithJsonSchema(_SCHEMA), Requested("max_drafted")
     ] = None
-    """The most tokens to draft in a step, or {"n_max": N}; false for none, true for the default. Answers stay equal."""
+    """The most tokens to draft in a step, or {"n_max": N}; false: none; true: the default. Answers do not change."""
 
 
 _AnyFields = TypeVar("_AnyFields", bound="SamplerFields")

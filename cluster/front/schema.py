@@ -184,14 +184,15 @@ def read_fields(
 
 
 def _built(kind: type[AnyBody]) -> type[AnyBody]:
-    """Builds a validator at first use: all would take a tenth of a start. Not every version of pydantic locks."""
+    """Builds a validator at first use, because building all is slow. Locks, because not every pydantic version does."""
     with _building:
         kind.model_rebuild()  # nothing where it is there
     return kind
 
 
 def _first_error(error: ValidationError, as_sent: Mapping[str, str]) -> ParameterError:
-    """Prefers an unknown field, as it may be a misspelt required field. `as_sent` has the sent names of fields."""
+    """Returns the first error, or an unknown field's error, because that field may be a misspelt required field.
+    `as_sent` maps fields to the names under which they were sent."""
     details = error.errors(include_url=False, include_input=False)
     return _parameter_error(min(details, key=lambda detail: detail["type"] != _UNKNOWN), as_sent)
 

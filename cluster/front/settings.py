@@ -118,7 +118,7 @@ class ModelNames:
         return (name and self.find(name)) or self._served
 
     def check(self, name: str | None) -> None:
-        """Raises HttpError if the name is an adapter's, or another model's that is not accepted."""
+        """Raises HttpError if the name is an adapter's, or another model's and not every name is accepted."""
         if self.shown(name) in self._adapters.names:
             message = f"model: {name!r} is an adapter; this endpoint uses only {self._served!r} itself"
             raise HttpError(400, "unsupported_parameter", message, param="model")
@@ -151,7 +151,7 @@ class ModelNames:
         self._settings.copies.append(name)
 
     def delete(self, name: str) -> None:
-        """Removes a copy. Raises HttpError if the name is unknown, the served model's, or the cluster file's."""
+        """Removes a copy. Raises HttpError if the name is unknown, or is the model's own name or an alias."""
         self.check_known(name)
         plain = name.removesuffix(TAG)
         if plain not in self._settings.copies:
@@ -168,7 +168,7 @@ _MOST_S = 1_000_000_000
 
 
 def read_keep_alive(value: Any) -> float | None:
-    """Reads seconds or a text such as "5m". Negative or huge values mean infinity. Raises HttpError 400."""
+    """Reads seconds or a text such as "5m", or None. Negative or huge values mean infinity. Raises HttpError 400."""
     if value is None:
         return None
     seconds = _seconds(value)

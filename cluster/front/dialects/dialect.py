@@ -81,7 +81,7 @@ class Endpoint(ABC, Generic[AnyBody]):
         return body
 
     def check_model(self, body: AnyBody) -> None:
-        """Raises HttpError if the model is not served, and ParameterError if an adapter is not."""
+        """Raises HttpError if the body's model is not served, and ParameterError if its adapters are not."""
         self.models.check(self.named(body))
 
     def named(self, body: AnyBody) -> str | None:

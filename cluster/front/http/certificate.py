@@ -34,7 +34,7 @@ from llamaclust.wire.security.server_context import server_context
 
 _LOOK_S: Final = 1.0
 _RETRY_S: Final = 60.0
-"""The wait before the next try. A wrong clock, a full disk, or an unreachable file server may be gone by then."""
+"""The wait before the next try. By then, a wrong clock, a full disk or an unreachable file server may be repaired."""
 _END_S: Final = 1.0
 _MOST_BYTES: Final = 1 << 20
 _WARNING: Final = timedelta(days=7)

@@ -30,7 +30,7 @@ MAX_HEADERS = 200
 EVENTS_A_TURN = 64
 """The number of body pieces that one connection may parse before other connections get a turn."""
 _FEW_CHUNKS, _LEAST_CHUNK_BYTES = 4096, 16
-"""A body with more than `_FEW_CHUNKS` chunks must average this chunk size: small chunks take as long to parse."""
+"""The least average chunk size, in bytes, of a body with over `_FEW_CHUNKS` chunks. Each chunk takes time to parse."""
 _ABSOLUTE = re.compile(rb"https?://([^/?]+)(.*)", re.IGNORECASE)
 
 

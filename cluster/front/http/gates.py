@@ -27,7 +27,7 @@ from llamaclust.core.addresses import bounded_host, is_address, is_loopback
 from llamaclust.core.sharing.shares import Shares, fits
 
 OPEN_PATHS = frozenset({"/health", "/live"})
-"""Paths that need no key. Without a valid key, `request.state.is_trusted` is false and replies show only the state."""
+"""Paths that need no key. `request.state.is_trusted` says whether the key is valid. Otherwise, replies lack reasons."""
 
 LOCALHOST = "localhost"
 
@@ -72,15 +72,15 @@ def require_first_key(headers: Mapping[str, str], settings: ApiSettings, action:
 
 
 def page_origins(settings: ApiSettings) -> re.Pattern[str]:
-    """Returns a pattern that matches the origins, in lower case, whose web pages may use the API."""
+    """Returns a pattern that matches the lower-case origins from which web pages may use the API."""
     known = {"*": r".*", LOCALHOST: _LOCAL_PAGE}
     parts = [known.get(origin, re.escape(origin)) for origin in settings.allowed_origins]
     return re.compile("|".join(f"(?:{part})" for part in parts) or r"(?!)")
 
 
 class KeyGate:
-    """Refuses requests without a valid key, except those for the web page and for `OPEN_PATHS`. Stores each admitted
-    request's owner. Only requests with a valid key get a name for tracing."""
+    """Refuses requests without a valid key, except for `OPEN_PATHS` and the web page. Stores each admitted request's
+    owner. Only requests with a valid key get a name for tracing."""
 
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app

@@ -184,7 +184,7 @@ def _no_http(error: BaseException | None) -> Failure:
 
 
 class _Body:
-    """Writes a reply's body. Pieces of one event loop turn share one system call, because it costs the most."""
+    """Writes a reply's body. Pieces of one loop turn share a system call, which costs more than all other work."""
 
     def __init__(self, connection: _Connection, cycle: RequestResponseCycle) -> None:
         self._connection = connection

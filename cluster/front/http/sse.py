@@ -47,7 +47,7 @@ class StreamFormat(Enum):
         return b"%bdata: %b\n\n" % ((f"{head}event: {name}\n" if name else head).encode(), data)
 
     def error(self, scope: Scope, error: LlamaclustError, fields: Mapping[str, Any]) -> bytes:
-        """Returns the last part of a failed stream. It holds the error in its API's format, and `fields`."""
+        """Returns a failed stream's last part, which has the error in its API's format and the additional `fields`."""
         shape, failure = shape_of(scope), failure_of(error)
         kind = {"type": shape.event_name} if shape.event_name else {}
         return self.part(to_json({**kind, **shape.body(failure), **fields}), shape.event_name)

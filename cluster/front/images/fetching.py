@@ -27,7 +27,7 @@ _LOOKUPS: Final = ThreadPoolExecutor(2, "look-up-host")
 _ONE_USE: Final = httpx.Limits(max_keepalive_connections=0)
 """Connections are not reused. Hosts may share an address, and a certificate is checked only when a connection opens."""
 _INTERNET: Final = IPv6Network("2000::/3")
-"""Addresses of hosts on the internet. `is_global` is also true for others, such as addresses of local translators."""
+"""Addresses of hosts on the internet. `is_global` is also true for other addresses, such as local translators'."""
 _DOCUMENTATION: Final = IPv6Network("3fff::/20")
 _NAT64: Final = IPv6Network("64:ff9b::/96")
 _PLAIN: Final = "identity"
@@ -35,7 +35,7 @@ _HEADERS: Final = {"accept": "image/*", "accept-encoding": _PLAIN, "user-agent":
 
 
 async def fetch_images(urls: Sequence[str], most_bytes: int) -> dict[str, bytes]:
-    """Fetches images one by one. Raises ParameterError if one fails or all exceed `most_bytes`, or DeadlineError."""
+    """Fetches images in turn. Raises ParameterError if one fails or all exceed `most_bytes`, DeadlineError if late."""
     images: dict[str, bytes] = {}
     left_bytes = most_bytes
     try:
@@ -92,7 +92,7 @@ async def _read(reply: httpx.Response, most_bytes: int) -> bytes:
 
 
 async def _public_address(url: ImageUrl) -> str:
-    """Returns a host's first address. Raises ValueError if none is found or one is not public, or DeadlineError."""
+    """Returns a host's first address. Raises ValueError if an address is missing or not public, or DeadlineError."""
     look_up = partial(getaddrinfo, url.host, url.port, type=SOCK_STREAM)
     try:
         async with deadline(f"the addresses of {url.host} from its name server", _LOOKUP_S):

@@ -23,7 +23,7 @@ class ImageUrl:
 
     @classmethod
     def parse(cls, url: str) -> ImageUrl:
-        """Parses a URL. Raises ValueError if it is not http(s), is too long, has a password, or lacks escapes."""
+        """Parses a URL. Raises ValueError if it is not http(s), is too long, has a password or unescaped characters."""
         wrong = f"expected a plain http(s) URL of at most {_LONGEST} characters, found {url[:60]!r}"
         if len(url) > _LONGEST:
             raise ValueError(wrong)

@@ -1,6 +1,6 @@
 """HTTP handlers of endpoints that generate text. They begin replies, keep them for clients that lose connections, and
-send them again. A request that was unfinished when the coordinator ended may have crashed it. Its restarts are counted
-while no new token comes. It runs after other requests and alone until it progresses, and finally fails."""
+send them again. A request that was unfinished when the coordinator ended may have crashed it. Such a request begins
+after the others, and runs alone until it progresses. After several restarts without a new token, it fails."""
 
 from __future__ import annotations
 

@@ -310,7 +310,6 @@ class KeptReply:
         return await off_loop_if(is_large(self._entries(parts)), partial(self._new_view().whole, parts))
 
     def _entries(self, parts: Sequence[Sequence[TextChunk]]) -> int:
-        """Counts the tokens and logprobs of whole answers, and the parts of the request that the reply shows."""
         return self._request_entries() + sum(chunk.entries for chunks in parts for chunk in chunks)
 
     def _request_entries(self) -> int:

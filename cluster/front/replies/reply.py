@@ -51,8 +51,8 @@ def new_context(headers: Headers, endpoint: str, settings: ApiSettings) -> Reque
 
 
 def identified(request: CompletionRequest, context: RequestContext, prompt: int) -> CompletionRequest:
-    """Returns a prompt's completion request with its seed and recorded tokens. Time decides whether a grammar applies
-    to tool calls, so later computations follow the first. Raises WorkerError if they cannot make the grammar again."""
+    """Returns a prompt's completion request with its seed and recorded tokens. A grammar for tool calls is used only if
+    the first computation had it ready in time. Raises WorkerError if that grammar cannot be made again."""
     named = replace(
         request,
         request_id=context.id if prompt == 0 else f"{context.id}-p{prompt}",
@@ -101,7 +101,7 @@ class View(ABC):
 
     @property
     def error_fields(self) -> Mapping[str, Any]:
-        """Returns fields to add to an error if the error ends the stream now."""
+        """Returns fields to add to an error that ends the stream."""
         return {}
 
     def closing(self) -> Iterable[Event]:
@@ -152,7 +152,7 @@ class Reply:
         return LogContent(RowStorage.CHUNKS if is_kept else RowStorage.STREAMED, self.timed, self.with_progress)
 
     def sizes(self, asked: Sequence[CompletionRequest], generations: Sequence[GenerationRequest]) -> list[ReplySize]:
-        """Limits the memory of each prompt's answers. A stream's first prompt is read as it grows, others later."""
+        """Returns memory bounds for each prompt's answers. Only a stream's first answers are read while computed."""
         first = MAX_UNREAD_ROWS if self._storage is RowStorage.STREAMED else None
         return [
             ReplySize.of(generation, request.n, self._storage, None if prompt else first)

@@ -170,7 +170,7 @@ class ReplyCache:
         return None if entry is None else entry.kept
 
     def same(self, context: RequestContext, body: bytes) -> KeptReply | None:
-        """Returns the reply to an earlier request with this idempotency key. Raises HttpError if they differ."""
+        """Returns the reply that has the request's idempotency key. Raises HttpError if it is to another request."""
         key = context.idempotency_key
         entry = self._entries.get(self._ids.get((context.owner, _KEY, key), ""))
         if entry is None:

@@ -1,4 +1,4 @@
-"""The log of an answer. Items are in the order of the request's prompts. It can be read while it grows, or later."""
+"""An answer's log. Items are in the order of the request's prompts. It can be read while it grows, or later."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ class _Calls:
             raise
 
     def _grammar(self, tools: Tools) -> Grammar | None:
-        """Returns None if calls are optional and nothing marks their beginning. Raises ParameterError if too long."""
+        """Returns the grammar, or None for optional calls without a marker. Raises ParameterError if it is too long."""
         if self._use.mode is ToolMode.REQUIRED:
             start = CallStart.THOUGHT if self._reading.is_thinking else CallStart.ANSWER
         else:

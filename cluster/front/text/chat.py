@@ -61,7 +61,6 @@ class ChatFormat:
         self._form: ToolFormat | None = None
         self._control_ids: frozenset[int] = frozenset()
         self._takes_parts = False
-        """True if the template shows contents only as lists of parts."""
 
     async def get(self) -> ToolFormat:
         """Returns the form of answers. Raises DeadlineError if deriving it is too slow; the next call tries again."""
@@ -160,7 +159,7 @@ class ChatFormat:
         return shortened
 
     def _guarded(self, chat: ChatRequest, history: ToolFormat) -> list[dict[str, Any]]:
-        """Returns the messages, followed by the template's variables, also llama.cpp's. Control words contain GUARD."""
+        """Returns the messages and then the template's variables (also llama.cpp's). Puts GUARD into control words."""
         tools, today = chat.offered_tools, datetime.fromtimestamp(chat.created).astimezone()
         variables = {
             "date_string": today.strftime("%d %b %Y"),

@@ -108,7 +108,7 @@ class Embedder:
 
     async def embed(self, prompts: Sequence[tuple[int, ...]], options: EmbeddingOptions) -> list[Embedding]:
         """Returns embeddings in order. An error or a cancellation ends all. Raises ParameterError if a prompt is bad,
-        QueueFullError if the queue is full at the start, DeadlineError if a request's time ends, and WorkerError."""
+        QueueFullError if the queue is full at the start, DeadlineError if a request's time ends, or WorkerError."""
         group = secrets.token_hex(12)
         requests = [_request(f"{group}-{index}", group, prompt, options) for index, prompt in enumerate(prompts)]
         first = self._engine.submit(requests[0])

@@ -99,7 +99,7 @@ class RowCache:
         self._freed.set()
 
     def make_room(self, size: int) -> None:
-        """Forgets unused rows. Raises ParameterError if `size` exceeds the limit, RowMemoryError if rows in use do."""
+        """Drops unused rows to make room. Raises ParameterError if `size` is over the limit, else RowMemoryError."""
         self.check(size)
         if self.used_bytes + size > self._limits.held_bytes:
             raise RowMemoryError(self.held_bytes, size)
@@ -113,7 +113,7 @@ class RowCache:
             await self._freed.wait()
 
     def check(self, size: int) -> None:
-        """Raises ParameterError if a single request's images need `size` bytes at a time and this exceeds the limit."""
+        """Raises ParameterError if `size`, the bytes that one request's images need at a time, exceeds the limit."""
         most = self._limits.held_bytes
         if size > most:
             what = f"have images that take {size >> 20} MiB; the limit is {most >> 20} MiB"

@@ -34,7 +34,7 @@ class Prefetch(Generic[_Result]):
         begin: Callable[[ImageSource], Coroutine[Any, Any, _Result]],
         room: Callable[[int], Awaitable[None]],
     ) -> None:
-        """`room(size)` waits until `size` bytes are likely free. It raises RowMemoryError if others have the memory."""
+        """`room(size)` waits until `size` bytes may be free. It raises RowMemoryError if others have the memory."""
         self._sources = deque(sources)
         self._begin = begin
         self._room = room

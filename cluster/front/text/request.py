@@ -157,7 +157,7 @@ class ToolUse:
 
     @classmethod
     def of(cls, mode: ToolMode, name: str | None, is_parallel: bool | None) -> ToolUse:
-        """Makes the rule. If `is_parallel` is None, only a required call excludes further calls."""
+        """Makes the rule. If `is_parallel` is None, several calls are allowed unless a call is required."""
         return cls(mode, name, mode is not ToolMode.REQUIRED if is_parallel is None else is_parallel)
 
     def check(self, tools: Sequence[Variables]) -> None:

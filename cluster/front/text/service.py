@@ -314,7 +314,6 @@ class TextService:
             self.active_requests -= 1
 
     async def _prompt(self, request: CompletionRequest, leases: RowLeases) -> ImagePrompt:
-        """Returns a prompt's token ids and its images' rows."""
         if not isinstance(request.prompt, PromptImages):
             return await self._prompt_ids(request.prompt, request), ()
         assert self.vision is not None, "bodies with images are refused"

@@ -163,7 +163,7 @@ class ReplyBudget:
         self.shares = Shares(MAX_HELD_UNITS)
 
     def reserve(self, sizes: Sequence[ReplySize]) -> AbstractContextManager[None]:
-        """Reserves memory in a context. Raises ParameterError if it exceeds the limit, QueueFullError if taken."""
+        """Returns a context that holds memory. Raises ParameterError above the limit, QueueFullError if it is taken."""
         rows, top = sum(size.rows for size in sizes), max((size.top_logprobs for size in sizes), default=0)
         units = -(-sum(size.held_bytes for size in sizes if size.has_logprobs) // UNIT_BYTES)
         if (entries := sum(size.entries for size in sizes)) > MAX_REPLY_ENTRIES:

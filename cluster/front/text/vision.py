@@ -259,7 +259,7 @@ class Vision:
         return await run_on(TOKENIZING, settings.digest, source.data, self._projector.identity)
 
     async def _tiles_of(self, digest: bytes, source: ImageSource, place: Place | None = None) -> Lease[_Tiles]:
-        """Raises RowMemoryError if the first in line is another request than `place`."""
+        """Raises RowMemoryError if another request than that of `place` is first in line."""
         if place is not None and digest not in self._preparing:
             self._check_open(place)
         owner = current_owner.get()

@@ -145,7 +145,7 @@ ThinkingField = Annotated[Thinking, BeforeValidator(_thinking), _THINKING_SCHEMA
 
 
 _BILLING: Final = re.compile(r"x-anthropic-billing-header:(?:[ \t]*\w+=[^;\s]*(?:;|(?=\n)|\Z))*[ \t]*\n?")
-"""Claude Code's header means nothing to the model. It differs between requests, so no prefix could be cached."""
+"""Matches Claude Code's billing header. It means nothing to the model, and changes, so no prefix could be cached."""
 _ROLES: Final = ("user", "assistant", "system")
 _ERROR: Final = "Error: "
 
@@ -183,7 +183,7 @@ class Turn:
 
 
 def read_turn(message: Any, info: ValidationInfo) -> Turn:
-    """Reads one message. Unsupported blocks become texts if a `Leniency` is given, else ValueError is raised."""
+    """Reads one message. A `Leniency` replaces unsupported blocks by texts. Other contexts raise ValueError."""
     if not isinstance(message, dict) or message.get("role") not in _ROLES:
         raise ValueError(f"a message must be an object with a 'role' of {', '.join(_ROLES)}")
     role, content = message["role"], message.get("content")

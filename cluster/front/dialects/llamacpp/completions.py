@@ -317,8 +317,6 @@ class LlamaCppView(View):
 
 @dataclass(slots=True, eq=False)
 class _AnswerView:
-    """Shows the answer to one prompt."""
-
     _service: TextService
     _body: LlamaCppBody
     _index: int

@@ -131,7 +131,7 @@ _DIGEST_BYTES: Final = 32
 _TOKEN: Final = np.dtype("<u4")
 _FIELDS: Final = frozenset({"format", "model", "cache_salt", "adapters", "tokens"})
 _MOST_FILES: Final = 1024
-"""The maximum number of files in the folder. Otherwise, clients could fill the disk by saving under new names."""
+"""The maximum number of files in the folder. Without a limit, clients could fill the disk by saving under new names."""
 
 
 class SlotFolder:
@@ -141,8 +141,7 @@ class SlotFolder:
         self._folder = folder
 
     def write(self, name: str, tokens: SlotTokens, model_id: str) -> int:
-        """Writes a slot file and returns its size. Raises OSError, or ParameterError for a bad name or a full
-        folder."""
+        """Writes a slot file. Returns its size. Raises OSError, or ParameterError for a bad name or a full folder."""
         path = self._path(name)
         if os.path.lexists(path):
             if not _is_slot_file(path):

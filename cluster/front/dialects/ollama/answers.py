@@ -312,7 +312,7 @@ class Embeddings(OllamaEmbedding[EmbeddingsBody]):
     body = EmbeddingsBody
 
     async def answer(self, request: Request) -> Response:
-        """Returns a text's embedding, not normalized. Returns an empty list for an empty text."""
+        """Returns a text's embedding without normalizing it, or an empty list for an empty text."""
         body = await self.read(request)
         options = EmbeddingOptions(self.pooling(body), _UNCHANGED)
         return await self.embedded(request, [body.prompt] if body.prompt else [], options, _first)

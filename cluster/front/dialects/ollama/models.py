@@ -169,7 +169,7 @@ def _names(model: ApiModel) -> list[str]:
 
 
 def _expiry(model: ApiModel) -> str:
-    """Returns when the model will be unloaded. If the model has requests, assumes that it becomes idle now."""
+    """Returns when the model will be unloaded. If it has requests, returns the time as if it became idle now."""
     resident = model.resident
     if resident.expires_in_s is None:
         return _NEVER

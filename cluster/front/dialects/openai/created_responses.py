@@ -90,7 +90,7 @@ class CreatedResponses:
         return JsonResponse({"id": request.path_params["id"], "object": "response", "deleted": True})
 
     async def input_items(self, request: Request) -> Response:
-        """Returns a response's input items. They are in reverse order unless `order=asc`."""
+        """Returns a response's input items, newest first unless `order=asc`."""
         stored = self._store.get(*self._key(request))
         if stored is None:
             raise _not_found(request)

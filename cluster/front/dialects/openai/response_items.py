@@ -48,7 +48,7 @@ _THOUGHTS: Final = ("summary_text", "reasoning_text", "text")
 
 
 def read_items(value: Any, context: object) -> list[Item]:
-    """Reads the input as items. If parts are unsupported, a `Leniency` makes them texts, else ValueError is raised."""
+    """Reads the input as items. A `Leniency` replaces unsupported parts by texts. Other contexts raise ValueError."""
     if isinstance(value, str):
         return [_message({"role": "user", "content": value}, context)]
     if not isinstance(value, list):
@@ -170,7 +170,7 @@ def _item(kind: str, value: Item, **more: Any) -> Item:
 
 
 def _call(kind: str, value: Item, context: object) -> Item:
-    """Reads a tool call. Checks it only if it calls the client's function or custom tool."""
+    """Reads a tool call. Checks only the fields that the conversion to messages needs."""
     if kind in CALL_TEXTS:
         space = {"namespace": _string(value, "namespace")} if value.get("namespace") is not None else {}
         return _item(kind, value, **space, status="completed")
@@ -205,7 +205,7 @@ def _is_part(part: Any) -> bool:
 
 
 def _compaction(item: Item, context: object) -> Item:
-    """Reads a summary. If another server made it, a `Leniency` replaces it by a short text, else it is refused."""
+    """Reads a summary. For another server's summary, a `Leniency` returns a short text. Other contexts refuse it."""
     try:
         _summary(item)
     except ValueError:

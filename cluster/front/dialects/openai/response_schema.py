@@ -205,7 +205,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ResponseHead:
-    """Those fields of a response that are known before its answer."""
+    """The fields of a response that are known before its answer."""
 
     reply_id: str
     created: int

@@ -192,7 +192,7 @@ class ResponseView(View):
     def __init__(
         self, head: ResponseHead, tokenizer: Tokenizer, store: Callable[[dict[str, Any]], None] | None, log: AnswerLog
     ) -> None:
-        """Makes the view. `store` receives the complete response. It is None if the response is not stored."""
+        """Makes the view. `store` receives the complete response, or is None if the response is not stored."""
         self._body = head.body
         self._tokenizer = tokenizer
         self._head = head
@@ -212,7 +212,7 @@ class ResponseView(View):
         return self._ended(chunks[-1])
 
     def frames(self, prompt: int, item: LogItem) -> Iterator[Event]:
-        """Progress events change in a second computation, so they have their own slot and repeat the last number."""
+        """Progress events differ in a second computation. They thus have their own slot and repeat the last number."""
         if not self._events:
             yield from map(self._numbered, self._head.first_events)
         if isinstance(item, TextChunk):

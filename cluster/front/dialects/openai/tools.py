@@ -209,7 +209,7 @@ class ToolChoice:
         return tuple(tool.function for tool in tools)
 
     def check(self) -> None:
-        """Raises ParameterError if tools contradict each other or the choice. It must name offered or hosted tools."""
+        """Raises ParameterError if two tools have the same name or the choice does not fit the tools."""
         if isinstance(self.choice, dict):
             self._check_names()
         self.use.check(self.offered)

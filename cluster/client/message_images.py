@@ -41,7 +41,7 @@ def image_part(image: object) -> dict[str, Any]:
         *first, last = (each.value for each in ImageFormat)
         raise UsageError(f"{name}: not an image; expected a {', '.join(first)} or {last} file")
     if len(data) > MAX_IMAGE_BYTES:
-        raise UsageError(f"{name}: {len(data)} bytes; the limit of an image is {MAX_IMAGE_BYTES}: send a smaller one")
+        raise UsageError(f"{name}: the image has {len(data)} bytes; the limit is {MAX_IMAGE_BYTES}: send a smaller one")
     url = f"data:image/{kind.value.lower()};base64,{b64encode(data).decode()}"
     return {"type": "image_url", "image_url": {"url": url}}
 

@@ -126,7 +126,7 @@ class Operations:
         name, known = request.path_params["request"], self._records(request)
         found = [(model, record) for model, record in known if matching([record], name)]
         if not found:
-            message = f"no request {name[:80]!r} is open or among the last {len(known)}"
+            message = f"no request {name[:80]!r} is open or among the last {len(known)} requests"
             raise HttpError(404, "request_not_found", message)
         return _listed(found[-_MOST_SEQUENCES:], waterfall_json)
 

@@ -61,7 +61,7 @@ class SlotFields(Body):
 def read_scales(value: Any) -> AdapterScales:
     """Reads [{"id": number, "scale": scale}, ...]. Returns the scales sorted by id. Raises ValueError."""
     if not isinstance(value, list) or len(value) > MAX_ADAPTERS:
-        raise ValueError(f"must be a list of {MAX_ADAPTERS} objects with 'id' and 'scale' at most")
+        raise ValueError(f"must be a list of at most {MAX_ADAPTERS} objects with 'id' and 'scale'")
     scales = dict(map(_lora_entry, value))
     if len(scales) < len(value):
         raise ValueError("an adapter is listed twice")

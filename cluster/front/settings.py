@@ -138,7 +138,7 @@ class ModelNames:
             raise HttpError(400, "bad_name", message, param="destination")
         for name in map(self.find, (source, destination)):
             if name in self._adapters.names:
-                message = f"{name!r} is an adapter: names of adapters are under adapters in the cluster file"
+                message = f"{name!r} is an adapter: give adapters their names under `adapters` in the cluster file"
                 raise HttpError(403, "names_are_fixed", message)
         if self.find(destination) is not None:
             return

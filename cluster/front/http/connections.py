@@ -78,7 +78,7 @@ class HttpConnection(h11.Connection):
         ends = (received.find(end) for end in (b"\n\r\n", b"\n\n"))
         lines = received.count(b"\n", 0, 1 + min((end for end in ends if end >= 0), default=len(received)))
         if lines > MAX_HEADERS:
-            raise h11.RemoteProtocolError(f"more than {MAX_HEADERS} headers", error_status_hint=431)
+            raise h11.RemoteProtocolError(f"the request has more than {MAX_HEADERS} headers", error_status_hint=431)
 
     def _check_chunks(self, data: h11.Data) -> None:
         self._chunks += data.chunk_start

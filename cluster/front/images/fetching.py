@@ -71,7 +71,7 @@ async def _fetched(client: httpx.AsyncClient, url: ImageUrl, most_bytes: int) ->
             target = reply.headers.get("location", "")[:200]
             raise ValueError(f"expected an image, found a redirect to {target}; give the final URL")
         if reply.status_code != httpx.codes.OK:
-            raise ValueError(f"expected status 200 of the host, found {reply.status_code}")
+            raise ValueError(f"expected status 200 from the host, found {reply.status_code}")
         encoding = reply.headers.get("content-encoding", _PLAIN)
         if encoding.lower() != _PLAIN:
             raise ValueError(f"expected an image without compression, found content-encoding {encoding[:60]}")
@@ -87,7 +87,7 @@ async def _read(reply: httpx.Response, most_bytes: int) -> bytes:
         if hold is not None:
             hold(len(part))
         if len(data) > most_bytes:
-            raise ValueError(f"expected an image of at most {most_bytes} bytes, found more; send less")
+            raise ValueError(f"expected an image of at most {most_bytes} bytes, found more; send a smaller image")
     return bytes(data)
 
 

@@ -112,7 +112,7 @@ class CompletionRequest(AnswerOptions):
 
     def check_begun(self) -> None:
         if self.begun_characters > MAX_BEGUN_CHARACTERS:
-            reason = f"{self.n} answers would read {self.begun_characters} characters of the continued message, "
+            reason = f"{self.n} answers would read {self.begun_characters} characters of the continued message; "
             param = "n" if self.n > 1 else "messages"
             raise ParameterError(param, f"{reason}the limit is {MAX_BEGUN_CHARACTERS}")
 
@@ -128,7 +128,7 @@ class CompletionRequest(AnswerOptions):
         if self.seed is not None:
             check_integer("seed", self.seed, -SEEDS // 2, SEEDS - 1)
         if self.ignore_eos and self.stop_token_ids:
-            reason = f"expected none with ignore_eos, found {len(self.stop_token_ids)}"
+            reason = f"expected no token ids with ignore_eos, found {len(self.stop_token_ids)}"
             raise ParameterError("stop_token_ids", reason)
         check_count("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKENS, "token ids")
         self.check_begun()

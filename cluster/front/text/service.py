@@ -185,7 +185,9 @@ class TextService:
         if self.settings.ranking is not None:
             raise ParameterError("model", "ranks documents and makes no embeddings: use /v1/rerank")
         if options.dimensions is not None and options.dimensions > length:
-            raise ParameterError("dimensions", f"{options.dimensions}, but this model's embeddings have {length}")
+            raise ParameterError(
+                "dimensions", f"found {options.dimensions}; this model's embeddings have only {length}"
+            )
         with self._counted():
             ids = [tuple(await self._input_ids(prompt)) for prompt in prompts]
             vectors = sum(options.pooling.vectors(len(prompt)) for prompt in ids)
@@ -227,7 +229,7 @@ class TextService:
             self._check_characters(beside + len(document), param)
             ids = await run_on(TOKENIZING, read, document)
             if len(ids) > context:
-                what = "has" if param == "query" else "have one that has, with the query,"
+                what = "has" if param == "query" else "one document has, with the query,"
                 raise ContextLengthError(f"{what} {len(ids)} tokens", len(ids), context, param)
             return ids
 

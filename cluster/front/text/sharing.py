@@ -187,7 +187,7 @@ class ReplyBudget:
         owner = current_owner.get()
         if not self.shares.fits(owner, units):
             held = _mib(self.shares.held.total())
-            raise QueueFullError(f"replies of up to {held} MiB are under way; try again", _RETRY_S)
+            raise QueueFullError(f"replies of up to {held} MiB are being computed; try again", _RETRY_S)
         return self.shares.holding(owner, units)
 
 

@@ -64,7 +64,7 @@ def test_contents_are_texts_images_or_lists_of_both() -> None:
     [
         (Path("/no such image"), "/no such image: No such file or directory; give the path of an image"),
         (b"%PDF-1.7", "image: not an image; expected a PNG, JPEG, WebP, GIF or BMP file"),
-        (b"\x89PNG\r\n\x1a\n" + b"\0" * MAX_IMAGE_BYTES, "the limit of an image is 20971520: send a smaller one"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * MAX_IMAGE_BYTES, "the limit is 20971520: send a smaller one"),
     ],
 )
 def test_other_data_are_refused_before_anything_is_sent(given: Any, message: str) -> None:

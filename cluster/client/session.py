@@ -94,7 +94,7 @@ class Session(Generic[WholeT, StreamT]):
         place = _place(path)
         try:
             if place.exists() and not place.is_file():
-                raise UsageError(f"{path}: cannot save: the path is not a regular file")
+                raise UsageError(f"{path}: cannot save: the path is not a file")
             write_text(place, json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1) + "\n")
         except OSError as error:
             raise UsageError(f"{path}: cannot save: {error.strerror}") from error

@@ -79,7 +79,7 @@ class ModelNames:
     """All names of a served model: its own name, aliases, adapters, and copies that clients made in this process."""
 
     def __init__(self, served: str, settings: ApiSettings, *, any_by_default: bool = False) -> None:
-        """With `any_by_default`, requests may name any model, unless the settings' `strict_model` decides otherwise."""
+        """`any_by_default` lets requests name any model, unless the settings' `strict_model` decides otherwise."""
         self._served = served
         self._settings = settings
         self._adapters = settings.adapters

@@ -341,7 +341,7 @@ class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
     tool_choice: ToolChoice | None = None
     """Says which tool calls the answer can or must contain."""
     thinking: ThinkingField | None = None
-    """With type `disabled`, the answer begins without thinking. Otherwise, the model decides."""
+    """Type `disabled` makes the answer begin without thinking. Otherwise, the model decides."""
     output_config: OutputConfig | None = None
     """A JSON schema for the answer (`format`), and the `effort` to pass to the chat template."""
     output_format: Any = None

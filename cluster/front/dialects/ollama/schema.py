@@ -97,7 +97,7 @@ class AnswerFields(Body):
     model: str
     """Name of the model, with or without `:latest`. Any name is accepted, unless `api.strict_model` is true."""
     keep_alive: Any = None
-    """How long the model stays loaded afterwards, if several models are served: seconds, or a text like "5m"."""
+    """The time that the model stays loaded afterwards, if several are served: seconds, or a text like "5m"."""
     stream: bool = True
     """True to reply with a stream of JSON lines, false to reply with one JSON object."""
     format: _FormatField = None

@@ -17,7 +17,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptProgr
 from llamaclust.core.errors import DeadlineError
 
 MAX_UNREAD_ROWS = 4096
-"""The maximum number of unread rows in a streamed log. Rows that came before the reader began do not count."""
+"""The maximum number of unread rows in a streamed log. Rows present when their prompt's turn comes do not count."""
 
 LogItem = TextChunk | PromptProgress
 Entry = tuple[int, LogItem]

@@ -78,7 +78,7 @@ _MOST_SUBMITTED = 16
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingOptions:
-    """`norm` is the norm of `normalized`, for pooled vectors. `dimensions` is how many leading channels to keep."""
+    """`norm` applies only to pooled vectors. `dimensions` is how many leading channels to keep, or None for all."""
 
     pooling: Pooling
     norm: int = EUCLIDEAN

@@ -1,1 +1,1 @@
-"""Clients with one interface: over HTTP, and for a model in this process."""
+"""Clients with one interface, for servers over HTTP and for a model in this process."""

@@ -1,4 +1,4 @@
-"""The interfaces of clients, which give whole answers or streams: one for asyncio, one synchronous on a thread."""
+"""The clients' interfaces, for asyncio and for synchronous code. They return complete answers or streams."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _OPEN_S = 600.0
 _CALL_S = 86_400.0
-"""The longest wait for a result, or for the next chunk of a stream. It is long, because a large model may be slow."""
+"""The longest wait for a result, or for a stream's next chunk. It is long, because a large model may be slow."""
 
 _Value = TypeVar("_Value")
 _Opened = TypeVar("_Opened")
@@ -43,7 +43,7 @@ Chunks = AsyncGenerator[TextChunk, None]
 
 
 class ChunkStream(Iterator[TextChunk]):
-    """The chunks of an answer as they arrive. Reading begins the request; closing or dropping the stream ends it."""
+    """An answer's chunks as they arrive. Reading begins the request, and closing or dropping the stream ends it."""
 
     def __init__(self, chunks: Generator[TextChunk, None, None]) -> None:
         self._chunks = chunks
@@ -87,7 +87,7 @@ class AsyncChunkStream(AsyncIterator[TextChunk]):
 
 class TextCalls(ABC, Generic[WholeT, StreamT]):
     """Completes prompts and answers chats. Calls raise the server's errors as LlamaclustError of the matching kind,
-    such as RequestError for a refused request, QueueFullError, WorkerError, DeadlineError."""
+    such as RequestError for a refused request, QueueFullError, WorkerError and DeadlineError."""
 
     @overload
     def generate(
@@ -115,25 +115,25 @@ class TextCalls(ABC, Generic[WholeT, StreamT]):
 
     @abstractmethod
     def chunks(self, path: str, body: dict[str, Any]) -> Chunks:
-        """Yields the answer to a request with this body at an HTTP path."""
+        """Yields the chunks of the answer to a request with this HTTP path and body."""
 
     @abstractmethod
     async def most_image_bytes(self) -> int:
-        """Returns the largest size of a request with images; 0 if the model is known to read text only."""
+        """Returns the largest size of a request with images, in bytes, or 0 if the model is known to read only text."""
 
     @abstractmethod
     def deliver(self, chunks: Chunks, *, stream: bool) -> WholeT | StreamT:
-        """Returns the chunks as a stream or as a whole answer."""
+        """Returns the chunks as a stream or as a complete answer."""
 
 
 class AsyncTextClient(TextCalls[Coroutine[None, None, Answer], AsyncChunkStream]):
-    """A `TextClient` for asyncio: `await client.generate(...)`, or `async for` over its result with `stream=True`."""
+    """A `TextClient` for asyncio. Use `await client.generate(...)`, or `async for` with `stream=True`."""
 
     def deliver(self, chunks: Chunks, *, stream: bool) -> Coroutine[None, None, Answer] | AsyncChunkStream:
         return AsyncChunkStream(chunks) if stream else _joined(chunks)
 
     async def embed(self, prompts: Sequence[Prompt], **options: Unpack[EmbeddingOptions]) -> list[Vector]:
-        """Returns embeddings like `TextClient.embed`."""
+        """Returns embeddings, as `TextClient.embed` does."""
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of prompts, not a text")
         return await self._embed(embedding_body(prompts, options)) if prompts else []
@@ -144,7 +144,7 @@ class AsyncTextClient(TextCalls[Coroutine[None, None, Answer], AsyncChunkStream]
 
     @abstractmethod
     async def tokenize(self, text: str, add_special: bool = True) -> list[int]:
-        """Returns the token ids of a text."""
+        """Returns a text's token ids."""
 
     @abstractmethod
     async def detokenize(self, ids: Sequence[int]) -> str:
@@ -152,7 +152,7 @@ class AsyncTextClient(TextCalls[Coroutine[None, None, Answer], AsyncChunkStream]
 
     @abstractmethod
     async def chat_sampling(self) -> Options:
-        """Returns sampling options like `TextClient.chat_sampling`."""
+        """Returns sampling options, as `TextClient.chat_sampling` does."""
 
     @abstractmethod
     async def aclose(self) -> None:
@@ -170,11 +170,11 @@ async def _joined(chunks: Chunks) -> Answer:
 
 
 class LoopThread(Generic[_Opened]):
-    """Opens a resource in the event loop of a new thread. The resource stays open until `close`."""
+    """Opens a resource in the event loop of a new thread. The resource stays open until `close` is called."""
 
     def __init__(self, open_resource: Callable[[], AbstractAsyncContextManager[_Opened]]) -> None:
-        """Returns when the resource is open. Raises the error if opening it fails, and DeadlineError if that takes too
-        long. If interrupted, ends the thread first."""
+        """Returns when the resource is open. Raises the error if opening fails, and DeadlineError if it takes too long.
+        An interrupt ends the thread before it is raised."""
         self._lock = threading.RLock()  # the garbage collector may end a stream within `call`
         self._calls: set[Future[Any]] = set()
         self._streams: set[Callable[[], Coroutine[Any, Any, None]]] = set()  # each closes one that is read
@@ -193,7 +193,7 @@ class LoopThread(Generic[_Opened]):
             raise
 
     def call(self, work: Coroutine[Any, Any, _Value]) -> _Value:
-        """Runs `work` in the loop and returns its result. An interrupt of the caller cancels `work`. Raises
+        """Runs `work` in the loop and returns its result. If the caller is interrupted, `work` is cancelled. Raises
         LlamaclustError if the thread is closed, and DeadlineError if `work` takes too long."""
         with self._lock:
             if self._is_closed:
@@ -289,19 +289,19 @@ class TextClient(TextCalls[Answer, ChunkStream]):
         return ChunkStream(given) if stream else join(given)
 
     def embed(self, prompts: Sequence[Prompt], **options: Unpack[EmbeddingOptions]) -> list[Vector]:
-        """Returns the embeddings of texts or token ids, in their order: arrays [embedding] of Euclidean norm 1."""
+        """Returns the embeddings of texts or token ids, in order. They are arrays [embedding] of Euclidean norm 1."""
         return self._thread.call(self._client.embed(prompts, **options))
 
     def tokenize(self, text: str, add_special: bool = True) -> list[int]:
-        """Returns the token ids of a text. If the model wants BOS, it is included unless `add_special` is false."""
+        """Returns a text's token ids. They include BOS if the model wants it, unless `add_special` is false."""
         return self._thread.call(self._client.tokenize(text, add_special))
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return self._thread.call(self._client.detokenize(ids))
 
     def chat_sampling(self) -> Options:
-        """Returns sampling options for a chat whose user chose none: those that the cluster file or the model file
-        recommends, otherwise the defaults of `llamaclust chat`. Pass them to `chat`, which is greedy by default."""
+        """Returns sampling options for a chat whose user chose none. They are recommended by the cluster file or the
+        model file, or else are the defaults of `llamaclust chat`. Pass them to `chat`, which is greedy by default."""
         return self._thread.call(self._client.chat_sampling())
 
     def close(self) -> None:

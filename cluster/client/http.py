@@ -1,4 +1,4 @@
-"""Clients of the HTTP API. A streamed request whose connection breaks is resumed, even on a restarted coordinator."""
+"""Clients of the HTTP API. If a stream's connection breaks, the request is resumed, even on a restarted coordinator."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ _IDLE_S = 60.0
 _STREAMED = {"stream": True, "return_token_ids": True}
 _CANCEL_S = 2.0
 _EMBED_S = 600.0
-"""The read timeout of embeddings, whose reply comes as a whole."""
+"""The read timeout of embeddings, in seconds. Their reply comes all at once."""
 _RESUME_S = 120.0
-"""The time after which a lost connection becomes an error, equal to `timeouts.recovery` of a cluster."""
+"""The seconds after which a lost connection becomes an error. It equals a cluster's `timeouts.recovery`."""
 _MOST_S = 600.0
-"""The time after which a stream without events becomes an error, as when a coordinator crashes again and again."""
+"""The seconds after which a stream without events becomes an error, for example if a coordinator keeps crashing."""
 _BACKOFF = Backoff(first_s=0.1, max_s=1.0)
 READ_TIMEOUT_S = 20.0
-"""The time without data after which a stream counts as lost. The server sends a comment every 15 s at least."""
+"""The seconds without data after which a stream counts as lost. The server sends a comment every 15 s or sooner."""
 _RETRIED_CODES = frozenset({"cluster_starting", "cluster_stopping", "server_busy"})
 
 
 class AsyncClient(AsyncTextClient):
-    """A `Client` for asyncio: `await client.generate(...)`, or `async for` over its result with `stream=True`."""
+    """A `Client` for asyncio. Use `await client.generate(...)`, or `async for` with `stream=True`."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class AsyncClient(AsyncTextClient):
         return most if isinstance(most, int) else MAX_BODY_BYTES
 
     async def _entry(self) -> dict[str, Any]:
-        """Returns the entry of the client's model in `GET /v1/models`, or {} for an empty list."""
+        """Returns the entry of the client's model in `GET /v1/models`, or {} if the list is empty."""
         entries = field_of(await self._request("GET", "v1/models"), "data", list)
         named = (entry for entry in entries if self._model in (entry.get("id"), *entry.get("aliases", ())))
         found: dict[str, Any] = next(named, entries[0] if entries else {})
@@ -105,7 +105,7 @@ class AsyncClient(AsyncTextClient):
         await self._http.aclose()
 
     async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
-        """Yields the events of a streamed request as (id, event). Resumes the request if its connection breaks."""
+        """Yields a streamed request's events as (id, event). Resumes the request if its connection breaks."""
         stream, content = ResumableStream(self._http.base_url), self._encoded({**body, **_STREAMED})
         try:
             while not stream.is_done:
@@ -151,7 +151,7 @@ class AsyncClient(AsyncTextClient):
 
 
 class Client(TextClient):
-    """A client of a cluster's HTTP API, reached through the environment's proxies, except on this machine. `timeout`:
+    """A client of a cluster's HTTP API. It uses the environment's proxies, except on this machine. `timeout` is the
     seconds of silence after which a call fails."""
 
     _client: AsyncClient
@@ -165,8 +165,8 @@ class Client(TextClient):
         verify: Verify = None,
         model: str | None = None,
     ) -> None:
-        """Connects at the first call. `verify`: a PEM file of certificates to trust, or an SSL context. `model`: a
-        served model or adapter; None: the first model. Raises UsageError for an invalid address or file."""
+        """Connects at the first call. `verify` is a PEM file of certificates to trust, or an SSL context. `model` is a
+        served model or adapter, or None for the first model. Raises UsageError if the address or a file is invalid."""
         client = AsyncClient(base_url, api_key, timeout=timeout, verify=verify, model=model)
         super().__init__(lambda: client)
 
@@ -177,7 +177,7 @@ class Client(TextClient):
         feature_level: str | None = None,
         settings: LocalSettings | None = None,
     ) -> LocalClient:
-        """Loads a model in this process; a text is read like `--model` of the commands. Errors: see `LocalClient`."""
+        """Loads a model in this process. A text is read like the commands' `--model`. Raises `LocalClient`'s errors."""
         from llamaclust.cluster.client.local import LocalClient
         from llamaclust.cluster.config.catalog import resolve_model
 
@@ -190,12 +190,12 @@ class Client(TextClient):
 
 
 class CutShortError(ProtocolError):
-    """The error of a stream that breaks off before its end."""
+    """A stream breaks off before its end."""
 
 
 class ResumableStream:
-    """The server-sent events of one request over all its connections; the caller sends and sleeps. Each attempt has
-    the same idempotency key and the id of the last event, after which the server continues."""
+    """The server-sent events of one request over all its connections. The caller sends and sleeps. Each attempt has the
+    same idempotency key and the last event's id, so that the server continues after that event."""
 
     def __init__(self, url: httpx.URL) -> None:
         self.is_done = False
@@ -222,11 +222,11 @@ class ResumableStream:
 
     @property
     def must_cancel(self) -> bool:
-        """True even before a reply begins, because the server may have the request already."""
+        """True even before a reply begins, because the server may already have the request."""
         return not (self._has_failed or self.is_done)
 
     def opened(self, reply: httpx.Response, body: bytes) -> None:
-        """Reads status and headers of a reply. If the status is not 200, raises the error that `body` reports."""
+        """Reads a reply's status and headers. If the status is not 200, raises the error that `body` reports."""
         if reply.status_code != httpx.codes.OK:
             raise reply_error(reply.status_code, reply.headers.get("retry-after"), body)
         self._was_taken = reply.headers.get("content-type", "").startswith("text/event-stream")

@@ -1,4 +1,4 @@
-"""Encodes options and bodies of requests; decodes events and errors of replies. It has no connection."""
+"""Encodes requests' options and bodies, and decodes replies' events and errors. It has no connection."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ _KINDS: dict[Any, type[LlamaclustError]] = {
 }
 _TIMINGS = tuple(field.name for field in fields(Timings))
 _EVENTS: dict[str, Callable[[str], AnswerEvent]] = {"reasoning_content": ReasoningText, "content": ContentText}
-"""Fields of a chat's delta and the events that they become, in the order in which a delta's events are given out."""
+"""Fields of a chat's delta and the events that they become. A delta's events come in this order."""
 
 Message = Mapping[str, Any]
-"""One message of a chat: {"role": "user", "content": "Hello"}. With images, the content is a list of texts and images
-(paths, bytes of files, Pillow's images), or of OpenAI's parts."""
+"""One message of a chat, such as {"role": "user", "content": "Hello"}. With images, the content is a list of texts and
+images (paths, bytes of files, Pillow's images), or of OpenAI's parts."""
 Content = str | PathLike[str] | bytes | Sequence[Any]
 """The content of a user's message."""
 Prompt = str | Sequence[int]
@@ -108,32 +108,32 @@ class Options(AnswerOptions, total=False):
 
 
 class CompletionOptions(AnswerOptions, total=False):
-    """Options of a prompt that is completed as it is, without a chat template."""
+    """Options for completing a prompt without a chat template."""
 
     score_from: int | None  # the prompt's tokens [max(score_from, 1), end) get logprobs; None, the default: none
 
 
 class EmbeddingOptions(TypedDict, total=False):
-    """Options of embeddings. Absent ones mean the defaults of `/v1/embeddings`."""
+    """Options of embeddings. Absent options mean the defaults of `/v1/embeddings`."""
 
     pooling: Literal["mean", "cls", "last"] | None  # None, the default: as the model file says, else "last"
     dimensions: int | None  # leading channels to keep; None, the default: all
 
 
 def completion_body(prompt: Prompt, options: CompletionOptions) -> dict[str, Any]:
-    """Returns the body of `POST /v1/completions`, with logprobs. Raises TypeError for an unknown option."""
+    """Returns the body of `POST /v1/completions`, with logprobs. Raises TypeError if an option is unknown."""
     more = _answer_fields(options, CompletionOptions)
     fixed = {"max_tokens": MAX_CONTEXT_TOKENS, "logprobs": 0, "echo": "score_from" in more}
     return {"prompt": _json(prompt), **fixed, **more}
 
 
 def chat_body(messages: Sequence[Message], options: Options) -> dict[str, Any]:
-    """Returns a body for `/v1/chat/completions`. Raises TypeError for an unknown option, UsageError for an image."""
+    """Returns a body for `/v1/chat/completions`. Raises TypeError for an unknown option, UsageError for a bad image."""
     return {"messages": [*map(message_json, messages)], "logprobs": True, **_answer_fields(options, Options)}
 
 
 def embedding_body(prompts: Sequence[Prompt], options: EmbeddingOptions) -> dict[str, Any]:
-    """Returns the body of `POST /v1/embeddings`. Raises TypeError for an unknown option."""
+    """Returns the body of `POST /v1/embeddings`. Raises TypeError if an option is unknown."""
     return {"input": [*map(_json, prompts)], "encoding_format": "base64", **_fields(options, EmbeddingOptions)}
 
 
@@ -143,7 +143,7 @@ def _answer_fields(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
 
 
 def _fields(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """Returns the options that are not None. Raises TypeError for one that `kind` does not define."""
+    """Returns the options that are not None. Raises TypeError if `kind` does not define an option."""
     if unknown := options.keys() - kind.__annotations__.keys():
         from llamaclust.cluster.config.errors import hint
 
@@ -159,14 +159,14 @@ def _json(value: Any) -> Any:
 
 
 def sampling_options(given: Mapping[str, Any]) -> Options:
-    """Converts the field `chat_sampling` of a model in `GET /v1/models` to options."""
+    """Converts a model's field `chat_sampling` in `GET /v1/models` to options."""
     window = given.get("repeat_last_n", -1)
     found = {**given, "penalty_window": None if window == -1 else window}
     return {name: value for name, value in found.items() if name in Options.__annotations__ and value is not None}  # type: ignore[return-value]
 
 
 class ChunkReader:
-    """Converts the events of one answer to chunks. Raises ProtocolError for events that the API never sends."""
+    """Converts one answer's events to chunks. Raises ProtocolError for events that the API never sends."""
 
     def __init__(self) -> None:
         self._prompt: tuple[int, ...] = ()
@@ -184,7 +184,7 @@ class ChunkReader:
             raise _foreign(json.dumps(event).encode()) from error
 
     def _chunk(self, choice: Mapping[str, Any]) -> TextChunk:
-        """Reads a choice of a completion, or of a chat (with a delta). Ignores tool calls: clients send no tools."""
+        """Reads a choice of a completion or a chat. Ignores tool calls, because clients send no tools."""
         ids, logprobs = choice["token_ids"], _logprobs(choice)
         of_prompt = max(0, len(logprobs) - len(ids))
         start, self._scored = self._scored, self._scored + of_prompt
@@ -231,9 +231,9 @@ def json_object(payload: bytes) -> dict[str, Any]:
     try:
         value = json.loads(payload)
     except ValueError as error:
-        raise ProtocolError(f"the server sent something that is not JSON: {_shown(payload)}") from error
+        raise ProtocolError(f"the server's reply is not JSON: {_shown(payload)}") from error
     if not isinstance(value, dict):
-        raise ProtocolError(f"the server sent something that is not a JSON object: {_shown(payload)}")
+        raise ProtocolError(f"the server's reply is not a JSON object: {_shown(payload)}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Clients without a server: of a text service in this process, and of a model that is loaded for one."""
+"""Clients without a server. They use a text service in this process, or load a model for one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OpenService = Callable[[], AbstractAsyncContextManager[TextService]]
 
 
 class AsyncServiceClient(AsyncTextClient):
-    """A client of a text service in this process. Its options are those of HTTP, read by the same rules."""
+    """A client of a text service in this process. Its options are the HTTP client's, and follow the same rules."""
 
     def __init__(self, service: TextService) -> None:
         self.service = service
@@ -57,7 +57,7 @@ class AsyncServiceClient(AsyncTextClient):
         else:
             request, *others = read_fields(CompletionBody, body).requests()
             if others:
-                raise ParameterError("prompt", f"{len(others) + 1} prompts in one call; give them one by one")
+                raise ParameterError("prompt", f"{len(others) + 1} prompts in one call; give one prompt in each call")
         async with await self.service.start(request) as completion:
             generation = completion.generation
             yield TextChunk(prompt_token_ids=generation.prompt, seed=generation.seed)
@@ -74,7 +74,7 @@ class AsyncServiceClient(AsyncTextClient):
 
 
 class ServiceClient(TextClient):
-    """A client with a service of its own, which is open as long as the client."""
+    """A client with its own service, which is open as long as the client."""
 
     _client: AsyncServiceClient
 
@@ -88,8 +88,8 @@ class ServiceClient(TextClient):
 
 
 class LocalClient(ServiceClient):
-    """A client that loads a model instead of calling a server. `threads`: by default all cores. `feature_level`: by
-    default LLAMACLUST_FEATURE_LEVEL, or else the best of this machine."""
+    """A client that loads a model instead of calling a server. `threads` defaults to all cores. `feature_level`
+    defaults to LLAMACLUST_FEATURE_LEVEL, or else to the best level of this machine."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class LocalClient(ServiceClient):
         feature_level: str | None = None,
         settings: LocalSettings | None = None,
     ) -> None:
-        """Loads the model. Raises ModelFileError, InsufficientMemoryError, and UsageError for impossible settings."""
+        """Loads the model. Raises ModelFileError, InsufficientMemoryError, or UsageError for impossible settings."""
         self._stage = LocalStage(Path(path).expanduser(), threads, feature_level, settings or LocalSettings())
         super().__init__(self._stage.serve)
 
@@ -108,12 +108,12 @@ class LocalClient(ServiceClient):
 
     @property
     def placement(self) -> str:
-        """The number of layers on GPUs, and the layers of each device; an empty text without GPUs."""
+        """The number of layers on GPUs, and each device's layers. The text is empty without GPUs."""
         return self._stage.placement
 
     @property
     def unused_projectors(self) -> str | None:
-        """The reason why no projector in the model's folder is used; None if one is, if none is there, or by choice."""
+        """The reason why no projector in the model's folder is used, or None if one is used, missing or unwanted."""
         return self._stage.unused_projectors
 
     @property

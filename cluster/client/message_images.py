@@ -1,4 +1,4 @@
-"""Images in the messages of a client: files, bytes and Pillow's images become parts of a request."""
+"""Images in a client's messages. Files, bytes and Pillow's images become parts of a request."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from llamaclust.model.images.formats import ImageFormat, format_of
 from llamaclust.model.images.settings import MAX_IMAGE_BYTES
 
 _OTHER_BYTES: Final = 1 << 16
-"""The room for other fields of a request than its messages."""
+"""The bytes to reserve for a request's other fields than its messages."""
 
 
 def message_json(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a message in OpenAI's form; its images become parts. Raises UsageError for an unusable image."""
+    """Returns a message in OpenAI's form, with its images as parts. Raises UsageError if an image is unusable."""
     content = message.get("content")
     if isinstance(content, Sequence) and not isinstance(content, str | bytes | bytearray):
         return {**message, "content": [_part(part) for part in content]}
@@ -34,14 +34,14 @@ def message_json(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def image_part(image: object) -> dict[str, Any]:
-    """Returns OpenAI's part of an image: a path, the bytes of a file, or an image of Pillow. Raises UsageError."""
+    """Returns OpenAI's part for an image, which is a path, a file's bytes, or Pillow's image. Raises UsageError."""
     data, name = _bytes_of(image)
     kind = format_of(data)
     if kind is None:
         *first, last = (each.value for each in ImageFormat)
         raise UsageError(f"{name}: not an image; expected a {', '.join(first)} or {last} file")
     if len(data) > MAX_IMAGE_BYTES:
-        raise UsageError(f"{name}: {len(data)} bytes; the limit of an image is {MAX_IMAGE_BYTES}: send a smaller one")
+        raise UsageError(f"{name}: the image has {len(data)} bytes; the limit is {MAX_IMAGE_BYTES}: send a smaller one")
     url = f"data:image/{kind.value.lower()};base64,{b64encode(data).decode()}"
     return {"type": "image_url", "image_url": {"url": url}}
 
@@ -80,7 +80,7 @@ def _images_of(message: Mapping[str, Any]) -> list[Any]:
 
 
 def _without_images(message: Mapping[str, Any], count: int | None) -> Mapping[str, Any]:
-    """Returns a message without its first images. None: without all."""
+    """Returns a message without its first `count` images, or without any images if `count` is None."""
     images = _images_of(message)
     kept = [] if count is None else images[count:]
     if len(kept) == len(images):
@@ -110,7 +110,7 @@ def _is_image(value: object) -> bool:
 
 
 def _is_pillow(value: object) -> bool:
-    """Does not import Pillow: a program without it has no such image."""
+    """Does not import Pillow. A program that has not imported it has no such image."""
     pillow = sys.modules.get("PIL.Image")
     return pillow is not None and isinstance(value, pillow.Image)
 

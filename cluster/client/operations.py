@@ -1,4 +1,4 @@
-"""Client of a running cluster's operations: status, drain, undrain, worker logs, where the time of requests went."""
+"""Client of a running cluster's operations: status, drain, undrain, worker logs, and waterfalls of requests."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _DRAIN_S = 630.0
 """The seconds that a client waits for a drain. The coordinator gives up slightly earlier and states the reason."""
 _MOST_BYTES = 16 << 20
 _STATUS = {"name": str, "state": str, "model": str, "api": str, "workers": list, "requests": dict, "speed": dict}
-"""Fields that distinguish the state of a cluster from the answer of another program."""
+"""Fields that distinguish a cluster's status from another program's answer."""
 
 
 class ClusterApi:
-    """A context manager that holds a connection to a cluster for its operations. Errors name the cluster."""
+    """A connection to a cluster for its operations. Use it as a context manager. Errors name the cluster."""
 
     def __init__(self, where: str, url: str, api_keys_file: Path | None, ca_file: Path | None = None) -> None:
-        """`where` names the cluster in errors. Raises UsageError for a bad address, key file or certificate file."""
+        """`where` names the cluster in errors. Raises UsageError if the address or a file is unusable."""
         self._where = where
         key = None if api_keys_file is None else first_key(api_keys_file)
         self._client = httpx.Client(**http_options(url, key, _ANSWER_S, ca_file))
@@ -45,11 +45,11 @@ class ClusterApi:
         self._client.close()
 
     def status(self, model: str | None = None) -> dict[str, Any]:
-        """Returns the `status` of a model (None: the first). Raises ClusterStartingError if there is none yet."""
+        """Returns a model's `status`. None means the first model. Raises ClusterStartingError if there is none yet."""
         path = "/cluster" if model is None else f"/cluster?{urlencode({'model': model})}"
         state: dict[str, Any] = self._field(self._request("GET", path), "status", dict)
         if not all(isinstance(state.get(name), kind) for name, kind in _STATUS.items()):
-            raise ProtocolError(f"{self._where}: a program other than llamaclust answers there")
+            raise ProtocolError(f"{self._where}: a program other than llamaclust answers at this address")
         return state
 
     def context_length(self) -> int:
@@ -57,7 +57,7 @@ class ClusterApi:
         return int(settings["n_ctx"])
 
     def drain(self, worker: str) -> None:
-        """Drains a worker. Returns when it holds no layers; raises an error if these cannot move."""
+        """Drains a worker. Returns when the worker holds no layers. Raises an error if its layers cannot move."""
         self._request("POST", f"/cluster/workers/{worker}/drain", read_s=_DRAIN_S)
 
     def undrain(self, worker: str) -> None:
@@ -69,11 +69,12 @@ class ClusterApi:
         return self._field(tail, "before", int), self._field(tail, "lines", list)
 
     def requests(self) -> list[dict[str, Any]]:
-        """Returns the open requests and the last ones that ended, oldest first."""
+        """Returns the most recently ended requests and the open requests, oldest first."""
         return self._field(self._request("GET", "/cluster/requests"), "requests", list)
 
     def waterfall(self, request: str) -> list[dict[str, Any]]:
-        """Returns the waterfall of each sequence of a request. `request`: its id, or the first 4 or more characters."""
+        """Returns a request's waterfalls, one for each sequence. `request` is its id or the first 4 or more
+        characters."""
         return self._field(self._request("GET", f"/cluster/requests/{quote(request, safe='')}"), "requests", list)
 
     def _field(self, body: bytes, name: str, kind: type[_Value]) -> _Value:
@@ -83,7 +84,7 @@ class ClusterApi:
             raise ProtocolError(f"{self._where}: {error}") from error
 
     def _request(self, method: str, path: str, read_s: float | None = None) -> bytes:
-        """Returns the whole body of a reply. Raises ProtocolError if it is too large or arrives too slowly."""
+        """Returns a reply's complete body. Raises ProtocolError if it is too large or arrives too slowly."""
         read_s = read_s or _ANSWER_S
         body, end_s = bytearray(), monotonic() + read_s
         try:
@@ -93,7 +94,7 @@ class ClusterApi:
                     if len(body) > _MOST_BYTES:
                         raise ProtocolError(f"{self._where}: the answer has more than {_MOST_BYTES >> 20} MiB")
                     if monotonic() > end_s:
-                        raise ProtocolError(f"{self._where}: the rest of an answer does not come")
+                        raise ProtocolError(f"{self._where}: the rest of the answer did not arrive in time")
         except httpx.HTTPError as error:
             refusal = explain_refusal(self._where, error)
             raise LlamaclustError(refusal or f"{self._where} does not answer: {error}") from error

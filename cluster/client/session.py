@@ -1,4 +1,4 @@
-"""Chat sessions. Each has a conversation in turns, a client that answers it, and a file."""
+"""Chat sessions. Each session has a conversation in turns, a client that answers it, and a file."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _ROLES = frozenset({*_SYSTEM_ROLES, "user", "assistant", "tool"})
 
 class Session(Generic[WholeT, StreamT]):
     """A conversation with a model. The client stays open when the session is dropped. `messages` are in OpenAI's form
-    and may be changed between answers. A turn is a user's message and all messages up to the next one. With
-    `drop_oldest`, a conversation beyond the context is sent without its oldest turns, and one beyond a request's size
-    without its oldest images; all stay in `messages`. Otherwise RequestError or, for images, UsageError is raised. The
-    options are those of `Client.chat` and apply to every answer. Only one thread at a time may use a session."""
+    and may be changed between answers. A turn is a user's message and all messages up to the next user's message. If a
+    conversation exceeds the context or a request's size, RequestError or, for images, UsageError is raised. With
+    `drop_oldest`, its oldest turns or images are instead left out of the request, but stay in `messages`. The options
+    are those of `Client.chat` and apply to every answer. Only one thread at a time may use a session."""
 
     def __init__(
         self,
@@ -53,8 +53,8 @@ class Session(Generic[WholeT, StreamT]):
     @overload
     def send(self, content: Content, *, stream: Literal[True], **options: Unpack[Options]) -> StreamT: ...
     def send(self, content: Content, *, stream: bool = False, **options: Unpack[Options]) -> WholeT | StreamT:
-        """Answers a user's message; options apply to this answer only. Both messages join the conversation at the
-        answer's end, unless it was cut short without text. Raises UsageError for an image that cannot be sent."""
+        """Answers a user's message. `options` apply only to this answer. Both messages join the conversation when the
+        answer ends, unless it was cut short without text. Raises UsageError if an image cannot be sent."""
         message = message_json({"role": "user", "content": content})
         return self._client.deliver(self._answer(message, options), stream=stream)
 
@@ -64,12 +64,12 @@ class Session(Generic[WholeT, StreamT]):
     def regenerate(self, *, stream: Literal[True], **options: Unpack[Options]) -> StreamT: ...
     def regenerate(self, *, stream: bool = False, **options: Unpack[Options]) -> WholeT | StreamT:
         """Answers the user's last message again and replaces the present answer. Raises UsageError if the user sent no
-        message. An equal `seed` gives an equal answer: pass another one, or none."""
+        message. The same `seed` gives the same answer, so pass another seed or none."""
         self._last_turn()
         return self._client.deliver(self._answer(None, options), stream=stream)
 
     def set_system(self, text: str | None) -> None:
-        """Replaces the system message; None removes it."""
+        """Replaces the system message, or removes it if `text` is None."""
         self.messages[: self._first_turn()] = [] if text is None else [{"role": "system", "content": text}]
 
     def undo(self) -> list[dict[str, Any]]:
@@ -90,11 +90,11 @@ class Session(Generic[WholeT, StreamT]):
         return other
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes the messages to a file that only its owner may read. On UsageError, the file is unchanged."""
+        """Saves the messages to a file that only its owner may read. The file is unchanged after a UsageError."""
         place = _place(path)
         try:
             if place.exists() and not place.is_file():
-                raise UsageError(f"{path}: cannot save: it is not a file")
+                raise UsageError(f"{path}: cannot save: the path is not a file")
             write_text(place, json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1) + "\n")
         except OSError as error:
             raise UsageError(f"{path}: cannot save: {error.strerror}") from error
@@ -102,18 +102,18 @@ class Session(Generic[WholeT, StreamT]):
             raise UsageError(f"{path}: cannot save: a message cannot be written as JSON: {error}") from error
 
     def load(self, path: str | PathLike[str]) -> None:
-        """Replaces all messages by those of a file that `save` wrote. On UsageError, the messages are unchanged."""
+        """Replaces the messages by those in a file that `save` wrote. They are unchanged after a UsageError."""
         try:
             messages = _checked(read_json(_place(path)))
         except OSError as error:
             raise UsageError(f"{path}: cannot load: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{path}: not a conversation that was saved: {error}") from error
+            raise UsageError(f"{path}: not a saved conversation: {error}") from error
         self.messages, self.dropped_messages = messages, 0
 
     async def _answer(self, message: Message | None, options: Options) -> AsyncGenerator[TextChunk, None]:
-        """Answers one more message; None: the last one again. The answer joins the conversation even if cut short, but
-        not without text. Raises UsageError while another answer runs, and for an image to a text model."""
+        """Answers `message`, or the last message again if `message` is None. A cut-off answer with text also joins the
+        conversation. Raises UsageError if another answer is running, or a text model gets an image."""
         if self._is_answering:
             raise UsageError("this session is still answering: read its stream to the end, or close it")
         start = self._last_turn() if message is None else len(self.messages)
@@ -149,7 +149,7 @@ class Session(Generic[WholeT, StreamT]):
     def _with_images_that_fit(self, body: dict[str, Any], body_bytes: int) -> dict[str, Any]:
         messages, self.dropped_images = with_latest_images(body["messages"], body_bytes or MAX_BODY_BYTES)
         if self.dropped_images and not self._drops_oldest:
-            what = f"the images of this conversation exceed a request by {self.dropped_images}"
+            what = f"{self.dropped_images} images of this conversation do not fit into a request"
             raise UsageError(f"{what}: undo turns, clear the conversation, or set drop_oldest=True")
         return {**body, "messages": messages}
 
@@ -182,7 +182,7 @@ class ChatSession(Session[Answer, ChunkStream]):
 
 
 class AsyncChatSession(Session[Coroutine[None, None, Answer], AsyncChunkStream]):
-    """A session for asyncio: `await session.send(...)` or `async for` over its stream. `save` and `load` block."""
+    """A session for asyncio. Use `await session.send(...)`, or `async for` over its stream. `save` and `load` block."""
 
 
 def is_conversation(path: Path) -> bool:
@@ -194,7 +194,7 @@ def is_conversation(path: Path) -> bool:
 
 
 def _message(parts: list[TextChunk]) -> dict[str, Any]:
-    """Returns the assistant's message with its reasoning. The chat template decides how much of that is sent again."""
+    """Returns the assistant's message with its reasoning. The chat template decides how much to send again."""
     reasoning = "".join(part.reasoning for part in parts)
     content = "".join(part.text for part in parts)
     return {"role": "assistant", "content": content, **({"reasoning_content": reasoning} if reasoning else {})}
@@ -208,7 +208,7 @@ def _place(path: str | PathLike[str]) -> Path:
 
 
 def _checked(saved: Any) -> list[dict[str, Any]]:
-    """Returns the messages of a saved conversation. Raises ValueError, KeyError or TypeError for anything else."""
+    """Returns a saved conversation's messages. Raises ValueError, KeyError or TypeError for anything else."""
     messages = saved["messages"]
     if not isinstance(messages, list):
         raise TypeError("messages is not a list")

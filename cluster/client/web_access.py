@@ -1,4 +1,4 @@
-"""Proxies and trusted certificates of HTTP clients, from the environment and this user's clusters."""
+"""HTTP clients' proxies and trusted certificates, from the environment and this user's clusters."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from llamaclust.core.errors import UsageError
 from llamaclust.core.this_machine import own_addresses
 
 Verify = str | PathLike[str] | ssl.SSLContext | None
-"""A PEM file of certificates to trust, or an SSL context. None: for a cluster that runs on this machine, its own
-certificate; otherwise the certificates that this machine trusts."""
+"""A PEM file of certificates to trust, or an SSL context. None means a cluster's own certificate if the cluster runs on
+this machine, and otherwise the certificates that this machine trusts."""
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 _CONNECT_S = 10.0
@@ -31,8 +31,8 @@ _CURE = "give its file, or its authority's, by --ca-file, `verify=` or the envir
 
 
 def http_options(base_url: str, api_key: str | None, timeout: float, verify: Verify = None) -> dict[str, Any]:
-    """Returns httpx's arguments for a client of the HTTP API at `base_url`, with or without `/v1`. Raises UsageError
-    for an invalid address or key, and for files and variables that cannot be used."""
+    """Returns httpx's arguments for a client of the HTTP API at `base_url`, with or without `/v1`. Raises UsageError if
+    the address, the key, a file or an environment variable is unusable."""
     try:
         url = httpx.URL(base_url.rstrip("/").removesuffix("/v1"))
     except httpx.InvalidURL as error:
@@ -57,8 +57,8 @@ def timeouts(timeout: float, read_s: float) -> httpx.Timeout:
 
 
 def web_options(url: httpx.URL | None, verify: ssl.SSLContext | None = None) -> dict[str, Any]:
-    """Returns httpx's arguments for reaching `url` (None: any server) through the environment's proxies, or directly on
-    this machine. `verify` None: this machine's certificates. Raises UsageError for an unusable variable."""
+    """Returns httpx's arguments to reach `url`, or any server if it is None. They use the environment's proxies, except
+    on this machine. `verify` defaults to this machine's certificates. Raises UsageError for an unusable variable."""
     trusted = verify or authorities()
     if url is not None and _is_this_machine(url.host):
         return {"trust_env": False, "verify": trusted}
@@ -81,7 +81,7 @@ def _wrong_proxy(value: str) -> str:
     if url.scheme not in _SCHEMES or not url.host or not 0 <= (url.port or 0) <= _MOST_PORT:
         return "not the address of a proxy; write it like http://HOST:PORT"
     if url.scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
-        return "proxies of SOCKS need the package socksio (`pip install socksio`)"
+        return "SOCKS proxies need the package socksio (`pip install socksio`)"
     return ""
 
 
@@ -91,7 +91,7 @@ def _wrong_hosts(value: str) -> str:
             if not is_address(host) and "/" not in host:
                 httpx.URL(f"all://*{host}")
         except httpx.InvalidURL as error:
-            return f"{host} is not a host ({error})"
+            return f"{host} is not a valid host ({error})"
     return ""
 
 
@@ -106,7 +106,7 @@ def trust(url: httpx.URL, verify: Verify) -> ssl.SSLContext:
 
 
 def authorities(file: Path | None = None) -> ssl.SSLContext:
-    """Returns a context that trusts the authorities in a PEM file (None: this machine's). Raises UsageError."""
+    """Returns a context that trusts a PEM file's authorities. None means this machine's. Raises UsageError."""
     try:
         if file is not None:
             return ssl.create_default_context(cafile=file)
@@ -128,7 +128,7 @@ def authorities(file: Path | None = None) -> ssl.SSLContext:
 
 
 def _own_certificates(url: httpx.URL) -> list[Path]:
-    """Returns the certificates of this user's clusters at this address, including clusters that were killed."""
+    """Returns the certificates of this user's clusters at this address, including killed clusters."""
     from llamaclust.cluster.state.clusters import recorded_clusters
 
     records = recorded_clusters(environment().state_dir)
@@ -145,8 +145,8 @@ def _is_at(url: httpx.URL, api: str) -> bool:
 
 
 class _PinnedContext(ssl.SSLContext):
-    """An SSL context that trusts only the certificates in `files`, whatever their host names. Each connection reads the
-    files again, because certificates may have been renewed; replaced ones are no longer trusted."""
+    """An SSL context that trusts only the certificates in `files`, for any host name. Each connection reads the files
+    again, because certificates may have been renewed. Old certificates are then no longer trusted."""
 
     files: Sequence[Path]
     protocols: Sequence[str] = ()
@@ -179,7 +179,7 @@ class _PinnedContext(ssl.SSLContext):
 
 
 def explain_refusal(where: str, error: httpx.HTTPError) -> str | None:
-    """Returns advice if the server's certificate is not trusted or the server lacks TLS; None for other errors."""
+    """Returns advice if the server's certificate is not trusted or the server lacks TLS. Else returns None."""
     reason = str(error)
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         why = reason.partition("certificate verify failed: ")[2].partition(" (_ssl")[0] or reason

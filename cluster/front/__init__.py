@@ -1,1 +1,1 @@
-"""Serves clients: reads requests of any supported API, computes logs of answers, and shows them in the API's form."""
+"""Serves clients. Reads requests of all supported APIs, computes answer logs, and shows them in the API's format."""

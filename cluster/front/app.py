@@ -58,12 +58,12 @@ ENDPOINTS: Final[tuple[type[Endpoint[Any]], ...]] = (
     Embed,
     Embeddings,
 )
-"""The endpoints of each model. An endpoint that needs more than its model is made in `_model_routes`."""
+"""Each model's endpoints. `_model_routes` makes the endpoints that need more than the model."""
 _EXPOSED_HEADERS = (IGNORED_HEADER, "Retry-After", "WWW-Authenticate")
 
 
 _AFTER: Final = QueryParameter(
-    "after", "string", "the id of the last event that the client has, or its part after the colon"
+    "after", "string", "the id of the last event that the client has, or the part of the id after the colon"
 )
 _FROM: Final = QueryParameter("from", "integer", "the number of bytes that the client has")
 _CONVERSATION: Final = QueryParameter("conv_id", "string", "the conversation's name")
@@ -72,7 +72,7 @@ _CONVERSATION: Final = QueryParameter("conv_id", "string", "the conversation's n
 def create_app(
     models: Sequence[ApiModel], admission: Admission | None = None, workers: WorkerOperations | None = None
 ) -> Starlette:
-    """Makes the app of all models, which share server settings. `admission` drains it; callers close the replies."""
+    """Makes the app of all models. They share server settings. `admission` drains it. Callers close the replies."""
     router, store = ModelRouter(models), ResponseStore()
     app = Starlette(middleware=_gates(router.settings, admission), routes=[*_routes(router, store, workers)])
     app.router.redirect_slashes = False  # see `Paths`
@@ -81,7 +81,7 @@ def create_app(
 
 
 def _gates(settings: ApiSettings, admission: Admission | None) -> list[Middleware]:
-    """Returns the middlewares, outermost first. CORS comes first, so that allowed pages can read a refusal's reason."""
+    """Returns the middlewares, outermost first. CORS precedes the gates, so that allowed pages can read refusals."""
     cors = Middleware(
         CORSMiddleware,
         allow_origin_regex=page_origins(settings).pattern,
@@ -119,7 +119,7 @@ def _routes(router: ModelRouter, store: ResponseStore, workers: WorkerOperations
 
 
 def _model_routes(model: ApiModel, store: ResponseStore) -> Iterator[Route]:
-    """Yields the endpoints of one model. Their order is the same for all models, because `_routes` zips them."""
+    """Yields one model's endpoints. Their order is the same for all models, because `_routes` zips them."""
     for endpoint in ENDPOINTS:
         for path in endpoint.paths:
             yield from endpoint(model, path).routes()

@@ -1,5 +1,5 @@
-"""Reads request bodies within bounds of size, time and depth. A header of the reply names the fields that had no
-effect; a request with the strict header is refused because of them."""
+"""Reads request bodies, and limits their size, time and depth. A reply's header names the request's fields that had no
+effect. A request with the strict header is refused if it has such fields."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from llamaclust.core.errors import ParameterError
 
 _READ = "read_body"
 LARGE_BYTES = 1 << 16
-"""Bodies that are larger are counted, parsed and checked on a thread."""
+"""Larger bodies are counted, parsed and checked on a thread."""
 _MOST_OF_A_PLACE = 200
 
 _MOST_VALUES = (1 << 20) + (1 << 16)
-"""The most JSON values in a body: the longest context's token ids and other fields. Parsing takes 0.2 s."""
+"""The maximum number of JSON values in a body. It fits the longest context's token ids, which parse in 0.2 s."""
 _PROMPT_FIELDS = {
     *("prompt", "suffix", "input_prefix", "input_suffix", "input_extra", "context", "content", "tokens"),
     *("messages", "system", "input", "instructions", "query", "documents", "texts", "images"),
 }
-"""Fields that hold what the model reads. They may be as large as the body."""
+"""Fields that hold the model's input. They may be as large as the body."""
 _MOST_FIELD_BYTES = 1 << 22
 _MOST_FIELD_VALUES = {"tools": 1 << 17}
 _MOST_FIELDS = 1024
@@ -48,7 +48,7 @@ _MOST_FIELDS = 1024
 _reading = Threads(1, "read-body")
 """A single thread, because Python parses only one body at a time. The event loop serves streams meanwhile."""
 _converting = Threads(1, "convert-body")
-"""A thread for parsed bodies, so that they need not wait for others to be parsed and fewer are held at once."""
+"""A separate thread for parsed bodies. They need not wait for others to be parsed, so fewer are held in memory."""
 
 _Made = TypeVar("_Made")
 _Arguments = ParamSpec("_Arguments")
@@ -63,7 +63,7 @@ async def read_body(
 async def parse_body(
     data: bytes, kind: type[AnyBody], settings: ApiSettings, images: ImageRules | None = None
 ) -> AnyBody:
-    """Parses a body, and reports fields without effect. `images` None: a model that reads text only."""
+    """Parses a body, and reports fields that have no effect. `images` is None for a model that reads only text."""
     context = BodyContext(images) if settings.is_strict or _is_strict.get() else Leniency(images)
 
     def parse() -> AnyBody:
@@ -78,7 +78,7 @@ async def parse_body(
 async def converted(
     body: Body, make: Callable[_Arguments, _Made], *given: _Arguments.args, **named: _Arguments.kwargs
 ) -> _Made:
-    """Calls `make`, on a thread if the body has many values, such as a large schema."""
+    """Calls `make`. If the body has many values, such as a large schema, the call runs on a thread."""
     if not has_many_values([*vars(body).values()]):
         return make(*given, **named)
     return await run_on(_converting, make, *given, **named)
@@ -90,7 +90,7 @@ def _idle(kind: type[Body], settings: ApiSettings) -> dict[str, Neutral]:
 
 
 async def has_field(data: bytes, name: str) -> bool:
-    """True if a body has a field that is not null. Raises what `parse_object` raises for a small body."""
+    """True if the body has this field and it is not null. Raises `parse_object`'s errors if the body is small."""
     if len(data) <= LARGE_BYTES:
         return parse_object(data).get(name) is not None
     members = (await run_on(_reading, outline, data)).members
@@ -98,7 +98,7 @@ async def has_field(data: bytes, name: str) -> bool:
 
 
 def _with_defaults(fields: dict[str, Any], kind: type[Body], settings: ApiSettings) -> dict[str, Any]:
-    """Adds the server's defaults for fields that the body lacks and that do not conflict with its own fields."""
+    """Adds the server's defaults for fields that the body lacks, unless they conflict with the body's own fields."""
     if not settings.defaults and not settings.recommended:
         return fields
     given = {kind.foreign.name(name): value for name, value in fields.items() if value is not None}
@@ -116,7 +116,7 @@ async def parse_object_in_time(data: bytes) -> dict[str, Any]:
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """Raises HttpError or ParameterError for too many values, before they are made, and what `parse_json` raises."""
+    """Parses a JSON object, after counting its values. Raises HttpError, ParameterError, and `parse_json`'s errors."""
     if len(data) > LARGE_BYTES:
         _check_sizes(outline(data))
     payload = parse_json(data)
@@ -134,20 +134,20 @@ def _check_sizes(counted: Outline) -> None:
         ("values", counted.values, _MOST_VALUES),
     ):
         if count > most:
-            raise HttpError(413, "body_too_large", f"the body has {count} {what}, at most {most} are taken")
+            raise HttpError(413, "body_too_large", f"the body has {count} {what}; the limit is {most}")
 
 
 def _check_field(member: Member) -> None:
     name = member.name[:_MOST_OF_A_PLACE] or "a field"
     if member.size_bytes > _MOST_FIELD_BYTES:
-        raise ParameterError(name, f"has {member.size_bytes} bytes of JSON, at most {_MOST_FIELD_BYTES} are taken")
+        raise ParameterError(name, f"has {member.size_bytes} bytes of JSON; the limit is {_MOST_FIELD_BYTES}")
     most = _MOST_FIELD_VALUES.get(member.name, MAX_FIELD_VALUES)
     if member.values > most:
-        raise ParameterError(name, f"has {member.values} JSON values, at most {most} are taken")
+        raise ParameterError(name, f"has {member.values} JSON values; the limit is {most}")
 
 
 def parse_json(data: bytes) -> Any:
-    """Raises HttpError for invalid JSON or more than 200 levels, ParameterError for numbers such as NaN."""
+    """Parses JSON. Raises HttpError for invalid JSON or over 200 levels, and ParameterError for numbers such as NaN."""
     try:
         payload = from_json(data.removeprefix(codecs.BOM_UTF8))
     except ValueError as error:
@@ -159,7 +159,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def _not_finite(value: Any) -> str | None:
-    """Returns the place of the first number that JSON lacks (NaN) or Python reads as infinite (1e999), or None."""
+    """Returns the place of the first number that JSON lacks (NaN) or that Python reads as infinite (1e999), or None."""
     if isinstance(value, float):
         return None if math.isfinite(value) else ""
     if not isinstance(value, dict | list):
@@ -173,7 +173,7 @@ def _not_finite(value: Any) -> str | None:
 
 
 async def read_bytes(request: Request, settings: ApiSettings, most_bytes: int | None = None) -> bytes:
-    """Reads a body of at most `most_bytes` (None: the settings' `max_body_bytes`). Raises HttpError (413, 408, 415)."""
+    """Reads a body. `most_bytes` defaults to the settings' `max_body_bytes`. Raises HttpError (413, 408, 415)."""
     most = settings.max_body_bytes if most_bytes is None else most_bytes
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
@@ -192,7 +192,7 @@ async def read_bytes(request: Request, settings: ApiSettings, most_bytes: int | 
 
 
 def hand_on(request: Request, data: bytes) -> None:
-    """Stores a body that was read, so that the next call of `read_bytes` for this request returns it."""
+    """Stores a body that was read. The next call of `read_bytes` for this request returns it."""
     request.scope[_READ] = data
 
 
@@ -213,16 +213,16 @@ _YES: Final = ("1", "true", "yes")
 _MOST_LOGGED: Final = 256
 _MOST_CHARACTERS: Final = 160
 _MOST_OF_A_HEADER: Final = 3072
-"""A bound on the length of this header: some proxies accept at most 4 KiB for all headers of a reply."""
+"""The maximum length of the header `HEADER`. Some proxies accept at most 4 KiB for all of a reply's headers."""
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.$:/\[\]-]")
 
 _log = logging.getLogger(__name__)
 _is_strict: ContextVar[bool] = ContextVar("is_strict", default=False)
-"""True if the current task's request is to be refused when a field of it has no effect."""
+"""True if the current task's request is refused when one of its fields has no effect."""
 
 
 class IgnoredFields:
-    """Middleware that adds the header with the fields without effect. It logs each field once per path."""
+    """Middleware that adds a header with the fields that have no effect. Logs each field once for each path."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

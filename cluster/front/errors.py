@@ -1,4 +1,4 @@
-"""Errors of requests, and their JSON in the form of each API. A dialect may define its own form."""
+"""Errors of requests, and each API's JSON for them. A dialect may define its own form."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LLAMACPP_TYPES: Final = {
 
 
 class HttpError(LlamaclustError):
-    """An error that refuses a request with an HTTP status, a code and headers of its own."""
+    """An error that refuses a request. It has an HTTP status, a code, and headers."""
 
     def __init__(
         self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None, param: str | None = None
@@ -74,11 +74,11 @@ _OLLAMA_SCHEMA: Final = {"type": "object", "required": ["error"], "properties": 
 
 @dataclass(frozen=True, slots=True)
 class ErrorShape:
-    """The form of errors that clients of an API expect."""
+    """The JSON form of errors that an API's clients expect."""
 
     body: Callable[[Failure], dict[str, Any]]
     event_name: str = ""
-    """The name and `type` of the event that ends a stream with an error; "": there is no such event."""
+    """The name and `type` of the event that ends a stream with an error, or "" if the API has no such event."""
     schema_name: str = "Error"
     schema: Mapping[str, Any] = field(default_factory=lambda: _SCHEMA)
 
@@ -107,7 +107,7 @@ OLLAMA: Final = ErrorShape(_ollama, schema_name="OllamaError", schema=_OLLAMA_SC
 
 
 def usual_shape(path: str) -> ErrorShape:
-    """Returns the error shape of a path whose route declares none. `path` is the client's path without `api.prefix`."""
+    """Returns the error form of a path whose route declares none. `path` is the client's path without `api.prefix`."""
     if path.startswith("/api/"):
         return OLLAMA
     return OPENAI if path.startswith(("/v1/", "/cluster")) else LLAMACPP

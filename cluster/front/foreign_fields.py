@@ -1,5 +1,5 @@
-"""Fields of other servers' APIs that are not implemented here, for each family of endpoints. A field has no effect at
-its neutral values. At other values, a refused field would change the answer, and a hint may be ignored."""
+"""Fields of other servers' APIs that this server does not implement, for each family of endpoints. At its neutral
+values, a field has no effect. At other values, a refused field would change the answer, and a hint may be ignored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llamaclust.cluster.front.schema import ForeignFields, Neutral
 
 
 def only(*values: Any) -> Neutral:
-    """Makes a predicate that is True for these values and for empty ones."""
+    """Makes a predicate that is True for these values and for empty values."""
     known = [(type(value), value) for value in values]
     return lambda value: value in ([], {}, "") or (type(value), value) in known
 
@@ -21,7 +21,7 @@ def anything(value: Any) -> bool:
 
 
 def negative(value: Any) -> bool:
-    """Returns True for negative numbers, which switch the field off; 0 and above would have an effect."""
+    """Returns True for negative numbers, which switch the field off. Other numbers would have an effect."""
     return type(value) is int and value < 0
 
 
@@ -40,12 +40,12 @@ _HINTS: Final = {
     **_names("store early_stopping backend_sampling cache_reuse", only(False)),
     "priority": number(0),
 }
-"""Hints of all endpoints, which are not even reported. `metadata` is for stored completions, `n_keep` and `n_discard`
-are for context shift; this server has neither."""
+"""Hints of all endpoints. They are not even reported. `metadata` is for stored completions, and `n_keep` and
+`n_discard` are for context shift. This server has neither feature."""
 
 _SLOTS: Final = _names("id_slot slot_id", anything)
 _NOT_DRAFTED: Final = _names("speculative speculative.n_max", anything)
-"""Hints of endpoints that generate nothing."""
+"""Hints of endpoints that generate no text."""
 
 _REFUSED: Final = {
     **_names("grammar_triggers bad_words allowed_token_ids logits_processors structural_tag", only()),
@@ -75,10 +75,10 @@ _BUDGETS: Final = dict.fromkeys(
 _OPENAI_NAMES: Final = {**_OTHER_NAMES, "repeat_penalty": "repetition_penalty", "n_predict": "max_tokens"}
 
 SLOTS_NOT_KEPT: Final = _names("id_slot slot_id", negative)
-"""Fields without effect if `api.slot_folder` is not set."""
+"""Fields that have no effect if `api.slot_folder` is not set."""
 
 ALWAYS_LOADED: Final = _names("keep_alive", negative)
-"""Fields without effect if only one model is served, because it is never unloaded."""
+"""Fields that have no effect if only one model is served, because that model is never unloaded."""
 
 CHAT: Final = ForeignFields(
     refused={
@@ -102,7 +102,7 @@ MESSAGE: Final = ForeignFields(
     refused=_names("audio function_call", only()),
     hints=_names("id refusal annotations cache_control", anything),
 )
-"""Fields of chat messages. Clients send answers of this server or another back as messages, with all fields."""
+"""Fields of chat messages. Clients send answers back as messages with all fields, whichever server made them."""
 
 COMPLETION: Final = ForeignFields(
     refused={**_REFUSED, **_names("suffix prompt_embeds", only()), "n_cmpl": number(1)},
@@ -131,7 +131,7 @@ RERANK: Final = ForeignFields(
     | _names("truncate", only(False)),
     hints={**_HINTS, **_SLOTS, **_NOT_DRAFTED, **_names("raw_scores truncation_direction", anything)},
 )
-"""Fields of reranking. Scores are the model's raw scores, as in llama.cpp."""
+"""Fields of reranking requests. Scores are the model's raw scores, as in llama.cpp."""
 
 TEXT_ONLY: Final = ForeignFields(hints={"model": anything})
 """Fields of endpoints that compute nothing, such as `/tokenize`."""
@@ -176,7 +176,7 @@ MESSAGES: Final = ForeignFields(
     ),
     other_names={**_OPENAI_NAMES, **_BUDGETS, "stop": "stop_sequences"},
 )
-"""Anthropic's fields. The hints concern costs, caches and regions; `context_management` would only shorten chats."""
+"""Anthropic's fields. The hints concern costs, caches and regions. `context_management` would only shorten chats."""
 
 THINKING: Final = ForeignFields(hints={"display": only("summarized")})
 
@@ -195,14 +195,14 @@ OLLAMA_OPTIONS: Final = ForeignFields(
     | _OTHER_NAMES
     | _BUDGETS,
 )
-"""Options of Ollama. The hints concern how the model is computed, which the cluster file decides."""
+"""Ollama's options. The hints concern how the model is computed. The cluster file decides that here."""
 
 OLLAMA_GENERATE: Final = ForeignFields(
     refused={**_CHAT_ONLY, **_names("template adapters lora", only())},
     hints=_names("truncate shift", anything),
 )
 OLLAMA: Final = replace(OLLAMA_GENERATE, refused={**OLLAMA_GENERATE.refused, "images": only()})
-"""Fields of Ollama's requests. `truncate` and `shift` do nothing: prompts are never truncated, contexts never shift."""
+"""Fields of Ollama's requests. `truncate` and `shift` have no effect: prompts are not cut, contexts do not shift."""
 
 OLLAMA_MESSAGE: Final = ForeignFields(other_names={"name": "tool_name", "reasoning_content": "thinking"})
 

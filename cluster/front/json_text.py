@@ -1,4 +1,4 @@
-"""JSON of bodies and replies: rendering in parts, sizes, outlines of large texts, llama.cpp's timings."""
+"""JSON of bodies and replies: rendering in parts, sizes, outlines of large texts, and llama.cpp's timings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llamaclust.cluster.scheduler.requests import PromptProgress, Timings
 
 
 class DeferredValue(ABC):
-    """A part of a JSON value that is made anew at each rendering, because its unrendered form takes less memory."""
+    """A part of a JSON value that is made again at each rendering, because its unrendered form takes less memory."""
 
     __slots__ = ()
 
@@ -41,7 +41,7 @@ class DeferredValue(ABC):
 
 
 def to_json(value: Any) -> bytes:
-    """Renders a value. Iterators become arrays, lone surrogates '?'. Raises ValueError for NaN and infinity."""
+    """Renders a value. Iterators become arrays, lone surrogates become '?'. Raises ValueError for NaN and infinity."""
     return _encoder.encode(value).encode("utf-8", "replace")
 
 
@@ -57,10 +57,10 @@ _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(","
 
 
 MAX_FIELD_VALUES: Final = 1 << 15
-"""The largest number of JSON values in a field that holds no prompt, such as a grammar or a list of texts."""
+"""The maximum number of JSON values in a field that holds no prompt, such as a grammar or a list of texts."""
 
 _BLOCK_BYTES: Final = 1 << 18
-"""The number of bytes that are counted at a time. NumPy releases the interpreter lock for most of that work."""
+"""The number of bytes to count at a time. NumPy releases the interpreter lock for most of that work."""
 _MOST_MEMBERS: Final = 1024
 _MOST_NAME_BYTES: Final = 1024
 _IS_MARK: Final = np.isin(np.arange(256), [*b"[]{},"])
@@ -70,7 +70,7 @@ _NAME: Final = re.compile(rb'\s*("(?:[^"\\]|\\.)*")\s*:', re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member of the outermost object. `values`, counted by commas and brackets, is exact or slightly too high."""
+    """A member of the outermost JSON object. `values` is exact or slightly too high: it counts commas and brackets."""
 
     name: str
     size_bytes: int
@@ -88,7 +88,7 @@ class Outline:
 
 
 def outline(text: bytes) -> Outline:
-    """Returns the outline of a JSON text without parsing it; that of invalid JSON is arbitrary."""
+    """Returns the outline of a JSON text without parsing it. The outline of invalid JSON is arbitrary."""
     values = depth = border_count = 0
     borders: list[tuple[int, int]] = []  # the first ones of the outermost object, and the values before each
     is_inside = is_escaped = False  # a string, and its next character
@@ -132,9 +132,9 @@ def _name(text: bytes) -> str:
 
 
 _LARGE_ENTRIES = 1024
-"""The number of tokens and logprobs above which a part of a reply is rendered on a thread."""
+"""A thread renders a part of a reply that has more tokens and logprobs than this."""
 _GROUP = 16
-"""The number of array items that are encoded at a time. The encoder holds the interpreter lock meanwhile."""
+"""The number of array items to encode at a time. The encoder holds the interpreter lock meanwhile."""
 _PART_BYTES = 1 << 16
 _VALUE_BYTES = 8
 _ENTRY_CHARACTERS = 64
@@ -159,7 +159,7 @@ def has_many_values(value: Any) -> bool:
 
 
 def entries_of(value: Any) -> int:
-    """Returns about how many numbers and texts a value has, counted only until they are many."""
+    """Estimates how many numbers and texts a value has. Stops counting when they are many."""
     left, count = [value], 0
     while left:
         part = left.pop()
@@ -182,7 +182,7 @@ def entries_of(value: Any) -> int:
 
 
 def json_parts(value: Any) -> Generator[bytes, None, None]:
-    """Yields the result of `to_json` in parts, each made when the caller takes it."""
+    """Yields the result of `to_json` in parts. Makes each part when the caller takes it."""
     held = bytearray()
     for piece in _pieces(value):
         held += piece
@@ -197,7 +197,7 @@ JsonBody: TypeAlias = AsyncGenerator[bytes, None]
 
 
 async def json_body(make: Callable[[], Any], *, is_large: bool) -> JsonBody:
-    """Yields a value's JSON in parts, rendered when taken, on a thread if large. A cancellation waits for a part."""
+    """Yields a value's JSON in parts, rendered when taken, on a thread if `is_large`. Cancelling waits for a part."""
     rendering, parts = Lock(), _made_parts(make)
 
     def locked(step: Callable[[], _Value]) -> _Value:
@@ -220,7 +220,7 @@ async def one_part(data: bytes) -> JsonBody:
 
 
 def json_size(value: Any) -> int:
-    """Estimates a value's JSON in bytes: its texts plus 8 for each value; for a deferred value, what it holds."""
+    """Estimates a value's JSON size in bytes: its texts plus 8 per value. Deferred values count as `held_bytes`."""
     if isinstance(value, str):
         return len(value) + _VALUE_BYTES
     if isinstance(value, Mapping):
@@ -233,7 +233,7 @@ def json_size(value: Any) -> int:
 
 
 async def size_of_json(value: Any) -> int:
-    """Returns `json_size`, computed on a thread if the value has many values; 0 for an empty one."""
+    """Returns `json_size`, or 0 for an empty value. A thread computes the size of a value with many values."""
     return await off_loop_if(has_many_values(value), partial(json_size, value)) if value else 0
 
 
@@ -285,7 +285,7 @@ def shown_progress(progress: PromptProgress, *, with_timings: bool) -> dict[str,
 
 
 def _phase(name: str, tokens: int, measured: int, per_second: float) -> dict[str, float]:
-    """Shows tokens and times of prefill or decode. `measured`: the tokens that `per_second` is computed from."""
+    """Shows the tokens and times of prefill or decode. `per_second` is computed from `measured` tokens."""
     ms = measured / per_second * 1e3 if per_second else 0.0
     return {
         f"{name}_n": tokens,

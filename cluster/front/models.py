@@ -1,4 +1,4 @@
-"""vLLM's `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, and the router to the model of each request."""
+"""Finds the model of each request. Serves vLLM's `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from llamaclust.cluster.front.replies.handlers import Replies
 
 
-_OFF = "no folder of adapters is set: name one as `api.adapter_folder` in the cluster file"
+_OFF = "no folder for adapters is set: set `api.adapter_folder` in the cluster file"
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$")]
 
 
@@ -47,16 +47,16 @@ class LoadAdapterBody(Body, foreign=OF_ADAPTERS):
     lora_name: _Name
     """Name of the adapter. Requests use it as their `model`."""
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
-    """A GGUF file or a PEFT folder in `api.adapter_folder`; the path is absolute or relative to that folder."""
+    """A GGUF file or a PEFT folder in `api.adapter_folder`. The path is absolute or relative to that folder."""
     model: str | None = None
-    """Model of the adapter. The default is the first served model."""
+    """The model that the adapter changes. The default is the first served model."""
 
 
 class UnloadAdapterBody(Body, foreign=OF_ADAPTERS):
     lora_name: Annotated[str, Field(min_length=1, max_length=255)]
     """Name of an adapter that a client loaded."""
     model: str | None = None
-    """Model of the adapter. The default is the first served model."""
+    """The model that the adapter changes. The default is the first served model."""
 
 
 def adapter_routes(model: ApiModel) -> Iterator[Route]:
@@ -69,7 +69,7 @@ def adapter_routes(model: ApiModel) -> Iterator[Route]:
 
 
 class AdapterLoading:
-    """Loads and unloads adapters. If API keys are set, clients need the first of them."""
+    """Loads and unloads adapters. If API keys are set, this requires the first key."""
 
     def __init__(self, control: AdapterControl, served: str, settings: ApiSettings) -> None:
         self._control = control
@@ -77,7 +77,7 @@ class AdapterLoading:
         self._settings = settings
 
     async def load(self, request: Request) -> Response:
-        """Loads a LoRA adapter. Answers as soon as requests may use it."""
+        """Loads a LoRA adapter. Answers when requests can use the adapter."""
         require_first_key(request.headers, self._settings, "load adapters")
         body = await read_body(request, LoadAdapterBody, self._settings)
         self._models.check(body.model)
@@ -87,7 +87,7 @@ class AdapterLoading:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload(self, request: Request) -> Response:
-        """Unloads a LoRA adapter. Answers as soon as the model is served without it."""
+        """Unloads a LoRA adapter. Answers when the model is served without the adapter."""
         require_first_key(request.headers, self._settings, "unload adapters")
         body = await read_body(request, UnloadAdapterBody, self._settings)
         self._models.check(body.model)
@@ -124,7 +124,7 @@ class ApiModel:
 
 @dataclass(frozen=True, slots=True)
 class _Addressed:
-    """The model of a request. `keep`: seconds that it stays loaded afterwards. `unloads`: the request unloads it."""
+    """A request's model. `keep` is how many seconds the model then stays loaded. `unloads`: the request unloads it."""
 
     model: ApiModel
     keep: float | None = None
@@ -132,7 +132,7 @@ class _Addressed:
 
 
 class ModelRouter:
-    """Finds the model of each request. A single model that is never unloaded gets all; its endpoints check names."""
+    """Finds each request's model. A single model that is never unloaded gets all requests and checks names itself."""
 
     def __init__(self, models: Sequence[ApiModel]) -> None:
         self.models = models
@@ -147,12 +147,12 @@ class ModelRouter:
         return first
 
     def find(self, name: str) -> ApiModel | None:
-        """Returns the model of exactly this name, otherwise the model whose name differs only by a tag, or None."""
+        """Returns the model with exactly this name, or else the model whose name differs only in its tag, or None."""
         whole = (model for model in self.models if name in model.names.all)
         return next(whole, None) or next((model for model in self.models if model.names.find(name)), None)
 
     def named(self, name: object) -> ApiModel:
-        """Returns the model of this name, or the first one without a name. Raises HttpError 404 for an unknown name."""
+        """Returns the model with this name, or the first model if there is no name. May raise HttpError 404."""
         if not (self.settings.can_unload and isinstance(name, str) and name):
             return self.models[0]
         if (model := self.find(name)) is not None:
@@ -166,7 +166,7 @@ class ModelRouter:
     async def _serve(
         self, route: Route, apps: Mapping[str, ASGIApp], scope: Scope, receive: Receive, send: Send
     ) -> None:
-        """Passes a request to its model. Ollama's `keep_alive` then applies, unless the request was refused."""
+        """Passes a request to its model. Then applies Ollama's `keep_alive`, unless the request was refused."""
         addressed = await self._addressed(route, Request(scope, receive))
         app, resident = apps[addressed.model.name], addressed.model.resident
         status = HTTPStatus.INTERNAL_SERVER_ERROR  # until there is a reply
@@ -190,7 +190,7 @@ class ModelRouter:
                 resident.keep(None if addressed.keep == inf else addressed.keep)
 
     async def _addressed(self, route: Route, request: Request) -> _Addressed:
-        """Finds a request's model, stores the body. Raises HttpError for a bad body or field, or an unloaded model."""
+        """Finds a request's model and stores its body. Raises HttpError if the body is bad or the model is unloaded."""
         if route.method == "GET":
             return _Addressed(self.queried(request))
         data = await read_bytes(request, self.settings)
@@ -204,7 +204,7 @@ class ModelRouter:
         return _Addressed(model, keep, unloads)
 
     def _check_loaded(self, model: ApiModel, request: Request) -> None:
-        """Raises HttpError 400 if the model is unloaded, unless it still has requests or this reply is already kept."""
+        """Raises HttpError 400 if the model is unloaded, unless it has open requests or this reply is kept already."""
         if not (model.resident.is_asleep and model.resident.is_idle):
             return
         own, key = owner(request.headers, self.settings.api_keys), request.headers.get("idempotency-key", "")
@@ -219,7 +219,7 @@ def _keeps_awake(route: Route) -> bool:
 
 
 async def _fields(data: bytes) -> dict[str, Any]:
-    """Returns the fields of a body; {} for other JSON, which the endpoint reports. Raises ParameterError for NaN."""
+    """Returns the body's fields, or {} for other JSON, which the endpoint reports. Raises ParameterError for NaN."""
     try:
         return await parse_object_in_time(data)
     except HttpError:

@@ -25,16 +25,18 @@ if TYPE_CHECKING:
 
 
 _DRAIN_S = 600.0
-"""Deadline of a drain, during which other workers load the layers. A repeated request continues to wait."""
+"""The deadline of a drain, in seconds. Other workers load the layers meanwhile. A repeated request waits further."""
 _MOST_SEQUENCES = 32
-"""The largest number of sequences of one request that are shown."""
+"""The maximum number of sequences to show for one request."""
 
 _Record = tuple[ApiModel, RequestRecord]
 
 
 async def disabled(request: Request) -> Response:
-    """Refuses requests to an endpoint that `api.disabled` in the cluster file switches off."""
-    raise HttpError(501, "disabled", f"{request.url.path}: is switched off by `api.disabled` in the cluster file")
+    """Refuses requests to an endpoint that the cluster file switches off with `api.disabled`."""
+    raise HttpError(
+        501, "disabled", f"{request.url.path}: the endpoint is switched off by `api.disabled` in the cluster file"
+    )
 
 
 async def no_proxy(request: Request) -> Response:
@@ -51,14 +53,14 @@ class Workers:
             yield Route(method, f"/cluster/workers/{{worker}}/{endpoint.__name__}", endpoint)
 
     async def drain(self, request: Request) -> Response:
-        """Drains a worker, and answers once it holds no layers. A client that disconnects does not cancel the drain."""
+        """Drains a worker. Answers when the worker holds no layers. The drain continues if the client disconnects."""
         name = request.path_params["worker"]
         async with deadline(f"moving the layers of worker {name} to others", _DRAIN_S):
             await self._pool.drain(name)
         return JsonResponse({"worker": name, "drained": True})
 
     async def undrain(self, request: Request) -> Response:
-        """Undrains a worker, and answers at once. The worker gets layers again when a move is worth its cost."""
+        """Undrains a worker and answers at once. The worker gets layers again when a move is worth its cost."""
         name = request.path_params["worker"]
         self._pool.undrain(name)
         return JsonResponse({"worker": name, "drained": False})
@@ -84,7 +86,7 @@ class Operations:
         yield Route("GET", "/cluster/requests/{request}", self.waterfall)
 
     async def health(self, request: Request) -> Response:
-        """Answers 200 while requests are accepted (even if they wait), else 503. Clients with a key get the reason."""
+        """Answers 200 while requests are accepted, even if they wait, else 503. Clients with a key get the reason."""
         state = self._router.queried(request).engine.state
         if state in (EngineState.READY, EngineState.ASLEEP):
             return JsonResponse({"status": "ok"})
@@ -105,7 +107,7 @@ class Operations:
         return str(error or f"the cluster is {engine.state}")
 
     async def metrics(self, request: Request) -> Response:
-        """Returns metrics for Prometheus under this program's names, and those that llama.cpp has under its names."""
+        """Returns metrics for Prometheus. Metrics that llama.cpp also has appear under both programs' names."""
         engines = {model.name: model.engine for model in self._read(request)}
         metrics = {name: engine.metrics for name, engine in engines.items()}
         own = render_all(metrics) if len(metrics) > 1 else b"".join(each.render() for each in metrics.values())
@@ -116,15 +118,15 @@ class Operations:
         return JsonResponse(self._router.queried(request).status())
 
     async def requests(self, request: Request) -> Response:
-        """Returns the requests that ended last, the oldest first, followed by the open ones."""
+        """Returns the requests that ended most recently, oldest first, followed by the open requests."""
         return _listed(sorted(self._records(request), key=_order), summary_json)
 
     async def waterfall(self, request: Request) -> Response:
-        """Returns the waterfall of a request: when each of its sequences did what, without any text."""
+        """Returns a request's waterfall, which shows each sequence's activities over time. It contains no text."""
         name, known = request.path_params["request"], self._records(request)
         found = [(model, record) for model, record in known if matching([record], name)]
         if not found:
-            message = f"no request {name[:80]!r} is open or among the last {len(known)}"
+            message = f"no request {name[:80]!r} is open or among the last {len(known)} requests"
             raise HttpError(404, "request_not_found", message)
         return _listed(found[-_MOST_SEQUENCES:], waterfall_json)
 
@@ -132,7 +134,7 @@ class Operations:
         return JsonResponse(server_properties(self._router.models, self._router.queried(request)))
 
     async def slots(self, request: Request) -> Response:
-        """Returns the slots, one for each sequence that can run concurrently, the running ones first."""
+        """Returns the slots, running slots first. There is one slot for each sequence that can run concurrently."""
         return JsonResponse(slot_list(self._router.queried(request)))
 
     def _read(self, request: Request) -> Sequence[ApiModel]:
@@ -144,7 +146,7 @@ class Operations:
 
 
 def _order(known: _Record) -> tuple[bool, float]:
-    """Returns the key by which ended requests come first, in the order of their ends. Open ones keep their order."""
+    """Returns a sort key. Ended requests come first, in the order of their ends. Open requests keep their order."""
     _, record = known
     is_open = record.end is None
     return is_open, 0.0 if is_open else record.waterfall.start_ns / 1e9 + record.seconds

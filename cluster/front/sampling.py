@@ -1,4 +1,4 @@
-"""Fields of requests that several APIs share: sampling, reasoning, speculation, slots, adapters, logprobs."""
+"""Request fields that several APIs share: sampling, reasoning, speculation, slots, adapters, logprobs."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def _token_entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, 
 
 @dataclass(frozen=True, slots=True)
 class Requested:
-    """Marks a body's field that is copied to the `CompletionRequest`. `name`: the attribute there, if it differs."""
+    """Marks a body's field that is copied to the `CompletionRequest`. `name` is the attribute's name if it differs."""
 
     name: str = ""
 
 
 class SlotFields(Body):
     id_slot: int = -1
-    """The slot that keeps the request's tokens, for `POST /slots`; below 0: none. Needs `api.slot_folder`."""
+    """The slot that keeps the request's tokens, for `POST /slots`, or -1 for no slot. Requires `api.slot_folder`."""
 
     @property
     def slot(self) -> int | None:
@@ -59,9 +59,9 @@ class SlotFields(Body):
 
 
 def read_scales(value: Any) -> AdapterScales:
-    """Reads [{"id": number, "scale": scale}, ...], sorted by id. Raises ValueError."""
+    """Reads [{"id": number, "scale": scale}, ...]. Returns the scales sorted by id. Raises ValueError."""
     if not isinstance(value, list) or len(value) > MAX_ADAPTERS:
-        raise ValueError(f"must be a list of {MAX_ADAPTERS} objects with 'id' and 'scale' at most")
+        raise ValueError(f"must be a list of at most {MAX_ADAPTERS} objects with 'id' and 'scale'")
     scales = dict(map(_lora_entry, value))
     if len(scales) < len(value):
         raise ValueError("an adapter is listed twice")
@@ -96,14 +96,14 @@ SCALES_SCHEMA: dict[str, Any] = {
 
 class AdapterFields(Body):
     lora: Annotated[AdapterScales | None, BeforeValidator(read_scales), WithJsonSchema(SCALES_SCHEMA)] = None
-    """[{"id": N, "scale": scale}, ...]: the only adapters to use. Absent: the scales set by `POST /lora-adapters`."""
+    """The adapters to use: [{"id": N, "scale": scale}, ...]. The default is the scales set by `POST /lora-adapters`."""
 
 
 class ReasoningFields(Body):
     reasoning_budget: Annotated[int, Field(ge=-1)] = -1
-    """The largest number of reasoning tokens; then its end is forced. 0: no reasoning; -1: no limit."""
+    """The maximum number of reasoning tokens, after which reasoning must end. 0 for no reasoning, -1 for no limit."""
     reasoning_budget_message: Annotated[str, Field(max_length=MAX_MESSAGE_CHARACTERS)] = ""
-    """Text that is inserted before the end of reasoning when the budget forces it."""
+    """Text to insert before the end of reasoning if the budget forces it."""
 
     @property
     def answer_budget(self) -> ReasoningBudget | None:
@@ -117,11 +117,11 @@ _FORMS: Final = f'give true, false, a number of drafted tokens from 0 to {MAX_WI
 
 
 def _most_drafted(value: Any, info: ValidationInfo) -> int | None:
-    """Reads the most drafted tokens; None: the server decides. Other keys of llama.cpp are no client's choice here."""
+    """Reads the limit of drafted tokens. None lets the server decide. Clients cannot set llama.cpp's other keys."""
     if isinstance(value, dict):
         for name in filter("n_max".__ne__, value):
             if not isinstance(info.context, Leniency):
-                raise ValueError(f"{shown(name)} is no key that this server has; {_FORMS}")
+                raise ValueError(f"{shown(name)} is not a known key; {_FORMS}")
             info.context.ignore(f"speculative.{name}")
         value = value.get("n_max")
         if isinstance(value, dict | bool):
@@ -148,12 +148,10 @@ _SCHEMA: Final[dict[str, Any]] = {
 
 
 class SpeculativeFields(Body):
-    """The limit of speculative decoding."""
-
     speculative: Annotated[
         int | None, BeforeValidator(_most_drafted), WithJsonSchema(_SCHEMA), Requested("max_drafted")
     ] = None
-    """Most drafted tokens a step, or {"n_max": N}; false: none; true: the server decides. The answer stays the same."""
+    """The most tokens to draft in a step, or {"n_max": N}; false: none; true: the default. Answers do not change."""
 
 
 _AnyFields = TypeVar("_AnyFields", bound="SamplerFields")
@@ -168,7 +166,7 @@ _LETTERS = dict(zip("edskfypmxt", SAMPLERS, strict=True))
 
 
 def _samplers(value: Any) -> tuple[SamplerName, ...]:
-    """Reads a list of sampler names, or a string of llama.cpp's letters for them. Raises ValueError."""
+    """Reads a list of sampler names or a string of llama.cpp's letters for samplers. Raises ValueError."""
     if isinstance(value, str):
         names = [_LETTERS.get(letter) or _unknown(letter) for letter in value]
     elif isinstance(value, list) and all(isinstance(name, str) for name in value):
@@ -196,7 +194,7 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 
 def documented(low: float, high: float) -> Any:
-    """Makes a field whose bounds appear in openapi.json but are checked by the scheduler."""
+    """Makes a field whose limits are shown in openapi.json. The scheduler checks them."""
     return Field(json_schema_extra={"minimum": low, "maximum": high})
 
 
@@ -209,7 +207,7 @@ _TOP_K = {
     Dialect.LLAMACPP: Annotated[int, AfterValidator(partial(max, 0))],
     Dialect.OLLAMA: Annotated[int, AfterValidator(partial(max, 0))],
 }
-"""The type of `top_k` in each dialect. Negative values keep all tokens: only -1 for OpenAI, any for the others."""
+"""The type of `top_k` in each dialect. Negative values keep all tokens. OpenAI's dialect allows only -1."""
 
 
 def _declared(name: str, own_name: str, dialect: Dialect) -> tuple[Any, Any]:
@@ -225,7 +223,7 @@ def _declared(name: str, own_name: str, dialect: Dialect) -> tuple[Any, Any]:
 
 
 def sampled(dialect: Dialect, *, without: Sequence[str] = ()) -> Callable[[type[_AnyFields]], type[_AnyFields]]:
-    """Returns a decorator that adds the sampling table's fields, under the dialect's names and with its defaults."""
+    """Returns a decorator. It adds the sampling table's fields, with the dialect's names and defaults."""
 
     def add(kind: type[_AnyFields]) -> type[_AnyFields]:
         names = {name: row.name_in(dialect, name) for name, row in SAMPLING_TABLE.items() if name not in without}
@@ -245,16 +243,16 @@ TextsField = Annotated[
 
 
 class SamplerFields(Body):
-    """Settings of the samplers. The class decorator `sampled` adds the numeric fields."""
+    """The samplers' settings. The class decorator `sampled` adds the numeric fields."""
 
     own_names: ClassVar[Mapping[str, str]]  # of the numbers of the sampling table that the body has
 
     dry_sequence_breakers: Annotated[TextsField, Requested("dry_breakers")] = DEFAULT_BREAKERS
-    """Texts that end a repeated sequence for the DRY sampler."""
+    """Texts that interrupt a repetition for the DRY sampler."""
     penalize_nl: Annotated[bool, Requested()] = True
-    """False: penalties do not apply to line breaks."""
+    """False exempts line breaks from the penalties."""
     samplers: SamplersField = SAMPLERS
-    """The samplers that are applied, in this order."""
+    """The samplers to apply, in this order."""
 
     def completion(
         self,
@@ -263,23 +261,23 @@ class SamplerFields(Body):
         params: SamplingParams | None = None,
         **more: Any,
     ) -> CompletionRequest:
-        """Returns the request for one prompt, with the fields that the body marks as `Requested`, and with `more`."""
+        """Returns the request for one prompt. It has the body's fields that are marked as `Requested`, and `more`."""
         marks = [(name, mark) for name, info in type(self).model_fields.items() for mark in info.metadata]
         own = {mark.name or name: getattr(self, name) for name, mark in marks if isinstance(mark, Requested)}
         windows = {"penalty_window": self.penalty_window, "dry_window": self.dry_window}
         return CompletionRequest(prompt, max_new_tokens, params or self.params(), **(windows | own | more))
 
     def numbers(self, names: Iterable[str]) -> dict[str, Any]:
-        """Returns the values of fields by their names in the sampling table; the body's own names may differ."""
+        """Returns fields' values by their names in the sampling table. The body's own names may differ."""
         own_names = self.own_names
         return {name: getattr(self, own_names[name]) for name in names}
 
     def params(self, logit_bias: tuple[tuple[int, float], ...] = ()) -> SamplingParams:
-        """Raises ParameterError for a chain's number out of bounds; the scheduler checks the other numbers."""
+        """Raises ParameterError if a chain's number is out of bounds. The scheduler checks the other numbers."""
         return SamplingParams(**self.numbers(PARAMS), logit_bias=logit_bias, chain=self._chain())
 
     def _chain(self) -> SamplerChain | None:
-        """Returns the samplers that have an effect, in their order; None if the default sampling does the same."""
+        """Returns the samplers that have an effect, in order, or None if the default sampling gives the same result."""
         chain = SamplerChain(self.samplers, **self.numbers(CHAIN))
         check_chain(chain)
         chain = replace(chain, order=_effective_order(chain))
@@ -302,11 +300,11 @@ class SamplerFields(Body):
 @sampled(Dialect.OPENAI, without=("repeat_last_n",))
 class AnswerFields(SamplerFields, AdapterFields, SpeculativeFields):
     stream: bool = False
-    """True: the answer is sent as server-sent events."""
+    """True to send the answer as server-sent events."""
     seed: Annotated[SeedField, Requested()] = None
-    """Seed of the random numbers; the same seed gives the same answer. Absent or -1: a random seed."""
+    """Seed of the random numbers. The same seed gives the same answer. The default, or -1, is a random seed."""
     cache_salt: Annotated[str, Requested()] = Field(default="", max_length=MAX_SALT_CHARACTERS)
-    """Salt of the prefix cache. Requests share cached prefixes of prompts only if their salts are equal."""
+    """Salt of the prefix cache. Requests share cached prompt prefixes only if their salts are equal."""
 
 
 def _effective_order(chain: SamplerChain) -> tuple[SamplerName, ...]:
@@ -328,7 +326,7 @@ _FIELDS: Final = frozenset((*SAMPLING_TABLE, *SamplerFields.model_fields))
 
 
 def chat_sampling(recommended: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns values of the sampling fields: the cluster file's, else the model file's, else llama.cpp's."""
+    """Returns values for the sampling fields: the cluster file's, else the model file's, else llama.cpp's."""
     plain = {name: SAMPLING_TABLE[name].llamacpp for name in MAIN_NUMBERS}
     given = {CHAT.name(name): value for part in (recommended, defaults) for name, value in part.items()}
     return plain | {name: value for name, value in given.items() if name in _FIELDS and value is not None}

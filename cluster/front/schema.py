@@ -1,4 +1,4 @@
-"""Request bodies as strict pydantic classes, with errors that name the field, and one form of fields that APIs vary."""
+"""Request bodies as strict pydantic classes, whose errors name the field. Fields that APIs vary get a common form."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Prompt = str | tuple[int, ...]
 
 
 class PlacedError(ValueError):
-    """An error of one part of a field; its text begins with the place in brackets."""
+    """An error in a part of a field. The error's text begins with the part's place in brackets."""
 
 
 Neutral = Callable[[Any], bool]
@@ -52,7 +52,7 @@ Neutral = Callable[[Any], bool]
 
 @dataclass(frozen=True, slots=True)
 class ForeignFields:
-    """Fields that other servers have and this endpoint does not."""
+    """Fields that other servers have and this endpoint lacks."""
 
     refused: Mapping[str, Neutral] = field(default_factory=dict)  # would change the answer
     hints: Mapping[str, Neutral] = field(default_factory=dict)  # may be left undone
@@ -63,14 +63,14 @@ class ForeignFields:
 
 
 class BodyContext:
-    """`images`: None for a model that reads text only. Fields without effect are refused."""
+    """The context in which a body is read. It refuses fields without effect. `images` is None for text-only models."""
 
     def __init__(self, images: ImageRules | None = None) -> None:
         self.images = images
 
 
 class Leniency(BodyContext):
-    """A context that collects the names of a body's fields without effect."""
+    """A context that collects the names of a body's fields that have no effect."""
 
     def __init__(self, images: ImageRules | None = None) -> None:
         super().__init__(images)
@@ -82,11 +82,11 @@ class Leniency(BodyContext):
 
 
 class Body(DocumentedModel):
-    """A request's fields, strictly typed: 5.0 is read as 5, null as absent. A `Leniency` ignores unknown fields."""
+    """A request's strictly typed fields. 5.0 is read as 5, null as absent. A `Leniency` ignores unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
     takes_recommended: ClassVar[bool] = False
-    """True if the sampling that the model file recommends replaces the endpoint's own defaults."""
+    """True if the model file's recommended sampling replaces the endpoint's own defaults."""
     foreign: ClassVar[ForeignFields] = ForeignFields()
 
     def __init_subclass__(cls, foreign: ForeignFields | None = None, **settings: Any) -> None:
@@ -94,12 +94,12 @@ class Body(DocumentedModel):
         cls.foreign = foreign or cls.foreign
 
     def check(self) -> None:
-        """Raises ParameterError for fields that contradict each other. It is called after the fields are read."""
+        """Raises ParameterError if fields contradict each other. It is called after the fields are read."""
 
     @model_validator(mode="before")
     @classmethod
     def _knows_its_fields(cls, fields: Any, info: ValidationInfo) -> Any:
-        """Stops at the first unknown field if they are refused: pydantic would take seconds for a million."""
+        """Stops at the first unknown field if they are refused. pydantic would take seconds for a million fields."""
         if not isinstance(fields, dict):
             return fields
         known = cls.model_fields
@@ -120,7 +120,7 @@ def _unknown_field(name: str, known: Iterable[str]) -> PydanticCustomError:
 
 
 def _as_declared(field_info: FieldInfo, value: Any) -> Any:
-    """Reads 5.0 as 5 for a whole number, and [] as {} for an object, because PHP writes both empty arrays as []."""
+    """Reads 5.0 as 5 for a whole number, and [] as {} for an object, because PHP writes an empty object as []."""
     if type(value) is float and value.is_integer() and field_info.annotation in (int, int | None):
         return int(value)
     return {} if value == [] and _is_object(field_info) else value
@@ -148,7 +148,7 @@ def parts_of(kind: type[Body]) -> dict[str, type[Body]]:
 
 
 def read_part(kind: type[AnyBody], value: Any, context: BodyContext | None) -> AnyBody:
-    """Calls `read_fields` in a pydantic validator, which must raise ValueError."""
+    """Calls `read_fields` inside a pydantic validator, which must raise ValueError."""
     try:
         return read_fields(kind, value, context)
     except ParameterError as error:
@@ -161,8 +161,8 @@ def read_fields(
     context: BodyContext | None = None,
     idle: Mapping[str, Neutral] = MappingProxyType({}),
 ) -> AnyBody:
-    """Makes a body from fields. Raises ParameterError for a field that is wrong or not supported, and, unless `context`
-    is a `Leniency`, for one that is unknown or has no effect. `idle`: fields without effect with these settings."""
+    """Makes a body from fields. Fields in `idle` have no effect with these settings. Raises ParameterError if a field
+    is wrong or not supported, or, unless `context` is a `Leniency`, if a field is unknown or has no effect."""
     foreign, kept = kind.foreign, {name: value for name, value in fields.items() if value is not None}
     for name, is_neutral in {**foreign.refused, **foreign.hints, **idle}.items():
         if name in kept and not is_neutral(kept.pop(name)):
@@ -172,7 +172,9 @@ def read_fields(
     as_sent = {name: other for other, name in foreign.other_names.items() if other in kept and name not in kept}
     for other, name in foreign.other_names.items():
         if other in kept and kept.setdefault(name, kept[other]) != kept.pop(other):
-            raise ParameterError(other, f"is another name of {name}, which has another value: leave one out")
+            raise ParameterError(
+                other, f"is another name of {name}, which has a different value: leave out one of the two fields"
+            )
     try:
         body = _built(kind).model_validate(kept, context=context)
     except ValidationError as error:
@@ -182,14 +184,15 @@ def read_fields(
 
 
 def _built(kind: type[AnyBody]) -> type[AnyBody]:
-    """Builds a validator at first use, as all take a tenth of a start; locks, as not every version of pydantic does."""
+    """Builds a validator at first use, because building all is slow. Locks, because not every pydantic version does."""
     with _building:
         kind.model_rebuild()  # nothing where it is there
     return kind
 
 
 def _first_error(error: ValidationError, as_sent: Mapping[str, str]) -> ParameterError:
-    """Prefers an unknown field, because it may be a misspelt required one. `as_sent`: names of renamed fields."""
+    """Returns the first error, or an unknown field's error, because that field may be a misspelt required field.
+    `as_sent` maps fields to the names under which they were sent."""
     details = error.errors(include_url=False, include_input=False)
     return _parameter_error(min(details, key=lambda detail: detail["type"] != _UNKNOWN), as_sent)
 
@@ -230,7 +233,7 @@ def _limit(value: Any) -> Any:
 
 
 def _without_end(value: Any) -> Any:
-    """Returns -1 for a limit beyond every context length, because some clients write no limit as 2147483647."""
+    """Returns -1 for a limit beyond every context length. Some clients write 2147483647 for no limit."""
     return -1 if is_int(value) and MAX_CONTEXT_TOKENS < value <= _LARGEST_NUMBER else value
 
 
@@ -246,10 +249,10 @@ def strings(value: Any) -> tuple[str, ...]:
 
 
 def _prompts(value: Any) -> tuple[Prompt, ...]:
-    """Reads one prompt (a text or token ids) or a list of prompts. Raises ValueError."""
+    """Reads one prompt (text or token ids) or a list of prompts. Raises ValueError."""
     if isinstance(value, list) and value and all(isinstance(item, str | list) for item in value):
         if len(value) > MAX_PROMPTS:
-            raise ValueError(f"{len(value)} prompts in one request, at most {MAX_PROMPTS} are taken")
+            raise ValueError(f"{len(value)} prompts in one request; the limit is {MAX_PROMPTS}")
         return tuple(_prompt(item) for item in value)
     return (_prompt(value),)
 
@@ -263,7 +266,7 @@ def _prompt(value: Any) -> Prompt:
 
 
 def prompt_string(value: dict[str, Any]) -> str:
-    """Reads llama.cpp's form of a multimodal prompt, {"prompt_string": text}. Raises ValueError if there are images."""
+    """Reads llama.cpp's form of a multimodal prompt, {"prompt_string": text}. Raises ValueError if it has images."""
     text = value.get("prompt_string")
     if not isinstance(text, str) or value.get("multimodal_data") or value.keys() - {"prompt_string", "multimodal_data"}:
         raise ValueError("an object must have the text `prompt_string` and no other fields; images are not supported")
@@ -274,7 +277,7 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...]:
     if not isinstance(value, dict):
         raise ValueError("must be an object of token ids and biases")
     if len(value) > MAX_LOGIT_BIASES:
-        raise ValueError(f"{len(value)} token ids, at most {MAX_LOGIT_BIASES} are taken")
+        raise ValueError(f"{len(value)} token ids; the limit is {MAX_LOGIT_BIASES}")
     biases = {_token_id(token): _bias(bias) for token, bias in value.items()}
     return tuple(sorted(biases.items()))
 
@@ -300,11 +303,11 @@ _IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer"}}
 _PROMPTS = {"anyOf": [{"type": "string"}, _IDS, {"type": "array", "items": {"anyOf": [{"type": "string"}, _IDS]}}]}
 
 LimitField = Annotated[int | None, BeforeValidator(_limit), WithJsonSchema({"type": "integer", "minimum": -2})]
-"""The largest number of tokens of an answer; None (in JSON also -1 or -2): as many as the context has room for."""
+"""The maximum number of tokens of an answer. None (or -1 or -2 in JSON) means as many as fit into the context."""
 WholeLimitField = Annotated[int, BeforeValidator(_without_end), Field(ge=-2)]
-"""The largest number of tokens of an answer, for fields whose default is -1 and not null."""
+"""The maximum number of tokens of an answer, for fields whose default is -1 instead of null."""
 SeedField = Annotated[int | None, BeforeValidator(_seed), WithJsonSchema({"type": "integer"})]
-"""A seed; None (in JSON also -1, as in llama.cpp): a random one."""
+"""A seed. None (or -1 in JSON, as in llama.cpp) means a random seed."""
 StopField = Annotated[tuple[str, ...], BeforeValidator(strings), WithJsonSchema(_STRINGS)]
 PromptsField = Annotated[tuple[Any, ...], BeforeValidator(_prompts), WithJsonSchema(_PROMPTS)]
 BiasField = Annotated[

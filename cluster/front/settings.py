@@ -1,4 +1,4 @@
-"""Settings of the HTTP API, and the names by which requests address models."""
+"""The HTTP API's settings, and the names by which requests address models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}")
 
 @dataclass(frozen=True, slots=True)
 class ApiSettings:
-    """Settings of the HTTP API; clients may change only adapters and copies. Durations are in seconds."""
+    """The HTTP API's settings. Clients can change only adapters and copies. Durations are in seconds."""
 
     listen_host: str = "127.0.0.1"
     further_hosts: tuple[str, ...] = ()  # of the other addresses
@@ -66,7 +66,7 @@ class ApiSettings:
 
     @property
     def max_connections(self) -> int:
-        """The largest number of open connections. At the limit, an idle one is closed for a new one."""
+        """The maximum number of open connections. At the limit, a new connection replaces an idle connection."""
         return 3 * self.max_requests
 
 
@@ -76,10 +76,10 @@ def not_served(name: str, served: Iterable[str]) -> HttpError:
 
 
 class ModelNames:
-    """All names of a served model: its own, aliases, adapters, and copies, which clients make for this process."""
+    """All names of a served model: its own name, aliases, adapters, and copies that clients made in this process."""
 
     def __init__(self, served: str, settings: ApiSettings, *, any_by_default: bool = False) -> None:
-        """`any_by_default`: requests may name any model, unless `strict_model` of the settings decides."""
+        """`any_by_default` lets requests name any model, unless the settings' `strict_model` decides otherwise."""
         self._served = served
         self._settings = settings
         self._adapters = settings.adapters
@@ -93,15 +93,15 @@ class ModelNames:
         return dict.fromkeys(known, self._served) | {name: name for name in adapters}
 
     def find(self, name: str) -> str | None:
-        """Returns the served model's or adapter's name that a name stands for, with or without a tag, or None."""
+        """Returns the served model's or adapter's name that `name` stands for, or None. A tag makes no difference."""
         names = self.all
         return names.get(name) or {tagged(known): own for known, own in names.items()}.get(tagged(name))
 
     def adapters(
         self, name: str | None, lora: AdapterScales | None = None, default: AdapterScales = ()
     ) -> AdapterScales:
-        """Returns a request's adapters: the one named as its model, or its field `lora`, or `default`. Raises HttpError
-        404 for an unknown model, ParameterError for an unknown adapter, or for both `lora` and an adapter's name."""
+        """Returns a request's adapters: the adapter named as its model, its field `lora`, or `default`. Raises
+        HttpError 404 for an unknown model, ParameterError for an unknown adapter or `lora` with an adapter as model."""
         if (number := self._adapters.number_of(self.shown(name))) is not None:
             if lora is not None:
                 raise ParameterError("lora", f"model names the adapter {name!r} already: leave one of them out")
@@ -114,13 +114,13 @@ class ModelNames:
         return tuple((adapter, scale) for adapter, scale in lora if scale)
 
     def shown(self, name: str | None) -> str:
-        """Returns the model's name for replies: the one that `name` stands for, or else the served model's."""
+        """Returns the model name to show in replies. It is the name that `name` stands for, or the served model's."""
         return (name and self.find(name)) or self._served
 
     def check(self, name: str | None) -> None:
-        """Raises HttpError for an adapter's or, unless any name is taken, another model's name."""
+        """Raises HttpError if the name is an adapter's, or another model's and not every name is accepted."""
         if self.shown(name) in self._adapters.names:
-            message = f"model: {name!r} is an adapter; here only {self._served!r} itself is computed with"
+            message = f"model: {name!r} is an adapter; this endpoint uses only {self._served!r} itself"
             raise HttpError(400, "unsupported_parameter", message, param="model")
         if name is not None and not self._takes_any and self.find(name) is None:
             raise not_served(name, (self._served, *self._adapters.names))
@@ -130,15 +130,15 @@ class ModelNames:
             raise HttpError(404, "model_not_found", f"model {name[:200]!r} not found", param="model")
 
     def copy(self, source: str, destination: str) -> None:
-        """Adds a name of the served model. Raises HttpError for a bad or fixed name, too many copies, or an adapter:
-        after a restart, the lost name of its copy could mean the model without it."""
+        """Adds a name for the served model. Raises HttpError if the name is invalid or fixed, there are too many
+        copies, or the source is an adapter. After a restart, an adapter's lost copy could mean the model without it."""
         self.check_known(source)
         if not _NAME.fullmatch(destination):
-            message = f"{destination[:200]!r} is not a model's name: letters, digits and ._:/@- are"
+            message = f"{destination[:200]!r} is not a valid model name: use letters, digits and ._:/@-"
             raise HttpError(400, "bad_name", message, param="destination")
         for name in map(self.find, (source, destination)):
             if name in self._adapters.names:
-                message = f"{name!r} is an adapter: names of adapters are under adapters in the cluster file"
+                message = f"{name!r} is an adapter: give adapters their names under `adapters` in the cluster file"
                 raise HttpError(403, "names_are_fixed", message)
         if self.find(destination) is not None:
             return
@@ -151,7 +151,7 @@ class ModelNames:
         self._settings.copies.append(name)
 
     def delete(self, name: str) -> None:
-        """Removes a copy. Raises HttpError for the served model, an alias of the cluster file, or an unknown name."""
+        """Removes a copy. Raises HttpError if the name is unknown, or is the model's own name or an alias."""
         self.check_known(name)
         plain = name.removesuffix(TAG)
         if plain not in self._settings.copies:
@@ -164,11 +164,11 @@ _UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0
 _PART = r"\d{1,12}(?:\.\d{0,9})?(?:ns|us|µs|ms|s|m|h)"
 _DURATION = re.compile(rf"(-?)((?:{_PART})+)")
 _MOST_S = 1_000_000_000
-"""The longest finite duration. Larger values, such as Ollama's largest duration, mean for ever."""
+"""The longest finite duration, in seconds. Larger values, such as Ollama's largest duration, mean for ever."""
 
 
 def read_keep_alive(value: Any) -> float | None:
-    """Reads seconds or a text like "5m"; negative or huge: infinity; None: None. Raises HttpError 400."""
+    """Reads seconds or a text such as "5m", or None. Negative or huge values mean infinity. Raises HttpError 400."""
     if value is None:
         return None
     seconds = _seconds(value)

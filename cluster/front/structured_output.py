@@ -1,4 +1,4 @@
-"""Fields that constrain answers to a grammar, under OpenAI's, llama.cpp's, vLLM's and SGLang's names."""
+"""Fields that constrain answers with a grammar, under the names of OpenAI, llama.cpp, vLLM and SGLang."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ _Any = Annotated[Any, WithJsonSchema({})]
 
 
 class GrammarFields(Body):
-    """Constraints on the form of an answer. If a request has several of them, they must mean the same form."""
+    """Constraints on the form of an answer. If a request has several constraints, they must mean the same form."""
 
     response_format: _Object | None = None
     """`{"type": "json_object"}`, `{"type": "json_schema", "json_schema": {"schema": ...}}`, or `{"type": "text"}`."""
     json_schema: _Any = None
     grammar: str = ""
-    """A grammar that the answer conforms to, in llama.cpp's GBNF or llguidance's dialect of Lark."""
+    """A grammar for the answer, in llama.cpp's GBNF or llguidance's dialect of Lark."""
     structured_outputs: _Object | None = None
     """vLLM's field: an object with exactly one of `json`, `regex`, `choice`, `grammar` and `json_object`."""
     guided_json: _Any = None
-    """A JSON schema that the answer conforms to. This field and the other `guided_` fields are older fields of vLLM."""
+    """A JSON schema for the answer. The `guided_` fields are older fields of vLLM."""
     guided_regex: str | None = None
     """A regular expression that matches the whole answer."""
     guided_choice: _Any = None
-    """A list of texts; the answer is one of them."""
+    """A list of texts. The answer is one of them."""
     guided_grammar: str | None = None
     """vLLM's older name of `grammar`."""
     guided_json_object: bool = False
-    """The answer is a JSON object."""
+    """True to make the answer a JSON object."""
     regex: str | None = None
     """SGLang's name of `guided_regex`."""
     ebnf: str | None = None
     """SGLang's name of `grammar`."""
 
     def answer_grammar(self) -> Grammar | None:
-        """None: no field constrains the answer. Raises ParameterError for invalid fields or different forms."""
+        """Returns the grammar, or None if no field constrains the answer. Raises ParameterError if fields are wrong."""
         values = {name: getattr(self, name) for name in _FIELDS}
         made = {name: make(values[name], name) for name, (make, empty) in _FIELDS.items() if values[name] not in empty}
         first = next(iter(made), "")
@@ -65,7 +65,7 @@ class GrammarFields(Body):
 
 
 def response_format_grammar(value: dict[str, Any], origin: str) -> Grammar | None:
-    """Returns the grammar of a `response_format`; None for `text`. Raises ParameterError with the field `origin`."""
+    """Returns a `response_format`'s grammar, or None for `text`. Raises ParameterError with the field name `origin`."""
     kind = value.get("type")
     match kind:
         case "text":
@@ -99,7 +99,7 @@ def _of_vllm(value: dict[str, Any], origin: str) -> Grammar:
 
 
 def _schema(value: Any, origin: str) -> dict[str, Any] | bool:
-    """Reads a JSON schema that is given as JSON or as a text of JSON. Raises ParameterError."""
+    """Reads a JSON schema, given as JSON or as a text of JSON. Raises ParameterError."""
     if isinstance(value, str):
         _check_text(value, origin)
         try:

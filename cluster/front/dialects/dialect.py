@@ -1,4 +1,4 @@
-"""Base classes of an API's endpoints: the steps that all of them share between the bytes of a body and the reply."""
+"""Base classes of an API's endpoints. They perform the common steps between a request's body and the reply."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ class ParsedRequest(Generic[AnyBody]):
     async def chat(
         self, make: Callable[_Arguments, ChatRequest], *given: _Arguments.args, **named: _Arguments.kwargs
     ) -> ChatRequest:
-        """Makes the chat, on a thread if the body is large, with the request's time, adapters and images."""
+        """Makes the chat with the request's time, adapters and images. A large body is converted on a thread."""
         chat = await converted(self.body, make, *given, **named)
         admitted = chat.admitted(self.context.created, self.adapters)
         return await with_images(admitted, self.context)
 
 
 class Endpoint(ABC, Generic[AnyBody]):
-    """One operation of an API for one model, served on its `paths` if it is listed in `ENDPOINTS` (front/app.py)."""
+    """One operation of an API for one model. It is served on its `paths` if `ENDPOINTS` (front/app.py) lists it."""
 
     paths: ClassVar[tuple[str, ...]]
     body: type[AnyBody]
     takes_any_model: ClassVar[bool] = False
-    """True if requests to `/v1/` paths may name any model, as on all other paths. `strict_model` overrides this."""
+    """True if requests to `/v1/` paths may name any model, as on other paths. `strict_model` overrides this."""
     form: ClassVar[StreamFormat] = StreamFormat.EVENTS
     errors: ClassVar[ErrorShape | None] = None
-    """The form of errors on these paths and below. None: that of `usual_shape`."""
+    """The form of errors on these paths and the paths below them. None means the form of `usual_shape`."""
 
     def __init__(self, model: ApiModel, path: str) -> None:
         self.model = model
@@ -69,7 +69,7 @@ class Endpoint(ABC, Generic[AnyBody]):
 
     @property
     def images(self) -> ImageRules | None:
-        """The images that the model takes. None: it reads text only."""
+        """The images that the model accepts, or None if it reads only text."""
         return None if self.service.vision is None else ImageRules(self.settings.image_hosts)
 
     @abstractmethod
@@ -81,7 +81,7 @@ class Endpoint(ABC, Generic[AnyBody]):
         return body
 
     def check_model(self, body: AnyBody) -> None:
-        """Raises HttpError for a model that is not served, and ParameterError for adapters that are not."""
+        """Raises HttpError if the body's model is not served, and ParameterError if its adapters are not."""
         self.models.check(self.named(body))
 
     def named(self, body: AnyBody) -> str | None:
@@ -90,7 +90,7 @@ class Endpoint(ABC, Generic[AnyBody]):
 
 
 class Dialect(Endpoint[AnyBody]):
-    """A generating endpoint. Subclasses may override `make` to refuse or pass on requests, and `routes` to add some."""
+    """A generating endpoint. Subclasses may override `make` to refuse or redirect requests, and extend `routes`."""
 
     def __init__(self, model: ApiModel, path: str) -> None:
         super().__init__(model, path)
@@ -111,7 +111,7 @@ class Dialect(Endpoint[AnyBody]):
         return await self._answer(request)
 
     async def counted(self, request: Request, chat: ChatRequest, **fields: str) -> Response:
-        """Returns the number of tokens in the prompt of a chat, as JSON in which `fields` come first."""
+        """Returns the token count of a chat's prompt, as JSON. `fields` come first in the JSON."""
 
         async def count() -> int:
             async with deadline("counting the request's tokens (timeouts.request)", self.settings.request_s):

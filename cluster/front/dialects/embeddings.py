@@ -1,4 +1,4 @@
-"""Embeddings and reranking: `/v1/embeddings`, `/embedding`, `/v1/rerank`."""
+"""Endpoints for embeddings and reranking: `/v1/embeddings`, `/embedding`, `/v1/rerank`."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from llamaclust.core.errors import ParameterError
 from llamaclust.model.pooling import Pooling
 
 MAX_INPUTS = 2048
-"""The largest number of prompts in one request, as in OpenAI's API."""
+"""The maximum number of prompts in one request, as in OpenAI's API."""
 
 _MAX_DIMENSIONS = 1 << 20
 _MAX_NORM = 1000
 
 Input = tuple[str | int, ...]
-"""A prompt: texts and token ids in their order."""
+"""A prompt: texts and token ids in order."""
 
 
 def _inputs(value: Any) -> tuple[Input, ...]:
@@ -78,9 +78,9 @@ class EmbeddingFields(Body, foreign=EMBEDDING):
     encoding_format: Literal["float", "base64"] = "float"
     """Encoding of the vectors: a list of numbers, or the base64 of little-endian float32 values."""
     dimensions: int | None = Field(default=None, ge=1, le=_MAX_DIMENSIONS)
-    """The number of leading channels to keep; by default all."""
+    """The number of leading channels to keep. The default is all."""
     pooling: Literal["none", "mean", "cls", "last"] | None = None
-    """Pooling of the tokens' hidden states. The default is the model file's; if it has none, the last token's state."""
+    """Pooling of the tokens' hidden states. The default is the model file's pooling, or else the last token's state."""
     cache_salt: str = Field(default="", max_length=MAX_SALT_CHARACTERS)
     """Salt of the prefix cache. Requests share KV blocks only if their salts are equal."""
 
@@ -105,7 +105,7 @@ class LlamaCppEmbeddingBody(EmbeddingFields):
     content: InputsField | None = None
     """llama.cpp's other name of `input`."""
     embd_normalize: int = Field(default=EUCLIDEAN, ge=-1, le=_MAX_NORM)
-    """Normalization of the vectors. -1: none; 0: the largest absolute value becomes 32760; p: the p-norm becomes 1."""
+    """Norm of the vectors: -1 for none, 0 to scale the largest absolute value to 32760, p to scale the p-norm to 1."""
 
     @property
     def inputs(self) -> tuple[Input, ...]:
@@ -122,7 +122,7 @@ async def embedded(
     options: EmbeddingOptions,
     shape: Callable[[list[Embedding]], Any],
 ) -> JsonParts:
-    """Embeds prompts and replies in `shape`'s form. Vectors count towards the memory budget until they are sent."""
+    """Embeds prompts. `shape` makes the reply's JSON. Vectors count towards the memory budget until they are sent."""
     async with AsyncExitStack() as held:
         embedding = held.enter_async_context(service.embed(prompts, options))
         embeddings = await unless_disconnected(request, embedding)
@@ -134,7 +134,9 @@ async def embedded(
 
 def check_single(pooling: Pooling) -> None:
     if pooling is Pooling.NONE:
-        raise ParameterError("pooling", "'none' gives a vector for each token: use POST /embedding, or set another")
+        raise ParameterError(
+            "pooling", "'none' gives a vector for each token: use POST /embedding, or set another pooling"
+        )
 
 
 _RERANKER: Final = "hf:gpustack/bge-reranker-v2-m3-GGUF/bge-reranker-v2-m3-Q8_0.gguf"
@@ -166,17 +168,17 @@ class RerankBody(Body, foreign=RERANK):
     model: str | None = None
     """Name of the served model. Any name is accepted, unless `strict_model` is set."""
     query: str
-    """The question or topic that the documents are ranked by."""
+    """The question or topic to rank the documents by."""
     documents: _Texts | None = None
-    """Texts, or objects with the field `text`."""
+    """The documents: texts, or objects with the field `text`."""
     texts: _Texts | None = None
-    """The same as `documents`, but the reply has the form of Text Embeddings Inference."""
+    """The documents, for a reply in the form of Text Embeddings Inference."""
     top_n: int | None = Field(default=None, ge=1)
-    """The number of results, the best ones; by default all documents are returned."""
+    """The number of results. The best documents are returned, by default all."""
     return_documents: bool = False
-    """True: each result contains its document."""
+    """True to include each document in its result."""
     return_text: bool = False
-    """The same as `return_documents`, for requests with `texts`."""
+    """True to include each text in its result, for requests with `texts`."""
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -192,7 +194,7 @@ class Rerank(Endpoint[RerankBody]):
     takes_any_model = True
 
     async def answer(self, request: Request) -> Response:
-        """Returns documents with their relevance to a query, the most relevant first."""
+        """Returns documents with their relevance to a query, beginning with the most relevant."""
         if self.service.settings.ranking is None:
             raise HttpError(501, "not_supported", f"{request.url.path}: {self._refusal()}")
         return await unless_disconnected(request, self._ranked(await self.read(request)))
@@ -258,7 +260,7 @@ class LlamaCppEmbeddings(Endpoint[LlamaCppEmbeddingBody]):
     body = LlamaCppEmbeddingBody
 
     async def answer(self, request: Request) -> Response:
-        """Returns a list of vectors for each prompt: a single vector, or one per token without pooling."""
+        """Returns a list of vectors for each prompt: a single vector, or without pooling one for each token."""
         body = await self.read(request)
         options = body.options(self.service.settings.pooling, body.embd_normalize)
         return await embedded(request, self.service, body.inputs, options, partial(_llamacpp_reply, body))

@@ -1,1 +1,1 @@
-"""The HTTP server of all endpoints: connections, TLS, API keys, admission, event streams, and error replies."""
+"""Serves all endpoints over HTTP: connections, TLS, API keys, admission, event streams, and error replies."""

@@ -1,4 +1,4 @@
-"""The TLS certificate of the API: PEM files, which are read again when they change, or a self-signed certificate."""
+"""The API's TLS certificate. It is read from PEM files, again whenever they change, or is self-signed."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from llamaclust.wire.security.server_context import server_context
 
 _LOOK_S: Final = 1.0
 _RETRY_S: Final = 60.0
-"""The pause after a failure that may pass, such as a wrong clock, a full disk, or an unreachable file server."""
+"""The wait before the next try. By then, a wrong clock, a full disk or an unreachable file server may be repaired."""
 _END_S: Final = 1.0
 _MOST_BYTES: Final = 1 << 20
 _WARNING: Final = timedelta(days=7)
-"""The log warns when the certificate ends within this time."""
+"""The log warns if less than this time is left before the certificate expires."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class CertificateFiles:
-    """The PEM files of a certificate and its key; both may be the same file."""
+    """The PEM files of a certificate and its private key. One file may hold both."""
 
     certificate: Path  # the server's first, then those of the authorities that signed it
     key: Path
@@ -64,7 +64,7 @@ class LoadedCertificate:
 
     @classmethod
     def of(cls, files: CertificateFiles) -> LoadedCertificate:
-        """Reads the files. Raises UsageError for an unusable file or a key that does not match the certificate."""
+        """Reads the files. Raises UsageError if a file is unusable or the key does not match the certificate."""
         version = files.version
         is_one_file = files.key == files.certificate
         chain = _read(files.certificate, is_private=is_one_file)
@@ -80,7 +80,7 @@ class LoadedCertificate:
             context = server_context(both, ssl.TLSVersion.TLSv1_2)
         except OSError as error:
             reason = error.reason if isinstance(error, ssl.SSLError) else error
-            raise UsageError(f"{files.certificate}: cannot be used: {reason}") from error
+            raise UsageError(f"{files.certificate}: the certificate cannot be used: {reason}") from error
         context.set_alpn_protocols(["http/1.1"])
         pem = certificate.public_bytes(Encoding.PEM).decode()
         fingerprint = certificate.fingerprint(hashes.SHA256()).hex(":").upper()
@@ -88,7 +88,7 @@ class LoadedCertificate:
 
 
 class ServerCertificate:
-    """The server's certificate. The previous certificate stays in use if changed files cannot be used."""
+    """The server's certificate. If changed files are unusable, the previous certificate stays in use."""
 
     def __init__(self, files: CertificateFiles) -> None:
         self._files = files
@@ -108,7 +108,7 @@ class ServerCertificate:
         return self._loaded.fingerprint
 
     def publish(self, path: Path) -> None:
-        """Writes the certificate for this user's programs, now and after each change. Raises LlamaclustError."""
+        """Writes the certificate to `path`, now and after each change. Raises LlamaclustError if that is impossible."""
         self._published = path
         self._publish()
 
@@ -129,7 +129,7 @@ class ServerCertificate:
             thread.join(_END_S)
 
     def look(self) -> None:
-        """Reads changed files once two checks find them equal, hence completely written. Warns before expiry."""
+        """Reads changed files when two checks in a row find the same change. Warns if the certificate expires soon."""
         version, last = self._files.version, self._seen
         self._seen = version
         must_wait = version == self._failed and time.monotonic() < self._retry_at_s
@@ -138,7 +138,9 @@ class ServerCertificate:
         left = self._loaded.ends_at - datetime.now(UTC)
         if left < _WARNING and not self._has_warned:
             self._has_warned = True
-            _log.warning("%s: ends at %s: renew it", self._files.certificate, _shown(self._loaded.ends_at))
+            _log.warning(
+                "%s: the certificate expires at %s: renew it", self._files.certificate, _shown(self._loaded.ends_at)
+            )
 
     def _renew(self, version: tuple[int, ...]) -> None:
         failure = "the API's certificate stays as it was"
@@ -181,7 +183,7 @@ def _check_key(files: CertificateFiles, certificate: x509.Certificate, pem: byte
         is_its_key = load_pem_private_key(pem, None).public_key() == certificate.public_key()
     except TypeError as error:  # its password is missing
         what = f"{files.key}: the key is protected by a password"
-        raise UsageError(f"{what}; write it without one: openssl pkey -in {files.key} -out FILE") from error
+        raise UsageError(f"{what}; write the key without a password: openssl pkey -in {files.key} -out FILE") from error
     except (ValueError, UnsupportedAlgorithm) as error:
         raise UsageError(f"{files.key}: holds no private key in PEM") from error
     if not is_its_key:
@@ -200,24 +202,24 @@ def _shown(time: datetime) -> str:
 
 
 _LIFE = timedelta(days=820)
-"""Validity of a self-signed certificate. Some clients refuse more than 825 days."""
+"""The validity of a self-signed certificate. Some clients refuse a validity of more than 825 days."""
 _REST = timedelta(days=30)
-"""A start of the cluster replaces a self-signed certificate that expires within this time."""
+"""The cluster replaces a self-signed certificate at start if less than this time is left before it expires."""
 _SKEW = timedelta(days=1)
 _MOST_NAMES = 256
 _NAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 
 
 def certificate_names(listen_hosts: Sequence[str], allowed_hosts: Sequence[str]) -> list[str]:
-    """Returns the host names and addresses by which clients may connect to an API that listens on `listen_hosts`."""
+    """Returns the host names and addresses under which clients may reach an API that listens on `listen_hosts`."""
     here = [name for host in listen_hosts for name in (own_addresses() if host in ANYWHERE else [host])]
     names = ["localhost", "127.0.0.1", "::1", socket.gethostname(), *here, *allowed_hosts]
     return _unique(name.lower() for name in names)
 
 
 def keep_self_signed(path: Path, names: Sequence[str]) -> None:
-    """Makes sure that a file (mode 0600) has a key and a self-signed certificate for these names, in PEM. A new
-    certificate keeps the old names, because several machines may share the folder. Raises LlamaclustError."""
+    """Makes sure that the file holds a key and a self-signed certificate for these names, in PEM and with mode 0600. A
+    new certificate keeps the old names, because several machines may share the folder. Raises LlamaclustError."""
     former = _former(path)
     now = datetime.now(UTC)
     if former is not None:

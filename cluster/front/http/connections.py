@@ -1,4 +1,4 @@
-"""The API's port, and HTTP/1.1 and TLS of its connections. Bounds on connections hold during TLS handshakes too."""
+"""Listens on the API's port, and speaks HTTP/1.1 and TLS. Limits on connections also apply during TLS handshakes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from llamaclust.cluster.front.http.certificate import ServerCertificate
 
 MAX_HEADERS = 200
-"""The largest number of lines in a request's head. Even a short header takes some hundred bytes of memory."""
+"""The maximum number of lines in a request's head. Even a short header takes a few hundred bytes of memory."""
 EVENTS_A_TURN = 64
 """The number of body pieces that one connection may parse before other connections get a turn."""
 _FEW_CHUNKS, _LEAST_CHUNK_BYTES = 4096, 16
-"""The least average size of a body's chunks, if it has more than `_FEW_CHUNKS`: each costs the same time to parse."""
+"""The least average chunk size, in bytes, of a body with over `_FEW_CHUNKS` chunks. Each chunk takes time to parse."""
 _ABSOLUTE = re.compile(rb"https?://([^/?]+)(.*)", re.IGNORECASE)
 
 
@@ -39,7 +39,7 @@ def canonical_name(name: bytes) -> bytes:
 
 
 class HttpConnection(h11.Connection):
-    """A server's connection. Bounds headers, chunks and work per turn; sends pieces of bodies without h11's checks."""
+    """A server connection with limits on headers, chunks and work per turn. Sends body pieces without h11's checks."""
 
     def __init__(self, our_role: type[h11.SERVER], max_incomplete_event_size: int) -> None:
         super().__init__(our_role, max_incomplete_event_size)
@@ -59,7 +59,7 @@ class HttpConnection(h11.Connection):
         return type(self._writer) is ChunkedWriter and self.our_state is h11.SEND_BODY
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        """Returns NEED_DATA at the end of the turn. Raises RemoteProtocolError for bad HTTP or exceeded bounds."""
+        """Returns NEED_DATA when the turn ends. Raises RemoteProtocolError for invalid HTTP or an exceeded limit."""
         if self.ended_turn:
             return h11.NEED_DATA
         if self.their_state is h11.IDLE:
@@ -78,13 +78,13 @@ class HttpConnection(h11.Connection):
         ends = (received.find(end) for end in (b"\n\r\n", b"\n\n"))
         lines = received.count(b"\n", 0, 1 + min((end for end in ends if end >= 0), default=len(received)))
         if lines > MAX_HEADERS:
-            raise h11.RemoteProtocolError(f"more than {MAX_HEADERS} headers", error_status_hint=431)
+            raise h11.RemoteProtocolError(f"the request has more than {MAX_HEADERS} headers", error_status_hint=431)
 
     def _check_chunks(self, data: h11.Data) -> None:
         self._chunks += data.chunk_start
         self._body_bytes += len(data.data)
         if self._chunks > _FEW_CHUNKS and self._body_bytes < _LEAST_CHUNK_BYTES * self._chunks:
-            raise h11.RemoteProtocolError(f"{self._chunks} chunks of {self._body_bytes} bytes in all")
+            raise h11.RemoteProtocolError(f"the body has {self._chunks} chunks of {self._body_bytes} bytes in all")
 
     def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]  # as the last of its overloads
         if type(event) is h11.Data and self.is_chunked:
@@ -118,9 +118,9 @@ class _Phase(Enum):
 
 
 class TlsProtocol(asyncio.Protocol):
-    """Carries the bytes of another protocol in TLS, from the first byte. In asyncio's own TLS, the carried protocol
-    begins only after the handshake, and a connection ends only when the client agrees: clients could delay both and
-    evade the bounds on connections. Here closing waits only for written data. Data written before the end of the
+    """Carries another protocol's bytes in TLS, from the first byte on. In asyncio's own TLS, the carried protocol
+    begins only after the handshake, and a connection ends only when the client agrees. Clients could delay both and
+    evade the limits on connections. Here, closing waits only for written data. Data written before the end of the
     handshake is lost."""
 
     def __init__(self, carried: asyncio.Protocol, context: ssl.SSLContext) -> None:
@@ -223,7 +223,7 @@ _PLAIN: Final = Failure(400, "this port speaks TLS: write https:// in its addres
 _NOT_TLS: Final = whole(JsonResponse(OPENAI.body(_PLAIN), _PLAIN.status))
 
 
-_CURE = "choose another with `--port N` or `listen:` (0: any free one)"
+_CURE = "choose another port with `--port N` or `listen:` (0 for any free port)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
-"""Middlewares that admit requests: API keys, Host headers (against DNS rebinding), origins of web pages, and bounds on
-open requests and their bytes. A stopping server admits no more, but answers those that it has."""
+"""Middlewares that admit requests. They check API keys, Host headers (against DNS rebinding) and the origins of web
+pages, and limit open requests and their bytes. A stopping server admits no new requests but answers the open ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from llamaclust.core.addresses import bounded_host, is_address, is_loopback
 from llamaclust.core.sharing.shares import Shares, fits
 
 OPEN_PATHS = frozenset({"/health", "/live"})
-"""Paths that need no key. Without a valid key, `request.state.is_trusted` is false and replies show only the state."""
+"""Paths that need no key. `request.state.is_trusted` says whether the key is valid. Otherwise, replies lack reasons."""
 
 LOCALHOST = "localhost"
 
@@ -53,34 +53,34 @@ def _digests(keys: tuple[str, ...]) -> tuple[bytes, ...]:
 
 
 def sent_key(headers: Mapping[str, str]) -> str:
-    """Returns the key that a request sends, or "". Anthropic's clients use X-Api-Key. `headers` are lower-case."""
+    """Returns a request's API key, or "" if it has none. Anthropic's clients use X-Api-Key."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
 
 
 def owner(headers: Mapping[str, str], api_keys: Sequence[str]) -> str:
-    """Returns a digest of the request's key, or "" if the key is not one of `api_keys`."""
+    """Returns a digest of the request's key, or "" if the key is not in `api_keys`."""
     key = sent_key(headers)
     return _digest(key).hex()[:32] if key in api_keys else ""
 
 
 def require_first_key(headers: Mapping[str, str], settings: ApiSettings, action: str) -> None:
-    """Raises HttpError 403 if keys are set and the request's key is not the first, which `action` requires."""
+    """Raises HttpError 403 if keys are set and the request does not have the first key, which `action` requires."""
     keys = settings.api_keys
     if keys and not hmac.compare_digest(_digest(sent_key(headers)), _digest(keys[0])):
         raise HttpError(403, "first_key_required", f"only the first key of api_keys_file may {action}")
 
 
 def page_origins(settings: ApiSettings) -> re.Pattern[str]:
-    """Returns a pattern that matches the lower-case origins of web pages that may use the API."""
+    """Returns a pattern that matches the lower-case origins from which web pages may use the API."""
     known = {"*": r".*", LOCALHOST: _LOCAL_PAGE}
     parts = [known.get(origin, re.escape(origin)) for origin in settings.allowed_origins]
     return re.compile("|".join(f"(?:{part})" for part in parts) or r"(?!)")
 
 
 class KeyGate:
-    """Refuses requests without a valid key, except those for the web page. Stores the owner of each admitted request.
-    Traces name a request's route only if its key is valid: other requests could invent any number of routes."""
+    """Refuses requests without a valid key, except for `OPEN_PATHS` and the web page. Stores each admitted request's
+    owner. Only requests with a valid key get a name for tracing."""
 
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app
@@ -127,7 +127,7 @@ class Security:
         self._check_host(headers, scope)
         self._check_origin(headers, scope)
         if "content-length" in headers and "transfer-encoding" in headers:  # a proxy may read another length
-            message = "a request has Content-Length or Transfer-Encoding, not both"
+            message = "the request has Content-Length and Transfer-Encoding: send one of them, not both"
             raise HttpError(400, "bad_request", message, {"Connection": "close"})
 
     def _check_host(self, headers: Headers, scope: Scope) -> None:
@@ -142,7 +142,7 @@ class Security:
             return
         if self._takes_any_ip and is_address(host):  # a page needs a name to be rebound
             return
-        cure = "add it to `allowed_hosts` in the cluster file if it should be allowed"
+        cure = "to allow the name, add it to `allowed_hosts` in the cluster file"
         raise HttpError(403, "host_not_allowed", f"Host {host!r} is not a name of this API; {cure}")
 
     def _check_origin(self, headers: Headers, scope: Scope) -> None:
@@ -153,13 +153,13 @@ class Security:
         is_secure = scheme == "https" or scope["scheme"] == "http"  # a proxy may end TLS
         if is_secure and host == headers["host"].lower():
             return
-        cure = "add it to `allowed_origins` in the cluster file if they should be allowed"
+        cure = "to allow them, add their origin to `allowed_origins` in the cluster file"
         raise HttpError(403, _FOREIGN_ORIGIN, f"web pages of {origin[:200]!r} may not use this API; {cure}")
 
 
 def _origin(headers: Headers, scope: Scope) -> str | None:
-    """Returns the origin of the page that sent the request; None: no page. A cross-site request without Origin counts
-    as "null", except GET and HEAD, which may come from a link."""
+    """Returns the origin of the page that sent the request, or None if no page sent it. A cross-site request without an
+    Origin header has the origin "null". GET and HEAD requests do not, because they may come from a link."""
     is_foreign = headers.get("sec-fetch-site", "").lower() == "cross-site" and scope["method"] not in ("GET", "HEAD")
     return headers.get("origin", "null" if is_foreign else None)
 
@@ -170,7 +170,7 @@ def _digest(key: str) -> bytes:
 
 @dataclass(slots=True, eq=False)
 class _Open:
-    """A request with a body, from the first byte of the request to the end of the reply."""
+    """An open request, from its first byte to the end of its reply."""
 
     task: asyncio.Task[Any]
     owner: str
@@ -181,7 +181,7 @@ class _Open:
 
 
 class Admission:
-    """The open requests of an app. Not thread-safe: use it on one event loop."""
+    """An app's open requests. Not thread-safe: use it on one event loop."""
 
     def __init__(self, settings: ApiSettings) -> None:
         self.is_stopping = False
@@ -211,8 +211,8 @@ class Admission:
 
     @contextmanager
     def held(self, *, has_body: bool) -> Iterator[_Open]:
-        """Registers the current request while the context is open. If too many bodies are incomplete, refuses the
-        oldest of the owner who has most, so that slow bodies cannot block other owners."""
+        """Registers the current request while the context is open. If too many requests wait for the rest of their
+        bodies, the owner with most of them loses the oldest. Slow bodies thus cannot block other owners."""
         task = asyncio.current_task()
         assert task is not None
         request = _Open(task, current_owner.get(), has_body)
@@ -220,7 +220,7 @@ class Admission:
         if len(unfinished := self._unfinished) > self._settings.max_requests:
             counts = Counter(each.owner for each in unfinished)
             oldest = max(unfinished, key=lambda each: counts[each.owner])
-            self._refuse([oldest], _busy("the request was cancelled for newer ones, because its body had not arrived"))
+            self._refuse([oldest], _busy("newer requests replaced this request, because its body had not arrived"))
         try:
             yield request
         finally:
@@ -228,14 +228,14 @@ class Admission:
             self._body_bytes.take(request.owner, -request.body_bytes)
 
     def count(self, request: _Open, message: Message) -> None:
-        """Counts a part of a request's body. Raises HttpError above the bound of all requests' bodies."""
+        """Counts a part of a request's body. Raises HttpError if the server stops, or if it is too busy."""
         if request.awaits_body and not message.get("more_body", False):
             self.check()
             request.awaits_body = False
         self.hold(request, len(message.get("body", b"")))
 
     def hold(self, request: _Open, size: int) -> None:
-        """Counts further bytes of an open request. Raises HttpError above the common bound."""
+        """Counts more bytes for an open request. Raises HttpError if all open requests together hold too many bytes."""
         if request not in self._open:
             return
         if not self._body_bytes.fits(request.owner, size):
@@ -255,7 +255,7 @@ class Admission:
 
 
 class AdmissionGate:
-    """Passes requests with a body to the app if `Admission` admits them. A cancelled request gets status 503."""
+    """Passes a request with a body to the app if `Admission` admits it. A cancelled request gets status 503."""
 
     def __init__(self, app: ASGIApp, admission: Admission) -> None:
         self._app = app
@@ -276,7 +276,7 @@ class AdmissionGate:
                 await error_response(given_way, scope)(scope, receive, send)
 
     async def _answer(self, request: _Open, scope: Scope, receive: Receive, send: Send) -> HttpError | None:
-        """Runs the app. Returns the error with which `Admission` cancelled the request before its reply, else None."""
+        """Runs the app. Returns the refusal if `Admission` cancelled the request before its reply began, else None."""
 
         async def counted() -> Message:
             message = await receive()

@@ -1,4 +1,4 @@
-"""`GET /openapi.json` and `GET /docs`: the API's description, made from its routes."""
+"""Describes the API from its routes, at `GET /openapi.json` and `GET /docs`."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from llamaclust.cluster.front.http.responses import EVENTS, JSON, Route, templat
 from llamaclust.core.version import VERSION
 
 _REFUSALS: Final = {
-    "400": "a field that is wrong or not supported; a prompt that is too long",
+    "400": "a field that is wrong or not supported, or a prompt that is too long",
     "401": "no API key, or an unknown one",
     "403": "a Host header, an origin or an operation that is not allowed",
     "404": "an unknown path, model or reply",
     "405": "a method that the path does not support",
-    "408": "a body that came too slowly",
-    "409": "a stream that was computed again; another download",
+    "408": "a body that arrived too slowly",
+    "409": "a stream that was computed again, or another download in progress",
     "413": "a body that is too large",
     "415": "a compressed body",
-    "422": "an idempotency key with another body; a request that fails again and again",
+    "422": "an idempotency key used with another body, or a request that failed again and again",
     "429": "a full queue; Retry-After says when to try again",
     "500": "an error of the server",
     "502": "a download that failed",
-    "503": "a cluster that starts, stops, or lacks a worker",
+    "503": "a cluster that is starting, is stopping, or lacks a worker",
     "504": "a deadline that has passed",
     "501": "what this server does not support",
 }
@@ -42,7 +42,7 @@ _EVENT: Final = {
     "required": ["data"],
     "properties": {"data": {"type": "string"}, "event": {"type": "string"}, "id": {"type": "string"}},
 }
-"""The schema of a stream's events. OpenAPI 3.1 has no field for it, so the stream's media type has it."""
+"""The schema of a stream's events. OpenAPI 3.1 has no field for it, so the stream's media type holds it."""
 _SCHEMAS: Final[dict[str, Any]] = {JSON: {}, EVENTS: _EVENT}
 _STYLE: Final = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
@@ -60,13 +60,13 @@ class Document:
         return JSONResponse(describe(request.app.routes, is_strict=self._is_strict))
 
     async def show_page(self, request: Request) -> Response:
-        """Shows all operations and the fields of their bodies on one page, without scripts or other hosts."""
+        """Shows all operations and their bodies' fields on one page, without scripts or other hosts."""
         return HTMLResponse(_page(describe(request.app.routes, is_strict=self._is_strict)), headers=_HEADERS)
 
 
 @cache
 def _request_body(body: type[BaseModel]) -> dict[str, Any]:
-    """Describes a body. Every optional field may be null, which means the same as its absence."""
+    """Describes a request body. Every optional field may be null, which means the same as leaving the field out."""
     schema = _inlined(body.model_json_schema())
     required, fields = schema.get("required", ()), schema.get("properties", {})
     if fields:

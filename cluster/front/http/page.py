@@ -1,4 +1,4 @@
-"""The files of the web page, read once. They hold no secrets, need no key, and load nothing from other hosts."""
+"""The web page's files, which are read once. They hold no secrets, need no key, and load nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ _HEADERS: Final = {
 
 
 def page_reply(path: str, headers: Mapping[str, str]) -> Response | None:
-    """Returns the file at a path, or None. Paths are only looked up in a table. `/` is the page only for clients that
-    accept HTML. Names in `headers` are lower-case."""
+    """Returns the file at a path, or None if there is no such file. Paths are only looked up in a table. At `/`, only
+    clients that accept HTML get the page. Names in `headers` are lower-case."""
     asset = assets().get(path)
     if asset is None or (path == PAGE and "text/html" not in headers.get("accept", "")):
         return None

@@ -1,4 +1,4 @@
-"""Routes, errors and JSON as HTTP responses, each error in the form of the request's API."""
+"""HTTP routes, and JSON and error responses. Each error has the format of the API that the request uses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ JSON: Final = "application/json"
 EVENTS: Final = "text/event-stream"
 CLIENT_GONE = 499
 BODY_WRITER: Final = "llamaclust.body"
-"""The key of an ASGI extension that writes streams directly. Only this program's own server offers it."""
+"""The key of an ASGI extension that writes streams directly. Only this program's own server offers the extension."""
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -39,7 +39,7 @@ class JsonResponse(Response):
 
 
 def unsupported(what: str, status: int = 501) -> Callable[[Request], Awaitable[Response]]:
-    """Makes the endpoint of a path that other servers have and that this server refuses."""
+    """Makes an endpoint that refuses requests. It serves a path that other servers support and this server does not."""
 
     async def refuse(request: Request) -> Response:
         raise HttpError(status, "not_supported", f"{given_path(request.scope)}: {what}")
@@ -65,7 +65,7 @@ def _response(failure: Failure, scope: Scope, headers: Mapping[str, str] | None 
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    """Replies with the error. Starlette raises unexpected exceptions again, and the server then logs them."""
+    """Replies with the error. Starlette raises unexpected exceptions again, so that the server logs them."""
     if isinstance(error, ClientDisconnect):
         return Response(status_code=CLIENT_GONE)
     if isinstance(error, HTTPException):
@@ -92,7 +92,7 @@ def _methods(request: Request) -> str:
 
 
 _DISCARD_S = 0.9
-"""The seconds for which the rest of a body is read and discarded, less than the grace time of a stopping server."""
+"""The longest time to read and discard the rest of a body. A stopping server's grace time is longer."""
 
 
 def has_body(scope: Scope) -> bool:
@@ -101,7 +101,8 @@ def has_body(scope: Scope) -> bool:
 
 
 class EarlyReplies:
-    """Sends an early reply at once, but ends it after the request's body or a second: closing earlier could lose it."""
+    """Sends an early reply at once, but ends it only when the request's body has arrived or a second has passed.
+    Closing the connection sooner could lose the reply."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -134,7 +135,7 @@ class EarlyReplies:
 
 
 _WITHOUT_V1: Final = ("/models", "/stream/", "/streams/")
-"""Beginnings of paths that clients with a base URL without `/v1` request. Generating endpoints declare both paths."""
+"""Path prefixes that clients request if their base URL lacks `/v1`. Generating endpoints declare both paths."""
 _OTHER_NAMES: Final = {"/v1/health": "/health"}
 _PARAMETER: Final = re.compile(r"\{(\w+)(?::path)?\}")
 _STATE: Final = "traced_route"
@@ -149,7 +150,7 @@ class QueryParameter(NamedTuple):
 
 
 class Route(PathRoute):
-    """A method and path of the API, with its description for openapi.json."""
+    """A method and path of the API, with their description for openapi.json."""
 
     def __init__(
         self,
@@ -165,8 +166,8 @@ class Route(PathRoute):
         types: Sequence[str] | None = None,
         status: int = 200,
     ) -> None:
-        """`body`: the class of the body, which the endpoint reads. `computes`: the model must be loaded. `errors`: None
-        means `usual_shape`. `types`: media types of the reply; None: JSON, and `form` if the body has `stream`."""
+        """`body` is the class of the request's body. `computes` is True if the model must be loaded. `errors` defaults
+        to `usual_shape`. `types` are the reply's media types: JSON, and `form` if the body has a `stream` field."""
         super().__init__(path, endpoint, methods=[method])
         self.method = method
         self.body = body
@@ -179,10 +180,10 @@ class Route(PathRoute):
 
 
 class Paths:
-    """Middleware that replaces paths and methods by those of the app's routes."""
+    """Middleware that replaces a request's path and method with those of the app's routes."""
 
     def __init__(self, app: ASGIApp, prefix: str) -> None:
-        """`prefix`: "" or "/...". Paths without it are served too, for probes and this program's own clients."""
+        """`prefix` is "" or begins with "/". Probes and this program's own clients may leave the prefix out."""
         self._app = app
         self._prefix = prefix
 
@@ -204,7 +205,7 @@ def given_path(scope: Scope) -> str:
 
 
 def shape_of(scope: Scope) -> ErrorShape:
-    """Returns the form of errors for a request whose route may not be known yet."""
+    """Returns the error format for a request whose route may not be known yet."""
     given, routes = given_path(scope), (route for route in scope["app"].routes if isinstance(route, Route))
     own = (route.errors for route in routes if route.errors is not None and given.startswith(route.path))
     return next(own, usual_shape(given))
@@ -215,7 +216,7 @@ def template(path: str) -> str:
 
 
 def traced_names(scope: Scope) -> list[str]:
-    """Returns a list for `name_route` to fill with the route's name, which never contains text of the client."""
+    """Returns a list to which `name_route` adds the route's name. The name never contains text from the client."""
     names: list[str] = []
     scope["state"] = {**scope.get("state", {}), _STATE: names}
     return names

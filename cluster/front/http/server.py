@@ -1,4 +1,4 @@
-"""The server on the API's port: short replies while the cluster starts, then the app, with bounded connections."""
+"""The server on the API's port. It sends short replies while the cluster starts, and then runs the app."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from llamaclust.core.errors import ClusterStartingError
 from llamaclust.core.process_settings import connections_of_server
 
 _BACKLOG = 128
-"""Backlog of the listening sockets, and the most connections that asyncio accepts in one turn."""
+"""The listening sockets' backlog. asyncio accepts at most this many connections in one turn."""
 _GRACE_S = 1
 """Whole seconds during which a stopping server still sends data to clients."""
 _MOST_EARLY = 64  # connections at a time while the cluster starts
@@ -40,11 +40,11 @@ _NO_HTTP = {431: "head_too_large", 501: "not_supported"}
 
 
 def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: int | None = None) -> uvicorn.Config:
-    """Returns a configuration with at most `places` connections. Warnings are not logged: clients can cause any number.
-    `_Room` closes idle connections later than clients and proxies do (nginx: 60 s), so that no request is lost."""
+    """Returns a configuration with at most `places` connections. Warnings are not logged, as clients can cause any
+    number. `_Room` closes idle connections later than clients and proxies do (nginx: 60 s), so no request is lost."""
 
     class Connection(_Connection):
-        """A connection of this server; uvicorn makes connections from a class, so each server has its own."""
+        """A connection of this server. uvicorn makes connections from a class, so each server has its own class."""
 
         room = _Room(settings, settings.max_connections if places is None else places)
 
@@ -69,7 +69,7 @@ def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: in
 
 
 class _Room:
-    """The places of one server's connections, and the idle connections, longest idle first."""
+    """Limits the number of a server's connections. Lists the idle connections, beginning with the longest idle."""
 
     def __init__(self, settings: ApiSettings, most: int) -> None:
         self.places = min(most, connections_of_server())
@@ -77,7 +77,7 @@ class _Room:
         self._idle: dict[_Connection, asyncio.TimerHandle] = {}
 
     def wait(self, connection: _Connection, wait_s: float) -> None:
-        """Closes the connection unless a request head arrives within `wait_s`. An idle connection keeps its rank."""
+        """Closes the connection unless a request head arrives within `wait_s`. An idle connection keeps its place."""
         timer = self._idle.get(connection)
         if timer is not None:
             timer.cancel()
@@ -101,8 +101,8 @@ class _Room:
 
 
 class _Connection(H11Protocol):
-    """A connection. It is idle until a request's head is complete, and again after the reply. Its first head, including
-    a TLS handshake, must be complete as fast as a later head after its first byte."""
+    """A connection. It is idle until a request's head is complete, and again after the reply. The time limit for the
+    first head includes the TLS handshake. It equals the limit for later heads, which counts from their first byte."""
 
     room: ClassVar[_Room]
 
@@ -193,14 +193,14 @@ def _no_http(error: BaseException | None) -> Failure:
 
 
 class _Body:
-    """Writes a reply's body. Pieces of one loop turn go in one system call, which costs more than all other work."""
+    """Writes a reply's body. Pieces of one loop turn share a system call, which costs more than all other work."""
 
     def __init__(self, connection: _Connection, cycle: RequestResponseCycle) -> None:
         self._reply: tuple[_Connection, RequestResponseCycle] | None = (connection, cycle)  # until its end
         self._pieces: list[bytes] = []
 
     def write(self, data: bytes) -> bool:
-        """Writes a piece. Returns False, having written only earlier pieces, if this one must go through ASGI."""
+        """Writes a piece. If the piece must go through ASGI, writes only the earlier pieces and returns False."""
         if self._reply is None:
             return False
         connection, cycle = self._reply
@@ -231,10 +231,10 @@ def _end_unread(transport: asyncio.Transport, unread_s: float) -> None:
 
 
 class StartingReplies:
-    """Replies on the API's port while the cluster starts. Afterwards, the API uses the same listening socket."""
+    """Replies on the API's port while the cluster starts. The API later uses the same listening socket."""
 
     def __init__(self, port: ApiPort, settings: ApiSettings, report: Report, *, is_live: bool = False) -> None:
-        """Clients without a key are not told what the start waits for. `is_live`: /live answers with status 200."""
+        """Tells only clients with a valid key what the start waits for. With `is_live`, /live answers with 200."""
         self._settings = settings
         self._is_live = is_live
         self._report = report

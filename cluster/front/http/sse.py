@@ -47,14 +47,14 @@ class StreamFormat(Enum):
         return b"%bdata: %b\n\n" % ((f"{head}event: {name}\n" if name else head).encode(), data)
 
     def error(self, scope: Scope, error: LlamaclustError, fields: Mapping[str, Any]) -> bytes:
-        """Returns the last part of a failed stream: the error in its API's form, with `fields` added."""
+        """Returns a failed stream's last part, which has the error in its API's format and the additional `fields`."""
         shape, failure = shape_of(scope), failure_of(error)
         kind = {"type": shape.event_name} if shape.event_name else {}
         return self.part(to_json({**kind, **shape.body(failure), **fields}), shape.event_name)
 
 
 class PartsResponse(Response):
-    """Sends a body's parts as they arrive. At the end, closes their generator, then calls `close` (True: all sent)."""
+    """Sends a body's parts as they arrive. Then closes their generator, and tells `close` whether all were sent."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class EventResponse(PartsResponse):
         form: StreamFormat,
         error_fields: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """`error_fields`: additional fields of an error that ends the response; the caller may change them."""
+        """`error_fields` are added to an error that ends the response. The caller may change them until then."""
         self.media_type = form.value
         super().__init__(parts, close, _HEADERS)
         self._form = form
@@ -119,7 +119,7 @@ class EventResponse(PartsResponse):
 
 
 class JsonParts(PartsResponse):
-    """A body of JSON, with a Content-Length if in one part. Errors of the first two parts get an HTTP status."""
+    """A JSON body. A body in one part has a Content-Length. Errors in the first two parts get an HTTP status."""
 
     media_type = "application/json"
 
@@ -142,8 +142,8 @@ def rendered(value: Any) -> JsonParts:
 
 
 async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Value:
-    """Awaits `work`; if the client disconnects, cancels it and raises ClientDisconnect. The body must have been read.
-    If this call is cancelled, the result is lost: `work` must register its resources with the caller."""
+    """Awaits `work`. If the client disconnects, cancels `work` and raises ClientDisconnect. The body must have been
+    read. If this call is cancelled, the result is lost, so `work` must register its resources with the caller."""
     results: list[_Value] = []
 
     async def do_it() -> None:
@@ -156,7 +156,7 @@ async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Val
 
 
 async def first_of(*works: Awaitable[None]) -> None:
-    """Waits until one of `works` is done, then cancels the others and waits. Raises the error of the first."""
+    """Runs `works` until one is done, then cancels the others and waits for their end. Raises the first one's error."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

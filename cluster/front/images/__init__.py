@@ -1,1 +1,1 @@
-"""Images that come with requests: parts of bodies, URLs and hosts, fetching, and what the journal keeps."""
+"""Handles images in requests: body parts, URLs and hosts, fetching, and storage in the journal."""

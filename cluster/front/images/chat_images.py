@@ -1,4 +1,4 @@
-"""The images of a chat: they are fetched once, and kept for a second computation within the journal's bounds."""
+"""Fetches a chat's images once. Keeps them for a second computation if they fit into the journal."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ MAX_JOURNALLED_BYTES: Final = 16 << 20
 
 
 async def with_images(chat: ChatRequest, context: RequestContext | None = None) -> ChatRequest:
-    """Fetches the images at a chat's URLs once: the context keeps them for a second computation. Raises ParameterError
-    for too many or too large images, RequestFailedError if the journal lacks them, and `fetch_images`' errors."""
+    """Fetches the images at a chat's URLs once. The context keeps the images for a second computation. Raises
+    ParameterError if the images are too many or too large, and the errors of `fetch_images`."""
     urls = image_urls(chat.messages)
     if not urls:
         return chat
@@ -38,12 +38,12 @@ async def with_images(chat: ChatRequest, context: RequestContext | None = None) 
 
 
 def _inline_bytes(url: str) -> int:
-    """Returns the size of the image in a data URL; 0 for other URLs."""
+    """Returns the size of the image in a data URL, in bytes, and 0 for other URLs."""
     return 0 if url.startswith(WEB) else (len(url) - url.find(",") - 1) * 3 // 4
 
 
 def journalled(context: RequestContext, body: bytes) -> RequestContext:
-    """Returns a request's record. If its images are too large to keep, a restart only reports the request as lost."""
+    """Returns a request's journal record. If its images are too large, a restart reports the request as lost."""
     if context.image_bytes <= MAX_JOURNALLED_BYTES:
         return replace(context, body=body)
     return replace(context, body=b"", earlier=(), images={}, idempotency_key="")

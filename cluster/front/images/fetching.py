@@ -1,4 +1,4 @@
-"""Fetches images over http(s), only from public addresses and within limits of size and time."""
+"""Fetches images over http(s), only from public addresses. Limits their sizes and the time."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from llamaclust.model.images.settings import MAX_IMAGE_BYTES
 from llamaclust.wire.rpc.deadlines import deadline
 
 _MAX_S: Final = 20.0
-"""Deadline of all fetches of one request."""
+"""The deadline for all of a request's fetches together."""
 _LOOKUP_S: Final = 10.0
 _LOOKUPS: Final = ThreadPoolExecutor(2, "look-up-host")
-"""Threads of their own: a name server that does not answer keeps one beyond the deadline."""
+"""Separate threads for lookups. A name server that does not answer blocks a thread beyond the deadline."""
 _ONE_USE: Final = httpx.Limits(max_keepalive_connections=0)
-"""No connection is used again: hosts may share an address, and certificates are checked only at the opening."""
+"""Connections are not reused. Hosts may share an address, and a certificate is checked only when a connection opens."""
 _INTERNET: Final = IPv6Network("2000::/3")
-"""Addresses of hosts on the internet. `is_global` is true for others too, such as local translators."""
+"""Addresses of hosts on the internet. `is_global` is also true for other addresses, such as local translators'."""
 _DOCUMENTATION: Final = IPv6Network("3fff::/20")
 _NAT64: Final = IPv6Network("64:ff9b::/96")
 _PLAIN: Final = "identity"
@@ -57,7 +57,7 @@ def _client() -> httpx.AsyncClient:
 
 
 async def _fetched(client: httpx.AsyncClient, url: ImageUrl, most_bytes: int) -> bytes:
-    """Connects to the address that was checked: no second answer of a name server counts."""
+    """Connects to the address that was checked. A second lookup could give another address."""
     address = await _public_address(url)
     request = client.build_request(
         "GET",
@@ -71,7 +71,7 @@ async def _fetched(client: httpx.AsyncClient, url: ImageUrl, most_bytes: int) ->
             target = reply.headers.get("location", "")[:200]
             raise ValueError(f"expected an image, found a redirect to {target}; give the final URL")
         if reply.status_code != httpx.codes.OK:
-            raise ValueError(f"expected status 200 of the host, found {reply.status_code}")
+            raise ValueError(f"expected status 200 from the host, found {reply.status_code}")
         encoding = reply.headers.get("content-encoding", _PLAIN)
         if encoding.lower() != _PLAIN:
             raise ValueError(f"expected an image without compression, found content-encoding {encoding[:60]}")
@@ -87,12 +87,12 @@ async def _read(reply: httpx.Response, most_bytes: int) -> bytes:
         if hold is not None:
             hold(len(part))
         if len(data) > most_bytes:
-            raise ValueError(f"expected an image of at most {most_bytes} bytes, found more; send less")
+            raise ValueError(f"expected an image of at most {most_bytes} bytes, found more; send a smaller image")
     return bytes(data)
 
 
 async def _public_address(url: ImageUrl) -> str:
-    """Returns a host's first address. Raises ValueError if one of its addresses is not public, or DeadlineError."""
+    """Returns a host's first address. Raises ValueError if an address is missing or not public, or DeadlineError."""
     look_up = partial(getaddrinfo, url.host, url.port, type=SOCK_STREAM)
     try:
         async with deadline(f"the addresses of {url.host} from its name server", _LOOKUP_S):
@@ -107,7 +107,7 @@ async def _public_address(url: ImageUrl) -> str:
 
 
 def is_public(address: str) -> bool:
-    """Returns True for an address on the internet. An IPv6 address must not contain another IPv4 address."""
+    """Returns True if the address is on the internet. An IPv4 address inside an IPv6 address must be public too."""
     parsed = ip_address(address.partition("%")[0])
     if isinstance(parsed, IPv6Address) and (
         parsed in _DOCUMENTATION or (parsed not in _INTERNET and parsed not in _NAT64)
@@ -117,7 +117,7 @@ def is_public(address: str) -> bool:
 
 
 def _embedded(address: IPv4Address | IPv6Address) -> list[IPv4Address]:
-    """Returns the IPv4 addresses to which an IPv6 address may lead: mapped, 6to4, Teredo and NAT64."""
+    """Returns the IPv4 addresses that an IPv6 address may lead to: mapped, 6to4, Teredo and NAT64 addresses."""
     if isinstance(address, IPv4Address):
         return []
     inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]

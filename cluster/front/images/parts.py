@@ -1,4 +1,4 @@
-"""Images in the bodies of all APIs, which are checked when a body is read."""
+"""Images in the request bodies of all APIs. They are checked when a body is read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def takes_images(context: object) -> bool:
 
 
 def url_part(kind: str, url: object, context: object, detail: object = None) -> Part:
-    """Reads an image by its data URL or allowed http(s) URL; a text model gets a text. Raises ValueError."""
+    """Reads an image from its data URL or allowed http(s) URL. For a text model, returns a text. Raises ValueError."""
     if not takes_images(context):
         return media_text(kind, context)
     if not isinstance(url, str):
@@ -52,7 +52,7 @@ def placed(place: str, read: Callable[_Arguments, Part], *given: _Arguments.args
 
 
 def base64_part(kind: str, data: object, context: object) -> Part:
-    """Reads an image from base64, like `url_part`. The format is found from the bytes."""
+    """Reads an image from base64, as `url_part` does from a URL. The image's format is found from its bytes."""
     if not takes_images(context):
         return media_text(kind, context)
     if not isinstance(data, str):
@@ -63,7 +63,7 @@ def base64_part(kind: str, data: object, context: object) -> Part:
 
 
 def checked_base64(data: str) -> str:
-    """Returns base64 without line breaks. Raises ValueError for other text or sizes. Decoding would take longer."""
+    """Removes line breaks from base64. Raises ValueError if the text or size is wrong. Decoding would take longer."""
     data = data.translate(_BREAKS) if "\n" in data else data
     size = len(data) * 3 // 4
     if size > MAX_IMAGE_BYTES + 2:

@@ -1,4 +1,4 @@
-"""URLs of images, and the hosts from which they are fetched."""
+"""Image URLs, and the hosts from which images may be fetched."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ImageUrl:
 
     @classmethod
     def parse(cls, url: str) -> ImageUrl:
-        """Raises ValueError for a URL that is too long, or has a password or characters that must be escaped."""
+        """Parses a URL. Raises ValueError if it is not http(s), is too long, has a password or unescaped characters."""
         wrong = f"expected a plain http(s) URL of at most {_LONGEST} characters, found {url[:60]!r}"
         if len(url) > _LONGEST:
             raise ValueError(wrong)
@@ -46,7 +46,7 @@ class ImageUrl:
 
 @dataclass(frozen=True, slots=True)
 class ImageRules:
-    """`hosts`: the hosts whose URLs are fetched, such as `example.com`, `*.example.com` or `example.com:8080`."""
+    """The hosts from which images may be fetched, such as `example.com`, `*.example.com` or `example.com:8080`."""
 
     hosts: tuple[str, ...] = ()
 

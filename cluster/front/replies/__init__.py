@@ -1,1 +1,1 @@
-"""Replies that do not depend on connections: they are kept for clients, and restored after a coordinator's restart."""
+"""Replies that outlive connections and coordinator restarts. Clients can read a kept reply again."""

@@ -1,6 +1,6 @@
-"""HTTP handlers of generating endpoints: they begin replies, keep them for clients that lose their connections, and
-read them again. A request that an earlier coordinator left incomplete may have crashed it: its restarts without a new
-token are counted, it begins after the others and alone until it progresses, and after several restarts it fails."""
+"""HTTP handlers of endpoints that generate text. They begin replies, keep them for clients that lose connections, and
+send them again. A request that was unfinished when the coordinator ended may have crashed it. Such a request begins
+after the others, and runs alone until it progresses. After several restarts without a new token, it fails."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from llamaclust.core.errors import LlamaclustError, RequestFailedError, WorkerEr
 from llamaclust.wire.rpc.task_set import TaskSet
 
 _MOST_RESTORES = 10
-"""Coordinators that may end without a new token of a request. A third of the kills from outside strike the same one."""
+"""The maximum number of restarts without a new token of a request. External kills can hit one request repeatedly."""
 _ALONE_S = 10.0
-"""The longest time for which a restored request keeps the next one from beginning."""
+"""The longest time for which a restored request delays the next request."""
 
 _log = logging.getLogger(__name__)
 
 
 class Replies:
-    """The replies of an app. Not thread-safe: use it on one event loop. `aclose` ends all kept replies."""
+    """An app's replies. Not thread-safe: use it on one event loop. `aclose` ends all kept replies."""
 
     def __init__(self, settings: ApiSettings, journal: Journal | None = None) -> None:
         self.settings = settings
@@ -53,7 +53,7 @@ class Replies:
     def endpoint(
         self, path: str, make: MakeReply, settings: ApiSettings, form: StreamFormat = StreamFormat.EVENTS
     ) -> Callable[[Request], Awaitable[Response]]:
-        """Returns the handler of a path. `make` makes its replies; `form`: the form of their streams."""
+        """Returns the handler of a path. `make` makes the path's replies, and `form` is their stream format."""
         self._endpoints[settings.digest, path], self._forms[path] = make, form
 
         async def answer(request: Request) -> Response:
@@ -62,7 +62,7 @@ class Replies:
         return answer
 
     async def _answer(self, request: Request, path: str, make: MakeReply, settings: ApiSettings) -> Response:
-        """Answers a request. After a lost connection, the reply continues only if its client could read it later."""
+        """Answers a request. If the connection is lost, the reply continues only if the client could read it later."""
         body = await read_bytes(request, self.settings)
         context = new_context(request.headers, path, settings)
         if (same := self.cache.same(context, body)) is not None:
@@ -86,8 +86,8 @@ class Replies:
         return await self._begun(request, kept, Position())
 
     async def _begin(self, request: Request, kept: KeptReply, reply: Reply, body: bytes) -> None:
-        """Begins a reply. A request whose client could read it later is journalled: this returns once it is on disk,
-        while the prompt is computed. An unkept stream first waits for a part, so that early errors get a status."""
+        """Begins a reply. If the client could read the reply later, the request is journalled, and this returns when
+        the record is on disk. A stream that is not kept first waits for a part, so that early errors get a status."""
         is_journalled = kept.is_kept or (kept.context.is_streamed and self._form(kept).has_ids)
         admitted = body if is_journalled and self.cache.journal is not None else None
         try:
@@ -101,13 +101,13 @@ class Replies:
             raise
 
     async def _begun(self, request: Request, kept: KeptReply, given: Position) -> Response:
-        """Responds to a request, new or repeated, with its reply, or with the acknowledgement of a background reply."""
+        """Responds to a new or repeated request with its reply. A background reply is only acknowledged."""
         if kept.context.is_background and not kept.context.is_streamed:
             return rendered(await unless_disconnected(request, kept.acknowledged()))
         return await self.respond(request, kept, given)
 
     async def respond(self, request: Request, kept: KeptReply, given: Position) -> Response:
-        """Responds with the part of a reply that its client does not have."""
+        """Responds with those parts of a reply that its client does not have."""
         if not kept.context.is_streamed:
             return await self._whole(request, kept)
         framing = Framing(self._form(kept), kept.context.id, self.settings.keepalive_s, given)
@@ -144,18 +144,18 @@ class Replies:
             raise HttpError(400, "bad_offset", f"from: {start[:60]!r} is not a number of bytes", param="from")
         if not kept.context.is_streamed:
             if int(start):
-                why = "this reply is not streamed and is only sent as a whole: leave from out"
+                why = "this reply is not streamed and is only sent as a whole: omit the parameter"
                 raise HttpError(409, "not_streamed", f"from: {why}", param="from")
             return await self._whole(request, kept)
         if int(start) and kept.context.is_restored and kept.context.has_measurements:
-            why = "the coordinator was restarted, and this stream shows measurements, whose new values move its bytes"
-            raise HttpError(409, "stream_computed_again", f"from: {why}: read it from 0 on", param="from")
+            why = "the coordinator was restarted, and this stream shows measurements, whose new values shift its bytes"
+            raise HttpError(409, "stream_computed_again", f"from: {why}: read the stream from 0", param="from")
         framing = Framing(self._form(kept), kept.context.id, self.settings.keepalive_s, skipped_bytes=int(start))
         framing.with_comments = False
         return self._stream(kept, framing)
 
     async def stop(self, request: Request) -> Response:
-        """Ends a reply (`DELETE` of either path). Answers 204 even if there is none."""
+        """Ends a reply (`DELETE` of either path). Answers with status 204 even if there is no such reply."""
         with suppress(HttpError):
             await self.cache.forget(self._find(request))
         return Response(status_code=204)
@@ -163,7 +163,9 @@ class Replies:
     def _find(self, request: Request) -> KeptReply:
         name = request.path_params.get("id") or request.query_params.get("conv_id", "")
         if not name:
-            raise HttpError(400, "missing_id", "conv_id: is missing; it is the conversation's name", param="conv_id")
+            raise HttpError(
+                400, "missing_id", "conv_id: the parameter is missing; give the conversation's name", param="conv_id"
+            )
         if (kept := self.cache.named(owner(request.headers, self.settings.api_keys), name)) is None:
             raise self._not_found(name)
         return kept
@@ -221,7 +223,7 @@ class Replies:
                     await kept.progressed.wait()
 
     async def _attempt(self, beginning: Coroutine[Any, Any, None]) -> None:
-        """Waits for a request to begin, for a limited time, so that it does not block the others in a busy cluster."""
+        """Waits a limited time for a request to begin, so that it does not block other requests in a busy cluster."""
         await asyncio.wait([self._tasks.start(beginning)], timeout=_ALONE_S)
 
     async def _begin_alone(self, kept: KeptReply) -> None:
@@ -233,13 +235,13 @@ class Replies:
         await self.cache.journal.begin_restored(times)
 
     async def _begin_again(self, kept: KeptReply) -> None:
-        """Begins a restored request. It must run in a task of its own, because it sets the task's owner and trace."""
+        """Begins a restored request. Must run in a separate task, because it sets the task's owner and trace."""
         context = kept.context
         current_owner.set(context.client)
         current_trace.set(TraceContext.parse([context.traceparent], [context.tracestate]))
         make = self._endpoints.get((context.served, context.endpoint))
         if make is None:
-            kept.fail(WorkerError(f"the endpoint {context.endpoint} is not there any more"))
+            kept.fail(WorkerError(f"the request cannot continue: the endpoint {context.endpoint} no longer exists"))
             return
         left_s = self.settings.request_s if context.is_complete else context.left_s(Instant.now())
         end_s = asyncio.get_running_loop().time() + left_s
@@ -259,7 +261,7 @@ class Replies:
 
 
 def _given(request: Request, context: RequestContext) -> Position:
-    """Returns the client's position from an event id or its part after the colon. Raises HttpError for others."""
+    """Reads the client's position from an event id or from the id's part after the colon. May raise HttpError."""
     param = "after" if "after" in request.query_params else "Last-Event-ID"
     last = request.query_params.get("after", request.headers.get("last-event-id", ""))
     if not last:
@@ -272,5 +274,5 @@ def _given(request: Request, context: RequestContext) -> Position:
 
 
 def _wants_ids(request: Request) -> bool:
-    """True if the client accepts server-sent events. Others may read only `data:` lines, which ids would confuse."""
+    """True if the client accepts server-sent events. Other clients may read only `data:` lines, without ids."""
     return StreamFormat.EVENTS.value in request.headers.get("accept", "").lower()

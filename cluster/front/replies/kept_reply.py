@@ -1,4 +1,4 @@
-"""A reply as a log: it is computed and recorded while the log grows, and readers begin at any place."""
+"""A reply as a log. The log grows while the reply is computed and recorded, and readers begin at any place."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ if TYPE_CHECKING:
     from llamaclust.cluster.front.replies.reply_cache import ReplyCache
 
 _TURN_COST: Final = 2048
-"""The most that one reader renders in a turn: a token or logprob costs 1, an entry of the log `_ENTRY_COST` more."""
+"""The maximum cost of rendering in a reader's turn. A token or logprob costs 1, a log entry `_ENTRY_COST` more."""
 _ENTRY_COST: Final = 8
 _FRAME_BYTES: Final = 250
-"""The approximate size of an event without its text and logprobs, and of a token in JSON."""
+"""The approximate size of an event without its text and logprobs, and of a token in JSON, in bytes."""
 _TOP_BYTES: Final = 8
 _PROMPT_TOKEN_BYTES: Final = 36
 _BUSY = Backoff(1.0, 30.0)
-_TOO_LONG = "the request took longer than timeouts.request, the coordinator's restart included"
+_TOO_LONG = "the request took longer than timeouts.request, including the coordinator's restart"
 
 _log = logging.getLogger(__name__)
 
 
 class KeptReply:
-    """A reply whose log grows from `begin` until its end or `aclose`. Unless kept, it drops sent rows and ends with its
-    connection. If kept, it expires when unread for some time; a background reply some time after its end."""
+    """A reply whose log grows from `begin` until its end or `aclose`. A reply that is not kept drops sent rows and ends
+    with its connection. A kept reply expires when unread for some time, a background reply some time after its end."""
 
     def __init__(self, context: RequestContext, owner: ReplyCache, *, is_kept: bool = True) -> None:
         self.context = context
@@ -89,7 +89,7 @@ class KeptReply:
     # -- its computation -----------------------------------------------------------------------------------------------
 
     def postpone(self, begin: Callable[[], None]) -> None:
-        """Postpones the computation: `begin` is called when a client reads the reply, or at `resume`."""
+        """Postpones the computation. `begin` is called when a client reads the reply, or by `resume`."""
         self._postponed = begin
         self._expire_later()
 
@@ -101,9 +101,9 @@ class KeptReply:
     async def begin(
         self, reply: Reply, *, admitted: bytes | None = None, until_s: float | None = None
     ) -> asyncio.Future[None] | None:
-        """Submits the request. Raises its refusal, or the error of a reply closed before. `admitted`: the body of a
-        journalled request; the returned future is then done when it is on disk, and readers of a kept reply wait for
-        that. `until_s` (event loop's time): the end of retries while the cluster is busy."""
+        """Submits the request. Raises an error if it is refused or the reply was closed. `admitted` is the body of a
+        request to journal. The returned future is done when the record is on disk, and a kept reply's readers wait for
+        it. `until_s`, in event loop time, ends the retries in a busy cluster."""
         try:
             await self._submit(reply, until_s, is_recorded=admitted is not None or self.context.is_restored)
             on_disk = None if admitted is None else self._owner.admit(self, admitted)
@@ -144,7 +144,7 @@ class KeptReply:
         self._hold(_PROMPT_TOKEN_BYTES * _prompt_tokens(self.log))
 
     async def _compute(self, reply: Reply, *, is_recorded: bool) -> None:
-        """Submits all prompts with one seed. If one of them is refused, none runs."""
+        """Submits all prompts with one seed. If one prompt is refused, none runs."""
         service, computing = reply.service, self._computing
         try:
             requests = [identified(each, self.context, at) for at, each in enumerate(await reply.requests())]
@@ -164,11 +164,13 @@ class KeptReply:
             raise
 
     def _take_adapters(self, used: tuple[str, ...]) -> None:
-        """Notes used adapters. Raises AdapterUnloadedError if a restored request would use another one."""
+        """Notes the adapters in use. Raises AdapterUnloadedError if a restored request would use a different one."""
         if not self.context.is_restored:
             self.context.adapters = used
         elif not {*used} <= {*self.context.adapters}:
-            raise AdapterUnloadedError("model: an adapter was loaded under this name meanwhile: send the request again")
+            raise AdapterUnloadedError(
+                "model: another adapter was loaded under this name meanwhile: send the request again"
+            )
 
     async def _run(self, is_stored: bool, until_s: float | None, on_disk: asyncio.Future[None] | None) -> None:
         try:
@@ -206,7 +208,7 @@ class KeptReply:
         self._expire_later()
 
     async def aclose(self) -> None:
-        """Ends the reply, with an error if unfinished, and waits until nothing of it runs except a `begin`."""
+        """Ends the reply, with an error if it is unfinished. Waits until all its work has ended, except a `begin`."""
         if self._timer is not None:
             self._timer.cancel()
         self.end(RequestCancelledError())
@@ -224,7 +226,7 @@ class KeptReply:
         self._timer = asyncio.get_running_loop().call_later(kept_s, self._owner.expired, self)
 
     def _grow(self, prompt: int, chunk: TextChunk) -> None:
-        """Counts a chunk's bytes. Raises HttpError for a too large reply, LlamaclustError if it was ended before."""
+        """Counts a chunk's bytes. Raises HttpError if the reply is too large, LlamaclustError if it was ended."""
         packed = self.log.content.storage is RowStorage.PACKED
         rows = len(chunk.rows) + len(chunk.prompt_rows)
         data_bytes = len(chunk.text) + _TOP_BYTES * (chunk.entries - rows)
@@ -244,7 +246,7 @@ class KeptReply:
 
     @contextmanager
     def reading(self) -> Iterator[LogReader]:
-        """Yields a reader at the beginning of the log. The reply does not expire meanwhile."""
+        """Yields a reader at the beginning of the log. The reply does not expire while it is being read."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -256,7 +258,7 @@ class KeptReply:
             self._expire_later()
 
     async def stream(self, framing: Framing) -> AsyncGenerator[bytes, None]:
-        """Yields the bytes of a stream that the client lacks, until its end. Raises the error that ended the log."""
+        """Yields those bytes of the stream that the client lacks. Raises the error that ended the log."""
         view: View | None = None
         sizes, cost = _Sizes(self._request_entries), 0
         with self.reading() as reader:
@@ -286,8 +288,7 @@ class KeptReply:
                 yield part
 
     async def acknowledged(self) -> Mapping[str, Any]:
-        """Waits for a background reply to begin, and returns its acknowledgement. Raises the error that ended the reply
-        before."""
+        """Returns a background reply's acknowledgement when the reply begins. Raises the error if it fails before."""
         with self.reading() as reader:
             while self.acknowledgement is None:
                 self.log.raise_error()
@@ -295,7 +296,7 @@ class KeptReply:
         return self.acknowledgement
 
     async def whole(self) -> JsonBody:
-        """Waits for the end of the reply and returns its JSON, or raises its error. A kept one is rendered at once."""
+        """Waits for the reply's end and returns its JSON, or raises its error. Renders a kept reply all at once."""
         with self.reading():
             await self.log.wait_over()
             parts = self.log.parts()
@@ -310,11 +311,10 @@ class KeptReply:
         return await off_loop_if(is_large(self._entries(parts)), partial(self._new_view().whole, parts))
 
     def _entries(self, parts: Sequence[Sequence[TextChunk]]) -> int:
-        """Counts the tokens and logprobs of whole answers, and what the reply shows of its request."""
         return self._request_entries() + sum(chunk.entries for chunks in parts for chunk in chunks)
 
     def _request_entries(self) -> int:
-        """Counts the tokens of the prompts, which some APIs show, and what else the reply repeats."""
+        """Counts the prompts' tokens, which some APIs show, and what else the reply repeats from the request."""
         return _prompt_tokens(self.log) + self._repeated_entries
 
     def _new_view(self) -> View:
@@ -323,8 +323,8 @@ class KeptReply:
 
 
 class _Sizes:
-    """Computes an upper bound of what the next entry of a log shows. Chunks that begin or end an answer, or begin a
-    call, may show all that the reply repeats of its request, and all earlier text."""
+    """Computes an upper bound on what a log's next entry shows. A chunk that begins or ends an answer, or begins a tool
+    call, may show all earlier text and everything that the reply repeats from its request."""
 
     def __init__(self, request_entries: Callable[[], int]) -> None:
         self._request_entries = request_entries

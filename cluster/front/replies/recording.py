@@ -1,4 +1,4 @@
-"""Records the tokens of a request in the journal, several at a time."""
+"""Records a request's tokens in the journal, several at a time."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from llamaclust.core.sampling import RowResult
 
 _RECORDED_ROWS = 64
 _RECORDED_S = 1.0
-"""The longest wait of a row for others to be recorded with: it bounds what a restart computes again."""
+"""The longest time that a row waits to be recorded with others. It limits what a restart computes again."""
 
 
 class Recording:
-    """Records the tokens of a request's choices. First tokens of a restored request are recorded sooner."""
+    """Records the tokens of a request's choices. A restored request's first tokens are recorded sooner."""
 
     def __init__(self, journal: Journal, context: RequestContext, progressed: asyncio.Event) -> None:
-        """`progressed` is set at the first token of a restored request that was not recorded before."""
+        """`progressed` is set when a restored request gets its first token that was not recorded before."""
         self._journal = journal
         self._id = context.id
         self._is_restored = context.is_restored
@@ -33,7 +33,7 @@ class Recording:
         self._oldest_s = 0.0  # of these rows
 
     def follow(self, log: AnswerLog) -> None:
-        """Records tokens if they suffice to continue the answers; otherwise only that a restored request progresses."""
+        """Records the tokens if they suffice to continue the answers, else only that a restored request progresses."""
         needs_more = any(
             each.top_logprobs or each.score_from is not None or each.params.needs_state for each in log.generations
         )
@@ -43,7 +43,7 @@ class Recording:
             log.subscribe(self.progress)
 
     def add(self, prompt: int, chunk: TextChunk) -> None:
-        """Records the next tokens of a choice. It must receive all tokens of the choice from the first one on."""
+        """Records a choice's next tokens. It must receive all tokens of the choice, beginning with the first."""
         choice, new = (prompt, chunk.index), chunk.rows
         came = self._came[choice]
         self._came[choice] = came + len(new)

@@ -1,4 +1,4 @@
-"""The description of a reply: how a request is computed, and in which form its client reads the answers."""
+"""Describes a reply: how its request is computed, and in which format its client reads the answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MAX_SLOTS = 130
 
 
 def new_context(headers: Headers, endpoint: str, settings: ApiSettings) -> RequestContext:
-    """Makes the context of a new request to a model with these settings. Raises HttpError for a bad header."""
+    """Makes the context of a new request to a model with these settings. Raises HttpError if a header is invalid."""
     trace = current_trace.get()
     return RequestContext(
         id=secrets.token_hex(12),
@@ -51,8 +51,8 @@ def new_context(headers: Headers, endpoint: str, settings: ApiSettings) -> Reque
 
 
 def identified(request: CompletionRequest, context: RequestContext, prompt: int) -> CompletionRequest:
-    """Returns a prompt's completion request with its seed and recorded tokens. The first computation decides whether a
-    grammar applies to calls, since that depends on time. Raises WorkerError if the grammar cannot be made again."""
+    """Returns a prompt's completion request with its seed and recorded tokens. A grammar for tool calls is used only if
+    the first computation had it ready in time. Raises WorkerError if that grammar cannot be made again."""
     named = replace(
         request,
         request_id=context.id if prompt == 0 else f"{context.id}-p{prompt}",
@@ -64,7 +64,7 @@ def identified(request: CompletionRequest, context: RequestContext, prompt: int)
     if context.has_grammar is None:
         context.has_grammar = named.grammar is not None
     if context.has_grammar and named.grammar is None:
-        what = "this request is computed again, but the grammar of its calls was not ready in time; send it anew"
+        what = "this request was computed again, but its tool calls' grammar was not ready in time; send it again"
         raise WorkerError(what)
     return named if context.has_grammar or named.grammar is None else _without_grammar(named)
 
@@ -85,7 +85,7 @@ def _name(headers: Headers, header: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A part of a stream. The events of one slot have the same order each time the reply is computed."""
+    """A part of a stream. Events of one slot come in the same order each time the reply is computed."""
 
     slot: int  # index of a choice; one past the last for what belongs to none
     value: Any  # rendered as JSON; bytes are the text itself
@@ -93,29 +93,29 @@ class Event:
 
 
 class View(ABC):
-    """Shows the entries of an answer's log to one reader in its form; for large entries, called on a thread."""
+    """Shows an answer log's entries to one reader, in the reader's format. Large entries are shown on a thread."""
 
     @abstractmethod
     def frames(self, prompt: int, item: LogItem) -> Iterable[Event]:
-        """Yields the events that the next entry adds. The caller renders each before it takes the next one."""
+        """Yields the events that the next entry adds. The caller renders each event before it takes the next."""
 
     @property
     def error_fields(self) -> Mapping[str, Any]:
-        """Returns additional fields of an error that ends the stream now."""
+        """Returns fields to add to an error that ends the stream."""
         return {}
 
     def closing(self) -> Iterable[Event]:
-        """Yields the events that follow those of all entries."""
+        """Yields the events that follow the last entry."""
         return ()
 
     @abstractmethod
     def whole(self, parts: Sequence[Sequence[TextChunk]]) -> Any:
-        """Returns the JSON of a reply that is not streamed. `parts`: the result of `AnswerLog.parts`."""
+        """Returns the JSON of a reply that is not streamed. `parts` is the result of `AnswerLog.parts`."""
 
 
 MakeView = Callable[[AnswerLog], View]
 Requests = Callable[[], Awaitable[Sequence[CompletionRequest]]]
-"""Prepares the completion requests of a body, one per prompt. Raises an error to refuse the body."""
+"""Prepares a body's completion requests, one for each prompt. Raises an error to refuse the body."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,10 +128,10 @@ class Reply:
     with_progress: bool = False
     keeps_chunks: bool = False  # a reply needs the chunks of its answer until it ends, since it shows logprobs by them
     has_measurements: bool = False
-    """True if the stream shows times or cached tokens before its last event, so that its bytes change if the reply is
-    computed again."""
+    """True if the stream shows times or cached tokens before its last event. If such a reply is computed again, its
+    bytes change."""
     acknowledgement: Mapping[str, Any] | None = None
-    """The JSON value for a client that does not wait for its (background) reply; None: the client waits."""
+    """The JSON value for a client that does not wait for its background reply, or None if the client waits."""
     repeated: Any = None  # of its request, shown or stored with the reply; if that is large, a thread renders them
     is_stored: bool = False  # a view has an effect once its answer is complete, so that it is made without a client too
 
@@ -146,13 +146,13 @@ class Reply:
         return RowStorage.STREAMED if self.is_streamed else RowStorage.PACKED
 
     def content(self, *, is_kept: bool) -> LogContent:
-        """Returns which parts of an answer the reply's log keeps. Kept streams need all chunks."""
+        """Returns the parts of an answer that the reply's log must keep. Kept streams need all chunks."""
         if not self.is_streamed:
             return LogContent(self._storage)
         return LogContent(RowStorage.CHUNKS if is_kept else RowStorage.STREAMED, self.timed, self.with_progress)
 
     def sizes(self, asked: Sequence[CompletionRequest], generations: Sequence[GenerationRequest]) -> list[ReplySize]:
-        """Returns bounds on the memory of each prompt's answers. Only a stream's first answer is read meanwhile."""
+        """Returns memory bounds for each prompt's answers. Only a stream's first answers are read while computed."""
         first = MAX_UNREAD_ROWS if self._storage is RowStorage.STREAMED else None
         return [
             ReplySize.of(generation, request.n, self._storage, None if prompt else first)
@@ -164,7 +164,7 @@ MakeReply = Callable[[bytes, RequestContext], Awaitable[Reply]]
 
 
 Position = Counter[int]
-"""The number of events that a client has, by slot. In an event id it is text: `3`, or `3-5-0` for three slots."""
+"""The number of events that a client has, by slot. An event id has it as text: `3`, or `3-5-0` for three slots."""
 
 
 def read_position(text: str, param: str) -> Position:
@@ -188,11 +188,11 @@ class Framing:
     _numbers: Position = field(default_factory=Counter)
 
     def shown(self, view: View, prompt: int, item: LogItem, *, is_large: bool = False) -> list[bytes]:
-        """Renders the next entry's events, large ones in pieces, so that other threads can run in between."""
+        """Renders the next entry's events. Large events are rendered in pieces, so that other threads can run."""
         return self.parts(view.frames(prompt, item), is_large=is_large)
 
     def parts(self, events: Iterable[Event], *, is_large: bool = False) -> list[bytes]:
-        """Renders the events and returns those parts that the client does not have yet."""
+        """Renders the events and returns the parts that the client does not have yet."""
         return [part for event in events if (part := self._part(event, is_large=is_large))]
 
     def _part(self, event: Event, *, is_large: bool) -> bytes:

@@ -1,4 +1,4 @@
-"""The kept replies, within bounds, by their ids and the clients' names for them. Their requests are journalled."""
+"""Kept replies, within limits. They are found by id or by a client's name for them. Their requests are journalled."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class _Entry:
 
     @property
     def held_bytes(self) -> int:
-        """The memory of the reply, plus that of the request, which the journal holds."""
+        """The reply's memory plus the memory of its request, which the journal holds."""
         return self.kept.held_bytes + self.body_bytes
 
 
 class ReplyCache:
-    """The kept replies of an app. Not thread-safe: use it on one event loop. `aclose` ends all of them."""
+    """An app's kept replies. Not thread-safe: use it on one event loop. `aclose` ends all replies."""
 
     def __init__(self, settings: ApiSettings, journal: Journal | None = None) -> None:
         self.settings = settings
@@ -51,8 +51,8 @@ class ReplyCache:
         self._ending = TaskSet()
 
     def add(self, kept: KeptReply, body: bytes, earlier_bytes: int = 0) -> None:
-        """Adds a reply. `earlier_bytes`: the size of the chat that it continues. Raises HttpError if the client has no
-        room left."""
+        """Adds a reply. `earlier_bytes` is the size of the chat that the reply continues. Raises HttpError if the
+        client has no room left."""
         context, client = kept.context, kept.context.client
         body_bytes = len(body) + earlier_bytes + sum(map(len, context.images.values()))
         self._make_room(client, body_bytes)
@@ -86,7 +86,7 @@ class ReplyCache:
             await kept.aclose()
 
     def stop(self) -> None:
-        """Ends all replies, because the coordinator stops. The next coordinator continues incomplete ones."""
+        """Ends all replies, because the coordinator stops. The next coordinator continues incomplete replies."""
         for entry in self._entries.values():
             entry.kept.end(ClusterStoppingError("the cluster is stopping"))
 
@@ -98,7 +98,7 @@ class ReplyCache:
     # -- called by replies ---------------------------------------------------------------------------------------------
 
     def admit(self, kept: KeptReply, body: bytes) -> asyncio.Future[None]:
-        """Journals a request between its submission and its first token. The future is done when it is on disk."""
+        """Journals a request that is submitted but has no token yet. The future is done when the record is on disk."""
         assert self.journal is not None
         context, limit_s = kept.context, self.settings.request_s
         return self.journal.admit(replace(journalled(context, body), admitted=Instant.now(), limit_s=limit_s))
@@ -107,8 +107,8 @@ class ReplyCache:
         self._ending.start(self.forget(kept))
 
     def grew(self, kept: KeptReply, more_bytes: int) -> None:
-        """Counts the growth of a reply. If all replies, or its client's, are too large, complete replies without
-        readers are evicted; then running ones fail, unread and large ones first, the largest client's before others."""
+        """Counts a reply's growth. If all replies or its client's are too large, evicts complete replies without
+        readers. Then running replies fail: the largest client's first, unread before read, large before small."""
         if (entry := self._entries.get(kept.context.id)) is None:
             return
         self._held_bytes.take(entry.client, more_bytes)
@@ -119,7 +119,7 @@ class ReplyCache:
                 pass
 
     def _too_large(self, client: str) -> list[_Entry]:
-        """Returns the replies among which some must be removed, the client's or all clients'; [] if there is room."""
+        """Returns the client's or all clients' replies if some of them must be removed, and [] if there is room."""
         held, most = self._held_bytes.held, self._held_bytes.room
         if held[client] > most:
             clients: Collection[str] = (client,)
@@ -130,7 +130,7 @@ class ReplyCache:
         return [entry for entry in self._of(clients) if entry.held_bytes]
 
     def _evict(self, entries: Iterable[_Entry], held: Mapping[str, int]) -> bool:
-        """Removes the oldest evictable reply of the client that holds most. Returns False if there is none."""
+        """Removes the oldest evictable reply of the client that holds most. Returns False if none is evictable."""
         evictable = (entry for entry in entries if entry.kept.is_evictable)
         entry = max(evictable, key=lambda entry: held[entry.client], default=None)
         if entry is not None:
@@ -143,7 +143,7 @@ class ReplyCache:
         largest = max(running, key=self._failure_rank, default=None)
         if largest is not None:
             most = self.settings.max_kept_bytes >> 20
-            what = f"kept replies are larger than {most} MiB together, and this one was large and not read"
+            what = f"kept replies exceed {most} MiB together, and this reply was among the largest"
             error = HttpError(
                 500, "reply_too_large", f"{what}; read replies sooner, or lower max_tokens, n or logprobs"
             )
@@ -151,7 +151,7 @@ class ReplyCache:
         return largest is not None
 
     def _failure_rank(self, entry: _Entry) -> tuple[int, bool, int]:
-        """Returns a sort key; the running reply with the highest key fails first."""
+        """Returns a sort key. The running reply with the highest key fails first."""
         return self._held_bytes.held[entry.client], not entry.kept.is_read, entry.kept.held_bytes
 
     # -- those of clients ----------------------------------------------------------------------------------------------
@@ -171,17 +171,19 @@ class ReplyCache:
         return None if entry is None else entry.kept
 
     def same(self, context: RequestContext, body: bytes) -> KeptReply | None:
-        """Returns the reply to this request under its idempotency key. Raises HttpError if another one has the key."""
+        """Returns the reply that has the request's idempotency key. Raises HttpError if it is to another request."""
         key = context.idempotency_key
         entry = self._entries.get(self._ids.get((context.owner, _KEY, key), ""))
         if entry is None:
             return None
         if entry.digest != _digest(context, body):
-            raise HttpError(422, "idempotency_key_reused", f"Idempotency-Key {key!r} came with another request before")
+            raise HttpError(
+                422, "idempotency_key_reused", f"Idempotency-Key {key!r} was used for another request before"
+            )
         return entry.kept
 
     def _make_room(self, client: str, body_bytes: int) -> None:
-        """Evicts complete replies of the client, or of clients that hold more. Raises HttpError if room is lacking."""
+        """Evicts complete replies of the client, or of clients that hold more. Raises HttpError if there is no room."""
         for shares, more in (self._held_bytes, body_bytes), (self._replies, 1):
             while not shares.fits(client, more):
                 own = shares.held[client]

@@ -1,4 +1,4 @@
-"""Completions as text: chunks while they run, and whole answers that are made from the chunks."""
+"""Completions as text. Chunks show a running completion, and complete answers are made from the chunks."""
 
 from __future__ import annotations
 
@@ -66,15 +66,15 @@ _MOST_EVENTS = 1024
 
 
 def json_logprob(value: float) -> float:
-    """Returns a logprob with digits that restore its float32; -9999 for minus infinity, which JSON lacks."""
+    """Returns a logprob that a reader can restore as float32. Minus infinity, which JSON lacks, becomes -9999."""
     return value if math.isfinite(value) else _LEAST_LOGPROB
 
 
 @dataclass(frozen=True, slots=True)
 class TextChunk:
-    """A part of an answer that one step adds to the choice `index`. Text may come later than its tokens, because of
-    incomplete characters and possible stop strings. `rows`: all sampled tokens, even without shown text (end token,
-    stop strings). `offsets[i]`, if counted: the position in the answer of the text of `rows[i]`, in characters."""
+    """A part of an answer that one step adds to the choice `index`. Text may come later than its tokens, because
+    characters may be incomplete or a stop string may follow. `rows` are all sampled tokens, even those without text
+    (end tokens, stop strings). `offsets[i]`, if counted, is where the text of `rows[i]` begins in the answer."""
 
     index: int = 0
     text: str = ""
@@ -103,7 +103,7 @@ class TextChunk:
 
     @property
     def logprobs(self) -> tuple[float, ...]:
-        """The float32 logprobs of the tokens; -9999 stands for minus infinity."""
+        """The tokens' logprobs as float32. -9999 stands for minus infinity."""
         return tuple(json_logprob(row.logprob) for row in self.rows)
 
     @property

@@ -1,4 +1,4 @@
-"""The log of an answer: items in the order of a request's prompts. Readers may read it while it grows, or later."""
+"""An answer's log. Items are in the order of the request's prompts. It can be read while it grows, or later."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptProgr
 from llamaclust.core.errors import DeadlineError, LlamaclustError
 
 MAX_UNREAD_ROWS = 4096
-"""The most unread rows in a streamed log, without those present when the reader began with their prompt."""
+"""The maximum number of unread rows in a streamed log. Rows present when their prompt's turn comes do not count."""
 
 LogItem = TextChunk | PromptProgress
 Entry = tuple[int, LogItem]
 Subscriber = Callable[[int, TextChunk], None]
-"""A function that receives each appended chunk with the index of its prompt. An error that it raises ends the log."""
+"""Receives each appended chunk and the index of the chunk's prompt. An error that it raises ends the log."""
 
 
 class Timed(Enum):
-    """The chunks of a choice that have timings. The last chunk always has them."""
+    """Says which of a choice's chunks have timings. The last chunk always has timings."""
 
     NEVER = auto()
     FIRST = auto()
@@ -47,12 +47,12 @@ class _PromptEnd:
 
 
 class AnswerLog:
-    """An append-only log. Entries are in the order of prompts, however they are computed, so that a second computation
-    gives the same log. STREAMED logs drop each entry when their only reader takes it, CHUNKS keep all; PACKED logs have
-    no entries, only complete answers at their end."""
+    """An append-only log. Entries are in the order of prompts, whatever order computed them, so that a second
+    computation gives the same log. A STREAMED log drops each entry when its only reader takes it. A CHUNKS log keeps
+    all entries. A PACKED log has no entries, only complete answers at its end."""
 
     def __init__(self, *subscribers: Subscriber, is_held: bool = False) -> None:
-        """Makes a log. With `is_held`, readers get nothing before `release`."""
+        """Makes a log. With `is_held`, readers get nothing until `release` is called."""
         self.generations: Sequence[GenerationRequest] = ()  # one a prompt
         self.content = LogContent(RowStorage.CHUNKS)
         self.error: BaseException | None = None
@@ -76,8 +76,8 @@ class AnswerLog:
         return self.ended_s is not None
 
     def begin(self, generations: Sequence[GenerationRequest], content: LogContent) -> None:
-        """Begins the answers to these prompts and drops those of an earlier attempt. Without prompts, the log ends at
-        once. Rows of images are not kept."""
+        """Begins the answers to these prompts and drops an earlier attempt's answers. Without prompts, the log ends at
+        once. The log does not keep the rows of images."""
         self.clear()
         self.generations = [replace(each, images=()) if each.images else each for each in generations]
         self.content = content
@@ -92,7 +92,7 @@ class AnswerLog:
         self._subscribers.append(subscriber)
 
     def append(self, prompt: int, item: LogItem) -> None:
-        """Appends an item. Raises DeadlineError if too many rows are unread, and errors of subscribers."""
+        """Appends an item. Raises DeadlineError if too many rows are unread, and passes on subscribers' errors."""
         if self.ended_s is not None:
             return
         if isinstance(item, TextChunk):
@@ -104,7 +104,7 @@ class AnswerLog:
         self._put(prompt, item)
 
     def end(self, prompt: int, error: BaseException | None = None) -> None:
-        """Ends a prompt's answer. An `error` also ends the log here: it gets no entries of later prompts."""
+        """Ends a prompt's answer. An `error` also ends the log, which then gets no entries of later prompts."""
         if self.ended_s is None:
             self._put(prompt, _PromptEnd(error))
 
@@ -124,7 +124,7 @@ class AnswerLog:
         self._packed.clear()
 
     def parts(self) -> list[list[TextChunk]]:
-        """Returns each prompt's answers, or its chunks if rows are not packed. Raises the error of the ended log."""
+        """Returns each prompt's answers, or its chunks if rows are not packed. Raises the error that ended the log."""
         self.raise_error()
         parts: list[list[TextChunk]] = [[] for _ in self.generations]
         for (prompt, _), collected in sorted(self._packed.items(), key=itemgetter(0)):
@@ -151,7 +151,7 @@ class AnswerLog:
         await self._over.wait()
 
     async def first(self, timeout_s: float) -> None:
-        """Waits at most `timeout_s` for the first chunk. Raises the error of a log that ended without a chunk."""
+        """Waits at most `timeout_s` for the first chunk. Raises the log's error if the log ended without a chunk."""
         with LogReader(self) as reader:
             end_s = asyncio.get_running_loop().time() + timeout_s
             while not self.is_over and not any(isinstance(item, TextChunk) for _, item in self._entries):
@@ -202,7 +202,7 @@ class AnswerLog:
             self._most_unread_rows = self._unread_rows + MAX_UNREAD_ROWS
 
     def entry(self, number: int) -> Entry | None:
-        """Returns the entry with this number; None if there is none. A streamed log drops the entry that it returns."""
+        """Returns the entry with this number, or None if there is none. A streamed log then drops the entry."""
         place = number - self._first
         if not 0 <= place < len(self._entries) or self._is_held:
             return None
@@ -222,7 +222,7 @@ class AnswerLog:
 
 
 class LogReader:
-    """Reads a log from its beginning. One timer serves many waits, which are shorter than setting a timer."""
+    """Reads a log from its beginning. One timer serves many waits, because setting a timer takes longer than a wait."""
 
     def __init__(self, log: AnswerLog) -> None:
         self._log = log
@@ -251,7 +251,7 @@ class LogReader:
         return entry
 
     async def wait(self, idle_s: float | None = None) -> bool:
-        """Waits for something to read. Returns False after `idle_s` without it. May be cancelled and called again."""
+        """Waits for something to read. Returns False if nothing comes within `idle_s`. Can be called again."""
         loop = asyncio.get_running_loop()
         self._is_silent = False
         if idle_s is not None:

@@ -1,4 +1,4 @@
-"""Chats as prompts, rendered by the model's chat template. The form of answers is derived from the template."""
+"""Renders chats as prompts with the model's chat template. The form of answers is derived from the template."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ _TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "add_generation_prompt", "t
 
 
 _HINTS: Final = ("tool", "think", "reason", "channel", "function", "response", "THINK", "RESPONSE")
-"""Words of which a template with calls or reasoning contains at least one. Other templates need not be analysed."""
+"""A template with tool calls or reasoning contains one of these words. Other templates need no analysis."""
 _PART_TYPES: Final = ("'type'", '"type"', ".type")
-"""Texts of which a template that reads parts of contents contains one."""
+"""A template that reads the parts of contents contains one of these texts."""
 _PROBE: Final = "probe of a content"
 _MAX_DERIVATION_S: Final = 60.0
-"""Deadline of deriving the form of answers, for slow templates or a busy machine. The next chat tries again."""
+"""The deadline for deriving the form of answers, in seconds. After a failure, the next chat tries again."""
 _MAX_WAIT_S: Final = 120.0
-"""Deadline of one chat's wait for the form of answers, while other chats derive it."""
+"""The longest time that a chat waits for the form of answers, in seconds, while other chats derive it."""
 
 PLAIN: Final = ToolFormat(GENERIC_CALLS, takes_tool_role=False, takes_call_messages=False)
 
 
 class ChatFormat:
-    """A chat template: it renders prompts, and the form of their answers is derived from it."""
+    """A chat template. It renders prompts, and the form of their answers is derived from it."""
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
         self._template = template
@@ -61,10 +61,9 @@ class ChatFormat:
         self._form: ToolFormat | None = None
         self._control_ids: frozenset[int] = frozenset()
         self._takes_parts = False
-        """True if the template shows contents only as lists of parts."""
 
     async def get(self) -> ToolFormat:
-        """Raises DeadlineError if deriving takes too long; the next call tries again."""
+        """Returns the form of answers. Raises DeadlineError if deriving it is too slow; the next call tries again."""
         async with deadline("the chat template's form", _MAX_WAIT_S), self._lock:
             if self._form is None:
                 self._takes_parts = await run_on(RENDERING, self._needs_parts)
@@ -77,13 +76,13 @@ class ChatFormat:
         return self._form
 
     async def text(self, chat: ChatRequest) -> str:
-        """Returns the rendered prompt, with llama.cpp's media marker for each image."""
+        """Returns the rendered prompt, with llama.cpp's media marker in place of each image."""
         markers = ImageMarkers()
         text, _ = await self._rendered(replace(chat, messages=markers.mark(chat.messages)))
         return markers.public(unguarded(text))
 
     async def completion(self, chat: ChatRequest, check: Callable[[int], None]) -> CompletionRequest:
-        """Returns the request without the grammar of calls. `check` gets the number of characters, may refuse it."""
+        """Returns the request without a grammar for calls. `check` gets the character count and may refuse it."""
         markers = ImageMarkers()
         chat = replace(chat, messages=markers.mark(chat.messages))
         check(await run_on(TOKENIZING, chat.count_characters))
@@ -94,7 +93,7 @@ class ChatFormat:
         return replace(chat.answer, prompt=prompt, reading=reading, operation=Operation.CHAT)
 
     def _encoded(self, pieces: Sequence[Part], images: Mapping[str, bytes]) -> tuple[int, ...] | PromptImages:
-        """Encodes the texts between images, each as if a control token preceded it."""
+        """Encodes the texts between images. Each text is encoded as if it followed a control token."""
         first, *others = pieces
         ids = tuple(encode_chat(self._tokenizer, str(first)))
         if not others:
@@ -107,7 +106,7 @@ class ChatFormat:
         return source_of(piece, images)
 
     async def _rendered(self, chat: ChatRequest) -> tuple[str, AnswerReading | None]:
-        """Returns the guarded prompt and the answer's reading. Refused calls become text. Raises RequestError."""
+        """Returns the guarded prompt and how to parse the answer. Refused calls become text. Raises RequestError."""
         form = await self.get()
         taken = _TEMPLATE_ARGUMENTS & chat.variables.keys()
         if taken:
@@ -126,7 +125,7 @@ class ChatFormat:
     async def _render(
         self, chat: ChatRequest, form: ToolFormat, history: ToolFormat
     ) -> tuple[str, AnswerReading | None]:
-        """Renders a chat. `history`: the tool-call format in which earlier calls in its messages are written."""
+        """Renders a chat. Earlier calls in its messages are written in the format `history`."""
         *messages, more = await run_on(TOKENIZING, self._guarded, chat, history)
         more |= {"now_s": chat.created}
         if chat.end is not PromptEnd.LAST_MESSAGE:
@@ -141,7 +140,7 @@ class ChatFormat:
         return text + begun, chat.reading(form, opened_reasoning(form, text) + unguarded(begun))
 
     async def _accepted_text(self, messages: list[dict[str, Any]], more: dict[str, Any]) -> str:
-        """Renders the messages in the first accepted form, preferably with the system message, or raises a refusal."""
+        """Renders the messages in the first accepted form, if possible with the system message. May raise a refusal."""
         refusal, shortened = None, None
         for accepted in chain([messages], accepted_forms(messages)):
             shown = [*map(_with_parts, accepted)] if self._takes_parts else accepted
@@ -160,7 +159,7 @@ class ChatFormat:
         return shortened
 
     def _guarded(self, chat: ChatRequest, history: ToolFormat) -> list[dict[str, Any]]:
-        """Returns the messages and the template's variables, also llama.cpp's, with GUARD in control words."""
+        """Returns the messages and then the template's variables (also llama.cpp's). Puts GUARD into control words."""
         tools, today = chat.offered_tools, datetime.fromtimestamp(chat.created).astimezone()
         variables = {
             "date_string": today.strftime("%d %b %Y"),
@@ -172,7 +171,7 @@ class ChatFormat:
         return guard_messages([*template_messages(history, chat.messages, tools), variables], self._tokenizer)
 
     def _needs_parts(self) -> bool:
-        """True if the template shows contents only as lists of parts, like those of some vision models."""
+        """True if the template shows contents only as lists of parts, as some vision models' templates do."""
         source = self._template.source or ""
         if not any(word in source for word in _PART_TYPES):
             return False
@@ -209,8 +208,8 @@ def _with_parts(message: Mapping[str, Any]) -> dict[str, Any]:
 def answer_reasoning(
     reading: AnswerReading | None, budget: ReasoningBudget | None, grammar: Grammar | None, tokenizer: Tokenizer
 ) -> Reasoning | None:
-    """Returns how the engine follows reasoning; None if it cannot be told from content, or nothing depends on it.
-    `grammar`: one that does not cover reasoning. Raises ParameterError if the budget's message has the end tag."""
+    """Returns how the engine follows reasoning, or None if reasoning looks like content or nothing depends on it.
+    `grammar` does not cover reasoning. Raises ParameterError if the budget's message contains the end tag."""
     calls_end = reading is not None and reading.form.calls_end_reasoning and (grammar is None or bool(grammar.triggers))
     found = None if reading is None else _open_or_closed(reading, calls_end=calls_end)
     if found is None:
@@ -219,7 +218,7 @@ def answer_reasoning(
     if budget is None:
         return replace(found, delays_grammar=True) if delays else None
     if any(end in budget.message for end in found.ends):
-        raise ParameterError("reasoning_budget_message", "has the tag that ends the reasoning; leave it out")
+        raise ParameterError("reasoning_budget_message", "has the tag that ends the reasoning; leave the tag out")
     forced = tokenizer.encode_plain(budget.message, after_special=False) if budget.message else []
     for part in tokenizer.split_special(found.ends[0], parse_special=True):
         forced += tokenizer.encode_plain(part, after_special=False) if isinstance(part, str) else [part]
@@ -228,7 +227,7 @@ def answer_reasoning(
 
 
 def _open_or_closed(reading: AnswerReading, *, calls_end: bool) -> Reasoning | None:
-    """Returns the tags of reasoning and whether the prompt leaves it open; None if they cannot be followed."""
+    """Returns the tags of reasoning and whether the prompt leaves it open, or None if it cannot be followed."""
     found = _tags(reading.form)
     if found is None or any(len(text.encode()) > MAX_TRIGGER_BYTES for text in (*found.begins, *found.ends)):
         return None

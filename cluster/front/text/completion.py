@@ -1,4 +1,4 @@
-"""A running completion. The events of its choices become text chunks, which are appended to a log."""
+"""A running completion. Its choices' events become text chunks, which are appended to a log."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ if TYPE_CHECKING:
 
 _PROGRESS_S = 0.1
 _QUEUE_S = 120.0
-"""The longest wait of a later choice for a place in a full queue after the choice before it, in seconds."""
+"""The longest time that a later choice waits for a place in a full queue after the choice before it, in seconds."""
 _TURN_TOKENS = 1 << 16
-"""The most prompt tokens of choices that are submitted in one turn of the event loop. A single choice may have more."""
+"""The maximum number of prompt tokens to submit in one event loop turn. A single choice may have more."""
 SCORED_TOKENS = 256
 """The number of scored prompt tokens in a chunk. Chunks after the first begin at multiples of this number."""
 
 
 Choice = tuple[GenerationRequest, "ChoiceText"]
-"""A choice to run, and the object that converts its events to text."""
+"""A choice to run, and the object that converts the choice's events to text."""
 
 
 class Completion:
-    """All choices of one prompt, whose chunks are appended to a log. `aclose` ends the running choices, an error ends
-    all. Later choices wait until the first has computed the prompt, which they find in the prefix cache; if the queue
-    is then full, they wait up to a limit, because the request was accepted."""
+    """All choices of one prompt. Their chunks are appended to a log. `aclose` ends running choices, and an error ends
+    all choices. Later choices wait until the first has computed the prompt, and then find it in the prefix cache. If
+    the queue is full then, they wait for a limited time, because the request was accepted."""
 
     def __init__(
         self, engine: Engine, choices: Sequence[Choice], log: AnswerLog, prompt: int, on_close: Callable[[], None]
     ) -> None:
-        """Submits the first choice. Raises the engine's errors. The log, with this prompt's index, must have begun."""
+        """Submits the first choice. Raises the engine's errors. The log must have begun and have this prompt."""
         self.generation = choices[0][0]
         self._engine = engine
         self._on_close = on_close
@@ -95,7 +95,7 @@ class Completion:
         self._engine.begin(choice.generation, choice)
 
     async def _begin_later(self) -> None:
-        """Submits the later choices in order. Between long prompts, the event loop's other work takes a turn."""
+        """Submits the later choices in order. Between long prompts, the event loop can do other work."""
         await self._is_primed.wait()
         together = max(1, _TURN_TOKENS // max(1, len(self.generation.prompt)))
         for number, choice in enumerate(self._choices[1:]):
@@ -109,7 +109,7 @@ class Completion:
             await asyncio.sleep(_PROGRESS_S)
 
     def _show_progress(self) -> None:
-        """Appends the prompt's progress: first the cached tokens, then the growing number of computed ones."""
+        """Appends the prompt's progress: first the cached tokens, then the growing number of computed tokens."""
         request = self._choices[0].request
         now = None if request is None else request.progress
         if now is None:
@@ -148,7 +148,7 @@ class Completion:
 
 
 class _Running:
-    """Converts events to text within the engine's calls: a task for each choice would double the time per token."""
+    """Converts events to text within the engine's calls. A task for each choice would double the time per token."""
 
     def __init__(self, owner: Completion, generation: GenerationRequest, text: ChoiceText, timed: Timed) -> None:
         self.generation = generation
@@ -207,7 +207,7 @@ class _Running:
 
 
 class ChoiceText:
-    """Converts a choice's events to chunks, however many prompt tokens the engine computes at a time."""
+    """Converts a choice's events to chunks. The number of prompt tokens computed at a time does not matter."""
 
     def __init__(
         self,
@@ -218,7 +218,7 @@ class ChoiceText:
         min_tokens: int,
         reading: AnswerReading | None = None,
     ) -> None:
-        """Makes the converter. With `reading`, the answer belongs to a chat, and the text of chunks is its content."""
+        """Makes the converter. With `reading`, the answer belongs to a chat, and chunks' text is the chat's content."""
         self._index = index
         self._detokenizer = Detokenizer(tokenizer, shown=frozenset() if reading is None else reading.shown_control_ids)
         self._parser = None if reading is None else reading.parser()
@@ -236,7 +236,7 @@ class ChoiceText:
         return self._stop.matched is not None
 
     def take(self, event: Event) -> Sequence[TextChunk]:
-        """Returns the chunks that the event completes. Finished completes the last chunk."""
+        """Returns the chunks that the event completes."""
         if isinstance(event, TokenSampled):
             return (*self._rest_of_scores(), self._sampled(event.row))
         if isinstance(event, Finished):
@@ -275,7 +275,7 @@ class ChoiceText:
         return text if self._tokens <= self._min_tokens else self._stop.push(text)
 
     def finished(self, reason: FinishReason, timings: Timings) -> TextChunk:
-        """Returns the last chunk of a choice. A stop string that was found replaces `reason`."""
+        """Returns a choice's last chunk. If a stop string was found, the finish reason is STOP instead of `reason`."""
         text = self._stop.push(self._detokenizer.flush()) + self._stop.flush()
         text, events = self._read(text, is_last=True)
         stop = self._stop.matched
@@ -298,7 +298,7 @@ class ChoiceText:
 
 
 class StopPattern:
-    """A stop string and its search table. A state is how many of its characters the text read so far ends with."""
+    """A stop string and its search table. A state counts how many of the string's characters end the text so far."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -311,7 +311,7 @@ class StopPattern:
             self._fallback[i] = length
 
     def next_state(self, state: int, character: str) -> int:
-        """Returns the next state. A state equal to the string's length means that it is complete, and is the last."""
+        """Returns the next state. The last state equals the string's length: the string is then complete."""
         while state and character != self.text[state]:
             state = self._fallback[state - 1]
         return state + (character == self.text[state])
@@ -323,7 +323,7 @@ def stop_patterns(strings: tuple[str, ...]) -> tuple[StopPattern, ...]:
 
 
 class StopStrings:
-    """Finds stop strings in text that comes in pieces; their lengths do not change the cost per character."""
+    """Finds stop strings in text that comes in pieces. Their lengths do not change the cost per character."""
 
     def __init__(self, patterns: Sequence[StopPattern]) -> None:
         self._patterns = patterns
@@ -332,7 +332,7 @@ class StopStrings:
         self.matched: str | None = None  # the stop string that was found; the stream has ended then
 
     def push(self, text: str) -> str:
-        """Returns text before any stop string. The first completed one counts; on a tie, the one that began first."""
+        """Returns text before any stop string. The first completed string counts, and in a tie the longest string."""
         if not self._patterns or self.matched is not None:
             return "" if self.matched is not None else text
         text = self._held + text

@@ -1,4 +1,4 @@
-"""Embeddings and reranking scores, pooled in token order in float64, so that the layers' placement does not matter."""
+"""Embeddings and reranking scores. They are pooled in token order in float64, so layers' placement does not matter."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def normalized(vector: Float64, norm: int = EUCLIDEAN) -> Vector:
 
 
 def _length(vector: Float64, norm: int) -> float:
-    """Returns the divisor of the vector. Sums are exact before rounding, so that all instruction sets agree."""
+    """Returns the vector's divisor. Sums are exact before they are rounded, so all instruction sets agree."""
     if norm < 0:
         return 1.0
     magnitudes: Sequence[float] = np.abs(vector).tolist()
@@ -73,12 +73,12 @@ def _length(vector: Float64, norm: int) -> float:
 
 
 _MOST_SUBMITTED = 16
-"""The largest number of prompts of one request that are queued or computed at the same time."""
+"""The maximum number of one request's prompts that are queued or computed at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingOptions:
-    """`norm`: see `normalized`; without pooling, there is none. `dimensions`: leading channels to keep; None: all."""
+    """`norm` applies only to pooled vectors. `dimensions` is how many leading channels to keep, or None for all."""
 
     pooling: Pooling
     norm: int = EUCLIDEAN
@@ -88,7 +88,7 @@ class EmbeddingOptions:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """The embedding of one prompt: a single vector, or one for each token without pooling."""
+    """The embedding of one prompt. It is a single vector, or without pooling one vector for each token."""
 
     vectors: tuple[Vector, ...]
     prompt_tokens: int
@@ -107,8 +107,8 @@ class Embedder:
         self._engine = engine
 
     async def embed(self, prompts: Sequence[tuple[int, ...]], options: EmbeddingOptions) -> list[Embedding]:
-        """Returns embeddings in order. An error or a cancellation ends all. Raises ParameterError for a bad prompt,
-        QueueFullError without a place for the first, WorkerError, DeadlineError if they exceed a request's time."""
+        """Returns embeddings in order. An error or a cancellation ends all. Raises ParameterError if a prompt is bad,
+        QueueFullError if the queue is full at the start, DeadlineError if a request's time ends, or WorkerError."""
         group = secrets.token_hex(12)
         requests = [_request(f"{group}-{index}", group, prompt, options) for index, prompt in enumerate(prompts)]
         first = self._engine.submit(requests[0])

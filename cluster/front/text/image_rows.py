@@ -1,5 +1,5 @@
-"""The memory of images: rows that an encoder computed and no request uses now, and the bytes of those in use and of
-tiles."""
+"""The memory of images. It keeps rows that an encoder computed and no request uses now, and counts the bytes of tiles
+and of rows in use."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Rows = NDArray[np.float32]  # [rows, levels * width]
 _RETRY_S: Final = 5.0
 _MOST_BYTES: Final = 1 << 30
 _SHARE: Final = 16
-"""The part of a machine's free memory that rows may take is one in this number."""
+"""Rows may take the machine's free memory divided by this number."""
 _KEPT: Final = 4
-"""The part of that memory for rows that no request uses is one in this number."""
+"""Rows that no request uses may take that memory divided by this number."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowLimits:
-    """Limits of memory. `kept_bytes`: rows that no request uses. `held_bytes`: all rows and prepared tiles."""
+    """Memory limits. `kept_bytes` is for rows that no request uses. `held_bytes` is for all rows and prepared tiles."""
 
     kept_bytes: int = _MOST_BYTES // _KEPT
     held_bytes: int = _MOST_BYTES
@@ -40,7 +40,7 @@ class RowLimits:
 
 
 class RowMemoryError(QueueFullError):
-    """Memory for `size` bytes of rows or tiles is short. Requests with images hold the rest."""
+    """Memory for `size` bytes of rows or tiles is short. Other requests with images hold the memory."""
 
     def __init__(self, held_bytes: int, size: int) -> None:
         super().__init__(f"images of other requests take {held_bytes >> 20} MiB; try again", _RETRY_S)
@@ -49,15 +49,15 @@ class RowMemoryError(QueueFullError):
 
 
 class RowCache:
-    """Rows by digest that no request uses, the latest ones, and the number of bytes in use, which count in the same
-    limit. Requests that lack memory wait in `line`. Not thread-safe."""
+    """The latest rows that no request uses, by digest, and the number of bytes in use. Both count towards one limit.
+    Requests that lack memory wait in `line`. Not thread-safe."""
 
     def __init__(self, limits: RowLimits | None = None) -> None:
         self._limits = limits or RowLimits()
         self._kept: OrderedDict[bytes, Rows] = OrderedDict()
         self._freed = asyncio.Event()
         self.owned = Shares(self._limits.held_bytes)
-        """The bytes of rows that the requests of each owner use."""
+        """The bytes of rows that each owner's requests use."""
         self.line = Line(self.owned.held)
         self.used_bytes = 0
         self.kept_bytes = 0
@@ -70,7 +70,7 @@ class RowCache:
         return digest in self._kept
 
     def reuse(self, digest: bytes) -> Rows | None:
-        """Returns kept rows, which count as used from now on."""
+        """Returns kept rows. From now on, they count as used."""
         rows = self._kept.pop(digest, None)
         if rows is not None:
             self.kept_bytes -= rows.nbytes
@@ -78,7 +78,7 @@ class RowCache:
         return rows
 
     def keep(self, digest: bytes, rows: Rows) -> None:
-        """Takes rows that were used, and own their memory."""
+        """Takes rows that are no longer in use. They must own their memory."""
         assert rows.base is None
         self.used_bytes -= rows.nbytes
         if digest not in self._kept:
@@ -99,7 +99,7 @@ class RowCache:
         self._freed.set()
 
     def make_room(self, size: int) -> None:
-        """Forgets unused rows. Raises ParameterError if `size` exceeds the limit, RowMemoryError if others take it."""
+        """Drops unused rows to make room. Raises ParameterError if `size` is over the limit, else RowMemoryError."""
         self.check(size)
         if self.used_bytes + size > self._limits.held_bytes:
             raise RowMemoryError(self.held_bytes, size)
@@ -107,13 +107,13 @@ class RowCache:
             self._drop()
 
     async def wait_for(self, size: int) -> None:
-        """Waits until there is room for `size` bytes. One caller waits at a time: the first in line."""
+        """Waits until there is room for `size` bytes. Only one caller waits at a time: the first in line."""
         while self.used_bytes + size > self._limits.held_bytes:
             self._freed.clear()
             await self._freed.wait()
 
     def check(self, size: int) -> None:
-        """Raises ParameterError if the images of one request need `size` bytes at a time, more than all may have."""
+        """Raises ParameterError if `size`, the bytes that one request's images need at a time, exceeds the limit."""
         most = self._limits.held_bytes
         if size > most:
             what = f"have images that take {size >> 20} MiB; the limit is {most >> 20} MiB"
@@ -125,7 +125,7 @@ class RowCache:
 
 
 class RowLeases:
-    """The leases of the rows that a request uses, until its end."""
+    """Keeps the leases of the rows that a request uses until the request ends."""
 
     def __init__(self) -> None:
         self._held = ExitStack()
@@ -140,7 +140,7 @@ class RowLeases:
         self.are_empty = True
 
     def moved(self) -> RowLeases:
-        """Gives the leases to another owner."""
+        """Passes the leases on to a new owner."""
         other = RowLeases()
         other._held, other.are_empty, self.are_empty = self._held.pop_all(), self.are_empty, True
         return other

@@ -1,4 +1,4 @@
-"""Images in prompts: parts of messages, and prompts of token ids and images."""
+"""Images in prompts: message parts, and prompts that consist of token ids and images."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ MAX_IMAGES: Final = 64
 MAX_IMAGES_BYTES: Final = 32 << 20
 
 MEDIA_MARKER: Final = f"<__media_{token_hex(16)}__>"
-"""llama.cpp's text for an image, shown by `GET /props`. It is random, so that a text has it only on purpose."""
+"""llama.cpp's text for an image, shown by `GET /props`. It is random, so no text contains it by accident."""
 PLAIN_MARKER: Final = "<__media__>"
-"""The marker of llama.cpp's older versions, for prompts without the random one."""
+"""The marker of older llama.cpp versions. It applies to prompts that lack the random marker."""
 
 _STEP: Final = 1 << 18  # a multiple of 4
 Part = str | dict[str, Any]
-"""A part of a message: a text, or an image in OpenAI's form."""
+"""A part of a message. It is a text, or an image in OpenAI's form."""
 Content = str | list[dict[str, Any]]
 """A message's content. With images, it is a list of OpenAI's parts of the types `text` and `image_url`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSource:
-    """An image as its client sent it: the bytes of a file in a format that is not yet known."""
+    """An image as the client sent it: a file's bytes, whose format is not known yet."""
 
     data: bytes = field(repr=False)
     detail: str = "auto"  # OpenAI's: auto, low or high
@@ -36,7 +36,7 @@ class ImageSource:
 
 @dataclass(frozen=True, slots=True)
 class PromptImages:
-    """A prompt with images. `pieces`: token ids and images in their order."""
+    """A prompt with images. `pieces` are token ids and images in the prompt's order."""
 
     pieces: tuple[tuple[int, ...] | ImageSource, ...]
 
@@ -46,7 +46,7 @@ class PromptImages:
 
     @property
     def least_tokens(self) -> int:
-        """A lower bound of the prompt's length, with one row for each image."""
+        """A lower bound of the prompt's length. It counts one row for each image."""
         return sum(1 if isinstance(piece, ImageSource) else len(piece) for piece in self.pieces)
 
 
@@ -59,7 +59,7 @@ def text_part(text: str) -> dict[str, Any]:
 
 
 def joined(parts: Sequence[Part]) -> Content:
-    """Makes a message's content of texts and image parts. Texts alone are joined with line breaks."""
+    """Makes a message's content from texts and image parts. Without images, line breaks join the texts."""
     texts = [part for part in parts if isinstance(part, str)]
     if len(texts) == len(parts):
         return "\n".join(texts)
@@ -67,7 +67,7 @@ def joined(parts: Sequence[Part]) -> Content:
 
 
 def parts_of(content: Content) -> list[Part]:
-    """Returns the texts and image parts of a message's content; the inverse of `joined`."""
+    """Returns the texts and image parts of a message's content. It is the inverse of `joined`."""
     if isinstance(content, str):
         return [content]
     return [part["text"] if part["type"] == "text" else part for part in content]
@@ -80,7 +80,7 @@ def image_urls(messages: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 class ImageMarkers:
-    """Texts in place of a chat's images while its template is rendered: random, of letters and digits only."""
+    """Random texts that replace a chat's images while its template is rendered. They have only letters and digits."""
 
     def __init__(self) -> None:
         self._word = f"image{token_hex(16)}n"
@@ -88,7 +88,7 @@ class ImageMarkers:
         self._parts: list[dict[str, Any]] = []
 
     def mark(self, messages: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-        """Joins texts with line breaks, as in llama.cpp, except next to an image."""
+        """Replaces images with markers. Joins texts with line breaks, as llama.cpp does, except next to an image."""
         return tuple(
             {**each, "content": self._text(content)} if isinstance(content := each.get("content"), list) else each
             for each in messages
@@ -119,12 +119,12 @@ class ImageMarkers:
         return pieces
 
     def public(self, rendered: str) -> str:
-        """Returns a rendered prompt with llama.cpp's marker for each image."""
+        """Returns a rendered prompt with llama.cpp's marker in place of each image."""
         return self._pattern.sub(MEDIA_MARKER, rendered)
 
 
 def source_of(part: Mapping[str, Any], images: Mapping[str, bytes]) -> ImageSource:
-    """Returns the image of an image part. `images`: bytes by URL, without data URLs."""
+    """Returns the image of an image part. `images` has the bytes of images at URLs, except data URLs."""
     image = part["image_url"]
     url = image["url"]
     return ImageSource(images[url] if url in images else _decoded(url.partition(",")[2]), image["detail"])

@@ -1,4 +1,4 @@
-"""Prepares a prompt's images in order: the next images while the caller works with one."""
+"""Prepares a prompt's images in order. The next images are prepared while the caller works with one image."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from llamaclust.cluster.front.text.image_rows import RowMemoryError
 from llamaclust.cluster.front.text.images import ImageSource
 
 _SIDE_BY_SIDE: Final = 2
-"""The number of images of one owner that are prepared at a time."""
+"""The number of images to prepare at a time for one owner."""
 
 
 class Releasable(Protocol):
     def release(self) -> None:
-        """Gives up the memory that it uses."""
+        """Frees the memory that the object uses."""
         ...
 
 
@@ -25,8 +25,8 @@ _Any = TypeVar("_Any")
 
 
 class Prefetch(Generic[_Result]):
-    """The results of `begin` for images in order, which the caller releases. Those of the next images are dropped and
-    begun again later if their memory is needed."""
+    """The results of `begin` for images, in order. The caller releases each result. If memory is short, the next
+    images' results are dropped, and begun again later."""
 
     def __init__(
         self,
@@ -34,14 +34,14 @@ class Prefetch(Generic[_Result]):
         begin: Callable[[ImageSource], Coroutine[Any, Any, _Result]],
         room: Callable[[int], Awaitable[None]],
     ) -> None:
-        """`room(size)` returns when there may be `size` bytes of memory. It raises RowMemoryError if others have it."""
+        """`room(size)` waits until `size` bytes may be free. It raises RowMemoryError if others have the memory."""
         self._sources = deque(sources)
         self._begin = begin
         self._room = room
         self._tasks: deque[asyncio.Task[_Result]] = deque()
 
     async def next(self) -> _Result:
-        """Returns the next image's result. Raises errors of `begin`, and those of `with_room`."""
+        """Returns the next image's result. Raises the errors of `begin` and of `with_room`."""
         self._begin_tasks(_SIDE_BY_SIDE)
         result = await self.with_room(self._first)
         self._sources.popleft()
@@ -50,8 +50,8 @@ class Prefetch(Generic[_Result]):
         return result
 
     async def with_room(self, work: Callable[[], Awaitable[_Any]]) -> _Any:
-        """Awaits `work`. If memory is short, the next images give theirs, and `work` is done again. Raises
-        ParameterError if no request can have so much memory, and errors of `room`."""
+        """Awaits `work`. If memory is short, frees the next images' memory and does `work` again. Raises ParameterError
+        if `work` needs more memory than any request can have, and the errors of `room`."""
         while True:
             try:
                 return await work()
@@ -61,7 +61,7 @@ class Prefetch(Generic[_Result]):
             await self._room(size)
 
     async def aclose(self) -> None:
-        """Drops the results of the next images. `next` begins them again."""
+        """Drops the next images' results. `next` begins them again."""
         for task in self._tasks:
             task.cancel()
         if self._tasks:

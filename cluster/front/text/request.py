@@ -27,14 +27,14 @@ MAX_STOP_CHARACTERS = 4096
 MAX_STOP_TOKENS = 1024
 MAX_SALT_CHARACTERS = 256
 MAX_BEGUN_CHARACTERS = 1 << 18
-"""The most characters of a continued message, over all choices; parsing them takes about two seconds."""
+"""The maximum number of characters of a continued message, over all choices. Parsing them takes about two seconds."""
 SEEDS = 1 << 64
 
 _DRAWN_SEED_BITS = 53
-"""Bits of a random seed, few enough for JSON readers that represent numbers as doubles."""
+"""The bits of a random seed. They are few enough for JSON readers that represent numbers as doubles."""
 
 Answered = Mapping[int, tuple[RowResult, ...]]
-"""The first tokens of each choice of a request, by the choice's index."""
+"""The first tokens of each of a request's choices, by the choice's index."""
 
 
 MAX_MESSAGE_CHARACTERS: Final = 2048
@@ -42,7 +42,7 @@ MAX_MESSAGE_CHARACTERS: Final = 2048
 
 @dataclass(frozen=True, slots=True)
 class AnswerReading:
-    """Settings for parsing the text of an answer. All choices share them."""
+    """Settings for parsing an answer's text. All choices share the settings."""
 
     form: ToolFormat
     tools: Tools = field(default_factory=dict)
@@ -102,22 +102,22 @@ class CompletionRequest(AnswerOptions):
 
     @property
     def begun_characters(self) -> int:
-        """The number of characters of the answers that are already in the prompt, summed over all choices."""
+        """The number of answer characters that are already in the prompt, summed over all choices."""
         return 0 if self.reading is None else len(self.reading.begun) * self.n
 
     @property
     def setup_characters(self) -> int:
-        """The characters read before the answers begin: of the text begun in the prompt, and of stop strings."""
+        """The number of characters to read before the answers begin: begun text in the prompt, and stop strings."""
         return self.begun_characters + sum(map(len, self.stop))
 
     def check_begun(self) -> None:
         if self.begun_characters > MAX_BEGUN_CHARACTERS:
-            reason = f"{self.n} answers would read {self.begun_characters} characters of the continued message, "
+            reason = f"{self.n} answers would read {self.begun_characters} characters of the continued message; "
             param = "n" if self.n > 1 else "messages"
-            raise ParameterError(param, f"{reason}at most {MAX_BEGUN_CHARACTERS} are read")
+            raise ParameterError(param, f"{reason}the limit is {MAX_BEGUN_CHARACTERS}")
 
     def check_text(self) -> None:
-        """Checks the fields that have no equivalent in tokens; `validate` checks the others. Raises ParameterError."""
+        """Checks the fields that have no equivalent in tokens. `validate` checks the others. Raises ParameterError."""
         if self.max_new_tokens is not None:
             check_integer("max_tokens", self.max_new_tokens, 0, MAX_CONTEXT_TOKENS)
             check_integer("min_tokens", self.min_tokens, 0, MAX_CONTEXT_TOKENS)
@@ -128,7 +128,7 @@ class CompletionRequest(AnswerOptions):
         if self.seed is not None:
             check_integer("seed", self.seed, -SEEDS // 2, SEEDS - 1)
         if self.ignore_eos and self.stop_token_ids:
-            reason = f"expected none with ignore_eos, found {len(self.stop_token_ids)}"
+            reason = f"expected no token ids with ignore_eos, found {len(self.stop_token_ids)}"
             raise ParameterError("stop_token_ids", reason)
         check_count("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKENS, "token ids")
         self.check_begun()
@@ -157,7 +157,7 @@ class ToolUse:
 
     @classmethod
     def of(cls, mode: ToolMode, name: str | None, is_parallel: bool | None) -> ToolUse:
-        """Makes the rule. `is_parallel` None: at most one call if a call is required, else any number."""
+        """Makes the rule. If `is_parallel` is None, several calls are allowed unless a call is required."""
         return cls(mode, name, mode is not ToolMode.REQUIRED if is_parallel is None else is_parallel)
 
     def check(self, tools: Sequence[Variables]) -> None:
@@ -211,7 +211,7 @@ class ChatRequest:
         return bool(self.variables.get("documents"))
 
     def reading(self, form: ToolFormat, begun: str) -> AnswerReading | None:
-        """Returns the settings for parsing the answer. Returns None if its text needs no parsing."""
+        """Returns the settings for parsing the answer, or None if the answer's text needs no parsing."""
         schemas = {
             str(tool["function"]["name"]): tool["function"].get("parameters") or {} for tool in self.offered_tools
         }
@@ -224,7 +224,7 @@ class ChatRequest:
         )
 
     def count_characters(self) -> int:
-        """Counts the characters of contents, reasoning, calls and tools: about a lower bound of the prompt's."""
+        """Counts characters of contents, reasoning, tool calls and tools. The prompt usually has at least as many."""
         contents = [message.get(name) for message in self.messages for name in ("content", "reasoning_content")]
         calls = (call for message in self.messages for call in message.get("tool_calls") or ())
         texts = [*contents, *(call["function"].get("arguments") for call in calls)]
@@ -235,14 +235,14 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningBudget:
-    """The largest number of reasoning tokens. After `tokens` of them, `message` and the closing tag are forced."""
+    """The maximum number of reasoning tokens. After `tokens` tokens, `message` and the closing tag are forced."""
 
     tokens: int
     message: str = ""
 
 
 def effort_variables(effort: str | None) -> dict[str, Any]:
-    """Returns the template's variables for an effort. As in llama.cpp, the template decides what it means."""
+    """Returns the template's variables for an effort. As in llama.cpp, the template decides what an effort means."""
     if effort is None:
         return {}
     return {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
@@ -252,7 +252,7 @@ def prompt_end(
     roles: Sequence[str], continue_final_message: bool | None, add_generation_prompt: bool | None
 ) -> PromptEnd:
     """Returns how the prompt ends. Without `continue_final_message`, llama.cpp's rule applies: an assistant's last
-    message is continued, unless a generation prompt is requested. Raises ParameterError for contradictory fields."""
+    message is continued unless a generation prompt is requested. Raises ParameterError for conflicting fields."""
     is_answered = roles[-1:] == ["assistant"]
     if continue_final_message is None:
         continue_final_message = is_answered and not add_generation_prompt

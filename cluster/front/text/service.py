@@ -1,4 +1,4 @@
-"""The text service of one model: it tokenizes requests, submits them to an engine, and collects the answers."""
+"""The text service of one model. It tokenizes requests, submits them to an engine, and collects the answers."""
 
 from __future__ import annotations
 
@@ -50,15 +50,17 @@ if TYPE_CHECKING:
 
 _BLOCKING_CHARACTERS = 2048
 """Texts with more characters are tokenized on a thread."""
-_TOO_MANY_NUMBERS = "embeddings of {count} numbers, at most {most} are given in one reply: send less at once"
-_TOO_MANY_PAIRS = "with the query before each these are {count} tokens, at most {most} are ranked: send fewer at once"
+_TOO_MANY_NUMBERS = "embeddings of {count} numbers exceed the limit of {most} in one reply: send less at once"
+_TOO_MANY_PAIRS = (
+    "with the query before each, there are {count} tokens; the limit is {most}: send fewer documents at once"
+)
 _ANSWER_SHARE = 4
-"""The part of the context (one quarter) that infilling keeps free for an answer; other files may fill the rest."""
+"""Infilling keeps a quarter of the context free for an answer. Other files may fill the rest."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextSettings:
-    """The name of a served model, its limits, and what its file states."""
+    """A served model's name, its limits, and what its file states."""
 
     model_name: str
     context_length: int  # tokens of a sequence, prompt and answer together
@@ -99,7 +101,7 @@ class TextService:
         self._formats = {template: ChatFormat(template, tokenizer) for template in chat_template.named.values()}
         self._breaker_tokens = BreakerTokens(tokenizer)
         self.active_requests = 0
-        """The number of requests that were accepted and have not ended, including those in preparation."""
+        """The number of requests that were accepted and have not ended, including requests in preparation."""
 
     async def aclose(self) -> None:
         await asyncio.to_thread(self._grammars.close)
@@ -112,8 +114,8 @@ class TextService:
             return await self.submit(request, generation, log, leases=leases)
 
     async def prepare(self, request: CompletionRequest, leases: RowLeases) -> GenerationRequest:
-        """Returns the request in tokens, with its first choice. `leases` hold the rows of its images, until the caller
-        closes them. Raises ParameterError for invalid fields that have no equivalent in tokens."""
+        """Returns the request in tokens, with its first choice. `leases` hold its images' rows until the caller closes
+        the leases. Raises ParameterError if fields that have no equivalent in tokens are invalid."""
         request.check_text()
         self.slots.check(request.slot, has_images=isinstance(request.prompt, PromptImages))
         with self._counted():
@@ -134,10 +136,10 @@ class TextService:
         prompt: int = 0,
         leases: RowLeases | None = None,
     ) -> Completion:
-        """Submits a prepared request. The caller must close the completion, which then closes the `leases` it was
-        given. Its items are appended to the log, which must have begun, under the index `prompt`.
+        """Submits a prepared request. The log must have begun. Items are appended to it under the index `prompt`. The
+        caller must close the completion, which then also closes `leases`.
 
-        Raises ParameterError for a value out of bounds, AdapterUnloadedError, QueueFullError, and WorkerError. Later
+        Raises ParameterError if a value is out of bounds, AdapterUnloadedError, QueueFullError, or WorkerError. Later
         errors end the log."""
         held = ExitStack()
         try:
@@ -158,7 +160,7 @@ class TextService:
         return completion
 
     def _choices(self, request: CompletionRequest, generation: GenerationRequest) -> list[Choice]:
-        """Makes the choices. It may be slow: parsers read the begun answer, and stop strings are analysed."""
+        """Makes the choices. This may be slow, because parsers read the begun answer and stop strings are analysed."""
         name, ends, stop = generation.request_id, generation.stop_token_ids, stop_patterns(request.stop)
         return [
             (
@@ -177,13 +179,15 @@ class TextService:
     async def embed(
         self, prompts: Sequence[Sequence[str | int]], options: EmbeddingOptions
     ) -> AsyncIterator[list[Embedding]]:
-        """Embeds prompts of texts and token ids; they count towards the budget while the context is open. Raises
-        RequestError for an empty or too long prompt or too many numbers, and errors of `Embedder.embed`."""
+        """Embeds prompts of texts and token ids, which count towards the budget while the context is open. Raises
+        RequestError for an empty or too long prompt or too many numbers, and the errors of `Embedder.embed`."""
         length = self.settings.embedding_length
         if self.settings.ranking is not None:
             raise ParameterError("model", "ranks documents and makes no embeddings: use /v1/rerank")
         if options.dimensions is not None and options.dimensions > length:
-            raise ParameterError("dimensions", f"{options.dimensions}, but this model's embeddings have {length}")
+            raise ParameterError(
+                "dimensions", f"found {options.dimensions}; this model's embeddings have only {length}"
+            )
         with self._counted():
             ids = [tuple(await self._input_ids(prompt)) for prompt in prompts]
             vectors = sum(options.pooling.vectors(len(prompt)) for prompt in ids)
@@ -192,7 +196,7 @@ class TextService:
 
     async def rank(self, query: str, documents: Sequence[str]) -> list[Rank]:
         """Returns the documents' scores in order. Raises ParameterError if the model does not rank or a text is too
-        long, before later texts are tokenized; and errors of `ReplyBudget.reserve_numbers` and `Embedder.embed`."""
+        long, before later texts are tokenized, and the errors of `ReplyBudget.reserve_numbers` and `Embedder.embed`."""
         ranking, budget = self.settings.ranking, self.budget
         if ranking is None:
             raise ParameterError("model", "does not rank documents")
@@ -207,8 +211,8 @@ class TextService:
     async def _pair_reader(
         self, form: PairForm | PairTemplate, query: str
     ) -> Callable[[str, str], Awaitable[tuple[int, ...]]]:
-        """Returns a function of a document and its field's name (for errors) that makes the prompt. Special tokens in
-        texts remain text. A template's prompts are tokenized whole, since words may merge with the texts."""
+        """Returns a function that makes a document's prompt. It also takes the field's name, for errors. Special tokens
+        in texts remain text. A template's prompts are tokenized whole, since words may merge with the texts."""
         tokenizer, context = self.tokenizer, self.settings.context_length
         self._check_characters(len(query), "query")
         if isinstance(form, PairTemplate):
@@ -225,7 +229,7 @@ class TextService:
             self._check_characters(beside + len(document), param)
             ids = await run_on(TOKENIZING, read, document)
             if len(ids) > context:
-                what = "has" if param == "query" else "have one that has, with the query,"
+                what = "has" if param == "query" else "one document has, with the query,"
                 raise ContextLengthError(f"{what} {len(ids)} tokens", len(ids), context, param)
             return ids
 
@@ -235,13 +239,13 @@ class TextService:
         ids = [token for part in await self.tokenize_all(prompt, "input", add_special=True) for token in part]
         context = self.settings.context_length
         if not ids:
-            raise ParameterError("input", "a prompt without tokens; give at least one")
+            raise ParameterError("input", "a prompt has no tokens; give at least one token")
         if len(ids) > context:
             raise ContextLengthError(f"a prompt of {len(ids)} tokens is too large", len(ids), context, "input")
         return ids
 
     async def fill_in(self, gap: Gap, max_new_tokens: int | None) -> tuple[int, ...]:
-        """Returns a prompt to fill a gap by infill tokens. Raises ContextLengthError for too long texts around it."""
+        """Returns a prompt to fill a gap by infill tokens. Raises ContextLengthError if the texts are too long."""
         tokens, context = self.tokenizer.vocabulary.fill_in, self.settings.context_length
         assert tokens is not None, "asked before"
         self._check_characters(gap.characters, "input_prefix")
@@ -257,15 +261,15 @@ class TextService:
     async def tokenize_all(
         self, parts: Sequence[str | int], param: str, most_tokens: int | None = None, add_special: bool = False
     ) -> list[list[int]]:
-        """Returns the ids of each part; a part that is an id stands for itself. `add_special` applies to the first
-        part. Raises an error early if the parts certainly have more than `most_tokens` (None: the context length)."""
+        """Returns each part's token ids. A part that is an id stands for itself. `add_special` applies to the first
+        part. Raises an error early if the parts certainly have over `most_tokens` (None: the context length)."""
         self._check_room(f"has {len(parts)} parts", len(parts), param, most_tokens)
         characters = sum(len(part) for part in parts if isinstance(part, str))
         self._check_characters(characters, param, most_tokens)
         return await run_on(tokenizing(characters), self._encode_all, parts, add_special)
 
     async def chat(self, chat: ChatRequest) -> CompletionRequest:
-        """Special tokens in messages remain text. Raises RequestError if the template or the model refuses the chat."""
+        """Returns a chat's completion request. Special tokens in messages remain text. Raises RequestError."""
         if not self.settings.generates:
             raise ParameterError("model", NO_TEXT)
         unconstrained = await self.chat_prompt(chat)
@@ -281,7 +285,7 @@ class TextService:
         return replace(unconstrained, grammar=grammar, reasoning=reasoning)
 
     async def chat_prompt(self, chat: ChatRequest) -> CompletionRequest:
-        """Returns the completion request for a chat, without the grammar of its calls."""
+        """Returns the completion request for a chat, without the grammar of its tool calls."""
         with self._counted():
             return await self._format_of(chat).completion(chat, self._check_characters)
 
@@ -300,7 +304,7 @@ class TextService:
         """Returns the format of a chat's template variant. Raises ParameterError if the variant omits the documents."""
         template = self.chat_template.variant(uses_tools=chat.uses_tools, has_documents=chat.has_documents)
         if chat.has_documents and "documents" not in (template.source or ""):
-            raise ParameterError("documents", "the model's chat template shows none; write them into a message")
+            raise ParameterError("documents", "the model's chat template shows none of them; write them into a message")
         return self._formats.get(template, self.chat_format)
 
     @contextmanager
@@ -312,7 +316,6 @@ class TextService:
             self.active_requests -= 1
 
     async def _prompt(self, request: CompletionRequest, leases: RowLeases) -> ImagePrompt:
-        """Returns the token ids of a prompt, and the rows of its images."""
         if not isinstance(request.prompt, PromptImages):
             return await self._prompt_ids(request.prompt, request), ()
         assert self.vision is not None, "bodies with images are refused"
@@ -336,7 +339,7 @@ class TextService:
         ]
 
     def _check_characters(self, characters: int, param: str = "prompt", most_tokens: int | None = None) -> None:
-        """Raises an error for a text that is certainly too long, without tokenizing it."""
+        """Raises an error if a text is certainly too long. Does not tokenize the text."""
         self._check_room(
             f"has {characters} characters", -(-characters // self.tokenizer.longest_word), param, most_tokens
         )
@@ -356,7 +359,7 @@ class TextService:
         return await run_on(BREAKERS, self._breaker_tokens.of, request.dry_breakers)
 
     def _params(self, request: CompletionRequest) -> SamplingParams:
-        """Returns the sampling parameters. Without `penalize_nl`, the line break is exempt from penalties."""
+        """Returns the sampling parameters. Unless `penalize_nl` is set, the line break is exempt from penalties."""
         params = request.params
         if request.penalize_nl or not params.needs_history:
             return params

@@ -1,4 +1,4 @@
-"""Resources shared fairly among owners of requests: threads and processes for texts, memory for replies."""
+"""Resources that owners of requests share fairly: threads and processes for texts, and memory for replies."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from llamaclust.core.sharing.turns import Turns
 from llamaclust.wire.rpc.deadlines import deadline
 
 current_owner: Final[ContextVar[str]] = ContextVar("owner", default="")
-"""The owner of the current task's request: the digest of its API key, or the client's address if no keys are set."""
+"""The owner of the current task's request. It is the digest of an API key, or the client's address without keys."""
 
 hold_bytes: Final[ContextVar[Callable[[int], None] | None]] = ContextVar("hold_bytes", default=None)
-"""Counts further bytes of the current task's request, or raises an error. None: it did not come over HTTP."""
+"""Counts more bytes for the current task's request, or raises an error. None if the request did not come over HTTP."""
 
 ignored_parts: Final[ContextVar[list[str] | None]] = ContextVar("ignored_parts", default=None)
-"""Names of the fields of the current task's request that have no effect."""
+"""The names of those fields of the current task's request that have no effect."""
 
 
 def report_ignored(names: Iterable[str]) -> None:
@@ -38,14 +38,14 @@ def report_ignored(names: Iterable[str]) -> None:
 
 
 _WORK_S = 120.0
-"""The deadline of work on a thread, including the wait for it; a busy machine may be many times slower."""
+"""The deadline for work on a thread, including the wait for a thread. A busy machine may be many times slower."""
 
 _Result = TypeVar("_Result")
 _Arguments = ParamSpec("_Arguments")
 
 
 class Places:
-    """Places for one kind of work. Owners take turns, and each has at most `most` places (None: no limit)."""
+    """Places for one kind of work. Owners take turns. An owner has at most `most` places, or any number if None."""
 
     def __init__(self, count: int, most: int | None = None) -> None:
         self._count = count
@@ -70,12 +70,12 @@ _LONG_TEXTS = Threads(1, "tokenize-long")
 _LONG_CHARACTERS = 1 << 16
 RENDERING = Threads(1, "derive-format")
 BREAKERS = Threads(1, "breakers")
-"""A single thread. Breakers are computed in Python, so that more threads would only delay the event loop."""
+"""A single thread. Breakers are computed in Python, so more threads would only delay the event loop."""
 TEMPLATES = Places(2)
 
 
 def tokenizing(characters: int) -> Threads:
-    """Returns the threads for a length. Long texts go one at a time: a tokenizer takes up to 150 bytes a character."""
+    """Returns the threads for a text. Long texts go one at a time: tokenizing takes up to 150 bytes a character."""
     return _LONG_TEXTS if characters > _LONG_CHARACTERS else TOKENIZING
 
 
@@ -85,25 +85,25 @@ async def run_on(
     *arguments: _Arguments.args,
     **named: _Arguments.kwargs,
 ) -> _Result:
-    """Runs a function on a thread. Raises DeadlineError if it is late; work that has not begun is then not run."""
+    """Runs a function on a thread. Raises DeadlineError if it is late. If it has not begun by then, it never runs."""
     async with deadline("work on the request's text, on a busy machine", _WORK_S), threads.turn():
         work = partial(function, *arguments, **named)
         return await asyncio.get_running_loop().run_in_executor(threads.executor, work)
 
 
 MAX_REPLY_ENTRIES = 1 << 21
-"""The largest number of tokens and top logprobs in one reply."""
+"""The maximum number of tokens and top logprobs in one reply."""
 UNIT_BYTES = 200
 MAX_HELD_UNITS = 1 << 21
-"""The most memory, in units, of one owner's replies and prompts to rank; all owners may use twice as much."""
+"""The memory limit, in units, of one owner's replies and prompts to rank. All owners together may use twice as much."""
 _UNIT_NUMBERS = 5
-"""The number of embedding values, or of tokens to rank, that one unit stands for."""
+"""The number of embedding values, or of tokens to rank, that count as one unit."""
 _TOP_BYTES = 8
 _RETRY_S = 5.0
 
 
 async def when_free(submit: Callable[[], _Result], limit_s: float = inf) -> _Result:
-    """Submits an accepted request, again while the queue is full; raises QueueFullError after `limit_s`."""
+    """Submits an accepted request. Tries again while the queue is full. Raises QueueFullError after `limit_s`."""
     clock = asyncio.get_running_loop().time
     end_s = clock() + limit_s
     while True:
@@ -138,7 +138,7 @@ class ReplySize:
     def of(
         cls, generation: GenerationRequest, choices: int, storage: RowStorage, unread_rows: int | None = None
     ) -> ReplySize:
-        """`unread_rows`: the most sampled rows that are held at a time; None: all rows are held."""
+        """`unread_rows` is the most sampled rows held at a time. None means that all rows are held."""
         first = generation.score_from
         scored = 0 if first is None else max(0, len(generation.prompt) - max(first, 1))
         sampled = choices * generation.max_new_tokens
@@ -157,13 +157,13 @@ class ReplySize:
 
 
 class ReplyBudget:
-    """The memory of all replies. Tokens without logprobs do not count: few answers become as long as allowed."""
+    """The memory of all replies. Tokens without logprobs do not count, because few answers reach their limit."""
 
     def __init__(self) -> None:
         self.shares = Shares(MAX_HELD_UNITS)
 
     def reserve(self, sizes: Sequence[ReplySize]) -> AbstractContextManager[None]:
-        """Reserves memory in a context. Raises ParameterError if no request may have it, QueueFullError if taken."""
+        """Returns a context that holds memory. Raises ParameterError above the limit, QueueFullError if it is taken."""
         rows, top = sum(size.rows for size in sizes), max((size.top_logprobs for size in sizes), default=0)
         units = -(-sum(size.held_bytes for size in sizes if size.has_logprobs) // UNIT_BYTES)
         if (entries := sum(size.entries for size in sizes)) > MAX_REPLY_ENTRIES:
@@ -177,7 +177,7 @@ class ReplyBudget:
         raise ParameterError("logprobs" if top else "max_tokens", reason, "reply_too_large")
 
     def reserve_numbers(self, count: int, param: str, refusal: str) -> AbstractContextManager[None]:
-        """Reserves memory for numbers like `reserve`. `refusal`: the ParameterError's text with {count} and {most}."""
+        """Reserves memory for numbers, like `reserve`. `refusal` is an error text with {count} and {most}."""
         most = MAX_REPLY_ENTRIES * _UNIT_NUMBERS
         if count > most:
             raise ParameterError(param, refusal.format(count=count, most=most), "reply_too_large")
@@ -187,7 +187,7 @@ class ReplyBudget:
         owner = current_owner.get()
         if not self.shares.fits(owner, units):
             held = _mib(self.shares.held.total())
-            raise QueueFullError(f"replies of up to {held} MiB are under way; try again", _RETRY_S)
+            raise QueueFullError(f"replies of up to {held} MiB are being computed; try again", _RETRY_S)
         return self.shares.holding(owner, units)
 
 

@@ -1,4 +1,4 @@
-"""Slots of llama.cpp's API keep the tokens of their last request, but no KV memory: requests share that anyway."""
+"""Slots of llama.cpp's API. They keep their last request's tokens, but no KV memory: requests share that anyway."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ class Slots:
         return self._engine.scheduler.settings.model_id
 
     def check(self, slot: int | None, *, has_images: bool) -> None:
-        """Raises ParameterError for an unknown slot or a prompt with images, unless no slots are kept."""
+        """Raises ParameterError if the slot is unknown or the prompt has images, unless no slots are kept."""
         if slot is not None and self.count and not 0 <= slot < self.count:
             raise ParameterError(
                 "id_slot", f"slot {slot} does not exist: there are {self.count} slots, numbered from 0"
             )
         if slot is not None and self.count and has_images:
-            raise ParameterError("id_slot", "slots keep token ids alone and no images; leave it out")
+            raise ParameterError("id_slot", "slots keep only token ids and no images; leave id_slot out")
 
     def recording(self, slot: int, request: GenerationRequest, prompt: int) -> Subscriber:
-        """Stores the prompt, up to the first image. Returns a subscriber that adds the tokens of the first answer."""
+        """Stores the prompt up to the first image. Returns a subscriber that adds the first answer's tokens."""
         text = request.prompt[: request.images[0].start] if request.images else request.prompt
         tokens = array("I", text)
         self._tokens[slot] = SlotTokens(tokens, request.cache_salt, request.adapters)
@@ -63,7 +63,7 @@ class Slots:
         return take
 
     def tokens(self, slot: int) -> SlotTokens:
-        """Returns the tokens of a slot whose keys and values are computed, or will be."""
+        """Returns those tokens of a slot whose keys and values are computed, or will be."""
         kept = self._tokens.get(slot, SlotTokens())
         return replace(kept, tokens=kept.tokens[:])  # a request may go on
 
@@ -71,5 +71,5 @@ class Slots:
         self._tokens[slot] = tokens
 
     def erase(self, slot: int) -> int:
-        """Removes a slot's tokens, and returns their number. Their KV memory stays, as others may share it."""
+        """Removes a slot's tokens and returns their count. Their KV memory stays, because others may share it."""
         return len(self._tokens.pop(slot, SlotTokens()).tokens)

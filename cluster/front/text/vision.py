@@ -1,4 +1,4 @@
-"""Prompts with images for a model with a projector: their token ids, and the rows in place of the images."""
+"""Prompts with images for a model with a projector: the token ids, and the rows in place of the images."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 Tile = NDArray[np.uint8]  # [height, width, 3]
 CheckLength = Callable[[int], None]
-"""Raises an error if a prompt has at least this many tokens, and these are too many."""
+"""Raises an error if a prompt that has at least this many tokens is too long."""
 
 ImagePrompt = tuple[tuple[int, ...], tuple[ImageSpan, ...]]
-"""The token ids of a prompt, with 0 for each row of an image, and the rows of its images."""
+"""A prompt's token ids, with 0 for each row of an image, and its images' rows."""
 
 _MAX_LAYOUTS: Final = 1024
 _FLOAT_BYTES: Final = 4
@@ -46,17 +46,17 @@ _Found = TypeVar("_Found")
 
 class ImageEncoder(Protocol):
     def turn(self, owner: str) -> AbstractAsyncContextManager[None]:
-        """Enters a turn of an owner for one image."""
+        """Enters an owner's turn for one image."""
         ...
 
     async def encode(self, tiles: Sequence[Tile], owners: Owners) -> list[Rows]:
-        """Computes the rows [rows, levels * width] of each tile, line by line, for the owners who wait for them."""
+        """Computes each tile's rows [rows, levels * width], line by line, for the owners that wait for them."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ImageLayout:
-    """The part of a prompt that an image becomes. `grids`: lines and columns of each tile; `starts`: rows before it."""
+    """The part of a prompt that an image becomes. `grids`: lines and columns of each tile. `starts`: rows before it."""
 
     pieces: tuple[tuple[int, ...] | TileRows, ...]
     grids: tuple[tuple[int, int], ...]
@@ -89,7 +89,7 @@ class _Tiles:
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """An image in a prompt. If its rows are not known and nobody computes them, it has tiles."""
+    """An image in a prompt. It has tiles if its rows are not known and nobody computes them."""
 
     source: ImageSource
     digest: bytes
@@ -117,7 +117,7 @@ class Vision:
         rope_sections: int = 0,
         rows: RowCache | None = None,
     ) -> None:
-        """Models may share `rows`. `rope_sections`: positions of a row (M-RoPE: time, line, column); 0: only one."""
+        """Models may share `rows`. `rope_sections` is the number of positions of a row in M-RoPE, and 0 without it."""
         self._projector = projector
         self._tokenizer = tokenizer
         self._encoder = encoder
@@ -131,20 +131,20 @@ class Vision:
         self._encoding: SharedComputations[Rows] = SharedComputations(self._rows.keep)
 
     async def lay_out(self, prompt: PromptImages, check: CheckLength) -> tuple[int, ...]:
-        """Returns the token ids of a prompt, with 0 for each row of an image. Nothing is encoded. Waits while images of
-        other requests take too much memory. Raises RequestError for an image that cannot be read, and errors of
+        """Returns a prompt's token ids, with 0 for each row of an image. Nothing is encoded. Waits while other
+        requests' images take too much memory. Raises RequestError if an image cannot be read, and the errors of
         `ImagePreparation` and `check`."""
         with RowLeases() as leases:
             return await self._in_line(leases, partial(self._lay_out, prompt, check))
 
     async def image_prompt(self, prompt: PromptImages, check: CheckLength, leases: RowLeases) -> ImagePrompt:
-        """Returns the token ids of a prompt, and the rows of its images, which `leases` hold. Raises errors of
-        `lay_out` and the encoder, and RowMemoryError if memory is short and the leases hold rows of another prompt."""
+        """Returns a prompt's token ids and its images' rows, which `leases` hold. Raises the errors of `lay_out` and
+        the encoder, and RowMemoryError if memory is short while the leases hold another prompt's rows."""
         return await self._in_line(leases, partial(self._image_prompt, prompt, check))
 
     async def _in_line(self, leases: RowLeases, work: Callable[[Place, ExitStack], Awaitable[_Found]]) -> _Found:
-        """Does work that takes memory of rows. If others have the memory, gives up what the work has taken, waits to be
-        the first in line, and begins again. The first one keeps what it takes, since all others in line have none."""
+        """Does work that takes memory for rows. If others have the memory, frees what the work has taken, waits to be
+        first in line, and begins again. The first in line keeps what it takes, as others in line hold nothing."""
         with self._rows.line.place(current_owner.get()) as place:
             while True:
                 with ExitStack() as own:
@@ -213,7 +213,7 @@ class Vision:
             raise RowMemoryError(self._rows.held_bytes, size)
 
     async def _next(self, images: Prefetch[_Begun], own_bytes: int) -> _Begun:
-        """Raises ParameterError if a request with `own_bytes` of rows cannot have the next image's tiles too."""
+        """Raises ParameterError if a request with `own_bytes` of rows cannot also have the next image's tiles."""
         try:
             return await images.next()
         except RowMemoryError as error:
@@ -221,7 +221,7 @@ class Vision:
             raise RowMemoryError(error.held_bytes, own_bytes + error.size) from error
 
     async def _leased(self, images: Prefetch[_Begun], image: _Begun, needed: int, place: Place, own: ExitStack) -> Rows:
-        """Returns the rows of an image, which `own` holds. `needed`: the bytes of the request up to this image."""
+        """Returns an image's rows, which `own` holds. `needed` counts the request's bytes up to this image."""
         self._rows.check(needed)
         try:
             lease = await images.with_room(partial(self._rows_of, image, place))
@@ -259,7 +259,7 @@ class Vision:
         return await run_on(TOKENIZING, settings.digest, source.data, self._projector.identity)
 
     async def _tiles_of(self, digest: bytes, source: ImageSource, place: Place | None = None) -> Lease[_Tiles]:
-        """Raises RowMemoryError if another `place` is first in line."""
+        """Raises RowMemoryError if another request than that of `place` is first in line."""
         if place is not None and digest not in self._preparing:
             self._check_open(place)
         owner = current_owner.get()
@@ -277,7 +277,7 @@ class Vision:
         return tiles
 
     def _layout_of(self, image: ImageTiles) -> ImageLayout:
-        """Raises RequestError for a tile of a size that the encoder does not take."""
+        """Raises RequestError if the encoder does not take a tile's size."""
         counts = [self._projector.rows_of(*tile.shape[:2]) for tile in image.tiles]
         side = self._projector.patch_size * self._projector.merge
         grids = tuple((tile.shape[0] // side, tile.shape[1] // side) for tile in image.tiles)
@@ -298,7 +298,7 @@ class Vision:
         return await self._encoding.take(digest, owner, self._encoder.turn(owner), partial(self._compute, image))
 
     async def _compute(self, image: _Begun, owners: Owners) -> Rows:
-        """Encodes an image. It is prepared again if its caller expected its rows to be known."""
+        """Encodes an image. If its caller expected its rows to be known, the image is prepared again."""
         tiles = await self._tiles_of(image.digest, image.source)
         size = self._bytes_of(tiles.value.layout)
         try:
@@ -333,7 +333,7 @@ class Vision:
             start = end
 
     def _rope_positions(self, rows: TileRows, columns: int) -> NDArray[np.int32] | None:
-        """Returns [sections, rows]: the time, which is 0, then the line and column in the span, then zeros."""
+        """Returns [sections, rows]. The sections are the time (0), the line and the column in the span, then zeros."""
         if not self._rope_sections:
             return None
         positions = np.zeros((self._rope_sections, rows.end - rows.start), np.int32)
@@ -343,12 +343,12 @@ class Vision:
 
 
 def joined_rows(parts: Sequence[Rows]) -> Rows:
-    """Returns the rows of all tiles, which may take long."""
+    """Returns the rows of all tiles. This may take long."""
     return parts[0] if len(parts) == 1 and parts[0].base is None else np.concatenate(parts)
 
 
 def vision_of(model: Model, encoder: Encoder | None, preparation: ImagePreparation, rows: RowCache) -> Vision | None:
-    """Returns the images of a model. None: it reads text only."""
+    """Returns the images of a model, or None if the model reads only text."""
     if model.projector is None or encoder is None:
         return None
     return Vision(model.projector, model.tokenizer, encoder, preparation, model.rope_sections, rows)

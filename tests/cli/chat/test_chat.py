@@ -211,7 +211,7 @@ async def test_stats_have_drafted_tokens() -> None:
         ("/save /dev/null", "not a file"),
         ("/save FILE", "exists and is not a conversation"),
         ("/load /nonexistent", "cannot load"),
-        ("/load FILE", "not a conversation"),
+        ("/load FILE", "not a saved conversation"),
         ("see @/nonexistent", "@/nonexistent: No such file"),
     ],
 )

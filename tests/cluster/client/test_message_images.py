@@ -64,7 +64,7 @@ def test_contents_are_texts_images_or_lists_of_both() -> None:
     [
         (Path("/no such image"), "/no such image: No such file or directory; give the path of an image"),
         (b"%PDF-1.7", "image: not an image; expected a PNG, JPEG, WebP, GIF or BMP file"),
-        (b"\x89PNG\r\n\x1a\n" + b"\0" * MAX_IMAGE_BYTES, "the limit of an image is 20971520: send a smaller one"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * MAX_IMAGE_BYTES, "the limit is 20971520: send a smaller one"),
     ],
 )
 def test_other_data_are_refused_before_anything_is_sent(given: Any, message: str) -> None:
@@ -135,7 +135,7 @@ async def test_a_session_drops_its_oldest_images_or_refuses_to_send(monkeypatch:
         assert session.dropped_images == 1 and len(session.messages) == 6
         assert [source.data for source in vision.images[3:]] == [png(1), png(2)]
         await strict.send([png(0), png(1)])
-        with pytest.raises(UsageError, match="images of this conversation exceed a request by 1: undo turns"):
+        with pytest.raises(UsageError, match="1 images of this conversation do not fit into a request: undo turns"):
             await strict.send([png(2)])
         assert len(strict.messages) == 2 and (await strict.send("And?")).text == "Red."
     assert len(engine.submitted) == 5

@@ -86,7 +86,7 @@ def test_an_answer_that_drips_has_an_end(serve: Callable[..., str], monkeypatch:
     monkeypatch.setattr(operations, "_ANSWER_S", 0.3)
     with ClusterApi("cluster home", serve(b"{", 1 << 20), None) as api, pytest.raises(LlamaclustError) as caught:
         api.requests()
-    assert str(caught.value) == "cluster home: the rest of an answer does not come"
+    assert str(caught.value) == "cluster home: the rest of the answer did not arrive in time"
 
 
 @pytest.mark.parametrize("awaited", ["worker a; it waits for b", "12 MiB", "", None, 7])

@@ -245,7 +245,7 @@ def test_a_file_of_something_else_changes_nothing(content: str, tmp_path: Path) 
     file.write_text(content)
     with Client() as client:
         session = ChatSession(client, "Be.")
-        with pytest.raises(UsageError, match="file: not a conversation that was saved"):
+        with pytest.raises(UsageError, match="file: not a saved conversation"):
             session.load(file)
         for bad in ("/nonexistent/chat.json", str(tmp_path), "a\0b"):
             with pytest.raises(UsageError):

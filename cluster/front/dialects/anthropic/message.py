@@ -1,4 +1,4 @@
-"""`/v1/messages`: shows answers as content blocks, in one message or in the events of a stream."""
+"""Serves `/v1/messages`. Shows answers as content blocks, in one message or in a stream's events."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from llamaclust.model.chat.tools.events import (
 
 Block = dict[str, Any]
 Shown = dict[str, Any]
-"""An event of a stream. The events of a whole answer are joined into its content blocks."""
+"""An event of a stream. A complete answer's events are joined into its content blocks."""
 
 _STARTS: Final[dict[str, Block]] = {
     "text": {"type": "text", "text": ""},
@@ -71,7 +71,7 @@ class MessageView(View):
             yield {"type": "message_stop"}
 
     def _usage(self, timings: Timings | None, tokens: int) -> dict[str, int]:
-        """Counts the cached tokens of the prompt separately from the others, as Anthropic does."""
+        """Counts the prompt's cached tokens separately from its other tokens, as Anthropic does."""
         cached = 0 if timings is None else timings.cached_tokens
         return {
             "input_tokens": self._prompt_tokens - cached,
@@ -102,7 +102,7 @@ class MessageView(View):
 
 
 class _Blocks:
-    """Converts an answer into the events of its blocks. At most one block is open at a time."""
+    """Converts an answer into its blocks' events. At most one block is open at a time."""
 
     def __init__(self, reply_id: str) -> None:
         self.has_calls = False
@@ -177,7 +177,7 @@ def _put_together(events: Iterable[Shown]) -> list[Block]:
 
 
 def _input(text: str) -> dict[str, Any]:
-    """Parses a call's arguments. Cut arguments are returned as text under INVALID_JSON, as Anthropic recommends."""
+    """Parses a tool call's arguments. Cut-off arguments become a text under INVALID_JSON, as Anthropic advises."""
     arguments = arguments_object(text or "{}")
     return {"INVALID_JSON": text} if arguments is None else arguments
 
@@ -195,7 +195,7 @@ _ERROR_TYPES: Final = {
 
 
 def _error(failure: Failure) -> dict[str, Any]:
-    """Returns Anthropic's form of an error. Clients shorten the chat if it begins with "prompt is too long"."""
+    """Returns an error in Anthropic's form. If the text begins with "prompt is too long", clients shorten the chat."""
     kind, message = error_type(failure, _ERROR_TYPES, "api_error"), failure.message
     if failure.numbers:
         tokens, most = failure.numbers["n_prompt_tokens"], failure.numbers["n_ctx"]
@@ -230,6 +230,6 @@ class Messages(Dialect[MessagesBody]):
         )
 
     async def count(self, request: Request) -> Response:
-        """Returns the number of tokens in the prompt of a chat."""
+        """Returns the token count of a chat's prompt."""
         body = await self.read(request)
         return await self.counted(request, await converted(body, body.request))

@@ -1,4 +1,4 @@
-"""Bodies of `/v1/messages`: turns of a chat, tools, thinking, the form of the output."""
+"""Bodies of `/v1/messages`: turns of a chat, tools, thinking, and the form of the output."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ _CLIENT_TOOLS: Final[dict[str, dict[str, Any]]] = {
     "text_editor_": _file_tool("Shows, creates and changes files.", *_EDITS),
     "memory_": _file_tool("Keeps notes in files below /memories.", *_EDITS, "delete", "rename"),
 }
-"""Tools that the client runs. Their definitions follow from their types; the keys are the types without the date."""
+"""Tools that the client runs. The keys are the tools' types without dates. The types determine the definitions."""
 
 
 class Tool(Body, foreign=ANTHROPIC_TOOL):
@@ -79,15 +79,15 @@ class Tool(Body, foreign=ANTHROPIC_TOOL):
 
 class ToolChoice(Body):
     type: Literal["auto", "any", "tool", "none"]
-    """`auto`: the model decides; `none`: no calls; `any`: at least one call; `tool`: the tool `name` must be called."""
+    """`auto`: the model decides. `none`: no calls. `any`: at least one call. `tool`: the tool `name` must be called."""
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
-    """true: at most one call. The default is true if `type` requires a call, else false."""
+    """True to allow at most one tool call. The default is true if `type` requires a call, else false."""
 
     @property
     def use(self) -> ToolUse:
         if (self.type == "tool") != (self.name is not None):
-            raise ParameterError("tool_choice.name", "belongs to type 'tool', which needs it")
+            raise ParameterError("tool_choice.name", "must be given for type 'tool' and for no other type")
         is_parallel = None if self.disable_parallel_tool_use is None else not self.disable_parallel_tool_use
         return ToolUse.of(_MODES[self.type], self.name, is_parallel)
 
@@ -95,12 +95,12 @@ class ToolChoice(Body):
 class Thinking(Body, foreign=THINKING):
     type: Literal["enabled", "adaptive", "disabled"]
     budget_tokens: Annotated[int, Field(ge=0)] | None = None
-    """The largest number of thinking tokens; the end of thinking is then forced. By default there is no limit."""
+    """The maximum number of thinking tokens. The end of thinking is then forced. By default there is no limit."""
 
 
 class OutputConfig(Body):
     format: Any = None
-    """`{"type": "json_schema", "schema": ...}`."""
+    """The output's form, `{"type": "json_schema", "schema": ...}`."""
     effort: str | None = None
     """Passed to the chat template as `reasoning_effort`."""
 
@@ -109,7 +109,7 @@ class OutputConfig(Body):
 
 
 def output_grammar(value: Any, origin: str) -> Grammar | None:
-    """Returns the grammar of an output format; None for None. Raises ParameterError for any other value."""
+    """Returns an output format's grammar, or None for None. Raises ParameterError for any other value."""
     if value is None:
         return None
     if not isinstance(value, dict) or value.get("type") != "json_schema" or not isinstance(value.get("schema"), dict):
@@ -118,7 +118,7 @@ def output_grammar(value: Any, origin: str) -> Grammar | None:
 
 
 def _tool(value: Any, info: ValidationInfo) -> Any:
-    """Reads one tool. Returns None for a tool that Anthropic's servers would run. Raises ValueError."""
+    """Reads one tool. Returns None if the tool would run on Anthropic's servers. Raises ValueError."""
     if not isinstance(value, dict):
         raise ValueError("a tool must be an object with 'name' and 'input_schema'")
     kind = value.get("type")
@@ -145,7 +145,7 @@ ThinkingField = Annotated[Thinking, BeforeValidator(_thinking), _THINKING_SCHEMA
 
 
 _BILLING: Final = re.compile(r"x-anthropic-billing-header:(?:[ \t]*\w+=[^;\s]*(?:;|(?=\n)|\Z))*[ \t]*\n?")
-"""Claude Code's header means nothing to the model, and differs between requests, so that no prefix would be cached."""
+"""Matches Claude Code's billing header. It means nothing to the model, and changes, so no prefix could be cached."""
 _ROLES: Final = ("user", "assistant", "system")
 _ERROR: Final = "Error: "
 
@@ -183,7 +183,7 @@ class Turn:
 
 
 def read_turn(message: Any, info: ValidationInfo) -> Turn:
-    """Reads one message. A `Leniency` replaces unsupported blocks by texts; otherwise they raise ValueError."""
+    """Reads one message. A `Leniency` replaces unsupported blocks by texts. Other contexts raise ValueError."""
     if not isinstance(message, dict) or message.get("role") not in _ROLES:
         raise ValueError(f"a message must be an object with a 'role' of {', '.join(_ROLES)}")
     role, content = message["role"], message.get("content")
@@ -253,7 +253,7 @@ def _image(block: dict[str, Any], context: object) -> Part:
 
 
 def _text_of(block: Any, context: object) -> str:
-    """Returns the text of a block that may stand in any turn, or a text that replaces the block. Raises ValueError."""
+    """Returns the text of a block that can be in any turn, or a text that replaces the block. Raises ValueError."""
     kind = block.get("type") if isinstance(block, dict) else None
     if kind == "text":
         return _text(block, "text")
@@ -328,22 +328,22 @@ class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
     model: str | None = None
     """Name of the model. Any name is accepted, unless `strict_model` is set."""
     messages: Annotated[list[_TurnField], FailFast(), Field(min_length=1, max_length=16_384)]
-    """The chat: blocks of type text, image, thinking, tool_use and tool_result. Other blocks, and images for text
-    models, become texts. Successive messages of a role are joined; a last one of the assistant is continued."""
+    """The chat, in blocks of type text, image, thinking, tool_use and tool_result. Other blocks, and images for text
+    models, become texts. A role's successive messages are joined. The answer continues a last assistant message."""
     system: _SystemField = ""
     """The system prompt: a text or text blocks. Billing headers at its beginning are removed."""
     max_tokens: LimitField = None
-    """The largest number of tokens of the answer; by default as many as the context has room for."""
+    """The maximum number of tokens of the answer. The default is as many as fit into the context."""
     stop_sequences: StopField = ()
-    """Texts; the answer ends before the first occurrence of one of them."""
+    """Texts that end the answer. The answer ends before the first occurrence of any of them."""
     tools: ToolsField = Field(default_factory=list)
     """Functions that the model may call, and Anthropic's bash_*, text_editor_* and memory_*. Others are left out."""
     tool_choice: ToolChoice | None = None
-    """The calls that the answer may or must contain."""
+    """Says which tool calls the answer can or must contain."""
     thinking: ThinkingField | None = None
-    """Type `disabled`: the answer begins without thinking; otherwise, the model decides."""
+    """Type `disabled` makes the answer begin without thinking. Otherwise, the model decides."""
     output_config: OutputConfig | None = None
-    """A JSON schema that the answer conforms to (`format`), and the `effort` that is passed to the chat template."""
+    """A JSON schema for the answer (`format`), and the `effort` to pass to the chat template."""
     output_format: Any = None
     """An older name of `output_config.format`."""
 
@@ -355,7 +355,7 @@ class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
         self.tool_use.check(self.tools)
         turns = merged_turns(self.messages)
         if turns[-1].calls:
-            raise ParameterError("messages", "end with a tool_use block: its tool_result must follow")
+            raise ParameterError("messages", "end with a tool_use block: add its tool_result")
         system = [{"role": "system", "content": self.system}] if self.system else []
         effort = self.output_config.effort if self.output_config is not None else None
         return ChatRequest(

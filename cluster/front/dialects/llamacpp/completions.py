@@ -51,7 +51,7 @@ from llamaclust.model.tokenizers.gaps import Gap, OtherFile
 
 _RANDOM_SEEDS: Final = (-1, 0xFFFFFFFF)
 _NEVER: Final = -1e9
-"""The bias of a token that must not be chosen, written as false in llama.cpp's API."""
+"""The bias of a token that must not be chosen. In llama.cpp's API, it is written as false."""
 _MAX_FILES: Final = 1024
 _INPUTS: Final = {"model", "prompt", "return_tokens", "speculative", "input_prefix", "input_suffix", "input_extra"}
 """Fields of the body that the reply's `generation_settings` omit."""
@@ -59,7 +59,7 @@ _INPUTS: Final = {"model", "prompt", "return_tokens", "speculative", "input_pref
 
 @dataclass(frozen=True, slots=True)
 class MarkedPrompt:
-    """A prompt with images. `texts`: the text before each image, and the one after the last image."""
+    """A prompt with images. `texts` are the texts before each image and the text after the last image."""
 
     texts: tuple[str, ...]
     images: tuple[dict[str, Any], ...]
@@ -73,7 +73,7 @@ def _prompts(value: Any, info: ValidationInfo) -> tuple[LlamaCppPrompt, ...]:
     if not isinstance(value, list) or not value or any(map(is_int, value)):
         return (_prompt(value, info.context),)
     if len(value) > MAX_PROMPTS:
-        raise ValueError(f"{len(value)} prompts in one request, at most {MAX_PROMPTS} are taken")
+        raise ValueError(f"{len(value)} prompts in one request; the limit is {MAX_PROMPTS}")
     return tuple(_prompt(prompt, info.context) for prompt in value)
 
 
@@ -99,7 +99,7 @@ def _marked_prompt(value: dict[str, Any], context: object) -> MarkedPrompt:
         found = f"has {len(texts) - 1} media markers for {len(data)} images"
         raise ValueError(f"{found}; for each image, put the `media_marker` from GET /props in `prompt_string`")
     if len(data) > MAX_IMAGES:
-        raise ValueError(f"has {len(data)} images, at most {MAX_IMAGES} are taken in one request")
+        raise ValueError(f"has {len(data)} images; the limit for one request is {MAX_IMAGES}")
     parts = (
         placed(f".multimodal_data[{place}]", base64_part, "image", each, context) for place, each in enumerate(data)
     )
@@ -147,28 +147,28 @@ class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Spec
     model: str | None = None
     """Name of an adapter or of the model. Other names mean the served model, unless `api.strict_model` is true."""
     prompt: Annotated[tuple[Any, ...], BeforeValidator(_prompts), WithJsonSchema(_PROMPTS)]
-    """One prompt (text, token ids, or a list of both), or a list of prompts. For a model that reads images, also an
-    object with a text `prompt_string`, which has a media marker for each image of `multimodal_data` (base64)."""
+    """One prompt (text, token ids, or a list of both), or a list of prompts. A model that reads images also accepts an
+    object with a text `prompt_string`, which has a media marker for each image in `multimodal_data` (base64)."""
     n_predict: WholeLimitField = -1
-    """The largest number of tokens of the answer; -1: as many as the context has room for."""
+    """The maximum number of tokens of the answer, or -1 for as many as fit into the context."""
     logit_bias: Annotated[tuple[Any, ...], BeforeValidator(_biases), WithJsonSchema(_PAIRS)] = ()
-    """[[token id or text, bias or false], ...]; false: the token is never chosen."""
+    """[[token id or text, bias or false], ...]. A token with false is never chosen."""
     seed: int = -1
-    """Seed of the random numbers; -1: a random seed."""
+    """Seed of the random numbers, or -1 for a random seed."""
     stop: Annotated[StopField, Requested()] = ()
-    """Texts; the answer ends before the first occurrence of one of them."""
+    """Texts that end the answer. The answer ends before the first occurrence of any of them."""
     ignore_eos: Annotated[bool, Requested()] = False
-    """True: the model may not end its answer."""
+    """True to prevent the model from ending its answer."""
     n_probs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Requested("top_logprobs")] = 0
-    """The number of likeliest tokens whose logprobs are shown with the chosen token's; 0: no logprobs at all."""
+    """The number of likeliest tokens whose logprobs are shown with the chosen token's, or 0 to show no logprobs."""
     return_tokens: bool = False
-    """True: the reply contains token ids. Events of a stream always do."""
+    """True to show token ids in the reply. A stream's events always show them."""
     timings_per_token: bool = False
-    """True: each event of a stream contains timings."""
+    """True to show timings in each event of a stream."""
     return_progress: bool = False
-    """True: a stream begins with events that show how many tokens of the prompt are computed."""
+    """True to begin a stream with events that show how many prompt tokens are computed."""
     stream: bool = False
-    """True: the answer is sent as server-sent events."""
+    """True to send the answer as server-sent events."""
 
     async def prompts(self, service: TextService) -> list[Prompt | PromptImages]:
         return [await _tokenized(service, prompt) for prompt in self.prompt]
@@ -212,14 +212,14 @@ def _files(value: Any) -> tuple[OtherFile, ...]:
     if not isinstance(value, list):
         raise ValueError("must be a list of objects with 'filename' and 'text'")
     if len(value) > _MAX_FILES:
-        raise ValueError(f"{len(value)} files, at most {_MAX_FILES} are taken")
+        raise ValueError(f"{len(value)} files in one request; the limit is {_MAX_FILES}")
     return tuple(map(_file, value))
 
 
 def _file(value: Any) -> OtherFile:
     name, text = (value.get("filename", "tmp"), value.get("text")) if isinstance(value, dict) else (None, None)
     if not isinstance(name, str) or not isinstance(text, str):
-        raise ValueError("a file must be an object with a string 'text', and a string 'filename' if wanted")
+        raise ValueError("a file must be an object with a string 'text' and optionally a string 'filename'")
     return OtherFile(name, text)
 
 
@@ -230,13 +230,13 @@ class InfillBody(LlamaCppBody):
     prompt: Annotated[tuple[Any, ...], BeforeValidator(_begun), WithJsonSchema({"type": "string"})] = Field(
         default_factory=lambda: ("",)
     )
-    """The beginning of the text between prefix and suffix, which the answer continues."""
+    """The beginning of the text between prefix and suffix. The answer continues it."""
     input_prefix: str
     """The text before the gap that the answer fills."""
     input_suffix: str
     """The text after the gap that the answer fills."""
     input_extra: Annotated[tuple[Any, ...], BeforeValidator(_files), WithJsonSchema(_FILES)] = ()
-    """Other files for context. If the context is too short for all of them, the first ones are left out."""
+    """Other files for context. If not all of them fit into the context, files at the beginning are left out."""
 
     async def prompts(self, service: TextService) -> list[Prompt | PromptImages]:
         gap = Gap(self.input_prefix, self.input_suffix, self.prompt[0], self.input_extra)
@@ -267,7 +267,7 @@ class LlamaCppCompletion(Dialect[LlamaCppBody]):
         return [request, *(replace(request, prompt=prompt) for prompt in others)]
 
     async def _biases(self, given: Sequence[tuple[int | str, float]]) -> tuple[tuple[int, float], ...]:
-        """Returns the biases by token id. A text's bias applies to each token of the text."""
+        """Returns the biases by token id. A text's bias applies to each of the text's tokens."""
         tokens = [token for token, _ in given]
         ids = await self.service.tokenize_all(tokens, "logit_bias", sampling_bounds.MAX_LOGIT_BIASES) if tokens else []
         biases: dict[int, float] = {}
@@ -288,7 +288,7 @@ class Infill(LlamaCppCompletion):
 
 
 class Completions(TextCompletions):
-    """Replies in OpenAI's form to a body with `model`, which OpenAI's clients must send, else in llama.cpp's form."""
+    """Replies in OpenAI's form if the body has `model`, which OpenAI's clients must send, else in llama.cpp's form."""
 
     paths = ("/completions",)
 
@@ -317,8 +317,6 @@ class LlamaCppView(View):
 
 @dataclass(slots=True, eq=False)
 class _AnswerView:
-    """Shows the answer to one prompt."""
-
     _service: TextService
     _body: LlamaCppBody
     _index: int
@@ -372,7 +370,7 @@ class _AnswerView:
 
 
 def _shown_settings(service: TextService, body: LlamaCppBody, generation: GenerationRequest) -> dict[str, Any]:
-    """Shows the settings of a request. A bias of null means that the token must not be chosen."""
+    """Shows a request's settings. A bias of null means that the token must not be chosen."""
     most, wanted = service.settings.max_drafted, body.speculative
     biases: dict[int, float | None] = dict(generation.params.logit_bias)
     if body.ignore_eos:

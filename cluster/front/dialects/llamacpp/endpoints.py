@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 _MAX_TOKENIZED_BYTES: Final = 1 << 20
 _MAX_PIECES: Final = 1 << 16
 _BLOCKING_CHARACTERS: Final = 2048
-"""Texts of more characters are tokenized on a thread."""
-_NO_SLOTS: Final = "no folder for slots is set: name one as `api.slot_folder` in the cluster file"
+"""Texts with more characters are tokenized on a thread."""
+_NO_SLOTS: Final = "no folder for slots is set: set `api.slot_folder` in the cluster file"
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def llamacpp_routes(service: TextService, settings: ApiSettings) -> Iterator[Rou
 
 
 def _text(value: Any) -> Any:
-    """Raises ValueError for a text that is too long, because it may have as many tokens as bytes."""
+    """Raises ValueError if the text is too long. It may have as many tokens as bytes."""
     if isinstance(value, str) and len(value.encode("utf-8", "surrogatepass")) > _MAX_TOKENIZED_BYTES:
         raise ValueError(f"more than {_MAX_TOKENIZED_BYTES} bytes of text; send less at once")
     return value
@@ -69,11 +69,11 @@ class TokenizeBody(Body, foreign=TEXT_ONLY):
     content: Annotated[str, BeforeValidator(_text)]
     """The text, at most 1 MiB of UTF-8."""
     add_special: bool = False
-    """True: adds BOS and EOS if the model's tokenizer uses them."""
+    """True to add BOS and EOS if the model's tokenizer uses them."""
     parse_special: bool = True
-    """True: special tokens that are written in the text, such as `<s>`, become those tokens."""
+    """True to read special tokens that are written in the text, such as `<s>`, as special tokens."""
     with_pieces: bool = False
-    """True: shows each token with its text."""
+    """True to show each token with its text."""
 
 
 class DetokenizeBody(Body, foreign=TEXT_ONLY):
@@ -106,11 +106,11 @@ class TextEndpoints:
         return await unless_disconnected(request, run_on(tokenizing(len(body.content)), self._tokenized, body))
 
     def _tokenized(self, body: TokenizeBody) -> Response:
-        """Tokenizes and renders at once: a waiting reply then holds JSON, which takes a tenth of the ids' memory."""
+        """Tokenizes and renders at once. A waiting reply then holds JSON, which takes a tenth of the ids' memory."""
         tokenizer = self._service.tokenizer
         ids = tokenizer.encode(body.content, body.add_special, body.parse_special)
         if body.with_pieces and len(ids) > _MAX_PIECES:
-            reason = f"the text has {len(ids)} tokens, at most {_MAX_PIECES} are shown as pieces; send less at once"
+            reason = f"the text has {len(ids)} tokens; the limit with pieces is {_MAX_PIECES}; send less at once"
             raise ParameterError("with_pieces", reason)
         return JsonResponse({"tokens": [_piece(tokenizer, token) for token in ids] if body.with_pieces else ids})
 
@@ -127,7 +127,7 @@ class TextEndpoints:
 
 
 def _piece(tokenizer: Tokenizer, token: int) -> dict[str, Any]:
-    """Shows a token with its text, or with its bytes if they are no complete UTF-8."""
+    """Shows a token with its text, or with its bytes if they are not complete UTF-8."""
     data = tokenizer.token_bytes(token)
     try:
         return {"id": token, "piece": data.decode()}
@@ -140,7 +140,7 @@ class AllScales(RootModel[Annotated[AdapterScales, BeforeValidator(read_scales),
 
 
 class AdapterList:
-    """The adapters of a served model, with the scales that apply to requests without `lora`."""
+    """A served model's adapters, and the scales that apply to requests without `lora`."""
 
     def __init__(self, settings: ApiSettings) -> None:
         self._settings = settings
@@ -156,7 +156,7 @@ class AdapterList:
         )
 
     async def set(self, request: Request) -> Response:
-        """Sets the scales of requests without `lora`; unlisted adapters get 0. With API keys, it needs the first."""
+        """Sets the scales for requests without `lora`. Unlisted adapters get 0. Requires the first API key, if any."""
         require_first_key(request.headers, self._settings, "set the scales of adapters in requests that choose none")
         value = parse_json(await read_bytes(request, self._settings, LARGE_BYTES))
         given = read_fields(AdapterFields, {"lora": {} if value is None else value}).lora or ()
@@ -171,7 +171,7 @@ class AdapterList:
 
 
 def server_properties(models: Sequence[ApiModel], model: ApiModel) -> dict[str, Any]:
-    """Returns the JSON of `GET /props`, with fields of llama.cpp's router if models can be unloaded."""
+    """Returns the JSON of `GET /props`. If models can be unloaded, it has fields of llama.cpp's router."""
     settings, tokenizer, template = model.service.settings, model.service.tokenizer, model.service.chat_template
     api = models[0].settings
     has_vision = model.service.vision is not None
@@ -202,18 +202,18 @@ def server_properties(models: Sequence[ApiModel], model: ApiModel) -> dict[str, 
 
 
 def slot_list(model: ApiModel) -> list[dict[str, Any]]:
-    """Returns the JSON of `GET /slots`: a slot for each sequence that can run concurrently, running ones first."""
+    """Returns the JSON of `GET /slots`. There is a slot for each possible sequence. Running slots come first."""
     settings, running = model.service.settings, model.engine.counts.running
     shared = {"n_ctx": settings.context_length, "speculative": settings.max_drafted > 0}
     return [{"id": slot, **shared, "is_processing": slot < running} for slot in range(settings.max_sequences)]
 
 
 _Metric = tuple[str, str, str, float]
-"""Kind, name, help text and value of a metric."""
+"""A metric's kind, name, help text and value."""
 
 
 def llamacpp_metrics(engines: Mapping[str, Engine]) -> bytes:
-    """Writes llama.cpp's metrics in Prometheus' format. The library of Prometheus refuses two of their names."""
+    """Writes llama.cpp's metrics in Prometheus' format. Prometheus' library refuses two of the metrics' names."""
     labels = [f'{{model="{_escaped(model)}"}}' if len(engines) > 1 else "" for model in engines]
     families = zip(*map(_metrics, engines.values()), strict=True)
     return "".join(_family(metrics, labels) for metrics in families).encode()

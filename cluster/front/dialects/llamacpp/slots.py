@@ -1,4 +1,4 @@
-"""llama.cpp's `POST /slots/ID`: saves the tokens of a slot to a file, restores them, or erases them."""
+"""llama.cpp's `POST /slots/ID`. It saves a slot's tokens to a file, restores them, or erases them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
 from llamaclust.wire.rpc.deadlines import deadline
 
 _TURN_S = 60.0
-"""The longest wait for the slot files of other requests."""
+"""The longest time, in seconds, to wait while other requests use slot files."""
 
 _Value = TypeVar("_Value")
 
@@ -46,7 +46,7 @@ class SlotBody(Body):
     filename: str = Field(min_length=1, max_length=128)
     """Name of a file in the folder `api.slot_folder` of the cluster file."""
     model: str | None = None
-    """Model of the slot, if several models are served."""
+    """The slot's model, if several models are served."""
 
 
 class SlotActions:
@@ -57,7 +57,7 @@ class SlotActions:
         self._disk, self._turn = DiskThread("slots"), asyncio.Lock()
 
     async def act(self, request: Request) -> Response:
-        """Saves, restores or erases a slot, according to the query parameter `action`."""
+        """Saves, restores or erases a slot, as the query parameter `action` says."""
         slot, action = self._slot(request.path_params["slot"]), request.query_params.get("action")
         begin = time.monotonic()
         if action == "erase":
@@ -83,7 +83,7 @@ class SlotActions:
         return {"n_saved": len(tokens.tokens), "n_written": written}
 
     async def _restore(self, request: Request, slot: int, name: str) -> dict[str, int]:
-        """Restores a slot from a file. First its tokens' KV blocks are computed or read from the workers' disks."""
+        """Restores a slot from a file. First computes its tokens' KV blocks, or reads them from workers' disks."""
         slots = self._service.slots
         tokens, size_bytes = await self._on_disk(lambda: self._folder.read(name, slots.model_id))
         await unless_disconnected(request, self._compute(tokens))
@@ -91,7 +91,7 @@ class SlotActions:
         return {"n_restored": len(tokens.tokens), "n_read": size_bytes}
 
     async def _on_disk(self, work: Callable[[], _Value]) -> _Value:
-        """Runs work on slot files, one after another. Raises TimeoutError if the disk does not answer."""
+        """Runs work on slot files, one piece after another. Raises TimeoutError if the disk does not answer."""
         async with deadline("the slot files of other requests", _TURN_S):
             await self._turn.acquire()
         try:
@@ -131,17 +131,17 @@ _DIGEST_BYTES: Final = 32
 _TOKEN: Final = np.dtype("<u4")
 _FIELDS: Final = frozenset({"format", "model", "cache_salt", "adapters", "tokens"})
 _MOST_FILES: Final = 1024
-"""The largest number of files in the folder. It keeps clients from filling the disk by saving under ever new names."""
+"""The maximum number of files in the folder. Without a limit, clients could fill the disk by saving under new names."""
 
 
 class SlotFolder:
-    """Slot files of all models, in one folder. Its methods block, so call them on a thread."""
+    """Slot files of all models, in one folder. The methods block, so call them on a thread."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def write(self, name: str, tokens: SlotTokens, model_id: str) -> int:
-        """Writes a slot file, returns its size. Raises OSError, or ParameterError for a bad name or too many files."""
+        """Writes a slot file. Returns its size. Raises OSError, or ParameterError for a bad name or a full folder."""
         path = self._path(name)
         if os.path.lexists(path):
             if not _is_slot_file(path):
@@ -173,7 +173,7 @@ class SlotFolder:
 
 
 def _is_slot_file(path: Path) -> bool:
-    """True even for a damaged slot file, which may be replaced. Raises OSError."""
+    """True if the file can be replaced: it is a slot file, even a damaged one. Raises OSError."""
     if path.is_symlink() or not path.is_file():
         return False
     with regular_file.open_regular(path, follows_links=False) as file:
@@ -193,22 +193,22 @@ def _encode(tokens: SlotTokens, model_id: str) -> bytes:
 
 
 def _decode(data: bytes, model_id: str) -> SlotTokens:
-    """Raises ValueError for data that `_encode` did not make, and for another model's data."""
+    """Decodes a slot file. Raises ValueError if another program or model wrote the data, or the data is damaged."""
     content, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
     head, _, ids = content.partition(b"\n")
     if sha256(content).digest() != digest or not head.startswith(_BEGINNING):
-        raise ValueError("it is damaged, or not a slot file of this program")
+        raise ValueError("the file is damaged, or not a slot file of this program")
     fields: dict[str, Any] = json.loads(head)
     if fields.get("format") != _FORMAT:
-        raise ValueError(f"it has another format than {_FORMAT!r}")
+        raise ValueError(f"the file has another format than {_FORMAT!r}")
     if fields.get("model") != model_id:
-        raise ValueError("another model has saved it")
+        raise ValueError("another model has saved the file")
     count, rest = divmod(len(ids), _TOKEN.itemsize)
     if not count or rest or fields.keys() != _FIELDS or fields["tokens"] != count:
-        raise ValueError("it lacks fields or tokens, or has further ones")
+        raise ValueError("the file has too few or too many fields or tokens")
     tokens = array("I", np.frombuffer(ids, _TOKEN).astype(np.uint32).tobytes())
     try:
         adapters = tuple((int(number), float(scale)) for number, scale in fields["adapters"])
     except TypeError:
-        raise ValueError("its adapters are not pairs of numbers") from None
+        raise ValueError("the file's adapters are not pairs of numbers") from None
     return SlotTokens(tokens, str(fields["cache_salt"]), adapters)

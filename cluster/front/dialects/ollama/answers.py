@@ -1,4 +1,4 @@
-"""Answers of `/api/generate`, `/api/chat` and Ollama's embedding endpoints, streamed as lines of JSON."""
+"""Answers of `/api/generate`, `/api/chat` and Ollama's embedding endpoints. Streams are lines of JSON."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ _UNCHANGED: Final = -1
 
 @dataclass(slots=True)
 class Piece:
-    """The text, reasoning and complete calls that a chunk adds to an answer."""
+    """The text, reasoning and complete tool calls that a chunk adds to an answer."""
 
     content: str = ""
     thinking: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, index: int, call: ToolCall) -> None:
-        """Adds a call. A call that was cut off is added as text instead, because arguments must be a JSON object."""
+        """Adds a tool call. A call that was cut off is added as text, because arguments must be a JSON object."""
         arguments = arguments_object(call.arguments)
         if arguments is None:
             self.content += f"{call.name}({call.arguments}"
@@ -75,13 +75,13 @@ class Piece:
 
 
 class PieceReader:
-    """Reads the chunks of one answer in order; a whole answer is a single chunk."""
+    """Reads one answer's chunks in order. A complete answer is a single chunk."""
 
     def __init__(self) -> None:
         self._open: dict[int, ToolCall] = {}
 
     def read(self, chunk: TextChunk) -> Piece:
-        """Returns what a chunk adds. A call is returned with the chunk that completes it."""
+        """Returns what a chunk adds. A tool call is returned with the chunk that completes the call."""
         piece = Piece()
         for event in chunk.events or (ContentText(chunk.text),):
             match event:
@@ -160,7 +160,7 @@ class OllamaView(View):
 
 
 def durations(timings: Timings) -> dict[str, int]:
-    """Returns durations in ns and counts of tokens, including cached ones. `load_duration`: the time in the queue."""
+    """Returns durations in ns and token counts, which include cached tokens. `load_duration` is the queueing time."""
     shown = shown_timings(timings)
     answer_ms = shown["predicted_ms"]
     return {
@@ -190,10 +190,10 @@ class OllamaDialect(Dialect[AnyAnswer]):
 
     @abstractmethod
     async def request(self, parsed: ParsedRequest[AnyAnswer]) -> CompletionRequest:
-        """Makes the completion request of a body."""
+        """Makes a body's completion request."""
 
     async def reply(self, parsed: ParsedRequest[AnyAnswer]) -> Reply:
-        """`created_at` is the time of admission, so that a second computation shows the same."""
+        """`created_at` is the time of admission, so a second computation shows the same time."""
         body, end = parsed.body, None
         if body.is_load:
             unloads = self.settings.can_unload and read_keep_alive(body.keep_alive) == 0
@@ -207,11 +207,11 @@ class OllamaDialect(Dialect[AnyAnswer]):
         )
 
     async def _requests(self, parsed: ParsedRequest[AnyAnswer]) -> list[CompletionRequest]:
-        """Makes the request, or none for a load. Like Ollama, raises HttpError if required reasoning is lacking."""
+        """Makes the request, or none to load a model. Raises HttpError if required reasoning is not supported."""
         if parsed.body.is_load:
             return []
         if parsed.body.wants_reasoning and not (await self.service.chat_format.get()).knows_reasoning:
-            message = f"{self.service.settings.model_name!r} does not support thinking; leave think out"
+            message = f"{self.service.settings.model_name!r} does not support thinking; leave out the field think"
             raise HttpError(400, "unsupported_parameter", message, param="think")
         return [replace(await self.request(parsed), adapters=parsed.adapters)]
 
@@ -238,7 +238,7 @@ class Generate(OllamaDialect[GenerateBody]):
         return {"response": piece.content, **thinking}
 
     async def request(self, parsed: ParsedRequest[GenerateBody]) -> CompletionRequest:
-        """Makes the completion request. An earlier reply's context precedes the prompt, whose BOS is then removed."""
+        """Makes the completion request. An earlier reply's context precedes the prompt, which then loses its BOS."""
         body, earlier = parsed.body, tuple(parsed.body.context)
         if body.suffix:
             return await self._fill_in(body)
@@ -258,7 +258,7 @@ class Generate(OllamaDialect[GenerateBody]):
     async def _fill_in(self, body: GenerateBody) -> CompletionRequest:
         service = self.service
         if service.tokenizer.vocabulary.fill_in is None:
-            message = f"{service.settings.model_name!r} does not support insert; leave suffix out"
+            message = f"{service.settings.model_name!r} does not support insert; leave out the field suffix"
             raise HttpError(400, "unsupported_parameter", message, param="suffix")
         if body.raw or body.context or body.system:
             raise ParameterError("suffix", "cannot be used together with raw, context or system")
@@ -312,7 +312,7 @@ class Embeddings(OllamaEmbedding[EmbeddingsBody]):
     body = EmbeddingsBody
 
     async def answer(self, request: Request) -> Response:
-        """Returns the embedding of a text with the norm that the model gives it, or an empty list for an empty text."""
+        """Returns a text's embedding without normalizing it, or an empty list for an empty text."""
         body = await self.read(request)
         options = EmbeddingOptions(self.pooling(body), _UNCHANGED)
         return await self.embedded(request, [body.prompt] if body.prompt else [], options, _first)

@@ -1,4 +1,4 @@
-"""Lists and details of the served models in Ollama's form, and the endpoints that add names or download models."""
+"""Lists the served models in Ollama's form, shows their details, adds names for them, and downloads models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ API_VERSION: Final = "0.12.11"
 _NEVER: Final = "2318-12-31T00:00:00Z"
 _UNITS: Final = ((1_000_000_000_000, "T"), (1_000_000_000, "B"), (1_000_000, "M"), (1_000, "K"))
 _MOST_ITEMS: Final = 1 << 10
-"""Longer arrays of the metadata, such as vocabularies, are not shown."""
+"""Longer arrays in the metadata, such as vocabularies, are not shown."""
 
 
 def shown_time(seconds: float) -> str:
@@ -66,7 +66,7 @@ class ModelDetails:
 def _listed(
     digest: str, size_bytes: int = 0, family: str = "", parameters: int = 0, quantization: str = ""
 ) -> dict[str, Any]:
-    """Returns the fields of a model that lists show. `digest`: SHA-256 of the model's identity, in hex."""
+    """Returns the fields that lists of models show. `digest` is the SHA-256 of the model's identity, in hex."""
     unit, letter = next((unit for unit in _UNITS if parameters >= unit[0]), (1, ""))
     return {
         "size": size_bytes,
@@ -90,7 +90,7 @@ def _modified(path: Path) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """Returns a value of the metadata for JSON. Long arrays and numbers that JSON lacks become null."""
+    """Returns a metadata value for JSON. Long arrays, and numbers that JSON lacks, become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, str | int):
@@ -129,7 +129,7 @@ class OllamaModels:
         return JsonResponse({"models": entries})
 
     async def ps(self, request: Request) -> Response:
-        """Returns the loaded models, except those that are about to be unloaded."""
+        """Returns the loaded models, except models that are about to be unloaded."""
         entries = [
             self._entry(model, _names(model)[0])
             | {
@@ -169,7 +169,7 @@ def _names(model: ApiModel) -> list[str]:
 
 
 def _expiry(model: ApiModel) -> str:
-    """Returns the time at which an idle model will be unloaded. If the model has requests, the time counts from now."""
+    """Returns when the model will be unloaded. If it has requests, returns the time as if it became idle now."""
     resident = model.resident
     if resident.expires_in_s is None:
         return _NEVER
@@ -179,7 +179,7 @@ def _expiry(model: ApiModel) -> str:
 
 
 async def _capabilities(model: ApiModel) -> list[str]:
-    """Returns Ollama's names of capabilities; always `tools`: templates without tools get them in a message."""
+    """Returns Ollama's capability names. `tools` is always there: templates without tools get them in a message."""
     has_reasoning = (await model.service.chat_format.get()).knows_reasoning
     further = {
         "vision": model.service.vision is not None,
@@ -204,7 +204,7 @@ class OllamaManaging:
         yield Route("POST", "/api/push", unsupported("models are not uploaded to registries", 403))
 
     async def pull(self, request: Request) -> Response:
-        """Downloads a model of the catalog if the cluster file allows it. For a served model, it succeeds at once."""
+        """Downloads a catalog model if the cluster file allows it. Succeeds at once if the model is served."""
         body = await read_body(request, PullBody, self._router.settings)
         if self._router.find(body.model) is not None:
             return _done("pulling manifest", is_streamed=body.stream)

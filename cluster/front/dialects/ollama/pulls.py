@@ -1,4 +1,4 @@
-"""Downloads of catalog models for Ollama's clients, one at a time."""
+"""Downloads catalog models for Ollama's clients, one at a time."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _MOST_OF_A_MESSAGE: Final = 500
 
 
 class CatalogPulls:
-    """Downloads catalog models. The text of a request only selects a catalog entry and never becomes part of a URL."""
+    """Downloads catalog models. A request's text only selects a catalog entry and never becomes part of a URL."""
 
     def __init__(self, settings: ApiSettings) -> None:
         self._settings = settings
         self._running: str | None = None  # the model that is downloaded
 
     def wanted(self, request: Request, name: str) -> CatalogEntry:
-        """Raises HttpError 403 if the cluster file or the client's key forbids it, or the catalog lacks the model."""
+        """Finds a catalog entry. Raises HttpError 403 if there is none, or if downloads are not allowed."""
         if not self._settings.allows_pull:
             cure = "the API downloads no models; use `llamaclust model pull`, or set api.pull in the cluster file"
             raise _not_allowed(f"model {name[:200]!r} not found; {cure}")
@@ -46,10 +46,10 @@ class CatalogPulls:
         return entry
 
     async def progress(self, entry: CatalogEntry) -> AsyncGenerator[dict[str, Any], None]:
-        """Yields the steps of a download; the last one is "success". Raises HttpError 409 while another one runs, 502
-        if it fails. Closing the generator ends the download process; a later download resumes from the partial file."""
+        """Yields a download's steps. The last is "success". Raises HttpError 409 if another download is running, 502 if
+        this one fails. Closing the generator ends the download process. Later downloads continue the partial file."""
         if self._running is not None:
-            message = f"model {self._running!r} is being downloaded; try again when that is done"
+            message = f"model {self._running!r} is being downloaded; try again when the download is done"
             raise HttpError(409, "pull_in_progress", message, {"Retry-After": "10"}, param="model")
         self._running = entry.name
         try:

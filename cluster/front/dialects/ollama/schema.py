@@ -1,4 +1,4 @@
-"""Bodies of Ollama's requests, with its defaults."""
+"""Bodies of Ollama's requests, with Ollama's defaults."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class Options(SamplerFields, ReasoningFields, SpeculativeFields, foreign=OLLAMA_
     takes_recommended: ClassVar = True
 
     num_predict: WholeLimitField = -1
-    """The largest number of tokens of the answer; 0 or less: as many as the context has room for."""
+    """The maximum number of tokens of the answer. 0 or less for as many as fit into the context."""
     seed: Annotated[SeedField, Requested()] = None
-    """Seed of the random numbers; -1: a random seed."""
+    """Seed of the random numbers, or -1 for a random seed."""
     stop: Annotated[StopField, Requested()] = ()
-    """Texts; the answer ends before the first occurrence of one of them."""
+    """Texts that end the answer. The answer ends before the first occurrence of any of them."""
 
 
 def _options(value: Any, info: ValidationInfo) -> Any:
@@ -97,23 +97,23 @@ class AnswerFields(Body):
     model: str
     """Name of the model, with or without `:latest`. Any name is accepted, unless `api.strict_model` is true."""
     keep_alive: Any = None
-    """Time for which the model stays loaded afterwards, if several are served: seconds, or a text like "5m"."""
+    """The time that the model stays loaded afterwards, if several are served: seconds, or a text like "5m"."""
     stream: bool = True
-    """True: the reply is a stream of JSON lines; false: it is one JSON object."""
+    """True to reply with a stream of JSON lines, false to reply with one JSON object."""
     format: _FormatField = None
-    """`json`: the answer is a JSON object; a JSON schema: the answer conforms to it."""
+    """`json` to make the answer a JSON object, or a JSON schema to which the answer conforms."""
     think: _ThinkField = None
-    """false: no reasoning; true: the model must support reasoning; an effort: as true, for the chat template too."""
+    """False for no reasoning, true to require a model that reasons, or an effort, which chat templates also receive."""
     options: _OptionsField = Field(default_factory=Options)
     """Settings of the samplers, and the length of the answer."""
     logprobs: bool = False
-    """True: the reply contains the logprobs of the generated tokens."""
+    """True to show the generated tokens' logprobs in the reply."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
-    """The number of likeliest tokens whose logprobs are shown in addition; needs `logprobs`."""
+    """The number of likeliest tokens whose logprobs are also shown. Requires `logprobs`."""
 
     def completion(self, prompt: str | tuple[int, ...] = ()) -> CompletionRequest:
         if self.top_logprobs and not self.logprobs:
-            raise ParameterError("top_logprobs", "only makes sense with logprobs: true")
+            raise ParameterError("top_logprobs", "requires logprobs: true")
         options = self.options
         return options.completion(
             prompt,
@@ -131,7 +131,7 @@ class AnswerFields(Body):
 
     @property
     def has_context(self) -> bool:
-        """True if the reply contains the token ids of prompt and answer, with which a later request can continue."""
+        """True if the reply has the token ids of prompt and answer, from which a later request can continue."""
         return False
 
     @property
@@ -159,13 +159,13 @@ class GenerateBody(AnswerFields, foreign=OLLAMA_GENERATE):
     prompt: str = ""
     """The prompt. If it is empty, the model is only loaded."""
     suffix: str = ""
-    """The text after the gap that the answer fills. No chat template is applied; the model must support infilling."""
+    """The text after the gap that the answer fills. The model must support infilling. No chat template is applied."""
     images: _ImagesField = ()
-    """Images as base64, which precede the prompt. They are refused if the model reads text only."""
+    """Images as base64, which precede the prompt. They are refused if the model reads only text."""
     system: str = ""
     """A system message that precedes the prompt."""
     raw: bool = False
-    """True: no chat template is applied. Special tokens that are written in the prompt become those tokens."""
+    """True to apply no chat template. Special tokens that are written in the prompt are then read as special tokens."""
     context: Annotated[list[Annotated[int, Field(ge=0)]], FailFast(), Field(max_length=MAX_CONTEXT_TOKENS)] = Field(
         default_factory=list
     )
@@ -181,7 +181,7 @@ class GenerateBody(AnswerFields, foreign=OLLAMA_GENERATE):
 
     def check(self) -> None:
         if self.images and (self.raw or self.suffix):
-            raise ParameterError("images", "cannot be used together with raw or suffix: these have no chat template")
+            raise ParameterError("images", "cannot be used together with raw or suffix, which apply no chat template")
 
     def chat(self) -> ChatRequest:
         system = [{"role": "system", "content": self.system}] if self.system else []
@@ -192,15 +192,15 @@ class OllamaMessage(Body, foreign=OLLAMA_MESSAGE):
     role: Annotated[str, WithJsonSchema({"enum": ["system", "user", "assistant", "tool"]})]
     content: str = ""
     images: _ImagesField = ()
-    """Images as base64, which precede the text. They are replaced by a short text if the model reads text only."""
+    """Images as base64, which precede the text. If the model reads only text, a short text replaces them."""
     thinking: str = ""
-    """Reasoning of an earlier answer, which is passed to the chat template."""
+    """Reasoning of an earlier answer. It is passed to the chat template."""
     tool_calls: list[CallField] = Field(default_factory=list)
-    """Calls of an earlier answer."""
+    """Tool calls of an earlier answer."""
     tool_name: str = ""
     """Name of the function whose result the message is, for the role `tool`."""
     tool_call_id: str = ""
-    """Id of the call that the message answers, for the role `tool`."""
+    """Id of the tool call that the message answers, for the role `tool`."""
 
     def as_variables(self) -> dict[str, Any]:
         more = {
@@ -265,7 +265,7 @@ class ShowBody(
 
 class PullBody(ModelBody, foreign=ForeignFields(hints={"insecure": _OFF}, other_names=_NAMES)):
     stream: bool = True
-    """True: the reply is a stream of JSON lines; false: it is one JSON object."""
+    """True to reply with a stream of JSON lines, false to reply with one JSON object."""
 
 
 class DeleteBody(ModelBody, foreign=ForeignFields(hints={"force": anything}, other_names=_NAMES)):
@@ -280,7 +280,7 @@ class CopyBody(Body):
 
 
 def _with_from(schema: dict[str, Any]) -> None:
-    """Renames the schema's field `source` to `from`, which is Ollama's name and a keyword of Python."""
+    """Renames the schema's field `source` to Ollama's name `from`, which is a keyword of Python."""
     schema["properties"]["from"] = schema["properties"].pop("source")
     schema["required"] = ["model", "from"]
 
@@ -291,15 +291,15 @@ class CreateBody(
 ):
     model_config = ConfigDict(json_schema_extra=_with_from)
 
-    source: str = Field(description="`from`: a name of the served model.")
+    source: str = Field(description="A name of the served model, in the field `from`.")
     stream: bool = True
-    """True: the reply is a stream of JSON lines; false: it is one JSON object."""
+    """True to reply with a stream of JSON lines, false to reply with one JSON object."""
 
 
 def _texts(value: Any) -> tuple[str, ...]:
     texts = strings(value)
     if len(texts) > MAX_INPUTS:
-        raise ValueError(f"{len(texts)} texts in one request, at most {MAX_INPUTS} are taken")
+        raise ValueError(f"{len(texts)} texts in one request; the limit is {MAX_INPUTS}")
     return texts
 
 
@@ -310,14 +310,14 @@ _EMBEDDING: Final = ForeignFields(hints=dict.fromkeys(("keep_alive", "truncate",
 
 class EmbeddingFields(ModelBody, foreign=_EMBEDDING):
     pooling: Literal["none", "mean", "cls", "last"] | None = None
-    """Pooling of the hidden states; by default the model file's, or else the last token's. `none` is refused."""
+    """Pooling of the hidden states. The default is the model file's, or else the last token's. `none` is refused."""
 
 
 class EmbedBody(EmbeddingFields):
     input: Annotated[tuple[str, ...], BeforeValidator(_texts), WithJsonSchema(_TEXTS)]
     """A text, or a list of texts."""
     dimensions: int | None = Field(default=None, ge=1)
-    """The number of leading channels to keep; by default all."""
+    """The number of leading channels to keep. The default is all."""
 
 
 class EmbeddingsBody(EmbeddingFields):

@@ -1,4 +1,4 @@
-"""The endpoints for existing responses of the Responses API: they retrieve, cancel and delete."""
+"""Endpoints that retrieve, cancel and delete existing responses of the Responses API."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ _MOST_LISTED: Final = 100
 _LISTED: Final = 20
 _RUNNING: Final = (Status.QUEUED, Status.IN_PROGRESS)
 _RETRIEVED: Final = (
-    QueryParameter("stream", "boolean", "the events of a response that is streamed in the background"),
+    QueryParameter(
+        "stream", "boolean", "true to stream the events of a response that was created with background and stream"
+    ),
     QueryParameter("starting_after", "integer", "the number of the last event that the client has"),
 )
 _ITEMS: Final = (
-    QueryParameter("limit", "integer", "items at most, up to 100"),
-    QueryParameter("order", "string", "asc: the oldest first"),
-    QueryParameter("after", "string", "the id of the item before the first one"),
+    QueryParameter("limit", "integer", "the maximum number of items, up to 100"),
+    QueryParameter("order", "string", "asc to begin with the oldest item"),
+    QueryParameter("after", "string", "the id of the item after which the list begins"),
 )
 
 
@@ -51,13 +53,13 @@ class CreatedResponses:
             yield Route("DELETE", one, self.delete)
 
     async def retrieve(self, request: Request) -> Response:
-        """Returns a response in its current state, or with `?stream=true` its events after number `starting_after`."""
+        """Returns a response's current state, or with `?stream=true` its events after number `starting_after`."""
         if request.query_params.get("stream", "false").lower() not in ("true", "1"):
             return rendered(await self._shown(request))
         kept = self._kept(request)
         if kept is None or not kept.context.is_streamed:
             await self._shown(request)
-            message = "only responses of background: true and stream: true can be streamed again"
+            message = "only responses with background: true and stream: true can be streamed again"
             raise HttpError(400, "not_streamed", message)
         after = Position()
         if "starting_after" in request.query_params:
@@ -79,7 +81,7 @@ class CreatedResponses:
         return rendered(response)
 
     async def delete(self, request: Request) -> Response:
-        """Deletes a response. If it is still being computed, it is also cancelled."""
+        """Deletes a response. If the response is still being computed, it is also cancelled."""
         kept, is_stored = self._named(request), self._store.delete(*self._key(request))
         if kept is not None:
             await self.replies.cache.forget(kept)
@@ -88,7 +90,7 @@ class CreatedResponses:
         return JsonResponse({"id": request.path_params["id"], "object": "response", "deleted": True})
 
     async def input_items(self, request: Request) -> Response:
-        """Returns the input items of a response, the newest first unless `order=asc`."""
+        """Returns a response's input items, newest first unless `order=asc`."""
         stored = self._store.get(*self._key(request))
         if stored is None:
             raise _not_found(request)

@@ -1,4 +1,4 @@
-"""The served models in OpenAI's form, and their loading and unloading."""
+"""Shows the served models in OpenAI's form, and loads and unloads them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from llamaclust.cluster.state.adapters import ServedAdapter
 from llamaclust.core.errors import ParameterError
 from llamaclust.wire.rpc.deadlines import deadline
 
-_ONE_MODEL: Final = "one model is served, which stays loaded; list several as `models` in the cluster file"
+_ONE_MODEL: Final = "the only served model stays loaded; list several as `models` in the cluster file"
 _UNLOAD_S: Final = 60.0
-"""Deadline of an unload request that waits for a load to end. The load is not cancelled."""
+"""The deadline, in seconds, of an unload request that waits for a load to end. The load is not cancelled."""
 
 
 class ModelEndpoints:
@@ -94,7 +94,7 @@ class ModelEndpoints:
 
 
 def _capabilities(model: ApiModel) -> dict[str, Any]:
-    """Returns the entry by which clients of llama.cpp see that a model takes images."""
+    """Returns the entry that tells clients of llama.cpp whether a model accepts images."""
     capabilities = ["completion", *(["multimodal"] if model.service.vision is not None else [])]
     return {"name": model.name, "model": model.name, "type": "model", "capabilities": capabilities}
 

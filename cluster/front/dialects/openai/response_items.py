@@ -1,4 +1,4 @@
-"""Items of the Responses API: their validation, and their conversion to chat messages."""
+"""Validates the Responses API's items, and converts them to chat messages."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ Item = dict[str, Any]
 
 MAX_ITEMS: Final = 16_384
 REFERENCE: Final = "item_reference"
-"""The type of an item that refers to an item of a stored response by its id."""
+"""The type of an item that refers to a stored response's item by its id."""
 CALL_TEXTS: Final = {"function_call": "arguments", "custom_tool_call": "input"}
-"""Types of calls of named tools, each with the field that holds the model's text."""
+"""Types of calls to named tools, each with the field that holds the model's text."""
 _ROLES: Final = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 _SUMMARY_FORMAT: Final = "llamaclust summary 1:"
 _SUMMARY: Final = "Summary of the conversation so far:"
@@ -48,13 +48,13 @@ _THOUGHTS: Final = ("summary_text", "reasoning_text", "text")
 
 
 def read_items(value: Any, context: object) -> list[Item]:
-    """Reads the input as items. A `Leniency` replaces unsupported parts by texts; otherwise they raise ValueError."""
+    """Reads the input as items. A `Leniency` replaces unsupported parts by texts. Other contexts raise ValueError."""
     if isinstance(value, str):
         return [_message({"role": "user", "content": value}, context)]
     if not isinstance(value, list):
         raise ValueError("must be a string or a list of items")
     if len(value) > MAX_ITEMS:
-        raise ValueError(f"{len(value)} items, at most {MAX_ITEMS} are taken")
+        raise ValueError(f"the input has {len(value)} items; the limit is {MAX_ITEMS}")
     items = []
     for place, item in enumerate(value):
         try:
@@ -69,18 +69,18 @@ def has_references(items: Iterable[Item]) -> bool:
 
 
 def with_ids(items: Sequence[Item], response_id: str) -> list[Item]:
-    """Gives an id to each item that has none, since lists of items show ids."""
+    """Gives an id to each item that has none, because lists of items show ids."""
     return [{**item, "id": item.get("id") or f"item_{response_id}{place}"} for place, item in enumerate(items)]
 
 
 def summary_item(item_id: str, summary: str) -> Item:
-    """Makes the item that replaces all earlier messages. `encrypted_content` is only base64: clients can read it."""
+    """Makes the item that replaces all earlier messages. Clients can read `encrypted_content`, which is only base64."""
     content = _SUMMARY_FORMAT + b64encode(summary.encode()).decode()
     return {"type": "compaction", "id": item_id, "encrypted_content": content}
 
 
 def messages_of(items: Iterable[Item]) -> list[dict[str, Any]]:
-    """Converts items to chat messages. Successive items of an assistant (reasoning, text, calls) become one message."""
+    """Converts items to chat messages. An assistant's successive items (reasoning, text, calls) become one message."""
     messages: list[dict[str, Any]] = []
     for is_answer, group in groupby(items, _is_answer):
         run = [*group]
@@ -139,7 +139,7 @@ def _chat_part(part: Item) -> Part:
 
 
 def _items(value: Any, context: object) -> list[Item]:
-    """Reads one item of the input. Returns an empty list if its type means nothing to the model. Raises ValueError."""
+    """Reads one input item. Returns an empty list if the model has no use for the item's type. Raises ValueError."""
     if not isinstance(value, dict):
         raise ValueError("an item must be an object")
     kind = value.get("type") or ("message" if "role" in value or "id" not in value else REFERENCE)
@@ -170,7 +170,7 @@ def _item(kind: str, value: Item, **more: Any) -> Item:
 
 
 def _call(kind: str, value: Item, context: object) -> Item:
-    """Reads a call. Only calls of the client's function and custom tools are checked."""
+    """Reads a tool call. Checks only the fields that the conversion to messages needs."""
     if kind in CALL_TEXTS:
         space = {"namespace": _string(value, "namespace")} if value.get("namespace") is not None else {}
         return _item(kind, value, **space, status="completed")
@@ -183,7 +183,7 @@ def _call(kind: str, value: Item, context: object) -> Item:
 
 
 def _output(kind: str, value: Item, context: object) -> str | list[Item]:
-    """Reads a call's result: a text, or parts in which media that the model does not read become texts."""
+    """Reads a tool call's result. It is a text or parts. Media that the model cannot read become texts."""
     is_text = kind.removesuffix(_OUTPUT) in CALL_TEXTS
     output = value.get("output") or ("" if is_text else None)
     if isinstance(output, str):
@@ -205,7 +205,7 @@ def _is_part(part: Any) -> bool:
 
 
 def _compaction(item: Item, context: object) -> Item:
-    """Reads a summary. A `Leniency` replaces another server's summary by a short text; otherwise it is refused."""
+    """Reads a summary. For another server's summary, a `Leniency` returns a short text. Other contexts refuse it."""
     try:
         _summary(item)
     except ValueError:
@@ -217,14 +217,14 @@ def _compaction(item: Item, context: object) -> Item:
 
 
 def _summary(item: Item) -> str:
-    """Returns the text of a summary. Raises ValueError if it is empty or another server made it."""
+    """Returns a summary's text. Raises ValueError if the text is empty or another server made it."""
     kind, summary_format, encoded = item["encrypted_content"].rpartition(_SUMMARY_FORMAT)
     try:
         summary = b64decode(encoded, validate=True).decode()
     except ValueError:  # of base64 or UTF-8
         summary = ""
     if kind or not summary_format or not summary:
-        raise ValueError("encrypted_content: was not made by this server's /v1/responses/compact")
+        raise ValueError("encrypted_content: the text was not made by this server's /v1/responses/compact")
     return summary
 
 

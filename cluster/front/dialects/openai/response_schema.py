@@ -1,4 +1,4 @@
-"""Bodies of `POST /v1/responses` and `POST /v1/responses/compact`, and the JSON of a response without its answer."""
+"""Bodies of `POST /v1/responses` and `POST /v1/responses/compact`, and a response's JSON without its answer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _FIXED: Final[Mapping[str, Any]] = {
     "truncation": "disabled",
     "user": None,
 }
-"""Fields of a response that have the same value in all responses."""
+"""Fields that have the same value in every response."""
 ID_PREFIX: Final = "resp_"
 
 
@@ -81,7 +81,7 @@ class Reasoning(Body):
     effort: str | None = None
     """Passed to the chat template. `none` sets the template's `enable_thinking` to false."""
     summary: Literal["auto", "concise", "detailed"] | None = None
-    """Accepted without effect: reasoning is always shown in full."""
+    """Accepted without effect, because reasoning is always shown in full."""
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
     """An older name of `summary`."""
 
@@ -95,47 +95,47 @@ class TextConfig(Body):
 
 class StreamOptions(Body):
     include_obfuscation: bool = False
-    """Accepted without effect: events are never padded."""
+    """Accepted without effect, because events are never padded."""
 
 
 class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
     model: str | None = None
     """Name of the served model. Another name is refused, unless `strict_model` is false."""
     input: InputField = Field(default_factory=list)
-    """A text, or items: messages, calls, their outputs, reasoning, compaction, item_reference (of a stored item)."""
+    """A text or items: messages, calls, their outputs, reasoning, compaction, and references to stored items."""
     instructions: str | None = None
     """A system prompt. Instructions of earlier responses do not apply."""
     previous_response_id: str | None = Field(default=None, max_length=256)
-    """Id of a stored response; its chat precedes the input."""
+    """Id of a stored response. Its chat precedes the input."""
     store: bool = True
-    """True: later requests can retrieve and continue the response, until its memory is needed."""
+    """True to let later requests retrieve and continue the response, until its memory is needed."""
     background: bool = False
-    """True: the reply comes at once, and the response is retrieved later with `GET /v1/responses/ID`."""
+    """True to reply at once. The response can be retrieved later with `GET /v1/responses/ID`."""
     max_output_tokens: LimitField = None
-    """The largest number of tokens of the answer with its reasoning; by default as many as the context has room for."""
+    """The maximum number of tokens of reasoning and answer. The default is as many as fit into the context."""
     stream_options: StreamOptions | None = None
-    """Additions to the stream. They need `stream`."""
+    """Additions to the stream. They require `stream`."""
     stop: Annotated[StopField, Requested()] = ()
-    """Texts; the answer ends before the first occurrence of one of them."""
+    """Texts that end the answer. The answer ends before the first occurrence of any of them."""
     tools: _ToolsField = Field(default_factory=ToolSet)
-    """Tools of the client: function, custom, local_shell, shell, apply_patch, namespaces. Hosted ones are left out."""
+    """The client's tools: function, custom, local_shell, shell, apply_patch, namespaces. Hosted tools are left out."""
     tool_choice: _ChoiceField = "auto"
     """`auto`, `none`, `required`, an object with the one tool to call, or `{"type": "allowed_tools", "mode": "auto" or
-    "required", "tools": [{"type": "function", "name": ...}]}`, which offers only these of the tools."""
+    "required", "tools": [{"type": "function", "name": ...}]}`, which offers only these tools."""
     parallel_tool_calls: bool | None = None
-    """true: an answer may have several calls. The default is false if `tool_choice` requires a call, else true."""
+    """True to allow several tool calls in an answer. The default is false if `tool_choice` requires one, else true."""
     reasoning: Reasoning = Field(default_factory=Reasoning)
     text: TextConfig = Field(default_factory=TextConfig)
     metadata: _MetadataField = Field(default_factory=dict)
     """Texts that the response repeats."""
     include: _IncludeField = ()
-    """`message.output_text.logprobs`: the message contains the logprobs of its tokens. Other names have no effect."""
+    """`message.output_text.logprobs` adds the tokens' logprobs to the message. Other names have no effect."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Requested()] = 0
-    """The number of likeliest tokens whose logprobs are shown in addition."""
+    """The number of likeliest tokens whose logprobs are also shown."""
     timings_per_token: bool = False
-    """True: events that add to the answer, and the last event, contain llama.cpp's `timings`."""
+    """True to add llama.cpp's `timings` to events that add to the answer and to the last event."""
     return_progress: bool = False
-    """True: a stream begins with events response.in_progress that show how many tokens of the prompt are computed."""
+    """True to begin a stream with response.in_progress events that show how many prompt tokens are computed."""
 
     @property
     def choice(self) -> ToolChoice:
@@ -156,11 +156,11 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
     def check(self) -> None:
         self.choice.check()
         if self.top_logprobs and _LOGPROBS not in self.include:
-            raise ParameterError("top_logprobs", f"only makes sense with include: [{_LOGPROBS!r}]")
+            raise ParameterError("top_logprobs", f"requires include: [{_LOGPROBS!r}]")
         if self.background and not self.store:
-            raise ParameterError("background", "needs store: true")
+            raise ParameterError("background", "requires store: true")
         if self.stream_options is not None and not self.stream:
-            raise ParameterError("stream_options", "only makes sense with stream: true")
+            raise ParameterError("stream_options", "requires stream: true")
         if "input" not in self.model_fields_set and self.previous_response_id is None:
             raise ParameterError("input", "is missing")
 
@@ -183,7 +183,7 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
 
 
 def _chat(instructions: str | None, messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-    """Joins instructions and leading system texts: many templates take only one such message. Images are kept."""
+    """Joins instructions and leading system texts, because many templates take only one such message. Keeps images."""
     systems = [*takewhile(_is_system_text, messages)]
     texts = [*([] if instructions is None else [instructions]), *(message["content"] for message in systems)]
     prompt = [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
@@ -232,7 +232,7 @@ class ResponseHead:
         *,
         ended_s: float | None = None,
     ) -> dict[str, Any]:
-        """Returns the JSON of a response. `ended_s`: Unix time of the answer's end."""
+        """Returns a response's JSON. `ended_s` is the Unix time when the answer ended."""
         return {
             "id": ID_PREFIX + self.reply_id,
             "object": "response",
@@ -262,9 +262,9 @@ class CompactionBody(AdapterFields, foreign=COMPACTION):
     input: InputField = Field(default_factory=list)
     """A text or items, as for `POST /v1/responses`."""
     previous_response_id: str | None = Field(default=None, max_length=256)
-    """Id of a stored response; its chat precedes the input."""
+    """Id of a stored response. Its chat precedes the input."""
     instructions: str | None = None
-    """The system prompt of the chat; it is not summarized."""
+    """The chat's system prompt. It is not summarized."""
 
     def request(self, messages: Sequence[Mapping[str, Any]]) -> ChatRequest:
         """Makes the chat that ends with the task to summarize it, for a greedy answer without reasoning."""
@@ -276,7 +276,7 @@ class CompactionBody(AdapterFields, foreign=COMPACTION):
 
 
 def _with_task(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Adds the task, to a user's last message if there is one: many chat templates require alternating roles."""
+    """Adds the task, if possible to a user's last message, because many chat templates require alternating roles."""
     last = messages[-1]
     if last["role"] == "user":
         content = last["content"]

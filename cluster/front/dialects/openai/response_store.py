@@ -1,4 +1,4 @@
-"""Stored responses, which can be retrieved and continued. They are held in memory, within bounds."""
+"""Stored responses, which can be retrieved and continued. They are kept in memory, within limits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Messages = tuple[Mapping[str, Any], ...]
 
 @dataclass(slots=True, eq=False)
 class StoredResponse:
-    """A response with its input. A large one must be made on a thread, because the constructor estimates its size."""
+    """A response with its input. Make a large one on a thread, because the constructor estimates its size."""
 
     response: dict[str, Any]  # as it is shown
     input_items: list[Item]
@@ -33,7 +33,7 @@ class StoredResponse:
 
 
 async def stored_response(response: dict[str, Any], input_items: Sequence[Item], messages: Messages) -> StoredResponse:
-    """Makes a stored response with the items' ids, on a thread if it has many values."""
+    """Makes a stored response and gives its items ids. A response with many values is made on a thread."""
 
     def make() -> StoredResponse:
         return StoredResponse(response, with_ids(input_items, response["id"]), messages)
@@ -42,7 +42,7 @@ async def stored_response(response: dict[str, Any], input_items: Sequence[Item],
 
 
 class ResponseStore:
-    """Stored responses within bounds. The owner who holds the most loses the oldest. Not thread-safe."""
+    """Stored responses, within limits. The owner who holds most loses the oldest response. Not thread-safe."""
 
     def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
         self._max_responses = max_responses
@@ -50,7 +50,7 @@ class ResponseStore:
         self._stored: dict[tuple[str, str], StoredResponse] = {}  # by owner and id, the oldest first
 
     def put(self, owner: str, stored: StoredResponse) -> None:
-        """Stores or replaces a response, and deletes others to make room, unless it alone exceeds the bound."""
+        """Stores or replaces a response. Deletes others to make room, unless the response alone exceeds the limit."""
         self.delete(owner, stored.response["id"])
         if stored.held_bytes <= self._max_bytes:
             self._make_room(stored.held_bytes)
@@ -72,7 +72,7 @@ class ResponseStore:
         return stored
 
     async def resolved(self, owner: str, items: list[Item], most_bytes: int) -> list[Item]:
-        """Replaces references by the items to which they refer. Raises HttpError for an unknown item, and
+        """Replaces references by the items to which they refer. Raises HttpError if an item is unknown, and
         ParameterError if the items have more than `most_bytes`."""
         references = Counter(item["id"] for item in items if item["type"] == REFERENCE)
         if not references:
@@ -89,7 +89,7 @@ class ResponseStore:
         return [named[item["id"]] if item["type"] == REFERENCE else item for item in items]
 
     def _named(self, owner: str, wanted: Collection[str]) -> dict[str, Item]:
-        """Finds items by their ids. An item of several responses is taken from the newest one."""
+        """Finds items by their ids. If several responses have an item, the newest response's item is taken."""
         found = dict[str, Item]()
         for stored in [stored for (of, _), stored in reversed(self._stored.items()) if of == owner]:
             for item in reversed((*stored.input_items, *stored.response["output"])):

@@ -1,4 +1,4 @@
-"""Shows answers as responses of the Responses API, whole or as events of a stream, and as compactions."""
+"""Shows answers as responses of the Responses API, complete or as events of a stream, and as compactions."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ _ROW_BYTES, _TOP_BYTES = 400, 8
 _COUNTED_CHARACTERS: Final = 1024
 
 Shown = dict[str, Any]
-"""An event without its number: `type` and further fields."""
+"""An event without its number: `type` and other fields."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShownRow(DeferredValue):
-    """A token with its logprobs. Unlike other APIs, its JSON has no token ids."""
+    """A token with its logprobs. Unlike in other APIs, its JSON has no token ids."""
 
     tokenizer: Tokenizer
     row: RowResult
@@ -81,7 +81,7 @@ class OutputItems:
         self._pending: list[ShownRow] = []  # of tokens whose text is still to come
 
     def take(self, events: Iterable[AnswerEvent], logprobs: Sequence[ShownRow] = ()) -> Iterator[Shown]:
-        """Adds events of an answer with the logprobs of their tokens. Tokens outside messages lose their logprobs."""
+        """Adds an answer's events with their tokens' logprobs. Tokens outside messages lose their logprobs."""
         self._pending += logprobs
         for event in events:
             if not isinstance(event, ContentText):  # a token may have the end of its markup, and text
@@ -173,7 +173,7 @@ def _call(name: str, tool: ClientTool | None) -> tuple[str, dict[str, Any]]:
 
 
 def _logprobs_of(text: str, entries: list[ShownRow], *, is_first: bool) -> tuple[list[ShownRow], list[ShownRow]]:
-    """Splits entries by the text that they belong to: this text or later text. The first text drops hidden markup."""
+    """Splits entries into those of this text and those of later text. The first text drops hidden markup."""
     ends = [*accumulate(len(entry.token_bytes) for entry in entries)]
     data, wanted = b"".join(entry.token_bytes for entry in entries), text.encode("utf-8", "surrogatepass")
     start = data.rfind(wanted) if is_first else data.find(wanted)
@@ -192,7 +192,7 @@ class ResponseView(View):
     def __init__(
         self, head: ResponseHead, tokenizer: Tokenizer, store: Callable[[dict[str, Any]], None] | None, log: AnswerLog
     ) -> None:
-        """Makes the view. `store` receives the complete response; None: the response is not stored."""
+        """Makes the view. `store` receives the complete response, or is None if the response is not stored."""
         self._body = head.body
         self._tokenizer = tokenizer
         self._head = head
@@ -204,7 +204,7 @@ class ResponseView(View):
         self._reasoning = ReasoningCount(tokenizer)
 
     def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:
-        """An answer with logprobs comes in several chunks: a joined one does not tell each token's text."""
+        """An answer with logprobs comes in several chunks, because a joined chunk does not tell each token's text."""
         (chunks,) = parts
         for chunk in chunks:
             for _ in self._take(chunk):
@@ -212,7 +212,7 @@ class ResponseView(View):
         return self._ended(chunks[-1])
 
     def frames(self, prompt: int, item: LogItem) -> Iterator[Event]:
-        """Progress events have their own slot and the previous event's number: they differ in a second computation."""
+        """Progress events differ in a second computation. They thus have their own slot and repeat the last number."""
         if not self._events:
             yield from map(self._numbered, self._head.first_events)
         if isinstance(item, TextChunk):
@@ -263,7 +263,7 @@ class ResponseView(View):
 
 
 class ReasoningCount:
-    """Counts reasoning tokens in blocks of 1,024 characters, as text arrives: chunk sizes do not change the result."""
+    """Counts reasoning tokens in blocks of 1,024 characters, so that chunk sizes do not change the result."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -285,7 +285,7 @@ class ReasoningCount:
 
 
 class CompactionView(View):
-    """Shows an answer as a compaction. A summary that reached the token limit is cut off there."""
+    """Shows an answer as a compaction. The token limit may cut off the summary."""
 
     def __init__(self, context: RequestContext, log: AnswerLog) -> None:
         self._context = context

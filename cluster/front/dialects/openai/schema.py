@@ -49,11 +49,11 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 class StreamOptions(Body):
     include_usage: bool = False
-    """True: a last chunk shows the token counts."""
+    """True to add a last chunk with the token counts."""
     include_obfuscation: bool = False
-    """Accepted without effect: chunks are never padded."""
+    """Accepted without effect, because chunks are never padded."""
     continuous_usage_stats: bool = False
-    """True: each chunk shows the token counts so far; needs `include_usage`."""
+    """True to show the token counts so far in each chunk. Requires `include_usage`."""
 
 
 class Message(Body, foreign=MESSAGE):
@@ -64,12 +64,12 @@ class Message(Body, foreign=MESSAGE):
     name: str | None = None
     """Passed to the chat template."""
     reasoning_content: str | None = None
-    """Reasoning of an earlier answer, which is passed to the chat template."""
+    """Reasoning of an earlier answer. It is passed to the chat template."""
 
     tool_calls: list[CallField] | None = None
-    """Calls of an earlier answer."""
+    """Tool calls of an earlier answer."""
     tool_call_id: str | None = None
-    """Id of the call that the message answers, for the role `tool`."""
+    """Id of the tool call that the message answers, for the role `tool`."""
 
     def as_variables(self) -> dict[str, Any]:
         role = "system" if self.role == "developer" else self.role
@@ -103,15 +103,15 @@ class ChatFields(ToolFields):
     messages: MessagesField
     """The chat so far."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Further variables for the chat template. They override those of other fields."""
+    """More variables for the chat template. They override the variables of other fields."""
     documents: list[dict[str, Any]] = Field(default_factory=list, max_length=1024)
     """Documents for the chat template, each an object such as `{"title": ..., "text": ...}`."""
     reasoning_effort: str | None = None
     """Passed to the chat template. `none` sets the template's `enable_thinking` to false."""
     add_generation_prompt: bool | None = None
-    """true: the prompt ends with the beginning of an answer, as by default unless the last message is continued."""
+    """True to end the prompt with the beginning of an answer. The default is true unless a message is continued."""
     continue_final_message: bool | None = None
-    """true: the answer continues the last message. The default is true if that message has the role assistant."""
+    """True to continue the last message in the answer. The default is true if that message has the role assistant."""
 
     @property
     def variables(self) -> tuple[dict[str, Any], ...]:
@@ -133,33 +133,33 @@ class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Sp
     model: str | None = None
     """Name of the served model or of an adapter. Another name is refused, unless `strict_model` is false."""
     logit_bias: BiasField = ()
-    """Biases by token id, which are added to the logits."""
+    """Biases by token id. They are added to the logits."""
     seed: Annotated[SeedField, Requested()] = None
-    """Seed of the random numbers; the same seed gives the same answer. Absent or -1: random, and shown in the reply."""
+    """Seed of the random numbers. The same seed gives the same answer. The default, or -1, is random, and is shown."""
     stop: Annotated[StopField, Requested()] = ()
-    """Texts; the answer ends before the first occurrence of one of them."""
+    """Texts that end the answer. The answer ends before the first occurrence of any of them."""
     stop_token_ids: Annotated[list[int], FailFast(), Field(default_factory=list, max_length=MAX_STOP_TOKENS)]
-    """Ids of further tokens that end an answer."""
+    """Ids of additional tokens that end an answer."""
     min_tokens: Annotated[int, Requested()] = 0
-    """The smallest number of tokens; nothing ends the answer earlier."""
+    """The minimum number of tokens. Nothing ends the answer earlier."""
     ignore_eos: Annotated[bool, Requested()] = False
-    """True: the model may not end its answer."""
+    """True to prevent the model from ending its answer."""
     n: Annotated[int, Requested()] = 1
     """The number of answers to each prompt."""
     timings_per_token: bool = False
-    """True: each event of a stream, and the reply, contains llama.cpp's `timings`."""
+    """True to add llama.cpp's `timings` to the reply and to each event of a stream."""
     return_progress: bool = False
-    """True: a stream begins with events that show how many tokens of the prompt are computed, as in llama.cpp."""
+    """True to begin a stream with events that show how many prompt tokens are computed, as in llama.cpp."""
     verbose: bool = False
-    """True: the reply, or the last event of each choice, contains the prompt's text as `__verbose.prompt`."""
+    """True to add the prompt's text, as `__verbose.prompt`, to the reply or to each choice's last event."""
     stream: bool = False
-    """True: the answer is sent as server-sent events."""
+    """True to send the answer as server-sent events."""
     stream_options: StreamOptions | None = None
-    """Additions to the stream. They need `stream`."""
+    """Additions to the stream. They require `stream`."""
     cache_salt: Annotated[str, Requested()] = Field(default="", max_length=MAX_SALT_CHARACTERS)
-    """Salt of the prefix cache. Requests share cached prefixes of prompts only if their salts are equal."""
+    """Salt of the prefix cache. Requests share cached prompt prefixes only if their salts are equal."""
     return_token_ids: bool = False
-    """True: each choice contains `token_ids` and `prompt_token_ids`."""
+    """True to add `token_ids` and `prompt_token_ids` to each choice."""
 
     @property
     @abstractmethod
@@ -168,7 +168,7 @@ class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Sp
 
     @property
     def has_measurements(self) -> bool:
-        """True if the stream shows times or cached tokens, which change if the reply is computed again."""
+        """True if the stream shows times or cached tokens. They change if the reply is computed again."""
         options = self.stream_options or StreamOptions()
         return (
             self.timings_per_token or self.return_progress or (options.include_usage and options.continuous_usage_stats)
@@ -188,18 +188,18 @@ class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Sp
 
     def check(self) -> None:
         if self.stream_options is not None and not self.stream:
-            raise ParameterError("stream_options", "only makes sense with stream: true")
+            raise ParameterError("stream_options", "requires stream: true")
 
 
 class ChatBody(GenerationBody, ChatFields, foreign=CHAT):
     max_tokens: LimitField = None
-    """The largest number of tokens of an answer; by default, and for -1, as many as the context has room for."""
+    """The maximum number of tokens of an answer. The default, or -1, is as many as fit into the context."""
     max_completion_tokens: LimitField = None
     """The newer name of `max_tokens`."""
     logprobs: bool = False
-    """True: the reply contains the logprobs of the generated tokens."""
+    """True to show the generated tokens' logprobs in the reply."""
     top_logprobs: int | None = None
-    """The number of likeliest tokens whose logprobs are shown in addition; needs `logprobs`."""
+    """The number of likeliest tokens whose logprobs are also shown. Requires `logprobs`."""
 
     @property
     def with_logprobs(self) -> bool:
@@ -213,7 +213,7 @@ class ChatBody(GenerationBody, ChatFields, foreign=CHAT):
             reason = f"is {shown(new)}, but max_tokens is {shown(old)}: give one of them"
             raise ParameterError("max_completion_tokens", reason)
         if self.top_logprobs is not None and not self.logprobs:
-            raise ParameterError("top_logprobs", "only makes sense with logprobs: true")
+            raise ParameterError("top_logprobs", "requires logprobs: true")
 
     def request(self) -> ChatRequest:
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -234,19 +234,19 @@ class CompletionBody(GenerationBody, foreign=COMPLETION):
     prompt: PromptsField
     """One prompt (text or token ids), or a list of prompts."""
     max_tokens: LimitField = DEFAULT_COMPLETION_TOKENS
-    """Most tokens of an answer; -1: as many as the context has room for; 0: only `echo` and the prompt's logprobs."""
+    """The maximum number of tokens of an answer. -1 for as many as fit into the context, 0 for none."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     """The number of likeliest tokens whose logprobs are shown in addition to the chosen token's."""
     echo: bool = False
-    """True: the reply's text begins with the prompt, with its logprobs if `logprobs` is set."""
+    """True to begin the reply's text with the prompt, and its logprobs if `logprobs` is set."""
     score_from: Annotated[int, documented(0, MAX_CONTEXT_TOKENS)] | None = None
-    """The first token of the prompt that gets logprobs, with `echo` and `logprobs`. A high number saves computation."""
+    """The first prompt token that gets logprobs, with `echo` and `logprobs`. A high number saves computation."""
     best_of: int | None = None
     """Must be absent or equal to `n`."""
     add_special_tokens: Annotated[bool, Requested("add_special")] = True
-    """True: adds BOS if the model's tokenizer uses it."""
+    """True to add BOS if the model's tokenizer uses it."""
     parse_special: Annotated[bool, Requested()] = True
-    """True: special tokens that are written in the prompt become those tokens."""
+    """True to read special tokens that are written in the prompt as special tokens."""
 
     @property
     def with_logprobs(self) -> bool:
@@ -255,9 +255,11 @@ class CompletionBody(GenerationBody, foreign=COMPLETION):
     def check(self) -> None:
         super().check()
         if self.best_of not in (None, self.n):
-            raise ParameterError("best_of", f"is {shown(self.best_of)}, but only n, {shown(self.n)}, is supported")
+            raise ParameterError(
+                "best_of", f"is {shown(self.best_of)}; the only supported value is that of n, {shown(self.n)}"
+            )
         if self.score_from is not None and (not self.echo or self.logprobs is None):
-            raise ParameterError("score_from", "only makes sense with echo and logprobs")
+            raise ParameterError("score_from", "requires echo and logprobs")
         answers = len(self.prompt) * self.n
         if answers > MAX_CHOICES:
             prompts = f" to {len(self.prompt)} prompts" if len(self.prompt) > 1 else ""

@@ -1,4 +1,4 @@
-"""Messages and tools of OpenAI's requests: content parts, definitions of tools, and `tool_choice`."""
+"""Messages and tools of OpenAI's requests: content parts, tool definitions, and `tool_choice`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ ContentField = Annotated[Content, PlainValidator(_content), WithJsonSchema({"any
 
 
 def _function(value: Any, info: ValidationInfo) -> Any:
-    """Reads a function tool. Returns None for a tool of another type, which is left out. Raises ValueError."""
+    """Reads a function tool. Returns None if the tool has another type and is left out. Raises ValueError."""
     kind = value.get("type") if isinstance(value, dict) else None
     if isinstance(kind, str) and kind != "function":
         return leave_out("tools", kind, info.context)
@@ -81,7 +81,7 @@ def _tool(value: Any, info: ValidationInfo) -> Any:
 
 
 def _call(value: Any) -> Any:
-    """Reads a call as a function call, the only kind that the model knows. Raises ValueError."""
+    """Reads a tool call as a function call, the only kind that the model knows. Raises ValueError."""
     if not isinstance(value, dict):
         raise ValueError("a call must be an object")
     call_id = value.get("id") or ""
@@ -122,7 +122,7 @@ def _choice(value: Any) -> Any:
 
 
 def _flat(choice: Any) -> Any:
-    """Converts the choice of a tool to the form of the Responses API. A tool without a type is a function."""
+    """Converts a tool choice to the form of the Responses API. A tool without a type is a function."""
     if not isinstance(choice, dict):
         return choice
     kind = "custom" if choice.get("type") == "custom" else "function"
@@ -147,12 +147,12 @@ class ToolFields(ReasoningFields):
     tools: _ToolsField = Field(default_factory=list)
     """Tools of type `function` or `custom` that the model may call. Tools of other types are left out."""
     tool_choice: _ChoiceField = "auto"
-    """`auto`, `none`, `required`, an object with the one tool to call, or, to offer only some, `{"type":
+    """`auto`, `none`, `required`, an object with the one tool to call, or, to offer only some tools, `{"type":
     "allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": [...]}}`."""
     parallel_tool_calls: bool | None = None
-    """true: an answer may have several calls. The default is false if `tool_choice` requires a call, else true."""
+    """True to allow several tool calls in an answer. The default is false if `tool_choice` requires one, else true."""
     reasoning_format: Literal["auto", "deepseek", "deepseek-legacy", "none"] = "auto"
-    """`none`: reasoning stays in the content, as the model wrote it. Otherwise, it is in `reasoning_content`."""
+    """`none` leaves reasoning in the content, as the model wrote it. Other values move it to `reasoning_content`."""
 
     @property
     def choice(self) -> ToolChoice:
@@ -163,7 +163,7 @@ ALLOWED: Final = "allowed_tools"
 
 
 def read_choice(value: Any, example: str = '{"type": "function", "name": ...}') -> Any:
-    """Reads a mode, or an object in the form of the Responses API. Raises ValueError with the API's `example`."""
+    """Reads a mode, or an object in the Responses API's form. Raises ValueError with the API's `example`."""
     if isinstance(value, str) and value in MODES:
         return value
     if isinstance(value, dict) and value.get("type") == ALLOWED:
@@ -209,7 +209,7 @@ class ToolChoice:
         return tuple(tool.function for tool in tools)
 
     def check(self) -> None:
-        """Raises ParameterError if tools contradict each other or the choice. Its tools must be offered or hosted."""
+        """Raises ParameterError if two tools have the same name or the choice does not fit the tools."""
         if isinstance(self.choice, dict):
             self._check_names()
         self.use.check(self.offered)
@@ -268,14 +268,14 @@ BUILT_IN: Final = {
 
 @dataclass(frozen=True, slots=True)
 class ToolSet:
-    """The tools of a Responses request that the client runs. `client`: the tools as functions for the model."""
+    """The tools of a Responses request that the client runs. `client` has them as functions for the model."""
 
     client: tuple[ClientTool, ...] = ()
     shown: tuple[dict[str, Any], ...] = ()  # as the response repeats them
 
 
 def read_tools(value: Any, context: object) -> ToolSet:
-    """Reads the tools. Raises ValueError for an invalid tool, and for a hosted one unless `context` is a `Leniency`."""
+    """Reads the tools. Raises ValueError if a tool is invalid or, unless `context` is a `Leniency`, hosted."""
     if not isinstance(value, list) or len(value) > MAX_TOOLS:
         raise ValueError(f"must be a list of at most {MAX_TOOLS} tools")
     client, shown = list[ClientTool](), list[dict[str, Any]]()
@@ -287,7 +287,7 @@ def read_tools(value: Any, context: object) -> ToolSet:
         client += own
         shown += [_shown_tool(tool, own)] if own else []
         if len(client) > MAX_TOOLS:
-            raise ValueError(f"[{place}]: more than {MAX_TOOLS} tools, those in namespaces included")
+            raise ValueError(f"[{place}]: more than {MAX_TOOLS} tools, including the tools in namespaces")
     return ToolSet(tuple(client), tuple(shown))
 
 
@@ -300,7 +300,7 @@ def _client_tools(tool: Any, namespace: str | None, context: object) -> Iterator
         if not isinstance(name, str) or not isinstance(tools, list):
             raise ValueError("a namespace must have a 'name' and a list of 'tools'")
         if len(tools) > MAX_TOOLS:
-            raise ValueError(f"{len(tools)} tools in a namespace, at most {MAX_TOOLS} are taken")
+            raise ValueError(f"{len(tools)} tools in a namespace; the limit is {MAX_TOOLS}")
         for each in tools:
             yield from _client_tools(each, name, context)
     elif kind == "function":
@@ -318,7 +318,7 @@ def _client_tools(tool: Any, namespace: str | None, context: object) -> Iterator
 
 
 def _is_hosted(tool: Mapping[str, Any]) -> bool:
-    """Returns True for a tool that would run on OpenAI's servers, such as a shell in a container."""
+    """Returns True if the tool would run on OpenAI's servers, such as a shell in a container."""
     environment = tool.get("environment")
     return isinstance(environment, dict) and environment.get("type") in _HOSTED_ENVIRONMENTS
 
@@ -330,7 +330,7 @@ def _named(kind: str, fields: Mapping[str, Any], namespace: str | None) -> Clien
 
 
 def _shown_tool(tool: dict[str, Any], own: list[ClientTool]) -> dict[str, Any]:
-    """Shows a function in the flat form of the Responses API, with all fields. Shows another tool as it was sent."""
+    """Shows a function in the Responses API's flat form, with all fields. Shows any other tool as it was sent."""
     if tool["type"] != "function":
         return tool
     function = own[0].function["function"]

@@ -1,4 +1,4 @@
-"""Shows the log of an answer in OpenAI's form, whole or as chunks of a stream. Choices are texts or chat messages."""
+"""Shows an answer's log in OpenAI's form, complete or as chunks of a stream. Choices are texts or chat messages."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class OpenAiView(View, Generic[AnyGeneration]):
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
     text_member: ClassVar[str]
-    """The field of a choice, or of its delta, to which text is added."""
+    """The field of a choice, or of the choice's delta, to which text is added."""
 
     def __init__(
         self, body: AnyGeneration, context: RequestContext, model: str, tokenizer: Tokenizer, log: AnswerLog
@@ -65,14 +65,14 @@ class OpenAiView(View, Generic[AnyGeneration]):
 
     @abstractmethod
     def _opening(self, prompt: int) -> Choice | None:
-        """Returns the first event of a streamed choice, without `index`; None if the choice begins without one."""
+        """Returns a streamed choice's first event, without `index`, or None if the choice begins without one."""
 
     @abstractmethod
     def _content(self, prompt: int, part: TextChunk, *, is_whole: bool) -> Choice:
-        """Returns content and logprobs: what a chunk adds to a choice, or the whole answer."""
+        """Returns content and logprobs: those that a chunk adds to a choice, or those of the complete answer."""
 
     def frames(self, prompt: int, item: LogItem) -> Sequence[Event]:
-        """Progress events have a slot of their own: they differ if the reply is computed again."""
+        """Progress events have their own slot, because they differ if the reply is computed again."""
         if isinstance(item, PromptProgress):
             progress = shown_progress(item, with_timings=self._body.timings_per_token)
             return (Event(self._choices + 1, self._event([], progress)),)
@@ -146,8 +146,8 @@ class OpenAiView(View, Generic[AnyGeneration]):
         return {**content, **ids, **self._ending(prompt, part)}
 
     def _ending(self, prompt: int, part: TextChunk) -> dict[str, Any]:
-        """Shows why a choice ended; null before. `stop_reason`, as in vLLM, is the stop string or token id. The reason
-        `tool_calls` means that the client has to send the results of its calls."""
+        """Shows why a choice ended, or null before. `stop_reason`, as in vLLM, is the stop string or token id. The
+        reason `tool_calls` means that the client must send its calls' results."""
         if part.finish_reason is None or part.timings is None:
             return {"finish_reason": None}
         waits = part.finish_reason is FinishReason.STOP and (prompt, part.index) in self._calling
@@ -172,7 +172,7 @@ class OpenAiView(View, Generic[AnyGeneration]):
         return {"__verbose": {"prompt": self._tokenizer.decode(self._generations[prompt].prompt)}}
 
     def _usage(self) -> dict[str, Any]:
-        """Counts the tokens so far. Cached tokens count once for each prompt, not for each of its choices."""
+        """Counts the tokens so far. Cached tokens count once for each prompt, not for each of the prompt's choices."""
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._tokens,
@@ -193,12 +193,12 @@ def _opens(choice: Choice) -> bool:
 
 
 ShownToken = tuple[int, int, RowResult | None]
-"""A token, the offset of its text in the choice's text, and its row (None: the token has no logprob)."""
+"""A token, where its text begins in the choice's text, and its row, which is None if the token has no logprob."""
 
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """A prompt that `echo` shows. `offsets`: of its tokens in `text`. `unscored`: first tokens without logprobs."""
+    """A prompt that `echo` shows. `offsets` are its tokens' offsets in `text`. `unscored` tokens have no logprobs."""
 
     text: str = ""
     offsets: Sequence[int] = ()
@@ -258,7 +258,7 @@ class CompletionView(OpenAiView[CompletionBody]):
 
 
 def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[ShownToken]) -> dict[str, Any]:
-    """Shows logprobs in the form of `/v1/completions`. Its lists are iterators, because there may be many tokens."""
+    """Shows logprobs in the form of `/v1/completions`. The lists are iterators, because there may be many tokens."""
     return {
         "tokens": (_label(tokenizer, token) for token, _, _ in tokens),
         "token_logprobs": (None if row is None else json_logprob(row.logprob) for _, _, row in tokens),
@@ -311,7 +311,7 @@ class ChatView(OpenAiView[ChatBody]):
 
 
 class Message:
-    """Builds a choice's chat message. A stream gets the text of a custom tool call as a whole at its end."""
+    """Builds a choice's chat message. A stream gets a custom tool call's text all at once, when the call ends."""
 
     def __init__(self, choice_id: str, tools: Iterable[ClientTool]) -> None:
         self._choice_id = choice_id

@@ -243,7 +243,7 @@ async def test_refusals_come_before_anything_runs() -> None:
         ({"stop_token_ids": frozenset({999})}, "stop_token_ids: token id 999"),
         (
             {"stop_token_ids": frozenset({9}), "ignore_eos": True},
-            "stop_token_ids: expected none with ignore_eos",
+            "stop_token_ids: expected no token ids with ignore_eos",
         ),
         ({"params": SamplingParams(temperature=math.nan)}, "temperature: must be a number within 0..100, is nan"),
         ({"params": SamplingParams(temperature=-0.1)}, "temperature"),

@@ -74,7 +74,7 @@ class ClusterConfig(Section):
     max_loaded_models: Annotated[int | None, Field(ge=1, le=MAX_MODELS), OrAuto()] = None
     """Maximum number of `models` that are loaded at the same time. If auto, as many as fit in memory."""
     load_on_demand: bool = True
-    """If false, only `POST /models/load` loads models. Neither the start nor a request loads a model."""
+    """Set false to load models only by `POST /models/load`, and not at the start or by a request."""
     chat_template: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     """Name of a built-in chat template, or path of a Jinja file. Defaults to the model's own template."""
     mmproj: Mmproj = None
@@ -91,7 +91,7 @@ class ClusterConfig(Section):
     ray: Ray = Ray()
     """The Ray cluster that starts the workers."""
     insecure: bool = False
-    """If true, a static cluster has no encryption or authentication. It trusts every client that reaches its ports."""
+    """Set true for a static cluster without encryption or authentication. Any client that reaches it is trusted."""
     listen: Address = "127.0.0.1:8080"
     """HOST:PORT of the HTTP API. Port 0 means any free port."""
     listen_also: tuple[Address, ...] = Field(default=(), max_length=16, strict=False)
@@ -130,9 +130,9 @@ class ClusterConfig(Section):
     prefill_chunk: Annotated[Annotated[int, Field(ge=1, le=MAX_BATCH_TOKENS // 2)] | None, OrAuto()] = None
     """Maximum number of prompt tokens in a microbatch. If auto, it is chosen from measured stage times."""
     prefix_cache: bool = True
-    """If true, requests whose prompts begin with the same tokens share KV memory."""
+    """Set true to share KV memory among requests whose prompts begin with the same tokens."""
     wide_tiles: bool = True
-    """If true, weights of some types take more memory where that makes decoding clearly faster."""
+    """Set true to store weights of some types in more memory where that makes decoding clearly faster."""
     speculative: Annotated[Speculative | None, OrSwitch()] = Speculative()
     """Speculative decoding, which is used where it is faster. Answers stay the same. Give auto, off or keys."""
     allowed_hosts: tuple[str, ...] = Field(default=(), max_length=64, strict=False)

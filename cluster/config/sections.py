@@ -74,7 +74,7 @@ class WorkerConfig(Section):
     memory: Size | None = None
     """Maximum RAM for weights, KV memory and workspace. By default, a share of the free memory."""
     mlock: bool = False
-    """If true, weights are locked in RAM and never swapped out."""
+    """Set true to lock weights in RAM, so that they are never swapped out."""
     kv_disk: Size | None = None
     """Maximum KV memory on disk, for use after restarts. Set it for all workers or for none. By default, none."""
     memory_bandwidth_gb_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
@@ -108,7 +108,7 @@ class Join(Section):
     addresses: tuple[Address, ...] = Field(default=(), max_length=16, strict=False)
     """HOST:PORT of the coordinator and of its standbys. `up` prints a worker command with these addresses."""
     discover: bool = False
-    """If true, multicast DNS announces `listen`, so that `llamaclust worker --discover` needs no address."""
+    """Set true to announce `listen` by multicast DNS. Then `llamaclust worker --discover` needs no address."""
     wait: Duration = 600.0
     """Time that `up` waits for its workers."""
     trust_dir: FilePath | None = None
@@ -123,7 +123,7 @@ class Ray(Section):
     strategy: Literal["SPREAD", "STRICT_SPREAD", "PACK", "STRICT_PACK"] = "SPREAD"
     """Ray's placement strategy for the workers."""
     allow_unauthenticated: bool = False
-    """If true, the Ray cluster may lack token authentication. Clients that reach it can then run programs on it."""
+    """Set true to allow a Ray cluster without token authentication. Any client that reaches it can run programs."""
 
 
 class Lease(Section):
@@ -169,9 +169,9 @@ class Api(Section):
     prefix: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._~-]{1,63}){0,8}$", examples=["/llm"])] = ""
     """Prefix of all paths, such as /llm. Paths without the prefix work too."""
     strict: bool = False
-    """If true, unknown and ineffective request fields are refused. If false, a reply header names such fields."""
+    """Set true to refuse request fields that are unknown or have no effect. If false, a reply header names them."""
     strict_model: Annotated[bool | None, OrAuto()] = None
-    """If true, each request must name the served model. If auto, only requests on OpenAI's paths must."""
+    """Set true to refuse requests that do not name the served model. If auto, only OpenAI's paths refuse them."""
     model_name: Annotated[str, Field(min_length=1, max_length=255)] | None = None
     """Name of the served model. Defaults to its catalog name or its file's name."""
     aliases: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()
@@ -179,7 +179,7 @@ class Api(Section):
     tags: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()
     """Tags of the model in `/v1/models`."""
     pull: bool = False
-    """If true, clients may download catalog models by `/api/pull`. If there are API keys, this needs the first key."""
+    """Set true to let clients download catalog models by `/api/pull`. With API keys, this needs the first key."""
     adapter_folder: FilePath | None = None
     """Folder of adapters for `/v1/load_lora_adapter`. If there are API keys, loading needs the first key."""
     slot_folder: FilePath | None = None
@@ -265,7 +265,7 @@ class Speculative(Section):
     model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)] | None = None
     """Small draft model with the same tokens, given like the key `model`. It runs on the coordinator's machine."""
     mtp: bool = False
-    """If true, the last stage drafts with the model's own head for multi-token prediction (MTP)."""
+    """Set true to draft with the model's own head for multi-token prediction (MTP) on the last stage."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Number of the draft model's threads. By default, one thread per core."""
 

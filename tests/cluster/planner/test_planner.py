@@ -205,7 +205,7 @@ def test_plans_by_hand() -> None:
         ((("a", 0, 5), ("b", 5, 11)), "layers [11, 12) are on no worker; the model has layers [0, 12)"),
         ((("a", 1, 12),), "layers [0, 1) are on no worker; the model has layers [0, 12)"),
         ((("a", 0, 13),), "layers [0, 13) of worker 'a': the model has layers [0, 12)"),
-        ((("a", 0, 5), ("b", 5, 5)), "layers [5, 5) of worker 'b': that is no layer"),
+        ((("a", 0, 5), ("b", 5, 5)), "layers [5, 5) of worker 'b': the range is empty"),
         ((("x", 0, 12),), "unknown worker 'x'; known: a, b"),
         ((("a", 0, 5), ("a", 5, 12)), "worker 'a' has layers [0, 5) and [5, 12); a worker holds one range"),
     ],

@@ -138,7 +138,7 @@ def test_ranks_are_waited_for_until_a_signal_or_a_deadline(is_signalled: bool, m
     if is_signalled:
         assert job.run() == 128 + signal.SIGTERM
     else:
-        with pytest.raises(WorkerError, match=r"ranks without a sign of life within 0.05 s: \[1, 2\]"):
+        with pytest.raises(WorkerError, match=r"these ranks have not reported within 0.05 s: \[1, 2\]"):
             job.run()
     assert ranks.lost == {1, 2}
 

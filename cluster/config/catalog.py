@@ -241,7 +241,7 @@ def _stored_directory(spec: str, root: Path) -> Path:
     found = locate(spec, root)
     if isinstance(found, WantedFile):
         return found.path.parent
-    raise UsageError(f"{spec}: not in the models directory; delete other files yourself")
+    raise UsageError(f"{spec}: not in the models directory; delete the file yourself")
 
 
 def _is_projector(path: Path) -> bool:

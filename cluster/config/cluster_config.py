@@ -246,14 +246,14 @@ class ClusterConfig(Section):
             raise PlaceError(("lease",), "is not for launcher: mpi, whose workers and coordinator are one program")
         if self.join.discover and (facts.starts_workers or self.insecure):
             raise PlaceError(
-                ("join", "discover"), "needs launcher: static without insecure: the cluster is found by its token"
+                ("join", "discover"), "needs launcher: static without insecure: workers find the cluster by its token"
             )
         if not facts.starts_workers:
             return self
         if self.awaits_any:
             names = ", ".join(f"{{name: {name}}}" for name in "abcdefgh"[: len(self.workers)])
             more = ", ..." if len(self.workers) > 8 else ""
-            why = f"launcher: {self.launcher} accepts no number of workers"
+            why = f"launcher: {self.launcher} does not accept a number"
             raise PlaceError(("workers",), f"{why}; name the workers: [{names}{more}]")
         if self.join.addresses:
             raise PlaceError(("join", "addresses"), f"is for launcher: static; {self.launcher} starts workers itself")
@@ -302,7 +302,7 @@ class ClusterConfig(Section):
                     ("workers", index, "kv_disk"), f"is for device cpu, but this worker has {worker.device}"
                 )
             if without is not None:
-                why = f"is for all workers or none, as each keeps a part of the KV memory: {without.name} has none"
+                why = f"is for all workers or none, because each keeps a part of the KV memory: {without.name} has none"
                 raise PlaceError(("workers", index, "kv_disk"), why)
             if not self.prefix_cache:
                 raise PlaceError(

@@ -119,9 +119,9 @@ def _parse_layers(value: object) -> tuple[float, float]:
         case [int() | float() as start, int() | float() as end] if not isinstance(start, bool) | isinstance(end, bool):
             pass
         case _:
-            raise ValueError(f"{shown(value)} is not a layer range; write it like [0, 12], the end not included")
+            raise ValueError(f"{shown(value)} is not a layer range; write [0, 12] for layers 0 to 11")
     if not 0 <= start < end:
-        raise ValueError(f"{shown(value)} holds no layer; ranges are half-open: [start, end) with start < end")
+        raise ValueError(f"{shown(value)} is an empty layer range; ranges are half-open: [start, end) with start < end")
     if end > MAX_LAYERS:
         raise ValueError(f"{shown(value)} is not a layer range: no model has more than {MAX_LAYERS} layers")
     if any(place * MAX_EXPERT_SHARDS % 1 for place in (start, end)):

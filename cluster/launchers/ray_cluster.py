@@ -90,7 +90,7 @@ class RayCluster:
                     raise
                 # Processes started so far do no harm: they end with this thread.
                 self.close()
-                _log.warning("Ray did not start, next try (%d of %d): %s", start + 1, _STARTS, error)
+                _log.warning("Ray did not start, trying again (%d of %d): %s", start + 1, _STARTS, error)
 
     def _connect(self, **how: Any) -> None:
         quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}

@@ -126,10 +126,8 @@ class StaticLauncher(Launcher):
         )
         if self.authority is None:
             return [INSECURE, f"waiting for {which}; on each machine:", f"  {command} --insecure", _GPU]
-        copy = f"copy {self.authority.token_file} to each machine (mode 0600: it is a secret), then there"
-        reach = (
-            [f"  where multicast does not reach, {joins} instead of --discover"] if self._config.join.discover else []
-        )
+        copy = f"copy {self.authority.token_file} to each machine (mode 0600: it is a secret), then run there"
+        reach = [f"  where multicast fails, use {joins} instead of --discover"] if self._config.join.discover else []
         return [f"waiting for {which}; {copy}:", f"  {command} --token-file FILE", *reach, _GPU]
 
 

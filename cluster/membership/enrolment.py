@@ -80,7 +80,7 @@ class EnrolmentServer:
             host = bounded_host(str(peer[0]))
             if len(self._connections) >= MAX_CONNECTIONS or self._of_host[host] >= MAX_OF_HOST:
                 connection.close()
-                others = f"{len(self._connections)} others are under way, {self._of_host[host]} of them from there"
+                others = f"{len(self._connections)} connections are open, {self._of_host[host]} of them from this host"
                 self._refusals.tell(f"enrolment of {host}: {others}")
                 continue
             self._of_host[host] += 1

@@ -106,7 +106,7 @@ class Registry(Members):
         signed and the worker held layers of this cluster, because no member alone may end the cluster."""
         record, name, is_ours = self._settings.record, register.name, register.cluster == self._settings.cluster
         if register.is_awaited and not is_ours:
-            here = f"this is one of {self._settings.cluster!r}"
+            here = f"but this is a coordinator of {self._settings.cluster!r}"
             return f"worker {name} waits for a coordinator of cluster {register.cluster!r}, {here}"
         seen = register.largest_term if is_ours else 0
         former = record.term
@@ -121,7 +121,7 @@ class Registry(Members):
         newer = f"worker {name} has seen a newer coordinator of this cluster ({terms})"
         if is_proven and name in self.workers and self.workers[name].stages:
             self._supersede(newer)
-        return f"{newer}: restart this one, or end it"
+        return f"{newer}: restart this coordinator, or end it"
 
     def _supersede(self, newer: str) -> None:
         if not self._superseded.done():

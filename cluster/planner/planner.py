@@ -125,7 +125,7 @@ def _touched_bytes(costs: StageCosts, part: Held) -> int:
 def _check_adjacency(split: Sequence[Assignment], partitions: Pairs) -> None:
     if (pair := violated_pair([entry.workers for entry in split], partitions)) is not None:
         raise NetworkPartitionError(
-            f"every plan has workers {' and '.join(sorted(pair))} next to each other, which cannot reach each other"
+            f"workers {' and '.join(sorted(pair))} cannot reach each other, but are neighbours in every plan"
         )
 
 

@@ -60,7 +60,7 @@ def _last_ended(state_dir: Path, name: str | None) -> str:
     logs = last.logs if any(last.logs.glob("*")) else None
     if _was_killed(last):
         return f"; {last.path.name} ended unexpectedly" + (f", its logs: {logs}" if logs else "")
-    return f"; the last one's logs: {logs}" if logs else ""
+    return f"; logs of the last cluster: {logs}" if logs else ""
 
 
 def _was_killed(folder: ClusterDir) -> bool:

@@ -55,7 +55,7 @@ class ControlRecord:
         except (OSError, ValueError) as error:
             _log.warning("%s: cannot be read: %s; no worker counts as drained", path, error)
         if last.term + 1 >= MAX_TERM:
-            what = f"{path}: term {last.term} is the last one"
+            what = f"{path}: term {last.term} is the largest term"
             raise LlamaclustError(f"{what}: remove the file while no coordinator runs")
         record = cls(path, last.term + 1, last.drained)
         record._written_term = last.term
@@ -95,7 +95,7 @@ class ControlRecord:
 
     def _write(self, term: int, drained: frozenset[str]) -> None:
         if newer := self.newer_term():
-            raise SupersededError(f"{self.path}: a newer coordinator (term {newer}) has the cluster")
+            raise SupersededError(f"{self.path}: a newer coordinator (term {newer}) owns the cluster")
         self._written_term = term
         if self.path is not None:
             write_private(self.path, _WRITTEN.dump_json(_Written(term, drained)).decode())

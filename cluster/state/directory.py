@@ -132,7 +132,7 @@ class ClusterDir:
                 raise UsageError(f"{self.path.parent}: other users can write to it; run: chmod o-w {self.path.parent}")
             self.path.chmod(0o700)
         except OSError as error:
-            what = f"{self.path}: cannot be made: {error.strerror}"
+            what = f"{self.path}: cannot be created: {error.strerror}"
             raise UsageError(f"{what}; set `state_dir:` or LLAMACLUST_STATE_DIR to a folder of your own") from error
 
     @contextlib.contextmanager

@@ -321,7 +321,7 @@ class _Writer:
             self._failed_s = asyncio.get_running_loop().time()
             if not has_failed:
                 why = error.strerror if isinstance(error, OSError) else repr(error)
-                lost = "requests are served, but would not survive the coordinator until it can be written again"
+                lost = "requests are served, but are lost if the coordinator ends before the file can be written again"
                 _log.warning("%s: cannot be written: %s; %s", path, why, lost)
         else:
             self._failed_s = None

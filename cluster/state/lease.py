@@ -101,7 +101,7 @@ class LeaseLock:
         lease = _json(reply)
         spec = lease.get("spec") or {}
         if not isinstance(spec, dict) or any(not isinstance(spec.get(name) or kind(), kind) for name, kind in _FIELDS):
-            raise LlamaclustError(f"Lease {self._lease.name}: {self._lease.api} answers something else than a Lease")
+            raise LlamaclustError(f"Lease {self._lease.name}: the answer of {self._lease.api} is not a Lease")
         return lease
 
     def _put(self, lease: dict[str, Any]) -> bool:

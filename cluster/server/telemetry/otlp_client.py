@@ -84,6 +84,6 @@ class OtlpClient:
             return
         self._is_known_absent = not self._is_known_absent
         if self._is_known_absent:
-            _log.warning("telemetry: %s does not take messages: %s; they are dropped", self._target.url, self._error)
+            _log.warning("telemetry: %s refuses messages, which are dropped: %s", self._target.url, self._error)
         else:
-            _log.info("telemetry: %s takes messages again", self._target.url)
+            _log.info("telemetry: %s accepts messages again", self._target.url)

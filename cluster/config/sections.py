@@ -62,7 +62,7 @@ class WorkerConfig(Section):
     device: Device = "cpu"
     """cpu, or the GPUs that the worker uses in addition to the CPU, such as cuda:0 or [cuda:0, cuda:1]."""
     gpu_layers: Annotated[Annotated[int, Field(ge=0, le=1 << 16)] | None, OrAuto()] = None
-    """Number of layers on GPUs, counted from the stage's end. The CPU has the others. If auto, as many as fit."""
+    """Number of layers on GPUs, counted from the stage's end. The CPU gets the others. auto uses as many as fit."""
     gpu_memory: Size | None = None
     """Maximum memory that the worker takes on each GPU. By default, all free memory."""
     cpu_moe: CpuMoe = None
@@ -151,7 +151,7 @@ class ListenTls(Section):
     """TLS for the HTTP API. If no file is given, a self-signed certificate is created at the first start."""
 
     certificate: FilePath | None = None
-    """PEM file with the certificate, then its authorities' certificates. A changed file is read again."""
+    """PEM file with the certificate, followed by its authorities' certificates. A changed file is read again."""
     key: FilePath | None = None
     """PEM file with the certificate's private key. It must have no password and be unreadable for other users."""
 
@@ -352,7 +352,7 @@ class ModelEntry(Section):
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] | None = None
     """Maximum number of tokens in a sequence. Defaults to the cluster's `context_length`."""
     kv_memory: Annotated[Size | None, OrAuto()] = None
-    """Maximum KV memory of each worker. If auto, the cluster's `kv_memory`."""
+    """Maximum KV memory of each worker. If auto, the cluster's `kv_memory` is used."""
     keep_alive: Annotated[Duration | None, OrAuto()] = None
     """Time that the model stays loaded without requests. If auto, until another model needs the memory."""
     adapters: Annotated[tuple[AdapterConfig, ...], Field(max_length=MAX_ADAPTERS, strict=False)] = ()
@@ -364,7 +364,7 @@ class ModelEntry(Section):
 
 
 class Timeouts(Section):
-    """Time limits, in seconds."""
+    """Time limits, such as 600s or 10min. A plain number means seconds."""
 
     request: Duration = 600.0
     """Maximum time between a request's arrival and its last token."""

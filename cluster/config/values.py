@@ -282,7 +282,7 @@ class OrText:
 
 
 class OrCount:
-    """Marks a list that also accepts a number N. It stands for N sections of `kind` with placeholder names."""
+    """Marks a list that also accepts a number N, which stands for N sections of `kind` with placeholder names."""
 
     def __init__(self, kind: type[BaseModel], most: int) -> None:
         self._kind = kind

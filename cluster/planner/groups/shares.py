@@ -59,7 +59,7 @@ def _taken(limit: Table, fixed: Table, each: Table, least: float, most: Table) -
 
 
 def as_integers(shares: Sequence[float], cost: Callable[[tuple[int, ...]], float]) -> tuple[tuple[int, ...], float]:
-    """Returns small whole numbers near the exact shares, and their cost, which is infinite if no such shares fit."""
+    """Returns small whole-number shares that are nearly the cheapest, and their cost. It is infinite if none fit."""
     near = (in_total(shares, total) for total in (*range(len(shares), _FEW + 1), MANY))
     costs = {found: cost(found) for found in dict.fromkeys(near)}
     limit = _NOTHING * min(costs.values())

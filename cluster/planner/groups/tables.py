@@ -25,7 +25,7 @@ _INNER, _FIRST, _LAST, _ALL = range(4)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kinds:
-    """Kinds of stages. Stages of one kind have equal layers, and are all first or not, and all last or not."""
+    """Sorts stages into kinds. Stages of a kind have equal layers. If one begins or ends the model, all do."""
 
     kind_of: Counts  # by start and end
     places: tuple[Counts, Counts]  # start and end of one stage of each kind

@@ -108,7 +108,7 @@ def _plans_in_place(
 
 
 def _by_memory(without: Plan, workers: Sequence[WorkerFacts], partitions: Pairs) -> list[WorkerFacts]:
-    """Returns one of several equal workers, because they are interchangeable. Sorts the workers as they are tried."""
+    """Returns one worker of each kind, in the order of the search. Equal workers are interchangeable."""
     unlike = frozenset[str]().union(*partitions)
     kinds: dict[WorkerFacts, WorkerFacts] = {}
     for worker in sorted(workers, key=lambda worker: (not _has_layers(without, worker), -_room(worker))):

@@ -37,7 +37,8 @@ class StageTable:
 class Holder(Protocol):
     @property
     def members(self) -> tuple[int, ...]:
-        """Indices of the workers in the cluster file. The leader comes first. A class has one representative."""
+        """Indices of the workers in the cluster file, with the leader first. A class has one index for all its
+        workers."""
         ...
 
     def table(self, work: int) -> StageTable: ...

@@ -31,7 +31,7 @@ Order = Sequence[int]
 
 
 def ways_of_workers(classes: Sequence[WorkerClass], works: Sequence[Work], apart: Ways) -> Iterator[list[Way]]:
-    """Yields splits to try for each workload, beginning with the file's order. Pairs in `apart` are never adjacent."""
+    """Yields splits to try for each workload. The file's order comes first. Pairs in `apart` are never adjacent."""
     file = sorted(worker for worker_class in classes for worker in worker_class.workers)
     ends, limits = constrained_ends(file, apart), _limits(classes, works)
 

@@ -53,7 +53,7 @@ class Launcher(ABC):
 
     @abstractmethod
     def restarting(self, gave_up: GaveUp) -> AbstractContextManager[None]:
-        """Restarts ended workers while the context is open. Calls `gave_up` for workers that are restarted no more."""
+        """Restarts ended workers while the context is open. Calls `gave_up` when it stops restarting a worker."""
 
     @abstractmethod
     def reset_restarts(self) -> None:

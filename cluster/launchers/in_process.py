@@ -220,7 +220,7 @@ class LocalStage:
         return decode_result(outputs.result(frame, StageTiming(started_ns - queued_ns, compute_ns, 0, frame.rows)))
 
     def logits(self, tokens: tuple[int, ...], first: int, use: Callable[[Float32], None]) -> None:
-        """Calls `use` with logits [rows, vocabulary] for rows [first, len(tokens)), in pieces. Blocks until the end."""
+        """Calls `use` with logits [rows, vocabulary] for rows [first, len(tokens)). Runs between microbatches."""
         most, vocabulary = self.scheduling.context_length, self.scheduling.vocabulary
         if not 0 < len(tokens) <= most:
             raise RequestError(f"logits of {len(tokens)} tokens: give 1 to {most}, the context length")

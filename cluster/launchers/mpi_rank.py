@@ -229,7 +229,7 @@ class _Coordinator:
                     ranks.send(Leave(other, with_all=not ranks.lost), other)
 
     def _meet(self) -> bool:
-        """Waits until all ranks have reported their machines. Returns False after a signal. Raises WorkerError."""
+        """Waits for reports from all ranks. Returns False after a signal. Raises WorkerError after a minute."""
         ranks, end_s = self._rank.ranks, time.monotonic() + _MEET_S
         while missing := set(range(ranks.count)) - self._machines.keys():
             if self._rank.is_signalled or time.monotonic() > end_s:

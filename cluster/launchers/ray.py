@@ -98,8 +98,7 @@ class RayLauncher(RestartingLauncher):
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def _reserve(self, placed: RayWorkers, workers: Sequence[WorkerSettings]) -> None:
-        """Waits until Ray has room for all workers. Nodes may still be starting. Raises DeadlineError after
-        `join.wait`."""
+        """Waits for room in Ray, because nodes may still be starting. Raises DeadlineError after `join.wait`."""
         await self._call(lambda: placed.reserve(workers, self._config.ray.strategy))
         clock = asyncio.get_running_loop().time
         tell_s: float | None = clock() + _PATIENCE_S

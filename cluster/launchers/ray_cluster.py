@@ -52,7 +52,7 @@ class RayCluster:
         self._ray: Any = None
 
     def open(self, workers: Sequence[WorkerSettings]) -> Any:
-        """Connects to Ray. Raises UsageError if the cluster must not be used, and LlamaclustError if it is silent."""
+        """Connects. Raises UsageError if the cluster must not be used, and LlamaclustError if it does not answer."""
         settings = self._settings
         self._ray = import_ray(authenticated=not settings.allow_unauthenticated)
         address = None if settings.address == "none" else _address(settings.address)

@@ -42,8 +42,7 @@ class JoinRules:
         self._credentials = credentials
 
     async def refusal(self, register: Register, peer: Principal | None) -> str | None:
-        """Returns the reason to refuse a worker, or None. If a member has the worker's name, waits to see if it is
-        alive."""
+        """Returns the reason to refuse a worker, or None. Waits to see whether a member with its name is alive."""
         if mismatch := self._mismatch(register, peer):
             return mismatch
         if duplicate := self._duplicate(register):

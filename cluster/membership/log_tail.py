@@ -29,9 +29,8 @@ _OF_ERRORS = "EFC"
 
 
 def last_error(log: Path, start: int = 0) -> str:
-    """Returns the last warning or error of the worker, error of a library, or end of a traceback. Reads from byte
-    `start`. If the log is shorter, it was emptied, and is read from the beginning. Returns an empty text if there is no
-    error."""
+    """Returns the last warning or error of the worker, error of a library, or end of a traceback. Returns an empty text
+    if there is none. Reads from byte `start`. A shorter log was emptied, and is read from its beginning."""
     try:
         with open_regular(log) as file:
             size = os.fstat(file.fileno()).st_size

@@ -123,8 +123,7 @@ class Members:
             self.publish(MemberLost(handle))
 
     def report_loss(self, handle: WorkerHandle, reason: str) -> None:
-        """Marks a disconnected worker as lost. If the launcher soon reports how its process ended, this is the
-        reason."""
+        """Marks a disconnected worker as lost. The reason is the launcher's exit report, if the report comes soon."""
         self.losing.start(self._lose(handle, reason))
 
     async def _lose(self, handle: WorkerHandle, reason: str) -> None:

@@ -183,8 +183,7 @@ class WorkerHandle:
         return () if order is None else order.devices or (DeviceLayers(kind, order.start, order.end),)
 
     def order_of(self, model_id: str) -> Load | None:
-        """Returns the load order of the model's newest stage, whether loaded or loading. Returns None if there is
-        none."""
+        """Returns the load order of the model's newest stage, loaded or loading. Returns None if there is none."""
         if self.state.is_gone:
             return None
         if self.loading is not None and self.loading.model_id == model_id:

@@ -65,8 +65,7 @@ async def set_adapters(worker: WorkerHandle, epoch: int, adapters: tuple[Adapter
 
 
 async def probe(worker: WorkerHandle, other: WorkerHandle, deadline_s: float) -> str:
-    """Returns why the worker cannot reach `other`, or an empty text. Raises WorkerError if it is lost, or
-    DeadlineError."""
+    """Returns why the worker cannot reach `other`, or an empty text. Raises WorkerError or DeadlineError."""
     what = f"way to {other.name}"
     async with worker.channel.one_at_a_time(what):
         limit = deadline(f"worker {worker.name}: the {what}", deadline_s)

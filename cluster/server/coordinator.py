@@ -213,8 +213,7 @@ async def _served(
     adapter_record: AdapterRecord,
     report: Report,
 ) -> tuple[ServedModel, ...]:
-    """Loads the first model if `load_on_demand` is set. The other models sleep. Raises an error if a model does not
-    fit."""
+    """Loads the first model if `load_on_demand` is set. Other models sleep. Raises an error if a model cannot fit."""
     config, workers = planners[0].config, pool.workers
     ledger = MemoryLedger(config.max_loaded_models)
     manifests = FileManifests(weight_cache())

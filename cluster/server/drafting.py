@@ -24,8 +24,7 @@ from llamaclust.model.loader import Model
 
 Models = Sequence[tuple[ClusterConfig, Model]]
 _SMALL = 2
-"""Least ratio of a model's size to its draft model's size. A larger draft model would be nearly as slow as the
-model."""
+"""Least ratio of a model's size to its draft model's size. A larger draft model would hardly be faster."""
 
 
 @dataclass(frozen=True, slots=True)

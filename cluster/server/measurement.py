@@ -64,8 +64,7 @@ class Measurements:
 async def measure_workers(
     config: ClusterConfig, paths: Sequence[Path], folder: ClusterDir, report: Report
 ) -> Measurements:
-    """Starts the cluster's workers, measures them, and stores the results. The caller must hold the lock of
-    `folder`."""
+    """Starts and measures the cluster's workers, and stores the results. The caller must hold `folder`'s lock."""
     async with AsyncExitStack() as stack:
         stack.enter_context(short_slices())
         launcher = stack.enter_context(launching(config, folder, report))

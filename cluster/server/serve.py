@@ -236,8 +236,7 @@ class _Inheritance:
 
 
 async def _drain(engines: Sequence[Engine], admission: Admission, left: _Inheritance) -> None:
-    """Refuses new requests and finishes accepted requests. If some take too long, leaves them to the next
-    coordinator."""
+    """Refuses new requests, and finishes accepted requests. The next coordinator gets those that take too long."""
     admission.stop()
     try:
         with suppress(TimeoutError):

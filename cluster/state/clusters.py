@@ -21,7 +21,7 @@ def recorded_clusters(state_dir: Path) -> list[ClusterRecord]:
 
 
 def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, ClusterRecord]:
-    """Returns the running cluster with this name, or the only running cluster if `name` is None. Raises UsageError."""
+    """Returns the cluster `name`, or the only running cluster if `name` is None. Raises UsageError if there is none."""
     running = running_clusters(state_dir)
     if name is None and len(running) == 1:
         name = next(iter(running))

@@ -57,7 +57,7 @@ class Journal:
         self._without_progress: dict[str, int] = {}  # restored requests, and how many times they have been begun so
 
     async def restore(self, requests: Sequence[RequestContext]) -> None:
-        """Replaces the content of the file by the open requests of an earlier coordinator."""
+        """Replaces the content of the file with the open requests of an earlier coordinator."""
         made = [[(each, await self._made(each)) for each in request.records()] for request in requests]
         for request, records in zip(requests, made, strict=True):  # without a write in between: it would lose some
             for record, line in records:
@@ -97,7 +97,7 @@ class Journal:
         self._add(Change(request_id, restores=0))
 
     def sent(self, request_id: str) -> None:
-        """Marks a request whose whole reply was sent. It is kept for a while, but less long if there are many."""
+        """Marks a request whose whole reply was sent. It is kept for a while, unless newer requests need the space."""
         if not self._writer.is_sealed:
             self._steps.take(partial(self._enter_sent, request_id))
 

@@ -37,8 +37,7 @@ class StageTable:
 class Holder(Protocol):
     @property
     def members(self) -> tuple[int, ...]:
-        """Indices of the workers in the cluster file, with the leader first. A class has one index for all its
-        workers."""
+        """Indices of the workers in the cluster file, with the leader first. A class has its first worker's index."""
         ...
 
     def table(self, work: int) -> StageTable: ...

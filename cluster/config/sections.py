@@ -263,7 +263,7 @@ class Speculative(Section):
     shared_answers: Annotated[int, Field(ge=0, le=_MOST_SHARED)] = 0
     """Number of recent answer tokens that requests with the same `cache_salt` draft from. At least 1024, or 0."""
     model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)] | None = None
-    """Small draft model with the same tokens, given like the key `model`. It runs on the coordinator's machine."""
+    """Small draft model with the model's tokens, given like the key `model`. It runs on the coordinator's machine."""
     mtp: bool = False
     """Set true to draft with the model's own head for multi-token prediction (MTP) on the last stage."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None

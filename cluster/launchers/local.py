@@ -72,7 +72,7 @@ class LocalLauncher(Launcher):
         self._restarts.reset_restarts()
 
     async def end(self, name: str) -> None:
-        """Kills the process with SIGKILL, because a lost worker may not react to other signals."""
+        """Kills the process with SIGKILL, because a lost worker might ignore other signals."""
         process = self._processes.get(name)
         if process is not None and process.returncode is None:
             _kill(process, signal.SIGKILL)

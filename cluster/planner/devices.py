@@ -140,7 +140,7 @@ def divide(
     apart: bool = False,
 ) -> Division:
     """Divides all `possible` stages. If `apart` is set, layers leave their open experts in RAM until the stage fits on
-    the first GPU. If the user set `gpu_layers`, the first GPU takes those of them that do not fit on other GPUs."""
+    the first GPU. If the user set `gpu_layers`, the first GPU takes those layers that do not fit on other GPUs."""
     devices, borders = devices_of(worker), possible.diagonal()
     starts, ends = np.indices((len(borders), len(borders)))
     wanted = len(borders) if worker.gpu_layers is None else worker.gpu_layers

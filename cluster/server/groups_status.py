@@ -30,9 +30,9 @@ def counters_of(handle: WorkerHandle, model_id: str) -> GroupCounters | None:
 def _group(
     order: Load, counters: Mapping[str, GroupCounters | None], predicted: StagePrediction | None
 ) -> dict[str, Any]:
-    """Formats a group. Times are measured by the leader, except for `waited_for_s`: how long other members' gathers
-    waited for a member. A wait counts for the member that was ready last, so the member with the longest waits is
-    probably the cause."""
+    """Formats a group. The leader measures its times. Only `waited_for_s` comes from all members, and says how long
+    their gathers waited for a member. A wait counts for the member that was ready last, so the member with the longest
+    waits is probably the cause."""
     assert order.group is not None, "the order of a leader"
     members = order.group.members
     all_counters = [counted for member in members if (counted := counters.get(member.worker)) is not None]

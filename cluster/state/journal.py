@@ -1,6 +1,6 @@
 """Journals admitted requests, so that a restarted coordinator can answer them bit for bit. An answer depends only on
 prompt, parameters and seed. Recorded tokens only save computation. Requests are kept for a while after their replies
-were sent, because clients may not have read the replies. The file is emptied when no request needs it, and rewritten
+were sent, because clients might not have read the replies. The file is emptied when no request needs it, and rewritten
 when most of it belongs to ended requests."""
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ class RequestContext:
 
     @property
     def is_complete(self) -> bool:
-        """True if this is a background request whose whole reply was computed. The client may not have read it."""
+        """True if this is a background request whose whole reply was computed, even if the client has not read it."""
         return self.is_background and self.is_sent
 
     @property

@@ -130,9 +130,9 @@ class ClusterConfig(Section):
     prefill_chunk: Annotated[Annotated[int, Field(ge=1, le=MAX_BATCH_TOKENS // 2)] | None, OrAuto()] = None
     """Maximum number of prompt tokens in a microbatch. If auto, it is chosen from measured stage times."""
     prefix_cache: bool = True
-    """Set true to share KV memory among requests whose prompts begin with the same tokens."""
+    """Sharing of KV memory by requests whose prompts begin with the same tokens. Set false to turn it off."""
     wide_tiles: bool = True
-    """Set true to store weights of some types in more memory where that makes decoding clearly faster."""
+    """Wider storage of some weights, which takes memory but makes decoding clearly faster. Set false to turn it off."""
     speculative: Annotated[Speculative | None, OrSwitch()] = Speculative()
     """Speculative decoding, which is used where it is faster. Answers stay the same. Give auto, off or keys."""
     allowed_hosts: tuple[str, ...] = Field(default=(), max_length=64, strict=False)

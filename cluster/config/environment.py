@@ -1,4 +1,4 @@
-"""Reads the environment variables. No other module does."""
+"""Reads the environment variables. No other module reads them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Environment:
 
 
 def environment(variables: Mapping[str, str] | None = None) -> Environment:
-    """Reads the variables, by default those of this process. Raises UsageError that names one with a bad value."""
+    """Reads the LLAMACLUST_* variables, by default from this process. Raises UsageError if a value is invalid."""
     variables = os.environ if variables is None else variables
     level = variables.get("LLAMACLUST_FEATURE_LEVEL") or None
     if level is not None and level not in FEATURE_LEVELS:
@@ -77,7 +77,7 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
 
 @dataclass(frozen=True, slots=True)
 class HubSettings:
-    """Values of the HF_* variables, which the programs of the Hugging Face hub read too."""
+    """Values of the HF_* variables. Hugging Face's own programs use the same variables."""
 
     endpoint: str  # HF_ENDPOINT: the hub or a mirror, without a trailing slash
     token: str | None  # HF_TOKEN
@@ -100,14 +100,14 @@ def hub_settings(variables: Mapping[str, str] | None = None) -> HubSettings:
 
 
 def proxy_variables(variables: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Returns the proxy variables that are not empty. Lower-case names win over upper-case ones."""
+    """Returns the proxy variables that are not empty. Lower-case names take precedence over upper-case names."""
     variables = os.environ if variables is None else variables
     by_effect = {name.lower(): name for name in sorted(variables) if name.lower() in _PROXY_VARIABLES}
     return {name: variables[name] for name in by_effect.values() if variables[name]}
 
 
 def trust_variables(variables: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Returns the variables that OpenSSL and httpx read when they load certificates."""
+    """Returns the variables that change which certificates OpenSSL and httpx load."""
     variables = os.environ if variables is None else variables
     return {name: variables[name] for name in _TRUST_VARIABLES if variables.get(name)}
 

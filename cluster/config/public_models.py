@@ -1,4 +1,4 @@
-"""Well-known public models, from `public_models.csv`: names, GGUF files on the Hugging Face hub, licences."""
+"""Well-known public models with their GGUF files on the Hugging Face hub. The table is `public_models.csv`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BITS_PER_WEIGHT: Final = {
     "q6_k": 6.6,
     "q8_0": 8.5,
 }
-"""Bits per weight of whole files. Most files have several quant types, not only the one that names them."""
+"""Average bits per weight by quantization. A file named after one quant type usually contains others too."""
 _ACCEPTED_AT: Final = {
     "EXAONE AI Model License 1.2 - NC": "https://huggingface.co/LGAI-EXAONE/EXAONE-4.0-32B",
     "Gemma Terms of Use": "https://ai.google.dev/gemma/terms",
@@ -33,13 +33,14 @@ _ACCEPTED_AT: Final = {
     "Llama 4 Community License": "https://www.llama.com/llama4/license/",
     "Tencent Hunyuan Community License": "https://huggingface.co/tencent/Hunyuan-0.5B-Instruct",
 }
-"""Addresses of terms by licence, for licences that users must accept. Open-source licences are absent."""
+"""Web addresses of the licences that a user must accept. Open-source licences are absent."""
 
 
 @dataclass(frozen=True, slots=True)
 class PublicModel:
-    """A model. `file` is OWNER/REPOSITORY/FILE; {Q} and {q} stand for the quantization in capital and small letters.
-    The first quantization is the default. `billions`: parameters / 10^9. `mmproj`: the projector's file, or ""."""
+    """A row of the table. `file` is OWNER/REPOSITORY/FILE, in which {Q} and {q} stand for the quantization's name in
+    capital and small letters. The first quantization is the default. `billions` is the parameter count / 10^9.
+    `mmproj` is the projector's file name, or empty."""
 
     name: str
     file: str

@@ -1,4 +1,4 @@
-"""Sections of the cluster file as classes, such as workers, joining, manual plans and time limits."""
+"""Classes for the sections of the cluster file, such as workers, manual plans and time limits."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LargestGroup = Annotated[Annotated[int, Field(ge=1, le=MAX_GROUP_MEMBERS)] | Non
 _URL = r"^https?://[^\s/?#@]+(/[^\s?#]*)?$"
 _LEAST_SHARED = 1024
 _MOST_SHARED = 1 << 24
-"""The most shared tokens, each of which takes about 17 bytes."""
+"""Maximum of `shared_answers`. Each of these tokens takes about 17 bytes."""
 _KUBERNETES = "https://kubernetes.default.svc"
 
 
@@ -60,27 +60,27 @@ class WorkerConfig(Section):
     name: Name
     """Name of the worker in plans, logs and errors."""
     device: Device = "cpu"
-    """cpu, or GPUs to use in addition to the CPU: cuda:N, or a list of these."""
+    """cpu, or the GPUs that the worker uses in addition to the CPU, such as cuda:0 or [cuda:0, cuda:1]."""
     gpu_layers: Annotated[Annotated[int, Field(ge=0, le=1 << 16)] | None, OrAuto()] = None
-    """Number of the stage's last layers that are on GPUs, the others on the CPU; auto: as many as VRAM takes."""
+    """Number of layers on GPUs, counted from the stage's end. The CPU gets the others. auto uses as many as fit."""
     gpu_memory: Size | None = None
-    """Most memory that the worker takes of each GPU; by default all that is free."""
+    """Maximum memory that the worker takes on each GPU. By default, all free memory."""
     cpu_moe: CpuMoe = None
-    """The worker's own `cpu_moe`; by default the cluster's."""
+    """The worker's own `cpu_moe`. Defaults to the cluster's `cpu_moe`."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Compute threads; by default an equal share of the machine's cores."""
+    """Number of compute threads. By default, the workers share the machine's cores equally."""
     numa_node: Annotated[int, Field(ge=0, le=1023)] | None = None
-    """NUMA node whose cores and memory are used; by default one per worker if nodes can hold equally many workers."""
+    """NUMA node whose cores and memory the worker uses. By default, each node gets equally many workers if possible."""
     memory: Size | None = None
-    """Most RAM for weights, KV memory and workspace; by default a share of the free memory."""
+    """Maximum RAM for weights, KV memory and workspace. By default, a share of the free memory."""
     mlock: bool = False
-    """true: weights are locked in RAM, so that they are never swapped out."""
+    """Set true to lock weights in RAM, so that they are never swapped out."""
     kv_disk: Size | None = None
-    """Most KV memory on the machine's disk, for use after restarts. All workers set it or none; by default none."""
+    """Maximum KV memory on disk, for use after restarts. Set it for all workers or for none. By default, none."""
     memory_bandwidth_gb_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
-    """Memory read bandwidth in GB/s, for plans; by default measured when the worker starts."""
+    """Memory read bandwidth in GB/s, for plans. By default, the worker measures it at its start."""
     int8_gmac_s: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = None
-    """Integer multiply-accumulates in GMAC/s, for plans; by default measured when the worker starts."""
+    """Integer multiply-accumulates in GMAC/s, for plans. By default, the worker measures them at its start."""
 
     @model_validator(mode="after")
     def _check_speeds(self) -> Self:
@@ -95,46 +95,46 @@ class WorkerConfig(Section):
 
 
 class AnyWorker(WorkerConfig):
-    """A worker of any name. `workers: 3` stands for three of them."""
+    """A worker that may have any name. `workers: 3` stands for three such workers."""
 
 
 class Join(Section):
     """Addresses at which workers on other machines join."""
 
     listen: Address = f"0.0.0.0:{JOIN_PORT}"
-    """HOST:PORT of the enrolment port, which serves only to give certificates to workers."""
+    """HOST:PORT of the enrolment port, which only gives certificates to workers."""
     members: Address = "0.0.0.0:7101"
-    """HOST:PORT for workers that have certificates. They learn it at enrolment."""
+    """HOST:PORT for workers that have certificates. Workers learn this address at enrolment."""
     addresses: tuple[Address, ...] = Field(default=(), max_length=16, strict=False)
-    """HOST:PORT of the coordinator and its standbys, for the worker command that `up` prints."""
+    """HOST:PORT of the coordinator and of its standbys. `up` prints a worker command with these addresses."""
     discover: bool = False
-    """true: `listen` is announced by multicast DNS, so that `llamaclust worker --discover` needs no address."""
+    """Set true to announce `listen` by multicast DNS. Then `llamaclust worker --discover` needs no address."""
     wait: Duration = 600.0
     """Time that `up` waits for its workers."""
     trust_dir: FilePath | None = None
-    """Folder of the certificate authority and the join token; by default `trust` in the cluster's state directory."""
+    """Folder of the certificate authority and the join token. Defaults to `trust` in the cluster's state directory."""
 
 
 class Ray(Section):
     """The Ray cluster that starts and places the workers."""
 
     address: Annotated[str, BeforeValidator(parse_ray_address)] = "auto"
-    """auto: the Ray cluster of this machine, else a new one; HOST:PORT: that of this head node; none: a new one."""
+    """HOST:PORT of a head node. If auto, this machine's Ray cluster or else a new cluster. If none, a new cluster."""
     strategy: Literal["SPREAD", "STRICT_SPREAD", "PACK", "STRICT_PACK"] = "SPREAD"
     """Ray's placement strategy for the workers."""
     allow_unauthenticated: bool = False
-    """true: the Ray cluster may lack token authentication. Every client that reaches it can then run programs on it."""
+    """Set true to allow a Ray cluster without token authentication. Any client that reaches it can run programs."""
 
 
 class Lease(Section):
-    """The Kubernetes Lease that one of several coordinators holds. The holder serves, the others wait."""
+    """The Kubernetes Lease that one of several coordinators holds. The holder serves, and the others wait."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$", examples=["llamaclust"])]
-    """Name of the Lease, which must exist."""
+    """Name of the Lease. The Lease must already exist."""
     namespace: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", examples=["default"])] = "default"
     """Namespace of the Lease."""
     duration: Duration = 15.0
-    """Age at which another coordinator takes the Lease, 1 s or more. The holder ends at two thirds of this age."""
+    """Age at which another coordinator takes the Lease. At least 1 s. The holder stops at two thirds of this age."""
     api: Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+$", examples=[_KUBERNETES])] = _KUBERNETES
     """URL of the Kubernetes API server."""
     account: FilePath = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -148,12 +148,12 @@ class Lease(Section):
 
 
 class ListenTls(Section):
-    """TLS of the HTTP API. Without keys, a self-signed certificate is made at the first start."""
+    """TLS for the HTTP API. If no file is given, a self-signed certificate is created at the first start."""
 
     certificate: FilePath | None = None
-    """PEM file of the certificate, followed by those of its authorities. It is read again when it changes."""
+    """PEM file with the certificate, followed by its authorities' certificates. A changed file is read again."""
     key: FilePath | None = None
-    """PEM file of the certificate's private key, without a password and unreadable for other users."""
+    """PEM file with the certificate's private key. It must have no password and be unreadable for other users."""
 
     @model_validator(mode="after")
     def _check_files(self) -> Self:
@@ -167,54 +167,54 @@ class Api(Section):
     """Paths, model names and fields of the HTTP API."""
 
     prefix: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._~-]{1,63}){0,8}$", examples=["/llm"])] = ""
-    """Prefix of all paths, such as /llm. Paths without the prefix are served too."""
+    """Prefix of all paths, such as /llm. Paths without the prefix work too."""
     strict: bool = False
-    """true: fields that are unknown or have no effect are refused. By default, a header of the reply names them."""
+    """Set true to refuse request fields that are unknown or have no effect. If false, a reply header names them."""
     strict_model: Annotated[bool | None, OrAuto()] = None
-    """true: a request must name the served model; auto: only on OpenAI's paths."""
+    """Set true to refuse requests that do not name the served model. If auto, only OpenAI's paths refuse them."""
     model_name: Annotated[str, Field(min_length=1, max_length=255)] | None = None
-    """Name of the served model; by default its catalog name or its file's name."""
+    """Name of the served model. Defaults to its catalog name or its file's name."""
     aliases: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()
     """Further names of the served model."""
     tags: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()
     """Tags of the model in `/v1/models`."""
     pull: bool = False
-    """true: clients may download catalog models by `/api/pull`. With API keys, only clients with the first key may."""
+    """Set true to let clients download catalog models by `/api/pull`. With API keys, this needs the first key."""
     adapter_folder: FilePath | None = None
-    """Folder of adapters for `/v1/load_lora_adapter`. With API keys, only clients with the first key may load them."""
+    """Folder of adapters for `/v1/load_lora_adapter`. If there are API keys, loading needs the first key."""
     slot_folder: FilePath | None = None
-    """Folder of saved slots; without it, `POST /slots` is refused."""
+    """Folder of saved slots. If it is not set, `POST /slots` is refused."""
     image_urls: Annotated[tuple[ImageHost, ...], Field(max_length=64, strict=False)] = ()
-    """Hosts whose images are fetched if a request has their URLs, such as example.com, *.example.com or
-    example.com:8080. By default, requests must send images as data URLs."""
+    """Hosts from which a request's image URLs are fetched, such as example.com, *.example.com or example.com:8080.
+    By default, requests must send images as data URLs."""
     disabled: Annotated[
         tuple[Literal["docs", "metrics", "props", "slots"], ...], Field(max_length=4, strict=False)
     ] = ()
-    """Endpoints that are switched off and answered 501."""
+    """Endpoints to switch off. They answer with status 501."""
     defaults: dict[str, Any] = Field(default_factory=dict)
-    """Default values of request fields, such as temperature. Each endpoint takes those of its own fields."""
+    """Default values of request fields, such as temperature. An endpoint ignores fields that it does not have."""
 
 
 class AdapterConfig(Section):
     """A LoRA adapter of the model."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$", examples=["poet"])]
-    """Name of the adapter, which requests give as their model."""
+    """Name of the adapter. A request uses the adapter by giving this name as its model."""
     path: FilePath
-    """The adapter's GGUF file. A worker that lacks it here and in its models folder fetches its layers."""
+    """The adapter's GGUF file. A worker that has it neither here nor in its models folder fetches the layers."""
     scale: Annotated[float, Field(ge=-MAX_ADAPTER_SCALE, le=MAX_ADAPTER_SCALE, allow_inf_nan=False)] = 1.0
-    """Scale of the adapter in requests that name it."""
+    """Scale of the adapter for requests that name the adapter."""
 
 
 class Telemetry(Section):
-    """Export of traces and metrics by OpenTelemetry. Keys that are not set come from the variables OTEL_*."""
+    """Export of traces and metrics by OpenTelemetry. Keys that are not set come from the OTEL_* variables."""
 
     endpoint: Annotated[str, Field(pattern=_URL, max_length=2048, examples=["http://localhost:4318"])] | None = None
-    """URL of a collector that accepts OTLP over HTTP; `/v1/traces` and `/v1/metrics` are appended."""
+    """URL of a collector that accepts OTLP over HTTP. `/v1/traces` or `/v1/metrics` is appended."""
     headers_file: FilePath | None = None
-    """File of headers for the collector, one NAME=VALUE per line, mode 0600."""
+    """File with headers for the collector. It has one NAME=VALUE per line and mode 0600."""
     sample_ratio: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    """Fraction of requests that are traced; a client's trace context overrides it."""
+    """Fraction of requests to trace. A client's trace context overrides it."""
 
 
 class PlanEntry(Section):
@@ -223,7 +223,7 @@ class PlanEntry(Section):
     worker: Name | None = None
     """Name of the worker that holds these layers."""
     workers: Annotated[tuple[Name, ...], Field(min_length=2, max_length=MAX_GROUP_MEMBERS, strict=False)] | None = None
-    """Names of several workers that hold these layers as a group, in place of `worker`. The first leads the group."""
+    """Names of workers that hold these layers as a group, instead of `worker`. The first worker leads the group."""
     shares: (
         Annotated[
             tuple[Annotated[int, Field(ge=1, le=MAX_SHARE)], ...],
@@ -231,9 +231,9 @@ class PlanEntry(Section):
         ]
         | None
     ) = None
-    """Relative share of each layer that each of `workers` holds; by default equal shares."""
+    """Relative shares of each layer, in the order of `workers`. By default, the shares are equal."""
     layers: Layers
-    """Half-open range [start, end) of layers. 4.5 is a border after half of the experts of layer 4."""
+    """Half-open range [start, end) of layers. 4.5 means a border after half of layer 4's experts."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -256,18 +256,18 @@ class PlanEntry(Section):
 
 
 class Speculative(Section):
-    """Speculative decoding: a step computes an answer's last token and drafted tokens, and may yield several tokens."""
+    """Speculative decoding. A step checks drafted tokens together with an answer's last token."""
 
     max_window: Annotated[int, Field(ge=1, le=MAX_WINDOW)] = MAX_WINDOW
-    """Most drafted tokens of a sequence in a step. Their number follows from the predicted gain."""
+    """Maximum number of drafted tokens for a sequence in a step. The actual number depends on the predicted gain."""
     shared_answers: Annotated[int, Field(ge=0, le=_MOST_SHARED)] = 0
-    """Tokens of recent answers from which requests with the same `cache_salt` draft: 1024 or more, or 0 for none."""
+    """Number of recent answer tokens that requests with the same `cache_salt` draft from. At least 1024, or 0."""
     model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)] | None = None
-    """Draft model, given like the key `model`: small, with the same tokens. It runs on the coordinator's machine."""
+    """Small draft model with the model's tokens, given like the key `model`. It runs on the coordinator's machine."""
     mtp: bool = False
-    """true: draft with the model's own head for multi-token prediction (MTP), which the last stage loads."""
+    """Set true to draft with the model's own head for multi-token prediction (MTP) on the last stage."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Threads of the draft model; by default one per core."""
+    """Number of the draft model's threads. By default, one thread per core."""
 
     @model_validator(mode="after")
     def _check_draft_model(self) -> Self:
@@ -284,16 +284,16 @@ class Speculative(Section):
 
 
 class PlacementEntry(Section):
-    """A rule that puts tensors in RAM or on GPUs. It applies to layers of workers with GPUs."""
+    """A rule that puts tensors in RAM or on GPUs. It affects only workers with GPUs."""
 
     tensors: Annotated[str, Field(min_length=1, max_length=MAX_PATTERN)]
-    """Regular expression that may match anywhere in a tensor's name, such as ffn_.*_exps."""
+    """Regular expression, such as ffn_.*_exps. It may match anywhere in a tensor's name."""
     device: Annotated[str, Field(min_length=1, max_length=16)]
-    """ram or CPU; gpu; or CUDA0 or cuda:0 to choose one of several GPUs."""
+    """Place for the tensors: ram or CPU for RAM, gpu for any GPU, CUDA0 or cuda:0 for one of several GPUs."""
     workers: Annotated[
         tuple[Annotated[str, Field(min_length=1, max_length=63)], ...], Field(max_length=64, strict=False)
     ] = ()
-    """Names of the workers that the rule applies to, or patterns such as gpu-*; by default all workers."""
+    """Names of the workers that the rule applies to, or patterns such as gpu-*. By default, all workers."""
 
     @property
     def rule(self) -> PlacementRule:
@@ -337,12 +337,12 @@ Placements = Annotated[
 
 
 class ModelEntry(Section):
-    """One of several models of a cluster."""
+    """One of the models in a cluster with several models."""
 
     model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)]
     """Catalog name or file, like the cluster's key `model`."""
     name: Annotated[str, Field(min_length=1, max_length=255)] | None = None
-    """Name of the model for clients; by default its catalog name or its file's name."""
+    """Name of the model for clients. Defaults to its catalog name or its file's name."""
     aliases: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()
     """Further names of the model."""
     chat_template: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
@@ -350,11 +350,11 @@ class ModelEntry(Section):
     mmproj: Mmproj = None
     """Projector of this model, like the cluster's key `mmproj`."""
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] | None = None
-    """Most tokens of a sequence; by default the cluster's number."""
+    """Maximum number of tokens in a sequence. Defaults to the cluster's `context_length`."""
     kv_memory: Annotated[Size | None, OrAuto()] = None
-    """Most KV memory per worker; auto: the cluster's `kv_memory`."""
+    """Maximum KV memory of each worker. If auto, the cluster's `kv_memory` is used."""
     keep_alive: Annotated[Duration | None, OrAuto()] = None
-    """Time that the model stays loaded without requests; auto: until another model needs its memory."""
+    """Time that the model stays loaded without requests. If auto, until another model needs the memory."""
     adapters: Annotated[tuple[AdapterConfig, ...], Field(max_length=MAX_ADAPTERS, strict=False)] = ()
     """LoRA adapters of this model, like the cluster's key `adapters`."""
     placement: Placements = ()
@@ -364,22 +364,22 @@ class ModelEntry(Section):
 
 
 class Timeouts(Section):
-    """Time limits. They are in seconds once they are read."""
+    """Time limits, such as 600s or 10min. A plain number means seconds."""
 
     request: Duration = 600.0
-    """Time between a request's arrival and its last token."""
+    """Maximum time between a request's arrival and its last token."""
     worker: Duration = 5.0
-    """Silence after which a worker counts as lost; 500 ms at least."""
+    """Silence after which a worker counts as lost. At least 500 ms."""
     load: Duration = 60.0
-    """Time without progress after which a loading worker counts as lost; 1 s at least."""
+    """Time without progress after which a loading worker counts as lost. At least 1 s."""
     recovery: Duration = 120.0
-    """Time that requests wait for a worker if the present ones cannot hold the model. Then the requests fail."""
+    """Time that requests wait for more workers if the present workers cannot hold the model. Then they fail."""
     resume: Duration = 30.0
-    """Time that a reply is kept for a client that lost its connection."""
+    """Time that a reply is kept for a client that has lost its connection."""
     idle: Duration = 75.0
-    """Time that a client's idle connection is kept; should exceed the time of a proxy in front of the API."""
+    """Time that a client's idle connection is kept. It should exceed the idle timeout of a proxy before the API."""
     coordinator: Duration = 600.0
-    """Time that remote workers keep their weights and wait for a lost coordinator."""
+    """Time that remote workers wait for a lost coordinator. They keep their weights meanwhile."""
 
     @model_validator(mode="after")
     def _check_worker(self) -> Self:

@@ -1,4 +1,4 @@
-"""Kinds of values in a cluster file: sizes, durations, addresses, layer ranges."""
+"""Types and parsers of the values in a cluster file, such as sizes, durations, addresses and layer ranges."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from llamaclust.core.bounds import MAX_LAYERS, NAME
 from llamaclust.core.limits import MAX_EXPERT_SHARDS
 
 OFF = "off"
-"""The value of `mmproj` for a model that reads no images, although its folder may have a projector."""
+"""Value of `mmproj` that turns images off, even if the model's folder contains a projector."""
 TAG = ":latest"
-"""The tag that Ollama's clients add to model names without one."""
+"""Tag that Ollama's clients append to a model name that has no tag."""
 MAX_BYTES = 1 << 50
 MAX_SECONDS = 30 * 86_400
 
 _SIZE = r"(\d{1,15}(?:\.\d{1,6})?) ?(B|[kKMGT]B?|[KMGT]iB?)"
 _SIZE_POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _LEAST_WITHOUT_UNIT = 1 << 20
-"""A smaller number without a unit is refused, because the user probably meant another unit."""
+"""Smallest size that is accepted without a unit. The user of a smaller number probably meant another unit."""
 _DURATION = r"(\d{1,15}(?:\.\d{1,6})?) ?(ms|s|min|h)"
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
 
 
 _ORIGIN = r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?"
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
-"""Ports that browsers omit from origins."""
+"""Default ports, which browsers omit from an origin."""
 _GPU = r"cuda(:\d{1,3})?"
 _MOST_GPUS = 16
 _DEVICES = "give cpu, cuda:0, or several as cuda:0,cuda:1"
@@ -41,7 +41,7 @@ _MOST_SHOWN = 60
 
 
 def shown(value: object) -> str:
-    """Formats a value for a message. Short, plain values are written as in the file."""
+    """Formats a value for an error message. Long texts and lists are shortened."""
     match value:
         case None:
             return "an empty value"
@@ -56,7 +56,7 @@ def shown(value: object) -> str:
 
 
 def tagged(name: str) -> str:
-    """Returns a model's name with its tag, as Ollama's clients write it. Equal results mean the same model."""
+    """Returns a model's name with Ollama's default tag appended if the name has no tag."""
     return name if ":" in name.rpartition("/")[2] else name + TAG
 
 
@@ -72,7 +72,7 @@ def parse_name(value: object) -> str:
 
 
 def parse_size(value: object) -> int:
-    """Returns the bytes of '8GiB', '512 MiB', '24Gi' (24GiB) or a whole number from 1 MiB on. Raises ValueError."""
+    """Converts a size such as '8GiB', '512 MiB', '24Gi' or 1048576 to bytes. Raises ValueError if it is invalid."""
     if isinstance(value, str) and re.fullmatch("[0-9]{1,20}", value):
         value = int(value)
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else None
@@ -95,7 +95,7 @@ def _with_unit(value: object) -> int:
 
 
 def parse_duration(value: object) -> float:
-    """Returns the seconds of '600s', '10min', '250ms' or a number of seconds. Raises ValueError."""
+    """Converts a duration such as '600s', '10min', '250ms' or 600 to seconds. Raises ValueError if it is invalid."""
     seconds: float
     if isinstance(value, int | float) and not isinstance(value, bool):
         seconds = value
@@ -119,9 +119,9 @@ def _parse_layers(value: object) -> tuple[float, float]:
         case [int() | float() as start, int() | float() as end] if not isinstance(start, bool) | isinstance(end, bool):
             pass
         case _:
-            raise ValueError(f"{shown(value)} is not a layer range; write it like [0, 12], the end not included")
+            raise ValueError(f"{shown(value)} is not a layer range; write [0, 12] for layers 0 to 11")
     if not 0 <= start < end:
-        raise ValueError(f"{shown(value)} holds no layer; ranges are half-open: [start, end) with start < end")
+        raise ValueError(f"{shown(value)} is an empty layer range; ranges are half-open: [start, end) with start < end")
     if end > MAX_LAYERS:
         raise ValueError(f"{shown(value)} is not a layer range: no model has more than {MAX_LAYERS} layers")
     if any(place * MAX_EXPERT_SHARDS % 1 for place in (start, end)):
@@ -152,7 +152,7 @@ def check_wire_type(value: object) -> object:
 
 
 def parse_device(value: object) -> str:
-    """Reads `cpu`, or GPUs as `cuda:N` separated by commas. `cuda` alone is the first GPU. Raises ValueError."""
+    """Parses `cpu`, or GPUs such as `cuda:0,cuda:1`. Raises ValueError if the value is invalid."""
     if value == "cpu":
         return "cpu"
     given = re.sub(r"^\[(.*)\]$", r"\1", value.strip()).split(",") if isinstance(value, str) else value
@@ -178,12 +178,13 @@ def parse_gpu_layers(value: str) -> int | None:
     if value == "auto":
         return None
     if not re.fullmatch(r"[0-9]{1,5}", value):
-        raise ValueError(f"{shown(value)} is not a number of layers; give one, or auto for as many as VRAM takes")
+        raise ValueError(f"{shown(value)} is not a number of layers; give a whole number, or auto to fill VRAM")
     return int(value)
 
 
 def parse_origin(value: object) -> str:
-    """Reads a page's origin; `*`: any, `null`: files and sandboxes, `localhost`: servers on the browser's machine."""
+    """Parses the origin of a web page. `*` allows all pages, `null` allows local files and sandboxed pages, and
+    `localhost` allows pages from servers on the browser's machine. Raises ValueError if the origin is invalid."""
     given = value.lower().removesuffix("/") if isinstance(value, str) else ""
     if given in ("*", "null", "localhost"):
         return given
@@ -203,7 +204,7 @@ def parse_ray_address(value: object) -> object:
 
 
 class OrAuto:
-    """Marks an optional field. In files and in the JSON schema, `auto` stands for its absence."""
+    """Marks an optional field. In a cluster file and in the JSON schema, `auto` is written instead of null."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         read: Callable[[Any], Any] = lambda value: None if value == "auto" else value  # noqa: E731
@@ -216,7 +217,7 @@ class OrAuto:
 
 
 class OrWord:
-    """Marks an optional field or section. A certain word stands for a value, or for a section without keys."""
+    """Marks a field that also accepts `word`, which stands for `value`: by default, a section without keys."""
 
     def __init__(self, word: str, value: Any = MappingProxyType({})) -> None:
         self._word = word
@@ -239,7 +240,7 @@ def switched(value: object) -> bool | None:
 
 
 class OrOff:
-    """Marks a field for which `off` or false may stand instead of a certain value."""
+    """Marks a field that also accepts `off` and false, which both stand for `value`."""
 
     def __init__(self, value: object) -> None:
         self._value = value
@@ -254,7 +255,8 @@ class OrOff:
 
 
 class OrSwitch:
-    """Marks an optional section that is on by default. `auto`, `on` or true: all defaults; `off` or false: none."""
+    """Marks an optional section that also accepts a switch. `auto`, `on` and true mean a section without keys.
+    `off` and false mean no section."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_before_validator_function(self._read, handler(source))
@@ -272,7 +274,7 @@ class OrSwitch:
 
 
 class OrText:
-    """Marks a list of sections whose items may be texts too."""
+    """Marks a list of sections that also accepts texts as items. It changes only the JSON schema."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         json = handler(schema)
@@ -280,7 +282,7 @@ class OrText:
 
 
 class OrCount:
-    """Marks a list of sections for which a number N may stand: it means N sections of `kind` with placeholder names."""
+    """Marks a list that also accepts a number N, which stands for N sections of `kind` with placeholder names."""
 
     def __init__(self, kind: type[BaseModel], most: int) -> None:
         self._kind = kind

@@ -1,1 +1,1 @@
-"""Launchers, which start workers in different ways."""
+"""Launchers, which start the workers of a cluster."""

@@ -1,4 +1,4 @@
-"""Waits at the start for workers on other machines: first for all of them, then only for as many as a plan needs."""
+"""Waits at the start for workers on other machines. If some do not come, the start may continue without them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from llamaclust.core.sizes import counted
 from llamaclust.wire.rpc.deadlines import deadline
 
 Shortfall = Callable[[], Awaitable[LlamaclustError | None]]
-"""Returns an error that says why the present workers cannot hold the model; None if they can."""
+"""Returns an error that explains why the present workers cannot hold the model, or None if they can."""
 
 
 @dataclass(frozen=True, slots=True)
 class Awaited:
-    """The workers that a start waits for: those in `names`, and `count` in all. If no worker joins for `grace_s`, the
-    start continues with the present workers if they suffice. The start fails after `wait_s`."""
+    """The workers that a start waits for. It needs the workers in `names`, and `count` workers in total. If no worker
+    joins for `grace_s`, the start continues with the present workers if they suffice. It fails after `wait_s`."""
 
     names: tuple[str, ...]
     count: int
@@ -43,14 +43,14 @@ class Arrivals:
         self._short: LlamaclustError | None = None
 
     async def wait(self) -> None:
-        """Raises DeadlineError with the missing workers, or WorkerError if one ended before it joined."""
+        """Raises DeadlineError if workers are missing, and WorkerError if a worker ended before it joined."""
         wait_s = self._awaited.wait_s
         try:
             async with deadline("workers joining", wait_s):
                 await self._enough()
         except DeadlineError as error:
             missing, joined = ", ".join(self._missing), len(self._registry.present)
-            others = f"; {joined} did, and do not suffice: {self._short}" if self._short else ""
+            others = f"; {joined} joined, which is not enough: {self._short}" if self._short else ""
             raise DeadlineError(f"did not join within {wait_s:g} s (`join.wait`): {missing}{others}") from error
 
     @property
@@ -102,5 +102,5 @@ class Arrivals:
             joined = len(self._registry.present)
             self._report(Notice(f"the start goes on with {joined} of {self._awaited.count} workers, without {missing}"))
             return True
-        self._report(Waiting(f"{missing}, since those that are here do not suffice: {self._short}"))
+        self._report(Waiting(f"{missing}, because the present workers do not suffice: {self._short}"))
         return False

@@ -1,4 +1,4 @@
-"""The base class of launchers, which start worker processes, watch them and end them."""
+"""Base class of the launchers. A launcher starts worker processes, watches them and ends them."""
 
 from __future__ import annotations
 
@@ -19,49 +19,49 @@ GaveUp = Callable[[str, str], None]
 
 
 class Launcher(ABC):
-    """The workers of one cluster. Defaults are those for workers on other machines."""
+    """Launcher of a cluster's workers. Default attributes and methods suit workers on other machines."""
 
     listen: str
     credentials: Credentials
     certify: Certify | None = None
     coordinator_s = 0.0
-    """The seconds that workers wait for a lost coordinator to return."""
+    """Seconds that workers wait for a lost coordinator to come back."""
 
     @abstractmethod
     def check(self, workers: Sequence[WorkerSettings], model: Model) -> None:
-        """Raises UsageError or ModelFileError if a worker is known to be unable to run the model."""
+        """Raises UsageError or ModelFileError if a worker certainly cannot run the model."""
 
     def missing(self, present: Collection[str]) -> list[str]:
-        """Returns a text for each worker of the cluster file that is not present."""
+        """Returns a description of each worker in the cluster file that is not present."""
         return []
 
     def refusal(self, name: str) -> str | None:
-        """Returns the reason why a worker with this name may not join, or None."""
+        """Returns the reason to refuse a worker with this name, or None if it may join."""
         return None
 
     @abstractmethod
     async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
-        """Starts all workers, which join at the address `join`. `exited` is called if a worker ends before `stop`."""
+        """Starts all workers. They join at the address `join`. `exited` is called if a worker ends before `stop`."""
 
     @abstractmethod
     async def joined(self, registry: Registry, shortfall: Shortfall) -> None:
-        """Waits for all workers, or for enough if others do not appear. Raises DeadlineError, or a worker's error."""
+        """Waits until all workers have joined, or enough of them. Raises DeadlineError, or an ended worker's error."""
 
     @abstractmethod
     async def stop(self) -> None:
-        """Ends all workers and returns when they are gone."""
+        """Ends all workers, and returns when they have ended."""
 
     @abstractmethod
     def restarting(self, gave_up: GaveUp) -> AbstractContextManager[None]:
-        """Restarts ended workers while the context is open, if possible. Calls `gave_up` for a worker given up."""
+        """Restarts ended workers while the context is open. Calls `gave_up` when it stops restarting a worker."""
 
     @abstractmethod
     def reset_restarts(self) -> None:
-        """Resets the counts of restarts. It is called when a request turns out to be the reason why workers ended."""
+        """Resets the restart counts. It is called when a request, and not the workers, caused the workers to end."""
 
     @abstractmethod
     async def end(self, name: str) -> None:
-        """Ends the process of a lost worker if it can be reached, and returns when the process has ended."""
+        """Ends a lost worker's process if the launcher can reach it, and returns when the process has ended."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -70,9 +70,9 @@ class Launcher(ABC):
         await self.stop()
 
     def free_memory_bytes(self) -> int | None:
-        """Returns the bytes that all workers on this machine may take together. None if they run elsewhere."""
+        """Returns the bytes that all workers together may take on this machine, or None if they run elsewhere."""
         return None
 
     @abstractmethod
     def last_error(self, name: str) -> str:
-        """Returns the last error that a worker logged, or ""."""
+        """Returns the last error in a worker's log, or an empty text."""

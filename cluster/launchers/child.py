@@ -1,4 +1,4 @@
-"""A worker as a child process of a Ray actor or an MPI rank. It enrols and joins like a static worker."""
+"""Runs a worker as a child process of a Ray actor or MPI rank. The worker enrols and joins like a static worker."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from llamaclust.worker.settings import WorkerSettings
 _JOIN_S = 15.0
 
 Ended = Callable[[int], None]
-"""Receives a process's return code, as `subprocess` gives it."""
+"""Receives a process's return code, which is negative for a signal as in `subprocess`."""
 
 
 class Child:
-    """One worker process. It ends when this process ends, in whatever way."""
+    """A worker process. It always ends when this process ends."""
 
     def __init__(self, settings: WorkerSettings, ended: Ended, log: IO[bytes] | None = None) -> None:
-        """Starts the worker with this machine's caches. `settings` must have the enrolment address and a join token.
-        `ended` is called on another thread. Without `log`, the worker writes to this process's output."""
+        """Starts the worker with this machine's caches. `settings` must contain an enrolment address and a join token.
+        `ended` is called on another thread. If `log` is None, the worker writes to this process's output."""
         self._started = threading.Event()
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
@@ -41,7 +41,7 @@ class Child:
         self._process.send_signal(number)
 
     def _live(self, settings: WorkerSettings, ended: Ended) -> None:
-        """Runs the worker on a thread of the same lifetime, because the kernel ends the worker with its thread."""
+        """Starts the worker and waits for its end, because the kernel ends a worker when its starting thread ends."""
         try:
             self._process = process = subprocess.Popen(
                 worker_command(settings),

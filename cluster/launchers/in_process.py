@@ -1,4 +1,4 @@
-"""A whole model in this process. The engine runs on one stage, which computes on its own thread."""
+"""Runs a whole model in this process. A single stage computes all layers on a thread of its own."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 _EPOCH = 1
 _DEADLINES = EngineSettings(request_s=86_400.0, result_s=3_600.0)
-"""Long deadlines, because no worker can be lost here, and a large model may be slow."""
+"""Long deadlines. No worker can be lost here, but a large model may be slow."""
 _CONTEXT_TOKENS = 4096
 OUTPUTS = 256
 
@@ -114,7 +114,7 @@ def _speculation(model: Model, settings: LocalSettings) -> SpeculationSettings |
 
 
 class LocalStage:
-    """All layers of a model, and the thread that runs them. KV blocks above the scheduler's are for `logits`."""
+    """All layers of a model, and the thread that runs them. `logits` uses KV blocks that the scheduler does not use."""
 
     def __init__(self, path: Path, threads: int | None, feature_level: str | None, settings: LocalSettings) -> None:
         self.model, self.unused_projectors = open_with_projector(path, settings.mmproj, settings.chat_template)
@@ -176,7 +176,7 @@ class LocalStage:
             await asyncio.to_thread(self.close)
 
     def _open_encoder(self, device: Device, settings: LocalSettings, opened: ExitStack) -> LocalEncoder | None:
-        """Opens the encoder of images. If it does not fit and the user did not choose its projector, returns None."""
+        """Opens the image encoder. Returns None if it does not fit and the user did not choose a projector."""
         if self.model.projector is None:
             return None
         try:
@@ -193,7 +193,7 @@ class LocalStage:
         self.model.close()
 
     def _with_draft_model(self, path: Path, threads: int, opened: ExitStack) -> SchedulerSettings:
-        """Loads a draft model. Raises UsageError if nothing can be drafted, and errors of planning and opening."""
+        """Loads a draft model. Raises UsageError if drafting is impossible, and the errors of `open_draft_model`."""
         scheduling = self.scheduling
         if scheduling.speculation is None or not scheduling.max_drafted:
             raise UsageError(f"draft_model: nothing can be drafted for {self.model.file.path}; remove draft_model")
@@ -220,7 +220,7 @@ class LocalStage:
         return decode_result(outputs.result(frame, StageTiming(started_ns - queued_ns, compute_ns, 0, frame.rows)))
 
     def logits(self, tokens: tuple[int, ...], first: int, use: Callable[[Float32], None]) -> None:
-        """Computes logits [rows, vocabulary] of rows [first, len(tokens)) between microbatches, for `use`."""
+        """Calls `use` with logits [rows, vocabulary] for rows [first, len(tokens)). Runs between microbatches."""
         most, vocabulary = self.scheduling.context_length, self.scheduling.vocabulary
         if not 0 < len(tokens) <= most:
             raise RequestError(f"logits of {len(tokens)} tokens: give 1 to {most}, the context length")
@@ -252,7 +252,7 @@ class LocalStage:
 
 
 class LocalPipeline:
-    """A `Pipeline` of one stage. Results come in order, because a single thread computes them."""
+    """A `Pipeline` with one stage. Results come in order, because a single thread computes them."""
 
     def __init__(self, stage: LocalStage) -> None:
         self.epoch = _EPOCH
@@ -277,11 +277,11 @@ class LocalPipeline:
             on_results([await (await self._results.get())])
 
     async def close(self) -> None:
-        """Does nothing: the stage's owner closes it."""
+        """Does nothing, because the stage's owner closes the stage."""
 
 
 def _device_kind(settings: LocalSettings, model: Model) -> str:
-    """Raises UsageError for an unknown device, or for settings of GPUs or experts that do not exist."""
+    """Raises UsageError if the device is unknown, or if a setting is for GPUs or experts that do not exist."""
     try:
         kind = parse_device(settings.device)
     except ValueError as error:

@@ -39,7 +39,7 @@ _KILLED_S = 20.0
 
 
 class LocalLauncher(Launcher):
-    """Starts workers on this machine. They end when the thread that called `start` ends."""
+    """Starts workers on this machine. The workers end when the thread that called `start` ends."""
 
     def __init__(self, run: RunDirectory, logs: Path) -> None:
         self.listen = run.coordinator
@@ -72,7 +72,7 @@ class LocalLauncher(Launcher):
         self._restarts.reset_restarts()
 
     async def end(self, name: str) -> None:
-        """Sends SIGKILL, because a lost worker may not react to anything else."""
+        """Kills the process with SIGKILL, because a lost worker might ignore other signals."""
         process = self._processes.get(name)
         if process is not None and process.returncode is None:
             _kill(process, signal.SIGKILL)

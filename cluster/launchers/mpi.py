@@ -1,4 +1,4 @@
-"""The coordinator's side of workers that ranks of an MPI job start. It reaches the ranks through its own rank."""
+"""The coordinator's side of an MPI job. The ranks start the workers. Rank 0 connects the coordinator to them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _GRACE_S = 1.0
 
 
 class MpiLauncher(RestartingLauncher):
-    """Lets rank i start the i-th worker. This process's standard input is a socket to the rank that started it."""
+    """Orders rank i to start the i-th worker. This process's standard input is a socket to rank 0, which started it."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
         super().__init__(config, folder, report)
@@ -109,7 +109,7 @@ class MpiLauncher(RestartingLauncher):
                 name = names[message.rank]
                 self._lost.add(name)
                 exited(name, f"its rank {message.rank} is gone")
-                self._restarts.give_up(name, f"its rank {message.rank} is gone, and MPI starts no other")
+                self._restarts.give_up(name, f"its rank {message.rank} is gone, and MPI starts no other rank")
 
     async def _restart(self, name: str, how: str) -> None:
         if await self._restarts.may_restart(name, how) and name not in self._lost:
@@ -117,7 +117,7 @@ class MpiLauncher(RestartingLauncher):
 
 
 async def _line(reader: asyncio.StreamReader) -> bytes:
-    """Returns a line, or nothing if the rank is gone. A rank killed with unread orders resets the connection."""
+    """Returns a line, or an empty line if the rank is gone. A rank that is killed may reset the connection."""
     try:
         return await reader.readline()
     except ConnectionError:
@@ -125,13 +125,13 @@ async def _line(reader: asyncio.StreamReader) -> bytes:
 
 
 def _end_without_rank(receiving: asyncio.Task[None]) -> None:
-    """Ends this process as SIGTERM does, unless the launcher stops."""
+    """Sends SIGTERM to this process, unless the launcher is stopping."""
     if not receiving.cancelled():
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _own_rank() -> socket.socket:
-    """Returns the socket to this process's own rank. Raises UsageError if no rank started this process."""
+    """Returns the socket to the rank that started this process. Raises UsageError if no rank did."""
     if not stat.S_ISSOCK(os.fstat(0).st_mode):
         raise UsageError("launcher mpi is started by mpirun: mpirun -n WORKERS llamaclust up FILE")
     return socket.socket(fileno=os.dup(0))

@@ -1,4 +1,4 @@
-"""The JSON messages between the coordinator and the ranks of an MPI job."""
+"""JSON messages between the coordinator and the ranks of an MPI job."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 @dataclass(frozen=True, slots=True)
 class StartWorker:
-    """An order to start a worker. Its machine reaches at least one of the enrolment `addresses` (HOST:PORT)."""
+    """Orders a rank to start a worker. The rank's machine can reach at least one of the enrolment `addresses`."""
 
     rank: int
     settings: str = field(repr=False)  # JSON of WorkerSettings, with the token; threads None: the rank's share
@@ -25,7 +25,7 @@ class EndWorker:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """An order to a rank to kill its worker and end. If all ranks obey, the job ends by MPI's rules."""
+    """Orders a rank to kill its worker and end. `with_all` is True if no rank is lost, so that MPI can finalize."""
 
     rank: int
     with_all: bool

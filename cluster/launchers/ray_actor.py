@@ -1,4 +1,4 @@
-"""The actor on a Ray node that runs one worker process. It ends when it is no longer needed."""
+"""The Ray actor that runs a worker process. The actor ends when it is no longer needed."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _LOG = Path("/proc/self/fd/2")
 _LOOK_S = 2.0
 _CALL_S = 5.0
 _WAIT_S = 30.0
-"""The seconds in which the coordinator has restarted an ended worker, even after its longest pause."""
+"""Seconds within which the coordinator restarts an ended worker. The coordinator's longest pause is shorter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """The arguments of an actor: settings with enrolment address and token, and the hash of the cluster's CA."""
+    """Arguments of an actor. `settings` contain the enrolment address and the token. `cluster` is the CA's hash."""
 
     settings: WorkerSettings
     cluster: str
 
 
 class WorkerActor:
-    """The actor of one worker. If its process or node is lost, Ray restarts the actor, and the worker joins again."""
+    """Runs a worker. If the actor's process or node is lost, Ray restarts the actor, and the worker joins again."""
 
     def __init__(self, given: Given) -> None:
         self._given = given

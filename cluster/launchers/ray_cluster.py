@@ -1,5 +1,5 @@
-"""The Ray cluster to use. An existing cluster is checked before it receives any secret. A cluster that is started here
-gets its own token."""
+"""Connects to an existing Ray cluster, or starts one. An existing cluster is checked before it receives any secret. A
+new cluster gets its own token."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PROBE_S = 10.0
 _STARTS = 3  # now and then one of Ray's own processes ends as it begins, which Ray notices after 30 s
 _STORE_BYTES = 80_000_000  # Ray's object store, unused here; the minimum is 75 MiB
 _DASHBOARD = "aiohttp_cors"
-"""A package that `ray[default]` installs for its dashboard, which `ray logs` and `ray list` need."""
+"""Package that `ray[default]` installs for the dashboard. `ray logs` and `ray list` need the dashboard."""
 _INSTALL = "launcher ray needs Ray: pip install 'llamaclust[ray]'"
 
 
@@ -52,7 +52,7 @@ class RayCluster:
         self._ray: Any = None
 
     def open(self, workers: Sequence[WorkerSettings]) -> Any:
-        """Connects. Raises UsageError for a cluster that must not be used, LlamaclustError if none answers."""
+        """Connects. Raises UsageError if the cluster must not be used, and LlamaclustError if it does not answer."""
         settings = self._settings
         self._ray = import_ray(authenticated=not settings.allow_unauthenticated)
         address = None if settings.address == "none" else _address(settings.address)
@@ -70,7 +70,7 @@ class RayCluster:
             shutil.rmtree(self._own, ignore_errors=True)
 
     def _start(self, workers: Sequence[WorkerSettings]) -> None:
-        """Starts a cluster on this machine in a private folder, so that no other program finds the cluster."""
+        """Starts a Ray cluster on this machine. Its folder is private, so that no other program finds the cluster."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         token = self._folder / "token"
         write_private(token, secrets.token_urlsafe(32))
@@ -90,7 +90,7 @@ class RayCluster:
                     raise
                 # Processes started so far do no harm: they end with this thread.
                 self.close()
-                _log.warning("Ray did not start, next try (%d of %d): %s", start + 1, _STARTS, error)
+                _log.warning("Ray did not start, trying again (%d of %d): %s", start + 1, _STARTS, error)
 
     def _connect(self, **how: Any) -> None:
         quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
@@ -99,7 +99,7 @@ class RayCluster:
         except SystemExit as error:  # so it says that a head does not answer
             raise LlamaclustError(f"Ray ended the connection to {how['address']} (code {error.code})") from error
         except (OSError, RuntimeError, ValueError) as error:
-            why = "a wrong token, another version of Ray or of Python, or a node that is not there are possible"
+            why = "check the token, the address, and that the versions of Ray and Python are the same on every node"
             raise LlamaclustError(f"Ray at {how['address']}: {_first_line(error)}; {why}") from error
         except Exception as error:  # so it says that a node did not start in time
             raise LlamaclustError(f"Ray at {how['address']}: {_first_line(error)}; try again") from error
@@ -114,7 +114,7 @@ def _address(given: str) -> str | None:
 
 
 def _check(address: str, settings: Ray) -> None:
-    """Probes the head node without a token and with one, because Ray takes minutes to report a failed connection."""
+    """Probes the head node without and with a token, because Ray takes minutes to report a failed connection."""
     open_to_all = _probe(address, None)
     if open_to_all and not settings.allow_unauthenticated:
         why = "requires no token, so any client can run programs on it and read this cluster's secrets"
@@ -123,12 +123,12 @@ def _check(address: str, settings: Ray) -> None:
     if not open_to_all and not _probe(address, _token()):
         where = "RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token"
         raise UsageError(
-            f"the Ray cluster at {address} refuses the token of this machine: put the cluster's into {where}"
+            f"the Ray cluster at {address} refuses the token of this machine: put the cluster's token into {where}"
         )
 
 
 def _probe(address: str, token: str | None) -> bool:
-    """Returns True if the head node accepts the token. Raises LlamaclustError if the node cannot be reached."""
+    """Returns True if the head node accepts the token. Raises LlamaclustError if the head node cannot be reached."""
     metadata = () if token is None else (("authorization", f"Bearer {token}"),)
     with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
         try:
@@ -137,7 +137,7 @@ def _probe(address: str, token: str | None) -> bool:
         except grpc.RpcError as error:
             if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
                 return False
-            what = "start one there (`ray start --head`), or set `ray: {address: none}` for one of its own"
+            what = "start a head node there (`ray start --head`), or set `ray: {address: none}` to start a cluster here"
             why = error.code().name.lower().replace("_", " ")
             raise LlamaclustError(f"no Ray cluster answers at {address} ({why}); {what}") from error
     return True
@@ -151,7 +151,7 @@ def _token() -> str:
         loader: Any = _raylet
         return str(loader.AuthenticationTokenLoader.instance().get_raw_token())
     except (AuthenticationError, RuntimeError) as error:
-        raise UsageError(f"the Ray cluster asks for a token: {_first_line(error)}") from error
+        raise UsageError(f"the Ray cluster needs a token: {_first_line(error)}") from error
 
 
 def _first_line(error: object) -> str:

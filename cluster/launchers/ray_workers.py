@@ -1,4 +1,4 @@
-"""The placement group and the actors of one cluster in Ray. Calls block."""
+"""Manages the placement group and the actors of a cluster in Ray. All calls block."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _READY_S = 0.05
 
 class RayWorkers:
     def __init__(self, library: Any, cluster: str) -> None:
-        """Makes the group. `cluster`: the cluster's id in certificates, which identifies its actors."""
+        """Stores the arguments. `cluster` is the cluster's id in certificates, by which its actors are recognized."""
         self._ray = library
         self._cluster = cluster
         self._group: Any = None
         self.actors: dict[str, Any] = {}
 
     def take_back(self, wanted: Sequence[Any]) -> bool:
-        """Takes over the actors of an earlier coordinator and returns True if they are the wanted ones. Otherwise
-        removes them. Raises UsageError if they belong to another cluster."""
+        """Takes over an earlier coordinator's actors if they have the wanted arguments, and returns True. Otherwise
+        removes these actors and returns False. Raises UsageError if they belong to another cluster."""
         names = self._names()
         found = {name: self._request(name, "given") for name in names}
         if any(given is not None and given.cluster != self._cluster for given in found.values()):
-            why = "has actors of another cluster of this name"
-            raise UsageError(f"the Ray cluster {why}: choose another `name:`, or stop that one first")
+            why = "has actors of another cluster with the same name"
+            raise UsageError(f"the Ray cluster {why}: choose another `name:`, or stop the other cluster first")
         if found == {given.settings.name: given for given in wanted} and not any(
             self._request(name, "is_over") for name in names
         ):
@@ -41,7 +41,7 @@ class RayWorkers:
         return False
 
     def reserve(self, workers: Sequence[WorkerSettings], strategy: str) -> None:
-        """Requests a place for each worker. `is_ready` becomes True when there are places for all."""
+        """Requests a place for each worker. `is_ready` returns True when all places are reserved."""
         from llamaclust.cluster.launchers.ray_actor import PLACEMENT
 
         bundles = [resources(worker) for worker in workers]
@@ -56,7 +56,7 @@ class RayWorkers:
         return free
 
     def make(self, wanted: Sequence[Any]) -> None:
-        """Makes an actor in each reserved place. Ray restarts an actor elsewhere if its node is lost."""
+        """Creates an actor in each reserved place. If a node is lost, Ray restarts the node's actor elsewhere."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         from llamaclust.cluster.launchers.ray_actor import CONCURRENCY, WorkerActor
@@ -84,7 +84,7 @@ class RayWorkers:
         self._ray.kill(self.actors[name])
 
     def remove(self) -> None:
-        """Removes all actors and their placement group, and waits for that. Raises LlamaclustError if they stay."""
+        """Removes all actors and their placement group. Raises LlamaclustError if an actor does not end in time."""
         from llamaclust.cluster.launchers.ray_actor import PLACEMENT
 
         with suppress(ValueError):  # there is none of that name

@@ -1,4 +1,4 @@
-"""Limits how often ended workers are restarted, with exponential backoff."""
+"""Limits how often ended workers are restarted. Pauses between restarts grow exponentially."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaclust.core.backoff import Backoff
 
 @dataclass(frozen=True, slots=True)
 class RestartLimits:
-    """Limits of a worker's restarts within `within_s` seconds; pauses grow after the first, immediate one."""
+    """Limits of a worker's restarts. The first restart is immediate. Pauses before later restarts grow."""
 
     most: int = 6
     within_s: float = 60.0
@@ -21,7 +21,7 @@ class RestartLimits:
 
 
 class RestartPolicy:
-    """Decides when ended workers are restarted. The launcher itself restarts them (see `Launcher.restarting`)."""
+    """Decides when ended workers may be restarted. The launcher restarts them (see `Launcher.restarting`)."""
 
     def __init__(self) -> None:
         self.limits = RestartLimits()
@@ -35,7 +35,7 @@ class RestartPolicy:
 
     @contextmanager
     def on(self, gave_up: GaveUp) -> Iterator[None]:
-        """Allows restarts while the context is open. A worker that ends too often is not restarted again."""
+        """Allows restarts while the context is open. Calls `gave_up` if a worker ends too often."""
         self._gave_up = gave_up
         self._begun.set()
         try:
@@ -56,7 +56,7 @@ class RestartPolicy:
         self._starts_s.clear()
 
     async def may_restart(self, name: str, how: str) -> bool:
-        """Waits until a restart is allowed and its pause is over. Returns False if the worker must stay ended."""
+        """Waits until the worker may be restarted and its pause is over. Returns False if it must not be restarted."""
         await self._begun.wait()
         now_s, limits = asyncio.get_running_loop().time(), self.limits
         starts_s = [start_s for start_s in self._starts_s.get(name, ()) if start_s > now_s - limits.within_s]

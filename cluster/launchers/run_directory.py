@@ -1,4 +1,4 @@
-"""The directory where the processes of a local cluster meet. Its sockets and its token are private to their user."""
+"""The directory with a local cluster's sockets and token. Only the user can read it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PREFIX = "llamaclust-"
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """The directory `path`, which has mode 0700 and is removed with the cluster."""
+    """A run directory. It has mode 0700, and is removed when the cluster ends."""
 
     path: Path
     token: ClusterToken
@@ -39,8 +39,8 @@ class RunDirectory:
 
 @contextmanager
 def run_directory(parent: Path) -> Iterator[RunDirectory]:
-    """Makes a run directory in `parent`, or links one in the temporary directory if paths would be too long. Removes a
-    killed cluster's directory: the caller must hold the lock on `parent`. Raises UsageError if a file is in the way."""
+    """Creates a run directory in `parent`, or in the temporary directory if socket paths would be too long. Removes a
+    killed cluster's directory. The caller must hold the lock on `parent`. Raises UsageError if a file is in the way."""
     path = place = parent / "run"
     _clear(place)
     if os.path.lexists(place):

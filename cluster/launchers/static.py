@@ -1,4 +1,4 @@
-"""Workers that are started by hand or by another system, on any machine. They enrol and join in any order."""
+"""Waits for workers that a user or another system starts on any machine. They enrol and join in any order."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llamaclust.worker.settings import WorkerSettings
 
 _STARTING_S = 60.0
 _MOST_HOSTS = 4
-_GPU = "  on a machine with an NVIDIA GPU the same with --device cuda:0"
+_GPU = "  on a machine with an NVIDIA GPU, add --device cuda:0"
 
 INSECURE = (
     "INSECURE: links between machines are neither encrypted nor authenticated; any client that reaches them is trusted"
@@ -33,10 +33,10 @@ INSECURE = (
 
 
 class StaticLauncher(Launcher):
-    """Starts no process. Serves the enrolment port, and prints the commands for other machines."""
+    """A launcher that starts no processes. It serves the enrolment port and prints the commands to start workers."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
-        """Makes the cluster's certificate authority if there is none. Raises the errors of `Authority.open`."""
+        """Creates the cluster's certificate authority if none exists. Raises the errors of `Authority.open`."""
         self.authority: Authority | None = None
         self.credentials: Identity | Insecure = Insecure()
         self.listen = config.join.listen
@@ -53,13 +53,13 @@ class StaticLauncher(Launcher):
         self._ends = contextlib.AsyncExitStack()
 
     def check(self, workers: Sequence[WorkerSettings], model: Model) -> None:
-        """Checks nothing: workers of other machines report their errors when they load."""
+        """Does nothing. Workers on other machines report errors when they load."""
 
     async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
         self._report(AwaitingWorkers(tuple(self._instructions(await self.open(join))), tuple(self.missing(()))))
 
     async def open(self, join: str) -> str:
-        """Opens the enrolment port. Returns the address (HOST:PORT) that workers join."""
+        """Opens the enrolment port. Returns the HOST:PORT that workers join."""
         if self.authority is None or not isinstance(self.credentials, Identity):
             return join
         renewing = asyncio.create_task(keep_renewed(self.authority, self.credentials))
@@ -74,17 +74,17 @@ class StaticLauncher(Launcher):
         return address
 
     async def stop(self) -> None:
-        """Closes the enrolment port. Workers learn that the cluster ends; whoever started them has to end them."""
+        """Closes the enrolment port. Does not end the workers' processes, because other programs have started them."""
         await self._ends.aclose()
 
     def restarting(self, gave_up: GaveUp) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def reset_restarts(self) -> None:
-        """Does nothing, since no restarts are counted."""
+        """Does nothing, because restarts are not counted."""
 
     async def end(self, name: str) -> None:
-        """Does nothing: a lost worker ends its stages when it hears that it is no longer a member."""
+        """Does nothing. A lost worker unloads its stages when it learns that it is no longer a member."""
 
     def last_error(self, name: str) -> str:
         return ""
@@ -103,7 +103,7 @@ class StaticLauncher(Launcher):
 
     @property
     def awaited(self) -> Awaited:
-        """The workers that a start waits for: those that the cluster file names, otherwise those of its plan."""
+        """The workers to wait for at the start. They come from the cluster file's workers, or from its plan."""
         config = self._config
         planned = dict.fromkeys(name for entry in config.plan or () for name in entry.names)
         names = tuple(planned) if self._names is None else tuple(self._names)
@@ -111,11 +111,11 @@ class StaticLauncher(Launcher):
 
     @property
     def _grace_s(self) -> float:
-        """The seconds in which a worker notices a restart of its coordinator and joins again."""
+        """Seconds that a worker needs to notice that its coordinator has restarted, and to join again."""
         return 2 * self._config.timeouts.worker
 
     def _instructions(self, listen: str) -> list[str]:
-        """Returns the commands for other machines. The commands name a file that has the secret."""
+        """Returns instructions to start workers on other machines. They name the token file, but not the token."""
         host, port = split_address(listen)
         hosts = one_of_each_interface()[:_MOST_HOSTS] if host in ANYWHERE else [host]
         addresses = self._config.join.addresses or [joined_address(each, port) for each in hosts or [host]]
@@ -126,15 +126,13 @@ class StaticLauncher(Launcher):
         )
         if self.authority is None:
             return [INSECURE, f"waiting for {which}; on each machine:", f"  {command} --insecure", _GPU]
-        copy = f"copy {self.authority.token_file} to each machine (mode 0600: it is a secret), then there"
-        reach = (
-            [f"  where multicast does not reach, {joins} instead of --discover"] if self._config.join.discover else []
-        )
+        copy = f"copy {self.authority.token_file} to each machine (mode 0600: it is a secret), then run there"
+        reach = [f"  where multicast fails, use {joins} instead of --discover"] if self._config.join.discover else []
         return [f"waiting for {which}; {copy}:", f"  {command} --token-file FILE", *reach, _GPU]
 
 
 class RestartingLauncher(StaticLauncher):
-    """The base class of launchers that start and restart workers elsewhere. These workers join like static ones."""
+    """Base class of launchers that start and restart workers elsewhere. The workers join like static workers."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
         super().__init__(config, folder, report)

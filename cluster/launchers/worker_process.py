@@ -1,4 +1,4 @@
-"""The process of a worker: its command line, standard input, environment, and a description of its end."""
+"""Defines a worker process's command line, standard input and environment, and describes its exit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def worker_input(settings: WorkerSettings) -> bytes:
 
 
 def worker_environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment variables that a worker inherits. None of them can hold a secret."""
+    """Returns the environment variables that a worker inherits. They contain no secrets."""
     inherited = {
         name: value for name, value in variables.items() if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
     }

@@ -1,1 +1,1 @@
-"""The workers that are connected, and their admission."""
+"""Connects workers to the coordinator and keeps track of them."""

@@ -1,5 +1,5 @@
-"""A cluster's certificate authority, made at the first start and kept in the state directory. Its certificates are
-valid for a day."""
+"""A cluster's certificate authority (CA). It is created at the first start and kept in the state directory. Its
+certificates are valid for a day."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from llamaclust.wire.security.credentials import COORDINATOR, MAX_SKEW_S, Identi
 from llamaclust.wire.security.token import JoinToken
 
 LIFE = timedelta(hours=24)
-"""The validity of certificates of workers and of the coordinator. They are renewed after two thirds of it."""
+"""Validity of workers' and the coordinator's certificates. They are renewed after two thirds of this time."""
 _MOST_BYTES = 1 << 20
 _CA_LIFE = timedelta(days=3650)
 _SKEW = timedelta(seconds=MAX_SKEW_S)
 _CA_BEGIN = datetime(2020, 1, 1, tzinfo=UTC)
-"""The begin of a CA's validity. It lies far in the past, so that a CA made while a clock was ahead is valid at once."""
+"""Begin of a CA's validity. It lies far in the past, so that a CA is valid even if its maker's clock was ahead."""
 
 _log = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ _BOTH = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
 
 
 def trust_folder(cluster: Path) -> Path:
-    """Returns the folder of a static cluster's authority if the cluster file names none: the cluster's own folder if it
-    exists, otherwise one that all static clusters of the state directory share, so that workers need a single token."""
+    """Returns the default folder of a static cluster's authority. Clusters without a folder of their own share one
+    folder, so that their workers need a single token."""
     own = cluster / "trust"
     return own if own.exists() else cluster.parent / _SHARED
 
@@ -56,8 +56,8 @@ class Authority:
 
     @classmethod
     def open(cls, folder: Path) -> Authority:
-        """Opens the authority in `folder`, or makes one there. Raises UsageError if it is damaged or readable by
-        others, LlamaclustError if it cannot be written."""
+        """Opens the authority in `folder`, or creates it. Raises UsageError if the folder is damaged or readable by
+        other users, and LlamaclustError if it cannot be written."""
         try:
             if not folder.exists():
                 _create(folder)
@@ -69,10 +69,10 @@ class Authority:
             key = load_private(read_bytes(folder / _CA_KEY, _MOST_BYTES))
             certificate = x509.load_pem_x509_certificate(read_bytes(folder / _CA_CERTIFICATE, _MOST_BYTES))
         except (OSError, ValueError) as error:
-            what = f"{folder}: cannot be read: {error}"
-            raise UsageError(f"{what}; remove it for new certificates and a new token") from error
+            what = f"{folder}: the folder cannot be read: {error}"
+            raise UsageError(f"{what}; remove the folder for new certificates and a new token") from error
         if certificate.public_key() != key.public_key():
-            raise UsageError(f"{folder}: key and certificate do not belong together; remove it for new ones")
+            raise UsageError(f"{folder}: key and certificate do not match; remove the folder for new ones")
         _check_time(folder, certificate)
         return cls(folder, key, certificate)
 
@@ -80,13 +80,12 @@ class Authority:
         token = JoinToken.read(self.token_file)
         if token.ca_hash != ca_hash(self.certificate):
             certificate = self.token_file.parent / _CA_CERTIFICATE
-            raise UsageError(f"token file {self.token_file}: not from the CA of {certificate}")
+            raise UsageError(f"token file {self.token_file}: the token is not from the CA of {certificate}")
         return token
 
     @property
     def token(self) -> JoinToken:
-        """The token in its file, which may have been rotated. If the file is unreadable, the last token that was
-        read."""
+        """The current token in the file. If the file cannot be read, the last token that was read."""
         try:
             self._token = self._read_token()
         except UsageError as error:
@@ -94,7 +93,7 @@ class Authority:
         return self._token
 
     def rotate_token(self) -> None:
-        """Replaces the token. The old token enrols no more workers, but members stay."""
+        """Replaces the token. Workers can no longer enrol with the old token, but present members stay."""
         write_private(self.token_file, JoinToken.create(self._token.ca_hash).text + "\n")
 
     @property
@@ -106,7 +105,7 @@ class Authority:
         return cluster_id(self._token.ca_hash)
 
     def identity(self, principal: Principal = COORDINATOR, life: timedelta = LIFE) -> Identity:
-        """Makes an identity with a new key, which is never written to disk."""
+        """Creates an identity with a new key. The key is never written to disk."""
         ca = self._certificate.public_bytes(Encoding.PEM)
         return Identity(ca, self.cluster, principal, self.new_pair(principal, life))
 
@@ -115,7 +114,7 @@ class Authority:
         return key.with_certificate(self.certify(key.request, principal, life))
 
     def certify(self, request: bytes, principal: Principal, life: timedelta = LIFE) -> bytes:
-        """Certifies the key of a certificate request (DER). Raises ProtocolError for an invalid request."""
+        """Signs a certificate (DER) for a certificate request (DER). Raises ProtocolError if the request is invalid."""
         now = datetime.now(UTC)
         builder = (
             x509.CertificateBuilder()
@@ -134,7 +133,7 @@ class Authority:
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.DER)
 
     def _key_identifier(self) -> x509.AuthorityKeyIdentifier:
-        """Returns the key id that the CA certificate states, or a derived one if it states none."""
+        """Returns the CA certificate's key id, or derives it from the key if the certificate has no key id."""
         try:
             named = self._certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         except x509.ExtensionNotFound:
@@ -185,8 +184,7 @@ def _usage(*, signs: bool) -> x509.KeyUsage:
 
 
 def _create(folder: Path) -> None:
-    """Creates the folder atomically. An interrupted start leaves no part of it, and of two concurrent starts one makes
-    it."""
+    """Creates the folder atomically. Interrupted and concurrent starts never leave an incomplete folder."""
     key, certificate = new_ca()
     token = JoinToken.create(ca_hash(certificate.public_bytes(Encoding.DER)))
     folder.parent.mkdir(parents=True, exist_ok=True)

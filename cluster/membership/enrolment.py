@@ -1,4 +1,4 @@
-"""The enrolment port: a TLS handshake with the coordinator's certificate, then challenge, request and answer."""
+"""Serves the enrolment port. After a TLS handshake, the server sends a challenge and answers the worker's request."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from llamaclust.wire.security.credentials import Identity, Principal
 from llamaclust.wire.security.server_context import server_context
 
 MAX_CONNECTIONS = 64
-"""The most open connections. Further connections are closed immediately."""
+"""Maximum number of open connections. Further connections are closed immediately."""
 MAX_OF_HOST = 32
-"""The most open connections of one address, so that one address cannot keep others out."""
+"""Maximum number of open connections from one address, so that one address cannot keep others out."""
 _HANDSHAKE_S = 5.0
 _EXCHANGE_S = 10.0
 _REST_S = 0.2
-"""The pause in seconds after the system could not accept a connection."""
+"""Pause in seconds after the system has failed to accept a connection."""
 _log = logging.getLogger(__name__)
 
 
 class EnrolmentServer:
-    """The server of the enrolment port. It serves while it is entered."""
+    """Server of the enrolment port. It runs while this context manager is entered."""
 
     def __init__(
         self, listen: str, authority: Authority, identity: Identity, refusal: RefusalReason | None, port: int
     ) -> None:
-        """Makes the server. `identity`: the coordinator's. `port`: the port of the Coordinator service."""
+        """Stores the arguments. `identity` is the coordinator's identity. `port` is the Coordinator service's port."""
         self._listen = listen
         self._authority = authority
         self._identity = identity
@@ -80,7 +80,7 @@ class EnrolmentServer:
             host = bounded_host(str(peer[0]))
             if len(self._connections) >= MAX_CONNECTIONS or self._of_host[host] >= MAX_OF_HOST:
                 connection.close()
-                others = f"{len(self._connections)} others are under way, {self._of_host[host]} of them from there"
+                others = f"{len(self._connections)} connections are open, {self._of_host[host]} of them from this host"
                 self._refusals.tell(f"enrolment of {host}: {others}")
                 continue
             self._of_host[host] += 1
@@ -132,7 +132,7 @@ class EnrolmentServer:
         return protocol.Grant(certificate, self._port).proven(token, challenge, request)
 
     def _context(self) -> ssl.SSLContext:
-        """Returns a TLS context with the present certificate. Makes a new context after each renewal."""
+        """Returns a TLS context with the current certificate. Creates a new context after each renewal."""
         pair = self._identity.pair
         if self._tls is None or self._tls[0] != pair.certificate:
             context = server_context(pair.private_key + pair.certificate, ssl.TLSVersion.TLSv1_3)

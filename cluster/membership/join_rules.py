@@ -1,4 +1,4 @@
-"""The rules that a worker's registration must meet."""
+"""Checks whether a worker may join."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ class JoinSettings:
 
 
 class JoinRules:
-    """The rules of one cluster. Its members decide which version new workers need. `credentials`: those of the
-    cluster."""
+    """Rules that a worker's registration must meet. They depend on the cluster's present members."""
 
     def __init__(self, members: Members, settings: JoinSettings, credentials: Credentials) -> None:
         self._members = members
@@ -43,8 +42,7 @@ class JoinRules:
         self._credentials = credentials
 
     async def refusal(self, register: Register, peer: Principal | None) -> str | None:
-        """Returns why a worker is refused; None if it is not. First probes a member of the same name, which may be
-        hanging."""
+        """Returns the reason to refuse a worker, or None. Waits to see whether a member with its name is alive."""
         if mismatch := self._mismatch(register, peer):
             return mismatch
         if duplicate := self._duplicate(register):
@@ -91,7 +89,7 @@ class JoinRules:
                 await member.is_responsive()
 
     def _numerics_version(self, register: Register) -> int:
-        """Returns the numerics version that a worker needs: that of the first member, otherwise this program's."""
+        """Returns the numerics version that a worker must have: the first member's version, or else this program's."""
         members = (handle.registration.numerics_version for handle in self._members.present.values())
         return next(members, 0 if register.device == "reference" else NUMERICS_VERSION)
 

@@ -24,14 +24,13 @@ _OTHER_LOGGERS = (
         r"(?: \S+:\d+ -- |: )(?P<message>.*)"
     ),
 )
-"""Line formats of glog and Abseil, of Ray's processes, and of Ray in Python, which includes plain `WARNING: ...`."""
+"""Line formats of glog and Abseil, of Ray's processes, and of Ray's Python code, such as `WARNING: ...`."""
 _OF_ERRORS = "EFC"
 
 
 def last_error(log: Path, start: int = 0) -> str:
-    """Returns the last line about trouble: a warning or an error of the worker, an error of a library, or the end of a
-    traceback. Reads from byte `start`, or from the beginning if the log is shorter and thus was emptied. Returns an
-    empty text if there is no such line."""
+    """Returns the last warning or error of the worker, error of a library, or end of a traceback. Returns an empty text
+    if there is none. Reads from byte `start`. A shorter log was emptied, and is read from its beginning."""
     try:
         with open_regular(log) as file:
             size = os.fstat(file.fileno()).st_size

@@ -1,4 +1,4 @@
-"""The workers of a cluster: present workers, and lost workers with the reason of their loss."""
+"""Keeps the present workers of a cluster, and its lost workers with the reason for each loss."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.task_set import TaskSet
 
 _EXIT_REPORT_S = 0.5
-"""The seconds to wait for the launcher's report that a process ended, which comes shortly after the process's stream
-breaks."""
+"""Seconds to wait for the launcher's exit report after a worker's stream breaks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ MembershipEvent = MemberJoined | MemberLost | PeerReported | HeartbeatReceived
 
 
 class Members:
-    """The workers by name. A lost worker stays until another worker of its name joins."""
+    """Workers by name. A lost worker stays in the list until another worker with this name joins."""
 
     def __init__(self, read_last_error: Callable[[str], str]) -> None:
         self.read_last_error = read_last_error
@@ -66,7 +65,7 @@ class Members:
         return {name: handle for name, handle in self._workers.items() if handle.loss is None}
 
     def subscribe(self, subscriber: Callable[[MembershipEvent], None]) -> None:
-        """Calls the subscriber with every later event, synchronously."""
+        """Registers a function that is called with each event."""
         self._subscribers.append(subscriber)
 
     def publish(self, event: MembershipEvent) -> None:
@@ -77,8 +76,8 @@ class Members:
         await self._changed.wait()
 
     async def wait_for(self, names: Collection[str], deadline_s: float) -> None:
-        """Returns when all named workers have joined. Raises DeadlineError with the missing names, WorkerError if the
-        process of one ended."""
+        """Waits until all named workers have joined. Raises DeadlineError if workers are missing, and WorkerError if a
+        worker's process has ended."""
         missing = sorted(names)
         try:
             async with deadline("workers joining", deadline_s):
@@ -110,23 +109,21 @@ class Members:
         self._exits.pop(handle.name, None)
 
     def announce(self, handle: WorkerHandle) -> None:
-        """Publishes the join of a worker that has received its admission. Does nothing if the worker is already
-        lost."""
+        """Publishes that an admitted worker has joined. Does nothing if the worker is already lost."""
         if handle.loss is not None:
             return
         self._set_changed()
         self.publish(MemberJoined(handle))
 
     def fence(self, handle: WorkerHandle, reason: str) -> None:
-        """Counts a worker as lost and ignores its messages, although its process may still run."""
+        """Marks a worker as lost. Its messages are ignored from now on, although its process may still run."""
         if not handle.state.is_gone:
             handle.lose(reason)
             self._set_changed()
             self.publish(MemberLost(handle))
 
     def report_loss(self, handle: WorkerHandle, reason: str) -> None:
-        """Counts a disconnected worker as lost. If the launcher reports in time how its process ended, that is the
-        reason."""
+        """Marks a disconnected worker as lost. The reason is the launcher's exit report, if the report comes soon."""
         self.losing.start(self._lose(handle, reason))
 
     async def _lose(self, handle: WorkerHandle, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""The service that workers join. It handles each connection's handshake, messages and end."""
+"""The service that workers join. It handles handshakes, messages and disconnections."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from llamaclust.worker.weights.giver import WeightGiver
 _LISTEN_S = 0.1
 _GOODBYE_S = 0.5
 _LOOK_S = 1.0
-"""The seconds between two reads of the record on disk."""
+"""Seconds between two reads of the record on disk."""
 
 _log = logging.getLogger(__name__)
 
 
 class Registry(Members):
-    """The members, and the Coordinator service, which runs while this context manager is entered."""
+    """The members and the Coordinator service. The service runs while this context manager is entered."""
 
     def __init__(
         self,
@@ -67,8 +67,8 @@ class Registry(Members):
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """Ends the workers, unless they belong to another coordinator now or were left to the next one. If some were
-        late, all stay for the next start."""
+        """Ends the workers. They stay if they belong to another coordinator now, if `leave_workers` was called, or if
+        the start timed out."""
         is_late = any(isinstance(part, DeadlineError) for part in error)
         present = [] if self._superseded.done() or self._is_left or is_late else list(self.present.values())
         for handle in present:
@@ -103,10 +103,10 @@ class Registry(Members):
 
     async def _newer_coordinator(self, register: Register) -> str | None:
         """Returns a refusal if the worker has seen a newer coordinator. This cluster ends only if the newer term is
-        signed and the worker held layers of this cluster, because no member's word alone may end a cluster."""
+        signed and the worker held layers of this cluster, because no member alone may end the cluster."""
         record, name, is_ours = self._settings.record, register.name, register.cluster == self._settings.cluster
         if register.is_awaited and not is_ours:
-            here = f"this is one of {self._settings.cluster!r}"
+            here = f"but this is a coordinator of {self._settings.cluster!r}"
             return f"worker {name} waits for a coordinator of cluster {register.cluster!r}, {here}"
         seen = register.largest_term if is_ours else 0
         former = record.term
@@ -121,14 +121,14 @@ class Registry(Members):
         newer = f"worker {name} has seen a newer coordinator of this cluster ({terms})"
         if is_proven and name in self.workers and self.workers[name].stages:
             self._supersede(newer)
-        return f"{newer}: restart this one, or end it"
+        return f"{newer}: restart this coordinator, or end it"
 
     def _supersede(self, newer: str) -> None:
         if not self._superseded.done():
             self._superseded.set_exception(SupersededError(f"superseded by a newer coordinator: {newer}"))
 
     async def superseded(self) -> None:
-        """Raises SupersededError once a worker or the record on disk shows a newer coordinator of the cluster."""
+        """Waits until a worker or the record on disk shows a newer coordinator, and then raises SupersededError."""
         record = self._settings.record
         while not self._superseded.done():
             if newer := await asyncio.to_thread(record.newer_term):
@@ -137,7 +137,7 @@ class Registry(Members):
         await self._superseded
 
     def leave_workers(self) -> None:
-        """Leaves the workers running at the end, for the next coordinator."""
+        """Keeps the workers running when this registry ends, so that the next coordinator can use them."""
         self._is_left = True
 
     async def _serve(self, register: Register, stream: ServerStream) -> None:
@@ -161,7 +161,7 @@ class Registry(Members):
                 self.report_loss(handle, reason)
 
     async def _prove_term(self) -> None:
-        """Sends members the larger term with its proof. They may have to show the proof to another coordinator."""
+        """Sends this coordinator's new term and its proof to all members. They may show it to another coordinator."""
         with contextlib.suppress(DeadlineError):
             async with deadline("proving a term", HANDSHAKE_S):
                 sends = (handle.channel.send(self._admitted()) for handle in self.present.values())
@@ -221,7 +221,7 @@ class Registry(Members):
 
 
 def _serial_sender(stream: ServerStream) -> Callable[[CoordinatorMessage], Awaitable[None]]:
-    """Returns a function that sends messages one after another, as gRPC requires."""
+    """Returns a function that sends messages one at a time, as gRPC requires."""
     writing = asyncio.Lock()
 
     async def write(message: CoordinatorMessage) -> None:

@@ -1,4 +1,4 @@
-"""Requests to one worker, their answers, and deadlines that progress extends."""
+"""Sends requests to a worker and receives their answers. Progress reports may extend deadlines."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Request = Callable[[deadline], Awaitable[Any]]
 
 
 class ProgressDeadline:
-    """A deadline that each progress report extends. Its error states the progress of the worker."""
+    """A deadline that each progress report extends. Its error says how far the worker has come."""
 
     def __init__(self, what: str, timeout_s: float) -> None:
         self._what = what
@@ -76,8 +76,7 @@ class WorkerChannel:
         return self._locks.setdefault(what, asyncio.Lock())
 
     async def request(self, request: WorkerRequest, limit: deadline) -> Any:
-        """Returns the answer. Raises the worker's own error, WorkerError if the worker is lost, and the error of
-        `limit`."""
+        """Returns the answer. Raises the worker's error, WorkerError if the worker is lost, or `limit`'s error."""
         request_id = next(self._ids)
         self._expected[request_id] = _ANSWERS[type(request)]
         try:
@@ -98,7 +97,7 @@ class WorkerChannel:
             del self._pending[key]
 
     def answer(self, key: Key, answer: object) -> None:
-        """Resolves a request. Late answers are dropped. Raises ProtocolError for an answer of the wrong type."""
+        """Completes a request. Drops a late answer. Raises ProtocolError if the answer has the wrong type."""
         pending = self._pending.get(key)
         if pending is None or pending.done():
             return
@@ -112,7 +111,7 @@ class WorkerChannel:
     async def with_progress(
         self, kind: type[Progress], request: Request, limit: ProgressDeadline, on_progress: OnProgress
     ) -> Any:
-        """Returns the answer to a request. Each progress message of type `kind` extends its deadline."""
+        """Returns the answer to a request. Each progress message of type `kind` extends the deadline."""
 
         def observe(progress: Progress) -> None:
             limit.report(progress.done_bytes, progress.total_bytes)
@@ -130,7 +129,7 @@ class WorkerChannel:
             observer(progress)
 
     def fail(self, error: LlamaclustError) -> None:
-        """Fails all pending and later requests."""
+        """Makes all pending and later requests raise `error`."""
         self._error = error
         for pending in self._pending.values():
             if not pending.done():

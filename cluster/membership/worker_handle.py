@@ -34,7 +34,7 @@ from llamaclust.wire.security.credentials import Credentials
 from llamaclust.wire.security.permits import permit
 
 PROGRESS_TIMEOUT_S = 60.0
-"""The seconds without progress after which a load counts as hanging."""
+"""Seconds without progress after which a load counts as hung."""
 _UNLOAD_S = 60.0
 _REPORTED: dict[str, Callable[[str], LlamaclustError]] = {
     kind.__name__: kind
@@ -49,7 +49,7 @@ _REPORTED: dict[str, Callable[[str], LlamaclustError]] = {
         LoadCancelledError,
     )
 }
-"""Errors that a worker may report, by name. An error with another name becomes WorkerError."""
+"""Errors that a worker may report, by name. Any other name becomes WorkerError."""
 _loss_numbers = count()
 
 
@@ -67,8 +67,7 @@ class WorkerState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """The loss of a worker. `number`: its position in the order of losses. `last_error`: the last error in the worker's
-    log, if any."""
+    """A worker's loss. `number` counts losses in their order. `last_error` is the last error in the worker's log."""
 
     reason: str
     number: int
@@ -80,14 +79,14 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class FreshMemory:
-    """Free memory of a worker without stages, newer than the value in its registration."""
+    """Free memory of a worker without stages. It is newer than the value in the worker's registration."""
 
     free_bytes: int
     gpus: tuple[Gpu, ...]
 
 
 class UnreachablePeer:
-    """The first report of a stage that it cannot reach another worker. It is kept for each epoch."""
+    """Keeps the first report that a worker's stage cannot reach another worker."""
 
     def __init__(self) -> None:
         self.reported = asyncio.Event()
@@ -99,7 +98,7 @@ class UnreachablePeer:
 
 
 class GroupFaults:
-    """The first report of a group member that it gives up the epoch."""
+    """Keeps the first report that a group member gives up an epoch."""
 
     def __init__(self) -> None:
         self.reported = asyncio.Event()
@@ -111,8 +110,7 @@ class GroupFaults:
 
 
 class WorkerHandle:
-    """One member. If the worker is lost, `lost` is set and `loss` has the reason. The end of the cluster is not a
-    loss."""
+    """A member. If the worker is lost, `lost` is set, and `loss` has the reason. The cluster's end is not a loss."""
 
     def __init__(
         self,
@@ -185,8 +183,7 @@ class WorkerHandle:
         return () if order is None else order.devices or (DeviceLayers(kind, order.start, order.end),)
 
     def order_of(self, model_id: str) -> Load | None:
-        """Returns the order of the worker's newest stage of a model, whether loaded or loading; None if the worker is
-        gone."""
+        """Returns the load order of the model's newest stage, loaded or loading. Returns None if there is none."""
         if self.state.is_gone:
             return None
         if self.loading is not None and self.loading.model_id == model_id:
@@ -196,7 +193,7 @@ class WorkerHandle:
 
     @property
     def held_bytes(self) -> int:
-        """The memory of all stages of the worker; 0 if it is gone."""
+        """Memory of all stages on the worker, in bytes. It is 0 if the worker is gone."""
         stages = (loaded for _, loaded in self.stages.values() if not self.state.is_gone)
         return sum(
             stage.weight_bytes + stage.kv_bytes + stage.workspace_bytes + stage.encoder_bytes for stage in stages
@@ -204,7 +201,7 @@ class WorkerHandle:
 
     @property
     def gpus(self) -> tuple[Gpu, ...]:
-        """The worker's GPUs, with the free memory of its last heartbeat."""
+        """The worker's GPUs, with their free memory from the last heartbeat."""
         gpus, heartbeat = self.registration.gpus, self.heartbeat
         if heartbeat is None or len(heartbeat.gpu_free_bytes) != len(gpus):
             return gpus
@@ -228,7 +225,7 @@ class WorkerHandle:
         return f"layers of {len(models)} models" if len(models) > 1 else "layers [{}, {})".format(*self.layers or ())
 
     def progress(self, epoch: int) -> StageProgress | None:
-        """Returns the progress of a stage in the last heartbeat; None if it has none."""
+        """Returns the stage's progress in the last heartbeat, or None."""
         stages = () if self.heartbeat is None else self.heartbeat.stages
         return next((stage for stage in stages if stage.epoch == epoch), None)
 
@@ -239,7 +236,7 @@ class WorkerHandle:
         return self._faults.setdefault(epoch, GroupFaults())
 
     async def is_responsive(self) -> bool:
-        """Returns True at the worker's next message, False if the worker is lost first."""
+        """Waits for the worker's next message. Returns False if the worker is lost before it sends one."""
         signs = [asyncio.create_task(sign.wait()) for sign in (self._message, self.lost)]
         try:
             await asyncio.wait(signs, return_when=asyncio.FIRST_COMPLETED)
@@ -254,8 +251,7 @@ class WorkerHandle:
         on_progress: Callable[[LoadProgress], None] | None = None,
         progress_timeout_s: float = PROGRESS_TIMEOUT_S,
     ) -> Loaded:
-        """Loads a stage. Raises the worker's own error, WorkerError if the worker is lost, StalledError without
-        progress."""
+        """Loads a stage. Raises the worker's error, WorkerError if the worker is lost, or StalledError."""
         assert self.loading is None, "one load at a time"
         what = f"worker {self.name} made no progress with layers [{order.start}, {order.end})"
         request = partial(self.channel.order, f"load of epoch {epoch_text(order.epoch)}", order)
@@ -281,8 +277,7 @@ class WorkerHandle:
             self.channel.answer(f"load of epoch {epoch_text(self.loading.epoch)}", error)
 
     async def unload(self, epoch: int, deadline_s: float = _UNLOAD_S) -> None:
-        """Frees the stage of an epoch. Raises the worker's own error, WorkerError if the worker is lost,
-        DeadlineError."""
+        """Unloads an epoch's stage. Raises the worker's error, WorkerError if the worker is lost, or DeadlineError."""
         what = f"unload of epoch {epoch_text(epoch)}"
         await self.channel.order(what, messages.Unload(epoch), deadline(f"worker {self.name}: {what}", deadline_s))
         self._forget(epoch)
@@ -293,7 +288,7 @@ class WorkerHandle:
         self._faults.pop(epoch, None)
 
     def receive(self, message: messages.WorkerMessage) -> None:
-        """Processes a message. Raises ProtocolError for a message that may not follow the registration."""
+        """Processes a message. Raises ProtocolError if the message is not allowed after registration."""
         self._message.set()
         self._message = asyncio.Event()
         match message:

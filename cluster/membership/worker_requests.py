@@ -1,4 +1,4 @@
-"""Requests to a worker other than loads: profiles, probes, logs, weights, adapters, free memory."""
+"""Sends requests to a worker, such as measurements, probes, and requests for logs or weights."""
 
 from __future__ import annotations
 
@@ -24,17 +24,16 @@ from llamaclust.wire.control.weights import (
 from llamaclust.wire.rpc.deadlines import deadline
 
 _PROFILE_S = 300.0
-"""The seconds that a measurement may take, including reads of a large model's layers from a slow disk."""
+"""Seconds that a measurement may take. It may read a large model's layers from a slow disk."""
 _LINK_S = 30.0
 _LOG_S = 5.0
 ADAPTERS_S = 600.0
-"""The seconds that a change of adapters may take, including an epoch's load at the same time and fetching the adapters'
-weights."""
+"""Seconds that a change of adapters may take. It may fetch weights, and wait for a stage that is loading."""
 _HEARTBEAT_S = 10.0
 
 
 async def profile_worker(worker: WorkerHandle, request: ProfileWorker, deadline_s: float = _PROFILE_S) -> Profile:
-    """Measures the worker's machine, which should be idle. Raises ProtocolError for a wrong number of GPUs."""
+    """Measures the worker's machine, which should be idle. Raises ProtocolError if the number of GPUs is wrong."""
     limit = deadline(f"worker {worker.name}: measurement", deadline_s)
     measured: profiles.WorkerProfile = await worker.channel.request(request, limit)
     gpus, measured_gpus = len(worker.registration.gpus), len(measured.profile.gpus)
@@ -57,7 +56,7 @@ async def profile_link(worker: WorkerHandle, other: WorkerHandle, deadline_s: fl
 
 
 async def set_adapters(worker: WorkerHandle, epoch: int, adapters: tuple[AdapterFile, ...]) -> None:
-    """Replaces a stage's adapters. Raises the worker's own error, WorkerError if it is lost, DeadlineError."""
+    """Replaces a stage's adapters. Raises the worker's error, WorkerError if the worker is lost, or DeadlineError."""
     limit = deadline(f"worker {worker.name}: its adapters", ADAPTERS_S)
     done: AdaptersSet = await worker.channel.request(SetAdapters(epoch, adapters), limit)
     order, loaded = worker.stages[epoch]
@@ -66,8 +65,7 @@ async def set_adapters(worker: WorkerHandle, epoch: int, adapters: tuple[Adapter
 
 
 async def probe(worker: WorkerHandle, other: WorkerHandle, deadline_s: float) -> str:
-    """Returns why the worker cannot reach another one; empty if it can. Raises WorkerError if the worker is lost,
-    DeadlineError."""
+    """Returns why the worker cannot reach `other`, or an empty text. Raises WorkerError or DeadlineError."""
     what = f"way to {other.name}"
     async with worker.channel.one_at_a_time(what):
         limit = deadline(f"worker {worker.name}: the {what}", deadline_s)
@@ -77,7 +75,7 @@ async def probe(worker: WorkerHandle, other: WorkerHandle, deadline_s: float) ->
 
 
 async def log_tail(worker: WorkerHandle, deadline_s: float = _LOG_S) -> LogTail:
-    """Returns the last lines of the worker's log. Raises WorkerError if it is lost, DeadlineError."""
+    """Returns the last lines of the worker's log. Raises WorkerError if the worker is lost, or DeadlineError."""
     async with worker.channel.one_at_a_time("log"):
         limit = deadline(f"worker {worker.name}: its log", deadline_s)
         tail: LogTail = await worker.channel.request(logs.GetLog(), limit)
@@ -85,8 +83,8 @@ async def log_tail(worker: WorkerHandle, deadline_s: float = _LOG_S) -> LogTail:
 
 
 async def refresh_memory(worker: WorkerHandle, held: Mapping[str, int]) -> None:
-    """Updates the worker's free memory from its next heartbeat, after a load that did not fit. The bytes of other
-    models' stages, `held` by device, count as free. Raises DeadlineError."""
+    """Waits for a heartbeat and updates the worker's free memory. `held` has the bytes of other models' stages by
+    device. They count as free. Raises DeadlineError if no heartbeat comes."""
     last = worker.heartbeat
     async with deadline(f"worker {worker.name}: a heartbeat", _HEARTBEAT_S):
         while worker.heartbeat is last and await worker.is_responsive():
@@ -102,8 +100,8 @@ async def find_weights(
     on_reading: Callable[[FindWeightsProgress], None] | None = None,
     progress_timeout_s: float = PROGRESS_TIMEOUT_S,
 ) -> WeightsFound:
-    """Returns which of a model's weights the worker has. Answers are cached. `describe` requests the manifest too, for
-    which the worker may read its file. Raises StalledError after `progress_timeout_s` without progress."""
+    """Returns which of a model's weights the worker has. Answers are cached. If `request.describe` is set, the worker
+    may have to read its file. Raises StalledError after `progress_timeout_s` without progress."""
     async with worker.channel.one_at_a_time("weights"):
         key = request.file_id, request.describe
         if key not in worker.weights_found:

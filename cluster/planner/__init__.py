@@ -1,1 +1,1 @@
-"""Pure functions that make a plan of layer ranges from facts about the model, the workers and the links."""
+"""Assigns layer ranges to workers, from facts about the model, the workers and the links. All functions are pure."""

@@ -1,4 +1,4 @@
-"""Builds a chain of stages from the assignments of a plan: the layers on each device, KV blocks, and a prediction."""
+"""Builds a chain of stages from a plan's assignments, with layers by device, KV blocks and a speed prediction."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Chain:
     def of(
         cls, sizes: MemoryModel, entries: Sequence[Assignment], workers: Mapping[str, WorkerFacts], contexts: int
     ) -> Self:
-        """Builds the chain. Its KV memory holds at least `contexts` full-length sequences."""
+        """Divides each stage among its devices so that KV memory holds at least `contexts` full-length sequences."""
         return cls(sizes, tuple(_held_stage(sizes, entry, workers, contexts) for entry in entries))
 
     @property

@@ -1,5 +1,5 @@
-"""Costs of a stage on a worker: bytes of memory, and seconds. Seconds come from measured steps, otherwise from the
-roofline. They depend on the bytes that a step touches, which in a mixture of experts are fewer than the bytes held."""
+"""Computes a stage's memory in bytes and its time in seconds. Times come from measured steps, or from a roofline if
+nothing was measured. They depend on the bytes that a step touches. With experts, a step touches only some weights."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _Compute = Callable[[DeviceProfile, str, int, bool], Table]
 
 
 EXCHANGE_S = 50e-6
-"""The seconds for two waits for a GPU and two copies, assumed and not measured."""
+"""Seconds to wait for a GPU twice and to copy twice. The value is assumed, not measured."""
 EXCHANGE_BYTE_S = 1 / 12e9
-"""The seconds per byte over PCIe 3.0 with 16 lanes, assumed and not measured."""
+"""Seconds per byte over PCIe 3.0 with 16 lanes. The value is assumed, not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,8 @@ class WorkerFacts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageCosts:
-    """Sums over layers [start, end) of a model. The first stage includes the embedding, the last one the head. Tables
-    and counts are [layers + 1, layers + 1], by start and end. Values with end <= start are meaningless."""
+    """Costs of every stage [start, end) of a model. The first stage includes the embedding, and the last stage the
+    head. Tables are [layers + 1, layers + 1] by start and end. Entries with end <= start are meaningless."""
 
     layers: int
     hidden_bytes: int  # bytes of a row between stages of whole layers
@@ -114,11 +114,11 @@ class StageCosts:
         return np.array([layer.expert_bytes > 0 for layer in self.model.layers], np.bool_)
 
     def decode_s(self, worker: WorkerFacts, start: int, end: int, rows: int = 1, *, concurrent: bool = False) -> float:
-        """Returns the seconds of a step with one row per sequence. `concurrent`: other stages compute meanwhile."""
+        """Returns the seconds of a step with one row per sequence. `concurrent` means that other stages compute too."""
         return float(self.decode_table(worker, rows, concurrent=concurrent)[start, end])
 
     def prefill_s(self, worker: WorkerFacts, start: int, end: int, rows: int, *, concurrent: bool = False) -> float:
-        """Returns the seconds of a microbatch with `rows` prompt tokens and no output rows."""
+        """Returns the seconds of a microbatch that has `rows` prompt tokens and no output rows."""
         return float(self.prefill_table(worker, rows, concurrent=concurrent)[start, end])
 
     def decode_table(self, worker: WorkerFacts, rows: int = 1, *, concurrent: bool = False) -> Table:
@@ -153,7 +153,7 @@ class StageCosts:
         return self._roofline_s(Roofline.of(profile, device, self.hidden_bytes, concurrent=concurrent), rows, 1)
 
     def experts_table(self, worker: WorkerFacts, rows: int, layers: Flags, *, concurrent: bool = False) -> Table:
-        """Returns for each stage the seconds of the routers and experts of `layers` in a step of `rows` rows."""
+        """Returns each stage's time in the routers and experts of `layers`, in seconds, for a step with `rows` rows."""
         profile = worker.profile
         assert profile is not None
         if times := profile.step_times(concurrent=concurrent):
@@ -163,7 +163,7 @@ class StageCosts:
         return _float_sums(np.where(layers, [roofline.experts_s(layer, rows) for layer in self.model.layers], 0.0))
 
     def exchange_table(self, rows: int, layers: Flags) -> Table:
-        """Returns for each stage the seconds to move its mixtures' inputs and outputs (of `layers`) between devices."""
+        """Returns each stage's time to move expert inputs and outputs of `layers` between devices, in seconds."""
         each_s = EXCHANGE_S + EXCHANGE_BYTE_S * 2 * rows * self.hidden_bytes
         seconds: Table = _float_sums((layers & self.mixtures).astype(np.float64)) * each_s
         return seconds
@@ -183,8 +183,8 @@ class StageCosts:
         return before - before[:, np.newaxis]
 
     def _prefilled(self, rows: int) -> Table:
-        """Returns for each stage the bytes to which a prompt's time is proportional. In models with mixtures, dense
-        layers count by their products, because the seconds per byte were measured on mixtures."""
+        """Returns the bytes that determine each stage's prompt time. If a model has experts, bytes of its dense layers
+        are derived from their multiply-adds, because the seconds per byte were measured on layers with experts."""
         mixtures = [layer for layer in self.model.layers if layer.idle_bytes]
         macs = sum(layer.macs_per_token for layer in mixtures)
         mac_bytes = sum(layer.moved_bytes(rows, 1) for layer in mixtures) / macs if macs else 0.0
@@ -203,7 +203,7 @@ def _possible(costs: ModelCosts) -> NDArray[np.bool_]:
 
 
 def _saved_bytes(costs: ModelCosts) -> Counts:
-    """Returns for each stage how many bytes smaller its whole layers are than the sum of their parts."""
+    """Returns the bytes that each stage saves by holding layers whole. Parts of a layer need more bytes in total."""
     shards, layers = costs.expert_shards, costs.layers
     before = np.array([0, *accumulate(layer.saved_bytes for layer in layers[::shards])], np.int64)
     borders = np.arange(len(layers) + 1)

@@ -1,5 +1,5 @@
-"""Divides a stage among its worker's devices. The last layers go to GPUs: as many as fit or as the user has set.
-Experts of layers on a GPU may stay in RAM."""
+"""Divides a stage among its worker's devices. The last layers go to GPUs. Their number is set by the user, or by the
+GPUs' memory. A GPU's layers may leave their experts in RAM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.core.gpus import Placement
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Layers [start, end) on one device of a worker. `device` describes the device as if it were a worker."""
+    """Layers [start, end) on one of a worker's devices. `device` describes this device as if it were a worker."""
 
     device: WorkerFacts
     start: int
@@ -30,7 +30,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MoeLayers:
-    """Flags of layers whose experts stay in RAM although their other weights are on a GPU."""
+    """Flags for layers on a GPU whose experts stay in RAM."""
 
     fixed: Flags  # experts are in RAM in any case
     open: Flags  # experts are in RAM if that is faster, or the only way
@@ -61,8 +61,8 @@ def devices_of(worker: WorkerFacts) -> tuple[WorkerFacts, ...]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Division:
-    """The division of every stage [start, end). Device number i holds layers [bounds[i], bounds[i + 1]). A layer on a
-    GPU has its experts in RAM if it is in `moe.fixed`, or in `moe.open` and before moe_ends[i]."""
+    """Divides every possible stage [start, end) among devices. Device i holds layers [bounds[i], bounds[i + 1]). If it
+    is a GPU, experts are in RAM for its layers in `moe.fixed`, and for those in `moe.open` before moe_ends[i]."""
 
     devices: tuple[WorkerFacts, ...]
     bounds: tuple[Counts, ...]  # tables by start and end
@@ -70,7 +70,7 @@ class Division:
     moe: MoeLayers
 
     def held(self, start: int, end: int) -> tuple[Held, ...]:
-        """Returns a stage's layers by device, without devices that hold none. Experts in RAM come last."""
+        """Returns a stage's layers by device, except for devices without layers. Experts in RAM come last."""
         at = [int(table[start, end]) for table in self.bounds]
         ends = [int(table[start, end]) for table in self.moe_ends]
         parts = [
@@ -86,11 +86,11 @@ class Division:
         return tuple(layer for layer in range(begin, until) if fixed[layer] or (is_open[layer] and layer < moe_end))
 
     def parts(self) -> Iterator[tuple[WorkerFacts, Counts, Counts, Counts]]:
-        """Yields (device, start, end, end of layers with open experts in RAM), the last three as tables by stage."""
+        """Yields (device, start, end, moe_end) with tables by stage. Open experts before moe_end are in RAM."""
         yield from zip(self.devices, self.bounds, self.bounds[1:], self.moe_ends, strict=False)
 
     def moved_ranges(self) -> Iterator[tuple[WorkerFacts, Flags, Counts, Counts]]:
-        """Yields (GPU, layers, start, end), which means that experts of `layers` in [start, end) are in RAM."""
+        """Yields (GPU, layers, start, end). The experts of those `layers` that lie in [start, end) are in RAM."""
         for device, begin, until, moe_end in islice(self.parts(), 1, None):
             for layers, end in ((self.moe.fixed, until), (self.moe.open, moe_end)):
                 if layers.any():
@@ -103,7 +103,7 @@ class Division:
         return total
 
     def moved(self, experts: Callable[[WorkerFacts, Flags], Table], exchange: Callable[[Flags], Table]) -> Table:
-        """Returns the change of `sums` by experts in RAM. `exchange`: the time to move activations to RAM and back."""
+        """Returns the seconds that experts in RAM add to each stage. `exchange` is the time to move activations."""
         total: Table = np.zeros(self.bounds[0].shape)
         for device, layers, begin, end in self.moved_ranges():
             change = experts(self.devices[0], layers) + exchange(layers) - experts(device, layers)
@@ -118,14 +118,14 @@ class Division:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceNeeds:
-    """The bytes that stages need on a device, not counting the experts of `MoeLayers.fixed`."""
+    """Memory that every possible stage needs on a device, in bytes. Experts of `MoeLayers.fixed` do not count."""
 
     excess: Table  # bytes beyond the device's memory, with all other experts in it, by start and end
     experts: Counts  # bytes that open experts of the first n layers free if they are in RAM, by n
     held_experts: Counts  # bytes of open experts of the first n layers, by n: rounding may make them free nothing
 
     def first_moe_end(self) -> Counts:
-        """Returns for each stage the end of the layers whose open experts must be in RAM so that the stage fits."""
+        """Returns the lowest `moe_end` of each stage with which the stage fits."""
         starts = np.arange(len(self.experts))[:, np.newaxis]
         found: Counts = np.searchsorted(self.experts, self.excess + self.experts[:, np.newaxis])
         return np.maximum(found, starts)
@@ -139,8 +139,8 @@ def divide(
     *,
     apart: bool = False,
 ) -> Division:
-    """Divides all `possible` stages. With `apart`, open experts are in RAM, of as many layers as it takes until
-    the stage fits on the first GPU. With `gpu_layers`, the first GPU takes those that do not fit on other GPUs."""
+    """Divides all `possible` stages. If `apart` is set, layers leave their open experts in RAM until the stage fits on
+    the first GPU. If the user set `gpu_layers`, the first GPU takes those layers that do not fit on other GPUs."""
     devices, borders = devices_of(worker), possible.diagonal()
     starts, ends = np.indices((len(borders), len(borders)))
     wanted = len(borders) if worker.gpu_layers is None else worker.gpu_layers
@@ -164,8 +164,8 @@ def divide(
 
 
 def _allowed(worker: WorkerFacts, borders: Flags, index: int, begin: Counts) -> Counts:
-    """Moves `begin` of device `index` to a border that the user's rules allow: after the layers of earlier devices, and
-    before those of this or a later device."""
+    """Moves `begin`, where the layers of device `index` begin, to a border that the user's rules allow. Layers that the
+    rules put on earlier devices must come before it. Layers for this or later devices must come after it."""
     if not worker.placement.layers:
         return begin
     gpus, layers = [gpu.device for gpu in worker.gpus], len(borders) - 1

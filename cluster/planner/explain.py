@@ -88,10 +88,10 @@ def _fitting_context(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> int 
 def idle_workers(
     sizes: MemoryModel, workers: Sequence[WorkerFacts], used: Collection[str], contexts: int
 ) -> tuple[IdleWorker, ...]:
-    """Explains why workers have no layers. KV memory is planned for `contexts` full-length sequences."""
+    """Explains why some workers get no layers. KV memory is planned for `contexts` full-length sequences."""
     idle = [worker for worker in workers if worker.name not in used]
     if sizes.request.manual is not None:
-        return tuple(IdleWorker(worker.name, "the plan gives it no layers") for worker in idle)
+        return tuple(IdleWorker(worker.name, "the manual plan does not name this worker") for worker in idle)
     return tuple(IdleWorker(worker.name, _reason(sizes, worker, used, contexts)) for worker in idle)
 
 
@@ -107,5 +107,5 @@ def _reason(sizes: MemoryModel, worker: WorkerFacts, used: Collection[str], cont
         what = "a stage of one layer" if sizes.stages.expert_shards == 1 else "the smallest part of a layer"
         return f"too little memory: it has {room // MIB} MiB, {what} needs {mib(least)} MiB"
     if stages == layers:
-        return f"the model has {layers} layers, one for each of the others"
-    return "it would make the others slower"
+        return f"the model has {layers} layers, one for each of the other workers"
+    return "with this worker, the plan would be slower"

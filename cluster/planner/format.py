@@ -17,11 +17,11 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 _MOST_SHARE = 12
 _SPARSE = 0.75
-"""The text states the bytes that a token reads if they are a smaller share of the weights than this."""
+"""Limit for printing the bytes that a token reads. They are printed if they are a smaller fraction of the weights."""
 
 
 def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> dict[str, Any]:
-    """Returns a plan's figures: half-open layer ranges, bytes, milliseconds; null if not measured."""
+    """Returns a plan as JSON values. Layer ranges are half-open. Unmeasured times are null."""
     values, predicted, other = asdict(plan), plan.prediction, plan.without_groups
     gains = _gains(plan, acceptances)
     del values["prediction"]
@@ -191,7 +191,7 @@ def stage_name(plan: Plan, stage: StagePlan) -> str:
 
 
 def shares_text(shares: Sequence[int]) -> str:
-    """Formats shares as a ratio of small whole numbers (2:1), otherwise relative to the smallest share (1.1:1)."""
+    """Formats shares as small whole numbers (2:1) if possible, or else relative to the smallest share (1.1:1)."""
     unit, least = gcd(*shares), min(shares)
     if max(shares) <= _MOST_SHARE * unit:
         return ":".join(str(share // unit) for share in shares)

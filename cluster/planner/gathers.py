@@ -1,4 +1,4 @@
-"""Times of gathers, from the latency of a group's slowest link and the bytes on all its links."""
+"""Predicts how long gathers take, from the latency of a group's slowest link and the bytes on all its links."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from llamaclust.cluster.planner.links import Links
 from llamaclust.model.groups.costs import GatherCost, GroupCosts
 
 GATHER_S = 35e-6
-"""The seconds that a gather takes in addition to the network: members that are not ready together, encryption, system
-calls, copied rows. In served groups of two, members wait 30 to 40 us on loopback (docs/internals/groups.md)."""
+"""Seconds that a gather takes beyond the network time. Members are not ready at the same moment, and rows must be
+encrypted and copied. In groups of two on loopback, members wait 30 to 40 us (docs/internals/groups.md)."""
 HIDDEN_SHARE = 0.5
-"""The largest share of a prompt's bytes that can travel while members compute other rows."""
+"""Largest fraction of a prompt's bytes that can be sent while members compute other rows."""
 
 Seconds = TypeVar("Seconds", float, Table)
 
@@ -36,7 +36,7 @@ class GroupLinks:
         return cls(latency_s + GATHER_S, byte_s)
 
     def all_to_all_s(self, sent: Table) -> Table:
-        """Returns the seconds in which each member sends `sent` bytes, [members, ...], to every other member."""
+        """Returns the seconds until each member has sent its `sent` bytes, [members, ...], to every other member."""
         out = sent * self.byte_s.sum(axis=1).reshape(-1, *[1] * (sent.ndim - 1))
         into = np.tensordot(self.byte_s.T, sent, axes=1)
         slowest: Table = np.maximum(out, into).max(axis=0)
@@ -47,7 +47,7 @@ class GroupLinks:
         return float(self.byte_s[0].sum())
 
     def to_leader_s(self, sent: Table) -> Table:
-        """Returns the seconds in which each follower sends `sent` bytes, [members, ...], to the leader."""
+        """Returns the seconds until all followers have sent their `sent` bytes, [members, ...], to the leader."""
         found: Table = np.tensordot(self.byte_s[:, 0], sent, axes=1)
         return found
 
@@ -63,7 +63,7 @@ class GatherTimes(Generic[Seconds]):
         return self.layers_s + self.output_s + rows * (self.row_s + self.output_row_s)
 
     def prefill_s(self, rows: int, computing_s: Seconds) -> Seconds:
-        """Returns the seconds of the gathers of `rows` prompt tokens, without those that computation hides."""
+        """Returns the seconds of gathers for `rows` prompt tokens, except for the part that overlaps computation."""
         bytes_s = rows * self.row_s
         found: Seconds = self.layers_s + bytes_s - np.minimum(HIDDEN_SHARE * bytes_s, computing_s)
         return found
@@ -82,7 +82,7 @@ def gather_times(
 
 
 def _seconds(gathers: Iterable[GatherCost], shares: Sequence[int], links: GroupLinks) -> tuple[float, float]:
-    """Returns (seconds of all gathers without rows, seconds that each row adds)."""
+    """Returns (fixed seconds of all gathers, additional seconds per row)."""
     fixed_s = row_s = 0.0
     known: dict[GatherCost, float] = {}
     for gather in gathers:

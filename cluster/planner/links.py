@@ -1,4 +1,4 @@
-"""Latency and transfer time of links between workers and the coordinator."""
+"""Latencies and transfer times of the links between workers, and of their links to the coordinator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COORDINATOR = ""
 _NOISE_S = 5e-5
 _NOISE_BYTE_S = 5e-11
 _NOISE = 0.1
-"""The relative difference of links up to which workers count as equally far away."""
+"""Relative difference of link times up to which workers count as equally far away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +25,22 @@ class Link:
 
     @property
     def gather_s(self) -> float:
-        """Seconds of one way between threads that poll sockets, without the time in programs."""
+        """One-way seconds between threads that poll their sockets. The programs' own time does not count."""
         return max(0.0, self.one_way_s - _PROGRAMS_S) if self.network_s is None else self.network_s
 
 
 _PROGRAMS_S = 1.5e-4
 USUAL = Link(one_way_s=_PROGRAMS_S, byte_s=1e-9)
-"""The link that is assumed if none was measured, as between processes of one machine."""
+"""Assumed link if none was measured. It resembles a link between two processes on one machine."""
 
 
 NO_REACH = Link(one_way_s=0.0, byte_s=0.0)
-"""A worker's part of its links' times, if nothing is known about the worker."""
+"""Part of a link's time that an unknown worker causes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """Links by pairs of names. An unknown link counts as `USUAL`."""
+    """Links between pairs of workers. An unknown link counts as `USUAL`."""
 
     measured: Mapping[frozenset[str], Link] = field(default_factory=dict)
 
@@ -55,7 +55,7 @@ class Links:
         return [self.between(*pair) for pair in pairs]
 
     def estimated(self, pairs: Iterable[frozenset[str]]) -> Links:
-        """Returns these links and estimates for unmeasured pairs. An estimate is the sum of the parts of both ends."""
+        """Adds estimated links for the unmeasured pairs in `pairs`. An estimate is the sum of both workers' parts."""
         reaches = self.reaches({name for pair in self.measured for name in pair})
         known = (sorted(pair) for pair in pairs if pair <= reaches.keys())
         sums = {
@@ -67,8 +67,8 @@ class Links:
         return Links(sums | {**self.measured})
 
     def reaches(self, names: Collection[str]) -> dict[str, Link]:
-        """Returns each worker's part of its links, fitted by least squares so that each link is the sum of two parts.
-        Then the order of stages does not matter, and the search can consider workers one by one."""
+        """Returns each worker's part of its links' times. The parts are fitted by least squares so that each link is
+        the sum of two parts. Link times then do not depend on the order of stages, which simplifies the search."""
         pairs = [pair for pair in combinations(sorted(names), 2) if frozenset(pair) in self.measured]
         if not pairs:
             return dict.fromkeys(names, NO_REACH)

@@ -1,4 +1,4 @@
-"""Checks manual plans: every layer occurs exactly once, and every worker is known."""
+"""Checks that a manual plan assigns every layer exactly once and names only known workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.core.limits import layer_place, layer_span
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Layers [start, end), or parts of layers, on one worker, or divided among a group of workers by shares."""
+    """Assigns layers [start, end), or parts of layers, to one worker or to a group that divides them by shares."""
 
     workers: tuple[str, ...]
     start: int
@@ -31,13 +31,13 @@ class Assignment:
 def checked(
     plan: Sequence[Assignment], workers: Collection[str], layers: int, expert_shards: int = 1
 ) -> tuple[Assignment, ...]:
-    """Returns the plan in the order of layers. Raises UsageError with the wrong layers or worker."""
+    """Checks a plan and sorts it by layers. Raises UsageError that names the wrong layers or worker."""
     span = partial(layer_span, expert_shards=expert_shards)
     for entry in plan:
         if unknown := [worker for worker in entry.workers if worker not in workers]:
             raise UsageError(f"plan: unknown worker {unknown[0]!r}; known: {', '.join(workers)}")
         if not 0 <= entry.start < entry.end <= layers:
-            what = "that is no layer" if entry.start == entry.end else f"the model has layers {span(0, layers)}"
+            what = "the range is empty" if entry.start == entry.end else f"the model has layers {span(0, layers)}"
             raise UsageError(f"plan: layers {span(entry.start, entry.end)} of {entry.text}: {what}")
     _check_once(plan, span)
     ordered = sorted(plan, key=lambda entry: entry.start)
@@ -46,7 +46,7 @@ def checked(
 
 
 def check_possible(plan: Sequence[Assignment], possible: NDArray[np.bool_], expert_shards: int = 1) -> None:
-    """Raises UsageError if a border divides layers that share KV memory, or a layer that cannot be divided."""
+    """Raises UsageError if a border separates layers that share KV memory, or cuts a layer that cannot be divided."""
     borders = np.flatnonzero(possible.diagonal())
     for entry in plan:
         if not possible[entry.start, entry.end]:

@@ -1,4 +1,4 @@
-"""The memory of stages: weights, KV blocks and workspace. Computes what fits, and shortfalls."""
+"""Computes the memory that stages need for weights, KV blocks and workspace, and how much memory is missing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class StagePlace:
-    """The facts on which a stage's workspace depends, in addition to the model and the rows of a microbatch."""
+    """Facts that determine a stage's workspace, besides the model and the rows of a microbatch."""
 
     threads: int
     context_length: int
@@ -35,9 +35,9 @@ class StagePlace:
 
 
 Workspace = Callable[[StagePlace], int]
-"""Returns the largest workspace, in bytes, of any stage at the place. It must cache, because it is called often."""
+"""Returns the largest workspace of any stage at the place, in bytes. It must cache, because it is called often."""
 Rounding = Callable[[str], Counts | int]
-"""Returns the bytes that rounding adds to weights on a device, by stage. It is called often and must cache."""
+"""Returns the bytes that rounding adds to a stage's weights on a device. It must cache, because it is called often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +82,13 @@ class MemoryModel:
         return self if stages is self.stages else replace(self, stages=stages, portion=portion)
 
     def workspace_bytes(self, worker: WorkerFacts, start: int, end: int, cpu_moe: Sequence[int] = ()) -> int:
-        """Returns the bytes of a stage's workspace and of the rounding of its weights, without experts of `cpu_moe`."""
+        """Returns the bytes of a stage's workspace and of rounding its weights, except for experts of `cpu_moe`."""
         whole, freed = self.request.rounding(worker.device), self._expert_rounding(worker)
         rounding = whole if isinstance(whole, int) else int(whole[start, end])
         return self._workspace_to(worker, end) + rounding - int(freed[list(cpu_moe)].sum())
 
     def workspace_of(self, held: Held) -> int:
-        """Returns the workspace of a chosen stage. `workspace_bytes` counts that of the largest stage."""
+        """Returns a chosen stage's workspace in bytes. `workspace_bytes` assumes the largest stage instead."""
         device, start, end = held.device, held.start, held.end
         if held.is_experts or held.cpu_moe or device.device != "cpu":
             return self.parts(held, 0)["workspace"]
@@ -97,7 +97,7 @@ class MemoryModel:
         return self.request.workspace(place)
 
     def _expert_rounding(self, worker: WorkerFacts) -> Counts:
-        """Returns for each layer the bytes that a device adds to its experts by rounding."""
+        """Returns the bytes that rounding adds to each layer's experts on a device."""
         rounding = np.asarray(self.request.rounding(worker.device)) - self.request.rest_rounding(worker.device)
         each: Counts = np.diagonal(np.broadcast_to(rounding, self.stages.held_bytes.shape), 1)
         return each
@@ -115,7 +115,7 @@ class MemoryModel:
 
     @property
     def max_drafted(self) -> int:
-        """The most drafted tokens of a sequence in a step; 0 if layers have states, which drafts would change."""
+        """Maximum number of drafted tokens in a step. It is 0 if layers have states, which drafts would change."""
         if self.stages.state_bytes[0, self.stages.layers]:
             return 0
         window = self.kv_groups.window
@@ -143,7 +143,7 @@ class MemoryModel:
         return self.kv_bytes(start, end, contexts * self.request.context_blocks)
 
     def parts(self, held: Held, contexts: int) -> Mapping[str, int]:
-        """Returns bytes by kind. KV memory is that of `contexts` full-length sequences, at most the given one."""
+        """Returns bytes by kind. KV memory is for `contexts` full-length sequences, but at most `kv_memory`."""
         device, start, end = held.device, held.start, held.end
         if held.is_experts:
             return {"weights": self.weight_bytes(held), "workspace": self._workspace_to(device, end - 1)}
@@ -159,7 +159,7 @@ class MemoryModel:
         return moved if held.is_experts else self.stages.weight_bytes(held.start, held.end) - moved
 
     def kv_blocks(self, split: Sequence[Held]) -> int:
-        """Returns the number of KV blocks that fit on every stage, at most `most_blocks` unless KV memory is given."""
+        """Returns how many KV blocks fit on every device. The limit is `most_blocks` unless `kv_memory` is given."""
         most = self.request.most_blocks
         beside: dict[tuple[str, str], int] = {}
         for held in split:
@@ -180,11 +180,11 @@ class MemoryModel:
         return self._blocks_in(held.start, held.end, max(least, left // 2), most)
 
     def shortfall_table(self, worker: WorkerFacts, contexts: int) -> Table:
-        """Returns the bytes that a worker's devices lack for `contexts` full-length sequences; inf if start >= end."""
+        """Returns each stage's missing bytes for `contexts` full-length sequences. It is inf where start >= end."""
         return self._shortfall(self.division(worker, contexts), contexts)
 
     def excess_table(self, worker: WorkerFacts, contexts: int) -> Table:
-        """Returns the bytes that stages lack on a worker without GPUs. A negative number means free bytes."""
+        """Returns each stage's missing bytes on a worker without GPUs. Negative values are free bytes."""
         return self._needs(worker, contexts, None).excess
 
     def _shortfall(self, division: Division, contexts: int) -> Table:
@@ -235,7 +235,7 @@ class MemoryModel:
         return DeviceNeeds(excess, sums(freed * is_open)[0], sums(experts * is_open)[0])
 
     def division(self, worker: WorkerFacts, contexts: int) -> Division:
-        """Divides stages among the worker's devices. Open experts are in RAM if that is necessary or faster."""
+        """Divides all stages among the worker's devices. Open experts go to RAM if that is necessary or faster."""
         moe, possible = MoeLayers.of(worker.placement, self.stages.mixtures), self.stages.possible
 
         def needs(device: WorkerFacts) -> DeviceNeeds:

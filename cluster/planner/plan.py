@@ -1,4 +1,4 @@
-"""The values of a plan: layers and memory of each worker, and the predicted speed."""
+"""Values that describe a plan: each worker's layers and memory, and the predicted speed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class DevicePlan(HeldLayers):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan(HeldLayers):
-    """A worker's layers, or its portion of a group's layers. A group's members are consecutive, with equal layers."""
+    """A worker's layers, or its portion of a group's layers. Members of a group are consecutive in a plan."""
 
     worker: str
     shares: tuple[int, ...] = ()  # shares of output rows by member of the group; (): the worker holds the layers alone
@@ -83,7 +83,7 @@ class StagePrediction:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """A step of one sequence that computes `drafted` drafted tokens together with its last known token."""
+    """A speculative step for one sequence. It computes the last known token and `drafted` drafted tokens."""
 
     drafted: int
     seconds: float  # time until the round's tokens are known
@@ -116,7 +116,7 @@ class RejectedGroup:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Stages from the embedding to the head, with an entry for each worker that holds layers."""
+    """All stages, from the embedding to the head. `stages` has one entry for each worker that holds layers."""
 
     stages: tuple[StagePlan, ...]
     kv_blocks: int
@@ -143,7 +143,7 @@ class Plan:
 
     @property
     def leaders(self) -> tuple[StagePlan, ...]:
-        """The first entry of each stage, whose worker receives and sends the stage's streams."""
+        """The first entry of each stage. This entry's worker receives and sends the stage's streams."""
         return tuple(stage for stage in self.stages if stage.member == 0)
 
     @property

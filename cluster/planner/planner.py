@@ -1,10 +1,10 @@
-"""Assigns layers to workers and groups, and predicts the speed of the plan, in pure functions.
+"""Assigns layers to workers and groups, and predicts the plan's speed. All functions are pure.
 
-The objective `latency` is the time of a usual request alone, with 512 prompt tokens and 128 answer tokens. The
-objective `throughput` is the slowest stage's time, including the head, for such requests of eight concurrent sequences.
-A simpler plan (without groups, in the file's order, or with fewer stages) is preferred if another one is less than 2 %
-faster. KV memory is for several full-length sequences, or for one if the plan is then faster by a tenth. If any worker
-has no profile, all workers count as equal.
+The objective `latency` minimizes the time of one request alone, with 512 prompt tokens and 128 answer tokens. The
+objective `throughput` minimizes the slowest stage's time, including the head, for eight such requests at once.
+A simpler plan has no groups, keeps the file's order, or has fewer stages. It is preferred unless another plan is at
+least 2 % faster. KV memory holds four full-length sequences, or one sequence if the plan is then a tenth faster. If any
+worker has no profile, all workers count as equally fast.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from llamaclust.core.profile import DeviceProfile
 from llamaclust.model.costs import ModelCosts
 
 _WANTED_CONTEXTS = 4
-"""The number of full-length sequences that KV memory should hold. It must hold at least one."""
+"""Number of full-length sequences that KV memory should hold. It must hold at least one such sequence."""
 
 _NOMINAL_CPU = DeviceProfile(read_bytes_s=20e9, int8_macs_s=300e9)
 _NOMINAL_GPU = DeviceProfile(read_bytes_s=500e9, int8_macs_s=50e12)
 
 
 def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRequest) -> Plan:
-    """Makes a plan. Raises UsageError for a wrong manual plan, InsufficientMemoryError if memory does not suffice, and
-    NetworkPartitionError if no plan avoids the pairs in `partitions`."""
+    """Makes a plan. Raises UsageError if a manual plan is wrong, InsufficientMemoryError if the model does not fit, and
+    NetworkPartitionError if every plan needs a link between workers that cannot reach each other."""
     stages = StageCosts.of(costs)
     sizes = MemoryModel(stages, request)
     if request.manual is not None:
@@ -125,12 +125,12 @@ def _touched_bytes(costs: StageCosts, part: Held) -> int:
 def _check_adjacency(split: Sequence[Assignment], partitions: Pairs) -> None:
     if (pair := violated_pair([entry.workers for entry in split], partitions)) is not None:
         raise NetworkPartitionError(
-            f"every plan has workers {' and '.join(sorted(pair))} next to each other, which cannot reach each other"
+            f"workers {' and '.join(sorted(pair))} cannot reach each other, but are neighbours in every plan"
         )
 
 
 def _automatic(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> Found:
-    """Plans without unmeasured workers if the others suffice."""
+    """Searches for a plan, and leaves out unmeasured workers if the measured workers suffice."""
     measured = [worker for worker in workers if worker.profile is not None]
     if 0 < len(measured) < len(workers):
         with suppress(InsufficientMemoryError, NetworkPartitionError):

@@ -1,4 +1,4 @@
-"""Predicts the speed of a plan: seconds per token, time to the first token, throughput, bottleneck."""
+"""Predicts a plan's speed: seconds per token, time to the first token, throughput and bottleneck."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def predict(
     max_drafted: int = 0,
     may_chain: bool = True,
 ) -> Prediction:
-    """Predicts stages of measured workers. `may_chain`: drafts may be sent before the previous window has returned."""
+    """Predicts a plan of measured workers. `may_chain` means that a draft need not wait for the previous window."""
     path = _Path.of(split, links)
     times = [time for stage in split for time in _times(stage, prompt_tokens)]
     slowest = max(times, key=lambda time: time[1].decode_s)
@@ -81,7 +81,7 @@ def predict_again(
     links: Links,
     group_costs: GroupCostsOf | None = None,
 ) -> Prediction | None:
-    """Predicts an earlier plan from present measurements. Returns None if a device is absent or unmeasured."""
+    """Predicts an existing plan's speed from new measurements. Returns None if a device is absent or unmeasured."""
     if any(not _is_known(stage, workers) for stage in plan.stages):
         return None
     split = [_stage_again(costs, stages, workers, links, group_costs) for stages in plan.by_stage]
@@ -126,7 +126,7 @@ def _held(stage: StagePlan, workers: Mapping[str, WorkerFacts]) -> tuple[Held, .
 
 
 def _ttft_s(split: Sequence[HeldStage], prompt_tokens: int, chunks: int, path: _Path) -> float:
-    """Returns the seconds to the first token. The chunks of a prompt pass through the stages one after another."""
+    """Returns the seconds to the first token if a prompt's `chunks` chunks follow one another through the stages."""
     rows = -(-prompt_tokens // chunks)
     times = [stage.prefill_s(rows, concurrent=chunks > 1) for stage in split]
     sent = [rows * ms for ms in path.row_s]
@@ -135,7 +135,7 @@ def _ttft_s(split: Sequence[HeldStage], prompt_tokens: int, chunks: int, path: _
 
 
 def _round(split: Sequence[HeldStage], drafted: int, path: _Path, *, may_chain: bool) -> Round:
-    """Predicts a step with an output row per drafted token. It begins and ends at the coordinator, which drafts."""
+    """Predicts a speculative step. The step begins and ends at the coordinator, which drafts the tokens."""
     rows = 1 + drafted
     stages = [stage.decode_s(rows) for stage in split]
     links = [rows * row_s for row_s in path.row_s]

@@ -1,4 +1,4 @@
-"""Times of matrix products by quant type on a processor: measured, otherwise assumed from the machine's limits."""
+"""Times of matrix products on a processor, by quant type. Unmeasured times are estimated from the machine's limits."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from llamaclust.model.costs import TypedWeights
 from llamaclust.model.quant_types import QuantType
 
 READ_SHARE: Final = 0.85
-"""The share of the memory bandwidth that products of one row reach when nothing else limits them."""
+"""Fraction of the memory bandwidth that one-row products reach if nothing else limits them."""
 
 
 @dataclass(frozen=True, slots=True)
 class TypeRates:
-    """Rates relative to the 8-bit peak, measured with data in a core's own cache (benchmarks/run.py product_rates)."""
+    """Speeds relative to the 8-bit peak. `benchmarks/run.py product_rates` measures them with cached data."""
 
     decode_macs: float  # 8-bit multiply-accumulates in the time to decode a weight, once for several rows
     peak_share: float  # share of the peak that products with many rows reach
@@ -50,7 +50,7 @@ RATES: Final[Mapping[QuantType, TypeRates]] = {
     QuantType.MXFP4: TypeRates(1.9, 0.64),
 }
 _OTHER: Final = TypeRates(4.0, 0.12)
-"""Rates of types without a kernel. Plans of models with such types are refused elsewhere."""
+"""Rates of types without a kernel. Other code refuses models with such types."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class ProductTimes:
 
 
 def _at(times: Sequence[ProductTime], rows: float) -> float:
-    """Interpolates linearly, and extrapolates after the last point. Returns at least the time of the first point."""
+    """Interpolates linearly, and extrapolates beyond the last point. Never returns less than the first point's time."""
     if len(times) == 1 or rows <= times[0].rows:
         return times[0].byte_s
     index = next((i for i in range(1, len(times) - 1) if rows <= times[i].rows), len(times) - 1)

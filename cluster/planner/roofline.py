@@ -1,4 +1,4 @@
-"""Estimates the seconds of unmeasured layers from products by quant type, bandwidth, and 8-bit products."""
+"""Estimates the time of layers that were not measured, from product times, bandwidth and the 8-bit peak rate."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from llamaclust.core.profile import DeviceProfile, StepTime
 from llamaclust.model.costs import LayerCost, ModelCosts, TypedWeights
 
 LAUNCHES_S: Final = 30e-6
-"""The seconds to launch a layer's kernels on a GPU, assumed and not measured."""
+"""Seconds to launch a layer's kernels on a GPU. The value is assumed, not measured."""
 LAYER_S: Final = 60e-6
-"""The seconds of a layer on a processor in addition to its products: threads that wait, and steps of few rows."""
+"""Seconds of a layer on a processor beyond its matrix products. Threads wait, and small steps are inefficient."""
 ROW_MACS: Final = 3000
-"""The 8-bit multiply-accumulates in the time of other work (norms, rotation, attention) for a row and channel."""
+"""Time of a row's other work per channel (norms, rotation, attention), as a number of 8-bit multiply-accumulates."""
 _STATE_MACS: Final = 4
-"""The 8-bit multiply-accumulates in the time of one multiply-accumulate of a state in floats."""
+"""Time of one float multiply-accumulate on a state, as a number of 8-bit multiply-accumulates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +29,18 @@ class Roofline:
 
     @classmethod
     def of(cls, profile: DeviceProfile, device: str, hidden_bytes: int, *, concurrent: bool) -> Self:
-        """Derives the limits of a device. `hidden_bytes`: the bytes of a float32 row."""
+        """Derives a device's limits from its profile. `hidden_bytes` is the size of a float32 row."""
         products = ProductTimes.of(profile, concurrent=concurrent) if device == "cpu" else None
         limits = profile.limits(concurrent=concurrent)
         row_s = ROW_MACS * hidden_bytes / 4 / limits.int8_macs_s
         return cls(limits.read_bytes_s, limits.int8_macs_s, products, row_s)
 
     def layer_s(self, layer: LayerCost, rows: int, sequences: int) -> float:
-        """Returns the seconds of a layer. Experts are estimated separately, because they have other limits."""
+        """Returns a layer's seconds. Experts are estimated separately, because other limits apply to them."""
         return self._rest_s(layer, rows, sequences) + self.experts_s(layer, rows)
 
     def experts_s(self, layer: LayerCost, rows: int) -> float:
-        """Returns the seconds of a layer's router and experts. Each row has products with its chosen experts."""
+        """Returns the seconds of a layer's router and experts. Each row is multiplied only with its chosen experts."""
         weights, share = self._typed(layer.expert_weights), layer.touched_share(rows)
         n_bytes = layer.touched_expert_bytes(rows) - share * _bytes_of(weights)
         macs = rows * (layer.expert_macs_per_token - _macs_of(weights))

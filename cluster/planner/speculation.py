@@ -1,4 +1,4 @@
-"""Predicts the gain of speculation for a given acceptance rate, with the windows that the scheduler would choose."""
+"""Predicts how much speculation gains at a given acceptance rate. It assumes the scheduler's own window sizes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def predict_gain(prediction: Prediction, acceptance: float) -> SpeculationGain |
 
 
 class _PlannedRounds:
-    """Predicted `RoundTimes` for one sequence in one microbatch. Times between two window sizes are interpolated."""
+    """Predicted `RoundTimes` for one sequence in one microbatch. Missing window sizes are interpolated."""
 
     def __init__(self, prediction: Prediction) -> None:
         self._plain_s = prediction.token_s

@@ -1,4 +1,4 @@
-"""The planner's view of stages: layers on the devices of workers, and the time to compute them."""
+"""A stage as the planner sees it: the layers on each worker's devices, and the time to compute them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from llamaclust.model.groups.costs import GroupCosts
 from llamaclust.model.groups.portion import Portion
 
 GroupCostsOf = Callable[[int], GroupCosts]
-"""Returns a model's costs in groups of a given number of members. It must cache, because it is called often."""
+"""Returns a model's costs for groups with this number of members. It must cache, because it is called often."""
 HeldOf = Callable[[str, StageCosts, Portion], tuple[Held, ...]]
-"""Returns the layers on each device of a worker, for the costs of its portion."""
+"""Returns a worker's layers by device. The arguments are the worker's name, its portion's costs, and the portion."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageParts:
-    """The stage of a worker, or its portion of a group's stage. Its devices compute one after another."""
+    """A worker's stage, or its portion of a group's stage. The worker's devices compute one after another."""
 
     worker: str
     parts: tuple[Held, ...]
@@ -75,7 +75,7 @@ class HeldStage:
         return max(self.member_prefill_s(rows, concurrent=concurrent))
 
     def member_decode_s(self, rows: int = 1, *, concurrent: bool = False) -> list[float]:
-        """Returns the seconds of each member as if it never waited for another member."""
+        """Returns each member's seconds as if no member ever waited for another member."""
         gathers_s, concurrent = self.gathers.decode_s(rows), concurrent or self._is_group
         return [member.decode_s(rows, concurrent=concurrent) + gathers_s for member in self.members]
 

@@ -1,4 +1,4 @@
-"""Time limits of a step. A worker that exceeds them counts as hung."""
+"""Computes the time limits of a step. A worker that exceeds a limit counts as hung."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from llamaclust.cluster.planner.plan import StagePrediction
 
 UNPREDICTED_S = 30.0
 _LEAST_S = 4.0
-"""The shortest limit in seconds. With the interval of heartbeats, a hang is found in five seconds."""
+"""Shortest limit in seconds. Together with the heartbeat interval, a hang is found within five seconds."""
 _TIMES_PREDICTED = 10.0
 _RULE = f"{_TIMES_PREDICTED:g} times its predicted time, at least {_LEAST_S:g} s"
 
 
 def step_limit_s(rows: int, measured_s: Sequence[float], planned: Sequence[StagePrediction]) -> float:
-    """Returns ten times the longest time of a step that is predicted from `measured_s` and by the plan."""
+    """Returns ten times the longest of the times `measured_s` and the plan's predicted step times."""
     if rows == 0:
         return UNPREDICTED_S
     predicted_s = [*measured_s, *(max(stage.decode_s, rows * stage.prefill_s) for stage in planned)]

@@ -1,4 +1,4 @@
-"""The work by which splits are compared: a usual request alone, or several at once."""
+"""Defines the workloads by which splits are compared: one typical request alone, or several concurrent requests."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Final
 from llamaclust.cluster.planner.plan import ANSWER_TOKENS
 
 CHUNKS: Final = (1, 2, 4, 8, 16)
-"""The possible numbers of equal chunks of a prompt. Stages compute the chunks one after another."""
+"""Numbers of equal chunks into which a prompt may be divided. Stages compute the chunks one after another."""
 TOGETHER: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Steps of `rows` rows each: tokens of a prompt, or one token from each of `rows` sequences."""
+    """Equal steps. A step's rows are tokens of one prompt, or one token from each of `rows` sequences."""
 
     rows: int
     steps: float
@@ -24,8 +24,8 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The work by which a split is judged: the slowest stage's time for `slowest`, plus all stages' times for `each` if
-    `adds_up` is set."""
+    """A workload that rates a split. The rating is the slowest stage's time for `slowest`. If `adds_up` is set, the
+    times of all stages for `each` are added."""
 
     slowest: tuple[Rows, ...]
     slowest_rows: int  # rows that a link carries meanwhile
@@ -39,7 +39,7 @@ class Work:
 
 
 def works_of(objective: str, prompt_tokens: int) -> tuple[Work, ...]:
-    """Returns alternative works of the objective. A split is judged by the work that takes it the least time."""
+    """Returns the objective's workloads, which differ in the number of chunks. A split's rating is its best time."""
     if objective == "latency":
         return tuple(_request(prompt_tokens, chunks) for chunks in CHUNKS)
     steps = (
@@ -50,7 +50,7 @@ def works_of(objective: str, prompt_tokens: int) -> tuple[Work, ...]:
 
 
 def _request(prompt_tokens: int, chunks: int) -> Work:
-    """Returns the work of a request: one chunk through all stages, then the slowest stage for each other chunk."""
+    """Returns a request's workload. The first chunk passes all stages. The slowest stage delays every other chunk."""
     rows = -(-prompt_tokens // chunks)
     chunk = Rows(rows, 1, is_prompt=True, concurrent=chunks > 1)
     behind = (Rows(rows, chunks - 1, is_prompt=True, concurrent=True),) if chunks > 1 else ()

@@ -1,1 +1,1 @@
-"""The coordinator process: its composition root, status, and worker metrics."""
+"""Starts and runs the coordinator process, and reports its status and metrics."""

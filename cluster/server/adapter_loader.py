@@ -1,5 +1,4 @@
-"""Loads and unloads adapters for clients while a model is served. Checks files, numbers adapters, and keeps the
-record."""
+"""Loads and unloads adapters for clients while a model is served, and records them for the next start."""
 
 from __future__ import annotations
 
@@ -28,8 +27,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """A model with its own `config`. `model` has only the adapters of the cluster file. `adapted` has those that
-    clients loaded before the start too. `adapters` lists all of them."""
+    """A model and its configuration. `model` has only the cluster file's adapters. `adapted` and `adapters` also have
+    those that clients loaded before the start."""
 
     config: ClusterConfig
     model: Model
@@ -40,8 +39,7 @@ class OpenedModel:
     async def restore(
         cls, config: ClusterConfig, model: Model, record: AdapterRecord, *, names: set[str], report: Report
     ) -> OpenedModel:
-        """Opens the unchanged adapters of the record whose names are not in `names`. Reports the other adapters as
-        notices."""
+        """Opens the recorded adapters. Reports an adapter if its file has changed or its name is in `names`."""
         first = [ServedAdapter(adapter.name, str(adapter.path), adapter.scale) for adapter in config.adapters]
         adapters, adapted = ServedAdapters(first), model
         folder = config.api.adapter_folder
@@ -49,11 +47,11 @@ class OpenedModel:
             assert folder is not None
             try:
                 if adapter.name in names:
-                    raise UsageError("a model or another adapter has its name now: rename that and restart")
+                    raise UsageError("a model or another adapter has its name now: change the other name and restart")
                 free = number if number not in adapters.numbers else _free_number(adapters)
                 found, opened = await asyncio.to_thread(_opened, adapted, folder, free, adapter)
                 if found.content != adapter.content:
-                    raise ModelFileError(f"{adapter.path}: is not the file that was loaded")
+                    raise ModelFileError(f"{adapter.path}: the file has changed since it was loaded")
             except LlamaclustError as error:
                 report(Notice(f"adapter {adapter.name!r} is not loaded again: {error}"))
                 record.keep(config.model_name, number, adapter)
@@ -86,9 +84,9 @@ class AdapterLoader:
         return self.opened.adapters
 
     async def load(self, name: str, path: str) -> None:
-        """Loads an adapter. Returns when requests may use it. Raises ParameterError for a forbidden name or path,
-        HttpError 404 for a missing file, HttpError 503 while the model sleeps, and errors of a load (ModelFileError,
-        InsufficientMemoryError). After an error, nothing has changed."""
+        """Loads an adapter, so that requests can use it. Raises ParameterError if the name or path is not allowed,
+        HttpError 404 if the file is missing, HttpError 503 if the model is asleep, and ModelFileError or
+        InsufficientMemoryError if loading fails. After an error, nothing has changed."""
         folder, adapters = self.opened.config.api.adapter_folder, self.adapters
         assert folder is not None
         async with self._turn:
@@ -105,9 +103,8 @@ class AdapterLoader:
         self._report(Notice(f"a client loaded adapter {number} {name!r}: {adapter.path}"))
 
     async def unload(self, name: str) -> None:
-        """Unloads an adapter. Returns when the model serves without it and no start loads it again. Raises HttpError
-        404, HttpError 409 while the adapter is used, ParameterError for an adapter of the cluster file, and the errors
-        of `load`."""
+        """Unloads an adapter, which is then not loaded again at the next start. Raises HttpError 404 if it does not
+        exist, HttpError 409 if it is in use, ParameterError if the cluster file names it, and the errors of `load`."""
         adapters = self.adapters
         async with self._turn:
             if name not in adapters.names and await self._record.remove(self.name, name):
@@ -147,7 +144,7 @@ class AdapterLoader:
             raise HttpError(409, "adapter_in_use", what, param="lora_name")
         if uses := adapters.uses(number):
             requests = "1 request uses" if uses == 1 else f"{uses} requests use"
-            what = f"{requests} adapter {name!r}: try again when none does"
+            what = f"{requests} adapter {name!r}: try again when no request uses it"
             raise HttpError(409, "adapter_in_use", what, param="lora_name")
         return number
 

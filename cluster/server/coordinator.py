@@ -1,5 +1,5 @@
-"""A running cluster. Its start starts workers, measures, and opens the first epoch and the engine; its end undoes all
-of that."""
+"""Opens a cluster. This starts and measures the workers, loads the first model, and starts the engines. Everything ends
+when the cluster is closed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class ServedModel:
 
     @property
     def plan(self) -> Plan | None:
-        """The plan of the epoch that serves or served last; None if the model was never loaded."""
+        """The plan of the current or last epoch, or None if the model was never loaded."""
         return self.supervisor.plan
 
 
@@ -109,9 +109,9 @@ async def open_cluster(
     report: Report = lambda event: None,
     make_planner: type[ClusterPlanner] = ClusterPlanner,
 ) -> AsyncIterator[Cluster]:
-    """Yields a cluster that is ready for requests. All workers end with the context. The caller holds the lock of
-    `folder`. Raises InsufficientMemoryError, ModelFileError, WorkerError or DeadlineError; then nothing is left
-    running."""
+    """Yields a cluster that is ready for requests. The caller must hold the lock of `folder`. Raises
+    InsufficientMemoryError, ModelFileError, WorkerError or DeadlineError. Workers end with the context, or if an error
+    is raised."""
     async with AsyncExitStack() as stack:
         stack.enter_context(short_slices())
         launcher = stack.enter_context(launching(config, folder, report))
@@ -166,8 +166,8 @@ async def _measured(
     unused_bytes: int,
     of_rows: int,
 ) -> MeasureLinks | None:
-    """Gives the planners speeds and links. Returns the function that measures links again. `unused_bytes` of this
-    machine's free memory are reserved, and `of_rows` for rows of images."""
+    """Measures workers and links for the planners. Returns the function that measures links again, or None. On this
+    machine, `unused_bytes` of the free memory are reserved for a draft model, and `of_rows` bytes for image rows."""
     workers = registry.present
     for planner in planners:
         if not (folder.has_requests and planner.profiles.estimate(workers)):
@@ -186,8 +186,8 @@ async def _measured(
 async def _choose_images(
     planners: Sequence[ClusterPlanner], workers: Mapping[str, WorkerHandle], report: Report
 ) -> None:
-    """Decides which models read images: those whose encoders fit, or whose projectors the user chose. Without any, the
-    planners get the memory of rows."""
+    """Decides which models read images: those whose encoder fits, or whose projector the user chose. If no model reads
+    images, releases the memory that is reserved for image rows."""
     for planner in planners:
         if planner.config.mmproj is not None or not planner.reads_images:
             continue
@@ -213,8 +213,7 @@ async def _served(
     adapter_record: AdapterRecord,
     report: Report,
 ) -> tuple[ServedModel, ...]:
-    """Loads the first model if `load_on_demand` is set; the other models sleep. Raises an error if a model cannot
-    fit."""
+    """Loads the first model if `load_on_demand` is set. Other models sleep. Raises an error if a model cannot fit."""
     config, workers = planners[0].config, pool.workers
     ledger = MemoryLedger(config.max_loaded_models)
     manifests = FileManifests(weight_cache())
@@ -262,8 +261,7 @@ def _resident(served: ServedModel, entry: ModelEntry | None) -> Resident:
 async def _shortfall(
     planners: Sequence[ClusterPlanner], registry: Registry, drained: frozenset[str]
 ) -> LlamaclustError | None:
-    """Returns the reason why the undrained workers cannot hold each model, as far as their reports tell; None if they
-    can."""
+    """Returns an error if the undrained workers cannot hold each model, or None if they can."""
     try:
         for planner in planners:
             await _planned(planner, _undrained(registry, drained))
@@ -293,8 +291,8 @@ async def _supervised(config: ClusterConfig, workers: SupervisedWorkers, report:
 async def _engine(
     config: ClusterConfig, projector: Projector | None, supervisor: Supervisor, sleeping: SchedulerSettings | None
 ) -> AsyncIterator[Engine]:
-    """Yields an engine whose lost pipelines the supervisor replaces. `sleeping`: settings of a model that is not
-    loaded."""
+    """Yields an engine. The supervisor replaces its lost pipelines. `sleeping` has the settings if the model is not
+    loaded yet."""
     deadlines = EngineSettings(request_s=config.timeouts.request)
     async with aclosing(supervisor):
         with named_errors(config):

@@ -1,4 +1,4 @@
-"""The draft model of a cluster. All models with the same tokens share it."""
+"""Loads a cluster's draft model. All models that have the draft model's tokens share it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ from llamaclust.model.loader import Model
 
 Models = Sequence[tuple[ClusterConfig, Model]]
 _SMALL = 2
-"""The least ratio of a model's size to its draft model's. A larger draft model takes nearly as long per token as the
-model."""
+"""Least ratio of a model's size to its draft model's size. A larger draft model would hardly be faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +44,7 @@ class DraftModelMemory:
 
 
 def draft_model_memory(models: Models) -> DraftModelMemory | None:
-    """Returns the memory of the draft model; None if the cluster names none. Raises the errors of
-    `plan_draft_model`."""
+    """Returns the draft model's memory, or None if there is no draft model. Raises the errors of `plan_draft_model`."""
     plan = _planned(models)
     return None if plan is None else _memory(plan, models)
 
@@ -58,7 +56,7 @@ class Drafting:
 
 
 async def drafting(stack: AsyncExitStack, models: Models, report: Report) -> Drafting:
-    """Loads the draft model, which the stack closes. Raises the errors of `plan_draft_model` and `open_draft_model`."""
+    """Loads the draft model. The stack closes it. Raises the errors of `plan_draft_model` and `open_draft_model`."""
     for line in filter(None, (unused_mtp(*of) for of in models)):
         report(Notice(line))
     plan = await asyncio.to_thread(_planned, models)
@@ -78,10 +76,10 @@ def _remarks(plan: DraftModelPlan, models: Models) -> Iterator[str]:
     own = models[0][0].speculative
     wanted = None if own is None else own.threads
     if wanted is not None and wanted > plan.device.threads:
-        yield f"draft model: {plan.device.threads} threads in place of {wanted}: this process may use no more"
+        yield f"draft model: {plan.device.threads} threads instead of {wanted}: this process may use no more cores"
     target = max((models[at][1] for at in plan.targets), key=_bytes)
     if _bytes(plan.model) * _SMALL > _bytes(target):
-        why = f"{mib(_bytes(plan.model))} MiB beside {mib(_bytes(target))} of the model, so drafts hardly gain"
+        why = f"{mib(_bytes(plan.model))} MiB, and the model has {mib(_bytes(target))} MiB, so drafts hardly gain"
         yield f"draft model {plan.path.name} is not small: {why}; take a smaller one of the same family"
 
 

@@ -1,4 +1,4 @@
-"""The public side of a cluster: its API's settings, port, certificate, record and notices, and the served models."""
+"""Prepares a cluster's API: its settings, port, certificate and record, and the models that it serves."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 _MORE_REQUESTS = 64
-"""A model's requests besides running and waiting ones: those being read or refused, or whose reply is being written."""
+"""Further requests of a model, besides running and waiting requests. They are being read, refused or answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Front:
 
 
 def api_settings(config: ClusterConfig) -> ApiSettings:
-    """Returns the settings of the API. Raises UsageError for API keys, defaults or folders that cannot be used."""
+    """Returns the API's settings. Raises UsageError if API keys, default values or folders cannot be used."""
     check_defaults(config.api.defaults)
     return ApiSettings(
         listen_host=config.host,
@@ -94,7 +94,7 @@ def _existing(folder: Path | None, key: str) -> Path | None:
 
 @contextmanager
 def open_port(config: ClusterConfig, folder: ClusterDir) -> Iterator[ApiPort]:
-    """Yields the API's port with its certificate. The port is taken before anything else is started."""
+    """Yields the API's port with its certificate. The port is opened before anything else is started."""
     certificate = _certificate(config, folder)
     with (
         nullcontext() if certificate is None else certificate.watched(),
@@ -153,7 +153,7 @@ def ready_event(cluster: Cluster, front: Front) -> Ready:
 
 
 def _collector(telemetry: TelemetrySettings | None) -> str | None:
-    """Returns scheme, host and port of the collector's URL. The other parts of the URL may hold a secret."""
+    """Returns the scheme, host and port of the collector's URL. Other parts of the URL may contain a secret."""
     target = None if telemetry is None else telemetry.traces or telemetry.metrics
     if target is None:
         return None
@@ -175,14 +175,14 @@ BODIES: Final[tuple[type[Body], ...]] = (
 
 
 def check_defaults(defaults: Mapping[str, Any]) -> None:
-    """Raises UsageError for a field that no endpoint has, and for a value that no endpoint with this field accepts."""
+    """Raises UsageError if no endpoint has a field, or if all endpoints that have the field refuse its value."""
     objects = [part for kind in BODIES for part in (kind, *parts_of(kind).values())]
     for given, value in defaults.items():
         having = [(kind, name) for kind in objects if (name := kind.foreign.name(given)) in kind.model_fields]
         if not having:
             known = sorted({name for kind in objects for name in (*kind.model_fields, *kind.foreign.other_names)})
             near = hint(given, known).partition("; known")[0]
-            raise UsageError(f"api.defaults: {given!r} is a field of no endpoint{near or '; leave it out'}")
+            raise UsageError(f"api.defaults: {given!r} is a field of no endpoint{near or '; remove it'}")
         errors = [field_error(kind, name, value) for kind, name in having if value is not None]
         if errors and (error := errors[0]) is not None and None not in errors:
             raise UsageError(f"api.defaults: {error}")
@@ -192,14 +192,14 @@ def check_defaults(defaults: Mapping[str, Any]) -> None:
 async def api_models(
     cluster: Cluster, settings: ApiSettings, journal: Journal, show: Callable[[ServedModel], Mapping[str, Any]]
 ) -> AsyncIterator[list[ApiModel]]:
-    """Yields all models in order. `show` returns the JSON of `GET /cluster`. The caller closes the journal."""
+    """Yields all models in order. `show` returns the JSON of `GET /cluster`. The caller must close the journal."""
     residents = cluster.residency.residents
     async with AsyncExitStack() as stack:
         rows, preparation = RowCache(cluster.row_limits), await stack.enter_async_context(ImagePreparation())
         made = (_text_service(served, preparation, rows) for served in cluster.models)
         services = [await stack.enter_async_context(aclosing(service)) for service in made]
         if settings.image_hosts and not any(service.vision for service in services):
-            raise UsageError("api.image_urls: no served model reads images; leave it out")
+            raise UsageError("api.image_urls: no served model reads images; remove it")
         replies = await stack.enter_async_context(aclosing(Replies(settings, journal)))
         models: list[ApiModel] = []
         for served, service in zip(cluster.models, services, strict=True):
@@ -248,12 +248,12 @@ def _settings_of(served: ServedModel, settings: ApiSettings, models: Sequence[Se
 
 
 KEYS = frozenset({"model", "mmproj", "chat_template", "context_length", "wire", "kv_type", "api", "adapters"})
-"""Keys of the cluster file that change answers. Of `api`, only the defaults do."""
+"""Keys of the cluster file that change answers. In `api`, only `defaults` does."""
 
 
 def answer_digest(config: ClusterConfig, files: str, chat_template: str | None, context_length: int) -> str:
-    """Hashes all that determines answers. `files`: identities of the model, its adapters and its projector.
-    `chat_template`: its source, which determines the answers' format. `context_length`: that of the plan."""
+    """Hashes everything that affects answers. `files` has the identities of the model, its adapters and its projector.
+    `chat_template` is the template's source. `context_length` is the plan's context length."""
     defaults = json.dumps(config.api.defaults, sort_keys=True, default=str)
     adapters = tuple((adapter.name, adapter.scale) for adapter in config.adapters)
     keys = (files, chat_template, context_length, config.wire, config.kv_type.value, defaults, adapters)

@@ -1,5 +1,4 @@
-"""The groups that hold a model's stages, for `llamaclust status --json`: their members and the time of their
-gathers."""
+"""Formats a model's groups for `llamaclust status --json`, with their members and gather times."""
 
 from __future__ import annotations
 
@@ -31,9 +30,9 @@ def counters_of(handle: WorkerHandle, model_id: str) -> GroupCounters | None:
 def _group(
     order: Load, counters: Mapping[str, GroupCounters | None], predicted: StagePrediction | None
 ) -> dict[str, Any]:
-    """Formats a group. Times are those of its leader. `waited_for_s`: how long the gathers of other members waited for
-    a member. A wait counts for the member that was ready last, so the member with the longest waits is the likely
-    cause."""
+    """Formats a group. The leader measures its times. Only `waited_for_s` comes from all members, and says how long
+    their gathers waited for a member. A wait counts for the member that was ready last, so the member with the longest
+    waits is probably the cause."""
     assert order.group is not None, "the order of a leader"
     members = order.group.members
     all_counters = [counted for member in members if (counted := counters.get(member.worker)) is not None]

@@ -1,5 +1,5 @@
-"""The Kubernetes Lease. Its holder is the coordinator that serves. Other coordinators wait, and say so at their API
-ports."""
+"""Waits for the Kubernetes Lease. The coordinator that holds the Lease serves. Other coordinators answer that they are
+waiting."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def leading(lease: Lease, port: ApiPort, settings: ApiSettings, report: Report) -> Iterator[bool]:
-    """Waits for the lease and holds it while the context is open. Yields False if a signal ended the wait. If the lease
-    is lost, this process ends at once as if killed, because another coordinator may hold the lease."""
+    """Waits for the Lease and holds it while the context is open. Yields False if a signal ended the wait. If the Lease
+    is lost, this process exits at once, because another coordinator may hold the Lease."""
 
     def lost(reason: str) -> None:
         _log.error("this coordinator ends: it does not hold the Lease %s any more: %s", lease.name, reason)

@@ -1,4 +1,4 @@
-"""`llamaclust measure`: measures this machine's local workers and their links again."""
+"""Measures local workers and their links again for `llamaclust measure`."""
 
 from __future__ import annotations
 
@@ -64,8 +64,7 @@ class Measurements:
 async def measure_workers(
     config: ClusterConfig, paths: Sequence[Path], folder: ClusterDir, report: Report
 ) -> Measurements:
-    """Starts the workers as a cluster does, measures them, and replaces stored values. The caller holds the lock of
-    `folder`."""
+    """Starts and measures the cluster's workers, and stores the results. The caller must hold `folder`'s lock."""
     async with AsyncExitStack() as stack:
         stack.enter_context(short_slices())
         launcher = stack.enter_context(launching(config, folder, report))

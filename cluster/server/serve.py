@@ -1,4 +1,4 @@
-"""A cluster and its HTTP API in one process, from the first lock to the last worker's end."""
+"""Runs a cluster and its HTTP API in this process."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ _log = logging.getLogger(__name__)
 
 
 def serve(config: ClusterConfig, model_paths: Sequence[Path], report: Report, *, is_standby: bool = False) -> int:
-    """Runs a cluster until SIGINT, SIGTERM or SIGHUP. Running requests are finished first; a second signal ends them.
+    """Runs a cluster until SIGINT, SIGTERM or SIGHUP. Running requests are finished first. A second signal ends them.
 
-    A standby waits until the coordinator of the same name ends. If that coordinator was stopped in order, the standby
-    ends too. With a Lease, each coordinator waits for the Lease and continues the requests of its predecessor. Returns
-    128 + SIGINT if SIGINT ended the start, otherwise 0. Raises UsageError for a taken name or port and for unusable API
-    keys, and the errors of `open_cluster`.
+    A standby waits until the coordinator with its name ends. If that coordinator was stopped in order, the standby ends
+    too. With a Lease, each coordinator waits for the Lease, and continues the requests of the previous holder. Returns
+    128 + SIGINT if SIGINT interrupted the start, and otherwise 0. Raises UsageError if the name or port is taken or API
+    keys cannot be used, and the errors of `open_cluster`.
     """
     folder = ClusterDir(config.state_dir / config.name)
     settings, telemetry = api_settings(config), resolve_telemetry(config)
@@ -218,13 +218,13 @@ async def _ended(serving: asyncio.Task[None]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Inheritance:
-    """The parts that a stopped coordinator leaves to the next one: accepted requests and, with a Lease, workers."""
+    """Leaves accepted requests, and workers if there is a Lease, to the next coordinator."""
 
     journal: Journal
     registry: Registry | None
 
     def leave(self) -> LlamaclustError:
-        """Leaves the requests to the next coordinator. Returns the error with which they end in this process."""
+        """Leaves the requests to the next coordinator. Returns the error that ends them in this process."""
         self.journal.stop_in_order()
         if self.registry is None:
             self.journal.end_sent()
@@ -232,12 +232,11 @@ class _Inheritance:
             return ClusterStoppingError("the cluster is stopping")
         self.journal.seal()
         self.registry.leave_workers()
-        return SupersededError("this coordinator is stopping; the next one goes on")
+        return SupersededError("this coordinator is stopping; the next coordinator continues the request")
 
 
 async def _drain(engines: Sequence[Engine], admission: Admission, left: _Inheritance) -> None:
-    """Refuses new requests and finishes accepted ones. Requests that exceed the time limit are left to the next
-    coordinator."""
+    """Refuses new requests, and finishes accepted requests. The next coordinator gets those that take too long."""
     admission.stop()
     try:
         with suppress(TimeoutError):
@@ -252,7 +251,7 @@ async def _drain(engines: Sequence[Engine], admission: Admission, left: _Inherit
 
 
 class _Server(uvicorn.Server):
-    """An HTTP server that leaves signals to its owner. Sets `answers` once it serves."""
+    """An HTTP server that does not handle signals. Sets `answers` when it serves."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)

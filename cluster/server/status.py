@@ -33,9 +33,9 @@ _MOST_LISTED = 64
 
 
 def cluster_status(cluster: Cluster, record: ClusterRecord, served: ServedModel | None = None) -> dict[str, Any]:
-    """Returns the status of a model, by default of the first one. `status`: the workers now. `plan`: predictions (null
-    before the first load). `stages`: measurements of the same values. `links`: the way of a token through the stages.
-    `sequences`: running and waiting sequences."""
+    """Returns a model's status, by default the first model's. `status` describes the workers. `plan` has predictions,
+    or null before the first load. `stages` has the measured values. `links` lists the links that a token passes.
+    `sequences` lists running and waiting sequences."""
     served = served or cluster.models[0]
     engine, plan = served.engine, served.plan
     sequences = [sequence for scheduler in engine.schedulers for sequence in scheduler.sequences]
@@ -67,7 +67,7 @@ def sequences_json(sequences: Sequence[ScheduledSequence], now_ns: int) -> list[
 
 
 def links_json(plan: Plan, links: Links) -> list[dict[str, Any]]:
-    """Lists the links from the coordinator (named "") through the stages and back. Unmeasured values are null."""
+    """Lists the links from the coordinator (named "") through all stages and back. Unmeasured values are null."""
     names = [COORDINATOR, *(stage.worker for stage in plan.leaders), COORDINATOR]
     return [_link(*pair, links.measured.get(frozenset(pair))) for pair in pairwise(names)]
 

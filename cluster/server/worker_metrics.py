@@ -1,4 +1,4 @@
-"""Prometheus metrics of workers, from their last heartbeats. The engine has the metrics of stages."""
+"""Prometheus metrics of workers, from their last heartbeats. The metrics of stages are in the engine."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _COUNTERS = {
     "weight_received_bytes": ("weight_bytes_received", "Bytes of weights fetched from other workers"),
     "worker_kv_disk_written_bytes": ("kv_disk_written_bytes", "Bytes of KV memory that a worker wrote to disk"),
     "worker_kv_disk_read_bytes": ("kv_disk_read_bytes", "Bytes of KV memory that a worker read from disk"),
-    "worker_experts_cache_hits": ("experts_cache_hits", "Experts of layers used by microbatches, with copies on GPUs"),
-    "worker_experts_cache_misses": ("experts_cache_misses", "The same without copies on GPUs"),
+    "worker_experts_cache_hits": ("experts_cache_hits", "Uses of experts by microbatches that found a GPU copy"),
+    "worker_experts_cache_misses": ("experts_cache_misses", "Uses of experts by microbatches that found no GPU copy"),
     "worker_experts_cache_copied_bytes": ("experts_cache_copied_bytes", "Bytes of experts copied to a worker's GPUs"),
 }
-"""Field of the heartbeat and help text, by name of the counter."""
+"""Heartbeat field and help text of each counter."""
 _GAUGES = {
     "worker_busy_ratio": ("busy", "Share of the last heartbeat interval that a worker spent computing"),
     "worker_resident_memory_bytes": ("resident_bytes", "Resident memory of a worker's process"),
     "worker_free_memory_bytes": ("free_memory_bytes", "Memory that a worker's process may still take"),
-    "worker_kv_disk_bytes": ("kv_disk_used_bytes", "KV memory on a worker's disk, of all workers with its folder"),
-    "worker_experts_cache_bytes": ("experts_cache_used_bytes", "Bytes of experts that a worker's GPUs have copies of"),
+    "worker_kv_disk_bytes": ("kv_disk_used_bytes", "KV memory on disk in a worker's folder, which workers may share"),
+    "worker_experts_cache_bytes": ("experts_cache_used_bytes", "Bytes of copies of experts on a worker's GPUs"),
 }
 
 _GROUP_COUNTERS = {
@@ -36,11 +36,11 @@ _GROUP_COUNTERS = {
     "group_sent_bytes": ("sent_bytes", "Bytes that a member of a group sent to the others"),
     "group_received_bytes": ("received_bytes", "Bytes that a member of a group received from the others"),
 }
-"""Field of a member's counters and help text, by name of the group counter."""
+"""Field of a member's counters, and help text, of each group counter."""
 
 
 class WorkerMetrics(Collector):
-    """Collects metrics of workers. Counters restart with the worker's process, as Prometheus expects."""
+    """Collects the workers' metrics. A counter starts again at 0 with a worker's process, as Prometheus expects."""
 
     def __init__(
         self, workers: Callable[[], Mapping[str, WorkerHandle]], models: Callable[[], Mapping[str, str]]
@@ -51,7 +51,7 @@ class WorkerMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         workers = self._workers()
         up = {name: worker for name, worker in workers.items() if not worker.state.is_gone}
-        alive = _gauge("worker_up", "Whether a worker is connected", "worker")
+        alive = _gauge("worker_up", "1 if a worker is connected, 0 if it is not", "worker")
         for name in workers:
             alive.add_metric([name], float(name in up))
         yield alive
@@ -79,7 +79,7 @@ def _of_groups(workers: Mapping[str, WorkerHandle], models: Mapping[str, str]) -
         (field, CounterMetricFamily(f"llamaclust_{name}", text, labels=labels))
         for name, (field, text) in _GROUP_COUNTERS.items()
     ]
-    waits = "Time that gathers waited for the rows of others, by the member of the group that was ready last"
+    waits = "Time that gathers waited for other members' rows, by the member that was ready last"
     waited = CounterMetricFamily("llamaclust_group_wait_seconds", waits, labels=[*labels, "member"])
     for name, worker in workers.items():
         for model_id, model in models.items():
@@ -94,9 +94,9 @@ def _of_groups(workers: Mapping[str, WorkerHandle], models: Mapping[str, str]) -
 
 
 def _of_devices(workers: Mapping[str, WorkerHandle]) -> Iterator[Metric]:
-    layers = _gauge("worker_layers", "Layers on a worker's CPU and GPUs, of all models", "worker", "device")
+    layers = _gauge("worker_layers", "Layers of all models on a worker's CPU and GPUs", "worker", "device")
     total = _gauge("worker_gpu_memory_bytes", "Memory of a worker's GPU", "worker", "gpu")
-    free = _gauge("worker_gpu_free_memory_bytes", "Memory that a worker may still take of its GPU", "worker", "gpu")
+    free = _gauge("worker_gpu_free_memory_bytes", "Memory of its GPU that a worker may still take", "worker", "gpu")
     for name, worker in workers.items():
         counts: Counter[str] = Counter()
         for part in worker.device_layers:

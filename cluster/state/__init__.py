@@ -1,1 +1,1 @@
-"""The files of a cluster on disk, and the events that it reports."""
+"""Keeps a cluster's files on disk, and defines the events that a coordinator reports."""

@@ -1,4 +1,4 @@
-"""The LoRA adapters of a served model: numbers, requests that use them, and the record for the next coordinator."""
+"""Keeps track of a served model's LoRA adapters, of the requests that use them, and of adapters that clients loaded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class AdapterUnloadedError(RequestError):
 
 @dataclass(frozen=True, slots=True)
 class ServedAdapter:
-    """A LoRA adapter with the name that clients use for it. `content`: its file's digest, if a client loaded it."""
+    """A LoRA adapter by its name for clients. `content` is its file's digest if a client loaded it, or else empty."""
 
     name: str
     path: str
@@ -39,7 +39,7 @@ class ServedAdapter:
 
 def _checked(adapter: ServedAdapter) -> ServedAdapter:
     if not (adapter.name and adapter.path and adapter.content):
-        raise ValueError("an adapter without a name, a path or a digest")
+        raise ValueError("an adapter has no name, path or digest")
     return adapter
 
 
@@ -49,7 +49,7 @@ _MODELS = TypeAdapter(dict[str, list[_Loaded]])
 
 @dataclass(slots=True, eq=False)
 class ServedAdapters:
-    """The adapters of one model. An adapter keeps its number when others are added or removed."""
+    """The adapters of a model. An adapter keeps its number when other adapters are added or removed."""
 
     first: Sequence[ServedAdapter] = ()  # those of the cluster file, numbered from 0
     default: AdapterScales = ()  # in requests that choose none, as clients set them; a request keeps its admission's
@@ -92,7 +92,7 @@ class ServedAdapters:
         self._since_ns[number] = monotonic_ns()
 
     def remove(self, number: int) -> None:
-        """Removes an adapter that no request uses. Requests that chose it but do not use it yet will be refused."""
+        """Removes an adapter that no request uses. Waiting requests that chose the adapter will be refused."""
         assert not self._uses[number]
         self._past.append((number, self._present.pop(number).name, monotonic_ns()))
 
@@ -106,7 +106,7 @@ class ServedAdapters:
         return self._uses[number]
 
     def use(self, scales: AdapterScales, received_ns: int) -> None:
-        """Counts a request received at `received_ns` (0: now). Raises AdapterUnloadedError for an unloaded adapter."""
+        """Counts a request that arrived at `received_ns`. Raises AdapterUnloadedError if its adapter was unloaded."""
         for number, _ in scales:
             if number not in self._present or 0 < received_ns < self._since_ns.get(number, 0):
                 raise AdapterUnloadedError(f"model: adapter {number} was unloaded meanwhile: send the request again")
@@ -116,7 +116,7 @@ class ServedAdapters:
         self._uses.subtract(number for number, _ in scales)
 
     def marks(self, numbers: Collection[int]) -> tuple[str, ...]:
-        """Returns the number, content and name of each adapter that a client loaded, because these affect answers."""
+        """Returns the number, content and name of each adapter that a client loaded. They affect answers."""
         return tuple(
             f"{number} {adapter.content} {adapter.name}" for number, adapter in self.loaded if number in numbers
         )
@@ -126,7 +126,7 @@ class ServedAdapters:
 
 
 class AdapterRecord:
-    """The adapters that clients loaded, by model. Those whose files are missing at a start stay in the record."""
+    """Records on disk which adapters clients loaded. An adapter stays in the record if it cannot be loaded again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -144,11 +144,11 @@ class AdapterRecord:
         return self._models.get(model, [])
 
     def keep(self, model: str, number: int, adapter: ServedAdapter) -> None:
-        """Keeps an adapter that could not be loaded again, until it is removed or another one of its name is loaded."""
+        """Keeps an adapter that could not be loaded again. It stays until it is removed or its name is loaded anew."""
         self._absent.setdefault(model, []).append((number, adapter))
 
     async def remove(self, model: str, name: str) -> bool:
-        """Removes a kept adapter. Returns False if none has this name. Raises the errors of `write`."""
+        """Removes a kept adapter. Returns False if no kept adapter has this name. Raises the errors of `write`."""
         absent = self._absent.get(model, [])
         left = [(number, adapter) for number, adapter in absent if adapter.name != name]
         if len(left) == len(absent):
@@ -158,7 +158,7 @@ class AdapterRecord:
         return True
 
     async def write(self, model: str, adapters: Sequence[tuple[int, ServedAdapter]]) -> None:
-        """Returns when the record is on disk. If writing fails, raises LlamaclustError and keeps the old record."""
+        """Writes the record to disk. If writing fails, keeps the old record and raises LlamaclustError."""
         names = {adapter.name for _, adapter in adapters}
         absent = [(number, adapter) for number, adapter in self._absent.get(model, []) if adapter.name not in names]
         await self._write(model, adapters, absent)

@@ -1,4 +1,4 @@
-"""Reads the file of the HTTP API's keys; adds and removes keys by name."""
+"""Reads the HTTP API's key file, and adds and removes keys by name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class NamedKey:
-    """A key and its name: the comment above the key, or its number. `start` and `end` include the comment's line."""
+    """A key in the lines [start, end) of the file. The name is the comment above the key, or else the key's number."""
 
     name: str
     key: str = field(repr=False)
@@ -32,13 +32,13 @@ class NamedKey:
 
 
 def read_api_keys(path: Path | None) -> tuple[str, ...]:
-    """Reads keys, one per line, without comments. Raises UsageError for a bad file or one that others may read."""
+    """Reads the keys of a file. Raises UsageError if the file is invalid or other users may read it."""
     if path is None:
         return ()
     keys = _keys_of(path)
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
-        raise UsageError(f"{path}: others may read these API keys (mode {mode:04o}): chmod 600 {path}")
+        raise UsageError(f"{path}: other users may read these API keys (mode {mode:04o}): chmod 600 {path}")
     bad = next((number for number, key in enumerate(keys, 1) if not _KEY.fullmatch(key)), None)
     if bad is not None:
         raise UsageError(f"{path}: key {bad} is not 8 to 512 printable ASCII characters without spaces")
@@ -59,7 +59,7 @@ class LiveKeys(Sequence[str]):
                 self._keys = read_api_keys(self._path)
                 _log.info("%s: read again, API keys: %d", self._path, len(self._keys))
             except UsageError as error:
-                _log.warning("%s; the API keys of before stay", error)
+                _log.warning("%s; the API keys that were read before stay valid", error)
         return self._keys
 
     def __getitem__(self, index: Any) -> Any:
@@ -81,7 +81,7 @@ def named_keys(path: Path) -> list[NamedKey]:
 
 
 def add_key(path: Path, name: str | None = None) -> NamedKey:
-    """Adds a new key to a file, which is created with mode 0600 if absent. Raises UsageError for a taken name."""
+    """Adds a new key to a file, which is created if it does not exist. Raises UsageError if the name is taken."""
     lines = _lines_of(path) if path.exists() else []
     keys = _named(lines)
     names = {each.name for each in keys}
@@ -101,7 +101,7 @@ def remove_key(path: Path, name: str) -> None:
     if found is None:
         raise UsageError(f"{path}: has no key named {name}; it has {', '.join(each.name for each in keys) or 'none'}")
     if len(keys) == 1:
-        raise UsageError(f"{path}: {name} is its only key; add another one first, or delete the file")
+        raise UsageError(f"{path}: {name} is the only key; add another key first, or delete the file")
     _write(path, [*lines[: found.start], *lines[found.end :]])
 
 
@@ -124,7 +124,7 @@ def _named(lines: list[str]) -> list[NamedKey]:
 def _keys_of(path: Path) -> list[str]:
     keys = [each.key for each in _named(_lines_of(path))]
     if not keys:
-        raise UsageError(f"{path}: holds no API key; put one a line")
+        raise UsageError(f"{path}: the file has no API key; write one key per line")
     return keys
 
 

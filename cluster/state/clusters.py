@@ -1,4 +1,4 @@
-"""The clusters of this user: running ones, and the one that ended last."""
+"""Finds this user's running clusters, and the cluster that ended last."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def recorded_clusters(state_dir: Path) -> list[ClusterRecord]:
 
 
 def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, ClusterRecord]:
-    """Returns the cluster of this name (None: the only one). Raises UsageError with a list of the running clusters."""
+    """Returns the cluster `name`, or the only running cluster if `name` is None. Raises UsageError if there is none."""
     running = running_clusters(state_dir)
     if name is None and len(running) == 1:
         name = next(iter(running))
@@ -51,7 +51,7 @@ def _folders(state_dir: Path) -> list[ClusterDir]:
 
 
 def _last_ended(state_dir: Path, name: str | None) -> str:
-    """Describes how the last cluster of this name ended; empty if none did. A cluster that was killed counts too."""
+    """Describes how the last cluster with this name ended. Returns an empty text if no cluster has ended."""
     of_name = [folder for folder in _folders(state_dir) if name in (None, folder.path.name)]
     ended = [folder for folder in of_name if _last_change_s(folder) and not folder.is_running]
     if not ended:
@@ -60,7 +60,7 @@ def _last_ended(state_dir: Path, name: str | None) -> str:
     logs = last.logs if any(last.logs.glob("*")) else None
     if _was_killed(last):
         return f"; {last.path.name} ended unexpectedly" + (f", its logs: {logs}" if logs else "")
-    return f"; the last one's logs: {logs}" if logs else ""
+    return f"; logs of the last cluster: {logs}" if logs else ""
 
 
 def _was_killed(folder: ClusterDir) -> bool:

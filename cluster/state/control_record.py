@@ -1,4 +1,4 @@
-"""The record that a coordinator leaves to the next one: its term and the names of drained workers."""
+"""Records a coordinator's term and its drained workers for the next coordinator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llamaclust.core.epochs import MAX_TERM, epoch_number
 from llamaclust.core.errors import LlamaclustError, SupersededError
 
 _MAX_EXCEEDED = MAX_TERM >> 1
-"""The largest term that is accepted from a worker, so that no worker can use up all terms."""
+"""Largest term that is accepted from a worker. It keeps a worker from using up all terms."""
 _log = logging.getLogger(__name__)
 
 
@@ -32,8 +32,8 @@ _WRITTEN = TypeAdapter(_Written)
 
 @dataclass(slots=True)
 class ControlRecord:
-    """The record of one coordinator. A change is on disk when it returns; it raises SupersededError if a newer
-    coordinator wrote the file. Without `path`, nothing is written. The first epoch fixes the term."""
+    """A coordinator's record. A method that changes the record returns when the change is on disk, and raises
+    SupersededError if a newer coordinator has written the file. If `path` is None, nothing is written."""
 
     path: Path | None = None
     term: int = 0
@@ -46,7 +46,7 @@ class ControlRecord:
 
     @classmethod
     def begin(cls, path: Path) -> ControlRecord:
-        """Begins a term that exceeds the last coordinator's. Raises LlamaclustError if the file cannot be written."""
+        """Begins a term above the last coordinator's term. Raises LlamaclustError if the file cannot be written."""
         last = _Written(0, frozenset())
         try:
             last = read_as(path, _WRITTEN)
@@ -55,7 +55,7 @@ class ControlRecord:
         except (OSError, ValueError) as error:
             _log.warning("%s: cannot be read: %s; no worker counts as drained", path, error)
         if last.term + 1 >= MAX_TERM:
-            what = f"{path}: term {last.term} is the last one"
+            what = f"{path}: term {last.term} is the largest term"
             raise LlamaclustError(f"{what}: remove the file while no coordinator runs")
         record = cls(path, last.term + 1, last.drained)
         record._written_term = last.term
@@ -67,8 +67,8 @@ class ControlRecord:
         return epoch_number(self.term, self._epochs)
 
     async def admits(self, seen_term: int) -> bool:
-        """Returns False if the worker has seen a newer term. Before the first epoch, a larger term begins instead,
-        because the last coordinator's record was lost. Later, only the next coordinator may begin a larger term."""
+        """Returns False if a worker has seen a newer term. Before the first epoch, begins a larger term instead,
+        because the last coordinator's record must have been lost. Later, the term of this coordinator cannot change."""
         seen_term = min(seen_term, _MAX_EXCEEDED)
         if seen_term and seen_term >= self.term and not self._epochs:
             self.term = seen_term + 1
@@ -82,7 +82,7 @@ class ControlRecord:
             await self._save(self._written_term)
 
     def newer_term(self) -> int:
-        """Returns the term of a newer coordinator with the same state directory; 0 if there is none."""
+        """Returns the term of a newer coordinator that uses the state directory, or 0 if there is none."""
         try:
             term = 0 if self.path is None else read_as(self.path, _WRITTEN).term
         except (OSError, ValueError):
@@ -95,7 +95,7 @@ class ControlRecord:
 
     def _write(self, term: int, drained: frozenset[str]) -> None:
         if newer := self.newer_term():
-            raise SupersededError(f"{self.path}: a newer coordinator (term {newer}) has the cluster")
+            raise SupersededError(f"{self.path}: a newer coordinator (term {newer}) owns the cluster")
         self._written_term = term
         if self.path is not None:
             write_private(self.path, _WRITTEN.dump_json(_Written(term, drained)).decode())

@@ -1,5 +1,5 @@
-"""The files of a cluster: its lock, the record that `status` and `down` read, logs, measurements. The files are in
-`<state_dir>/<cluster name>/`, measurements in `<state_dir>`. Only their owner can read them."""
+"""Manages a cluster's files in `<state_dir>/<cluster name>/`, such as its lock, its logs, and the record that `status`
+and `down` read. Only the owner can read these files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Value = TypeVar("Value")
 
 ELSEWHERE = ".elsewhere"
 _PROBE_S = 0.05
-"""The pause before another attempt to lock. Checks for a running cluster hold the lock for less."""
+"""Pause in seconds before another attempt to lock. A check for a running cluster holds the lock for less time."""
 _POLL_S = 0.05
 _NOT_A_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
 _STANDBY_LOOK_S = 0.05
@@ -122,7 +122,7 @@ class ClusterDir:
         return self.path / "standby"
 
     def create(self) -> None:
-        """Creates the folders. Raises UsageError unless the state directory is writable, and only for this user."""
+        """Creates the folders. Raises UsageError if they cannot be created, or if other users can change them."""
         try:
             self.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
             for folder in (self.path, self.logs):
@@ -132,13 +132,13 @@ class ClusterDir:
                 raise UsageError(f"{self.path.parent}: other users can write to it; run: chmod o-w {self.path.parent}")
             self.path.chmod(0o700)
         except OSError as error:
-            what = f"{self.path}: cannot be made: {error.strerror}"
+            what = f"{self.path}: cannot be created: {error.strerror}"
             raise UsageError(f"{what}; set `state_dir:` or LLAMACLUST_STATE_DIR to a folder of your own") from error
 
     @contextlib.contextmanager
     def locked(self, *, is_standby: bool = False) -> Iterator[bool]:
-        """Holds the cluster's name and restores deleted files; yields True. Raises UsageError if another process has
-        the name. A standby waits for that process instead, and yields False if it was stopped in order."""
+        """Locks the cluster's name and yields True. Raises UsageError if another process holds the lock. A standby
+        waits for that process instead, and yields False if the process was stopped in order."""
         self.create()
         lock, is_stopped = FileLock(self._lock), False
         if is_standby:
@@ -152,7 +152,7 @@ class ClusterDir:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Publishes the holder of the Lease. Takes the file lock too, unless a hanging coordinator has it."""
+        """Marks the cluster as running for the Lease's holder. Takes the file lock unless a hung coordinator has it."""
         self.create()
         self._forget_last()
         lock = FileLock(self._lock)
@@ -184,7 +184,7 @@ class ClusterDir:
         self._stopped.unlink(missing_ok=True)
 
     def _await_end(self, lock: FileLock) -> bool:
-        """Waits for the lock. Returns True if its holder was stopped in order, else False: the standby takes over."""
+        """Waits for the lock. Returns False if its holder was not stopped in order, so that the standby must serve."""
         has_waited, standby = False, FileLock(self._standby)
         try:
             while not self._has_ended(lock):
@@ -213,7 +213,7 @@ class ClusterDir:
                 limit_logs(self.logs)
 
     def _restore(self, lock: FileLock) -> None:
-        """Restores lock and record: without them, another cluster could take the name."""
+        """Restores the lock and the record if they were deleted. Otherwise, another cluster could take the name."""
         if not lock.is_held:
             self.create()
             if lock.take():
@@ -246,7 +246,7 @@ class ClusterDir:
         return True
 
     def write_record(self, record: ClusterRecord) -> None:
-        """Publishes the cluster. If its files are elsewhere, the usual state directory gets a link to them."""
+        """Writes the record. If the cluster is not in the default state directory, puts a link there."""
         write_private(self._record, _RECORD.dump_json(record).decode())
         self._published[:] = [record]
         if self._link is not None:
@@ -267,7 +267,7 @@ class ClusterDir:
             return None
 
     def remove_record(self) -> None:
-        """Removes the record at the end of a cluster, unless another cluster of the same name wrote it."""
+        """Removes the record when the cluster ends, unless another cluster with the same name has written it."""
         own, self._published[:] = tuple(self._published), ()
         record = self.read_record()
         if record is None or record in own or not self.is_running:
@@ -286,7 +286,7 @@ class ClusterDir:
 
 
 def open_log(path: Path, *, anew: bool) -> int:
-    """Opens a log for appending. Raises UsageError for a link, a folder, a pipe or another user's file."""
+    """Opens a log for appending. Raises UsageError if it is not a plain file, or if it belongs to another user."""
     how = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         descriptor = os.open(path, how, 0o600)
@@ -318,7 +318,7 @@ def read_values(path: Path, kind: TypeAdapter[dict[str, Value]]) -> dict[str, Va
 
 
 def read_as(path: Path, kind: TypeAdapter[Value]) -> Value:
-    """Reads a JSON file. Raises OSError if it is unreadable, and a one-line ValueError for other content."""
+    """Reads a JSON file. Raises OSError if the file cannot be read, and a one-line ValueError if it is invalid."""
     try:
         return kind.validate_python(read_json(path))
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Threads for calls to a disk. A call may hang for ever, for example on an unreachable file server."""
+"""Runs disk calls on threads, because a call may hang forever, for example on an unreachable file server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CALL_S = 10.0
 
 
 class DiskThread:
-    """Makes one call at a time, each with a deadline. A hanging call does not keep the process alive."""
+    """Runs one call at a time, with a deadline. A call that hangs does not keep the process alive."""
 
     def __init__(self, name: str) -> None:
         self.hangs = False  # a call has not returned yet
@@ -31,7 +31,7 @@ class DiskThread:
             raise LlamaclustError(f"{path}: cannot be written: {error.strerror}") from error
 
     async def call(self, work: Callable[[], Value]) -> Value:
-        """Runs `work` in a thread and raises its errors, or TimeoutError if it or an earlier call does not return."""
+        """Runs `work` on a thread. Raises the errors of `work`, and TimeoutError if this or an earlier call hangs."""
         if self.hangs:
             raise TimeoutError(errno.ETIMEDOUT, "an earlier write has not returned")
         loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""Events that a coordinator reports. If it runs detached from its command, they cross a pipe as JSON lines."""
+"""Events that a coordinator reports. A detached coordinator sends them to its command as JSON lines in a pipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 @dataclass(frozen=True, slots=True)
 class AwaitingWorkers:
-    """Instructions for starting workers elsewhere, one line per entry."""
+    """Instructions to start workers elsewhere. Each entry of `lines` is one line of text."""
 
     lines: tuple[str, ...]
     missing: tuple[str, ...] = ("workers",)  # in words
@@ -31,7 +31,7 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Measuring:
-    """Workers measure their machine, which takes some seconds. The next start reuses the results."""
+    """Workers are measuring their machines, which takes some seconds. The next start reuses the results."""
 
     workers: tuple[str, ...]
     what: str  # is measured
@@ -91,7 +91,7 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Draining:
-    """The cluster ends when this number of requests has ended, or after `limit_s`."""
+    """The cluster ends when these requests have ended, or after `limit_s`."""
 
     requests: int
     limit_s: float
@@ -105,7 +105,7 @@ _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Event)}
 
 
 def awaited(event: Event) -> str | None:
-    """Describes what a start waits for after this event; None if the event does not change that."""
+    """Describes what a start waits for after this event, or returns None if the event does not change it."""
     match event:
         case AwaitingWorkers() | WorkerJoined():
             return ", ".join(event.missing)

@@ -1,5 +1,5 @@
-"""A file as a lock. One process has it, other processes can check it, and the kernel releases it when its holder ends.
-The `filelock` package can neither check a lock without taking it nor detect a deleted lock file."""
+"""Locks a file. Other processes can check the lock, and the kernel releases it when its holder ends. The `filelock`
+package cannot check a lock without taking it, and does not detect that a lock file was deleted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FileLock:
         self._awaited: int | None = None  # the file whose lock another process had at the last look
 
     def take(self) -> bool:
-        """Takes the lock. Returns False if another process has it. Raises UsageError if the path is a folder."""
+        """Takes the lock. Returns False if another process has the lock. Raises UsageError if the path is a folder."""
         descriptor = self._open()
         if not take_lock(descriptor):
             os.close(descriptor)
@@ -26,7 +26,7 @@ class FileLock:
         return self._has_taken(descriptor)
 
     def take_next(self) -> bool:
-        """Takes the lock if its holder has ended, even if the lock file was deleted. Returns True on success."""
+        """Takes the lock and returns True if its holder has ended. A deleted lock file does not end the wait."""
         if self._awaited is None:
             self._awaited = self._open()
         if not take_lock(self._awaited):

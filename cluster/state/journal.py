@@ -1,7 +1,7 @@
-"""The journal of admitted requests, from which a restarted coordinator answers them again, bit for bit: an answer is a
-function of prompt, parameters and seed. Recorded tokens only save computation. Sent replies are kept for a while,
-because their clients may not have read them. The file is emptied when no request needs it, and rewritten when most of
-it belongs to ended requests."""
+"""Journals admitted requests, so that a restarted coordinator can answer them bit for bit. An answer depends only on
+prompt, parameters and seed. Recorded tokens only save computation. Requests are kept for a while after their replies
+were sent, because clients might not have read the replies. The file is emptied when no request needs it, and rewritten
+when most of it belongs to ended requests."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ from llamaclust.core.errors import SupersededError
 from llamaclust.core.sampling import RowResult
 
 _PAUSE_S = 0.02
-"""The shortest time between the starts of two writes. It is shorter than a prompt takes. Admissions share a write."""
+"""Shortest time between the starts of two writes. Admissions within this time share a write."""
 _LATER_S = 0.1
-"""The delay of lines that need not be on disk soon. A write for an admission includes them earlier."""
+"""Delay of lines that need not be on disk soon. An earlier write for an admission includes these lines."""
 _RETRY_S = 5.0
 _ENDED_BYTES = 4 << 20
 _SENT_BYTES = 16 << 20
-"""The most bytes of requests whose replies were sent. The oldest of these requests are removed first."""
+"""Maximum bytes of requests whose replies were sent. Of these requests, the oldest are removed first."""
 
 _LONG_BYTES = 1 << 16
-"""The size of a body from which on the line of its request is made on a thread."""
+"""Smallest size of a body for which the request is encoded on a thread."""
 
 _Step: TypeAlias = "Callable[[], asyncio.Future[bytes] | None]"
-"""A change of the contents. The next one waits until the returned future is done."""
+"""Changes the contents. The next change waits until the returned future is done."""
 
 _log = logging.getLogger(__name__)
 
 
 class Journal:
     def __init__(self, path: Path, record: ControlRecord, sent_s: float) -> None:
-        """Sent replies are kept for `sent_s`. The newest coordinator owns the file, by the terms in `record`."""
+        """Keeps requests for `sent_s` seconds after their replies were sent. `record` tells who owns the file."""
         self._sent_s = sent_s
         self._contents = _Contents()
         self._writer = _Writer(JournalFile(path, record), self._contents)
@@ -57,7 +57,7 @@ class Journal:
         self._without_progress: dict[str, int] = {}  # restored requests, and how many times they have been begun so
 
     async def restore(self, requests: Sequence[RequestContext]) -> None:
-        """Begins with the open requests of an earlier coordinator. Removes all other content of the file."""
+        """Replaces the content of the file with the open requests of an earlier coordinator."""
         made = [[(each, await self._made(each)) for each in request.records()] for request in requests]
         for request, records in zip(requests, made, strict=True):  # without a write in between: it would lose some
             for record, line in records:
@@ -71,7 +71,7 @@ class Journal:
         await on_disk
 
     def admit(self, request: RequestContext) -> asyncio.Future[None]:
-        """Records a request. The future ends when the record is on disk or cannot be written, or with RequestError if
+        """Records a request. The future ends when the record is on disk or cannot be written. It raises RequestError if
         the record is too long. Raises SupersededError after `seal`."""
         if self._writer.is_sealed:
             raise SupersededError("this coordinator has stopped serving; try again later")
@@ -80,11 +80,11 @@ class Journal:
         return on_disk
 
     def answer(self, request_id: str, choice: ChoiceKey, start: int, rows: Sequence[RowResult]) -> None:
-        """Records tokens of a choice, beginning with token number `start`. They are written soon, but not synced."""
+        """Records tokens of a choice, beginning with number `start`. They are written soon, but are not synced."""
         self._add(Change.answered(request_id, choice, start, rows))
 
     async def begin_restored(self, times: Mapping[str, int]) -> None:
-        """Records how often requests restarted without a new token. Returns once the counts are in the file."""
+        """Records how often each request was restarted without a new token. Returns when the counts are in the file."""
         if not self._writer.is_sealed:
             self._without_progress.update(times)
             in_file: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -97,13 +97,12 @@ class Journal:
         self._add(Change(request_id, restores=0))
 
     def sent(self, request_id: str) -> None:
-        """Keeps a request for a while after its whole reply was sent. If there are many such requests, the oldest are
-        removed earlier."""
+        """Marks a request whose whole reply was sent. It is kept for a while, unless newer requests need the space."""
         if not self._writer.is_sealed:
             self._steps.take(partial(self._enter_sent, request_id))
 
     def completed(self, request_id: str, limit_s: float) -> None:
-        """Marks a background reply as computed. Until `limit_s` after admission, it is computed again on request."""
+        """Marks a background reply as computed. Until `limit_s`, a later coordinator computes it again on request."""
         self._add(Change(request_id, is_sent=True, limit_s=limit_s))
 
     def end(self, request_id: str) -> None:
@@ -114,7 +113,7 @@ class Journal:
             self._steps.take(self._end_sent)
 
     def stop_in_order(self) -> None:
-        """Takes back one counted restart of each request without progress, since an orderly stop is not its failure."""
+        """Reduces the restart count of each request without progress by one, because an orderly stop is no failure."""
         for request_id, times in self._without_progress.items():
             self._add(Change(request_id, restores=times - 1))
         self._without_progress.clear()
@@ -123,7 +122,7 @@ class Journal:
         self._writer.is_sealed = True
 
     async def aclose(self) -> None:
-        """Writes pending lines. Ends requests with sent replies, unless the journal is sealed."""
+        """Writes pending lines. Ends requests whose replies were sent, unless the journal is sealed."""
         self.end_sent()
         await self._steps.wait_done()
         self._making.shutdown(wait=False)
@@ -172,7 +171,7 @@ class Journal:
 
 
 class _Steps:
-    """Changes the contents in the order of the calls: while a long line is made on a thread, all that follows waits."""
+    """Changes the contents in the order of calls. If a thread encodes a long line, later changes wait for it."""
 
     def __init__(self) -> None:
         self._waiting: deque[_Step] = deque()
@@ -209,7 +208,7 @@ class _Contents:
         return b"".join(self.lines.values())
 
     def add(self, record: Record, line: bytes = b"") -> bytes:
-        """Returns the record's line, made here unless given; empty for a change of a request that is not open."""
+        """Adds a record and returns its line. Returns an empty line if the record's request is not open."""
         if isinstance(record, RequestContext):
             self.lines[record.id] = bytearray()
         elif record.id not in self.lines:
@@ -258,8 +257,8 @@ class _Writer:
             self._write_at(asyncio.get_running_loop().time() + _LATER_S)
 
     def write(self, lines: bytes, written: asyncio.Future[None], *, is_synced: bool) -> None:
-        """Adds lines. The future ends when these and all earlier lines are in the file (`is_synced`: on disk) or cannot
-        be written."""
+        """Adds lines. The future ends when these and all earlier lines are written, or cannot be. `is_synced` also
+        waits for the disk."""
         self._pending.append(lines)
         self._waiting.append(written)
         self._is_sync_due |= is_synced
@@ -322,7 +321,7 @@ class _Writer:
             self._failed_s = asyncio.get_running_loop().time()
             if not has_failed:
                 why = error.strerror if isinstance(error, OSError) else repr(error)
-                lost = "requests are served, but would not survive the coordinator until it can be written again"
+                lost = "requests are served, but are lost if the coordinator ends before the file can be written again"
                 _log.warning("%s: cannot be written: %s; %s", path, why, lost)
         else:
             self._failed_s = None

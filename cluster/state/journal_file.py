@@ -1,4 +1,4 @@
-"""The file of the journal, which belongs to the newest coordinator."""
+"""Writes the journal's file, which only the newest coordinator may write."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ class JournalFile:
         self._descriptor: int | None = None
 
     def append(self, data: bytes, is_synced: bool) -> bool:
-        """Appends all of `data` or nothing. Returns False if the file is missing or was replaced; then `rewrite` is
-        due."""
+        """Appends all of `data` or nothing. Returns False if the file is not in place, and must be rewritten."""
         descriptor = self._descriptor
         if descriptor is None or not self._is_in_place(descriptor):
             return False
@@ -37,8 +36,8 @@ class JournalFile:
         return True
 
     def rewrite(self, data: bytes) -> None:
-        """Replaces the content, or leaves the file unchanged on an error. Raises SupersededError if a newer coordinator
-        owns the file."""
+        """Replaces the whole content, or leaves it unchanged if an error is raised. Raises SupersededError if a newer
+        coordinator owns the file."""
         if not data and self._descriptor is not None and self._is_in_place(self._descriptor):
             os.ftruncate(self._descriptor, 0)
             self.size = 0

@@ -1,5 +1,5 @@
-"""Records of the journal: lines with a CRC-32, the kind of record, and its fields as JSON. A damaged line is skipped,
-with the tokens that follow its own."""
+"""Encodes and decodes the journal's records. A line has a CRC-32, the record's kind, and its fields as JSON. If a line
+is damaged, the line and its choice's later tokens are skipped."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from llamaclust.core.sampling import RowResult
 from llamaclust.core.this_machine import boot_s, machine_id
 
 _MAX_LINE_BYTES = 64 << 20
-"""The limit of a line. The largest body needs less. Of a longer, foreign line, only this much is held in memory."""
+"""Maximum bytes of a line. The largest body needs less. Only this much of a damaged line is held in memory."""
 _ROW = Struct("<id")
-"""A token and its logprob in binary, which is read several times as fast as decimal numbers."""
+"""Binary format of a token and its logprob. Decimal numbers would take several times as long to read."""
 _CHECKSUM = b"%08x "
 _PART_BYTES = 3 << 15
-"""The bytes that are encoded at a time, a multiple of 3. The interpreter lock is held meanwhile."""
+"""Bytes to encode at a time, while other threads cannot run. They must be a multiple of 3."""
 _BASE64 = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
 
 _log = logging.getLogger(__name__)
 
 ChoiceKey = tuple[int, int]
 _Messages = Annotated[Sequence[Mapping[str, Any]], BeforeValidator(json.loads)]
-"""JSON within JSON, because texts may have halves of surrogate pairs, which Pydantic refuses."""
+"""Messages as JSON inside JSON. They may have halves of surrogate pairs, which Pydantic refuses."""
 
 
 @dataclass(frozen=True, slots=True)
 class Instant:
-    """A time that later processes can compare: time since boot on the same machine, Unix time on others."""
+    """A time that other processes can compare. They use the time since boot, or Unix time on another machine."""
 
     unix_s: float
     boot_s: float
@@ -53,7 +53,7 @@ class Instant:
         return cls(time.time(), boot_s(), machine_id())
 
     def passed_s(self, until: Instant) -> float:
-        """Returns the seconds up to `until`. Between machines they are at least 0, because clocks may differ."""
+        """Returns the seconds from this time to `until`. Between machines, whose clocks may differ, at least 0."""
         if self.machine == until.machine:
             return until.boot_s - self.boot_s
         return max(0.0, until.unix_s - self.unix_s)
@@ -61,7 +61,7 @@ class Instant:
 
 @dataclass(slots=True, kw_only=True)
 class RequestContext:
-    """An admitted request: the names of its reply, its progress, and all values that give the same reply again."""
+    """An admitted request, with all values that are necessary to compute its reply again."""
 
     id: str
     seed: int  # where the body has none
@@ -100,7 +100,7 @@ class RequestContext:
 
     @property
     def is_complete(self) -> bool:
-        """True for a background request whose whole reply was computed, whether or not it was read."""
+        """True if this is a background request whose whole reply was computed, even if the client has not read it."""
         return self.is_background and self.is_sent
 
     @property
@@ -111,7 +111,7 @@ class RequestContext:
         return self.limit_s - self.admitted.passed_s(now)
 
     def apply(self, change: Change) -> None:
-        """Applies a later record. Tokens that do not continue the known ones are skipped."""
+        """Applies a later record. Skips tokens that do not continue the known tokens."""
         self.is_sent |= change.is_sent
         self.limit_s = change.limit_s or self.limit_s
         choice = change.prompt, change.choice
@@ -153,8 +153,8 @@ _KINDS: dict[bytes, TypeAdapter[Any]] = {kind.__name__.encode(): TypeAdapter(kin
 
 
 def to_line(record: Record) -> bytes:
-    """Encodes a record as a line, in parts between which other threads can run. Raises RequestError if the line is too
-    long to be read again."""
+    """Encodes a record as a line. Large fields are encoded in parts, so that other threads can run in between. Raises
+    RequestError if the line is too long."""
     kind = type(record).__name__.encode()
     parts = {name: part for name, part in _PARTS.items() if getattr(record, name, None)}
     other = {each.name for each in fields(record) if not each.init} | parts.keys()
@@ -200,16 +200,16 @@ _PARTS: dict[str, Callable[[Any], Iterator[bytes]]] = {
     "images": _image_parts,
     "earlier": _message_parts,
 }
-"""The fields of a request that may be large, as parts of JSON."""
+"""Encoders of fields that may be large. They yield JSON in parts."""
 
 
 _HEAD = b"llamaclust journal 4"
 HEAD_LINE = _line(_HEAD)
-"""The first line of a journal that is not empty: the version of its records."""
+"""First line of each journal that is not empty. It has the version of the record format."""
 
 
 def read_journal(path: Path, now: Instant) -> list[RequestContext]:
-    """Returns requests that are not too old, in order. Raises OSError, or ValueError for another version."""
+    """Returns the open requests whose limit has not passed. Raises OSError, or ValueError for another version."""
     requests: dict[str, RequestContext] = {}
     for record in _records(path):
         if isinstance(record, RequestContext):
@@ -223,7 +223,7 @@ def read_journal(path: Path, now: Instant) -> list[RequestContext]:
 
 
 def _records(path: Path) -> Iterator[Record]:
-    """Yields records of undamaged lines. Logs the number of others; the last line may be cut by a sudden end."""
+    """Yields the records of undamaged lines. Logs how many lines are damaged, except for an incomplete last line."""
     damaged, number = [], 0  # numbers of lines
     try:
         file = open_regular(path)
@@ -250,7 +250,7 @@ def _record(text: bytes) -> Record | None:
 
 
 def _texts(file: BinaryIO) -> Iterator[bytes]:
-    """Yields the text of each line after its checksum; empty for a damaged line."""
+    """Yields each line's text without the checksum. Yields an empty text for a damaged line."""
     while line := file.readline(_MAX_LINE_BYTES):
         text = line[len(_CHECKSUM % 0) :].removesuffix(b"\n")
         is_whole = len(line) < _MAX_LINE_BYTES and line.startswith(_CHECKSUM % zlib.crc32(text))
@@ -260,7 +260,7 @@ def _texts(file: BinaryIO) -> Iterator[bytes]:
 
 
 def left_unanswered(journal: Path) -> str:
-    """Describes in one line the requests that a coordinator leaves; empty for none, or an unreadable journal."""
+    """Describes the requests that a coordinator leaves unanswered. Returns an empty text if there are none."""
     try:
         number = _unanswered(read_journal(journal, Instant.now()))
     except (OSError, ValueError):
@@ -269,12 +269,12 @@ def left_unanswered(journal: Path) -> str:
 
 
 def found_unanswered(requests: Sequence[RequestContext], restored: Sequence[RequestContext]) -> str:
-    """Describes in one line the requests that a start computes again, and those that it drops; empty for none."""
+    """Describes the requests that a start computes again or drops. Returns an empty text if there are none."""
     number = _unanswered(restored)
     dropped = _unanswered(requests) - number
     lines = [f"{_counted(number)} computed again"] if number else []
     if dropped:
-        lines.append(f"{_counted(dropped)} dropped, since the model, its settings or the version have changed")
+        lines.append(f"{_counted(dropped)} dropped, because the model, its settings or the version have changed")
     return "; ".join(lines)
 
 

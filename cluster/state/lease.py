@@ -1,5 +1,5 @@
-"""A Kubernetes Lease as a lock by client-go's rules. Clocks of machines are not compared: a lease has expired when a
-candidate has seen no change of it for its duration. A holder that cannot renew it ends earlier."""
+"""Uses a Kubernetes Lease as a lock, by client-go's rules. Machines' clocks are not compared. The Lease has expired if
+a candidate has seen no change for the Lease's duration. A holder that cannot renew the Lease ends before that."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llamaclust.core.errors import LlamaclustError, SupersededError
 from llamaclust.core.this_machine import boot_s
 
 _RENEWED = 2 / 3
-"""The fraction of the lease's duration after which a holder that has not renewed it must end."""
+"""Fraction of the duration after which a holder must end if it has not renewed the Lease."""
 _RETRIES = 7.5
 _LOOK_S = 0.1
 _CONFLICT, _NOT_FOUND = 409, 404
@@ -47,18 +47,18 @@ class LeaseLock:
 
     @property
     def is_current(self) -> bool:
-        """True if the lease was renewed so recently that no other process can have taken it."""
+        """True if this process renewed the Lease so recently that no other process can have taken the Lease."""
         return self.renewed_s is not None and boot_s() - self.renewed_s < self._lease.duration * _RENEWED
 
     def take(self) -> bool:
-        """Returns True if this process now has the lease. Raises LlamaclustError if the API server fails."""
+        """Tries to take the Lease. Returns True on success. Raises LlamaclustError if the API server fails."""
         begun_s, lease = boot_s(), self._read()
         if not self._is_free(lease.get("spec") or {}):
             return False
         return self._write(lease, begun_s)
 
     def renew(self) -> None:
-        """Raises SupersededError if another process has the lease, LlamaclustError if the server fails."""
+        """Raises SupersededError if another process has the Lease, and LlamaclustError if the API server fails."""
         begun_s, lease = boot_s(), self._read()
         holder = _holder(lease)
         if holder not in ("", self.identity):
@@ -101,7 +101,7 @@ class LeaseLock:
         lease = _json(reply)
         spec = lease.get("spec") or {}
         if not isinstance(spec, dict) or any(not isinstance(spec.get(name) or kind(), kind) for name, kind in _FIELDS):
-            raise LlamaclustError(f"Lease {self._lease.name}: {self._lease.api} answers something else than a Lease")
+            raise LlamaclustError(f"Lease {self._lease.name}: the answer of {self._lease.api} is not a Lease")
         return lease
 
     def _put(self, lease: dict[str, Any]) -> bool:
@@ -121,7 +121,7 @@ class LeaseLock:
 
 @contextmanager
 def held(lock: LeaseLock, lost: Callable[[str], None]) -> Iterator[None]:
-    """Renews the lease while the context is open, then gives it up. If it is lost, a thread calls `lost`."""
+    """Renews the Lease while the context is open, and then releases it. If the Lease is lost, a thread calls `lost`."""
     end = threading.Event()
     reasons = ["it was not renewed in time"]
 

@@ -1,4 +1,4 @@
-"""Measurements in a state directory. Each is stored with the load of other programs, which may make it meaningless."""
+"""Stores measurements in a state directory, together with the load of other programs that may have disturbed them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _STAT = Path("/proc/stat")
 _PROC = Path("/proc")
 _LEAST_S = 0.1
 _CPU_TIMES = slice(11, 15)
-"""Fields of /proc/PID/stat after the name: user and system time of the process and its ended children."""
+"""Fields of /proc/PID/stat with the user and system times of a process and its ended children."""
 
 
 @dataclass(frozen=True, slots=True)
 class OtherLoad:
-    """Load on the `cores` of this process, in cores: of other programs, and of other virtual machines (`stolen`)."""
+    """Busy cores among this process's `cores`. Other virtual machines use `stolen`, other programs use `others`."""
 
     cores: int
     others: float
@@ -60,7 +60,7 @@ def disturbance(loads: Iterable[OtherLoad]) -> str | None:
 
 
 class CpuSeconds(NamedTuple):
-    """Processor seconds since the machine started, on the cores of this process, and the time of the reading."""
+    """Processor seconds since the machine started, on this process's cores. `at` is the time of the reading."""
 
     busy: float
     stolen: float
@@ -80,7 +80,7 @@ class LoadMeter:
         self._started = _read()
 
     def measure(self) -> OtherLoad | None:
-        """Returns the load since this meter began. Returns None in the first 0.1 s, or if /proc/stat is unavailable."""
+        """Returns the load since this meter was created. Returns None in the first 0.1 s, or without /proc/stat."""
         before, after = self._started, _read()
         if before is None or after is None:
             return None
@@ -119,7 +119,7 @@ def _ticks(pid: str) -> int:
 
 
 def write_profiles(state_dir: Path, profiles: Mapping[str, Profile], load: OtherLoad | None = None) -> None:
-    """Adds to the stored profiles. `load`: the load of other programs during the measurements."""
+    """Adds profiles to the stored profiles. `load` is the load of other programs during the measurements."""
     loads = {key: other for key, other in read_other_loads(state_dir).items() if key not in profiles}
     loads |= {} if load is None else dict.fromkeys(profiles, load)
     values = {key: asdict(profile) for key, profile in ({**read_profiles(state_dir), **profiles}).items()}

@@ -26,7 +26,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "keys that others may read": ({"api_keys_file": "keys"}, "chmod 600"),
     "keys that are not there": ({"api_keys_file": "no-keys"}, "no-keys: cannot read the API keys"),
     "a chat template that is not there": ({"chat_template": "no-template"}, "no-template"),
-    "a state directory that is none": ({"state_dir": "/dev/null/x"}, "/dev/null/x/tiny: cannot be made"),
+    "a state directory that is none": ({"state_dir": "/dev/null/x"}, "/dev/null/x/tiny: cannot be created"),
 }
 
 

@@ -1,4 +1,4 @@
-"""A draft model that runs on a thread of this process. The pipeline waits for its drafted tokens."""
+"""Runs a draft model on a thread of this process. The pipeline waits for the drafted tokens."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.stage_runner import StageMemory, StageRunner, plan_memory
 
 _MOST_OTHER = 128
-"""The most token ids that one vocabulary may lack at the end of another one. Padding differs within a model family."""
+"""Largest allowed difference of two vocabulary sizes. Models of one family may have different padding."""
 _FIRST_COMPARED = 5
-"""The first token id that is compared. Earlier ones, such as beginning of text, differ in name between files."""
+"""First token id that is compared. Earlier tokens, such as beginning of text, have different names in some files."""
 _CONTEXTS = 4
-"""The number of full-length sequences that the KV memory holds."""
+"""Number of full-length sequences that KV memory holds."""
 _LEAST_CONTEXT = 32
 _TRIED, _TRIES = 8, 4
-"""The number of tokens drafted in a measurement, and the number of measurements."""
+"""Number of drafted tokens in a measurement, and number of measurements."""
 
 Compute = Callable[[Sequence[DraftOrder]], DraftReplies]
 
@@ -59,8 +59,8 @@ class DraftModelPlan:
 
 
 def plan_draft_model(path: Path, targets: Sequence[Model], threads: int | None, context_length: int) -> DraftModelPlan:
-    """Plans a draft model's memory from its file's header, for sequences of `context_length`. `threads` is limited to
-    the available ones. Raises UsageError if the model can draft for no target, and errors of `Model.open`."""
+    """Plans a draft model's memory from its file's header, for sequences of `context_length` tokens. Raises UsageError
+    if the model can draft for no target, and the errors of `Model.open`."""
     with of_draft_model():
         model = Model.open(path)
     if threads is not None:
@@ -81,7 +81,7 @@ class LoadedDraftModel:
         self.path = plan.path
         self.memory_bytes = stage.memory.total_bytes
         self.kv_bytes = stage.memory.kv_bytes
-        """The part of `memory_bytes` that still counts as free memory until drafts write to it."""
+        """Part of `memory_bytes` that counts as free until drafts write to it."""
         self.is_lost = False
         self._drafter = ModelDrafter(stage, plan.model.hyperparameters.vocabulary_size)
         self.times = self._tried(min(MOST_ROWS, stage.limits.max_context_tokens - _TRIED))
@@ -121,7 +121,7 @@ class LoadedDraftModel:
 
 
 class SharedDraftModel:
-    """A draft model that several models share, as one of them sees it. Each has its own sequence keys."""
+    """One model's view of a draft model that several models share. Sequence keys of different models never collide."""
 
     def __init__(self, model: LoadedDraftModel, number: int, sharers: int) -> None:
         self._model = model
@@ -150,7 +150,7 @@ class SharedDraftModel:
 
 
 def open_draft_model(plan: DraftModelPlan, reserved_bytes: int = 0) -> LoadedDraftModel:
-    """Loads and measures the model, leaving `reserved_bytes` free. Raises InsufficientMemoryError or UsageError."""
+    """Loads and measures the model. `reserved_bytes` stay free. Raises InsufficientMemoryError or UsageError."""
     model, device = plan.model, plan.device
     free_bytes = max(0, device.free_bytes_of("cpu") - reserved_bytes)
     if plan.memory.total_bytes > free_bytes:
@@ -174,7 +174,7 @@ def of_draft_model() -> Iterator[None]:
 
 @asynccontextmanager
 async def draft_model_beside(plan: DraftModelPlan) -> AsyncIterator[LoadedDraftModel]:
-    """Loads the model without blocking the event loop, and closes it at the end. A cancelled load completes first."""
+    """Loads the model on a thread, and closes it at the end. A cancelled load continues, and is closed later."""
     thread = ThreadPoolExecutor(1, "draft model")
     loading = thread.submit(open_draft_model, plan)
     thread.shutdown(wait=False)
@@ -201,7 +201,7 @@ def _too_short(path: Path, context: int, own_context: int) -> str:
 
 
 def _targets(model: Model, targets: Sequence[Model]) -> tuple[int, ...]:
-    """Returns the indices of targets with the same tokens. Raises UsageError for none, or if `model` cannot draft."""
+    """Returns the indices of targets with the same tokens. Raises UsageError if the model can draft for no target."""
     path = model.file.path
     if model.has_states or not (model.is_causal and model.generates):
         raise UsageError(f"draft model {path}: layers with states, encoders and rerankers cannot draft; name another")

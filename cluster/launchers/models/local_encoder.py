@@ -1,4 +1,4 @@
-"""The encoder of a model's images in this process. It computes on its own threads, parallel to the model's steps."""
+"""Runs a model's image encoder in this process. The encoder has its own threads, so the model's steps continue."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class LocalEncoder:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._encoder.rows, task.tile)
 
     def close(self) -> None:
-        """Waits for the end of a tile in progress, which may take long."""
+        """Waits for the tile that is being computed, which may take long."""
         self._thread.shutdown(cancel_futures=True)
         self._encoder.close()
 

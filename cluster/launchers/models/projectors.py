@@ -1,4 +1,4 @@
-"""The choice of a model's projector: the given file, or the only usable one in the model's folder."""
+"""Chooses a model's projector: the given file, or the only usable projector in the model's folder."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from llamaclust.worker.devices.encoder_memory import encoder_bytes
 def open_with_projector(
     path: Path, mmproj: str | None, chat_template: str | None = None, adapters: Sequence[Path] = ()
 ) -> tuple[Model, str | None]:
-    """Opens a model and its projector, if any. Returns and raises also what `choose_projector` does."""
+    """Opens a model and its projector. Returns the model, and why a projector in its folder is unused, or None."""
     model = Model.open(path, chat_template, adapters)
     model.projector, unused = choose_projector(model, mmproj)
     return model, unused
 
 
 def choose_projector(model: Model, mmproj: str | None) -> tuple[Projector | None, str | None]:
-    """Returns the model's projector (None: it reads no images), and why one in its folder is unused (None: no such
-    case). Raises UsageError if a given projector is missing, ModelFileError if it does not fit or load."""
+    """Returns the model's projector, or None, and why a projector in the model's folder is unused, or None. Raises
+    UsageError if a given projector is missing, and ModelFileError if it does not fit or load."""
 
     def check(projector: Projector) -> None:
         model.check_projector(projector)

@@ -8,10 +8,10 @@ from llamaclust.worker.devices.system_info import available_memory_bytes
 
 
 def row_limits(taken_bytes: int = 0) -> RowLimits:
-    """Returns the limits of rows of images on this machine, of whose free memory `taken_bytes` are reserved."""
+    """Returns memory limits for image rows on this machine. `taken_bytes` of the free memory are already reserved."""
     return RowLimits.of(max(0, available_memory_bytes() - taken_bytes))
 
 
 def row_bytes(limits: RowLimits, models: Iterable[Model]) -> int:
-    """Returns the most memory for rows of images of these models, which share it."""
+    """Returns the maximum memory, in bytes, that these models share for image rows."""
     return limits.held_bytes if any(model.projector is not None for model in models) else 0

@@ -1,1 +1,1 @@
-"""The search for plans whose stages may be held by groups of workers: costs of portions, shares, and the best chain."""
+"""Searches for plans in which groups of workers may hold stages."""

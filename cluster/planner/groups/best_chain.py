@@ -1,4 +1,4 @@
-"""Finds the chain of workers and groups that takes the least time by the objective."""
+"""Finds the chain of workers and groups that is the fastest by the objective."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llamaclust.cluster.planner.splits.stage_tables import stage_tables
 from llamaclust.cluster.planner.work import Work, works_of
 
 _WORTH_ROOM = 1.1
-"""The factor by which a plan must be faster if its KV memory holds fewer full-length sequences."""
+"""Factor by which a plan must be faster if its KV memory holds fewer full-length sequences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Found:
 
 
 def best_chain(sizes: MemoryModel, workers: Sequence[WorkerFacts], contexts: Sequence[int]) -> Found | None:
-    """Returns the best chain; None if nothing fits. `contexts`: full-length sequences in KV memory, by preference."""
+    """Returns the best chain, or None if nothing fits. `contexts` counts full-length sequences, preferred first."""
     works = works_of(sizes.request.objective, usual_prompt_tokens(sizes.request.context_length))
     unlike = frozenset[str]().union(*sizes.request.partitions)
     found: Found | None = None
@@ -102,14 +102,14 @@ class _Search:
         return GroupSearch(self.sizes, self.workers, classes, self.works, tables, self._apart).best(below, known)
 
     def _fitted(self, found: Found) -> Found | None:
-        """Rounds a group's portions to whole units. Returns None if they do not fit into memory."""
+        """Rounds portions to whole units. Returns None if the rounded portions do not fit in memory."""
         by_name = {worker.name: worker for worker in self.workers}
         entries = tuple(fitted(self.sizes, entry, by_name, self.contexts) for entry in found.entries)
         blocks = Chain.of(self.sizes, entries, by_name, self.contexts).kv_blocks
         return replace(found, entries=entries) if blocks >= self.sizes.request.context_blocks else None
 
     def _entries(self, best: Best) -> tuple[Assignment, ...]:
-        """Assigns the workers of a class one after another, so that none is used twice."""
+        """Replaces the classes by workers. Each worker of a class is used only once."""
         holders, work = best.way.steps.holders, best.way.steps.work
         classes = [holder for holder in holders if isinstance(holder, WorkerClass)]
         numbers, left = class_numbers(classes), [list(one.workers) for one in classes]

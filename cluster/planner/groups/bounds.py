@@ -1,4 +1,4 @@
-"""Lower bounds on the seconds that layers take on workers and groups. The search prunes chains by these bounds."""
+"""Computes lower bounds of the seconds that layers take on workers and groups. The search prunes chains by them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NEVER_S = 1e300
 
 @dataclass(slots=True, eq=False)
 class LayerBounds:
-    """Lower bounds on the seconds of layers for one `Work`, as if groups could divide a layer in any ratio."""
+    """Lower bounds of the layers' seconds for one `Work`. They assume that groups divide a layer in any ratio."""
 
     _rates: Table  # [classes, layers]: layers per second of one worker
     _gathers_s: Table  # seconds of each layer's gathers in a group

@@ -1,4 +1,4 @@
-"""Costs of a worker's portion of a stage, as a sum of undivided and divided parts."""
+"""Computes a worker's costs in a group, as a sum of costs that are divided among members and costs that are not."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from llamaclust.model.costs import ModelCosts
 from llamaclust.model.groups.costs import DividedLayer, GroupCosts, PortionCost
 
 _FINE = 64
-"""Parts with at least this many units are divisible in any ratio; others, such as heads, in whole units."""
+"""Least number of units for division in any ratio. Parts with fewer units, such as heads, are divided by units."""
 
 Shares = Table
-"""The shares of members, [members, ...], with sum 1."""
+"""Members' shares, [members, ...]. They sum to 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class DividedCosts:
-    """A model's costs in groups, by kind of part. `whole`: the undivided parts, which the leader holds. `follower`: the
-    undivided parts of other members. An entry of `coarse` is `whole` plus the parts with a certain number of units;
-    `fine` is `whole` plus the parts that are divisible in any ratio."""
+    """A model's costs in groups. `whole` has the leader's undivided parts, and `follower` has those of other members.
+    Each entry of `coarse` has `whole` and all parts with a certain number of units. `fine` has `whole` and all parts
+    that are divisible in any ratio."""
 
     whole: StageCosts
     follower: StageCosts
@@ -45,7 +45,7 @@ class DividedCosts:
         return self.divided == _divided(costs)
 
     def tables(self, table: Callable[[StageCosts], Table], *, leads: bool = True) -> DividedTables:
-        """Evaluates `table`, a function that must be additive over the parts of a member."""
+        """Calls `table` for each kind of part. The tables of parts must add up to the table of the whole."""
         whole = table(self.whole)
         return DividedTables(
             whole if leads else table(self.follower),
@@ -59,7 +59,7 @@ class DividedCosts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DividedTables:
-    """A table of stages as a sum of parts, for one member or for [members, ...]."""
+    """A table of stage costs as undivided, coarse and fine costs. Several members' tables are [members, ...]."""
 
     whole: Table
     coarse: tuple[Table, ...]
@@ -126,7 +126,7 @@ def _more(table: Table, whole: Table) -> Table:
 
 
 def _in_units(units: int, shares: Shares) -> Shares:
-    """Returns the shares rounded to whole units, at least one for each member, as `borders` divides them."""
+    """Rounds shares to whole units, as `borders` does. Each member gets at least one unit."""
     members = len(shares)
     places = np.rint(units * np.cumsum(shares, axis=0))
     before: Table = np.zeros(shares.shape[1:])

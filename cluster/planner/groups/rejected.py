@@ -1,4 +1,4 @@
-"""Predicts a group that holds all layers, to compare with a plan of stages, or explains why there is none."""
+"""Predicts a group that holds all layers, for comparison with a plan. Explains why if no group is possible."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from llamaclust.cluster.planner.plan import RejectedGroup, usual_prompt_tokens
 from llamaclust.cluster.planner.work import works_of
 
 _ALL_SETS = 4
-"""Up to this many workers, all sets are tried. With more workers, only the fastest workers of each size."""
+"""Largest number of workers for which all sets are tried. With more workers, each group has the fastest workers."""
 _NO_LINKS = "accepts no links of groups", "accept no links of groups"
 _Candidate = tuple[Assignment, Chain]
 
 
 def rejected_group(plan: Chain, workers: Sequence[WorkerFacts], contexts: int) -> RejectedGroup | str | None:
-    """Returns the best group, or why there is none. Returns None if the plan has groups or no prediction."""
+    """Returns the best group, or why no group is possible. Returns None if the plan has groups or no prediction."""
     if len(workers) < 2 or plan.prediction is None or any(stage.shares for stage in plan.members):
         return None
     if (obstacle := _obstacle(plan.sizes, workers)) is not None:
         return obstacle
     if (best := _best(plan, workers, contexts)) is None:
-        return "none has room for its portions"
+        return "no group has room for its portions"
     entry, chain = best
     prediction = chain.prediction
     assert prediction is not None, "all workers were measured"
@@ -48,10 +48,10 @@ def _best(plan: Chain, workers: Sequence[WorkerFacts], contexts: int) -> _Candid
 
 
 def _obstacle(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> str | None:
-    """Returns a reason that excludes every group; None if there is none."""
+    """Returns the reason why no group is possible, or None if a group may be possible."""
     request, able = sizes.request, [worker for worker in workers if worker.joins_groups]
     if request.no_groups or request.largest_group < 2 or request.group_costs is None:
-        return request.no_groups or "it may have none"
+        return request.no_groups or "groups are turned off"
     if len(able) < 2:
         others = [worker for worker in workers if not worker.joins_groups]
         kind = ("has a GPU", "have a GPU") if all(worker.gpus for worker in others) else _NO_LINKS
@@ -65,7 +65,7 @@ def _obstacle(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> str | None:
 
 
 def _sets(plan: Chain, workers: Sequence[WorkerFacts]) -> Iterator[list[tuple[WorkerFacts, ...]]]:
-    """Yields the sets of possible members of each size. The fastest member of a set comes first and leads."""
+    """Yields lists of possible groups, one list per group size. A group's fastest member comes first and leads it."""
     sizes, request = plan.sizes, plan.sizes.request
     able = [worker for worker in workers if worker.joins_groups]
     able.sort(key=lambda worker: sizes.stages.decode_s(worker, 0, sizes.stages.layers))
@@ -97,7 +97,7 @@ def _group(sizes: MemoryModel, members: Sequence[WorkerFacts], contexts: int) ->
 
 
 def _request_s(chain: Chain) -> float:
-    """Returns the objective's time of a usual request: the request alone, or the slowest stage with many requests."""
+    """Returns a typical request's seconds by the objective: the request alone, or the slowest stage at full load."""
     prediction, request = chain.prediction, chain.sizes.request
     assert prediction is not None, "all workers were measured"
     if request.objective == "latency":

@@ -1,4 +1,4 @@
-"""Searches chains of workers and groups: over all sets if there are few, otherwise over neighbours in likely orders."""
+"""Searches for the best chain of workers and groups. If there are many workers, only some groups are tried."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from llamaclust.cluster.planner.splits.stage_tables import link_table
 from llamaclust.cluster.planner.work import Work
 
 _MOST_STEPS = 3**8
-"""The most steps for which all sets are tried, enough for eight workers that all differ."""
+"""Limit of search steps up to which all sets are tried. Eight different workers stay within this limit."""
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 _MEMBER = 1e-3
-"""The share of the least possible time by which each member of a group must shorten the time."""
+"""Fraction of the least possible time that each member of a group must save."""
 _LIMITS = 512
 _ROUNDS = 6
 _NOTHING = 1.01
 _AT_LEAST = 0.97
-"""The factor of a lower bound. It is below 1, because a layer's share of the time differs between workers."""
+"""Factor that weakens a lower bound. The bound alone may be too high, because layers differ between workers."""
 _NEVER_S = 1e300
 
 
@@ -56,7 +56,7 @@ class Group:
         return self.search.costs_of(self.members).integer_shares(start, end, self.search.works[work])[0]
 
     def takes_longer(self, start: int, end: int, work: int) -> bool:
-        """Returns True if whole-number shares take longer than the table says. Then also raises the table's factor."""
+        """Returns True, and raises the table's factor, if whole-number shares take longer than the table says."""
         costs = self.search.costs_of(self.members)
         factor = costs.integer_shares(start, end, self.search.works[work])[1]
         is_longer = _NOTHING * costs.factor < factor < inf
@@ -67,7 +67,7 @@ class Group:
 
 @dataclass(eq=False)
 class GroupSearch:
-    """Searches for the best split. Workers of a class have equal links; those of a pair in `apart` have no link."""
+    """Searches for the best split. Workers of one class have equal links. Workers of a pair in `apart` have no link."""
 
     sizes: MemoryModel
     workers: Sequence[WorkerFacts]
@@ -83,7 +83,7 @@ class GroupSearch:
         self.holders.extend(self.classes)
 
     def best(self, below: float, known: Best | None) -> Best | None:
-        """Returns the best split faster than `below`. Searches again if whole-number shares make groups slower."""
+        """Returns the best split faster than `below` seconds. Searches again if whole-number shares are slower."""
         best = None
         for _ in range(_ROUNDS):
             best = self._best(below, known)
@@ -98,7 +98,7 @@ class GroupSearch:
         return any(longer)
 
     def _best(self, below: float, known: Best | None) -> Best | None:
-        """Searches neighbours, then all sets for the work of the best split so far (at first `known`)."""
+        """Searches groups of neighbours first. Then searches all sets, but only with the best split's workload."""
         neighbours, others = self._places()
         if len(self.holders) == len(self.classes):
             return None
@@ -118,7 +118,7 @@ class GroupSearch:
         return Way(Steps(places, self.holders, number, ends, self._bounds(number)), work, limits, least)
 
     def _slow_s(self, number: int) -> Iterator[float]:
-        """Yields for each worker the least time of the slowest stage's work on all layers, whatever its memory."""
+        """Yields each worker's least time for the slowest stage's work on all layers, as if its memory sufficed."""
         stages = self.sizes.stages
         for worker, found in enumerate(self.workers):
             on_processor = sum(
@@ -144,7 +144,7 @@ class GroupSearch:
         )
 
     def _places(self) -> tuple[list[Places], list[Places]]:
-        """Returns places along likely orders, whose best split prunes the search, and those of all sets, if few."""
+        """Returns places for groups of neighbours, and places for all groups if there are few workers."""
         order = [worker for worker_class in self.classes for worker in worker_class.workers]
         by_speed = tuple(sorted(order, key=self._token_s.__getitem__))
         by_memory = tuple(sorted(order, key=self._memory))
@@ -184,7 +184,7 @@ class GroupSearch:
         return self._numbers[key]
 
     def _may_hold(self, members: tuple[int, ...]) -> bool:
-        """True if gathers take less time than the slowest member takes for all layers. Otherwise a chain is as fast."""
+        """Returns True if the members can be a group, and its gathers take less time than its slowest member alone."""
         request, facts = self.sizes.request, [self.workers[member] for member in members]
         if len(members) > request.largest_group or not all(worker.joins_groups for worker in facts):
             return False
@@ -200,13 +200,13 @@ class GroupSearch:
 
     @cached_property
     def _token_s(self) -> list[float]:
-        """The seconds per token of each worker with all layers, as if the worker's memory sufficed."""
+        """Seconds per token of each worker with all layers, as if its memory sufficed."""
         stages = self.sizes.stages
         return [stages.decode_s(worker, 0, stages.layers) for worker in self.workers]
 
     @cached_property
     def _rank(self) -> dict[int, tuple[bool, float, int]]:
-        """The order of leaders: workers that reach all others first, then the fastest."""
+        """Sort keys that choose a group's leader. Workers that reach all others come first, then faster workers."""
         bound = frozenset[int]().union(*self.apart)
         return {worker: (worker in bound, seconds, worker) for worker, seconds in enumerate(self._token_s)}
 

@@ -1,4 +1,4 @@
-"""Computes the shares with which all members of a group take equally long, as far as memory allows."""
+"""Computes shares so that all members of a group take equally long, as far as their memory allows."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from llamaclust.cluster.planner.costs import Table
 from llamaclust.cluster.planner.groups.divided_costs import DividedCosts, DividedTables, Shares
 
 _FEW = 100
-"""The largest sum of whole-number shares, apart from `MANY`, which is used if it is faster."""
+"""Largest sum of whole-number shares. The sum `MANY` is tried too, and used if it is faster."""
 MANY = 1000
 _NOTHING = 1.003
 _LEAST_DIVIDED = 1e-6
-"""The least divided time relative to the fixed time. It is not 0, because it is a divisor."""
+"""Smallest ratio of divided time to fixed time. The divided time is a divisor and must not become 0."""
 
 
 def balanced(parts: DividedCosts, seconds: DividedTables, lacking: DividedTables, *, nearly: bool = False) -> Shares:
-    """Returns the shares, [members, stages], with the least time of the slowest member. Their sum is below 1 if memory
-    does not suffice. `seconds` and `lacking` bytes (negative if free) are by member and stage. With `nearly`, coarse
-    units may be divided in any ratio."""
+    """Returns the shares, [members, stages], that minimize the slowest member's time. A stage's shares sum to less than
+    1 if memory does not suffice. `seconds` are times by member and stage. `lacking` is the missing memory in bytes, or
+    negative if memory is free. If `nearly` is set, coarse units may be divided in any ratio."""
     shares = _filled(seconds, lacking, parts.least_units, margin=0.0 if nearly else 0.5)
     if nearly or not parts.coarse:
         return shares
@@ -34,7 +34,7 @@ def balanced(parts: DividedCosts, seconds: DividedTables, lacking: DividedTables
 
 
 def _filled(seconds: DividedTables, lacking: DividedTables, units: int, *, margin: float = 0.5) -> Shares:
-    """Fills all members to an equal time, so that shares sum to 1. In each memory, `margin` of a unit stays free."""
+    """Gives all members shares of equal time that sum to 1. Each member keeps memory for `margin` units free."""
     fixed = seconds.whole
     each = np.maximum(seconds.divided, _LEAST_DIVIDED * np.abs(fixed) + 1e-12)
     short, more, least = lacking.whole, lacking.divided, 1 / units
@@ -59,7 +59,7 @@ def _taken(limit: Table, fixed: Table, each: Table, least: float, most: Table) -
 
 
 def as_integers(shares: Sequence[float], cost: Callable[[tuple[int, ...]], float]) -> tuple[tuple[int, ...], float]:
-    """Returns small whole numbers near the exact shares with almost the least cost, and this cost (inf: none fits)."""
+    """Returns small whole-number shares that are nearly the cheapest, and their cost. It is infinite if none fit."""
     near = (in_total(shares, total) for total in (*range(len(shares), _FEW + 1), MANY))
     costs = {found: cost(found) for found in dict.fromkeys(near)}
     limit = _NOTHING * min(costs.values())
@@ -69,7 +69,7 @@ def as_integers(shares: Sequence[float], cost: Callable[[tuple[int, ...]], float
 
 
 def in_total(shares: Sequence[float], total: int) -> tuple[int, ...]:
-    """Returns whole numbers near the shares that sum to `total`, or to more if a member would have none."""
+    """Returns whole numbers near the shares. They sum to `total`, or to more if a member would otherwise get 0."""
     wanted = np.array(shares) * total / sum(shares)
     found = np.floor(wanted).astype(int)
     for member in np.argsort(found - wanted, kind="stable")[: total - int(found.sum())]:

@@ -1,4 +1,4 @@
-"""Costs of stages held by groups, as tables by start and end of the stage."""
+"""Computes the costs of stages that groups hold, as tables by the stage's start and end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _INNER, _FIRST, _LAST, _ALL = range(4)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kinds:
-    """Kinds of stages. Stages of one kind have equal layers, and agree in whether they begin or end the model."""
+    """Sorts stages into kinds. Stages of a kind have equal layers. If one begins or ends the model, all do."""
 
     kind_of: Counts  # by start and end
     places: tuple[Counts, Counts]  # start and end of one stage of each kind
@@ -47,7 +47,7 @@ class _Kinds:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _GatherTables:
-    """The number of gathers and their bytes for one row, by kind of stage."""
+    """Gather counts, and bytes that gathers send for one row, by kind of stage."""
 
     count: Table
     row_bytes: Table
@@ -89,7 +89,7 @@ class GroupTables:
     costs_of: Callable[[int], GroupCosts]
     _contexts: int
     nearly: bool = False
-    """True if stages need to fit only with exact shares and portions' workspaces; `fitted` finds whole units."""
+    """True if stages need to fit only with exact shares. `fitted` later finds whole units."""
     _divided: dict[int, _DividedModel] = field(default_factory=dict)
     _seconds: dict[tuple[int, WorkerFacts, Rows], DividedTables] = field(default_factory=dict)
     _lacking: dict[tuple[int, WorkerFacts, bool, Portion | None], DividedTables] = field(default_factory=dict)
@@ -114,7 +114,7 @@ class GroupTables:
         return float(divided.gathers.count[divided.kinds.kind_of[0, -1]])
 
     def least_gathers_s(self, work: Work, link: Link) -> Table:
-        """Returns the least time of each layer's gathers: in any group, a member receives half of each row or more."""
+        """Returns each layer's least gather time. In any group, a member receives at least half of each row."""
         steps = sum(step.steps for step in work.each)
         rows = sum(step.steps * step.rows * (1 - HIDDEN_SHARE * step.is_prompt) for step in work.each)
         every = [
@@ -139,7 +139,7 @@ class GroupTables:
         return DividedTables.of_members(found)
 
     def lacking(self, divided: _DividedModel, members: Sequence[WorkerFacts]) -> DividedTables:
-        """Returns the bytes of memory that are lacking, by member and kind of stage. The first member is the leader."""
+        """Returns the missing bytes of memory, by member and kind of stage. The first member is the leader."""
         found = []
         for place, member in enumerate(members):
             portion = Portion((1,) * len(members), min(place, 1)) if self.nearly else None
@@ -161,10 +161,10 @@ class GroupTable:
     links: GroupLinks
     divided: _DividedModel
     factor: float = 1.0
-    """The ratio of the time with whole-number shares to the time with exact shares (see `GroupSearch.best`)."""
+    """Ratio of the time with whole-number shares to the time with exact shares. `GroupSearch.best` updates it."""
 
     def of_work(self, work: Work) -> StageTable:
-        """Returns the seconds of the work, without links to other stages; infinite for stages that do not fit."""
+        """Returns each stage's seconds without links to other stages. They are infinite if a stage does not fit."""
         kind_of = self.divided.kinds.kind_of
         slow = np.where(self._fits, self.factor * self._work_s(work.slowest), np.inf)
         starts, ends = np.indices(kind_of.shape)
@@ -178,12 +178,12 @@ class GroupTable:
         return total
 
     def _computing(self, step: Rows) -> DividedTables:
-        """Returns one step's time by member and kind of stage if other stages on its machine compute meanwhile."""
+        """Returns one step's seconds by member and kind of stage, while other stages on the machine compute too."""
         return self.tables.seconds(self.divided, self.members, Rows(step.rows, 1, step.is_prompt, concurrent=True))
 
     @cached_property
     def _shares(self) -> Shares:
-        """The shares, [members, cells]. `_cells` numbers the cells."""
+        """Shares, [members, cells]. The function `_cells` numbers the cells."""
         kinds = self.divided.kinds
         layers = len(kinds.kind_of) - 1
         numbers = kinds.kind_of[_places(layers)]
@@ -201,7 +201,7 @@ class GroupTable:
 
     @cached_property
     def _parts(self) -> tuple[list[Table], Table]:
-        """The coarse and fine parts of the members, [members, kinds of stages]."""
+        """Members' coarse and fine parts. Each table has the shape [members, kinds of stages]."""
         cells = self.divided.kinds.cells
         return [part[:, cells] for part in self.divided.parts.coarse_parts(self._shares)], self._shares[:, cells]
 
@@ -225,7 +225,7 @@ class GroupTable:
         )
 
     def integer_shares(self, start: int, end: int, work: Work) -> tuple[tuple[int, ...], float]:
-        """Returns the fastest whole-number shares that fit, and the ratio of their time to that of exact shares."""
+        """Returns the fastest whole-number shares that fit, and their time divided by the exact shares' time."""
         kind = np.array([self.divided.kinds.kind_of[start, end]])
         lacking, parts = self._lack.chosen(kind), self.divided.parts
         steps = [*work.slowest, *(work.each if work.adds_up else ())]
@@ -258,7 +258,7 @@ def _step_s(costs: StageCosts, worker: WorkerFacts, step: Rows) -> Table:
 
 
 def _cells(layers: int) -> Counts:
-    """Numbers stages by length and by whether they are first or last. Stages with equal numbers get equal shares."""
+    """Numbers stages by their length and by whether they are first or last. Equal numbers mean equal shares."""
     starts, ends = np.indices((layers + 1, layers + 1))
     kinds = np.where(starts == 0, np.where(ends == layers, _ALL, _FIRST), np.where(ends == layers, _LAST, _INNER))
     found: Counts = kinds * (layers + 1) + np.clip(ends - starts, 0, layers)
@@ -266,7 +266,7 @@ def _cells(layers: int) -> Counts:
 
 
 def _places(layers: int) -> tuple[Counts, Counts]:
-    """Returns start and end of a stage for each cell. For a cell without stages, returns those of another cell."""
+    """Returns the start and end of one stage for each cell. A cell without stages gets another cell's stage."""
     counts = np.arange(layers + 1)
     some = np.clip(counts, 1, layers)
     starts = [np.where(some < layers - 1, 1, 0), np.zeros_like(some), layers - some, np.zeros_like(some)]

@@ -1,4 +1,4 @@
-"""Classes of workers with equal links, which are interchangeable in groups."""
+"""Divides classes of workers by their links. Workers with equal links are interchangeable in groups."""
 
 from __future__ import annotations
 

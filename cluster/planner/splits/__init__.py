@@ -1,1 +1,1 @@
-"""Splits of layers into stages, classes of equal workers, and the search for the best split."""
+"""Searches for the best split of a model's layers into stages."""

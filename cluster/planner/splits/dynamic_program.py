@@ -1,4 +1,4 @@
-"""Finds splits with the least total cost by dynamic programming. Each step gives the next layers to one more holder."""
+"""Finds the split with the least total cost by dynamic programming. Each step gives the next layers to a new holder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from llamaclust.cluster.planner.costs import Table
 from llamaclust.cluster.planner.splits.holders import Holder, StageTable
 
 Stage = tuple[int, int, int]
-"""A stage as (number of its holder, start, end), with layers [start, end)."""
+"""A stage as (holder number, start, end). It has the layers [start, end)."""
 
 Ways = frozenset[frozenset[int]]
-"""Pairs of workers, by their index in the cluster file."""
+"""Pairs of workers. A worker is given by its index in the cluster file."""
 
 Counts = tuple[int, ...]
-"""The number of workers of each class."""
+"""Worker counts by class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A holder (a worker or group) that gets the next layers. `before`: the places of possible predecessors."""
+    """A step that gives the next layers to a worker or group. `before` has the places of possible previous steps."""
 
     holder: int
     before: tuple[int, ...]
@@ -44,7 +44,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The cheapest of the places in `before`, the first one on a tie."""
+    """Takes the cheapest of the places in `before`. If several are equally cheap, the first of them is taken."""
 
     before: tuple[int, ...]
 
@@ -54,21 +54,21 @@ Places = Sequence[Step | Choice]
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Leaders of stages that may be first (None: all), and leaders that then must not be last."""
+    """Allowed leaders of the first stage (None allows all). The last stage's leader must not be in `not_last`."""
 
     first: Collection[int] | None = None
     not_last: Collection[int] = ()
 
 
 class Bounds(Protocol):
-    """Lower bounds of the cost of layers on given numbers of workers of each class."""
+    """Lower bounds of the layers' cost, for given worker counts by class."""
 
     def together(self, workers: Counts) -> Table:
-        """Returns bounds by n: for layers before n, on all of these workers together."""
+        """Returns for each n the bound of the layers before n if all of these workers compute them together."""
         ...
 
     def of_rest(self, workers: Counts) -> Table:
-        """Returns bounds by n: for the layers from n on, on any of these workers."""
+        """Returns for each n the bound of the layers from n on if any of these workers compute them."""
         ...
 
 
@@ -81,7 +81,7 @@ class Steps:
     bounds: Bounds | None = None
 
     def least(self, limit: float, most_total: float = inf) -> Split | None:
-        """Returns the split with the least total whose slowest stage is within the limit; None if there is none."""
+        """Returns the cheapest split whose slowest stage is within the limit, or None if there is no such split."""
         tables = dict[int, tuple[StageTable, Table]]()
         runs = (_Run(self, ends, tables, limit, most_total) for ends in self.ends)
         splits = [split for run in runs if (split := run.least()) is not None]
@@ -130,7 +130,7 @@ class _Run:
         return self._tables[holder]
 
     def _extended(self, costs: Table, place: Step) -> Table:
-        """Adds the step's stage. Costs are infinite if they and the rest's lower bound exceed the total's limit."""
+        """Adds the step's stage to the costs. A cost becomes infinite if the complete split must exceed the limit."""
         bounds = self._steps.bounds if place.own and self._most < inf else None
         rest: Table = np.zeros(1)
         if bounds is not None:
@@ -167,15 +167,15 @@ class _Run:
 
 
 HolderOf = Callable[[tuple[int, ...]], int | None]
-"""Returns the number of the holder that consists of these workers; None if they cannot hold a stage together."""
+"""Returns the number of the holder with these workers, or None if they cannot hold a stage together."""
 LeaderOf = Callable[[int], int]
 
 
 def in_order(
     order: Sequence[int], sizes: Sequence[int], holder_of: HolderOf, leader_of: LeaderOf, apart: Ways = frozenset()
 ) -> Places:
-    """Returns steps along one order of workers. Members of a group are neighbours in the order. Two leaders of a pair
-    in `apart` are never adjacent."""
+    """Returns steps that follow one order of workers. A group's members are neighbours in this order. The two workers
+    of a pair in `apart` never lead adjacent stages."""
     places: list[Step | Choice] = []
     upto: list[tuple[list[int], tuple[int, ...]]] = [([], ())]  # positions of steps, and of the choice of them
     for end in range(1, len(order) + 1):
@@ -198,8 +198,8 @@ def in_order(
 def any_order(
     sizes: Counts, held_by: tuple[tuple[Counts, int], ...], leaders: tuple[int, ...], apart: Ways = frozenset()
 ) -> Places:
-    """Returns steps through all sets in all orders. A class's first workers are used first. `held_by`: each holder's
-    workers by class, and its number. Workers of pairs in `apart` must have their own classes."""
+    """Returns steps through all sets of workers in all orders. Workers of a class are used in their order. `held_by`
+    has each holder's worker counts and its number. Workers of pairs in `apart` must have classes of their own."""
     numbers = dict(held_by)
     places: list[Step | Choice] = []
     found: dict[Counts, tuple[list[int], tuple[int, ...]]] = {}  # steps by workers used
@@ -221,7 +221,7 @@ def any_order(
 
 
 def _within(used: Counts, held_by: Collection[Counts]) -> Sequence[Counts]:
-    """Returns candidates that have no more workers of any class than `used`. Some candidates may have no holder."""
+    """Returns worker counts that do not exceed `used` in any class. Some of them may have no holder."""
     subsets = 1
     for count in used:
         subsets *= count + 1
@@ -260,8 +260,8 @@ def steps_in_any_order(sizes: Sequence[int], held_by: Sequence[Counts]) -> int:
 
 
 def constrained_ends(workers: Collection[int], apart: Ways) -> list[Ends]:
-    """Returns the possible first and last leaders. The last stage is adjacent to the first one, so each worker of a
-    pair in `apart` gets its own entry as the first leader."""
+    """Returns the allowed combinations of first and last leaders. The last stage is adjacent to the first stage, so
+    each worker of a pair in `apart` gets its own entry as the first leader."""
     bound = sorted(worker for worker in workers if any(worker in pair for pair in apart))
     ends = [Ends(frozenset(workers) - frozenset(bound))]
     for first in bound:

@@ -1,4 +1,4 @@
-"""The worker that holds the encoder of images."""
+"""Chooses the worker that holds the image encoder."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionErro
 from llamaclust.core.sizes import MIB, needed
 
 _MOST_HOLDERS = 8
-"""The number of workers that are tried if a plan was found, because each try is a search."""
+"""Number of workers after which the search ends if a plan was found. Each worker needs a search of its own."""
 _FASTER = 0.98
-"""The share of another plan's time below which a plan is clearly faster."""
+"""Fraction of another plan's time below which a plan counts as clearly faster."""
 _MUCH_FASTER = 0.9
-"""The same for a plan with less KV memory."""
+"""Fraction of another plan's time below which a plan with less KV memory counts as clearly faster."""
 
 EncoderParts = Callable[[int], Mapping[str, int]]
-"""Returns an encoder's RAM in bytes by kind, by number of threads. It is called often and must cache."""
+"""Returns the encoder's RAM in bytes by kind, for a number of threads. It must cache, because it is called often."""
 
 
 class MakePlan(Protocol):
     def __call__(self, workers: Sequence[WorkerFacts], by_hand: tuple[Assignment, ...] | None = None) -> Plan:
-        """Makes a plan with the layers in `by_hand`; None: as the request says."""
+        """Makes a plan with the assignments in `by_hand`. If `by_hand` is None, the request decides."""
         ...
 
 
@@ -40,14 +40,14 @@ def plan_with_encoder(
     is_manual: bool = False,
     partitions: Pairs = frozenset(),
 ) -> Plan:
-    """Makes a plan in which one of the workers with layers holds the encoder of images.
+    """Makes a plan in which a worker with layers also holds the image encoder.
 
-    The encoder's bytes are taken from the RAM of one worker before layers are assigned. Holders are tried in the order
-    of most free RAM, those first that would have layers without an encoder. Of their plans, the first one is taken
-    unless another one is clearly faster, or as fast with fewer stages. No more are tried once a plan is as good as that
-    without an encoder. If the best plan gives a holder no layers, it takes the place of another worker, or gets the
-    first layer of the largest stage. With a manual plan, only its workers are tried, in the order of most RAM that
-    weights and workspace leave. Raises InsufficientMemoryError with the numbers if there is no such plan.
+    The encoder's bytes are taken from one worker's RAM before layers are assigned. The workers are tried by free RAM,
+    beginning with those that would have layers without an encoder. An earlier plan is preferred unless a later plan is
+    clearly faster, or as fast with fewer stages. The search ends at a plan that is as good as the plan without an
+    encoder. If a plan gives the tried worker no layers, this worker replaces another worker or gets the first layer of
+    the largest stage. For a manual plan, only its workers are tried, by the RAM that weights and workspace leave free.
+    Raises InsufficientMemoryError with the numbers if no plan fits.
     """
     without = _without_encoder(encoder, workers, make_plan)
     tried = _by_room(without, workers) if is_manual else _by_memory(without, workers, partitions)
@@ -64,7 +64,7 @@ def plan_with_encoder(
 
 
 def _is_better(plan: Plan, other: Plan) -> bool:
-    """Returns True if a plan is clearly faster than another one, or about as fast with fewer stages."""
+    """Returns True if `plan` is clearly faster than `other`, or about as fast with fewer stages."""
     if _is_faster(plan, other) or _is_faster(other, plan):
         return _is_faster(plan, other)
     return len(plan.leaders) < len(other.leaders)
@@ -83,7 +83,7 @@ def _is_faster(plan: Plan, other: Plan) -> bool:
 def _plans_with(
     holder: WorkerFacts, workers: Sequence[WorkerFacts] | None, make_plan: MakePlan, *, is_manual: bool
 ) -> Iterator[Plan]:
-    """Yields plans in which the holder has layers. `workers` exclude the encoder's memory; None: it does not fit."""
+    """Yields plans in which the holder has layers. `workers` is None if the encoder does not fit."""
     plan = _plan_of(make_plan, workers)
     if plan is None or workers is None:
         return
@@ -97,7 +97,7 @@ def _plans_with(
 def _plans_in_place(
     plan: Plan, holder: WorkerFacts, workers: Sequence[WorkerFacts], make_plan: MakePlan
 ) -> Iterator[Plan]:
-    """Yields plans in which the holder takes the place of one of the workers with layers."""
+    """Yields plans in which the holder replaces one of the workers with layers."""
     held = {stage.worker for stage in plan.stages}
     for left in sorted(held):
         others = [worker for worker in workers if worker.name == holder.name or worker.name in held - {left}]
@@ -108,7 +108,7 @@ def _plans_in_place(
 
 
 def _by_memory(without: Plan, workers: Sequence[WorkerFacts], partitions: Pairs) -> list[WorkerFacts]:
-    """Returns one worker of each kind, because equal workers are interchangeable."""
+    """Returns one worker of each kind, in the order of the search. Equal workers are interchangeable."""
     unlike = frozenset[str]().union(*partitions)
     kinds: dict[WorkerFacts, WorkerFacts] = {}
     for worker in sorted(workers, key=lambda worker: (not _has_layers(without, worker), -_room(worker))):
@@ -136,7 +136,7 @@ def _taken_bytes(stage: StagePlan) -> int:
 def _lessened(
     workers: Sequence[WorkerFacts], holder: WorkerFacts, encoder: EncoderParts
 ) -> Sequence[WorkerFacts] | None:
-    """Takes the encoder's bytes from the holder's RAM. Returns None if the holder has less."""
+    """Subtracts the encoder's bytes from the holder's RAM. Returns None if the holder's RAM is too small."""
     if holder.memory_bytes is None:
         return workers
     left_bytes = holder.memory_bytes - sum(encoder(holder.threads).values())
@@ -156,7 +156,7 @@ def _plan_of(
 def _plans_with_a_layer(
     plan: Plan, holder: WorkerFacts, workers: Sequence[WorkerFacts], make_plan: MakePlan
 ) -> Iterator[Plan]:
-    """Gives the first layer of the largest stage to the holder, or so many layers that a border is possible there."""
+    """Yields a plan in which the holder gets as few of the largest stage's first layers as borders allow."""
     entries = [_entry(stage) for stage in plan.by_stage]
     place, largest = max(enumerate(entries), key=lambda each: each[1].end - each[1].start)
     for border in range(largest.start + 1, largest.end):
@@ -170,7 +170,7 @@ def _plans_with_a_layer(
 def _plans_by_hand(
     plan: Plan, entries: tuple[Assignment, ...], workers: Sequence[WorkerFacts], make_plan: MakePlan
 ) -> Iterator[Plan]:
-    """Yields a plan with these layers that is like an automatic one, if there is one."""
+    """Yields a plan with these assignments if they fit. The plan keeps the automatic plan's objective."""
     made = _plan_of(make_plan, workers, entries)
     if made is not None:
         used = {worker for entry in entries for worker in entry.workers}
@@ -199,7 +199,7 @@ def _placed(plan: Plan, holder: WorkerFacts, encoder: EncoderParts) -> Plan:
 
 
 def _without_encoder(encoder: EncoderParts, workers: Sequence[WorkerFacts], make_plan: MakePlan) -> Plan:
-    """Makes a plan without an encoder. Raises the error of a model that does not fit even so."""
+    """Makes a plan without the encoder. Raises InsufficientMemoryError if the model does not fit even without it."""
     try:
         return make_plan(workers)
     except InsufficientMemoryError as error:
@@ -217,6 +217,6 @@ def _error(encoder: EncoderParts, workers: Sequence[WorkerFacts]) -> Insufficien
     text = needed(encoder(min(worker.threads for worker in workers)))
     rooms = ", ".join(f"{worker.name} {worker.memory_bytes // MIB}" for worker in workers if worker.memory_bytes)
     return InsufficientMemoryError(
-        f"the encoder of images does not fit: beside layers, one worker needs {text} for it; the workers have, in MiB: "
+        f"the encoder of images does not fit: besides layers, one worker needs {text}; the workers have, in MiB: "
         f"{rooms or '?'}. Give one of them more memory, or set mmproj: off"
     )

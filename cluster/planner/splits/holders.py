@@ -1,4 +1,4 @@
-"""Holders of stages: groups of workers, and classes of equal workers, which are interchangeable."""
+"""Holders of stages. A holder is a group of workers, or one of several interchangeable workers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class StageTable:
 class Holder(Protocol):
     @property
     def members(self) -> tuple[int, ...]:
-        """Workers by index in the cluster file, the leader first. One worker represents all workers of its class."""
+        """Indices of the workers in the cluster file, with the leader first. A class has its first worker's index."""
         ...
 
     def table(self, work: int) -> StageTable: ...
@@ -64,7 +64,7 @@ def worker_classes(
     tables: Callable[[WorkerFacts], tuple[StageTable, ...]],
     unlike: Collection[str] = (),
 ) -> list[WorkerClass]:
-    """Groups equal workers into classes. Each worker in `unlike` has its own class. Calls `tables` once per class."""
+    """Sorts equal workers into classes. Each worker in `unlike` has its own class. Calls `tables` once per class."""
     alike: dict[WorkerFacts, list[int]] = {}
     for index, worker in enumerate(workers):
         alike.setdefault(worker if worker.name in unlike else replace(worker, name=""), []).append(index)

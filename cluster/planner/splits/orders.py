@@ -1,4 +1,4 @@
-"""Orders of single workers to try: the file's order first, then all orders if there are few, otherwise likely ones."""
+"""Chooses the orders of workers to try: the file's order, and then all orders or, for many workers, likely orders."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from llamaclust.cluster.planner.work import Work
 _MOST_STEPS = 1024
 
 _ANY_WORK = Work(slowest=(), slowest_rows=0, each=(), hops=0, hop_rows=0, adds_up=True)
-"""A placeholder work for tables whose values are not seconds."""
+"""Placeholder workload for tables whose values are not seconds."""
 
 Order = Sequence[int]
 
 
 def ways_of_workers(classes: Sequence[WorkerClass], works: Sequence[Work], apart: Ways) -> Iterator[list[Way]]:
-    """Yields splits to try for each work, first in the file's order. Workers of pairs in `apart` are not adjacent."""
+    """Yields splits to try for each workload. The file's order comes first. Pairs in `apart` are never adjacent."""
     file = sorted(worker for worker_class in classes for worker in worker_class.workers)
     ends, limits = constrained_ends(file, apart), _limits(classes, works)
 
@@ -99,7 +99,7 @@ def likely_orders(file: Order, classes: Sequence[WorkerClass], work: int, limits
 
 
 def _spread(order: Order, apart: Ways) -> list[int]:
-    """Changes the order as little as possible so that no pair is adjacent. Workers that cannot be placed come last."""
+    """Reorders workers so that no pair in `apart` is adjacent. A worker that fits nowhere comes last."""
     spread: list[int] = []
     waiting = list(order)
     while waiting:
@@ -127,7 +127,7 @@ _Tables = Sequence[tuple[int, StageTable]]
 
 
 def _with_best_ends(file: _Tables, limits: Table) -> list[Order]:
-    """Returns orders of several lengths with the best first and last worker. The order in between hardly matters."""
+    """Returns orders of several lengths, each with its best first and last worker. Positions between hardly matter."""
     by_total = sorted(file, key=lambda one: float(one[1].total[0, one[1].layers]))
     counts = range(1, len(file) + 1)
     fewest = bisect_left(counts, True, key=lambda count: _best_ends(by_total[:count], inf) is not None)
@@ -144,7 +144,7 @@ def _with_best_ends(file: _Tables, limits: Table) -> list[Order]:
 
 
 def _best_ends(order: _Tables, limit: float) -> Order | None:
-    """Returns the order with the best first and last worker; None if it cannot cover all layers within the limit."""
+    """Returns the order with the best first and last worker, or None if no order covers all layers within the limit."""
     layers, numbers = order[0][1].layers, np.arange(len(order))
     # [workers, layers]: the greatest possible end of a stage
     reach = np.array([_reach(table, limit) for _, table in order])

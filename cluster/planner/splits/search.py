@@ -1,5 +1,5 @@
-"""Searches the best split by dynamic programming: exactly for a few workers or classes, otherwise over likely orders. A
-split is judged by its slowest stage and by the sum over its stages. Workers may stay idle."""
+"""Searches for the best split by dynamic programming. The search is exact for few workers, and otherwise follows likely
+orders. A split's rating depends on its slowest stage and on the sum over its stages. Workers may stay idle."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from llamaclust.cluster.planner.splits.holders import StageTable
 from llamaclust.cluster.planner.work import Work
 
 CLOSE = 0.995
-"""The search ends when no split can take less than this fraction of the best time."""
+"""The search ends if no split can take less than this fraction of the best time."""
 CLEARLY_BETTER = 0.98
-"""The fraction of the time that a less simple split (another order than the file's, or groups) must reach."""
+"""Fraction of a split's time that a split with groups, or in another order than the file's, must reach."""
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """Splits to try for one work. `limits`, for the slowest stage, are ascending."""
+    """Splits to try for one workload. `limits` are limits for the slowest stage, in ascending order."""
 
     steps: Steps
     work: Work
@@ -31,8 +31,8 @@ class Way:
     least_slowest: float = 0.0  # lower bound for all splits
 
     def best(self, below: float) -> Split | None:
-        """Returns the best split that takes less than `below`, if any. Halves intervals of limits, the most promising
-        interval first. The split for the upper limit has the least total of the interval."""
+        """Returns the best split that takes less than `below`, or None. Bisects the limits, beginning with the most
+        promising interval. In each interval, the split for the upper limit has the least total."""
         best: Split | None = None
         open_ = [(self.work.seconds(self.least_slowest, 0.0), 0, len(self.limits))]  # (at best, limits [low, high))
         while open_ and open_[0][0] < below:
@@ -51,7 +51,7 @@ class Way:
         return best
 
     def _least(self, place: int) -> float:
-        """Returns a lower bound of the slowest stage, which exceeds the previous limit."""
+        """Returns a lower bound of the slowest stage's time. This stage exceeds the previous limit."""
         return max(self.least_slowest, float(self.limits[place - 1]) if place else 0.0)
 
 
@@ -63,7 +63,7 @@ class Best:
 
 
 def best_of(kinds: Iterable[Sequence[Way]], below: float = inf) -> Best | None:
-    """Returns the best split of the first kind that no later kind clearly beats; None if there is no split."""
+    """Returns the best split, or None. A split of an earlier kind wins unless a later kind is clearly better."""
     best: Best | None = None
     for ways in kinds:
         limit = below if best is None else CLEARLY_BETTER * best.seconds

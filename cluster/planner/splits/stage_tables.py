@@ -1,4 +1,4 @@
-"""Tables of a stage's seconds on a worker, by start and end, for the search for splits."""
+"""Computes tables of stage times on a worker, by the stage's start and end. The search for splits uses them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from llamaclust.cluster.planner.splits.holders import StageTable
 from llamaclust.cluster.planner.work import Rows, Work
 
 _STAGE_S = 1e-9
-"""A small cost of each stage, so that the split with fewer stages wins a tie."""
+"""Small cost of each stage, so that the split with fewer stages wins if two splits are equally fast."""
 
 
 def stage_tables(
     sizes: MemoryModel, contexts: int, works: Sequence[Work], worker: WorkerFacts
 ) -> tuple[StageTable, ...]:
-    """Returns the worker's table for each work; infinite for stages that do not fit."""
+    """Returns the worker's table for each workload. Entries are infinite for stages that do not fit."""
     division = sizes.division(worker, contexts)
     fits = (sizes.shortfall_table(worker, contexts) == 0) & sizes.stages.possible
     return tuple(_table(sizes, division, work, worker).where(fits) for work in works)
@@ -58,7 +58,7 @@ def _step_s(sizes: MemoryModel, division: Division, worker: WorkerFacts, step: R
 
 
 def link_table(sizes: MemoryModel, work: Work, reach: Link) -> StageTable:
-    """Returns the seconds of a stage's links: rows sent during computation, and messages between stages."""
+    """Returns the seconds of a stage's links: `slow` for rows sent during computation, `total` for other messages."""
     stages = sizes.stages
     others = np.ones(stages.held_bytes.shape)
     others[0, stages.layers] = 0  # a stage of all layers has no links

@@ -1,1 +1,1 @@
-"""OpenTelemetry: spans of traced requests and the cluster's metrics, sent to a collector."""
+"""Sends spans of traced requests and the cluster's metrics to an OpenTelemetry collector."""

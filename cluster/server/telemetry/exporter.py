@@ -1,4 +1,4 @@
-"""The thread that makes spans of records and sends them, with the cluster's metrics, to a collector."""
+"""Converts records to spans, and sends the spans and the cluster's metrics to a collector, on a thread."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from llamaclust.core.version import VERSION
 
 _SCOPE: Final = InstrumentationScope(name="llamaclust", version=VERSION)
 _FLUSH_S: Final = 3.0
-"""The seconds at the end in which the remaining data must be sent."""
+"""Seconds to send the remaining data at the end."""
 
 _log = logging.getLogger(__name__)
 
@@ -38,13 +38,13 @@ class ExportCounts:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._exported = Counter(
             "llamaclust_telemetry_exported",
-            "Spans, and exports of metrics, that a collector took",
+            "Spans and metric exports that a collector accepted",
             ["signal"],
             registry=registry,
         )
         self._dropped = Counter(
             "llamaclust_telemetry_dropped",
-            "Spans, and exports of metrics, that no collector accepted",
+            "Spans and metric exports that were dropped",
             ["signal"],
             registry=registry,
         )

@@ -1,4 +1,4 @@
-"""Sends messages to a collector by OTLP over HTTP, with retries. Calls block, so a thread makes them."""
+"""Sends messages to a collector by OTLP over HTTP, with retries. All calls block."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from llamaclust.core.errors import UsageError
 from llamaclust.core.version import VERSION
 
 _PAUSES_S: Final = (1.0, 2.0, 4.0)
-"""Seconds between attempts to send a message. A collector that is known to be absent gets one attempt."""
+"""Seconds between attempts to send a message. If the last message failed too, there is only one attempt."""
 _AGAIN: Final = frozenset({429, 502, 503, 504})
-"""The status codes for which OTLP requires retries."""
+"""Status codes for which OTLP requires retries."""
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class _Outcome(Enum):
 
 class OtlpClient:
     def __init__(self, target: Target, stopping: Event) -> None:
-        """Makes the sender. `stopping`, once set, ends retries. Raises UsageError for an invalid URL."""
+        """Creates the HTTP client. Setting `stopping` ends retries. Raises UsageError if the URL is invalid."""
         self._target = target
         self._stopping = stopping
         self._is_known_absent = False
@@ -84,6 +84,6 @@ class OtlpClient:
             return
         self._is_known_absent = not self._is_known_absent
         if self._is_known_absent:
-            _log.warning("telemetry: %s does not take messages: %s; they are dropped", self._target.url, self._error)
+            _log.warning("telemetry: %s refuses messages, which are dropped: %s", self._target.url, self._error)
         else:
-            _log.info("telemetry: %s takes messages again", self._target.url)
+            _log.info("telemetry: %s accepts messages again", self._target.url)

@@ -1,5 +1,4 @@
-"""The exported records (ended requests, ended sequences, metrics). They are made on the event loop and hold no text,
-tokens or keys."""
+"""Records of ended requests, ended sequences and metrics, which are exported. They contain no text, tokens or keys."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from llamaclust.cluster.server.telemetry.trace_sampler import RequestTrace
 
 @dataclass(frozen=True, slots=True)
 class ServedRequest:
-    """An HTTP request, with monotonic times. `route`: its path with placeholders instead of names."""
+    """An HTTP request. Times are monotonic. `route` is the request's path with placeholders instead of names."""
 
     trace: RequestTrace
     method: str
@@ -32,7 +31,7 @@ class ServedRequest:
 
 @dataclass(frozen=True, slots=True)
 class EndedSequence:
-    """A sequence of a traced request. `parameters`: its sampling parameters by attribute name."""
+    """A sequence of a traced request. `parameters` has the sampling parameters by attribute name."""
 
     trace: TraceContext
     record: RequestRecord

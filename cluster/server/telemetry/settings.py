@@ -1,4 +1,4 @@
-"""Settings of telemetry, from the section of the cluster file, otherwise from OpenTelemetry's variables."""
+"""Reads the telemetry settings from the cluster file. OpenTelemetry's variables replace missing keys."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SAMPLERS: Final = {
     "parentbased_always_off": (0.0, True),
     "parentbased_traceidratio": (None, True),
 }
-"""(ratio, obeys parent) by sampler name. None means that the ratio is in OTEL_TRACES_SAMPLER_ARG."""
+"""Maps a sampler's name to (ratio, obeys parent). If the ratio is None, OTEL_TRACES_SAMPLER_ARG has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,7 @@ class TelemetrySettings:
 
     @classmethod
     def resolve(cls, section: Telemetry | None, variables: Mapping[str, str]) -> TelemetrySettings | None:
-        """Returns the settings; None if nothing is exported. Raises UsageError with the name of a key or variable that
-        has a bad value."""
+        """Returns the settings, or None if nothing is exported. Raises UsageError if a key or variable is invalid."""
         if section is None or _is_true(variables, "OTEL_SDK_DISABLED"):
             return None
         traces, metrics = (_target(section, variables, signal) for signal in ("traces", "metrics"))
@@ -115,8 +114,7 @@ def _of_signal(variables: Mapping[str, str], what: str, signal: str) -> tuple[st
 
 
 def _url(section: Telemetry, variables: Mapping[str, str], signal: str) -> str:
-    """Returns the URL of a signal. A variable of the signal itself has the whole URL; other settings have a base
-    URL."""
+    """Returns the URL for a signal. A signal's own variable has the whole URL. Other settings have a base URL."""
     base = section.endpoint
     if base is None:
         name, value = _of_signal(variables, "ENDPOINT", signal)
@@ -145,7 +143,7 @@ def _headers_of(path: Path | None) -> dict[str, str]:
     except UnicodeDecodeError as error:
         raise UsageError(f"telemetry.headers_file: {path}: not ASCII text") from error
     if mode & 0o077:
-        raise UsageError(f"{path}: others may read these headers (mode {mode:04o}): chmod 600 {path}")
+        raise UsageError(f"{path}: other users may read these headers (mode {mode:04o}): chmod 600 {path}")
     numbered = ((number, line.strip()) for number, line in enumerate(lines, 1))
     return dict(_header(line, f"{path}: line {number}") for number, line in numbered if line and line[0] != "#")
 
@@ -170,10 +168,10 @@ def _sampler(section: Telemetry, variables: Mapping[str, str]) -> TraceSampler:
 
 
 def _resource(variables: Mapping[str, str]) -> dict[str, str]:
-    """Returns the resource attributes. Raises UsageError for a malformed list, of which entries would be lost."""
+    """Returns the resource attributes. Raises UsageError if the list is malformed, because entries would be lost."""
     pairs = [pair.partition("=") for pair in variables.get("OTEL_RESOURCE_ATTRIBUTES", "").split(",") if pair.strip()]
     if not all(name.strip() and equals for name, equals, _ in pairs):
-        raise UsageError("OTEL_RESOURCE_ATTRIBUTES: not NAME=VALUE with commas between")
+        raise UsageError("OTEL_RESOURCE_ATTRIBUTES: not a list of NAME=VALUE, separated by commas")
     given = {name.strip(): unquote(value.strip())[:_MAX_RESOURCE_CHARACTERS] for name, _, value in pairs}
     service = variables.get("OTEL_SERVICE_NAME") or given.get("service.name", "llamaclust")
     return {**given, "service.name": service}

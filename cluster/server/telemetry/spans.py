@@ -1,9 +1,9 @@
-"""OTLP spans of records, named by OpenTelemetry's GenAI conventions. The span of an HTTP request contains those of its
-sequences, which contain their phases. Computing phases contain their stages.
+"""Converts records to OTLP spans, named by OpenTelemetry's GenAI conventions. The span of an HTTP request contains
+the spans of its sequences. A sequence's span contains its phases, and a computing phase contains its stages.
 
-The coordinator gets all times with results, so microbatches carry no trace context. The span of a stage is as long as
-its share of the phase and begins after the spans of earlier stages, although in fact stages alternate during many
-microbatches.
+Results bring all times to the coordinator, so microbatches carry no trace context. In reality, stages take turns during
+many microbatches. Here, each stage has one span, which is as long as the stage's share of the phase, and which begins
+after the spans of earlier stages.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _any_value(value: Value) -> AnyValue:
 
 
 def spans_of(record: Record, unix_ns: int) -> list[Span]:
-    """Returns the spans of a record. `unix_ns`: the Unix time at which the monotonic clock is 0."""
+    """Returns a record's spans. `unix_ns` is the Unix time at which the monotonic clock is 0."""
     if isinstance(record, ServedRequest):
         return [_request_span(record, unix_ns)]
     return list(_sequence_spans(record, unix_ns))
@@ -101,8 +101,7 @@ def _sequence_attributes(ended: EndedSequence) -> dict[str, Value]:
 
 
 def _phase_spans(phase: WaterfallPhase, sequence: Span, unix_ns: int) -> Iterator[Span]:
-    """Makes the spans of a phase and its stages. A phase that was merged with later ones may overlap the phases in
-    between."""
+    """Yields the spans of a phase and its stages. A merged phase may overlap the phases that lie between its parts."""
     attributes: dict[str, Value] = {}
     if phase.microbatches:
         attributes = {

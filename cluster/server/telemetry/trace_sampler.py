@@ -10,8 +10,7 @@ from llamaclust.cluster.engine.trace_context import TraceContext
 
 _TRACE_ID_BYTES, SPAN_ID_BYTES = 16, 8
 _COUNTED_BITS = 64
-"""The number of bits of a trace id that decide. Other programs compare the same bits, so that all keep the same
-traces."""
+"""Number of bits of a trace id that decide. Other programs use the same bits, so that all keep the same traces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +25,8 @@ class RequestTrace:
 
 @dataclass(frozen=True, slots=True)
 class TraceSampler:
-    """The rule for tracing. `ratio`: the fraction of requests that are traced. With `obeys_parent`, the ratio applies
-    only to requests without a trace context."""
+    """Traces a fraction `ratio` of the requests. If `obeys_parent` is set, a request's trace context decides, and
+    `ratio` is for requests without a trace context."""
 
     ratio: float = 1.0
     obeys_parent: bool = True

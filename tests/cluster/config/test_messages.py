@@ -122,23 +122,21 @@ TOP_KEYS = {
     "plan: [{worker: a, layers: [0, 3], shares: [2, 1]}]": (
         "plan[0].shares: is for groups, but this stage has one worker; remove it"
     ),
-    "plan: [{worker: a, layers: 3}]": (
-        "plan[0].layers: 3 is not a layer range; write it like [0, 12], the end not included"
-    ),
+    "plan: [{worker: a, layers: 3}]": ("plan[0].layers: 3 is not a layer range; write [0, 12] for layers 0 to 11"),
     "plan: [{worker: a, layers: [3, 3]}]": (
-        "plan[0].layers: [3, 3] holds no layer; ranges are half-open: [start, end) with start < end"
+        "plan[0].layers: [3, 3] is an empty layer range; ranges are half-open: [start, end) with start < end"
     ),
     f"plan: [{{worker: a, layers: [0, {'9' * 400}]}}]": (
         f"plan[0].layers: [0, {'9' * 56}... is not a layer range: no model has more than 65536 layers"
     ),
     f"plan: [{{worker: a, layers: [{'9' * 400}, 0]}}]": (
-        f"plan[0].layers: [{'9' * 59}... holds no layer; ranges are half-open: [start, end) with start < end"
+        f"plan[0].layers: [{'9' * 59}... is an empty layer range; ranges are half-open: [start, end) with start < end"
     ),
     "plan: [{worker: a, layers: [0, .inf]}]": (
         "plan[0].layers: [0, inf] is not a layer range: no model has more than 65536 layers"
     ),
     "plan: [{worker: a, layers: [0, .nan]}]": (
-        "plan[0].layers: [0, nan] holds no layer; ranges are half-open: [start, end) with start < end"
+        "plan[0].layers: [0, nan] is an empty layer range; ranges are half-open: [start, end) with start < end"
     ),
     "plan: [{worker: c, layers: [0, 3]}]": "plan[0].worker: unknown worker 'c'; known: a, b",
     "allowed_hosts: x.org": "allowed_hosts: 'x.org' is not possible; give a list of 0 to 64 items",
@@ -164,8 +162,8 @@ TOP_KEYS = {
     "timeouts: {load: 900ms}": "timeouts.load: 0.9 s is too short to detect a load that hangs; set 1s or more",
     "timeouts: {worker: 10ms}": "timeouts.worker: 0.01 s is too short to detect a lost worker; set 500ms or more",
     "model: x": "not valid YAML: duplicate key 'model'",
-    "5: x": "not valid YAML: key '5' is no word",
-    "timeouts: {yes: 5s}": "not valid YAML: key 'yes' is no word",
+    "5: x": "not valid YAML: key '5' is not a word; put it in quotes",
+    "timeouts: {yes: 5s}": "not valid YAML: key 'yes' is not a word; put it in quotes",
     "plan: &a [*a]": "not valid YAML: aliases (*name) are not accepted",
     f"plan: {'[' * 100_000}": "not valid YAML: nested deeper than 16 levels",
     "name: !!python/object:os.system {}": "not valid YAML: tags (!name) are not accepted",
@@ -245,7 +243,7 @@ def test_mistakes_in_workers_have_their_own_line(tmp_path: Path, worker: str, li
         ("model: m\nworkers: []", "FILE:2: workers: [] is not possible; give a list of 1 to 256 items"),
         (
             "model: m\nworkers: 2",
-            "FILE:2: workers: launcher: local accepts no number of workers; name the workers: [{name: a}, {name: b}]",
+            "FILE:2: workers: launcher: local does not accept a number; name the workers: [{name: a}, {name: b}]",
         ),
         (
             "model: m\nworkers:\n",

@@ -83,7 +83,7 @@ async def test_a_start_waits_on_where_those_that_are_here_do_not_suffice_and_say
     waiting = start.wait()
     start.join("a")
     why = await start.reported(Waiting)
-    assert why == Waiting("worker b, worker c, since those that are here do not suffice: 12 MiB are missing")
+    assert why == Waiting("worker b, worker c, because the present workers do not suffice: 12 MiB are missing")
     assert not waiting.done()
     start.join("c")
     async with asyncio.timeout(30):
@@ -108,7 +108,7 @@ async def test_a_start_that_waits_in_vain_names_the_missing_workers_and_the_shor
     start = Start(enough=2, awaited=replace(ABC, wait_s=0.3))
     waiting = start.wait()
     start.join("a")
-    says = r"did not join within 0.3 s \(`join.wait`\): worker b, worker c; 1 did, and do not suffice: 12 MiB"
+    says = r"did not join within 0.3 s \(`join.wait`\): worker b, worker c; 1 joined, which is not enough: 12 MiB"
     with pytest.raises(DeadlineError, match=says):
         await waiting
 

@@ -113,7 +113,7 @@ def test_with_recovery_the_others_live_on(line: CommandLine, model: Path, undist
         processes = family(command)
         rank_of(cluster.worker_pids["c"]).kill()
         assert answers(cluster) == undisturbed
-        command.says("MPI starts no other")
+        command.says("MPI starts no other rank")
         assert answers(cluster) == undisturbed
         assert line.run("down").code == 0
     command.wait()
@@ -125,7 +125,7 @@ def test_a_rank_that_cannot_start_its_worker_says_why(line: CommandLine, model: 
         line, model, "-n", "2", *COMMAND, "up", "tiny.yaml", ":", "-x", "LLAMACLUST_STATE_DIR=/proc/no", ranks=1
     )
     done = command.wait(within_s=60.0)
-    assert done.code != 0 and "it cannot be started: /proc/no/tiny: cannot be made" in done.err
+    assert done.code != 0 and "it cannot be started: /proc/no/tiny: cannot be created" in done.err
 
 
 @pytest.mark.parametrize("is_signalled", [False, True])
@@ -138,7 +138,7 @@ def test_ranks_are_waited_for_until_a_signal_or_a_deadline(is_signalled: bool, m
     if is_signalled:
         assert job.run() == 128 + signal.SIGTERM
     else:
-        with pytest.raises(WorkerError, match=r"ranks without a sign of life within 0.05 s: \[1, 2\]"):
+        with pytest.raises(WorkerError, match=r"these ranks have not reported within 0.05 s: \[1, 2\]"):
             job.run()
     assert ranks.lost == {1, 2}
 
@@ -284,7 +284,7 @@ def test_ranks_on_hosts_of_their_own(line: CommandLine, model: Path, undisturbed
 
 def test_ranks_and_workers_have_to_go_together(line: CommandLine, model: Path) -> None:
     done = start(line, model, ranks=2).wait()
-    assert "launcher mpi: 3 workers need as many ranks, but there are 2: mpirun -n 3" in done.err and done.code == 2
+    assert "launcher mpi: 3 workers need 3 ranks, but there are 2: mpirun -n 3" in done.err and done.code == 2
 
 
 def test_without_mpi4py_the_way_to_install_it_is_told(
@@ -293,4 +293,4 @@ def test_without_mpi4py_the_way_to_install_it_is_told(
     (tmp_path / "mpi4py.py").write_text("raise ImportError('there is none')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     done = line.start("up", line.cluster_file(model, launcher="mpi")).wait()
-    assert done.code == 2 and "launcher mpi needs mpi4py and an MPI: pip install 'llamaclust[mpi]'" in done.error
+    assert done.code == 2 and "launcher mpi needs mpi4py and MPI: pip install 'llamaclust[mpi]'" in done.error

@@ -158,7 +158,7 @@ def test_a_ray_that_does_not_start_is_tried_again_and_leaves_no_process(
     monkeypatch.setenv("RAY_gcs_server_port_wait_time_s", "0")
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     command = start(line, model)
-    command.says("Ray did not start, next try (3 of 3): Ray at local: Timed out")
+    command.says("Ray did not start, trying again (3 of 3): Ray at local: Timed out")
     below = psutil.Process(command.process.pid).children(recursive=True)
     done = command.wait()
     assert done.code == 1 and "error: Ray at local: Timed out" in done.err and "Traceback" not in done.err

@@ -42,7 +42,7 @@ def test_three_workers_joined_before_and_after_give_the_single_workers_bits(
     join = {"listen": f"127.0.0.1:{port}", "members": "127.0.0.1:0"}
     coordinator = start_coordinator(line, model, join=join)
     coordinator.says("still missing: worker a, worker c")
-    assert "on a machine with an NVIDIA GPU the same with --device cuda:0" in coordinator.err.read_text()
+    assert "on a machine with an NVIDIA GPU, add --device cuda:0" in coordinator.err.read_text()
     late = [start_worker(line, port, name) for name in ("a", "c")]
     with ready(coordinator, line) as cluster:
         assert answers(cluster) == undisturbed

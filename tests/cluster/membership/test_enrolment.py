@@ -317,7 +317,7 @@ async def test_who_says_nothing_is_cut_off_and_more_than_so_many_are_not_heard(
                 pass
         with pytest.raises(LlamaclustError):
             await enrol(host, port, trust.token, "b")
-        assert "2 others are under way" in refusals(caplog.records)[0]
+        assert "2 connections are open" in refusals(caplog.records)[0]
         assert await first.hear() is None and await second.hear() is None
         assert "an enrolment: not within 1 s" in (await told(caplog, 4))[-1]
         await enrol(host, port, trust.token, "b")
@@ -332,7 +332,7 @@ async def test_connections_of_one_address_leave_room_for_others(
         reader, more = await asyncio.open_connection(host, port, local_addr=("127.0.0.2", 0))
         async with asyncio.timeout(4):  # it is closed at once, not after the handshake's timeout
             assert await reader.read() == b""
-        assert "enrolment of 127.0.0.2: 1 others are under way, 1 of them from there" in refusals(caplog.records)[0]
+        assert "enrolment of 127.0.0.2: 1 connections are open, 1 of them from this host" in refusals(caplog.records)[0]
         for _ in range(3):
             await enrol(host, port, trust.token, "b")
         silent.close()

@@ -200,7 +200,7 @@ async def test_a_worker_of_another_cluster_brings_no_term_with_it(seen: int, tru
             foreign = replace(REGISTER, largest_term=seen, term_proof=proof, cluster="alpha")
             _, refused = await join(there, trust.identity(A), replace(foreign, is_awaited=True))
             assert isinstance(refused, Rejected)
-            assert "waits for a coordinator of cluster 'alpha', this is one of 'beta'" in refused.reason
+            assert "waits for a coordinator of cluster 'alpha', but this is a coordinator of 'beta'" in refused.reason
             _, welcome = await join(there, trust.identity(A), foreign)
             assert isinstance(welcome, Admitted) and welcome.term == record.term == 2
 
@@ -310,5 +310,5 @@ def test_the_last_terms_are_taken_and_then_refused_in_one_line(tmp_path: Path, b
     for _ in range(before):
         record = ControlRecord.begin(path)
         assert term_of(record.next_epoch()) == record.term and record.newer_term() == 0
-    with pytest.raises(LlamaclustError, match=rf"term {MAX_TERM - 1} is the last one: remove the file"):
+    with pytest.raises(LlamaclustError, match=rf"term {MAX_TERM - 1} is the largest term: remove the file"):
         ControlRecord.begin(path)

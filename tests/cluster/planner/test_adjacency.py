@@ -111,7 +111,7 @@ def test_a_plan_by_hand_with_the_pair_is_refused() -> None:
     workers = [WorkerFacts(name, 9 * GB, profile(10, 200)) for name in "abc"]
     by_hand = split_by_hand(("a", 0, 2), ("b", 2, 4), ("c", 4, 6))
     for pair in ("ab", "bc", "ac"):  # from the last tokens go to the first
-        with pytest.raises(NetworkPartitionError, match=f"has workers {pair[0]} and {pair[1]} next to each other"):
+        with pytest.raises(NetworkPartitionError, match=f"workers {pair[0]} and {pair[1]} cannot reach each other"):
             make_plan(large(6), workers, replace(REQUEST, manual=by_hand, partitions=pairs(pair)))
 
 

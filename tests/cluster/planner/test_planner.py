@@ -74,7 +74,7 @@ def test_slow_workers_are_spares_for_latency_but_not_for_throughput() -> None:
     plan = make_plan(SMALL, workers, REQUEST)
     assert {stage.worker for stage in plan.stages} == {"fast", "same"}
     assert [idle.worker for idle in plan.idle_workers] == ["slow"]
-    assert "  slow: not used: it would make the others slower" in plan_lines(plan)
+    assert "  slow: not used: with this worker, the plan would be slower" in plan_lines(plan)
     plan = make_plan(SMALL, workers, replace(REQUEST, objective="throughput"))
     assert {stage.worker for stage in plan.stages} == {"slow", "fast", "same"}
     assert min(plan.stages, key=lambda stage: stage.end - stage.start).worker == "slow"
@@ -126,7 +126,7 @@ def test_plans_cover_all_layers_and_keep_to_memory(seed: int) -> None:
 def test_more_workers_than_layers() -> None:
     plan = make_plan(SMALL, [worker(f"w{i}") for i in range(20)], REQUEST)
     assert len(plan.stages) == 12 and len(plan.idle_workers) == 8
-    assert {idle.reason for idle in plan.idle_workers} == {"the model has 12 layers, one for each of the others"}
+    assert {idle.reason for idle in plan.idle_workers} == {"the model has 12 layers, one for each of the other workers"}
 
 
 WINDOWED = replace(SMALL, layers=(LAYER, replace(LAYER, window=1000, window_bytes_per_token=4096)) * 6)
@@ -186,7 +186,7 @@ def test_plans_by_hand() -> None:
     workers = [worker("a"), worker("b"), worker("c")]
     plan = make_plan(SMALL, workers, replace(REQUEST, manual=split_by_hand(("c", 7, 12), ("a", 0, 7))))
     assert layers(plan) == [("a", 0, 7), ("c", 7, 12)]
-    assert plan.idle_workers == (IdleWorker("b", "the plan gives it no layers"),)
+    assert plan.idle_workers == (IdleWorker("b", "the manual plan does not name this worker"),)
     assert plan.prediction is not None
 
 
@@ -205,7 +205,7 @@ def test_plans_by_hand() -> None:
         ((("a", 0, 5), ("b", 5, 11)), "layers [11, 12) are on no worker; the model has layers [0, 12)"),
         ((("a", 1, 12),), "layers [0, 1) are on no worker; the model has layers [0, 12)"),
         ((("a", 0, 13),), "layers [0, 13) of worker 'a': the model has layers [0, 12)"),
-        ((("a", 0, 5), ("b", 5, 5)), "layers [5, 5) of worker 'b': that is no layer"),
+        ((("a", 0, 5), ("b", 5, 5)), "layers [5, 5) of worker 'b': the range is empty"),
         ((("x", 0, 12),), "unknown worker 'x'; known: a, b"),
         ((("a", 0, 5), ("a", 5, 12)), "worker 'a' has layers [0, 5) and [5, 12); a worker holds one range"),
     ],
@@ -247,7 +247,7 @@ def test_a_worker_that_holds_a_layer_but_neither_end_of_the_model_is_not_called_
     assert [stage.worker for stage in plan.stages] == ["a"]
     assert plan.idle_workers == (
         IdleWorker("fast", "too little memory: it has 32 MiB, a stage of one layer needs 51 MiB"),
-        IdleWorker("slow", "it would make the others slower"),
+        IdleWorker("slow", "with this worker, the plan would be slower"),
     )
 
 

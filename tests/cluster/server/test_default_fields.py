@@ -59,7 +59,7 @@ def test_fields_of_any_endpoint_are_taken(defaults: dict[str, Any]) -> None:
     ("defaults", "message"),
     [
         ({"temprature": 1}, "api.defaults: 'temprature' is a field of no endpoint; did you mean 'temperature'?"),
-        ({"zzzzzz": 1}, "api.defaults: 'zzzzzz' is a field of no endpoint; leave it out"),
+        ({"zzzzzz": 1}, "api.defaults: 'zzzzzz' is a field of no endpoint; remove it"),
         ({"reasoning_budget": -5}, "api.defaults: reasoning_budget: "),
         ({"seed": 1, "temperature": "warm"}, "api.defaults: temperature: input should be a valid number"),
     ],

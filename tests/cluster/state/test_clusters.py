@@ -42,7 +42,7 @@ def test_a_cluster_of_another_state_directory_is_found_while_it_runs(
     older.touch()
     os.utime(nearer.log_file("a"), (2e9, 2e9))
     os.utime(older.parent, (2e9, 2e9))  # of the folder: when a file was made in it
-    with pytest.raises(UsageError, match=rf"no cluster is running: .*; the last one's logs: {nearer.logs}"):
+    with pytest.raises(UsageError, match=rf"no cluster is running: .*; logs of the last cluster: {nearer.logs}"):
         find_running(usual, None)
     with pytest.raises(UsageError, match=r"start one with `llamaclust up`$"):
         find_running(tmp_path / "nowhere", None)
@@ -67,7 +67,7 @@ def test_a_log_that_leads_nowhere_is_no_error(tmp_path: Path) -> None:
     folder = ClusterDir(tmp_path / "home")
     folder.create()
     folder.log_file("a").symlink_to(tmp_path / "gone")
-    with pytest.raises(UsageError, match=f"the last one's logs: {folder.logs}"):
+    with pytest.raises(UsageError, match=f"logs of the last cluster: {folder.logs}"):
         find_running(tmp_path, None)
 
 

@@ -99,8 +99,8 @@ async def test_a_disk_that_cannot_be_written_to_stops_no_request(
         await writing.admit(admission(0))
         await writing.admit(admission(1))
         assert [record.message.partition(": ")[2] for record in caplog.records] == [
-            "cannot be written: No such file or directory; requests are served, but would not survive the coordinator "
-            "until it can be written again"
+            "cannot be written: No such file or directory; requests are served, but are lost if the coordinator ends "
+            "before the file can be written again"
         ]
         folder.mkdir()
         monkeypatch.setattr("llamaclust.cluster.state.journal._RETRY_S", 0.0)

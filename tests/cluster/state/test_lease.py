@@ -178,7 +178,7 @@ def test_an_api_server_that_answers_nonsense_gives_no_lease(api: LeaseApi, locks
     assert lock.take()
     api.spec = spec
     for attempt in (lock.renew, lock.take, lock.release, locks().take):
-        with pytest.raises(LlamaclustError, match="answers something else than a Lease"):
+        with pytest.raises(LlamaclustError, match="is not a Lease"):
             attempt()
 
 

@@ -105,7 +105,7 @@ def test_where_it_takes_both_requests_wait_for_the_link(small_model: Path, small
     by_hand = [{"worker": "a", "layers": [0, 3]}, {"worker": "b", "layers": [3, 6]}]
     with workers(small_model, "ab", plan=by_hand) as cluster:
         asked = cut(cluster, lambda box: box.black_hole("a", "b"))
-        why = "every plan has workers a and b next to each other, which cannot reach each other"
+        why = "workers a and b cannot reach each other, but are neighbours in every plan"
         cluster.coordinator.says(f"waiting for a link, requests for 120 s at most: {why}")
         assert cluster.get("/health").json()["status"] == "recovering"
         cluster.box.heal()

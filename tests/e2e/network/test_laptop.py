@@ -33,7 +33,7 @@ def laptop(box: Box, model: Path, homes: dict[str, Path]) -> Iterator[DistantClu
         file = line.cluster_file(own, "distant", context_length=512, prefix_cache=False, **keys)
         coordinator = line.start("up", file, network=box[COORDINATOR].namespace)
         try:
-            coordinator.says("with --device cuda:0")
+            coordinator.says("add --device cuda:0")
             workers = {name: start(box, line, name, own.parent, homes.get(name)) for name in WORKERS}
             coordinator.says("distant is ready")
             yield DistantCluster(box, line, coordinator, workers, asking)

@@ -18,7 +18,7 @@ from support.network.distant_cluster import COORDINATOR, SPEED, TOKENS, Answer, 
 
 GENERATIONS = eight(TOKENS)
 WORKERS = ("a", "b")
-ADVICE_WITHOUT_MULTICAST = "where multicast does not reach"
+ADVICE_WITHOUT_MULTICAST = "where multicast fails"
 
 
 def containers(box: Box) -> None:
@@ -53,13 +53,13 @@ PLACES: dict[str, Callable[[Box], None]] = {
 
 def printed(line: CommandLine, coordinator: Running) -> list[list[str]]:
     """Words after `llamaclust` of the commands for other machines: as printed, and where multicast does not reach."""
-    coordinator.says("with --device cuda:0")
+    coordinator.says("add --device cuda:0")
     text = coordinator.err.read_text()
     found = re.search(r"^  llamaclust (worker .*)$", text, re.MULTILINE)
     assert found is not None, text
     commands = [found[1]]
     if ADVICE_WITHOUT_MULTICAST in text:
-        joins = re.search(rf"{ADVICE_WITHOUT_MULTICAST}, (.*) instead of --discover", text)
+        joins = re.search(rf"{ADVICE_WITHOUT_MULTICAST}, use (.*) instead of --discover", text)
         assert joins is not None, text
         commands.append(found[1].replace("--discover", joins[1]))
     token = str(line.state_dir / ".trust" / "token")

@@ -388,6 +388,6 @@ def test_files_of_the_user_are_used_where_they_lie(tmp_path: Path) -> None:
     path.write_bytes(b"GGUF")
     models = tmp_path / "models"
     assert resolve_model(str(path), models) == pull_model(str(path), models_dir=models) == path
-    with pytest.raises(UsageError, match="delete other files yourself"):
+    with pytest.raises(UsageError, match="delete the file yourself"):
         remove_model(str(path), models)
     assert path.exists() and not models.exists()

@@ -114,7 +114,7 @@ def test_pairs_that_cannot_reach_each_other_are_named() -> None:
 @pytest.mark.parametrize("memory_mib", [1, 4])
 def test_groups_without_room_are_not_shown(memory_mib: int) -> None:
     workers = [able("a"), able("b", memory_mib=memory_mib)]
-    assert planned(workers).no_group == "none has room for its portions"
+    assert planned(workers).no_group == "no group has room for its portions"
 
 
 def test_plans_with_groups_of_one_worker_or_by_hand_have_no_line() -> None:

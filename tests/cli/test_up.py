@@ -40,7 +40,7 @@ def test_the_first_start_says_that_it_measures(line: CommandLine) -> None:
         said = cluster.command.err.read_text()
         for worker in "ab":
             assert said.index(f"measuring worker {worker}: memory bandwidth") < said.index("plan:")
-        assert said.count("while workers beside it are idle") == 1, "of equal workers, one"
+        assert said.count("while the machine's other workers are idle") == 1, "of equal workers, one"
     with line.cluster("good.gguf", workers=workers) as cluster:
         assert "measuring" not in cluster.command.err.read_text()
 

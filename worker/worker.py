@@ -75,6 +75,6 @@ def _open_kv_disk(settings: WorkerSettings) -> KvDisk | None:
     if settings.kv_disk_bytes is None:
         return None
     if settings.device != "cpu":
-        raise UsageError(f"kv_disk: is for workers with device cpu, but this one has {settings.device}; remove it")
+        raise UsageError(f"kv_disk needs device cpu, but this worker has device {settings.device}; remove kv_disk")
     assert settings.kv_disk_dir is not None
     return KvDisk(KvFolder(settings.kv_disk_dir, settings.kv_disk_bytes))

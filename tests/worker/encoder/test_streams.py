@@ -139,7 +139,7 @@ async def test_rows_have_the_bits_of_the_reference(folder: Path, rows: Float32, 
         others = await asyncio.gather(*(encoded_by(cluster, task(rows, seed), name="b") for seed in range(6)))
         for seed, (found,) in enumerate(others):
             same(found, encoded(CpuBackend(1), path, tile_of(NAME, seed)))
-        with pytest.raises(EncoderUnreachableError, match=r"worker a holds no encoder of images for epoch 0\.1"):
+        with pytest.raises(EncoderUnreachableError, match=r"worker a holds no image encoder for epoch 0\.1"):
             await encoded_by(cluster, task(rows))
 
 

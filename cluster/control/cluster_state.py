@@ -43,8 +43,8 @@ class PoolState:
 
 @dataclass(frozen=True, slots=True)
 class Planning:
-    """The newest plan, or the error that prevented a plan. `rejected` is the error of the plan's failed load, which is
-    not repeated."""
+    """The newest plan, or the error that prevented a plan. `rejected` is the error of the plan's failed load. This load
+    is not repeated."""
 
     inputs: PlanInputs
     plan: Plan | None = None

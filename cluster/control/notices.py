@@ -1,5 +1,3 @@
-"""The texts of notices about lost workers, moving layers and recoveries."""
-
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -28,8 +28,8 @@ def _now_s() -> float:
 
 @dataclass(eq=False, slots=True)
 class Resident:
-    """A model that is awake or asleep. `usual_s` is how many seconds it stays awake without requests. If it is None,
-    the model stays awake until its memory is needed."""
+    """A model that is awake or asleep. `usual_s` is how many seconds it stays awake without requests. If `usual_s` is
+    None, the model stays awake until its memory is needed."""
 
     name: str
     observed: Observed
@@ -225,7 +225,7 @@ class Residency:
 
 
 async def _plan_again(observed: Observed) -> None:
-    """Requests a plan for the present free memory. Returns once it is made, or once the model needs none."""
+    """Requests a plan for the present free memory. Returns once the plan is made, or once none is needed."""
     before = observed.state.pool.memory
     observed.post(Signal.MEMORY_FREED)
     await observed.until(

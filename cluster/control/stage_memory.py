@@ -27,8 +27,8 @@ _known: MutableMapping[Model, _Known] = WeakKeyDictionary()
 
 
 def workspace_of(model: Model, limits: StageLimits) -> Workspace:
-    """Returns the workspace of stages with these limits. If a place names no layers, it is that of the largest stage
-    there."""
+    """Returns the workspace of stages with these limits. For a place without layers, returns the workspace of the
+    largest stage there."""
     known = _known.setdefault(model, _Known()).workspaces
 
     def bytes_at(place: StagePlace) -> int:

@@ -117,7 +117,6 @@ async def encoder_files(
 
 
 def _are_compared(wanted: WantedBytes, found: Collection[WeightsFound]) -> bool:
-    """True if copies must be compared, for example because a worker lacks the file or has a different copy."""
     files = {weights.file for weights in found} | (set() if wanted.own is None else {wanted.own.file.copy_id})
     return wanted.is_compared or len(files) > 1 or not all(weights.has_file for weights in found)
 

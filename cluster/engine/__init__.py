@@ -1,0 +1,1 @@
+"""Runs requests. Its engine connects the scheduler with the pipeline that computes."""

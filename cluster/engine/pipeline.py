@@ -49,7 +49,7 @@ class KvDisks(Protocol):
         ...
 
     async def save(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
-        """Writes `blocks`, which belong to the last keys. Returns how many of these all stages now have on disk."""
+        """Writes `blocks`, which belong to the last of `keys`. Returns how many of them all stages now have on disk."""
         ...
 
 

@@ -54,7 +54,8 @@ class BreakerTokens:
         return TokenIndex([self._tokenizer.token_bytes(token) for token in range(self._tokenizer.vocabulary_size)])
 
     def _find(self, text: str) -> tuple[tuple[int, ...], ...]:
-        """Returns tokens that contain the text, and tokens that end with its beginning, with the rest's tokens."""
+        """Returns each token that contains the text. Also returns each token that ends with the text's beginning,
+        followed by the tokens of the rest."""
         whole = text.encode("utf-8", "surrogatepass")
         found: list[tuple[int, ...]] = [(token,) for token in self._index.containing(whole)]
         containing, tokens = {token for (token,) in found}, len(found)

@@ -24,7 +24,7 @@ _LEAST_NS = 50_000_000
 _LONGER = 0.25
 """The share of a decode microbatch's time that slow matchers may take, if this share is longer than `_LEAST_NS`."""
 _MOST_NS = 400_000_000
-"""The most nanoseconds for slow matchers in flight. They may take as long only if no other owner's sequence waits."""
+"""The most nanoseconds for slow matchers in flight. It applies if all running sequences are slow and have one owner."""
 _NEXT_ROWS = 1 + MAX_FORCED_TOKENS
 """The most remaining rows of a sequence that may be held back. A sequence with more rows is in prefill."""
 

@@ -44,8 +44,8 @@ _VISIBLE_WAITING = 8
 """The waiting sequences whose tokens count as pending work when the size of a prefill chunk is chosen."""
 
 _SHARED, _SHARED_ROWS = 4, 32
-"""While another pipeline runs on the same workers, a prefill chunk's time limit is divided by `_SHARED`, and its
-largest size is `_SHARED_ROWS`. One chunk is in flight, because the other's decode may wait for it at each stage."""
+"""While another pipeline runs on the same workers, `_SHARED` divides a prefill chunk's time limit, and a chunk has at
+most `_SHARED_ROWS` rows. One chunk is in flight, because the other pipeline's decode may wait for it."""
 
 _by_remaining = attrgetter("remaining")
 _by_arrival = attrgetter("key")
@@ -129,7 +129,7 @@ class Scheduler:
         return sequence
 
     def restart(self, settings: SchedulerSettings, epoch: int, stages: int) -> None:
-        """Moves all sequences to a new pipeline, in order of arrival. Their stages have to compute everything again."""
+        """Moves all sequences to a new pipeline, in order of arrival. The new stages compute everything again."""
         self._use_pipeline(settings, epoch, stages)
         self.queues.restart(KvMemory(settings), settings.max_sequences, self._sequences.values())
 

@@ -1,5 +1,3 @@
-"""Settings of the scheduler and the engine."""
-
 from __future__ import annotations
 
 from collections.abc import Mapping

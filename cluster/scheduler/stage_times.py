@@ -72,7 +72,7 @@ class Curve:
 
 
 def _rising(points: dict[int, tuple[float, float]]) -> dict[int, tuple[float, float]]:
-    """Lowers points above a later point. More rows cannot take less time, so their time was delayed or is old."""
+    """Lowers each point to the later points. More rows cannot take less time, so a longer time is wrong or old."""
     rising, most = dict[int, tuple[float, float]](), inf
     for bucket, (rows, ns) in sorted(points.items(), reverse=True):
         most = min(most, ns)

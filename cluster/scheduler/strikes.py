@@ -94,7 +94,7 @@ class Strikes:
         return None if self._is_paused else max(found, key=lambda r: (-r.interrupted, r.strikes), default=None)
 
     def rows(self, isolated: Sequence) -> int:
-        """Returns how many rows the isolated sequence computes next: all before suspected rows, or a few of these."""
+        """Returns how many rows come next: all rows before the suspected rows, or a few suspected rows."""
         scheduled = isolated.scheduled
         ahead = [each.start - scheduled for each in self._records[isolated.key].suspected if each.end > scheduled]
         to_suspected = min(ahead, default=0)

@@ -42,7 +42,7 @@ class Running:
 
 
 def startable(waiting: Iterable[Sequence], running: Iterable[Sequence]) -> list[Sequence]:
-    """Returns the waiting sequences, without large grammars of owners that await `_MOST_MATCHERS` such matchers."""
+    """Returns waiting sequences. Leaves out large grammars whose owner awaits `_MOST_MATCHERS` matchers."""
     making = Counter(other.request.owner for other in running if other.phase is Phase.PREFILL and _is_large(other))
     if not making:
         return [*waiting]

@@ -47,8 +47,8 @@ class Hello:
 
 
 def link_address(stages: str, port: int | None) -> str:
-    """Returns the address for links, on the host of the address for stages. If `port` is 0, it is any free port. If
-    `port` is None, it is `LINK_PORTS` above the port for stages, or any free port if that port is 0."""
+    """Returns the address for links, on the host of the address for stages. With `port` 0, it has any free port. With
+    None, its port is `LINK_PORTS` above the port for stages, or any free port if that port is 0."""
     if stages.startswith(PREFIX):
         return f"{stages}{SOCKET_ENDING}"
     host, stage_port = split_address(stages)

@@ -111,7 +111,7 @@ class MemberLinks:
 
     @property
     def computing_s(self) -> float:
-        """The seconds since this member last waited for a member. 0.0 while it waits, and before the first step."""
+        """The seconds since this member last waited for another. 0.0 while it waits, and before the first step."""
         return 0.0 if self._links is None else self._links.computing_s
 
     def fault(self, error: Exception) -> Fault:

@@ -25,7 +25,6 @@ _HOLD_NS = 8_000_000
 
 _Entry = tuple[Callable[[], Any], "asyncio.Future[Any]", float, float]
 _WATCH_S = 1.0
-"""The seconds between two checks for a hung job."""
 _HUNG_TIMES, _HUNG_LEAST_S = 20, 30.0
 """Both are far above delays from other programs on the GPU, from capturing a CUDA graph, or from longer contexts."""
 

@@ -12,7 +12,7 @@ from llamaclust.core.errors import LlamaclustError, WorkerError
 from llamaclust.wire.control.groups import GroupFault
 
 _ATTRIBUTION_S = 1.0
-"""The seconds to wait until a worker counts as lost. Its streams end before its loss is known."""
+"""The seconds to wait until a worker's loss becomes known, which is later than the end of its streams."""
 _REPORTS_S = 10.0
 """The seconds to wait for other group members' reports, which come at their next gather. One report may be wrong."""
 

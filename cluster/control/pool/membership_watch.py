@@ -120,7 +120,6 @@ def _requests(runner: ActionRunner, worker: WorkerHandle) -> int:
 
 
 def _served(runner: ActionRunner) -> Iterator[tuple[Epoch, Scheduler]]:
-    """Yields the model's open epochs with their schedulers. Yields nothing after the engine has ended."""
     schedulers = () if runner.engine is None else runner.engine.schedulers
     by_epoch = {scheduler.in_flight.epoch: scheduler for scheduler in schedulers}
     for epoch in runner.open_epochs:

@@ -1,5 +1,3 @@
-"""Saves and restores KV blocks on the disks of a pipeline's workers."""
-
 from __future__ import annotations
 
 import asyncio

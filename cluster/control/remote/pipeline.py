@@ -29,7 +29,7 @@ from llamaclust.wire.security.credentials import Credentials, Principal
 
 _OPEN_S = 30.0
 _WRITE_S = 20.0
-"""The longest write in seconds. A stage waits longer for inputs and for the next stage (`wire.control.Deadlines`)."""
+"""The time limit of a write. A stage waits longer for inputs and for the next stage (`wire.control.Deadlines`)."""
 
 
 class RemotePipeline:

@@ -1,5 +1,3 @@
-"""The cluster file's rules about which layers and experts are on GPUs."""
-
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MOST_DIFFERENT = 16
-"""The most tokens after a copy's end. With more tokens, the copy's place in the earlier tokens counts as lost."""
+"""If the text goes on for more than this many tokens after a copy's end, the copy's place counts as lost."""
 _NEAR = 16
 _MOST_SINCE = 160
 

@@ -18,7 +18,7 @@ MIDDLE = 5
 LONG = 8
 """The first of 2 classes for long matches: 8 to 15 tokens, and 16 tokens or more."""
 SHARED = 10
-"""The first of 2 classes for drafts from other requests' answers: matches below 16 tokens, and of 16 or more."""
+"""The first of 2 classes for drafts from other requests' answers: matches of up to 15 tokens, and of 16 or more."""
 MODEL = 12
 FORCED = 13
 MTP = 14

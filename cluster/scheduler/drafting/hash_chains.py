@@ -67,7 +67,7 @@ class HashChains:
         return self._newest[hash(window) & len(self._newest) - 1]
 
     def longest(self, text: Sequence[int], place: int, tail: Sequence[int]) -> Match:
-        """Returns the longest match of `tail` (at most LONGEST tokens) at `place` or earlier in its chain, and the
+        """Returns the longest match of `tail` (at most LONGEST tokens) at `place` or earlier in its chain. Prefers the
         newest of equally long matches. A NONE in the text matches nothing and follows no match."""
         previous, order, window = self._previous, self._order, tail[-self._order :]
         found, length, followers, follower, agree = NONE, order - 1, 0, NONE, True

@@ -63,7 +63,7 @@ class NgramDrafter:
         return found
 
     def continued(self, tokens: Sequence[int], match: Match, most: int) -> Draft:
-        """Returns the tokens after the match or after the last copy's place. Repeats them after the text's end."""
+        """Drafts the tokens after the match, or after the last copy's place. Repeats them if the text ends first."""
         if match.length <= _UNSURE:
             resumed = self._copy.resumption(tokens)
             if resumed is not None and resumed.length >= match.length:

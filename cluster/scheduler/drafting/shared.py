@@ -55,7 +55,7 @@ class SharedAnswers:
         return sum(sys.getsizeof(half) + sum(answers.size_bytes for answers in half.values()) for half in halves)
 
     def add(self, tokens: Sequence[int], key: Hashable) -> None:
-        """Adds an answer for requests with this key (cache salt and adapters), or a very long answer's end."""
+        """Adds an answer, or a very long answer's end, for requests with this key (cache salt and adapters)."""
         kept = tokens[-max(self._half_tokens - _KEY_TOKENS - 1, 0) :]
         added = len(kept) + 1 + _KEY_TOKENS * (key not in self._newer)
         if len(kept) <= _ORDER or added > self._half_tokens:

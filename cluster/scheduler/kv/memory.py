@@ -116,7 +116,7 @@ class KvMemory:
             self.window.reserve(sequence, sequence.next_rows + len(tokens))
 
     def settle(self, sequence: Sequence, *, is_whole: bool) -> None:
-        """Keeps or releases the memory of drafted rows. Shares full blocks, because no microbatch may follow."""
+        """Keeps or releases the memory of drafted rows. Shares full blocks, as there may be no later microbatch."""
         if self.states is not None:
             self.states.settle(sequence, is_whole=is_whole)
         if sequence.is_running:

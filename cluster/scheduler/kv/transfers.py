@@ -48,8 +48,8 @@ class KvTransfers:
         return Transfer(tuple(sequence.kv.keys[:end]), (*prefix, *taken), found)
 
     def begin_save(self, keys: Items[bytes], start: int) -> Transfer | None:
-        """Holds the cached blocks of keys[start:]. Microbatches in flight may still fill them. Returns None if none
-        are."""
+        """Holds the cached blocks of keys[start:], and returns None if none is cached. Microbatches in flight may still
+        fill these blocks."""
         there = list(takewhile(lambda key: self._blocks.is_idle(key) is not None, keys[start:]))
         if not there:
             return None

@@ -1,5 +1,3 @@
-"""Chooses how many prompt tokens a microbatch has."""
-
 from __future__ import annotations
 
 from math import sqrt
@@ -11,7 +9,7 @@ _FIRST_ROWS = 64
 """The first chunk's rows if no sequence decodes: few enough for a slow machine, and efficient on a fast machine."""
 _LEAST_ROWS = 16
 _LEAST_ROWS_ALONE = 64
-"""The fewest rows of a chunk if no sequence decodes. A slow machine reads the weights once for 64 rows or for 16."""
+"""The fewest rows of a chunk if no sequence decodes. With 64 rows, a slow machine still reads the weights only once."""
 _EFFICIENT = 4
 _SCORED_SHARE = 0.5
 """The share of `prefill_ms` that scored rows may take. They come in hundreds, and also cost the coordinator time."""
@@ -29,8 +27,8 @@ def chunk_rows(
     A chunk may take the slowest stage `prefill_ms`, so that decode does not wait longer, but always has at least 16
     rows. Without decode the limits are `prefill_alone_ms` and 64 rows. A chunk is no larger than the size that finishes
     the burst soonest. If a stage takes a + b * rows, k chunks on S stages take (k + S - 1) * (a + b * burst / k). The
-    minimum is at burst / k = sqrt(burst * a / ((S - 1) * b)). Each last chunk gets half of `left`, because early stages
-    idle meanwhile."""
+    minimum is at burst / k = sqrt(burst * a / ((S - 1) * b)). At the end, each chunk gets half of `left`, because the
+    first stages idle while later stages compute."""
     most = settings.max_batch_tokens - decoding
     if settings.prefill_chunk is not None:
         return min(settings.prefill_chunk, most)

@@ -1,5 +1,3 @@
-"""Images in a prompt, as the rows that an encoder computed."""
-
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
@@ -14,7 +12,7 @@ from numpy.typing import NDArray
 class ImageSpan:
     """An image's rows at positions [start, end) of a prompt, whose tokens are 0 there. Row `offset` of the image is at
     `start`. Spans with equal digests have equal rows and rope positions. If `is_bidirectional` is set, all rows see
-    each other. `rope_positions` are relative to the first row's. The row after the span follows the highest of them."""
+    each other. `rope_positions` are relative to the first row's. The row after the span follows the highest."""
 
     start: int
     end: int

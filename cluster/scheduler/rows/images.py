@@ -14,7 +14,7 @@ from llamaclust.wire.microbatch.messages import ImageRows
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """A span. Text rows before the span have `before` as rope position minus position, and rows after it `after`."""
+    """A span. `before` is rope position minus position for text rows before the span, and `after` for rows after it."""
 
     span: ImageSpan
     before: int

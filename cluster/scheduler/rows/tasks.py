@@ -22,7 +22,7 @@ def prompt_tasks(sequence: Sequence, start: int, end: int) -> tuple[RowTask, ...
 
 
 def sample_task(sequence: Sequence, unknown: int = 0) -> SampleTask:
-    """Returns the next token's task after `unknown` unknown tokens, at most 1 if samplers need earlier tokens."""
+    """Returns the next token's task. `unknown` tokens before it are unknown, at most 1 if samplers need them."""
     sampler = sequence.sampler
     return _task(sequence, sampler.history(sampler.window - unknown) if sampler.window else (), unknown)
 

@@ -14,7 +14,7 @@ _PRIORS = (0.3, 0.2, 0.2, 0.3, 0.7, 0.4, 0.6, 0.9, 0.85, 0.95, 0.6, 0.9, 0.7, 0.
 
 class SequenceDrafts:
     def __init__(self, drafter: Drafter, vocabulary: int, common: Sequence[Acceptance]) -> None:
-        """Makes one sequence's drafts. `common` has the acceptance of all sequences' drafts by confidence class."""
+        """`common` has the acceptance of all sequences' drafts, by confidence class."""
         self._drafter = drafter
         self._vocabulary = vocabulary
         self._common = common

@@ -66,8 +66,7 @@ class ModelDrafts:
         return best
 
     def order(self, sequences: Iterable[Sequence], most: Mapping[int, int], count: int) -> list[Sequence]:
-        """Orders up to `count` tokens for the sequences in `most` that the model has nearly read. Returns the
-        others."""
+        """Orders up to `count` tokens for each sequence in `most` that is nearly read. Returns the other sequences."""
         others = []
         for sequence in sequences:
             if most.get(sequence.key) and self._is_close(sequence):

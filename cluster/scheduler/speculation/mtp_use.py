@@ -1,5 +1,3 @@
-"""One sequence's orders to an MTP head."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -50,7 +50,7 @@ class WorkerSettings:
     gpu_memory_bytes: int | None = None  # cap on what is taken of each GPU; None: what is free there
 
     def to_json(self) -> str:
-        """Returns JSON with the secret token. Only for a pipe, and never for a log."""
+        """Returns JSON with the secret token. It is for a pipe, and must not be logged."""
         return json.dumps(asdict(self), default=str)
 
     @classmethod

@@ -86,7 +86,7 @@ class Encoder:
             self._serving = self._loop.create_future()
 
     async def wait_idle(self) -> None:
-        """Waits for the tile in progress, but not beyond its deadline, because other models wait for this one."""
+        """Waits for the tile in progress, but not beyond its deadline: a hung worker must not delay other models."""
         if self._running is not None and not (await asyncio.wait((self._running,), timeout=_LAST_TILE_S))[0]:
             _log.warning("an image tile takes longer than %g s: other models no longer wait for it", _LAST_TILE_S)
 

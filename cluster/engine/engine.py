@@ -159,8 +159,8 @@ class Engine:
         return RequestStream(partial(self.begin, request))
 
     def begin(self, request: GenerationRequest, sink: Sink) -> SubmittedRequest:
-        """Queues a request. Raises RequestError, QueueFullError, or WorkerError if the engine is down. A draining
-        engine accepts further choices of open API requests. The API refuses new requests."""
+        """Queues a request. Raises RequestError if it is invalid, QueueFullError if too many wait, and WorkerError if
+        the engine is down. A draining engine accepts further choices of open API requests. The API refuses others."""
         if self._phase in (_Phase.GIVEN_UP, _Phase.CLOSED):
             raise WorkerError(str(self.error or _STOPPING))
         sequence = self.scheduler.add(request, monotonic_ns())

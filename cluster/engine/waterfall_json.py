@@ -26,7 +26,7 @@ def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
 
 
 def summary_json(record: RequestRecord, adapters: Mapping[int, str]) -> dict[str, Any]:
-    """Returns a record without phases. `adapters` has names by number. Long unloaded adapters have the name null."""
+    """Returns a record without phases. `adapters` has names by number. Adapters unloaded long ago get the name null."""
     timings = record.timings
     return {
         "id": record.request_id[:SHOWN_CHARACTERS],

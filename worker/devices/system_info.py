@@ -13,7 +13,7 @@ from llamaclust.core.cgroups import memory_groups, read_text
 from llamaclust.core.sizes import MIB
 
 LOADING_BYTES = 16 * MIB
-"""The most bytes that loading a stage takes in addition (modules, threads, metadata). 6 to 15 MiB were measured."""
+"""The most bytes that loading any stage takes for modules, threads and metadata. 6 to 15 MiB were measured."""
 
 _ROOT = Path("/")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")

@@ -18,7 +18,7 @@ class SequenceCache:
     settled: int = 0  # first tokens that are known to be the sequence's
 
     def keep(self, tokens: Sequence[int], length: int) -> None:
-        """Keeps the leading tokens that equal the sequence's. Drops the last token, whose logits must be computed."""
+        """Keeps leading tokens that equal the sequence's, except its last token, whose logits must be computed."""
         end = min(len(self.tokens), length - 1)
         place = min(self.settled, end)
         while place < end and self.tokens[place] == tokens[place]:

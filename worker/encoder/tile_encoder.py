@@ -13,8 +13,8 @@ from llamaclust.worker.devices.encoder_limits import EncoderMemory, encoder_limi
 
 
 class TileEncoder:
-    """`memory` was planned for the encoder. `manifest` identifies the file's bytes on all workers. It is None if the
-    files were not compared."""
+    """A loaded encoder. `memory` is what was planned. `manifest` identifies the file's bytes on all workers, and is
+    None if the files were not compared."""
 
     def __init__(
         self, backend: Backend, projector: Projector, memory: EncoderMemory, manifest: str | None, progress: Progress

@@ -1,4 +1,4 @@
-"""Performs handshakes with all connections that claim to be one member at once, so that false claims delay nothing."""
+"""Performs concurrent handshakes with all connections that claim to be a member, so that false claims delay nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Handshakes:
 
     def take(self, connection: socket.socket) -> None:
         """Begins a handshake. If there are too many, ends a random handshake of the host that has the most. The oldest
-        might always be the real member's. Raises OSError if no descriptor is free."""
+        handshake might always be the real member's. Raises OSError if no descriptor is free."""
         claim = _Claim(caller_of(connection), connection.dup())
         if len(self._claims) >= MOST_HANDSHAKES:
             crowd = of_the_most({task: each.host for task, each in self._claims.items()})

@@ -73,7 +73,7 @@ class LinkListener:
         self._expected: dict[bytes, Take] = {}
 
     async def listen(self, address: str, *, or_any_port: bool = False) -> None:
-        """Listens only at HOST:PORT or unix:PATH. With `or_any_port`, PORT may be in use. Raises OSError."""
+        """Listens only at HOST:PORT or unix:PATH. `or_any_port` allows another port if it is taken. Raises OSError."""
         if self.address and address == self._requested:
             return
         await self.stop()

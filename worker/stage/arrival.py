@@ -50,7 +50,7 @@ def frame_reader(program: Program, limits: StageLimits, model: Model, vocabulary
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A microbatch received at `received_ns`. Sending the answer before it took `wire_ns`."""
+    """A microbatch received at `received_ns`. Sending the previous answer took `wire_ns`."""
 
     data: bytes
     frame: MicrobatchFrame

@@ -88,7 +88,7 @@ class StageMatchers:
         return [answer.ready for answer in (late if is_alone else first)], _ALONE_S if is_alone else _FIRST_S
 
     def begin(self, inputs: MatcherInputs) -> list[int]:
-        """Returns the places of rows that may only end. Raises ProtocolError if a row has no matcher."""
+        """Returns the places of rows whose answer may only end. Raises ProtocolError if a row has no matcher."""
         with self._lock:
             for key in inputs.released:
                 self._answers.pop(key, None)

@@ -106,7 +106,7 @@ def portion_of(order: Load) -> Portion | None:
 
 
 def model_program(model: Model, start: int, end: int, limits: StageLimits, portion: Portion | None = None) -> Program:
-    """Raises UsageError if the model lacks these layers, or if they cannot be divided into such portions."""
+    """Raises UsageError if the model lacks these layers, or if the layers cannot be divided into these portions."""
     shards = limits.expert_shards
     if not 0 <= start < end <= model.layer_count * shards:
         raise UsageError(

@@ -128,8 +128,8 @@ class WeightFetch:
             self._begin(renewed, self._lanes)
 
     async def run(self, wanted: Sequence[WantedWeights]) -> None:
-        """Fetches all wanted weights to the cache, which the caller holds `in_use`. Raises WorkerError if no source has
-        some of the weights."""
+        """Fetches all wanted weights to the cache, which the caller holds `in_use`. Raises WorkerError if some weights
+        are on no source."""
         by_content = {weights.content: weights for weights in wanted}
         largest_first = sorted(by_content.values(), key=lambda weights: -weights.n_bytes)
         self._items = [_Item(weights, self._cache.part_bytes(weights.content)) for weights in largest_first]

@@ -67,7 +67,7 @@ class Worker:
             reason = (error.strerror or str(error)).partition(" (while")[0]  # Python adds the address once more
             why = f"links of groups cannot be accepted at {address}: {reason}"
             if port is not None:
-                raise UsageError(f"{why}; free the port, or choose another one with --link-port N") from error
+                raise UsageError(f"{why}; free the port, or choose another port with --link-port N") from error
             _log.warning("this worker takes part in no group: %s", why)
 
 

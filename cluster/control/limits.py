@@ -74,7 +74,9 @@ def _check_frames(config: ClusterConfig, model: Model) -> None:
     room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // token_bytes
     if (most := max_batch_tokens(config, model.projector)) > room:
         asked = f"prefill_chunk and max_sequences make microbatches of {most} tokens"
-        raise UsageError(f"{asked}: a message between workers holds {room} tokens of {token_bytes} bytes; lower them")
+        raise UsageError(
+            f"{asked}: a message between workers holds {room} tokens of {token_bytes} bytes; lower one of these two"
+        )
 
 
 def says_placement(config: ClusterConfig) -> bool:
@@ -92,7 +94,7 @@ def check_division(config: ClusterConfig, model: Model, expert_shards: int) -> N
             f"the plan divides layers into {expert_shards} parts, but the model's layers have {count} experts"
         )
     if says_placement(config):
-        raise UsageError("placement and cpu_moe need whole layers, but the plan divides some layers; remove them")
+        raise UsageError("placement and cpu_moe need whole layers, but the plan divides some layers; remove both keys")
     if any(worker.kv_disk for worker in config.workers):
         raise UsageError("kv_disk needs stages of whole layers, but the plan divides some layers; remove kv_disk")
     row_bytes = model.costs(config.kv_type, expert_shards).cut_bytes
@@ -100,7 +102,7 @@ def check_division(config: ClusterConfig, model: Model, expert_shards: int) -> N
     if (most := max_batch_tokens(config, model.projector)) > room:
         asked = f"prefill_chunk and max_sequences make microbatches of {most} tokens"
         what = f"a message between parts of a layer holds {room} tokens of {row_bytes} bytes"
-        raise UsageError(f"{asked}: {what}; lower them")
+        raise UsageError(f"{asked}: {what}; lower one of these two")
 
 
 def check_parts_on_gpus(config: ClusterConfig, expert_shards: int, gpus: Mapping[str, Sequence[str]]) -> None:

@@ -185,7 +185,7 @@ def _is_outdated(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
 
 def _unfit(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:
     is_failing = state.loading.failures >= _MAX_LOADS
-    reason = f"it takes no part in a new epoch: {failed.error}"
+    reason = f"it could not load a new epoch: {failed.error}"
     return {
         suspect.name: reason for suspect in failed.suspects if is_failing or isinstance(suspect.error, DeadlineError)
     }

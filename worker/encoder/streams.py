@@ -49,9 +49,9 @@ class EncoderStreams:
         stream.limit(tile_bytes(min(self.encoder.projector.max_tile_pixels, MAX_TILE_PIXELS)))
         await stream.accept()
         while True:
-            async with deadline("the first bytes of a tile of an image", _BEGIN_S):
+            async with deadline("the first bytes of an image tile", _BEGIN_S):
                 await stream.begin()
-            async with deadline("a tile of an image", _TILE_S):
+            async with deadline("an image tile", _TILE_S):
                 data = await stream.read()
             if data is None:
                 return

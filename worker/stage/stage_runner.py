@@ -316,7 +316,7 @@ class StageRunner:
     def kv_layers(self) -> Sequence[Sequence[NDArray[np.uint8]]]:
         """KV memory by layer. Raises ProtocolError if it is on a GPU, or if layers have a window or a state."""
         if not isinstance(self._stage, KvInRam) or self.limits.window_blocks or self.limits.state_blocks:
-            raise ProtocolError("KV memory of a GPU, or of layers with a window or a state, is not sent")
+            raise ProtocolError("KV memory on a GPU, or of layers with a window or a state, is not kept on disk")
         return self._stage.kv_layers()
 
     @property

@@ -197,8 +197,8 @@ class _Files(AsyncExitStack):
     def _check_bytes(self, file: ModelFile, manifest: str) -> None:
         own = self._weights.manifest_of(file, self.progress).content
         if own != manifest:
-            what = f"its bytes differ from those of the cluster: SHA-256 is {own[:12]}, not {manifest[:12]}"
-            raise ModelFileError(f"{file.path}: {what}; it is damaged or was changed, replace it by a good copy")
+            what = f"its bytes differ from the cluster's copies: SHA-256 is {own[:12]}, not {manifest[:12]}"
+            raise ModelFileError(f"{file.path}: {what}; it is damaged or was changed; replace it by a good copy")
 
 
 async def _in_thread(work: Callable[[], _Value], progress: Progress) -> _Value:

@@ -191,7 +191,7 @@ def test_workers_that_do_not_load_are_expelled(error: WorkerError) -> None:
     action = cluster.load_failed(error, Suspect("b", error))
     assert isinstance(action, Expel)
     (expulsion,) = action.expulsions
-    assert expulsion.worker == ("b", 2) and expulsion.reason == f"it takes no part in a new epoch: {error}"
+    assert expulsion.worker == ("b", 2) and expulsion.reason == f"it could not load a new epoch: {error}"
     cluster.see(seen.WorkerLost("b"), seen.Signal.WORKERS_EXPELLED)
     cluster.see(seen.WorkerSeen("b", 2))
     assert cluster.state.inputs.quarantined == {"b"}

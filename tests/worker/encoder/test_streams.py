@@ -299,7 +299,7 @@ async def test_a_silent_stream_ends_soon(
         await used.write(encode_tile(tile_of(NAME)))
         assert await used.read() == b"\1" + rows.tobytes()
         for stream in (silent, used):
-            with pytest.raises(StreamBrokenError, match=r"first bytes of a tile of an image: not within 0\.5 s"):
+            with pytest.raises(StreamBrokenError, match=r"first bytes of an image tile: not within 0\.5 s"):
                 await stream.read()
         await peer.close()
 

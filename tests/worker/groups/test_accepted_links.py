@@ -153,7 +153,7 @@ async def test_a_worker_whose_own_link_port_is_in_use_ends_with_a_line(listen: s
                 await run_static_worker(replace(SETTINGS, join=coordinator.address, listen=listen, link_port=port))
             assert not coordinator.workers
     what = rf"links of groups cannot be accepted at \S+:{port}: Address already in use"
-    assert re.fullmatch(rf"{what}; free the port, or choose another one with --link-port N", str(raised.value))
+    assert re.fullmatch(rf"{what}; free the port, or choose another port with --link-port N", str(raised.value))
 
 
 @pytest.mark.parametrize("memberships", [1, 2, 3])

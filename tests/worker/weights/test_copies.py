@@ -78,7 +78,7 @@ async def test_without_a_source_the_error_names_the_copy(model: Path, tmp_path: 
     async with asyncio.timeout(60), members(tmp_path / "run") as cluster:
         lives = [cluster.start("a", model_dir=copy.parent)]
         await cluster.registry.wait_for("a", 20)
-        with pytest.raises(ModelFileError, match=rf"{copy}: its bytes differ from those of the cluster"):
+        with pytest.raises(ModelFileError, match=rf"{copy}: its bytes differ from the cluster's copies"):
             await cluster.load(model, "a", (0, 6), own=own_copy(model))
         flip_middle(copy, "blk.3.ffn_gate.weight")  # repaired in place, while the worker is a member
         handles = await cluster.load(model, "a", (0, 6), own=own_copy(model))

@@ -20,7 +20,7 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 _BACKOFF = Backoff(first_s=1.0, max_s=120.0, factor=1.5)
 _MEMORY_S = 600.0
-"""If a pair fails again within these seconds after its repair, the intervals between its probes grow further."""
+"""The seconds for which a repair is remembered. If the pair fails again before, its probes become less frequent."""
 _MAX_PROBES = 256
 """The most links to probe at once. If there are more, only the links of workers with a broken link are probed."""
 
@@ -109,7 +109,7 @@ class PartitionTracker:
         return bool(why) and await self._confirm(caller, other, why)
 
     async def _confirm(self, caller: WorkerHandle, other: WorkerHandle, why: str) -> bool:
-        """Records the partition and returns True if it is new. Returns False if a worker is lost, not the link."""
+        """Records the partition and returns True if it is new. Returns False if a worker, and not the link, failed."""
         if not await other.is_responsive() or caller.loss is not None:
             return False
         pair = frozenset((caller.name, other.name))

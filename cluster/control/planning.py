@@ -72,7 +72,7 @@ class ClusterResources:
     row_bytes: int = 0
     """Bytes reserved for image rows, in addition to `free_bytes`. A plan without an encoder may use them."""
     encodes: bool = True
-    """If set, and the model has an image encoder, a worker of the plan holds the encoder."""
+    """True if a worker of the plan must hold the model's image encoder. Ignored if the model has none."""
 
 
 def plan_cluster(

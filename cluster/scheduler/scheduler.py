@@ -44,8 +44,8 @@ _VISIBLE_WAITING = 8
 """The waiting sequences whose tokens count as pending work when the size of a prefill chunk is chosen."""
 
 _SHARED, _SHARED_ROWS = 4, 32
-"""While another pipeline runs on the same workers, `_SHARED` divides a prefill chunk's time limit, and a chunk has at
-most `_SHARED_ROWS` rows. One chunk is in flight, because the other pipeline's decode may wait for it."""
+"""The divisor of a prefill chunk's time limit, and a chunk's most rows, while another pipeline runs on the same
+workers. One chunk is then in flight, because the other pipeline's decode may wait for it."""
 
 _by_remaining = attrgetter("remaining")
 _by_arrival = attrgetter("key")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MOST_DIFFERENT = 16
-"""If the text goes on for more than this many tokens after a copy's end, the copy's place counts as lost."""
+"""The most tokens after a copy's end. If the text has more, the copy's place counts as lost."""
 _NEAR = 16
 _MOST_SINCE = 160
 

@@ -218,7 +218,7 @@ async def test_the_encoder_ends_with_its_epoch(folder: Path, rows: Float32, tmp_
         await handle.unload(1)
         with pytest.raises(StreamBrokenError):
             await encoding
-        with pytest.raises(EncoderUnreachableError, match="worker a holds no encoder of images"):
+        with pytest.raises(EncoderUnreachableError, match="worker a holds no image encoder"):
             await encoded_by(cluster, task(rows))
         await load(cluster, folder, beside(folder), epoch=2)
         await handle.unload(2)
@@ -309,10 +309,10 @@ async def test_a_load_in_its_place_has_an_encoder_of_its_own(folder: Path, rows:
         await load(cluster, folder, beside(folder))
         await load(cluster, folder, beside(folder), epoch=2, again=True)
         same((await encoded_by(cluster, task(rows), epoch=2))[0], rows)
-        with pytest.raises(EncoderUnreachableError, match="worker a holds no encoder of images"):
+        with pytest.raises(EncoderUnreachableError, match="worker a holds no image encoder"):
             await encoded_by(cluster, task(rows), epoch=1)
         await load(cluster, folder, None, epoch=3, again=True)
-        with pytest.raises(EncoderUnreachableError, match="worker a holds no encoder of images"):
+        with pytest.raises(EncoderUnreachableError, match="worker a holds no image encoder"):
             await encoded_by(cluster, task(rows), epoch=3)
 
 

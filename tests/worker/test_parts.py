@@ -113,7 +113,7 @@ async def test_a_step_far_beyond_its_usual_time_ends_the_process(monkeypatch: py
     compute, go_on = Compute(), threading.Event()
     unlimited = compute.queue(lambda: go_on.wait(0.1))
     hanging = compute.queue(lambda: go_on.wait(10), limit_s=0.05)
-    with pytest.raises(DeviceLostError, match="a step has been computed for 0 s, the limit is 0 s: the GPU hangs"):
+    with pytest.raises(DeviceLostError, match="a step has been computed for 0 s, and the limit is 0 s: the GPU hangs"):
         await compute.while_able(asyncio.sleep(10))
     assert unlimited.done() and not hanging.done()
     go_on.set()

@@ -1,1 +1,1 @@
-"""A worker process: its layers, its KV memory, its gRPC services."""
+"""A worker process, with its layers, KV memory and gRPC services."""

@@ -1,4 +1,4 @@
-"""`python -m llamaclust.worker --name NAME`: the worker process of launchers. Settings come on standard input."""
+"""`python -m llamaclust.worker --name NAME` is the worker process of launchers. Settings come on standard input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds a worker's coordinator. All known addresses are tried at the same time, each with its own backoff."""
+"""Finds a worker's coordinator. Tries all known addresses at the same time, each with its own backoff."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _STAGGER_S = 0.25
 """The pause in seconds between the first attempts at two addresses (RFC 8305, section 5)."""
 _LOG_EVERY_S = 60.0
 _IDLE_LOG_S = 3600.0
-"""The pause between log lines of a worker that waits for the next cluster, perhaps for days."""
+"""The seconds between log lines of a worker that waits for the next cluster, perhaps for days."""
 _MOST_LOGGED = 16
 _MOST_FOUND = 64
 _FALSE_AFTER = 3
-"""An announced address may be replaced by another one after this many failures."""
+"""The failures after which an announced address may be replaced by a new address."""
 
 _Result = TypeVar("_Result")
 
@@ -40,12 +40,12 @@ class Place:
 
 
 class CoordinatorSearch:
-    """Searches for a coordinator. A silent address delays no other one. Refusals at all known addresses are final,
-    unless the search `discovers` more addresses or `stays` for the next coordinator."""
+    """Searches for a coordinator. An address without an answer does not delay the others. The search fails if all known
+    addresses refuse, unless it `discovers` more addresses or `stays` for the next coordinator."""
 
     def __init__(self, addresses: Sequence[str], *, discovers: bool = False, stays: bool = False) -> None:
         self.limit_s: float | None = None
-        """The seconds within which a lost coordinator must return; None (no limit) if the worker was never a member."""
+        """The seconds within which a lost coordinator must return. None (no limit) if the worker was never a member."""
         self._places = [Place(address) for address in addresses]
         self._discovers = discovers
         self._stays = stays
@@ -56,7 +56,8 @@ class CoordinatorSearch:
         self._logged: dict[str, float] = {}
 
     def admitted(self, address: str, limit_s: float) -> None:
-        """Forgets failures. Drops announced addresses that failed, except `address`: it may not be announced again."""
+        """Forgets failures. Drops announced addresses that failed, except `address`, in case it is not announced
+        again."""
         self.limit_s = limit_s
         self._begun_s, self._error, self._logged = None, None, {}
         self._places = [
@@ -71,8 +72,8 @@ class CoordinatorSearch:
             place.failures, place.is_refused = 0, False
 
     def add(self, address: str) -> None:
-        """Adds an announced address. Announcements may be false, so at most 64 of them are tried at a time. A new
-        address replaces one that has failed often."""
+        """Adds an announced address. Announcements may be false, so at most 64 announced addresses are tried at a time.
+        A new address replaces an address that has failed often."""
         if any(place.address == address for place in self._places):
             return
         found = [place for place in self._places if place.is_found]
@@ -122,7 +123,7 @@ class CoordinatorSearch:
                 return ended
 
     def failed(self, place: Place, error: LlamaclustError) -> None:
-        """Records a failure. Raises it if the worker was never a member and every attempt anywhere must fail."""
+        """Records a failure. Raises its error if the worker was never a member and no address can succeed."""
         place.failures += 1
         place.is_refused = isinstance(error, UsageError)
         now_s, self._error = asyncio.get_running_loop().time(), error
@@ -150,7 +151,7 @@ class CoordinatorSearch:
         every_s = _IDLE_LOG_S if self._stays and self.limit_s is None else _LOG_EVERY_S
         if now_s - self._logged.get(str(error), -every_s) < every_s:
             return
-        limit = "" if self.limit_s is None else f" for {self.limit_s:g} s at most, weights kept"
+        limit = "" if self.limit_s is None else f" (for {self.limit_s:g} s at most, with weights kept)"
         addresses = " or ".join(place.address for place in self._places[:_MOST_LOGGED])
         _log.warning("waiting for the coordinator at %s%s: %s", addresses, limit, error)
         self._logged = {str(error): now_s, **dict(list(self._logged.items())[: _MOST_LOGGED - 1])}

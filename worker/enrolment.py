@@ -1,4 +1,4 @@
-"""Enrolment of a worker: it checks the CA against its token, proves that it has the token, and gets a certificate."""
+"""A worker's enrolment. It checks the CA against its token, proves that it has the token, and gets a certificate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llamaclust.wire.security.token import JoinToken
 _CONNECT_S = 10.0
 _EXCHANGE_S = 20.0
 _STAGGER_S = 0.25
-"""The seconds before the next address of the same name is tried, because a machine that is gone does not answer."""
+"""The seconds before the next address of a name is tried. A machine that is gone does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Enrolled:
 
 
 async def enrol(host: str, port: int, token: JoinToken, name: str) -> Enrolled:
-    """Raises UsageError if another attempt would fail too, otherwise WorkerError, ProtocolError or DeadlineError."""
+    """Raises UsageError if another attempt would fail too, and else WorkerError, ProtocolError or DeadlineError."""
     where = joined_address(host, port)
     async with deadline(f"enrolling at {where}", _EXCHANGE_S):
         authority = await pinned(host, port, token, where)
@@ -72,12 +72,12 @@ async def speaks_tls(host: str, port: int) -> bool:
 
 
 async def pinned(host: str, port: int, token: JoinToken, where: str) -> bytes:
-    """Returns the coordinator's CA certificate (DER) if it has the hash in the token. Sends no secret."""
+    """Returns the coordinator's CA certificate (DER) if the token has its hash. Sends no secret."""
     async with _connected(host, port, None, "") as (reader, _):
         challenge = await _challenge(reader)
     if ca_hash(challenge.ca_certificate) != token.ca_hash:
-        why = "the token belongs to another cluster, or the connection is intercepted"
-        raise UsageError(f"the coordinator at {where} is not the one that the token names: {why}")
+        why = "the token is for another cluster, or the connection is intercepted"
+        raise UsageError(f"the coordinator at {where} does not belong to the token's cluster: {why}")
     if challenge.protocol_version != PROTOCOL_VERSION:
         versions = f"speaks protocol {challenge.protocol_version}, this worker {PROTOCOL_VERSION}"
         raise UsageError(f"the coordinator at {where} {versions}: install the same version of llamaclust everywhere")
@@ -88,7 +88,9 @@ async def _challenge(reader: asyncio.StreamReader) -> enrolment.Challenge:
     data = await enrolment.read_message(reader)
     message = None if data is None else enrolment.decode_server_message(data)
     if not isinstance(message, enrolment.Challenge):
-        raise ProtocolError(f"no challenge came: is this the enrolment port of a coordinator ({JOIN_PORT} by default)?")
+        raise ProtocolError(
+            f"the server sent no challenge: is this a coordinator's enrolment port ({JOIN_PORT} by default)?"
+        )
     return message
 
 
@@ -104,8 +106,8 @@ def _granted(data: bytes | None, where: str) -> enrolment.Grant:
 
 
 def _context(authority: bytes | None) -> ssl.SSLContext:
-    """`authority` is the CA certificate (DER) that must have issued the server's. None accepts any server, because the
-    token's hash then verifies the CA certificate that the server sends."""
+    """`authority` is the CA certificate (DER) that must have issued the server's certificate. If it is None, any server
+    is accepted, because the token's hash later verifies the CA certificate that the server sends."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     if authority is None:
@@ -120,7 +122,7 @@ def _context(authority: bytes | None) -> ssl.SSLContext:
 
 
 def _reason(error: OSError) -> str:
-    """Returns the system's error text. asyncio puts the address in its place."""
+    """Returns the system's error text. asyncio replaces this text by one with the address."""
     if error.errno is not None and str(error.strerror).startswith("Connect call failed"):
         return os.strerror(error.errno)
     return error.strerror or str(error)

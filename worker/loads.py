@@ -50,7 +50,7 @@ _Value = TypeVar("_Value")
 
 def _check_kv_disk(order: Load) -> None:
     if order.limits.expert_shards > 1:
-        what = "KV memory is not kept on disk where the experts of a layer are on several workers"
+        what = "KV memory is not kept on disk if a layer's experts are on several workers"
         raise UsageError(f"kv_disk: {what}; start this worker without kv_disk")
     if order.limits.window_blocks or order.limits.state_blocks:
         what = "KV memory of layers with a window or a state is not kept on disk"
@@ -62,7 +62,7 @@ def _span(order: Load) -> str:
 
 
 class Loads:
-    """Loads and unloads stages of one membership. Each order holds the worker's `exclusive`."""
+    """Loads and unloads stages during one membership. Each order holds the worker's `exclusive` lock."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -72,7 +72,7 @@ class Loads:
         self._has_ended = False
 
     def end(self) -> None:
-        """Cancels loads. The service gets no more stages of this membership's epochs."""
+        """Cancels all loads. No further stage of this membership's epochs is added to the service."""
         self._has_ended = True
         for loading in self._loading.values():
             loading.cancel()
@@ -189,11 +189,11 @@ class Loads:
             return kept
         place = self._worker.device, session.send, self._worker.weights, session.source
         encoder = await self._beside_last_tiles(lambda: load_encoder(wanted, order.epoch, *place))
-        _log.info("the encoder of images of epoch %s is loaded", epoch_text(order.epoch))
+        _log.info("the image encoder of epoch %s is loaded", epoch_text(order.epoch))
         return EncoderStreams(encoder, self._worker.compute.apart(ENCODER_NICENESS))
 
     async def _beside_last_tiles(self, load: Callable[[], Awaitable[_Value]]) -> _Value:
-        """Loads beside ended encoders that still compute a tile. If memory is short, waits for them first."""
+        """Loads while ended encoders may still compute a tile. If memory is short, waits for them and loads again."""
         try:
             return await load()
         except InsufficientMemoryError:
@@ -227,7 +227,6 @@ class Loads:
         return MemberLinks(epoch, group, links, session.deadlines, self._report)
 
     async def _report(self, fault: GroupFault | PeerUnreachable) -> None:
-        """Reports to the coordinator. Logs an error only if this worker is at fault."""
         level = logging.ERROR if fault.worker == self._worker.name else logging.INFO
         whose = "" if fault.reason.startswith(f"worker {fault.worker}") else f"worker {fault.worker}: "
         _log.log(level, "epoch %s: %s%s", epoch_text(fault.epoch), whose, fault.reason)

@@ -1,4 +1,4 @@
-"""The worker process: opens its device, joins the coordinator, serves stages, and ends with the coordinator."""
+"""The worker process. It opens its device, joins the coordinator, serves stages, and ends with the coordinator."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def run_worker(settings: WorkerSettings) -> int:
-    """Returns the exit code for `end_process`. Raises UsageError if the cause is the user's."""
+    """Returns the exit code for `end_process`. Raises UsageError if the user is the cause."""
     start_logging(settings.log_format, cluster=settings.cluster, worker=settings.name)
     allow_many_files()
     request_slices(USUAL_SLICE_NS)
@@ -63,7 +63,7 @@ def end_process(code: int) -> NoReturn:
 
 
 def _set_parent_death_signal(parent_pid: int) -> None:
-    """Makes Linux kill this process when the thread that started it ends. Exits if the parent is already gone."""
+    """Makes Linux kill this process when the thread that started it ends. Exits if the parent has already ended."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:

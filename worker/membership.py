@@ -1,4 +1,4 @@
-"""A worker's membership in a cluster: it joins, obeys its coordinator, and ends with it."""
+"""A worker's membership in a cluster. The worker joins, obeys its coordinator, and ends with the coordinator."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Renewal:
         self._renewed = asyncio.Event()
 
     async def run(self) -> None:
-        """Renews the certificate after two thirds of its life, again without an answer, until the stream ends."""
+        """Renews the certificate after two thirds of its life, until the stream ends. Repeats unanswered requests."""
         from llamaclust.wire.security.certificates import NewKey
 
         with contextlib.suppress(WorkerError):  # of the stream, which its reader reports
@@ -92,7 +92,7 @@ class Member:
     async def join(
         self, coordinator: Peer, registration: messages.Register, join_s: float, *, wait_for_ready: bool = True
     ) -> None:
-        """Raises RefusedError if the coordinator refuses, DeadlineError if it does not answer."""
+        """Raises RefusedError if the coordinator refuses, and DeadlineError if it does not answer."""
         self._stream = coordinator.open(JOIN, wait_for_ready=wait_for_ready)
         async with deadline(f"joining the coordinator at {coordinator.address}", join_s):
             await self._stream.opened()
@@ -206,7 +206,7 @@ class Member:
             return
 
     async def send(self, message: messages.WorkerMessage) -> None:
-        """Completes the write even if the caller is cancelled, since gRPC would otherwise end the stream."""
+        """Completes the write even if the caller is cancelled. Otherwise gRPC would end the stream."""
         writing = asyncio.create_task(self._write(message))
         writing.add_done_callback(_retrieved)  # its caller may be gone
         await asyncio.shield(writing)

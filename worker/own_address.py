@@ -1,4 +1,4 @@
-"""The address at which a worker serves its stages. Each membership determines it and watches it."""
+"""The address at which a worker serves its stages. Each membership determines and watches it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.worker.settings import WorkerSettings
 _RESOLVE_S = 10.0
 _LOOK_S = 1.0
 _LOOKS = 3
-"""The number of successive checks with the same new address. Interfaces come and go while a machine wakes."""
+"""The successive checks that must find the same new address. Interfaces come and go while a machine wakes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class OwnAddress:
         return f"{_host_of(self.at_port(port))}:{port}"
 
     async def changed(self) -> WorkerError:
-        """Returns an error once this machine's address on the route has changed for some seconds."""
+        """Returns an error once this machine's address on the route has been different for some seconds."""
         now, looks = self.own_host, 0
         while True:
             await asyncio.sleep(_LOOK_S)
@@ -83,7 +83,7 @@ class OwnAddress:
                 return WorkerError(f"this machine's address changed from {self.own_host} to {now}")
 
     def _host_now(self) -> str | None:
-        """Returns this machine's current address on the route; the old one if there is none or it does not matter."""
+        """Returns this machine's present address on the route, or the old address if none is found or needed."""
         found = source_host(self.route.host, self.route.family, self.route.port)
         return self.own_host if self.own_host is None or found is None else found
 

@@ -1,4 +1,4 @@
-"""Shows a worker's readiness to a supervisor such as a kubelet, by a file that exists while the worker is ready."""
+"""Shows a worker's readiness to a supervisor such as a kubelet, with a file that exists while the worker is ready."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _PERIOD_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Shows a member as ready if it is idle, or has layers and loads none. Evictions wait until it is ready."""
+    """Shows a member as ready if it is idle, or if it holds layers and loads none. Evictions wait until it is ready."""
 
     file: Path | None = None  # None: not wanted
 
     def __post_init__(self) -> None:
-        """Removes the file that a killed process may have left."""
+        """Removes the ready file, because a killed process may have left it behind."""
         self._show(False)
 
     async def follow(self, exclusive: asyncio.Lock, service: StageService) -> None:

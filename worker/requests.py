@@ -21,7 +21,7 @@ SettingAdapters = Callable[[weights.SetAdapters], Awaitable[weights.AdaptersSet]
 
 
 class Requests:
-    """Answers requests of one membership. Those that need the whole machine hold the worker's `exclusive`."""
+    """Answers one membership's requests. Requests that need the whole machine hold the worker's `exclusive` lock."""
 
     def __init__(self, session: Session, set_adapters: SettingAdapters) -> None:
         self._session = session
@@ -55,11 +55,13 @@ class Requests:
     async def _kv_done(self, request: kv_disk.FindKv | kv_disk.RestoreKv | kv_disk.SaveKv) -> kv_disk.KvDone:
         worker = self._session.worker
         if worker.kv_disk is None:
-            raise ProtocolError("a request is for KV memory on disk, but this worker keeps none (kv_disk)")
+            raise ProtocolError(
+                "the coordinator requested KV memory on disk, but this worker keeps none there (kv_disk)"
+            )
         return await worker.kv_disk.answer(request, worker.service.stage(request.epoch).runner)
 
     async def _profile_in_thread(self, request: profiles.ProfileWorker) -> profiles.WorkerProfile:
-        """Waits for the thread even if cancelled, since the next measurement would run at the same time."""
+        """Waits for the thread even if cancelled. Otherwise the next measurement would run at the same time."""
         measuring = asyncio.ensure_future(asyncio.to_thread(self._profile, request))
         try:
             return await asyncio.shield(measuring)
@@ -87,7 +89,7 @@ class Requests:
             profile = await measure_link(peer, end.permit)
             return replace(profile, network_s=await network_round_trip(end.link_address))
         except WorkerError as error:
-            raise WorkerError(f"it cannot reach worker {end.worker} at {end.address}: {error}") from error
+            raise WorkerError(f"no connection to worker {end.worker} at {end.address}: {error}") from error
         finally:
             await peer.close()
 
@@ -101,7 +103,7 @@ class Requests:
         return replace(await progress.during(finding, progressed, _REPORT_S), request_id=request.request_id)
 
     async def _probe(self, request: messages.ProbePeer) -> messages.ProbeResult:
-        """Probes with a new connection, since a stage's own may outlast the link or be broken."""
+        """Probes with a new connection. The stage's own connection may outlast the link, or may be broken."""
         peer = self._session.peer(request.address, request.worker)
         reason = ""
         try:

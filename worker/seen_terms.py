@@ -1,4 +1,4 @@
-"""The largest terms of coordinators that this process has seen, by cluster: a token may admit it to several."""
+"""The largest coordinator terms that this process has seen, by cluster. A token may admit it to several clusters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SeenTerms:
         return self._largest.get(self.last, SeenTerm())
 
     def enter(self, cluster: ClusterKey, term: int, proof: TermProof) -> None:
-        """Records an admission. Raises WorkerError if the term is too small, or another cluster is awaited."""
+        """Records an admission. Raises WorkerError if the term is too small, or if another cluster is awaited."""
         if self.is_awaited and cluster != self.last:
             raise WorkerError(f"expected a coordinator of cluster {self.last.name!r}, found one of {cluster.name!r}")
         self.last = cluster  # its coordinator is told the term at the next attempt where this one is superseded
@@ -53,10 +53,10 @@ class SeenTerms:
             del self._largest[next(iter(self._largest))]
 
     def give_up(self) -> None:
-        """Lets a coordinator of any cluster admit the worker, unless the coordinator is superseded."""
+        """Lets a coordinator of any cluster admit the worker. Superseded coordinators are still refused."""
         self.is_awaited = False
 
     def end(self) -> None:
-        """Forgets the terms of the last cluster, which has ended. A new cluster of the same name begins again."""
+        """Forgets the last cluster's terms, because it has ended. A new cluster of the same name begins again."""
         self.is_awaited = False
         self._largest.pop(self.last, None)

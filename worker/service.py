@@ -1,4 +1,4 @@
-"""The Stage service of a worker. It finds the stage, or the encoder of images, that a stream belongs to."""
+"""A worker's Stage service. It finds the stage or image encoder that a stream belongs to."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from llamaclust.worker.stage.streams import StageStreams
 _log = logging.getLogger(__name__)
 
 _TILE_S = 30.0
-"""The longest time in seconds that a load waits for the memory of an encoder whose last tile is being computed."""
+"""The longest time in seconds that a load waits for the memory of an encoder that computes its last tile."""
 
 LoadedStage = StageStreams | FollowingStage
 
 
 class StageService:
-    """The loaded stages by epoch, and the encoders of images beside them. A model may have two of each at once."""
+    """The loaded stages and image encoders by epoch. A model may have two of each at the same time."""
 
     def __init__(self, worker: str) -> None:
         self._worker = worker
@@ -66,7 +66,7 @@ class StageService:
             self._encoders[streams.epoch] = encoder
 
     async def remove(self, epoch: int) -> None:
-        """Frees an epoch's stage, and its encoder at the end of a tile in progress (see `last_tiles`)."""
+        """Frees an epoch's stage. Frees its encoder after a tile in progress (see `last_tiles`)."""
         if (encoder := self._encoders.pop(epoch, None)) is not None:
             await self.free_encoder(encoder)
         if (streams := self._stages.pop(epoch, None)) is not None:
@@ -81,10 +81,10 @@ class StageService:
             await asyncio.wait((freed,))
 
     async def last_tiles(self) -> bool:
-        """Waits at most `_TILE_S` until ended encoders' memory is free. Returns False if it was free already."""
+        """Waits at most `_TILE_S` until ended encoders have freed their memory. Returns False if there were none."""
         ending = tuple(self._ending)
         if ending:
-            _log.info("an ended encoder computes its last tile; its memory is waited for")
+            _log.info("waiting for the memory of an ended encoder, which computes its last tile")
             await asyncio.wait(ending, timeout=_TILE_S)
         return bool(ending)
 
@@ -139,7 +139,7 @@ class StageService:
         return bool(self._kept or self._kept_encoders)
 
     async def take_kept(self, order: Load, file_version: str | None) -> StageRunner | None:
-        """Returns a kept stage that fits the order, and frees the others. `file_version` None: the file is gone."""
+        """Returns a kept stage that fits the order, and frees the others. `file_version` is None without a file."""
         runner = None
         while self._kept:
             streams = self._kept.pop()
@@ -160,8 +160,8 @@ class StageService:
         return found
 
     async def clear(self, model_id: str) -> list[object]:
-        """Frees all stages of a model except kept ones, and keeps its encoders for the load of the next epoch. The
-        returned list keeps their weights in memory."""
+        """Frees all stages of a model except kept stages. Keeps its encoders for the next epoch's load. The returned
+        list keeps the weights in memory."""
         freed = {epoch: streams for epoch, streams in self._stages.items() if streams.runner.model_id == model_id}
         weights = [streams.runner.weights for streams in (*freed.values(), *self._kept)]
         for epoch in freed:
@@ -186,7 +186,7 @@ class StageService:
 
     async def _encode(self, stream: ServerStream) -> None:
         if (encoder := self._encoders.get(stream.epoch)) is None:
-            what = f"worker {self._worker} holds no encoder of images for epoch {epoch_text(stream.epoch)}"
+            what = f"worker {self._worker} holds no image encoder for epoch {epoch_text(stream.epoch)}"
             raise ProtocolError(what)
         await encoder.serve(stream)
 
@@ -195,7 +195,7 @@ _BLOCK_COUNTS = ("kv_blocks", "window_blocks", "state_blocks")
 
 
 def _serves(held: StageRunner, order: Load, file_version: str | None) -> bool:
-    """True if a stage fits an order. It may have more KV blocks than requested."""
+    """True if a stage fits an order. The stage may have more KV blocks than the order requests."""
     same_layers = (held.program.start, held.program.end, held.devices) == (order.start, order.end, order.devices)
     same_portion = held.portion == portion_of(order)
     has, asked = held.limits, order.limits

@@ -1,4 +1,4 @@
-"""The state that the parts of a membership share, and their access to the coordinator and other workers."""
+"""The state that a membership's parts share, and their access to the coordinator and to other workers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Session:
     async def answer(
         self, work: Awaitable[WorkerMessage], failed: Callable[[Failure], WorkerMessage], what: str
     ) -> None:
-        """Sends the result of `work`, or its failure. After the loss of a device it sends nothing: the process ends."""
+        """Sends the result of `work`, or its failure. Sends nothing if a device was lost, because the process ends."""
         try:
             answer = await work
         except Exception as error:  # noqa: BLE001  a border: the answer reports it, the worker stays

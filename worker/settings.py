@@ -1,4 +1,4 @@
-"""Settings of a worker process. Launchers pass them on unchanged, as JSON on standard input."""
+"""A worker process's settings. Launchers pass them on unchanged, as JSON on standard input."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from llamaclust.core.logs import LogFormat
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
-    """Settings of one worker. It ends with its parent, `parent_pid`. A `static` worker enrols at `join` and `standbys`
-    with its join token. Without a token it is insecure; with `discover` it needs no `join`."""
+    """One worker's settings. The worker ends with its parent, `parent_pid`. A `static` worker enrols at `join` and
+    `standbys` with its join token. It is insecure without a token, and needs no `join` with `discover`."""
 
     name: str
     join: str = ""  # gRPC target of the coordinator; set when a launcher knows it
@@ -50,7 +50,7 @@ class WorkerSettings:
     gpu_memory_bytes: int | None = None  # cap on what is taken of each GPU; None: what is free there
 
     def to_json(self) -> str:
-        """Returns JSON with the secret token, for a pipe and not for a log."""
+        """Returns JSON with the secret token. It is for a pipe, and must not be logged."""
         return json.dumps(asdict(self), default=str)
 
     @classmethod

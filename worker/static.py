@@ -1,4 +1,4 @@
-"""A worker of a static cluster. It joins, and rejoins with its weights after the loss of its coordinator."""
+"""A worker of a static cluster. It joins, and rejoins with its weights after its coordinator was lost."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ _OPEN_S = 10.0
 _GRACE_S = 0.5
 _STEP_S = 10.0
 _COORDINATOR_S = 20.0
-"""Twice the seconds without an answer after which a coordinator counts as gone."""
+"""A coordinator counts as gone after half of these seconds without an answer."""
 
 
 async def run_static_worker(settings: WorkerSettings) -> str:
-    """Returns the coordinator's reason to end the cluster; a worker that stays waits for the next cluster instead.
-    Raises UsageError if every coordinator refuses it at first, WorkerError if a lost one does not return in time."""
+    """Returns the coordinator's reason to end the cluster. A worker that stays waits for the next cluster. Raises
+    UsageError if every coordinator refuses it at first, and WorkerError if a lost one does not return in time."""
     worker = _StaticWorker(settings)
     try:
         return await worker.run()
@@ -79,7 +79,7 @@ class _StaticWorker:
         from llamaclust.wire.discovery import browsing
 
         cluster = cluster_id(self._token.ca_hash)
-        advice = "start `llamaclust up --discover` in the same network, or this worker with --join HOST:PORT"
+        advice = "start `llamaclust up --discover` in the same network, or start this worker with --join HOST:PORT"
         _log.info("looking for the coordinator of the token's cluster by multicast DNS; %s", advice)
         async with browsing(cluster, self._search.add, self._tell_of_another):
             return await self._run()
@@ -98,7 +98,7 @@ class _StaticWorker:
                 self._worker.terms.give_up()
             if not self._settings.stays:
                 return reason
-            _log.info("%s; this worker waits for the next one", reason)
+            _log.info("%s; this worker waits for the next cluster", reason)
             await self._worker.service.free()
             self._search.begin_anew()
             release_freed_memory()

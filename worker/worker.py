@@ -67,7 +67,7 @@ class Worker:
             reason = (error.strerror or str(error)).partition(" (while")[0]  # Python adds the address once more
             why = f"links of groups cannot be accepted at {address}: {reason}"
             if port is not None:
-                raise UsageError(f"{why}; free the port, or choose another one with --link-port N") from error
+                raise UsageError(f"{why}; free the port, or choose another port with --link-port N") from error
             _log.warning("this worker takes part in no group: %s", why)
 
 
@@ -75,6 +75,6 @@ def _open_kv_disk(settings: WorkerSettings) -> KvDisk | None:
     if settings.kv_disk_bytes is None:
         return None
     if settings.device != "cpu":
-        raise UsageError(f"kv_disk: is for workers with device cpu, but this one has {settings.device}; remove it")
+        raise UsageError(f"kv_disk needs device cpu, but this worker has device {settings.device}; remove kv_disk")
     assert settings.kv_disk_dir is not None
     return KvDisk(KvFolder(settings.kv_disk_dir, settings.kv_disk_bytes))

@@ -1,4 +1,4 @@
-"""Executes the supervisor's actions: makes plans, loads epochs, changes the engine's pipeline."""
+"""Executes the supervisor's actions: makes plans, loads epochs, and changes the engine's pipeline."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _ENDING_S = 30.0
 
 @dataclass(eq=False)
 class ActionRunner:
-    """Owns the serving and the retiring epoch. Posts the result of each action as an observation."""
+    """Owns the serving epoch and the retiring epoch. Posts each action's result as an observation."""
 
     observed: Observed
     epochs: Epochs
@@ -61,7 +61,7 @@ class ActionRunner:
         return not self.observed.state.is_wanted
 
     async def set_adapters(self, model: Model) -> None:
-        """Waits for a serving epoch and gives it exactly the adapters of `model`. On an error, former adapters stay."""
+        """Waits for a serving epoch and gives it exactly the adapters of `model`. Keeps former adapters on an error."""
         async with deadline(f"the change of adapters of {self.planner.config.model_name}", ADAPTERS_S):
             await self.observed.until(lambda state: state.loss is None or not state.is_wanted)
             await self.epochs.set_adapters(model)
@@ -116,7 +116,7 @@ class ActionRunner:
 
     async def _make_plan(self, inputs: seen.PlanInputs) -> None:
         """Plans without the quarantined workers. If the other workers do not suffice, admits quarantined workers one by
-        one, starting with those that have the fewest failures."""
+        one. Workers with the fewest failures come first."""
         present = self._registry.present
         usable = {name: present[name] for name, _ in inputs.workers if name in present}
         excluded = self.observed.state.pool.quarantine.worst_first(inputs.quarantined & usable.keys())
@@ -141,7 +141,6 @@ class ActionRunner:
         self.observed.post(seen.Planned(inputs, plan, failure, served, is_beside))
 
     async def _predict_served(self, workers: Mapping[str, WorkerHandle]) -> Prediction | None:
-        """Predicts the serving plan from the present profiles and links. Returns None while no pipeline serves."""
         serving, loss = self.observed.state.serving, self.observed.state.loss
         return None if serving is None or loss is not None else await self.planner.predict(serving.plan, workers)
 
@@ -190,7 +189,8 @@ class ActionRunner:
                 )
 
     async def _serve(self) -> None:
-        """Lets the engine continue on the loaded epoch. Frees the layers of older epochs, at once or when retired."""
+        """Lets the engine continue on the loaded epoch. Frees an older epoch's layers, at once or after it has
+        retired."""
         old, epoch, loss = self.epoch, self._loaded, self.observed.state.loss
         assert epoch is not None
         if (text := images_text(self.plan, epoch.plan)) is not None:
@@ -222,10 +222,10 @@ class ActionRunner:
         self._notice(recovered_text(seconds, requests))
 
     async def _observe(self, retirement: Retirement, retiring: Epoch | None) -> None:
-        """Posts RETIRING_EMPTY when the retirement ends, unless the loss of the pipeline ended it."""
+        """Posts RETIRING_EMPTY when the retirement ends, unless it ended because the pipeline was lost."""
         await retirement.ended.wait()
         if retirement.error is not None:
-            self._notice(f"requests of the epoch before are computed again: {retirement.error}")
+            self._notice(f"requests of the previous epoch are computed again: {retirement.error}")
         if self.retiring is retiring:
             self.observed.post(seen.Signal.RETIRING_EMPTY)
 
@@ -237,7 +237,7 @@ class ActionRunner:
         self.observed.post(seen.Signal.RETIRING_FREED)
 
     async def _sleep(self, *, gives_way: bool) -> None:
-        """Frees the model's stages. If a request arrived in the meantime, posts WAKE_REQUESTED instead."""
+        """Frees the model's stages. Posts WAKE_REQUESTED instead if a request has arrived in the meantime."""
         assert self.engine is not None
         if not self.engine.sleep(gives_way=gives_way):
             self.observed.post(seen.Signal.WAKE_REQUESTED)

@@ -16,7 +16,7 @@ from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
 
 @dataclass(frozen=True, slots=True)
 class PoolState:
-    """The present workers, and the facts that decide which of them a plan may use."""
+    """The present workers, and the facts that decide which workers a plan may use."""
 
     present: Mapping[str, int] = field(default_factory=dict)  # number of the join by worker, in the order of joining
     drained: frozenset[str] = frozenset()
@@ -43,8 +43,8 @@ class PoolState:
 
 @dataclass(frozen=True, slots=True)
 class Planning:
-    """The newest plan, or the error that prevented one. `rejected`: the error of the plan's failed load, which is not
-    repeated."""
+    """The newest plan, or the error that prevented a plan. `rejected` is the error of the plan's failed load. This load
+    is not repeated."""
 
     inputs: PlanInputs
     plan: Plan | None = None
@@ -55,13 +55,13 @@ class Planning:
 
     @property
     def lacks_memory(self) -> bool:
-        """True if planning failed because other models hold memory of the workers."""
+        """True if planning failed because other models hold the workers' memory."""
         return self.is_beside and isinstance(self.error, InsufficientMemoryError)
 
 
 @dataclass(frozen=True, slots=True)
 class Expulsion:
-    """A worker that counts as lost. With `stays`, it remains a member without layers of this model for `pause_s`."""
+    """A worker that counts as lost. If `stays`, it remains a member, but gets no layers of this model for `pause_s`."""
 
     worker: Incarnation
     reason: str
@@ -79,7 +79,7 @@ class Loading:
 
 @dataclass(frozen=True, slots=True)
 class Retiring:
-    """The epoch that served before a move. Its stages are freed once its sequences end or move to the new epoch."""
+    """The epoch that served before a move. Its stages are freed once its sequences have ended or have moved."""
 
     workers: tuple[Incarnation, ...]
     is_empty: bool = False
@@ -87,7 +87,7 @@ class Retiring:
 
 @dataclass(frozen=True, slots=True)
 class PipelineLoss:
-    """The time without a serving pipeline: from a loss or the start until another pipeline serves."""
+    """A time without a serving pipeline. It begins at the start or with a loss, and ends when a pipeline serves."""
 
     since_s: float
     error: LlamaclustError | None = None
@@ -134,7 +134,7 @@ class ClusterState:
 
     @property
     def lacks_memory(self) -> bool:
-        """True if the model waits to be loaded, and planning failed because other models hold memory."""
+        """True if the model waits to be loaded, but could not be planned because other models hold memory."""
         is_waiting = self.is_wanted and self.loss is not None and self.is_planned
         return is_waiting and self.planning is not None and self.planning.lacks_memory
 
@@ -156,7 +156,7 @@ class ClusterState:
         return self.loss.since_s + self.wait_s
 
     def is_freed(self, name: str) -> bool:
-        """True if the drained worker holds no layers, and no running action or earlier plan can give it any."""
+        """True if the drained worker holds no layers, and no running action or earlier plan can give it layers."""
         serving, retiring, planning = self.serving, self.retiring, self.planning
         holders = [*(serving.workers if serving else ()), *(retiring.workers if retiring else ())]
         usable = () if planning is None else planning.inputs.workers

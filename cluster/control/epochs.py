@@ -1,4 +1,4 @@
-"""Opens epochs and frees the stages of older ones. An epoch is the loaded and connected stages of one plan."""
+"""Opens epochs, and frees the stages of older epochs. An epoch is one plan's loaded and connected stages."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 
 class StageLoadError(Exception):
-    """A failed load. `suspects` are the workers that may have caused the failure; empty if the cause is unknown."""
+    """A load failed. `suspects` are the workers that may have caused it, and is empty if the cause is unknown."""
 
     def __init__(self, error: LlamaclustError, suspects: tuple[Suspect, ...]) -> None:
         super().__init__(str(error))
@@ -60,10 +60,10 @@ class StageLoadError(Exception):
 async def load_stages(
     loads: StageLoads, workers: Mapping[str, WorkerHandle], report: Report | None = None
 ) -> tuple[WorkerHandle, ...]:
-    """Loads all stages and returns their workers in the order of the stages. Raises StageLoadError once all workers
-    have answered. The error of a suspected worker is StalledError if the worker hangs, DeadlineError if it stopped the
-    load on request and holds stages of other models. After a failure, loaded stages are freed, unless `is_exclusive`:
-    then the next epoch may need their weights."""
+    """Loads all stages, and returns their workers in the order of the stages. Raises StageLoadError after all workers
+    have answered. A suspect's error is StalledError if the worker hangs. It is DeadlineError if the worker stopped the
+    load on request and holds other models' stages. After a failure, the loaded stages are freed, unless `is_exclusive`
+    is set, because the next epoch may then need their weights."""
     handles = tuple(workers[stage.worker] for stage in loads.stages)
     timeout_s = loads.progress_timeout_s
     keeps_kv = all(handle.registration.kv_disk_bytes for handle in handles)  # keys depend on the model's bytes
@@ -173,7 +173,7 @@ class Epoch:
         return tuple(worker for worker, stage in held if stage.member == 0)
 
     def stage_of(self, worker: WorkerHandle) -> int | None:
-        """Returns the index of the worker's stage; None if it has none. All members of a group have the same index."""
+        """Returns the index of the worker's stage, or None without a stage. A group's members have the same index."""
         if worker not in self.workers:
             return None
         return sum(stage.member == 0 for stage in self.plan.stages[: self.workers.index(worker) + 1]) - 1
@@ -184,7 +184,7 @@ class Epoch:
 
 @dataclass(frozen=True, slots=True)
 class EpochWorkers:
-    """The workers that the epochs of all models share. Callers hold the lock `turn` to load or unload stages."""
+    """The workers that all models' epochs share. Callers hold the lock `turn` while they load or free stages."""
 
     registry: Registry
     credentials: Credentials
@@ -212,7 +212,7 @@ async def _refresh(worker: WorkerHandle, ledger: MemoryLedger) -> None:
 
 
 class Epochs:
-    """Opens and frees the epochs of one model. Each epoch has a number that is unique in the cluster."""
+    """Opens and frees one model's epochs. Each epoch has a number that is unique in the cluster."""
 
     def __init__(
         self, config: ClusterConfig, model: Model, workers: EpochWorkers, speculation: SpeculationSettings | None
@@ -258,7 +258,7 @@ class Epochs:
 
     async def set_adapters(self, model: Model) -> None:
         """Gives all present and later stages exactly the adapters of `model`. On failure, restores the former adapters
-        and raises the first error once all workers have answered. Raises WorkerError if the model has no stages."""
+        and raises the first error after all workers have answered. Raises WorkerError if the model has no stages."""
         async with self._turn:
             try:
                 await self._set_adapters(model)
@@ -273,7 +273,7 @@ class Epochs:
     async def _set_adapters(self, model: Model) -> None:
         holders = {name: worker for name, worker in self._registry.present.items() if self._numbers & {*worker.stages}}
         if not holders:
-            raise WorkerError(f"model {self._config.model_name} has no stages now: try again")
+            raise WorkerError(f"model {self._config.model_name} is not loaded now: try again")
         files = await adapter_files(self._wanted_adapters(model), holders, self._registry.workers)
         orders = [
             (worker, epoch, files[name])
@@ -284,7 +284,7 @@ class Epochs:
 
     @property
     def held_layers(self) -> dict[str, tuple[float, float]]:
-        """The layers of the model's newest stage on each worker, by worker name. Workers without a stage are absent."""
+        """Layers of the model's newest stage on each worker, by worker name. Workers without a stage are absent."""
         workers = self._registry.present
         newest = {name: max(held) for name, worker in workers.items() if (held := self._numbers & set(worker.stages))}
         return {name: workers[name].layers_of(epoch) for name, epoch in newest.items()}
@@ -304,7 +304,7 @@ class Epochs:
             await announce_source(worker, self._registry.present.values(), request)
 
     async def open(self, plan: Plan, links: Links, *, is_exclusive: bool, report: Report | None = None) -> Epoch:
-        """Loads and connects the plan's stages. Progress goes to `report`. Raises StageLoadError."""
+        """Loads and connects the plan's stages, and passes progress to `report`. Raises StageLoadError."""
         async with self._turn:
             return await self._open(plan, links, is_exclusive=is_exclusive, report=report)
 

@@ -1,4 +1,4 @@
-"""Limits of the scheduler and of each stage, computed from the cluster file, the model and the plan."""
+"""Computes the scheduler's limits and each stage's limits from the cluster file, the model and the plan."""
 
 from __future__ import annotations
 
@@ -45,11 +45,13 @@ def check_distinct(models: Iterable[tuple[str, str]]) -> None:
     for name, model_id in models:
         if (other := names.setdefault(model_id, name)) != name:
             what = f"models: {other!r} and {name!r} are the same file"
-            raise UsageError(f"{what}; give it once, with all of its adapters, and its other names as aliases")
+            raise UsageError(
+                f"{what}; list the file once, with all of its adapters, and with the other name as an alias"
+            )
 
 
 def check_plan(config: ClusterConfig, model: Model) -> None:
-    """Raises UsageError for mistakes that hold for any workers, such as a too long context or a wrong manual plan."""
+    """Raises UsageError for mistakes that do not depend on workers, such as a context that is too long."""
     context_length(config, model)
     _check_frames(config, model)
     _check_kv_disk(config, model)
@@ -72,7 +74,9 @@ def _check_frames(config: ClusterConfig, model: Model) -> None:
     room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // token_bytes
     if (most := max_batch_tokens(config, model.projector)) > room:
         asked = f"prefill_chunk and max_sequences make microbatches of {most} tokens"
-        raise UsageError(f"{asked}: a message between workers holds {room} of {token_bytes} bytes; lower them")
+        raise UsageError(
+            f"{asked}: a message between workers holds {room} tokens of {token_bytes} bytes; lower one of these two"
+        )
 
 
 def says_placement(config: ClusterConfig) -> bool:
@@ -87,22 +91,22 @@ def check_division(config: ClusterConfig, model: Model, expert_shards: int) -> N
     if model.hyperparameters.expert_count < expert_shards:
         count = model.hyperparameters.expert_count or "no"
         raise UsageError(
-            f"the plan divides layers into {expert_shards} parts, but layers of the model have {count} experts"
+            f"the plan divides layers into {expert_shards} parts, but the model's layers have {count} experts"
         )
     if says_placement(config):
-        raise UsageError("placement and cpu_moe are for whole layers, but the plan divides some; remove them")
+        raise UsageError("placement and cpu_moe need whole layers, but the plan divides some layers; remove both keys")
     if any(worker.kv_disk for worker in config.workers):
-        raise UsageError("kv_disk: it is for stages of whole layers, but the plan divides some; remove kv_disk")
+        raise UsageError("kv_disk needs stages of whole layers, but the plan divides some layers; remove kv_disk")
     row_bytes = model.costs(config.kv_type, expert_shards).cut_bytes
     room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // max(row_bytes, 1)
     if (most := max_batch_tokens(config, model.projector)) > room:
         asked = f"prefill_chunk and max_sequences make microbatches of {most} tokens"
-        what = f"a message between parts of a layer holds {room} of {row_bytes} bytes"
-        raise UsageError(f"{asked}: {what}; lower them")
+        what = f"a message between parts of a layer holds {room} tokens of {row_bytes} bytes"
+        raise UsageError(f"{asked}: {what}; lower one of these two")
 
 
 def check_parts_on_gpus(config: ClusterConfig, expert_shards: int, gpus: Mapping[str, Sequence[str]]) -> None:
-    """Raises UsageError if the manual plan divides layers although workers have GPUs. `gpus`: GPU names by worker."""
+    """Raises UsageError if the manual plan divides layers on workers with GPUs. `gpus` has GPU names by worker."""
     for entry in config.plan or () if expert_shards > 1 else ():
         for name in entry.names:
             if devices := gpus.get(name):
@@ -127,12 +131,12 @@ def _check_mtp(config: ClusterConfig, model: Model) -> None:
         return
     check_nextn(model)
     if manual_shards(config) > 1:
-        why = "the MTP head needs whole layers, but the plan divides the experts of some"
+        why = "the MTP head needs whole layers, but the plan divides the experts of some layers"
         raise UsageError(f"speculative.mtp: {why}; remove speculative.mtp, or divide no layers")
 
 
 def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:
-    """Returns the assignments of the cluster file's `plan`, with borders in parts of layers; empty without a `plan`."""
+    """Returns the assignments of the cluster file's `plan`, or none without it. Borders are in parts of layers."""
     shards = manual_shards(config)
     parts = ((entry, *entry.layers) for entry in config.plan or ())
     return tuple(
@@ -141,7 +145,7 @@ def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:
 
 
 def manual_shards(config: ClusterConfig) -> int:
-    """Returns the number of shards into which the cluster file's plan divides the experts of each layer."""
+    """Returns the number of shards into which the cluster file's `plan` divides each layer's experts."""
     places = (place for entry in config.plan or () for place in entry.layers)
     return max((Fraction(place).denominator for place in places), default=1)
 
@@ -165,7 +169,7 @@ def max_batch_tokens(config: ClusterConfig, projector: Projector | None) -> int:
 
 
 def kv_tokens(config: ClusterConfig) -> int | None:
-    """Returns the tokens that KV memory is planned for: enough for one or two users; None if max_sequences is set."""
+    """Returns the tokens for which KV memory is planned, enough for one or two users. None if max_sequences is set."""
     return None if "max_sequences" in config.model_fields_set else _KV_TOKENS
 
 
@@ -174,7 +178,7 @@ def uses_mtp(config: ClusterConfig) -> bool:
 
 
 def unused_mtp(config: ClusterConfig, model: Model) -> str | None:
-    """Returns a hint that the model's MTP head is not loaded; None if the model has none or nothing drafts."""
+    """Returns a hint that the model's MTP head is not loaded, or None if the model has none or nothing drafts."""
     if config.speculative is None or config.speculative.mtp or not has_nextn(model):
         return None
     use = "`speculative: {mtp: true}` drafts with it"
@@ -182,7 +186,7 @@ def unused_mtp(config: ClusterConfig, model: Model) -> str | None:
 
 
 def model_costs(config: ClusterConfig, model: Model, expert_shards: int = 1) -> ModelCosts:
-    """Returns the model's costs, with the MTP head if it drafts. Raises UsageError if there is no such head."""
+    """Returns the model's costs, with the MTP head if it drafts. Raises UsageError if the model has no such head."""
     return capacity_of(config, config.context_length).costs(model, expert_shards)
 
 
@@ -196,7 +200,7 @@ def _blocks(plan: Plan) -> BlockCounts:
 
 
 def speculation_settings(config: ClusterConfig, draft_model: DraftModel | None) -> SpeculationSettings | None:
-    """Returns the speculation settings that all pipelines of a model share; None if nothing drafts."""
+    """Returns the speculation settings that all pipelines of a model share, or None if nothing drafts."""
     given = config.speculative
     if given is None:
         return None
@@ -211,8 +215,8 @@ def scheduler_settings(
     speculation: SpeculationSettings | None,
     adapters: Mapping[int, str] | None = None,
 ) -> SchedulerSettings:
-    """Returns the scheduler's limits, which equal those of the loaded stages. `adapters`: names by number, by default
-    those of the model."""
+    """Returns the scheduler's limits, which equal the loaded stages' limits. `adapters` has digests by number, and
+    defaults to the model's adapters."""
     capacity = capacity_of(config, plan.context_length, model.projector)
     settings = capacity.scheduler_settings(model, _blocks(plan), speculation)
     return settings if adapters is None else replace(settings, adapters=adapters)

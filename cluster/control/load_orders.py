@@ -1,4 +1,4 @@
-"""Orders to load an epoch's stages: each worker's layers, and the workers with which it exchanges data."""
+"""Makes the orders to load an epoch's stages. An order has a worker's layers, and the workers it is connected to."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from llamaclust.wire.control.weights import AdapterFile, EncoderFile, WeightSour
 
 @dataclass(frozen=True, slots=True)
 class StageLoads:
-    """The stages of an epoch, one for each member of a group. With `is_exclusive`, the model's other stages are freed
-    first, except weights that are needed again. `links` decide the order of the sources of weights."""
+    """An epoch's stages, with one entry for each member of a group. If `is_exclusive` is set, the model's other stages
+    are freed first, except weights that are needed again. `links` decides in which order weight sources are tried."""
 
     epoch: int
     stages: Sequence[StageInfo]
@@ -36,7 +36,7 @@ class StageLoads:
 
     @property
     def encoding(self) -> list[str]:
-        """The names of workers that load the encoder of images."""
+        """The names of the workers that load the image encoder."""
         return [stage.worker for stage in self.stages if stage.encoder_bytes]
 
 
@@ -47,7 +47,7 @@ def load_orders(
     adapters: Mapping[str, tuple[AdapterFile, ...]],
     encoders: Mapping[str, EncoderFile],
 ) -> list[Load]:
-    """Returns the load order of each worker. Raises WorkerError if a group member accepts no links."""
+    """Returns each worker's load order. Raises WorkerError if a group member accepts no links."""
     groups = _group_orders(loads.stages, handles)
     return [
         replace(

@@ -1,4 +1,4 @@
-"""Records how much memory of the workers' devices the plans of each model take. A new plan uses only the rest."""
+"""Records how much of the workers' memory each model's plans take. A new plan uses only the rest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.wire.control.messages import Load
 
 MemoryUse = Counter[tuple[str, str]]
-"""Bytes by (worker, device)."""
+"""Byte counts by (worker, device)."""
 
 
 class ModelLimitError(InsufficientMemoryError):
@@ -21,11 +21,11 @@ class ModelLimitError(InsufficientMemoryError):
 
     def __init__(self, most: int) -> None:
         loaded = "1 model is" if most == 1 else f"{most} models are"
-        super().__init__(f"at most {loaded} loaded (max_loaded_models)")
+        super().__init__(f"at most {loaded} loaded at a time (max_loaded_models)")
 
 
 class MemoryLedger:
-    """The ledger of one cluster. Callers hold `lock` from making a plan until it is entered."""
+    """One cluster's ledger. Callers hold `lock` from the start of planning until the plan is entered."""
 
     def __init__(self, max_models: int | None = None) -> None:
         self.lock = asyncio.Lock()
@@ -34,7 +34,7 @@ class MemoryLedger:
         self._beside: dict[str, MemoryUse] = {}  # what other models held at each model's newest plan
 
     def enter(self, model_id: str, plans: Iterable[Plan]) -> None:
-        """Replaces a model's plans, whether loaded or about to be loaded. Without plans, it holds no memory."""
+        """Replaces a model's plans, whether they are loaded or about to be. A model without plans holds no memory."""
         self._plans[model_id] = tuple(plans)
 
     def copy(self) -> MemoryLedger:
@@ -48,7 +48,7 @@ class MemoryLedger:
             raise ModelLimitError(self._max_models)
 
     def planned(self, model_id: str) -> None:
-        """Records what other models hold when this model is planned. `reserve` compares that with what they hold
+        """Records what other models hold while this model is planned. `reserve` compares it with what they hold
         later."""
         self._beside[model_id] = self.beside(model_id)
 
@@ -64,7 +64,7 @@ class MemoryLedger:
         return _total(plan for name, plans in self._plans.items() if name != model_id for plan in plans)
 
     def loaded(self, worker: WorkerHandle) -> dict[str, int]:
-        """Returns the planned bytes of the worker's loaded stages, by device."""
+        """Returns the bytes planned for the worker's loaded stages, by device."""
         held = [order for order, _ in worker.stages.values()]
         orders = {
             (o.model_id, _way(o.limits), o.start, o.end, o.devices, _portion(o), o.encoder is not None) for o in held

@@ -1,4 +1,4 @@
-"""Observations of the supervisor: plain values in one queue, in the order in which they happened."""
+"""The supervisor's observations. They are plain values in one queue, in the order in which they happened."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.core.errors import LlamaclustError
 
 Incarnation = tuple[str, int]
-"""A worker's name and the number of its join, which is unique."""
+"""A worker's name, and the unique number of its join."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanInputs:
-    """The values on which a plan depends. When they change, a new plan is due."""
+    """The values that a plan depends on. When they change, a new plan is due."""
 
     workers: tuple[Incarnation, ...] = ()  # workers that may hold layers
     quarantined: frozenset[str] = frozenset()
     partitions: Pairs = frozenset()
-    links: int = 0  # number of changes of `workers`
+    links: int = 0  # number of times that links have changed
     memory: int = 0  # number of times that other models freed or took memory
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSeen:
-    """A worker is a member. An equal `join` means the same membership."""
+    """A worker is a member. If `join` is unchanged, the membership is too."""
 
     name: str
     join: int
@@ -56,9 +56,9 @@ class UndrainRequested:
 
 @dataclass(frozen=True, slots=True)
 class PipelineLost:
-    """The pipeline failed. `error` names the worker at fault, if known. `requests` are the keys of requests in flight.
-    The requests in `causes` caused the failure and end. `is_repeated`: the worker has failed on the same rows before.
-    """
+    """The pipeline failed. `error` names the worker at fault, if it is known. `requests` has the keys of requests in
+    flight. `causes` has the keys of requests that caused the failure and end. `is_repeated` means that the worker has
+    failed on the same rows before."""
 
     error: LlamaclustError
     requests: frozenset[int] = frozenset()
@@ -73,7 +73,7 @@ class RowsFailed:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """The time of the event loop's clock, observed before each decision."""
+    """The event loop's time, observed before each decision."""
 
     now_s: float
 
@@ -95,7 +95,7 @@ class Suspect:
 
 @dataclass(frozen=True, slots=True)
 class EpochLoadFailed:
-    """The load of an epoch failed. `file_is_absent`: workers lack the model's file, and no present worker has it."""
+    """An epoch's load failed. `file_is_absent` means that no present worker has the model's file, and some need it."""
 
     error: LlamaclustError
     is_exclusive: bool

@@ -1,4 +1,4 @@
-"""The queue of observations and the state that results from them."""
+"""The queue of observations, and the state that results from them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Observed:
         self.state = replace(self.state, is_acting=True)
 
     async def next(self, until_s: float | None) -> Observation | None:
-        """Returns the next observation; None if none comes before `until_s` of the event loop's clock."""
+        """Returns the next observation, or None if none comes before `until_s` on the event loop's clock."""
         if not self._queue.empty():
             return self._queue.get_nowait()
         with suppress(TimeoutError):

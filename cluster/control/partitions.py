@@ -1,4 +1,4 @@
-"""Pairs of live workers that cannot reach each other. They are probed until they can."""
+"""Tracks pairs of live workers that cannot reach each other, and probes each pair until it can."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 _BACKOFF = Backoff(first_s=1.0, max_s=120.0, factor=1.5)
 _MEMORY_S = 600.0
-"""The seconds after a repair during which a new failure of the same pair leads to longer intervals between probes."""
+"""The seconds for which a repair is remembered. If the pair fails again before, its probes become less frequent."""
 _MAX_PROBES = 256
-"""The most links to probe at the same time. If there are more, only links of workers with a broken link are probed."""
+"""The most links to probe at once. If there are more, only the links of workers with a broken link are probed."""
 
 _Direction = tuple[WorkerHandle, WorkerHandle]
 
@@ -37,7 +37,7 @@ class _Partition:
 class PartitionTracker:
     """A context manager that probes partitions. If a link fails in one direction, plans avoid both directions."""
 
-    _workers: Callable[[], Mapping[str, WorkerHandle]]  # present partitions
+    _workers: Callable[[], Mapping[str, WorkerHandle]]  # present workers by name
     _heartbeat_timeout_s: float
     _report: Report
     _on_change: Callable[[Pairs], None]  # gets the new pairs
@@ -67,7 +67,7 @@ class PartitionTracker:
             pending.add_done_callback(lambda done: self._pending.pop((caller, other)))
 
     async def settled(self) -> None:
-        """Returns once every report so far is confirmed or dropped. Later reports are not awaited."""
+        """Returns once every report so far is confirmed or dropped. Does not wait for later reports."""
         if self._pending:
             await asyncio.wait(tuple(self._pending.values()))
 
@@ -109,7 +109,7 @@ class PartitionTracker:
         return bool(why) and await self._confirm(caller, other, why)
 
     async def _confirm(self, caller: WorkerHandle, other: WorkerHandle, why: str) -> bool:
-        """Records the partition, and returns True if it is new, unless a worker is lost: then the link did not fail."""
+        """Records the partition and returns True if it is new. Returns False if a worker, and not the link, failed."""
         if not await other.is_responsive() or caller.loss is not None:
             return False
         pair = frozenset((caller.name, other.name))

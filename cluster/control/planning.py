@@ -1,4 +1,4 @@
-"""Makes plans from the state of a cluster, for a running cluster and for `llamaclust plan`."""
+"""Makes plans from a cluster's state, for a running cluster and for `llamaclust plan`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ from llamaclust.wire.microbatch.codec import MAX_STAGES
 MakeClusterPlan = Callable[[ClusterConfig, Model, "ClusterResources"], Plan]
 _NO_DIVIDED_MIXTURES = "the experts of layers are divided among workers"
 _MOST_PARTS = 512
-"""The most parts (layers times shards) of a divided model. The time to plan grows with the square of their number."""
+"""The most parts (layers times shards) of a divided model. The planning time grows with the square of the count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,27 +67,27 @@ class ClusterResources:
     links: Links = UNKNOWN
     partitions: Pairs = frozenset()  # pairs of workers that cannot reach each other
     free_bytes: int | None = None
-    """Free bytes of the machine before its workers held layers, shared by all. None: workers report their own."""
+    """The machine's free bytes before workers held layers, for all its workers. None if workers report their own."""
     held: Mapping[tuple[str, str], int] = field(default_factory=dict)
     row_bytes: int = 0
-    """Bytes beside `free_bytes` that are reserved for rows of images. A plan without an encoder may use them."""
+    """Bytes reserved for image rows, in addition to `free_bytes`. A plan without an encoder may use them."""
     encodes: bool = True
-    """A worker of the plan holds the model's encoder of images, if it has one."""
+    """True if a worker of the plan must hold the model's image encoder. Ignored if the model has none."""
 
 
 def plan_cluster(
     config: ClusterConfig, model: Model, resources: ClusterResources, *, max_expert_shards: int = MAX_EXPERT_SHARDS
 ) -> Plan:
-    """Plans for the workers in `resources`, in the order of `config`; workers that `config` does not name follow by
-    name. Raises InsufficientMemoryError with the missing MiB, UsageError for a wrong manual plan, or
-    NetworkPartitionError."""
+    """Plans for the workers in `resources`. Workers that `config` names come first, in its order, and other workers
+    follow by name. Raises InsufficientMemoryError with the missing MiB, UsageError if a manual plan is wrong, and
+    NetworkPartitionError if partitions prevent a plan."""
     plan = _plan_in_own_tiles(config, model, resources, max_expert_shards)
     return _in_wide_tiles(config, model, resources, plan) or plan
 
 
 def plan_text_at_least(config: ClusterConfig, model: Model, resources: ClusterResources) -> Plan:
-    """Plans like `plan_cluster`. If the encoder of images alone does not fit, returns a plan without it that says so in
-    `no_images`."""
+    """Plans like `plan_cluster`. If only the image encoder does not fit, returns a plan without it, whose `no_images`
+    has the reason."""
     try:
         return plan_cluster(config, model, resources)
     except InsufficientMemoryError as error:
@@ -101,7 +101,7 @@ def plan_text_at_least(config: ClusterConfig, model: Model, resources: ClusterRe
 
 
 def _in_wide_tiles(config: ClusterConfig, model: Model, resources: ClusterResources, own: Plan) -> Plan | None:
-    """Returns a plan with wider tiles if it is clearly faster and keeps half of the KV blocks or more, else None."""
+    """Returns a plan with wider tiles, or None unless it is clearly faster and keeps at least half of the KV blocks."""
     has_gpus = any(worker.gpus for worker in resources.workers.values())
     if not config.wide_tiles or not model.has_wider_tiles or own.expert_shards > 1 or has_gpus:
         return None
@@ -134,15 +134,15 @@ def _plan_in_own_tiles(
             tried.append(expert_shards)
         if not tried:
             raise
-        what = f"with the experts of each layer divided into up to {tried[-1]} parts, it does not fit either"
+        what = f"with the experts of each layer divided into up to {tried[-1]} parts, the model does not fit either"
         told = InsufficientMemoryError(f"{error}; {what}")
         told.missing_bytes = error.missing_bytes
         raise told from error
 
 
 def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources, most: int) -> Iterator[int]:
-    """Yields the numbers of shards, up to `most`, into which experts may be divided if whole layers do not fit. Yields
-    none if the user wants experts on GPUs, because shards are always in RAM."""
+    """Yields the shard counts, up to `most`, into which experts may be divided if whole layers do not fit. Yields none
+    if the user wants experts on GPUs, because shards are always in RAM."""
     on_gpus = says_placement(config) or any(worker.gpu_layers for worker in resources.workers.values())
     if (
         most < 2
@@ -171,7 +171,7 @@ def _have_room(config: ClusterConfig, model: Model, resources: ClusterResources)
 
 
 def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResources, expert_shards: int) -> Plan:
-    """Returns a plan with borders after whole layers or shards of experts. Raises the errors of `plan_cluster`."""
+    """Returns a plan whose stages end after whole layers or shards of experts. Raises the errors of `plan_cluster`."""
     check_division(config, model, expert_shards)
     length, facts = context_length(config, model), _worker_facts(config, resources)
     if config.plan is not None:
@@ -218,7 +218,7 @@ def _unused_gpus(facts: Iterable[WorkerFacts]) -> tuple[UnusedGpu, ...]:
 
 
 def predict_served(config: ClusterConfig, model: Model, resources: ClusterResources, plan: Plan) -> Prediction | None:
-    """Predicts an earlier plan from the present profiles and links. Returns None if that is impossible."""
+    """Predicts an earlier plan's speed from the present profiles and links. Returns None if that is impossible."""
     if plan.wide_tiles:
         model, resources = _widened(config, model, resources)
     costs = StageCosts.of(model_costs(config, model, plan.expert_shards))
@@ -240,7 +240,7 @@ def _plan(costs: ModelCosts, facts: Sequence[WorkerFacts], request: PlanRequest,
         for way, others in ways.items():
             on_gpus = None if others == list(facts) else _layers_on_gpus(costs, others, request, encoder)
             if on_gpus is not None:
-                advice = f"or {way}, which fits: {on_gpus} layers are on GPUs then"
+                advice = f"or {way}: the model then fits, with {on_gpus} layers on GPUs"
                 raise InsufficientMemoryError(f"{error}; {advice}") from error
         raise
 
@@ -344,15 +344,15 @@ class ClusterPlanner:
         *,
         needs_images: bool = False,
     ) -> Plan:
-        """Plans in the planner's thread, because plans of many workers and layers take seconds. If the encoder of
-        images does not fit, the plan is without it, unless `needs_images`, or other models hold memory that they will
-        free. Raises the errors of `plan_cluster`, ModelLimitError, and WorkerError if no worker is present or one of a
-        manual plan is missing."""
+        """Plans in the planner's thread, because planning many workers and layers takes seconds. Omits the image
+        encoder if it does not fit, unless `needs_images` is set or other models hold memory that they will free. Raises
+        the errors of `plan_cluster`, ModelLimitError if too many models are loaded, and WorkerError if no worker is
+        present or a manual plan's worker is absent."""
         (beside or self.ledger).check_count(self.model.model_id)
         planned = (name for entry in self.config.plan or () for name in entry.names)
         missing = [name for name in planned if name not in workers]
         if missing:
-            raise WorkerError(f"the plan gives layers to {', '.join(missing)}")
+            raise WorkerError(f"the plan needs workers that are not connected: {', '.join(missing)}")
         if not workers:
             raise WorkerError("no worker is left")
         for entry in self.config.plan or ():

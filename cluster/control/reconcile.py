@@ -1,5 +1,5 @@
 """Decides on the supervisor's next action from the observed state, in pure functions. A start, a loss, a second loss
-during a recovery, a drain and a better plan all lead through the same steps."""
+during a recovery, a drain and a better plan all take the same steps."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from llamaclust.core.sizes import mib
 
 @dataclass(frozen=True, slots=True)
 class MakePlan:
-    """Makes a plan, without the quarantined workers if the others suffice."""
+    """Makes a plan, without the quarantined workers if the other workers suffice."""
 
     inputs: PlanInputs
 
 
 @dataclass(frozen=True, slots=True)
 class LoadEpoch:
-    """Loads a plan's stages. With `is_exclusive`, the workers first free their other stages of the model."""
+    """Loads a plan's stages. If `is_exclusive` is set, the workers first free their other stages of the model."""
 
     plan: Plan
     is_exclusive: bool
@@ -30,22 +30,22 @@ class LoadEpoch:
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """Continues the engine on the loaded epoch. An older epoch that still serves begins to retire."""
+    """Lets the engine continue on the loaded epoch. If an older epoch serves, it begins to retire."""
 
 
 @dataclass(frozen=True, slots=True)
 class FreeRetired:
-    """Frees the stages of the retired epoch, which has no sequences any more."""
+    """Frees the retired epoch's stages. No sequence uses them any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClosePipeline:
-    """Closes the lost pipeline and a retiring one, so that the failure can be attributed."""
+    """Closes the lost pipeline and a retiring pipeline, so that the failure can be attributed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sleep:
-    """Frees the model's stages if it has no requests. With `gives_way` they are freed anyway, and the requests wait."""
+    """Frees the model's stages if it has no requests. With `gives_way`, frees them anyway, and the requests wait."""
 
     gives_way: bool = False
 
@@ -66,7 +66,7 @@ class FailRequests:
 
 @dataclass(frozen=True, slots=True)
 class Interrupt:
-    """Ends a working pipeline, because its layers and the new ones do not fit in memory together."""
+    """Ends a working pipeline, because its layers and the new plan's layers do not fit in memory together."""
 
     error: LlamaclustError
 
@@ -83,7 +83,7 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Waits for an observation, at most until `until_s`. `is_settled`: nothing is left to do."""
+    """Waits for an observation, at most until `until_s`. `is_settled` means that nothing is left to do."""
 
     until_s: float | None
     is_settled: bool = False
@@ -131,7 +131,7 @@ def _end_pipeline(state: ClusterState) -> Action | None:
 
 
 def _recover(state: ClusterState) -> Action | None:
-    """Returns the next step toward a pipeline of the present workers; None if a pipeline serves."""
+    """Returns the next step toward a pipeline of the present workers, or None if a pipeline serves."""
     loss, planning, loading = state.loss, state.planning, state.loading
     if loss is None:
         return None
@@ -155,14 +155,17 @@ def _recover(state: ClusterState) -> Action | None:
 
 def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
     """Reports once why the model cannot be planned. After a time, aborts a start, or fails the requests of a running
-    cluster, which waits on."""
+    cluster, which then waits on."""
     loss = state.loss
     assert loss is not None and state.planning is not None
     is_link = isinstance(why, NetworkPartitionError)
     if state.is_start and state.planning.error is not None and state.is_whole and not is_link:
         return Abort(why)
-    what, waiting = "a link" if is_link else _absent_workers(state), "the start" if state.is_start else "requests"
-    if (text := f"waiting for {what}, {waiting} for {state.wait_s:g} s at most: {why}") != state.waits_for:
+    what, waits = (
+        "a link" if is_link else _absent_workers(state),
+        "the start waits" if state.is_start else "requests wait",
+    )
+    if (text := f"waiting for {what}; {waits} {state.wait_s:g} s at most: {why}") != state.waits_for:
         return Notify(text)
     if state.tick.now_s < state.deadline_s:
         return Wait(_earliest(state.deadline_s, _quarantine_end_s(state)))
@@ -175,7 +178,7 @@ def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
 
 
 def _wait_for_memory(state: ClusterState, why: LlamaclustError) -> Action:
-    """Waits until other models free memory at the end of their turns. `timeouts.request` bounds the wait."""
+    """Waits until other models free memory after their turns. `timeouts.request` limits the wait."""
     missing_bytes = why.missing_bytes if isinstance(why, InsufficientMemoryError) else None
     missing = "" if missing_bytes is None else f" ({mib(missing_bytes)} MiB)"
     text = f"waiting for memory that other models hold{missing}: they give way after their turns"
@@ -191,7 +194,7 @@ def _absent_workers(state: ClusterState) -> str:
 
 
 def _improve(state: ClusterState) -> Action:
-    """Moves layers to a better plan while the old one serves. Only one move runs at a time, to save memory."""
+    """Moves layers to a better plan while the old plan serves. Only one move runs at a time, to save memory."""
     serving, planning = state.serving, state.planning
     assert serving is not None and planning is not None
     must_move = any(name in state.pool.drained for name, _ in serving.workers)

@@ -1,5 +1,5 @@
-"""Decides which models are awake. A request wakes a model. The model sleeps after a time without requests, or when
-another model needs its memory. Models with requests that do not fit in memory together take turns."""
+"""Decides which models are awake. A request wakes a model. A model sleeps after a time without requests, or when
+another model needs its memory. Models with requests take turns if they do not fit in memory together."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 _LOOK_S = 1.0
 _TURN_S = 30.0
-"""The shortest turn of a model in seconds. After its turn, the model may have to give way to another one, and its own
-requests are computed again."""
+"""The shortest turn of a model in seconds. After its turn, the model may have to give way to another model. Its own
+requests are then computed again."""
 _MOST_TURNS = 16
 """The longest turn, in units of `_TURN_S`. Turns double while they are too short for a request."""
 
@@ -28,8 +28,8 @@ def _now_s() -> float:
 
 @dataclass(eq=False, slots=True)
 class Resident:
-    """A model that is awake or asleep. `usual_s`: the seconds that it stays awake without requests; None: until memory
-    is needed."""
+    """A model that is awake or asleep. `usual_s` is how many seconds it stays awake without requests. If `usual_s` is
+    None, the model stays awake until its memory is needed."""
 
     name: str
     observed: Observed
@@ -62,7 +62,7 @@ class Resident:
 
     @property
     def is_leaving(self) -> bool:
-        """True if the model is awake but about to sleep: its idle time has run out, or its memory is needed."""
+        """True if the model is awake but about to sleep, because its idle time has run out or its memory is needed."""
         return not self.observed.state.is_wanted or (self.is_idle and self.expires_in_s == 0)
 
     @property
@@ -107,8 +107,8 @@ class Resident:
         await self.observed.until(lambda state: state.is_asleep or state.is_wanted)
 
     async def give_way(self) -> None:
-        """Puts the model to sleep. Its requests are computed again at its next turn; only a tile of an image that has
-        begun is computed to its end, because it may take longer than a turn."""
+        """Puts the model to sleep. At its next turn, its requests are computed again. An image tile that has begun is
+        computed to its end first, because a tile may take longer than a turn."""
         found = frozenset(self.engine.requests.keys)
         self.turns = min(2 * self.turns, _MOST_TURNS) if found & self._interrupted else 1
         self._interrupted, self.gives_way = found, True
@@ -133,7 +133,7 @@ class Resident:
         self.idle_since_s = _now_s()
 
     async def _changes(self, waiting: Coroutine[Any, Any, Any], timeout_s: float | None = None) -> bool:
-        """Waits for `waiting` or a change of this resident. Returns True if either came before the timeout."""
+        """Waits for `waiting` or for a change of this resident. Returns False if neither came before the timeout."""
         self._changed.clear()
         waits = [asyncio.create_task(waiting), asyncio.create_task(self._changed.wait())]
         try:
@@ -145,7 +145,7 @@ class Resident:
 
 
 class Residency:
-    """The models of a cluster. While this context manager is entered, it decides which of them are awake."""
+    """A cluster's models. Decides which models are awake while this context manager is entered."""
 
     def __init__(self, residents: Mapping[str, Resident]) -> None:
         self.residents = residents  # by name
@@ -173,8 +173,8 @@ class Residency:
             self._idle = asyncio.Event()
 
     async def _make_room(self, resident: Resident) -> None:
-        """Puts other models to sleep while `resident` lacks memory: first idle ones, the longest idle first, then those
-        whose turn is over. The latter are loaded again as soon as memory suffices."""
+        """Puts other models to sleep while `resident` lacks memory. Begins with the model that has been idle longest.
+        If none is idle, takes models whose turn is over. These are loaded again once memory suffices."""
         while True:
             await resident.observed.until(lambda state: state.lacks_memory)
             giving_way: list[Resident] = []
@@ -206,7 +206,7 @@ class Residency:
             resident.serving_since_s = None
 
     def _longest_serving(self, resident: Resident) -> Resident | None:
-        """Returns the model that has served longest if its turn is over and requests wait for `resident`, else None."""
+        """Returns the model that has served longest. None unless its turn is over and requests wait for `resident`."""
         waiting = resident.observed.state.loss
         if resident.is_idle or waiting is None:
             return None
@@ -225,7 +225,7 @@ class Residency:
 
 
 async def _plan_again(observed: Observed) -> None:
-    """Requests a plan for the present free memory. Returns once it is made, or the model needs none any more."""
+    """Requests a plan for the present free memory. Returns once the plan is made, or once none is needed."""
     before = observed.state.pool.memory
     observed.post(Signal.MEMORY_FREED)
     await observed.until(

@@ -1,4 +1,4 @@
-"""The epoch that serves, and the decision whether another plan is worth a move."""
+"""The epoch that serves, and the decision whether a move to another plan is worthwhile."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Serving:
         return _layers(self.plan) == _layers(plan) and self.plan.wide_tiles == plan.wide_tiles
 
     def predicted(self, prediction: Prediction | None) -> Serving:
-        """Replaces the prediction. One from outdated links may be too good to compare a new plan with."""
+        """Replaces the prediction. A prediction from outdated links may be too good to compare a new plan with."""
         return replace(self, plan=replace(self.plan, prediction=prediction))
 
     def is_as_good_as(self, plan: Plan) -> bool:
-        """True if the plan has the same stages and shares, and a prediction that is not clearly better."""
+        """True if the plan has the same stages and shares, and its prediction is not clearly better."""
         served, new = self.plan.prediction, plan.prediction
         if served is None or new is None or _parts(self.plan) != _parts(plan):
             return False
@@ -51,7 +51,7 @@ def is_clearly_faster(plan: Plan, other: Plan) -> bool:
 
 
 _Part = tuple[Fraction, Fraction, tuple[int, ...], int]
-"""Start and end in layers, the shares of the group, and the index of the member in it."""
+"""Start and end in layers, the group's shares, and the member's index in the group."""
 
 
 def _parts(plan: Plan) -> list[_Part]:

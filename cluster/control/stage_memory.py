@@ -1,4 +1,4 @@
-"""Computes the memory that stages will take on a worker, without a load, by the code that the worker itself uses."""
+"""Computes how much memory a stage will take on a worker, without a load. Uses the worker's own code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _known: MutableMapping[Model, _Known] = WeakKeyDictionary()
 
 
 def workspace_of(model: Model, limits: StageLimits) -> Workspace:
-    """Returns the workspace of stages with these limits. If the place names no layers, returns the workspace of the
+    """Returns the workspace of stages with these limits. For a place without layers, returns the workspace of the
     largest stage there."""
     known = _known.setdefault(model, _Known()).workspaces
 
@@ -47,7 +47,7 @@ def workspace_of(model: Model, limits: StageLimits) -> Workspace:
 
 
 def _largest_stages(model: Model, limits: StageLimits, place: StagePlace) -> Iterator[tuple[int, int, StageLimits]]:
-    """Yields stages with their limits, one of which takes the largest workspace at the place."""
+    """Yields stages with their limits. One of them takes the largest workspace at the place."""
     yield 0, model.layer_count if place.is_last else max(1, model.layer_count - 1), replace(limits, expert_shards=1)
     if limits.expert_shards > 1:
         for parts in _divided_stages(model, limits.expert_shards, place):
@@ -75,7 +75,7 @@ def _divided_stages(model: Model, shards: int, place: StagePlace) -> Iterator[tu
 
 
 def rounding_of(model: Model, *, experts: bool = True) -> Rounding:
-    """Returns the bytes that rounding adds to weights, as sums over layers, with the embedding and the head."""
+    """Returns the bytes that rounding adds to weights, as sums over layers, including the embedding and the head."""
     known = _known.setdefault(model, _Known()).roundings
 
     def table(device: str) -> Counts:
@@ -89,7 +89,7 @@ def rounding_of(model: Model, *, experts: bool = True) -> Rounding:
 
 
 def encoder_of(model: Model) -> EncoderParts | None:
-    """Returns the RAM of the encoder of images as a function of the number of threads; None without an encoder."""
+    """Returns the image encoder's RAM as a function of the thread count, or None if the model has no encoder."""
     projector = model.projector
     if projector is None:
         return None

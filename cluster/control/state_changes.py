@@ -98,15 +98,15 @@ def _pool_changed(pool: PoolState, observation: seen.PoolObservation) -> PoolSta
 
 
 def _awake(state: ClusterState) -> ClusterState:
-    """Marks the model as wanted. The pipeline of a sleeping model counts as lost now, so that it is loaded."""
+    """Marks the model as wanted. A sleeping model's pipeline counts as lost from now on, so that it is loaded."""
     if state.is_asleep:
         state = replace(state, loss=PipelineLoss(state.tick.now_s, is_closed=True))
     return replace(state, is_wanted=True, has_given_way=False, is_unloaded=False)
 
 
 def _attribute(state: ClusterState) -> ClusterState:
-    """Finds the worker or the request that made the pipeline fail. A lost worker is the cause; otherwise a worker that
-    broke the protocol is expelled."""
+    """Finds the worker or request that made the pipeline fail. A lost worker is the cause. If no worker is lost, a
+    worker that broke the protocol is expelled."""
     loss, serving = state.loss, state.serving
     assert loss is not None and loss.error is not None and serving is not None
     if loss.causes:
@@ -124,7 +124,7 @@ def _attribute(state: ClusterState) -> ClusterState:
 
 
 def _worker_failed(state: ClusterState, worker: Incarnation, reason: str, requests: frozenset[int]) -> ClusterState:
-    """Records the failure of a serving worker. Posts a notice only if a quarantine begins."""
+    """Records a serving worker's failure. Adds a notice only if a quarantine begins."""
     (name, _), now_s, before = worker, state.tick.now_s, state.pool.quarantine
     is_repeated = state.loss is not None and state.loss.is_repeated
     quarantine = before.failed(name, reason, requests, now_s, is_repeated=is_repeated)
@@ -137,8 +137,8 @@ def _worker_failed(state: ClusterState, worker: Incarnation, reason: str, reques
 
 
 def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterState:
-    """Repeats a failed load after a pause, or makes a new plan if the plan is outdated or a worker had less memory than
-    it reported. Workers that hang, or fail again and again, are expelled."""
+    """Repeats a failed load after a pause. Makes a new plan if the plan is outdated, or if a worker had less memory
+    than it reported. Expels workers that hang or fail repeatedly."""
     planning = state.planning
     assert planning is not None and planning.plan is not None
     stalled = [suspect for suspect in failed.suspects if isinstance(suspect.error, StalledError)]
@@ -185,14 +185,14 @@ def _is_outdated(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
 
 def _unfit(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:
     is_failing = state.loading.failures >= _MAX_LOADS
-    reason = f"it takes no part in a new epoch: {failed.error}"
+    reason = f"it could not load a new epoch: {failed.error}"
     return {
         suspect.name: reason for suspect in failed.suspects if is_failing or isinstance(suspect.error, DeadlineError)
     }
 
 
 def _exclude(state: ClusterState, inputs: PlanInputs, reasons: Mapping[str, str]) -> ClusterState:
-    """Expels workers from a cluster of one model; otherwise only from this model's plans: other models stay there."""
+    """Expels workers. If the cluster serves other models too, only excludes them from this model's plans."""
     if state.is_alone:
         return _expel(state, inputs, reasons)
     excluded = state.inputs.quarantined

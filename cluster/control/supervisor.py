@@ -1,4 +1,4 @@
-"""Keeps a pipeline ready for a model's engine, in a loop: an observation changes the state, `reconcile` decides on an
+"""Keeps a pipeline ready for a model's engine, in a loop. An observation changes the state, `reconcile` decides on an
 action, and the action's result is another observation. Observations are also applied while an action runs."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llamaclust.cluster.state.events import Notice, Report
 
 
 class Supervisor:
-    """The control loop of one model. `start` opens the first epoch, `run` keeps an epoch serving."""
+    """One model's control loop. `start` opens the first epoch, and `run` keeps an epoch serving."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Supervisor:
         report: Report,
         is_asleep: bool = False,
     ) -> None:
-        """Adds the model to the pool. With `is_asleep`, the model is loaded by its first request, not at the start."""
+        """Adds the model to the pool. If `is_asleep` is set, the first request loads the model, and not the start."""
         now_s, workers = asyncio.get_running_loop().time(), pool.workers
         usable = PoolState(drained=workers.record.drained)
         waits = Waits(recovery_s=config.timeouts.recovery, start_s=max(config.timeouts.recovery, workers.start_s))

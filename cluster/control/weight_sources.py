@@ -1,4 +1,4 @@
-"""Finds sources of models, adapters and projectors for workers that lack the file or have other bytes."""
+"""Finds sources of models, adapters and projectors for workers that lack a file or have different bytes."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class ModelReference:
 
 @dataclass(frozen=True, slots=True)
 class WantedBytes:
-    """A model, an adapter or a projector to be loaded. `own` is the coordinator's copy, if workers' copies are to be
-    compared with it. `is_compared`: copies are compared even if all workers have the same file."""
+    """A model, adapter or projector to load. `own` is the coordinator's copy, if workers' copies are to be compared
+    with it. If `is_compared` is set, copies are compared even if all workers have the same file."""
 
     request: FindWeights
     own: OwnCopy | None = None
@@ -56,8 +56,8 @@ class WantedBytes:
 async def weight_sources(
     loading: Collection[str], workers: Mapping[str, WorkerHandle], wanted: WantedBytes, report: Report | None = None
 ) -> dict[str, WeightSources]:
-    """Returns the manifest and the sources of the weights for each worker in `loading`, without workers that have
-    neither the file nor a source. Empty if all workers have the same file."""
+    """Returns the manifest and the sources of the weights for each worker in `loading` that has the file or a source.
+    Returns an empty mapping if all workers have the same file."""
     members = {name: worker for name, worker in workers.items() if worker.loss is None}
     found = await _find(members.values(), lambda worker: find_weights(worker, wanted.request))
     if not _are_compared(wanted, [found[name] for name in loading if name in found]):
@@ -108,7 +108,7 @@ async def adapter_files(
 async def encoder_files(
     wanted: WantedBytes | None, loading: Collection[str], workers: Mapping[str, WorkerHandle], report: Report | None
 ) -> dict[str, EncoderFile]:
-    """Returns the projector's file for each worker in `loading`; empty if the model has no projector."""
+    """Returns the projector's file for each worker in `loading`. Returns an empty mapping without a projector."""
     if wanted is None or not loading:
         return {}
     sources = await weight_sources(loading, workers, wanted, report)
@@ -117,7 +117,6 @@ async def encoder_files(
 
 
 def _are_compared(wanted: WantedBytes, found: Collection[WeightsFound]) -> bool:
-    """True if copies must be compared, for example because a worker lacks the file or has a different copy."""
     files = {weights.file for weights in found} | (set() if wanted.own is None else {wanted.own.file.copy_id})
     return wanted.is_compared or len(files) > 1 or not all(weights.has_file for weights in found)
 

@@ -1,1 +1,1 @@
-"""Runs the scheduler on a pipeline."""
+"""Runs requests. Its engine connects the scheduler with the pipeline that computes."""

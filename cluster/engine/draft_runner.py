@@ -1,4 +1,4 @@
-"""Passes the scheduler's orders to a lane's draft model, one batch after the other."""
+"""Passes the scheduler's orders to a lane's draft model, one batch after another."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from llamaclust.core.errors import DeadlineError, LlamaclustError
 
 _DEADLINE_S = 30
 _SLICE_S = 1.0
-"""The seconds of one part of the deadline. A pause of the whole process uses up at most one part."""
+"""The seconds of one part of the deadline. If the whole process pauses, the pause uses up at most one part."""
 
 _log = logging.getLogger(__name__)
 
 
 class DraftRunner:
-    """Runs a draft model. Any failure disables the model, and sequences that wait for its drafts go on."""
+    """Runs a draft model. Any failure disables the model, and sequences that wait for its drafts continue without."""
 
     def __init__(self, scheduler: Scheduler, drafted: Callable[[], None]) -> None:
         self._scheduler = scheduler
@@ -62,7 +62,7 @@ class DraftRunner:
 
 
 async def _in_time(drafting: Awaitable[DraftReplies]) -> DraftReplies:
-    """Raises DeadlineError if the model does not answer. A pause of the whole process hardly counts."""
+    """Raises DeadlineError if the model does not answer in time. A pause of the whole process hardly counts."""
     awaited = asyncio.ensure_future(drafting)
     try:
         for _ in range(round(_DEADLINE_S / _SLICE_S)):

@@ -1,4 +1,4 @@
-"""Encodes tiles of images on the pipeline that serves. After a loss, another pipeline computes them with equal bits."""
+"""Encodes image tiles on the pipeline that serves. After a loss, another pipeline encodes them with equal bits."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _log = logging.getLogger(__name__)
 
 _BACKOFF = Backoff(0.05, 1.0)
 _LAST_TILE_S = 120.0
-"""Deadline of the tile in progress when its model gives way. A tile that takes longer is computed again later."""
+"""The deadline in seconds for the tile in progress when its model gives way. A slower tile is computed again later."""
 
 
 class _AttemptError(Exception):
-    """A tile was not encoded. `is_strike`: the tile may be the cause, since it ran at the worker that failed."""
+    """A tile was not encoded. `is_strike` means that the tile may be the cause, because it ran at the failed worker."""
 
     def __init__(self, cause: LlamaclustError, *, is_strike: bool) -> None:
         super().__init__(str(cause))
@@ -44,8 +44,8 @@ class _Serving:
 
 
 class Encoder:
-    """Sends one tile at a time to the encoder of the present pipeline. Owners take turns at each tile. One image of an
-    owner has its turn at a time, in the order of the calls."""
+    """Sends one tile at a time to the present pipeline's encoder. Owners take turns, tile by tile. Each owner encodes
+    one image at a time, in the order of the calls."""
 
     def __init__(
         self, projector: Projector, deadline_s: float, announced: Callable[[], AbstractContextManager[None]]
@@ -62,13 +62,13 @@ class Encoder:
         self._serving: asyncio.Future[_Serving] = self._loop.create_future()  # pending while no tile may begin
 
     def serve(self, encoder: PipelineEncoder) -> None:
-        """Replaces the encoder. A tile that is computed elsewhere is finished there."""
+        """Replaces the encoder. A tile in progress is finished by the encoder that has it."""
         self.pause()
         self._present = _Serving(encoder, self._loop.create_future())
         self._serving.set_result(self._present)
 
     def lose(self, error: LlamaclustError | None) -> None:
-        """Ends the tile in progress. Tiles wait for the next encoder. `error`: the pipeline's failure, if it failed."""
+        """Ends the tile in progress. Tiles wait for the next encoder. `error` is the pipeline's failure, if any."""
         self.pause()
         if self._present is not None:
             self._present.lost.set_result(error)
@@ -81,28 +81,28 @@ class Encoder:
         self._serving.exception()  # retrieved: there may be no tiles
 
     def pause(self) -> None:
-        """Lets no tile begin until an encoder serves again."""
+        """Starts no further tile until an encoder serves again."""
         if self._serving.done():
             self._serving = self._loop.create_future()
 
     async def wait_idle(self) -> None:
-        """Waits for the tile in progress, but not beyond its deadline: a hung worker must not hold up other models."""
+        """Waits for the tile in progress, but not beyond its deadline: a hung worker must not delay other models."""
         if self._running is not None and not (await asyncio.wait((self._running,), timeout=_LAST_TILE_S))[0]:
-            _log.warning("a tile of an image takes longer than %g s: other models are not held up", _LAST_TILE_S)
+            _log.warning("an image tile takes longer than %g s: other models no longer wait for it", _LAST_TILE_S)
 
     @asynccontextmanager
     async def turn(self, owner: str) -> AsyncIterator[None]:
-        """Enters a turn of an owner for one image. Raises DeadlineError if the turn, with the wait for it, takes longer
-        than a request may."""
+        """Enters an owner's turn for one image. Raises DeadlineError if waiting and encoding take longer than a request
+        may take."""
         with self._announced():
             async with deadline("encoding an image (timeouts.request)", self._deadline_s), self._images.turn(owner):
                 yield
 
     async def encode(self, tiles: Sequence[NDArray[np.uint8]], owners: Owners) -> list[NDArray[np.float32]]:
-        """Takes tiles [height, width, 3] and returns the rows [rows, levels * width] of each. The caller has a turn;
-        each tile waits in the order of the first owner. Waits until a pipeline serves. Raises RequestError if the
-        encoder does not take a tile, RequestFailedError if its worker fails several times with the same tile, and
-        WorkerError if requests are refused."""
+        """Takes tiles [height, width, 3], and returns each tile's rows [rows, levels * width]. The caller must be in
+        `turn`. Each tile takes its turn for the first owner. Waits until a pipeline serves. Raises RequestError if the
+        encoder refuses a tile, RequestFailedError if the worker fails repeatedly on the same tile, and WorkerError if
+        requests are refused."""
         tasks = [self._task(tile) for tile in tiles]
         return [await self._encoded(task, owners) for task in tasks]
 
@@ -119,9 +119,9 @@ class Encoder:
             except _AttemptError as failed:
                 strikes += failed.is_strike
                 if strikes == MAX_STRIKES:
-                    what = f"the encoder of images failed {strikes} times at one tile, at last: {failed}"
+                    what = f"the image encoder failed {strikes} times on the same tile, most recently: {failed}"
                     raise RequestFailedError(what) from failed.cause
-                _log.warning("a tile of an image was not encoded, it is tried again: %s", failed)
+                _log.warning("an image tile was not encoded and will be tried again: %s", failed)
             await asyncio.sleep(_BACKOFF.pause_s(attempts))
             attempts += 1
 
@@ -143,8 +143,8 @@ class Encoder:
             await asyncio.gather(working, return_exceptions=True)
 
     def _is_strike(self, serving: _Serving, error: LlamaclustError) -> bool:
-        """True if the encoder or its worker failed. A tile is also broken by a pipeline that is given up, replaced, or
-        lost with another worker."""
+        """True if the encoder or its worker failed. False if the pipeline was given up, was replaced, or was lost
+        because of another worker."""
         if isinstance(error, EncoderUnreachableError):
             return False
         if serving.lost.done():

@@ -1,4 +1,4 @@
-"""Runs requests on a pipeline: sends the microbatches that the scheduler makes, and processes their results."""
+"""Runs requests on a pipeline. Sends the microbatches that the scheduler makes, and processes their results."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ _log = logging.getLogger(__name__)
 
 
 def _done_ns(results: Sequence[Result], now_ns: int) -> list[int]:
-    """Estimates when each result was computed. The last one was done at `now_ns`. Each other one was done before its
-    successor began on the successor's fastest stage."""
+    """Estimates when each result was computed. The last result was computed at `now_ns`. Each earlier result was
+    computed before the next microbatch began on its fastest stage."""
     ends = [now_ns]
     for result in reversed(results[1:]):
         ends.append(ends[-1] - min((timing.compute_ns for timing in result.timings), default=0))
@@ -65,10 +65,10 @@ class _Phase(Enum):
 
 
 class Engine:
-    """Runs requests while this context manager is open. The owner of the pipelines closes them after the engine. A lost
-    pipeline closes an engine without `owner`. With an owner, requests wait until it calls `resume` with another
-    pipeline, or `give_up`. A pipeline without stages means that the model is not loaded: the engine sleeps until
-    `resume`. With a `projector`, `encoder` encodes images on the pipeline."""
+    """Runs requests while this context manager is open. The pipelines' owner closes the pipelines after the engine.
+    Without an `owner`, a lost pipeline closes the engine. With an owner, requests wait until the owner calls `resume`
+    with another pipeline, or `give_up`. If a pipeline has no stages, the model is not loaded, and the engine sleeps
+    until `resume`. If `projector` is given, `encoder` encodes images on the pipeline."""
 
     def __init__(
         self,
@@ -159,8 +159,8 @@ class Engine:
         return RequestStream(partial(self.begin, request))
 
     def begin(self, request: GenerationRequest, sink: Sink) -> SubmittedRequest:
-        """Queues a request. Raises RequestError or QueueFullError, or WorkerError if the engine is down. A draining
-        engine still accepts further choices of open API requests; the API refuses new requests."""
+        """Queues a request. Raises RequestError if it is invalid, QueueFullError if too many wait, and WorkerError if
+        the engine is down. A draining engine accepts further choices of open API requests. The API refuses others."""
         if self._phase in (_Phase.GIVEN_UP, _Phase.CLOSED):
             raise WorkerError(str(self.error or _STOPPING))
         sequence = self.scheduler.add(request, monotonic_ns())
@@ -285,7 +285,7 @@ class Engine:
                 self._end_retirement()
 
     def _end_retirement(self, error: LlamaclustError | None = None) -> None:
-        """Ends the retirement, if any. Sequences that are left on the old lane are computed again."""
+        """Ends a retirement in progress. Sequences that are left on the old lane are computed again."""
         if self.retirement is not None:
             ended, self.retirement = self.retirement, None
             self._ended += ended.end(error)
@@ -300,7 +300,7 @@ class Engine:
         self._lose(self._lane, error)
 
     def _lose(self, lane: Lane, error: BaseException, microbatch: int | None = None) -> None:
-        """Handles a pipeline's failure, which the requests in flight (in `microbatch`, if known) may have caused."""
+        """Handles a pipeline's failure. The requests in flight (in `microbatch`, if it is known) may be the cause."""
         if self._phase is not _Phase.RUNNING or self._owner is None or not isinstance(error, LlamaclustError):
             self.interrupt(error)
             return
@@ -329,7 +329,7 @@ class Engine:
         self._owner.pipeline_lost(failure)
 
     async def finish_tile(self) -> None:
-        """Waits for the tile of an image in progress. No other tile begins until `resume`."""
+        """Waits for the image tile in progress. No other tile begins until `resume`."""
         if self.encoder is not None:
             self.encoder.pause()
             await self.encoder.wait_idle()

@@ -1,4 +1,4 @@
-"""Failures of a pipeline, as its owner receives them: the worker at fault, and the requests in flight."""
+"""A pipeline's failures, as its owner receives them: the worker at fault, and the requests in flight."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class EngineOwner(Protocol):
 
     @property
     def may_suspect_workers(self) -> bool:
-        """True if workers that give no result for some rows may be suspected, because others can replace them."""
+        """True if a worker without results for some rows may be suspected, because other workers can replace it."""
         ...
 
     def rows_failed(self, key: int) -> None:
-        """Reports the end of a request whose rows had no result on the suspected worker nor on another one."""
+        """Reports that a request has ended. Its rows had no result on the suspected worker, nor on another worker."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineFailure:
-    """A pipeline's failure. `error` names the worker at fault if it is known."""
+    """A pipeline's failure. `error` names the worker at fault, if it is known."""
 
     error: LlamaclustError
     requests: frozenset[int] = frozenset()  # keys of those in flight
@@ -44,7 +44,7 @@ class PipelineFailure:
 
 
 def stage_error(result: Result, stages: Sequence[StageInfo]) -> WorkerError:
-    """Returns the error of a failed microbatch. The first stage without timings is the one that failed."""
+    """Returns a failed microbatch's error. The stage that failed is the first stage without timings."""
     assert result.failure is not None
     return WorkerError(result.failure, worker=stages[min(len(result.timings), len(stages) - 1)].worker)
 
@@ -52,7 +52,7 @@ def stage_error(result: Result, stages: Sequence[StageInfo]) -> WorkerError:
 def failure_of(
     error: LlamaclustError, scheduler: Scheduler, stages: Sequence[StageInfo], microbatch: int | None
 ) -> PipelineFailure:
-    """Returns the failure of one microbatch or of all in flight. Invalid results are the last stage's fault."""
+    """Returns the failure of `microbatch`, or of all in flight if None. Invalid results are the last stage's fault."""
     if isinstance(error, ProtocolError) and error.worker is None:
         error.worker = stages[-1].worker
     slices = scheduler.in_flight.slices(microbatch)
@@ -69,10 +69,10 @@ def row_failure(faults: Sequence[RowFault], stages: Sequence[StageInfo]) -> Pipe
 
 
 def _ending(struck: StruckOut, error: LlamaclustError, *, stages: int) -> LlamaclustError:
-    """Returns the error that ends a request. A worker is the cause if every failure was at this worker, with one
-    exception: if there is one stage and results came between the failures, the request is the cause."""
+    """Returns the error that ends a request. A worker is the cause if all failures were at this worker. The request is
+    the cause otherwise, or if there is only one stage and results came between the failures."""
     what = f"request {struck.sequence.request.request_id}: the pipeline failed {MAX_STRIKES} times"
     (worker, *others) = struck.workers
     if worker is None or others or (stages == 1 and struck.has_results):
-        return RequestFailedError(f"{what} while it computed this request, at last alone: {error}")
-    return WorkerError(f"{what}, each time at worker {worker}, and no other one could take its layers: {error}")
+        return RequestFailedError(f"{what} while it computed this request, finally without other requests: {error}")
+    return WorkerError(f"{what}, each time at worker {worker}, and no other worker could take its layers: {error}")

@@ -1,5 +1,5 @@
-"""Stores KV memory of an engine on disk. Prompts are written after their first token, and read before they run. Blocks
-are read and written only while no microbatch in flight uses them, so that stages never wait for the disk."""
+"""Stores an engine's KV memory on disk. Prompts are written after their first token, and read before they run. Blocks
+are read and written only while no microbatch in flight uses them, so stages never wait for the disk."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _LEAST_BLOCKS = 8
-"""The fewest blocks worth reading from disk. Computing fewer is about as fast."""
+"""The fewest blocks worth reading from disk. Computing fewer blocks is about as fast."""
 _MOST_BLOCKS = 4096
-"""The most blocks of a prompt that are read or written. wire.control.kv_disk.MAX_KEYS allows as many."""
+"""The most blocks of a prompt that are read or written. wire.control.kv_disk.MAX_KEYS must not be lower."""
 _SAVED_TOGETHER = 32
-"""The number of blocks that are written together into one file of each stage. They stay allocated meanwhile."""
+"""The blocks that each stage writes together into one file. They stay allocated until they are written."""
 _MOST_SAVES = 8
 """The most prompts that wait to be written. Further prompts are not written."""
 
@@ -130,7 +130,7 @@ class KvDisk:
         return restored
 
     async def _in_flight_returned(self) -> None:
-        """Waits until all present microbatches return: they may use released blocks or fill shared ones."""
+        """Waits until all present microbatches have returned. They may use released blocks or fill shared blocks."""
         newest = self._scheduler.in_flight.newest
         if newest is not None:
             returned: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -138,7 +138,6 @@ class KvDisk:
             await returned
 
     def _failed(self, error: LlamaclustError) -> None:
-        """Logs a failure to read or write. A missed deadline ends the lane."""
         _log.warning("KV memory on disk: %s", error)
         if isinstance(error, DeadlineError):
             self._lane.disk_hangs(error)
@@ -164,7 +163,7 @@ class KvDisk:
             start += saved
 
     async def _saved(self, disks: KvDisks, keys: Items[bytes], start: int) -> int:
-        """Returns how many blocks from `start` on are on disk now; 0 if a stage does not keep all of them."""
+        """Returns how many blocks from `start` on are now on disk. Returns 0 unless every stage has all of them."""
         transfer = self._transfers.begin_save(keys, start)
         if transfer is None:
             return 0

@@ -1,4 +1,4 @@
-"""Prometheus metrics of one engine, and the times of its stages for `GET /cluster`."""
+"""One engine's Prometheus metrics, and its stages' times for `GET /cluster`."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _RECOVERIES = 16
 _PREFILL_ROWS = 32
-"""The least number of rows of a microbatch that counts as prefill, because arithmetic limits its speed."""
-_TTFT = "time_to_first_token_seconds", "From arrival to answer"
-_TPOT = "time_per_output_token_seconds", "Mean of a request"
-_DURATION = "request_duration_seconds", "From arrival to the last token"
-_TOKENS = "request_tokens", "Tokens of a request"
-_ROWS = "microbatch_rows", "Rows of a microbatch"
-_RECOVERY = "recovery_seconds", "Pauses after a loss"
+"""The rows from which a microbatch counts as prefill, because arithmetic limits its speed."""
+_TTFT = "time_to_first_token_seconds", "Time from a request's arrival to its first token"
+_TPOT = "time_per_output_token_seconds", "Mean time per generated token of a request"
+_DURATION = "request_duration_seconds", "Time from a request's arrival to its last token"
+_TOKENS = "request_tokens", "Number of tokens of a request"
+_ROWS = "microbatch_rows", "Number of rows of a microbatch"
+_RECOVERY = "recovery_seconds", "Time without a pipeline after a loss"
 _BUCKETS: dict[tuple[str, str], Sequence[float]] = {
     _TTFT: (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30, 60, 300),
     _TPOT: (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5),
@@ -37,7 +37,7 @@ _BUCKETS: dict[tuple[str, str], Sequence[float]] = {
     _ROWS: tuple(1 << power for power in range(13)),
     _RECOVERY: (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300),
 }
-"""Bucket bounds by (name, help text): those of OpenTelemetry's conventions, with some lower and higher ones added."""
+"""Bucket bounds by (name, help text). They are OpenTelemetry's bounds, with some lower and higher bounds added."""
 _LABELS: dict[tuple[str, str], Sequence[str]] = {
     _TTFT: ("operation",),
     _TPOT: ("operation",),
@@ -48,7 +48,7 @@ _LABELS: dict[tuple[str, str], Sequence[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class StageReport:
-    """Figures of one stage. Means cover all its microbatches; shares and rates cover the last ten seconds."""
+    """Figures of one stage. Means cover all its microbatches. Shares and rates cover the last ten seconds."""
 
     worker: str
     layers: tuple[float, float]  # half-open, with fractions inside a layer
@@ -151,7 +151,7 @@ class Metrics(Collector):
             "llamaclust_requests", "Requests that ended, by reason", ["finish_reason"], registry=self.registry
         )
         self._prompt = Counter("llamaclust_prompt_tokens", "Prompt tokens of ended requests", registry=self.registry)
-        self._generated = Counter("llamaclust_generated_tokens", "Tokens chosen", registry=self.registry)
+        self._generated = Counter("llamaclust_generated_tokens", "Generated tokens", registry=self.registry)
         self._restored = Counter(
             "llamaclust_kv_disk_tokens", "Prompt tokens whose KV memory was read from disk", registry=self.registry
         )
@@ -191,7 +191,7 @@ class Metrics(Collector):
             self._histograms[_ROWS].observe(result.timings[0].rows)
 
     def finished(self, request: EndedRequest) -> None:
-        """Counts an ended request. Ignores the times of a restored request, because a part of its answer was known."""
+        """Counts an ended request. Ignores a restored request's times, because a part of its answer was known."""
         timings, operation = request.timings, request.operation
         self._finished.labels(request.reason).inc()
         self._prompt.inc(timings.prompt_tokens)
@@ -230,14 +230,16 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         counts = self._counts()
         yield GaugeMetricFamily("llamaclust_requests_running", "Sequences being computed", counts.running)
-        yield GaugeMetricFamily("llamaclust_requests_waiting", "Sequences that wait", counts.waiting)
+        yield GaugeMetricFamily("llamaclust_requests_waiting", "Sequences waiting to be computed", counts.waiting)
         yield GaugeMetricFamily("llamaclust_microbatches_in_flight", "Microbatches in the pipeline", counts.in_flight)
         blocks = GaugeMetricFamily("llamaclust_kv_blocks", "KV blocks by state", labels=["state"])
         blocks.add_metric(["used"], counts.kv_blocks_held)
         blocks.add_metric(["free"], counts.kv_blocks - counts.kv_blocks_held)
         yield blocks
-        yield CounterMetricFamily("llamaclust_preemptions", "Sequences put back for lack of KV", counts.preemptions)
-        again = "Sequences computed again because logits were not finite"
+        yield CounterMetricFamily(
+            "llamaclust_preemptions", "Sequences preempted for lack of KV memory", counts.preemptions
+        )
+        again = "Sequences computed again because a row had no result"
         yield CounterMetricFamily("llamaclust_retries", again, counts.retries)
         cached = "Prompt tokens found in the prefix cache"
         yield CounterMetricFamily("llamaclust_prefix_cache_hit_tokens", cached, counts.cached_tokens)
@@ -249,7 +251,9 @@ class Metrics(Collector):
             ("accepted_tokens", "Drafted tokens that are in answers", self.drafts.accepted),
         ):
             yield CounterMetricFamily(f"llamaclust_spec_decode_{name}", what, value)
-        for place, (name, what) in enumerate((("draft", "Drafted tokens computed"), ("accepted", "Those in answers"))):
+        for place, (name, what) in enumerate(
+            (("draft", "Drafted tokens computed"), ("accepted", "Drafted tokens in answers"))
+        ):
             text = f"{what}, by kind of draft"
             family = CounterMetricFamily(f"llamaclust_spec_decode_{name}_tokens_by_kind", text, labels=["kind"])
             for kind, counts_of_kind in sorted(self.drafts.kinds.items()):

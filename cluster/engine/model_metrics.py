@@ -1,4 +1,4 @@
-"""Metrics of several models as one text. Each sample has a label with its model."""
+"""The metrics of several models as one text. Each sample is labelled with its model."""
 
 from __future__ import annotations
 

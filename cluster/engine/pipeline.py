@@ -1,4 +1,4 @@
-"""The interface between the engine and the stages: workers over gRPC, or a stage in this process."""
+"""The interface between the engine and the stages, which are workers over gRPC or a stage in this process."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from llamaclust.wire.microbatch.messages import Result
 
 @dataclass(frozen=True, slots=True)
 class StageInfo:
-    """One stage of a running pipeline: layers [start, end) on a worker. `devices` are the layers on the worker's GPUs.
-    A stage of a group has an entry for each member, as in a plan."""
+    """One stage of a running pipeline, with layers [start, end) on a worker. `devices` are the layers on the worker's
+    GPUs. As in a plan, each member of a group has an entry of its own."""
 
     worker: str
     start: int
@@ -32,30 +32,30 @@ class StageInfo:
 
     @property
     def layers(self) -> tuple[float, float]:
-        """The half-open range of layers. A bound is a fraction if it is inside a layer whose experts are divided."""
+        """The half-open range of layers. If a bound is inside a layer whose experts are divided, it is a fraction."""
         return layer_place(self.start, self.expert_shards), layer_place(self.end, self.expert_shards)
 
 
 class KvDisks(Protocol):
-    """Disks of a pipeline's stages, which store KV blocks by key. Each result is the minimum over all stages. Methods
-    raise LlamaclustError if a stage does not answer, DeadlineError if that stage may still use the blocks."""
+    """The disks of a pipeline's stages, which store KV blocks by key. Results are the minimum over all stages. Methods
+    raise LlamaclustError if a stage fails, and DeadlineError if a late stage may still use the blocks."""
 
     async def find(self, keys: Sequence[bytes]) -> int:
-        """Returns how many of the first keys all stages have on disk."""
+        """Returns how many leading keys all stages have on disk."""
         ...
 
     async def restore(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
-        """Reads blocks from disk. Returns how many of the first ones all stages have read."""
+        """Reads blocks from disk. Returns how many leading blocks all stages have read."""
         ...
 
     async def save(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
-        """Writes the last keys' blocks to disk. Returns how many of these keys all stages now have there."""
+        """Writes `blocks`, which belong to the last of `keys`. Returns how many of them all stages now have on disk."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class TileTask:
-    """A tile of an image, uint8 [height, width, 3], whose result are float32 rows [rows, width]."""
+    """An image tile, uint8 [height, width, 3]. Its result is float32 [rows, width]."""
 
     tile: NDArray[np.uint8]
     rows: int
@@ -63,18 +63,18 @@ class TileTask:
 
 
 class EncoderUnreachableError(WorkerError):
-    """The encoder of images cannot be reached now. It has not got the tile."""
+    """The image encoder cannot be reached now, and has not received the tile."""
 
 
 class PipelineEncoder(Protocol):
     @property
     def worker(self) -> str | None:
-        """The name of its worker; None in this process."""
+        """The name of the encoder's worker. None if the encoder is in this process."""
         ...
 
     async def rows(self, task: TileTask) -> NDArray[np.float32]:
         """Returns a tile's rows. Raises RequestError if the encoder refuses the tile, EncoderUnreachableError if it has
-        not got the tile, and another LlamaclustError if it fails."""
+        not received the tile, and another LlamaclustError if it fails."""
         ...
 
 
@@ -92,15 +92,15 @@ class Pipeline(Protocol):
 
     @property
     def no_images(self) -> str:
-        """Returns why there is no encoder; empty if there is one, or if the model has no projector."""
+        """The reason why there is no encoder. It is empty if there is one, or if the model has no projector."""
         ...
 
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
-        """Sends microbatches to the first stage and their sampling inputs to the last, without waiting."""
+        """Sends microbatches to the first stage, and their sampling inputs to the last stage, without waiting."""
         ...
 
     def prepare_matchers(self) -> None:
-        """Announces to the last stage that requests with matchers will come. Only the first call has an effect."""
+        """Tells the last stage that requests with matchers will come. Only the first call has an effect."""
         ...
 
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
@@ -111,7 +111,7 @@ class Pipeline(Protocol):
 
 
 class NoPipeline:
-    """Stands in for a pipeline while none is loaded. It is never run."""
+    """Takes a pipeline's place while no model is loaded. It is never run."""
 
     epoch = 0
     stages: tuple[StageInfo, ...] = ()
@@ -123,7 +123,7 @@ class NoPipeline:
         raise AssertionError("no pipeline is loaded")
 
     def prepare_matchers(self) -> None:
-        """Does nothing: there is no stage."""
+        """Does nothing, because there is no stage."""
 
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
         raise AssertionError("no pipeline is loaded")

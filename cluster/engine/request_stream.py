@@ -1,4 +1,4 @@
-"""Submitted requests. Their events go to a sink, or to a reader as a stream, and they can be aborted."""
+"""Submitted requests. A request's events go to a sink or to a reader, and the request can be aborted."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """Receives a request's events inside the engine's own loop. Methods must return soon and raise nothing."""
+    """Receives a request's events on the engine's event loop. Methods must return soon and must not raise."""
 
     def begin(self, request: SubmittedRequest) -> None:
         """Receives the request once, before its events."""
@@ -99,7 +99,7 @@ class OpenRequests:
 
     @contextmanager
     def announced(self) -> Iterator[None]:
-        """Counts a request that is not open yet but already needs the model, because its images are encoded first."""
+        """Counts a request that is not open yet, but already needs the model because its images are encoded first."""
         self._announced += 1
         self._changed()
         try:
@@ -158,15 +158,15 @@ class OpenRequests:
 
 
 class RequestStream:
-    """The events of one request for one reader, `Finished` last. A failed request raises an exception instead. The
-    request ends early by `abort`, by leaving `async with`, by cancelling the reading task, and at the deadline."""
+    """One request's events for one reader. The last event is `Finished`, but a failed request raises an exception. The
+    request ends early after `abort` or leaving `async with`, if the reading task is cancelled, or at the deadline."""
 
     def __init__(self, submit: Callable[[Sink], SubmittedRequest]) -> None:
         self._events: asyncio.Queue[Event | LlamaclustError | None] = asyncio.Queue()  # an error or None ends them
         self._request = submit(self)
 
     def begin(self, request: SubmittedRequest) -> None:
-        """Does nothing: `submit` returns the request."""
+        """Does nothing, because `submit` returns the request."""
 
     def take(self, event: Event) -> None:
         self._events.put_nowait(event)

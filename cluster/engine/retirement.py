@@ -1,4 +1,4 @@
-"""Retires a lane (a pipeline with its scheduler): its sequences move to another lane without a pause."""
+"""Retires a lane (a pipeline with its scheduler). Its sequences move to another lane without a pause."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from llamaclust.core.errors import LlamaclustError
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 _TAIL_TOKENS = 3 * KV_BLOCK_TOKENS
-"""The most tokens that a moving sequence may lack on the new lane. They are computed quickly."""
+"""The most tokens that the new lane may lack when a sequence moves. It computes these quickly."""
 _LEAST_LEFT = 32
 """The fewest tokens that a sequence must have left to generate if it is to move."""
 
 
 @dataclass(frozen=True, slots=True)
 class _PreCopy:
-    """A sequence of the new lane that computes the tokens of one of the old lane, so that the prefix cache has them."""
+    """A sequence on the new lane that computes an old lane's sequence again, so that the prefix cache has its rows."""
 
     key: int
     of: Sequence
@@ -33,8 +33,8 @@ class _PreCopy:
 
 
 class Retirement:
-    """Moves the sequences of `old` to `new`: waiting ones at once, decoding ones one after the other. The new pipeline
-    first computes a copy of such a sequence, so that only its newest tokens are not cached when it moves."""
+    """Moves sequences from `old` to `new`. Waiting sequences move at once, and decoding sequences move one by one. The
+    new lane first computes a copy of a decoding sequence, so that only its newest tokens are not cached then."""
 
     def __init__(self, old: Lane, new: Lane) -> None:
         self.old = old
@@ -60,7 +60,7 @@ class Retirement:
         return [(key, updates) for key, updates in updated if key != pre_copy.key]
 
     def advance(self) -> None:
-        """Moves the sequences that can move now. Must be called after each change of either lane."""
+        """Moves the sequences that can move now. Must be called after each change on either lane."""
         old = self.old.scheduler
         self._take_over(old.movable)
         if self._pre_copy is not None and not self._is_on_old(self._pre_copy.of):
@@ -81,7 +81,7 @@ class Retirement:
         self._take_over(old.movable)
 
     def end(self, error: LlamaclustError | None) -> Counts:
-        """Ends the old lane and returns its counts. Sequences left there are computed again on the new lane."""
+        """Ends the old lane and returns its counts. Sequences left on it are computed again on the new lane."""
         self.error = error
         self.old.stop()
         self._drop_pre_copy()
@@ -100,7 +100,7 @@ class Retirement:
         return sequence in self.old.scheduler.queues.running
 
     def _next(self) -> Sequence | None:
-        """Returns the sequence with the most tokens left to generate, if the new lane has room for a copy now."""
+        """Returns the sequence with the most tokens left to generate, if the new lane has room for its copy."""
         if self._moving is not None and self._moving.phase not in (Phase.DECODE, Phase.FINISHED):
             return None
         movable = [
@@ -135,7 +135,7 @@ class Retirement:
         self.new.launch_soon()
 
     def _copied(self, pre_copy: _PreCopy) -> None:
-        """Moves the sequence. If many tokens were added meanwhile, copies these first."""
+        """Moves the sequence. If many tokens have been added meanwhile, first copies these tokens."""
         sequence = pre_copy.of
         tail = len(sequence.tokens) - pre_copy.tokens
         if _TAIL_TOKENS < tail < pre_copy.tail and self._can_copy(sequence):

@@ -1,4 +1,4 @@
-"""The recent speed of a cluster as measured, in the same figures that a plan predicts."""
+"""Measures a cluster's recent speed, in the same figures that a plan predicts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _REQUESTS = 32
 
 @dataclass(frozen=True, slots=True)
 class MeasuredSpeed:
-    """Medians over the last requests (None before the first), and tokens over the last ten seconds."""
+    """Medians over the last requests (None before the first request), and token counts over the last ten seconds."""
 
     token_ms: float | None  # from token to token of a request, whatever else ran
     ttft_ms: float | None  # from arrival to the first token
@@ -45,7 +45,7 @@ class RecentSums:
         return sum(one for one, _ in recent), sum(other for _, other in recent)
 
     def rates(self, now_ns: int, since_ns: int) -> tuple[float, float]:
-        """Returns (share of time, rows per second) over the window, for a counter of nanoseconds and rows."""
+        """Returns (share of time, rows per second) over the window. The sums must be of nanoseconds and of rows."""
         ns, rows = self.sums(now_ns)
         span_s = max((now_ns - max(_first_second(now_ns) * 1_000_000_000, since_ns)) / 1e9, 1e-3)
         return min(1.0, ns / 1e9 / span_s), rows / span_s

@@ -26,8 +26,8 @@ class TraceContext:
 
     @classmethod
     def parse(cls, traceparent: Sequence[str], tracestate: Sequence[str] = ()) -> TraceContext | None:
-        """Returns the context given by the headers' values. Returns None if `traceparent` is malformed or not given
-        exactly once. A `tracestate` that is malformed or too long is dropped."""
+        """Returns the trace context from the headers' values. Returns None if `traceparent` is malformed or not given
+        exactly once. Drops a `tracestate` that is malformed or too long."""
         if len(traceparent) != 1 or len(traceparent[0]) > _MAX_CHARACTERS:
             return None
         found = _TRACEPARENT.fullmatch(traceparent[0].strip())
@@ -44,4 +44,4 @@ class TraceContext:
 
 
 current_trace: ContextVar[TraceContext | None] = ContextVar("trace", default=None)
-"""The trace context of the request on which the current task works. None if the request is not traced."""
+"""The trace context of the current task's request. None if the request is not traced."""

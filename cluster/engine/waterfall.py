@@ -31,7 +31,7 @@ _RECOMPUTATION, _PREFILL, _DECODE = PhaseKind.RECOMPUTATION, PhaseKind.PREFILL, 
 
 @dataclass(slots=True)
 class WaterfallPhase:
-    """A phase. `ns` is its whole time. The other times are 0 in a phase without computation."""
+    """A phase of a sequence. `ns` is the phase's whole time. Without computation, its other times are 0."""
 
     kind: PhaseKind
     start_ns: int
@@ -59,7 +59,7 @@ class ComputedMicrobatch:
     def of(
         cls, stages: tuple[StageInfo, ...], timings: tuple[StageTiming, ...], sent_ns: int, done_ns: int
     ) -> ComputedMicrobatch:
-        """Makes the value from a result's stage timings. If some are missing, all time counts as the links'."""
+        """Converts a result's stage timings. If a stage's timing is missing, all time counts for the links."""
         if len(timings) != len(stages):
             return cls((), sent_ns, done_ns, (), 0)
         parts = tuple(ns for timing in timings for ns in (timing.compute_ns, timing.queue_ns, timing.wire_ns))
@@ -89,8 +89,8 @@ class Waterfall:
         self._at_ns = now_ns
 
     def add(self, microbatch: ComputedMicrobatch, chunk: Chunk, drafted: int = 0) -> None:
-        """Adds the time since the last microbatch, in which this one computed rows. The last `drafted` may be computed
-        again. With several in flight, each counts from the end of the one before it."""
+        """Adds the time since the last microbatch, in which this microbatch computed the chunk's rows. The last
+        `drafted` rows may be computed again. With several in flight, each begins when the one before it ended."""
         end = chunk.position + len(chunk.tokens)
         kind = self._kind(chunk.position)
         self._reached = max(self._reached, end - drafted)

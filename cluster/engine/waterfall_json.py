@@ -11,14 +11,14 @@ from llamaclust.cluster.engine.waterfall import WaterfallPhase
 from llamaclust.cluster.engine.waterfalls import RequestRecord
 
 SHOWN_CHARACTERS = 8
-"""The number of characters of a request's id that are shown. Whoever knows a whole id can read or end the reply.
-Further characters are not compared either, so that nobody can find them one after another."""
+"""The number of characters shown of a request's id. Anyone who knows a whole id can read or end the reply. Further
+characters are not compared either, so that nobody can find them one by one."""
 
 _ID = re.compile(r"[0-9a-f]{4,}")
 
 
 def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
-    """Returns the records of a request. `name` is at least the first 4 characters of its id or of its reply's id."""
+    """Returns a request's records. `name` is the request's id or its reply's id, or at least the first 4 characters."""
     if not (found := _ID.findall(name)):
         return []
     beginning = max(found, key=len)[:SHOWN_CHARACTERS]
@@ -26,7 +26,7 @@ def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
 
 
 def summary_json(record: RequestRecord, adapters: Mapping[int, str]) -> dict[str, Any]:
-    """Returns a record without phases. `adapters`: names by number, null for one that was unloaded long ago."""
+    """Returns a record without phases. `adapters` has names by number. Adapters unloaded long ago get the name null."""
     timings = record.timings
     return {
         "id": record.request_id[:SHOWN_CHARACTERS],

@@ -1,4 +1,4 @@
-"""Waterfalls of an engine's open requests and of the last ended ones, without text or tokens."""
+"""Waterfalls of an engine's open requests and of its last ended requests. They have no text and no tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RequestRecord:
 
 
 class SpanSink(Protocol):
-    """Makes spans of traced requests. It is called on the event loop, and must return at once."""
+    """Makes spans of traced requests. It is called on the event loop, so it must return at once."""
 
     def ended(self, record: RequestRecord, request: GenerationRequest, trace: TraceContext) -> None: ...
 
@@ -43,7 +43,7 @@ class _Open:
 
 
 class Waterfalls:
-    """Owns the waterfalls. Time without a pipeline counts as loading without a model, and as recovery after a loss."""
+    """Owns the waterfalls. Time without a pipeline counts as loading, or after a loss as recovery."""
 
     def __init__(self) -> None:
         self.spans: SpanSink | None = None  # None: without telemetry

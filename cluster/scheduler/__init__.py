@@ -1,1 +1,1 @@
-"""Turns requests into microbatches: continuous batching, KV block tables, prefix cache, preemption. It uses no I/O."""
+"""Decides what the pipeline computes: continuous batching, KV block tables, prefix cache, preemption. Uses no I/O."""

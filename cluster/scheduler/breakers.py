@@ -1,4 +1,4 @@
-"""Sequence breakers of the DRY sampler as token sequences. Repetitions that contain a breaker do not count."""
+"""The DRY sampler's sequence breakers. DRY does not count a repetition that contains a breaker."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ _KEPT = 16
 
 def check_size(tokens: int) -> None:
     if tokens > MAX_BREAKERS_TOKENS:
-        reason = f"the token sequences with these texts have {tokens} tokens; the limit is {MAX_BREAKERS_TOKENS}"
+        reason = (
+            f"the token sequences that contain these texts have {tokens} tokens; the limit is {MAX_BREAKERS_TOKENS}"
+        )
         raise ParameterError("dry_sequence_breakers", f"{reason}: give fewer or rarer texts")
 
 
 class BreakerTokens:
-    """Finds the token sequences of a tokenizer that contain a text. Must be used by one thread. The first use indexes
-    the vocabulary, about a second for 256 Ki tokens. After that, each text takes about a millisecond."""
+    """Finds the token sequences whose text contains a given string. Only one thread may use a finder. The first search
+    indexes the vocabulary, which takes about a second for 256 Ki tokens. Later searches take about a millisecond."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._sequences = lru_cache(_KEPT)(self._find)
 
     def of(self, texts: Sequence[str]) -> Breakers:
-        """Returns the breakers for all texts. Raises ParameterError if the breakers have too many tokens."""
+        """Returns all texts' breakers by first token. Raises ParameterError if they have too many tokens."""
         by_head: dict[int, dict[tuple[int, ...], None]] = {}
         tokens = 0
         for text in texts:
@@ -52,7 +54,8 @@ class BreakerTokens:
         return TokenIndex([self._tokenizer.token_bytes(token) for token in range(self._tokenizer.vocabulary_size)])
 
     def _find(self, text: str) -> tuple[tuple[int, ...], ...]:
-        """Returns each token that contains the text, and each that ends with its beginning, then tokens of the rest."""
+        """Returns each token that contains the text. Also returns each token that ends with the text's beginning,
+        followed by the tokens of the rest."""
         whole = text.encode("utf-8", "surrogatepass")
         found: list[tuple[int, ...]] = [(token,) for token in self._index.containing(whole)]
         containing, tokens = {token for (token,) in found}, len(found)
@@ -73,8 +76,8 @@ class BreakerTokens:
 
 
 class SeenBreakers:
-    """Selects the breakers of a request that the next token may complete: those whose other tokens have all occurred.
-    Adding tokens takes time linear in the total length of the breakers."""
+    """Selects a request's breakers that the next token may complete. All other tokens of such a breaker have occurred.
+    Adding all tokens takes time linear in the total length of the breakers."""
 
     __slots__ = ("_by_head", "_found", "_seen", "_sequences", "_waiting")
 
@@ -94,7 +97,7 @@ class SeenBreakers:
         return self._sequences
 
     def with_tokens(self, tokens: Iterable[int]) -> tuple[tuple[int, ...], ...]:
-        """Returns the breakers as if these tokens had occurred too. More breakers than needed do no harm."""
+        """Returns the breakers as if these tokens had occurred too. Extra breakers do no harm."""
         if not self._by_head or self._seen.issuperset(tokens):
             return self.sequences
         more = copy(self)

@@ -1,4 +1,4 @@
-"""Serving limits of a model. The settings of the scheduler and the limits of the stages are derived from them."""
+"""A model's serving limits. The scheduler's settings and the stages' limits are derived from them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ ROWS = 512
 
 
 def microbatch_rows(projector: Projector | None) -> int:
-    """Returns the rows of a microbatch beyond one per sequence. Rows of an image that see each other must fit together,
-    up to half of `MAX_BATCH_TOKENS`."""
+    """Returns how many rows a microbatch holds in addition to one row per sequence. Image rows that see each other must
+    fit into one microbatch, up to half of `MAX_BATCH_TOKENS`."""
     if projector is None or not projector.is_bidirectional:
         return ROWS
     return max(ROWS, min(projector.max_rows, MAX_BATCH_TOKENS // 2))
@@ -32,7 +32,7 @@ def blocks_of(tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class BlockCounts:
-    """Numbers of KV blocks, of window blocks (layers with a sliding window), and of state blocks. 0: there are none."""
+    """Block counts of KV memory, of layers with a sliding window, and of states. 0 means that there are no blocks."""
 
     kv: int
     window: int = 0
@@ -56,7 +56,7 @@ class Capacity:
         return max(self.rows, self.prefill_chunk or 0) + self.max_sequences
 
     def costs(self, model: Model, expert_shards: int = 1) -> ModelCosts:
-        """Returns the model's costs, including an MTP head that drafts. Raises UsageError if there is no such head."""
+        """Returns the model's costs, with its MTP head if that drafts. Raises UsageError if the head is missing."""
         costs = model.costs(self.kv_type, expert_shards)
         return with_nextn(model, costs, self.kv_type) if self.mtp and expert_shards == 1 else costs
 

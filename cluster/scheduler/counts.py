@@ -1,5 +1,3 @@
-"""Counters and gauges of a scheduler."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
@@ -22,5 +20,5 @@ class Counts:
 
     @property
     def totals(self) -> Counts:
-        """A copy with all gauges at 0, for a scheduler that has ended. Counters keep their values."""
+        """A copy for a scheduler that has ended. Gauges are 0, and counters keep their values."""
         return replace(self, running=0, waiting=0, in_flight=0, kv_blocks=0, kv_blocks_held=0)

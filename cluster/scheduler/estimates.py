@@ -1,10 +1,8 @@
-"""Time estimates that are learned from samples."""
-
 from __future__ import annotations
 
 _SLOW_WEIGHT = 0.1
 _FAST_WEIGHT = 0.4
-"""The weight of a sample below the estimate. Samples above weigh less: chance delays make steps slower, not faster."""
+"""The weight of a sample below the estimate. Higher samples weigh less, because delays only make steps slower."""
 
 
 def moved(estimate: float, sample: float) -> float:

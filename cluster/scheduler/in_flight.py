@@ -1,4 +1,4 @@
-"""Owns the microbatches in flight: numbers them, checks the order of their results, and learns stage times."""
+"""Owns the microbatches in flight: numbers them, checks that results come in order, and learns stage times."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.core.sampling import RowResult, SampleTask
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
 
 _DEFERRED_S = 90.0
-"""The most seconds for which a row may be deferred. The last stage itself gives up a slow matcher after 60 s."""
+"""The most seconds for which a row may be deferred. The last stage gives up a slow matcher after 60 s."""
 
 
 @dataclass(slots=True)
@@ -105,13 +105,13 @@ class InFlight:
         return ScheduledMicrobatch(microbatch, SamplingInputs(self.epoch, number, tasks, released, starts))
 
     def complete(self, result: Result, now_ns: int) -> tuple[SequenceSlice, ...]:
-        """Returns the slices that a result belongs to. `now_ns`: when it was computed, maybe before it arrived. Raises
-        ProtocolError if the result does not answer the microbatch that is due."""
+        """Returns the slices that the result belongs to. `now_ns` is the time at which the result was computed, which
+        may be before it arrived. Raises ProtocolError if the result is not valid for the microbatch that is due."""
         due = self._sent[0] if self._sent else None
         if due is None or (result.epoch, result.number) != (self.epoch, due.number):
             expected = f"microbatch {due.number} of epoch {epoch_text(self.epoch)}" if due else "nothing"
             given = f"microbatch {result.number} of epoch {epoch_text(result.epoch)}"
-            raise ProtocolError(f"a result for {given}, but {expected} is due")
+            raise ProtocolError(f"the pipeline returned a result for {given}, but {expected} is due")
         outputs = sum(len(taken.tasks) for taken in due.slices)
         if (found := len(result.rows)) != outputs:
             raise ProtocolError(f"microbatch {due.number} came back with {found} results instead of {outputs}")
@@ -120,7 +120,7 @@ class InFlight:
             rows = f"{embedded} embedded rows of {self._row_bytes} bytes"
             raise ProtocolError(f"microbatch {due.number} came back with {found} bytes for {rows}")
         if (token := max(map(_highest_token, result.rows), default=0)) >= self._vocabulary:
-            what = f"token id {token}; the vocabulary has {self._vocabulary}"
+            what = f"token id {token}; the vocabulary has {self._vocabulary} tokens"
             raise ProtocolError(f"microbatch {due.number} came back with {what}")
         deferred = any(row.is_deferred for row in result.rows)
         if deferred or self._deferred_ns:
@@ -141,7 +141,6 @@ class InFlight:
         return due.slices
 
     def _check_deferred(self, due: _Sent, rows: tuple[RowResult, ...], now_ns: int) -> None:
-        """Raises ProtocolError if a deferred row has no matcher, or has been deferred for more than `_DEFERRED_S`."""
         at = 0
         for taken in due.slices:
             key, places = taken.sequence.key, range(at, at := at + len(taken.tasks))
@@ -151,4 +150,4 @@ class InFlight:
             if not deferred:
                 self._deferred_ns.pop(key, None)
             elif now_ns - self._deferred_ns.setdefault(key, now_ns) > _DEFERRED_S * 1e9:
-                raise ProtocolError(f"the same row was deferred for {_DEFERRED_S:g} s, until microbatch {due.number}")
+                raise ProtocolError(f"microbatch {due.number} deferred a row again after {_DEFERRED_S:g} s")

@@ -1,15 +1,15 @@
-"""Decides how many lookahead steps are sent: decode steps whose input tokens are not known yet.
+"""Decides how many lookahead steps are sent. A lookahead step is a decode step whose input tokens are not known yet.
 
 Stages compute lookahead steps while results travel. A worker that holds the whole model gets several short steps
-together and answers them together, so that coordinator and worker wake up only once and leave the cores to computation.
-"""
+together and answers them together. Coordinator and worker then wake up only once, and leave the cores to
+computation."""
 
 from __future__ import annotations
 
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _WORTH_HIDING = 0.02
-"""Lookahead delays new requests, so links and coordinator must take more than this share of a step's time."""
+"""The least share of a step's time in links and coordinator at which lookahead pays. Lookahead delays new requests."""
 
 _MOST_NS = 20e6
 """The most nanoseconds of lookahead steps in flight. New requests wait for them, and an answer's end wastes them."""
@@ -37,8 +37,8 @@ class Lookahead:
         return decode_ns is not None and self._times.whole_transit_ns > _WORTH_HIDING * decode_ns
 
     def steps(self, under_way: int, *, several: bool) -> int:
-        """Returns the most unknown tokens that may precede the next step; 0 means that no step is sent. With `several`,
-        steps are sent until `most_steps` are in flight, and again after half of them have returned."""
+        """Returns how many unknown tokens may precede the next step, or 0 to send no step. If `several` is set, steps
+        are sent until `most_steps` are in flight, and again after half of them have returned."""
         most = self.most_steps if several else 1
         if under_way <= (most + 1) // 2:
             self._is_filling = True

@@ -1,4 +1,4 @@
-"""The scheduler's record of a sequence's matcher, which runs at the last stage. It only decides when rows run."""
+"""The scheduler's record of a sequence's matcher. It only decides when rows run. The matcher runs at the last stage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class MatcherUse:
         return self.step_ns >= _SLOW_NS
 
     def learn(self, rows: Iterable[RowResult]) -> None:
-        """Updates `step_ns` from one step's rows. It falls slowly, because slow rows may follow quick ones."""
+        """Updates `step_ns` from one step's rows. `step_ns` falls slowly, because slow rows may follow quick rows."""
         if taken := [row.matcher_ns for row in rows if not row.is_deferred]:
             self.step_ns = max(sum(taken), self.step_ns * 3 // 4)
 

@@ -1,4 +1,4 @@
-"""Owns running and waiting sequences. A sequence starts when KV memory has room, and waits again if preempted."""
+"""Owns running and waiting sequences. A sequence starts when KV memory has room, and waits again if it is preempted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llamaclust.core.sharing.shares import fits
 _OVERTAKING = 8
 
 _MAX_OVERTAKEN = 32
-"""The most sequences that may overtake the first in turn. Then no other starts before it, however long it waits."""
+"""The most sequences that may overtake the sequence whose turn it is. No further sequence may start before it."""
 
 _PREFILL, _DECODE = Phase.PREFILL, Phase.DECODE
 _by_arrival = attrgetter("key")
@@ -46,7 +46,7 @@ class SequenceQueues:
 
     @property
     def decode_plainly(self) -> bool:
-        """True if all running sequences decode and sample from logits alone, so that lookahead can have their rows."""
+        """True if all running sequences decode and sample from logits alone. Lookahead can then have their rows."""
         return all(sequence.phase is _DECODE and sequence.sampler.is_plain for sequence in self.running)
 
     @property
@@ -83,15 +83,15 @@ class SequenceQueues:
         waiting = [*self.waiting, *self.restoring]
         own = sum([other.request.owner == owner for other in waiting])
         if not fits(own, len(waiting), most_waiting + self.max_running - len(self.running)):
-            raise QueueFullError(f"{own} requests wait already, more may not: try again later")
+            raise QueueFullError(f"{own} requests wait already, and no more are accepted: try again later")
 
     def add(self, sequence: Sequence, most_waiting: int) -> None:
-        """Queues a sequence. Raises the error of `check_room`."""
+        """Queues a sequence. Raises QueueFullError if the owner has too many waiting sequences."""
         self.check_room(sequence.request.owner, most_waiting)
         self.waiting.append(sequence)
 
     def admit(self) -> Sequence | None:
-        """Starts the first sequence in turn, otherwise a later one that fits, with blocks for all of its tokens."""
+        """Starts the first sequence in turn, or a later one that fits, and gives it blocks for all of its tokens."""
         if not self.can_start or not (waiting := startable(self.waiting, self.running)):
             return None
         running = Running.of(self.running)
@@ -112,8 +112,8 @@ class SequenceQueues:
         return True
 
     def give_turn(self) -> None:
-        """Preempts the youngest sequence of the owner and request with the most running ones, if the first waiting one
-        may take its turn (`takes_turn`) but lacks a place or memory. Not while a microbatch is being made."""
+        """Preempts a sequence if the first waiting sequence may take its turn (`takes_turn`) but lacks a place or
+        memory. The busiest owner's youngest sequence gives way. Must not run while a microbatch is being made."""
         if not self.waiting or not (waiting := startable(self.waiting, self.running)):
             return
         running = Running.of(self.running)
@@ -125,7 +125,7 @@ class SequenceQueues:
         self._preempt_one()
 
     def make_room(self, sequence: Sequence) -> None:
-        """Starts a sequence or gives it its next block, and preempts others for that. Nothing may be in flight."""
+        """Starts the sequence or gives it its next block, and preempts others if needed. Nothing may be in flight."""
         grow = self.memory.grow if sequence.phase is _DECODE else self.memory.extend
         if sequence.is_running and not grow(sequence):
             self.preempt(sequence)
@@ -136,8 +136,8 @@ class SequenceQueues:
         self._start(sequence)
 
     def shortest(self, prefilling: list[Sequence]) -> Sequence | None:
-        """Starts and returns the sequence to prefill before the oldest one, or None. It has fewer rows left, or an
-        owner or request with fewer running sequences."""
+        """Returns the sequence to prefill before the oldest, and starts it if it waits. It has fewer rows left, or its
+        owner or request runs fewer sequences. Returns None if the oldest sequence is next."""
         if not prefilling:
             return None
         running = Running.of(self.running)
@@ -203,7 +203,7 @@ class SequenceQueues:
         self.preemptions += 1
 
     def discard(self, sequence: Sequence) -> None:
-        """Drops all computation of a sequence, because it may be wrong. Its blocks are no longer shared."""
+        """Drops a sequence's computation, because it may be wrong. Its blocks are no longer shared."""
         sequence.outputs.repeat()
         self.memory.invalidate(sequence)
         if sequence.is_running:

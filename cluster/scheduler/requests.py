@@ -1,4 +1,4 @@
-"""Requests and events of the engine, in token ids. The engine's callers own text, stop strings and HTTP."""
+"""The engine's requests and events, in token ids. The engine's callers own text, stop strings and HTTP."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class GenerationRequest(AnswerOptions):
 
     @property
     def needs_place(self) -> bool:
-        """False if there may be nothing to compute."""
+        """False if the request may need no computation."""
         return self.embedded is not None or bool(self.max_new_tokens and not self.answered)
 
     @property
@@ -84,7 +84,7 @@ class GenerationRequest(AnswerOptions):
 
 @dataclass(frozen=True, slots=True)
 class PromptScored:
-    """Logprobs of prompt tokens [start, start + len(rows)). rows[i].token is the prompt's token at start + i."""
+    """Logprobs of the prompt tokens [start, start + len(rows)). rows[i].token is the prompt's token at start + i."""
 
     start: int
     rows: tuple[RowResult, ...]
@@ -92,7 +92,7 @@ class PromptScored:
 
 @dataclass(frozen=True, slots=True)
 class PromptEmbedded:
-    """Normed hidden states of prompt tokens [start, start + count): little-endian float32 [count, embedding]."""
+    """Normed hidden states of the prompt tokens [start, start + count), as little-endian float32 [count, embedding]."""
 
     start: int
     count: int
@@ -106,7 +106,7 @@ class TokenSampled:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Times and token counts of one request. The request's arrival is the start of `queue_ms` and `ttft_ms`."""
+    """One request's times and token counts. `queue_ms` and `ttft_ms` begin when the request arrives."""
 
     queue_ms: float
     ttft_ms: float
@@ -144,11 +144,11 @@ Event = PromptScored | PromptEmbedded | TokenSampled | Finished
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The last update of a request that failed because one of its own rows has no result. Other requests go on."""
+    """The last update of a request that failed, because one of its own rows has no result. Other requests continue."""
 
     message: str
     is_request_fault: bool = False
-    """True if the request itself is the cause, so that it fails however often it is computed."""
+    """True if the request itself is the cause, so that it would fail again."""
 
 
 Update = Event | Failed

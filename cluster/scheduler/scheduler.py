@@ -1,7 +1,7 @@
 """Decides what the stages compute next: continuous batching, chunked prefill, preemption. It reads no clock.
 
-Blocks of a sequence that finishes, is aborted or is preempted are released at once. Microbatches in flight may still
-read them, but stages run microbatches in number order, and the next owner writes the blocks in a later one."""
+A sequence's blocks are released as soon as it finishes, is aborted or is preempted. Microbatches in flight may still
+read the blocks. This is safe, because stages run microbatches in order, and the next owner writes in a later one."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Result
 
 _VISIBLE_WAITING = 8
-"""The number of waiting sequences whose tokens count as pending work when the size of a prefill chunk is chosen."""
+"""The waiting sequences whose tokens count as pending work when the size of a prefill chunk is chosen."""
 
 _SHARED, _SHARED_ROWS = 4, 32
-"""The divisor of a prefill chunk's time limit, and the most rows of a chunk, while another pipeline runs on the same
-workers. Only one chunk is then in flight, because decode of the other pipeline may wait for it at each stage."""
+"""The divisor of a prefill chunk's time limit, and a chunk's most rows, while another pipeline runs on the same
+workers. One chunk is then in flight, because the other pipeline's decode may wait for it."""
 
 _by_remaining = attrgetter("remaining")
 _by_arrival = attrgetter("key")
@@ -98,7 +98,7 @@ class Scheduler:
         return self._sequences
 
     def add(self, request: GenerationRequest, now_ns: int) -> Sequence:
-        """Queues a request with anything to compute. Raises QueueFullError (early if possible) or ParameterError."""
+        """Queues a request unless its end is known. Raises QueueFullError (early if possible) or ParameterError."""
         settings = self.settings
         if request.needs_place:
             self.queues.check_room(request.owner, settings.max_waiting)
@@ -129,7 +129,7 @@ class Scheduler:
         return sequence
 
     def restart(self, settings: SchedulerSettings, epoch: int, stages: int) -> None:
-        """Moves all sequences to a new pipeline, whose stages hold nothing of them. They wait in order of arrival."""
+        """Moves all sequences to a new pipeline, in order of arrival. The new stages compute everything again."""
         self._use_pipeline(settings, epoch, stages)
         self.queues.restart(KvMemory(settings), settings.max_sequences, self._sequences.values())
 
@@ -149,7 +149,7 @@ class Scheduler:
             self.queues.put_back(sequence)
 
     def take_over(self, other: Scheduler, sequences: Iterable[Sequence]) -> None:
-        """Takes over another scheduler's sequences (movable, or of a lost pipeline), in order of arrival."""
+        """Takes over another scheduler's sequences in order of arrival. Each is movable or from a lost pipeline."""
         for sequence in sequences:
             other.put_back(sequence)
             other.queues.waiting.remove(sequence)
@@ -164,7 +164,7 @@ class Scheduler:
         self.queues.waiting = deque(sorted(self.queues.waiting, key=_by_arrival))
 
     def has_room_for(self, sequence: Sequence) -> bool:
-        """True if a sequence of another scheduler could start here at once and delay no waiting sequence."""
+        """True if another scheduler's sequence could start here at once without delaying a waiting sequence."""
         queues = self.queues
         if queues.waiting or queues.restoring or len(queues.running) >= queues.max_running:
             return False
@@ -198,7 +198,7 @@ class Scheduler:
         return self._launch(slices, len(ready), now_ns) if slices else self._next_ahead(now_ns)
 
     def complete(self, result: Result, now_ns: int, *, suspects_workers: bool = False) -> Completed:
-        """Processes the result. With `suspects_workers`, the last stage may move to another worker after a failure.
+        """Processes a result. `suspects_workers` means that another worker may take the last stage after a failure.
         Raises ProtocolError if the result is not due."""
         completed = Completed()
         row = at = 0  # in the rows, and in the embeddings
@@ -266,7 +266,7 @@ class Scheduler:
         return self._fitting([sequence for sequence in awaiting if sequence.phase is Phase.DECODE])
 
     def _fitting(self, decoding: list[Sequence]) -> list[Sequence]:
-        """Returns the oldest sequences whose rows fit into a microbatch. Those with a state may have several rows."""
+        """Returns the oldest sequences whose rows fit into a microbatch. A sequence with a state may take several."""
         ends = accumulate(map(_next_rows, decoding))
         return [sequence for sequence, end in zip(decoding, ends, strict=True) if end <= self.settings.max_batch_tokens]
 
@@ -281,7 +281,7 @@ class Scheduler:
         return ready
 
     def _next_ahead(self, now_ns: int) -> ScheduledMicrobatch | None:
-        """Returns a lookahead step or None. There is none while groups keep the stages busy, or prompts would wait."""
+        """Returns a lookahead step. Returns None if stages are busy, if prompts would wait, or if it would not pay."""
         queues = self.queues
         if queues.can_start or queues.prefilling or self._split.groups(queues.decoding) > 1:
             return None
@@ -310,7 +310,7 @@ class Scheduler:
         return self._launch((take_token(sequence),), 1, now_ns) if sequence.drafting.next else None
 
     def _next_alone(self, sequence: Sequence, now_ns: int) -> ScheduledMicrobatch | None:
-        """Returns a microbatch of this sequence alone. Others are preempted if needed. Nothing may be in flight."""
+        """Returns a microbatch of this sequence only, and preempts others if needed. Nothing may be in flight."""
         queues = self.queues
         queues.make_room(sequence)
         if sequence.phase is Phase.DECODE:
@@ -336,9 +336,9 @@ class Scheduler:
     # -- prefill ---------------------------------------------------------------------------------------------------
 
     def _prefill_slices(self, ready: list[Sequence], now_ns: int) -> list[SequenceSlice]:
-        """Returns the prompt slices of a microbatch. Half of the rows go to the sequences with the fewest rows left,
-        the rest by order of arrival, so that neither short prompts wait nor the oldest starves. All go by order of
-        arrival if prompts, or the oldest one's next rows, must be computed together."""
+        """Returns a microbatch's prompt slices. Half of the rows go to the sequences with the fewest rows left, and the
+        rest by order of arrival. Short prompts then do not wait, and the oldest prompt does not starve. All rows go by
+        order of arrival if prompts, or the oldest prompt's next rows, must be computed together."""
         prefilling = self.queues.prefilling
         if not prefilling and not self.queues.can_start:
             return []

@@ -1,4 +1,4 @@
-"""A sequence: one request on a pipeline. Its tokens and Mirostat's mu are enough to compute it again."""
+"""A sequence is one request on a pipeline. It can be computed again from its tokens and Mirostat's mu."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Sequence:
 
     @property
     def is_begun(self) -> bool:
-        """True once the sequence has started to run for the first time, even if it waits again."""
+        """True once the sequence has run for the first time, even if it waits again."""
         return self.usage.cached_tokens is not None
 
     @property
@@ -96,7 +96,7 @@ class Sequence:
 
     @property
     def target(self) -> int:
-        """The number of rows to compute. The last token has no row if no token is sampled after it."""
+        """The number of rows to compute. The last token needs no row if no token is sampled after it."""
         if self.request.embedded is not None:
             return self.prompt_length if self.is_whole else self.outputs.end
         return len(self.tokens) if self.max_new_tokens else len(self.tokens) - 1
@@ -107,7 +107,7 @@ class Sequence:
 
     @property
     def next_rows(self) -> int:
-        """The number of known rows in the next decode step: several if refused drafts set a state back."""
+        """The number of known rows in the next decode step. It is several if refused drafts have set a state back."""
         return max(1, self.remaining)
 
     @property
@@ -115,14 +115,14 @@ class Sequence:
         return self.phase is _DECODE and self.scheduled < len(self.tokens)
 
     def has_prompt_of(self, request: GenerationRequest) -> bool:
-        """True for another choice of the same API request: prompt and all that decides about KV blocks are equal."""
+        """True if the request is another choice of the same API request. Its KV blocks then have equal keys."""
         own = self.request
         is_same = own.prompt is request.prompt and own.images is request.images
         return is_same and (own.cache_salt, own.adapters) == (request.cache_salt, request.adapters)
 
     def may_go_ahead(self, most: int) -> bool:
-        """True if the next row can be sent before its token is known. At most `most` tokens may be unknown, this one
-        included, and at most one if samplers look at earlier tokens."""
+        """True if the next row can be sent before its token is known. At most `most` tokens may be unknown, including
+        the row's own, and at most one if samplers look at earlier tokens."""
         most = 0 if self.matcher.is_slow else most if self.sampler.is_plain else 1
         if not 0 < self.sampling <= most or self.request.params.needs_state:
             return False
@@ -131,7 +131,7 @@ class Sequence:
 
     @property
     def may_draft(self) -> bool:
-        """True if drafted rows may be computed with the last token's row: sampling must not depend on Mirostat's mu."""
+        """True if drafted rows may be computed with the last token's row. With Mirostat, mu would be unknown."""
         request = self.request
         is_open = self.phase is _DECODE and self.left > 1 and request.max_drafted != 0
         is_early = request.needs_matcher and self.generated < request.min_tokens
@@ -139,7 +139,7 @@ class Sequence:
 
     @property
     def may_draft_further(self) -> bool:
-        """True if further drafts may follow those in flight. Sampling must need no earlier tokens and no matcher."""
+        """True if further drafts may follow the drafts in flight. Sampling needs no earlier tokens and no matcher."""
         ahead = self.drafting.ahead
         return self.samples_alone and bool(ahead) and self.may_draft and self.left > len(ahead) + 1
 
@@ -149,7 +149,7 @@ class Sequence:
 
     @property
     def expects_forced(self) -> bool:
-        """True if the grammar forced tokens recently. If it does so again, a lookahead row repeats one of them."""
+        """True if the grammar forced tokens recently. If it forces another, a lookahead row would compute it twice."""
         return self.request.needs_matcher and self.drafting.expects_forced(self.generated)
 
     @property
@@ -179,13 +179,13 @@ class Sequence:
 
     @property
     def settled(self) -> int:
-        """The first row that may be computed again: a drafted row in flight, or with states a row before it."""
+        """The first row that may be computed again. It is a drafted row in flight, or with states an earlier row."""
         ahead = self.drafting.ahead
         return self.computed if ahead and self.kv.states.is_begun else self.scheduled - len(ahead)
 
     @property
     def begins_with_group(self) -> bool:
-        """True if the next rows belong to an image whose rows see each other both ways."""
+        """True if the next rows belong to an image whose rows see each other."""
         return self.images is not None and self.images.begins_with_group(self.scheduled)
 
     def rows_within(self, rows: int, outputs: int) -> int:
@@ -196,7 +196,7 @@ class Sequence:
         return min(rows, self.remaining, before_outputs + outputs)
 
     def rewind(self, cached: int) -> None:
-        """Marks tokens[:cached] as the only ones whose keys and values are stored."""
+        """Records that only tokens[:cached] have their keys and values stored."""
         self.scheduled, self.drafting.next = cached, ()
         self.drafting.give_up()
         self.kv.registered = cached // KV_BLOCK_TOKENS
@@ -206,7 +206,7 @@ class Sequence:
         self.computed = min(self.computed, self.scheduled)
 
     def restart(self) -> None:
-        """Drops everything computed or in flight. The tokens stay, and updates that were made are not made again."""
+        """Drops everything that was computed or is in flight. Keeps the tokens, and repeats no update."""
         self.scheduled = self.in_flight = self.sampling = 0
         self.kv.restart()
         self.drafting.restart()

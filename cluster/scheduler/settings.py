@@ -1,5 +1,3 @@
-"""Settings of the scheduler and the engine."""
-
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -15,7 +13,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class SchedulerSettings:
-    """Settings of a scheduler for one pipeline. The stages must be loaded with limits that are at least as high."""
+    """A scheduler's settings for one pipeline. The stages must be loaded with limits that are at least as high."""
 
     model_id: str
     vocabulary: int
@@ -61,7 +59,7 @@ class SchedulerSettings:
 
     @property
     def max_drafted(self) -> int:
-        """The most tokens drafted in a step: 0 if layers have states, but no state blocks to go back to."""
+        """The most tokens drafted in a step. It is 0 if layers have states, but no state blocks to return to."""
         if self.speculation is None or (self.has_states and not self.state_blocks):
             return 0
         group = self.window_group
@@ -73,17 +71,17 @@ class SchedulerSettings:
 
     @property
     def may_repeat_rows(self) -> bool:
-        """True if the last row may be computed again in place: it updates no state, and its blocks are not released."""
+        """True if the last row may be computed again in place, because it changes no state and no block is released."""
         return self.window is None and not self.has_states
 
     @property
     def max_group_rows(self) -> int:
-        """The most rows that can be computed together while all other sequences decode."""
+        """The most rows that a microbatch can compute together while all other sequences decode."""
         return self.max_batch_tokens - self.max_sequences
 
     @property
     def max_sequence_tokens(self) -> int:
-        """The most tokens of prompt and answer. A prompt that is computed as a whole must fit into a microbatch."""
+        """The most tokens of prompt and answer. If prompts are computed as a whole, each must fit into a microbatch."""
         tokens = min(self.context_length, self.kv_blocks * KV_BLOCK_TOKENS)
         return min(tokens, self.max_batch_tokens, self.max_embedded_rows) if self.whole_prompts else tokens
 

@@ -1,4 +1,4 @@
-"""Learns stage times from results, and predicts stage times of later microbatches. Timestamps come from the caller."""
+"""Learns stage times from results, and predicts stage times of later microbatches. Callers pass all timestamps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _RECENT_WEIGHT = 0.2
 _FIXED_ROWS = 10
 
 _FRESH = 96
-"""The number of later samples after which a point of a curve counts as stale."""
+"""A curve's point is stale once the curve has learned this many later samples."""
 
 _NEGLIGIBLE = 0.02
 """The share of the slowest stage's time that may stay idle before one more microbatch is kept in flight."""
@@ -25,7 +25,7 @@ def _occupied_ns(timing: StageTiming) -> int:
 
 
 class Curve:
-    """The time of one stage by the rows of a microbatch: a point for each power of two, and lines between them."""
+    """One stage's time as a function of a microbatch's rows: a point for each power of two, with lines between them."""
 
     __slots__ = ("_learned", "_learned_at", "_points")
 
@@ -46,8 +46,8 @@ class Curve:
             self._points[bucket] = (point[0] + 0.25 * (rows - point[0]), moved(point[1], ns))
 
     def extended(self, other: Curve) -> Curve:
-        """Returns this curve with the points of `other` that have more rows. Omits stale points except the first,
-        because a time that was too long by chance would never be measured again."""
+        """Returns this curve, extended with the points of `other` that have more rows. Omits stale points except the
+        first. Otherwise a time that was too long by chance would never be measured again."""
         curve, first, oldest = Curve(), min(self._points, default=0), self._learned - _FRESH
         own = {bucket: p for bucket, p in self._points.items() if bucket == first or self._learned_at[bucket] > oldest}
         if own:
@@ -56,7 +56,7 @@ class Curve:
         return curve
 
     def predict(self, rows: float, other: Curve | None = None) -> float | None:
-        """Returns nanoseconds, or None before the first sample. A single point has no slope: `other` adds points."""
+        """Returns nanoseconds, or None without samples. `other` adds points to a single point, which has no slope."""
         points = list(self._points.values())
         if len(points) < 2 and other is not None:
             points = sorted((other._points | self._points).values())
@@ -72,7 +72,7 @@ class Curve:
 
 
 def _rising(points: dict[int, tuple[float, float]]) -> dict[int, tuple[float, float]]:
-    """Returns the points, lowered where more rows take less time: the longer time was delayed or is old."""
+    """Lowers each point to the later points. More rows cannot take less time, so a longer time is wrong or old."""
     rising, most = dict[int, tuple[float, float]](), inf
     for bucket, (rows, ns) in sorted(points.items(), reverse=True):
         most = min(most, ns)
@@ -101,7 +101,7 @@ class StageCurves:
 
 
 class StageTimes:
-    """Curves for decode alone in the pipeline, decode together with other microbatches, prefill, and scored rows."""
+    """Four sets of curves: decode alone in the pipeline, decode with other microbatches, prefill, and scored rows."""
 
     def __init__(self, stages: int) -> None:
         self.stages = stages
@@ -125,8 +125,8 @@ class StageTimes:
         was_lookahead: bool = False,
         was_scored: bool = False,
     ) -> None:
-        """Learns from a microbatch that took `elapsed_ns`; for a lookahead step, the time since the previous result.
-        `was_alone`: apart from lookahead steps, no other microbatch was in flight."""
+        """Learns from a microbatch. `elapsed_ns` is its time, or for a lookahead step the time since the last result.
+        `was_alone` means that only lookahead steps were in flight with it."""
         timings = result.timings
         if len(timings) != self.stages:
             return
@@ -155,8 +155,8 @@ class StageTimes:
 
     @property
     def in_flight(self) -> int:
-        """The number of microbatches that keeps all stages busy: the cycle time in units of the slowest stage's time,
-        rounded up, at most the number of stages plus one."""
+        """The number of microbatches that keeps all stages busy: the cycle time divided by the slowest stage's time,
+        rounded up. It is at least `stages` and at most 2 * `stages` + 1."""
         if self._recent_ns is None:
             return self.stages + 1
         slowest = max(*self._recent_ns, 1.0)

@@ -1,4 +1,4 @@
-"""Turns of owners, and of each owner's requests. All prompts and choices of a request share one turn."""
+"""Gives turns to owners, and to each owner's requests. All prompts and choices of a request share one turn."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from heapq import nsmallest
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 
 _LARGE_GRAMMAR = 1 << 12
-"""The characters above which a grammar is large. Its matcher may take tens of milliseconds on the last stage, which
-makes one at a time."""
+"""A grammar with more characters is large. Its matcher may take the last stage tens of milliseconds to make, and the
+last stage makes one matcher at a time."""
 _MOST_MATCHERS = 2
-"""The most matchers of large grammars made for one owner at a time. Two keep the last stage busy."""
+"""The most matchers of large grammars that are made at a time for one owner. Two keep the last stage busy."""
 
 
 def turn_of(sequence: Sequence) -> str:
@@ -42,7 +42,7 @@ class Running:
 
 
 def startable(waiting: Iterable[Sequence], running: Iterable[Sequence]) -> list[Sequence]:
-    """Returns waiting sequences, except those with large grammars whose owner awaits `_MOST_MATCHERS` matchers."""
+    """Returns waiting sequences. Leaves out large grammars whose owner awaits `_MOST_MATCHERS` matchers."""
     making = Counter(other.request.owner for other in running if other.phase is Phase.PREFILL and _is_large(other))
     if not making:
         return [*waiting]
@@ -63,13 +63,13 @@ def first_in_turn(waiting: Iterable[Sequence], running: Running) -> Sequence:
 
 
 def gives_way(running: Reversible[Sequence], counts: Running) -> Sequence:
-    """Returns the youngest sequence of owner, then request, with the most running ones. `running`: oldest first."""
+    """Returns the youngest sequence of the busiest owner's busiest request. `running` begins with the oldest."""
     return max(reversed(running), key=counts.rank)
 
 
 def takes_turn(sequence: Sequence, running: Reversible[Sequence], counts: Running) -> bool:
-    """True if a running sequence must give way to `sequence`: its owner runs none and another one several, or its
-    request runs none and another one several, whose owner runs at least as many."""
+    """True if a running sequence must give way to `sequence`. Its owner runs none and another owner runs several. Or
+    its request runs none and another request runs several, whose owner runs at least as many sequences."""
     if not running:
         return False
     owner, request = counts.rank(sequence)

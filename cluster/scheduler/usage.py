@@ -1,4 +1,4 @@
-"""The times of one request, given by the caller, and the number of its prompt tokens found in the prefix cache."""
+"""One request's times, which the caller gives, and the number of its prompt tokens found in the prefix cache."""
 
 from __future__ import annotations
 

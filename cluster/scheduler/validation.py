@@ -23,8 +23,8 @@ _UINT64_MAX = (1 << 64) - 1
 
 
 def validate(request: GenerationRequest, settings: SchedulerSettings, *, is_prompt_valid: bool = False) -> None:
-    """Raises ParameterError with the HTTP API's field name, value and bound. `is_prompt_valid`: the prompt's token ids
-    have been checked with another choice."""
+    """Raises ParameterError with the HTTP API's field name, the value and the bound. `is_prompt_valid` means that the
+    prompt's token ids were checked with another choice."""
     vocabulary = settings.vocabulary
     if not settings.generates and request.embedded is None:
         raise ParameterError("model", NO_TEXT)
@@ -49,7 +49,7 @@ def validate(request: GenerationRequest, settings: SchedulerSettings, *, is_prom
     assert len(request.answered) <= request.max_new_tokens, "an earlier run had the same bounds"
     _check_tokens("stop_token_ids", request.stop_token_ids, vocabulary)
     if request.min_tokens and len(request.stop_token_ids) == vocabulary:
-        reason = f"is {request.min_tokens}, but stop_token_ids are all {vocabulary} tokens: none is left"
+        reason = f"is {request.min_tokens}, but stop_token_ids has all {vocabulary} tokens: none is left to generate"
         raise ParameterError("min_tokens", reason)
     _check_params(request.params, vocabulary)
     if request.grammar is not None and len(request.grammar.definition) > bounds.MAX_GRAMMAR_BYTES:
@@ -62,9 +62,9 @@ def check_images(request: GenerationRequest, settings: SchedulerSettings) -> Non
     if not request.images:
         return
     if not settings.image_width:
-        raise ParameterError("images", "the model does not take images: remove them")
+        raise ParameterError("images", "the model does not take images: remove the images")
     if request.embedded is not None or request.score_from is not None:
-        raise ParameterError("images", "embeddings and scores are of text only: remove the images")
+        raise ParameterError("images", "embeddings and scores are computed from text only: remove the images")
     end = 0
     for number, span in enumerate(request.images):
         assert end <= span.start < span.end <= len(request.prompt) and span.offset >= 0, (number, span)
@@ -79,10 +79,10 @@ def _check_rows_of_image(name: str, span: ImageSpan, settings: SchedulerSettings
         shape = " x ".join(map(str, span.rows.shape))
         raise ParameterError("images", f"{name}: expected rows of {count} x {width} numbers, found {shape}")
     if span.is_bidirectional and count > settings.max_group_rows:
-        together = f"{name} has {count} rows in one group; the limit of a microbatch is {settings.max_group_rows}"
-        raise ParameterError("images", f"{together}: set prefill_chunk: {count}")
+        together = f"{name} needs {count} rows in one microbatch; the limit is {settings.max_group_rows}"
+        raise ParameterError("images", f"{together}: set prefill_chunk to {count}")
     if span.is_bidirectional and count * span.row_bytes > settings.max_image_bytes:
-        together = f"{name} has {count * span.row_bytes} bytes of rows in one group"
+        together = f"{name} needs {count * span.row_bytes} bytes of rows in one microbatch"
         raise ParameterError("images", f"{together}; the limit is {settings.max_image_bytes}")
     positions = span.rope_positions
     if positions is not None:
@@ -130,7 +130,7 @@ def check_adapters(chosen: AdapterScales, adapters: Collection[int]) -> None:
     for number, scale in chosen:
         if number not in adapters:
             there = ", ".join(map(str, sorted(adapters))) or "none"
-            raise ParameterError("lora", f"id {number}, but the adapters that are there are {there}")
+            raise ParameterError("lora", f"adapter {number} does not exist; the loaded adapters are {there}")
         check_number("lora", scale, -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)
 
 
@@ -152,7 +152,7 @@ def _check_params(params: SamplingParams, vocabulary: int) -> None:
     biased = [token for token, _ in params.logit_bias]
     _check_tokens("logit_bias", biased, vocabulary)
     if biased != sorted(set(biased)):
-        raise ParameterError("logit_bias", "token ids must be ascending, each once")
+        raise ParameterError("logit_bias", "token ids must be ascending, and each may be given once")
     for _, bias in params.logit_bias:
         check_number("logit_bias", bias, -bounds.MAX_BIAS, bounds.MAX_BIAS)
 

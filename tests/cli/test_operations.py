@@ -157,7 +157,7 @@ def test_layers_leave_a_drained_worker_and_come_back(line: CommandLine, cluster:
 def test_who_is_not_there_cannot_be_drained(line: CommandLine, cluster: Cluster) -> None:
     for command in ("drain", "undrain"):
         done = line.run(command, "c")
-        assert done.code == 2 and "no worker is named 'c'; there are: a, b" in done.error
+        assert done.code == 2 and "no worker is named 'c'; the workers are a, b" in done.error
     done = line.run("drain", "a/../b" + "x" * 3000)
     assert done.code == 2 and len(done.error) < 4000
     assert line.run("drain").code == 2

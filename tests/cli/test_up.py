@@ -40,7 +40,7 @@ def test_the_first_start_says_that_it_measures(line: CommandLine) -> None:
         said = cluster.command.err.read_text()
         for worker in "ab":
             assert said.index(f"measuring worker {worker}: memory bandwidth") < said.index("plan:")
-        assert said.count("while workers beside it are idle") == 1, "of equal workers, one"
+        assert said.count("while the machine's other workers are idle") == 1, "of equal workers, one"
     with line.cluster("good.gguf", workers=workers) as cluster:
         assert "measuring" not in cluster.command.err.read_text()
 
@@ -244,4 +244,4 @@ def test_grpc_options_are_set_before_its_import(line: CommandLine) -> None:
 
 def test_a_worker_of_a_numa_node_that_is_not_there_is_refused(line: CommandLine) -> None:
     done = line.run("worker", "--join", "127.0.0.1:9", "--insecure", "--numa-node", "999")
-    assert done.code == 2 and "numa_node 999: this process may use no core there" in done.error
+    assert done.code == 2 and "numa_node 999: this process may use no core of this node" in done.error

@@ -115,7 +115,10 @@ async def test_a_lost_coordinator_is_waited_for_so_long_as_it_said(caplog: pytes
         async with asyncio.timeout(20):
             with pytest.raises(WorkerError, match=r"gone, and has not come back within 0\.5 s: "):
                 await search.reached(attempts)
-    assert "waiting for the coordinator at a or b for 0.5 s at most, weights kept: its stream ended" in caplog.messages
+    assert (
+        "waiting for the coordinator at a or b (for 0.5 s at most, with weights kept): its stream ended"
+        in caplog.messages
+    )
 
 
 async def test_failures_before_an_admission_do_not_count_after_it() -> None:
@@ -148,7 +151,7 @@ async def test_without_any_address_the_first_found_is_taken() -> None:
 
 async def test_false_announcements_do_not_end_a_worker() -> None:
     """At all addresses the worker is refused, which would be final were they given."""
-    wrong = UsageError("not the one that the token names")
+    wrong = UsageError("does not belong to the token's cluster")
     fakes = {f"fake{index}": [wrong] for index in range(200)}
     search = CoordinatorSearch((), discovers=True)
     attempts = Attempts(real=["here"], **fakes)  # type: ignore[arg-type]

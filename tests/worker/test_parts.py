@@ -113,7 +113,7 @@ async def test_a_step_far_beyond_its_usual_time_ends_the_process(monkeypatch: py
     compute, go_on = Compute(), threading.Event()
     unlimited = compute.queue(lambda: go_on.wait(0.1))
     hanging = compute.queue(lambda: go_on.wait(10), limit_s=0.05)
-    with pytest.raises(DeviceLostError, match="a step has been computed for 0 s, the limit is 0 s: the GPU hangs"):
+    with pytest.raises(DeviceLostError, match="a step has been computed for 0 s, and the limit is 0 s: the GPU hangs"):
         await compute.while_able(asyncio.sleep(10))
     assert unlimited.done() and not hanging.done()
     go_on.set()
@@ -176,22 +176,24 @@ def test_a_device_that_is_not_there_is_refused_by_name() -> None:
 
 def test_what_hides_a_gpu_is_said_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dev, driver = tmp_path / "dev", tmp_path / "proc/driver/nvidia"
-    assert "install NVIDIA's driver, until nvidia-smi lists the GPU; a container takes --gpus all" in advice(tmp_path)
+    assert "install NVIDIA's driver so that nvidia-smi lists the GPU; start a container with --gpus all" in advice(
+        tmp_path
+    )
     driver.mkdir(parents=True)
     (driver / "version").touch()
     known = advice(tmp_path)
     assert (
-        "driver is loaded, but this process has no" in known and "DeviceAllow=char-nvidia* rw and no Private" in known
+        "driver is loaded, but this process has no" in known and "DeviceAllow=char-nvidia* rw, without Private" in known
     )
     assert "runtimeClassName" in known and "\n" not in known
     dev.mkdir()
     (dev / "nvidiactl").touch()
-    assert "`sudo nvidia-modprobe -u -c 0` makes it" in advice(tmp_path)
+    assert "`sudo nvidia-modprobe -u -c 0` creates it" in advice(tmp_path)
     (dev / "nvidia-uvm").touch()
     assert advice(tmp_path) == ""
     (dev / "nvidia-uvm").unlink()
     (dev / "nvidia-uvm").mkdir()  # as a file that root may not open, either
-    assert "nvidia-uvm: Is a directory: let this user into the file's group (often video)" in advice(tmp_path)
+    assert "nvidia-uvm: Is a directory: add this user to the file's group (often video)" in advice(tmp_path)
     (dev / "dxg").touch()
     assert advice(tmp_path) == "", "of Windows"
     monkeypatch.setattr(nvidia, "advice", lambda: "do this")

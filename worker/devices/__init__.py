@@ -1,1 +1,1 @@
-"""The processor and GPUs of a worker, their memory and speed."""
+"""A worker's processor and GPUs, with their memory and speed."""

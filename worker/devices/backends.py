@@ -1,4 +1,4 @@
-"""Opens backends: of the processor, and of GPUs by number."""
+"""Opens the backends of the processor and of GPUs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class GpuBackend(ExchangingBackend, Protocol):
     def gpu(self) -> Gpu: ...
 
     def measure(self) -> DeviceProfile:
-        """Measures the kernels, which blocks for a moment."""
+        """Measures the kernels. Blocks for a moment."""
 
     def limits(self) -> DeviceProfile:
         """Returns upper bounds on the GPU's speed."""
@@ -65,7 +65,7 @@ def open_gpu(
     *,
     graphs: bool = True,
 ) -> GpuBackend:
-    """Opens GPU "cuda:N". `threads` CPU threads pack its weights. Raises UsageError that names what is missing."""
+    """Opens the GPU "cuda:N". `threads` CPU threads pack its weights. Raises UsageError that says what is missing."""
     from llamaclust.kernels.cuda.backend import CudaBackend
     from llamaclust.kernels.cuda.runtime.cupy_device import CupyDevice
     from llamaclust.kernels.cuda.runtime.device import Device

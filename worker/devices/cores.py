@@ -1,4 +1,4 @@
-"""The processor cores that this process may use, as Linux lists them: hardware threads, kinds of cores, NUMA nodes."""
+"""The processor cores that this process may use, as Linux lists them: hardware threads, core kinds and NUMA nodes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from llamaclust.core.errors import UsageError
 _ROOT = Path("/")
 _SYSTEM = "sys/devices/system"
 _EFFICIENCY_PMUS = ("cpu_atom", "cpu_lowpower")
-"""Performance counters of Intel processors that only efficiency cores have."""
+"""Performance counters that only the efficiency cores of Intel processors have."""
 _PERFORMANCE_SHARE = 0.75
-"""An ARM core counts as a performance core from this share of the largest `cpu_capacity` on."""
+"""An ARM core counts as a performance core if it has at least this share of the largest `cpu_capacity`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Core:
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """The usable cores. `online` counts the machine's hardware threads; `quota` is in CPUs (None: no limit)."""
+    """The usable cores. `online` counts the machine's hardware threads. `quota` is in CPUs, and None means no limit."""
 
     cores: tuple[Core, ...]
     online: int
@@ -36,7 +36,7 @@ class Cores:
 
     @property
     def count(self) -> int:
-        """The best number of compute threads: one per core, but at most the quota, rounded up."""
+        """The best number of compute threads. It is one per core, but at most the quota, rounded up."""
         return max(1, len(self.cores) if self.quota is None else min(len(self.cores), math.ceil(self.quota)))
 
     @property
@@ -51,7 +51,9 @@ class Cores:
         cores = tuple(core for core in self.cores if core.node == node)
         if not cores:
             known = ", ".join(map(str, self.nodes))
-            raise UsageError(f"numa_node {node}: this process may use no core there, only those of NUMA node {known}")
+            raise UsageError(
+                f"numa_node {node}: this process may use no core of this node, only those of NUMA node {known}"
+            )
         return Cores(cores, self.online, self.quota)
 
     def __str__(self) -> str:
@@ -73,7 +75,7 @@ class Cores:
     @property
     def nodes_text(self) -> str:
         options = " and ".join(f"--numa-node {node}" for node in self.nodes)
-        better = "a worker for each is faster, because it reads only its own node's memory"
+        better = "one worker per node is faster, because each worker then reads only its own node's memory"
         return f"{len(self.nodes)} NUMA nodes: {better}: {options}, or numa_node of local workers"
 
     def threads_text(self, threads: int) -> str:
@@ -89,7 +91,7 @@ def _kinds(cores: Sequence[Core]) -> str:
 
 
 def read_cores(root: Path = _ROOT, affinity: Iterable[int] | None = None) -> Cores:
-    """Reads /proc and /sys below `root`. Without topology, each hardware thread counts as a core."""
+    """Reads /proc and /sys below `root`. If the topology is unknown, each hardware thread counts as a core."""
     usable = sorted(os.sched_getaffinity(0) if affinity is None else affinity)
     efficiency, nodes = _efficiency(root, usable), _nodes(root)
     siblings: dict[str, list[int]] = {}
@@ -106,7 +108,7 @@ def physical_cores(root: Path = _ROOT, affinity: Iterable[int] | None = None) ->
 
 
 def bind_to_node(node: int, root: Path = _ROOT) -> None:
-    """Restricts this thread and the threads that it starts to one NUMA node. Linux then prefers the node's memory."""
+    """Restricts this thread, and threads that it starts, to one NUMA node. Linux then prefers this node's memory."""
     os.sched_setaffinity(0, read_cores(root).on_node(node).hardware_threads)
 
 

@@ -1,4 +1,4 @@
-"""The memory that a stage's layers need on each device."""
+"""Computes the memory that a stage's layers need on each device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class DeviceShare:
 def device_shares(
     device: Device, model: Model, held: Sequence[DeviceLayers], limits: StageLimits, portion: Portion | None = None
 ) -> dict[str, DeviceShare]:
-    """Returns the memory by device name. Experts in RAM count for the CPU; their copies on a GPU do not count."""
+    """Returns the memory by device name. Experts in RAM count for the CPU, and copies of them on a GPU do not count."""
     found: dict[str, list[DeviceShare]] = {}
     for part in held:
         backend, layers = (

@@ -1,4 +1,4 @@
-"""The processor and GPUs of a worker, the memory that it may take on each, and their measured speeds."""
+"""A worker's processor and GPUs, the memory that it may take on each device, and their measured speeds."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Device:
         return next((gpu.free_bytes for gpu in self.gpus if gpu.device == name), self.free_memory_bytes)
 
     def backend_for(self, held: Iterable[DeviceLayers], *, apart: bool = False) -> Backend:
-        """Returns one device's backend, or one for several devices. `apart` gives CPU backends their own threads."""
+        """Returns one backend for one or several devices. `apart` gives CPU backends their own threads."""
         parts = [BackendLayers(self._backend_for(part), part.start, part.end) for part in held]
         if apart:
             parts = [replace(part, backend=_apart(part.backend)) for part in parts]
@@ -161,7 +161,7 @@ def gpus_of(device: str, gpu_memory_bytes: int | None) -> tuple[Gpu, ...]:
 def fingerprint(
     kind: str, threads: int, feature_level: str, gpus: tuple[Gpu, ...] = (), numa_node: int | None = None
 ) -> str:
-    """Returns the machine's fingerprint with a device. Level "" is the best. Raises UsageError for a missing device."""
+    """Returns this machine's fingerprint with a device. Level "" is the best. Raises UsageError without the device."""
     level = backends.open_processor(kind, 1, feature_level).feature_level
     cores = read_cores() if numa_node is None else read_cores().on_node(numa_node)
     return _fingerprint(kind, threads, level, gpus, len(cores.hardware_threads))
@@ -174,7 +174,7 @@ def _fingerprint(kind: str, threads: int, level: str, gpus: tuple[Gpu, ...], cor
 
 
 def check_devices(devices: Iterable[tuple[str, str]], model: Model) -> None:
-    """Raises UsageError if this machine lacks a device, ModelFileError if a device cannot run the model."""
+    """Raises UsageError if this machine lacks a device, and ModelFileError if a device cannot run the model."""
     for kind, feature_level in sorted(set(devices)):
         backends.open_processor(kind, 1, feature_level)
         if kind != _REFERENCE:

@@ -1,4 +1,4 @@
-"""Computes the memory of an encoder of images on a worker. Nothing is loaded."""
+"""Computes the memory that an image encoder takes on a worker. Nothing is loaded."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _FLOAT_BYTES = 4
 
 
 def encoder_bytes(projector: Projector, threads: int) -> EncoderMemory:
-    """Returns the memory of an encoder on `threads` threads of a processor. Workers with GPUs run encoders on their
-    processor too. Raises ModelFileError for a projector without kernels."""
+    """Returns the memory of an encoder on `threads` processor threads. Workers with GPUs also run encoders on the
+    processor. Raises ModelFileError if the projector has no kernels."""
     from llamaclust.kernels.cpu.backend import workspace_bytes
 
     program, tensors, limits = projector.program, projector.tensors, encoder_limits(projector)
@@ -31,8 +31,8 @@ def _input_bytes(projector: Projector) -> int:
 
 
 def _tile_bytes(projector: Projector) -> int:
-    """Returns the bytes to prepare a tile's patches, or those of its patches and rows if these are more. One byte for
-    each number of the rows tells if it is finite."""
+    """Returns the bytes for preparing a tile's patches, or the bytes of its patches and rows if these are more. The
+    rows take one more byte per number, which tells whether the number is finite."""
     program, rows = projector.program, projector.most_program_rows
     patches = _FLOAT_BYTES * rows * program.hidden.width
     merged = (_FLOAT_BYTES + 1) * (rows // program.rows_together) * program.out.width

@@ -3,25 +3,25 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-_CONTAINER = "a container takes --gpus all, in Kubernetes the runtimeClassName of NVIDIA's runtime"
-_SERVICE = "a systemd unit DeviceAllow=char-nvidia* rw and no PrivateDevices="
+_CONTAINER = "start a container with --gpus all, and in Kubernetes with the runtimeClassName of NVIDIA's runtime"
+_SERVICE = "a systemd unit needs DeviceAllow=char-nvidia* rw, without PrivateDevices="
 
 
 def advice(root: Path = Path("/")) -> str:
-    """Returns advice if a device is missing or cannot be opened, otherwise "". `root` is the file system's root."""
+    """Returns advice if a GPU's device file is missing or cannot be opened, or else "". `root` is the root folder."""
     if (root / "dev/dxg").exists():  # Windows has the driver, and another device
         return ""
     control, memory = root / "dev/nvidiactl", root / "dev/nvidia-uvm"
     if not control.exists():
         if (root / "proc/driver/nvidia/version").exists():
             return f"NVIDIA's driver is loaded, but this process has no {control}: {_CONTAINER}; {_SERVICE}"
-        return f"there is no {control}: install NVIDIA's driver, until nvidia-smi lists the GPU; {_CONTAINER}"
+        return f"there is no {control}: install NVIDIA's driver so that nvidia-smi lists the GPU; {_CONTAINER}"
     if not memory.exists():
-        return f"there is no {memory}: `sudo nvidia-modprobe -u -c 0` makes it; {_CONTAINER}"
+        return f"there is no {memory}: `sudo nvidia-modprobe -u -c 0` creates it; {_CONTAINER}"
     for device in (control, memory):
         try:
             os.close(os.open(device, os.O_RDWR))
         except OSError as error:
             why = error.strerror or str(error)
-            return f"{device}: {why}: let this user into the file's group (often video); {_SERVICE}"
+            return f"{device}: {why}: add this user to the file's group (often video); {_SERVICE}"
     return ""

@@ -1,6 +1,6 @@
-"""Measures step times of a model on this worker, with stages of one layer, of several layers, and of the last layer
-with the output head. Caches are flushed before each measured step, because in a cluster other processes run between two
-steps: weights then come from memory, and Python's code is cold. Rows differ, so that they choose different experts."""
+"""Measures a model's step times on this worker, with three stages: one layer, several layers, and the last layer with
+the output head. Flushes caches before each measured step. In a cluster, other processes run between two steps, so
+weights come from memory and Python's code is cold. Rows differ, so that they choose different experts."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ GPU = ProfileSize(1 << 30, {1: 9, 8: 5, 128: 3, 512: 3})
 
 
 _PROMPT_ROWS = 512
-"""The rows of an additional try for mixtures of experts: their prompt cost does not follow from fewer rows."""
+"""The rows of one more try for mixtures of experts. Their prompt cost does not follow from fewer rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class ProfiledDevice:
         return cls(gpu, threads, feature_level, free_bytes, size=GPU, own_cache=gpu.cache_flush)
 
     def apart(self) -> Backend:
-        """Returns a CPU backend with its own threads, since threads adapt to similar steps."""
+        """Returns a CPU backend with its own threads, because threads adapt to similar steps."""
         return self.backend.apart() if isinstance(self.backend, HasThreads) else self.backend
 
     @contextmanager
@@ -174,7 +174,7 @@ class _Measurement:
         ]
 
     async def _taken_s(self, runners: Sequence[StageRunner], rows: int, tries: int) -> list[float]:
-        """Returns each stage's median seconds. The first step, with cold caches, counts only if it is the only one."""
+        """Returns each stage's median seconds. The first step has cold caches, and counts only if no other step ran."""
         vocabulary = self.model.hyperparameters.vocabulary_size
         with closing(Compute()) as compute:
             context = StageContext("profile", compute, Counters())
@@ -211,7 +211,7 @@ def _first_tried(costs: Sequence[LayerCost]) -> int:
 
 
 def _ranges(layers: int, some: int, place: int) -> list[tuple[int, int]]:
-    """Returns ranges: one layer, `some` layers, the last. Workers start at different layers, to find them cold."""
+    """Returns ranges of one layer, of `some` layers, and of the last layer. `place` shifts their start."""
     start = place * some % (layers - some)
     return [(start, start + 1), (start, start + some), (layers - 1, layers)]
 
@@ -230,7 +230,7 @@ def _step_times(one: _Part, some: _Part, last: _Part) -> Iterator[StepTime]:
 
 
 def _line(few: tuple[float, float], many: tuple[float, float]) -> tuple[float, float]:
-    """Returns (seconds at 0 bytes, seconds per byte) of the line through two points (bytes, seconds), both >= 0."""
+    """Returns (seconds at 0 bytes, seconds per byte) of the line through two points (bytes, seconds). Both are >= 0."""
     byte_s = max(0.0, (many[1] - few[1]) / (many[0] - few[0]))
     if byte_s * few[0] > few[1]:
         return 0.0, (few[1] + many[1]) / (few[0] + many[0])
@@ -238,7 +238,7 @@ def _line(few: tuple[float, float], many: tuple[float, float]) -> tuple[float, f
 
 
 def _task(runner: StageRunner, vocabulary: int, rows: int, number: int) -> tuple[bytes, bytes]:
-    """Returns a frame and its sampling inputs. Few rows are a token of each sequence, many rows are one prompt."""
+    """Returns a frame and its sampling inputs. Few rows are one token per sequence, and many rows are one prompt."""
     program, source = runner.program, np.random.default_rng(number)
     tokens = source.integers(vocabulary, size=rows).tolist()
     if rows in _DECODE_ROWS:

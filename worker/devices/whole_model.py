@@ -1,4 +1,4 @@
-"""Loads a whole model as one stage of this process. Its last layers go to GPUs: as many as fit or as the user wants."""
+"""Loads a whole model as one stage of this process. Its last layers go to GPUs, as many as fit or as the user wants."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def load_whole(
     parts: tuple[DeviceLayers, ...] = (),
     progress: Progress | None = None,
 ) -> StageRunner:
-    """Loads all layers as `parts` says, by default on the CPU. Does not check memory. Sampling is always on the CPU."""
+    """Loads all layers on the devices of `parts`, or on the CPU. Does not check memory. Sampling is on the CPU."""
     end = model.layer_count
     options = StageOptions(device.backend.feature_level, device.threads, parts, progress, device.backend)
     backend = device.backend_for(parts or (DeviceLayers(_CPU, 0, end),))
@@ -45,9 +45,9 @@ def held_layers(
     placement: Placement | None = None,
     experts_cache: int | None = None,
 ) -> tuple[DeviceLayers, ...]:
-    """Places layers on devices, the last ones on the last GPU. Experts that no rule of `placement` places and that do
-    not fit on the first GPU go to RAM. Up to `experts_cache` bytes left on a GPU hold copies of its layers' experts in
-    RAM. Raises UsageError for an impossible placement, InsufficientMemoryError if memory is short."""
+    """Assigns layers to devices. The last layers go to the last GPU. Experts go to RAM if no rule of `placement` places
+    them and they do not fit on the first GPU. If a GPU has memory left, up to `experts_cache` bytes hold copies of its
+    experts in RAM. Raises UsageError if a placement is impossible, and InsufficientMemoryError if memory is short."""
     placement, end = placement or Placement(cpu_moe=None), model.layer_count
     placement.check([gpu.device for gpu in device.gpus], 0, end)
     borders = model.costs(KvType(limits.kv_type)).borders
@@ -64,9 +64,9 @@ def held_layers(
         free_bytes = device.free_bytes_of(name)
         if share.memory.total_bytes > free_bytes:
             which = "" if not device.gpus else f", {share.layers} on {name},"
-            fewer = "fewer layers on GPUs (auto: as many as fit), or " if name != _CPU else ""
+            fewer = "fewer layers on GPUs (auto puts as many there as fit), or " if name != _CPU else ""
             what = f"{model.file.path}{which} needs {missing(share.memory.parts, free_bytes)}"
-            raise InsufficientMemoryError(f"{what}; take {fewer}a smaller context_length")
+            raise InsufficientMemoryError(f"{what}; use {fewer}a smaller context_length")
     return parts
 
 
@@ -95,7 +95,7 @@ class _Choice:
     borders: Sequence[int]  # where layers may be divided
 
     def first_gpu(self, end: int) -> DeviceLayers | None:
-        """Returns the first GPU's layers, with the experts of as few layers as possible in RAM."""
+        """Returns the first GPU's layers. The experts of as few layers as possible are in RAM."""
         least, _ = self._starts(0, end)
         is_open = any(self.placement.experts_in_ram(layer) is None for layer in self.mixtures)
         if is_open and end > least:
@@ -127,7 +127,7 @@ class _Choice:
         return max(min(least, last_begun), first_ended), max(last_begun, first_ended)
 
     def _part(self, index: int, start: int, end: int, open_end: int) -> DeviceLayers:
-        """Puts a layer's experts in RAM if a rule says so, or if there is no rule and the layer is below `open_end`."""
+        """Puts a layer's experts in RAM if a rule says so, or if no rule applies and the layer is below `open_end`."""
         said = ((layer, self.placement.experts_in_ram(layer)) for layer in range(start, end) if layer in self.mixtures)
         cpu_moe = (layer for layer, in_ram in said if in_ram or (in_ram is None and layer < open_end))
         return DeviceLayers(self.device.gpus[index].device, start, end, tuple(cpu_moe))

@@ -11,14 +11,14 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(slots=True)
 class SequenceCache:
-    """The cache of one sequence: the sequence's tokens, then drafted tokens, which may be rejected."""
+    """One sequence's cache. It has the sequence's tokens, and then drafted tokens, which may be rejected."""
 
     tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     settled: int = 0  # first tokens that are known to be the sequence's
 
     def keep(self, tokens: Sequence[int], length: int) -> None:
-        """Keeps the leading tokens that equal the sequence's, but not its last one, whose logits must be computed."""
+        """Keeps leading tokens that equal the sequence's, except its last token, whose logits must be computed."""
         end = min(len(self.tokens), length - 1)
         place = min(self.settled, end)
         while place < end and self.tokens[place] == tokens[place]:
@@ -36,7 +36,7 @@ class SequenceCache:
 
 
 class SequenceCaches:
-    """The caches of all sequences. Those drafted least recently lose their KV blocks first."""
+    """All sequences' caches. The sequences that were drafted least recently lose their KV blocks first."""
 
     def __init__(self, blocks: int) -> None:
         self._free = list(range(blocks - 1, -1, -1))

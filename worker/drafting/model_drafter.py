@@ -1,4 +1,4 @@
-"""A small model that drafts greedily or with the answer's random draws. Calls block, one at a time."""
+"""A small model that drafts greedily or with the answer's random draws. Calls block, and only one may run at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llamaclust.worker.stage.stage_runner import StageRunner
 
 MOST_ROWS = 256
 _MOST_BESIDE = 8
-"""The most tokens of a sequence that are prefilled in the drafting step. More are prefilled in steps before it."""
+"""The most tokens of a sequence that the drafting step prefills. If there are more, steps before it prefill them."""
 
 
 class ModelDrafter:
@@ -25,7 +25,7 @@ class ModelDrafter:
 
     def draft(self, orders: Sequence[DraftOrder]) -> DraftReplies:
         """Drafts tokens. An order gets no draft if memory is short, or if its tokens are too many or unknown. A draft
-        ends before logits that are not finite; `taken_in` is then 0, so that the sequence gets no more drafts."""
+        ends before logits that are not finite. `taken_in` is then 0, so that the sequence gets no more drafts."""
         kept = {order.key for order in orders}
         drafting: list[_Drafting] = []
         replies = {order.key: DraftReply(order.key, order.length, order.most > 0, (), 0) for order in orders}

@@ -1,1 +1,1 @@
-"""The encoder of images of a vision model, beside a stage of the model."""
+"""A vision model's image encoder, which a worker loads in addition to a stage."""

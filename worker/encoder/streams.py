@@ -1,4 +1,4 @@
-"""The streams of one loaded encoder. Tiles are computed in order of arrival, on a thread of their own."""
+"""The streams of one loaded encoder. A separate thread computes tiles in order of arrival."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from llamaclust.worker.encoder.tile_encoder import TileEncoder
 from llamaclust.worker.stage.compute import Compute
 
 _BEGIN_S = 15.0
-"""The longest time in seconds without the first bytes of the next tile."""
+"""The longest time in seconds until the first bytes of the next tile arrive."""
 _TILE_S = 120.0
 _FRAME_S = 30.0
 _COMPUTING_S = 5.0
-"""The longest time without a frame while a tile waits or is computed. The other side waits `_FRAME_S` for each."""
+"""The longest time between frames while a tile waits or is computed. The other side waits `_FRAME_S` for a frame."""
 
 
 class EncoderStreams:
-    """An encoder, which serves one epoch at a time. The number of open streams (see `wire.rpc.methods`) bounds that of
-    tiles that wait."""
+    """An encoder, which serves one epoch at a time. The number of open streams (see `wire.rpc.methods`) limits how many
+    tiles wait."""
 
     def __init__(self, encoder: TileEncoder, compute: Compute) -> None:
-        """`compute` is the encoder's own: no step of a stage waits for a tile."""
+        """`compute` must be the encoder's own, so that no step of a stage waits for a tile."""
         self.encoder = encoder
         self._compute = compute
         self._turn = asyncio.Lock()  # held while a tile is computed, also after its stream was cancelled
@@ -49,9 +49,9 @@ class EncoderStreams:
         stream.limit(tile_bytes(min(self.encoder.projector.max_tile_pixels, MAX_TILE_PIXELS)))
         await stream.accept()
         while True:
-            async with deadline("the first bytes of a tile of an image", _BEGIN_S):
+            async with deadline("the first bytes of an image tile", _BEGIN_S):
                 await stream.begin()
-            async with deadline("a tile of an image", _TILE_S):
+            async with deadline("an image tile", _TILE_S):
                 data = await stream.read()
             if data is None:
                 return
@@ -60,7 +60,7 @@ class EncoderStreams:
                     await stream.write(frame)
 
     async def _computed(self, stream: ServerStream, tile: NDArray[np.uint8]) -> Iterable[bytes]:
-        """Tells the other side now and then that the tile waits or is computed."""
+        """Regularly tells the other side that the tile waits or is computed."""
         answering = asyncio.create_task(self._answer(tile))
         try:
             while not (await asyncio.wait((answering,), timeout=_COMPUTING_S))[0]:
@@ -89,7 +89,7 @@ class EncoderStreams:
             task.cancel()
 
     def close(self) -> asyncio.Future[None]:
-        """Ends all streams. The memory is free once the result is there: a tile in progress is computed to its end."""
+        """Ends all streams. Memory is free once the future is done. A tile in progress is computed to its end first."""
         self.end()
         freed = self._compute.queue(self.encoder.close)
         self._compute.close()

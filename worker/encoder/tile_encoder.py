@@ -1,4 +1,4 @@
-"""A loaded encoder of images: computes the rows of one tile at a time, without network."""
+"""A loaded image encoder. It computes the rows of one tile at a time, without network."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from llamaclust.worker.devices.encoder_limits import EncoderMemory, encoder_limi
 
 
 class TileEncoder:
-    """`memory` was planned for it. `manifest` identifies the file's bytes on all workers; None: they were not
-    compared."""
+    """A loaded encoder. `memory` is what was planned. `manifest` identifies the file's bytes on all workers, and is
+    None if the files were not compared."""
 
     def __init__(
         self, backend: Backend, projector: Projector, memory: EncoderMemory, manifest: str | None, progress: Progress
     ) -> None:
-        """Loads weights, which may take long."""
+        """Loads weights, which may take a long time."""
         self.projector = projector
         self.manifest = manifest
         self.memory = memory
@@ -37,7 +37,7 @@ class TileEncoder:
 
     @property
     def reserved_bytes(self) -> int:
-        """The bytes that it takes beyond those that are in memory since its load."""
+        """The bytes that the encoder may take in addition to the memory taken by its load."""
         return self.memory.workspace_bytes - self._stage.workspace_bytes
 
     @property
@@ -47,7 +47,7 @@ class TileEncoder:
 
     def rows(self, tile: NDArray[np.uint8]) -> Float32:
         """Returns the rows of a tile [height, width, 3] for the text model, [rows, levels * width]. Raises RequestError
-        for a tile of a size that the encoder does not take, or whose rows are not finite."""
+        if the encoder does not take tiles of this size, or if rows are not finite."""
         inputs = self._reader.inputs(tile)
         rows = inputs.in_lines(self._stage.run(self._batch(inputs), inputs.patches))
         if not np.isfinite(rows).all():

@@ -1,1 +1,1 @@
-"""Links between the members of a group: listener, opening, verification, and gathers."""
+"""Links between a group's members: listening, opening, verification and gathers."""

@@ -1,5 +1,5 @@
-"""Chooses the number of bands into which a group divides a prompt's rows, from the waits of earlier gathers. More bands
-hide more of a slow network, but each band decodes the weights again."""
+"""Chooses into how many bands a group divides a prompt's rows, from the waits of earlier gathers. More bands hide more
+of a slow network, but the weights are decoded again for each band."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from llamaclust.kernels.gathers import LEAST_BANDED_ROWS, LEAST_ROWS_OF_BAND, MO
 _DECODED_ROWS = 8
 """Computing this many rows takes about as long as decoding the weights."""
 _MANY_ROWS = 256
-"""Runs of this many rows or more begin with two bands instead of one."""
+"""Runs of at least this many rows begin with two bands instead of one."""
 _MUCH, _LITTLE = 0.04, 0.01
-"""Shares of a run's time that gathers wait. More bands are tried above the first share, fewer below the second."""
+"""Shares of a run's time spent in gathers. More bands are tried above `_MUCH`, and fewer below `_LITTLE`."""
 _REMEMBERED_RUNS = 64
 
 
 class BandChoice:
-    """The leader's choice for an epoch. Runs whose row counts have the same bit length share measurements."""
+    """The leader's choice for an epoch. Runs share measurements if their row counts have the same bit length."""
 
     def __init__(self) -> None:
         self._alike: dict[int, _SimilarRuns] = {}

@@ -1,4 +1,4 @@
-"""Counts a listener's callers by host, so that a host with many connections does not block others."""
+"""Counts a listener's callers by host, so that a host with many connections does not block other hosts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opens a member's links to the other members of its group, as the coordinator's order says."""
+"""Opens a member's links to the other members of its group, as the coordinator ordered."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llamaclust.worker.groups.listener import Hello, LinkListener
 OPEN_S = 30.0
 ANSWER_S = 2.5
 _CONNECT_S = 4.0
-"""The seconds for each address of a host, since one may never answer while another does."""
+"""The seconds for each address of a host. One address may never answer while another address does."""
 _HANDSHAKE_S = 5.0
 _RETRY_S = 0.1
 
@@ -36,7 +36,7 @@ class MemberLostError(LlamaclustError):
 
 
 class LinkOpener:
-    """Opens a member's links, once. Between two members, the one with the greater place connects."""
+    """Opens a member's links, once. Of two members, the member with the higher place connects to the other."""
 
     def __init__(self, order: GroupOrder, credentials: Credentials, listener: LinkListener) -> None:
         self._order, self._credentials, self._listener = order, credentials, listener
@@ -50,7 +50,7 @@ class LinkOpener:
         self._threads = ThreadPoolExecutor(MOST_HANDSHAKES * len(order.members), "links")  # no other work delays one
 
     async def open(self, gather_s: float, seconds: float = OPEN_S, answer_s: float = ANSWER_S) -> Links:
-        """Raises MemberLostError if a member is not linked in time. May be called once. `Links` explains `answer_s`."""
+        """Raises MemberLostError if a member is not linked in time. Can be called once. `Links` explains `answer_s`."""
         tasks = {place: asyncio.create_task(self._link(place, seconds)) for place in self._peers()}
         try:
             await asyncio.gather(*tasks.values())
@@ -71,7 +71,7 @@ class LinkOpener:
         return member.worker, f"no link to worker {member.worker} at {member.address}: {reason}"
 
     def unreached(self, seconds: float) -> Iterator[tuple[str, str]]:
-        """Yields (worker, reason) for members that have accepted no connection for `seconds`."""
+        """Yields (worker, reason) for each member that has accepted no connection for `seconds`."""
         now_s = asyncio.get_running_loop().time()
         for place, since_s in self._unreached_s.items():
             if now_s - since_s >= seconds:
@@ -93,7 +93,7 @@ class LinkOpener:
             raise MemberLostError(f"{late}{reason}", worker=member.worker) from late
 
     async def _connect(self, place: int) -> Link:
-        """Retries until the member accepts, since it may not know the group yet."""
+        """Retries until the member accepts, because the member may not know the group yet."""
         loop = asyncio.get_running_loop()
         own, theirs = self._hello(self._order.member, place), self._hello(place, self._order.member)
         while True:
@@ -108,7 +108,7 @@ class LinkOpener:
             await asyncio.sleep(_RETRY_S)
 
     async def _accept(self, place: int) -> Link:
-        """Sends its hello only on the chosen connection. On any other, the member retries."""
+        """Sends this member's hello only on the chosen connection. On all others, the member retries."""
         own, theirs = self._hello(self._order.member, place), self._hello(place, self._order.member)
 
         def failed(error: LinkError) -> None:
@@ -149,7 +149,7 @@ class LinkOpener:
         return TlsSettings(own.ca, own.pair.certificate, own.pair.private_key, host, accepts)
 
     async def _connection_to(self, address: str) -> socket.socket:
-        """Tries all addresses. Raises the last one's OSError or DeadlineError. The caller limits the total time."""
+        """Tries all addresses. Raises the last address's OSError or DeadlineError. The caller limits the total time."""
         if address.startswith(PREFIX):
             path = address.removeprefix(PREFIX)
             return await _connected(socket.AF_UNIX, path, path)

@@ -1,6 +1,6 @@
-"""Accepts connections of other members, and hands each to the group that expects it. A connection begins with an
+"""Accepts connections of other members, and passes each to the group that expects it. A connection begins with an
 unencrypted hello: 8 bytes of version, the group's 16-byte id, and the places of sender and receiver. Only members know
-the random id, so nobody else can use up handshakes. A certificate proves the sender."""
+the random id, so strangers cannot use up handshakes. A certificate proves who the sender is."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _HELLO = struct.Struct("<8s16sII")
 _VERSION = b"lcgroup2"
 HELLO_S = 5.0
 _MOST_SILENT = 64
-"""The most connections without a hello. Above it, the host with the most loses its oldest one."""
+"""The most connections without a hello. With more, the host with the most such connections loses its oldest one."""
 _BACKLOG = 128
 SOCKET_ENDING = ".l"
 LINK_PORTS = 1000
-"""The distance from the port for stages to the port for links. Ports between them may be other workers'."""
+"""The distance from the port for stages to the port for links. The ports between may belong to other workers."""
 _LAST_PORT = 65535
 _RETRY_S = 0.1
 
@@ -47,8 +47,8 @@ class Hello:
 
 
 def link_address(stages: str, port: int | None) -> str:
-    """Returns the address for links on the host of the address for stages. `port` 0 means any free port. None means
-    `LINK_PORTS` above the port for stages, or any free port if that is 0."""
+    """Returns the address for links, on the host of the address for stages. With `port` 0, it has any free port. With
+    None, its port is `LINK_PORTS` above the port for stages, or any free port if that port is 0."""
     if stages.startswith(PREFIX):
         return f"{stages}{SOCKET_ENDING}"
     host, stage_port = split_address(stages)
@@ -58,7 +58,7 @@ def link_address(stages: str, port: int | None) -> str:
 
 
 Take = Callable[[socket.socket], None]
-"""Receives a connection with the expected hello. Raises OSError if it cannot."""
+"""Receives a connection with the expected hello. Raises OSError if it cannot take the connection."""
 
 
 class LinkListener:
@@ -73,7 +73,7 @@ class LinkListener:
         self._expected: dict[bytes, Take] = {}
 
     async def listen(self, address: str, *, or_any_port: bool = False) -> None:
-        """Listens only at HOST:PORT or unix:PATH. `or_any_port` allows another port if it is in use. Raises OSError."""
+        """Listens only at HOST:PORT or unix:PATH. `or_any_port` allows another port if it is taken. Raises OSError."""
         if self.address and address == self._requested:
             return
         await self.stop()
@@ -84,7 +84,7 @@ class LinkListener:
                 raise
             host, port = split_address(address)
             listening = _listening_socket(joined_address(host, 0))
-            instead = f"port {listening.getsockname()[1]} is taken instead, which firewalls may close"
+            instead = f"port {listening.getsockname()[1]} is used instead, which firewalls may close"
             _log.warning("port %d for links of groups is in use: %s; --link-port N chooses one", port, instead)
         listening.listen(_BACKLOG)
         listening.setblocking(False)

@@ -14,10 +14,10 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.groups.link_opener import LinkOpener, MemberLostError
 
 _LOADS_S = 86400.0
-"""The deadline to open links. Others may load for hours; the coordinator unloads this stage to end the wait."""
+"""The deadline for opening links. Others may load for hours. The coordinator unloads this stage to end the wait."""
 
 _MOST_PAUSE_S = 60.0
-"""The longest pause between two reports of a member that cannot be reached."""
+"""The longest pause in seconds between two reports about a member that cannot be reached."""
 _LEAST_ANSWER_S = 1.0  # of a lossy link, or a crowded machine
 
 Fault = GroupFault | PeerUnreachable
@@ -30,7 +30,7 @@ def _retrieved(opening: asyncio.Task[None]) -> None:
 
 
 class MemberLinks:
-    """Opens a stage's links. Reports to the coordinator if they end in any way other than `close`."""
+    """Opens a stage's links. Reports to the coordinator if the links end without a call of `close`."""
 
     def __init__(self, epoch: int, order: GroupOrder, opener: LinkOpener, deadlines: Deadlines, report: Report) -> None:
         self._epoch, self._order, self._opener, self._report = epoch, order, opener, report
@@ -70,7 +70,7 @@ class MemberLinks:
             on_open(self._links)
 
     async def opened(self, seconds: float) -> None:
-        """Waits for open links. Raises WorkerError that names a member if it is still missing after `seconds`."""
+        """Waits until the links are open. Raises WorkerError that names a member missing after `seconds`."""
         assert self._opening is not None
         try:
             async with deadline("the links of a group", seconds):
@@ -93,7 +93,7 @@ class MemberLinks:
 
     @contextmanager
     def step(self, rows: int) -> Iterator[None]:
-        """Counts the waits of one-row (decode) steps. Used by one thread at a time."""
+        """Counts the waits of one-row (decode) steps. Only one thread may use it at a time."""
         assert self._links is not None, "no step begins before the links are open"
         begun_s = self._links.counters().waited_s
         yield
@@ -111,7 +111,7 @@ class MemberLinks:
 
     @property
     def computing_s(self) -> float:
-        """The seconds since this member last waited for another; 0.0 during a wait and before the first step."""
+        """The seconds since this member last waited for another. 0.0 while it waits, and before the first step."""
         return 0.0 if self._links is None else self._links.computing_s
 
     def fault(self, error: Exception) -> Fault:
@@ -135,7 +135,7 @@ class MemberLinks:
         return error
 
     async def give_up(self, error: Exception) -> Fault:
-        """Reports an error. After a LinkError the links stay open, so that others can read who is at fault."""
+        """Reports an error. After a LinkError the links stay open, so that others can read which member is at fault."""
         fault = self.fault(error)
         await self._tell(fault)
         if not isinstance(error, LinkError):

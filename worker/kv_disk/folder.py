@@ -10,7 +10,7 @@ _SUFFIX = ".kv"
 
 
 class KvFolder(DiskCache):
-    """KV files. Names begin with a digest of everything that their content depends on: model, KV type, arithmetic."""
+    """KV files. Their names begin with a digest of all that the content depends on: model, KV type, arithmetic."""
 
     suffixes = (_SUFFIX,)
     content, limit = "KV memory", "kv_disk"
@@ -25,7 +25,7 @@ class KvFolder(DiskCache):
         return f"{content}-{uuid4().hex}{_SUFFIX}"
 
     def mark_used(self, names: Sequence[str]) -> None:
-        """Marks files as used, the first one last, since later files are useless without it."""
+        """Marks files as used. The first file is marked last, because later files are useless without it."""
         for name in reversed(names):
             with suppress(OSError):
                 file = self.open(name)

@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class KvDisk:
-    """The KV memory on disk of one process. One thread reads blocks; another, of low priority, writes them."""
+    """One process's KV memory on disk. One thread reads blocks. Another thread, of low priority, writes them."""
 
     def __init__(self, folder: KvFolder) -> None:
         self.folder = folder
@@ -33,7 +33,7 @@ class KvDisk:
         self._writer = ThreadPoolExecutor(1, "write-kv", initializer=partial(lower_priority, _LOW_PRIORITY))
 
     async def answer(self, request: FindKv | RestoreKv | SaveKv, runner: StageRunner) -> KvDone:
-        """Raises ProtocolError for KV blocks that the stage lacks. Reports 0 blocks if the folder cannot be used."""
+        """Raises ProtocolError if the stage lacks a KV block. Reports 0 blocks if the folder cannot be used."""
         thread = self._writer if isinstance(request, SaveKv) else self._reader
         done = await asyncio.get_running_loop().run_in_executor(thread, self._done, request, runner)
         return KvDone(done, request.request_id)
@@ -74,8 +74,8 @@ class KvDisk:
 
 def _check(blocks: tuple[int, ...], count: int) -> None:
     if max(blocks) >= count:
-        raise ProtocolError(f"KV block {max(blocks)} does not exist: there are {count}")
+        raise ProtocolError(f"KV block {max(blocks)} does not exist: this stage has {count} KV blocks")
 
 
 def _nothing() -> None:
-    """A job whose end shows that all earlier jobs have ended."""
+    """A job that does nothing. When it ends, all earlier jobs have ended."""

@@ -1,13 +1,13 @@
-"""Files of KV memory: some full blocks of layers [start, end), each layer of each block with a digest of its own.
+"""Files of KV memory. A file has full blocks of the layers [start, end), with a digest for each layer of each block.
 
     0   "LCKV" | version u32 | start u32 | end u32 | blocks u32
     20  bytes of a block in each layer, u32 [end - start]           little-endian
         keys, 32 bytes [blocks]
-        digests, SHA-256 [blocks, end - start]: of the block's key, the layer u32, and its bytes
-        SHA-256 of all before
+        digests, SHA-256 [blocks, end - start]: of the block's key, the layer u32, and the layer's bytes
+        SHA-256 of everything before
         the blocks [blocks, layers], without gaps
 
-A file is never changed, but it may be damaged: data with a wrong digest is not used."""
+A file never changes, but may be damaged. Data with a wrong digest is not used."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ _DIGEST_BYTES = 32
 _MOST_BUFFERS = 512  # of one system call
 
 KvLayers = Sequence[Sequence[NDArray[np.uint8]]]
-"""KV memory of a stage: for each layer its parts (keys, values, states) as arrays [KV blocks, bytes]."""
+"""A stage's KV memory. Each layer has parts (keys, values, states), which are arrays [KV blocks, bytes]."""
 
 
 class DamagedError(Exception):
-    """The file's header is damaged or does not match the file."""
+    """The file's header is damaged, or does not match the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class KvFile:
-    """A file's header. `layer_bytes` has the size of a block in each of layers [start, end), all parts together."""
+    """A file's header. `layer_bytes` has a block's size, with all parts, in each of the layers [start, end)."""
 
     name: str
     start: int
@@ -62,11 +62,11 @@ class KvFile:
 
     @classmethod
     def read(cls, name: str, file: FileIO) -> KvFile:
-        """Raises OSError, and DamagedError if the header is damaged or the file has another size."""
+        """Raises OSError, and raises DamagedError if the header is damaged or does not match the file's size."""
         prefix = _read(file, 0, _PREFIX.size)
         magic, version, start, end, blocks = _PREFIX.unpack(prefix)
         if (magic, version) != (_MAGIC, _VERSION) or not (start < end <= MAX_LAYERS and 0 < blocks <= MAX_KEYS):
-            raise DamagedError("it is not a file of KV memory")
+            raise DamagedError("the file has no header of a KV memory file")
         sizes = _read(file, _PREFIX.size, 4 * (end - start))
         keys = _read(file, _PREFIX.size + len(sizes), KEY_BYTES * blocks)
         layer_bytes = struct.unpack(f"<{end - start}I", sizes)
@@ -74,9 +74,9 @@ class KvFile:
         found = cls(name, start, end, layer_bytes, split)
         digests = _read(file, found._digests_at, found._data_at - found._digests_at)
         if sha256(prefix + sizes + keys + digests[:-_DIGEST_BYTES]).digest() != digests[-_DIGEST_BYTES:]:
-            raise DamagedError("its header is damaged")
+            raise DamagedError("the file's header is damaged")
         if os.fstat(file.fileno()).st_size != found.size_bytes:
-            raise DamagedError("its size differs from that in its header")
+            raise DamagedError("the file's size differs from the size in its header")
         return found
 
     def parts(self, kv: KvLayers, blocks: Sequence[int]) -> list[bytes | memoryview]:
@@ -89,7 +89,7 @@ class KvFile:
 
     def restore(self, file: FileIO, index: int, kv: KvLayers, first_layer: int, block: int) -> int:
         """Reads the file's block `index` into block `block` of `kv`, which begins with layer `first_layer`. Returns the
-        bytes read. Raises DamagedError and OSError."""
+        number of bytes read. Raises DamagedError and OSError."""
         count = len(self.layer_bytes)
         layers = range(max(self.start, first_layer), min(self.end, first_layer + len(kv)))
         targets = [_block(kv[layer - first_layer], block) for layer in layers]
@@ -126,7 +126,7 @@ def _split(digests: bytes) -> list[bytes]:
 def _read(file: FileIO, at: int, size: int) -> bytes:
     data = os.pread(file.fileno(), size, at)
     if len(data) != size:
-        raise DamagedError(f"it ends after {at + len(data)} bytes")
+        raise DamagedError(f"the file ends after {at + len(data)} bytes")
     return data
 
 
@@ -135,5 +135,5 @@ def _read_into(file: FileIO, at: int, targets: Sequence[NDArray[np.uint8]]) -> N
         some = targets[first : first + _MOST_BUFFERS]
         expected = sum(target.nbytes for target in some)
         if os.preadv(file.fileno(), [target.data for target in some], at) != expected:
-            raise DamagedError(f"it ends before byte {at + expected}")
+            raise DamagedError(f"the file ends before byte {at + expected}")
         at += expected

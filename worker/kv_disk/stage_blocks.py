@@ -39,13 +39,13 @@ class StageBlocks:
         traffic.used_bytes = folder.used_bytes
 
     def find(self, keys: Sequence[bytes], kv: KvLayers) -> int:
-        """Counts the leading blocks that are on disk, up to the first missing one."""
+        """Counts the leading blocks that are on disk, up to the first block that is missing."""
         with self._lock:
             self._refresh()
             return next((index for index, key in enumerate(keys) if not self._cover(key, kv)), len(keys))
 
     def restore(self, keys: Sequence[bytes], blocks: Sequence[int], kv: KvLayers) -> int:
-        """Reads blocks up to the first missing or damaged one, and returns their number. Deletes damaged files."""
+        """Reads blocks until one is missing or damaged, and returns their number. Deletes damaged files."""
         used: dict[str, None] = {}  # in order
         done = 0
         for key, block in zip(keys, blocks, strict=True):
@@ -59,8 +59,8 @@ class StageBlocks:
         return done
 
     def save(self, keys: Sequence[bytes], blocks: Sequence[int], kv: KvLayers) -> int:
-        """Writes the missing blocks and returns the number of blocks on disk. The last of `keys` belong to `blocks`.
-        Files with blocks of the earlier keys are not deleted to make room."""
+        """Writes the missing blocks, and returns the number of blocks on disk. The last of `keys` belong to `blocks`.
+        Does not delete files with blocks of the earlier keys to make room."""
         with self._lock:
             self._refresh()
             own = zip(keys[-len(blocks) :], blocks, strict=True)
@@ -96,15 +96,15 @@ class StageBlocks:
                     self._traffic.read_bytes += known.restore(file, index, kv, self._start, block)
                 return True
         except DamagedError as error:
-            self._folder.drop(known.name, f"{error}; what it held is computed again")
+            self._folder.drop(known.name, f"{error}; its KV memory is computed again")
         except OSError as error:
-            _log.warning("%s cannot be read, what it held is computed again: %s", known.name, reason(error))
+            _log.warning("%s cannot be read, and its KV memory is computed again: %s", known.name, reason(error))
         with self._lock:
             self._forget(known.name)
         return False
 
     def _cover(self, key: bytes, kv: KvLayers) -> list[_Place]:
-        """Returns places that together have all layers of a block; [] if a layer is missing."""
+        """Returns places that together have all layers of a block. Returns [] if a layer is missing."""
         layer, end = self._start, self._start + len(kv)
         chosen: list[_Place] = []
         places = [place for place in self._places.get(key, ()) if _fits(place[0], self._start, kv)]

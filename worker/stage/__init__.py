@@ -1,1 +1,1 @@
-"""A loaded stage. It receives microbatches, computes them and sends the results on."""
+"""A loaded stage. It receives microbatches, computes them, and sends the results on."""

@@ -50,7 +50,7 @@ def frame_reader(program: Program, limits: StageLimits, model: Model, vocabulary
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A microbatch received at `received_ns`. `wire_ns` is the time that sending the answer before it took."""
+    """A microbatch received at `received_ns`. Sending the previous answer took `wire_ns`."""
 
     data: bytes
     frame: MicrobatchFrame
@@ -69,7 +69,7 @@ class Arrival:
 
     @property
     def has_groups(self) -> bool:
-        """True if rows see later rows of the batch, which bands of rows would compute too late."""
+        """True if rows see later rows of the batch. Bands of rows would compute these too late."""
         *_, groups, _ = self.frame.arrays
         return groups is not None
 

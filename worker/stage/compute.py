@@ -1,4 +1,4 @@
-"""Runs a worker's computations: short jobs on the event loop, which saves two thread switches, others on a thread."""
+"""Runs a worker's computations: short jobs on the event loop, to save two thread switches, and others on a thread."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ INLINE_NS = 200_000_000
 
 _Answer = TypeVar("_Answer")
 _HOLD_NS = 8_000_000
-"""The longest time to hold results of short jobs, since passing them to the event loop takes cores from jobs."""
+"""The longest time for which results of short jobs are held. Passing them to the event loop takes cores from jobs."""
 
 _Entry = tuple[Callable[[], Any], "asyncio.Future[Any]", float, float]
 _WATCH_S = 1.0
-"""The seconds between two checks for a hung job."""
 _HUNG_TIMES, _HUNG_LEAST_S = 20, 30.0
-"""Far more than delays by other programs on the GPU, by the capture of a CUDA graph, or by longer contexts."""
+"""Both are far above delays from other programs on the GPU, from capturing a CUDA graph, or from longer contexts."""
 
 
 def step_limit_s(last_ns: int | None, *, on_gpus: bool) -> float:
-    """Returns the seconds after which a step counts as hung, from the time of the last similar step. Infinite without
-    one, since kernels may be compiled, and for weights in RAM, which may be read from disk again."""
+    """Returns the seconds after which a step counts as hung, from the time of the last similar step. Returns infinity
+    without such a step, because kernels may be compiled, and for weights in RAM, which may be read from disk again."""
     return _HUNG_LEAST_S + _HUNG_TIMES * last_ns / 1e9 if on_gpus and last_ns is not None else inf
 
 
@@ -55,8 +54,8 @@ class Compute:
         return await asyncio.shield(self.queue(job, limit_s=limit_s))
 
     def apart(self, niceness: int = 0) -> Compute:
-        """Returns a second Compute for the same devices, which never uses the event loop. If one of them loses a
-        device, both have lost it. `niceness` lowers the priority of its thread."""
+        """Returns another Compute for the same devices, which never uses the event loop. If either loses a device, the
+        other has lost it too. `niceness` lowers the priority of the new thread."""
         twin = Compute(inline=False, niceness=niceness)
         twin._lost = self._lost
         return twin
@@ -67,7 +66,7 @@ class Compute:
         return 0.0 if present is None else (perf_counter_ns() - present[0]) / 1e9
 
     async def idle(self, deadline_s: float) -> None:
-        """Waits for the end of earlier jobs. Raises DeviceLostError if one does not end in time."""
+        """Waits until earlier jobs have ended. Raises DeviceLostError if one does not end in time."""
         try:
             async with deadline("the end of a step", deadline_s):
                 await self.run(lambda: None)
@@ -78,8 +77,8 @@ class Compute:
     def queue(
         self, job: Callable[[], _Answer], *, limit_s: float = inf, expected_ns: float = inf
     ) -> asyncio.Future[_Answer]:
-        """Runs `job` on the thread after earlier jobs. The device counts as lost if the job takes longer than `limit_s`
-        (see `while_able`). Earlier results that cannot wait `expected_ns` are passed on before the job."""
+        """Runs `job` on the thread after earlier jobs. If it takes longer than `limit_s`, the device counts as lost
+        (see `while_able`). Before the job, passes on earlier results that cannot wait for `expected_ns`."""
         answer: asyncio.Future[_Answer] = self._loop.create_future()
         answer.add_done_callback(self._settled)
         self._queued += 1
@@ -113,7 +112,7 @@ class Compute:
                 continue
             begun_ns, limit_s = present
             if (taken_s := (perf_counter_ns() - begun_ns) / 1e9) > limit_s:
-                text = f"a step has been computed for {taken_s:.0f} s, the limit is {limit_s:.0f} s: the GPU hangs"
+                text = f"a step has been computed for {taken_s:.0f} s, and the limit is {limit_s:.0f} s: the GPU hangs"
                 self._lose(DeviceLostError(f"{text}; this process ends"))
                 return
 
@@ -155,7 +154,7 @@ class _Held:
         self._answers.append(answer)
 
     def before(self, expected_ns: float) -> None:
-        """Passes on answers that the next job of about `expected_ns` would delay too long."""
+        """Passes on answers that would wait too long during the next job, which takes about `expected_ns`."""
         if self._answers and perf_counter_ns() + expected_ns > self._until_ns:
             self.hand_back()
 

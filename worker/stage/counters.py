@@ -1,5 +1,3 @@
-"""Totals of a worker since its start."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

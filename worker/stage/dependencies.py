@@ -1,4 +1,4 @@
-"""Inputs of microbatches from other streams: sampling inputs for the last stage, sampled tokens for the first."""
+"""Microbatch inputs from other streams: sampling inputs for the last stage, and sampled tokens for the first."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT, SampledTokens
 from llamaclust.worker.stage.step_inputs import StepInputs
 
 _TOKENS_S = 600.0
-"""The longest wait in seconds of a microbatch for tokens. A coordinator without a result gives up earlier."""
+"""The longest time in seconds that a microbatch waits for tokens. A coordinator without a result gives up earlier."""
 
 
 class Dependencies:
-    """The dependencies of one epoch. One microbatch waits at a time, in order of numbers."""
+    """One epoch's dependencies. One microbatch waits at a time, in number order."""
 
     def __init__(self, epoch: int, inputs_s: float) -> None:
         self.tokens = SampledTokensBox()
@@ -36,7 +36,7 @@ class Dependencies:
             raise ProtocolError(f"sampling inputs: expected {place_text(expected)}, found {place_text(found)}")
         if len(self._inputs) >= MOST_IN_FLIGHT:
             raise ProtocolError(
-                f"got sampling inputs for more than {MOST_IN_FLIGHT} microbatches that have not arrived"
+                f"this stage got sampling inputs for more than {MOST_IN_FLIGHT} microbatches that have not arrived"
             )
         self._next_put += 1
         if found[1] >= self._next_done:

@@ -36,7 +36,7 @@ class FollowingStage:
         links: MemberLinks,
         give_up: Callable[[DeviceLostError], None],
     ) -> None:
-        """`give_up` is called from any thread when a device is lost."""
+        """`give_up` is called when a device is lost, from any thread."""
         self.epoch = epoch
         self.runner = runner
         self._counters = counters
@@ -57,7 +57,7 @@ class FollowingStage:
 
     @property
     def computing_s(self) -> float:
-        """The seconds since the current step last waited for another member; 0.0 if there is no thread."""
+        """The seconds since this member last waited for another member in its step. 0.0 if there is no thread."""
         is_at_work = self._ended is not None and not self._ended.done()
         return self._member_links.computing_s if is_at_work else 0.0
 

@@ -1,4 +1,4 @@
-"""Receives the microbatches of a stream, each during the computation of the previous one."""
+"""Receives a stream's microbatches. Each is received while the previous one is computed."""
 
 from __future__ import annotations
 

@@ -23,11 +23,11 @@ _LENGTH = struct.Struct("<I")
 
 
 class MemberFailedError(LlamaclustError):
-    """A member failed within a step that the others continue, so it cannot join their gathers any more."""
+    """A member failed during a step that the other members continue. It can no longer join their gathers."""
 
 
 class Leader:
-    """Announces the steps of one epoch to the group once links are open. Used by one thread at a time."""
+    """Announces one epoch's steps to the group once links are open. Only one thread may use it at a time."""
 
     def __init__(self, epoch: int, links: MemberLinks, gather_by: Callable[[Gatherer], None]) -> None:
         self._epoch = epoch
@@ -46,10 +46,10 @@ class Leader:
     def step(
         self, arrival: Arrival, followed: Sequence[SampledTokens], checked: Program | None = None
     ) -> Iterator[None]:
-        """Announces a microbatch and the tokens that it depends on; the body computes the step. `checked` is the
-        stage's program if the step is computed again because numbers were not finite. Raises LinkError if a member does
-        not take the step, or computes such numbers again. A WorkerError passes, since all members raise it; another
-        error becomes a MemberFailedError."""
+        """Announces a microbatch and the tokens that it depends on. The body of the `with` statement computes the step.
+        `checked` is the stage's program if the step is computed again because numbers were not finite. Raises LinkError
+        if a member does not take the step, or computes such numbers again. Passes on a WorkerError, because all members
+        raise it. Raises MemberFailedError after any other error."""
         assert self._links is not None, "a stream is accepted when the links are open"
         rows = arrival.rows
         is_whole = rows >= LEAST_BANDED_ROWS and arrival.has_groups
@@ -87,7 +87,7 @@ class Leader:
 
 
 def encode_step(frame: bytes, followed: Sequence[SampledTokens], bands: int) -> bytes:
-    """Encodes a step: the numbers of bands and of token messages, each of these with its length, then the frame."""
+    """Encodes a step: the band count, the count of token messages, each message after its length, and the frame."""
     parts = [_LENGTH.pack(bands), _LENGTH.pack(len(followed))]
     for sampled in followed:
         tokens = encode_sampled_tokens(sampled)

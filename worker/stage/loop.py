@@ -1,5 +1,5 @@
-"""The loop of a loaded stage. It receives, computes and answers microbatches in order of numbers. Answers are frames
-for the next stage; the last stage sends results to the coordinator and tokens to the first stage."""
+"""A loaded stage's loop. It receives, computes and answers microbatches in number order. Answers are frames for the
+next stage. The last stage sends results to the coordinator, and tokens to the first stage."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from llamaclust.worker.stage.step_inputs import StepInputs
 _log = logging.getLogger(__name__)
 
 _DIRECT_BYTES = 1 << 16
-"""The largest answer that is sent before the next step. A larger one must wait until the other side reads."""
+"""The largest answer that is sent before the next step. A larger answer must wait until the other side reads."""
 
 _RESULT_DELAY_S = 0.001
-"""Seconds by which results follow tokens to a first stage here, whose core the coordinator may take for 0.7 ms."""
+"""The seconds by which a result follows tokens to a first stage here. The coordinator may take its core for 0.7 ms."""
 _MIN_ROUND_S = 0.004
 
 _Value = TypeVar("_Value")
 _Kind = tuple[str, int, int]
-"""A job's name, and the bit lengths of its numbers of rows and of attended keys."""
+"""A job's name, and the bit lengths of its row count and of its count of attended keys."""
 
 
 def _kind(job: str, arrival: Arrival) -> _Kind:
@@ -76,7 +76,7 @@ class Answer:
 
 
 class StageLoop:
-    """The loop of one epoch. A failed microbatch gets an answer; LinkError and MemberFailedError end the loop."""
+    """One epoch's loop. A failed microbatch gets an answer. LinkError and MemberFailedError end the loop."""
 
     def __init__(self, epoch: int, runner: StageRunner, context: StageContext, deadlines: Deadlines) -> None:
         self.runner = runner
@@ -98,8 +98,8 @@ class StageLoop:
     async def run(
         self, stream: ServerStream, outlet: Writable, to_first: Writable | None = None, receiver: str | None = None
     ) -> None:
-        """Serves a stream: computes one microbatch while it receives the next. `outlet` takes the answers, `to_first`
-        the sampled tokens. Errors in sending name `receiver`."""
+        """Serves a stream. Computes one microbatch while it receives the next. `outlet` takes the answers, and
+        `to_first` takes the sampled tokens. Errors in sending name `receiver`."""
         incoming = Incoming(stream)
         sending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         sending.set_result(None)
@@ -154,8 +154,8 @@ class StageLoop:
         self.runner.matchers.receive(inputs.for_matchers)
 
     async def compute(self, arrival: Arrival) -> asyncio.Future[Answer]:
-        """Waits until the next microbatch may begin. The answer is then done, except that the thread may still compute
-        a whole model's step that was sent ahead. A ProtocolError is raised here or by the answer."""
+        """Returns when the next microbatch may begin. The answer is done by then, unless the thread still computes a
+        whole model's step that was sent ahead. This method or the answer raises ProtocolError."""
         program = self.runner.program
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:
@@ -181,7 +181,7 @@ class StageLoop:
         return inputs
 
     def _whole_step(self, kind: _Kind, arrival: Arrival, inputs: StepInputs) -> Answer:
-        """Computes a step in one job, without the two thread switches of `_step` (0.1 to 0.3 ms each)."""
+        """Computes a step in one job, which saves the two thread switches of `_step` (0.1 to 0.3 ms each)."""
         started_ns = perf_counter_ns()
         try:
             queue_ns = started_ns - max(arrival.received_ns, self._tokens.came_ns(arrival.newest_dependency))
@@ -192,7 +192,7 @@ class StageLoop:
             return self._failure(arrival, error)
 
     async def _step(self, arrival: Arrival) -> Answer:
-        """Runs the last stage's layers before it awaits its inputs, since making a prompt's matcher can take 50 ms."""
+        """Runs the last stage's layers before it awaits its inputs. Making a prompt's matcher can take 50 ms."""
         program = self.runner.program
         if program.is_first and not program.is_last:
             await self.dependencies.known(arrival.newest_dependency)
@@ -208,7 +208,7 @@ class StageLoop:
         return self._result(arrival, outputs, queue_ns, compute_ns + finish_ns)
 
     def _run_layers(self, arrival: Arrival) -> Logits:
-        """Fills in tokens on the first stage, since later ones read none. Raises WorkerError if a token is unknown."""
+        """Fills in tokens on the first stage, as later stages read none. Raises WorkerError if a token is unknown."""
         runner, frame = self.runner, arrival.frame
         if runner.program.is_first:
             self._tokens.fill(frame)
@@ -256,7 +256,7 @@ class StageLoop:
         return StageTiming(queue_ns, compute_ns, arrival.wire_ns, rows)
 
     def _failure(self, arrival: Arrival, error: Exception) -> Answer:
-        """Returns the answer to a failed microbatch; the worker continues. Raises errors that end the loop."""
+        """Returns the answer to a failed microbatch, so that the worker continues. Raises errors that end the loop."""
         if isinstance(error, ProtocolError | LinkError | MemberFailedError):
             self._has_ended = True
             raise error

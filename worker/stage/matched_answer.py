@@ -1,4 +1,4 @@
-"""One answer at the last stage, and the matcher that follows its tokens."""
+"""One answer at the last stage, and the matcher that follows the answer's tokens."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 _DRAFTED_NS: Final = 200_000_000
 """The CPU time of a step's matchers after which drafted rows are deferred."""
 _STEP_NS: Final = 500_000_000
-"""The CPU time after which other rows are deferred too. The coordinator then sends few slow answers at once."""
+"""The CPU time after which other rows are deferred too. The coordinator then sends fewer slow answers at once."""
 _TOLD_NS: Final = 1_000_000
-"""Rows with at least this CPU time are reported to the coordinator."""
+"""Rows that take at least this CPU time are reported to the coordinator."""
 _READY_S: Final = 60.0
-"""The deadline for making a matcher, which takes a fraction of a second except on a very busy machine."""
+"""The deadline for making a matcher. It takes a fraction of a second, unless the machine is very busy."""
 _TOKEN_NS: Final = 50_000_000
 """The CPU time allowed per token. Large schemas take at most a tenth of it."""
 _GUARD_NS: Final = 2_000_000_000
-"""The CPU time of an answer beyond that of its tokens. It protects others if counts of work (see matcher.py) do not."""
+"""The CPU time that an answer may take beyond its tokens' time. It helps if work limits (see matcher.py) fail."""
 _TOKENS_AT_ONCE: Final = 64
 
 DEFERRED: Final = RowResult(-1, nan, is_deferred=True)
@@ -48,7 +48,7 @@ class MatcherTime:
 
 
 class MatchedAnswer:
-    """An answer. It belongs to the thread that makes its matcher until `ready` is done, then to the stage."""
+    """An answer. The thread that makes its matcher owns the answer until `ready` is done. Then the stage owns it."""
 
     def __init__(self, start: MatcherStart) -> None:
         self.ready: Future[None] = Future()
@@ -84,7 +84,7 @@ class MatchedAnswer:
             self.fail(error)
 
     def _make_matcher(self, vocabulary: GrammarVocabulary) -> None:
-        """Forces tokens only at an answer's beginning. Later ones come with the token before, or are sampled."""
+        """Forces tokens only at an answer's beginning. Later tokens come with the token before, or are sampled."""
         matcher, tokens = answer_matcher(self._start, vocabulary, is_costly=self._is_costly), self._tokens
         self._excess_ns = 0
         for place in range(0, len(tokens), _TOKENS_AT_ONCE):
@@ -113,8 +113,8 @@ class MatchedAnswer:
         return self._due is not None
 
     def begin(self, row: MatcherRow) -> bool:
-        """Returns False if the row is deferred: the matcher is not ready, or an earlier row was deferred. Raises
-        ProtocolError for a wrong position. Rows sent before the forced tokens were known repeat them."""
+        """Returns False if the row is deferred, because the matcher is not ready or an earlier row was deferred. Raises
+        ProtocolError if the position is wrong. Rows sent before forced tokens were known repeat these tokens."""
         if self._due is not None and row.position > self._due:
             return False
         is_ready = self.ready.done() and self._matcher is not None
@@ -137,7 +137,7 @@ class MatchedAnswer:
 
     @property
     def turn(self) -> tuple[bool, int]:
-        """A sort key within a step. Slow answers come last; of these, the ones deferred most often come first."""
+        """The sort key within a step. Slow answers come last, and among them those deferred most often come first."""
         return self._is_slow, -self._held
 
     @property
@@ -153,8 +153,8 @@ class MatchedAnswer:
 
     def take(self, result: RowResult, time: MatcherTime) -> RowResult | AllowedTokens:
         """Feeds a sampled token to the matcher. Returns the result with the tokens that must follow. If the token is
-        not allowed, returns the allowed tokens, from which the caller samples again. Returns DEFERRED if the matcher
-        must be made again or the step has no time left."""
+        not allowed, returns the allowed tokens, from which the caller must sample again. Returns DEFERRED if the
+        matcher must be made again or the step has no time left."""
         if self._failed is None and self._forced:
             return RowResult(self._forced[0], 0.0, forced=tuple(self._forced[1:]))
         if self._failed is None and result.failure is not None:
@@ -179,7 +179,7 @@ class MatchedAnswer:
         return replace(result, forced=tuple(self._forced), matcher_ns=self._row_ns if self._is_slow else 0)
 
     def with_forced_draft(self, result: RowResult, time: MatcherTime) -> RowResult:
-        """Adds the tokens that must follow to the answer's last counted row, if they are wanted as a draft."""
+        """Adds tokens that must follow to the answer's last counted row, if they are wanted as a draft."""
         if not self._start.drafts_forced or self._failed is not None or self._matcher is None or not time.may_draft:
             return result
         began_ns = thread_time_ns()
@@ -199,7 +199,7 @@ class MatchedAnswer:
         return replace(result, forced_draft=tuple(forced), matcher_ns=row_ns if row_ns >= _TOLD_NS else 0)
 
     def fail(self, error: Exception) -> None:
-        """Fails the answer. Only a RequestError that is not a TokenRefusedError is the request's fault."""
+        """Fails the answer. The request is at fault only for a RequestError that is not a TokenRefusedError."""
         message = str(error)
         is_fault = isinstance(error, RequestError) and not isinstance(error, TokenRefusedError)
         if not isinstance(error, LlamaclustError):

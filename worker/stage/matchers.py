@@ -1,7 +1,7 @@
 """Matchers of a last stage's answers, for grammars and reasoning budgets. A thread makes them when sampling inputs
-arrive. Rows without a ready matcher are deferred: the coordinator sends them again. A row is first sampled without its
-grammar; if that refuses the token, again from the allowed tokens. The rows of a step share a bounded CPU time. A
-matcher's state depends only on grammar and tokens, so an answer can continue on another pipeline."""
+arrive. If a row's matcher is not ready, the row is deferred, and the coordinator sends it again. A row is first sampled
+without its grammar. If the grammar refuses the token, the row is sampled again from the allowed tokens. A step's rows
+share a bounded CPU time. A matcher's state depends only on grammar and tokens, so answers can change pipelines."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT
 from llamaclust.worker.stage.step_inputs import MatcherInputs
 
 _ALONE_S: Final = 0.05
-"""The longest wait in seconds for matchers if all rows need them, since deferred rows would only come again."""
+"""The longest wait in seconds for matchers if all rows need matchers. Deferred rows would only come again."""
 _FIRST_S: Final = 0.01
-"""The longest wait in seconds for rows that were not deferred yet, if other rows are ready."""
+"""The longest wait in seconds for rows that have not been deferred yet, if other rows are ready."""
 
 
 class StageMatchers:
-    """The matchers of one epoch. The event loop uses `receive` and `ready`, the computing thread `begin` and `take`."""
+    """One epoch's matchers. The event loop uses `receive` and `ready`, and the computing thread `begin` and `take`."""
 
     def __init__(self, vocabulary: Callable[[], GrammarVocabulary], most: int) -> None:
         """`vocabulary` is called for the first matcher. At most `most` answers are kept."""
@@ -54,11 +54,11 @@ class StageMatchers:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def prepare(self) -> None:
-        """Reads the vocabulary before an answer needs it, since a large one takes most of a second."""
+        """Reads the vocabulary before an answer needs it, because a large one takes most of a second."""
         self._thread.submit(self._prepare)
 
     def receive(self, inputs: MatcherInputs) -> None:
-        """Drops the matchers of released answers and starts new ones. Raises ProtocolError if too many start."""
+        """Drops the matchers of released answers, and starts new ones. Raises ProtocolError if too many start."""
         for key in inputs.released:
             if (answer := self._find(inputs.number, key)) is not None:
                 answer.is_released = True
@@ -88,7 +88,7 @@ class StageMatchers:
         return [answer.ready for answer in (late if is_alone else first)], _ALONE_S if is_alone else _FIRST_S
 
     def begin(self, inputs: MatcherInputs) -> list[int]:
-        """Returns places of rows where only the end is allowed. Raises ProtocolError for a row without a matcher."""
+        """Returns the places of rows whose answer may only end. Raises ProtocolError if a row has no matcher."""
         with self._lock:
             for key in inputs.released:
                 self._answers.pop(key, None)
@@ -99,7 +99,9 @@ class StageMatchers:
             if (answer := self._answers.get(row.key)) is None:
                 raise ProtocolError(f"got a row of answer {row.key}, but this worker has no matcher for it")
             if (row.drafted is None) == (answer in self._rows):
-                raise ProtocolError(f"rows of answer {row.key} in the wrong order: the row without a draft comes first")
+                raise ProtocolError(
+                    f"rows of answer {row.key} are in the wrong order: the row without a draft comes first"
+                )
             if row.drafted is not None:
                 self._rows[answer].append((place, row))
             elif answer.begin(row):
@@ -113,9 +115,9 @@ class StageMatchers:
         return complete
 
     def take(self, results: list[RowResult]) -> dict[int, AllowedTokens]:
-        """Feeds the step's results to the matchers, and replaces some of them. Returns, by place, the allowed tokens of
-        rows whose token is refused. The caller samples these again and repeats the call until it returns {}. A drafted
-        row counts only if the row before it chose its token."""
+        """Feeds the step's results to the matchers, and replaces some results. Returns the allowed tokens, by place, of
+        rows whose token was refused. The caller samples these rows again, and repeats the call until it returns {}. A
+        drafted row counts only if the row before it chose its token."""
         for place in self._deferred:
             results[place] = DEFERRED
         refused: dict[int, AllowedTokens] = {}

@@ -1,5 +1,5 @@
 """A multi-token prediction (MTP) head, which drafts after the last stage's layers. It keeps keys and values of all rows
-that counted, in blocks with the layers' ids; wrong ones make drafts worse but change no answer."""
+that counted, in blocks with the layers' ids. Wrong keys or values make drafts worse, but change no answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llamaclust.model.loader import Model
 
 Normed = Callable[[Int32], Float32]
-"""Returns the normed hidden state [rows, embedding] of these rows of the stage's last run."""
+"""Returns the normed hidden states [rows, embedding] of these rows in the stage's last run."""
 
 
 def nextn_program_of(model: Model, limits: StageLimits) -> Program:
@@ -36,7 +36,7 @@ def nextn_limits(limits: StageLimits) -> StageLimits:
 
 @dataclass(slots=True)
 class _Taken:
-    """The rows of a chunk that count, each with the next token."""
+    """A chunk's rows that count, each with the token that follows it."""
 
     tables: Int32  # [blocks]
     end: int  # positions that they hold
@@ -109,7 +109,8 @@ class NextnDrafter:
         return lines, self._stage.run(batch, np.ascontiguousarray(hidden))
 
     def _choose(self, drafting: Sequence[_Taken], logits: Float32, tasks: SamplingTasks, later: int) -> None:
-        """Chooses next tokens with random draws of `later` positions on. Logits that are not finite end a draft."""
+        """Chooses the tokens `later` positions ahead, with their random draws. Logits that are not finite end a
+        draft."""
         if not drafting:
             return
         rows = self._sampler.sample(logits, tasks.drafts([each.output for each in drafting], later)).rows
@@ -147,7 +148,7 @@ def following(
     tokens: tuple[int, ...], next_token: int | None, chosen: Sequence[int], scored: Sequence[bool]
 ) -> tuple[tuple[int, ...], int | None]:
     """Returns the tokens after the chunk's leading rows that count, and the index of the output row that chose the last
-    one, or None. A drafted row counts if the row before it chose its token."""
+    of these tokens, or None. A drafted row counts if the row before it chose its token."""
     for index, (token, is_scored) in enumerate(zip(chosen, scored, strict=True)):
         place = len(tokens) - len(chosen) + index
         if is_scored:

@@ -1,4 +1,4 @@
-"""Sampled tokens of an epoch's microbatches, for chunks that were sent before their token was known."""
+"""The sampled tokens of an epoch's microbatches, for chunks that were sent before their token was known."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class SampledTokensBox:
             del self._tokens[next(iter(self._tokens))]
 
     def came_ns(self, number: int | None) -> int:
-        """Returns the perf_counter_ns time at which a microbatch's tokens came; 0 if they did not."""
+        """Returns the perf_counter_ns time at which a microbatch's tokens came, or 0 if they have not come."""
         return self._tokens[number][1] if number in self._tokens else 0
 
     def all_of(self, numbers: Sequence[int]) -> list[SampledTokens]:

@@ -1,4 +1,4 @@
-"""One loaded stage: computes hidden states or row results from microbatches, one call at a time, without network."""
+"""One loaded stage. It computes hidden states or row results from microbatches, one call at a time, without network."""
 
 from __future__ import annotations
 
@@ -106,16 +106,18 @@ def portion_of(order: Load) -> Portion | None:
 
 
 def model_program(model: Model, start: int, end: int, limits: StageLimits, portion: Portion | None = None) -> Program:
-    """Raises UsageError if the model lacks these layers, or they cannot be divided into such portions."""
+    """Raises UsageError if the model lacks these layers, or if the layers cannot be divided into these portions."""
     shards = limits.expert_shards
     if not 0 <= start < end <= model.layer_count * shards:
-        raise UsageError(f"layers {layer_span(start, end, shards)} do not exist: the model has {model.layer_count}")
+        raise UsageError(
+            f"layers {layer_span(start, end, shards)} do not exist: the model has {model.layer_count} layers"
+        )
     program = model.program(start, end, KvType(limits.kv_type), limits.max_context_tokens, shards)
     return program if portion is None else divide(program, portion.shares, portion.member)
 
 
 def kv_content(model: Model, manifest: str, limits: StageLimits) -> str:
-    """Returns a digest of everything but tokens that KV memory depends on. It is equal for all splits of the model."""
+    """Returns a digest of all that KV memory depends on, except tokens. All splits of a model have the same digest."""
     whole = model_program(model, 0, model.layer_count, replace(limits, expert_shards=1)).steps
     steps = tuple(step for step in whole if not isinstance(step, Adapt))  # keys of KV blocks have the adapters
     return sha256(repr((NUMERICS_VERSION, manifest, limits.kv_type, steps)).encode()).hexdigest()
@@ -148,7 +150,7 @@ def batch_of(frame: MicrobatchFrame) -> Batch:
 
 @dataclass(frozen=True, slots=True)
 class StageOptions:
-    """Options of a stage. `feature_level` ("": the best) and `threads` are the sampler's."""
+    """Options of a stage. `feature_level` ("" for the best) and `threads` are for the sampler."""
 
     feature_level: str = ""
     threads: int = 1
@@ -211,10 +213,10 @@ class StageRunner:
         return model_program(model, self.program.start, self.program.end, self.limits, self.portion)
 
     def adapt(self, model: Model, free_bytes: int, progress: Progress) -> None:
-        """Replaces the adapters from the next run on; KV memory stays. Raises UsageError or InsufficientMemoryError."""
+        """Replaces the adapters from the next run on. Keeps KV memory. Raises UsageError or InsufficientMemoryError."""
         program, backend = self.program_of(model), self._backend
         if not isinstance(backend, SharesKv):
-            raise UsageError("adapters are computed on processors only")
+            raise UsageError("adapters can be computed on processors only")
         planned = program_memory(backend, model, program, self.limits)
         new = {"weights": planned.weight_bytes - planned.held_weight_bytes, "workspace": planned.workspace_bytes}
         if sum(new.values()) > free_bytes:
@@ -226,7 +228,7 @@ class StageRunner:
         self._newest = stage
 
     def settle(self) -> None:
-        """Frees the memory of former adapters; must be called while no result of a run is awaited."""
+        """Frees the former adapters' memory. Must not be called while a run's result is awaited."""
         if (stage := self._newest) is self._stage:
             return
         if self._gatherer is not None and isinstance(stage, GathersRows):
@@ -236,7 +238,7 @@ class StageRunner:
 
     def run(self, microbatch: Microbatch, hidden: Float32 | None) -> Float32:
         """Returns hidden states [rows, embedding], or the last stage's logits [outputs, vocabulary], valid until the
-        next run. `hidden` is None for a first stage. Raises ProtocolError if the microbatch does not fit."""
+        next run. `hidden` is None for a first stage. Raises ProtocolError if the microbatch is invalid."""
         self.settle()
         self._frame = frame = self.read(microbatch, hidden)
         return self._stage.run(batch_of(frame), frame.hidden)
@@ -248,7 +250,7 @@ class StageRunner:
         return self.reader.read(encode_hidden(encode_microbatch(microbatch), hidden))
 
     def run_frame(self, frame: MicrobatchFrame) -> Logits:
-        """Computes a microbatch whose tokens are known. Logits may stay in memory of a GPU."""
+        """Computes a microbatch whose tokens are known. Logits may stay in a GPU's memory."""
         self.settle()
         self._frame = frame
         if self._native_stage is not None:
@@ -265,7 +267,7 @@ class StageRunner:
         return row_results(self.finish_step(logits, StepInputs.read(encode_inputs(inputs))).rows)
 
     def finish_step(self, logits: Logits, inputs: StepInputs) -> StepOutputs:
-        """Samples, scores and drafts. Raises ProtocolError for tasks that do not fit, or too many embedded rows."""
+        """Samples, scores and drafts. Raises ProtocolError if tasks do not fit, or if too many rows are embedded."""
         rows = self.sample(logits, inputs)
         embeddings = self.embeddings()
         if self._nextn is None:
@@ -275,7 +277,7 @@ class StageRunner:
         return StepOutputs(rows, embeddings, perf_counter_ns() - begun_ns)
 
     def embeddings(self) -> bytes:
-        """Returns the embedded rows' normed hidden state. Raises ProtocolError if it does not fit into a `Result`."""
+        """Returns the embedded rows' normed hidden states. Raises ProtocolError if they do not fit into a `Result`."""
         rows = self._last.embedded_rows
         if not len(rows):
             return b""
@@ -312,14 +314,14 @@ class StageRunner:
 
     @property
     def kv_layers(self) -> Sequence[Sequence[NDArray[np.uint8]]]:
-        """KV memory of each layer. Raises ProtocolError if it is not in RAM, or layers have a window or a state."""
+        """KV memory by layer. Raises ProtocolError if it is on a GPU, or if layers have a window or a state."""
         if not isinstance(self._stage, KvInRam) or self.limits.window_blocks or self.limits.state_blocks:
-            raise ProtocolError("KV memory of a GPU, or of layers with a window or a state, is not sent")
+            raise ProtocolError("KV memory on a GPU, or of layers with a window or a state, is not kept on disk")
         return self._stage.kv_layers()
 
     @property
     def is_on_gpus(self) -> bool:
-        """True if all weights are in memory of GPUs, and no step waits for another worker."""
+        """True if all weights are in GPU memory, and no step waits for another worker."""
         in_vram = (part.device.startswith(CUDA) and not part.cpu_moe for part in self.devices)
         return bool(self.devices) and all(in_vram) and self._nextn is None and self.portion is None
 

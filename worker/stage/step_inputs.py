@@ -1,4 +1,4 @@
-"""Sampling inputs of the last stage. Native code reads and checks all of them except the starts of matchers."""
+"""The last stage's sampling inputs. Native code reads and checks everything except the matchers' starts."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _Use = Callable[[ClientStream], Coroutine[None, None, None]]
 
 
 async def _while_open(stream: ClientStream, which: str, work: Coroutine[None, None, None]) -> None:
-    """Does the work, then ends the stream. Raises WorkerError if the other side ends the stream first."""
+    """Does the work, and then ends the stream. Raises WorkerError if the other side ends the stream first."""
     is_done = False
 
     async def working() -> None:
@@ -77,7 +77,7 @@ class StageStreams:
         neighbours: Neighbours,
         links: MemberLinks | None = None,
     ) -> None:
-        """`links` is set for a group's leader. The leader's context has its own `compute`."""
+        """`links` is set for a group's leader. The leader's context must have its own `compute`."""
         self.epoch = epoch
         self._links = links
         self.runner = runner
@@ -95,14 +95,14 @@ class StageStreams:
 
     @property
     def computing_s(self) -> float:
-        """The seconds since a group's leader last waited for a member in the current step; 0.0 for other stages."""
+        """The seconds since a group's leader last waited for a member in its step. 0.0 for other stages."""
         return 0.0 if self._links is None else min(self._compute.computing_s, self._links.computing_s)
 
     async def sample(self, stream: ServerStream) -> None:
         if self._neighbours.next is not None:
-            raise ProtocolError("got sampling inputs, but is not the last stage")
+            raise ProtocolError("this stage got sampling inputs, but is not the last stage")
         if self._results is not None:
-            raise ProtocolError(f"a second sampling stream for epoch {epoch_text(self.epoch)}")
+            raise ProtocolError(f"a second sampling stream was opened for epoch {epoch_text(self.epoch)}")
         self._results = stream
         await stream.accept()
         try:
@@ -117,10 +117,10 @@ class StageStreams:
 
     async def sampled_tokens(self, stream: ServerStream) -> None:
         if not self.runner.program.is_first or self._neighbours.next is None:
-            raise ProtocolError("got sampled tokens, but is not the first of several stages")
+            raise ProtocolError("this stage got sampled tokens, but is not the first of several stages")
         _check_caller(stream, Principal(self._neighbours.last_worker))
         if self._has_sampled_stream:
-            raise ProtocolError(f"a second stream of sampled tokens for epoch {epoch_text(self.epoch)}")
+            raise ProtocolError(f"a second stream of sampled tokens was opened for epoch {epoch_text(self.epoch)}")
         self._has_sampled_stream = True
         await stream.accept()
         try:
@@ -130,10 +130,10 @@ class StageStreams:
             self._loop.dependencies.fail(WorkerError("the last stage stopped sending tokens"))
 
     async def forward(self, stream: ServerStream) -> None:
-        """Serves the previous stage's or the coordinator's stream once the streams to later stages are open."""
+        """Serves the stream of the previous stage or coordinator, once the streams to later stages are open."""
         _check_caller(stream, Principal(self._neighbours.previous_worker))
         if self._forwarding is not None:
-            raise ProtocolError(f"a second stream of microbatches for epoch {epoch_text(self.epoch)}")
+            raise ProtocolError(f"a second stream of microbatches was opened for epoch {epoch_text(self.epoch)}")
         self._forwarding = asyncio.current_task()
         if self._links is None:
             await self._forward(stream)
@@ -158,7 +158,7 @@ class StageStreams:
             use: _Use = partial(self._loop.run, stream, receiver=self._neighbours.next.worker)
             await self._with_stream_to(self._neighbours.next, FORWARD, "next", stream, use)
         elif results is None:
-            raise ProtocolError("got microbatches for the last stage before its sampling stream")
+            raise ProtocolError("microbatches came to the last stage before its sampling stream was opened")
         elif first is None:
             await stream.accept()
             await self._loop.run(stream, results)

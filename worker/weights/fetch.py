@@ -37,12 +37,12 @@ class Patience:
 
 
 class DamagedError(LlamaclustError):
-    """The bytes are not the requested ones."""
+    """The received bytes are not the requested bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class WantedWeights:
-    """`content` is their SHA-256, hex."""
+    """Weights to fetch. `content` is their SHA-256 in hex."""
 
     content: str
     n_bytes: int
@@ -79,7 +79,7 @@ class _Source:
         self.failed_since_s, self.failures = None, 0
 
     async def rest(self, error: LlamaclustError, limit_s: float) -> None:
-        """Pauses after a failure. Gives the source up after failures for `limit_s` seconds."""
+        """Pauses after a failure. Gives the source up if it has failed for `limit_s` seconds."""
         now_s = asyncio.get_running_loop().time()
         if self.failed_since_s is None:
             self.failed_since_s = now_s
@@ -93,7 +93,7 @@ class _Source:
 
 
 class WeightFetch:
-    """Fetches weights once. `sources` are pairs (name, peer), best first."""
+    """Fetches weights once. `sources` are pairs (name, peer), and the best comes first."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class WeightFetch:
         on_others_bytes: OnBytes,
         patience: Patience = Patience(),
     ) -> None:
-        """`on_bytes` gets counts of fetched bytes, `on_others_bytes` those of bytes that another process has cached."""
+        """`on_bytes` gets counts of bytes fetched here. `on_others_bytes` gets counts of bytes others have cached."""
         self._cache = cache
         self._sources = [_Source(name, peer) for name, peer in sources]
         self._on_bytes = on_bytes
@@ -113,7 +113,7 @@ class WeightFetch:
         self._lanes: asyncio.TaskGroup | None = None
 
     def renew(self, name: str, peer: Peer) -> None:
-        """Replaces or adds a source. It is tried again even if it failed before."""
+        """Replaces or adds a source. The source is tried again even if it failed before."""
         _log.info("weights are requested from %s at %s", name, peer.address)
         runs = any(not lane.done() for source in self._sources for lane in source.lanes)
         renewed, names = _Source(name, peer), [source.name for source in self._sources]
@@ -128,8 +128,8 @@ class WeightFetch:
             self._begin(renewed, self._lanes)
 
     async def run(self, wanted: Sequence[WantedWeights]) -> None:
-        """Fetches all wanted weights to the cache, which the caller holds `in_use`. Raises WorkerError if no source has
-        one of them."""
+        """Fetches all wanted weights to the cache, which the caller holds `in_use`. Raises WorkerError if some weights
+        are on no source."""
         by_content = {weights.content: weights for weights in wanted}
         largest_first = sorted(by_content.values(), key=lambda weights: -weights.n_bytes)
         self._items = [_Item(weights, self._cache.part_bytes(weights.content)) for weights in largest_first]
@@ -265,7 +265,7 @@ class WeightFetch:
 
 
 async def _in_thread(function: Callable[..., _Value], *arguments: object) -> _Value:
-    """Waits for the thread even if cancelled, since it uses the file. Closes a part that the thread has opened."""
+    """Waits for the thread even if cancelled, because it uses the file. Closes a part that the thread has opened."""
     working = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
     try:
         return await asyncio.shield(working)

@@ -1,4 +1,4 @@
-"""Sends weights to workers without the model's file: tensors of files and of the cache, by SHA-256, in pieces."""
+"""Sends weights, by SHA-256 and in pieces, to workers without the model's file. Takes them from files or the cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FRAME_S = 30.0
 
 
 class WeightGiver:
-    """The Weights service of a process. It has at most one piece of a file in memory per stream."""
+    """A process's Weights service. It has at most one piece of a file in memory per stream."""
 
     def __init__(self, cache: WeightCache | None) -> None:
         self.sent_bytes = 0
@@ -37,7 +37,7 @@ class WeightGiver:
         return self._cache is not None
 
     def add(self, file: ModelFile, manifest: str) -> None:
-        """Offers a file's tensors. The cache must have the manifest with SHA-256 `manifest`."""
+        """Offers a file's tensors. The cache must have the manifest whose SHA-256 is `manifest`."""
         assert self._cache is not None
         for record in read_manifest(self._cache.place(manifest)).tensors:
             self._tensors[record.content] = file.tensor(record.name)
@@ -45,7 +45,7 @@ class WeightGiver:
     async def _serve(self, stream: ServerStream) -> None:
         await stream.accept()
         while True:
-            async with deadline("the next range of weights that is asked for", _IDLE_S):
+            async with deadline("a request for the next range of weights", _IDLE_S):
                 data = await stream.read()
             if data is None:
                 return

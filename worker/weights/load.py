@@ -1,4 +1,4 @@
-"""Loads a stage, its adapters or an encoder as the coordinator ordered, from files here or from other workers."""
+"""Loads a stage, adapters or an encoder as the coordinator ordered, from local files or from other workers."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ _Value = TypeVar("_Value")
 async def load_stage(
     order: Load, device: Device, report: Report, weights: Weights, reach: Reach, reserved_bytes: int = 0
 ) -> StageRunner:
-    """Loads a stage in the free memory without `reserved_bytes`. Raises ModelFileError, InsufficientMemoryError, and
-    the errors of `RemoteFile` if no file is here."""
+    """Loads a stage into the free memory minus `reserved_bytes`. Raises ModelFileError, InsufficientMemoryError, and
+    the errors of `RemoteFile` if this machine has no file."""
     files = _Files(weights, reach, Progress())
     return await _reported(order.epoch, files.progress, report, _load(order, device, files, reserved_bytes))
 
@@ -186,23 +186,23 @@ class _Files(AsyncExitStack):
         except ModelFileError as error:
             if known is None or not known.sources:
                 raise
-            _log.error("%s; its layers are fetched from others", error)
+            _log.error("%s; its layers are fetched from other machines", error)
             return None
         if file is None and known is None:
             where = " and ".join(map(str, self._weights.places(path)))
             what = "no such file on this machine, and neither the coordinator nor another worker may send it"
-            raise ModelFileError(f"{where}: {what}; copy it there, or name its folder by --model-dir")
+            raise ModelFileError(f"{where}: {what}; copy it there, or name its folder with --model-dir")
         return file
 
     def _check_bytes(self, file: ModelFile, manifest: str) -> None:
         own = self._weights.manifest_of(file, self.progress).content
         if own != manifest:
-            what = f"its bytes differ from those of the cluster: SHA-256 is {own[:12]}, not {manifest[:12]}"
-            raise ModelFileError(f"{file.path}: {what}; it is damaged or was changed, replace it by a good copy")
+            what = f"its bytes differ from the cluster's copies: SHA-256 is {own[:12]}, not {manifest[:12]}"
+            raise ModelFileError(f"{file.path}: {what}; it is damaged or was changed; replace it by a good copy")
 
 
 async def _in_thread(work: Callable[[], _Value], progress: Progress) -> _Value:
-    """Waits for the thread even if cancelled, since it holds memory until its next progress report."""
+    """Waits for the thread even if cancelled, because it holds memory until it next reports progress."""
     running = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(running)

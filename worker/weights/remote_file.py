@@ -1,4 +1,4 @@
-"""A model or adapter on other machines. The tensors that a stage needs are fetched and checked."""
+"""A model or adapter file on other machines. Fetches and checks the tensors that a stage needs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class RemoteFile:
         sources: Mapping[str | None, Peer],
         on_bytes: Callable[[int], None],
     ) -> None:
-        """`path` is for messages. `sources` are by worker name (None: the coordinator), best first."""
+        """`path` is for messages. `sources` are by worker name (None for the coordinator), and the best comes first."""
         if weights.cache is None:
             raise LlamaclustError(
                 f"{path}: there is no such file on this machine, and LLAMACLUST_WEIGHTS_SIZE=0 forbids fetching it"
@@ -86,7 +86,7 @@ class RemoteFile:
         return self._missing_bytes(self._missing(wanted.values()))
 
     async def complete(self, names: Iterable[str]) -> ModelFile:
-        """Fetches those of the named tensors that the file has, and returns the file."""
+        """Fetches the named tensors that the file has, and returns the file."""
         wanted = self._wanted(names)
         await self._fetch(wanted)
         if await asyncio.to_thread(self._missing, wanted):

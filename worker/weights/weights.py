@@ -1,4 +1,4 @@
-"""A worker's model files and fetched tensors, which it also gives to other workers."""
+"""A worker's model files and fetched tensors, which it also sends to other workers."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ Reach = Callable[[WeightSource], Peer]
 
 
 class Weights:
-    """One worker's weights. Without a `cache`, weights are neither fetched nor given."""
+    """One worker's weights. Without a `cache`, weights are neither fetched nor sent."""
 
     def __init__(
         self, cache: WeightCache | None = None, model_dir: Path | None = None, models_dir: Path | None = None
     ) -> None:
-        """`model_dir` has files that are elsewhere on the coordinator; `models_dir` has one folder per model."""
+        """`model_dir` has files that are elsewhere on the coordinator. `models_dir` has one folder per model."""
         self.cache = cache
         self.received_bytes = 0
         self._model_dir = model_dir
@@ -95,12 +95,12 @@ class Weights:
                 file.renew(update.source, reach(update.source))
 
     def open_file(self, model_path: str, model_id: str) -> ModelFile | None:
-        """Returns None if the model's places have no file. Raises ModelFileError if they have only other files."""
+        """Returns None if the model's places have no file. Raises ModelFileError if they only have other files."""
         places = [place for place in self.places(model_path) if place.is_file()]
         return _chosen(lambda place: as_programs_read(open_model(place)), places, model_id)
 
     def open_adapter(self, wanted: AdapterFile, plain: ModelFile) -> ModelFile | None:
-        """Opens an adapter like `open_file`. Reads only headers and samples; the coordinator checked all weights."""
+        """Opens an adapter like `open_file`. Only reads headers and samples, as the coordinator checked all weights."""
         places = [place for place in self.places(wanted.path) if is_adapter(place)]
         return _chosen(partial(read_adapter, model=plain), places, wanted.adapter_id)
 
@@ -115,7 +115,7 @@ class Weights:
         return [*dict.fromkeys((path, *own, *downloaded))]
 
     def locate(self, wanted: FindWeights, progress: Progress | None = None) -> WeightsFound:
-        """Finds weights. If requested, makes the manifest, which reads the whole file; `progress` counts its bytes."""
+        """Finds weights. If requested, reads the whole file to make its manifest. `progress` counts the bytes read."""
         try:
             file = self._wanted(wanted)
         except ModelFileError as error:
@@ -143,7 +143,7 @@ class Weights:
         return self._manifests.of(file, begin, progress.add)
 
     def version_of(self, wanted: FindWeights) -> str | None:
-        """Returns the version of this machine's file. Returns None if it has none, or only other files."""
+        """Returns the version of this machine's file. Returns None if it has no file, or only other files."""
         try:
             file = self._wanted(wanted)
         except ModelFileError:
@@ -177,7 +177,7 @@ def _chosen(read: Callable[[Path], ModelFile], places: Sequence[Path], identity:
         return None
     if len(errors) == len(places):
         raise errors[0]
-    what = "not the file that the coordinator opened: it was changed or replaced"
+    what = "this is not the file that the coordinator opened: it was changed or replaced"
     raise ModelFileError(f"{', '.join(map(str, places))}: {what}; restore it, or start the cluster again")
 
 
@@ -186,5 +186,5 @@ def weight_cache(settings: WorkerSettings) -> WeightCache | None:
 
 
 def key_of(file_id: str) -> str:
-    """Returns the key of a manifest in the cache, for a model or adapter whose file is not on this machine."""
+    """Returns the cache key of a manifest, for a model or adapter whose file is not on this machine."""
     return sha256(f"model {file_id}, manifest {MANIFEST_VERSION}".encode()).hexdigest()

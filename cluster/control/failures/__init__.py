@@ -1,1 +1,1 @@
-"""Failures of serving workers: which worker caused them, and for how long plans exclude it."""
+"""Decides which workers caused a failure, and for how long plans exclude them."""

@@ -1,4 +1,4 @@
-"""Finds the worker that made a pipeline fail. Reports of one failure may arrive in any order."""
+"""Finds the worker that made a pipeline fail. Reports about one failure may arrive in any order."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from llamaclust.core.errors import LlamaclustError, WorkerError
 from llamaclust.wire.control.groups import GroupFault
 
 _ATTRIBUTION_S = 1.0
-"""The seconds to wait for the loss of a worker, which becomes known later than the end of its streams."""
+"""The seconds to wait until a worker's loss becomes known, which is later than the end of its streams."""
 _REPORTS_S = 10.0
-"""The seconds to wait for reports of other group members, at their next gather. One report alone may be wrong."""
+"""The seconds to wait for other group members' reports, which come at their next gather. One report may be wrong."""
 
 
 def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
@@ -24,7 +24,7 @@ def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
 
 
 def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | None:
-    """Returns the lost worker that another stage could not reach, otherwise the one lost first; None without a loss."""
+    """Returns a lost worker that another stage could not reach, or else the worker lost first. None if none is lost."""
     unreachable = {worker.unreachable_peer(epoch).name for worker in workers}
     lost = (worker for worker in workers if worker.loss is not None)
     return min(
@@ -35,7 +35,7 @@ def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | No
 
 
 async def has_failed(epoch: int, workers: Sequence[WorkerHandle]) -> None:
-    """Returns when a worker is lost or a group member reports a failure. Such a report need not end a stream."""
+    """Returns once a worker is lost or a group member has reported a failure, which may leave all streams open."""
     signs: list[Awaitable[object]] = [worker.lost.wait() for worker in workers]
     for members in groups_of(epoch, workers):
         signs += [member.group_faults(epoch).reported.wait() for member in members]
@@ -51,8 +51,8 @@ async def has_failed(epoch: int, workers: Sequence[WorkerHandle]) -> None:
 async def attribute_failure(
     epoch: int, workers: Sequence[WorkerHandle], ended: LlamaclustError | None
 ) -> LlamaclustError:
-    """Returns the error of a lost worker if a loss becomes known within a second. Otherwise returns the fault that
-    group members report, or else an error that quotes `ended`."""
+    """Returns a lost worker's error if the loss becomes known within a second. Otherwise returns the fault that group
+    members report, or else an error that quotes `ended`."""
     signs: list[asyncio.Task[bool]] = [asyncio.create_task(worker.lost.wait()) for worker in workers]
     signs += [asyncio.create_task(_is_partitioned(epoch, worker, workers)) for worker in workers]
     signs += [asyncio.create_task(_can_be_judged(epoch, group)) for group in groups_of(epoch, workers)]

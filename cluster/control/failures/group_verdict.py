@@ -1,5 +1,5 @@
-"""Decides from the reports of a group's members which worker made the group fail. Each member reports once. A closed
-link is weak evidence: the member that closed it may have found another one at fault."""
+"""Decides which worker made a group fail. Each member reports one fault. A closed link is weak evidence, because the
+member that closed it may have found the fault of another member."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _STRONGEST_FIRST = ("failed", "wrong", "late", "closed")
 
 
 def judge(reports: Mapping[str, GroupFault]) -> GroupFault | None:
-    """Returns the report of the strongest kind with the most accusers, preferably against a worker without a report."""
+    """Returns the report of the strongest kind with the most accusers. Prefers an accused worker without a report."""
     accusers = Counter((fault.kind, fault.worker) for name, fault in reports.items() if fault.worker != name)
     return min(
         reports.values(),

@@ -1,9 +1,8 @@
-"""Quarantine: plans exclude failing workers for a time if the other workers suffice.
+"""Quarantine excludes failing workers from plans for a time, if the other workers suffice.
 
-A single failure may be the fault of a request. After a second failure the worker is excluded for a pause, which doubles
-with each further failure. If a request ends as the cause of failures, workers are released if it was in flight at all
-of their failures.
-"""
+A single failure may be a request's fault. After a second failure, the worker is excluded for a pause. The pause doubles
+with each further failure. If a request turns out to be the cause, a worker is released if that request was in flight at
+all of the worker's failures."""
 
 from __future__ import annotations
 
@@ -19,12 +18,12 @@ _FREE = 1
 _REMEMBERED_S = 600.0
 _MOST_RECORDS = 1000
 _PAUSES_REMEMBERED = 10
-"""Failures are forgotten after this multiple of the worker's last pause, but not before `_REMEMBERED_S`."""
+"""A worker's failures are forgotten after this multiple of its last pause, but not before `_REMEMBERED_S`."""
 
 
 @dataclass(frozen=True, slots=True)
 class FailureRecord:
-    """A worker's failures. `requests` were in flight at every failure, so one of these requests may be the cause."""
+    """A worker's failures. `requests` were in flight at every failure, so one of them may be the cause."""
 
     failures: int
     pause_s: float
@@ -35,8 +34,8 @@ class FailureRecord:
     retry_at_s: float = 0.0  # time until which requests wait for a replacement of the worker
 
     def failed_within(self, reason: str, requests: frozenset[int], now_s: float) -> FailureRecord:
-        """Returns the record after a failure during the quarantine. The pause before the next attempt grows; it is the
-        shortest one again after a long time without a failure."""
+        """Returns the record after a failure during the quarantine. The pause before the next attempt grows. After a
+        long time without a failure it is short again."""
         before = self.failures_within
         if before and now_s - self.retry_at_s > _RETRY.pause_s(before - 1):
             before = 0
@@ -65,7 +64,7 @@ class Quarantine:
     def failed(
         self, name: str, reason: str, requests: frozenset[int], now_s: float, *, is_repeated: bool = False
     ) -> Quarantine:
-        """Adds a failure of a serving worker. `is_repeated`: the worker has failed on the same rows before."""
+        """Adds a serving worker's failure. `is_repeated` means that the worker has failed on the same rows before."""
         return self._add(name, reason, requests, now_s, least=_FREE + is_repeated)
 
     def exclude(self, name: str, reason: str, now_s: float) -> Quarantine:
@@ -83,8 +82,8 @@ class Quarantine:
         return replace(self, records={**records, name: record})
 
     def _kept(self, now_s: float) -> dict[str, FailureRecord]:
-        """Returns the records that are not forgotten, but at most the newest `_MOST_RECORDS` - 1: workers may join
-        under ever new names."""
+        """Returns the newest records that are not forgotten, at most `_MOST_RECORDS` - 1. The number is bounded because
+        workers may join under new names again and again."""
         kept = [(name, record) for name, record in self.records.items() if not record.is_forgotten(now_s)]
         return dict(kept[-(_MOST_RECORDS - 1) :])
 
@@ -92,12 +91,12 @@ class Quarantine:
         return replace(self, records={name: record for name, record in self.records.items() if name not in names})
 
     def exonerate(self, requests: frozenset[int]) -> Quarantine:
-        """Releases the workers that had one of these requests in flight at each failure: the request was the cause."""
+        """Releases a worker if one of these requests was in flight at all of its failures, as it was the cause."""
         return self.release([name for name, record in self.records.items() if record.requests & requests])
 
     def exonerate_rows(self, key: int, now_s: float) -> Quarantine:
-        """Releases the workers that failed because of a request whose rows fail on every worker. For a growing time,
-        rows that fail then exclude no worker, because a client may send such a request again and again."""
+        """Releases the workers that failed because of a request whose rows fail on every worker. After that, failing
+        rows exclude no worker for a time, because a client may send such a request repeatedly. The time grows."""
         released = self.exonerate(frozenset({key}))
         if len(released.records) == len(self.records):
             return self
@@ -110,8 +109,8 @@ class Quarantine:
         return frozenset(name for name, record in self.records.items() if record.end_s > now_s)
 
     def retry_at_s(self, names: Collection[str]) -> float:
-        """Returns the earliest time to load a plan of these workers. Earlier failures would use up requests'
-        retries."""
+        """Returns the earliest time to load a plan of these workers. If loads failed earlier, they would use up
+        requests' retries."""
         return max((self.records[name].retry_at_s for name in names if name in self.records), default=0.0)
 
     def worst_first(self, names: Collection[str]) -> list[str]:

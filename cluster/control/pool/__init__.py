@@ -1,1 +1,1 @@
-"""The workers of a cluster: their events, drains and measurements."""
+"""A cluster's workers: their events, drains and measurements."""

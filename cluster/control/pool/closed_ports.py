@@ -1,4 +1,4 @@
-"""Finds link ports that a firewall closes to other group members, although the members reach each other's stages."""
+"""Finds link ports that a firewall closes to other group members, while the members can reach each other's stages."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _opens_links(caller: WorkerHandle, other: WorkerHandle, epoch: int) -> bool:
 
 
 async def _connects(caller: WorkerHandle, other: WorkerHandle) -> bool | None:
-    """Returns True if the link port accepts connections, None if the other worker cannot be reached at all."""
+    """Returns True if the link port accepts connections, and None if the other worker cannot be reached at all."""
     try:
         return (await profile_link(caller, other)).network_s is not None
     except LlamaclustError:

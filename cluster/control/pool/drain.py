@@ -1,4 +1,4 @@
-"""Executes operators' requests on workers: drain, undrain, show the last log lines."""
+"""Executes operators' requests about workers: drain, undrain, and show the last log lines."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class WorkerOperations:
         await self._recording.join()
 
     async def drain(self, name: str) -> None:
-        """Moves a worker's layers to other workers and returns once it holds none. Raises UsageError for an unknown
-        name, InsufficientMemoryError or WorkerError if the others do not suffice for all awake models, and WorkerError
-        if the worker is undrained in the meantime."""
+        """Moves a worker's layers to other workers, and returns once it holds none. Raises UsageError if no worker has
+        this name, InsufficientMemoryError or WorkerError if the other workers do not suffice for all awake models, and
+        WorkerError if the worker is undrained in the meantime."""
         self._worker(name)
         undrained = self._undrained[name]
         excluded = self.drained | {name}
@@ -71,8 +71,8 @@ class WorkerOperations:
             raise WorkerError(f"the layers of worker {name} could not be moved: see the log")
 
     async def _plan_all(self, workers: Mapping[str, WorkerHandle]) -> None:
-        """Plans all awake models one after another, each in the memory that the earlier plans leave. Raises the error
-        of a model that does not fit."""
+        """Plans all awake models one after another. Each plan uses the memory that the earlier plans leave. Raises the
+        error of a model that does not fit."""
         async with (ledger := self._runners[0].planner.ledger).lock:
             scratch = ledger.copy()
             for runner in self._runners:
@@ -82,7 +82,7 @@ class WorkerOperations:
                     scratch.enter(runner.epochs.model_id, (plan,))
 
     def undrain(self, name: str) -> None:
-        """Makes a drained or quarantined worker available again. Raises UsageError for an unknown name."""
+        """Makes a drained or quarantined worker available again. Raises UsageError if no worker has this name."""
         if name not in self.drained:  # a worker drained before the coordinator's start may be absent
             self._worker(name)
         else:
@@ -108,5 +108,5 @@ class WorkerOperations:
     def _worker(self, name: str) -> WorkerHandle:
         workers = self._registry.workers
         if name not in workers:
-            raise UsageError(f"no worker is named {name!r}; there are: {', '.join(sorted(workers))}")
+            raise UsageError(f"no worker is named {name!r}; the workers are {', '.join(sorted(workers))}")
         return workers[name]

@@ -1,4 +1,4 @@
-"""Turns events of the registry into observations: workers that join, are lost, hang, or cannot reach a neighbour."""
+"""Turns the registry's events into observations: workers join, are lost, hang, or cannot reach a neighbour."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class MembershipWatch:
             self._lost(worker)
 
     def _check_steps(self, worker: WorkerHandle) -> None:
-        """Marks a worker as lost if its step takes longer than its epochs allow, or its stage's result is overdue."""
+        """Marks a worker as lost if its step exceeds the limit, or if the result of a worker's stage is overdue."""
         computing_s = 0.0 if worker.heartbeat is None else worker.heartbeat.computing_s
         limits_s = self._limits_s(worker)
         limit_s = max(limits_s, default=UNPREDICTED_S)
@@ -88,7 +88,7 @@ class MembershipWatch:
             self._registry.fence(worker, silence_text(number, waited_s, limit_s))
 
     def _turns_s(self, worker: WorkerHandle) -> float:
-        """Sums the step limits of epochs with work in flight: a step may wait for steps of the worker's other
+        """Sums the step limits of all epochs with work in flight, because a step may wait for the worker's other
         epochs."""
         due = (served for runner in self._runners for served in _due(runner))
         stages = ((epoch.stage_of(worker), scheduler, epoch.plan) for epoch, scheduler, _ in due)
@@ -108,7 +108,7 @@ class MembershipWatch:
 
 
 def _computing(epoch: Epoch, stage: int) -> WorkerHandle:
-    """Returns the member of the stage that has computed longest, because the other members of its group wait for it."""
+    """Returns the stage's member that has computed longest, because the other members of its group wait for it."""
     members = [worker for worker in epoch.workers if epoch.stage_of(worker) == stage]
     return max(members, key=lambda worker: 0.0 if worker.heartbeat is None else worker.heartbeat.computing_s)
 
@@ -120,7 +120,6 @@ def _requests(runner: ActionRunner, worker: WorkerHandle) -> int:
 
 
 def _served(runner: ActionRunner) -> Iterator[tuple[Epoch, Scheduler]]:
-    """Yields the model's open epochs with their schedulers. Yields none once the engine has ended."""
     schedulers = () if runner.engine is None else runner.engine.schedulers
     by_epoch = {scheduler.in_flight.epoch: scheduler for scheduler in schedulers}
     for epoch in runner.open_epochs:
@@ -129,7 +128,7 @@ def _served(runner: ActionRunner) -> Iterator[tuple[Epoch, Scheduler]]:
 
 
 def _due(runner: ActionRunner) -> Iterator[tuple[Epoch, Scheduler, int]]:
-    """Yields each epoch with a microbatch in flight, its scheduler and the number of the next result."""
+    """Yields each epoch with a microbatch in flight, its scheduler, and the number of the next result."""
     if runner.engine is None or not runner.engine.is_running:
         return
     for epoch, scheduler in _served(runner):

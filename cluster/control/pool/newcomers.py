@@ -1,4 +1,4 @@
-"""Workers that join after the cluster's start. Known hardware is used at once; other hardware is measured first."""
+"""Handles workers that join after the cluster's start. Unknown hardware is measured before it is used."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Newcomers:
             self._tasks.start(self._measure(worker))
 
     async def _measure(self, worker: WorkerHandle) -> None:
-        """Measures the worker. If that fails, plans consider only its memory."""
+        """Measures the worker. If the measurement fails, plans consider only the worker's memory."""
         try:
             async with deadline(f"worker {worker.name}: measurement", _MEASURE_S):
                 for runner in self._runners:

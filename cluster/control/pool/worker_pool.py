@@ -1,4 +1,4 @@
-"""The workers that the control loops of all models share. Each loop observes their events."""
+"""The workers that all models' control loops share. Each loop observes the workers' events."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 @dataclass(frozen=True, slots=True)
 class SupervisedWorkers:
-    """A cluster's workers. `measure_links`: None keeps known links. `start_s`: the shortest wait for workers at a
-    start."""
+    """A cluster's workers. If `measure_links` is None, known links are kept. At a start, the cluster waits at least
+    `start_s` for workers."""
 
     registry: Registry
     launcher: Launcher
@@ -35,7 +35,7 @@ class SupervisedWorkers:
 
 
 class WorkerPool:
-    """The pool of a cluster's workers. It must be started after all models were added to `runners`."""
+    """The pool of a cluster's workers. It must be started after all models have been added to `runners`."""
 
     def __init__(self, config: ClusterConfig, workers: SupervisedWorkers, report: Report) -> None:
         registry = workers.registry

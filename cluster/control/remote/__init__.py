@@ -1,1 +1,1 @@
-"""The coordinator's side of an epoch's stages: their pipeline and their KV memory on disk."""
+"""The coordinator's side of an epoch's stages: their pipeline, image encoder and KV memory on disk."""

@@ -1,4 +1,4 @@
-"""The encoder of images of an epoch, on one of its workers."""
+"""An epoch's image encoder, which runs on one of the epoch's workers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from llamaclust.wire.rpc.methods import ENCODE
 
 _OPEN_S = 30.0
 _SEND_S = 120.0
-"""The longest time in seconds to send one tile, which has up to 24 MiB."""
+"""The longest time in seconds for sending one tile of up to 24 MiB."""
 _FRAME_S = 30.0
-"""The longest time without a frame. While a tile waits or is computed, there are frames without rows."""
+"""The longest time in seconds between two frames. Frames without rows come while a tile waits or is computed."""
 
 
 class RemoteEncoder:
-    """Implements `PipelineEncoder`. `peer` is the worker with the encoder of an epoch; the owner closes it."""
+    """Implements `PipelineEncoder`. `peer` is the worker that has the epoch's encoder. The peer's owner closes it."""
 
     def __init__(self, epoch: int, peer: Peer) -> None:
         self._epoch = epoch

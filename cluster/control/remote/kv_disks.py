@@ -1,5 +1,3 @@
-"""Saves and restores KV blocks on the disks of a pipeline's workers."""
-
 from __future__ import annotations
 
 import asyncio
@@ -18,7 +16,7 @@ _DISK_S = 60.0
 
 
 class RemoteKvDisks:
-    """The disks of all workers of an epoch as one `KvDisks`. A block counts only if each worker has its part of it."""
+    """The disks of an epoch's workers as one `KvDisks`. A block counts only if every worker has its part of it."""
 
     def __init__(self, epoch: int, workers: Sequence[WorkerHandle]) -> None:
         self._epoch = epoch
@@ -34,8 +32,8 @@ class RemoteKvDisks:
         return await self._least(SaveKv(self._epoch, joined(keys), tuple(blocks)), len(blocks))
 
     async def _least(self, request: FindKv | RestoreKv | SaveKv, most: int) -> int:
-        """Sends the request to all workers and returns the smallest number of blocks in an answer. Once all have
-        answered, raises the first error, DeadlineErrors first."""
+        """Sends the request to all workers, and returns the smallest block count that a worker answers. After all have
+        answered, raises the first DeadlineError, or else the first error."""
 
         async def done(worker: WorkerHandle) -> int:
             limit = deadline(f"worker {worker.name}: KV memory on its disk (kv_disk)", _DISK_S)

@@ -1,4 +1,4 @@
-"""Copies of a model's file on several machines: which version the cluster uses, and which copies differ."""
+"""Compares copies of a model's file on several machines. Decides which version the cluster uses."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _READ_S = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class OwnCopy:
-    """The coordinator's copy of a file. `giver` sends it to workers that have none."""
+    """The coordinator's copy of a file. `giver` sends it to workers that have no copy."""
 
     file: ModelFile
     manifests: FileManifests = field(default_factory=FileManifests)
     giver: WeightGiver | None = None
 
     async def manifest(self) -> FileManifest:
-        """Returns the file's manifest. Reads the whole file if the manifest is not known. Raises ModelFileError."""
+        """Returns the file's manifest. Reads the whole file if the manifest is unknown. Raises ModelFileError."""
         async with deadline(f"reading {self.file.path} on the coordinator's machine", _READ_S):
             return await asyncio.to_thread(self.manifests.of, self.file)
 
@@ -43,9 +43,8 @@ class OwnCopy:
 
 
 def chosen_manifest(found: Mapping[str, WeightsFound], own: FileManifest | None) -> FileManifest | None:
-    """Returns the manifest that most files have. In a tie, prefers the coordinator's file, then that of the first
-    worker. A file that several workers read counts once. If there is no file, the manifests that workers remember
-    count."""
+    """Returns the manifest that most files have. On a tie, prefers the coordinator's file, and then the first worker's
+    file. A file that several workers read counts once. Without any file, counts the manifests that workers remember."""
     known = {weights.manifest: weights.manifest_bytes for weights in found.values() if weights.manifest is not None}
     files = {
         weights.file or name: weights.manifest
@@ -69,9 +68,9 @@ def other_copies(
     if own is not None and own.content == chosen.content:
         same.insert(0, "the coordinator")
     where = ", ".join(same)
-    copy, unlike = f"copy of {Path(path).name}", f"has other bytes than that of {where}: it is damaged or was changed"
+    copy, unlike = f"copy of {Path(path).name}", f"differs from the copy of {where}: it is damaged or was changed"
     lines = [
-        f"worker {name}: its {copy} {unlike}; it is not used, replace it by a good copy"
+        f"worker {name}: its {copy} {unlike}; it is not used; replace it by a good copy"
         for name, weights in found.items()
         if weights.has_file and weights.manifest not in (None, chosen.content)
     ]

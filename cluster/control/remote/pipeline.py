@@ -1,4 +1,4 @@
-"""The pipeline over worker processes: microbatches go to the first stage, sampling inputs to the last."""
+"""The pipeline over worker processes. Microbatches go to the first stage, and sampling inputs go to the last stage."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from llamaclust.wire.security.credentials import Credentials, Principal
 
 _OPEN_S = 30.0
 _WRITE_S = 20.0
-"""The limit of a write. A stage waits longer for sampling inputs and for the next stage (`wire.control.Deadlines`)."""
+"""The time limit of a write. A stage waits longer for inputs and for the next stage (`wire.control.Deadlines`)."""
 
 
 class RemotePipeline:
-    """The streams of an epoch's stages, as a `Pipeline`. The owner of the workers loads and unloads the stages."""
+    """Implements `Pipeline` with the streams of an epoch's stages. The workers' owner loads and unloads the stages."""
 
     @classmethod
     async def open(
         cls, epoch: int, workers: Sequence[WorkerHandle], credentials: Credentials, no_images: str = ""
     ) -> RemotePipeline:
-        """Opens the streams of an epoch. `workers` are in the order of stages, the leader of a group first. Raises
-        WorkerError; its `worker` is the one at fault, if known."""
+        """Opens an epoch's streams. `workers` are in the order of stages, and each group's leader comes first in its
+        group. Raises WorkerError, whose `worker` is the worker at fault if known."""
         chain = leaders(workers, [stage_of(epoch, worker) for worker in workers])
         ends = (chain[0], chain[-1])
         first, last = (_peer(worker, credentials) for worker in ends)
@@ -87,7 +87,7 @@ class RemotePipeline:
         self._due_bytes: deque[int] = deque()  # most bytes of the result of each microbatch in flight
 
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
-        """Queues microbatches. The engine limits the number in flight, and thereby the length of the send queues."""
+        """Queues microbatches. The engine limits how many are in flight, which also limits the send queues."""
         self._due_bytes.extend(map(_most_bytes, scheduled))
         self._microbatches.put(*(encode_hidden(encode_microbatch(each.microbatch)) for each in scheduled))
         self._inputs.put(*(encode_inputs(each.inputs) for each in scheduled))
@@ -98,8 +98,8 @@ class RemotePipeline:
             self._inputs.put(PREPARE_MATCHERS)
 
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
-        """Runs until a stream ends, a write takes too long or a worker is lost. Raises ProtocolError for an invalid
-        result, otherwise an error that names a worker."""
+        """Runs until a stream ends, a write takes too long or a worker is lost. Raises ProtocolError if a result is
+        invalid, and otherwise an error that names a worker."""
         parts = self._microbatches.run(), self._inputs.run(), self._read_results(on_results), self._watch_forward()
         work = [asyncio.create_task(part) for part in parts]
         failing = asyncio.create_task(has_failed(self.epoch, self._workers))
@@ -131,7 +131,7 @@ class RemotePipeline:
     def _result(self, data: bytes, number: int) -> Result:
         most_bytes = self._due_bytes.popleft() if self._due_bytes else 0
         if len(data) > most_bytes:
-            raise ProtocolError(f"a result has {len(data)} bytes; the limit of the request is {most_bytes}")
+            raise ProtocolError(f"a result has {len(data)} bytes; the limit for its microbatch is {most_bytes}")
         result = decode_result(data)
         found, expected = (result.epoch, result.number), (self.epoch, number)
         if found != expected:
@@ -142,7 +142,9 @@ class RemotePipeline:
         """Raises WorkerError when the stream ends or brings a message, because the first stage sends nothing back."""
         data = await self._forward.read()
         raise WorkerError(
-            "the first stage ended its stream" if data is None else "the first stage sent a message, but may send none"
+            "the first stage ended its stream"
+            if data is None
+            else "the first stage sent a message, but must not send any"
         )
 
 
@@ -176,7 +178,7 @@ def _most_reply_bytes(worker: WorkerHandle, epoch: int) -> int:
 
 
 def _ending(task: asyncio.Task[None]) -> LlamaclustError:
-    """Returns the error that ended a task. Clears the frames of its traceback, because they hold messages in memory."""
+    """Returns the error that ended a task. Clears the traceback's frames, because they keep messages in memory."""
     if task.cancelled():
         return WorkerError("a stream was cancelled")
     if (error := task.exception()) is not None:

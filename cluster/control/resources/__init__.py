@@ -1,1 +1,1 @@
-"""Resources of machines: measured speeds of workers and links, and each worker's share of its machine."""
+"""The machines' resources: measured speeds of workers and links, and each worker's share of its machine."""

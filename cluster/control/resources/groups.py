@@ -16,7 +16,7 @@ def check_groups(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequenc
             continue
         group = f"plan: the group of {', '.join(entry.workers)}"
         for problem in group_problems(config, model):
-            raise UsageError(f"{group}: {problem} give each of them layers of its own")
+            raise UsageError(f"{group}: {problem} give each worker layers of its own")
         with_gpu = next((name for name in entry.workers if gpus.get(name)), None)
         if with_gpu is not None and model.hyperparameters.expert_count:
             what = f"a group divides experts on processors only, but {with_gpu} has {', '.join(gpus[with_gpu])}"
@@ -24,21 +24,21 @@ def check_groups(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequenc
 
 
 def largest_group(config: ClusterConfig, model: Model) -> int:
-    """Returns the most workers that may hold a stage together in an automatic plan; 1 if groups are impossible."""
+    """Returns the most workers that an automatic plan may put into a group. Returns 1 if groups are impossible."""
     if config.plan is not None or any(group_problems(config, model)):
         return 1
     return MAX_GROUP_MEMBERS if config.groups is None else config.groups
 
 
 def no_groups(config: ClusterConfig, model: Model) -> str:
-    """Returns the reason why no automatic plan has groups, or an empty text if groups are possible."""
+    """Returns why an automatic plan cannot have groups, or an empty text if it can."""
     if config.groups == 1:
         return "`groups` is off"
     return next(group_problems(config, model), "").partition(";")[0]
 
 
 def group_problems(config: ClusterConfig, model: Model) -> Iterator[str]:
-    """Yields the reasons why no workers can form a group. Advice may follow a text that ends with ";"."""
+    """Yields the reasons why no workers can form a group. After a text that ends with ";", advice may follow."""
     if model.has_states:
         yield "layers of this model have states, which groups do not divide yet;"
     if any(worker.kv_disk is not None for worker in config.workers):

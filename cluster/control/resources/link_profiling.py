@@ -37,7 +37,7 @@ _FILE = ".links.json"  # no cluster's name begins with a dot
 _LINKS = TypeAdapter(dict[str, Link])
 _UNIX = ", unix"
 _MOST_MACHINES = 16
-"""The most machines for which all pairs are measured. Measuring all pairs of more machines would take minutes."""
+"""The most machines for which all pairs are measured. With more machines, this would take minutes."""
 _MOST_KEPT = 2048
 """The most links that are kept. Links that the present workers do not use are forgotten first."""
 
@@ -45,7 +45,7 @@ Pair = tuple[str, str]
 
 
 def hops_matter(measured: Mapping[str, Profile]) -> bool:
-    """True if several processes of one machine compute so fast that the time of a hop between them matters."""
+    """True if several processes share a machine and compute so fast that the time of a hop between them matters."""
     return len(measured) > 1 and all(profile.cpu.concurrent for profile in measured.values())
 
 
@@ -57,11 +57,11 @@ async def measure_links(
     *,
     anew: bool = False,
 ) -> Links:
-    """Measures the links of all workers and the coordinator, and keeps them. Failures are reported, not raised."""
+    """Measures the links between all workers and the coordinator, and keeps them. Reports failures, raises none."""
     registered = {name: worker.registration for name, worker in workers.items()}
     for name, address in _unreachable_by_others({name: own.address for name, own in registered.items()}).items():
-        what = "start it with --join and an address of its machine that others reach, or with --advertise"
-        report(Notice(f"worker {name} is served at {address}, which no other machine can reach: {what}"))
+        what = "start it with --join and an address that other machines can reach, or with --advertise"
+        report(Notice(f"worker {name} listens at {address}, which no other machine can reach: {what}"))
     keys = _keys(_places(registered))
     known, attempted = _read(state_dir), set[Pair]()
     wanted = _wanted(keys, sorted(workers))
@@ -80,8 +80,8 @@ async def measure_links(
 
 
 def _wanted(keys: Mapping[Pair, str], names: Sequence[str]) -> list[Pair]:
-    """Lists the pairs to measure: all pairs if there are few machines, otherwise those of the coordinator and of
-    neighbours. Plans keep the order of workers unless another order is clearly better."""
+    """Lists the pairs to measure. With few machines, these are all pairs, and otherwise pairs of neighbours or with the
+    coordinator. Plans keep the workers' order unless another order is clearly better."""
     if len({key for pair, key in keys.items() if COORDINATOR in pair}) <= _MOST_MACHINES:
         return [*keys]
     neighbours = {frozenset(pair) for pair in pairwise([*names, *names[:1]])}
@@ -117,7 +117,7 @@ def _read(state_dir: Path) -> dict[str, Link]:
 
 
 def _disjoint(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:
-    """Picks pairs to measure concurrently: at most one of each key, and no two that share a worker."""
+    """Picks pairs to measure at the same time. No two of them have the same key or share a worker."""
     disjoint: list[Pair] = []
     taken: set[str] = set()
     for pair in pairs:
@@ -128,7 +128,7 @@ def _disjoint(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:
 
 
 class _Place(NamedTuple):
-    """The place of a worker. The host name identifies it, because pods keep names but not addresses."""
+    """A worker's place. The host name identifies it, because pods keep their names but not their addresses."""
 
     machine: str
     host: str
@@ -139,8 +139,8 @@ class _Place(NamedTuple):
 
 
 def _places(registered: Mapping[str, Register]) -> dict[str, str]:
-    """Returns a text for each worker's place. Workers with equal texts have equal links. The text has an address only
-    if the workers of one host have several."""
+    """Returns a text for each worker's place. Workers with equal texts have equal links. A text has an address only if
+    the workers of a host have several addresses."""
     ways = {name: own.address.rpartition(":")[0] for name, own in registered.items()}
     found = {name: _Place(own.machine, own.host) for name, own in registered.items()}
     of_place: dict[_Place, set[str]] = {}
@@ -159,7 +159,7 @@ def _way(host: str, count: int) -> str:
 
 
 def _keys(places: Mapping[str, str]) -> dict[Pair, str]:
-    """Returns keys of pairs, equal for the same two places. The coordinator comes first in a pair."""
+    """Returns each pair's key. Pairs of the same two places have equal keys. The coordinator comes first in a pair."""
     places = {COORDINATOR: f"coordinator on {socket.gethostname()} ({machine_id()})", **places}
     return {pair: " - ".join(sorted(places[name] for name in pair)) for pair in combinations(places, 2)}
 
@@ -184,7 +184,7 @@ async def _measured(
 
 
 def _link(speed: LinkProfile) -> Link:
-    """Converts a profile. Subtracts the transfer time of a ping's bytes, because plans add it themselves."""
+    """Converts a profile. Subtracts the transfer time of a ping's bytes, because plans add this time themselves."""
     byte_s = 1 / speed.bytes_s
     network_s = None if speed.network_s is None else speed.network_s / 2
     return Link(max(0.0, speed.round_trip_s - PING_BYTES * byte_s) / 2, byte_s, network_s)

@@ -1,5 +1,3 @@
-"""The cluster file's rules for which layers and experts are on GPUs."""
-
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +11,7 @@ from llamaclust.model.placement import PlacementRule, placement_of, rule_effects
 
 
 def placements(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequence[str]]) -> dict[str, Placement]:
-    """Returns each worker's placement. `gpus`: GPU names by worker. Raises UsageError for impossible rules."""
+    """Returns each worker's placement. `gpus` has GPU names by worker. Raises UsageError if a rule is impossible."""
     known: dict[tuple[tuple[PlacementRule, ...], int | None], Placement] = {}
     found = {}
     for worker in gpus:
@@ -38,7 +36,7 @@ def _check_stage(placement: Placement, worker: str, gpus: Mapping[str, Sequence[
 
 
 def check_placement(config: ClusterConfig, model: Model) -> None:
-    """Raises UsageError for rules that no worker can obey, as far as GPUs are known before workers join."""
+    """Raises UsageError if no worker can obey a rule. Only considers GPUs that are known before workers join."""
     own = {worker.name for worker in config.workers if worker.cpu_moe is not None}
     if (config.cpu_moe is not None or own) and not model.hyperparameters.expert_count:
         raise UsageError(f"cpu_moe: {model.file.path} has no experts; remove cpu_moe")
@@ -56,7 +54,7 @@ def check_placement(config: ClusterConfig, model: Model) -> None:
         raise UsageError(f"experts_cache: none of {len(gpus)} workers has a GPU; remove experts_cache")
     for entry in config.placement:
         if not any(gpus[worker] for worker in gpus if entry.is_for(worker)):
-            what = f"{entry.rule} applies to no worker with a GPU, and all is in RAM on others"
+            what = f"{entry.rule} applies to no worker with a GPU, and workers without GPUs have all weights in RAM"
             raise UsageError(f"placement: {what}; remove this rule")
     placements(config, model, gpus)
 

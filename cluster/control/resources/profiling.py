@@ -1,5 +1,5 @@
-"""Profiles of workers, kept for the next start. Workers that share a machine are measured twice: all at the same time,
-and one alone."""
+"""Measures workers' profiles, and keeps them for the next start. Workers that share a machine are measured twice: all
+at the same time, and one alone."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from llamaclust.wire.control.profiles import ProfileWorker
 
 
 class WorkerProfiles:
-    """Profiles of a cluster's workers. A profile is stated in the cluster file, or was measured on equal hardware,
-    whatever the worker's name."""
+    """Profiles of a cluster's workers. A profile is stated in the cluster file, or was measured on equal hardware under
+    any worker name."""
 
     def __init__(
         self, config: ClusterConfig, model: Model, state_dir: Path, report: Report, *, anew: bool = False
@@ -51,7 +51,7 @@ class WorkerProfiles:
         return {name: profile for name, profile in found.items() if profile is not None}
 
     async def measure(self, names: Collection[str], workers: Mapping[str, WorkerHandle]) -> None:
-        """Measures the workers that have no known profile, all at the same time. They should be idle."""
+        """Measures the workers that have no known profile, all at the same time. The workers should be idle."""
         known = self.of(workers)
         missing = [name for name in names if name not in known]
         if missing:
@@ -64,7 +64,7 @@ class WorkerProfiles:
         return {name: self._loads[key] for name, key in keys.items() if key in self._loads}
 
     def stored(self, workers: Mapping[str, WorkerHandle]) -> dict[str, Profile]:
-        """Reads profiles from the state directory, preferably those measured with this model."""
+        """Reads profiles from the state directory. Prefers profiles that were measured with this model."""
         known = read_profiles(self._state_dir)
         keys = {
             name: [key for model_id in (self._model_id, "") if (key := _key(worker, workers, model_id)) in known]
@@ -73,7 +73,7 @@ class WorkerProfiles:
         return {name: known[found[0]] for name, found in keys.items() if found}
 
     def estimate(self, workers: Mapping[str, WorkerHandle]) -> bool:
-        """Adopts profiles of equal hardware with another number of sharers. Returns True if any profile is known."""
+        """Adopts profiles of equal hardware with another worker count. Returns True if any profile is known."""
         for worker in workers.values():
             similar = most_similar_key(_key(worker, workers, self._model_id), self._known)
             if similar is not None:
@@ -138,7 +138,7 @@ class _Measuring:
     failed: set[str] = field(default_factory=set)  # keys of workers whose steps of the model could not be timed
 
     async def profiles(self) -> dict[str, Profile]:
-        """Measures all workers at the same time, then on each shared machine one worker of each key alone."""
+        """Measures all workers at the same time. Then measures one worker of each key alone on each shared machine."""
         what = "memory bandwidth, matrix products, steps of the model"
         self._report(Measuring(tuple(self._workers), what))
         concurrent = await self._concurrent()
@@ -173,7 +173,7 @@ class _Measuring:
 
     def _report_unmeasured(self, worker: WorkerHandle, error: LlamaclustError) -> None:
         limit = " (timeouts.load)" if isinstance(error, DeadlineError) else ""
-        consequence = "plans assume equal workers, or omit it if the others suffice"
+        consequence = "plans assume that all workers are equal, or omit it if the others suffice"
         what = f"worker {worker.name} is not measured; {consequence}"
         self._report(Notice(f"{what}: {error}{limit}"))
 
@@ -181,7 +181,7 @@ class _Measuring:
         first_of_key = {self._keys[name]: self._workers[name] for name in reversed(names)}
         isolated: dict[str, DeviceProfile] = {}
         for key, worker in first_of_key.items():
-            self._report(Measuring((worker.name,), "the same, while workers beside it are idle"))
+            self._report(Measuring((worker.name,), "the same, while the machine's other workers are idle"))
             profile = None if key in self.failed else await self._profile(worker)
             if (profile := await self._or_hardware(worker, profile)) is not None:
                 isolated[key] = profile.cpu

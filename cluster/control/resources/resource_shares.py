@@ -1,4 +1,4 @@
-"""Each worker's share of its machine's memory and GPUs, and the keys under which its measurements are stored."""
+"""Computes each worker's share of its machine's memory and GPUs, and the keys for storing its measurements."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaclust.core.version import VERSION
 
 
 def memory_shares(caps_bytes: Mapping[str, int | None], free_bytes: int) -> dict[str, int]:
-    """Divides `free_bytes` equally, but gives no worker more than its cap. Workers without a low cap share the rest."""
+    """Divides `free_bytes` equally, but gives no worker more than its cap. The other workers share what this leaves."""
     shares, left = {}, free_bytes
     caps = sorted((free_bytes if cap is None else cap, name) for name, cap in caps_bytes.items())
     for index, (cap, name) in enumerate(caps):
@@ -57,7 +57,7 @@ class WorkerResources:
 
 
 def machine_shares(workers: Mapping[str, WorkerResources]) -> dict[str, int]:
-    """Divides the free memory of each machine among its workers, or that of each control group that limits memory."""
+    """Divides each machine's free memory among its workers. A control group that limits memory counts as a machine."""
     shares: dict[str, int] = {}
     for place in {(worker.machine, worker.memory_group) for worker in workers.values()}:
         here = {name: worker for name, worker in workers.items() if (worker.machine, worker.memory_group) == place}
@@ -68,7 +68,7 @@ def machine_shares(workers: Mapping[str, WorkerResources]) -> dict[str, int]:
 
 
 def share_gpus(workers: Mapping[str, WorkerResources]) -> dict[str, WorkerResources]:
-    """Divides each GPU's free memory among its workers. The UUID identifies a GPU, because names may differ."""
+    """Divides each GPU's free memory among the workers that use it. A UUID identifies a GPU, as names may differ."""
 
     def identity(worker: WorkerResources, gpu: Gpu) -> str:
         return gpu.uuid or f"{gpu.device} of {worker.machine}"
@@ -89,13 +89,13 @@ _KEY = re.compile(r"(?P<hardware>.*), one of (?P<sharers>\d+) workers with \d+ t
 
 
 def measurement_key(fingerprint: str, sharers: int, threads: int, model_id: str = "") -> str:
-    """Returns the key under which a measurement is stored. `model_id` is given if steps of the model were timed."""
+    """Returns the key for storing a measurement. `model_id` is given if the model's steps were timed."""
     profiled = f", model {model_id[:32]}, unit {_STEPS_UNIT}" if model_id else ""
     return f"{fingerprint}, one of {sharers} workers with {threads} threads, program {VERSION}{profiled}"
 
 
 def most_similar_key(key: str, known: Iterable[str]) -> str | None:
-    """Returns `key` if known, else the known key of equal hardware and model with the nearest number of workers."""
+    """Returns `key` if it is known, or else the known key that differs least, and only in the worker count."""
     wanted = _KEY.fullmatch(key)
     assert wanted is not None
     found = [match for other in known if (match := _KEY.fullmatch(other)) is not None]

@@ -1,4 +1,4 @@
-"""Finds where a text that copies earlier tokens resumes the copy after it replaced, omitted or added some."""
+"""Finds where a text continues to copy earlier tokens after it replaced, omitted or added some tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MOST_DIFFERENT = 16
-"""The most tokens in which text and copied tokens may differ before the place in the copied tokens is lost."""
+"""The most tokens after a copy's end. If the text has more, the copy's place counts as lost."""
 _NEAR = 16
 _MOST_SINCE = 160
 
@@ -25,8 +25,8 @@ class Copy:
         self._end, self._place = len(tokens), place
 
     def resumption(self, tokens: Sequence[int]) -> Resumption | None:
-        """Returns the place near the copied tokens that matches the most of the last tokens, on a tie the one with
-        about as many omitted as added tokens. Returns None while the copy continues, or if it does not resume."""
+        """Returns the place near the copied tokens that matches most of the text's end. On a tie, prefers the place
+        with about as many omitted as added tokens. Returns None if the copy continues or does not resume."""
         if self._place < 0 or len(tokens) - self._end > _MOST_SINCE:
             return None
         while self._end < len(tokens) and tokens[self._end] == tokens[self._place + 1]:

@@ -1,4 +1,4 @@
-"""Finds earlier places of a text's last tokens, newest first, by hash chains as in LZ77 compressors."""
+"""Finds earlier occurrences of a text's last tokens, newest first, with hash chains as in LZ77 compressors."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import NamedTuple
 
 NONE = -1
 LONGEST = 32
-"""The most tokens of a match. Longer matches count as equally long."""
+"""The most tokens of a match. Longer matches count as this long."""
 CANDIDATES = 8
-"""The most places that a search compares. It bounds the time that a client can cost with repetitive tokens."""
+"""The most places that one search compares. It bounds the time that a client's repetitive tokens can cost."""
 STEP_TOKENS = 1024
-"""The most tokens that one call adds to an index, which takes about half a millisecond."""
+"""The most tokens that one call adds to an index. Adding them takes about half a millisecond."""
 _FIRST_BUCKETS = 64
 
 
 class Match(NamedTuple):
-    """A match: the tokens at (place - length, place] equal the last `length` tokens."""
+    """A match. The tokens at (place - length, place] equal the text's last `length` tokens."""
 
     place: int
     length: int
@@ -30,7 +30,7 @@ NO_MATCH = Match(NONE, 0, 0)
 
 
 class HashChains:
-    """Chains of places whose last `order` tokens have the same hash. A place is the index of the last of these."""
+    """Chains of token indices ("places"). The last `order` tokens at all places in a chain have the same hash."""
 
     def __init__(self, order: int) -> None:
         self._order = order
@@ -45,7 +45,7 @@ class HashChains:
         return sys.getsizeof(self._newest) + sys.getsizeof(self._previous)
 
     def take_in(self, text: Sequence[int]) -> bool:
-        """Adds up to STEP_TOKENS new tokens of the text. Returns True once the index has the whole text."""
+        """Adds at most STEP_TOKENS new tokens of the text. Returns True once the index has the whole text."""
         assert len(text) >= len(self._previous)
         while len(self._newest) < len(text):
             self._newest.extend(self._newest)  # both halves go on with the chains so far
@@ -67,8 +67,8 @@ class HashChains:
         return self._newest[hash(window) & len(self._newest) - 1]
 
     def longest(self, text: Sequence[int], place: int, tail: Sequence[int]) -> Match:
-        """Returns the longest match of `tail` (at most LONGEST tokens) in the text at `place` or earlier in its chain;
-        the newest one on a tie. A NONE in the text matches nothing and follows no match."""
+        """Returns the longest match of `tail` (at most LONGEST tokens) at `place` or earlier in its chain. Prefers the
+        newest of equally long matches. A NONE in the text matches nothing and follows no match."""
         previous, order, window = self._previous, self._order, tail[-self._order :]
         found, length, followers, follower, agree = NONE, order - 1, 0, NONE, True
         for _ in range(CANDIDATES):

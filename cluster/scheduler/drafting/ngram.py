@@ -1,4 +1,4 @@
-"""A drafter without a model. It drafts the tokens that followed earlier occurrences of a sequence's last tokens."""
+"""A drafter without a model. Drafts the tokens that followed earlier occurrences of a sequence's last tokens."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from llamaclust.cluster.scheduler.drafting.drafter import (
 from llamaclust.cluster.scheduler.drafting.hash_chains import LONGEST, NO_MATCH, HashChains, Match, extended
 
 _ORDER = 2
-"""The number of tokens of the shortest match. Four of five tokens that always followed a pair follow it again."""
+"""The length of the shortest match. Tokens that always followed a pair of tokens follow it again in 4 of 5 cases."""
 _COPIED = 8
-"""The fewest tokens of a match that counts as a copy, which probably continues after a difference."""
+"""The length from which a match counts as a copy. A copy probably continues after a difference."""
 _UNSURE = 3
-"""The most tokens of a match that is less reliable than an equal match near the place of the last copy."""
+"""Matches up to this length are less reliable than an equally long match near the last copy's place."""
 
 
 class NgramDrafter:
-    """A drafter for one sequence. It needs about 24 bytes per token and a bounded number of comparisons per draft."""
+    """A drafter for one sequence. It takes about 24 bytes per token, and a bounded number of comparisons per draft."""
 
     def __init__(self) -> None:
         self._chains = HashChains(_ORDER)
@@ -44,7 +44,7 @@ class NgramDrafter:
         return self._chains.take_in(tokens)
 
     def draft(self, tokens: Sequence[int], most: int) -> Draft:
-        """Returns a draft once a long prompt is in the index. Each call adds a bounded number of tokens to it."""
+        """Returns a draft once the index has the whole text. Each call adds a bounded number of tokens to the index."""
         if not self.take_in(tokens) or most < 1:
             return NO_DRAFT
         return self.continued(tokens, self.match(tokens), most)
@@ -63,7 +63,7 @@ class NgramDrafter:
         return found
 
     def continued(self, tokens: Sequence[int], match: Match, most: int) -> Draft:
-        """Returns the tokens after the match, a copy's place, or the last token. Starts over at the end of the text."""
+        """Drafts the tokens after the match, or after the last copy's place. Repeats them if the text ends first."""
         if match.length <= _UNSURE:
             resumed = self._copy.resumption(tokens)
             if resumed is not None and resumed.length >= match.length:
@@ -108,4 +108,4 @@ class NgramDrafters:
         return NgramDrafter()
 
     def ended(self, key: Hashable, tokens: Sequence[int]) -> None:
-        """Does nothing: answers are not shared."""
+        """Does nothing, because answers are not shared."""

@@ -1,5 +1,5 @@
-"""Drafts from a bounded store of recent answers to other requests. A stored answer makes an equal one faster, which
-reveals it, so requests share answers only if their keys are equal."""
+"""Drafts from a bounded store of recent answers to other requests. An answer that equals a stored answer arrives
+sooner, which reveals the stored answer. Therefore requests share answers only if their keys are equal."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from llamaclust.cluster.scheduler.drafting.hash_chains import LONGEST, NO_MATCH,
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafter
 
 _ORDER = 4
-"""The number of tokens of the shortest match. Many answers share fewer tokens by chance."""
+"""The length of the shortest match. Many answers have shorter matches by chance."""
 _KEY_TOKENS = 128
-"""The number of tokens as which each key counts, because its empty index takes about 2 KiB."""
+"""The tokens that each key counts as, because a key's empty index takes about 2 KiB."""
 
 
 class _Answers:
@@ -41,7 +41,7 @@ class _Answers:
 
 
 class SharedAnswers:
-    """A store of answers with about 17 bytes per token. When its newer half is full, the older half is dropped."""
+    """A store of answers. It takes about 17 bytes per token. When its newer half is full, it drops the older half."""
 
     def __init__(self, most_tokens: int) -> None:
         self._half_tokens = most_tokens // 2
@@ -55,7 +55,7 @@ class SharedAnswers:
         return sum(sys.getsizeof(half) + sum(answers.size_bytes for answers in half.values()) for half in halves)
 
     def add(self, tokens: Sequence[int], key: Hashable) -> None:
-        """Adds an answer, or the end of a very long one, for requests with this key (cache salt and adapters)."""
+        """Adds an answer, or a very long answer's end, for requests with this key (cache salt and adapters)."""
         kept = tokens[-max(self._half_tokens - _KEY_TOKENS - 1, 0) :]
         added = len(kept) + 1 + _KEY_TOKENS * (key not in self._newer)
         if len(kept) <= _ORDER or added > self._half_tokens:
@@ -67,7 +67,7 @@ class SharedAnswers:
         self._count += added
 
     def draft(self, tokens: Sequence[int], most: int, key: Hashable, least: int) -> Draft:
-        """Returns the tokens that followed the longest match of at least `least` tokens; the newer one on a tie."""
+        """Returns the tokens after the longest match of at least `least` tokens. Prefers the newer of equal matches."""
         tail, found, place = array("i", tokens[-LONGEST:]), NO_MATCH, None
         for half in (self._newer, self._older):
             answers = half.get(key)

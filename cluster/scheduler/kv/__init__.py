@@ -1,1 +1,1 @@
-"""The scheduler's view of KV memory: KV blocks, windows, states of sequences, shared prefixes."""
+"""The scheduler's view of KV memory: KV blocks, sliding windows, states and shared prefixes."""

@@ -1,4 +1,4 @@
-"""KV blocks as numbers: counts of their holders, search by content, and block tables of sequences."""
+"""KV blocks, by number: counts of their holders, search by content, and sequences' block tables."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 
 class KvBlocks:
-    """A pool of blocks [0, count), which have the same ids on every stage. A registered block without holders is idle:
-    `acquire` finds it until its memory is needed. The block that has been idle longest is reused first."""
+    """A pool of blocks [0, count), which have the same ids on every stage. A registered block without holders is idle.
+    `acquire` finds an idle block until it is reused. The block that has been idle longest is reused first."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -30,7 +30,7 @@ class KvBlocks:
         return self._holders[block]
 
     def take(self) -> int:
-        """Returns a block with undefined content, of which the caller is the only holder. A block must be available."""
+        """Returns a block with undefined content. The caller is its only holder. A block must be available."""
         if self._free:
             block = self._free.pop()
         else:
@@ -41,7 +41,7 @@ class KvBlocks:
         return block
 
     def acquire(self, key: bytes) -> int:
-        """Returns the block with this content, which must exist, and adds a holder. Holders must not write to it."""
+        """Adds a holder to the block with this content, which must exist. Holders must not write to the block."""
         block = self._by_key[key]
         self._idle.pop(block, None)
         self._holders[block] += 1
@@ -55,7 +55,7 @@ class KvBlocks:
         return self._by_key.get(key) == block
 
     def register(self, block: int, key: bytes) -> None:
-        """Lets `acquire` find a full block, which is never written again. Only the first of equal blocks is found."""
+        """Lets `acquire` find a full block, which must not change again. A second block of the same key is ignored."""
         assert self._holders[block] > 0
         if key not in self._by_key and block not in self._keys:
             self._by_key[key] = block
@@ -69,7 +69,7 @@ class KvBlocks:
                 self._free.append(block)
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Removes a holder of each block. Idle blocks at the end of the table are reused first."""
+        """Removes one holder from each block. Idle blocks at the end of the list are reused first."""
         for block in reversed(list(blocks)):
             self._holders[block] -= 1
             assert self._holders[block] >= 0, "a block was released twice"
@@ -81,8 +81,8 @@ class KvBlocks:
 
 
 class BlockTable:
-    """The blocks of one sequence, from block number `start` on. `start` is 0, or with a sliding window the first block
-    that later rows see. Position p is in block number p // KV_BLOCK_TOKENS."""
+    """One sequence's blocks from block number `start` on. Position p is in block number p // KV_BLOCK_TOKENS. `start`
+    is 0, or for layers with a sliding window the number of the first block that later rows see."""
 
     __slots__ = ("_runs", "_shown", "blocks", "committed", "start")
 

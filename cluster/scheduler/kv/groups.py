@@ -1,4 +1,4 @@
-"""Numbers of blocks for layers with a sliding window and for states. Plans and the scheduler use the same numbers."""
+"""Block counts for states and for layers with a sliding window. Plans and the scheduler use the same counts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 Sizes = TypeVar("Sizes", int, NDArray[np.int64])
 _MOST_STATE_POSITIONS = 1024
 _SEQUENCES_A_CONTEXT = 4
-"""The number of sequences that get window blocks for each full-length sequence in KV memory after the first one."""
+"""KV memory holds several full-length sequences. Each after the first counts as this many shorter sequences."""
 
 
 @dataclass(frozen=True, slots=True)
 class KvSizes(Generic[Sizes]):
-    """Bytes of some layers. `token_bytes`: the keys and values of a position. `window_token_bytes`: the part of them in
-    layers with a sliding window. `state_bytes`: the state of one sequence."""
+    """Byte counts for some layers. `token_bytes` is for one position's keys and values. `window_token_bytes` is the
+    part of them that is in layers with a sliding window. `state_bytes` is for one sequence's state."""
 
     token_bytes: Sizes
     window_token_bytes: Sizes
@@ -29,16 +29,16 @@ class KvSizes(Generic[Sizes]):
 
 @dataclass(frozen=True, slots=True)
 class WindowGroup:
-    """Layers that keep only the keys and values of a sliding window. `window`, their largest, includes the row's own
-    position. A block outside the window is released after the last microbatch that reads it has been made."""
+    """Layers that keep keys and values for a sliding window only. `window`, the largest, includes the row's own
+    position. A block outside the window is released once the last microbatch that reads it has been made."""
 
     window: int
     rows: int  # the most rows of a microbatch
 
     @property
     def sequence_blocks(self) -> int:
-        """The most blocks of a sequence, without prompt rows of the microbatch being made: a window and one more
-        position at any offset, a block that is not full, and one for drafted rows."""
+        """The most blocks of one sequence, excluding prompt rows of the microbatch being made. It counts a window and
+        one more position at any offset, one block that is not full, and one block for drafted rows."""
         return (self.window + KV_BLOCK_TOKENS - 3) // KV_BLOCK_TOKENS + 3
 
     @property
@@ -53,8 +53,8 @@ class WindowGroup:
         return max(0, position - self.window + 1) // KV_BLOCK_TOKENS
 
     def blocks_beside(self, kv_blocks: int, context_length: int, sequences: int) -> int:
-        """Returns the group's number of blocks if other layers have `kv_blocks`: those of one sequence for the first
-        full-length sequence, of several for each further one, because most sequences are shorter."""
+        """Returns the group's block count if other layers have `kv_blocks`. The first full-length sequence in KV memory
+        counts as one sequence. Each further one counts as several, because most sequences are shorter."""
         context = _blocks(context_length)
         further = -(-_SEQUENCES_A_CONTEXT * max(0, kv_blocks - context) * self.sequence_blocks // context)
         most = max(self.sequence_blocks, kv_blocks - self.row_blocks)  # never more than of other layers
@@ -63,12 +63,12 @@ class WindowGroup:
 
 @dataclass(frozen=True, slots=True)
 class StateGroup:
-    """Blocks with the states of all layers after one position. A running sequence has one block. Other blocks are
-    checkpoints, where sequences with the same tokens can begin.
+    """Blocks that each hold the states of all layers after one position. Each running sequence has one block. The other
+    blocks are checkpoints, where sequences with the same tokens can begin.
 
-    States of running sequences take up to half as much memory as keys and values, and checkpoints take as much again.
-    There are at least three blocks: one of a running sequence, the checkpoint at which it began, and one that it
-    leaves. A position whose KV bytes are few counts as a 1,024th of a state."""
+    Running sequences' states take at most half as much memory as keys and values, and checkpoints take at most as much
+    again. There are at least three blocks: for a running sequence, for the checkpoint at which the sequence began, and
+    for the checkpoint that it leaves. A position with few KV bytes counts as 1/1024 of a state."""
 
     state_bytes: int  # bytes of a state in all layers
     kv_token_bytes: int  # bytes of a position in all layers
@@ -84,8 +84,8 @@ class StateGroup:
         return max(self.kv_token_bytes, -(-self.state_bytes // _MOST_STATE_POSITIONS))
 
     def blocks_beside(self, kv_blocks: int, sequences: int) -> int:
-        """Returns the sum of a block for each running sequence whose state fits into half of the KV blocks' bytes (at
-        least one), two for checkpoints, and one for each `span` positions whose state fits into the other."""
+        """Returns the block count: one for each running sequence whose state fits into half of the KV blocks' bytes (at
+        least one), two for checkpoints, and one for each `span` positions whose state fits into the other half."""
         tokens = kv_blocks * KV_BLOCK_TOKENS
         half = tokens * self._token_bytes // (2 * self.state_bytes)
         return min(sequences, 1 + half) + 2 + min(tokens // self.span, half)
@@ -123,7 +123,7 @@ class KvGroups:
 
 
 def window_group(window: int | None, context_length: int, rows: int) -> WindowGroup | None:
-    """Returns the group of layers with a sliding window; None if separate blocks for them would save no memory."""
+    """Returns the group of layers with a sliding window. Returns None if separate blocks would save no memory."""
     if window is None:
         return None
     group = WindowGroup(window, rows)

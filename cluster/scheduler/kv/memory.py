@@ -15,7 +15,7 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 RESERVE_BLOCKS = 2
-"""Blocks kept free for each running sequence when another one starts, so that the new one is not preempted at once."""
+"""Blocks kept free for each running sequence when another starts, so that the new sequence is not preempted at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,8 @@ class KvMemory:
         self._filling.clear()
 
     def admit(self, sequence: Sequence, reserve: int) -> bool:
-        """Gives a sequence blocks for all its rows if `reserve` blocks remain. Returns False otherwise, and if the
-        microbatch being made fills blocks that the sequence would share: it cannot also read them."""
+        """Gives a sequence blocks for all its rows. Returns False if fewer than `reserve` blocks would remain, or if
+        the sequence would share blocks that the microbatch being made fills, because it cannot also read them."""
         if (refused := self._refused.pop(sequence.key, None)) is not None and self._is_unchanged(refused, reserve):
             self._refused[sequence.key] = refused
             return False
@@ -75,7 +75,7 @@ class KvMemory:
         return True
 
     def has_room_for(self, sequences: tuple[Sequence, ...], reserve: int) -> bool:
-        """True if all sequences could get blocks, without any cached block, and `reserve` blocks would remain."""
+        """True if all sequences could get blocks without the prefix cache, and `reserve` blocks would remain."""
         has_window = self.window is None or self.window.can_begin(sequences, reserve)
         has_states = self.states is None or self.states.can_begin(len(sequences))
         return (
@@ -116,7 +116,7 @@ class KvMemory:
             self.window.reserve(sequence, sequence.next_rows + len(tokens))
 
     def settle(self, sequence: Sequence, *, is_whole: bool) -> None:
-        """Keeps or releases memory of drafted rows, and shares full blocks: there may be no later microbatch."""
+        """Keeps or releases the memory of drafted rows. Shares full blocks, as there may be no later microbatch."""
         if self.states is not None:
             self.states.settle(sequence, is_whole=is_whole)
         if sequence.is_running:
@@ -125,7 +125,7 @@ class KvMemory:
                 self.window.settle(sequence)
 
     def finished(self, sequence: Sequence) -> None:
-        """Shares the full blocks of a sequence whose last token is known, also those that lookahead steps filled."""
+        """Shares a finished sequence's full blocks, including blocks that lookahead steps filled."""
         if sequence.is_running and self.states is None:
             self._register(sequence)
 
@@ -146,7 +146,7 @@ class KvMemory:
             self.states.reserve(sequence, rows)
 
     def filled(self, sequence: Sequence) -> None:
-        """Shares full blocks of known tokens once rows up to `scheduled` are in the microbatch being made."""
+        """Shares full blocks of known tokens, once the microbatch being made has the rows up to `scheduled`."""
         self._register(sequence)
         if self.window is not None:
             self.window.release_out_of_window(sequence)
@@ -163,7 +163,7 @@ class KvMemory:
             kv.registered = full
 
     def end_microbatch(self) -> None:
-        """Releases blocks that no later row reads, so that later microbatches may write them."""
+        """Releases blocks that no later row reads. Later microbatches may overwrite them."""
         if self.window is not None:
             self.window.end_microbatch()
         if self.states is not None:

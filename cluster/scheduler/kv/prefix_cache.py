@@ -1,4 +1,4 @@
-"""The prefix cache. Keys: SHA-256 chains over model (without adapters), KV type, adapters, salt, tokens, image rows."""
+"""The prefix cache. A key is a SHA-256 chain over model, KV type, adapters, salt, tokens and image rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class BlockKeys(list[bytes]):
     def __init__(
         self, salt: str = "", adapters: Sequence[tuple[str, float]] = (), images: Sequence[ImageSpan] = ()
     ) -> None:
-        """Takes the digest and scale of each adapter, in the order in which they are computed."""
+        """`adapters` has each adapter's digest and scale, in the order in which the adapters are computed."""
         super().__init__()
         self._images, self._places = images, SpanPlaces(images)
         self.salt = f"{[*adapters]}\0{salt}" if adapters else f"\0{salt}"
@@ -30,7 +30,7 @@ class BlockKeys(list[bytes]):
         self._most_shared = 0
 
     def shared(self, blocks: int) -> BlockKeys:
-        """Makes the keys of another sequence whose first `blocks` keys are the same, and are computed once for both."""
+        """Returns the keys for a sequence that has the same first `blocks` keys. These keys are computed only once."""
         self._most_shared = blocks
         self.share()
         other = copy(self)
@@ -49,7 +49,7 @@ class BlockKeys(list[bytes]):
 
 
 class PrefixCache:
-    """Finds and registers blocks by all tokens from position 0 on. It extends `keys`, which belong to one sequence."""
+    """Finds and registers blocks by all tokens from position 0 on. `keys` belong to one sequence and are extended."""
 
     def __init__(self, blocks: KvBlocks, model_id: str, kv_type: KvType, enabled: bool = True) -> None:
         self.blocks = blocks
@@ -73,7 +73,7 @@ class PrefixCache:
     def register(
         self, keys: BlockKeys, tokens: Sequence[int], table: Sequence[int], registered: int, full: int, start: int = 0
     ) -> None:
-        """Registers the full blocks with numbers [registered, full). `table` has their ids from number `start` on."""
+        """Registers the full blocks with numbers [registered, full). `table` has block ids from number `start` on."""
         if not self.is_enabled:
             return
         self._extend(keys, tokens, full)
@@ -92,7 +92,7 @@ class PrefixCache:
 
 
 def _part_of(span: ImageSpan, start: int) -> bytes:
-    """Returns what identifies the image's rows in the block at position `start`: of rows that see each other, all."""
+    """Returns bytes that identify the image's rows in the block at position `start`, and the rows that they see."""
     first, end = max(span.start, start), min(span.end, start + KV_BLOCK_TOKENS)
     place = first - start, end - start, span.offset + first - span.start, span.end - span.start
     return span.digest + _IMAGE.pack(*place, span.is_bidirectional)

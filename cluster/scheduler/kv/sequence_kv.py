@@ -1,4 +1,4 @@
-"""The KV memory of one sequence: its blocks, and the keys by which other sequences find them."""
+"""One sequence's KV memory: its blocks, and the keys by which other sequences find these blocks."""
 
 from __future__ import annotations
 

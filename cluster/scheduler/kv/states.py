@@ -1,4 +1,4 @@
-"""State blocks. Each running sequence has one, which its rows update. The prefix cache has checkpoints."""
+"""State blocks. Each running sequence has one block, which its rows update. The prefix cache has checkpoints."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 class KvStates:
     """Blocks that each hold the state after one position.
 
-    A chunk's rows overwrite the state that they read, or write another block if other sequences may continue from it. A
-    checkpoint is a block registered by the key of the KV block that ends at its position, and never written again. If
-    there are enough blocks, checkpoints are kept every `span` positions and after a prompt's last full KV block.
-    Sequences begin only at checkpoints. A sequence that has begun always gets a block for its rows. Blocks that a
-    microbatch reads are released after it was made, because rows of other sequences in it must not overwrite them."""
+    A chunk's rows overwrite the state that they read, or write to another block if other sequences may continue from
+    that state. A checkpoint is a block that is never written again. Its key is that of the KV block that ends at its
+    position. If there are enough blocks, checkpoints are kept every `span` positions and after a prompt's last full KV
+    block. Sequences begin only at checkpoints. A sequence that has begun always gets a block for its rows. Blocks that
+    a microbatch reads are released after it was made, because other sequences' rows in it must not overwrite them."""
 
     def __init__(self, span: int, cache: PrefixCache) -> None:
         self.blocks = cache.blocks
@@ -63,7 +63,7 @@ class KvStates:
         self._keep_last(sequence)
 
     def draft(self, sequence: Sequence) -> bool:
-        """Takes a block for the state after drafted rows, and keeps the one before. Returns False if none is left."""
+        """Takes a block for the state after drafted rows, and keeps the state before. Returns False if none is left."""
         if self.blocks.available <= self._lacking:
             return False
         sequence.kv.states.ahead = self.blocks.take()
@@ -101,7 +101,7 @@ class KvStates:
             self.blocks.release(states.clear())
 
     def _checkpoints(self, sequence: Sequence, start: int, end: int) -> Iterator[int]:
-        """Yields positions of checkpoints in [start, end) while more blocks are free than sequences need."""
+        """Yields the positions of checkpoints in [start, end), while more blocks are free than sequences need."""
         if not self._cache.is_enabled:
             return
         last = (sequence.prompt_length - 1) // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS
@@ -114,7 +114,6 @@ class KvStates:
                 yield position
 
     def _register_last(self, sequence: Sequence) -> None:
-        """Registers the checkpoint after a chunk, once the chunk's last token is known."""
         states = sequence.kv.states
         if states.unregistered is not None and states.read is not None and states.unregistered <= len(sequence.tokens):
             self._register(sequence, states.unregistered, states.read)

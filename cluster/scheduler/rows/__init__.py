@@ -1,1 +1,1 @@
-"""The rows of a sequence in a microbatch: the choice of the rows, and the processing of their results."""
+"""Chooses the rows that a sequence has in a microbatch, and processes their results."""

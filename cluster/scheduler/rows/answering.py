@@ -1,4 +1,4 @@
-"""Processes the results of a sequence's rows: adds sampled tokens, and marks rows that must be computed again."""
+"""Processes the results of a sequence's rows. Adds sampled tokens, and marks rows that must be computed again."""
 
 from __future__ import annotations
 
@@ -88,13 +88,13 @@ def _take_sampled(sequence: Sequence, taken: SequenceSlice, rows: tuple[RowResul
 
 
 def _is_refused(sequence: Sequence, rows: tuple[RowResult, ...], added: list[RowResult]) -> bool:
-    """True if the next step computes known rows again: drafts were refused and the last token is not forced."""
+    """True if the next step computes known rows again because drafts were refused. A forced last token prevents it."""
     return sequence.kv.states.is_begun and (not added or any(row is added[-1] for row in rows))
 
 
 def _append(sequence: Sequence, place: int, row: RowResult) -> list[RowResult]:
-    """Appends the token that the row at `place` chose, and the forced tokens after it. Skips those that the sequence
-    already has: a row that was sent too early computes them again."""
+    """Appends the token that the row at `place` chose, and the forced tokens after it. Skips tokens that the sequence
+    already has, which a row computes again if it was sent too early."""
     rows = (row, *(RowResult(token, 0.0) for token in row.forced)) if row.forced else (row,)
     added: list[RowResult] = []
     for following in rows[len(sequence.tokens) - place - 1 :]:
@@ -108,8 +108,8 @@ def _append(sequence: Sequence, place: int, row: RowResult) -> list[RowResult]:
 
 
 def _settle(sequence: Sequence, taken: SequenceSlice, end: int, added: list[int]) -> None:
-    """Counts drafted rows before `end` as accepted. If others were refused and there are states, the whole chunk is
-    computed again. Later windows in flight remain valid if they follow the added tokens."""
+    """Counts the drafted rows before `end` as accepted. If other rows were refused, a sequence with states computes the
+    whole chunk again. Later windows in flight remain valid if they follow the added tokens."""
     if not taken.drafted:
         return
     sequence.drafting.accepted += max(0, taken.drafted - (taken.end - end))

@@ -1,5 +1,3 @@
-"""Chooses the number of prompt tokens in one microbatch."""
-
 from __future__ import annotations
 
 from math import sqrt
@@ -8,13 +6,13 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.stage_times import StageCurves, StageTimes
 
 _FIRST_ROWS = 64
-"""The rows of the first chunk without decode: few enough for a slow machine, and efficient on a fast one."""
+"""The first chunk's rows if no sequence decodes: few enough for a slow machine, and efficient on a fast machine."""
 _LEAST_ROWS = 16
 _LEAST_ROWS_ALONE = 64
-"""The fewest rows of a chunk without decode. A slow machine reads the weights once for 64 rows as it does for 16."""
+"""The fewest rows of a chunk if no sequence decodes. With 64 rows, a slow machine still reads the weights only once."""
 _EFFICIENT = 4
 _SCORED_SHARE = 0.5
-"""The share of `prefill_ms` that scored rows may take. They cost the coordinator time too, and come in hundreds."""
+"""The share of `prefill_ms` that scored rows may take. They come in hundreds, and also cost the coordinator time."""
 
 _EMBEDDED_BYTES = 1 << 20
 """The most bytes of hidden states that a microbatch with decode rows returns."""
@@ -23,14 +21,14 @@ _EMBEDDED_BYTES = 1 << 20
 def chunk_rows(
     settings: SchedulerSettings, times: StageTimes, burst: int, left: int, decoding: int, *, alone: bool
 ) -> int:
-    """Returns the number of prefill rows in a microbatch with `decoding` other rows. Of `burst` prompt tokens that came
-    together, `left` are still to be computed. `alone` means that no sequence decodes.
+    """Returns the number of prefill rows in a microbatch with `decoding` other rows. `burst` prompt tokens came
+    together, and `left` of them are still to be computed. `alone` means that no sequence decodes.
 
-    A chunk takes the slowest stage at most `prefill_ms`, so that decode does not wait longer, but may have 16 rows in
-    any case (without decode `prefill_alone_ms` and 64 rows). It is no larger than what finishes the burst soonest: k
-    chunks on S stages end after (k + S - 1) * (a + b * burst / k), with the stage time a + b * rows. This is least at
-    burst / k = sqrt(burst * a / ((S - 1) * b)). The last chunks get half of `left` each: the first stages idle while
-    later ones compute."""
+    A chunk may take the slowest stage `prefill_ms`, so that decode does not wait longer, but always has at least 16
+    rows. Without decode the limits are `prefill_alone_ms` and 64 rows. A chunk is no larger than the size that finishes
+    the burst soonest. If a stage takes a + b * rows, k chunks on S stages take (k + S - 1) * (a + b * burst / k). The
+    minimum is at burst / k = sqrt(burst * a / ((S - 1) * b)). At the end, each chunk gets half of `left`, because the
+    first stages idle while later stages compute."""
     most = settings.max_batch_tokens - decoding
     if settings.prefill_chunk is not None:
         return min(settings.prefill_chunk, most)
@@ -49,7 +47,7 @@ def chunk_rows(
 
 
 def scored_rows(settings: SchedulerSettings, times: StageTimes, decoding: int) -> int:
-    """Returns the most scored rows of a microbatch. The last stage's logits may take longer than its layers."""
+    """Returns the most scored rows of a microbatch. Their logits may take the last stage longer than its layers."""
     slowest = _slowest(times.scoring)
     if slowest is None:
         return _LEAST_ROWS
@@ -59,14 +57,14 @@ def scored_rows(settings: SchedulerSettings, times: StageTimes, decoding: int) -
 
 
 def embedded_rows(settings: SchedulerSettings, *, is_beside_decode: bool) -> int:
-    """Returns the most rows whose hidden states may be returned, which delays the tokens of other sequences."""
+    """Returns how many rows may return hidden states. Returning them delays the tokens of other sequences."""
     if not is_beside_decode or not settings.embedding_length:
         return settings.max_embedded_rows
     return min(settings.max_embedded_rows, max(1, _EMBEDDED_BYTES // (4 * settings.embedding_length)))
 
 
 def _slowest(curves: StageCurves) -> tuple[float, float] | None:
-    """Returns (fixed ns of a microbatch, ns of a row) of the slowest stage, by a line through two chunks' times."""
+    """Returns (ns per microbatch, ns per row) of the slowest stage, from a line through the times of two chunks."""
     small, large = curves.predict(_LEAST_ROWS), curves.predict(8 * _LEAST_ROWS)
     if small is None or large is None:
         return None

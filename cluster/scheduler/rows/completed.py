@@ -1,5 +1,3 @@
-"""The changes that one result makes to sequences."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass, field

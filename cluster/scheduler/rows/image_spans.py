@@ -1,5 +1,3 @@
-"""Images in a prompt, as the rows that an encoder computed."""
-
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
@@ -12,9 +10,9 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class ImageSpan:
-    """Rows of an image at positions [start, end) of a prompt, which has token 0 there. `offset`: the image's row at
-    `start`. Equal digests mean equal rows and rope positions. If `is_bidirectional`, the rows see each other both ways.
-    `rope_positions` are relative to the first row's; the row after the span follows the highest of them."""
+    """An image's rows at positions [start, end) of a prompt, whose tokens are 0 there. Row `offset` of the image is at
+    `start`. Spans with equal digests have equal rows and rope positions. If `is_bidirectional` is set, all rows see
+    each other. `rope_positions` are relative to the first row's. The row after the span follows the highest."""
 
     start: int
     end: int
@@ -30,7 +28,7 @@ class ImageSpan:
 
 
 class SpanPlaces:
-    """Finds the spans in a range of positions by bisection. They do not overlap, and are sorted by position."""
+    """Finds the spans in a range of positions by bisection. Spans are sorted by position and do not overlap."""
 
     def __init__(self, spans: Sequence[ImageSpan]) -> None:
         self._starts, self._ends = [span.start for span in spans], [span.end for span in spans]

@@ -1,4 +1,4 @@
-"""The rows of images in one sequence: the data that chunks have of them, and the rows at which chunks may end."""
+"""The image rows of one sequence. Finds the image data of each chunk, and the rows at which a chunk may end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llamaclust.wire.microbatch.messages import ImageRows
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """A span with the differences of rope position and position, of rows before it and of rows after it."""
+    """A span. `before` is rope position minus position for text rows before the span, and `after` for rows after it."""
 
     span: ImageSpan
     before: int
@@ -42,7 +42,7 @@ class SequenceImages:
         self._sections = max((len(s.rope_positions) for s in spans if s.rope_positions is not None), default=0)
 
     def rows_of(self, position: int, count: int) -> ImageRows | None:
-        """Returns the data of a chunk with rows [position, position + count); None if it needs none."""
+        """Returns the image data for a chunk of rows [position, position + count), or None if it needs none."""
         parts = [*self._parts(position, position + count)]
         rope_positions = self._rope_positions(position, parts, count)
         if not parts and not rope_positions:
@@ -55,9 +55,9 @@ class SequenceImages:
         )
 
     def fitting(self, position: int, rows: int, most_rows: int, most_bytes: int) -> int:
-        """Returns how many rows a chunk takes that would take `rows` without images, and may have `most_bytes` of them.
-        Rows that see each other stay together: a chunk that begins with such rows takes all of them, up to `most_rows`,
-        or 0 rows if they do not fit."""
+        """Returns how many of a chunk's `rows` fit if the chunk may have `most_bytes` of image rows. Image rows that
+        see each other stay together. A chunk that begins with such rows takes all of them, up to `most_rows`, or
+        returns 0 if they do not fit."""
         chunk_end = position + rows
         for part in self._parts(position, chunk_end):
             span, end = part.span, part.end
@@ -95,7 +95,7 @@ class SequenceImages:
         return b"" if (turned == own[:, None]).all() else turned.tobytes()
 
     def _before(self, position: int) -> int:
-        """Returns the difference of rope position and position that a row here has after the spans before it."""
+        """Returns rope position minus position for a text row at `position`, which the spans before it determine."""
         first = self._places.within(position, position + 1).start
         return self._placed[first - 1].after if first else 0
 

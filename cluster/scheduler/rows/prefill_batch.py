@@ -1,5 +1,3 @@
-"""The prompt rows of one microbatch."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -10,7 +8,7 @@ from llamaclust.cluster.scheduler.rows.taking import take_rows
 from llamaclust.cluster.scheduler.sequences import Sequence
 
 _MAX_STARTS = 32
-"""The most matchers that start in one microbatch. Each of them is sent with its grammar, which may be large."""
+"""The most matchers that start in one microbatch. Each matcher is sent with its grammar, which may be large."""
 
 
 @dataclass(slots=True)
@@ -27,7 +25,7 @@ class PrefillBatch:
     slices: dict[int, SequenceSlice] = field(default_factory=dict)  # by the sequence's key
 
     def add(self, sequence: Sequence, share: int = 1) -> bool:
-        """Adds rows of a sequence, at most 1 / `share` of the rows left. Returns False if no row can be added."""
+        """Adds rows of the sequence, at most 1 / `share` of the rows left. Returns False if no row can be added."""
         is_scored = sequence.has_scores_left
         if sequence.lacks_matcher and not self.starts_left:
             return False

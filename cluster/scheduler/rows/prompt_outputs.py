@@ -1,4 +1,4 @@
-"""The rows of one prompt that have outputs: logprobs or hidden states."""
+"""The rows of one prompt that have an output, which is a logprob or a hidden state."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from llamaclust.core.sampling import NOT_FINITE
 
 @dataclass(frozen=True, slots=True)
 class RowFault:
-    """A second failure of the last stage on a sequence's rows, although the stage received finite hidden states."""
+    """The last stage failed twice on a sequence's rows, although it received finite hidden states."""
 
     key: int
     failure: str
@@ -27,8 +27,8 @@ class Retry(Enum):
 
 @dataclass(slots=True)
 class Retries:
-    """Computes a failed sequence again in other KV blocks, then on another last worker if possible; then the sequence
-    ends. If it has a matcher, only logits that are not finite can be a worker's fault."""
+    """Computes a failed sequence again in other KV blocks, and then on another last worker if possible. After that, the
+    sequence ends. If a sequence has a matcher, a worker can be at fault only if logits are not finite."""
 
     count: int = 0
 

@@ -1,4 +1,4 @@
-"""The state of an answer's samplers, which can be restored from the answer's rows."""
+"""The state of an answer's samplers. It can be restored from the answer's rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SamplingState:
         self.mu = 0.0 if params.chain is None else params.chain.first_mu
 
     def history(self, count: int, newer: int = 0) -> array[int]:
-        """Returns the last `count` tokens before the `newer` newest ones, without rows of images, for samplers."""
+        """Returns the last `count` tokens before the newest `newer` tokens. Rows of images are skipped."""
         end = len(self._seen) - newer
         return self._seen[max(0, end - count) : end]
 

@@ -1,4 +1,4 @@
-"""A microbatch that is sent to the pipeline, and its slices. A slice has the rows of one sequence."""
+"""A microbatch for the pipeline, and its slices. A slice has one sequence's rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SequenceSlice:
-    """Rows of a sequence. Each of the last `drafted` rows counts only if the row before it chose its token."""
+    """One sequence's rows. Each of the last `drafted` rows counts only if the row before it chose the drafted token."""
 
     sequence: Sequence
     chunk: Chunk
@@ -34,7 +34,7 @@ class SequenceSlice:
 
     @property
     def is_stale(self) -> bool:
-        """True if the drafted rows can no longer count, because the tokens before them have changed."""
+        """True if the drafted rows no longer count, because the tokens before them have changed."""
         return self.drafted > 0 and self.branch != self.sequence.drafting.branch
 
     @property

@@ -1,4 +1,4 @@
-"""Makes slices of a microbatch from rows of a sequence. From then on these rows are in flight."""
+"""Takes rows from a sequence and makes slices of them. The rows are in flight from then on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def take_rows(sequence: Sequence, rows: int) -> SequenceSlice:
 
 
 def take_token(sequence: Sequence) -> SequenceSlice:
-    """Takes the next decode rows: known tokens with drafted ones, an unknown token, or drafts after those in flight."""
+    """Takes the next decode rows: known tokens and drafts, an unknown token, or drafts after the drafts in flight."""
     known, drafting = tuple(sequence.tokens[sequence.scheduled :]), sequence.drafting
     drafted = drafting.next
     if not drafted and (unknown := sequence.unknown):

@@ -1,4 +1,4 @@
-"""Tasks of a sequence's output rows: scoring or sampling."""
+"""Tasks for a sequence's output rows. A task scores or samples."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def prompt_tasks(sequence: Sequence, start: int, end: int) -> tuple[RowTask, ...
 
 
 def sample_task(sequence: Sequence, unknown: int = 0) -> SampleTask:
-    """Returns the next token's task, with `unknown` unknown tokens before it: at most 1 if samplers look at tokens."""
+    """Returns the next token's task. `unknown` tokens before it are unknown, at most 1 if samplers need them."""
     sampler = sequence.sampler
     return _task(sequence, sampler.history(sampler.window - unknown) if sampler.window else (), unknown)
 
 
 def window_tasks(sequence: Sequence, drafted: tuple[int, ...]) -> tuple[SampleTask, ...]:
-    """Returns the tasks of the last token's row and of the drafted rows after it, the same as without speculation."""
+    """Returns the tasks of the last token's row and the drafted rows. Each chooses as it would without drafts."""
     sampler = sequence.sampler
     history = sampler.history(sampler.window - 1, newer=1) if sampler.window else ()
     first = _task(sequence, history, 0, drafted, follows=sampler.window > 0)

@@ -1,1 +1,1 @@
-"""Speculative decoding: one pass computes drafted tokens with a known token, and can choose several tokens."""
+"""Speculative decoding. One step computes drafted tokens after a known token, and can choose several tokens."""

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 _REMEMBERED = 96
-"""The approximate number of recent tokens that an estimate depends on."""
+"""The approximate number of recent tokens that determine an estimate."""
 _PRIOR_TOKENS = 3
-"""The number of tokens as which a prior rate counts."""
+"""The number of tokens that a prior rate counts as."""
 _CHANGES = 1 / 256
-"""The probability at each token that the kind of text, and with it the acceptance rate, changes."""
+"""The probability at each token that the kind of text changes, and the acceptance rate with it."""
 _STRETCHES = 6
 _EVEN = 1.0
-"""Accepted and refused tokens with which each stretch begins, so that every rate is equally probable at first."""
+"""The accepted and refused tokens that each stretch begins with, so that all rates are equally probable at first."""
 
 
 class _Stretch:
@@ -31,8 +31,8 @@ class _Stretch:
 
 
 class Acceptance:
-    """Estimates the acceptance rate of one kind of draft. Each possible change begins a stretch of tokens with its own
-    rate. The estimate is the mean of the rates, weighted by the probability of each stretch."""
+    """Estimates the acceptance rate for one kind of draft. Each possible change of the text begins a stretch of tokens
+    with its own rate. The estimate is the mean of the stretches' rates, weighted by each stretch's probability."""
 
     __slots__ = ("_first", "_rate", "_stretches")
 
@@ -42,7 +42,7 @@ class Acceptance:
         self._stretches = [self._first]
 
     def learn(self, *, is_accepted: bool) -> None:
-        """Learns whether a drafted token was accepted. All drafted tokens before it must have been accepted."""
+        """Learns whether a drafted token was accepted. The drafted tokens before it must have been accepted."""
         self._rate = None
         stretches = self._stretches
         unchanged = (1 - _CHANGES) / sum([stretch.learn(is_accepted) for stretch in stretches])
@@ -56,7 +56,7 @@ class Acceptance:
         stretches.append(_Stretch(_CHANGES))
 
     def rate(self, prior: float) -> float:
-        """Returns the probability that the next token is accepted. `prior`: the probability without experience."""
+        """Returns the probability that the next token is accepted. `prior` is the probability before any sample."""
         if self._rate is not None and self._rate[0] == prior:
             return self._rate[1]
         total = weighed = 0.0

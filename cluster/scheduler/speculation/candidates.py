@@ -1,4 +1,4 @@
-"""Drafts to choose from: one window (tokens of a draft that are computed in one step), or a chain of windows."""
+"""Drafts to choose from. A window is the part of a draft that one step computes. A chain is a series of windows."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 MAX_WINDOW = 32
 LONGEST_DRAFT = 4 * MAX_WINDOW
-"""The most tokens of a draft, of which several windows may be in flight."""
+"""The most tokens of a draft. Several windows of a draft may be in flight."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A sequence's draft. `rate`: the probability that a token is accepted if all tokens before it were."""
+    """A sequence's draft. `rate` is the probability that a token is accepted if all tokens before it were accepted."""
 
     tokens: tuple[int, ...] = ()
     rate: float = 0.0
@@ -24,14 +24,14 @@ class Candidate:
 
     @property
     def most_gain(self) -> float:
-        """An upper bound of the expected number of accepted tokens of a draft with these rates, however long it is."""
+        """An upper bound for the expected number of accepted tokens of a draft of any length with these rates."""
         others = self.rate / (1 - min(self.rate, 0.999)) if len(self.tokens) > self.forced else 0.0
         return self.forced + others
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Windows of one sequence in flight together. Each continues the drafted tokens of the window before it."""
+    """Windows of one sequence that are in flight together. Each window continues the draft after the window before."""
 
     window: int  # drafted tokens of each
     depth: int  # windows under way, at most

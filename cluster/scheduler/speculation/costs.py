@@ -1,4 +1,4 @@
-"""Predicted times of microbatches with more rows than sequences, from measured stage times."""
+"""Predicts times of microbatches with more rows than sequences, from measured stage times."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from llamaclust.cluster.scheduler.microbatching import cycle_ns
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96, 128, 192, 256)
-"""The numbers of rows that are tried. Times for other numbers are interpolated linearly."""
+"""The row counts whose times are computed. Times of other row counts are interpolated linearly."""
 _REFRESHED = 16
-"""The number of calls of `refresh` after which times are predicted again."""
+"""The times are predicted again after this many calls of `refresh`."""
 
 
 class MeasuredRounds:

@@ -1,5 +1,3 @@
-"""Counts of drafted and of accepted tokens."""
-
 from __future__ import annotations
 
 from collections.abc import Mapping

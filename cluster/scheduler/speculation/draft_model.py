@@ -1,4 +1,4 @@
-"""The interface of a draft model, and estimates of its times. A step waits for the draft that was requested for it."""
+"""The interface of a draft model, and estimates of the model's times. A step waits for the draft it requested."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from llamaclust.cluster.scheduler.estimates import moved
 from llamaclust.core.drafts import DraftOrder, DraftReplies
 
 _LATE = 4.0
-"""The largest multiple of the expected time as which a sample counts, because machines sometimes pause."""
+"""A sample counts as at most this multiple of the expected time, because machines sometimes pause."""
 _USUAL_OVERHEAD = 0.125
-"""The overhead of a draft that is assumed before it is measured, as a share of a step's time."""
+"""The overhead that is assumed for a draft before it is measured, as a share of the time per drafted token."""
 
 
 class DraftTimes:
-    """Times of a draft model in nanoseconds. They begin as measured and are updated with each draft."""
+    """A draft model's times in nanoseconds. They begin as measured, and each draft updates them."""
 
     def __init__(self, step_ns: float, row_ns: float) -> None:
-        """Takes the shortest measured times of drafting a token for one sequence and of reading a known token."""
+        """Takes the shortest measured times for drafting a token of one sequence, and for reading a known token."""
         self._best_step_ns, self._best_row_ns = step_ns, row_ns
         self._step_ns = {1: step_ns}
         self._row_ns = row_ns
         self._overhead_ns = _USUAL_OVERHEAD * step_ns
 
     def draft_ns(self, sequences: int, tokens: int, rows: int, *, at_best: bool = False) -> float:
-        """Returns the time to read `rows` known tokens in all and draft `tokens` for each sequence."""
+        """Returns the time to read `rows` known tokens in total, and to draft `tokens` tokens for each sequence."""
         lacking = max(0, rows - sequences)
         if at_best:
             return tokens * self._best_step_ns + lacking * self._best_row_ns
@@ -52,16 +52,16 @@ def _learned(estimate: float, sample: float) -> float:
 
 
 class DraftModel(Protocol):
-    """A draft model, used from one event loop. Orders that arrive while it computes have to wait."""
+    """A draft model for use from one event loop. Orders wait while the model computes."""
 
     @property
     def times(self) -> DraftTimes: ...
 
     @property
     def is_lost(self) -> bool:
-        """True after the first failure. No pipeline uses the model from then on."""
+        """True after the first failure. No pipeline uses the model afterwards."""
 
     def lose(self) -> None: ...
 
     def draft(self, orders: Sequence[DraftOrder]) -> Awaitable[DraftReplies]:
-        """Drafts for each order's sequence, as far as memory allows. Work begins before the result is awaited."""
+        """Drafts for each order's sequence, if memory allows. Work begins before the result is awaited."""

@@ -1,4 +1,4 @@
-"""The drafts of one sequence. They are compared with the tokens that follow even if they were never computed."""
+"""One sequence's drafts. Each draft is compared with the tokens that follow, even if the draft was never computed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from llamaclust.cluster.scheduler.speculation.acceptance import Acceptance
 from llamaclust.cluster.scheduler.speculation.candidates import LONGEST_DRAFT, Candidate, Chain
 
 _PRIORS = (0.3, 0.2, 0.2, 0.3, 0.7, 0.4, 0.6, 0.9, 0.85, 0.95, 0.6, 0.9, 0.7, 0.99, 0.7, 0.6, 0.8, 0.14, 0.25, 0.65)
-"""The assumed acceptance rate of each confidence class before tokens are seen (benchmarks/notebook.md)."""
+"""The acceptance rate assumed for each confidence class before any token was compared (benchmarks/notebook.md)."""
 
 
 class SequenceDrafts:
     def __init__(self, drafter: Drafter, vocabulary: int, common: Sequence[Acceptance]) -> None:
-        """Makes the drafts of a sequence. `common`: the acceptance over all sequences by confidence class."""
+        """`common` has the acceptance of all sequences' drafts, by confidence class."""
         self._drafter = drafter
         self._vocabulary = vocabulary
         self._common = common
@@ -26,7 +26,7 @@ class SequenceDrafts:
         self._offered = 0  # tokens before the last draft of a draft model
 
     def next(self, tokens: Sequence[int], most: int, forced: tuple[int, ...] = ()) -> Candidate:
-        """Returns at most `most` tokens that may follow `tokens`, first those that a grammar forces."""
+        """Returns at most `most` tokens that may follow `tokens`. Tokens that a grammar forces come first."""
         self._compare(tokens)
         if not (self._at == len(tokens) and self._draft.tokens):
             self._draft, self._at = (
@@ -37,7 +37,7 @@ class SequenceDrafts:
         return Candidate(draft.tokens[:most], rate, min(draft.forced, most), self.rate(FORCED) if draft.forced else 1.0)
 
     def further(self, tokens: Sequence[int], ahead: tuple[int, ...], most: int) -> tuple[int, ...]:
-        """Returns the draft's tokens after those in flight (`ahead`); none if `ahead` is not part of the draft."""
+        """Returns the draft's tokens after the tokens in flight (`ahead`), or none if `ahead` is not in the draft."""
         self._compare(tokens)
         under_way = (*tokens[self._at :], *ahead)
         if self._draft.tokens[: len(under_way)] != under_way:
@@ -56,7 +56,7 @@ class SequenceDrafts:
         return self._own[confidence].rate(self._common[confidence].rate(_PRIORS[confidence]))
 
     def offer(self, tokens: Sequence[int], length: int, drafted: tuple[int, ...]) -> None:
-        """Takes a draft model's draft that follows the first `length` tokens. Drops it if tokens were added since."""
+        """Takes a draft model's draft for the first `length` tokens. Drops it if more tokens have been added."""
         self._compare(tokens)
         if length == len(tokens):
             self._offered = length
@@ -64,7 +64,7 @@ class SequenceDrafts:
                 self._draft, self._at = self._checked(Draft(drafted, MODEL), len(drafted)), length
 
     def suggest(self, tokens: Sequence[int], drafted: tuple[int, ...]) -> None:
-        """Takes an MTP head's draft if more of its tokens are expected to be accepted than of the drafter's own."""
+        """Takes an MTP head's draft, if it is expected to have more accepted tokens than the drafter's own draft."""
         own = self.next(tokens, LONGEST_DRAFT)
         draft = self._checked(Draft(drafted, MTP), len(drafted))
         if expected(self.rate(MTP), len(draft.tokens)) > expected(own.rate, len(own.tokens)):

@@ -1,7 +1,7 @@
 """Decides what a draft model does: for which sequences it drafts, how many tokens, and what it reads in advance.
 
-A step waits for its draft, so the draft must gain more than n-gram drafts, which cost no time. The model reads a prompt
-during steps that do not wait for it, if the tokens left to generate are worth the time."""
+A step waits for its draft, so the draft must gain more than n-gram drafts, which take no time. The model reads a prompt
+during steps that do not wait for it, if enough tokens are left to generate to be worth the time."""
 
 from __future__ import annotations
 
@@ -17,17 +17,15 @@ from llamaclust.core.drafts import MOST_ORDERS, DraftOrder, DraftReplies
 from llamaclust.core.sampling import SampleTask
 
 _CLOSE = 64
-"""The most tokens of a sequence that the model may still have to read when a step waits, the last window included."""
+"""A step waits for the model only if the model has to read at most this many of the sequence's last tokens."""
 _WORTH = 2.0
-"""The least ratio of the time that drafts save to the time of reading the prompt. Answers may end early."""
+"""The least ratio of the time saved by drafts to the time for reading the prompt. An answer may end early."""
 _AGAIN = 64
-"""The number of tokens after which a model that did not pay is tried again. It doubles up to `_AGAIN_MOST`."""
+"""The tokens after which a model that did not pay is tried again. The number doubles up to `_AGAIN_MOST`."""
 _AGAIN_MOST = 1024
 _DRAFTS = 6
 _HOPEFUL = 0.7
-"""The least acceptance rate that a retry assumes."""
 _MARGIN = 0.05
-"""The relative gain over other drafts that must be predicted before anything is ordered."""
 
 
 class ModelDrafts:
@@ -45,7 +43,7 @@ class ModelDrafts:
         return sequence.key in self._awaited
 
     def length(self, sequences: Items[Sequence], most: Mapping[int, int], speed: float) -> int:
-        """Returns how many drafted tokens are worth waiting for. `speed` is the tokens a nanosecond without them."""
+        """Returns how many drafted tokens are worth waiting for. `speed` is in tokens per nanosecond without them."""
         drafted = [each for each in sequences if most.get(each.key) and self._is_close(each)]
         if not drafted or len(sequences) + len(self._awaited) > MOST_ORDERS:
             return 0
@@ -68,7 +66,7 @@ class ModelDrafts:
         return best
 
     def order(self, sequences: Iterable[Sequence], most: Mapping[int, int], count: int) -> list[Sequence]:
-        """Orders up to `count` tokens for sequences in `most` of which the model lacks few. Returns the others."""
+        """Orders up to `count` tokens for each sequence in `most` that is nearly read. Returns the other sequences."""
         others = []
         for sequence in sequences:
             if most.get(sequence.key) and self._is_close(sequence):
@@ -148,7 +146,7 @@ class _Retry:
         return self.left > 0 or tokens >= self.again
 
     def asked(self, tokens: int) -> None:
-        """Counts a draft. If it is not part of a retry, the model pays, and the wait for a retry is short again."""
+        """Counts a draft. If no retry is running, the model pays, and the wait for the next retry is short again."""
         if tokens >= self.again:
             self.left, self.wait = _DRAFTS, min(2 * self.wait, _AGAIN_MOST)
         elif self.left:

@@ -1,4 +1,4 @@
-"""Decides what an MTP (multi-token prediction) head drafts. Its drafts lengthen the step after which they are made."""
+"""Decides what an MTP (multi-token prediction) head drafts. A draft lengthens the step after which it is made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaclust.cluster.scheduler.speculation.drafts import expected
 from llamaclust.cluster.scheduler.speculation.mtp_times import MtpTimes
 
 _MARGIN = 0.05
-"""The relative gain over other drafts that must be predicted before anything is ordered."""
+"""The relative gain over other drafts that must be predicted before drafts are ordered."""
 _HOPEFUL = 0.7
 """The least acceptance rate that a retry assumes."""
 
@@ -24,7 +24,7 @@ class MtpDrafts:
         self._rounds = rounds
 
     def length(self, sequences: Items[Sequence], speed: float, groups: int, most: int) -> int:
-        """Returns how many tokens to draft after the next step. `speed` is the tokens a nanosecond without them."""
+        """Returns how many tokens to draft after the next step. `speed` is in tokens per nanosecond without them."""
         drafted = [sequence for sequence in sequences if may_order(sequence)]
         if not drafted or not most or self._rounds.plain_ns(len(sequences), groups) == inf:
             return 0

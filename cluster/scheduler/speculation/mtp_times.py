@@ -1,10 +1,10 @@
-"""Times of an MTP head on the last stage. They add to the time of the step after which the head drafts."""
+"""An MTP head's times on the last stage. They add to the time of the step after which the head drafts."""
 
 from __future__ import annotations
 
 _WEIGHT = 0.125
 _LATE = 4.0
-"""The largest multiple of the expected time as which a sample counts, because machines sometimes pause."""
+"""A sample counts as at most this multiple of the expected time, because machines sometimes pause."""
 
 
 class MtpTimes:

@@ -1,11 +1,9 @@
-"""A sequence's orders to an MTP head."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 _AGAIN = 64
-"""The number of tokens after which a head that did not pay is tried again. It doubles up to `_AGAIN_MOST`."""
+"""The tokens after which a head that did not pay is tried again. The number doubles up to `_AGAIN_MOST`."""
 _AGAIN_MOST = 1024
 _DRAFTS = 6
 

@@ -1,4 +1,4 @@
-"""Drafted tokens of one sequence: tokens to compute with its last token, tokens in flight, and counts."""
+"""One sequence's drafted tokens: those to compute with its last token, those in flight, and their counts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Drafting:
         self.ahead = ()
 
     def settle(self, added: list[int]) -> bool:
-        """Processes a window's added tokens. Returns True if they equal drafted ones: later windows remain valid."""
+        """Processes a window's added tokens. Returns True if they are as drafted: later windows then stay valid."""
         expected, self.ahead = self.ahead[: len(added)], self.ahead[len(added) :]
         return list(expected) == added[: len(expected)]
 

@@ -1,5 +1,3 @@
-"""Settings of speculative decoding."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -22,12 +22,12 @@ from llamaclust.cluster.scheduler.speculation.windows import best_chain, best_wi
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _MOST_REPEATED = 4
-"""The most known rows that a window of a sequence with states may repeat. With more, a step without drafts comes first,
-or refused windows would add up."""
+"""The most known rows that a window may repeat if the sequence has states. A sequence with more known rows takes a step
+without drafts first. Otherwise the rows of refused windows would add up."""
 
 
 _OTHER_RATE = 0.02
-"""The change of the acceptance rate at which the window of a chain is chosen again."""
+"""A chain's window is chosen again if the acceptance rate has changed by more than this."""
 
 
 class Speculation:
@@ -48,7 +48,7 @@ class Speculation:
         return None if own is None or not settings.max_drafted else cls(settings, own, times)
 
     def draft(self, sequences: Items[Sequence], memory: KvMemory, groups: int, most_rows: int, running: int) -> None:
-        """Gives drafted rows to the sequences of one of `groups` microbatches, at most `most_rows` in all."""
+        """Gives at most `most_rows` drafted rows to a microbatch's sequences. `groups` microbatches are in flight."""
         candidates = [self._next(sequence) if most_rows > 0 else Candidate() for sequence in sequences]
         windows = self._windows(candidates, groups, most_rows)
         for sequence in sequences:
@@ -63,7 +63,7 @@ class Speculation:
                 memory.draft(sequence, candidate.tokens[:window], RESERVE_BLOCKS * running)
 
     def further(self, sequence: Sequence, under_way: int) -> tuple[int, ...]:
-        """Returns the next window of the only running sequence, to follow `under_way` microbatches in flight."""
+        """Returns the next window of the only running sequence. `under_way` microbatches are in flight before it."""
         drafts = sequence.drafting.drafts
         if drafts is None or (chain := drafts.chain) is None or under_way >= chain.depth:
             return ()
@@ -85,7 +85,7 @@ class Speculation:
         return window if drafts.chain is None else drafts.chain.window
 
     def waits(self, sequences: Items[Sequence], most_outputs: int) -> bool:
-        """True if a step with drafts will follow. Sequences should wait for it instead of taking a lookahead step."""
+        """True if a step with drafts will follow. Sequences should wait for it, and not send a lookahead step."""
         drafts = self.model_drafts
         if drafts is not None and any(map(drafts.awaits, sequences)):
             return True

@@ -1,8 +1,8 @@
 """Chooses how many drafted tokens each sequence computes, for the most tokens per second.
 
-A round without drafts chooses n tokens for n sequences. A drafted row makes the round longer, and adds a ** d tokens on
-average, with its depth d in the draft and the acceptance rate a. The rows that add most are taken first, as many as
-give the most tokens per second. None are taken unless the round is then clearly faster."""
+A round without drafts chooses n tokens for n sequences. A drafted row makes the round longer. It adds a ** d tokens on
+average, where d is its depth in the draft and a is the acceptance rate. The rows that add most are taken first, until
+more rows would not give more tokens per second. No row is taken unless the round is then clearly faster."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from llamaclust.cluster.scheduler.speculation.candidates import Candidate, Chain
 from llamaclust.cluster.scheduler.speculation.costs import counts_to_try
 
 _MARGIN = 0.05
-"""The relative gain below which nothing is drafted, because predictions are not more accurate."""
+"""The least relative gain for which tokens are drafted, because predictions are not more accurate."""
 _DEEPEST = 6
 _MARGIN_BESIDE = 0.2
-"""The relative gain needed with several microbatches in flight, as those of different lengths wait for each other."""
+"""The least relative gain with several microbatches in flight, because the shorter ones wait for the longer ones."""
 
 
 class RoundTimes(Protocol):
-    """Times of rounds in nanoseconds, measured by the scheduler or predicted by the planner."""
+    """Times of rounds in nanoseconds. The scheduler measures them, and the planner predicts them."""
 
     def plain_ns(self, sequences: int, groups: int) -> float:
-        """Returns the time of a round without drafted rows and with lookahead steps; infinite if it is not known."""
+        """Returns a round's time without drafted rows and with lookahead steps, or infinity if it is unknown."""
 
     def window_ns(self, rows: int, groups: int) -> float:
         """Returns the time of a round of `rows` rows that is sent only after its first tokens are known."""
@@ -36,10 +36,10 @@ class RoundTimes(Protocol):
 
 def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain | None:
     """Returns the best chain for a draft of `length` tokens with the acceptance rate `rate`. Returns None if times are
-    unknown, or if the first window would return before a second one is sent.
+    unknown, or if the first window would return before a second window is sent.
 
-    A wrong token is known a whole round after its window was sent; the windows after it are wasted. Their delay does
-    not count: counting half a stage's time for it made answers slower (benchmarks/notebook.md)."""
+    A wrong token becomes known one round after its window was sent, and all later windows are wasted. Their delay is
+    not counted. Counting half a stage's time for it made answers slower (benchmarks/notebook.md)."""
     rate = min(rate, 0.999)
     best: Chain | None = None
     for count in counts_to_try(min(most, length)):
@@ -60,7 +60,7 @@ def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain 
 
 
 def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:
-    """Returns each sequence's number of drafted tokens in one of `groups` microbatches of at most `most_rows` rows."""
+    """Returns each sequence's count of drafted tokens, at most `most_rows` in all, for one of `groups` microbatches."""
     sequences = len(candidates)
     windows = [0] * sequences
     plain_ns = times.plain_ns(sequences, groups)

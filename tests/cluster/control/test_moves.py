@@ -104,4 +104,4 @@ async def test_a_worker_is_lost_while_an_epoch_retires(
         await drain
         is_lost = victim is of_both
         assert run.cluster.supervisor.recoveries == is_lost
-        assert is_lost or any("requests of the epoch before are computed again" in text for text in run.told)
+        assert is_lost or any("requests of the previous epoch are computed again" in text for text in run.told)

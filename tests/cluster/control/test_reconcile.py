@@ -113,7 +113,7 @@ def test_a_start_waits_for_missing_workers_and_links() -> None:
         if error is not MEMORY:
             cluster.see(seen.WorkerSeen("b", 2))
         action = cluster.plan(error)
-        assert isinstance(action, Notify) and f"the start for 600 s at most: {error}" in action.text
+        assert isinstance(action, Notify) and f"the start waits 600 s at most: {error}" in action.text
         assert cluster.notified(action) == Wait(START_S)
         assert cluster.at(START_S) == Abort(error)
 
@@ -142,7 +142,7 @@ def test_requests_wait_for_workers_until_the_recovery_timeout() -> None:
     cluster.see(seen.WorkerLost("b"))
     cluster.lose_pipeline()
     action = cluster.plan(MEMORY)
-    assert action == Notify("waiting for worker b, requests for 120 s at most: 12 MiB are missing")
+    assert action == Notify("waiting for worker b; requests wait 120 s at most: 12 MiB are missing")
     assert cluster.notified(action) == Wait(10.0 + RECOVERY_S)
     late = "no worker came back within 120 s (timeouts.recovery): 12 MiB are missing"
     assert cluster.at(10.0 + RECOVERY_S) == FailRequests(late)
@@ -155,7 +155,7 @@ def test_all_absent_workers_are_named() -> None:
     cluster = Cluster.serving()
     cluster.see(seen.WorkerLost("b"), seen.WorkerLost("a"))
     cluster.lose_pipeline()
-    assert cluster.plan(LOST) == Notify(f"waiting for workers a, b, requests for 120 s at most: {LOST}")
+    assert cluster.plan(LOST) == Notify(f"waiting for workers a, b; requests wait 120 s at most: {LOST}")
 
 
 def test_the_same_reason_is_noticed_once() -> None:
@@ -191,7 +191,7 @@ def test_workers_that_do_not_load_are_expelled(error: WorkerError) -> None:
     action = cluster.load_failed(error, Suspect("b", error))
     assert isinstance(action, Expel)
     (expulsion,) = action.expulsions
-    assert expulsion.worker == ("b", 2) and expulsion.reason == f"it takes no part in a new epoch: {error}"
+    assert expulsion.worker == ("b", 2) and expulsion.reason == f"it could not load a new epoch: {error}"
     cluster.see(seen.WorkerLost("b"), seen.Signal.WORKERS_EXPELLED)
     cluster.see(seen.WorkerSeen("b", 2))
     assert cluster.state.inputs.quarantined == {"b"}
@@ -244,7 +244,7 @@ def test_the_loss_of_the_last_holder_is_the_reason_to_wait() -> None:
     cluster.plan(ONLY_B)
     cluster.see(seen.WorkerLost("a"))
     action = cluster.see(seen.EpochLoadFailed(FILE, True, (Suspect("b", FILE),), file_is_absent=True))
-    assert action == Notify("waiting for worker a, requests for 120 s at most: no such file")
+    assert action == Notify("waiting for worker a; requests wait 120 s at most: no such file")
     assert isinstance(cluster.notified(action), Wait)
 
 

@@ -83,8 +83,8 @@ async def test_requests_wait_for_a_worker_to_come_back(
         tasks += run.start(requests[4:])
         may_begin.set()
         assert await asyncio.gather(*tasks) == expected
-        says = "MiB are missing" if why == "memory" else "the plan gives layers to b"
-        assert any("waiting for worker b, requests for 120 s at most" in text and says in text for text in run.told)
+        says = "MiB are missing" if why == "memory" else "the plan needs workers that are not connected: b"
+        assert any("waiting for worker b; requests wait 120 s at most" in text and says in text for text in run.told)
         await run.whole()
 
 
@@ -102,7 +102,9 @@ async def test_requests_that_wait_too_long_fail_and_the_cluster_serves_again_whe
         (message,) = {str(answer) for answer in answers}
         assert all(isinstance(answer, WorkerError) for answer in answers)
         assert "worker b (layers [3, 6)) is lost" in message
-        assert message.endswith("no worker came back within 0.3 s (timeouts.recovery): the plan gives layers to b")
+        assert message.endswith(
+            "no worker came back within 0.3 s (timeouts.recovery): the plan needs workers that are not connected: b"
+        )
         assert any("worker b is not started again: its process was killed" in text for text in run.told)
         assert engine.state is EngineState.REFUSING and str(engine.error) == message
         with pytest.raises(WorkerError, match="no worker came back"):
@@ -163,7 +165,7 @@ async def test_a_worker_that_cannot_be_spared_is_not(
     async with recovering(config(model, tmp_path, workers=2)) as run:
         with pytest.raises(InsufficientMemoryError, match="MiB are missing"):
             await run.cluster.pool.operations.drain("b")
-        with pytest.raises(UsageError, match="no worker is named 'x'; there are: a, b"):
+        with pytest.raises(UsageError, match="no worker is named 'x'; the workers are a, b"):
             await run.cluster.pool.operations.drain("x")
         assert not run.cluster.pool.operations.drained
         assert run.cluster.supervisor.epoch.number == epoch_number(term=1, count=1)

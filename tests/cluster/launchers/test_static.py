@@ -94,7 +94,7 @@ def test_workers_keep_their_weights_and_join_a_coordinator_that_comes_back(
         assert answers(cluster) == undisturbed
         coordinator.kill()
     for worker in workers:
-        logged(worker, "for 600 s at most, weights kept")
+        logged(worker, "for 600 s at most, with weights kept")
     again = start_coordinator(line, model, **keys)
     with ready(again, line) as cluster:
         assert answers(cluster) == undisturbed

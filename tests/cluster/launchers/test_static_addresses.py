@@ -64,7 +64,7 @@ def test_an_address_that_is_another_programs_ends_no_worker(tmp_path_factory: py
         worker = start_worker(line, http, "a", *addresses)
         other = start_coordinator(line, model, name="other", join=ANY_PORT | {"listen": wrong[1]}, workers=named("a"))
         join_port(other)
-        logged(worker, "not the one that the token names")
+        logged(worker, "does not belong to the token's cluster")
         coordinator = start_coordinator(
             line, model, join=ANY_PORT | {"listen": f"127.0.0.1:{ours}"}, workers=named("a")
         )

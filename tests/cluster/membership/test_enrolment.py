@@ -127,7 +127,7 @@ def test_the_token_of_the_only_running_cluster_is_rotated_without_its_name(
 async def test_a_coordinator_that_the_token_does_not_name_hears_nothing(trust: Authority, tmp_path: Path) -> None:
     other = authority(tmp_path, "other")
     async with enrolment(other) as (host, port):
-        with pytest.raises(UsageError, match="not the one that the token names"):
+        with pytest.raises(UsageError, match="does not belong to the token's cluster"):
             await enrol(host, port, trust.token, "b")
 
 

@@ -255,7 +255,7 @@ async def test_stage_streams_are_for_members(trust: Authority) -> None:
         for who, method, message in (
             (COORDINATOR, SAMPLE, "worker a holds no stage for epoch 0.1"),
             (B, FORWARD, "worker a holds no stage for epoch 0.1"),
-            (COORDINATOR, ENCODE, "worker a holds no encoder of images for epoch 0.1"),
+            (COORDINATOR, ENCODE, "worker a holds no image encoder for epoch 0.1"),
             (B, ENCODE, "worker b opened a stream that is reserved for the coordinator"),
             (B, SAMPLE, "worker b opened a stream that is reserved for the coordinator"),
         ):
@@ -279,10 +279,10 @@ async def test_a_stage_takes_streams_from_its_neighbours_alone(trust: Authority,
         for stage, method, caller, message in (
             (first, FORWARD, idle, "worker spare opened a stream that is reserved for the coordinator"),
             (first, FORWARD, Principal("w1"), "worker w1 opened a stream that is reserved for the coordinator"),
-            (first, FORWARD, COORDINATOR, "a second stream of microbatches for epoch 0.1"),
+            (first, FORWARD, COORDINATOR, "a second stream of microbatches was opened for epoch 0.1"),
             (first, SAMPLED_TOKENS, idle, "worker spare opened a stream that is reserved for worker w2"),
             (first, SAMPLED_TOKENS, Principal("w1"), "worker w1 opened a stream that is reserved for worker w2"),
-            (first, SAMPLED_TOKENS, Principal("w2"), "a second stream of sampled tokens for epoch 0.1"),
+            (first, SAMPLED_TOKENS, Principal("w2"), "a second stream of sampled tokens was opened for epoch 0.1"),
             (middle, FORWARD, idle, "worker spare opened a stream that is reserved for worker w0"),
             (middle, FORWARD, COORDINATOR, "the coordinator opened a stream that is reserved for worker w0"),
             (last, FORWARD, Principal("w0"), "worker w0 opened a stream that is reserved for worker w1"),

@@ -125,7 +125,9 @@ def test_the_error_is_that_of_whole_layers_where_nothing_fits(model: Model) -> N
     with pytest.raises(InsufficientMemoryError, match="the model does not fit: it needs") as refused:
         planned(model, config(2), 40 * MIB)
     assert "divided" not in str(refused.value), "all memory together holds less than the weights"
-    with pytest.raises(InsufficientMemoryError, match=r"into up to 64 parts, it does not fit either$") as refused:
+    with pytest.raises(
+        InsufficientMemoryError, match=r"into up to 64 parts, the model does not fit either$"
+    ) as refused:
         planned(model, config(4), 40 * MIB)
     assert str(refused.value).startswith("the model does not fit: it needs") and refused.value.missing_bytes
 

@@ -174,7 +174,7 @@ def test_a_link_that_is_cut_is_told_and_unknown(tmp_path: Path) -> None:
     links = asyncio.run(run())
     assert frozenset("ab") not in links.measured and frozenset((COORDINATOR, "a")) in links.measured
     texts = [event.text for event in told if isinstance(event, Notice)]
-    assert any("between a and b" in text and "it cannot reach worker b at unix:" in text for text in texts)
+    assert any("between a and b" in text and "no connection to worker b at unix:" in text for text in texts)
 
 
 def test_a_worker_that_other_machines_cannot_reach_is_told(tmp_path: Path) -> None:
@@ -194,8 +194,8 @@ def test_a_worker_that_other_machines_cannot_reach_is_told(tmp_path: Path) -> No
     asyncio.run(run())
     texts = [event.text for event in told if isinstance(event, Notice) and "no other machine" in event.text]
     assert [text.partition(",")[0] for text in texts] == [
-        "worker a is served at 127.0.0.1:1",
-        "worker a is served at [::1]:2",
+        "worker a listens at 127.0.0.1:1",
+        "worker a listens at [::1]:2",
     ]
 
 

@@ -115,7 +115,7 @@ async def test_an_adapter_comes_and_goes(folder: Path, expected: list[Answer], t
         await served.loader.unload("second")
         assert run.cluster.supervisor.number == epoch and served.adapters.names == ("first",)
         assert (tmp_path / run.cluster.config.name / "adapters.json").read_text() == "{}"
-        with pytest.raises(ParameterError, match="id 1, but the adapters that are there are 0"):
+        with pytest.raises(ParameterError, match="adapter 1 does not exist; the loaded adapters are 0"):
             run.cluster.engine.submit(chosen[0])
         await served.loader.load("second", "third.gguf")
         assert served.adapters.number_of("second") == 1
@@ -192,7 +192,7 @@ async def test_what_cannot_be_loaded_changes_nothing(folder: Path, expected: lis
         ):
             with pytest.raises(LlamaclustError, match=why):
                 await loader.load(name, path)
-        with pytest.raises(ParameterError, match="id 1, but the adapters that are there are 0"):
+        with pytest.raises(ParameterError, match="adapter 1 does not exist; the loaded adapters are 0"):
             run.cluster.engine.submit(replace(requests()[4], request_id="too soon"))
         assert run.cluster.supervisor.number == epoch
         assert await asyncio.gather(*run.start(requests()[:4])) == expected[:4]

@@ -56,7 +56,7 @@ def test_requests_of_a_group_by_hand_wait_for_the_port(
         box.close_port(closed, PORT, refuses=refuses)
         asked = cluster.asked(GENERATIONS)
         names_the_port_once(cluster, box, closed)
-        assert said(cluster, "waiting for a link, requests for 120 s at most") >= 1
+        assert said(cluster, "waiting for a link; requests wait 120 s at most") >= 1
         box.heal()
         assert asked.result(120.0) == small_answers
         assert said(cluster, f"the port for links of worker {closed} is open again") == 1

@@ -106,7 +106,7 @@ def test_where_it_takes_both_requests_wait_for_the_link(small_model: Path, small
     with workers(small_model, "ab", plan=by_hand) as cluster:
         asked = cut(cluster, lambda box: box.black_hole("a", "b"))
         why = "workers a and b cannot reach each other, but are neighbours in every plan"
-        cluster.coordinator.says(f"waiting for a link, requests for 120 s at most: {why}")
+        cluster.coordinator.says(f"waiting for a link; requests wait 120 s at most: {why}")
         assert cluster.get("/health").json()["status"] == "recovering"
         cluster.box.heal()
         assert asked.result(60.0) == small_answers
@@ -130,7 +130,7 @@ def test_members_of_a_group_are_cut_off(
     names = "ab" if by_hand[-1].get("workers") == ["a", "b"] else "abc"
     with workers(small_model, names, plan=by_hand) as cluster:
         asked, begun = cut(cluster, lambda box: box.black_hole(*pair)), time.monotonic()
-        cluster.coordinator.says("waiting for a link, requests for 120 s at most")
+        cluster.coordinator.says("waiting for a link; requests wait 120 s at most")
         pause_s = time.monotonic() - begun
         print(f"noticed after {pause_s:.2f} s")
         assert pause_s < WITHIN_S

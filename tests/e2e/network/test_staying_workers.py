@@ -70,7 +70,7 @@ def test_another_model_with_the_same_workers(
             assert DistantCluster(box, line, first, workers, None).answers(GENERATIONS) == small_answers  # type: ignore[arg-type]
             ends(box, line, first, how)
             for worker in workers.values():
-                worker.says("this worker waits for the next one")
+                worker.says("this worker waits for the next cluster")
             failed = start_cluster(box, line, other_model, "failed", layers=5, **keys)  # it has four
             assert failed.wait().code != 0
             second = start_cluster(box, line, other_model, "second", layers=4, **keys)

@@ -245,7 +245,7 @@ def test_a_plan_knows_the_gpu_before_a_start(model: Path, tmp_path: Path, monkey
     assert opened == ["cuda:0"], "opened once, for all that is to be known"
     assert plan.prediction is None, "nothing was measured here"
     device.memory_bytes = 3 << 20
-    told = r"a cuda:0 2;.* MiB are missing.*; or set gpu_layers to auto, which fits: [0-3] layers are on GPUs then"
+    told = r"a cuda:0 2;.* MiB are missing.*; or set gpu_layers to auto: the model then fits, with [0-3] layers on GPUs"
     with pytest.raises(InsufficientMemoryError, match=told):
         planned(load_config(None, [*given, "workers=[{name: a, device: cuda, gpu_layers: 4}]"]))
 
@@ -272,7 +272,7 @@ def test_a_plan_shows_what_rules_did(
         "placement=[expz=CPU]": "placement: 'expz=ram' matches none of ",
         "placement=['blk.3.=CPU']": "placement: layer 3 in RAM comes after layer 0, .* (worker a)",
         "placement=[exps=CUDA7]": "placement: there is no cuda:7 among cuda:0; name one of these, or gpu (worker a)",
-        "placement=[{tensors: exps, device: CPU, workers: [b]}]": "applies to no worker with a GPU, and all is in RAM",
+        "placement=[{tensors: exps, device: CPU, workers: [b]}]": "applies to no worker with a GPU, and workers",
     }.items():
         with pytest.raises(UsageError, match=line.replace("(", r"\(").replace(")", r"\)")):
             planned(load_config(None, [*given, mistake]))

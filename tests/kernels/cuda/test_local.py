@@ -316,9 +316,7 @@ def noted_drafts() -> Iterator[dict[int, int]]:
 
 
 def test_more_layers_than_fit_are_refused(shim: None, model: Path) -> None:
-    told = (
-        r"tiny.gguf, layers \[0, 4\) on cuda:0, needs \d+ MiB .* are missing; take fewer layers on GPUs \(auto: as many"
-    )
+    told = r"tiny.gguf, layers \[0, 4\) on cuda:0, needs \d+ MiB .* are missing; use fewer layers on GPUs \(auto puts"
     with pytest.raises(InsufficientMemoryError, match=told):
         answered(model, settings("cuda:0", 4, 2 * MIB))
 

@@ -146,11 +146,11 @@ def test_nodes_of_two_sockets(tmp_path: Path) -> None:
     assert found.on_node(1).count == 8
     line, advice = found.lines(16)
     assert line == found.threads_text(16)
-    assert advice.startswith("2 NUMA nodes: a worker for each") and "--numa-node 0 and --numa-node 1" in advice
+    assert advice.startswith("2 NUMA nodes: one worker per node") and "--numa-node 0 and --numa-node 1" in advice
     assert found.on_node(1).lines(8) == (found.on_node(1).threads_text(8),)
     assert read_cores(tmp_path, range(0, 32, 2)).nodes == (0,), "those of the affinity"
     with pytest.raises(
-        UsageError, match="numa_node 2: this process may use no core there, only those of NUMA node 0, 1"
+        UsageError, match="numa_node 2: this process may use no core of this node, only those of NUMA node 0, 1"
     ):
         found.on_node(2)
 

@@ -139,7 +139,7 @@ async def test_rows_have_the_bits_of_the_reference(folder: Path, rows: Float32, 
         others = await asyncio.gather(*(encoded_by(cluster, task(rows, seed), name="b") for seed in range(6)))
         for seed, (found,) in enumerate(others):
             same(found, encoded(CpuBackend(1), path, tile_of(NAME, seed)))
-        with pytest.raises(EncoderUnreachableError, match=r"worker a holds no encoder of images for epoch 0\.1"):
+        with pytest.raises(EncoderUnreachableError, match=r"worker a holds no image encoder for epoch 0\.1"):
             await encoded_by(cluster, task(rows))
 
 
@@ -218,7 +218,7 @@ async def test_the_encoder_ends_with_its_epoch(folder: Path, rows: Float32, tmp_
         await handle.unload(1)
         with pytest.raises(StreamBrokenError):
             await encoding
-        with pytest.raises(EncoderUnreachableError, match="worker a holds no encoder of images"):
+        with pytest.raises(EncoderUnreachableError, match="worker a holds no image encoder"):
             await encoded_by(cluster, task(rows))
         await load(cluster, folder, beside(folder), epoch=2)
         await handle.unload(2)
@@ -299,7 +299,7 @@ async def test_a_silent_stream_ends_soon(
         await used.write(encode_tile(tile_of(NAME)))
         assert await used.read() == b"\1" + rows.tobytes()
         for stream in (silent, used):
-            with pytest.raises(StreamBrokenError, match=r"first bytes of a tile of an image: not within 0\.5 s"):
+            with pytest.raises(StreamBrokenError, match=r"first bytes of an image tile: not within 0\.5 s"):
                 await stream.read()
         await peer.close()
 
@@ -309,10 +309,10 @@ async def test_a_load_in_its_place_has_an_encoder_of_its_own(folder: Path, rows:
         await load(cluster, folder, beside(folder))
         await load(cluster, folder, beside(folder), epoch=2, again=True)
         same((await encoded_by(cluster, task(rows), epoch=2))[0], rows)
-        with pytest.raises(EncoderUnreachableError, match="worker a holds no encoder of images"):
+        with pytest.raises(EncoderUnreachableError, match="worker a holds no image encoder"):
             await encoded_by(cluster, task(rows), epoch=1)
         await load(cluster, folder, None, epoch=3, again=True)
-        with pytest.raises(EncoderUnreachableError, match="worker a holds no encoder of images"):
+        with pytest.raises(EncoderUnreachableError, match="worker a holds no image encoder"):
             await encoded_by(cluster, task(rows), epoch=3)
 
 

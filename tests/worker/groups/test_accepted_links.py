@@ -153,7 +153,7 @@ async def test_a_worker_whose_own_link_port_is_in_use_ends_with_a_line(listen: s
                 await run_static_worker(replace(SETTINGS, join=coordinator.address, listen=listen, link_port=port))
             assert not coordinator.workers
     what = rf"links of groups cannot be accepted at \S+:{port}: Address already in use"
-    assert re.fullmatch(rf"{what}; free the port, or choose another one with --link-port N", str(raised.value))
+    assert re.fullmatch(rf"{what}; free the port, or choose another port with --link-port N", str(raised.value))
 
 
 @pytest.mark.parametrize("memberships", [1, 2, 3])
@@ -179,7 +179,7 @@ async def test_another_port_stands_in_for_one_that_follows_from_that_of_stages(
         await asyncio.wait([worker])
     assert len({*found}) == 1 and found[0] != f"127.0.0.1:{links}"
     told = [text for text in caplog.messages if "in use" in text]
-    instead = f"port {split_address(found[0])[1]} is taken instead, which firewalls may close"
+    instead = f"port {split_address(found[0])[1]} is used instead, which firewalls may close"
     assert told == [f"port {links} for links of groups is in use: {instead}; --link-port N chooses one"]
 
 

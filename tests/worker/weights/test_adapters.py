@@ -71,7 +71,9 @@ def test_the_error_names_the_file_that_is_another(places: Places) -> None:
     shutil.copy(places.own / "second.gguf", places.own / "first.gguf")
     with pytest.raises(ModelFileError) as caught:
         places.open()
-    assert str(caught.value).startswith(f"{places.own / 'first.gguf'}: not the file that the coordinator opened")
+    assert str(caught.value).startswith(
+        f"{places.own / 'first.gguf'}: this is not the file that the coordinator opened"
+    )
 
 
 def test_opening_reads_samples_of_adapters_alone(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,8 +68,8 @@ async def test_layers_of_a_damaged_copy_are_fetched(model: Path, tmp_path: Path,
     other = "b" if worker == "a" else "a"
     (notice,) = [event.text for event in told if isinstance(event, Notice)]
     assert notice == (
-        f"worker {worker}: its copy of m.gguf has other bytes than that of the coordinator, worker {other}: "
-        "it is damaged or was changed; it is not used, replace it by a good copy"
+        f"worker {worker}: its copy of m.gguf differs from the copy of the coordinator, worker {other}: "
+        "it is damaged or was changed; it is not used; replace it by a good copy"
     )
 
 
@@ -78,7 +78,7 @@ async def test_without_a_source_the_error_names_the_copy(model: Path, tmp_path: 
     async with asyncio.timeout(60), members(tmp_path / "run") as cluster:
         lives = [cluster.start("a", model_dir=copy.parent)]
         await cluster.registry.wait_for("a", 20)
-        with pytest.raises(ModelFileError, match=rf"{copy}: its bytes differ from those of the cluster"):
+        with pytest.raises(ModelFileError, match=rf"{copy}: its bytes differ from the cluster's copies"):
             await cluster.load(model, "a", (0, 6), own=own_copy(model))
         flip_middle(copy, "blk.3.ffn_gate.weight")  # repaired in place, while the worker is a member
         handles = await cluster.load(model, "a", (0, 6), own=own_copy(model))
@@ -170,7 +170,7 @@ def test_most_files_say_which_bytes_are_computed_with() -> None:
     assert chosen_manifest({"c": remembers("bb"), "d": WeightsFound(False)}, None) == replace(bad, n_bytes=9)
     assert chosen_manifest({"d": WeightsFound(False)}, None) is None
     (line,) = other_copies({"a": has("aa", "02"), "b": has("aa", "03")}, bad, good, "/m/m.gguf")
-    assert line.startswith("the coordinator's copy of m.gguf has other bytes than that of worker a, worker b: ")
+    assert line.startswith("the coordinator's copy of m.gguf differs from the copy of worker a, worker b: ")
 
 
 @pytest.mark.parametrize("way", ["in place", "with its time set back", "replaced"])

@@ -31,7 +31,7 @@ class Kind:
     recoveries: int = 2
     loss: str = ""
     positions: tuple[str, ...] = ("first", "middle", "last")
-    manual: str = "failed 6 times, each time at worker {worker}, and no other one could take its layers"
+    manual: str = "failed 6 times, each time at worker {worker}, and no other worker could take its layers"
     """The end of requests where the plan is the user's, and no other worker may take the layers; "": there is none, as
     each recovery gives some tokens."""
 

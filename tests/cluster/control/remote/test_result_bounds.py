@@ -85,7 +85,7 @@ async def test_a_larger_result_ends_the_pipeline_and_is_not_kept(tasks: tuple[Ro
 
 async def test_results_that_nobody_asked_for_end_it() -> None:
     pipeline = pipeline_of([encode_result(Result(1, 0))])
-    with pytest.raises(ProtocolError, match="the limit of the request is 0"):
+    with pytest.raises(ProtocolError, match="the limit for its microbatch is 0"):
         await pipeline.run(lambda results: None)
 
 

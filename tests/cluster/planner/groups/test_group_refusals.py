@@ -14,7 +14,7 @@ from llamaclust.model.loader import Model
 from support.models.tiny_architectures import build_architecture
 
 GROUP = {"workers": ["a", "b"], "layers": [0, 1]}
-ELSE = "give each of them layers of its own"
+ELSE = "give each worker layers of its own"
 
 
 def refusal(folder: Path, architecture: str, **keys: Any) -> str:

@@ -52,7 +52,7 @@ def test_a_row_is_deferred_for_longer_than_a_stage_makes_its_matcher_and_not_for
     request = replace(PLAIN, grammar=Grammar("{}"))
     scheduler = deferring(request, [0.0, 1.0, _READY_S, 89.0])
     assert scheduler.next_microbatch(91 * S_NS) is not None
-    with pytest.raises(ProtocolError, match="deferred for 90 s, until microbatch 4"):
+    with pytest.raises(ProtocolError, match="microbatch 4 deferred a row again after 90 s"):
         scheduler.complete(Result(1, 4, (DEFERRED,)), 91 * S_NS)
 
 

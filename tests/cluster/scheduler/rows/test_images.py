@@ -281,14 +281,14 @@ def test_no_head_drafts_behind_a_picture() -> None:
 
 REFUSED = {
     "the model does not take images": (replace(SETTINGS, image_width=0), prompt_with(picture(1, 40))),
-    "of text only": (SETTINGS, replace(prompt_with(picture(1, 40)), score_from=1)),
-    "of text only: remove": (SETTINGS, replace(prompt_with(picture(1, 40)), max_new_tokens=0, embedded=(0, 9))),
+    "from text only": (SETTINGS, replace(prompt_with(picture(1, 40)), score_from=1)),
+    "from text only: remove": (SETTINGS, replace(prompt_with(picture(1, 40)), max_new_tokens=0, embedded=(0, 9))),
     "expected rows of 40 x 6 numbers, found 40 x 3": (replace(SETTINGS, image_width=6), prompt_with(picture(1, 40))),
-    "45 rows in one group; the limit of a microbatch is 44: set prefill_chunk: 45": (
+    "45 rows in one microbatch; the limit is 44: set prefill_chunk to 45": (
         SETTINGS,
         prompt_with(picture(1, 45, bidirectional=True)),
     ),
-    "480 bytes of rows in one group; the limit is 479": (
+    "480 bytes of rows in one microbatch; the limit is 479": (
         replace(SETTINGS, max_image_bytes=479),
         prompt_with(picture(1, 40, bidirectional=True)),
     ),

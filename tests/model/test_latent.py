@@ -124,13 +124,13 @@ def test_queries_scaled_by_position(folder: Path) -> None:
         ),
         (
             {"attention__key_length": 41},
-            "attention.key_length': expected 32 \\+ 8 of one head and more than 8 in a query, found 41",
+            "attention.key_length': expected 1 KV head of 32 \\+ 8 .*, found 1 of 41",
         ),
         (
             {"attention__key_length_mla": 8},
-            "attention.key_length': expected 32 \\+ 8 .* more than 8 in a query, found 40",
+            "attention.key_length': expected 1 KV head of 32 \\+ 8 .* more than 8, found 1 of 40 and queries of 8",
         ),
-        ({"attention__head_count_kv": 2}, "attention.key_length': expected 32 \\+ 8 of one head .*, found 40"),
+        ({"attention__head_count_kv": 2}, "attention.key_length': expected 1 KV head of 32 \\+ 8 .*, found 2 of 40"),
         ({"attention__key_length_mla": 48}, "attn_q_b.weight: expected shape"),
         ({"attention__value_length_mla": 20}, "attn_v_b.weight: expected shape"),
         ({"attention__kv_lora_rank": 0}, "attention.kv_lora_rank': expected 1 to .*, found 0"),

@@ -161,7 +161,7 @@ BAD: dict[str, tuple[Arrays, dict[str, Any], str]] = {
     "layer": (
         {name.replace("layers.0", "layers.9"): value for name, value in factors().items()},
         {},
-        "the model has no product with this weight",
+        "the model has no matrix product with this weight",
     ),
     "not a number": (
         factors() | {f"{PREFIX}.mlp.up_proj.lora_A.weight": np.full((4, 64), np.nan, np.float32)},

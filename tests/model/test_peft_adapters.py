@@ -172,7 +172,7 @@ BAD: dict[str, tuple[Arrays, dict[str, Any], str]] = {
     "two names": (
         factors() | {name.replace("weight", "default.weight"): value for name, value in factors().items()},
         {},
-        "it occurs under two names",
+        "the file has it under two names",
     ),
     "a vector": ({f"{PREFIX}.self_attn.v_proj.lora_A.weight": np.ones(4, np.float32)}, {}, "expected a matrix"),
 }

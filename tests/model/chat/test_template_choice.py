@@ -191,7 +191,7 @@ def test_a_user_chooses_by_name_or_file(tmp_path: Path) -> None:
         prompt = client.chat(TALK[1:2], max_tokens=1).prompt_token_ids
         assert client.detokenize(prompt[1:]) == "### Instruction:Hi  ### Response:"
     with pytest.raises(
-        UsageError, match=r"chat template linli: it is not a readable file; built in: alpaca, .*, zephyr"
+        UsageError, match=r"chat template linli: no built-in .* has this name; built-in templates: alpaca, .*, zephyr"
     ):
         Model.open(model, "linli")
     os.mkfifo(tmp_path / "pipe")

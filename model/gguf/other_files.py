@@ -28,7 +28,7 @@ _PAGES: Final = (b"<!doctype", b"<html", b"<?xml", b"<head")
 
 
 def other_kind(start: bytes) -> tuple[str, str]:
-    """Returns the kind of a file that is not GGUF, and advice, from its first `START_BYTES` bytes."""
+    """Returns a kind of file that is not GGUF, and advice, from the file's first `START_BYTES` bytes."""
     for magic, what, advice in _KINDS:
         if start.startswith(magic):
             return what, advice

@@ -114,7 +114,11 @@ BAD: dict[str, tuple[Callable[[], list[TensorSource]], dict[str, WritableValue],
         "metadata 'adapter.lora.alpha': expected a decimal number, found text",
     ),
     "infinite alpha": (pair, {"adapter.lora.alpha": np.float32(np.inf)}, "'adapter.lora.alpha': expected "),
-    "activated": (pair, {"adapter.alora.invocation_tokens": np.array([1], np.uint32)}, "is not supported"),
+    "activated": (
+        pair,
+        {"adapter.alora.invocation_tokens": np.array([1], np.uint32)},
+        "begin at certain tokens are not supported",
+    ),
     "nothing": (list, {}, "tensors: the adapter has no tensors"),
     "head": (lambda: pair("output.weight"), {}, "only lora_a and lora_b tensors of the layers' matrices are supported"),
     "norm": (

@@ -120,7 +120,7 @@ def test_queries_scaled_by_position(folder: Path) -> None:
     [
         (
             {"attention__key_length_mla": None},
-            "key_length_mla': it is missing, as in files of before May 2025: convert",
+            "key_length_mla': missing, as in files from before May 2025: convert",
         ),
         (
             {"attention__key_length": 41},

@@ -143,14 +143,22 @@ BAD: dict[str, tuple[Arrays, dict[str, Any], str]] = {
         {"alpha_pattern": {"1.self_attn.v_proj": 3}},
         "values are not supported: 6 for",
     ),
-    "module": (factors("self_attn.r_proj"), {}, "not a factor of a layer matrix that adapters of llama can change"),
-    "head": ({"base_model.model.lm_head.lora_A.weight": np.ones((4, HIDDEN), np.float32)}, {}, "not a factor of"),
+    "module": (factors("self_attn.r_proj"), {}, "adapters of llama cannot change this module"),
+    "head": (
+        {"base_model.model.lm_head.lora_A.weight": np.ones((4, HIDDEN), np.float32)},
+        {},
+        "cannot change this module",
+    ),
     "embedding": (
         {"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((4, 320), np.float32)},
         {},
-        "not a factor of a layer matrix",
+        "cannot change this module",
     ),
-    "magnitudes": ({f"{PREFIX}.mlp.up_proj.lora_magnitude_vector": np.ones(4, np.float32)}, {}, "not a factor of"),
+    "magnitudes": (
+        {f"{PREFIX}.mlp.up_proj.lora_magnitude_vector": np.ones(4, np.float32)},
+        {},
+        "cannot change this module",
+    ),
     "a half": (factors(halves="A"), {}, "there is no lora_b beside it"),
     "heads": (
         factors("self_attn.q_proj", rows=65),

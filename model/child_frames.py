@@ -15,8 +15,7 @@ _SET_PARENT_DEATH_SIGNAL: Final = 1
 
 
 def encoded(frame: Mapping[str, Any], payload: bytes = b"") -> bytes:
-    """Returns a line of ASCII and the payload. Raises TypeError, ValueError or RecursionError if `frame` cannot be
-    written as JSON."""
+    """Returns an ASCII line and the payload. Raises what `json.dumps` raises: TypeError, ValueError, RecursionError."""
     return json.dumps([frame, len(payload)] if payload else frame).encode() + b"\n" + payload
 
 

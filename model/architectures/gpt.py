@@ -25,9 +25,8 @@ def starcoder2(builder: ProgramBuilder) -> None:
 
 
 def falcon(builder: ProgramBuilder) -> None:
-    """Falcon 7B, 40B and 180B. They have few KV heads. Attention and feed-forward network are parallel: both read the
-    hidden state before the layer. They share a norm. In the larger models, attention has its own norm,
-    `attn_norm_2`."""
+    """Falcon 7B, 40B and 180B. They have few KV heads. Attention and feed-forward network are parallel. Both read the
+    hidden state before the layer. In the larger models, attention has its own norm, `attn_norm_2`."""
     table = builder.rope_table()
     builder.use_layer_norms()
     for layer in builder.layers():

@@ -185,8 +185,7 @@ class ProgramBuilder(CheckedTensors):
     def parallel(
         self, layer: int, variant: AttentionVariant, activation: ActivationFunction, *, gated: bool = False
     ) -> None:
-        """hidden += attention + feed-forward network (gated, or down(activation(up))). Both read the same hidden
-        state."""
+        """hidden += attention + feed-forward network (gated, or down(activation(up))), both from the same norm."""
         prefix, second = f"blk.{layer}", f"blk.{layer}.attn_norm_2"
         two = any(self.has(f"{second}.{part}") for part in ("weight", "bias"))
         self._norm(second if two else f"{prefix}.attn_norm", self._hidden)
@@ -213,8 +212,7 @@ class ProgramBuilder(CheckedTensors):
         self._steps += added
 
     def mix(self, layer: int, mixer: Iterable[steps.Step], *, beside: bool = False) -> None:
-        """hidden += projected, computed by `mixer` from the normed hidden state. Unless `beside`, emits a norm
-        before."""
+        """hidden += projected, which `mixer` computes from a norm. The norm is attention's norm if `beside`."""
         if not beside:
             self._norm(f"blk.{layer}.attn_norm", self._hidden)
         self.append(mixer)
@@ -325,7 +323,6 @@ class ProgramBuilder(CheckedTensors):
             self._shared_expert(prefix, variant)
 
     def _shared_expert(self, prefix: str, variant: ExpertsVariant) -> None:
-        """projected += the shared expert, multiplied by a sigmoid of the normed hidden state if it has a gate."""
         gate, up = (Buffer(name, variant.shared_width) for name in ("shared gate", "shared up"))
         out = Buffer("shared", self._projected.width)
         self._matmul(f"{prefix}.ffn_gate_shexp", self._normed, gate)

@@ -30,7 +30,7 @@ _EVALUATED: Final = frozenset((*_COMBINED, "$ref", "if", "then", "else", "depend
 @dataclass(frozen=True, slots=True)
 class NormalSchema:
     """A schema that allows at least what the given schema allows. `unobeyed` has the places of omitted keywords, such
-    as `properties.a.not`."""
+    as properties.a.not."""
 
     schema: dict[str, Any]
     unobeyed: tuple[str, ...] = ()

@@ -32,7 +32,6 @@ def _reply_to(image: bytes, settings: ImageSettings, first: dict[str, Any]) -> t
 
 
 def _memory_bytes() -> int:
-    """Returns the address space of this process in bytes."""
     pages = Path("/proc/self/statm").read_text().split()[0]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 

@@ -103,8 +103,7 @@ class ImagePreparation:
 
     async def tiles(self, image: bytes, settings: ImageSettings) -> ImageTiles:
         """Prepares an image. The caller must have a turn. Raises RequestError if the image is refused, which a retry
-        would repeat, and DeadlineError if the work is late, killed or closed. A cancelled call returns when the work
-        has ended."""
+        would repeat, and DeadlineError if the work is late, killed or closed. Cancellation waits for the work's end."""
         most = self._limits.max_bytes
         if len(image) > most:
             raise RequestError(f"the image has {len(image)} bytes; the limit is {most}: send a smaller image")
@@ -115,7 +114,6 @@ class ImagePreparation:
             await asyncio.wait([work])
 
     def _least_busy(self) -> _Preparer:
-        """Prefers a process that has started."""
         return min(self._preparers, key=lambda preparer: (preparer.child.load, preparer.child.pid is None))
 
 

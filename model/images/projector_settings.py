@@ -22,8 +22,7 @@ def settings_of(projector: Projector) -> ImageSettings:
 
 
 def low_detail(settings: ImageSettings) -> ImageSettings:
-    """Returns the settings for OpenAI's `detail: low`: no tiles, and at most 512 x 512 pixels if the model does not
-    require a size."""
+    """Returns the settings for OpenAI's `detail: low`: no tiles, and at most 512 x 512 pixels if the size is free."""
     most = max(_LOW_SIDE // settings.side, 1) ** 2 * settings.side**2
     return replace(
         settings,

@@ -1,6 +1,5 @@
-"""Resizes an image and cuts it into tiles. The filters are those of transformers, which computes as Pillow does.
-llama.cpp has simpler filters, and pads images of some families instead of stretching them. Only child processes import
-this module."""
+"""Resizes an image and cuts it into tiles. The filters are those of transformers, which are Pillow's. llama.cpp has
+simpler filters, and pads images of some families instead of stretching them. Only child processes import this."""
 
 from __future__ import annotations
 

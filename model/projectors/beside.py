@@ -72,7 +72,6 @@ def _has_other_models(model: Path) -> bool:
 
 
 def _ggufs(model: Path) -> list[Path]:
-    """Returns the other GGUF files in a model's folder."""
     try:
         return sorted(path for path in model.parent.iterdir() if path.suffix.lower() == ".gguf" and path != model)
     except OSError:

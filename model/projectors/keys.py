@@ -40,9 +40,8 @@ Colours = tuple[float, float, float]
 class ImageNumbers:
     """The numbers by which images are prepared. A colour c, 0 to 255, becomes (c / 255 - mean) / deviation.
     `image_size` is a tile's side in pixels, or the side for which learned positions were trained. `longest_edge` is an
-    image's edge before it is cut into tiles, or 0 if the file has none. Other limits are 0 if there is none.
-    `max_pixels` is at most what an encoder can read as one tile (MAX_TILE_PATCHES, MAX_TILE_PIXELS), even if the file
-    has more."""
+    image's edge before it is cut, or 0 if the file has none. Other limits are 0 if there is none. `max_pixels` is at
+    most what an encoder can read as one tile (MAX_TILE_PATCHES, MAX_TILE_PIXELS), even if the file has more."""
 
     image_size: int
     longest_edge: int
@@ -56,8 +55,7 @@ class ImageNumbers:
 
 
 def family_name(keys: ModelKeys) -> str:
-    """Returns the projector's name. Raises ModelFileError if the file has no image encoder, or an unsupported
-    projector."""
+    """Returns the projector's name. Raises ModelFileError if there is no image encoder, or no supported projector."""
     if not keys.flag("has_vision_encoder", True):
         raise keys.error("has_vision_encoder", "the value is false, so the file has no image encoder")
     name = keys.text("projector_type", "") or keys.text("vision.projector_type", "")

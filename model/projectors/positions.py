@@ -81,7 +81,6 @@ def of_axes(table: Float32, height: int, width: int) -> Float32:
 
 
 def _weighted(grid: Float64, read: Taps) -> Float64:
-    """Returns a weighted sum over the grid's first dimension."""
     out = np.zeros(grid.shape[1:])
     for index, weight in read:
         out += grid[index] * weight

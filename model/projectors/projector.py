@@ -91,8 +91,7 @@ class Projector:
 
     @property
     def most_program_rows(self) -> int:
-        """The maximum row count of the program's input: a tile's patches, and a merge group with the class row, if
-        any."""
+        """The maximum row count of the program's input: a tile's patches, and with a class row one more merge group."""
         return self.most_patches + (0 if self.family.class_place is None else self.hyperparameters.merged)
 
     @property
@@ -112,8 +111,8 @@ class Projector:
         return most * 3 // 2 if self.family.pads else most
 
     def rows_of(self, height: int, width: int) -> int:
-        """Returns the row count of a tile with this height and width in pixels. Raises RequestError if the size does
-        not fit the encoder."""
+        """Returns the row count of a tile, whose height and width are in pixels. Raises RequestError for a wrong
+        size."""
         side, size = self.patch_size * self.merge, self.images.image_size
         if self.family.tokens is None and (height, width) != (size, size):
             raise RequestError(

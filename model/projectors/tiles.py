@@ -31,8 +31,7 @@ class EncoderInputs:
     merged_rows: int
 
     def in_lines(self, rows: Float32) -> Float32:
-        """Returns a copy of the program's result, with the rows for the text model [merged rows, width] line by
-        line."""
+        """Returns a copy of the program's result: rows for the text model [merged rows, width], line by line."""
         kept = rows[: self.merged_rows]
         if self.order.places is None:
             return kept.copy()
@@ -104,8 +103,8 @@ class TileReader:
         )
 
     def _with_class_row(self, class_row: Float32, patches: Float32, places: Int32) -> tuple[Float32, Int32, Int32]:
-        """Adds the class row, which has position 0, and rows of zeros up to a whole merge group. The rows of zeros see
-        only themselves."""
+        """Adds the class row with position 0, and rows of zeros up to a whole merge group. Zeros see only
+        themselves."""
         added, count = self._projector.hyperparameters.merged, len(patches) + 1
         ends = np.maximum(np.arange(count + added - 1) + 1, count)
         starts = np.where(ends > count, ends - 1, 0)

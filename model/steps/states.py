@@ -84,11 +84,10 @@ class Decay(UnaryStep):
 @dataclass(frozen=True, slots=True)
 class DeltaRule(StepFacts):
     """A gated delta rule. Each head has a state [key channels, value channels], which each row reads and updates:
-    decayed = state * decay; delta = (v - decayed^T @ k) * beta; state' = decayed + k @ delta^T; out = state'^T @ q.
-    q and k are [rows, key_heads * key channels]. v and out are [rows, heads * value channels]. beta is [rows, heads].
-    decay is [rows, heads] or [rows, heads * key channels]. Head h has key head h % key_heads if `tiled`, otherwise key
-    head h
-    (heads / key_heads)."""
+    decayed = state * decay; delta = (v - decayed^T @ k) * beta; state' = decayed + k @ delta^T; out = state'^T @ q. q
+    and k are [rows, key_heads * key channels]. v and out are [rows, heads * value channels]. beta is [rows, heads].
+    decay is [rows, heads] or [rows, heads * key channels]. Head h has key head h % key_heads if `tiled`, and otherwise
+    key head h // (heads / key_heads)."""
 
     q: Buffer
     k: Buffer

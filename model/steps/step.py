@@ -49,7 +49,7 @@ def optional_weight(name: str | None, *shape: int) -> tuple[StepWeight, ...]:
 @dataclass(frozen=True, slots=True)
 class DivisionRule:
     """The rule by which members divide a step's result. They divide the `rows` rows of a product's weights, or follow
-    the portions of the buffers in `reads`, in whole heads if there are `heads`. They read all other buffers whole. All
+    the portions of the buffers in `reads`, in whole heads if there are `heads`. They read other buffers whole. All
     `lines` lines of a row are divided in the same way. If `has_part`, each member has a part of weights or KV
     memory."""
 

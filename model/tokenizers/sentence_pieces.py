@@ -116,7 +116,7 @@ def _piece_types(vocabulary: Vocabulary, unknown: int, byte_fallback: bool) -> b
 
 def check_charsmap(data: bytes, origin: str) -> None:
     """Checks SentencePiece's precompiled character map. It has a trie's length, the trie as a double array
-    (darts-clone), and the leaves' texts, which end with zero bytes. Raises ModelFileError if reading could leave the
+    (darts-clone), and the leaves' texts, which end with zero bytes. Raises ModelFileError if the trie leads outside the
     map."""
     if not data:
         return

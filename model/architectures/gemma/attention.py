@@ -62,7 +62,6 @@ def attention(
 def _keys_and_values(
     builder: ProgramBuilder, prefix: str, kind: LayerKind, normed: Buffer, stored: tuple[Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """Norms keys and values. In a layer without `attn_v`, the values are the keys before the keys' norm."""
     key, value = stored
     yield builder.product(f"{prefix}.attn_k", normed, key)
     is_apart = builder.has(f"{prefix}.attn_v.weight")

@@ -110,7 +110,6 @@ def _products(
 def _gates(
     builder: ProgramBuilder, prefix: str, net: DeltaNet, buffers: tuple[Buffer, Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """Computes each head's decay and beta from x, by two products or by one that is grouped by key head."""
     x, alpha, beta = buffers
     if builder.has(f"{prefix}.ssm_ba.weight"):
         both = Buffer("delta beta+alpha", 2 * net.heads)

@@ -33,7 +33,6 @@ def _cut(size: Size, settings: ImageSettings) -> Cut:
 
 
 def _resized(size: Size, settings: ImageSettings) -> Size:
-    """Returns a size whose longer side is the longest edge, and whose other side is an even number."""
     width, height = size
     longest, aspect = min(settings.longest_edge, _MAX_EDGE), width / height
     if width >= height:
@@ -42,7 +41,6 @@ def _resized(size: Size, settings: ImageSettings) -> Size:
 
 
 def _in_tiles(size: Size, tile: int) -> Size:
-    """Returns a size whose sides are multiples of a tile's side."""
     width, height = size
     aspect = width / height
     if width >= height:

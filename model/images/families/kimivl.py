@@ -1,5 +1,3 @@
-"""Kimi-VL."""
-
 from __future__ import annotations
 
 from math import sqrt

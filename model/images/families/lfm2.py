@@ -1,5 +1,3 @@
-"""LFM2-VL."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator

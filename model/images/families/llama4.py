@@ -1,5 +1,3 @@
-"""Llama 4."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator

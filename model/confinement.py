@@ -77,7 +77,7 @@ def limit_cpu(seconds: int) -> None:
 
 
 def confine() -> str | None:
-    """Makes all other system calls fail with EPERM. Returns None, or the reason why there is no filter."""
+    """Makes all system calls outside the filter fail with EPERM. Returns None, or why there is no filter."""
     machine = os.uname().machine
     architecture = _ARCHITECTURES.get(machine) if sys.platform == "linux" else None
     if architecture is None:

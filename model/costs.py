@@ -85,8 +85,8 @@ def all_macs(steps: Iterable[Step]) -> int:
 @dataclass(frozen=True, slots=True)
 class LayerCost:
     """The cost of a layer. `weight_bytes` counts memory. `idle_bytes` is the part of it that belongs to experts that a
-    token does not choose, and `idle_share` is their share of all experts. `used_file_bytes` counts the other weights in
-    the file. Multiply-accumulates exclude attention, because its cost grows with the context."""
+    token does not choose, and `idle_share` is their share of all experts. `used_file_bytes` is the size of the other
+    weights in the file. Multiply-accumulates exclude attention, because its cost grows with the context."""
 
     weight_bytes: int
     macs_per_token: int

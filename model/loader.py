@@ -296,7 +296,7 @@ class Model:
             raise keys.error("attention.causal", f"{not self.is_causal} is not supported")
 
     def _refuse_unknown_tensors(self) -> None:
-        """Refuses tensors that no step reads. Without such a scale or norm, say, all answers would be wrong."""
+        """Refuses tensors that no step reads. If one is a scale or a norm, every answer would be wrong."""
         known = {*self._whole.weights, *FACTOR_TENSORS, *nextn_tensors(self.file), *idle_kv_tensors(self.file)}
         unknown = set(self.file.tensors) - known
         if (error := unread_adapter_tensor(self.file, unknown)) is not None:

@@ -27,7 +27,7 @@ _POSSIBLE = r"only whole layers ('blk\.3\.') or all experts of a layer ('ffn_.*_
 
 @dataclass(frozen=True, slots=True)
 class PlacementRule:
-    """Puts tensors on a device if the pattern matches a part of their names: "ram", "gpu" (any GPU) or "cuda:N"."""
+    """Puts tensors whose names contain a match on `device`, which is "ram", "gpu" (any GPU) or "cuda:N"."""
 
     pattern: str
     device: str
@@ -93,7 +93,7 @@ def rule_effects(model: Model, rules: Sequence[PlacementRule]) -> tuple[RuleEffe
 
 def placement_of(model: Model, rules: Sequence[PlacementRule], cpu_moe: int | None) -> Placement:
     """Returns the devices of layers. The first rule that matches a tensor applies to it. `cpu_moe` applies to experts
-    without a rule. Raises UsageError if a rule matches no tensor, and if a rule cannot be obeyed."""
+    without a rule. Raises UsageError if a rule matches no tensor or cannot be obeyed."""
     if not rules:
         return Placement(cpu_moe=cpu_moe)
     decided = {name: rules[index] for name, index in _decided(model, rules).items()}

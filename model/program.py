@@ -139,7 +139,7 @@ class Program:
     """The steps of layers [start, end). If layers are divided into `shards`, start and end count their parts (see
     `expert_shards`). The first stage begins with `Embed`, and other stages receive `hidden`. The last stage ends with
     the logits in `out` [output rows, vocabulary], and other stages with the hidden state [rows, embedding]. On the last
-    stage, `normed` [rows, embedding] is the normed hidden state of every row, or [rows, classes] a reranker's scores.
+    stage, `normed` is the normed hidden state [rows, embedding] of every row, or a reranker's scores [rows, classes].
     It is written before `SelectRows`. Encoders and rerankers have no logits."""
 
     start: int

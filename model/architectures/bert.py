@@ -19,7 +19,7 @@ _ACTIVATIONS = {
 
 
 def bert(builder: EncoderBuilder) -> None:
-    """BERT and most later sentence encoders (MiniLM, BGE, E5, GTE). Positions are learned. All tensors have biases."""
+    """BERT and most later sentence encoders (MiniLM, BGE, E5, GTE). Positions are learned. All products have biases."""
     builder.use_layer_norms()
     for layer in builder.sentence_layers(positions=True):
         builder.require(layer, "attn_q.bias", "attn_output.bias", "ffn_up.bias", "ffn_down.bias")

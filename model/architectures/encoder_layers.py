@@ -110,7 +110,7 @@ class EncoderBuilder(ProgramBuilder):
             raise self.keys.error(key, "expected 2 (cls); a classifier on the mean of rows is not supported")
 
     def _dense(self, rows: Buffer) -> Buffer:
-        """Emits dense_3(dense_2(row)) for every row, before pooling: dense layers and the mean of rows commute."""
+        """Emits dense_3(dense_2(row)) for every row before pooling. Dense layers commute with the mean of rows."""
         if not any(f"dense_{number}.weight" in self.model.tensors for number in (2, 3)):
             return rows
         inner = Buffer("dense", self.model.tensor("dense_2.weight").shape[0])

@@ -32,7 +32,7 @@ def read_experts(
     shared_width: int = 0,
 ) -> ExpertsVariant:
     """Reads the options from the file's keys. `gating` and `normalized` are defaults for missing keys. Raises
-    ModelFileError if the gating function is unknown, and if groups do not divide the experts."""
+    ModelFileError if the gating function is unknown, or if groups do not divide the experts."""
     number = keys.count(_GATING_KEY, 0, minimum=0, maximum=255)
     if number not in (0, *_GATINGS):
         known = ", ".join(f"{key} ({value})" for key, value in _GATINGS.items())

@@ -21,7 +21,7 @@ EMBEDDING, _POSITIONS = "token_embd.weight", "position_embd.weight"
 
 
 class HeadNorms(StrEnum):
-    """Norms of q and k, over one head (before or after the rotation) or over all. Unit norms have no weights."""
+    """Norms of q and k, over each head (before or after the rotation) or all heads. Unit norms have no weights."""
 
     NONE = "none"
     PER_HEAD = "per head"
@@ -185,7 +185,7 @@ class ProgramBuilder(CheckedTensors):
     def parallel(
         self, layer: int, variant: AttentionVariant, activation: ActivationFunction, *, gated: bool = False
     ) -> None:
-        """hidden += attention + feed-forward network (gated, or down(activation(up))), both from the same norm."""
+        """hidden += attention + feed-forward network (gated or plain). Both read the hidden state before the layer."""
         prefix, second = f"blk.{layer}", f"blk.{layer}.attn_norm_2"
         two = any(self.has(f"{second}.{part}") for part in ("weight", "bias"))
         self._norm(second if two else f"{prefix}.attn_norm", self._hidden)
@@ -212,7 +212,7 @@ class ProgramBuilder(CheckedTensors):
         self._steps += added
 
     def mix(self, layer: int, mixer: Iterable[steps.Step], *, beside: bool = False) -> None:
-        """hidden += projected, which `mixer` computes from a norm. The norm is attention's norm if `beside`."""
+        """hidden += projected, which `mixer` computes. It reads attention's norm if `beside`, otherwise a new norm."""
         if not beside:
             self._norm(f"blk.{layer}.attn_norm", self._hidden)
         self.append(mixer)

@@ -16,7 +16,7 @@ _MAX_SCALE = 1e3
 
 def llama(builder: ProgramBuilder) -> None:
     """LLaMA 1 to 3.x, Mistral, Mixtral, SmolLM and all others that GGUF files call llama. Rows of Q and K are permuted,
-    so that adjacent channels turn as a pair. A window in the file is used, as Mistral 7B v0.1 was trained with one."""
+    so that adjacent channels turn as a pair. A window in the file is used, because Mistral 7B v0.1 has one."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NORM, table, builder.hyperparameters.sliding_window))
@@ -51,7 +51,7 @@ def baichuan(builder: ProgramBuilder) -> None:
 
 
 def mistral3(builder: ProgramBuilder) -> None:
-    """Mistral Small 3 and Ministral 3. They are LLaMA. Newer models scale queries by position."""
+    """Mistral Small 3 and Ministral 3. They are LLaMA, but newer models scale queries by position."""
     keys, rope = builder.keys, builder.hyperparameters.rope
     factor = keys.real("attention.temperature_scale", 0.0, minimum=0.0, maximum=_MAX_SCALE)
     temperature = (factor, rope.original_context_length) if factor else None

@@ -19,7 +19,7 @@ _LLAMA4_EXPERTS = ExpertOptions(gating=Gating.SIGMOID, normalized=False, weighs_
 
 
 def ernie4_5_moe(builder: ProgramBuilder) -> None:
-    """ERNIE 4.5. After dense layers, every n-th layer has a shared expert, and experts chosen with a bias."""
+    """ERNIE 4.5. Dense layers come first. Then every n-th layer has a shared expert, and experts chosen with a bias."""
     keys = builder.keys
     step = keys.count("interleave_moe_layer_step", 1, maximum=_MAX_COUNT)
     experts = read_experts(keys, builder.hyperparameters, gating=Gating.SOFTMAX, shared_width=_shared_width(builder))
@@ -43,7 +43,7 @@ def hunyuan_moe(builder: ProgramBuilder) -> None:
 
 
 def bailingmoe2(builder: ProgramBuilder) -> None:
-    """Ling and Ring 2.0. After dense layers, layers have shared experts, and grouped experts with sigmoid gates."""
+    """Ling and Ring 2.0. Dense layers come first. The others have shared experts and sigmoid-gated grouped experts."""
     hp, keys, table = builder.hyperparameters, builder.keys, builder.rope_table()
     shared = (_shared_width(builder) or hp.expert_feed_forward_length) * _shared_experts(builder)
     experts = read_experts(keys, hp, gating=Gating.SIGMOID, normalized=False, shared_width=shared)
@@ -67,8 +67,8 @@ def minimax_m2(builder: ProgramBuilder) -> None:
 
 
 def glm4moe(builder: ProgramBuilder) -> None:
-    """GLM 4.5, 4.6 and Air. After dense layers, layers have a shared expert, and experts with sigmoid gates that are
-    chosen with a bias. The feed-forward norm is named `post_attention_norm`. GLM 4.5V rotates text by sections."""
+    """GLM 4.5, 4.6 and Air. Dense layers come first. The others have a shared expert, and sigmoid-gated experts that
+    are chosen with a bias. The feed-forward norm is named `post_attention_norm`. GLM 4.5V rotates text by sections."""
     hp, keys, table = builder.hyperparameters, builder.keys, builder.rope_table()
     sections = text_sections(keys, hp.rope.dimension_count // 2)
     shared = hp.expert_feed_forward_length * _shared_experts(builder)

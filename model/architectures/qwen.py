@@ -53,7 +53,7 @@ def qwen3(builder: ProgramBuilder) -> None:
 
 
 def qwen3moe(builder: ProgramBuilder) -> None:
-    """Qwen 3 with experts in every layer. Their weights are normalized, as `norm_topk_prob` is always set."""
+    """Qwen 3 with experts in every layer. The experts' weights are normalized: `norm_topk_prob` is always set."""
     variant = _with_head_norms(builder)
     for layer in builder.layers():
         builder.attention(layer, variant)
@@ -61,7 +61,7 @@ def qwen3moe(builder: ProgramBuilder) -> None:
 
 
 def qwen3vl(builder: ProgramBuilder) -> None:
-    """The text model of Qwen 3 VL: Qwen 3 with interleaved sections. Its first layers add to the rows of images."""
+    """The text model of Qwen 3 VL: Qwen 3 with interleaved sections. Its first layers add further rows of images."""
     variant, levels = _with_sections(builder), _image_levels(builder)
     for layer in builder.layers(may_rank=True):
         builder.attention(layer, variant)

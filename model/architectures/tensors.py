@@ -18,7 +18,7 @@ FACTOR_TENSORS = (_FACTORS, _SHORT_FACTORS, _LONG_FACTORS)
 
 
 class CheckedTensors:
-    """Checks tensors by name. Raises ModelFileError if a tensor is missing, and if it has another shape or type."""
+    """Checks tensors by name. Raises ModelFileError if a tensor is missing or has another shape or type."""
 
     def __init__(self, model: ModelFile) -> None:
         self.model = model
@@ -88,7 +88,7 @@ def nextn_tensors(model: ModelFile) -> Iterator[str]:
 
 
 def idle_kv_tensors(model: ModelFile) -> Iterator[str]:
-    """Yields the names of the key and value tensors that a file may omit, because another layer's are used."""
+    """Yields names of key and value tensors that files may omit: their layers read other layers' keys and values."""
     keys = ModelKeys(model)
     layers = keys.count("block_count", maximum=MAX_LAYERS)
     shared = keys.count(SHARED_KV_KEY, 0, minimum=0, maximum=layers)

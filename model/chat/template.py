@@ -32,7 +32,7 @@ _KEY: Final = "tokenizer.chat_template"
 TOOL_USE: Final = "tool_use"
 RAG: Final = "rag"
 _MAX_REPLY_SHARE: Final = 6
-"""The maximum size of one byte of rendered text in JSON, in bytes."""
+"""The maximum number of bytes of JSON for one byte of rendered text."""
 _MOST_PROCESSES = 2
 """The number of child processes. With two processes, a slow template does not block all other chats."""
 _CHILD: Final = "llamaclust.model.chat.template_child"

@@ -117,7 +117,7 @@ def _answer(work: Callable[[], str]) -> dict[str, str]:
 
 
 def _confine() -> str | None:
-    """Confines the process. Before, loads all modules, codecs and time zone data that templates may need."""
+    """Loads all modules, codecs and time zone data that templates may need, and then confines the process."""
     for name in _LATE_MODULES:
         importlib.import_module(name)
     for name in _CODECS:

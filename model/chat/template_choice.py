@@ -40,7 +40,7 @@ _NAMES: Final = (
     (("mixtral", "instruct"), "mistral"),
     (("llama2", "chat"), "llama-2"),
 )
-"""Parts of model names (lower case, no separators) and the templates that they suggest. Base models have none."""
+"""Parts of model names (lower case, no separators), each with a template. Names of base models have no such parts."""
 
 
 def built_in_names() -> tuple[str, ...]:

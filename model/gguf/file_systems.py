@@ -14,7 +14,7 @@ _REMOTE = frozenset(
 
 
 def is_remote(path: Path) -> bool:
-    """Returns True if other machines may use the file system too, and if its type is unknown."""
+    """Returns True if other machines may use the file system too, or if its type is unknown."""
     try:
         mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
     except OSError:

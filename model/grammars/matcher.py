@@ -104,7 +104,7 @@ class GrammarMatcher:
             self._add(token)
 
     def try_take(self, token: int) -> AllowedTokens | None:
-        """Takes in a sampled token and returns None. If it is not allowed, returns the allowed tokens instead."""
+        """Takes in a sampled token and returns None. If it is not allowed, returns the tokens that are allowed."""
         if self._waiting is not None:
             self._await_trigger(token)
         elif not self._allows(token):

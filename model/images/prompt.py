@@ -12,7 +12,7 @@ from llamaclust.model.images.settings import ImageSettings
 
 
 def prompt_of(settings: ImageSettings, sizes: Sequence[tuple[int, int]], columns: int, rows: int) -> tuple[Piece, ...]:
-    """Returns an image's pieces. `sizes` are tiles' (width, height) in pixels. No text is empty or follows a text."""
+    """Returns an image's pieces. `sizes` are tiles' (width, height) in pixels. Adjacent texts are joined."""
     side = settings.side
     grid = Grid([(width // side, height // side) for width, height in sizes], columns, rows)
     pieces: list[Piece] = []

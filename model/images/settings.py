@@ -10,7 +10,7 @@ from typing import Final
 MAX_IMAGE_BYTES: Final = 20 << 20
 """The maximum size of an image file in bytes."""
 CHANNELS: Final = 3
-"""The bytes of a pixel of a tile."""
+"""The bytes of one pixel in a tile."""
 _ROUNDING: Final = 2
 """The factor by which a tile may exceed its limit after rounding up and padding."""
 

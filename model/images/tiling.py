@@ -1,5 +1,5 @@
-"""Resizes an image and cuts it into tiles. The filters are those of transformers, which are Pillow's. llama.cpp has
-simpler filters, and pads images of some families instead of stretching them. Only child processes import this."""
+"""Resizes an image and cuts it into tiles. The filters are Pillow's, as in transformers. llama.cpp has simpler filters,
+and pads images of some families instead of stretching them. Only child processes import this module."""
 
 from __future__ import annotations
 

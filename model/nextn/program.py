@@ -35,7 +35,7 @@ def check_nextn(model: Model) -> None:
 
 
 def nextn_program(model: Model, kv_type: KvType = KvType.F16, context_tokens: int | None = None) -> Program:
-    """Returns the first MTP head's program. Raises UsageError if there is none, ModelFileError if a tensor is bad."""
+    """Returns the program of MTP head 0. Raises UsageError if it is missing, ModelFileError if a tensor is invalid."""
     check_nextn(model)
     builder = _NextnBuilder(ModelKeys(model.file), kv_type, context_tokens)
     ARCHITECTURES[model.hyperparameters.architecture](builder)

@@ -74,7 +74,7 @@ def interpolation_bytes(side: int, channels: int) -> int:
 
 
 def of_axes(table: Float32, height: int, width: int) -> Float32:
-    """Adds a table's rows [2, size, channels] for columns to its rows for lines, to [height * width, channels]."""
+    """Adds the rows of a table [2, size, channels] for column and line. Returns [height * width, channels]."""
     columns, lines = table
     added: Float32 = columns[None, :width] + lines[:height, None]
     return added.reshape(height * width, -1)

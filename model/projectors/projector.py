@@ -207,7 +207,7 @@ def _check_levels(keys: ModelKeys, projector: Projector) -> None:
 
 
 def _check_tensors(projector: Projector) -> None:
-    """Refuses tensors that no step reads. Such a tensor could be a scale or a norm without which rows are wrong."""
+    """Refuses tensors that no step reads. If one is a scale or a norm, every row would be wrong."""
     known = {*projector.program.weights, *projector.family.unread, *_read_for_inputs(projector)}
     unknown = {name for name in projector.file.tensors if name not in known and not name.startswith(_AUDIO)}
     if unknown:

@@ -23,8 +23,8 @@ class Exchange(StepFacts):
 @dataclass(frozen=True, slots=True)
 class Gather(StepFacts):
     """out = the columns of all members. `x` has this member's columns, or is None without columns. A row has `lines`
-    lines of equal width. Member i has columns [borders[i], borders[i + 1]) of each line. Only member `to` gets the
-    rows, if given."""
+    lines of equal width. Member i has columns [borders[i], borders[i + 1]) of each line. If given, only member `to`
+    gets the rows."""
 
     x: Buffer | None
     out: Buffer

@@ -145,9 +145,10 @@ class ExpertChoice(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertShards(StepFacts):
-    """Computes the chosen experts in `shards`, which are consecutive ranges of ids. A result is stored at its expert's
-    rank without its weight. Other results are copied from the end of `given`, or are 0. out = the results [used * width
-    of the mixture's out]. For a next stage, out = the `carried` buffers, the choice and the results, joined."""
+    """Computes the chosen experts in `shards`, which are consecutive ranges of ids. Results are stored at their
+    experts' ranks, before weights multiply them. Other results are copied from the end of `given`, or are 0. out = the
+    results [used * width of the mixture's out]. For a next stage, out = the `carried` buffers, the choice and the
+    results."""
 
     mixture: Moe
     choice: Buffer
@@ -212,8 +213,8 @@ class ExpertInner(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertDown(StepFacts):
-    """Computes the experts' down products without their weights: out [used * width of the mixture's out] = down_e(x_e)
-    by rank. x is [used * ffn_width]."""
+    """Computes the experts' down products, which are multiplied by weights later: out [used * width of the mixture's
+    out] = down_e(x_e) by rank. x is [used * ffn_width]."""
 
     mixture: Moe
     choice: Buffer

@@ -254,7 +254,7 @@ class SelectRows(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class GivenRows(UnaryStep):
-    """out[r] = part `level` of the row that the batch gives for r, or if `adds` that part plus x[r]. Other rows are
+    """out[r] = part `level` of the row that the batch gives for r, or, if `adds`, that part plus x[r]. Other rows are
     copied. A given row has one part as wide as x for each level. out may be x."""
 
     level: int = 0

@@ -20,7 +20,7 @@ _NEVER_FROM_TEXT: Final = frozenset({TokenType.CONTROL, TokenType.UNKNOWN, Token
 
 
 def stand_ins() -> dict[str, bytes]:
-    """Returns the byte of each of GPT-2's letters. Printable Latin-1 stands for itself, other bytes begin at U+0100."""
+    """Returns the byte of each of GPT-2's letters. Printable Latin-1 stands for itself. Others begin at U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     pairs = [(chr(byte), byte) for byte in printable] + [(chr(256 + i), byte) for i, byte in enumerate(others)]

@@ -162,7 +162,7 @@ class WeightPart:
 
     @classmethod
     def open(cls, cache: WeightCache, content: str, n_bytes: int) -> WeightPart | None:
-        """Returns None if another process is writing it or has written it. Raises LlamaclustError on I/O errors."""
+        """Returns None if another process writes the tensor or has written it. Raises LlamaclustError on I/O errors."""
         path = cache.part_path(content)
         try:
             file = open_own(path, os.O_RDWR | os.O_CREAT)

@@ -20,8 +20,8 @@ class LayerKind:
 
 
 def shared_kv_sources(keys: ModelKeys, windowed: Sequence[bool]) -> list[int]:
-    """Returns the layer whose keys and values each layer reads. Layers without own keys and values read those of the
-    last layer before them that has the same kind of window. Raises ModelFileError if there is none."""
+    """Returns, for each layer, the layer whose keys and values it reads. Layers without own keys and values read those
+    of the last layer before them with the same kind of window. Raises ModelFileError if there is no such layer."""
     layers = len(windowed)
     first = layers - keys.count(SHARED_KV_KEY, 0, minimum=0, maximum=layers - 1)
     last = {windowed[layer]: layer for layer in range(first)}

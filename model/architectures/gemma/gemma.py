@@ -70,6 +70,6 @@ def _normed_layer(builder: ProgramBuilder, layer: int, variant: AttentionVariant
 
 
 def _scale(hp: Hyperparameters, layers_27b: int) -> float:
-    """Returns the factor of scores. No key states that it depends on width / heads channels in the 27B models."""
+    """Returns the factor of scores. The 27B models divide by width / heads channels, which no key states."""
     channels = hp.embedding_length // hp.head_count if hp.block_count == layers_27b else hp.key_length
     return 1 / math.sqrt(channels)

@@ -46,7 +46,7 @@ def _layers(builder: ProgramBuilder, feed_forward: Callable[[int], None], *, til
 
 
 def _recurrent_layers(builder: ProgramBuilder) -> list[bool]:
-    """Returns the file's flags. By default the last layer of a period is not recurrent. MTP heads never are."""
+    """Returns whether layers are recurrent, by the file's flags or period. An MTP head is not recurrent."""
     keys, layers = builder.keys, read_block_count(builder.keys)
     period = keys.count("full_attention_interval", 4, maximum=_MAX_PERIOD)
     flags = keys.flags("attention.recurrent_layers", layers)

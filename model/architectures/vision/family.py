@@ -30,7 +30,7 @@ class VisionFamily:
     """A family of encoders. `emit` appends the steps to a builder and returns the buffer with the result.
     merge_key, merge: the key for the side of a merge group in patches, and its default. The key is required if None.
     gelu, plain: the activations of files with `use_gelu`, and of files with neither `use_gelu` nor `use_silu`.
-    turns, windows: the program has rotations by height and width; it has attention in windows.
+    turns, windows: the program has rotations by height and width, or attention in windows.
     bidirectional: in the text model, an image's rows see each other.
     sections: the text model rotates an image's rows by their line and column (M-RoPE).
     tokens: the lowest and highest row count of an image whose size is free. If None, all tiles have the file's size.

@@ -15,7 +15,7 @@ _MERGER = "mm.patch_merger"
 
 
 def glm4v(builder: VisionBuilder) -> Buffer:
-    """GLM-4.1V and later. Patches are normed, and get positions. A convolution merges them at the end."""
+    """GLM-4.1V and later. Patches are normed before positions are added. A convolution merges them near the end."""
     builder.rms = True
     hp = builder.hyperparameters
     rotation = halves(hp.head_dim, _ROPE_BASE, RopeStyle.NEOX, (HEIGHT, WIDTH))

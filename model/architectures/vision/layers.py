@@ -57,7 +57,7 @@ class VisionBuilder(CheckedTensors):
         self._pixels = Buffer("pixels", pixels) if hp.added_width else self._patches
 
     def program(self, out: Buffer) -> Program:
-        """Returns the program. Its rows are input and output, as in a stage that is neither first nor last."""
+        """Returns the program. It reads rows and returns rows, like a stage that is neither first nor last."""
         layers = self.hyperparameters.block_count
         return Program(1, layers + 1, layers + 2, self._patches, out, tuple(self._steps))
 

@@ -33,7 +33,7 @@ def gemma3(builder: VisionBuilder) -> Buffer:
 
 
 def lfm2(builder: VisionBuilder) -> Buffer:
-    """LFM2-VL (SigLIP 2). Positions are interpolated, and patches are grouped. Some models have one more norm."""
+    """LFM2-VL (SigLIP 2). Positions are interpolated, patches are grouped, and some models norm the groups."""
     _layers(builder)
     merged = builder.merge(builder.hidden)
     if builder.has(f"{_INPUT_NORM}.weight"):

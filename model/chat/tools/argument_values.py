@@ -19,7 +19,7 @@ _CONSTANTS: Final = {"True": "true", "False": "false", "None": "null"}
 
 
 def arguments_object(text: str) -> dict[str, Any] | None:
-    """Parses a call's complete arguments. Returns None if they are no JSON object or have numbers beyond float64."""
+    """Parses a call's complete arguments. Returns None if they are not a JSON object or exceed float64."""
     try:
         value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError):

@@ -13,7 +13,7 @@ Tools = Mapping[str, Schema]
 
 
 class CallSink:
-    """Collects the events of tool calls and numbers the calls. Calls that the prompt has completed have no number."""
+    """Collects the events of tool calls and numbers the calls. Calls that the prompt has completed are not counted."""
 
     def __init__(self, tools: Tools, most_calls: int | None) -> None:
         self.tools = tools

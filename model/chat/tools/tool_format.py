@@ -107,8 +107,8 @@ class NotatedCalls:
 
 @dataclass(frozen=True, slots=True)
 class ChannelCalls:
-    """An answer that consists of messages. A message's header names a recipient or channel. Regular expressions match
-    headers: `recipient` a tool's name, `reasoning` reasoning, and `ignored` recipients that are no tools."""
+    """An answer that consists of messages. A message's header names a recipient or channel. The regular expression
+    `recipient` finds a tool's name, `reasoning` finds reasoning, and `ignored` finds recipients that are no tools."""
 
     message_begin: str  # before a header; the prompt ends with the first one
     header_end: str

@@ -51,7 +51,7 @@ class TileRows:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """For each tile, its (columns, lines) in rows. Also the columns and rows of tiles, or 0 if the image is not cut."""
+    """The columns and lines of each tile in rows, and the columns and rows of tiles (0 if the image is not cut)."""
 
     tiles: Sequence[tuple[int, int]]
     columns: int
@@ -73,7 +73,7 @@ class Grid:
 
 
 Piece = str | TileRows
-"""A text, which may contain special tokens as text, or rows."""
+"""Rows, or a text in which special tokens are written as text."""
 Complete = Callable[[ImageSettings, "ImageNumbers"], ImageSettings]
 CutRule = Callable[[Size, ImageSettings], Cut]
 Layout = Callable[[Grid], Iterator[Piece]]

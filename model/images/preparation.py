@@ -137,7 +137,7 @@ class _Preparer:
             raise DeadlineError(f"the preparation of the image was stopped: {failure}; try again") from None
         except ChildEndedError as failure:
             most = f"{self._limits.cpu_seconds} s of CPU time and {self._limits.memory_bytes >> 20} MiB"
-            raise RequestError(f"the image was refused: {failure}; the limit is {most}: send a smaller one") from None
+            raise RequestError(f"the image was refused: {failure}; the limit is {most}: send a smaller image") from None
         self._report(self.child.first_reply["unconfined"])
         if "error" in reply:
             raise RequestError(f"the image was refused: {_line(reply['error'])}")

@@ -68,7 +68,7 @@ def chosen_template(choice: str) -> str:
         return decode_text(text)
     except (OSError, RuntimeError, ValueError) as error:
         listed = ", ".join(names)
-        why = error if isinstance(error, ValueError) else "no built-in template and no readable file has this name"
+        why = error if isinstance(error, ValueError) else "it is neither a built-in template nor a readable file"
         raise UsageError(f"chat template {choice}: {why}; built-in templates: {listed}") from error
 
 

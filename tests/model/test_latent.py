@@ -138,9 +138,9 @@ def test_queries_scaled_by_position(folder: Path) -> None:
         ({"attention__q_lora_rank": 1 << 17}, "attention.q_lora_rank': expected 0 to .*, found 131072"),
         ({"attention__temperature_scale": 0.5}, "attention.temperature_length': expected 1 to .*, found 0"),
         ({"rope__scaling__yarn_log_multiplier": float("inf")}, "yarn_log_multiplier': expected .*, found inf"),
-        ({"rope__dimension_count": 6}, "attention.key_length': expected 32 \\+ 6 .*, found 40"),
+        ({"rope__dimension_count": 6}, "attention.key_length': expected 1 KV head of 32 \\+ 6 .*, found 1 of 40"),
         ({"attention__layer_norm_rms_epsilon": None, "attention__layer_norm_epsilon": 1e-5}, "rms_epsilon': missing"),
-        ({"expert_gating_func": 4}, "expert_gating_func': 4 is not supported"),
+        ({"expert_gating_func": 4}, "gating function 4 is not supported"),
         ({"attention__temperature_scale": np.array([1.0], np.float32)}, "attention.temperature_scale"),
     ],
 )

@@ -159,7 +159,7 @@ BAD: dict[str, tuple[Arrays, dict[str, Any], str]] = {
         {},
         "cannot change this module",
     ),
-    "a half": (factors(halves="A"), {}, "there is no lora_b beside it"),
+    "a half": (factors(halves="A"), {}, "the adapter has no lora_b for it"),
     "heads": (
         factors("self_attn.q_proj", rows=65),
         {},

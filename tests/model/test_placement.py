@@ -91,7 +91,7 @@ def test_whole_layers(model: Model) -> None:
     [
         (
             "attn_q=CPU",
-            "'attn_q=ram' puts blk.0.attn_q.weight in RAM, but not blk.0.attn_norm.weight of layer 0: whole",
+            "'attn_q=ram' puts blk.0.attn_q.weight in RAM, but not blk.0.attn_norm.weight of layer 0: only whole",
         ),
         ("ffn_(norm|gate_inp)=CPU", "puts blk.0.ffn_norm.weight in RAM, but not blk.0.attn_norm.weight of layer 0"),
         ("exps=CPU,ffn_norm=CPU", "puts blk.0.ffn_norm.weight in RAM, but not blk.0.attn_norm.weight of layer 0"),

@@ -25,7 +25,7 @@ class RopeTable:
 @dataclass(frozen=True, slots=True)
 class Rope(StepFacts):
     """Rotates the first 2 * len(table.frequencies) channels of each head of x in place, by the row's position. If the
-    batch has positions by section, pair i is rotated by the position in section sections[i] instead."""
+    batch has positions by section, and `sections` is given, pair i is rotated by section sections[i]."""
 
     x: Buffer
     heads: int
@@ -49,7 +49,7 @@ class Rope(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class Attention(StepFacts):
-    """Rounds k and v to the KV type, stores them at the rows' positions in KV memory of `layer`, and attends to them. q
+    """Rounds k and v to the KV type, stores them at the rows' positions in KV memory of `layer`, and computes out. q
     and out are [rows, heads * head_dim]. k and v are [rows, kv_heads * head_dim]. Query head h reads KV head h //
     (heads / kv_heads). A row sees its own position and all earlier positions of its sequence. With a `window`, it sees
     only the last `window` positions. If `chunked`, it sees only those from the last multiple of `window` on. scores =

@@ -1,5 +1,5 @@
-"""Reads and checks LoRA adapters (GGUF files or PEFT folders), and adds their steps to programs. A model with adapters
-holds the tensors of adapter i under the names `adapter.i.*`. It keeps the identity of the model without adapters."""
+"""Reads and checks LoRA adapters (GGUF files or PEFT folders), and adds their steps to programs. The tensors of adapter
+i get names of the form `adapter.i.*` in the model. Adapters do not change the model's identity."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PREFIX = "adapter."
 _TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 _NAME = re.compile(r"(?P<weight>blk\.\d+\.\w+\.weight)\.lora_(?P<half>[ab])")
 _MOST = 65504.0
-"""The largest accepted weight. It is finite in F16, so that 0 times a product with it is 0."""
+"""The largest accepted absolute weight. It is finite in F16, so a product with it times 0 is 0."""
 _READ_BYTES = 1 << 22
 _SAMPLE_BYTES = 4096
 _OTHER = "convert the adapter of this model by llama.cpp's convert_lora_to_gguf.py"
@@ -43,7 +43,7 @@ def adapter_files(path: Path) -> tuple[Path, ...]:
 
 
 def read_adapter(path: Path, model: ModelFile) -> ModelFile:
-    """Reads an adapter. Its identity covers samples of each tensor. Raises errors of `read_header` and `read_peft`."""
+    """Reads an adapter, and hashes samples of every tensor into its identity. Raises what `read_header` raises."""
     header = read_peft(path, model) if is_peft(path) else read_header(path)
     hashed = sha256(header.digest)
     for tensor in header.tensors.values():
@@ -54,8 +54,8 @@ def read_adapter(path: Path, model: ModelFile) -> ModelFile:
 
 
 def with_adapters(model: ModelFile, adapters: Mapping[int, ModelFile]) -> ModelFile:
-    """Returns the model together with the tensors of the adapters. Raises ModelFileError for an adapter that is not
-    LoRA or is for another architecture. `adapted` checks shapes; `check_adapter_weights` checks weights."""
+    """Returns the model with the adapters' tensors added. Raises ModelFileError if an adapter is not LoRA or is for
+    another architecture. `adapted` checks the shapes, and `check_adapter_weights` checks the weights."""
     if not adapters:
         return model
     if max(adapters) >= MAX_ADAPTERS:
@@ -76,7 +76,7 @@ def with_adapters(model: ModelFile, adapters: Mapping[int, ModelFile]) -> ModelF
 
 
 def check_adapter_weights(adapters: Iterable[ModelFile]) -> None:
-    """Reads all weights of the adapters. Raises ModelFileError if one is not finite or exceeds `_MOST`."""
+    """Reads all weights of the adapters. Raises ModelFileError if a weight is not finite or exceeds `_MOST`."""
     for tensor in (tensor for adapter in adapters for tensor in adapter.tensors.values()):
         for start in range(0, tensor.n_bytes, _READ_BYTES):
             largest = _largest(tensor, start, min(start + _READ_BYTES, tensor.n_bytes))
@@ -86,7 +86,7 @@ def check_adapter_weights(adapters: Iterable[ModelFile]) -> None:
 
 
 def _largest(tensor: Tensor, start: int, end: int) -> float:
-    """Returns the largest absolute weight, or NaN. Without their signs, floats compare like integers, NaN last."""
+    """Returns the largest absolute weight, or NaN. Without sign bits, floats compare like integers, with NaN last."""
     data = tensor.read_range(start, end)
     match tensor.quant_type:
         case QuantType.F32:
@@ -110,10 +110,10 @@ def _alpha(found: ModelFile, model: ModelFile) -> MetadataValue:
             "general.architecture", f"expected {own!r} like the model, found {shown(architecture)}", _OTHER
         )
     if "adapter.alora.invocation_tokens" in found.metadata:
-        what = "an adapter that begins at certain tokens, which is not supported"
+        what = "adapters that begin at certain tokens are not supported"
         raise found.error("adapter.alora.invocation_tokens", what, "remove it from `adapters`")
     if not found.tensors:
-        raise fail_at(found.path, "tensors", "the file has none", _OTHER)
+        raise fail_at(found.path, "tensors", "the adapter has no tensors", _OTHER)
     return found.metadata_float("adapter.lora.alpha", minimum=0.0, maximum=1e6)
 
 
@@ -121,7 +121,7 @@ def _checked(tensor: Tensor) -> str:
     name = _NAME.fullmatch(tensor.name)
     place = f"tensor {shown(tensor.name)}"
     if name is None:
-        what = "it is not lora_a or lora_b of a matrix of the layers; others are not supported"
+        what = "only lora_a and lora_b tensors of the layers' matrices are supported"
         raise fail_at(tensor.path, place, what, "remove the adapter, or merge it with `llamaclust model merge-lora`")
     if tensor.quant_type not in _TYPES:
         known = ", ".join(kind.name for kind in _TYPES)
@@ -139,8 +139,8 @@ def _numbers(model: ModelFile) -> tuple[int, ...]:
 
 
 def adapted(program: Program, model: ModelFile) -> Program:
-    """Adds the adapters' steps to the program. They follow each run of MatMul steps with the same input, and change the
-    results of these. Raises ModelFileError for shapes that do not fit the products."""
+    """Adds the adapters' steps to the program. The steps follow each run of MatMul steps with the same input, and
+    change those steps' results. Raises ModelFileError if an adapter's shapes do not fit the products."""
     numbers = _numbers(model)
     return replace(program, steps=tuple(_adapted(program.steps, model, numbers))) if numbers else program
 
@@ -165,7 +165,7 @@ def _adapt(product: MatMul, model: ModelFile, number: int) -> Adapt | None:
     if down is None or up is None:
         present, missing = (up, "lora_a") if down is None else (down, "lora_b")
         assert present is not None
-        raise fail_at(present.path, f"tensor {shown(present.name)}", f"there is no {missing} beside it", _OTHER)
+        raise fail_at(present.path, f"tensor {shown(present.name)}", f"the adapter has no {missing} for it", _OTHER)
     rank = down.shape[0]
     for tensor, wanted in ((down, (rank, product.x.width)), (up, (product.out.width, rank))):
         if tensor.shape != wanted:
@@ -176,7 +176,7 @@ def _adapt(product: MatMul, model: ModelFile, number: int) -> Adapt | None:
 
 
 def own_names(names: Iterable[str], number: int | None) -> list[str]:
-    """Returns the weight names of adapter `number` as its file has them; those of the model for None."""
+    """Returns the weight names in the file of adapter `number`. Returns the model's own names if `number` is None."""
     if number is None:
         return [name for name in names if not name.startswith(_PREFIX)]
     prefix = f"{_PREFIX}{number}."
@@ -187,5 +187,5 @@ def unread_adapter_tensor(model: ModelFile, names: set[str]) -> ModelFileError |
     name = min((name for name in names if name.startswith(_PREFIX)), default=None)
     if name is None:
         return None
-    what = "the model has no product with this weight that an adapter can change"
+    what = "the model has no matrix product with this weight that an adapter can change"
     return fail_at(model.tensor(name).path, f"tensor {shown(name)}", what, _OTHER)

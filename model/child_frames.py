@@ -1,5 +1,5 @@
-"""Exchanges frames between a process and its child, and ends the child with the process. A frame is a line of JSON: an
-object, or an object and the number of bytes that follow the line (the payload)."""
+"""Exchanges frames between a process and its child, and ends the child with the process. A frame is a line of JSON. The
+line has an object, or an object and the size of the payload that follows the line, in bytes."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ _SET_PARENT_DEATH_SIGNAL: Final = 1
 
 
 def encoded(frame: Mapping[str, Any], payload: bytes = b"") -> bytes:
-    """Returns a line of ASCII and the payload. Raises TypeError, ValueError or RecursionError for values that JSON
-    cannot hold."""
+    """Returns an ASCII line and the payload. Raises what `json.dumps` raises: TypeError, ValueError, RecursionError."""
     return json.dumps([frame, len(payload)] if payload else frame).encode() + b"\n" + payload
 
 
 def decoded(line: bytes) -> tuple[dict[str, Any], int]:
-    """Returns the object of a line and the size of the payload in bytes. Raises ValueError for other lines."""
+    """Returns a line's object and the size of its payload in bytes. Raises ValueError if the line is no frame."""
     values = json.loads(line)
     frame, size = values if isinstance(values, list) and len(values) == 2 else (values, 0)
     if not isinstance(frame, dict) or type(size) is not int or size < 0:
-        raise ValueError("no frame")
+        raise ValueError("the line is not a frame")
     return frame, size
 
 
 def end_with_parent() -> None:
-    """Has the kernel kill this process when the thread that started it ends. Leaves Ctrl-C to the parent."""
+    """Makes the kernel kill this process when the thread that started it ends. Ignores Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)

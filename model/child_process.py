@@ -1,4 +1,4 @@
-"""A child process for untrusted input: its start, requests with deadlines, its end. It limits its own resources."""
+"""A child process for untrusted input: start, requests with deadlines, end. The child limits its own resources."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _END_S: Final = 5.0
 
 
 class ChildEndedError(Exception):
-    """The child ended without a reply; the message says how."""
+    """The child ended without a reply. The message gives the reason."""
 
 
 class ChildKilledError(ChildEndedError):
@@ -35,7 +35,7 @@ class ChildKilledError(ChildEndedError):
 
 
 class ChildLateError(ChildEndedError):
-    """The child did not reply within the deadline: its work is long, or the machine is stalled."""
+    """The child did not reply before the deadline, because its work is long or the machine is stalled."""
 
 
 class ChildUnusableError(ChildEndedError):
@@ -51,12 +51,12 @@ class ChildProgram:
     start_s: float
     wall_s: float  # of a request
     max_line_bytes: int  # of a reply without its payload
-    idle_s: float | None = None  # after which a child without requests ends; None: it does not
+    idle_s: float | None = None  # after which a child without requests ends; None if it never does
 
 
 class BoundedChild:
-    """A child process and the thread that owns it, because Linux kills a child when the thread that started it ends.
-    The child starts at the first request, and again after it has ended. Thread-safe."""
+    """A child process and the thread that owns it. Linux kills a child when the thread that started it ends. The child
+    starts at the first request, and again after it has ended. Thread-safe."""
 
     def __init__(self, program: ChildProgram, name: str) -> None:
         self.pid: int | None = None  # of a child that answers requests
@@ -88,8 +88,8 @@ class BoundedChild:
     def request_with_payload(
         self, values: Mapping[str, Any], payload: bytes = b"", max_payload_bytes: int = 0
     ) -> tuple[dict[str, Any], bytes]:
-        """Returns the reply and its payload of at most `max_payload_bytes`. Sends the request once more if the child
-        was killed from outside. Raises ChildEndedError, or the errors of `encoded`."""
+        """Returns the reply and its payload of at most `max_payload_bytes`. Sends the request again if the child was
+        killed from outside. Raises ChildEndedError, and what `encoded` raises."""
         frame = encoded(values, payload)
         try:
             return self._request(frame, max_payload_bytes)
@@ -103,7 +103,7 @@ class BoundedChild:
             process.kill()
 
     def close(self) -> None:
-        """Waits until the child is gone. `stop` must be called first. May be called again."""
+        """Waits until the child has ended. `stop` must be called before. May be called again."""
         self._drop_later()
         self._thread.shutdown(wait=True)
 

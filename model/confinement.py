@@ -1,6 +1,6 @@
-"""A seccomp filter and resource limits for child processes with untrusted input. The filter allows the system calls for
-memory, time, open pipes and exit, so that even a template that escapes from Jinja's sandbox, or an image that takes
-over a decoder, opens no file or socket and starts no program. It exists for Linux on x86-64 and aarch64."""
+"""A seccomp filter and resource limits for child processes with untrusted input. The filter allows system calls for
+memory, time, open pipes and exit. So a template that escapes from Jinja's sandbox, or an image that takes over a
+decoder, can open no file or socket and start no program. The filter exists for Linux on x86-64 and aarch64."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MAX_FILES: Final = 16
 class _Architecture:
     audit: int  # AUDIT_ARCH_*
     calls: tuple[int, ...]
-    prlimit: int  # of the process itself alone
+    prlimit: int  # allowed for the process itself only
 
 
 _ARCHITECTURES: Final = {
@@ -63,7 +63,7 @@ class _Program(ctypes.Structure):
 
 
 def limit_resources(memory_bytes: int) -> None:
-    """Limits memory, forbids writes except replies, and allows only as many open files as the interpreter needs."""
+    """Limits memory, forbids writing to files, and allows only as many open files as the interpreter needs."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -71,13 +71,13 @@ def limit_resources(memory_bytes: int) -> None:
 
 
 def limit_cpu(seconds: int) -> None:
-    """Allows `seconds` more of CPU time: the system's limit counts from the start of the process."""
+    """Allows `seconds` more of CPU time. The system's own limit counts from the start of the process."""
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + seconds + 1, hard))
 
 
 def confine() -> str | None:
-    """Makes all other system calls of this process fail with EPERM. Returns the reason if there is no such filter."""
+    """Makes all system calls outside the filter fail with EPERM. Returns None, or why there is no filter."""
     machine = os.uname().machine
     architecture = _ARCHITECTURES.get(machine) if sys.platform == "linux" else None
     if architecture is None:
@@ -97,7 +97,7 @@ def confine() -> str | None:
 
 
 def _filter(architecture: _Architecture) -> Iterable[bytes]:
-    """Yields the filter's BPF instructions. They also refuse calls of other architectures, such as 32-bit x86."""
+    """Yields the filter's BPF instructions. They also refuse the system calls of other architectures (32-bit x86)."""
     refuse, allow = _instruction(_RETURN, _REFUSE), _instruction(_RETURN, _ALLOW)
     yield _instruction(_LOAD, _ARCHITECTURE_AT)
     yield _instruction(_EQUAL, architecture.audit, if_equal=1)

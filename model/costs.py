@@ -20,7 +20,7 @@ file_bytes = attrgetter("n_bytes")
 
 @dataclass(frozen=True, slots=True)
 class TypedWeights:
-    """Matrices of one quant type: their bytes in memory, and their multiply-accumulates per row."""
+    """The bytes in memory, and the multiply-accumulates for a row, of matrices with one quant type."""
 
     quant_type: QuantType
     n_bytes: int
@@ -84,9 +84,9 @@ def all_macs(steps: Iterable[Step]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LayerCost:
-    """The cost of one layer. `weight_bytes` counts memory. `idle_bytes` of these belong to the experts that a token
-    does not choose, which are a share `idle_share` of all experts. `used_file_bytes` are the other weights' bytes in
-    the file. Attention is not part of multiply-accumulates, because its cost grows with the context."""
+    """The cost of a layer. `weight_bytes` counts memory. `idle_bytes` is the part of it that belongs to experts that a
+    token does not choose, and `idle_share` is their share of all experts. `used_file_bytes` is the size of the other
+    weights in the file. Multiply-accumulates exclude attention, because its cost grows with the context."""
 
     weight_bytes: int
     macs_per_token: int
@@ -95,16 +95,16 @@ class LayerCost:
     idle_share: float = 0.0
     float_macs_per_token: int = 0
     used_file_bytes: int = 0
-    state_bytes: int = 0  # of a state of a sequence
+    state_bytes: int = 0  # of one sequence's state
     window: int | None = None  # of its attention
-    window_bytes_per_token: int = 0  # of `kv_bytes_per_token`, what is given up behind the window
-    kv_source: int | None = None  # the layer whose keys and values it reads, if it has none of its own
-    expert_bytes: int = 0  # of `weight_bytes`, router and experts
+    window_bytes_per_token: int = 0  # the part of `kv_bytes_per_token` that is freed outside the window
+    kv_source: int | None = None  # another layer whose keys and values this layer reads
+    expert_bytes: int = 0  # the part of `weight_bytes` for router and experts
     expert_macs_per_token: int = 0
     is_joined: bool = False  # no stage begins with it
-    saved_bytes: int = 0  # of a layer's first part: what all of them together take less than one by one
-    state_macs_per_token: int = 0  # of `float_macs_per_token`, those of a state
-    weights: tuple[TypedWeights, ...] = ()  # that rows are multiplied with, but those of experts
+    saved_bytes: int = 0  # in a layer's first part, what a stage with all parts saves
+    state_macs_per_token: int = 0  # the part of `float_macs_per_token` for states
+    weights: tuple[TypedWeights, ...] = ()  # the matrices that multiply rows, except those of experts
     expert_weights: tuple[TypedWeights, ...] = ()
 
     def moved_bytes(self, rows: int, sequences: int) -> float:
@@ -126,13 +126,13 @@ class LayerCost:
 
 
 JOINED = LayerCost(0, 0, 0, is_joined=True)
-"""The cost of all parts but the first of a layer that cannot be divided: its first part has the whole cost."""
+"""The cost of each later part of a layer that cannot be divided. The layer's first part has the whole cost."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCosts:
-    """The costs of a model. The first stage has the embedding, the last stage the head. `tied_bytes` of tensors are
-    counted in both; a stage with both holds them once."""
+    """The costs of a model. The first stage has the embedding and the last stage the head. `tied_bytes` of tensors are
+    counted in both, but a stage with both holds them once."""
 
     embedding_bytes: int
     head_bytes: int
@@ -140,11 +140,11 @@ class ModelCosts:
     layers: tuple[LayerCost, ...]
     float_head_macs: int = 0
     head_file_bytes: int = 0
-    hidden_bytes: int = 0  # of one token, as it goes from stage to stage
-    cut_bytes: int = 0  # the same from a stage that ends inside a layer, at most
-    expert_shards: int = 1  # so many of `layers` are the parts of one
-    nextn_bytes: int = 0  # of an MTP head, what the last stage holds beside its layer
-    nextn_embedding_bytes: int = 0  # likewise, where it is not the first stage too
+    hidden_bytes: int = 0  # of one token, as stages send it
+    cut_bytes: int = 0  # the maximum for one token from a stage that ends inside a layer
+    expert_shards: int = 1  # the number of parts in `layers` for each layer
+    nextn_bytes: int = 0  # of an MTP head in the last stage, without its layer
+    nextn_embedding_bytes: int = 0  # of an MTP head in a last stage that is not the first stage too
     head_weights: tuple[TypedWeights, ...] = ()
     tied_bytes: int = 0
 
@@ -155,8 +155,8 @@ class ModelCosts:
 
     @property
     def borders(self) -> tuple[int, ...]:
-        """The layers at which a stage may begin, and the number of layers. Not divided are layers with `is_joined`
-        parts, and ranges of layers that share keys and values."""
+        """The layers at which a stage may begin, and the layer count. A stage cannot begin at an `is_joined` part, or
+        between layers that share keys and values."""
         shared = [(layer.kv_source, number) for number, layer in enumerate(self.layers) if layer.kv_source is not None]
         sources = ((source * self.expert_shards, number) for source, number in shared)
         between = {border for source, number in sources for border in range(source + 1, number + 1)}
@@ -177,7 +177,7 @@ class ModelCosts:
 
 
 def layer_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
-    """Returns the cost of a one-layer program, without its embedding and head."""
+    """Returns the cost of a program with one layer, without its embedding and head."""
     before_head = takewhile(partial(is_before_head, program), program.steps)
     return steps_cost(tensors, replace(program, steps=tuple(step for step in before_head if not step.is_embedding)))
 
@@ -206,6 +206,6 @@ def steps_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
 
 
 def is_before_head(program: Program, step: Step) -> bool:
-    """True for a step before the head. The head begins with the norm of all rows, or else with `SelectRows`."""
+    """Returns True for a step before the head. The head begins with the norm of all rows, or with `SelectRows`."""
     has_norm = program.normed is not None and program.normed != program.hidden
     return not isinstance(step, SelectRows) and not (has_norm and step.out == program.normed)

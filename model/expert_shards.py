@@ -1,8 +1,8 @@
-"""Programs of stages that begin or end inside a mixture of experts, so that several workers hold the experts of a
-layer. Each layer has as many parts as its experts have shards. The first part holds the steps before the experts, the
-choice of experts and the first shard; the last part holds the last shard, the sum and the steps after it. From one part
-to the next, a stage sends the buffers that later steps read, the choice, and the experts' results by rank. The last
-part adds them in rank order, as a worker with all experts does."""
+"""Programs of stages that begin or end inside a mixture of experts, so that several workers hold a layer's experts.
+Each layer has as many parts as its experts have shards. The first part has the steps before the experts, the choice of
+experts, and the first shard. The last part has the last shard, the sum, and the steps after it. Each part sends to the
+next the buffers that later steps read, the choice, and the experts' results by rank. The last part adds the results in
+rank order, as a worker with all experts does."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def mixture_of(steps: Sequence[Step], layer: int) -> Moe | None:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """A divided layer. `carried` are the buffers that steps before the experts write and later steps read."""
+    """A divided layer. `carried` has the buffers that steps before the experts write and later steps read."""
 
     mixture: Moe
     carried: tuple[Buffer, ...]

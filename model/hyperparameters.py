@@ -1,4 +1,4 @@
-"""The hyperparameters of a model, read from its metadata and checked to be sane and to fit together."""
+"""The hyperparameters of a model, which are read from its metadata and checked for range and consistency."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ _NEUTRAL_VALUES = {
     "swiglu_clamp_exp": (0,),
     "swiglu_clamp_shexp": (0,),
 }
-"""Keys that change the arithmetic of architectures that read them, and for each the values that change nothing."""
+"""Keys that change the arithmetic of architectures that read them, with the values that change nothing."""
 
 
 LATENT_KEYS = ("attention.key_length_mla", "attention.value_length_mla")
-"""Keys of the widths of a head's query and value in latent attention; the usual keys have those of the stored keys."""
+"""Keys for the widths of a head's query and value in latent attention. The usual keys have the stored keys' widths."""
 
 MAX_LAYERS = 1 << 10
 PROJECTOR_ARCHITECTURE = "clip"
 SHARED_KV_KEY = "attention.shared_kv_layers"
-"""The metadata key with the number of last layers that read the keys and values of earlier layers."""
+"""The metadata key for the number of last layers that read the keys and values of earlier layers."""
 NEXTN_KEY = "nextn_predict_layers"
-"""The metadata key with the number of last layers that are heads for multi-token prediction (MTP)."""
+"""The metadata key for the number of last layers that are heads for multi-token prediction (MTP)."""
 
 
 class RopeScaling(StrEnum):
@@ -64,9 +64,9 @@ class RopeScaling(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RopeParameters:
-    """The rotary embedding of a head's first `dimension_count` channels. YaRN uses `extrapolation_factor`, `beta_fast`,
-    `beta_slow`, `log_multiplier` and `truncated`. It divides cos and sin by 1 + 0.1 * log_multiplier * ln(factor). If
-    `truncated`, its ramp begins and ends at whole pairs."""
+    """The rotary embedding of a head's first `dimension_count` channels. Only YaRN uses `extrapolation_factor`,
+    `beta_fast`, `beta_slow`, `log_multiplier` and `truncated`. It divides cos and sin by 1 + 0.1 * log_multiplier *
+    ln(factor). If `truncated`, its ramp begins and ends at whole pairs."""
 
     dimension_count: int
     frequency_base: float
@@ -94,13 +94,13 @@ class Hyperparameters:
     head_count: int
     head_counts_kv: tuple[int, ...]
     key_length: int
-    rms_epsilon: float | None  # None where norms have a mean, whose key is another
+    rms_epsilon: float | None  # None if norms subtract the mean, because their epsilon has another key
     rope: RopeParameters
     expert_count: int
     expert_used_count: int
     expert_feed_forward_length: int
     vocabulary_size: int
-    sliding_window: int | None  # positions that a token sees, its own among them, where the architecture has windows
+    sliding_window: int | None  # positions that a token sees in a window, its own position included
 
     @property
     def query_width(self) -> int:
@@ -120,7 +120,7 @@ def read_architecture(model: ModelFile) -> str:
 
 
 def read_hyperparameters(model: ModelFile) -> Hyperparameters:
-    """Reads `{architecture}.*`. Raises ModelFileError for keys that are missing, out of bounds or contradictory."""
+    """Reads `{architecture}.*`. Raises ModelFileError if a key is missing, out of range or contradictory."""
     return hyperparameters_of(ModelKeys(model))
 
 
@@ -154,7 +154,7 @@ def hyperparameters_of(keys: ModelKeys) -> Hyperparameters:
 
 
 class ModelKeys:
-    """Reads a model's own keys, named without the architecture, and records which were read."""
+    """Reads a model's own keys, which are named without the architecture, and records which keys were read."""
 
     def __init__(self, model: ModelFile) -> None:
         self.model = model
@@ -172,7 +172,7 @@ class ModelKeys:
         value: Any = self.model.metadata.get(self._recorded(key))
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and len(value):
             if (value != value[0]).any():
-                raise self.error(key, "different values in layers are not supported")
+                raise self.error(key, "different values for layers are not supported")
             default = int(value[0])
             if not minimum <= default <= maximum:
                 raise self.error(key, f"expected {minimum} to {maximum}, found {default}")
@@ -236,7 +236,7 @@ class ModelKeys:
         return [bool(flag) for flag in value[:layers]]
 
     def refuse_unread(self) -> None:
-        """Raises ModelFileError for an unread key that would change the arithmetic."""
+        """Raises ModelFileError if there is an unread key that would change the arithmetic."""
         for key in _NEUTRAL_VALUES.keys() - self._read:
             neutral = _NEUTRAL_VALUES[key]
             value: Any = self.model.metadata.get(self._full(key), neutral[0])
@@ -245,8 +245,8 @@ class ModelKeys:
                 raise self.error(key, f"{shown(str(value))} is not supported")
 
     def windowed_layers(self, layers: int, default_period: int, *, full_first: bool = False) -> list[bool]:
-        """Tells which layers have the sliding window. `attention.sliding_window_pattern` is an array, or a period (0:
-        all layers have the window). The last layer of each period, or its first if `full_first`, has no window."""
+        """Tells which layers have the sliding window. `attention.sliding_window_pattern` is an array or a period. The
+        last layer of each period (the first if `full_first`) has no window. With a period of 0, all layers have it."""
         key = "attention.sliding_window_pattern"
         if isinstance(self.model.metadata.get(self._recorded(key)), np.ndarray):
             return self._layer_flags(key, layers)
@@ -279,21 +279,21 @@ def _read_kv_heads(keys: ModelKeys, layers: int, heads: int) -> tuple[int, ...]:
     key = "attention.head_count_kv"
     counts = keys.counts(key, layers, heads, minimum=0, maximum=heads)
     if not any(counts):
-        raise keys.error(key, "it is 0 in all layers")
+        raise keys.error(key, "the count is 0 in all layers")
     for count in filter(None, counts):
         if heads % count:
-            raise keys.error(key, f"{count} does not divide {heads} heads")
+            raise keys.error(key, f"{count} KV heads do not divide {heads} heads")
     return counts
 
 
 def _read_key_length(keys: ModelKeys, embedding_length: int, head_count: int) -> int:
     key_length = keys.count("attention.key_length", embedding_length // head_count, maximum=1 << 12)
     if not keys.has("attention.key_length") and embedding_length % head_count:
-        raise keys.error("attention.head_count", f"{head_count} does not divide a width of {embedding_length}")
+        raise keys.error("attention.head_count", f"{head_count} heads do not divide a width of {embedding_length}")
     value_length = keys.count("attention.value_length", key_length, maximum=1 << 12)
     if value_length != key_length and not all(map(keys.has, LATENT_KEYS)):
         if keys.has("attention.kv_lora_rank"):
-            raise keys.error(LATENT_KEYS[0], "it is missing, as in files of before May 2025: convert the model again")
+            raise keys.error(LATENT_KEYS[0], "missing, as in files from before May 2025: convert the model again")
         raise keys.error("attention.value_length", f"expected {key_length} as for keys, found {value_length}")
     return key_length
 

@@ -29,7 +29,7 @@ _NUMBER = Struct("<i")
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """The importance of a matrix or of its experts: sums of squares [experts, columns] over `counts` inputs."""
+    """The importance of a matrix or of each expert's matrix: sums of squares [experts, columns] of `counts` inputs."""
 
     sums: Float32
     counts: Float32
@@ -52,7 +52,7 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
     with open_regular(path) as descriptor:
         size_bytes = FileIdentity.of(descriptor).size_bytes
         if size_bytes > _MOST_BYTES:
-            raise _no_matrix(path, f"it has {size_bytes >> 20} MiB; the limit is {_MOST_BYTES >> 20} MiB")
+            raise _no_matrix(path, f"the file has {size_bytes >> 20} MiB; the limit is {_MOST_BYTES >> 20} MiB")
         start = bytearray(min(size_bytes, len(MAGIC)))
         read_exactly(descriptor, path, 0, memoryview(start))
         if bytes(start) != MAGIC:
@@ -60,7 +60,7 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
             read_exactly(descriptor, path, 0, memoryview(data))
     matrix = _from_gguf(open_model(path)) if bytes(start) == MAGIC else _from_legacy(path, bytes(data))
     if not matrix.entries:
-        raise _no_matrix(path, "it has no entries")
+        raise _no_matrix(path, "the file has no entries")
     for name, entry in matrix.entries.items():
         if not (np.isfinite(entry.sums).all() and np.isfinite(entry.counts).all()):
             raise _no_matrix(path, f"{shown(name)} has values that are not numbers")
@@ -70,7 +70,7 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
 
 
 def write_imatrix(path: Path, matrix: ImportanceMatrix) -> None:
-    """Writes the old format if the name ends in .dat, else GGUF. The file appears only when it is complete."""
+    """Writes the old format if the name ends in .dat, otherwise GGUF. A file gets its name when it is complete."""
     if path.suffix == ".dat":
         data = _legacy_bytes(matrix)
         with new_file(path, len(data)) as file:
@@ -110,20 +110,20 @@ def _from_gguf(file: ModelFile) -> ImportanceMatrix:
 
 
 def _from_legacy(path: Path, data: bytes) -> ImportanceMatrix:
-    """Reads: entry count | per entry: name, calls, values times calls | chunk count, name of the text."""
+    """Reads the old format: entry count | name, calls, values times calls of each entry | chunk count, text name."""
     at = 0
 
     def number() -> int:
         nonlocal at
         at += _NUMBER.size
         if at > len(data):
-            raise _no_matrix(path, f"it ends at byte {len(data)}, within an entry")
+            raise _no_matrix(path, f"the file ends at byte {len(data)}, within an entry")
         return int(_NUMBER.unpack_from(data, at - _NUMBER.size)[0])
 
     def take(count: int, most: int) -> bytes:
         nonlocal at
         if not 0 < count <= min(most, len(data) - at):
-            raise _no_matrix(path, f"the length {count} at byte {at - 4} of {len(data)} is not possible")
+            raise _no_matrix(path, f"the length {count} at byte {at - 4} does not fit in the file of {len(data)} bytes")
         at += count
         return data[at - count : at]
 

@@ -1,11 +1,11 @@
-"""Types of KV memory, and the widths of keys and values in it."""
+"""Types of KV memory, and the sizes of keys and values in it."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 
 KV_BLOCK_TOKENS = 16
-"""The number of positions in one KV block, the unit that the coordinator allocates and that block tables list."""
+"""The number of positions in a KV block. The coordinator allocates KV blocks, and block tables list them."""
 
 KV_GROUP_CHANNELS = 32
 """The number of channels of a key or value that share a scale, in KV types with scales."""
@@ -16,7 +16,7 @@ KV_VALUE_CHANNELS = 16
 
 class KvType(StrEnum):
     """The type to which keys and values are rounded before any use: float16, or int8 with a float16 scale for each 32
-    channels. With INT8, queries and attention weights are 8 bits too, and attention is computed in integers."""
+    channels. With INT8, queries and attention weights have 8 bits too, and attention is computed in integers."""
 
     F16 = "f16"
     Q8_0 = "q8_0"

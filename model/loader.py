@@ -1,4 +1,4 @@
-"""A model that can be run: its programs, their tensors and costs, its tokenizer and its chat template."""
+"""A model that can be run: its programs, with their tensors and costs, its tokenizer and its chat template."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 
 class Model:
-    """An opened model file. The program of its architecture knows every tensor in the file."""
+    """An opened model file. Every tensor in the file is part of its architecture's program."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Model:
         adapters: Mapping[int, ModelFile] | None = None,
         projector: Projector | None = None,
     ) -> None:
-        """Raises ModelFileError if the file is no model of a supported architecture, or the projector does not fit."""
+        """Raises ModelFileError if the architecture is not supported, or if the projector does not fit the model."""
         self.plain = as_programs_read(file)
         self.adapters = adapters or {}
         self.file = file = with_adapters(self.plain, self.adapters)
@@ -82,9 +82,9 @@ class Model:
         mmproj: Path | None = None,
     ) -> Model:
         """Opens a model. Reads only the headers of `path` and `mmproj`, but all bytes of `adapters`. `chat_template` is
-        the name or the file of a template that replaces the model's. `mmproj` is the file of its projector. Raises
-        UsageError if there is no such template, and ModelFileError like `open_model`, `with_adapters`,
-        `check_adapter_weights`, `open_projector` and `check_projector`."""
+        the name or the path of a template that replaces the file's template. `mmproj` is the projector's file. Raises
+        UsageError if there is no such template, and ModelFileError as `open_model`, `with_adapters`,
+        `check_adapter_weights`, `open_projector` and `check_projector` do."""
         plain = open_model(path)
         numbered = {number: read_adapter(adapter, plain) for number, adapter in enumerate(adapters)}
         check_adapter_weights(numbered.values())
@@ -110,7 +110,7 @@ class Model:
 
     @cached_property
     def widened(self) -> Model:
-        """The same model, with weights packed as wider tiles if their types have wider tiles."""
+        """The model with weights packed as wider tiles, if their types have wider tiles."""
         wide = copy(self)
         tensors = self.file.tensors.items()
         wide.file = replace(
@@ -136,9 +136,9 @@ class Model:
         context_tokens: int | None = None,
         expert_shards: int = 1,
     ) -> Program:
-        """Returns the program of layers [start, end), for sequences of at most `context_tokens` (None: the model's
-        context). With several `expert_shards`, [start, end) are parts of layers (see `Program`). Raises UsageError if a
-        layer cannot be divided into them."""
+        """Returns the program of layers [start, end). Sequences have at most `context_tokens` tokens, or the model's
+        context length if None. With several `expert_shards`, [start, end) counts parts of layers (see `Program`).
+        Raises UsageError if a layer cannot be divided into so many parts."""
 
         def build(first: int, last: int) -> Program:
             return adapted(build_program(self.file, first, last, kv_type, context_tokens), self.file)
@@ -167,7 +167,7 @@ class Model:
 
     @property
     def is_causal(self) -> bool:
-        """False for an encoder, which computes each prompt as a whole."""
+        """False if the model is an encoder, which computes each prompt as a whole."""
         return self._whole.is_causal
 
     @property
@@ -181,14 +181,14 @@ class Model:
 
     @property
     def image_width(self) -> int:
-        """The floats of an image's row, which takes the place of an embedding; 0 if no row can be given."""
+        """The number of floats in an image's row, which replaces an embedding. 0 if the model reads no images."""
         return self._whole.given_levels * self.hyperparameters.embedding_length
 
     def check_projector(self, projector: Projector) -> None:
-        """Raises ModelFileError if the model takes no images, or not the rows of this projector."""
+        """Raises ModelFileError if the model reads no images, or if the projector's rows do not fit the model."""
         which = f"{projector.file.path}: not for {self.file.path.name}"
         if not self.image_width:
-            what = f"architecture {self.hyperparameters.architecture} takes no images here"
+            what = f"images for architecture {self.hyperparameters.architecture} are not supported"
             raise ModelFileError(f"{which}: {what}; set mmproj: off")
         projector.check_text_model(self.plain, self.hyperparameters)
         if projector.family.sections and not self.rope_sections:
@@ -208,7 +208,7 @@ class Model:
 
     @property
     def hidden_bytes(self) -> int:
-        """The most bytes of one token between stages, reached after the first layer; 0 for a model of one layer."""
+        """The maximum size of a token between two stages, in bytes. 0 if the model has only one layer."""
         return 4 * self.program(0, 1).out.width if self.layer_count > 1 else 0
 
     def tensors_for(self, program: Program) -> dict[str, Tensor]:
@@ -276,7 +276,7 @@ class Model:
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
-        """The chat template, made on first use; `close` ends its processes. Raises errors like `tokenizer`."""
+        """The chat template, made on first use. `close` ends its processes. Raises ModelFileError like `tokenizer`."""
         tokenizer = self.tokenizer
         with _named(self.file.path):
             return load_chat_template(self.file.metadata, tokenizer, chosen=self._chosen_template)
@@ -288,21 +288,21 @@ class Model:
     def _refuse_other_uses(self) -> None:
         keys = ModelKeys(self.file)
         if not self._whole.kv_memory:
-            what = f"none of its {self.layer_count} layers has attention or a state of the sequence"
+            what = f"none of the model's {self.layer_count} layers has attention or a state"
             raise self.file.error("general.architecture", f"{keys.architecture}, but {what}")
         if self.generates and self.pooling is Pooling.RANK:
-            raise keys.error("pooling_type", "4 (rank), which is supported for encoders and qwen3 alone")
+            raise keys.error("pooling_type", "4 (rank) is supported only for encoders and qwen3")
         if keys.flag("attention.causal", self.is_causal) != self.is_causal:
             raise keys.error("attention.causal", f"{not self.is_causal} is not supported")
 
     def _refuse_unknown_tensors(self) -> None:
-        """Refuses tensors that no step reads: one could be a scale or a norm, without which every answer is wrong."""
+        """Refuses tensors that no step reads. If one is a scale or a norm, every answer would be wrong."""
         known = {*self._whole.weights, *FACTOR_TENSORS, *nextn_tensors(self.file), *idle_kv_tensors(self.file)}
         unknown = set(self.file.tensors) - known
         if (error := unread_adapter_tensor(self.file, unknown)) is not None:
             raise error
         if unknown:
-            what = f"not part of architecture {self.hyperparameters.architecture} as it is known here"
+            what = f"the tensor is not part of architecture {self.hyperparameters.architecture} as it is known here"
             raise ModelFileError(f"{self.file.path}: tensor {shown(min(unknown))}: {what}; take another model")
 
 

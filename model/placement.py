@@ -1,4 +1,4 @@
-"""Rules that put whole layers, or all experts of layers, in RAM or on GPUs, like llama.cpp's `-ot PATTERN=DEVICE`."""
+"""Rules that put layers, or all experts of layers, in RAM or on GPUs, like llama.cpp's `-ot PATTERN=DEVICE`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ MAX_RULES = 64
 MAX_PATTERN = 256
 _RULE = re.compile(r"([^=]*)=([^=,]*)(?:,|$)")
 _DEVICES = re.compile(r"(?P<ram>cpu|ram)|(?P<gpu>gpu|cuda)|cuda:?(?P<number>[0-9]{1,3})", re.IGNORECASE)
-_POSSIBLE = r"whole layers ('blk\.3\.'), or all experts of a layer ('ffn_.*_exps'), are in RAM; nothing smaller"
+_POSSIBLE = r"only whole layers ('blk\.3\.') or all experts of a layer ('ffn_.*_exps') can be put in RAM"
 
 
 @dataclass(frozen=True, slots=True)
 class PlacementRule:
-    """Puts each tensor whose name contains a match of the pattern on the device: "ram", "gpu" (any GPU) or "cuda:N"."""
+    """Puts tensors whose names contain a match on `device`, which is "ram", "gpu" (any GPU) or "cuda:N"."""
 
     pattern: str
     device: str
@@ -43,11 +43,9 @@ class PlacementRule:
                 f"{device[:60]!r} is not a device; write CPU or ram, gpu, or CUDA0 for one of several GPUs"
             )
         if not 0 < len(pattern) <= MAX_PATTERN:
-            raise ValueError(f"a pattern has {len(pattern)} characters; expected 1 to {MAX_PATTERN}")
+            raise ValueError(f"the pattern has {len(pattern)} characters; expected 1 to {MAX_PATTERN}")
         if not pattern.isprintable():
-            raise ValueError(
-                f"{pattern[:60]!r} has characters that cannot be printed, which names of tensors do not have"
-            )
+            raise ValueError(f"{pattern[:60]!r} has characters that cannot be printed, but tensor names have none")
         _matcher(pattern)
         return cls(pattern, found.lastgroup if found["number"] is None else f"cuda:{int(found['number'])}")  # type: ignore[arg-type]
 
@@ -65,7 +63,7 @@ def read_rules(text: str) -> Iterator[PlacementRule]:
 
 @lru_cache(256)
 def _matcher(pattern: str) -> SchemaValidator:
-    """Returns a matcher of linear time and bounded size. Raises ValueError for an invalid pattern."""
+    """Returns a matcher with linear time and limited size. Raises ValueError if the pattern is invalid."""
     try:
         return SchemaValidator(core_schema.str_schema(pattern=pattern, regex_engine="rust-regex"))
     except SchemaError as error:
@@ -94,8 +92,8 @@ def rule_effects(model: Model, rules: Sequence[PlacementRule]) -> tuple[RuleEffe
 
 
 def placement_of(model: Model, rules: Sequence[PlacementRule], cpu_moe: int | None) -> Placement:
-    """Returns the devices of layers. The first rule that matches a tensor applies to it; `cpu_moe` applies to experts
-    without a rule. Raises UsageError for a rule that matches no tensor or cannot be obeyed."""
+    """Returns the devices of layers. The first rule that matches a tensor applies to it. `cpu_moe` applies to experts
+    without a rule. Raises UsageError if a rule matches no tensor or cannot be obeyed."""
     if not rules:
         return Placement(cpu_moe=cpu_moe)
     decided = {name: rules[index] for name, index in _decided(model, rules).items()}
@@ -123,10 +121,10 @@ def _decided(model: Model, rules: Sequence[PlacementRule]) -> dict[str, int]:
 class _Part:
     what: str
     deciding: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)  # small ones, which are where those are
+    others: list[str] = field(default_factory=list)  # small tensors, on the device of the deciding tensors
 
     def place(self, decided: Mapping[str, PlacementRule]) -> tuple[str, PlacementRule] | None:
-        """Returns a tensor and its rule, which decides for all tensors of the part; None if no rule matches."""
+        """Returns a tensor and its rule, which decides for all tensors of the part, or None if no rule matches."""
         ruled = [(name, decided[name]) for name in (*self.deciding, *self.others) if name in decided]
         if not ruled:
             return None
@@ -177,7 +175,7 @@ def _agree(rule: PlacementRule, other: PlacementRule) -> bool:
 
 def _conflict(pair: tuple[str, PlacementRule], other: tuple[str, PlacementRule], what: str) -> UsageError:
     both = " and ".join(f"{rule} is for {name}" for name, rule in (pair, other))
-    return UsageError(f"placement: {both}, which are on one device as parts of {what}: {_POSSIBLE}")
+    return UsageError(f"placement: {both}, but all tensors of {what} must be on one device: {_POSSIBLE}")
 
 
 def _layers(model: Model) -> list[_Layer]:

@@ -9,7 +9,7 @@ from llamaclust.model.hyperparameters import ModelKeys
 
 
 class Pooling(StrEnum):
-    """The pooled rows: each row, their mean, the first row, the last row, or the first row's scores (encoders)."""
+    """The pooled rows: each row, their mean, the first row, the last row, or (in encoders) the first row's scores."""
 
     NONE = "none"
     MEAN = "mean"
@@ -33,16 +33,16 @@ class Pooling(StrEnum):
 _BY_NUMBER = (Pooling.NONE, Pooling.MEAN, Pooling.CLS, Pooling.LAST, Pooling.RANK)
 
 DEFAULT = Pooling.LAST
-"""The pooling of models that name none. With causal attention, only the last token has seen the whole prompt."""
+"""The default pooling. With causal attention, only the last token has seen the whole prompt."""
 
 
 _CLASSIFIER = frozenset({"cls.weight", "cls.output.weight"})
-"""Tensors of rerankers only. Most public rerankers name no pooling, because llama.cpp has an option for it."""
+"""Tensors that only rerankers have. Most rerankers have no pooling key, because llama.cpp has an option for it."""
 
 
 def read_pooling(model: ModelFile, default: Pooling = DEFAULT) -> Pooling:
-    """Returns the file's pooling, RANK if the file has a classifier, or the default. Raises ModelFileError for an
-    unknown number."""
+    """Returns the file's pooling. Without the key, returns RANK if the file has a classifier, otherwise the default.
+    Raises ModelFileError if the number is unknown."""
     keys = ModelKeys(model)
     if not keys.has("pooling_type") and not _CLASSIFIER.isdisjoint(model.tensors):
         return Pooling.RANK

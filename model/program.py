@@ -1,6 +1,6 @@
 """A stage as a program: the flat list of typed steps that an architecture emits and every backend runs. Buffers are
-float32 matrices [rows, width]; `SelectRows` keeps only the rows whose logits are wanted. Weights are named by their
-GGUF tensor names; a backend looks them up at load."""
+float32 matrices [rows, width]. `SelectRows` keeps only the rows whose logits are needed. Weights have their GGUF tensor
+names, by which a backend looks them up."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ __all__ = [
     "Slice",
     "SoftCap",
     "StatePart",
-]  # beside what is defined here
+]  # and the names that are defined here
 
 LOGITS = "logits"
 
@@ -136,11 +136,11 @@ KvLayer = Attention | SequenceState
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """The steps of layers [start, end), or of parts of layers if these are divided into `shards` (see `expert_shards`).
-    The first stage begins with `Embed`; others receive `hidden`. The last stage ends with the logits in `out` [output
-    rows, vocabulary]; others with the hidden state [rows, embedding]. On the last stage, `normed` [rows, embedding] is
-    the normed hidden state of every row, or the scores [rows, classes] of a reranker, written before `SelectRows`.
-    Encoders and rerankers have no logits."""
+    """The steps of layers [start, end). If layers are divided into `shards`, start and end count their parts (see
+    `expert_shards`). The first stage begins with `Embed`, and other stages receive `hidden`. The last stage ends with
+    the logits in `out` [output rows, vocabulary], and other stages with the hidden state [rows, embedding]. On the last
+    stage, `normed` is the normed hidden state [rows, embedding] of every row, or a reranker's scores [rows, classes].
+    It is written before `SelectRows`. Encoders and rerankers have no logits."""
 
     start: int
     end: int
@@ -195,12 +195,12 @@ class Program:
 
     @property
     def rows_together(self) -> int:
-        """The number of rows of a batch that become one row of `out`, apart from `SelectRows`."""
+        """The number of a batch's rows that become one row of `out`, apart from `SelectRows`."""
         return prod(step.factor for step in self.steps if isinstance(step, FewerRows))
 
     @property
     def rope_sections(self) -> int:
-        """The least number of sections of a batch's rope positions; 0 if all rotations are by one position."""
+        """The number of sections that a batch's rope positions need, or 0 if all rotations are by one position."""
         sections = (step.sections for step in self.steps if isinstance(step, Rope) and step.sections is not None)
         return max((max(each) + 1 for each in sections), default=0)
 
@@ -214,7 +214,7 @@ class Program:
 
     @property
     def is_causal(self) -> bool:
-        """True if no row attends to later positions. Then, a sequence may be computed in chunks."""
+        """True if no row attends to later positions, so that a sequence may be computed in chunks."""
         return all(step.causal for step in self.kv_layers)
 
     @property
@@ -223,7 +223,7 @@ class Program:
 
     @property
     def window(self) -> int | None:
-        """The largest window of the causal layers, or None. KV memory of positions before it is released."""
+        """The largest window of the causal layers, or None. KV memory of positions before the window is released."""
         return max((kept.window for kept in self.kv_layers if kept.causal and kept.window is not None), default=None)
 
 
@@ -232,7 +232,7 @@ def weights_of(steps: Iterable[Step]) -> tuple[str, ...]:
 
 
 def read_before_written(steps: Iterable[Step], *results: Buffer | None) -> tuple[Buffer, ...]:
-    """Returns, in order, the buffers that must be filled before these steps. `results` are read after the steps."""
+    """Returns the buffers that these steps read before writing, in order. `results` are read after the steps."""
     found: dict[str, Buffer] = {}
     written: set[str] = set()
     for step in steps:

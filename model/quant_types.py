@@ -23,8 +23,8 @@ _CACHE_LINE_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class TypeInfo:
-    """One row of the table. `activation` is None for types without a dot product (integers, ggml's internal types).
-    `tile_extra_bytes` are a block's additional bytes in memory, for quick decoding."""
+    """A row of the table. `activation` is None for types without a dot product (integers and ggml's internal types).
+    `tile_extra_bytes` are additional bytes of a block in memory, which make decoding faster."""
 
     block_size: int
     block_bytes: int
@@ -46,7 +46,7 @@ _F32, _Q8_32, _Q8_256 = ActivationFormat
 
 
 class QuantType(IntEnum):
-    """ggml's types: the number in GGUF files and the fields of `info`. Each backend decides which it supports."""
+    """ggml's types, each with its number in GGUF files and the fields of `info`. A backend may not support all."""
 
     info: TypeInfo
 
@@ -99,4 +99,4 @@ WIDER_TILES: Final[Mapping[QuantType, QuantType]] = {
     QuantType.IQ2_XS: QuantType.IQ2_S,
     QuantType.TQ1_0: QuantType.TQ2_0,
 }
-"""Types that may be packed as tiles of another type: results are bit-identical and faster, but take more memory."""
+"""Types that may be packed as tiles of another type. Results are bit-identical and faster, but take more memory."""

@@ -1,4 +1,4 @@
-"""Ranks documents: makes the prompt of a query and a document, and reads the score from the results."""
+"""Ranks documents. Makes the prompt for a query and a document, and reads the score from the model's results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PairTemplate:
     text: str
 
     def prompt(self, tokenizer: Tokenizer, query: str, document: str) -> tuple[int, ...]:
-        """Makes control tokens of words in the template only. Raises RequestError if a text contains U+FDD0."""
+        """Makes a prompt. Only the template's words become control tokens. Raises RequestError if a text has U+FDD0."""
         (texts,) = guard_messages([dict(zip(_FIELDS, (query, document), strict=True))], tokenizer)
         rendered = _PLACES.sub(lambda place: str(texts[place[0][1:-1]]), self.text)
         parts = tokenizer.split_special(rendered, parse_special=True)
@@ -37,7 +37,7 @@ class PairTemplate:
 @dataclass(frozen=True, slots=True)
 class Ranking:
     """The prompts and the score of a reranker. In causal models (`of_last`), the score is the softmax of the first
-    class at the last token. In others, it is the first class's output at the first token."""
+    class at the last token. In other models, the score is the first class's output at the first token."""
 
     prompts: PairForm | PairTemplate
     of_last: bool
@@ -54,7 +54,7 @@ class Ranking:
 
 
 def read_ranking(metadata: Mapping[str, Any], tokenizer: Tokenizer, *, of_last: bool) -> Ranking:
-    """Reads the file's template for pairs, or the form of its special tokens. Raises ModelFileError if invalid."""
+    """Reads the file's pair template, or the form of its special tokens. Raises ModelFileError if it is invalid."""
     text = metadata.get(_KEY)
     if text is None:
         return Ranking(read_pair_form(metadata, tokenizer), of_last)

@@ -1,4 +1,4 @@
-"""Architectures by their GGUF name. Each appends the steps of its layers to a ProgramBuilder."""
+"""Architectures by their GGUF name. Each one appends its layers' steps to a ProgramBuilder."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ _RESHAPES: Mapping[str, Callable[[ModelFile], ModelFile]] = MappingProxyType({"k
 def build_program(
     model: ModelFile, start: int, end: int, kv_type: KvType = KvType.F16, context_tokens: int | None = None
 ) -> Program:
-    """Returns the program of layers [start, end) for sequences of at most `context_tokens` (None: the model's context).
-    Raises ModelFileError, which names the faulty architecture, key or tensor."""
+    """Returns the program of layers [start, end). Sequences have at most `context_tokens` tokens, or the model's
+    context length if None. Raises ModelFileError, which names the faulty architecture, key or tensor."""
     keys = ModelKeys(as_programs_read(model))
     builder = EncoderBuilder(keys, hyperparameters_of(keys), start, end, kv_type, context_tokens)
     ARCHITECTURES[keys.architecture](builder)
@@ -108,7 +108,7 @@ def build_program(
 
 
 def as_programs_read(model: ModelFile) -> ModelFile:
-    """Gives tensors the shapes that programs expect. Raises ModelFileError for an unsupported architecture."""
+    """Returns the tensors in the shapes that programs expect. Raises ModelFileError for an unsupported architecture."""
     check_architecture(model)
     reshape = _RESHAPES.get(read_architecture(model))
     return model if reshape is None else reshape(model)
@@ -117,5 +117,5 @@ def as_programs_read(model: ModelFile) -> ModelFile:
 def check_architecture(model: ModelFile) -> None:
     name = read_architecture(model)
     if name not in ARCHITECTURES:
-        what = f"{shown(name)} is none of the {len(ARCHITECTURES)} supported ones, which docs/models.md lists"
+        what = f"{shown(name)} is not one of the {len(ARCHITECTURES)} supported architectures in docs/models.md"
         raise model.error("general.architecture", what, "take another model")

@@ -1,4 +1,4 @@
-"""Encoders for embeddings, with norms after blocks (bert, nomic-bert*, jina-bert-v*) or before them (modern-bert)."""
+"""Encoders for embeddings. bert, nomic-bert* and jina-bert-v* have norms after blocks, modern-bert before blocks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ACTIVATIONS = {
 
 
 def bert(builder: EncoderBuilder) -> None:
-    """BERT, and most sentence encoders after it (MiniLM, BGE, E5, GTE): learned positions, and biases everywhere."""
+    """BERT and most later sentence encoders (MiniLM, BGE, E5, GTE). Positions are learned. All products have biases."""
     builder.use_layer_norms()
     for layer in builder.sentence_layers(positions=True):
         builder.require(layer, "attn_q.bias", "attn_output.bias", "ffn_up.bias", "ffn_down.bias")
@@ -28,7 +28,7 @@ def bert(builder: EncoderBuilder) -> None:
 
 
 def nomic_bert(builder: EncoderBuilder) -> None:
-    """Nomic Embed 1 and 1.5: rotations, one tensor for queries, keys and values, and a gated feed-forward network."""
+    """Nomic Embed 1 and 1.5. They have rotations, one tensor for q, k and v, and a gated feed-forward network."""
     table = builder.rope_table()
     builder.use_layer_norms()
     for layer in builder.sentence_layers():
@@ -37,7 +37,7 @@ def nomic_bert(builder: EncoderBuilder) -> None:
 
 
 def nomic_bert_moe(builder: EncoderBuilder) -> None:
-    """Nomic Embed 2: XLM-RoBERTa with rotations. In every n-th layer, from the second on, ungated experts are used."""
+    """Nomic Embed 2: XLM-RoBERTa with rotations. Every n-th layer, from the second on, has experts without gates."""
     table, every = builder.rope_table(), builder.keys.count("moe_every_n_layers", 0, minimum=0, maximum=1 << 10)
     builder.use_layer_norms()
     for layer in builder.sentence_layers():
@@ -47,7 +47,7 @@ def nomic_bert_moe(builder: EncoderBuilder) -> None:
 
 
 def jina_bert_v2(builder: EncoderBuilder) -> None:
-    """Jina Embeddings 2: ALiBi instead of position embeddings, and a gated feed-forward network."""
+    """Jina Embeddings 2. It has ALiBi instead of position embeddings, and a gated feed-forward network."""
     slopes = alibi_slopes(builder.hyperparameters.head_count)
     builder.use_layer_norms()
     for layer in builder.sentence_layers():
@@ -56,7 +56,7 @@ def jina_bert_v2(builder: EncoderBuilder) -> None:
 
 
 def jina_bert_v3(builder: EncoderBuilder) -> None:
-    """Jina Embeddings 3: XLM-RoBERTa with rotations instead of positions. Its adapters are separate files."""
+    """Jina Embeddings 3: XLM-RoBERTa with rotations instead of learned positions. Its adapters are separate files."""
     table = builder.rope_table()
     builder.use_layer_norms()
     for layer in builder.sentence_layers():
@@ -65,8 +65,8 @@ def jina_bert_v3(builder: EncoderBuilder) -> None:
 
 
 def modern_bert(builder: EncoderBuilder) -> None:
-    """ModernBERT: gate and up are one tensor, and the first attention has no norm before it. Every third layer, from
-    the first on, has no window; the others have a window and a rotation of their own."""
+    """ModernBERT. Gate and up are one tensor, and the first layer's attention has no norm before it. The first layer
+    and every third layer after it have no window. The other layers have a window, and a rotation with another base."""
     hp, activation = builder.hyperparameters, _activation(builder)
     windowed = builder.keys.windowed_layers(hp.block_count, 3, full_first=True)
     whole = AttentionVariant(RopeStyle.NEOX, builder.rope_table(), causal=False)

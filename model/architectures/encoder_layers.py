@@ -1,4 +1,4 @@
-"""The steps of encoders: the embedding of a sentence, norms after residual sums, and a classifier or dense layers."""
+"""The steps of encoders: sentence embedding, norms after residual sums, and a classifier or dense layers at the end."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _TYPES = "token_types.weight"
 
 class EncoderBuilder(ProgramBuilder):
     def sentence_layers(self, *, positions: bool = False, last_norm: bool = False) -> Iterator[int]:
-        """Yields the layers. Before the first one, norms the sum of token embedding, first token type and (if
-        `positions`) learned positions. If `last_norm`, norms the result of the last layer too."""
+        """Yields the layers. Before the first layer, it emits the norm of the sum of token embedding, embedding of
+        token type 0 and (if `positions`) learned positions. If `last_norm`, it emits a norm after the last layer."""
         if self.stage.start == 0:
             self._embed_sentence(positions)
         yield from self.stage
@@ -37,8 +37,8 @@ class EncoderBuilder(ProgramBuilder):
         activation: ActivationFunction,
         experts: bool = False,
     ) -> None:
-        """hidden = norm(hidden + attention), then hidden = norm(hidden + inner layer). The inner layer is gated, or is
-        down(activation(up)), or `experts` of that form."""
+        """hidden = norm(hidden + attention), then hidden = norm(hidden + feed-forward network). The network is gated if
+        `gated`, and otherwise down(activation(up)). If `experts`, it is a mixture of ungated experts."""
         prefix = f"blk.{layer}"
         self._normed = self._hidden  # what products read
         self._attend(layer, variant)
@@ -107,10 +107,10 @@ class EncoderBuilder(ProgramBuilder):
     def _refuse_mean_of_classifier(self) -> None:
         key, pools_mean = "classifier.pooling_type", self.hyperparameters.architecture == "modern-bert"
         if self.keys.count(key, 1 if pools_mean else 2, minimum=0, maximum=4) != 2:
-            raise self.keys.error(key, "expected 2 (cls); a classifier of the mean is not supported")
+            raise self.keys.error(key, "expected 2 (cls); a classifier on the mean of rows is not supported")
 
     def _dense(self, rows: Buffer) -> Buffer:
-        """Computes dense_3(dense_2(row)) for every row before pooling. Dense layers and the mean of rows commute."""
+        """Emits dense_3(dense_2(row)) for every row before pooling. Dense layers commute with the mean of rows."""
         if not any(f"dense_{number}.weight" in self.model.tensors for number in (2, 3)):
             return rows
         inner = Buffer("dense", self.model.tensor("dense_2.weight").shape[0])

@@ -1,4 +1,4 @@
-"""Mixtures of experts: the options of model families, and the step."""
+"""Mixtures of experts: reads a model family's options from the file, and builds the step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _GATINGS = {1: Gating.SOFTMAX, 2: Gating.SIGMOID, 3: Gating.SOFTMAX_OF_CHOSEN}
 
 @dataclass(frozen=True, slots=True)
 class ExpertsVariant:
-    """Options of a mixture. The shared expert has `shared_width` channels and, if `shared_gate`, a sigmoid gate."""
+    """Options of a mixture. The shared expert has `shared_width` channels. If `shared_gate`, it has a sigmoid gate."""
 
     options: ExpertOptions = USUAL_EXPERTS
     shared_width: int = 0
@@ -31,19 +31,19 @@ def read_experts(
     activation: ActivationFunction | GatedActivation = GatedActivation.SILU_MUL,
     shared_width: int = 0,
 ) -> ExpertsVariant:
-    """Reads the options from the file's keys. `gating` and `normalized` are the defaults. Raises ModelFileError for an
-    unknown gating function, or if groups do not divide the experts."""
+    """Reads the options from the file's keys. `gating` and `normalized` are defaults for missing keys. Raises
+    ModelFileError if the gating function is unknown, or if groups do not divide the experts."""
     number = keys.count(_GATING_KEY, 0, minimum=0, maximum=255)
     if number not in (0, *_GATINGS):
         known = ", ".join(f"{key} ({value})" for key, value in _GATINGS.items())
-        raise keys.error(_GATING_KEY, f"{number} is not supported; supported: {known}")
+        raise keys.error(_GATING_KEY, f"gating function {number} is not supported; supported are {known}")
     groups = keys.count("expert_group_count", 1, minimum=0, maximum=1 << 10) or 1
     used_groups = keys.count("expert_group_used_count", 1, minimum=0, maximum=groups) or 1
     if hp.expert_count % groups or hp.expert_used_count > used_groups * (hp.expert_count // groups):
         what = f"{hp.expert_count} experts in {groups} groups, {hp.expert_used_count} chosen from {used_groups} groups"
         raise keys.error(
             "expert_group_count",
-            f"{what}; groups must divide the experts, and the used groups must hold the chosen ones",
+            f"{what}; groups must divide the experts, and the used groups must hold the chosen experts",
         )
     options = ExpertOptions(
         gating=_GATINGS.get(number, gating),
@@ -64,12 +64,12 @@ def expert_step(
     buffers: tuple[Buffer, Buffer],
     routed: Buffer | None = None,
 ) -> Moe:
-    """Returns the step that reads the first of `buffers` and writes the second. The router reads `routed` if given.
-    Biases and scales are optional, and gate and up may be one tensor."""
+    """Returns the step that reads the first of `buffers` and writes the second. The router reads `routed` if it is
+    given. Biases and scales are optional. Gate and up may be one tensor."""
     (x, out), count, ffn = buffers, hp.expert_count, hp.expert_feed_forward_length
     old = f"{prefix}.ffn_gate.0.weight"
     if tensors.has(old):
-        raise tensors.error(old, "one tensor for each expert, the form of early 2024", "convert the model again")
+        raise tensors.error(old, "one tensor for each expert is a format of early 2024", "convert the model again")
 
     fused = tensors.has(f"{prefix}.ffn_gate_up_exps.weight")
     inner = (count, 2 * ffn if fused else ffn, x.width)

@@ -1,4 +1,4 @@
-"""Blocks from which architectures are built. Every weight is checked against the file when it is named."""
+"""Blocks from which architectures are built. Each weight that a block names is checked against the file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EMBEDDING, _POSITIONS = "token_embd.weight", "position_embd.weight"
 
 
 class HeadNorms(StrEnum):
-    """Norms of q and k: none, per head before or after the rotation ("unit": without weights), or over all heads."""
+    """Norms of q and k, over each head (before or after the rotation) or all heads. Unit norms have no weights."""
 
     NONE = "none"
     PER_HEAD = "per head"
@@ -31,7 +31,7 @@ class HeadNorms(StrEnum):
 
 
 class Norms(StrEnum):
-    """The position of a block's norms: before its products, after them (but before the residual sum), or both."""
+    """The position of a block's norms: before its products, after its products but before the sum, or both."""
 
     BEFORE = "before"
     AFTER = "after"
@@ -40,9 +40,9 @@ class Norms(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AttentionVariant:
-    """Options of an attention block. Without `table` nothing is rotated. `scale` is 1 / sqrt(head_dim) by default.
-    `window`, `chunked`, `soft_cap` and `slopes` are those of `Attention`. `sinks`: the layer has a tensor of sinks.
-    `temperature`: the arguments of a `PositionScale` of queries. `sections`: those of `Rope`."""
+    """Options of an attention block. There is no rotation if `table` is None. `scale` is 1 / sqrt(head_dim) by default.
+    `window`, `chunked`, `soft_cap` and `slopes` are described at `Attention`, and `sections` at `Rope`. If `sinks`, the
+    layer has a tensor of sinks. `temperature` has the arguments for a `PositionScale` of queries."""
 
     style: RopeStyle = RopeStyle.NEOX
     table: RopeTable | None = None
@@ -96,7 +96,7 @@ class ProgramBuilder(CheckedTensors):
         return Program(start, end, layers, self.given, self.out, tuple(self._steps), normed)
 
     def use_layer_norms(self, *, biases: bool = True) -> None:
-        """Makes all later norms subtract the mean. They also add a bias if `biases`."""
+        """Makes all later norms subtract the mean. If `biases`, they also add a bias."""
         self._norm_biases = biases
         self._layer_norm_epsilon = self.keys.real("attention.layer_norm_epsilon", minimum=1e-13, maximum=0.1)
 
@@ -112,9 +112,9 @@ class ProgramBuilder(CheckedTensors):
         may_rank: bool = False,
         logit_factor: float = 1.0,
     ) -> Iterator[int]:
-        """Yields the layers, after the embedding of a first stage and before the head of a last one. With `positions`,
-        learned positions are added to the embedding. `soft_cap` applies to logits. If `may_rank`, the head is a
-        classifier in files with pooling by rank."""
+        """Yields the layers. Emits the embedding before the first layer of the model, and the head after the last. If
+        `positions`, learned positions are added to the embedding. `soft_cap` applies to logits. If `may_rank`, the head
+        is a classifier in files with pooling by rank."""
         self._embed(embedding_factor, positions)
         yield from self.stage
         if self.stage.stop == self.hyperparameters.block_count:
@@ -141,12 +141,12 @@ class ProgramBuilder(CheckedTensors):
         hp = self.hyperparameters
         weight = self.weight(_POSITIONS, (hp.context_length, hp.embedding_length))
         if self._context_tokens > hp.context_length:
-            what = f"{hp.context_length} positions, fewer than a context of {self._context_tokens} tokens"
+            what = f"it has {hp.context_length} positions, fewer than the context of {self._context_tokens} tokens"
             raise self.error(_POSITIONS, what, f"set context_length to {hp.context_length} or less")
         self._steps.append(steps.AddPosition(embedded, out, weight))
 
     def _head(self, soft_cap: float | None, factor: float) -> None:
-        """Emits the selection of output rows and their logits. Without `output.weight`, the head is the embedding."""
+        """Emits the selection of output rows and their logits. The default for `output.weight` is the embedding."""
         self.out = Buffer(steps.LOGITS, self.hyperparameters.vocabulary_size)
         selected = Buffer("selected", self._hidden.width)
         self._steps.append(steps.SelectRows(self._last_normed, selected))
@@ -161,7 +161,7 @@ class ProgramBuilder(CheckedTensors):
         name = "cls.output.weight"
         scores = Buffer("scores", self.model.tensor(name).shape[0])
         if scores.width < 2:
-            raise self.error(name, "expected 2 classes or more, found 1, of which the share is always 1")
+            raise self.error(name, "expected 2 classes or more, found 1; the share of a single class is always 1")
         self._matmul("cls.output", self._last_normed, scores)
         self.out = Buffer("selected", self._hidden.width)
         self._steps.append(steps.SelectRows(self._hidden, self.out))
@@ -170,7 +170,7 @@ class ProgramBuilder(CheckedTensors):
     def attention(
         self, layer: int, variant: AttentionVariant = AttentionVariant(), *, norms: Norms = Norms.BEFORE
     ) -> None:
-        """hidden += output(attention(rope(q), rope(k), v)): q, k and v are products of the normed hidden state."""
+        """hidden += output(attention(rope(q), rope(k), v)). q, k and v are products of the normed hidden state."""
         prefix = f"blk.{layer}"
         self._norm_before(f"{prefix}.attn_norm", norms)
         self._attend(layer, variant)
@@ -185,7 +185,7 @@ class ProgramBuilder(CheckedTensors):
     def parallel(
         self, layer: int, variant: AttentionVariant, activation: ActivationFunction, *, gated: bool = False
     ) -> None:
-        """hidden += attention + inner layer (gated, or down(activation(up))). Both read the same hidden state."""
+        """hidden += attention + feed-forward network (gated or plain). Both read the hidden state before the layer."""
         prefix, second = f"blk.{layer}", f"blk.{layer}.attn_norm_2"
         two = any(self.has(f"{second}.{part}") for part in ("weight", "bias"))
         self._norm(second if two else f"{prefix}.attn_norm", self._hidden)
@@ -202,7 +202,7 @@ class ProgramBuilder(CheckedTensors):
     def kv_heads(self, layer: int) -> int:
         count = self.hyperparameters.head_counts_kv[layer]
         if count == 0:
-            raise self.keys.error("attention.head_count_kv", f"it is 0 in layer {layer}, which has attention")
+            raise self.keys.error("attention.head_count_kv", f"the count is 0 in layer {layer}, which has attention")
         return count
 
     def add_given(self, level: int) -> None:
@@ -212,7 +212,7 @@ class ProgramBuilder(CheckedTensors):
         self._steps += added
 
     def mix(self, layer: int, mixer: Iterable[steps.Step], *, beside: bool = False) -> None:
-        """hidden += projected, which `mixer` computes from a norm: attention's if `beside`, otherwise a new one."""
+        """hidden += projected, which `mixer` computes. It reads attention's norm if `beside`, otherwise a new norm."""
         if not beside:
             self._norm(f"blk.{layer}.attn_norm", self._hidden)
         self.append(mixer)
@@ -276,8 +276,8 @@ class ProgramBuilder(CheckedTensors):
         norms: Norms = Norms.BEFORE,
         norm: str = "ffn_norm",
     ) -> None:
-        """hidden += down(activation(gate) * up), where gate and up are products of the normed hidden state. `norm`
-        names that norm. If `fused`, gate and up are one tensor, `ffn_up`, with the gate's rows first."""
+        """hidden += down(activation(gate) * up), where gate and up are products of the normed hidden state. `norm` is
+        the norm's name. If `fused`, gate and up are one tensor, `ffn_up`, and the gate's rows are first."""
         prefix = f"blk.{layer}"
         self._norm_before(f"{prefix}.{norm}", norms)
         self._gated_inner(layer, activation, fused=fused)
@@ -311,7 +311,7 @@ class ProgramBuilder(CheckedTensors):
         self._matmul(f"{prefix}.ffn_down", activated, self._projected)
 
     def experts(self, layer: int, variant: ExpertsVariant, *, norm: str = "ffn_norm") -> None:
-        """hidden += the weighted sum of the best experts (and the shared one), from the normed hidden state."""
+        """hidden += the weighted sum of the best experts and the shared expert, from the normed hidden state."""
         self._norm(f"blk.{layer}.{norm}", self._hidden)
         self._mix_experts(f"blk.{layer}", variant)
         self._add_projected()
@@ -323,7 +323,6 @@ class ProgramBuilder(CheckedTensors):
             self._shared_expert(prefix, variant)
 
     def _shared_expert(self, prefix: str, variant: ExpertsVariant) -> None:
-        """projected += the shared expert. If it has a gate, a sigmoid of the normed hidden state weights it."""
         gate, up = (Buffer(name, variant.shared_width) for name in ("shared gate", "shared up"))
         out = Buffer("shared", self._projected.width)
         self._matmul(f"{prefix}.ffn_gate_shexp", self._normed, gate)
@@ -340,7 +339,7 @@ class ProgramBuilder(CheckedTensors):
         return rope_table(rope or trained, self.rope_factors(trained, self._context_tokens))
 
     def window_rope_table(self) -> RopeTable:
-        """Returns the rotation of windowed layers, which has a base of its own and no scaling."""
+        """Returns the rotation of windowed layers, which has another base and no scaling."""
         base = self.keys.real("rope.freq_base_swa", 10000.0, minimum=1.0, maximum=1e12)
         rope = self.hyperparameters.rope
         return self.rope_table(replace(rope, frequency_base=base, scaling=RopeScaling.NONE, factor=1.0))
@@ -355,13 +354,13 @@ class ProgramBuilder(CheckedTensors):
         self._steps.append(steps.LayerNorm(x, out, weight, bias, self._layer_norm_epsilon))
 
     def _rms_norm(self, name: str, x: Buffer, out: Buffer, heads: int = 1) -> None:
-        """Emits an RMS norm. In files of Falcon H1, its tensor may be named without `.weight`."""
+        """Emits an RMS norm. Its tensor may be named without `.weight`, as in files of Falcon H1."""
         weight = self.vector(name if self.has(name) else f"{name}.weight", x.width // heads)
         self._steps.append(steps.RmsNorm(x, out, weight, self.rms_epsilon, heads))
 
     @property
     def rms_epsilon(self) -> float:
-        """The epsilon of RMS norms. Raises ModelFileError if the file has only that of norms with a mean."""
+        """The epsilon of RMS norms. Raises ModelFileError if the file has no such key."""
         epsilon = self.hyperparameters.rms_epsilon
         if epsilon is None:
             epsilon = self.keys.real("attention.layer_norm_rms_epsilon", minimum=1e-13, maximum=0.1)

@@ -1,4 +1,4 @@
-"""Rotation frequencies and ALiBi slopes, in decimal arithmetic: they are equal on all machines, whatever their libm."""
+"""Rotation frequencies and ALiBi slopes, in decimal arithmetic, so that they do not depend on a machine's libm."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PI = Decimal("3.14159265358979323846264338327950288419716939937510")
 
 @lru_cache(maxsize=64)
 def rope_table(rope: RopeParameters, factors: tuple[float, ...] | None = None) -> RopeTable:
-    """frequency(i) = base^(-2 i / dimensions), divided by factors[i] if the model has factors, then scaled."""
+    """Returns the table: frequency(i) = base^(-2 i / dimensions), divided by factors[i] if given, and then scaled."""
     with localcontext(_DIGITS):
         plain = _plain_frequencies(rope, factors)
         stretched = [frequency / Decimal(rope.factor) for frequency in plain]
@@ -45,8 +45,8 @@ def _plain_frequencies(rope: RopeParameters, factors: tuple[float, ...] | None) 
 
 
 def _yarn_shares(rope: RopeParameters) -> list[Decimal]:
-    """Returns how much of each pair's frequency stays unscaled: 1 for pairs that turn often over the original context,
-    0 for slow pairs, a ramp between. (YaRN, arXiv 2309.00071, section 3.2.)"""
+    """Returns the unscaled share of each pair's frequency: 1 for pairs that turn often within the original context, 0
+    for slow pairs, and a ramp between. (YaRN, arXiv 2309.00071, section 3.2.)"""
     if rope.frequency_base <= 1:
         raise ModelFileError(f"metadata rope.freq_base: expected more than 1 with YaRN, found {rope.frequency_base:g}")
     last = Decimal(rope.dimension_count - 1)
@@ -60,14 +60,14 @@ def _yarn_shares(rope: RopeParameters) -> list[Decimal]:
 
 
 def _pair_with_turns(rope: RopeParameters, turns: float) -> Decimal:
-    """Returns the (fractional) number of the pair that turns `turns` times over the original context."""
+    """Returns the (fractional) index of the pair that makes `turns` turns over the original context."""
     per_turn = Decimal(rope.original_context_length) / (Decimal(turns) * 2 * _PI)
     return rope.dimension_count * per_turn.ln() / (2 * Decimal(rope.frequency_base).ln())
 
 
 def yarn_score_scale(rope: RopeParameters, multiplier: float, width: int) -> float:
-    """Returns the factor of scores over `width` channels, as in llama.cpp: 1 / sqrt(width), times the square of the
-    rotations' magnitude (see `rope_table`), times the square of 1 + 0.1 * multiplier * ln(factor)."""
+    """Returns the factor of scores over `width` channels, as in llama.cpp. It is 1 / sqrt(width), times the square of
+    the rotations' magnitude (see `rope_table`), times the square of 1 + 0.1 * multiplier * ln(factor)."""
     with localcontext(_DIGITS):
         tenth = Decimal(rope.factor).ln() / 10
         magnitude = Decimal(rope.attention_factor) * (1 + tenth) / (1 + Decimal(rope.log_multiplier) * tenth)
@@ -76,16 +76,16 @@ def yarn_score_scale(rope: RopeParameters, multiplier: float, width: int) -> flo
 
 
 def rope_sections(keys: ModelKeys, pairs: int, *, interleaved: bool) -> tuple[int, ...]:
-    """Returns the section of each pair: time, height or width (0, 1, 2), or the file's fourth. Sections are runs of
-    pairs; if `interleaved`, they take turns, each as often as its number of pairs. Pairs of no section turn by time.
-    (llama.cpp turns them by the fourth section. In existing models, these pairs turn very slowly.) Text has its
-    position in all sections. Raises ModelFileError for missing sections or too many pairs."""
+    """Returns the section of each pair: time, height or width (0, 1, 2), or the file's fourth section. Sections are
+    runs of pairs. If `interleaved`, they alternate instead, each as often as it has pairs. Pairs without a section are
+    rotated by time. (llama.cpp rotates them by the fourth section. In existing models, these pairs turn very slowly.)
+    Text has the same position in all sections. Raises ModelFileError if sections are missing or have too many pairs."""
     key = _SECTIONS_KEY
     sections = keys.integers(key)
     if len(sections) < _LEAST_SECTIONS:
         raise keys.error(key, f"expected {_LEAST_SECTIONS} sections or more, found {len(sections)}")
     if min(sections) < 0 or sum(sections) > pairs:
-        what = f"{shown(str(list(sections)))}, together {sum(sections)}; expected non-negative numbers"
+        what = f"found {shown(str(list(sections)))}, with a sum of {sum(sections)}; expected non-negative numbers"
         raise keys.error(key, f"{what} with a sum of at most {pairs} (rotated pairs)")
     if interleaved:
         return tuple(i % 3 if i < 3 * sections[i % 3] else 0 for i in range(pairs))
@@ -94,7 +94,7 @@ def rope_sections(keys: ModelKeys, pairs: int, *, interleaved: bool) -> tuple[in
 
 
 def text_sections(keys: ModelKeys, pairs: int) -> tuple[int, ...] | None:
-    """Returns the sections, in runs, of an architecture whose models have them only if they read images, or None."""
+    """Returns the sections as runs of pairs, or None if the model has no sections because it reads no images."""
     if not keys.has(_SECTIONS_KEY) or not any(keys.integers(_SECTIONS_KEY)):
         return None
     return rope_sections(keys, pairs, interleaved=False)
@@ -102,9 +102,9 @@ def text_sections(keys: ModelKeys, pairs: int) -> tuple[int, ...] | None:
 
 @lru_cache(maxsize=64)
 def alibi_slopes(heads: int) -> tuple[float, ...]:
-    """Returns ALiBi's slopes, a float32 for each head. Let n be the greatest power of two up to `heads`. The first n
-    heads have 2^(-8 (h + 1) / n); the others have the 1st, 3rd, 5th, ... slopes of 2 n heads. (ALiBi, arXiv 2108.12409,
-    and its authors' rule for other numbers of heads.)"""
+    """Returns the ALiBi slope of each head, as float32. Let n be the greatest power of two that is at most `heads`. The
+    first n heads have the slopes 2^(-8 (h + 1) / n). The other heads have the 1st, 3rd, 5th, ... slope that 2 n heads
+    would have. (ALiBi, arXiv 2108.12409, and its authors' code for head counts that are not powers of two.)"""
     whole = 1 << (heads.bit_length() - 1)
     exponents = [(h + 1, whole) for h in range(whole)] + [(2 * h + 1, 2 * whole) for h in range(heads - whole)]
     with localcontext(_DIGITS):

@@ -1,5 +1,5 @@
-"""Qwen: qwen2, qwen2vl, qwen2moe, qwen3, qwen3moe, qwen3vl, qwen3vlmoe. LLaMA with rotations of channels half a head
-apart. A window in the file is ignored: the models turn it off (`use_sliding_window`), for which GGUF has no key."""
+"""Qwen: qwen2, qwen2vl, qwen2moe, qwen3, qwen3moe, qwen3vl, qwen3vlmoe. They are LLaMA, but channels half a head apart
+are a rotated pair. A window in the file is ignored: the models turn it off by a setting that GGUF does not have."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
 
 
 def qwen2(builder: ProgramBuilder) -> None:
-    """Qwen 2 and 2.5: biases on q, k and v."""
+    """Qwen 2 and 2.5. They have biases on q, k and v."""
     _qwen2_layers(builder, AttentionVariant(RopeStyle.NEOX, builder.rope_table()))
 
 
 def qwen2vl(builder: ProgramBuilder) -> None:
-    """The text of Qwen 2 VL and 2.5 VL: Qwen 2, whose pairs turn by sections."""
+    """The text models of Qwen 2 VL and 2.5 VL. They are Qwen 2 with rotations by sections."""
     sections = rope_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2, interleaved=False)
     _qwen2_layers(builder, AttentionVariant(RopeStyle.NEOX, builder.rope_table(), sections=sections))
 
@@ -32,7 +32,7 @@ def _qwen2_layers(builder: ProgramBuilder, variant: AttentionVariant) -> None:
 
 
 def qwen2moe(builder: ProgramBuilder) -> None:
-    """Qwen 1.5 and 2 with experts, whose weights are not normalized, and a shared expert that a sigmoid weights."""
+    """Qwen 1.5 and 2 with experts. The experts' weights are not normalized, and a sigmoid weights the shared expert."""
     shared = builder.keys.count(
         "expert_shared_feed_forward_length", builder.hyperparameters.feed_forward_length, maximum=1 << 20
     )
@@ -45,7 +45,7 @@ def qwen2moe(builder: ProgramBuilder) -> None:
 
 
 def qwen3(builder: ProgramBuilder) -> None:
-    """Qwen 3: q and k are normed per head before the rotation. A reranker has a head of two rows, `yes` and `no`."""
+    """Qwen 3. Each head of q and k is normed before the rotation. A reranker's head has two rows, `yes` and `no`."""
     variant = _with_head_norms(builder)
     for layer in builder.layers(may_rank=True):
         builder.attention(layer, variant)
@@ -53,7 +53,7 @@ def qwen3(builder: ProgramBuilder) -> None:
 
 
 def qwen3moe(builder: ProgramBuilder) -> None:
-    """Qwen 3 with experts in every layer. Their weights are normalized (`norm_topk_prob` in all these models)."""
+    """Qwen 3 with experts in every layer. The experts' weights are normalized: `norm_topk_prob` is always set."""
     variant = _with_head_norms(builder)
     for layer in builder.layers():
         builder.attention(layer, variant)
@@ -61,7 +61,7 @@ def qwen3moe(builder: ProgramBuilder) -> None:
 
 
 def qwen3vl(builder: ProgramBuilder) -> None:
-    """The text of Qwen 3 VL: Qwen 3 with interleaved sections, whose first layers add to the rows of images."""
+    """The text model of Qwen 3 VL: Qwen 3 with interleaved sections. Its first layers add further rows of images."""
     variant, levels = _with_sections(builder), _image_levels(builder)
     for layer in builder.layers(may_rank=True):
         builder.attention(layer, variant)

@@ -1,4 +1,4 @@
-"""The tensors of a model file as programs name them. Each is checked against the file when it is named."""
+"""The tensors of a model file, as programs name them. Each tensor that is named is checked against the file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FACTOR_TENSORS = (_FACTORS, _SHORT_FACTORS, _LONG_FACTORS)
 
 
 class CheckedTensors:
-    """Checks tensors by name. Raises ModelFileError for a tensor that is missing, or has another shape or type."""
+    """Checks tensors by name. Raises ModelFileError if a tensor is missing or has another shape or type."""
 
     def __init__(self, model: ModelFile) -> None:
         self.model = model
@@ -62,8 +62,8 @@ class CheckedTensors:
         return self.vector(name, width) if self.has(name) else None
 
     def rope_factors(self, rope: RopeParameters, context_tokens: int) -> tuple[float, ...] | None:
-        """Returns divisors of frequencies: `rope_freqs` (since Llama 3.1), otherwise the long or the short factors. The
-        context of the program decides between these for all sequences, as in llama.cpp."""
+        """Returns the divisors of rotation frequencies. They are `rope_freqs` (since Llama 3.1), or otherwise the long
+        or the short factors. The program's context length chooses long or short for all sequences, as in llama.cpp."""
         by_context = _LONG_FACTORS if context_tokens > rope.original_context_length else _SHORT_FACTORS
         name = _FACTORS if self.has(_FACTORS) else by_context
         if not self.has(name):
@@ -71,7 +71,7 @@ class CheckedTensors:
         self.vector(name, rope.dimension_count // 2)
         values = np.frombuffer(self.model.tensor(name).read(), "<f4")
         if not (np.isfinite(values) & (values > 0)).all():
-            raise self.error(name, "it holds factors that are not positive numbers")
+            raise self.error(name, "the tensor has factors that are not positive numbers")
         return tuple(values.tolist())
 
     def error(self, tensor: str, what: str, advice: str = "take another file of the model") -> ModelFileError:
@@ -79,7 +79,7 @@ class CheckedTensors:
 
 
 def nextn_tensors(model: ModelFile) -> Iterator[str]:
-    """Yields the names of MTP heads' tensors. They are in layers after the others, and in no program."""
+    """Yields the names of MTP heads' tensors, whose layers come after the others and are in no program."""
     keys = ModelKeys(model)
     count = keys.count(NEXTN_KEY, 0, minimum=0, maximum=MAX_LAYERS)
     layers = keys.count("block_count", maximum=MAX_LAYERS)
@@ -88,7 +88,7 @@ def nextn_tensors(model: ModelFile) -> Iterator[str]:
 
 
 def idle_kv_tensors(model: ModelFile) -> Iterator[str]:
-    """Yields the names of key and value tensors of layers that use other layers' ones. Files may omit them."""
+    """Yields names of key and value tensors that files may omit: their layers read other layers' keys and values."""
     keys = ModelKeys(model)
     layers = keys.count("block_count", maximum=MAX_LAYERS)
     shared = keys.count(SHARED_KV_KEY, 0, minimum=0, maximum=layers)

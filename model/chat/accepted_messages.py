@@ -15,8 +15,8 @@ _SHOWN: Final = 64
 
 
 def accepted_forms(messages: Sequence[Message]) -> Iterator[Messages]:
-    """Yields ever more changed forms of refused messages: later system messages move into user messages; messages of
-    one role are merged; an empty user message comes first; leading system messages move into the first user message."""
+    """Yields refused messages with more and more changes: later system messages move into user messages, messages of a
+    role are merged, an empty user message is put first, and first system messages move into the first user message."""
     before = [dict(message) for message in messages]
     for change in _CHANGES:
         changed = change(before)
@@ -26,14 +26,14 @@ def accepted_forms(messages: Sequence[Message]) -> Iterator[Messages]:
 
 
 def lacks_system(messages: Sequence[Message], rendered: str) -> bool:
-    """True if the text lacks a system message, since some templates skip messages that other templates refuse."""
+    """Returns True if the text lacks a system message. Some templates skip messages that others refuse."""
     systems = (_text(message).strip() for message in messages if message["role"] == "system")
     return any(text[:_SHOWN] not in rendered or text[-_SHOWN:] not in rendered for text in systems)
 
 
 def _with_late_systems_joined(messages: Messages) -> Messages:
-    """Appends each later system message to the user message just before it, or else prepends it to the next user
-    message. So it never comes between tool calls and their results."""
+    """Appends each later system message to the user message just before it, or otherwise puts it before the next user
+    message. So a system message never comes between tool calls and their results."""
     begin = len([*takewhile(_is_system, messages)])
     joined, waiting = messages[:begin], list[str]()
     for message in messages[begin:]:

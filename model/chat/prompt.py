@@ -1,4 +1,4 @@
-"""Turns messages into token ids. Only the template can write control tokens, never the text of a user."""
+"""Turns messages into token ids. Only the template can produce control tokens. A user's text cannot."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from llamaclust.core.errors import RequestError
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 GUARD: Final = "\ufdd0"
-"""A Unicode noncharacter. Inside a control word of a user's text, it hides the word from the tokenizer."""
+"""A Unicode noncharacter. Inside a control word in a user's text, it hides the word from the tokenizer."""
 
 
 def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Puts GUARD into every control word of the messages. Raises RequestError if a message already has GUARD."""
+    """Inserts GUARD into every control word of the messages. Raises RequestError if a message contains GUARD."""
     words = tuple(text for text in tokenizer.control_texts if len(text) > 1)
     starts = _starts_of(words)
     longest = max(map(len, words), default=1) - 1
 
     def guarded(text: str) -> str:
         if GUARD in text:
-            raise RequestError("the messages hold U+FDD0, which is no character; take it out")
+            raise RequestError("the messages contain U+FDD0, which is not a valid character; remove it")
         return _guard_end(_guard_words(text, words), starts, longest)
 
     return [_with_texts(message, guarded) for message in messages]
@@ -37,7 +37,7 @@ def _with_texts(value: Any, changed: Callable[[str], str]) -> Any:
 
 
 def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
-    """Returns the token ids of a rendered prompt with control tokens, and with BOS first if the model wants it."""
+    """Returns the token ids of a rendered prompt, including control tokens. BOS comes first if the model needs it."""
     ids = encode_text(tokenizer, rendered)
     if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
         return [tokenizer.bos_id, *ids]
@@ -66,6 +66,6 @@ def _guard_words(text: str, words: Sequence[str]) -> str:
 
 
 def _guard_end(text: str, starts: frozenset[str], longest: int) -> str:
-    """Appends GUARD to a text that ends with the beginning of a control word, which the next text could complete."""
+    """Appends GUARD if a text ends with the beginning of a control word, which the next text could complete."""
     ends = (text[-length:] for length in range(1, min(longest, len(text)) + 1))
     return text + GUARD if any(end in starts for end in ends) else text

@@ -1,4 +1,4 @@
-"""Renders chat templates in child processes with bounded time, memory and length of text."""
+"""Renders chat templates in child processes with limits on time, memory and text length."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from llamaclust.model.child_process import (
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _NO_TEMPLATE: Final = (
-    "the model has no chat template, and its name suggests none: choose one with chat_template or --chat-template, or "
+    "the model has no chat template, and no built-in one fits: choose one with chat_template or --chat-template, or "
     "send the prompt as text to /v1/completions instead"
 )
 _KEY: Final = "tokenizer.chat_template"
 TOOL_USE: Final = "tool_use"
 RAG: Final = "rag"
 _MAX_REPLY_SHARE: Final = 6
-"""The most bytes of JSON that one byte of rendered text takes."""
+"""The maximum number of bytes of JSON for one byte of rendered text."""
 _MOST_PROCESSES = 2
-"""The number of child processes: with two, a slow template does not block all other chats."""
+"""The number of child processes. With two processes, a slow template does not block all other chats."""
 _CHILD: Final = "llamaclust.model.chat.template_child"
 
 _log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ Message = Mapping[str, Any]
 
 
 class TemplateRefusalError(RequestError):
-    """A template raised an error for these messages."""
+    """A template raised an error for the messages of a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class TemplateLimits:
 
 
 class ChatTemplate:
-    """A model's chat template and its child processes, which start on first use. Thread-safe."""
+    """A model's chat template and its child processes. The processes start on first use. Thread-safe."""
 
     def __init__(
         self,
@@ -69,8 +69,8 @@ class ChatTemplate:
         limits: TemplateLimits | None = None,
         named: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Every render fails if `source` is None. `named` may have other templates, for chats with tools (TOOL_USE) or
-        documents (RAG)."""
+        """Creates the template. All renders fail if `source` is None. `named` may have other templates, for chats with
+        tools (TOOL_USE) or documents (RAG)."""
         self.source = source
         self.named = {name: ChatTemplate(text, bos_token, eos_token, limits) for name, text in named.items()}
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
@@ -84,7 +84,7 @@ class ChatTemplate:
         self.close()
 
     def close(self) -> None:
-        """Ends the child processes. Renders in progress and waiting ones fail. May be called twice."""
+        """Ends the child processes. Renders in progress and waiting renders fail. May be called twice."""
         for template in self.named.values():
             template.close()
         for renderer in self._renderers:
@@ -97,9 +97,9 @@ class ChatTemplate:
         return next((self.named[name] for name in names if name in self.named), self)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any) -> str:
-        """Returns the prompt. `extra` has variables of the template (`tools`, `documents`, ...) and `now_s`, its Unix
-        time. Raises TemplateRefusalError if the template refuses the messages, DeadlineError if the render is late,
-        killed or closed, and RequestError for any other failure, which a retry would repeat."""
+        """Returns the prompt. `extra` has the template's variables (`tools`, `documents`, ...) and `now_s`, the Unix
+        time that the template sees. Raises TemplateRefusalError if the template refuses the messages, DeadlineError if
+        the render is late, killed or closed, and RequestError for failures that a retry would repeat."""
         future = self._submit(messages, add_generation_prompt, extra)
         try:
             return future.result(self._limits.wait_s)
@@ -140,7 +140,7 @@ class _Renderer:
         return self.child.submit(partial(self._render, variables))
 
     def _render(self, variables: Mapping[str, Any]) -> str:
-        """Renders on the child's thread, because large messages take long to write."""
+        """Renders on the child's thread, because writing large messages takes long."""
         if self._broken is not None:
             raise RequestError(self._broken)
         try:
@@ -170,8 +170,8 @@ class _Renderer:
 def load_chat_template(
     metadata: Mapping[str, Any], tokenizer: Tokenizer, limits: TemplateLimits | None = None, chosen: str | None = None
 ) -> ChatTemplate:
-    """Returns the template `chosen` by the user, else the template in the model file, else a suggested one. Raises
-    ModelFileError if the template in the file is not text."""
+    """Returns the template that the user chose. Without a choice, returns the model file's template, or a suggested
+    template if the file has none. Raises ModelFileError if the file's template is not text."""
     source = _source(metadata, _KEY)
     found = {name: _source(metadata, f"{_KEY}.{name}") for name in (TOOL_USE, RAG)}
     named = {name: text for name, text in found.items() if text} if chosen is None else {}

@@ -1,5 +1,5 @@
-"""The child process that renders chat templates, which are untrusted programs. It is sandboxed, with little memory,
-little CPU time and few system calls. Requests on stdin and replies on stdout are lines of JSON."""
+"""The child process that renders chat templates, which are untrusted programs. The process is in a sandbox, with little
+memory, little CPU time and few system calls. Requests on stdin and replies on stdout are lines of JSON."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from llamaclust.model.confinement import confine, limit_cpu, limit_resources
 _MAX_MESSAGE_CHARACTERS: Final = 500
 _LATE_MODULES: Final = ("jinja2.constants", "pprint", "random", "textwrap", "unicodedata", "_strptime")
 _CODECS: Final = ("ascii", "latin-1", "utf-8", "utf-16", "utf-32", "unicode-escape", "raw-unicode-escape", "idna")
-"""Codecs to load before the process is confined. A template may need them, and a confined process cannot load them."""
+"""Codecs that a template may need. They are loaded early, because a confined process cannot load them."""
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """The tag `{% generation %}...{% endgeneration %}`, which marks answers for training. It renders its body."""
+    """The tag `{% generation %}...{% endgeneration %}`, which marks answers for training. Renders its body."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
@@ -38,7 +38,7 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 class _TooLong(Exception):
-    """The rendered text passed its bound."""
+    """The rendered text exceeded its limit."""
 
 
 def environment() -> jinja2.Environment:
@@ -58,7 +58,7 @@ def tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Returns plain JSON; Jinja's own filter would escape it for HTML."""
+    """Returns plain JSON. Jinja's own filter would escape the JSON for HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys, default=_as_list
     )
@@ -72,7 +72,7 @@ def _as_list(value: Any) -> list[Any]:
 
 def raise_exception(message: object = None) -> None:
     said = "" if message is None else str(message)
-    raise jinja2.TemplateError(said or "it refuses these messages and does not say why")
+    raise jinja2.TemplateError(said or "the template refuses these messages without a reason")
 
 
 def strftime_now(form: str) -> str:
@@ -84,7 +84,7 @@ def _clock(now_s: float) -> Callable[[str], str]:
 
 
 def functions_of(tools: Sequence[Mapping[str, Any]] | None) -> str:
-    """Returns the variable `functions` of old templates: tools as JSON. Made here, under limits, as it may be long."""
+    """Returns `functions`, a variable in old templates: tools as JSON. Built in the child, because it may be long."""
     return json.dumps([tool.get("function", tool) for tool in tools], ensure_ascii=False, indent=4) if tools else ""
 
 
@@ -107,9 +107,9 @@ def _answer(work: Callable[[], str]) -> dict[str, str]:
     try:
         return {"text": work()}
     except MemoryError:
-        return {"error": "it needs more memory than a template may use"}
+        return {"error": "the template needs more memory than its limit"}
     except RecursionError:
-        return {"error": "it is nested too deeply"}
+        return {"error": "the template is nested too deeply"}
     except jinja2.TemplateSyntaxError as error:
         return {"error": f"line {error.lineno}: {error.message}"[:_MAX_MESSAGE_CHARACTERS]}
     except Exception as error:  # noqa: BLE001 - the border between a template and the process
@@ -117,7 +117,7 @@ def _answer(work: Callable[[], str]) -> dict[str, str]:
 
 
 def _confine() -> str | None:
-    """Confines the process, after loading all modules, codecs and time zone data that templates may need."""
+    """Loads all modules, codecs and time zone data that templates may need, and then confines the process."""
     for name in _LATE_MODULES:
         importlib.import_module(name)
     for name in _CODECS:
@@ -127,7 +127,7 @@ def _confine() -> str | None:
 
 
 def main() -> None:
-    """Reads the template and its limits, reports whether the template compiles, and then renders until stdin ends."""
+    """Reads the template and its limits, reports whether the template compiles, and renders until stdin ends."""
     end_with_parent()
     unconfined = _confine()
     first = read_frame()

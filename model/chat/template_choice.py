@@ -1,4 +1,4 @@
-"""Chooses chat templates: the user's (by name or file), or one suggested by a model's metadata and vocabulary."""
+"""Chooses chat templates: the user's choice (by name or file), or one that fits a model's metadata and vocabulary."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MARKS: Final = (
     (("[gMASK]", "sop", "<|user|>"), "chatglm-3"),
     (("<|user|>", "<|assistant|>", "<|end|>"), "phi3"),
 )
-"""Sets of control words, each of which occurs only in vocabularies for one template, and the template's name."""
+"""Control words and a template's name. A vocabulary that has all words of a row was made for the row's template."""
 
 _NAMES: Final = (
     (("linly",), "linly"),
@@ -40,7 +40,7 @@ _NAMES: Final = (
     (("mixtral", "instruct"), "mistral"),
     (("llama2", "chat"), "llama-2"),
 )
-"""Parts of model names (lower case, no separators) and the template that they suggest. Base models suggest none."""
+"""Parts of model names (lower case, no separators), each with a template. Names of base models have no such parts."""
 
 
 def built_in_names() -> tuple[str, ...]:
@@ -55,8 +55,8 @@ def built_in(name: str) -> str:
 
 
 def chosen_template(choice: str) -> str:
-    """Returns the Jinja text of the built-in template with the name `choice`, or else of the file with this path.
-    Raises UsageError, which lists the built-in names, if there is neither."""
+    """Returns the Jinja text of the built-in template named `choice`, or of the file at the path `choice`. Raises
+    UsageError with the names of built-in templates if there is no such template or file."""
     names = built_in_names()
     if choice in names:
         return built_in(choice)
@@ -64,16 +64,16 @@ def chosen_template(choice: str) -> str:
         with open_regular(Path(choice).expanduser()) as file:
             text = file.read(_MOST_BYTES + 1)
         if len(text) > _MOST_BYTES:
-            raise UsageError(f"chat template {choice}: it has more than {_MOST_BYTES} bytes, so it is not a template")
+            raise UsageError(f"chat template {choice}: the file has more than {_MOST_BYTES} bytes, the limit")
         return decode_text(text)
     except (OSError, RuntimeError, ValueError) as error:
         listed = ", ".join(names)
-        why = error if isinstance(error, ValueError) else "it is not a readable file"
-        raise UsageError(f"chat template {choice}: {why}; built in: {listed}") from error
+        why = error if isinstance(error, ValueError) else "it is neither a built-in template nor a readable file"
+        raise UsageError(f"chat template {choice}: {why}; built-in templates: {listed}") from error
 
 
 def suggested_template(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> str | None:
-    """Returns the name of the built-in template for which a model without a template was most likely made, or None."""
+    """Returns the name of the built-in template that fits a model without a template, or None if none fits."""
     for words, name in _MARKS:
         if all(tokenizer.token_id(word) is not None for word in words):
             return name

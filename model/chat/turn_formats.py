@@ -1,4 +1,4 @@
-"""Chat templates that only put texts around messages, as data under llama.cpp's names. They are converted to Jinja."""
+"""Chat templates that only put texts around messages. They have llama.cpp's names and are converted to Jinja."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Around = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class TurnFormat:
-    """Texts before and after the messages of each role. Messages of other roles are refused."""
+    """Texts before and after the messages of each role. Messages with other roles are refused."""
 
     around: dict[str, Around]  # by role
     prompt: str = ""  # what an answer begins with
     begin: str = ""
-    turn: str = ""  # before the first message, and before each one that follows an assistant's
-    default_system: str | None = None  # where no system message comes first
-    trimmed: frozenset[str] = field(default_factory=frozenset)  # roles whose contents lose the space around them
+    turn: str = ""  # before the first message, and before each message that follows an assistant's message
+    default_system: str | None = None  # used if no system message comes first
+    trimmed: frozenset[str] = field(default_factory=frozenset)  # roles whose contents are stripped of white space
 
     @property
     def jinja(self) -> str:

@@ -1,4 +1,4 @@
-"""Reads JSON objects from untrusted files, within bounds."""
+"""Reads JSON objects from untrusted files, with limits on size."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def read_json(path: Path) -> dict[str, Any]:
     with open_regular(path) as descriptor:
         size = FileIdentity.of(descriptor).size_bytes
         if size > _MAX_JSON_BYTES:
-            raise ModelFileError(f"{path}: has {size >> 20} MiB of JSON; the limit is {_MAX_JSON_BYTES >> 20} MiB")
+            raise ModelFileError(f"{path}: it has {size >> 20} MiB of JSON; the limit is {_MAX_JSON_BYTES >> 20} MiB")
         buffer = bytearray(size)
         read_exactly(descriptor, path, 0, memoryview(buffer))
     return parse_json(bytes(buffer), str(path))
 
 
 def parse_json(data: bytes, origin: str) -> dict[str, Any]:
-    """Returns a JSON object. Duplicate keys are an error. NaN and infinity become floats, which readers refuse."""
+    """Returns a JSON object. Refuses duplicate keys. NaN and infinity become floats, which callers refuse."""
     try:
         found = json.loads(decode_text(data), object_pairs_hook=_object, parse_constant=float, parse_int=_whole)
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Maps the names of Hugging Face's modules to GGUF's names of the layers' matrices."""
+"""Maps module names of Hugging Face to the GGUF names of the layers' matrices."""
 
 from __future__ import annotations
 
@@ -60,17 +60,17 @@ _MATRICES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
         "starcoder2": {**_ATTENTION, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
     }
 )
-"""Names of matrices by architecture and module. In `PAIRED` architectures, rows of Q and K are in another order."""
+"""Matrix names by architecture and module. In `PAIRED` architectures, rows of Q and K have another order in GGUF."""
 PAIRED: Final = frozenset({"granite", "granitehybrid", "granitemoe", "llama", "mistral3", "smollm3"})
-"""Architectures whose GGUF files interleave the two halves of each head's rows in Q and K: first row of the
-checkpoint's first half, first row of the second half, and so on. RoPE then rotates neighbouring pairs."""
+"""Architectures whose GGUF files interleave the two halves of each head's rows in Q and K. The first row of the
+checkpoint's first half comes first, then the first row of the second half, and so on. RoPE then rotates neighbours."""
 _MODULE: Final = re.compile(
     r"(model\.|transformer\.|language_model\.model\.|model\.language_model\.)?(layers|h)\.(?P<layer>\d{1,4})\.(?P<module>.+)"
 )
 
 
 def matrix_name(architecture: str, module: str) -> str | None:
-    """Returns `blk.7.attn_q` for `model.layers.7.self_attn.q_proj`; None if GGUF has no such matrix."""
+    """Returns `blk.7.attn_q` for `model.layers.7.self_attn.q_proj`. Returns None if GGUF has no such matrix."""
     found = _MODULE.fullmatch(module)
     name = None if found is None else _MATRICES.get(architecture, {}).get(found["module"])
     return None if found is None or name is None else f"blk.{int(found['layer'])}.{name}"

@@ -1,4 +1,4 @@
-"""Reads adapters as PEFT saves them: a folder with settings and the LoRA factors A and B of modules."""
+"""Reads adapters in PEFT's format: a folder with settings, and with the LoRA factors A and B of modules."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REFUSED: Final = (
     "target_parameters",
 )
 _CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of `init_lora_weights` that change the base model's matrices. `true` changes nothing."""
+"""Prefixes of `init_lora_weights` that mean that the base model's matrices were changed."""
 _PLAIN: Final = re.compile(r"[\w.-]+")
 
 
@@ -35,7 +35,7 @@ def plain_name(name: str) -> str:
 
 
 def factor_name(name: str) -> tuple[str, str] | None:
-    """Returns the module and kind (A, B, embedding_A, embedding_B) of a factor's name; None for other tensors."""
+    """Returns the module and the kind (A, B, embedding_A, embedding_B) of a factor, or None for other tensors."""
     found = _FACTOR.fullmatch(name)
     return None if found is None else (found["module"], found["kind"])
 
@@ -61,7 +61,7 @@ class PeftSettings:
 
     @classmethod
     def read(cls, folder: Path) -> PeftSettings:
-        """Raises ModelFileError for a damaged file, or if the adapter computes anything but W + factor * B @ A."""
+        """Raises ModelFileError if the file is damaged, or if the adapter computes more than W + factor * B @ A."""
         settings = Settings(read_json(folder / CONFIG), str(folder / CONFIG))
         _check_kind(settings)
         return cls(settings)
@@ -92,11 +92,11 @@ def _check_kind(settings: Settings) -> None:
 
 
 def _pattern(settings: Settings, name: str, module: str, default: float) -> float:
-    """Returns the value whose key, in setting `name`, is a suffix of the module's name, otherwise `default`."""
+    """Returns the value of setting `name` for the key that is a suffix of the module's name, or `default`."""
     inner = settings.inner(name)
     strange = next((key for key in inner.values if not _PLAIN.fullmatch(key)), None)
     if strange is not None:
-        raise settings.error(name, f"{shown(strange)} is not the end of a name; patterns are not supported")
+        raise settings.error(name, f"{shown(strange)} is not the end of a module name; patterns are not supported")
     key = next((key for key in inner.values if f".{module}".endswith(f".{key}")), None)
     return default if key is None else inner.real(key, minimum=1e-9, maximum=1 << 20)
 

@@ -1,4 +1,4 @@
-"""Reads a PEFT folder like an adapter in GGUF. Tensors get GGUF's names, and their bytes stay in the PEFT file."""
+"""Reads a PEFT folder as if it were a GGUF adapter. Tensors get GGUF names, and their bytes stay in the PEFT file."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def peft_files(path: Path) -> tuple[Path, Path]:
 
 def read_peft(path: Path, model: ModelFile) -> Header:
     """Returns the header that a GGUF file of this adapter would have, with the path of the PEFT weights. Its digest
-    covers the metadata and the header of the weights, but no weights. Raises ModelFileError unless the adapter computes
-    W + factor * B @ A on matrices of layers."""
+    covers the metadata and the header of the weights, but no weights. Raises ModelFileError if the adapter computes
+    anything except W + factor * B @ A on matrices of layers."""
     _, weights = peft_files(path)
     settings = PeftSettings.read(weights.parent)
     if settings.settings.values.get("modules_to_save"):
@@ -49,7 +49,7 @@ def read_peft(path: Path, model: ModelFile) -> Header:
     tensors: dict[str, Tensor] = {}
     for tensor in map(reader.tensor, stored):
         if tensor.name in tensors:
-            raise fail_at(weights, f"tensor {shown(tensor.name)}", "it occurs under two names", _MERGE)
+            raise fail_at(weights, f"tensor {shown(tensor.name)}", "the file has it under two names", _MERGE)
         tensors[tensor.name] = tensor
     metadata: dict[str, MetadataValue] = {
         "general.architecture": reader.architecture,
@@ -76,7 +76,7 @@ class _Reader:
         module, kind = found or ("", "")
         name = matrix_name(self.architecture, module)
         if name is None or kind not in ("A", "B"):
-            what = f"it is not a factor of a layer matrix that adapters of {self.architecture} can change"
+            what = f"adapters of {self.architecture} cannot change this module"
             raise fail_at(self._weights, place, what, _MERGE)
         if stored.storage not in _TYPES:
             known = ", ".join(kind.name for kind in _TYPES)
@@ -91,7 +91,7 @@ class _Reader:
         )
 
     def alpha(self) -> float:
-        """Returns the one alpha as float32 (scale = alpha / rank). Raises ModelFileError if alphas differ."""
+        """Returns the modules' alpha as float32 (scale = alpha / rank). Raises ModelFileError if alphas differ."""
         if len(self._alphas) > 1:
             one, other = list(self._alphas.items())[:2]
             both = f"{one[0]:g} for {shown(one[1])} and {other[0]:g} for {shown(other[1])}"
@@ -110,7 +110,7 @@ class _Reader:
         self._alphas.setdefault(scaling.plain_alpha, module)
 
     def _paired_heads(self, name: str, stored: StoredTensor) -> int:
-        """Returns the number of heads if GGUF orders a head's rows differently than the PEFT file, otherwise 0."""
+        """Returns the head count if a head's rows have another order in GGUF than in the PEFT file, otherwise 0."""
         part = name.rpartition(".")[2]
         if self.architecture not in PAIRED or part not in ("attn_q", "attn_k"):
             return 0

@@ -1,4 +1,4 @@
-"""Reads the headers of safetensors files. A file is the header's length, the header as JSON, and the data."""
+"""Reads the headers of safetensors files. A file has the header's length, the header as JSON, and the data."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from llamaclust.model.gguf.values import shown
 _MAX_HEADER_BYTES: Final = 100_000_000
 _METADATA: Final = "__metadata__"
 _AS_BYTES: Final = {"F8_E4M3": Storage.U8}
-"""8-bit float types, read as bytes. Their scales are in other tensors."""
+"""8-bit float types that are read as bytes. Their scales are in other tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in bytes [offset, offset + n_bytes) of the file, in row-major order."""
+    """A tensor in the bytes [offset, offset + n_bytes) of a file, in row-major order."""
 
     name: str
     storage: Storage
@@ -37,7 +37,7 @@ def read_safetensors(file: SourceFile) -> list[StoredTensor]:
     length = int.from_bytes(file.read(0, 8), "little")
     if not 2 <= length <= min(_MAX_HEADER_BYTES, file.size_bytes - 8):
         raise file.error(
-            f"its header has {length} bytes, but the file {file.size_bytes}: not a safetensors file, or cut short"
+            f"the header has {length} bytes and the file {file.size_bytes}: not a safetensors file, or cut short"
         )
     header = parse_json(file.read(8, length), f"{file.path}: header")
     tensors = [_stored(file, name, said, 8 + length) for name, said in header.items() if name != _METADATA]
@@ -49,17 +49,19 @@ def _stored(file: SourceFile, name: str, said: Any, first: int) -> StoredTensor:
     try:
         kind, shape, (start, end) = said["dtype"], tuple(said["shape"]), said["data_offsets"]
     except (KeyError, TypeError, ValueError):
-        raise _bad(file, name, "its entry in the header is not complete") from None
+        raise _bad(file, name, "the tensor's entry in the header is not complete") from None
     known = {**Storage.__members__, **_AS_BYTES}
     if not isinstance(kind, str) or kind not in known:
-        raise _bad(file, name, f"type {shown(str(kind))} is not known; known: {', '.join(known)}")
+        raise _bad(file, name, f"type {shown(str(kind))} is not supported; supported are {', '.join(known)}")
     if not all(type(number) is int and 0 <= number < 1 << 48 for number in (*shape, start, end)):
-        raise _bad(file, name, "its shape and place must be whole numbers")
+        raise _bad(file, name, "the tensor's shape and data_offsets must be whole numbers")
     if len(shape) > MAX_DIMENSIONS:
-        raise _bad(file, name, f"it has {len(shape)} dimensions; the most is {MAX_DIMENSIONS}")
+        raise _bad(file, name, f"the tensor has {len(shape)} dimensions; the most is {MAX_DIMENSIONS}")
     tensor = StoredTensor(name, known[kind], shape or (1,), first + start)
     if end - start != tensor.n_bytes:
-        raise _bad(file, name, f"{end - start} bytes do not fit shape {list(tensor.shape)} of {kind}")
+        raise _bad(
+            file, name, f"needs {tensor.n_bytes} bytes for shape {list(tensor.shape)} of {kind}, found {end - start}"
+        )
     return tensor
 
 

@@ -1,4 +1,4 @@
-"""Reads the settings in a JSON object, with bounds. Errors name the missing or invalid key."""
+"""Reads the settings in a JSON object and checks their ranges. Errors name the missing or invalid key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_REAL: Final = 1e12
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Values by name; the first of several given names that is present is read. `origin` names the file in errors."""
+    """Values by name. A method with several names reads the first name that is present. Errors begin with `origin`."""
 
     values: Mapping[str, Any]
     origin: str

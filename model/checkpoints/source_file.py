@@ -1,4 +1,4 @@
-"""An open file of a checkpoint, read with pread."""
+"""An open checkpoint file that is read with pread."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SourceFile:
     def read(self, offset: int, count: int) -> bytes:
         if offset < 0 or count < 0 or offset + count > self.size_bytes:
             raise self.error(
-                f"expected {count} bytes from byte {offset} on, but the file has {self.size_bytes}: it was cut short"
+                f"expected {count} bytes at byte {offset}, but the file has {self.size_bytes}: it was cut short"
             )
         buffer = bytearray(count)
         read_exactly(self.descriptor, self.path, offset, memoryview(buffer))

@@ -1,4 +1,4 @@
-"""Writes files that appear under their names only when all of them are complete."""
+"""Writes files that get their names only when all of them are complete."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def new_file(path: Path, size_bytes: int, advice: str = "") -> Iterator[BinaryIO
 
 @contextmanager
 def new_files(paths: Sequence[Path], size_bytes: int, advice: str = "") -> Iterator[Opened]:
-    """Yields a function that opens the files, all in one folder. If the block ends without an error, they get their
-    names, the first file last; otherwise they are deleted. Files that killed processes left are reused or deleted.
-    Raises UsageError before writing if room is short (`advice` says what to do) or another process writes them."""
+    """Yields a function that opens the files, which are all in one folder. If the block ends without an error, the
+    files get their names, the first file last. Otherwise they are deleted. Leftovers of killed processes are reused or
+    deleted. Raises UsageError if disk space is short (`advice` is appended) or another process writes them."""
     first = paths[0]
     for path in paths:
         _check_place(path)
@@ -69,9 +69,9 @@ def _check_place(path: Path) -> None:
     if not path.parent.is_dir():
         raise UsageError(f"{path}: the folder does not exist; make it first")
     if path.is_dir():
-        raise UsageError(f"{path}: a folder; give the name of a file")
+        raise UsageError(f"{path}: this is a folder; give the name of a file")
     if path.exists() and not path.is_file():  # /dev/null, say, would be replaced
-        raise UsageError(f"{path}: no regular file; give the name of one")
+        raise UsageError(f"{path}: this is not a regular file; give another name")
 
 
 def _check_room(path: Path, size_bytes: int, advice: str) -> None:
@@ -82,7 +82,7 @@ def _check_room(path: Path, size_bytes: int, advice: str) -> None:
 
 
 def _no_links(path: str, flags: int) -> int:
-    """Opens a file without following links, since another user may have put a link at the hidden name."""
+    """Opens a file without following links, because another user may have put a link at the hidden name."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
@@ -117,7 +117,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _clear(paths: Sequence[Path]) -> None:
-    """Deletes what killed runs left: hidden files of `paths[1:]`, and parts of this model in another number."""
+    """Deletes leftovers of killed processes: hidden files of `paths[1:]`, and this model's parts with another count."""
     for path in paths[1:]:
         hidden_name(path).unlink(missing_ok=True)
     mine = _PART.fullmatch(paths[0].name)

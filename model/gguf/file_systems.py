@@ -10,11 +10,11 @@ _REMOTE = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "virtiofs", "vboxsf", "fuse", "afs", "coda", "ncpfs"}
     | {"ceph", "lustre", "glusterfs", "beegfs", "gpfs", "gfs2", "ocfs2", "orangefs", "pvfs2"}
 )
-"""Types of remote file systems. FUSE counts as remote because its process may do anything; `fuseblk` is local."""
+"""Types of remote file systems. FUSE counts as remote because its process may do anything. `fuseblk` is local."""
 
 
 def is_remote(path: Path) -> bool:
-    """True if other machines may use the file system too, or if its type is unknown."""
+    """Returns True if other machines may use the file system too, or if its type is unknown."""
     try:
         mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
     except OSError:
@@ -24,7 +24,7 @@ def is_remote(path: Path) -> bool:
 
 
 def file_system(path: Path, mounts: Iterable[str]) -> str:
-    """Returns the type of a path's file system, such as "fuse.sshfs". `mounts` are the lines of /proc/PID/mountinfo."""
+    """Returns the type of a path's file system, such as "fuse.sshfs". `mounts` has the lines of /proc/PID/mountinfo."""
     depth, kind = 0, ""
     for line in mounts:
         before, _, after = line.partition(" - ")

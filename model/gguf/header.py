@@ -1,4 +1,4 @@
-"""Reads and checks the header of one GGUF file (version 2 or 3, little-endian): metadata and the places of tensors."""
+"""Reads and checks the header of a GGUF file (version 2 or 3, little-endian): metadata and positions of tensors."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _SCALARS = {number: Struct(code) for number, code in NUMBER_FORMATS.items()}
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The header of one file. `digest` is SHA-256 over the header, the file's size and a few samples of the weights."""
+    """The header of a file. `digest` is a SHA-256 over the header, the file's size and samples of the weights."""
 
     path: Path
     file_identity: FileIdentity
@@ -57,8 +57,8 @@ class Header:
 
 
 class _Cursor:
-    """A position in a file's header, which is read from front to back in growing chunks. Lengths are checked against
-    the file's size before use. `place` names the current part in errors."""
+    """A position in a file's header. The header is read from front to back in growing chunks. Lengths are checked
+    against the file's size before use. Errors name `place`, the part that is being read."""
 
     __slots__ = ("_buffer", "_descriptor", "_nested", "_path", "_size_bytes", "place", "position")
 
@@ -120,7 +120,7 @@ class _Cursor:
         return self.take(length)
 
     def text(self, max_bytes: int) -> str:
-        """Reads a length and that many bytes. Invalid UTF-8, such as in an author's name, becomes U+FFFD."""
+        """Reads a length and a text of so many bytes. Invalid UTF-8, such as in an author's name, becomes U+FFFD."""
         return str(self._string_bytes(max_bytes), "utf-8", "replace")
 
     def string(self, max_bytes: int) -> str:
@@ -132,7 +132,7 @@ class _Cursor:
 
     def strings(self, count: int, key: str) -> LazyStrings:
         if count > min(_MAX_STRINGS, self.remaining_bytes // 8):
-            raise self.error(f"an array of {count} strings is larger than the file allows")
+            raise self.error(f"an array of {count} strings exceeds the limit or does not fit in the file")
         start = self.position
         self._skip_strings(count)
         return LazyStrings(bytes(memoryview(self._buffer)[start : self.position]), count, f"{self._path}: {shown(key)}")
@@ -212,7 +212,7 @@ def read_header(path: Path) -> Header:
 
 
 def raw_metadata(path: Path) -> dict[str, bytes]:
-    """Returns each key's type and value as bytes of the file, for exact copies. Raises the errors of `read_header`."""
+    """Returns each key's type and value as bytes of the file, for exact copies. Raises what `read_header` raises."""
     with open_regular(path) as descriptor:
         cursor = _Cursor(descriptor, path, FileIdentity.of(descriptor).size_bytes)
         values = {}
@@ -280,7 +280,7 @@ def _read_shape(cursor: _Cursor) -> tuple[QuantType, tuple[int, ...]]:
         raise cursor.error(f"expected 1 to {MAX_DIMENSIONS} dimensions, found {dimensions}")
     sizes = [cursor.u64() for _ in range(dimensions)]
     if 0 in sizes or math.prod(sizes) > MAX_ELEMENTS:
-        raise cursor.error(f"shape {sizes} is not possible")
+        raise cursor.error(f"shape {sizes} has a 0 or more than {MAX_ELEMENTS} elements")
     quant_type = _quant_type(cursor, cursor.u32())
     block_size = quant_type.info.block_size
     if sizes[0] % block_size:
@@ -308,7 +308,7 @@ def _alignment(path: Path, metadata: dict[str, MetadataValue]) -> int:
 def _placed(tensor: Tensor, data_start: int) -> Tensor:
     offset, size_bytes = data_start + tensor.offset, tensor.file_identity.size_bytes
     if offset + tensor.n_bytes > size_bytes:
-        what = f"it ends at byte {offset + tensor.n_bytes}, but the file at byte {size_bytes}"
+        what = f"it ends at byte {offset + tensor.n_bytes}, but the file ends at byte {size_bytes}"
         raise fail_at(tensor.path, f"tensor {shown(tensor.name)}", what, "the file is incomplete, download it again")
     return replace(tensor, offset=offset)
 
@@ -321,7 +321,7 @@ def _check_overlaps(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _digest(cursor: _Cursor, descriptor: int, path: Path, data_start: int) -> bytes:
-    """Returns a SHA-256 over header, size and samples of the weights, which tells fine-tunes of a model apart."""
+    """Returns a SHA-256 over header, size and samples of the weights, which tells a model's fine-tunes apart."""
     size_bytes = cursor.position + cursor.remaining_bytes
     hashed = hashlib.sha256(size_bytes.to_bytes(8, "little"))
     with cursor.consumed as header:

@@ -1,4 +1,4 @@
-"""A GGUF model in one file or several parts: metadata with typed getters, and tensors whose bytes are read later."""
+"""A GGUF model in a file or in several parts: metadata with typed getters, and tensors that are read later."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.ggu
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A model in one file, or in several parts of which `path` is the first. `identity`, the model id, is a SHA-256 in
+    """A model in one file, or in several parts of which `path` is the first. `identity` is the model id: a SHA-256 in
     hex over headers, sizes and samples of the weights."""
 
     path: Path
@@ -43,13 +43,13 @@ class ModelFile:
     @property
     def version(self) -> str:
         """A SHA-256 in hex over the identity and the files' inodes, sizes and times. It changes when the files are
-        rewritten, as far as times show. Machines with copies of one disk have the same version."""
+        rewritten, unless their times were faked. Machines with copies of one disk have the same version."""
         files = sorted((found.inode, found.size_bytes, found.modified_ns, found.changed_ns) for _, found in self._files)
         return hashlib.sha256(repr((self.identity, files)).encode()).hexdigest()
 
     @property
     def copy_id(self) -> str:
-        """A hash of the version and, unless the file system is remote, this machine: different for every copy."""
+        """A hash of the version and (if the file system is local) of this machine. Every copy has a different hash."""
         machine = "" if is_remote(self.path) else machine_id()
         return hashlib.sha256(f"{self.version} {machine}".encode()).hexdigest()
 
@@ -73,7 +73,7 @@ class ModelFile:
     def metadata_int(
         self, key: str, default: int | None = None, *, minimum: int = 0, maximum: int = (1 << 31) - 1
     ) -> int:
-        """Returns a whole number, or `default` if the key is missing. Raises ModelFileError if that is None."""
+        """Returns a whole number, or `default` if the key is missing. Raises ModelFileError if both are missing."""
         value = self._value(key, default)
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.error(key, f"expected a whole number, found {kind_of(value)}")
@@ -84,7 +84,7 @@ class ModelFile:
     def metadata_float(
         self, key: str, default: float | None = None, *, minimum: float = -math.inf, maximum: float = math.inf
     ) -> float:
-        """Returns a finite number, or `default` if the key is missing. Raises ModelFileError if that is None."""
+        """Returns a finite number, or `default` if the key is missing. Raises ModelFileError if both are missing."""
         value = self._value(key, default)
         if not isinstance(value, float):
             raise self.error(key, f"expected a decimal number, found {kind_of(value)}")
@@ -113,8 +113,8 @@ class ModelFile:
 
 
 def open_model(path: Path | str) -> ModelFile:
-    """Reads the header of a GGUF file, or of all parts of a split model if `path` is the first. Raises ModelFileError
-    with file and place for anything missing, damaged, hostile or not supported."""
+    """Reads the header of a GGUF file. Reads all parts of a split model if `path` is the first part. Raises
+    ModelFileError with file and place if anything is missing, damaged, hostile or not supported."""
     first = read_header(Path(path))
     headers = [first, *_other_parts(first)]
     tensors: dict[str, Tensor] = {}
@@ -142,7 +142,7 @@ def _other_parts(first: Header) -> list[Header]:
     if count <= 1:  # llama-gguf-split leaves 0 in a file that it merged
         if name and int(name["count"]) > 1:
             said = f"the file says {count}" if "split.count" in first.metadata else "the key is missing"
-            raise fail_at(first.path, "split.count", f"{said}, but its name says {name['count']} parts", _RENAME)
+            raise fail_at(first.path, "split.count", f"{said}, but the file's name says {name['count']} parts", _RENAME)
         return []
     _check_alone(first, count)
     if not name or int(name["count"]) != count:
@@ -163,7 +163,7 @@ def _other_parts(first: Header) -> list[Header]:
 
 
 def _check_alone(part: Header, count: int) -> None:
-    """Raises ModelFileError if another part follows in the same file, because somebody joined them with `cat`."""
+    """Raises ModelFileError if another part follows in the same file, because parts were joined with `cat`."""
     end = max((tensor.offset + tensor.n_bytes for tensor in part.tensors.values()), default=0)
     size_bytes = part.file_identity.size_bytes
     follows = bytearray(min(size_bytes - end, DEFAULT_ALIGNMENT + len(MAGIC)))
@@ -206,7 +206,7 @@ def _check_tensor_count(first: Header, found: int) -> None:
         raise fail_at(
             first.path,
             "split.tensors.count",
-            f"the first part says {said}, but the parts hold {found} tensors",
+            f"the first part says {said} tensors, but the parts have {found}",
             _GET_PART,
         )
 

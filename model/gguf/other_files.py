@@ -28,7 +28,7 @@ _PAGES: Final = (b"<!doctype", b"<html", b"<?xml", b"<head")
 
 
 def other_kind(start: bytes) -> tuple[str, str]:
-    """Returns the kind of a file that is not GGUF, and advice, from its first `START_BYTES` bytes."""
+    """Recognizes files that are not GGUF by their first `START_BYTES` bytes. Returns the kind and advice."""
     for magic, what, advice in _KINDS:
         if start.startswith(magic):
             return what, advice

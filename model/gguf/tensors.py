@@ -1,4 +1,4 @@
-"""Tensors in model files. Bytes are read with pread, never mapped, so that truncation is an error and not a crash."""
+"""Tensors in model files. Bytes are read with pread and never mapped, so a truncated file is an error, not a crash."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from llamaclust.model.shard_names import named_range
 
 _LAYER = re.compile(r"(adapter\.\d+\.)?blk\.[^.]+(?=\.)")
 _READ_BYTES = 1 << 26
-"""The most bytes of one read call: enough for any disk, and few enough that loading can be interrupted."""
+"""The maximum size of a read call, in bytes. Loading can be interrupted between calls."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """The identity of a file whose header was read. `changed_ns` shows changes even if the time of modification is
-    faked. Links and permissions change it too, so it is not compared."""
+    """The identity of a file whose header was read. `changed_ns` shows changes even if the modification time is faked.
+    It is not compared, because changes of links and permissions change it too."""
 
     device: int
     inode: int
@@ -45,7 +45,7 @@ class FileIdentity:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[int]:
-    """Yields a read-only descriptor of a regular file. Raises ModelFileError for other files: a pipe would block."""
+    """Yields a read-only descriptor. Raises ModelFileError if the file is not regular: opening a pipe would block."""
     try:
         descriptor = open_descriptor(path)
     except FileNotFoundError:
@@ -71,17 +71,17 @@ def read_exactly(descriptor: int, path: Path, offset: int, buffer: memoryview) -
             raise ModelFileError(f"{path}: cannot be read at byte {offset + done}: {error.strerror}") from error
         if count == 0:
             wanted = offset + len(buffer)
-            raise ModelFileError(f"{path}: ends at byte {offset + done}, {wanted} expected; the file was cut short")
+            raise ModelFileError(f"{path}: the file ends at byte {offset + done}, expected {wanted}; it was cut short")
         done += count
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """One tensor of a model file, not yet read. `shape` is row-major, slowest first: GGUF's ne = [k, n] is (n, k).
-    `content`: the SHA-256 of its bytes in hex, if known. `paired_heads`: the number of heads whose rows are interleaved
-    on reading, because the file has their halves one after the other (0: none). `packed_as`: the type of the tiles if
-    it is not `quant_type` (`WIDER_TILES`). `stride_bytes`: the distance in the file between entries of the slowest
-    dimension (0: contiguous). `stored`: rows and columns of matrices that are transposed on reading."""
+    `content` is the SHA-256 of its bytes in hex, if known. `paired_heads` is the count of heads whose halves are
+    interleaved on reading, or 0 for none. `packed_as` is the type of the tiles if it is not `quant_type`
+    (`WIDER_TILES`). `stride_bytes` is the distance in the file between entries of the slowest dimension, or 0 if they
+    are contiguous. `stored` has the rows and columns of matrices that are transposed on reading."""
 
     name: str
     quant_type: QuantType
@@ -102,7 +102,7 @@ class Tensor:
 
     @property
     def place(self) -> tuple[object, ...]:
-        """A key that distinguishes the tensor's bytes from all others in the file."""
+        """A key that distinguishes the tensor's bytes from all other bytes in the file."""
         place = self.offset, self.n_bytes, self.shape
         if self.stride_bytes:
             return (*place, "stride", self.stride_bytes)
@@ -112,7 +112,7 @@ class Tensor:
 
     @property
     def source(self) -> tuple[object, ...]:
-        """A key that distinguishes the file with the bytes from all others and from its own earlier versions."""
+        """A key that distinguishes the tensor's file from all other files and from its own earlier versions."""
         if self.content is not None:
             return (self.content,)
         return self.path, self.file_identity, self.file_identity.changed_ns
@@ -123,7 +123,7 @@ class Tensor:
 
     @property
     def layer(self) -> str | None:
-        """The layer's prefix, such as `blk.7`, or `adapter.0.blk.7` for an adapter; None outside the layers."""
+        """The layer's prefix, such as `blk.7`, or `adapter.0.blk.7` for an adapter. None outside the layers."""
         found = _LAYER.match(self.name)
         return None if found is None else found[0]
 
@@ -137,7 +137,7 @@ class Tensor:
 
     @property
     def resident_bytes(self) -> int:
-        """The size in memory: vectors are held as float32, matrices in tiles of sixteen rows."""
+        """The size in memory in bytes. Vectors are held as float32, and matrices in tiles of sixteen rows."""
         if len(self.shape) == 1:
             return 4 * self.shape[0]
         *count, rows, width = self.shape

@@ -1,4 +1,4 @@
-"""GGUF metadata in Python: numbers, text, NumPy arrays, and arrays of text that are decoded late."""
+"""GGUF metadata in Python: numbers, text, NumPy arrays, and arrays of text that are decoded on first use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LENGTH = Struct("<Q")
 
 
 class LazyStrings(Sequence[str]):
-    """An array of strings that keeps the file's bytes (a 64-bit length before each string) until it is used."""
+    """An array of strings. Until first use, it keeps the file's bytes: a 64-bit length before each string."""
 
     __slots__ = ("_count", "_data", "_decoded", "_origin")
 
@@ -39,7 +39,7 @@ class LazyStrings(Sequence[str]):
         return f"LazyStrings({self._origin}, {self._count} strings)"
 
     def decoded(self) -> list[str]:
-        """Returns all strings as a cached list, not to be changed. Raises ModelFileError if one is not UTF-8."""
+        """Returns a cached list of all strings. Do not change it. Raises ModelFileError if a string is not UTF-8."""
         if self._decoded is not None:
             return self._decoded
         data, unpack = self._data, LENGTH.unpack_from
@@ -60,7 +60,7 @@ MetadataValue = int | float | bool | str | NDArray[Any] | LazyStrings | tuple["M
 
 
 def shown(text: str) -> str:
-    """Makes text from a file safe for a one-line message: quoted, escaped, at most 64 characters."""
+    """Makes text from a file safe for a one-line message. Quotes and escapes the text, and cuts it at 64 characters."""
     return ascii(text if len(text) <= 64 else text[:61] + "...")
 
 

@@ -28,7 +28,7 @@ class RawValue:
 
 
 WritableValue = MetadataValue | np.generic | Sequence[str] | RawValue
-"""A metadata value. A Python int becomes uint32 if it fits, otherwise int32 or a 64-bit type; a float becomes float32.
+"""A metadata value. A Python int becomes uint32 if it fits, otherwise int32 or a 64-bit type. A float becomes float32.
 NumPy values keep their type. A sequence of text becomes an array of strings, other sequences arrays of arrays."""
 
 Bytes = bytes | bytearray | memoryview
@@ -38,7 +38,7 @@ Produce = Callable[[], Bytes | Iterator[Bytes]]
 @dataclass(frozen=True, slots=True)
 class TensorSource:
     """A tensor to write. `produce` is called once, when the tensor is written, and returns exactly `n_bytes` bytes.
-    `shape` is row-major, slowest first; its last number is a multiple of the type's block size."""
+    `shape` is row-major, slowest first. Its last number is a multiple of the type's block size."""
 
     name: str
     quant_type: QuantType
@@ -72,7 +72,7 @@ class Contents:
 
 
 def write_gguf(path: Path | str, metadata: Mapping[str, WritableValue], tensors: Iterable[TensorSource]) -> None:
-    """Writes a model file, which appears only when it is complete. Raises UsageError if the disk has no room."""
+    """Writes a model file, which gets its name when it is complete. Raises UsageError if disk space is short."""
     contents = Contents.of(metadata, tensors)
     with new_file(Path(path), contents.n_bytes) as file:
         contents.write(file)

@@ -1,1 +1,1 @@
-"""Grammars that answers obey: their forms, their checks, and the tokens that they allow."""
+"""Grammars for answers: definitions, checks, and the tokens that a grammar allows."""

@@ -1,4 +1,4 @@
-"""Checks grammars before requests are admitted. A hostile grammar can only end a limited child process."""
+"""Checks grammars before requests are admitted. A hostile grammar can only end a child process with limits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _KEPT_CHARACTERS: Final = 1 << 16  # of a converted definition
 
 
 class GuardedGrammarError(ParameterError):
-    """The check of a grammar reached its limit of time or memory. A check of a part of it might do so too."""
+    """The check of a grammar reached a limit of time or memory. Checks of the grammar's parts might reach it too."""
 
 
 class GrammarChecker:
@@ -29,8 +29,8 @@ class GrammarChecker:
         self._has_end = bool(tokenizer.end_of_generation)
         self._limits = limits or CheckLimits()
         self._processes = [CheckerProcess(tokenizer, self._limits) for _ in range(_PROCESSES)]
-        self._turns = Turns(_PROCESSES, most=_PROCESSES - 1)  # however long one owner's checks take, another's begin
-        self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()  # the newest used last, by the definition's digest
+        self._turns = Turns(_PROCESSES, most=_PROCESSES - 1)  # one owner's long checks do not delay another owner's
+        self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()  # by the definition's digest, in the order of use
 
     async def check(self, grammar: Grammar, owner: str = "") -> Grammar:
         """Checks a grammar and returns it in the form that workers compile. Owners take turns. Raises ParameterError if
@@ -55,7 +55,7 @@ class GrammarChecker:
                 process = min(self._processes, key=lambda process: process.child.load)
                 verdict = await asyncio.wrap_future(process.submit(definition))
         except (TimeoutError, concurrent.futures.CancelledError):
-            text = f"the check of grammars was busy with others for {self._limits.wait_s:g} s; try again"
+            text = f"the check of grammars was busy with other requests for {self._limits.wait_s:g} s; try again"
             raise DeadlineError(text) from None
         if len(verdict.definition) <= _KEPT_CHARACTERS:
             self._verdicts[key] = verdict

@@ -30,7 +30,7 @@ _TOO_DEEP: Final = "the grammar is nested too deeply"
 
 
 def _checked(definition: str, walk: GrammarWalk) -> dict[str, str]:
-    """Returns the reason for a refusal of the grammar, or its definition if that was converted from GBNF."""
+    """Returns the reason why a grammar is refused. If GBNF was converted, returns the new definition."""
     converted = ""
     if definition.startswith(GBNF_START):
         text = json.loads(definition)[GBNF]
@@ -44,12 +44,12 @@ def _checked(definition: str, walk: GrammarWalk) -> dict[str, str]:
             return _reply(str(error))
         converted = definition = json.dumps({"grammars": [{"lark_grammar": lark}]}, ensure_ascii=False)
         if len(definition.encode()) > MAX_GRAMMAR_BYTES:
-            return _reply(f"a grammar of more than {MAX_GRAMMAR_BYTES} bytes")
+            return _reply(f"the converted grammar has more than {MAX_GRAMMAR_BYTES} bytes")
     try:
         schemas = [*_schemas(definition)]
         for schema in schemas:
             if (reference := endless_reference(schema)) is not None:
-                return _reply(f"the reference {reference[:100]!r} leads back to itself: no value that ends obeys it")
+                return _reply(f"the reference {reference[:100]!r} leads back to itself, so no finite value matches it")
         walk.run(definition, [*dict.fromkeys(chain.from_iterable(map(property_names, schemas)))])
     except RecursionError:
         return _reply(_TOO_DEEP)
@@ -74,7 +74,7 @@ def _reply(message: str, converted: str = "") -> dict[str, str]:
 
 
 def main() -> None:
-    """Prepares the vocabulary before the limits apply. Then checks grammars, with smaller stacks than workers have."""
+    """Prepares the vocabulary before limits apply. Then checks grammars, with smaller stacks than workers have."""
     threading.stack_size(_STACK_BYTES)
     end_with_parent()
     first = read_frame()

@@ -23,8 +23,8 @@ _MAX_LINE_BYTES: Final = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class CheckLimits:
-    """Limits of a grammar's check. Usually counts of work refuse a grammar (see matcher.py); `guard_cpu_s` and
-    `memory_bytes` stop what the counts do not. `start_s`, `wall_s` and `wait_s` bound the delays of a slow machine."""
+    """Limits of a grammar's check. Usually, counts of work refuse a grammar (see matcher.py). `guard_cpu_s` and
+    `memory_bytes` stop other checks. `start_s`, `wall_s` and `wait_s` bound the delays of a slow machine."""
 
     guard_cpu_s: float = 20.0
     memory_bytes: int = 1 << 30
@@ -34,12 +34,12 @@ class CheckLimits:
 
 
 class CheckGuardError(RequestError):
-    """The grammar ended the process that checked it."""
+    """A grammar ended the process that checked it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`reason` is why a grammar is refused ("" if it is not); `definition` is its converted form ("" if none)."""
+    """The result of a check. `reason` is why a grammar is refused, or "". `definition` is its converted form, or ""."""
 
     reason: str
     definition: str = ""
@@ -53,7 +53,7 @@ class CheckerProcess:
         self.child = BoundedChild(program, "grammar-check")
 
     def submit(self, definition: str) -> Future[Verdict]:
-        """Checks a definition. The future raises CheckGuardError, or DeadlineError if just the machine is too slow."""
+        """Checks a definition. The future raises CheckGuardError, or DeadlineError if only the machine is slow."""
         return self.child.submit(partial(self._checked, definition))
 
     def _checked(self, definition: str) -> Verdict:
@@ -62,7 +62,7 @@ class CheckerProcess:
         except (ChildKilledError, ChildLateError, ChildUnusableError) as failure:
             raise DeadlineError(f"the check of the grammar was stopped: {failure}; try again") from None
         except ChildEndedError:
-            most = f"{self._limits.guard_cpu_s:g} s of a processor and {self._limits.memory_bytes >> 20} MiB"
+            most = f"{self._limits.guard_cpu_s:g} s of CPU time and {self._limits.memory_bytes >> 20} MiB"
             raise CheckGuardError(f"the grammar needs more than {most} to compile; make it smaller") from None
         return Verdict(reply["error"], reply["definition"])
 

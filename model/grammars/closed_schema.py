@@ -1,4 +1,4 @@
-"""Closes JSON schemas: by default, objects have only their named properties, as in OpenAI's strict mode."""
+"""Closes JSON schemas. In a closed schema, objects have only their named properties, as in OpenAI's strict mode."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ COMBINING: Final = frozenset(("allOf", "if", "dependentSchemas", "dependencies",
 
 
 def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Closes all objects, unless several schemas apply to one: each would refuse the properties of the others."""
+    """Closes all objects. If several schemas apply to one object, closes none: each would refuse the others' names."""
     try:
         return schema if _combines(schema) else _closed(schema)
-    except RecursionError:  # too deep for llguidance, too
+    except RecursionError:  # the schema is too deep for llguidance too
         return schema
 
 

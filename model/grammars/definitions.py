@@ -1,4 +1,4 @@
-"""Makes the grammars of requests, which are JSON Schema, regular expressions, Lark, llama.cpp's GBNF or choices."""
+"""Makes grammars from a request's JSON Schema, regular expression, Lark, GBNF (of llama.cpp) or choices."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from llamaclust.model.grammars.normal_schema import normal_schema
 
 GUIDANCE = "x-guidance"
 JSON_TEXT = {"whitespace_pattern": r" |\n{1,2}[ \t]{0,20}"}
-"""Options that bound white space in JSON text, as llama.cpp does. A small model might write it without end."""
+"""Options that limit white space in JSON text, as llama.cpp does. A small model might write white space without end."""
 _MOST_PLACES = 8
 _MAX_GBNF_BYTES = 1 << 17
-"""The largest grammar in GBNF. The converter takes about a second for a single rule of this size."""
+"""The maximum size of a GBNF grammar. The converter takes about a second for a single rule of this size."""
 GBNF = "gbnf"
 GBNF_START = f'{{"{GBNF}"'
 
 
 OWN_RULES = "own_rules"
-"""The name of grammar parts whose rules were made here. Users cannot give it to their own grammars."""
+"""The name of grammar parts whose rules were made here. Users cannot give their own grammars this name."""
 
 
 def of_schema(schema: Mapping[str, Any] | bool, origin: str, *, closes_objects: bool = False) -> Grammar:
-    """Allows the JSON texts of a schema. Raises ParameterError for a keyword that a grammar cannot express."""
+    """Allows the JSON texts that match a schema. Raises ParameterError if a grammar cannot express a keyword."""
     try:
         normal = normal_schema(schema, closes_objects=closes_objects)
     except RecursionError:
         raise ParameterError(origin, "the schema is nested too deeply") from None
     if normal.unobeyed:
-        reason = f"no grammar can obey {', '.join(normal.unobeyed[:_MOST_PLACES])}: remove it from the schema"
+        reason = f"a grammar cannot express {', '.join(normal.unobeyed[:_MOST_PLACES])}: remove it from the schema"
         raise ParameterError(origin, reason)
     return _grammar({"json_schema": {**normal.schema, GUIDANCE: JSON_TEXT}}, origin)
 
@@ -42,7 +42,7 @@ def of_object(origin: str) -> Grammar:
 
 
 def of_regex(pattern: str, origin: str) -> Grammar:
-    """Allows the texts that a regular expression (Rust's syntax, without look-around) matches as a whole."""
+    """Allows the texts that match a whole regular expression (in Rust's syntax, without look-around)."""
     from llguidance import regex_to_lark
 
     return _grammar({"lark_grammar": f"start: /{regex_to_lark(pattern, '')}/"}, origin)
@@ -53,12 +53,12 @@ def of_lark(text: str, origin: str) -> Grammar:
 
 
 def of_calls(rules: str, origin: str) -> Grammar:
-    """Allows the calls that `rules` describe. The rules were made here, in llguidance's dialect of Lark."""
+    """Allows the tool calls that `rules` describe. The rules were made here, in llguidance's dialect of Lark."""
     return _grammar({"name": OWN_RULES, "lark_grammar": rules}, origin)
 
 
 def of_gbnf(text: str, origin: str) -> Grammar:
-    """Allows the texts of a grammar in GBNF or Lark. The check converts it later, since that may take long."""
+    """Allows the texts of a grammar in GBNF or Lark. The check converts it later, because that may take long."""
     if len(text) > _MAX_GBNF_BYTES:
         raise ParameterError(origin, f"the grammar has {len(text)} characters; the limit is {_MAX_GBNF_BYTES}")
     return _defined({GBNF: text}, origin)
@@ -66,7 +66,7 @@ def of_gbnf(text: str, origin: str) -> Grammar:
 
 def of_choice(texts: Sequence[str], origin: str) -> Grammar:
     if not texts or not all(texts):
-        raise ParameterError(origin, "must be a list of texts that are not empty")
+        raise ParameterError(origin, "expected a list of texts, none of them empty")
     return of_lark("start: CHOICE\nCHOICE: " + " | ".join(map(quoted, texts)), origin)
 
 
@@ -78,7 +78,7 @@ def either(calls: str, other: Grammar) -> Grammar:
 
 
 def has_schemas_only(definition: str) -> bool:
-    """True if the definition has only schemas and rules that were made here, but no user's rules."""
+    """Returns True if the definition has only schemas and rules that were made here, and no rules of a user."""
     try:
         parts = json.loads(definition)["grammars"]
         return all("json_schema" in part or part.get("name") == OWN_RULES for part in parts)
@@ -87,11 +87,11 @@ def has_schemas_only(definition: str) -> bool:
 
 
 def lazy(grammar: Grammar, triggers: Sequence[str]) -> Grammar:
-    """Makes a grammar apply from the first trigger on. A trigger is the beginning of a text that it allows."""
+    """Makes a grammar apply from the first trigger on. The grammar must allow a text that begins with the trigger."""
     if not 0 < len(triggers) <= MAX_TRIGGERS or not all(
         0 < len(text.encode()) <= MAX_TRIGGER_BYTES for text in triggers
     ):
-        reason = f"needs 1 to {MAX_TRIGGERS} triggers of 1 to {MAX_TRIGGER_BYTES} bytes"
+        reason = f"expected 1 to {MAX_TRIGGERS} triggers of 1 to {MAX_TRIGGER_BYTES} bytes"
         raise ParameterError(grammar.origin, reason)
     return Grammar(grammar.definition, tuple(triggers), grammar.origin)
 
@@ -110,7 +110,7 @@ def _defined(whole: Mapping[str, Any], origin: str) -> Grammar:
         definition = json.dumps(whole, ensure_ascii=False, allow_nan=False)
         size = len(definition.encode())
     except (ValueError, RecursionError) as error:  # lone surrogates are a ValueError, too
-        raise ParameterError(origin, f"cannot be written as JSON: {error}") from error
+        raise ParameterError(origin, f"the grammar cannot be written as JSON: {error}") from error
     if size > MAX_GRAMMAR_BYTES:
         raise ParameterError(origin, f"the grammar has {size} bytes; the limit is {MAX_GRAMMAR_BYTES}")
     return Grammar(definition, origin=origin)

@@ -1,4 +1,4 @@
-"""The state of one answer in a grammar: the tokens that may come next. It depends only on grammar and tokens."""
+"""The state of an answer in a grammar: the tokens that may come next. It depends only on the grammar and the tokens."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _DEAD_END = "NoExtensionBias"
 _TOO_COMPLEX = "the grammar became too complex: "
 _NOT_VERBOSE = "<non-verbose/>"
 _MAX_FORCED_BYTES = 1 << 13
-"""The longest text that a grammar may force. Computing such a text takes 5 ms."""
+"""The maximum length of a text that a grammar may force. Computing such a text takes 5 ms."""
 
 
 def _limits(definition: str) -> LLParserLimits:
-    """Returns the limits of checks and of matching, which are equal so that every machine decides alike. Of 1,232
+    """Returns the limits of checks and of matching. They are equal, so that every machine decides alike. Of 1,232
     public schemas, the largest needs 81 thousand units of lexer fuel to compile, 373 thousand units and 7.6 thousand
     items in a step, and 2,400 lexer states in an answer. Only users' rules are ambiguous: their time grows at least
-    with the square of the items in a row. Up to 800 items, it stays below 50 ms."""
+    with the square of the items in a row. Up to 800 items, the time stays below 50 ms."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(
@@ -45,7 +45,7 @@ def _limits(definition: str) -> LLParserLimits:
 
 
 def compiled(definition: str, vocabulary: GrammarVocabulary) -> LLMatcher:
-    """Returns the state before the first token. Each answer compiles its own: copies share the lexer's limits."""
+    """Returns the state before the first token. Each answer compiles it again: copies share the lexer's limits."""
     from llguidance import LLMatcher
 
     return LLMatcher(vocabulary.native, definition, log_level=0, limits=_limits(definition))
@@ -65,25 +65,25 @@ class LexerUsedUpError(RequestError):
 
 
 class GrammarMatcher:
-    """The state of one answer, for one thread at a time. Methods raise RequestError if the grammar cannot be followed,
-    and release the GIL. llguidance limits the lexer's work between two computations of allowed tokens. A usual matcher
-    rarely computes these, and raises LexerUsedUpError at the limit; a costly one computes them at each token."""
+    """The state of one answer, for one thread at a time. Methods release the GIL, and raise RequestError if the grammar
+    cannot be followed. llguidance limits the lexer's work between two computations of allowed tokens. Usual matchers
+    rarely compute these, and raise LexerUsedUpError at the limit. Costly matchers compute them at each token."""
 
     def __init__(self, grammar: Grammar, vocabulary: GrammarVocabulary, *, is_costly: bool = False) -> None:
         self.position = 0  # tokens taken in
-        self.looked_bytes = 0  # the lengths of all texts that had to come next, one for each look
+        self.looked_bytes = 0  # the total length of the forced texts that were computed
         self._is_costly = is_costly
         self._vocabulary = vocabulary
         self._native = compiled(grammar.definition, vocabulary)
         self._check(CANNOT_BE_USED)
         self._ended = False
-        self._following: list[int] | None = None  # tokens that must come next, once this was looked for
-        self._allowed: AllowedTokens | None = None  # as far as they are computed
+        self._following: list[int] | None = None  # tokens that must come next, if they were computed
+        self._allowed: AllowedTokens | None = None  # if they were computed
         self._waiting = _Triggers(grammar.triggers, vocabulary) if grammar.triggers else None
 
     @property
     def is_free(self) -> bool:
-        """True until a trigger has come: every token is allowed."""
+        """True until a trigger has come. Until then, every token is allowed."""
         return self._waiting is not None
 
     @property
@@ -104,7 +104,7 @@ class GrammarMatcher:
             self._add(token)
 
     def try_take(self, token: int) -> AllowedTokens | None:
-        """Takes in a sampled token and returns None, or returns the allowed tokens if it is not allowed."""
+        """Takes in a sampled token and returns None. If it is not allowed, returns the tokens that are allowed."""
         if self._waiting is not None:
             self._await_trigger(token)
         elif not self._allows(token):
@@ -116,7 +116,7 @@ class GrammarMatcher:
         return None
 
     def allowed(self) -> AllowedTokens | None:
-        """Returns the tokens that may come next; None means all."""
+        """Returns the tokens that may come next, or None if all tokens may."""
         if self._waiting is not None:
             return None
         if self._ended:
@@ -140,7 +140,7 @@ class GrammarMatcher:
         return following[0] if following else None
 
     def peek_forced(self) -> list[int]:
-        """Returns tokens that must come next, as far as one computation finds them, without taking them in."""
+        """Returns tokens that must come next, without taking them in. One computation may not find all of them."""
         if self._waiting is not None or self._ended:
             return []
         return self._computed(self._must_follow)[:MAX_FORCED_TOKENS]
@@ -168,7 +168,7 @@ class GrammarMatcher:
         return self._consumes(token)
 
     def _must_follow(self) -> list[int]:
-        """Computes forced tokens once per token, to save lexer work. Raises RequestError if they are too long."""
+        """Computes forced tokens once for each token, to save lexer work. Raises RequestError if they are too long."""
         if self._following is None:
             self._following = self._native.compute_ff_tokens()
             size = sum(len(self._vocabulary.words[token]) for token in self._following)
@@ -202,7 +202,7 @@ class GrammarMatcher:
             return
         message = self._native.get_error()
         if message.startswith(_DEAD_END):
-            raise RequestError("the grammar has a rule that no text ends: nothing may follow")
+            raise RequestError("the grammar has a rule that no text can complete: nothing may follow")
         raise error(what + one_line(message.removesuffix(_NOT_VERBOSE)))
 
 

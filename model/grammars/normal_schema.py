@@ -30,14 +30,14 @@ _EVALUATED: Final = frozenset((*_COMBINED, "$ref", "if", "then", "else", "depend
 @dataclass(frozen=True, slots=True)
 class NormalSchema:
     """A schema that allows at least what the given schema allows. `unobeyed` has the places of omitted keywords, such
-    as `properties.a.not`."""
+    as properties.a.not."""
 
     schema: dict[str, Any]
     unobeyed: tuple[str, ...] = ()
 
 
 def normal_schema(schema: Any, *, closes_objects: bool = False) -> NormalSchema:
-    """Normalizes a schema. `closes_objects`: see `closed_schema`. Raises RecursionError if it is nested too deeply."""
+    """Normalizes a schema, and closes it if `closes_objects` (see `closed_schema`). May raise RecursionError."""
     reader = _Reader(schema)
     read = reader.read(schema, "")
     made = {"allOf": [read]} if isinstance(read, bool) else read
@@ -143,7 +143,7 @@ class _Reader:
             self._leave_out(place, "propertyNames")
 
     def _property_counts(self, schema: Mapping[str, Any], made: dict[str, Any], place: str) -> dict[str, int]:
-        """Returns bounds on the number of properties. llguidance obeys them if all named properties are required."""
+        """Returns limits of the property count. llguidance obeys them if all named properties are required."""
         least, most = (count(schema, key) for key in ("minProperties", "maxProperties"))
         named, required = made.get("properties", {}), made.get("required", ())
         if all(name in required for name in named):
@@ -216,7 +216,7 @@ class _Reader:
 
 
 def _is_required(part: Any) -> bool:
-    """True for draft 3's `required` inside the property, which many handwritten schemas have."""
+    """Returns True if the property itself has `required` (draft 3), as in many handwritten schemas."""
     return isinstance(part, Mapping) and part.get("required") is True
 
 

@@ -1,5 +1,5 @@
 """The state of the reasoning in an answer, and the forced tokens that end it after its budget. The state depends only
-on settings and tokens. Tags are found in the answer's bytes, so a tag may be split over tokens in any way."""
+on settings and tokens. Tags are found in the answer's bytes, so tokens may split a tag in any way."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHARACTER_BYTES: Final = 4
 class Place(Enum):
     BEFORE = auto()  # reasoning may begin
     INSIDE = auto()
-    BEHIND = auto()  # none follows
+    BEHIND = auto()  # reasoning is over
 
 
 class ReasoningScanner:
@@ -31,7 +31,7 @@ class ReasoningScanner:
         self._repeats = reasoning.repeats
         self.longest_part = max(_CHARACTER_BYTES, *map(len, self.ends)) - 1  # bytes of what `is_in_part` tells of
         self._kept = max(self.longest_part, *map(len, self._begins))
-        self._tail = b""  # the newest bytes behind the last tag
+        self._tail = b""  # the newest bytes after the last tag
 
     @property
     def is_in_part(self) -> bool:
@@ -63,7 +63,7 @@ class ReasoningScanner:
         self.place, self._tail = Place.BEFORE, b""
 
     def rest_behind_end(self, data: bytes) -> bytes | None:
-        """Returns the bytes of `data` after the reasoning's end, or None if `data` would not end it."""
+        """Returns the bytes of `data` after the reasoning's end, or None if `data` would not end the reasoning."""
         text = self._tail + data
         end = self._any_end.search(text) if self.place is Place.INSIDE else None
         return None if end is None else text[end.end() :]
@@ -123,7 +123,7 @@ class ReasoningState:
         self._at, self._budget = None, None
 
     def runs_over(self, token: int) -> bool:
-        """True if the token would end the reasoning and also has text after the end."""
+        """Returns True if the token would end the reasoning and has more text after the end."""
         return bool((self._tags.rest_behind_end(self._bytes(token)) or b"").strip(_SPACE))
 
     def _bytes(self, token: int) -> bytes:
@@ -137,7 +137,7 @@ class ReasoningState:
 
 
 def may_run_over(words: Sequence[bytes], tag: bytes) -> tuple[int, ...]:
-    """Returns the tokens that can complete a tag and also have text after it."""
+    """Returns the tokens that can complete a tag and have more text after the tag."""
     tag_ends = tuple(tag[-length:] for length in range(1, len(tag) + 1))
 
     def runs_over(word: bytes) -> bool:

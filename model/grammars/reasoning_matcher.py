@@ -1,4 +1,4 @@
-"""The state of one answer whose reasoning has a budget or delays the grammar."""
+"""The state of an answer whose reasoning has a budget or delays the grammar."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
 
 class ReasoningMatcher:
-    """A matcher of reasoning and, if given, a grammar, with the methods of `GrammarMatcher`. The budget counts only if
-    the reasoning delays the grammar, or if the grammar allows the tokens that end the reasoning."""
+    """A matcher of reasoning and, if given, of a grammar. It has the methods of `GrammarMatcher`. The budget counts
+    only if the reasoning delays the grammar, or if the grammar allows the tokens that end the reasoning."""
 
     def __init__(self, reasoning: Reasoning, grammar: GrammarMatcher | None, vocabulary: GrammarVocabulary) -> None:
         self.position = 0  # tokens taken in
@@ -34,7 +34,7 @@ class ReasoningMatcher:
         return self._state.forced is not None or (grammar is not None and grammar.is_complete)
 
     def take(self, tokens: Iterable[int]) -> None:
-        """Takes in the next tokens, sampled or forced. Raises RequestError for a token that breaks the grammar."""
+        """Takes in the next tokens, sampled or forced. Raises RequestError if a token breaks the grammar."""
         for token in tokens:
             self._forced()
             if (grammar := self._ruling) is not None:
@@ -53,7 +53,7 @@ class ReasoningMatcher:
         return None
 
     def allowed(self) -> AllowedTokens | None:
-        """Returns the tokens that may come next; None means all. `try_take` may still refuse some of them."""
+        """Returns the tokens that may come next, or None if all may. `try_take` may still refuse some of them."""
         if (forced := self._forced()) is not None:
             return _only(forced, self._vocabulary)
         return None if self._ruling is None else self._ruling.allowed()
@@ -77,7 +77,7 @@ class ReasoningMatcher:
 
     @property
     def _ruling(self) -> GrammarMatcher | None:
-        """The grammar, or None while the reasoning delays it. A grammar that has begun to apply is not delayed."""
+        """The grammar, or None while reasoning delays it. Reasoning cannot delay a grammar that already applies."""
         grammar = self._grammar
         if grammar is None or not self._delays or not self._state.is_inside:
             return grammar

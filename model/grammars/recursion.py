@@ -11,7 +11,7 @@ from llamaclust.model.grammars.schema_references import MISSING, SchemaReference
 
 
 def endless_reference(schema: Any) -> str | None:
-    """Returns the first used reference that no finite value can obey. Does not follow references to other documents."""
+    """Returns the first reference that no finite value can match, or None. Ignores references to other documents."""
     targets = _targets(schema)
     conditions = _Conditions(targets)
     return next((reference for reference in targets if not conditions.ends(reference)), None)
@@ -31,7 +31,7 @@ def _targets(schema: Any) -> dict[str, Any]:
 
 
 def _references(schema: Any, read: set[int]) -> Iterator[str]:
-    """Yields the references in a schema, except in its definitions and in parts that were read before."""
+    """Yields the references in a schema. Skips the schema's definitions, and parts that were read before."""
     pending = [schema]
     while pending:
         part = pending.pop()
@@ -47,14 +47,14 @@ def _references(schema: Any, read: set[int]) -> Iterator[str]:
 
 @dataclass(slots=True, eq=False)
 class _Condition:
-    """A condition that is true once `missing` of the conditions that it uses have become true."""
+    """A condition that is true when `missing` more of the conditions that it uses have become true."""
 
     missing: int
     users: list[_Condition] = field(default_factory=list)
 
 
 class _Conditions:
-    """Finds the parts of a schema that a finite value can obey, as far as references decide: the least fixed point."""
+    """Finds the parts of a schema that a finite value can match, judged by references only: the least fixed point."""
 
     def __init__(self, targets: Mapping[str, Any]) -> None:
         self._targets = targets

@@ -1,4 +1,4 @@
-"""Gives keywords of JSON schemas for one value a single form, for all libraries and drafts."""
+"""Converts keywords for a single value in JSON schemas to one form, for all libraries and drafts."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _NUMBERS: Final = (
 _LOOK_AROUND: Final = re.compile(r"\(\?(?:=|!|<=|<!)|\\[1-9]|\\k<")
 _ANY_TEXT: Final = frozenset(("", ".*", "^.*$", "^(.*)$", r"[\s\S]*", r"^[\s\S]*$"))
 MOST_OF_AN_INTEGER: Final = 10**16 - 1
-"""The largest integer. It has sixteen digits, as in llama.cpp, since a small model might write digits without end."""
+"""The largest integer. It has sixteen digits, as in llama.cpp, because a small model might write digits without end."""
 
 
 def normal_types(given: Any) -> tuple[list[str], bool]:
-    """Returns the types that a value may have (empty: any), and True if all given types are known."""
+    """Returns the types that a value may have (none for any type), and True if all given types are known."""
     names = [name.lower() for name in given if isinstance(name, str)] if isinstance(given, list) else []
     if isinstance(given, str):
         names = [given.lower()]
@@ -46,14 +46,14 @@ def normal_types(given: Any) -> tuple[list[str], bool]:
 
 
 def as_list(given: Any) -> list[Any] | None:
-    """Reads a list. PHP writes it as an object if indices are missing."""
+    """Reads a list. PHP writes a list as an object if indices are missing."""
     if isinstance(given, Mapping) and all(isinstance(key, str) and key.isdigit() for key in given):
         return [*given.values()]
     return given if isinstance(given, list) else None
 
 
 def as_object(given: Any) -> Mapping[str, Any]:
-    """Reads an object. PHP writes an empty one as a list."""
+    """Reads an object. PHP writes an empty object as a list."""
     return given if isinstance(given, Mapping) else {}
 
 
@@ -66,7 +66,7 @@ def matches_all(pattern: Any) -> bool:
 
 
 def count(schema: Mapping[str, Any], key: str) -> int | None:
-    """Reads a bound on a length or an item count, such as `minLength`. None if it is absent or excludes nothing."""
+    """Reads a limit of a length or an item count, such as `minLength`. Returns None if it allows everything."""
     value = schema.get(key)
     if not _is_number(value) or value < (0 if key.startswith("max") else 1):
         return None
@@ -74,7 +74,7 @@ def count(schema: Mapping[str, Any], key: str) -> int | None:
 
 
 def text_forms(schema: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
-    """Returns `pattern` and `format`, and False if a pattern with look-around is omitted and no format replaces it."""
+    """Returns `pattern` and `format`. Also returns False if a pattern has look-around and no `format` replaces it."""
     form, pattern = schema.get("format"), schema.get("pattern")
     made: dict[str, str] = {}
     if isinstance(form, str) and (form := _OTHER_FORMATS.get(form, form)) in FORMATS:
@@ -87,7 +87,7 @@ def text_forms(schema: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
 
 
 def bounds(schema: Mapping[str, Any], types: Sequence[str]) -> dict[str, Any]:
-    """Returns the bounds of a number. Draft 4's Boolean bounds become numbers. Integers have sixteen digits at most."""
+    """Returns a number's limits. Draft 4's Boolean limits become numbers. Integers have at most sixteen digits."""
     made: dict[str, Any] = {}
     for limit, exclusive, sign in (("minimum", "exclusiveMinimum", -1), ("maximum", "exclusiveMaximum", 1)):
         value, other = schema.get(limit), schema.get(exclusive)

@@ -1,4 +1,4 @@
-"""References within one JSON schema: by pointer, anchor or identifier."""
+"""References within a JSON schema, by pointer, anchor or identifier."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ MISSING: Final = object()
 
 
 class SchemaReferences:
-    """Finds the schemas that references name. Nothing is ever fetched."""
+    """Finds the schemas that references name. Never downloads a schema."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
         self._found: dict[str, Any] = {}  # by reference, behind chains
 
     def find(self, reference: str) -> Any:
-        """Returns the schema at the end of a chain of references; MISSING if there is none or the chain is circular."""
+        """Returns the schema at the end of a chain of references, or MISSING if the chain is broken or circular."""
         chain: dict[str, None] = {}
         while reference not in self._found and reference not in chain:
             chain[reference] = None
@@ -36,7 +36,7 @@ class SchemaReferences:
         return found
 
     def target(self, reference: str) -> Any:
-        """Returns the schema that the reference names, or MISSING. The schema may itself be a reference."""
+        """Returns the schema that a reference names, or MISSING. The schema may be another reference."""
         resource, _, fragment = reference.partition("#")
         base = self._root if not resource else self._identified.get(resource, MISSING)
         if not fragment or base is MISSING:

@@ -1,4 +1,4 @@
-"""A model's vocabulary as llguidance needs it."""
+"""A model's vocabulary in the form that llguidance needs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 _SPECIAL: Final = b"\xff"
 """llguidance's prefix for the name of a token without text."""
 _SLICES: Final = [r'[^"\\\x00-\x1F\x7F]{1,30}', r'[^"\\\x00-\x1F\x7F]+']
-"""Patterns of text in JSON strings, whose tokens are found together. llguidance's default takes 1.5 times the time and
-memory."""
+"""Patterns of text in JSON strings. llguidance finds the allowed tokens of each pattern together. Its default patterns
+take 1.5 times the time and memory."""
 _KEPT_TEXTS: Final = 1024
 _KEPT_TAGS: Final = 16
 

@@ -17,7 +17,7 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 _CHOICES: Final = 32
 _TOKENS: Final = 512
 _LOOKED_BYTES: Final = 1 << 19
-"""The most bytes of forced texts in a walk. They take about a third of a second."""
+"""The limit of forced texts in a walk, in bytes. Forced texts of this size take about a third of a second."""
 _NAMES: Final = 64
 _FIRST: Final = b'{["'
 _PREFERRED: Final = b'"{[],}:'

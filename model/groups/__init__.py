@@ -1,1 +1,1 @@
-"""Groups of workers that compute one stage together. Each worker computes some rows of every product's weights."""
+"""Groups of workers that compute a stage together. Each worker computes some rows of each product's weights."""

@@ -1,5 +1,5 @@
-"""Costs of a group's members: each layer's divided parts, their units, and the gathers. They follow from the division
-itself, so that a member's costs are those of its program."""
+"""Costs of a group's members: the divided parts of each layer, their units, and the gathers. The costs are computed
+from the division itself, so they match the members' programs."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _SUMS = (
 
 @dataclass(frozen=True, slots=True)
 class GatherCost:
-    """A gather of `lines` lines of `width` channels per row. Members divide a line into `units`. If portions consist of
-    whole segments, it is sent in `form`, the format of all its readers. `to_leader`: only the leader receives it.
-    `from_leader`: only the leader sends it, undivided."""
+    """A gather of `lines` lines of `width` channels for each row. Members divide a line into `units`. If portions
+    consist of whole segments, values are sent in `form`, the format of all readers. If `to_leader`, only the leader
+    receives them. If `from_leader`, only the leader sends them, undivided."""
 
     width: int
     units: int
@@ -54,7 +54,7 @@ class GatherCost:
 
 @dataclass(frozen=True, slots=True)
 class PortionCost:
-    """A part of a layer that members divide into `units`. `cost` is the cost of all units."""
+    """A part of a layer that members divide into `units`. `cost` is the cost of all units together."""
 
     units: int
     cost: LayerCost
@@ -78,7 +78,7 @@ class PortionCost:
 
 @dataclass(frozen=True, slots=True)
 class DividedLayer:
-    """A layer, or the head: the cost that every member has in full, the divided parts, and the gathers per row."""
+    """A layer or the head: the cost that every member has in full, the divided parts, and the gathers of a row."""
 
     whole: LayerCost
     portions: tuple[PortionCost, ...]
@@ -100,7 +100,7 @@ class DividedLayer:
 @dataclass(frozen=True, slots=True)
 class EmbeddingCost:
     """The costs before the first layer. The leader has the token embeddings and sends their rows to the others. Every
-    member has the other tables, such as position embeddings, of `whole_bytes`."""
+    member has the other tables, such as position embeddings, which take `whole_bytes`."""
 
     whole_bytes: int
     gathers: tuple[GatherCost, ...]

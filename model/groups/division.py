@@ -1,7 +1,7 @@
 """Makes the program of one member of a group, which computes some output rows of every product.
-Results of products stay divided, and so do values that follow from them channel by channel or head by head. For all
-other steps, a `Gather` assembles whole rows. Only the leader holds the token embeddings, and sends their rows. Each
-output is computed by one member, in the order of the whole program, so that results have the same bits."""
+Results of products stay divided, and so do values that are computed from them channel by channel or head by head. For
+all other steps, a `Gather` assembles whole rows. Only the leader has the token embeddings, and it sends their rows. One
+member computes each output, in the order of the undivided program, so that results have the same bits."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from llamaclust.model.program import Buffer, Embed, Gather, Program, Slice, Step
 from llamaclust.model.steps.step import Units
 
 LEADER = 0
-"""The member that samples. Only it gets the last stage's results and holds the token embeddings."""
+"""The member that samples. Only the leader gets the last stage's results and has the token embeddings."""
 
 
 def divide(program: Program, shares: Sequence[float], member: int) -> Program:
-    """Returns the program of `member` in proportion to the shares. Raises UsageError if layers are in parts."""
+    """Returns the program of `member`, in proportion to the shares. Raises UsageError if stages divide a layer."""
     return _Member(shares, member).program(Division.of(program, len(shares)))
 
 

@@ -1,4 +1,4 @@
-"""The format in which a group's members send rows: that of the rows' readers, if all have the same."""
+"""The format in which a group's members send rows: the format of all readers, if they have the same format."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.model.quant_types import ActivationFormat, QuantType
 def format_of_readers(
     steps: Sequence[Step], buffer: Buffer, results: Sequence[Buffer | None], type_of: Callable[[str], QuantType]
 ) -> ActivationFormat | None:
-    """Returns the format to which all readers of the buffer quantize it, or None. `results` are read at the end."""
+    """Returns the format to which all readers of a buffer quantize it, or None. `results` are read at the end."""
     formats = set[ActivationFormat | None]()
     for step in steps:
         if buffer in step.reads:

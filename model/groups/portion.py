@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Portion:
-    """The part of a stage that one member of a group computes: all members' shares of output rows, and its number."""
+    """The part of a stage that one member of a group computes: the shares of all members, and the member's number."""
 
     shares: tuple[int, ...]
     member: int

@@ -1,5 +1,5 @@
-"""Finds the values of a program that a group's members divide, and their units. Results of products are divided, and so
-are values that follow from these channel by channel or head by head. Other steps read whole rows."""
+"""Finds the values of a program that a group's members divide, and their units. Members divide the results of products,
+and the values that are computed from these channel by channel or head by head. Other steps read whole rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llamaclust.model.program import (
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat
 
 _LEAST_UNITS = {ActivationFormat.Q8_256: 16, ActivationFormat.Q8_32: 8}
-"""The least segments per member if units are segments. With fewer, portions could differ much from the shares."""
+"""The lowest number of segments for a member. With fewer segments, portions could differ much from the shares."""
 
 
 def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
@@ -40,7 +40,7 @@ def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
 
 @dataclass(slots=True)
 class _Portion:
-    """Values that are divided alike into `units`. `joined` is the portion that replaced this one."""
+    """Values that are divided into `units` in the same way. `joined` is the portion that replaced this portion."""
 
     units: int = 0
     has_heads: bool = False
@@ -72,8 +72,8 @@ class Gathered:
 
 @dataclass(frozen=True, slots=True)
 class DividedStep:
-    """A step of the whole program. Its result is divided into `units`; 0 means that every member has the whole result.
-    `gathered` buffers are gathered before it. Members take their columns from the whole rows of `cut` buffers."""
+    """A step of the undivided program. Its result is divided into `units`, or whole in every member if `units` is 0.
+    The `gathered` buffers are gathered before it. Members take their columns from the whole rows of `cut` buffers."""
 
     step: Step
     units: int
@@ -92,7 +92,7 @@ class Division:
     @classmethod
     def of(cls, program: Program, members: int) -> Division:
         if program.shards > 1:
-            raise UsageError("a group holds whole layers, not parts of their experts")
+            raise UsageError("a group needs whole layers, but stages begin or end inside a layer's experts")
         steps = tuple(separated(program.steps))
         rows, units = _Rows(program.normed), _units_of(steps, members)
         divided = tuple(map(rows.step, steps, units))
@@ -101,7 +101,7 @@ class Division:
 
 
 def _units_of(steps: Sequence[Step], members: int) -> list[int]:
-    """Returns the units of each step's result; 0 for a result that stays whole, as with fewer units than members."""
+    """Returns the units of each step's result, or 0 if the result stays whole (with fewer units than members, say)."""
     found, current, kept = list[_Portion | None](), dict[str, _Portion | None](), dict[int, _Portion | None]()
     shared = _products_of_shared_keys(steps)
     for at, step in enumerate(steps):
@@ -119,7 +119,7 @@ def _units_of(steps: Sequence[Step], members: int) -> list[int]:
 
 
 def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
-    """Returns products of an attention's only KV head. Every member computes them, which is faster than a gather."""
+    """Returns the products for an attention's only KV head. Every member computes them: a gather would be slower."""
     found, wanted = set[int](), set[str]()
     for at, step in reversed([*enumerate(steps)]):
         name = step.out.name
@@ -136,7 +136,7 @@ def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
 
 @dataclass(slots=True)
 class _Rows:
-    """The values that are divided after the steps so far. `SelectRows` needs the result `normed` whole."""
+    """The values that are divided after the steps so far. `SelectRows` needs `normed` as whole rows."""
 
     normed: Buffer | None
     _divided: dict[str, Gathered] = field(default_factory=dict)

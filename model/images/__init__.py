@@ -1,1 +1,1 @@
-"""Images, decoded and prepared for the encoder of a vision model. Child processes do all work on their bytes."""
+"""Images, decoded and prepared for the encoder of a vision model. Only child processes read their bytes."""

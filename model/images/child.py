@@ -17,7 +17,7 @@ from llamaclust.model.images.tiling import tiling_of
 
 
 def _reply_to(image: bytes, settings: ImageSettings, first: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-    """Returns a reply and, one after the other, the tiles' pixels [height, width, 3]."""
+    """Returns a reply and the tiles' pixels [height, width, 3], one tile after the other."""
     try:
         tiling = tiling_of(decode(image, first["max_pixels"]), settings)
         sizes = [tile.size for tile in tiling.tiles]
@@ -32,7 +32,6 @@ def _reply_to(image: bytes, settings: ImageSettings, first: dict[str, Any]) -> t
 
 
 def _memory_bytes() -> int:
-    """Returns the address space of this process."""
     pages = Path("/proc/self/statm").read_text().split()[0]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 

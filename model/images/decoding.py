@@ -1,5 +1,5 @@
-"""Decodes an image's bytes with Pillow, of which only five plugins are ever imported. Only child processes import this
-module: decoders are native code, and images are untrusted."""
+"""Decodes an image's bytes with Pillow, and imports only five of its plugins. Only child processes import this module,
+because decoders are native code and images are untrusted."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _TURNS: Mapping[int, Transpose] = MappingProxyType(
         8: Transpose.ROTATE_90,
     }
 )
-"""Turns that put images upright, by orientation."""
+"""The transformations that make images upright, by orientation."""
 
 
 _JPEG = type("_Jpeg", (JpegImageFile,), {"_read_dpi_from_exif": lambda _: None})
-"""Reads JPEG files without a search of their EXIF data for a resolution, for which Pillow imports its TIFF plugin."""
+"""Reads JPEG files. Does not search EXIF data for a resolution, because Pillow's search imports a TIFF plugin."""
 
 
 _FILES: Mapping[ImageFormat, Callable[[BytesIO], Image]] = MappingProxyType(
@@ -50,8 +50,8 @@ _FILES: Mapping[ImageFormat, Callable[[BytesIO], Image]] = MappingProxyType(
 
 
 def decode(data: bytes, max_pixels: int) -> Image:
-    """Returns an upright RGB image; of an animation the first frame. Transparent parts are over white, as in the image
-    processors of transformers. Raises ImageError, or MemoryError if the process may not have the memory."""
+    """Returns an upright RGB image, or an animation's first frame. Transparent parts become white, as in transformers.
+    Raises ImageError if the bytes cannot be decoded, and MemoryError if the process lacks the memory."""
     kind = format_of(data)
     if kind is None:
         *first, last = (each.value for each in ImageFormat)
@@ -104,7 +104,7 @@ def _rgb(image: Image) -> Image:
 
 
 def _over_white(image: Image) -> Image:
-    """Goes by strips, so that little more than the two images is in memory."""
+    """Works strip by strip, so that there is little more in memory than the two images."""
     out = new("RGB", image.size)
     lines = max(_STRIP_PIXELS // image.width, 1)
     for top in range(0, image.height, lines):

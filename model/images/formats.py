@@ -1,5 +1,5 @@
-"""Facts in the bytes of images that are read before a decoder runs, or that Pillow reads only with more of its
-plugins: the format, the canvas of a WebP file, and the orientation that a camera noted in EXIF."""
+"""Facts that are read from an image's bytes before a decoder runs, or for which Pillow would need more plugins: the
+format, the canvas of a WebP file, and the orientation that a camera noted in EXIF."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ImageFormat(Enum):
 
 
 def format_of(image: bytes) -> ImageFormat | None:
-    """Returns the format that the first bytes show, whatever the sender says. None: none that is taken."""
+    """Returns the format that the first bytes show, or None if it is not supported. Ignores what the sender says."""
     if image.startswith(b"RIFF") and image[8:12] == b"WEBP":
         return ImageFormat.WEBP
     starts = {
@@ -35,8 +35,8 @@ def format_of(image: bytes) -> ImageFormat | None:
 
 
 def webp_size(image: bytes) -> tuple[int, int]:
-    """Returns the width and height of the canvas, (0, 0) if the file does not tell it. The decoder allocates the canvas
-    before it tells the size."""
+    """Returns the width and height of the canvas, or (0, 0) if the file does not have them. This check comes first,
+    because the decoder allocates the canvas before it returns the size."""
     kind, body = image[12:16], image[20:30]
     if len(body) < 10:
         return 0, 0
@@ -52,7 +52,7 @@ def webp_size(image: bytes) -> tuple[int, int]:
 
 
 def orientation_of(exif: bytes) -> int:
-    """Returns the value 1 to 8 of EXIF's orientation. 1: upright, or unknown. `exif` is a TIFF directory."""
+    """Returns the orientation, 1 to 8, from a TIFF directory in EXIF. 1 means upright or unknown."""
     data = exif.removeprefix(b"Exif\0\0")
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4])
     if order is None or len(data) < 8:

@@ -1,4 +1,4 @@
-"""Prepares images in child processes, with bounds of bytes, pixels, time and memory."""
+"""Prepares images in child processes, with limits on bytes, pixels, time and memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from llamaclust.model.images.settings import CHANNELS, MAX_IMAGE_BYTES, ImageSet
 _CHILD: Final = "llamaclust.model.images.child"
 _PROCESSES: Final = 3
 _MOST_OF_AN_OWNER: Final = 2
-"""The number of images of one owner that are prepared at a time."""
+"""The maximum number of images that are prepared at a time for one owner."""
 _MAX_LINE_BYTES: Final = 1 << 16
 _MAX_ERROR_CHARACTERS: Final = 300
 
@@ -40,8 +40,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """Limits of one image. `memory_bytes` is the memory of a child process above that at its start, `cpu_seconds` and
-    `wall_s` bound its work, and `wait_s` the wait for earlier images. A process without work ends after `idle_s`."""
+    """Limits of one image. `memory_bytes` is what a child process may add to its memory. `cpu_seconds` and `wall_s`
+    limit its work, and `wait_s` the wait for earlier images. A process without work ends after `idle_s`."""
 
     max_bytes: int = MAX_IMAGE_BYTES
     max_pixels: int = 32 << 20
@@ -55,16 +55,16 @@ class ImageLimits:
 
 @dataclass(frozen=True, slots=True)
 class ImageTiles:
-    """`tiles` are RGB [height, width, 3], each the input of one run of the encoder. `prompt` is what stands for the
-    image in the prompt: text, in which special tokens are written as text, and rows of the tiles."""
+    """The tiles of an image and its place in the prompt. `tiles` are RGB [height, width, 3]. The encoder runs once for
+    each tile. `prompt` has text, which may contain special tokens as text, and rows of the tiles."""
 
     tiles: tuple[NDArray[np.uint8], ...]
     prompt: tuple[Piece, ...]
 
 
 class ImagePreparation:
-    """The child processes for images of all models. They start on first use, and end when they are idle. Owners of
-    requests take turns, so that two slow images of one owner do not hold up others. Use it on one event loop."""
+    """The child processes for images of all models. They start on first use and end when they are idle. Owners of
+    requests take turns, so that two slow images of one owner do not delay others. Must be used on one event loop."""
 
     def __init__(self, limits: ImageLimits | None = None) -> None:
         self._limits = limits or ImageLimits()
@@ -78,20 +78,20 @@ class ImagePreparation:
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
-        """Ends the child processes. Images in progress and waiting ones fail. May be called again."""
+        """Ends the child processes. Images in progress and waiting images fail. May be called again."""
         for preparer in self._preparers:
             preparer.child.stop()
         for preparer in self._preparers:
             preparer.child.close()
 
     async def prepare(self, image: bytes, settings: ImageSettings, owner: str = "") -> ImageTiles:
-        """Prepares an image in a turn of its owner. Raises the errors of `turn` and `tiles`."""
+        """Prepares an image during its owner's turn. Raises what `turn` and `tiles` raise."""
         async with self.turn(owner):
             return await self.tiles(image, settings)
 
     @asynccontextmanager
     async def turn(self, owner: str) -> AsyncIterator[None]:
-        """Enters a turn of an owner for one image. Raises DeadlineError if other images take long."""
+        """Waits for an owner's turn to prepare one image. Raises DeadlineError if other images take too long."""
         async with AsyncExitStack() as turn:
             try:
                 async with asyncio.timeout(self._limits.wait_s):
@@ -102,12 +102,11 @@ class ImagePreparation:
             yield
 
     async def tiles(self, image: bytes, settings: ImageSettings) -> ImageTiles:
-        """Prepares an image; the caller has a turn. Raises RequestError for an image that is not taken, which another
-        attempt does not change, and DeadlineError if the work is late, killed or closed. If the call is cancelled, it
-        ends with the work."""
+        """Prepares an image. The caller must have a turn. Raises RequestError if the image is refused, which a retry
+        would repeat, and DeadlineError if the work is late, killed or closed. Cancellation waits for the work's end."""
         most = self._limits.max_bytes
         if len(image) > most:
-            raise RequestError(f"the image has {len(image)} bytes; the limit is {most}: send a smaller one")
+            raise RequestError(f"the image has {len(image)} bytes; the limit is {most}: send a smaller image")
         work = asyncio.wrap_future(self._least_busy().submit(image, settings))
         try:
             return await asyncio.shield(work)
@@ -115,7 +114,6 @@ class ImagePreparation:
             await asyncio.wait([work])
 
     def _least_busy(self) -> _Preparer:
-        """Prefers a process that has started."""
         return min(self._preparers, key=lambda preparer: (preparer.child.load, preparer.child.pid is None))
 
 
@@ -138,8 +136,8 @@ class _Preparer:
         except (ChildKilledError, ChildLateError, ChildUnusableError) as failure:
             raise DeadlineError(f"the preparation of the image was stopped: {failure}; try again") from None
         except ChildEndedError as failure:
-            most = f"{self._limits.cpu_seconds} s of a processor and {self._limits.memory_bytes >> 20} MiB"
-            raise RequestError(f"the image was refused: {failure}; the limit is {most}: send a smaller one") from None
+            most = f"{self._limits.cpu_seconds} s of CPU time and {self._limits.memory_bytes >> 20} MiB"
+            raise RequestError(f"the image was refused: {failure}; the limit is {most}: send a smaller image") from None
         self._report(self.child.first_reply["unconfined"])
         if "error" in reply:
             raise RequestError(f"the image was refused: {_line(reply['error'])}")
@@ -152,7 +150,7 @@ class _Preparer:
 
 
 def _tiles(reply: dict[str, Any], pixels: bytes, settings: ImageSettings) -> ImageTiles:
-    """Raises RequestError if the parts of a reply do not fit together: an image may have taken over the child."""
+    """Converts a reply. Raises RequestError if its parts do not match: an image may have taken over the child."""
     try:
         sizes = [(int(width), int(height)) for width, height in reply["sizes"]]
         columns, rows = int(reply["columns"]), int(reply["rows"])

@@ -1,6 +1,5 @@
-"""Resizes an image and cuts it into tiles. Filters are those of the image processors of transformers, which compute as
-Pillow does; llama.cpp has simpler filters, and for some families pads instead of stretching. Only child processes
-import this module."""
+"""Resizes an image and cuts it into tiles. The filters are Pillow's, as in transformers. llama.cpp has simpler filters,
+and pads images of some families instead of stretching them. Only child processes import this module."""
 
 from __future__ import annotations
 
@@ -14,8 +13,8 @@ from llamaclust.model.images.settings import ImageSettings
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """The tiles of an image, line by line; with more than one, the last is the overview. `columns` and `rows` are 0 if
-    the image was not cut."""
+    """The tiles of an image, line by line. If there are several tiles, the last tile is the overview. `columns` and
+    `rows` are 0 if the image was not cut."""
 
     tiles: tuple[Image, ...]
     columns: int = 0
@@ -23,7 +22,7 @@ class Tiling:
 
 
 def tiling_of(image: Image, settings: ImageSettings) -> Tiling:
-    """Raises ImageError for an image of a shape that the family does not take. `image` is RGB."""
+    """Cuts an RGB image into tiles. Raises ImageError if the family does not support the image's shape."""
     cut = FAMILIES[settings.projector].cut(image.size, settings)
     resampling = Resampling[cut.filter.value]
     result = image

@@ -1,1 +1,1 @@
-"""Programs and costs of heads for multi-token prediction (MTP), which are in layers after all others."""
+"""Programs and costs of heads for multi-token prediction (MTP). Their layers come after all other layers."""

@@ -1,4 +1,4 @@
-"""The program of an MTP head (`nextn_predict_layers`): a layer of its architecture between projections.
+"""The program of an MTP head (`nextn_predict_layers`), which is a layer of the architecture between projections.
 The row of position p reads the normed hidden state of position p and the token at p + 1. Its logits are for the token
 at p + 2. Its keys and values are stored at position p in KV memory of the head's layer."""
 
@@ -30,12 +30,12 @@ def has_nextn(model: Model) -> bool:
 
 def check_nextn(model: Model) -> None:
     if not has_nextn(model):
-        known = f"known are those of {', '.join(FAMILIES)} files with nextn tensors"
+        known = f"supported are {', '.join(FAMILIES)} files with nextn tensors"
         raise UsageError(f"{model.file.path} has no head for multi-token prediction (MTP): {known}; remove `mtp`")
 
 
 def nextn_program(model: Model, kv_type: KvType = KvType.F16, context_tokens: int | None = None) -> Program:
-    """Returns the first MTP head's program. Raises UsageError without one, ModelFileError if a tensor does not fit."""
+    """Returns the program of MTP head 0. Raises UsageError if it is missing, ModelFileError if a tensor is invalid."""
     check_nextn(model)
     builder = _NextnBuilder(ModelKeys(model.file), kv_type, context_tokens)
     ARCHITECTURES[model.hyperparameters.architecture](builder)

@@ -1,1 +1,1 @@
-"""Projector files (`mmproj`): the encoder of images of a vision model, and its inputs."""
+"""Projector files (`mmproj`): a vision model's image encoder and its inputs."""

@@ -1,4 +1,4 @@
-"""Projector files in the folder of a model's file."""
+"""Projector files in the same folder as a model file."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from llamaclust.model.hyperparameters import PROJECTOR_ARCHITECTURE
 from llamaclust.model.projectors.projector import Projector, open_projector
 
 _PREFIX = "mmproj"
-"""The beginning of projector files' names, in any case."""
+"""The prefix of projector files' names, in upper or lower case."""
 _MOST_FILES = 32
 _MOST_SHOWN = 4
 
 
 @dataclass(frozen=True, slots=True)
 class ProjectorsBeside:
-    """The projectors in the folder of a model's file. `fitting` ones can be used with the model, and `problems` say why
-    others cannot. In a folder of several models, others may belong to those, so that there are no problems."""
+    """The projectors in a model file's folder. `fitting` has the projectors that can be used with the model. `problems`
+    says why the others cannot. It is empty if the folder has several models, because the others may belong to these."""
 
     fitting: tuple[Projector, ...]
     problems: tuple[str, ...]
@@ -33,12 +33,12 @@ class ProjectorsBeside:
 
     @property
     def unused(self) -> str | None:
-        """The reason why no projector is used without a choice. None if one is used, or none is there."""
+        """The reason why no projector is used. None if a projector is used, or if the folder has none."""
         if len(self.fitting) > 1:
             names = [shown(projector.file.path.name) for projector in self.fitting]
             more = ", ..." if len(names) > _MOST_SHOWN else ""
             listed = ", ".join(names[:_MOST_SHOWN])
-            return f"images are not read, because {len(names)} projectors fit: {listed}{more}; give one as mmproj"
+            return f"images are not read, because {len(names)} projectors fit: {listed}{more}; choose one with mmproj"
         return None if self.fitting or not self.problems else f"images are not read: {self.problems[0]}"
 
 
@@ -47,8 +47,7 @@ def is_named_projector(path: PurePath) -> bool:
 
 
 def projectors_beside(model: Path, check: Callable[[Projector], None]) -> ProjectorsBeside:
-    """Opens the projectors in the folder of a model. `check` raises ModelFileError for a projector that does not
-    fit."""
+    """Opens the projectors in a model's folder. `check` raises ModelFileError if a projector does not fit the model."""
     fitting, problems = [], []
     for path in _files(model):
         try:
@@ -73,7 +72,6 @@ def _has_other_models(model: Path) -> bool:
 
 
 def _ggufs(model: Path) -> list[Path]:
-    """Returns the other GGUF files in the folder of a model."""
     try:
         return sorted(path for path in model.parent.iterdir() if path.suffix.lower() == ".gguf" and path != model)
     except OSError:

@@ -1,4 +1,4 @@
-"""The numbers of a projector file, read from its metadata and checked to be sane and to fit together."""
+"""The numbers of a projector file, which are read from its metadata and checked for range and consistency."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MAX_TILES = 1 << 8
 _MAX_PIXELS = 1 << 28  # of an image, as files have it
 _COLOURS = 3
 _WINDOW_PIXELS = 112
-"""The window's side where files do not tell it. llama.cpp has the same constant."""
+"""The default side of a window, in pixels, as in llama.cpp."""
 
 _UNSUPPORTED = (
     "vision.feature_layer",
@@ -31,7 +31,7 @@ _UNSUPPORTED = (
     "vision.mm_patch_merge_type",
     "vision.wa_layer_indexes",
 )
-"""Keys that change the arithmetic, and that no supported family has."""
+"""Keys that change the arithmetic. No supported family has them."""
 
 Colours = tuple[float, float, float]
 
@@ -39,10 +39,9 @@ Colours = tuple[float, float, float]
 @dataclass(frozen=True, slots=True)
 class ImageNumbers:
     """The numbers by which images are prepared. A colour c, 0 to 255, becomes (c / 255 - mean) / deviation.
-    `image_size` is a tile's side in pixels, or the side for which learned positions were trained. `longest_edge` is
-    that of an image before it is cut into tiles, and 0 if the file has none. Of the other limits, 0 means none.
-    `max_pixels` is at most what an encoder takes as one tile (MAX_TILE_PATCHES, MAX_TILE_PIXELS); files may have more.
-    """
+    `image_size` is a tile's side in pixels, or the side for which learned positions were trained. `longest_edge` is an
+    image's edge before it is cut, or 0 if the file has none. Other limits are 0 if there is none. `max_pixels` is at
+    most what an encoder can read as one tile (MAX_TILE_PATCHES, MAX_TILE_PIXELS), even if the file has more."""
 
     image_size: int
     longest_edge: int
@@ -56,10 +55,9 @@ class ImageNumbers:
 
 
 def family_name(keys: ModelKeys) -> str:
-    """Returns the projector's name. Raises ModelFileError for a file without an encoder of images, or an unsupported
-    one."""
+    """Returns the projector's name. Raises ModelFileError if there is no image encoder, or no supported projector."""
     if not keys.flag("has_vision_encoder", True):
-        raise keys.error("has_vision_encoder", "it is false, so the file has no encoder of images")
+        raise keys.error("has_vision_encoder", "the value is false, so the file has no image encoder")
     name = keys.text("projector_type", "") or keys.text("vision.projector_type", "")
     if name not in FAMILIES:
         raise keys.error("projector_type", f"{shown(name)} is not supported; supported: {', '.join(FAMILIES)}")
@@ -67,7 +65,7 @@ def family_name(keys: ModelKeys) -> str:
 
 
 def projector_keys(file: ModelFile) -> ModelKeys:
-    """Raises ModelFileError for a file that is not a projector."""
+    """Returns a projector's keys. Raises ModelFileError if the file is not a projector."""
     found = read_architecture(file)
     if found != PROJECTOR_ARCHITECTURE:
         what = f"{shown(found)}, but a projector has {PROJECTOR_ARCHITECTURE!r}"
@@ -79,11 +77,11 @@ def read_hyperparameters(keys: ModelKeys, family: VisionFamily) -> VisionHyperpa
     width = keys.count("vision.embedding_length", maximum=_MAX_WIDTH)
     heads = keys.count("vision.attention.head_count", maximum=_MAX_HEADS)
     if width % heads or (family.turns and width // heads % 4):
-        what = f"{heads} does not divide a width of {width}" + " into parts of 4 n channels" * family.turns
+        what = f"{heads} heads do not divide a width of {width}" + " into parts of 4 n channels" * family.turns
         raise keys.error("vision.attention.head_count", what)
     for key in _UNSUPPORTED:
         if keys.has(key):
-            raise keys.error(key, "is not supported")
+            raise keys.error(key, "the key is not supported")
     return VisionHyperparameters(
         block_count=keys.count("vision.block_count", maximum=MAX_LAYERS),
         embedding_length=width,
@@ -99,7 +97,7 @@ def read_hyperparameters(keys: ModelKeys, family: VisionFamily) -> VisionHyperpa
 def _activation(keys: ModelKeys, family: VisionFamily) -> ActivationFunction:
     gelu, silu = keys.flag("use_gelu", False), keys.flag("use_silu", False)
     if gelu and silu:
-        raise keys.error("use_gelu", "it is true, but use_silu is true as well")
+        raise keys.error("use_gelu", "use_gelu and use_silu are both true")
     if gelu:
         return family.gelu
     return ActivationFunction.SILU if silu else family.plain

@@ -1,4 +1,4 @@
-"""The order of a tile's patches in an encoder: merge groups are contiguous, and so are windows of such groups."""
+"""The order of a tile's patches in an encoder. Merge groups are contiguous, and so are windows of merge groups."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Int32 = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class PatchOrder:
-    """`patches` [rows] has the numbers of patches, counted line by line in the tile. `windows` [rows, 2] are the rows
-    [start, end) of each row's window, and `places` [merged rows] the place of each merged row in the lines of merged
-    rows; None: they are in this order."""
+    """The order of patches. `patches` [rows] has their numbers, counted line by line in the tile. `windows` [rows, 2]
+    has the rows [start, end) of each row's window. `places` [merged rows] has each merged row's place in the tile's
+    lines, or is None if merged rows are in the tile's order."""
 
     patches: Int32
     windows: Int32 | None = None
@@ -22,12 +22,12 @@ class PatchOrder:
 
 
 def in_groups(height: int, width: int, merge: int) -> PatchOrder:
-    """Orders height x width patches by groups of merge x merge."""
+    """Orders height x width patches by groups of merge x merge patches."""
     return PatchOrder(_grouped(height, width, merge).reshape(-1))
 
 
 def in_windows(height: int, width: int, merge: int, side: int) -> PatchOrder:
-    """Orders patches by windows of at most side x side groups, from the upper left on, and by groups in a window."""
+    """Orders patches by windows of at most side x side groups, line by line, and within windows by groups."""
     groups = _grouped(height, width, merge)
     lines, columns = height // merge, width // merge
     parts = [
@@ -43,6 +43,6 @@ def in_windows(height: int, width: int, merge: int, side: int) -> PatchOrder:
 
 
 def _grouped(height: int, width: int, merge: int) -> Int32:
-    """Returns the numbers of patches [groups, merge * merge]."""
+    """Returns patch numbers [groups, merge * merge]."""
     numbers = np.arange(height * width, dtype=np.int32).reshape(height // merge, merge, width // merge, merge)
     return numbers.swapaxes(1, 2).reshape(-1, merge * merge)

@@ -1,5 +1,5 @@
-"""Learned positions of patches, interpolated to a tile's size. Only single operations of IEEE 754 in a fixed order are
-used, so that the results have the same bits on all machines."""
+"""Learned positions of patches, interpolated to a tile's size. All operations are single IEEE 754 operations in a fixed
+order, so results have the same bits on all machines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llamaclust.model.quant_types import QuantType
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Taps = Sequence[tuple[int, float]]
-"""The numbers of the table's lines or columns that a line or column of the result reads, each with its weight."""
+"""The lines or columns of the table that a line or column of the result reads, each with its weight."""
 
 _CUBIC = -0.75
 _LINES_AT_ONCE = 64
@@ -26,7 +26,7 @@ _READ = (QuantType.F32, QuantType.F16, QuantType.BF16, QuantType.Q8_0)
 
 
 def check_readable(tensor: Tensor) -> None:
-    """Raises ModelFileError for a type that `read_floats` does not read."""
+    """Raises ModelFileError if `read_floats` cannot read the tensor's type."""
     if tensor.quant_type not in _READ:
         known = ", ".join(kind.name for kind in _READ)
         what = f"type {tensor.quant_type.name} is not supported; supported: {known}"
@@ -34,7 +34,7 @@ def check_readable(tensor: Tensor) -> None:
 
 
 def read_floats(tensor: Tensor) -> Float32:
-    """Returns the numbers of a tensor in its shape, which `check_readable` has accepted."""
+    """Returns a tensor's numbers in the tensor's shape. `check_readable` must have accepted the tensor."""
     data, shape = tensor.read(), tensor.shape
     match tensor.quant_type:
         case QuantType.F32:
@@ -52,7 +52,7 @@ def read_floats(tensor: Tensor) -> Float32:
 
 def interpolated(table: Float32, height: int, width: int, rule: Positions) -> Float32:
     """Interpolates a square table [side * side, channels] to [height * width, channels]. Weights, products and sums are
-    float64, in ascending order of lines, then columns; the result is rounded once."""
+    float64, in ascending order of lines, then columns. The result is rounded once."""
     side = math.isqrt(len(table))
     if rule is Positions.TABLE or height == width == side:
         assert len(table) == height * width, (len(table), height, width)
@@ -69,19 +69,18 @@ def interpolated(table: Float32, height: int, width: int, rule: Positions) -> Fl
 
 
 def interpolation_bytes(side: int, channels: int) -> int:
-    """Returns the bytes that `interpolated` takes at most besides its result."""
+    """Returns the maximum bytes that `interpolated` allocates in addition to its result."""
     return 8 * channels * (side * side + 2 * _LINES_AT_ONCE * side + 2 * _LINES_AT_ONCE)
 
 
 def of_axes(table: Float32, height: int, width: int) -> Float32:
-    """Adds the rows of a table [2, size, channels] for each column, then for each line: [height * width, channels]."""
+    """Adds the rows of a table [2, size, channels] for column and line. Returns [height * width, channels]."""
     columns, lines = table
     added: Float32 = columns[None, :width] + lines[:height, None]
     return added.reshape(height * width, -1)
 
 
 def _weighted(grid: Float64, read: Taps) -> Float64:
-    """Returns a sum over the first dimension of the grid."""
     out = np.zeros(grid.shape[1:])
     for index, weight in read:
         out += grid[index] * weight
@@ -89,7 +88,7 @@ def _weighted(grid: Float64, read: Taps) -> Float64:
 
 
 def _corner_taps(side: int, size: int) -> list[Taps]:
-    """Linear weights, with the first and the last place on the table's first and last."""
+    """Linear weights. The first and last places of the result are the first and last of the table."""
     return [_linear(number * (side - 1) / (size - 1) if size > 1 else 0.0, side) for number in range(size)]
 
 
@@ -100,7 +99,7 @@ def _linear(place: float, side: int) -> Taps:
 
 
 def _cubic_taps(side: int, size: int) -> list[Taps]:
-    """Cubic weights at the middle of places. Beyond the border is what is at the border."""
+    """Cubic weights at the middle of places. Places beyond the border have the border's values."""
     return [_cubic((number + 0.5) * side / size - 0.5, side) for number in range(size)]
 
 
@@ -119,7 +118,7 @@ def _cubic_weight(x: float) -> float:
 
 
 def _antialiased_taps(side: int, size: int) -> list[Taps]:
-    """Linear weights at the middle of places, as wide as a place of the result; their sum is 1."""
+    """Linear weights at the middle of places, as wide as a place of the result. Their sum is 1."""
     return [_antialiased((number + 0.5) * side / size - 0.5, side, max(side / size, 1.0)) for number in range(size)]
 
 

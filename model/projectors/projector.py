@@ -1,4 +1,4 @@
-"""A projector file, opened and checked: its numbers, the program of its encoder, and the tensors of that program."""
+"""A projector file, opened and checked: its numbers, its encoder's program, and the program's tensors."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ _DEEPSTACK_KEY = "n_deepstack_layers"
 
 @dataclass(frozen=True, slots=True)
 class Projector:
-    """An opened projector file. `width` is the number of channels of a row for the text model, and `levels` the number
-    of such rows, one after the other, that each position has: 1, or more with rows for the text model's first layers
-    (deepstack). `file` has the tensors in the shapes that the program expects, `plain` in those of the file."""
+    """An opened projector file. `width` is the channel count of a row for the text model. `levels` is the number of
+    such rows that each position has, one after the other: 1, or more if there are rows for the text model's first
+    layers (deepstack). `file` has the tensors in the program's shapes, `plain` in the file's shapes."""
 
     name: str
     file: ModelFile
@@ -71,7 +71,7 @@ class Projector:
 
     @property
     def merge(self) -> int:
-        """The number of patches a side that become one row."""
+        """The side of a merge group in patches. A group becomes one row."""
         return self.hyperparameters.merge
 
     @property
@@ -81,17 +81,17 @@ class Projector:
 
     @property
     def read_names(self) -> tuple[str, ...]:
-        """The names of all tensors that an encoder reads: those of the program, and those of its inputs."""
+        """The names of all tensors that an encoder reads: the program's tensors, and the tensors for its inputs."""
         return (*self.program.weights, *_read_for_inputs(self))
 
     @property
     def most_patches(self) -> int:
-        """The most patches of a tile, without rows that are added to them."""
+        """The maximum patch count of a tile, without rows that are added to the patches."""
         return self.max_tile_pixels // self.patch_size**2
 
     @property
     def most_program_rows(self) -> int:
-        """The most rows of the program's input: patches, and a whole merge group with the class row if there is one."""
+        """The maximum row count of the program's input: a tile's patches, and with a class row one more merge group."""
         return self.most_patches + (0 if self.family.class_place is None else self.hyperparameters.merged)
 
     @property
@@ -100,19 +100,19 @@ class Projector:
 
     @property
     def max_rows(self) -> int:
-        """The most text-model rows of one tile."""
+        """The maximum row count of a tile in the text model."""
         return self.most_patches // self.hyperparameters.merged
 
     @property
     def max_tile_pixels(self) -> int:
-        """The most pixels of a tile. Kimi-VL's reference limits an image's pixels before it rounds down to patches and
-        pads to whole merge groups, by which fewer than half as many are added (its sides have at most 511 patches)."""
+        """The maximum pixel count of a tile. Kimi-VL's reference limits pixels before it rounds down to patches and
+        pads to whole merge groups. Padding adds less than half, because sides have at most 511 patches."""
         most = max(self.images.max_pixels, self.images.image_size**2)
         return most * 3 // 2 if self.family.pads else most
 
     def rows_of(self, height: int, width: int) -> int:
-        """Returns the number of rows of a tile of this many pixels. Raises RequestError for a tile of another size than
-        the encoder takes."""
+        """Returns the row count of a tile, whose height and width are in pixels. Raises RequestError for a wrong
+        size."""
         side, size = self.patch_size * self.merge, self.images.image_size
         if self.family.tokens is None and (height, width) != (size, size):
             raise RequestError(
@@ -125,7 +125,7 @@ class Projector:
         return height * width // (side * side)
 
     def check_text_model(self, model: ModelFile, hyperparameters: Hyperparameters) -> None:
-        """Raises ModelFileError if the text model has another width, or takes rows for another number of layers."""
+        """Raises ModelFileError if the text model's width, or its count of layers with image rows, differs."""
         found, path = hyperparameters.embedding_length, self.file.path
         advice = f"give the projector of {model.path.name}"
         if found != self.width:
@@ -138,8 +138,8 @@ class Projector:
 
 
 def open_projector(path: Path | str) -> Projector:
-    """Reads the header of a projector file. Raises ModelFileError, which names the file and the place, for a file that
-    is damaged, hostile, no projector or not supported."""
+    """Reads the header of a projector file. Raises ModelFileError with file and place if the file is damaged, hostile,
+    not a projector, or not supported."""
     return projector_of(open_model(path))
 
 
@@ -159,13 +159,13 @@ def projector_of(opened: ModelFile) -> Projector:
 
 
 def encoder_program(file: ModelFile, family: VisionFamily, hyperparameters: VisionHyperparameters) -> Program:
-    """Returns the program whose input are the patches of a tile (see `TileReader`) and whose result are its rows."""
+    """Returns the program that computes a tile's rows from its patches (see `TileReader`)."""
     builder = VisionBuilder(file, hyperparameters)
     return builder.program(family.emit(builder))
 
 
 def _as_program_reads(file: ModelFile, family: VisionFamily, hp: VisionHyperparameters) -> ModelFile:
-    """Makes matrices of the kernels of convolutions, and transposes tensors whose numbers are in another order."""
+    """Reshapes convolutions to matrices, and transposes tensors whose numbers have another order in the file."""
     tensors = dict(file.tensors)
     for name in (PATCH_WEIGHT, SECOND_PATCH_WEIGHT):
         if name in tensors:
@@ -203,20 +203,20 @@ def _check_levels(keys: ModelKeys, projector: Projector) -> None:
     flags = keys.flags(key, projector.hyperparameters.block_count)
     said = 0 if flags is None else sum(flags)
     if said != projector.levels - 1:
-        raise keys.error(key, f"it names {said} layers, but {projector.levels - 1} have tensors")
+        raise keys.error(key, f"the key names {said} layers, but {projector.levels - 1} layers have tensors")
 
 
 def _check_tensors(projector: Projector) -> None:
-    """Refuses tensors that no step reads: one could be a scale or a norm, without which every row is wrong."""
+    """Refuses tensors that no step reads. If one is a scale or a norm, every row would be wrong."""
     known = {*projector.program.weights, *projector.family.unread, *_read_for_inputs(projector)}
     unknown = {name for name in projector.file.tensors if name not in known and not name.startswith(_AUDIO)}
     if unknown:
-        what = f"it is not a tensor of projector {projector.name}"
+        what = f"projector {projector.name} has no such tensor"
         raise ModelFileError(f"{projector.file.path}: tensor {shown(min(unknown))}: {what}; take another projector")
 
 
 def _read_for_inputs(projector: Projector) -> Iterator[str]:
-    """Checks the tensors that `TileReader` reads and returns their names."""
+    """Checks the tensors that `TileReader` reads, and yields their names."""
     family, hp = projector.family, projector.hyperparameters
     tensors = CheckedTensors(projector.file)
     wanted: dict[str, tuple[int, ...]] = {}
@@ -232,8 +232,8 @@ def _read_for_inputs(projector: Projector) -> Iterator[str]:
 
 
 def _table_shape(projector: Projector) -> tuple[int, ...]:
-    """Returns the shape of the table of learned positions without the channels. A table that is interpolated may have
-    any square number of rows, and one for each axis any number."""
+    """Returns the shape of the table of learned positions, without channels. A table that is interpolated may have any
+    square number of rows. A table for each axis may have any number of rows."""
     family, hp = projector.family, projector.hyperparameters
     found = projector.file.tensor(POSITIONS).shape
     if family.positions is Positions.AXES:

@@ -1,4 +1,4 @@
-"""The inputs of an encoder: the patches of one tile in the order of its program, and their places."""
+"""The inputs of an encoder: a tile's patches in the program's order, and their places."""
 
 from __future__ import annotations
 
@@ -20,11 +20,9 @@ _PATCHES_AT_ONCE = 1024
 
 @dataclass(frozen=True, slots=True)
 class EncoderInputs:
-    """The inputs of an encoder's program for one tile, which is one sequence.
-
-    `patches` [rows, program.hidden.width] is the given hidden state. `rope_positions` [2, rows] has each patch's line
-    and column, and `groups` [rows, 2] the rows that see each other, as in a batch.
-    """
+    """The inputs of an encoder's program for one tile, which is one sequence. `patches` [rows, program.hidden.width] is
+    the given hidden state. `rope_positions` [2, rows] has each patch's line and column. `groups` [rows, 2] has the rows
+    that see each other, as in a batch."""
 
     patches: Float32
     rope_positions: Int32 | None
@@ -33,7 +31,7 @@ class EncoderInputs:
     merged_rows: int
 
     def in_lines(self, rows: Float32) -> Float32:
-        """Takes the program's result. Returns a copy: the rows for the text model [merged rows, width] line by line."""
+        """Returns a copy of the program's result: rows for the text model [merged rows, width], line by line."""
         kept = rows[: self.merged_rows]
         if self.order.places is None:
             return kept.copy()
@@ -43,7 +41,7 @@ class EncoderInputs:
 
 
 def input_bytes(projector: Projector) -> int:
-    """Returns the bytes that a `TileReader` takes at most to make the inputs of a tile."""
+    """Returns the maximum bytes that a `TileReader` allocates for the inputs of a tile."""
     hp, rows, width = projector.hyperparameters, projector.most_program_rows, projector.program.hidden.width
     pixel_bytes = CHANNELS * hp.patch_size**2 * (rows + _PATCHES_AT_ONCE)
     floats = (rows + _PATCHES_AT_ONCE) * (width + hp.added_width) + _PATCHES_AT_ONCE * width
@@ -56,7 +54,7 @@ def input_bytes(projector: Projector) -> int:
 
 
 class TileReader:
-    """Makes an encoder's inputs of tiles. It holds the learned positions, which are read once."""
+    """Makes an encoder's inputs from tiles. Holds the learned positions, which are read only once."""
 
     def __init__(self, projector: Projector) -> None:
         self._projector = projector
@@ -73,8 +71,8 @@ class TileReader:
         self._normalized = normalized.T.astype(np.float32)  # [channels, colour values]
 
     def _set_class_row(self, place: int) -> None:
-        """Takes the class row's position out of the table, and adds the bias of patches to their positions: the
-        program adds none, because the class row has none."""
+        """Removes the class row's position from the table, and adds the patches' bias to their positions. The program
+        adds no bias, because the class row has none."""
         assert self._table is not None
         tensors = self._projector.file.tensors
         row = read_floats(tensors[CLASS_ROW]) + self._table[place]
@@ -85,7 +83,7 @@ class TileReader:
             self._table = self._table + read_floats(tensors[PATCH_BIAS])
 
     def inputs(self, tile: NDArray[np.uint8]) -> EncoderInputs:
-        """Takes a tile [height, width, 3]. Raises RequestError for a size that the encoder does not take."""
+        """Converts a tile [height, width, 3]. Raises RequestError if the tile's size does not fit the encoder."""
         projector = self._projector
         height, width, _ = tile.shape
         merged_rows = projector.rows_of(height, width)
@@ -105,7 +103,7 @@ class TileReader:
         )
 
     def _with_class_row(self, class_row: Float32, patches: Float32, places: Int32) -> tuple[Float32, Int32, Int32]:
-        """Adds the class row, which turns by 0, and rows of zeros up to a whole merge group. Those see only
+        """Adds the class row with position 0, and rows of zeros up to a whole merge group. Zeros see only
         themselves."""
         added, count = self._projector.hyperparameters.merged, len(patches) + 1
         ends = np.maximum(np.arange(count + added - 1) + 1, count)
@@ -121,7 +119,7 @@ class TileReader:
         return in_windows(lines, columns, projector.merge, side)
 
     def _patches(self, tile: NDArray[np.uint8], lines: int, columns: int, order: Int32) -> Float32:
-        """Returns [patches, channels * size * size], with the added channels behind, in the order of the program."""
+        """Returns [patches, channels * size * size + added channels], in the order of the program."""
         size = self._projector.patch_size
         parts = tile.reshape(lines, size, columns, size, CHANNELS).transpose(0, 2, 4, 1, 3)
         numbers = parts.reshape(lines * columns, CHANNELS, size * size)

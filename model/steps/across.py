@@ -1,4 +1,4 @@
-"""Steps that are computed in part by another device or another member of a group."""
+"""Steps that another device, or another member of a group, computes in part."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llamaclust.model.steps.step import Buffer, StepFacts
 
 @dataclass(frozen=True, slots=True)
 class Exchange(StepFacts):
-    """out[r] = the part of row r that another device computes from `inputs`, such as results of its experts."""
+    """out[r] = the part of row r that another device computes from `inputs`, such as its experts' results."""
 
     inputs: tuple[Buffer, ...]
     out: Buffer
@@ -22,8 +22,9 @@ class Exchange(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class Gather(StepFacts):
-    """out = the columns of all members, of which this member has `x` or None. A row has `lines` lines of equal width.
-    Member i has columns [borders[i], borders[i + 1]) of each line. If `to` is given, only it receives the rows."""
+    """out = the columns of all members. `x` has this member's columns, or is None without columns. A row has `lines`
+    lines of equal width. Member i has columns [borders[i], borders[i + 1]) of each line. If given, only member `to`
+    gets the rows."""
 
     x: Buffer | None
     out: Buffer

@@ -7,16 +7,16 @@ from enum import StrEnum
 
 
 class RopeStyle(StrEnum):
-    """The pairs of a head's channels that rotate together: NORM (2i, 2i + 1), NEOX (i, i + rotated channels / 2)."""
+    """The pairs of a head's channels that rotate together. NORM: (2i, 2i + 1). NEOX: (i, i + rotated channels / 2)."""
 
     NORM = "norm"
     NEOX = "neox"
 
 
 class ActivationFunction(StrEnum):
-    """silu: x / (1 + exp(-x)); gelu_erf: x * (1 + erf(x / sqrt(2))) / 2; gelu_tanh: x * (1 + tanh(sqrt(2 / pi) * (x +
-    0.044715 x^3))) / 2; gelu_quick: x / (1 + exp(-1.702 x)); sigmoid: 1 / (1 + exp(-x)); relu_squared: max(x, 0)^2.
-    Kernels have the names of the values."""
+    """Activation functions, whose values are kernel names. silu: x / (1 + exp(-x)). gelu_erf: x * (1 + erf(x /
+    sqrt(2))) / 2. gelu_tanh: x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2. gelu_quick: x / (1 + exp(-1.702
+    x)). sigmoid: 1 / (1 + exp(-x)). relu_squared: max(x, 0)^2."""
 
     SILU = "silu"
     GELU_ERF = "gelu_erf"
@@ -27,8 +27,8 @@ class ActivationFunction(StrEnum):
 
 
 class Gating(StrEnum):
-    """The computation of experts' weights from a router's logits. SOFTMAX and SIGMOID are taken of all logits, before
-    the choice. SOFTMAX_OF_CHOSEN chooses by logits and takes the softmax of the chosen logits."""
+    """The way to compute experts' weights from a router's logits. SOFTMAX and SIGMOID are applied to all logits, before
+    the choice. SOFTMAX_OF_CHOSEN chooses by logits, and applies the softmax to the chosen logits."""
 
     SOFTMAX = "softmax"
     SIGMOID = "sigmoid"
@@ -36,8 +36,8 @@ class Gating(StrEnum):
 
 
 class GatedActivation(StrEnum):
-    """silu_mul: silu(gate) * up; gelu_mul: gelu_tanh(gate) * up; clamped_swiglu: g / (1 + exp(-1.702 g)) * (u + 1) with
-    g = min(gate, 7) and u = up clamped to [-7, 7]."""
+    """Activations with a gate. silu_mul: silu(gate) * up. gelu_mul: gelu_tanh(gate) * up. clamped_swiglu: g / (1 +
+    exp(-1.702 g)) * (u + 1), where g = min(gate, 7), and u is up clamped to [-7, 7]."""
 
     SILU_MUL = "silu_mul"
     GELU_MUL = "gelu_mul"
@@ -46,7 +46,7 @@ class GatedActivation(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ExpertOptions:
-    """Options of `Moe`. With `weighs_inputs`, weights multiply the experts' inputs, not their results."""
+    """Options of `Moe`. If `weighs_inputs`, weights multiply the experts' inputs instead of their results."""
 
     gating: Gating = Gating.SOFTMAX
     normalized: bool = True
@@ -60,6 +60,6 @@ class ExpertOptions:
 USUAL_EXPERTS = ExpertOptions()
 
 SWIGLU_LIMIT = 7.0
-"""The limit of clamped_swiglu. Its factor 1.702 is a constant in the kernels."""
+"""The limit of clamped_swiglu. The factor 1.702 of clamped_swiglu is a constant in the kernels."""
 
 LEAST_WEIGHT_SUM = 2.0**-14

@@ -1,4 +1,4 @@
-"""Steps that compute a row of a buffer from the same row of others, without weights or with a vector of weights."""
+"""Steps that compute a row of a buffer from the same row of other buffers, without weights or with a weight vector."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Embed(StepFacts):
 @dataclass(frozen=True, slots=True)
 class RmsNorm(UnaryStep):
     """out = x / sqrt(mean(x^2) + epsilon) * weight for each of the `heads` equal parts of a row. weight is [x.width /
-    heads] for all parts, or [heads, x.width / heads] with `own_weights`, or None. out may be x."""
+    heads] for all parts, or [heads, x.width / heads] if `own_weights`, or None. out may be x."""
 
     weight: str | None
     epsilon: float
@@ -62,7 +62,7 @@ class RmsNorm(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class LayerNorm(UnaryStep):
-    """out = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight (+ bias) for each row; out may be x."""
+    """out = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight (+ bias) for each row. out may be x."""
 
     weight: str
     bias: str | None
@@ -75,7 +75,7 @@ class LayerNorm(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class AddPosition(UnaryStep):
-    """out[r] = x[r] + dequantized row positions[r] of `weight`; out is not x."""
+    """out[r] = x[r] + dequantized row positions[r] of `weight`. out must not be x."""
 
     weight: str
 
@@ -88,7 +88,7 @@ class AddPosition(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class AddRow(UnaryStep):
-    """out = x + dequantized row `row` of `weight`, the same for all rows of x; out is not x."""
+    """out = x + dequantized row `row` of `weight`, the same for all rows of x. out must not be x."""
 
     weight: str
     row: int
@@ -102,7 +102,7 @@ class AddRow(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class SiluMul(StepFacts):
-    """out = silu(gate) * up; out may be gate."""
+    """out = silu(gate) * up. out may be gate."""
 
     gate: Buffer
     up: Buffer
@@ -117,7 +117,7 @@ class SiluMul(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class Activate(UnaryStep):
-    """out = function(x); out may be x."""
+    """out = function(x). out may be x."""
 
     function: ActivationFunction
 
@@ -126,21 +126,21 @@ class Activate(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class Add(BinaryStep):
-    """out = x + y; out may be x."""
+    """out = x + y. out may be x."""
 
     is_elementwise = True
 
 
 @dataclass(frozen=True, slots=True)
 class Mul(BinaryStep):
-    """out = x * y; out may be x."""
+    """out = x * y. out may be x."""
 
     is_elementwise = True
 
 
 @dataclass(frozen=True, slots=True)
 class Scale(UnaryStep):
-    """out = x * factor, a float32; out may be x."""
+    """out = x * factor, where factor is a float32. out may be x."""
 
     factor: float
 
@@ -149,7 +149,7 @@ class Scale(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class PositionScale(UnaryStep):
-    """out = x * (1 + factor * ln(1 + (position + offset) // length)), the factor as float32; out may be x."""
+    """out = x * (1 + factor * ln(1 + (position + offset) // length)), with a float32 factor. out may be x."""
 
     factor: float
     length: int
@@ -160,7 +160,7 @@ class PositionScale(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class SoftCap(UnaryStep):
-    """out = cap * tanh(x / cap); out may be x."""
+    """out = cap * tanh(x / cap). out may be x."""
 
     cap: float
 
@@ -181,7 +181,7 @@ class Slice(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class Join(BinaryStep):
-    """out = the channels of x, then those of y, for each of `heads` equal parts; out is neither x nor y."""
+    """out = the channels of x, then those of y, for each of `heads` equal parts. out must not be x or y."""
 
     heads: int = 1
 
@@ -192,7 +192,7 @@ class Join(BinaryStep):
 
 @dataclass(frozen=True, slots=True)
 class ScaleByWeight(UnaryStep):
-    """out = x * weight; out may be x. weight is [1], or [x.width] if `by_channel`."""
+    """out = x * weight. weight is [1], or [x.width] if `by_channel`. out may be x."""
 
     weight: str
     by_channel: bool = False
@@ -204,9 +204,9 @@ class ScaleByWeight(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class Mix(BinaryStep):
-    """out_i = y_i + the sum over j of (coefficients[i, j] + offset) * x_j. x_j, y_i and out_i are parts of a row,
+    """out_i = y_i + the sum over j of (coefficients[i, j] + offset) * x_j. x_j, y_i and out_i are parts of a row, with
     `width` channels each. Without coefficients, every part of x is added unchanged. Parts of y before `first` are
-    copied. coefficients is [rows, parts of out * parts of x]; out may be y, but neither x nor coefficients."""
+    copied. coefficients is [rows, parts of out * parts of x]. out may be y, but must not be x or coefficients."""
 
     width: int
     coefficients: Buffer | None = None
@@ -220,21 +220,21 @@ class Mix(BinaryStep):
 
 @dataclass(frozen=True, slots=True)
 class MatchMagnitude(BinaryStep):
-    """out_i = x_i * sqrt(mean(y^2)) / sqrt(max(mean(x_i^2), epsilon)) for parts x_i as wide as y; out may be x."""
+    """out_i = x_i * sqrt(mean(y^2)) / sqrt(max(mean(x_i^2), epsilon)). Parts x_i are as wide as y. out may be x."""
 
     epsilon: float
 
 
 @dataclass(frozen=True, slots=True)
 class GaussianTopK(UnaryStep):
-    """out = max(x - (mean(x) + factor * standard deviation of x), 0) for each row; out may be x."""
+    """out = max(x - (mean(x) + factor * standard deviation of x), 0) for each row. out may be x."""
 
     factor: float
 
 
 @dataclass(frozen=True, slots=True)
 class SigmoidGate(BinaryStep):
-    """out = y * 1 / (1 + exp(-x . weight)): one gate for a whole row. weight is [x.width]; out may be y."""
+    """out = y * 1 / (1 + exp(-x . weight)). A row has a single gate. weight is [x.width]. out may be y."""
 
     weight: str
 
@@ -249,13 +249,13 @@ class SigmoidGate(BinaryStep):
 
 @dataclass(frozen=True, slots=True)
 class SelectRows(UnaryStep):
-    """out = the rows of x whose logits are wanted (the microbatch's output rows); later steps have only these."""
+    """out = the rows of x whose logits are needed (the microbatch's output rows). Later steps have only these rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class GivenRows(UnaryStep):
-    """out[r] = part `level` of the batch's given row for r, or x[r] plus it if the step `adds`. Other rows are copied.
-    A given row has one part as wide as x for each level. out may be x."""
+    """out[r] = part `level` of the row that the batch gives for r, or, if `adds`, that part plus x[r]. Other rows are
+    copied. A given row has one part as wide as x for each level. out may be x."""
 
     level: int = 0
     adds: bool = False
@@ -263,14 +263,14 @@ class GivenRows(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class _FewerRows(UnaryStep):
-    """A step after which `factor` consecutive rows of a sequence are one row. Later steps have only these."""
+    """A step that turns `factor` consecutive rows of a sequence into one row. Later steps have only the new rows."""
 
     factor: int
 
 
 @dataclass(frozen=True, slots=True)
 class MergeRows(_FewerRows):
-    """out[r] = rows [factor * r, factor * (r + 1)) of x, one after the other; out.width is factor * x.width."""
+    """out[r] = rows [factor * r, factor * (r + 1)) of x, one after the other. out.width is factor * x.width."""
 
 
 @dataclass(frozen=True, slots=True)

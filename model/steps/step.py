@@ -1,4 +1,4 @@
-"""The base of all kinds of steps: buffers, weights, costs and division. The arithmetic is in the backends."""
+"""The base of all kinds of steps: buffers, weights, costs and division. Backends do the arithmetic."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Self
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """A float32 matrix [rows, width] of activations. Buffers with equal names are the same memory."""
+    """A float32 matrix [rows, width] of activations. Buffers with the same name are the same memory."""
 
     name: str
     width: int
@@ -29,7 +29,7 @@ class WeightKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class StepWeight:
-    """A tensor that a step reads. -1 in `shape` means any number of rows. A row uses `used` of `experts` matrices."""
+    """A tensor that a step reads. A -1 in `shape` stands for any row count. A row uses `used` of `experts` matrices."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,9 +48,10 @@ def optional_weight(name: str | None, *shape: int) -> tuple[StepWeight, ...]:
 
 @dataclass(frozen=True, slots=True)
 class DivisionRule:
-    """The division of a step's result. Members divide the `rows` rows of a product's weights, or follow the portions of
-    the buffers in `reads`, in whole heads if there are `heads`. All other buffers are read whole. Each of `lines` lines
-    of a row is divided alike. `has_part`: each member has a part of weights or KV memory."""
+    """The rule by which members divide a step's result. They divide the `rows` rows of a product's weights, or follow
+    the portions of the buffers in `reads`, in whole heads if there are `heads`. They read other buffers whole. All
+    `lines` lines of a row are divided in the same way. If `has_part`, each member has a part of weights or KV
+    memory."""
 
     reads: tuple[Buffer, ...] = ()
     heads: int = 0
@@ -84,7 +85,7 @@ class Units:
 
 
 class StepFacts(ABC):
-    """The properties that all kinds of steps have. Each kind also has a buffer `out`."""
+    """The properties that all kinds of steps have. Every kind also has a buffer `out`."""
 
     __slots__ = ()
 
@@ -109,7 +110,7 @@ class StepFacts(ABC):
 
     @property
     def sent_format(self) -> str | None:
-        """The name of the weight in whose activation format members of a group may send x, or None."""
+        """The name of a weight, or None. A group's members may send x in the activation format of this weight."""
         return None
 
     @property

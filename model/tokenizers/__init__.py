@@ -1,1 +1,1 @@
-"""Tokenizers of the vocabularies in GGUF files: byte-level and text BPE, SentencePiece, WordPiece."""
+"""Tokenizers for the vocabularies in GGUF files: byte-level BPE, text BPE, SentencePiece, WordPiece."""

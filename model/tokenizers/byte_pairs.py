@@ -1,4 +1,4 @@
-"""Byte-level BPE vocabularies (`tokenizer.ggml.model` = gpt2), whose words are spelled with one letter per byte."""
+"""Byte-level BPE vocabularies (`tokenizer.ggml.model` = gpt2). Words are spelled with one letter for each byte."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary, key, read_flag, read_strings
 
 _HOLDING_CHARACTERS: Final = 2048
-"""The longest text for `encode`, which holds the GIL. A method that releases it encodes longer texts."""
+"""The maximum text length for `encode`, which holds the GIL. Longer texts are encoded by a method that releases it."""
 
 _NEVER_FROM_TEXT: Final = frozenset({TokenType.CONTROL, TokenType.UNKNOWN, TokenType.UNUSED})
 
 
 def stand_ins() -> dict[str, bytes]:
-    """Returns the byte of each of GPT-2's letters: its own for printable Latin-1, letters from U+0100 on for others."""
+    """Returns the byte of each of GPT-2's letters. Printable Latin-1 stands for itself. Others begin at U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     pairs = [(chr(byte), byte) for byte in printable] + [(chr(256 + i), byte) for i, byte in enumerate(others)]
@@ -31,11 +31,11 @@ _BYTE_OF: Final = stand_ins()
 _LATIN_1: Final = dict.fromkeys(range(0x80, 0x100), "\uffff") | {
     ord(letter): byte.decode("latin-1") for letter, byte in _BYTE_OF.items()
 }
-"""Maps letters of words to the Latin-1 characters of their bytes, and other letters to one outside Latin-1."""
+"""Maps letters of words to the Latin-1 characters of their bytes. Maps other letters to one outside Latin-1."""
 
 
 class BytePairTokenizer(Tokenizer):
-    """A tokenizer that merges by rank inside the words that the pre-tokenizer cuts."""
+    """A tokenizer that merges pairs by rank, inside the words into which the pre-tokenizer splits a text."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         name = metadata.get(key("pre"), "default")
@@ -75,19 +75,19 @@ def splitter(kind: PreTokenizer) -> Any:
 
 
 def merge_model(vocabulary: Vocabulary, merges: list[str], **options: bool) -> models.BPE:
-    """Returns the library's model without control tokens (text never becomes one) and merges of missing words."""
+    """Returns the library's model, without control tokens (text must not become one) and merges of missing words."""
     types = vocabulary.types
     words = {word: i for i, word in enumerate(vocabulary.words) if types[i] not in _NEVER_FROM_TEXT}
     return models.BPE(vocab=words, merges=_known_pairs(merges, words), **options)
 
 
 def _known_pairs(merges: list[str], words: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Omits merges of words that the vocabulary lacks, since the library panics at them."""
+    """Omits merges of words that the vocabulary does not have, because the library would panic."""
     known: list[tuple[str, str]] = []
     for merge in merges:
         left, _, right = merge.partition(" ")
         if left in words and right in words and left + right in words:
             known.append((left, right))
         elif not (left and right):
-            raise ModelFileError(f"{key('merges')}: {ascii(merge)[:66]} is not two words with a space between")
+            raise ModelFileError(f"{key('merges')}: {ascii(merge)[:66]} is not two words separated by a space")
     return known

@@ -1,4 +1,4 @@
-"""Finds the tokens of models that fill in text between a prefix and a suffix, by keys and words as in llama.cpp."""
+"""Finds a model's tokens for filling in text between a prefix and a suffix. Keys and words are those of llama.cpp."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class FillInTokens:
 
 
 def find_fill_in(ids: Mapping[str, int], id_of_key: Callable[[str], int | None]) -> FillInTokens | None:
-    """Returns None if the model does not fill in text. `id_of_key` returns a token id that a key of the file states."""
+    """Returns None if the model cannot fill in text. `id_of_key` returns the token id that the file has for a key."""
 
     def found(keys: str, words: tuple[str, ...]) -> int | None:
         given = (*(id_of_key(f"{key}_token_id") for key in keys.split()), *map(ids.get, words))

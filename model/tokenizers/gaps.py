@@ -1,4 +1,4 @@
-"""Prompts for answers that fill a gap between two texts, in llama.cpp's order of tokens."""
+"""Prompts for answers that fill a gap between two texts, with tokens in llama.cpp's order."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class OtherFile:
 class Gap:
     prefix: str
     suffix: str
-    begun: str = ""  # of the answer; control words in it become their tokens
-    files: tuple[OtherFile, ...] | None = None  # None: the prompt has no marks of files either
+    begun: str = ""  # the answer's beginning, in which control words become tokens
+    files: tuple[OtherFile, ...] | None = None  # if None, the prompt has no file marks either
 
     @property
     def characters(self) -> int:
-        """The length of the texts that are never omitted from the prompt."""
+        """The length of the texts that are always in the prompt."""
         return len(self.prefix) + len(self.suffix) + len(self.begun)
 
 
@@ -51,7 +51,7 @@ def fill_in_prompt(tokenizer: Tokenizer, tokens: FillInTokens, gap: Gap, room: i
 
 
 def _files(tokenizer: Tokenizer, tokens: FillInTokens, files: tuple[OtherFile, ...], room: int) -> list[int]:
-    """Returns the last `room` tokens of all files. Starts at the end, to tokenize no text without room."""
+    """Returns the last `room` tokens of all files. Starts at the end, so that no text is tokenized in vain."""
     parts: list[list[int]] = []
     left = room
     for mark, text in _file_parts(tokens, files):

@@ -1,5 +1,3 @@
-"""Builds the tokenizer that a model file describes."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping

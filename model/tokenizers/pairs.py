@@ -1,4 +1,4 @@
-"""Joins a query and a document as rerankers were trained on them, like llama.cpp's `format_prompt_rerank`."""
+"""Joins a query and a document in the form that rerankers were trained on, like llama.cpp's `format_prompt_rerank`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from llamaclust.model.tokenizers.vocabulary import key, read_flag, read_token_id
 
 _SEPARATED: Final = ("jina-v1-en", "jina-v2-code", "roberta-bpe")
-"""Pre-tokenizers of models that separate texts by a token, unless the file has a flag against it."""
+"""Pre-tokenizers of models that have a token between texts, unless a flag in the file says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)

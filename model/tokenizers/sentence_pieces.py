@@ -62,7 +62,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _charsmap(metadata: Mapping[str, Any]) -> bytes:
-    """Returns the map for normalization after a check, which older versions of the library lack."""
+    """Returns the character map for normalization. Checks it, because older versions of the library do not."""
     value = metadata.get(_CHARSMAP)
     if value is None:
         return b""
@@ -84,7 +84,7 @@ def _processor(model: Any) -> Any:
 
 
 def _model_proto(vocabulary: Vocabulary) -> Any:
-    """Returns a ModelProto that merges by score. Adds a last piece for unknown text if the file names none."""
+    """Returns a ModelProto that merges by score. Adds a last piece for unknown text if the file has no such piece."""
     model = _PROTO.ModelProto()
     model.trainer_spec.model_type = _PROTO.TrainerSpec.BPE
     model.trainer_spec.byte_fallback = vocabulary.types.count(TokenType.BYTE) == 256
@@ -104,7 +104,7 @@ def _model_proto(vocabulary: Vocabulary) -> Any:
 
 
 def _piece_types(vocabulary: Vocabulary, unknown: int, byte_fallback: bool) -> bytes:
-    """Returns SentencePiece's types (GGUF's numbers). It allows one unknown piece; others become control pieces."""
+    """Returns SentencePiece's types (GGUF's numbers). Only one piece may be unknown; others become control pieces."""
     changed = {TokenType.UNDEFINED: TokenType.UNUSED, TokenType.UNKNOWN: TokenType.CONTROL}
     if not byte_fallback:
         changed[TokenType.BYTE] = TokenType.CONTROL
@@ -115,8 +115,9 @@ def _piece_types(vocabulary: Vocabulary, unknown: int, byte_fallback: bool) -> b
 
 
 def check_charsmap(data: bytes, origin: str) -> None:
-    """Checks SentencePiece's precompiled map of characters: a trie's length, the trie as a double array (darts-clone),
-    and its leaves' texts, each ending with a zero byte. Raises ModelFileError if an input could lead outside."""
+    """Checks SentencePiece's precompiled character map. It has a trie's length, the trie as a double array
+    (darts-clone), and the leaves' texts, which end with zero bytes. Raises ModelFileError if the trie leads outside the
+    map."""
     if not data:
         return
     length = int.from_bytes(data[:4], "little")
@@ -126,10 +127,10 @@ def check_charsmap(data: bytes, origin: str) -> None:
     inner = np.flatnonzero(units & _VALUE_BIT == 0)
     first = inner ^ _offsets(units[inner])
     if (first | (_BLOCK - 1)).max(initial=0) >= len(units):
-        raise ModelFileError(f"{origin}: a branch of its trie leads outside the map")
+        raise ModelFileError(f"{origin}: a branch of the trie leads outside the map")
     values = units[first[units[inner] & _LEAF_BIT != 0]] & (_VALUE_BIT - 1)
     if values.max(initial=0) >= len(data) - 4 - length:
-        raise ModelFileError(f"{origin}: a leaf of its trie points outside its texts")
+        raise ModelFileError(f"{origin}: a leaf of the trie points outside the texts")
 
 
 def _offsets(units: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -1,4 +1,4 @@
-"""BPE vocabularies of text (`tokenizer.ggml.model` = gemma4), whose words are spelled with ▁ for spaces."""
+"""BPE vocabularies of text (`tokenizer.ggml.model` = gemma4). Words are spelled with ▁ instead of spaces."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LINES: Final = r"[^\n]+|\n+"
 
 
 class SpacedBytePairTokenizer(Tokenizer):
-    """Merges by rank within lines and runs of line ends. BOS always comes first: some early files wrongly deny it."""
+    """Merges by rank within lines and runs of line ends. BOS always comes first, even if an early file denies it."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         super().__init__(

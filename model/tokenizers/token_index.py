@@ -18,7 +18,7 @@ class TokenIndex:
         self._tokens = [token for _, token in by_ending]
 
     def containing(self, text: bytes) -> list[int]:
-        """Returns the tokens that contain `text`, which has at least one byte, in ascending order."""
+        """Returns the tokens that contain `text`, in ascending order. `text` must not be empty."""
         starts = np.flatnonzero(self._bytes[: max(0, len(self._bytes) - len(text) + 1)] == text[0])
         for place in range(1, len(text)):
             starts = starts[self._bytes[starts + place] == text[place]]

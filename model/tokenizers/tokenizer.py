@@ -1,4 +1,4 @@
-"""Converts text to token ids, and token ids to text, whole or as a stream."""
+"""Converts text to token ids, and token ids to text, as a whole or as a stream."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary
 
 _CONTROL = (TokenType.CONTROL, TokenType.UNKNOWN)
 _NOT_SPELLED = frozenset((*_CONTROL, TokenType.USER_DEFINED, TokenType.BYTE))
-"""Token types whose words are not spelled in the alphabet of the vocabulary."""
+"""Types of tokens whose words are not spelled in the vocabulary's alphabet."""
 
 
 class Tokenizer(ABC):
-    """A model's tokenizer. Thread-safe. Ids outside the vocabulary raise RequestError. `longest_word` counts
-    characters. `end_of_generation` has the file's eos, eot and eom tokens, and words known to mean the same."""
+    """A model's tokenizer. Thread-safe. Ids outside the vocabulary raise RequestError. `longest_word` is in characters.
+    `end_of_generation` has the file's eos, eot and eom tokens, and words known to have the same meaning."""
 
     def __init__(self, vocabulary: Vocabulary, *, add_bos: bool, add_eos: bool, add_space_prefix: bool) -> None:
         self.vocabulary = vocabulary
@@ -40,7 +40,7 @@ class Tokenizer(ABC):
         return [token_id for token_id, kind in enumerate(self.vocabulary.types) if kind in _CONTROL]
 
     def is_control(self, token_id: int) -> bool:
-        """True for control and unknown tokens, which have no text of their own."""
+        """Returns True for control tokens and unknown tokens, which have no text of their own."""
         return self._type_of(token_id) in _CONTROL
 
     def token_id(self, word: str) -> int | None:
@@ -51,15 +51,15 @@ class Tokenizer(ABC):
         return self.vocabulary.words[token_id]
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
-        """Returns token ids. `add_special` adds BOS and EOS if the model wants them. `parse_special` turns control
-        words into control tokens; never set it for a user's text."""
+        """Returns token ids. If `add_special`, BOS and EOS are added if the model needs them. If `parse_special`,
+        control words become control tokens. Never set `parse_special` for a user's text."""
         parts = self.split_special(text, parse_special)
         first = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
         last = [self.eos_id] if add_special and self.add_eos and self.eos_id is not None else []
         return [*first, *self.encode_parts(parts), *last]
 
     def split_special(self, text: str, parse_special: bool) -> list[str | int]:
-        """Splits a text into plain text and ids of special tokens. User-defined words are always found."""
+        """Splits a text into plain text and ids of special tokens. User-defined words are always split off."""
         return _split(_without_surrogates(text), self._special if parse_special else self._user_defined)
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
@@ -93,7 +93,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_plain(self, text: str, after_special: bool) -> list[int]:
-        """Returns ids of text without special tokens. `after_special`: the text is first or after a special token."""
+        """Returns ids of text without special tokens. `after_special` is also True at the start of a prompt."""
 
     @abstractmethod
     def word_bytes(self, word: str) -> bytes:
@@ -115,8 +115,8 @@ class Tokenizer(ABC):
 
 
 class Detokenizer:
-    """The text of one stream of tokens, without incomplete characters. With `text_start`, the stream is a whole text
-    and loses its leading space; otherwise it continues a text. Control tokens in `shown` are not skipped."""
+    """The text of a stream of tokens, without incomplete characters. If `text_start`, the stream is a whole text, and
+    its leading space is removed. Otherwise the stream continues a text. Control tokens in `shown` are not skipped."""
 
     def __init__(
         self,
@@ -174,7 +174,7 @@ def _cut(part: str | int, word: str, token_id: int) -> Iterator[str | int]:
 
 
 def _without_surrogates(text: str) -> str:
-    """Joins halves of surrogate pairs, which JSON may contain. Single halves become U+FFFD."""
+    """Joins the halves of surrogate pairs, which JSON may contain. A single half becomes U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:

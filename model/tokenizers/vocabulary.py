@@ -1,4 +1,4 @@
-"""The vocabulary of a GGUF file: words, their types and scores, and the tokens with a special role."""
+"""The vocabulary of a GGUF file: words with their types and scores, and the tokens with a special role."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     types = _read_types(metadata, len(words))
     ends = _end_of_generation(metadata, ids, types)
     fill_in = find_fill_in(ids, partial(read_token_id, metadata, count=len(words)))
-    if fill_in is not None:  # whatever the file says: otherwise these words in a text would be taken for the tokens
+    if fill_in is not None:  # whatever the file says, because these words in a text must not become the tokens
         for token_id in (fill_in.prefix, fill_in.suffix, fill_in.middle):
             types[token_id] = TokenType.CONTROL
     _check_byte_words(words, types)
@@ -82,7 +82,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
 
 
 def read_token_id(metadata: Mapping[str, Any], name: str, count: int) -> int | None:
-    """Reads a token id; None if it is missing or outside the vocabulary (files use 2^32 - 1 for none)."""
+    """Reads a token id. Returns None if it is missing or not in the vocabulary (files have 2^32 - 1 for no token)."""
     value = metadata.get(key(name))
     if value is None:
         return None
@@ -101,7 +101,7 @@ def read_flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
 def read_strings(metadata: Mapping[str, Any], name: str) -> list[str]:
     value = metadata.get(key(name))
     if value is None or isinstance(value, str) or not isinstance(value, Sequence):
-        raise ModelFileError(f"{key(name)} is missing or not an array of text; the model cannot read or write text")
+        raise ModelFileError(f"{key(name)} is missing or not an array of text, so the model cannot read or write text")
     words = value[:]
     if not all(isinstance(word, str) for word in words):
         raise ModelFileError(f"{key(name)} is not an array of text")
@@ -131,7 +131,7 @@ def _read_numbers(metadata: Mapping[str, Any], name: str, count: int) -> list[An
         return None
     numbers = value.tolist() if isinstance(value, np.ndarray) else value
     if not isinstance(numbers, Sequence) or isinstance(numbers, str) or len(numbers) < count:
-        raise ModelFileError(f"{key(name)} must be an array of {count} numbers, one for each token")
+        raise ModelFileError(f"{key(name)} must be an array of {count} numbers or more, one for each token")
     numbers = list(numbers[:count])
     if not isinstance(value, np.ndarray) and not all(isinstance(number, int | float) for number in numbers):
         raise ModelFileError(f"{key(name)} is not an array of numbers")
@@ -161,7 +161,7 @@ def _end_of_generation(metadata: Mapping[str, Any], ids: Mapping[str, int], type
 
 
 def _keep_inner_marks(ids: Mapping[str, int], types: bytearray, ends: set[int | None]) -> None:
-    """Removes `<|end|>` and `</s>` from `ends` if the chat format uses them within answers or as plain words."""
+    """Removes `<|end|>` and `</s>` from `ends` if the chat format has them inside answers or as plain words."""
     found = {text for text in END_OF_GENERATION_TEXTS if ids.get(text) in ends}
     calls = {"<|call|>", "<|calls|>"} & found
     if "<|end|>" in found and calls and found & {"<|return|>", "<|flush|>"}:

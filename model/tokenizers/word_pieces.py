@@ -1,4 +1,4 @@
-"""WordPiece vocabularies (`tokenizer.ggml.model` = bert), which spell words with the longest pieces that fit."""
+"""WordPiece vocabularies (`tokenizer.ggml.model` = bert). Words are spelled with the longest pieces that fit."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from llamaclust.model.tokenizers.vocabulary import Vocabulary, key, read_flag, r
 _BEGIN: Final = "▁"
 _CLS, _SEP, _UNKNOWN = 101, 102, 100
 _LONGEST_WORD: Final = 256
-"""The most characters per token of a prompt on average. Longer words or so many blanks are not text."""
+"""The maximum average of characters for each token of a prompt. A longer word is not text, nor are so many blanks."""
 _MOST_CHARACTERS: Final = 1 << 18
-"""The longest text, since Python takes about 25 microseconds per character of a long word."""
+"""The maximum length of a text. Python takes about 25 microseconds for each character of a long word."""
 _HAN: Final = (
     (0x4E00, 0x9FFF),
     (0x3400, 0x4DBF),
@@ -30,7 +30,7 @@ _HAN: Final = (
 
 
 class WordPieceTokenizer(Tokenizer):
-    """Lowers case and strips accents unless the file forbids it. A word without a spelling is one unknown token."""
+    """Lowers case and strips accents, unless the file forbids it. A word without a spelling is one unknown token."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         size = len(vocabulary)
@@ -102,5 +102,5 @@ def _named(metadata: Mapping[str, Any], names: tuple[str, ...], size: int, defau
         if (found := read_token_id(metadata, name, size)) is not None:
             return found
     if default >= size:
-        raise ModelFileError(f"{key(names[0])} is missing, and a vocabulary of {size} words has no {default}")
+        raise ModelFileError(f"{key(names[0])} is missing, and a vocabulary of {size} words has no token {default}")
     return default

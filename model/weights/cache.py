@@ -1,5 +1,5 @@
-"""The folder of fetched weights, shared by a machine's processes: tensors by SHA-256, and manifests of models. A file
-gets its name only when it is complete, checked and on disk."""
+"""The folder of fetched weights, which a machine's processes share. It has tensors by SHA-256, and manifests of models.
+A file gets its name when it is complete, checked and on disk."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class WeightCache(DiskCache):
         return self.place(content).with_suffix(UNFINISHED)
 
     def part_bytes(self, content: str) -> int:
-        """Returns the size of an unfinished tensor. Marks it used if no process is writing it."""
+        """Returns the size of an unfinished tensor in bytes. Marks the tensor as used if no process is writing it."""
         try:
             with open_own(self.part_path(content), os.O_RDWR) as file:
                 if take_lock(file.fileno()):
@@ -58,7 +58,7 @@ class WeightCache(DiskCache):
             return 0
 
     def find(self, content: str) -> FileIdentity | None:
-        """Returns the file's identity and marks it used; None if it is missing. Deletes a changed file."""
+        """Returns the file's identity and marks it as used. Returns None if it is missing. Deletes a changed file."""
         with suppress(OSError):
             file = self.open(self.place(content).name)
             if file is not None:
@@ -93,7 +93,7 @@ class WeightCache(DiskCache):
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Protects files that are found or written within the block from being deleted to make room."""
+        """Protects files that are found or written within the block. They are not deleted to make room."""
         self.prepare()
         path = self.path / f"{secrets.token_hex(8)}{_LEASE}"
         with ExitStack() as stack:
@@ -106,7 +106,7 @@ class WeightCache(DiskCache):
             yield
 
     def make_room(self, n_bytes: int) -> None:
-        """Deletes the least recently used files that no load needs. Raises LlamaclustError if that is not enough."""
+        """Deletes the least recently used files that no load needs. Raises LlamaclustError if room is still short."""
         with self._errors(), self.locked():
             self._make_room(n_bytes)
 
@@ -130,7 +130,7 @@ class WeightCache(DiskCache):
 
     @contextmanager
     def making(self, key: str) -> Iterator[None]:
-        """Locks one key. Other processes wait for it without a time limit."""
+        """Locks one key. Other processes wait for the lock without a time limit."""
         path = self.path / f"{key}{MAKING}"
         with ExitStack() as stack:
             while True:
@@ -145,8 +145,8 @@ class WeightCache(DiskCache):
 
 
 class WeightPart:
-    """A tensor that is written into the cache in pieces, by one process at a time, and named after a check. Writing can
-    be resumed. Methods block; any thread may call them. `resumed`: some of `done_bytes` existed before."""
+    """A tensor that one process at a time writes into the cache, in pieces. It gets its name after a check. Writing can
+    be resumed. Methods block, and any thread may call them. If `resumed`, some of `done_bytes` existed before."""
 
     def __init__(self, cache: WeightCache, content: str, n_bytes: int, file: FileIO) -> None:
         self._cache = cache
@@ -162,7 +162,7 @@ class WeightPart:
 
     @classmethod
     def open(cls, cache: WeightCache, content: str, n_bytes: int) -> WeightPart | None:
-        """Returns None if another process writes the tensor or has finished it. Raises LlamaclustError on I/O error."""
+        """Returns None if another process writes the tensor or has written it. Raises LlamaclustError on I/O errors."""
         path = cache.part_path(content)
         try:
             file = open_own(path, os.O_RDWR | os.O_CREAT)
@@ -181,7 +181,7 @@ class WeightPart:
         return cls(cache, content, n_bytes, file)
 
     def write(self, pieces: Sequence[bytes | memoryview]) -> None:
-        """Raises LlamaclustError if the disk is full or fails, and then keeps nothing of the tensor."""
+        """Writes pieces. If the disk is full or fails, deletes the tensor's file and raises LlamaclustError."""
         with self._lock:
             if self._file.closed:
                 return

@@ -1,4 +1,4 @@
-"""Manifests of model files, made once per version of a file."""
+"""Manifests of model files. Each version of a file gets one manifest."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from llamaclust.model.weights.manifest import MANIFEST_VERSION, make_manifest
 _log = logging.getLogger(__name__)
 
 _SETTLED_NS = 100_000_000
-"""The age from which another change gets another time, since file systems count in steps of up to 10 ms."""
+"""The age of a change after which the next change has another time. File systems count in steps of up to 10 ms."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileManifest:
-    """The size of a manifest and its SHA-256 in hex, `content`, which identifies the model's bytes."""
+    """The size of a manifest, and its SHA-256 in hex (`content`), which identifies the model's bytes."""
 
     content: str
     n_bytes: int
 
 
 class FileManifests:
-    """The manifests that one process knows. Without a cache, each process makes its own and keeps no bytes of them."""
+    """The manifests that a process knows. Without a cache, each process makes all of them, and keeps no bytes."""
 
     def __init__(self, cache: WeightCache | None = None) -> None:
         self.cache = cache
@@ -39,8 +39,8 @@ class FileManifests:
         begin: Callable[[int], None] = lambda total: None,
         add: Callable[[int], None] = lambda n: None,
     ) -> FileManifest:
-        """Returns the manifest of a file. Reads all bytes of an unknown file: `begin` gets their number, and `add` the
-        size of each piece, from several threads. Raises ModelFileError if the file changes meanwhile."""
+        """Returns the manifest of a file. If it is unknown, reads all bytes of the file. `begin` gets their number, and
+        `add` the size of each piece, from several threads. Raises ModelFileError if the file changes during this."""
         version = file.version
         if (known := self._known.get(version)) is None:
             known = self._known[version] = self._made(file, begin, add)

@@ -54,7 +54,7 @@ class Manifest:
     tensors: tuple[TensorRecord, ...]
 
     def file(self, path: Path, held: Mapping[str, tuple[Path, FileIdentity]]) -> ModelFile:
-        """Returns the model as a ModelFile. `path` names it in errors; `held` has the places of bytes by SHA-256."""
+        """Returns a ModelFile. Errors name `path`. `held` has the file of each tensor's bytes, by SHA-256."""
         tensors = {}
         for record in self.tensors:
             place, identity = held.get(record.content, (path, _NOWHERE))
@@ -68,7 +68,7 @@ def make_manifest(
     file: ModelFile, progress: Callable[[int], None] = lambda n_bytes: None, threads: int | None = None
 ) -> bytes:
     """Reads all bytes of the model, about a gigabyte per second and thread. `progress` gets the size of each piece,
-    from several threads. Raises ModelFileError like `Tensor.read`."""
+    from several threads. Raises ModelFileError as `Tensor.read` does."""
     tensors = list(file.tensors.values())
     with ThreadPoolExecutor(threads or os.cpu_count() or 1, "hash-weights") as pool:
         contents = list(pool.map(partial(content_of, progress=progress), tensors))
@@ -120,7 +120,7 @@ def read_manifest(path: Path) -> Manifest:
         return _manifest(metadata, MappingProxyType(own))
     except (ValueError, OverflowError) as error:
         raise fail_at(
-            path, "manifest", str(error), "llamaclust of another version made it, or it is damaged"
+            path, "manifest", str(error), "another version of llamaclust made the manifest, or it is damaged"
         ) from error
 
 
@@ -143,9 +143,9 @@ def _manifest(metadata: Mapping[str, MetadataValue], own: Mapping[str, MetadataV
     names, contents = list(column("names", LazyStrings)), list(column("contents", LazyStrings))
     kinds, dimensions, sizes = numbers("types"), numbers("dimensions"), numbers("sizes")
     if not len(names) == len(contents) == len(kinds) == len(dimensions) == len(set(names)) <= MAX_TENSORS:
-        raise ValueError("columns have different lengths, or a name occurs twice")
+        raise ValueError("the columns have different lengths, or a name occurs twice")
     if any(not 1 <= count <= MAX_DIMENSIONS for count in dimensions) or sum(dimensions) != len(sizes):
-        raise ValueError("shapes are not possible")
+        raise ValueError("the columns dimensions and sizes do not match")
     rest = iter(sizes)
     shapes = [tuple(islice(rest, count)) for count in dimensions]
     tensors = tuple(map(_record, names, kinds, shapes, contents))

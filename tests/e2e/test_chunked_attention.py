@@ -107,8 +107,8 @@ def test_disturbances_change_no_bit(short: Model) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("attention.sliding_window", 0, r"llama4\.attention\.sliding_window': 0 is not supported"),
-        ("expert_count", 0, r"llama4\.expert_count': it is missing or 0"),
+        ("attention.sliding_window", 0, r"llama4\.attention\.sliding_window': a window of 0 is not supported"),
+        ("expert_count", 0, r"llama4\.expert_count': the count is missing or 0"),
         ("interleave_moe_layer_step", 0, r"llama4\.interleave_moe_layer_step': expected 1 to .*, found 0"),
         ("expert_weights_scale", 2.5, r"llama4\.expert_weights_scale': .*not supported"),
     ],

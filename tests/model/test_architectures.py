@@ -255,7 +255,7 @@ def test_experts_in_tensors_of_their_own_are_refused(make: Callable[..., ModelFi
 def test_an_unknown_architecture_is_named(make: Callable[..., ModelFile]) -> None:
     model = make()
     other = replace(model, metadata={**model.metadata, "general.architecture": "mamba"})
-    with pytest.raises(ModelFileError, match=r"'mamba' is none of the \d+ supported ones"):
+    with pytest.raises(ModelFileError, match=r"'mamba' is not one of the \d+ supported architectures"):
         build_program(other, 0, 3)
     with pytest.raises(ModelFileError, match="mamba"):
         Model(other)

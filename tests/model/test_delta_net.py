@@ -146,7 +146,7 @@ def test_layers_that_predict_further_tokens_are_kept_apart(make: Make) -> None:
         ("qwen35", {"ssm.conv_kernel": 3}, r"ssm_conv1d.weight: expected shape \[3, 128\], found \[4, 128\]"),
         ("qwen35", {"ssm.state_size": 8}, "ssm.state_size': expected a multiple of 16, found 8"),
         ("qwen35", {"ssm.state_size": 1 << 20}, "ssm.state_size': expected 1 to 256, found 1048576"),
-        ("qwen35", {"ssm.group_count": 3}, "ssm.group_count': 3 does not divide 4 heads"),
+        ("qwen35", {"ssm.group_count": 3}, "ssm.group_count': 3 key heads do not divide 4 heads"),
         ("qwen35", {"ssm.group_count": 8}, "ssm.group_count': expected 1 to 4, found 8"),
         ("qwen35", {"ssm.time_step_rank": 0}, "ssm.time_step_rank': expected 1 to 1024, found 0"),
         ("qwen35", {"ssm.inner_size": 96}, "ssm.inner_size': expected 4 heads of 16 channels, found 96 channels"),
@@ -178,7 +178,7 @@ def test_layers_that_predict_further_tokens_are_kept_apart(make: Make) -> None:
         ("kimi-linear", {"kda.head_dim": 32}, r"attn_q.weight: expected shape \[64, 128\], found \[64, 64\]"),
         ("kimi-linear", {"ssm.conv_kernel": 32}, "ssm.conv_kernel': expected 2 to 16, found 32"),
         ("kimi-linear", {"expert_shared_count": None}, "expert_shared_count.*missing"),
-        ("qwen3next", {"expert_count": 0, "expert_used_count": 0}, "expert_count': expected experts, found 0"),
+        ("qwen3next", {"expert_count": 0, "expert_used_count": 0}, "expert_count': expected 1 expert or more, found 0"),
     ],
 )
 def test_bad_keys_are_refused(make: Make, name: str, keys: dict[str, Any], message: str) -> None:

@@ -120,7 +120,7 @@ def test_windows_of_encoders_give_up_no_keys(name: str, tmp_path: Path) -> None:
         ("gemma-embedding", {}, "dense_2.weight", "dense_2.weight"),
         ("gemma-embedding", {"dense_2_feat_out": 77}, "", "dense_2_feat_out': expected 128, found 77"),
         ("gemma-embedding", {"dense_3_feat_out": 32}, "", "dense_3_feat_out': expected 64, found 32"),
-        ("gemma-embedding", {"attention.sliding_window": 0}, "", "sliding_window': it is missing or 0"),
+        ("gemma-embedding", {"attention.sliding_window": 0}, "", "sliding_window': missing or 0"),
         ("gemma-embedding", {"attention.sliding_window": -4}, "", "sliding_window"),
         ("modern-bert", {"attention.sliding_window": (1 << 30) + 1}, "", "sliding_window"),
         ("modern-bert", {"hidden_activation": "relu"}, "", "hidden_activation': 'relu' is not supported"),

@@ -155,7 +155,7 @@ def test_numbers_may_be_given_for_each_layer(tmp_path: Path) -> None:
     found = read(tmp_path, attention__head_count_kv=counts, feed_forward_length=widths)
     assert found.head_counts_kv == (2, 4, 0, 2) and found.head_count_kv == 4
     assert found.feed_forward_lengths == (64, 64, 32, 96) and found.feed_forward_length == 96
-    with pytest.raises(ModelFileError, match=r"embedding_length.*different values in layers"):
+    with pytest.raises(ModelFileError, match=r"embedding_length.*different values for layers"):
         read(tmp_path, embedding_length=np.array([64, 32, 64, 64], np.uint32))
 
 
@@ -169,15 +169,15 @@ def test_numbers_may_be_given_for_each_layer(tmp_path: Path) -> None:
         ({"block_count": np.array([], np.uint32)}, "expected a whole number, found an array of uint32"),
         ({"block_count": np.array([1 << 31], np.uint32)}, "expected 1 to 1024, found 2147483648"),
         ({"embedding_length": 1 << 31}, "embedding_length': expected .*, found 2147483648"),
-        ({"attention__head_count": 7}, "7 does not divide a width of 64"),
-        ({"attention__head_count_kv": 3}, "3 does not divide 8 heads"),
+        ({"attention__head_count": 7}, "7 heads do not divide a width of 64"),
+        ({"attention__head_count_kv": 3}, "3 KV heads do not divide 8 heads"),
         ({"attention__head_count_kv": 16}, "expected 0 to 8, found 16"),
-        ({"attention__head_count_kv": 0}, "head_count_kv': it is 0 in all layers"),
+        ({"attention__head_count_kv": 0}, "head_count_kv': the count is 0 in all layers"),
         (
             {"attention__head_count_kv": np.array([2, 2, 2], np.int32)},
             "expected 4 numbers, one for each layer, found 3",
         ),
-        ({"attention__head_count_kv": np.array([2, 3, 2, 2], np.int32)}, "3 does not divide 8 heads"),
+        ({"attention__head_count_kv": np.array([2, 3, 2, 2], np.int32)}, "3 KV heads do not divide 8 heads"),
         ({"feed_forward_length": np.zeros(4, np.int32)}, "feed_forward_length': expected 1 to .*, found 0"),
         ({"attention__value_length": 16}, "expected 8 as for keys, found 16"),
         ({"attention__layer_norm_rms_epsilon": 0.0}, "layer_norm_rms_epsilon': expected 1e-13 to 0.1, found 0"),

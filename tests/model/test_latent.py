@@ -120,17 +120,17 @@ def test_queries_scaled_by_position(folder: Path) -> None:
     [
         (
             {"attention__key_length_mla": None},
-            "key_length_mla': it is missing, as in files of before May 2025: convert",
+            "key_length_mla': missing, as in files from before May 2025: convert",
         ),
         (
             {"attention__key_length": 41},
-            "attention.key_length': expected 32 \\+ 8 of one head and more than 8 in a query, found 41",
+            "attention.key_length': expected 1 KV head of 32 \\+ 8 .*, found 1 of 41",
         ),
         (
             {"attention__key_length_mla": 8},
-            "attention.key_length': expected 32 \\+ 8 .* more than 8 in a query, found 40",
+            "attention.key_length': expected 1 KV head of 32 \\+ 8 .* more than 8, found 1 of 40 and queries of 8",
         ),
-        ({"attention__head_count_kv": 2}, "attention.key_length': expected 32 \\+ 8 of one head .*, found 40"),
+        ({"attention__head_count_kv": 2}, "attention.key_length': expected 1 KV head of 32 \\+ 8 .*, found 2 of 40"),
         ({"attention__key_length_mla": 48}, "attn_q_b.weight: expected shape"),
         ({"attention__value_length_mla": 20}, "attn_v_b.weight: expected shape"),
         ({"attention__kv_lora_rank": 0}, "attention.kv_lora_rank': expected 1 to .*, found 0"),
@@ -138,9 +138,9 @@ def test_queries_scaled_by_position(folder: Path) -> None:
         ({"attention__q_lora_rank": 1 << 17}, "attention.q_lora_rank': expected 0 to .*, found 131072"),
         ({"attention__temperature_scale": 0.5}, "attention.temperature_length': expected 1 to .*, found 0"),
         ({"rope__scaling__yarn_log_multiplier": float("inf")}, "yarn_log_multiplier': expected .*, found inf"),
-        ({"rope__dimension_count": 6}, "attention.key_length': expected 32 \\+ 6 .*, found 40"),
+        ({"rope__dimension_count": 6}, "attention.key_length': expected 1 KV head of 32 \\+ 6 .*, found 1 of 40"),
         ({"attention__layer_norm_rms_epsilon": None, "attention__layer_norm_epsilon": 1e-5}, "rms_epsilon': missing"),
-        ({"expert_gating_func": 4}, "expert_gating_func': 4 is not supported"),
+        ({"expert_gating_func": 4}, "gating function 4 is not supported"),
         ({"attention__temperature_scale": np.array([1.0], np.float32)}, "attention.temperature_scale"),
     ],
 )

@@ -54,7 +54,7 @@ def test_positions_are_as_many_as_were_learned(tmp_path: Path) -> None:
     path = build_architecture(tmp_path / "m.gguf", "gpt2")
     model = Model.open(path)
     assert model.program(0, 1, context_tokens=2048)
-    with pytest.raises(ModelFileError, match="2048 positions, fewer than a context of 2049 tokens; set context_length"):
+    with pytest.raises(ModelFileError, match="fewer than the context of 2049 tokens; set context_length"):
         model.program(0, 1, context_tokens=2049)
     with pytest.raises(LlamaclustError, match="context_length: 4096"):
         Client.local(path, 1, settings=LocalSettings(context_length=4096))

@@ -143,15 +143,23 @@ BAD: dict[str, tuple[Arrays, dict[str, Any], str]] = {
         {"alpha_pattern": {"1.self_attn.v_proj": 3}},
         "values are not supported: 6 for",
     ),
-    "module": (factors("self_attn.r_proj"), {}, "not a factor of a layer matrix that adapters of llama can change"),
-    "head": ({"base_model.model.lm_head.lora_A.weight": np.ones((4, HIDDEN), np.float32)}, {}, "not a factor of"),
+    "module": (factors("self_attn.r_proj"), {}, "adapters of llama cannot change this module"),
+    "head": (
+        {"base_model.model.lm_head.lora_A.weight": np.ones((4, HIDDEN), np.float32)},
+        {},
+        "cannot change this module",
+    ),
     "embedding": (
         {"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((4, 320), np.float32)},
         {},
-        "not a factor of a layer matrix",
+        "cannot change this module",
     ),
-    "magnitudes": ({f"{PREFIX}.mlp.up_proj.lora_magnitude_vector": np.ones(4, np.float32)}, {}, "not a factor of"),
-    "a half": (factors(halves="A"), {}, "there is no lora_b beside it"),
+    "magnitudes": (
+        {f"{PREFIX}.mlp.up_proj.lora_magnitude_vector": np.ones(4, np.float32)},
+        {},
+        "cannot change this module",
+    ),
+    "a half": (factors(halves="A"), {}, "the adapter has no lora_b for it"),
     "heads": (
         factors("self_attn.q_proj", rows=65),
         {},
@@ -161,7 +169,7 @@ BAD: dict[str, tuple[Arrays, dict[str, Any], str]] = {
     "layer": (
         {name.replace("layers.0", "layers.9"): value for name, value in factors().items()},
         {},
-        "the model has no product with this weight",
+        "the model has no matrix product with this weight",
     ),
     "not a number": (
         factors() | {f"{PREFIX}.mlp.up_proj.lora_A.weight": np.full((4, 64), np.nan, np.float32)},
@@ -172,7 +180,7 @@ BAD: dict[str, tuple[Arrays, dict[str, Any], str]] = {
     "two names": (
         factors() | {name.replace("weight", "default.weight"): value for name, value in factors().items()},
         {},
-        "it occurs under two names",
+        "the file has it under two names",
     ),
     "a vector": ({f"{PREFIX}.self_attn.v_proj.lora_A.weight": np.ones(4, np.float32)}, {}, "expected a matrix"),
 }

@@ -141,7 +141,7 @@ def test_last_layers_read_the_keys_and_values_of_others(make: Callable[..., Mode
     attention = [step for step in whole(make("gemma4-inputs")).steps if isinstance(step, Attention)]
     assert [step.layer for step in attention] == [0, 1, 2, 1, 1, 2]
     assert [step.shares_kv for step in attention] == [False] * 3 + [True] * 3
-    with pytest.raises(ModelFileError, match="shared_kv_layers': 5, and no layer before has the window of layer 2"):
+    with pytest.raises(ModelFileError, match="but no layer before them has the window of layer 2"):
         whole(make("gemma4-inputs", attention__shared_kv_layers=5))
 
 
@@ -174,7 +174,7 @@ def test_keys_of_gemma_3n_are_checked(make: Callable[..., ModelFile], key: str, 
 
 
 def test_a_layer_without_kv_heads_has_no_attention(make: Callable[..., ModelFile]) -> None:
-    with pytest.raises(ModelFileError, match="head_count_kv': it is 0 in layer 1, which has attention"):
+    with pytest.raises(ModelFileError, match="head_count_kv': the count is 0 in layer 1, which has attention"):
         whole(make("qwen3", attention__head_count_kv=np.array([2, 0, 2], np.int32)))
 
 
@@ -299,7 +299,7 @@ def test_experts_by_keys(make: Callable[..., ModelFile]) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"expert_gating_func": 4}, "expert_gating_func': 4 is not supported; supported: 1 \\(softmax\\), 2 "),
+        ({"expert_gating_func": 4}, "gating function 4 is not supported; supported are 1 \\(softmax\\), 2 "),
         ({"expert_group_count": 5}, "expert_group_count': 16 experts in 5 groups, 4 chosen from 2 groups"),
         ({"expert_group_count": 16}, "expert_group_count': 16 experts in 16 groups"),
         ({"expert_group_used_count": 5}, "expert_group_used_count': expected 0 to 4, found 5"),
@@ -351,9 +351,9 @@ def test_sections_that_make_no_sense_are_refused(make: Callable[..., ModelFile],
         (4, "expected an array of whole numbers, found '4'"),
         (np.array([2, 1, 1], np.float32), r"expected an array of whole numbers, found '\[2. 1. 1.\]'"),
         (np.array([2, 2], np.int32), "expected 3 sections or more, found 2"),
-        (np.array([1, -1, 0], np.int32), rf"\[1, -1, 0\]', together 0; expected .* at most {pairs} "),
-        (np.array([pairs, 1, 0, 0], np.int32), rf"together {pairs + 1}; expected .* at most {pairs} "),
-        (np.array([1 << 31] * 3, np.uint32), f"together {3 << 31}; expected"),
+        (np.array([1, -1, 0], np.int32), rf"\[1, -1, 0\]', with a sum of 0; expected .* at most {pairs} "),
+        (np.array([pairs, 1, 0, 0], np.int32), rf"with a sum of {pairs + 1}; expected .* at most {pairs} "),
+        (np.array([1 << 31] * 3, np.uint32), f"with a sum of {3 << 31}; expected"),
     ):
         with pytest.raises(ModelFileError, match=message):
             whole(make(name, rope__dimension_sections=value))

@@ -1,4 +1,4 @@
-"""Attention of Gemma 3n and 4: unscaled scores, normed values. The last layers read other layers' keys and values."""
+"""Attention of Gemma 3n and 4. Scores are not scaled. The last layers read the keys and values of earlier layers."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ class LayerKind:
 
 
 def shared_kv_sources(keys: ModelKeys, windowed: Sequence[bool]) -> list[int]:
-    """Returns the layer whose keys and values each layer reads: itself, or the last storing layer of its kind."""
+    """Returns, for each layer, the layer whose keys and values it reads. Layers without own keys and values read those
+    of the last layer before them with the same kind of window. Raises ModelFileError if there is no such layer."""
     layers = len(windowed)
     first = layers - keys.count(SHARED_KV_KEY, 0, minimum=0, maximum=layers - 1)
     last = {windowed[layer]: layer for layer in range(first)}
     for layer in range(first, layers):
         if windowed[layer] not in last:
-            raise keys.error(SHARED_KV_KEY, f"{layers - first}, and no layer before has the window of layer {layer}")
+            what = f"{layers - first} layers read other layers' keys and values"
+            raise keys.error(SHARED_KV_KEY, f"{what}, but no layer before them has the window of layer {layer}")
     return [layer if layer < first else last[windowed[layer]] for layer in range(layers)]
 
 
 def attention(
     builder: ProgramBuilder, layer: int, source: int, kind: LayerKind, buffers: tuple[Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """Yields the steps that read the first buffer and write the second. Keys and values are those of layer `source`."""
+    """Yields steps that read the first buffer, and keys and values of layer `source`, and write the second buffer."""
     hp, prefix, (normed, projected) = builder.hyperparameters, f"blk.{layer}", buffers
     kv_heads, shares_kv = builder.kv_heads(layer), source != layer
     query, out = (Buffer(name, hp.head_count * kind.head_dim) for name in ("query", "attended"))
@@ -60,7 +62,6 @@ def attention(
 def _keys_and_values(
     builder: ProgramBuilder, prefix: str, kind: LayerKind, normed: Buffer, stored: tuple[Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """Norms keys and values. Without a weight for values, the values are the keys before their norm."""
     key, value = stored
     yield builder.product(f"{prefix}.attn_k", normed, key)
     is_apart = builder.has(f"{prefix}.attn_v.weight")

@@ -1,5 +1,5 @@
-"""Gemma 3n. Rows have several copies of the hidden state; layers compute one and correct the others (AltUp). It has a
-low-rank branch parallel to attention (Laurel), sparse activations, inputs per layer, and shared KV memory."""
+"""Gemma 3n. A row has several copies of the hidden state. Each layer computes one copy and corrects the others (AltUp).
+A low-rank branch (Laurel) is parallel to attention. Activations are sparse. Layers have inputs, and share KV memory."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _MAX_COPIES = 16
 _MAX_RANK = 1 << 14
 _MAX_SPARSITY = 16.0  # standard deviations
 _LEAST_SQUARE = 1e-5
-"""The lower bound of the mean square of a projected copy's channels."""
+"""The lower bound of a projected copy's mean square."""
 
 
 def gemma3n(builder: ProgramBuilder) -> None:
-    """Gemma 3n, text only. A row that a stage sends has all copies, then the inputs of the remaining layers."""
+    """Gemma 3n, text only. A stage sends rows with all copies, followed by the inputs of later layers."""
     hp, keys = builder.hyperparameters, builder.keys
     for key in ("attention.sliding_window", "embedding_length_per_layer_input", SHARED_KV_KEY):
         keys.count(key, minimum=0 if key == SHARED_KV_KEY else 1, maximum=1 << 30)  # files without it are not known
@@ -64,7 +64,7 @@ def _sparsity(keys: ModelKeys, layers: int) -> tuple[float | None, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Copies:
-    """The copies of the hidden state, side by side in a row. Layers compute copy number `active`."""
+    """The copies of the hidden state, which lie next to each other in a row. Layers compute copy number `active`."""
 
     builder: ProgramBuilder
     count: int
@@ -88,7 +88,7 @@ class _Copies:
         return Buffer("hidden", self.width)
 
     def begin(self) -> Iterator[ir.Step]:
-        """copies = the embedding, then its projections, scaled to the embedding's magnitude."""
+        """copies = the embedding, followed by its projections, which are scaled to the embedding's magnitude."""
         repeated = self._hidden
         for count in range(2, self.count):
             more = Buffer(f"embedding {count} times", count * self.width)
@@ -100,7 +100,7 @@ class _Copies:
         yield ir.Join(self._hidden, projected, self.all)
 
     def merge(self) -> Iterator[ir.Step]:
-        """hidden = the mean of the first copy and of projections of the others, scaled to the first one's magnitude."""
+        """hidden = the mean of copy 0 and the projections of the others, scaled to copy 0's magnitude."""
         others, projected = (Buffer(name, self.all.width - self.width) for name in ("other copies", "projected copies"))
         yield ir.Slice(self.all, self._hidden, 0)
         yield ir.Slice(self.all, others, self.width)
@@ -137,7 +137,7 @@ class _Layer:
         yield from self._add_input(active)
 
     def _predict(self, predicted: Buffer, active: Buffer) -> Iterator[ir.Step]:
-        """predicted_i = copy_i + the sum of all copies, weighted by coefficients."""
+        """predicted_i = copy_i + the sum of all copies, each multiplied by a coefficient."""
         copies, coefficients = self.copies.all, Buffer("predictions", self.copies.count**2)
         yield ir.Slice(copies, active, self.copies.active * active.width)
         yield from self._coefficients(active, "altup_predict_coef", coefficients)
@@ -166,7 +166,7 @@ class _Layer:
         normed, projected = self._buffer("normed"), self._buffer("projected")
         rank = self.builder.model.tensor(f"blk.{self.layer}.laurel_l.weight").shape[0]
         if rank > _MAX_RANK:
-            raise self.builder.error(f"blk.{self.layer}.laurel_l.weight", f"has {rank} rows; the most is {_MAX_RANK}")
+            raise self.builder.error(f"blk.{self.layer}.laurel_l.weight", f"{rank} rows; the limit is {_MAX_RANK}")
         low = Buffer("laurel rank", rank)
         yield self._norm("attn_norm", active, normed)
         yield self._product("laurel_l", normed, low)
@@ -197,7 +197,7 @@ class _Layer:
         yield ir.Add(result, projected, result)
 
     def _add_input(self, active: Buffer) -> Iterator[ir.Step]:
-        """Adds the layer's input, gated by the active copy, to all copies but the first."""
+        """Adds the layer's input, gated by the active copy, to all copies except the first."""
         projected, copies = self._buffer("projected"), self.copies.all
         scale = self.builder.vector(f"blk.{self.layer}.altup_correct_scale.weight", active.width)
         yield ir.Slice(copies, active, self.copies.active * active.width)

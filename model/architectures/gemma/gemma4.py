@@ -1,5 +1,5 @@
-"""Gemma 4. Its two kinds of layers have different heads, rotations and windows. Experts are parallel to a feed-forward
-network. The E models have inputs per layer, and layers that read keys and values of other layers."""
+"""Gemma 4. Layers with and without a window have different heads and rotations. Experts are parallel to a feed-forward
+network. The E models have inputs for each layer, and layers that read other layers' keys and values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MAX_HEAD = 1 << 12
 
 
 def gemma4(builder: ProgramBuilder) -> None:
-    """Gemma 4: values are the keys or have their own products, and are normed without weights. Layers may be scaled."""
+    """Gemma 4. Values are normed without weights, and may be the same as the keys. A layer's output may be scaled."""
     hp, keys = builder.hyperparameters, builder.keys
     if hp.sliding_window is None:
         raise keys.error("attention.sliding_window", "missing")
@@ -45,7 +45,7 @@ def gemma4(builder: ProgramBuilder) -> None:
 
 
 def _kinds(builder: ProgramBuilder, window: int) -> tuple[LayerKind, LayerKind]:
-    """Returns two kinds: layers without a window, whose rotation has the file's factors, and windowed layers."""
+    """Returns the kinds of layers without and with a window. Only the first kind has the file's rotation factors."""
     hp, keys = builder.hyperparameters, builder.keys
     head_dim = keys.count("attention.key_length_swa", hp.key_length, maximum=_MAX_HEAD)
     value_length = keys.count("attention.value_length_swa", head_dim, maximum=_MAX_HEAD)
@@ -116,8 +116,8 @@ class _Layer:
         yield self.builder.product(f"{self._prefix}.ffn_down", gate, projected)
 
     def _mixture(self, hidden: Buffer, projected: Buffer) -> Iterator[ir.Step]:
-        """projected = feed-forward network + experts, each with its own norms. The router reads another norm of the
-        hidden state, whose weight is divided by the square root of the width."""
+        """projected = feed-forward network + experts, each with its own norms. The router reads the hidden state after
+        a different norm, whose weight is divided by the square root of the width."""
         normed, mixed, routed = map(self._buffer, ("normed", "mixed", "routed"))
         yield from self._feed_forward(hidden, projected)
         yield self._norm("post_ffw_norm_1", projected, projected)

@@ -14,8 +14,8 @@ _MAX_INPUT = 1 << 12
 
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
-    """Inputs per layer: `width` channels per layer and row. The first stage computes them from the row's token. Stages
-    send the inputs of later layers after the hidden state (`carried`)."""
+    """Inputs of layers. A row has `width` input channels for each layer. The first stage computes them from the row's
+    token. A stage sends the inputs of later layers after the hidden state (`carried`)."""
 
     builder: ProgramBuilder
     width: int

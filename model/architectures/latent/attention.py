@@ -1,6 +1,6 @@
-"""Latent attention (MLA): keys and values are products of one short vector, and KV memory has only this vector. The
-products are applied to queries and results instead (the absorbed form), in prefill too, so that bits do not depend on
-chunks. (DeepSeek-V2, arXiv 2405.04434, section 2.1.)"""
+"""Latent attention (MLA). Keys and values are products of one short vector, and KV memory stores only this vector. The
+products are applied to queries and results instead (the absorbed form). Prefill does this too, so that bits do not
+depend on chunk sizes. (DeepSeek-V2, arXiv 2405.04434, section 2.1.)"""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from llamaclust.model.steps.options import RopeStyle
 
 @dataclass(frozen=True, slots=True)
 class LatentVariant:
-    """Widths in channels: the `latent` vector, the `rotated` part after it in a key, and a head's `query` (with its
-    rotated part) and `value`. `query_rank` is the width of the latent query (0: none). Without `table` nothing is
-    rotated. `temperature` is the factor and the length of a `PositionScale` of queries."""
+    """Widths are in channels. A key is the `latent` vector and then the `rotated` part. A head has a `query`, which
+    includes its rotated part, and a `value`. `query_rank` is the width of the latent query, or 0 if there is none. If
+    `table` is None, nothing is rotated. `temperature` has the factor and the length of a `PositionScale`."""
 
     latent: int
     rotated: int
@@ -65,7 +65,7 @@ class LatentAttention:
         yield ir.Add(hidden, projected, hidden)
 
     def _queries(self, normed: Buffer, query: Buffer) -> Iterator[ir.Step]:
-        """query = for each head: the plain part times the keys' matrix, then the rotated part."""
+        """query = for each head, the plain part times the keys' matrix, followed by the rotated part."""
         variant, heads = self.variant, self.heads
         x, name = normed, "attn_q"
         if variant.query_rank:
@@ -88,7 +88,7 @@ class LatentAttention:
             yield ir.PositionScale(query, query, *variant.temperature)
 
     def _keys(self, normed: Buffer, key: Buffer) -> Iterator[ir.Step]:
-        """key = the normed latent vector, then the rotated part."""
+        """key = the normed latent vector, followed by the rotated part."""
         whole = Buffer("key parts", key.width)
         latent, rotated = Buffer("latent", self.variant.latent), Buffer("rotated key", self.variant.rotated)
         yield self._product("attn_kv_a_mqa", normed, whole)

@@ -1,4 +1,4 @@
-"""Layers of the gated delta net (Yang et al. 2024): a short convolution, then the delta rule in place of attention."""
+"""Layers of the gated delta net (Yang et al. 2024). A short convolution and the delta rule replace attention."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def read_delta_net(keys: ModelKeys, *, tiled: bool) -> DeltaNet:
     if net.head_dim % VALUE_CHANNELS:
         raise keys.error("ssm.state_size", f"expected a multiple of {VALUE_CHANNELS}, found {net.head_dim}")
     if heads % net.key_heads:
-        raise keys.error("ssm.group_count", f"{net.key_heads} does not divide {heads} heads")
+        raise keys.error("ssm.group_count", f"{net.key_heads} key heads do not divide {heads} heads")
     inner = keys.count("ssm.inner_size", maximum=MAX_HEADS * MAX_KEY_CHANNELS)
     if inner != net.value_width:
         raise keys.error("ssm.inner_size", f"expected {heads} heads of {net.head_dim} channels, found {inner} channels")
@@ -55,8 +55,8 @@ def read_delta_net(keys: ModelKeys, *, tiled: bool) -> DeltaNet:
 
 
 def delta_net(builder: ProgramBuilder, layer: int, net: DeltaNet) -> Iterator[ir.Step]:
-    """hidden += output(norm(delta rule) * silu(z)). The rule's q, k and v are convolved products of the normed hidden
-    state; z, decay and beta are products of the normed hidden state."""
+    """hidden += output(norm(delta rule) * silu(z)). The rule's q, k and v are products of the normed hidden state that
+    were convolved. z, decay and beta are products of the normed hidden state."""
     prefix, width, epsilon = f"blk.{layer}", builder.hyperparameters.embedding_length, builder.rms_epsilon
     hidden, normed, projected = (Buffer(name, width) for name in ("hidden", "normed", "projected"))
     q, k = (Buffer(f"delta {name}", net.key_width) for name in ("q", "k"))
@@ -80,7 +80,7 @@ def delta_net(builder: ProgramBuilder, layer: int, net: DeltaNet) -> Iterator[ir
 
 
 def unit_lengths(q: Buffer, k: Buffer, heads: int, epsilon: float) -> Iterator[ir.Step]:
-    """Norms each head of q and k to length 1, and divides q by the square root of its channels."""
+    """Scales each head of q and k to length 1, and divides q by the square root of its channel count."""
     channels = k.width // heads
     for x, factor in ((q, 1 / channels), (k, 1 / math.sqrt(channels))):
         yield ir.RmsNorm(x, x, None, epsilon / channels, heads)
@@ -90,7 +90,7 @@ def unit_lengths(q: Buffer, k: Buffer, heads: int, epsilon: float) -> Iterator[i
 def _products(
     builder: ProgramBuilder, prefix: str, net: DeltaNet, buffers: tuple[Buffer, Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """Computes q, k, v (adjacent) and z from x. In files of 2025 they are one product, grouped by key head."""
+    """Computes z, and q, k and v side by side, from x. In files of 2025 they are one product, grouped by key head."""
     x, mixed, z = buffers
     if not builder.has(f"{prefix}.ssm_in.weight"):
         yield builder.product(f"{prefix}.attn_qkv", x, mixed)
@@ -110,7 +110,6 @@ def _products(
 def _gates(
     builder: ProgramBuilder, prefix: str, net: DeltaNet, buffers: tuple[Buffer, Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """Computes each head's decay and beta, from two products of x or from one that is grouped by key head."""
     x, alpha, beta = buffers
     if builder.has(f"{prefix}.ssm_ba.weight"):
         both = Buffer("delta beta+alpha", 2 * net.heads)

@@ -1,4 +1,4 @@
-"""Attention whose result is multiplied by the sigmoid of a gate, by channel. Queries and gate are one product."""
+"""Attention whose result is multiplied by the sigmoid of a gate. One product computes queries and gate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kimi Linear: kimi-linear. Delta nets whose states decay by channel, and latent attention without a rotation."""
+"""Kimi Linear: kimi-linear. It has delta nets with a decay for each channel, and latent attention."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _CONVOLUTIONS = (".ssm_conv1d_q.weight", ".ssm_conv1d_k.weight", ".ssm_conv1d_v.
 
 
 def without_ones(file: ModelFile) -> ModelFile:
-    """Reshapes convolutions to [channels, taps] and decays to [heads], by removing dimensions of 1."""
+    """Reshapes convolutions to [channels, taps] and decays to [heads], by removing size-1 dimensions."""
     reshaped = {}
     for name, tensor in file.tensors.items():
         if name.endswith((*_CONVOLUTIONS, ".ssm_a")):
@@ -45,7 +45,7 @@ def without_ones(file: ModelFile) -> ModelFile:
 
 
 def kimi_linear(builder: ProgramBuilder) -> None:
-    """Kimi Linear. Layers with KV heads have latent attention. Leading layers are dense; the others have experts."""
+    """Kimi Linear. Layers with KV heads have latent attention. Layers after the dense layers have experts."""
     hp, keys = builder.hyperparameters, builder.keys
     latent = latent_variant(builder, 0.0, 0.0)
     latent = replace(latent, table=None, scale=1 / math.sqrt(latent.query))

@@ -1,4 +1,4 @@
-"""Mamba 2's block, which hybrid models have instead of attention or parallel to it."""
+"""The block of Mamba 2. Hybrid models have it instead of attention, or parallel to attention."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _MAX_HEADS, _MAX_WIDTH, _MAX_STATE_SIZE = 1 << 14, 1 << 20, 1 << 12
 
 @dataclass(frozen=True, slots=True)
 class MambaShape:
-    """The shape of a block. `inner` is the number of channels of all `heads`. Each of the `groups` of heads shares an
-    input and an output matrix, with `state_size` numbers per row."""
+    """The shape of a block. `inner` is the channel count of all `heads` together. Heads are divided into `groups`. The
+    heads of a group share an input matrix and an output matrix, with `state_size` numbers per row."""
 
     taps: int
     inner: int
@@ -52,7 +52,7 @@ class MambaShape:
 
 
 def read_mamba_shape(keys: ModelKeys) -> MambaShape:
-    """Raises ModelFileError for numbers that do not divide each other, or that are too large."""
+    """Reads the shape. Raises ModelFileError for numbers that do not divide each other or are too large."""
     inner = keys.count("ssm.inner_size", maximum=_MAX_WIDTH)
     heads = keys.count("ssm.time_step_rank", maximum=_MAX_HEADS)
     groups = keys.count("ssm.group_count", maximum=_MAX_HEADS)
@@ -64,7 +64,7 @@ def read_mamba_shape(keys: ModelKeys) -> MambaShape:
 
 
 def mamba(builder: ProgramBuilder, layer: int, shape: MambaShape, *, has_norm: bool = True) -> Iterator[ir.Step]:
-    """projected = Mamba 2 of the normed hidden state. If `has_norm`, the file must have a norm of each group."""
+    """projected = Mamba 2 of the normed hidden state. If `has_norm`, the file must have a norm for each group."""
     prefix, hidden_width = f"blk.{layer}", builder.hyperparameters.embedding_length
     normed, projected = (Buffer(name, hidden_width) for name in ("normed", "projected"))
     gate, convolving = Buffer("mamba gate", shape.inner), Buffer("mamba x+b+c", shape.convolved)

@@ -1,5 +1,5 @@
-"""Nemotron H and Nemotron 3: nemotron_h, nemotron_h_moe. Each layer is one block: a feed-forward network or experts if
-it has a feed-forward width, otherwise attention if it has KV heads, otherwise Mamba 2."""
+"""Nemotron H and Nemotron 3: nemotron_h, nemotron_h_moe. Each layer is a single block. It is a feed-forward network or
+experts if the layer has a feed-forward width, otherwise attention if it has KV heads, and otherwise Mamba 2."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def nemotron_h(builder: ProgramBuilder) -> None:
 
 
 def _experts(builder: ProgramBuilder, layer: int, variant: ExpertsVariant, latent_width: int) -> Iterator[ir.Step]:
-    """projected = the weighted best experts of the normed hidden state + the shared expert. With a `latent_width`, one
-    product narrows the experts' input and another widens their sum. The router always reads all channels."""
+    """projected = the weighted sum of the best experts + the shared expert, from the normed hidden state. With a
+    `latent_width`, a product narrows the experts' input and another widens their sum. The router reads all channels."""
     prefix, hp = f"blk.{layer}", builder.hyperparameters
     normed, projected = (Buffer(name, hp.embedding_length) for name in ("normed", "projected"))
     if latent_width:

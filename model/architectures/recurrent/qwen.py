@@ -18,7 +18,7 @@ _MAX_WIDTH, _MAX_PERIOD = 1 << 20, 1 << 10
 
 
 def qwen3next(builder: ProgramBuilder) -> None:
-    """Qwen 3 Next: every layer has experts and a gated shared expert. A key head's value heads are adjacent."""
+    """Qwen 3 Next. Every layer has experts and a gated shared expert. A key head's value heads are adjacent."""
     experts = _experts(builder)
     _layers(builder, lambda layer: builder.experts(layer, experts, norm=_FEED_FORWARD_NORM), tiled=False)
 
@@ -46,7 +46,7 @@ def _layers(builder: ProgramBuilder, feed_forward: Callable[[int], None], *, til
 
 
 def _recurrent_layers(builder: ProgramBuilder) -> list[bool]:
-    """Returns the file's flags. Without them, the last layer of each period is not recurrent. An MTP head never is."""
+    """Returns whether layers are recurrent, by the file's flags or period. An MTP head is not recurrent."""
     keys, layers = builder.keys, read_block_count(builder.keys)
     period = keys.count("full_attention_interval", 4, maximum=_MAX_PERIOD)
     flags = keys.flags("attention.recurrent_layers", layers)
@@ -57,6 +57,6 @@ def _recurrent_layers(builder: ProgramBuilder) -> list[bool]:
 def _experts(builder: ProgramBuilder) -> ExpertsVariant:
     hp, keys = builder.hyperparameters, builder.keys
     if not hp.expert_count:
-        raise keys.error("expert_count", "expected experts, found 0")
+        raise keys.error("expert_count", "expected 1 expert or more, found 0")
     width = keys.count("expert_shared_feed_forward_length", 0, minimum=0, maximum=_MAX_WIDTH) or hp.feed_forward_length
     return replace(read_experts(keys, hp, gating=Gating.SOFTMAX, shared_width=width), shared_gate=True)

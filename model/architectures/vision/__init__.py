@@ -1,4 +1,4 @@
-"""Encoders of images, keyed by the name of their projector in GGUF files."""
+"""Image encoders, keyed by the projector's name in GGUF files."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ from llamaclust.model.steps.options import RopeStyle
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """The rotation of queries and keys: pair i of a head turns by the position in section sections[i]. If `split`, each
-    half of a head is rotated like a head of its own, with `table`, and has its half of `sections`."""
+    """The rotation of queries and keys. Pair i of a head is rotated by the position in section sections[i]. If `split`,
+    each half of a head is rotated by `table` like a complete head, and each half has half of `sections`."""
 
     style: RopeStyle
     table: RopeTable
@@ -19,8 +19,8 @@ class Rotation:
 
 @dataclass(frozen=True, slots=True)
 class VisionAttention:
-    """Options of an attention block. If `grouped`, a row sees its window only. `scale` is 1 / sqrt(head_dim) by
-    default. With `unit_values`, each head's value has an RMS norm without weights."""
+    """Options of an attention block. If `grouped`, a row sees only its own window. `scale` is 1 / sqrt(head_dim) by
+    default. If `unit_values`, each head's values have an RMS norm without weights."""
 
     rotation: Rotation | None = None
     grouped: bool = False

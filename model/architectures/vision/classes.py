@@ -1,6 +1,6 @@
-"""Encoders with a row for the whole tile beside those of its patches (class embedding): InternVL and Llama 4. The
-input has this row behind the others, then rows of zeros up to a whole merge group. These see only themselves, so that
-attention is in groups; the result of this last merge group is not used."""
+"""Encoders with a class embedding, which is one row for the whole tile: InternVL and Llama 4. The input has the rows of
+the patches, then the class row, then rows of zeros that fill up the last merge group. Rows of zeros see only
+themselves, so attention is in groups. The result of the last merge group is not used."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from llamaclust.model.steps.options import ActivationFunction, RopeStyle
 _ROPE_BASE = 10000.0
 _PROJECTOR_EPSILON = 1e-5  # PyTorch's own
 _LARGE = (3200, 45)
-"""The width and the layers of InternViT 6B, which has RMS norms. Files do not tell the kind of norm."""
+"""The width and layer count of InternViT 6B, which has RMS norms. Files do not tell the kind of norm."""
 
 
 def internvl(builder: VisionBuilder) -> Buffer:
-    """InternVL 2.5 to 3.5: learned residual factors (`ls1`, `ls2`), groups of patches, a norm before the projector."""
+    """InternVL 2.5 to 3.5. They have learned residual factors, groups of patches, and a norm before the projector."""
     hp = builder.hyperparameters
     builder.rms = (hp.embedding_length, hp.block_count) == _LARGE
     builder.embed(bias=False)
@@ -32,7 +32,7 @@ def internvl(builder: VisionBuilder) -> Buffer:
 
 
 def llama4(builder: VisionBuilder) -> Buffer:
-    """Llama 4: rotations by place, counted from 1, and two activated products before the last one."""
+    """Llama 4. Rotations are by a patch's place, counted from 1. The projector has three products."""
     hp = builder.hyperparameters
     rotation = halves(hp.head_dim, _ROPE_BASE, RopeStyle.NORM, (WIDTH, HEIGHT))
     builder.embed(bias=False)

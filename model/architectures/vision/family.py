@@ -1,4 +1,4 @@
-"""The facts of a family of encoders that are neither in its files nor in its program."""
+"""Facts about a family of encoders that are neither in its files nor in its program."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from llamaclust.model.steps.options import ActivationFunction
 
 
 class Positions(Enum):
-    """The learned positions added to patches. NONE: there are none. TABLE: a row for each patch of a tile of fixed
-    size. BILINEAR_CORNERS, ANTIALIASED, BICUBIC: a square table, interpolated to the tile's size. BILINEAR_CORNERS
-    keeps the corners in place, ANTIALIASED has wider weights where the tile is smaller than the table, and BICUBIC has
-    PyTorch's kernel (a = -0.75). AXES: a table for columns and one for lines."""
+    """The learned positions that are added to patches. NONE: there are none. TABLE: a table has a row for each patch of
+    a tile of fixed size. BILINEAR_CORNERS, ANTIALIASED and BICUBIC: a square table is interpolated to the tile's size.
+    BILINEAR_CORNERS keeps the corners in place. ANTIALIASED has wider weights if the tile is smaller than the table.
+    BICUBIC has PyTorch's kernel (a = -0.75). AXES: there is a table for columns and a table for lines."""
 
     NONE = auto()
     TABLE = auto()
@@ -28,20 +28,20 @@ class Positions(Enum):
 @dataclass(frozen=True, slots=True)
 class VisionFamily:
     """A family of encoders. `emit` appends the steps to a builder and returns the buffer with the result.
-
-    merge_key, merge: the key with the number of patches a side that become one row, and its default (None: required).
-    gelu, plain: the functions of files with `use_gelu`, and with neither `use_gelu` nor `use_silu`.
+    merge_key, merge: the key for the side of a merge group in patches, and its default. The key is required if None.
+    gelu, plain: the activations of files with `use_gelu`, and of files with neither `use_gelu` nor `use_silu`.
     turns, windows: the program has rotations by height and width, or attention in windows.
-    bidirectional: the text model's rows of an image see each other.
-    sections: the text model turns by the line and column of an image's rows (M-RoPE).
-    tokens: the least and the most rows of an image, where its size is free; None: all tiles have the file's size.
-    class_place: the row of the table of positions that is for the class row (see `classes`); None: there is none.
-    first_place: the number by which the first line and column turn. The class row turns by 0.
+    bidirectional: in the text model, an image's rows see each other.
+    sections: the text model rotates an image's rows by their line and column (M-RoPE).
+    tokens: the lowest and highest row count of an image whose size is free. If None, all tiles have the file's size.
+    class_place: the index of the class row in the table of positions (see `classes`). If None, there is no class row.
+    first_place: the position of the first line and column in rotations. The class row has position 0.
     pads: images whose size is free are padded to whole merge groups.
     signed: a normalized colour c becomes 2 c - 1.
-    transposed: tensors in the other order in files; True: convolutions [out, channels, height, width] of a merge group.
+    transposed: tensors that files store in another order, and whether they are convolutions of a merge group, with the
+        shape [out, channels, height, width].
     as_row: vectors that the program reads as matrices of one row.
-    unread: tensors that llama.cpp needs, and that are part of the text model too."""
+    unread: tensors that llama.cpp needs and that the text model also has."""
 
     emit: Callable[[VisionBuilder], Buffer]
     merge_key: str = "vision.projector.scale_factor"

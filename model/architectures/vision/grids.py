@@ -1,4 +1,4 @@
-"""Encoders with other tables of positions or rotations: GLM-4V, Kimi VL."""
+"""Encoders with interpolated tables of positions and with rotations: GLM-4V, Kimi VL."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ _MERGER = "mm.patch_merger"
 
 
 def glm4v(builder: VisionBuilder) -> Buffer:
-    """GLM-4.1V and later: patches are normed before positions are added; a convolution merges them; the last part is a
-    gated feed-forward network."""
+    """GLM-4.1V and later. Patches are normed before positions are added. A convolution merges them near the end."""
     builder.rms = True
     hp = builder.hyperparameters
     rotation = halves(hp.head_dim, _ROPE_BASE, RopeStyle.NEOX, (HEIGHT, WIDTH))
@@ -48,7 +47,7 @@ def _gated(builder: VisionBuilder, x: Buffer) -> Buffer:
 
 
 def kimivl(builder: VisionBuilder) -> Buffer:
-    """Kimi VL (MoonViT): pairs turn by the column and by the line in turns. A norm stands before the merger."""
+    """Kimi VL (MoonViT). Pairs are rotated alternately by the column and by the line. A norm precedes the merger."""
     hp = builder.hyperparameters
     each = frequencies(hp.head_dim // 2, _ROPE_BASE)
     table = RopeTable(tuple(frequency for frequency in each for _ in range(2)))

@@ -9,12 +9,12 @@ from llamaclust.model.program import RopeTable
 from llamaclust.model.steps.options import RopeStyle
 
 HEIGHT, WIDTH = 0, 1
-"""The sections of a batch's rope positions in an encoder of images."""
+"""The sections of a batch's rope positions in an image encoder."""
 
 
 def halves(head_dim: int, base: float, style: RopeStyle, sections: tuple[int, int]) -> Rotation:
-    """Returns a rotation whose first half of pairs turns by one place and whose second half turns by the other, with
-    the same frequencies base^(-4 i / head_dim)."""
+    """Returns a rotation by two sections. The first half of the pairs is rotated by the first section, the second half
+    by the second. Both halves have the frequencies base^(-4 i / head_dim)."""
     half = frequencies(head_dim // 2, base)
     return Rotation(style, RopeTable(half + half), _sections(len(half), sections))
 

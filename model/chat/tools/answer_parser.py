@@ -1,4 +1,4 @@
-"""Parses answers as they arrive: text in, events out. Events do not depend on how the text is split."""
+"""Parses answers while their text arrives, and emits events. Events do not depend on how the text is split."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CallReader = ObjectReader | NamedReader | TaggedReader | NotatedReader
 
 
 class AnswerParser:
-    """A parser that accepts any text. Text that is neither a call nor reasoning is content."""
+    """A parser that accepts any text. Text that is neither a tool call nor reasoning is content."""
 
     def __init__(
         self,
@@ -38,8 +38,8 @@ class AnswerParser:
         reads_unmarked: bool = False,
     ) -> None:
         """Reads calls only if there are `tools`. Unless `splits_reasoning`, reasoning stays in the content with its
-        markers. `begun` is the part of the answer in the prompt; it makes no events, except for a call that it leaves
-        open. If `reads_unmarked`, an answer of calls without markers is read as calls."""
+        markers. `begun` is the part of the answer that is in the prompt. It makes no events, except for a call that it
+        leaves open. If `reads_unmarked`, an answer that consists of calls without markers is read as calls."""
         self._form = form
         self._source = TextSource()
         self._sink = CallSink(tools, most_calls)
@@ -91,7 +91,7 @@ class AnswerParser:
         self._reasoning.end()
 
     def _next(self) -> Reading[bool]:
-        """Reads content up to the next marker, and the part that the marker begins. Returns False at the end."""
+        """Reads content up to a marker, and what the marker begins. Returns False at the end of the answer."""
         if (yield from self._unmarked_calls()):
             return True
         tags = self._tags
@@ -137,7 +137,7 @@ class AnswerParser:
             yield from self._call(marker)
 
     def _call(self, trigger: str) -> Reading[None]:
-        """Reads the calls after a trigger. If there are none, the trigger and the text after it are content."""
+        """Reads the calls after a trigger. If there are no calls, the trigger and the text after it are content."""
         assert self._frame is not None and self._form.calls is not None
         self._source.record()
         lines = self._frame.lines

@@ -1,4 +1,4 @@
-"""Converts argument values in plain text to JSON of the type in the tool's schema."""
+"""Converts an argument's plain text to JSON, with the type in the tool's schema."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ STRING: Final = frozenset({"string"})
 _UNIONS: Final = ("anyOf", "oneOf", "allOf")
 _MAX_DEPTH: Final = 8
 _MAX_LITERAL_CHARACTERS: Final = 1 << 14
-"""The longest text that is parsed as a Python literal, because Python's parser takes 100 times the text's memory."""
+"""The maximum length of a text that Python's parser reads. The parser needs 100 times the text's memory."""
 _CONSTANTS: Final = {"True": "true", "False": "false", "None": "null"}
 
 
 def arguments_object(text: str) -> dict[str, Any] | None:
-    """Parses a call's complete arguments. Returns None unless they are a JSON object, with numbers within float64."""
+    """Parses a call's complete arguments. Returns None if they are not a JSON object or exceed float64."""
     try:
         value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError):
@@ -34,7 +34,7 @@ def property_schema(schema: Schema, key: str) -> Schema:
 
 
 def types_of(schema: Schema, depth: int = 0) -> frozenset[str]:
-    """Returns the JSON types that a value may have. Empty means that the schema does not say."""
+    """Returns the JSON types that a value may have. An empty set means that the schema does not restrict types."""
     declared = schema.get("type")
     if isinstance(declared, str):
         return frozenset({declared})
@@ -69,8 +69,8 @@ def type_name(value: Any) -> str:
 
 
 def json_of(text: str, types: frozenset[str]) -> str:
-    """Returns the text itself if it is JSON of one of the types (no types: any type), otherwise the text as a JSON
-    string. Also understands Python's True, False and None."""
+    """Returns the text itself if it is JSON of one of the types, and otherwise a JSON string. An empty set of types
+    stands for any type. Python's True, False and None are understood."""
     if types == STRING:
         return string(text)
     bare = text.strip()
@@ -106,7 +106,7 @@ def json_of_python(text: str) -> str:
 
 
 def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not valid JSON")
 
 
 def _finite(text: str) -> float:
@@ -117,7 +117,7 @@ def _finite(text: str) -> float:
 
 
 class TextValue:
-    """Writes a string value as JSON while its text arrives, without the white space that the format adds around it."""
+    """Writes a string value as JSON while its text arrives. Removes the white space that the format adds around it."""
 
     def __init__(self, put: Callable[[str], None], indent: str, dedent: str) -> None:
         self._put = put

@@ -1,4 +1,4 @@
-"""Derives the format of calls from a chat template's output for calls with sentinel values."""
+"""Derives the format of tool calls from a chat template's output for calls with known names and values."""
 
 from __future__ import annotations
 

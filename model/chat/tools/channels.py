@@ -1,4 +1,4 @@
-"""Reads answers that consist of messages, whose headers mark reasoning, content or a call."""
+"""Reads answers that consist of messages. A message's header marks it as reasoning, content or a tool call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Texts:
 
 
 class ChannelReader:
-    """A reader of the whole answer. The prompt has already begun the first message."""
+    """Reads a whole answer. The first message has begun in the prompt."""
 
     def __init__(
         self, source: TextSource, sink: CallSink, calls: ChannelCalls, content: TextRun, reasoning: TextRun | None
@@ -83,4 +83,4 @@ class ChannelReader:
 
 
 def _drop(_: str) -> None:
-    """Ignores text without meaning."""
+    """Ignores text that has no meaning."""

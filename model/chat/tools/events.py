@@ -1,4 +1,4 @@
-"""Events of a parsed answer, independent of any API, and the message that they form together."""
+"""The events of a parsed answer, which do not depend on an API, and the message that the events form."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ContentText:
 
 @dataclass(frozen=True, slots=True)
 class CallBegun:
-    """The start of a tool call. Calls are numbered from 0. `call_id` is empty until the model writes one."""
+    """The start of a tool call. Calls are numbered from 0. `call_id` is empty until the model writes an id."""
 
     index: int
     name: str
@@ -29,7 +29,7 @@ class CallBegun:
 
 @dataclass(frozen=True, slots=True)
 class ArgumentText:
-    """A piece of the arguments of call `index`. All pieces together are JSON text."""
+    """A piece of the arguments of call `index`. All pieces of a call together are JSON text."""
 
     index: int
     text: str

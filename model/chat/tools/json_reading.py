@@ -13,13 +13,13 @@ _PLAIN: Final = re.compile(r'[^"{}\[\]]+')
 _IN_STRING: Final = re.compile(r'[^"\\]+')
 _SCALAR: Final = re.compile(r'[^\s,:"{}\[\]]+')
 _ESCAPE_CHARACTERS: Final = 6
-r"""The length of an escape such as `\u0041`."""
+r"""The length of an escape sequence such as `\u0041`."""
 
 Sink = Callable[[str], None]
 
 
 def raw_value(source: TextSource, sink: Sink) -> Reading[None]:
-    """Passes the text of a JSON value to `sink` as it arrives. The value ends where the text is not JSON."""
+    """Passes the text of a JSON value to `sink` while it arrives. The value ends where the text is not JSON."""
     first = yield from source.ahead()
     if first == '"':
         yield from _raw_string(source, sink)

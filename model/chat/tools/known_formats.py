@@ -1,4 +1,4 @@
-"""Known formats, found by marks in a chat template's text, for templates whose output does not reveal theirs."""
+"""Formats for templates whose output does not reveal their format. Marks in a template's text identify the format."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from llamaclust.model.chat.tools.tool_format import (
 )
 
 GENERIC_CALLS: Final = ObjectCalls(Frame(call_begin="<tool_call>", call_end="</tool_call>"))
-"""The format of Hermes and Qwen. A model whose template knows no tools is instructed to use it."""
+"""The format of Hermes and Qwen. The prompt asks for this format if the template has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class KnownFormat:
-    """The format of templates that contain all `marks`, as far as it is known. None and empty values mean unknown."""
+    """The known parts of the format of templates that contain all `marks`. None and empty values mean unknown."""
 
     marks: tuple[str, ...]
     calls: Calls | None = None
@@ -175,7 +175,7 @@ SHOWN_CALLS: Final = (
     ),
     (("functools[",), ObjectCalls(Frame("functools"), is_list=True)),
 )
-"""Formats of calls that a template only explains in its text, without rendering calls in messages."""
+"""Call formats that a template only explains in its text. Such a template does not render the calls of messages."""
 
 KNOWN_REASONING: Final = (
     ReasoningTags("<think>", ("</think>",)),
@@ -186,4 +186,4 @@ KNOWN_REASONING: Final = (
     ReasoningTags("<thinking>", ("</thinking>",)),
     ReasoningTags("<reasoning>", ("</reasoning>",)),
 )
-"""Reasoning tags that are looked for in the text of templates that do not render reasoning."""
+"""Reasoning tags to search for in the text of templates that do not render reasoning."""

@@ -1,4 +1,4 @@
-"""Readers of calls that begin with the tool's name. A JSON object or arguments between markers follow."""
+"""Readers of tool calls that begin with the tool's name. A JSON object or arguments between markers follow."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def lines_of(marker: str) -> tuple[str, ...]:
 
 
 def skip_lines(source: TextSource, lines: tuple[str, ...]) -> Reading[None]:
-    """Takes the lines of a marker and the white space around them. Each line may be missing."""
+    """Takes the lines of a marker and the white space around the lines. Each line may be missing."""
     yield from source.skip_space()
     for line in lines:
         yield from source.take_literal((line,))

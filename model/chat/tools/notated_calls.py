@@ -1,4 +1,4 @@
-"""Reads calls in Python's notation, Gemma's notation, or nested elements."""
+"""Reads tool calls in Python's notation, Gemma's notation, or nested elements."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_DEPTH: Final = 64
 
 
 class NotatedReader:
-    """Emits arguments only when their values are complete."""
+    """Reads calls, and emits an argument only when its value is complete."""
 
     def __init__(self, source: TextSource, sink: CallSink, calls: NotatedCalls) -> None:
         self._source = source

@@ -1,4 +1,4 @@
-"""Reads calls that are JSON objects with a name, arguments and perhaps an id, in any order."""
+"""Reads tool calls that are JSON objects with a name, arguments and perhaps an id, in any order."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class _Call:
 
 
 class ObjectReader:
-    """Reads a template's keys and other common keys, because models do not always use the template's."""
+    """Reads the template's keys and other common keys, because models do not always write the template's keys."""
 
     def __init__(self, source: TextSource, sink: CallSink, calls: ObjectCalls, *, is_bare: bool) -> None:
-        """A bare object, which no marker precedes, is a call only if it names a known tool."""
+        """Creates a reader. A bare object, which no marker precedes, is a call only if it names a known tool."""
         self._source = source
         self._sink = sink
         self._calls = calls
         self._is_bare = is_bare
 
     def read(self) -> Reading[bool]:
-        """Returns True if there was a call. If there was none, no event was emitted."""
+        """Returns True if there was a call. Without a call, no event has been emitted."""
         yield from self._source.skip_space()
         first = yield from self._source.ahead()
         if first == "[":

@@ -1,4 +1,4 @@
-"""Renders a chat template with sentinel values and compares the texts, to find how it writes reasoning and calls."""
+"""Renders a chat template with sentinel values, and compares the texts to learn how it writes reasoning and calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaclust.model.chat.tools.tool_format import ReasoningTags
 
 Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message], bool, Mapping[str, Any]], str]
-"""Renders messages, with a generation prompt if the flag is set, or raises RequestError. The mapping has variables."""
+"""Renders messages, with a generation prompt if the flag is set. The mapping has variables. May raise RequestError."""
 
 NAMES: Final = ("zqfirsttool", "zqsecondtool")
 KEYS: Final = ("zqfirstkey", "zqsecondkey")
@@ -35,7 +35,7 @@ _FIRST_MARKUP: Final = re.compile(r"\s*(<[^<>\s]+>|\[[^\[\]]+\])")
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A template, the form of arguments that it takes, and its reasoning tags, which are cut out of texts of calls."""
+    """A template, the form of arguments that it takes, and its reasoning tags, which are removed from call texts."""
 
     render: Render
     text_arguments: bool = False
@@ -54,7 +54,7 @@ class Probe:
             return ""
 
     def call_text(self, *arguments: Mapping[str, Any]) -> str:
-        """Returns the text that calls with these arguments add to a message; "" if the template renders no calls."""
+        """Returns the text that calls with these arguments add to a message, or "" if the template renders no calls."""
         text = difference(self.text(call_message(arguments, text_arguments=self.text_arguments)), self.content_text())
         tags = self.reasoning
         if tags is None:

@@ -11,7 +11,7 @@ _MAX_HELD: Final = 64
 
 
 class TextRun:
-    """A run of text. White space at its end is held back until the following text is known."""
+    """A run of text. White space at its end is held back until the text after it is known."""
 
     def __init__(self, put: Callable[[AnswerEvent], None], event: Callable[[str], AnswerEvent]) -> None:
         self._put = put
@@ -36,7 +36,7 @@ class TextRun:
         return self._skips_space
 
     def cut(self) -> None:
-        """Marks the place of a marker: the white space before and after it is dropped."""
+        """Marks the place of a marker. The white space before and after the marker is dropped."""
         self._held = ""
         self._skips_space = True
 

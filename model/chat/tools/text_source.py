@@ -13,7 +13,7 @@ _SPACE: Final = re.compile(r"\s+")
 
 
 class Markers:
-    """Texts to search for. The leftmost match wins; at equal places, the longest."""
+    """Texts to search for. The leftmost match is found. If two texts match at its place, the longer text is found."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts = tuple(sorted({text for text in texts if text}, key=len, reverse=True))
@@ -25,7 +25,7 @@ class Markers:
         return (found.start(), found.end()) if found else (len(text), len(text))
 
     def cut_at(self, text: str, start: int) -> int:
-        """Returns the place at which an incomplete marker may begin, or the end of the text."""
+        """Returns the position where an incomplete marker may begin, or the end of the text."""
         for place in range(max(start, len(text) - self._longest + 1), len(text)):
             rest = text[place:]
             if any(len(marker) > len(rest) and marker.startswith(rest) for marker in self._texts):
@@ -71,7 +71,7 @@ class TextSource:
         return text
 
     def ahead(self, count: int = 1) -> Reading[str]:
-        """Returns the next `count` characters without taking them; fewer only at the end."""
+        """Returns the next `count` characters without taking them. Returns fewer only at the end of the text."""
         while len(self._text) - self._at < count and not self._is_ended:
             yield
         return self._text[self._at : self._at + count]
@@ -88,7 +88,7 @@ class TextSource:
         return self.take(found.end() - self._at) if found else ""
 
     def take_literal(self, literals: Sequence[str]) -> Reading[str]:
-        """Takes and returns the longest literal that comes next, or ""."""
+        """Takes and returns the longest literal that comes next, or "" if none comes next."""
         candidates = sorted(literals, key=len, reverse=True)
         while True:
             text = self._text[self._at : self._at + len(candidates[0])] if candidates else ""
@@ -102,7 +102,7 @@ class TextSource:
             yield
 
     def until(self, markers: Markers, sink: Callable[[str], None]) -> Reading[str]:
-        """Passes text to `sink` as it arrives, up to the next marker. Takes and returns the marker, "" at the end."""
+        """Passes text to `sink` up to the next marker. Takes and returns the marker, or "" at the end of the text."""
         while True:
             begin, end = markers.find(self._text, self._at)
             cut = len(self._text) if self._is_ended else markers.cut_at(self._text, self._at)

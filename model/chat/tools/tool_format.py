@@ -12,11 +12,11 @@ _BETWEEN_TAGS: Final = re.compile(r"\n|(?<=[>`])(?=<)")
 
 @dataclass(frozen=True, slots=True)
 class ReasoningTags:
-    """The tags around reasoning. It ends at the first of `ends` that occurs; `ends[0]` is the usual one."""
+    """The tags around reasoning. Reasoning ends at the first tag of `ends` in the text. `ends[0]` is the usual tag."""
 
     begin: str
     ends: tuple[str, ...]
-    repeats: bool = False  # reasoning may also stand behind content
+    repeats: bool = False  # reasoning may also follow content
 
     @property
     def end(self) -> str:
@@ -25,8 +25,8 @@ class ReasoningTags:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Texts around calls: `section_begin`, then for each call `call_begin`, the call and `call_end`, finally
-    `section_end`. They have no white space at their ends, and any may be empty. `call_begin` may have several lines."""
+    """Texts around calls: `section_begin`, then for each call `call_begin`, the call and `call_end`, and then
+    `section_end`. They have no white space at their ends, and may be empty. `call_begin` may have several lines."""
 
     section_begin: str = ""
     call_begin: str = ""
@@ -40,7 +40,7 @@ class Frame:
 
     @property
     def triggers(self) -> tuple[str, ...]:
-        """The markers that begin calls: the first line, and lines that look like markup, since models skip lines."""
+        """The markers that begin calls: the first line, and lines that look like markup, because models skip lines."""
         lines = self.lines
         return tuple(line for place, line in enumerate(lines) if place == 0 or line[0] in "<[]")
 
@@ -52,7 +52,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class ObjectCalls:
-    """Calls that are JSON objects, single or in a list. Without markers in the frame, calls begin the answer."""
+    """Calls that are JSON objects, single or in a list. If the frame has no markers, the answer begins with calls."""
 
     frame: Frame
     name_key: str = "name"
@@ -65,18 +65,18 @@ class ObjectCalls:
 
 @dataclass(frozen=True, slots=True)
 class NamedCalls:
-    """Calls of the form NAME id_begin ID name_end ARGUMENTS, with ARGUMENTS as a JSON object."""
+    """Calls of the form NAME id_begin ID name_end ARGUMENTS. ARGUMENTS is a JSON object."""
 
     frame: Frame
     name_end: str = ""
-    id_begin: str = ""  # empty: there is no id
+    id_begin: str = ""  # empty if there is no id
     has_name_in_id: bool = False  # functions.NAME:0 stands in place of the name
 
 
 @dataclass(frozen=True, slots=True)
 class TaggedCalls:
-    """Calls of a name and arguments, with markers around each key and value. If `value_begin` is set, an attribute
-    precedes it: `string_attribute` for strings, another one for other values."""
+    """Calls of a name and arguments, with markers around each key and value. If `value_begin` is set, it follows an
+    attribute, which is `string_attribute` for strings and another text for other values."""
 
     frame: Frame
     name_end: str
@@ -86,7 +86,7 @@ class TaggedCalls:
     value_begin: str = ""
     string_attribute: str = ""
     value_indent: str = ""  # white space before a value, which is no part of it, such as a line break
-    value_dedent: str = ""  # and behind it
+    value_dedent: str = ""  # white space after a value
     has_cdata: bool = False  # values may be CDATA sections
 
 
@@ -107,8 +107,8 @@ class NotatedCalls:
 
 @dataclass(frozen=True, slots=True)
 class ChannelCalls:
-    """An answer that consists of messages, whose headers name a recipient or channel. Regular expressions of headers:
-    `recipient` finds a tool's name, `reasoning` is for reasoning, `ignored` for recipients that are no tools."""
+    """An answer that consists of messages. A message's header names a recipient or channel. The regular expression
+    `recipient` finds a tool's name, `reasoning` finds reasoning, and `ignored` finds recipients that are no tools."""
 
     message_begin: str  # before a header; the prompt ends with the first one
     header_end: str
@@ -116,10 +116,10 @@ class ChannelCalls:
     recipient: str
     reasoning: str
     ignored: str
-    content_header: str  # what a prompt that begins the content writes behind message_begin
+    content_header: str  # the text after message_begin in a prompt that begins the content
     reasoning_header: str
     call_header: str  # with {name}
-    calls: TaggedCalls | None = None  # the body of a call; None: the arguments as JSON
+    calls: TaggedCalls | None = None  # the body of a call; arguments are JSON if None
 
 
 Calls = ObjectCalls | NamedCalls | TaggedCalls | NotatedCalls | ChannelCalls
@@ -127,18 +127,18 @@ Calls = ObjectCalls | NamedCalls | TaggedCalls | NotatedCalls | ChannelCalls
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """The format of a model's answers, and the parts of a chat that its template can render. Default: plain text."""
+    """The format of a model's answers, and the parts of a chat that its template can render. The default is text."""
 
     calls: Calls | None = None
     reasoning: ReasoningTags | None = None
-    dropped: tuple[str, ...] = ()  # markers around content, no part of it
+    dropped: tuple[str, ...] = ()  # markers around content, which are removed
     calls_end_reasoning: bool = False  # a call may begin before the reasoning's end marker
     takes_tools: bool = False  # the template shows `tools` to the model
-    takes_text_arguments: bool = False  # of calls in messages: JSON text in place of an object
+    takes_text_arguments: bool = False  # the template needs the arguments of calls as JSON text, not as an object
     takes_tool_role: bool = True
     takes_call_messages: bool = True  # messages with `tool_calls`
     takes_system_role: bool = True
-    call_id_length: int = 0  # letters and digits of the only ids of calls that the template takes; 0: it takes any
+    call_id_length: int = 0  # the template takes only call ids with so many letters and digits; 0 for any id
 
     @property
     def knows_reasoning(self) -> bool:

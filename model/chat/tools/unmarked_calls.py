@@ -1,4 +1,4 @@
-"""Reads answers that are only calls: JSON objects without the format's markers, perhaps in a code fence."""
+"""Reads answers that consist of calls without the format's markers: JSON objects, perhaps in a code fence."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _TYPES: Final = ("function",)
 
 
 class _NoCallError(Exception):
-    """The text so far cannot be a call."""
+    """The text that has arrived cannot be a call."""
 
 
 class UnmarkedReader:
-    """Holds an answer back only as long as it may consist of calls."""
+    """Reads calls, and holds an answer back only as long as it may consist of calls."""
 
     def __init__(self, source: TextSource, tools: Tools, calls: Calls | None, dropped: Iterable[str]) -> None:
-        """Reads the usual keys and those of `calls`, the model's format. `dropped` markers may follow the calls."""
+        """Creates a reader of the usual keys and those of `calls`. The markers in `dropped` may follow the calls."""
         self._source = source
         self._tools = tools
         form = calls if isinstance(calls, ObjectCalls) else None
@@ -37,7 +37,7 @@ class UnmarkedReader:
         self._dropped = tuple(dropped)
 
     def read(self) -> Reading[list[ToolCall]]:
-        """Returns the calls if nothing else is in the rest of the answer. Otherwise puts the text back."""
+        """Returns the calls if the rest of the answer has nothing else. Otherwise puts the text back."""
         self._source.record()
         try:
             calls = yield from self._whole()

@@ -1,4 +1,4 @@
-"""Preparation of images by family of encoders, keyed by the name of the projector in GGUF files."""
+"""Rules for preparing images, keyed by the projector's name in GGUF files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rules by which a family of encoders prepares an image: sizes, tiles and the text of its prompt."""
+"""The rules by which an encoder family prepares an image: sizes, tiles, and the text in the prompt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Size = tuple[int, int]
 
 
 class Filter(Enum):
-    """The filter of a resize, by Pillow's name."""
+    """A filter for resizing. Values are Pillow's names."""
 
     BILINEAR = "BILINEAR"
     BICUBIC = "BICUBIC"
@@ -27,11 +27,10 @@ class Filter(Enum):
 @dataclass(frozen=True, slots=True)
 class Cut:
     """The tiles of an image.
-
     resizes: sizes to which the image is resized, one after the other.
-    canvas: size of a black canvas, in whose upper left corner the resized image lies.
-    tile: side of the tiles into which the result is cut line by line; 0: the result is the only tile.
-    overview: size of one more tile, which is the whole image; with `of_result` it is resized from the result."""
+    canvas: the size of a black canvas. The resized image is put into its upper left corner.
+    tile: the side of the tiles into which the result is cut, line by line. If 0, the result is the only tile.
+    overview: the size of one more tile with the whole image. It is resized from the result if `of_result`."""
 
     filter: Filter
     resizes: Sequence[Size]
@@ -43,7 +42,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class TileRows:
-    """The rows [start, end) of the encoder's result for a tile, line by line of the tile."""
+    """The rows [start, end) of the encoder's result for a tile. Rows are in the order of the tile's lines."""
 
     tile: int
     start: int
@@ -52,7 +51,7 @@ class TileRows:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The rows a side (columns, lines) of each tile, and the columns and rows of tiles, 0 for an image left whole."""
+    """The columns and lines of each tile in rows, and the columns and rows of tiles (0 if the image is not cut)."""
 
     tiles: Sequence[tuple[int, int]]
     columns: int
@@ -67,14 +66,14 @@ class Grid:
         return self.of(len(self.tiles) - 1)
 
     def cells(self) -> Iterator[tuple[int, int]]:
-        """Yields the row and column of each tile but the overview."""
+        """Yields the row and column of each tile except the overview."""
         for row in range(self.rows):
             for column in range(self.columns):
                 yield row, column
 
 
 Piece = str | TileRows
-"""A text, in which special tokens are written as text, or rows."""
+"""Rows, or a text in which special tokens are written as text."""
 Complete = Callable[[ImageSettings, "ImageNumbers"], ImageSettings]
 CutRule = Callable[[Size, ImageSettings], Cut]
 Layout = Callable[[Grid], Iterator[Piece]]
@@ -82,8 +81,8 @@ Layout = Callable[[Grid], Iterator[Piece]]
 
 @dataclass(frozen=True, slots=True)
 class ImageFamily:
-    """complete: adds the family's numbers, of the projector's file or their defaults, to its settings.
-    cut: gives the tiles of an image of a size; raises ImageError for a shape that the family does not take.
+    """complete: adds numbers to settings, from the projector's file or the family's defaults.
+    cut: returns the tiles of an image of a given size. Raises ImageError if the family does not support its shape.
     layout: yields the text and the rows of an image in a prompt."""
 
     complete: Complete
@@ -100,7 +99,7 @@ def free(settings: ImageSettings, numbers: ImageNumbers) -> ImageSettings:
 
 
 def whole(rule: Callable[[Size, ImageSettings], Size], kind: Filter) -> CutRule:
-    """Returns the rule of a family with one tile of the size that `rule` gives."""
+    """Returns the rule of a family with one tile, whose size `rule` computes."""
 
     def cut(size: Size, settings: ImageSettings) -> Cut:
         return Cut(kind, (rule(size, settings),))
@@ -109,7 +108,7 @@ def whole(rule: Callable[[Size, ImageSettings], Size], kind: Filter) -> CutRule:
 
 
 def between(start: str, end: str) -> Layout:
-    """Returns the layout of all tiles between two texts."""
+    """Returns a layout with all tiles between two texts."""
 
     def layout(grid: Grid) -> Iterator[Piece]:
         yield start

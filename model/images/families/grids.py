@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 def tiled(settings: ImageSettings, numbers: ImageNumbers, side: int, tiles: tuple[int, int]) -> ImageSettings:
-    """Adds the side of a tile, and the least and most tiles of the file or else of `tiles`."""
+    """Adds the side of a tile, and the tile limits of the file. The default for the limits is `tiles`."""
     least, most = numbers.min_tiles or tiles[0], numbers.max_tiles or tiles[1]
     return replace(settings, image_size=side, min_tiles=min(least, most), max_tiles=most)
 
 
 def closest_grid(size: Size, settings: ImageSettings) -> tuple[int, int]:
-    """Returns the grid whose aspect is closest to the image's. Of equal ones, more tiles are taken while they have less
-    than twice the image's pixels."""
+    """Returns the grid whose aspect is closest to the image's. Among equally close grids, a grid with more tiles is
+    chosen if it has less than twice the image's pixels."""
     width, height = size
     aspect, best, least = width / height, (1, 1), float("inf")
     for columns, rows in grids(settings.min_tiles, settings.max_tiles):
@@ -33,7 +33,7 @@ def closest_grid(size: Size, settings: ImageSettings) -> tuple[int, int]:
 
 
 def grids(least: int, most: int) -> list[tuple[int, int]]:
-    """Returns all grids of `least` to `most` tiles, those with fewer tiles first."""
+    """Returns all grids of `least` to `most` tiles. Grids with fewer tiles come first."""
     numbers = range(1, most + 1)
     return sorted((grid for grid in product(numbers, numbers) if least <= area(grid) <= most), key=area)
 

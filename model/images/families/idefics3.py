@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _TILES_A_SIDE = 4
 _MAX_EDGE = 4096
-"""The longest edge to which the reference ever resizes."""
+"""The maximum edge to which the reference resizes."""
 _FAKE = "<fake_token_around_image>"
 
 
@@ -33,7 +33,6 @@ def _cut(size: Size, settings: ImageSettings) -> Cut:
 
 
 def _resized(size: Size, settings: ImageSettings) -> Size:
-    """The longer side has the longest edge's pixels, and the other an even number."""
     width, height = size
     longest, aspect = min(settings.longest_edge, _MAX_EDGE), width / height
     if width >= height:
@@ -42,7 +41,6 @@ def _resized(size: Size, settings: ImageSettings) -> Size:
 
 
 def _in_tiles(size: Size, tile: int) -> Size:
-    """Both sides are multiples of a tile's side."""
     width, height = size
     aspect = width / height
     if width >= height:

@@ -1,5 +1,3 @@
-"""InternVL."""
-
 from __future__ import annotations
 
 from typing import TYPE_CHECKING

@@ -1,5 +1,3 @@
-"""LFM2-VL."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -21,7 +19,7 @@ _TOLERANCE = 2.0
 
 
 def _complete(settings: ImageSettings, numbers: ImageNumbers) -> ImageSettings:
-    """Files do not tell the side of a tile. Its pixels are at most those of an image that is not cut."""
+    """Adds the side of a tile, which files do not have. A tile has at most the pixels of an image that is not cut."""
     side = isqrt(numbers.max_pixels) // settings.side * settings.side
     return tiled(free(settings, numbers), numbers, min(side, _TILE), _TILES)
 

@@ -1,4 +1,4 @@
-"""Sizes in multiples of the side of one row, with about the image's aspect."""
+"""Sizes that are multiples of a row's side, with about the image's aspect."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MAX_ASPECT = 200
 
 
 def smart_resized(size: Size, settings: ImageSettings) -> Size:
-    """Returns the size of transformers' `smart_resize`: the rounded one, or the nearest one between the limits."""
+    """Returns the size of transformers' `smart_resize`: rounded, and within the limits of pixels."""
     width, height = size
     if max(size) / min(size) > _MAX_ASPECT:
         what = f"the longer side is more than {_MAX_ASPECT} times the shorter one"
@@ -22,7 +22,7 @@ def smart_resized(size: Size, settings: ImageSettings) -> Size:
 
 
 def within(size: Size, rounded: Size, settings: ImageSettings) -> Size:
-    """Returns `rounded`, or a size with the aspect of `size` if the pixels of `rounded` are beyond a limit."""
+    """Returns `rounded`. If its pixels exceed a limit, returns a size within the limit with the aspect of `size`."""
     width, height = size
     side = settings.side
     if rounded[0] * rounded[1] > settings.max_pixels:

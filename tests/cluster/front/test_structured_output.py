@@ -86,10 +86,10 @@ def test_every_form_is_one_grammar(fields: dict[str, Any], grammar: Grammar | No
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema: is missing"),
         ({"response_format": {"type": "json_object", "schema": 3}}, "response_format: a JSON schema must be an object"),
         ({"guided_json": "{"}, "guided_json: is not JSON"),
-        ({"guided_choice": []}, "guided_choice: must be a list of texts that are not empty"),
+        ({"guided_choice": []}, "guided_choice: expected a list of texts, none of them empty"),
         ({"guided_choice": {}}, "guided_choice: must be a list of texts"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice: must be a list of texts"),
-        ({"guided_choice": [""]}, "guided_choice: must be a list of texts that are not empty"),
+        ({"guided_choice": [""]}, "guided_choice: expected a list of texts, none of them empty"),
         ({"guided_choice": "ab"}, "guided_choice: must be a list of texts"),
         ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs: must have exactly one of"),
         ({"structured_outputs": {"structural_tag": "a"}}, "structured_outputs: must have exactly one of"),
@@ -156,7 +156,7 @@ async def test_a_grammar_that_cannot_be_obeyed_is_400_with_the_reason(model: Pat
     reply = await post(model, "/v1/chat/completions", {**CHAT, "json_schema": {"type": "string", "pattern": "(?=a)"}})
     error = reply.json()["error"]
     assert (reply.status_code, error["param"]) == (400, "json_schema")
-    assert "no grammar can obey pattern" in error["message"]
+    assert "a grammar cannot express pattern" in error["message"]
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look"}}])

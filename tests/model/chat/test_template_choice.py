@@ -191,11 +191,11 @@ def test_a_user_chooses_by_name_or_file(tmp_path: Path) -> None:
         prompt = client.chat(TALK[1:2], max_tokens=1).prompt_token_ids
         assert client.detokenize(prompt[1:]) == "### Instruction:Hi  ### Response:"
     with pytest.raises(
-        UsageError, match=r"chat template linli: it is not a readable file; built in: alpaca, .*, zephyr"
+        UsageError, match=r"chat template linli: it is neither .*; built-in templates: alpaca, .*, zephyr"
     ):
         Model.open(model, "linli")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UsageError, match="not a readable file"):
+    with pytest.raises(UsageError, match="nor a readable file"):
         chosen_template(str(tmp_path / "pipe"))
     (tmp_path / "large").write_bytes(b" " * ((1 << 20) + 1))
     with pytest.raises(UsageError, match="more than 1048576 bytes"):
@@ -213,7 +213,7 @@ def test_the_cluster_file_names_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("up", "--chat-template", "nonsense"), "built in: alpaca, baichuan"),
+        (("up", "--chat-template", "nonsense"), "built-in templates: alpaca, baichuan"),
         (("chat", "--chat-template", "alpaca"), "--chat-template is for --model"),
     ],
 )

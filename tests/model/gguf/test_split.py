@@ -108,7 +108,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "no number": (lambda first: write_part(first.parent, 2, split__no=None), r"00002.*split\.no: missing"),
     "tensor count": (
         lambda first: write_part(first.parent, 1, split__tensors__count=np.int32(7)),
-        r"00001.*split\.tensors\.count: the first part says 7, but the parts hold 3 tensors",
+        r"00001.*split\.tensors\.count: the first part says 7 tensors, but the parts have 3",
     ),
     "no tensor count": (
         lambda first: write_part(first.parent, 1, split__tensors__count=None),
@@ -128,7 +128,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "count is zero": (
         lambda first: write_part(first.parent, 1, split__count=0),
-        r"split\.count: the file says 0, but its name says 00003 parts",
+        r"split\.count: the file says 0, but the file's name says 00003 parts",
     ),
     "count unlike the name": (
         lambda first: write_part(first.parent, 1, split__count=60_000),
@@ -136,7 +136,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no count": (
         lambda first: write_part(first.parent, 1, split__count=None),
-        r"split\.count: the key is missing, but its name says 00003 parts",
+        r"split\.count: the key is missing, but the file's name says 00003 parts",
     ),
 }
 

@@ -96,7 +96,7 @@ def test_forms_that_are_refused(checker: GrammarChecker, grammar: Grammar, reaso
     ],
 )
 def test_keywords_that_no_grammar_obeys_are_refused_by_place(schema: dict[str, Any], places: str) -> None:
-    with pytest.raises(ParameterError, match=re.escape(f"s: no grammar can obey {places}: remove it")):
+    with pytest.raises(ParameterError, match=re.escape(f"s: a grammar cannot express {places}: remove it")):
         definitions.of_schema(schema, "s")
 
 

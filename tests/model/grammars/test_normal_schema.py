@@ -122,11 +122,11 @@ def test_a_normal_schema_is_its_own_normal_form() -> None:
 @pytest.mark.parametrize("value", [10**309, -(10**400), 10**4000])
 @pytest.mark.parametrize("key", ["minimum", "exclusiveMaximum", "multipleOf", "maxLength", "minItems", "maxProperties"])
 def test_numbers_that_no_decimal_number_holds_are_named(key: str, value: int) -> None:
-    with pytest.raises(ParameterError, match=f"no grammar can obey properties.a.{key}:"):
+    with pytest.raises(ParameterError, match=f"a grammar cannot express properties.a.{key}:"):
         definitions.of_schema({"type": "object", "properties": {"a": {key: value}}}, "s")
 
 
 @pytest.mark.parametrize("step", [0, -1, -0.5])
 def test_steps_that_are_not_above_zero_are_named(step: float) -> None:
-    with pytest.raises(ParameterError, match="no grammar can obey multipleOf:"):
+    with pytest.raises(ParameterError, match="a grammar cannot express multipleOf:"):
         definitions.of_schema({"type": "number", "multipleOf": step}, "s")

@@ -199,7 +199,7 @@ def test_the_docs_name_what_groups_divide_of_every_architecture(tmp_path: Path) 
 def test_parts_of_layers_are_refused(tmp_path: Path) -> None:
     with Model.open(build_architecture(tmp_path / "model.gguf", "qwen3moe")) as model:
         program = model.program(0, 2 * model.layer_count, expert_shards=2)
-    with pytest.raises(UsageError, match="a group holds whole layers"):
+    with pytest.raises(UsageError, match="a group needs whole layers"):
         divide(program, (1.0, 1.0), 0)
 
 

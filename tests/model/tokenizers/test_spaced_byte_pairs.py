@@ -56,7 +56,7 @@ def test_turns_and_tool_responses_end_an_answer() -> None:
     [
         ({"token_type": np.ones(400, np.int32)}, "expected 256 byte tokens, found 0"),
         ({"merges": None}, "merges is missing"),
-        ({"merges": ["the"]}, "not two words with a space between"),
+        ({"merges": ["the"]}, "not two words separated by a space"),
     ],
 )
 def test_damaged_vocabularies_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -1,1 +1,1 @@
-"""The grammar of an answer's calls."""
+"""Grammars for the tool calls in an answer."""

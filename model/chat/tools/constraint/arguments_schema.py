@@ -1,4 +1,4 @@
-"""Prepares the schemas of tools' arguments for the grammar of calls."""
+"""Prepares the schemas of tool arguments for the grammar of calls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ANY_ARGUMENTS: Final[Schema] = {"type": "object"}
 
 
 def arguments_schema(schema: Any) -> NormalSchema:
-    """Returns a tool's schema with closed objects. A schema that is too deep or not of an object allows any object."""
+    """Returns a tool's schema with closed objects. Allows any object if the schema is too deep or not of an object."""
     try:
         normal = normal_schema(schema, closes_objects=True)
     except RecursionError:

@@ -1,4 +1,4 @@
-"""The grammar of calls in llguidance's dialect of Lark: the model's markers, tool names and allowed arguments."""
+"""The grammar of tool calls in llguidance's dialect of Lark. It has the model's markers, tool names and arguments."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ _ID: Final = r'/"[a-zA-Z0-9_-]{1,40}"/'
 _JSON_PART: Final = re.compile(r'"(?:[^"\\]|\\.)*"|\s+|.')
 _ANY_KEY: Final = r'/[^<>"=\s]{1,64}/'
 _OPTIONS: Final = {**JSON_TEXT, "coerce_one_of": True}
-"""Options for schemas. `oneOf` is read as `anyOf`, as in llama.cpp, since alternatives mostly exclude each other."""
+"""Options for schemas. `oneOf` is read as `anyOf`, as in llama.cpp, because alternatives rarely overlap."""
 
 
 class CallStart(Enum):
-    TRIGGER = auto()  # where the model writes their first marker
-    ANSWER = auto()  # with the answer, behind reasoning at most
-    THOUGHT = auto()  # likewise, where the prompt has begun reasoning
-    ALTERNATIVE = auto()  # with the answer's first token; the answer may have another form in their place
+    TRIGGER = auto()  # calls start where the model writes their first marker
+    ANSWER = auto()  # calls start with the answer, or after reasoning
+    THOUGHT = auto()  # calls start after reasoning that has begun in the prompt
+    ALTERNATIVE = auto()  # calls start with the answer's first token, but the answer may have another form instead
 
 
 @dataclass(frozen=True, slots=True)
 class CallGrammar:
-    """Lark rules of calls. They apply from the first of the `triggers` on, or from the first token without any."""
+    """Lark rules for calls. They apply from the first trigger on, or to the whole answer if there is no trigger."""
 
     lark: str
     triggers: tuple[str, ...] = ()
@@ -50,7 +50,7 @@ class CallGrammar:
 def call_grammar(
     form: ToolFormat, tools: Tools, split: Split, start: CallStart, *, is_parallel: bool
 ) -> CallGrammar | None:
-    """Returns None if no marker begins calls. The schemas in `tools` come from `arguments_schema`."""
+    """Returns the grammar, or None if no marker begins calls. `arguments_schema` has made the schemas in `tools`."""
     rules = LarkRules(split)
     calls = form.calls
     if calls is None or not tools:
@@ -92,7 +92,7 @@ def _section(rules: LarkRules, calls: FramedCalls, tools: Tools, *, is_parallel:
 
 
 def _marker(rules: LarkRules, text: str) -> str:
-    """Returns the rule of a marker. White space may separate its lines and follow them."""
+    """Returns the rule of a marker. White space may separate the marker's lines and follow the marker."""
     lines = [rules.literal(line.strip()) for line in text.split("\n") if line.strip()]
     opens_name = text.rstrip().endswith(("=", '"', ":", "."))
     return f" {SPACE} ".join(lines) + ("" if opens_name or not lines else f" {SPACE}")
@@ -125,7 +125,7 @@ def _object(rules: LarkRules, calls: ObjectCalls, name: str, schema: Schema) -> 
 
 
 def _json_parts(text: str) -> str:
-    """Splits JSON text into llguidance's lexemes for schemas, since such a call may be an alternative to other JSON."""
+    """Splits JSON text into the lexemes of llguidance's schemas, because other JSON may be an alternative to a call."""
     return joined(*map(quoted, _JSON_PART.findall(text)))
 
 

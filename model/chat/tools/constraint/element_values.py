@@ -1,4 +1,4 @@
-"""Makes grammar rules for argument values in XML-like elements, nested for objects and lists."""
+"""Builds grammar rules for argument values in XML-like elements. Objects and lists are nested elements."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _TAG: Final = re.compile(r"[^/<>\s][^<>]*")
 
 
 class _FreeValue(Exception):
-    """Any value is allowed, even one with elements of its own tag, so that no closing tag marks its end."""
+    """Any value is allowed. The value may contain its own tag, so a closing tag does not mark its end."""
 
 
 class ElementValues:
-    """Makes rules for a call's arguments. `mark` precedes each tag. If the schema allows anything for one value, all
+    """Builds rules for a call's arguments. `mark` precedes each tag. If the schema allows anything for one value, all
     arguments of the call are unconstrained."""
 
     def __init__(self, rules: LarkRules, mark: str) -> None:

@@ -1,4 +1,4 @@
-"""Makes grammar rules for argument values within a line, in Python's and in Gemma's notation."""
+"""Builds grammar rules for argument values within a line, in Python's or Gemma's notation."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class InlineValues(ABC):
     @property
     @abstractmethod
     def any_key(self) -> str:
-        """The rule for any key of an object, including the separator after it."""
+        """The rule for any key of an object, including the separator after the key."""
 
     @abstractmethod
     def key(self, key: str) -> str:
-        """Returns the rule for one key and its separator; "" if the notation cannot write the key."""
+        """Returns the rule for a key and the separator after it, or "" if the notation cannot write the key."""
 
     @abstractmethod
     def constant(self, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Builds a grammar in llguidance's dialect of Lark, rule by rule."""
+"""Builds a grammar in llguidance's dialect of Lark from rules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 from llamaclust.model.grammars.definitions import quoted
 
 Split = Callable[[str], Sequence[str | int]]
-"""Splits a text into strings and the ids of control tokens."""
+"""A function that splits a text into strings and the ids of control tokens."""
 
 SPACE: Final = r"/[ \n]{0,2}/"
 _TEXT: Final = "/(?s:.*)/"
@@ -40,7 +40,7 @@ class LarkRules:
         return self.names[text]
 
     def recursive(self, body: Callable[[str], str]) -> str:
-        """Adds a rule whose body may contain its own name, and returns the name."""
+        """Adds a rule and returns its name. The rule's body may contain the rule's own name."""
         name = f"n{len(self.rules)}"
         self.rules.append("")
         place = len(self.rules) - 1

@@ -1,4 +1,4 @@
-"""Makes the grammar of calls in Python's notation, Gemma's notation, or nested elements."""
+"""Builds the grammar of tool calls in Python's notation, Gemma's notation, or nested elements."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _TIMING_BYTES = 32
 
 
 def most_frame_bytes(rows: int, width: int) -> int:
-    """Returns the most bytes of a frame with `rows` rows of hidden state of `width` floats (0 for the first stage)."""
+    """Returns the size limit of a frame with `rows` rows of `width` floats each (0 for the first stage), in bytes."""
     return _PREFIX.size + MAX_STAGES * _TIMING_BYTES + MAX_MICROBATCH_BYTES + max(rows * width * 4, 4 * MAX_TEXT)
 
 

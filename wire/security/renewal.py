@@ -1,4 +1,4 @@
-"""Waits for the time at which a certificate is renewed."""
+"""Waits until it is time to renew a certificate."""
 
 from __future__ import annotations
 

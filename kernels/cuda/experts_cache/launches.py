@@ -1,4 +1,4 @@
-"""Launches of an experts cache: products of the lines whose experts are cached, then the weighted sums of all lines. A
+"""Launches for an experts cache: products for lines whose experts are cached, and then weighted sums of all lines. A
 line is one row for one of its experts. The host says which lines the cache computes, and uploads the other results."""
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class LineInputs:
 
     @property
     def offsets(self) -> tuple[int, int, int, int, int]:
-        """The byte offsets of weights, lines by slot, items and sources, and then the total size."""
+        """The byte offsets of weights, lines by slot, items and sources, followed by the total size."""
         each = aligned(_INT * self.lines)
         items = aligned(_INT * _ITEM * (self.lines + self.lines // matmul.LEAST_PIECE + 1))
         first = _INT * _HEADER
         return first, first + each, first + 2 * each, first + 2 * each + items, first + 3 * each + items
 
     def fill(self, pinned: NDArray[np.uint8], weights: Float32, slots: Int32, piece: int) -> None:
-        """Fills the buffer. `slots` [rows, used] is -1 for lines that the host uploads, after the GPU's lines."""
+        """Fills the buffer. `slots` [rows, used] is -1 for a line that the host uploads. Such lines come last."""
         numbers, floats = pinned.view(np.int32), pinned.view(np.float32)
         at_weights, at_lines, at_items, at_sources, _ = (offset // _INT for offset in self.offsets)
         flat = slots.reshape(-1)
@@ -164,7 +164,7 @@ class CachePlan:
         self._layout.base, self.pools, self.exchanged = base, pools, exchanged
 
     def segments(self, shape: Shape) -> tuple[tuple[Launch, ...], ...]:
-        """Returns two segments per mixture: the products of cached lines, then the sums of all lines."""
+        """Returns two segments for each mixture: the products of cached lines, and then the sums of all lines."""
         return tuple(segment for number in range(len(self.mixtures)) for segment in self._of_mixture(number, shape))
 
     @property

@@ -1,4 +1,4 @@
-"""Sizes and opens a cache of experts."""
+"""Computes the size of an experts cache and opens it."""
 
 from __future__ import annotations
 

@@ -62,7 +62,8 @@ def usable_nvrtc(cupy: Any, architecture: int) -> Nvrtc:
     if nvrtc.version[0] > driver // 1000:
         made_by = _version(nvrtc.version)
         raise UsageError(
-            f"device cuda: the driver is for CUDA {_of_cuda(driver)}, but NVRTC is {made_by}: update the driver or {_INSTALL}"
+            f"device cuda: the driver is for CUDA {_of_cuda(driver)}, but NVRTC is {made_by}: "
+            f"update the driver, or {_INSTALL}"
         )
     oldest = nvrtc.architectures[0]
     if architecture < oldest:

@@ -133,7 +133,7 @@ MAIN_NUMBERS: Final = ("temperature", "top_k", "top_p", "min_p")
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A grammar in llguidance's JSON. It covers the whole answer or, with `triggers`, all from the first one on."""
+    """A grammar in llguidance's JSON. It covers the whole answer or, with `triggers`, all after the first one."""
 
     definition: str
     triggers: tuple[str, ...] = ()

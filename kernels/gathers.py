@@ -23,9 +23,9 @@ _PACKED = (ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 
 
 def band_borders(program: ir.Program, rows: int, most: int) -> list[int]:
-    """Returns the borders of at most `most` bands, into which the native executor divides `rows` rows. Each band has
-    its own gathers until output rows are selected. The first band is two thirds as long as others. Batches with groups
-    have `most` 1."""
+    """Returns the borders of up to `most` bands, into which the native executor divides `rows` rows. Until output rows
+    are selected, each band gathers separately. The first band has two thirds of others' rows. With groups, `most` is
+    1."""
     before = takewhile(lambda step: not isinstance(step, ir.SelectRows), program.steps)
     is_whole = rows < LEAST_BANDED_ROWS or program.states or not program.is_causal
     if is_whole or not any(isinstance(step, ir.Gather) for step in before):

@@ -1,5 +1,4 @@
-"""Files that several processes of one user share. Opening never blocks, and files are written entirely or not at
-all."""
+"""Files that several processes of a user share. Opening never blocks, and files are written entirely or not at all."""
 
 from __future__ import annotations
 

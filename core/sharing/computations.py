@@ -1,5 +1,4 @@
-"""Values that are computed once for all callers that need them at the same time. Each caller has its own turn and its
-own deadline."""
+"""Values that are computed once for all simultaneous callers. Each caller has its own turn and its own deadline."""
 
 from __future__ import annotations
 

@@ -98,7 +98,6 @@ class CpuStage:
         return self._result[: self._native.run_frame(frame)]
 
     def _choose_adapters(self, scales: Float32 | None) -> None:
-        """Enables the adapters that have a nonzero scale in some row, and fills their scale buffers."""
         assert self._native is not None
         chosen = () if scales is None else np.flatnonzero(scales.any(axis=0)).tolist()
         self._native.set_adapters(sum(1 << adapter for adapter in chosen))
@@ -199,7 +198,7 @@ class CpuBackend:
         self._weights = WeightStore(threads, self.packed_cache, mlock=mlock)
 
     def _new_pool(self, niceness: int = 0) -> _native.ThreadPool:
-        """Starts a pool. Its threads inherit the priority of the thread that starts them, so another thread does."""
+        """Starts a pool from a new thread with this niceness. The pool's threads inherit the thread's priority."""
         try:
             with ThreadPoolExecutor(1, initializer=partial(lower_priority, niceness)) as starter:
                 return starter.submit(_native.ThreadPool, self.threads, self._yields).result()

@@ -77,7 +77,6 @@ def _smaps() -> list[str]:
 
 
 def _huge_bytes(smaps: Iterable[str], fields: tuple[str, ...]) -> Iterator[tuple[range, int]]:
-    """Yields each map's addresses and its bytes in huge pages, which these fields of smaps state."""
     addresses = range(0)
     for line in smaps:
         if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):

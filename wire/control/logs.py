@@ -1,5 +1,3 @@
-"""Control messages about a worker's log."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

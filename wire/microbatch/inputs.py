@@ -45,7 +45,7 @@ def encode_inputs(inputs: SamplingInputs) -> bytes:
 
 
 class _Tasks:
-    """A message's arrays. Equal parameters are stored once. A token list object is stored once, too."""
+    """The arrays of a message. Equal parameters are stored once, and so is a token list that several tasks share."""
 
     def __init__(self) -> None:
         self.params: dict[bytes, int] = {}
@@ -74,7 +74,7 @@ class _Tasks:
             self.matcher_rows.append(_MATCHER_ROW.pack(row, task.matcher.key, task.matcher.position))
 
     def _place(self, tokens: Sequence[int]) -> tuple[int, int]:
-        """Returns where the tokens are stored. Copies an `array("i")` in one step, because histories are long."""
+        """Returns the tokens' place and count. Copies an `array("i")` in a single step, because histories are long."""
         if not tokens:
             return 0, 0
         if (found := self._written.get(id(tokens))) is None:

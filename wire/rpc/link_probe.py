@@ -52,7 +52,7 @@ async def measure_link(peer: Peer, permit: str = "") -> LinkProfile:
 
 
 async def try_link(peer: Peer, seconds: float, permit: str = "") -> None:
-    """Sends 64 KiB and waits for an answer. Raises StreamBrokenError if the link fails, DeadlineError if it is slow."""
+    """Sends 64 KiB and waits for an answer. Raises StreamBrokenError, or DeadlineError if the link is too slow."""
     stream = peer.open(ECHO, permit=permit or None)
     try:
         async with deadline(f"an answer from {peer.address}", seconds):

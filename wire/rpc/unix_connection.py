@@ -143,8 +143,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         return True
 
     async def send(self, *messages: bytes) -> None:
-        """Waits until the system has taken nearly all bytes. Calls must not overlap. A cancelled call may break the
-        stream."""
+        """Waits until the system has nearly all bytes. One call at a time. A cancelled call may end the connection."""
         if sum(map(len, messages)) > _PIECE_BYTES:
             await self._send_in_pieces(messages)
             return

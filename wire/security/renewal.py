@@ -1,5 +1,3 @@
-"""Waits until it is time to renew a certificate."""
-
 from __future__ import annotations
 
 import asyncio

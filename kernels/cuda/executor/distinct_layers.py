@@ -31,8 +31,8 @@ def distinct_layers(program: Program, weights: Mapping[str, Weights]) -> Program
 
 
 def _by_layer(steps: Sequence[Step]) -> list[list[Step]]:
-    """Groups steps: those before the layers, each layer's, and the output head's. A step without weights belongs to the
-    group of the step before it."""
+    """Groups steps: those before the layers, each layer's, and the head's. Steps without weights join the previous
+    group."""
     groups: list[list[Step]] = [[]]
     current = _OUTSIDE
     for step in steps:

@@ -116,7 +116,6 @@ class ExpertsEmitter:
         return ops.activations(kind, name, step.ffn_width, step.used)
 
     def _lines(self, piece: int, divisor: int) -> matmul.Experts:
-        """Returns the lines. `divisor` lines read the same row of the activations."""
         chosen, most_items = self._chosen, experts.max_items(self.step, self.ops.rows.bucket, piece)
         return matmul.Experts(
             chosen.items, chosen.item_count, chosen.lines, most_items, piece, divisor, self._bias_rows

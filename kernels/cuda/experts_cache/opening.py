@@ -1,5 +1,3 @@
-"""Computes the size of an experts cache and opens it."""
-
 from __future__ import annotations
 
 from collections import Counter

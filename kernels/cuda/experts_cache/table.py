@@ -70,8 +70,7 @@ class ExpertTable:
 
     def next_copy(self) -> Copy | None:
         """Frees and returns a slot for the most used expert that is not cached, or returns None. The slot was free, or
-        its owner had clearly fewer uses (by `_LEAD_USES`) and none in this step. Call `complete` before the next
-        call."""
+        its owner had clearly fewer uses (by `_LEAD_USES`) and none in this step. Call `complete` before the next."""
         assert self._copying is None, "one at a time"
         found = [(copy, uses) for index in range(len(self._pools)) for copy, uses in self._copies(index)]
         if not found:

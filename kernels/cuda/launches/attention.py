@@ -203,8 +203,8 @@ def value_slices(step: Attention) -> int:
 
 def few_shared_bytes(step: Attention, queries: int) -> int:
     """Returns the bytes of shared memory for the kernel for few queries. One part has queries in pieces of 8 channels,
-    and later scores. The other has queries and a key, and later values. A slice of 32 channels has four times the
-    positions."""
+    later scores. The other has queries and a key, later values. A slice of 32 channels has four times the positions of
+    128."""
     scores = max(queries * max(_SCORE_STRIDE, 8 * -(-step.head_dim // 8)), _MERGER_FLOATS)
     channels = _stage_channels(step) if step.kv_type is KvType.INT8 else 128
     staged = _stage_floats(step, 2 if queries < 16 else 1, queries, channels)

@@ -20,8 +20,8 @@ def modules() -> dict[str, Path]:
 
 
 def whole_text(path: Path, include: tuple[Path, ...] = INCLUDE) -> str:
-    """Returns the source with each of its includes inserted once, so that compilers' caches notice every change.
-    Standard headers are not inserted. A missing header of ours stays an include: only another compiler needs it."""
+    """Returns the source with each include inserted once, so that compilers' caches notice every change. Standard
+    headers are not inserted. A missing header of ours stays an include: only another compiler needs it."""
     return "".join(_lines(path, include, set()))
 
 

@@ -19,7 +19,7 @@ class AddressError(UsageError, ValueError):
 
 
 def split_address(value: object, example: str = "127.0.0.1:8080 or [::1]:8080") -> tuple[str, int]:
-    """Splits HOST:PORT. Raises AddressError, which shows `example`, for another form and for link-local hosts."""
+    """Splits HOST:PORT. Raises AddressError for other forms and link-local hosts. The error's text shows `example`."""
     match = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
     if match is None or int(match[2]) > 65535:
         shown = "an empty value" if value is None else repr(value)[:_MOST_SHOWN]

@@ -45,7 +45,7 @@ def memory_groups(root: Path = _ROOT) -> list[MemoryGroup]:
 
 
 def cpu_quota(root: Path = _ROOT) -> float | None:
-    """Returns how many CPUs' time the control groups allow this process, or None if there is no limit."""
+    """Returns how many CPUs the control groups allow this process to use, or None if there is no limit."""
     quotas = []
     for folder, version in _folders(root, "cpu"):
         files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version == 1 else ("cpu.max",)
@@ -56,7 +56,7 @@ def cpu_quota(root: Path = _ROOT) -> float | None:
 
 
 def _folders(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
-    """Yields (folder, version) for this process's group and its ancestors, innermost first. Some may not exist."""
+    """Yields (folder, version) for this process's group and its ancestors, innermost first. Folders may be missing."""
     for line in read_text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
@@ -73,7 +73,7 @@ def is_memory_limited() -> bool:
 
 
 def drop_cached_pages(descriptor: int, offset: int = 0, n_bytes: int = 0) -> None:
-    """Drops part of a file from the page cache if a control group limits memory. `n_bytes` 0 means the file's rest."""
+    """Drops part of a file from the page cache if a control group limits memory. 0 bytes means the rest of the file."""
     if is_memory_limited():
         os.posix_fadvise(descriptor, offset, n_bytes, os.POSIX_FADV_DONTNEED)
 

@@ -53,7 +53,7 @@ def ranges(layers: Sequence[int]) -> str:
 
 
 def cache_room(left_bytes: int, limit_bytes: int | None) -> int:
-    """Returns the size of a GPU's expert cache in bytes, rounded down to whole units. None means no limit."""
+    """Returns a GPU's expert cache size in bytes, rounded down to whole units. `limit_bytes` None means no limit."""
     most = left_bytes if limit_bytes is None else min(left_bytes, limit_bytes)
     return max(0, most // _UNIT_BYTES * _UNIT_BYTES)
 

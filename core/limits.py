@@ -62,7 +62,7 @@ class StageLimits:
         return layer_place(start, self.expert_shards), layer_place(end, self.expert_shards)
 
     def gives_up(self, window: int | None) -> bool:
-        """Returns whether layers with this window free the KV blocks that it has passed. They have their own blocks."""
+        """True if layers with this window free KV blocks that have left the window. Such layers have own blocks."""
         return window is not None and self.window_blocks > 0
 
     def layer_blocks(self, window: int | None) -> int:

@@ -143,7 +143,7 @@ def last_lines() -> tuple[tuple[str, ...], int]:
 
 
 def read_line(line: str) -> tuple[str, str] | None:
-    """Parses a log line in any format to (level in capitals, message). Returns None if no logger wrote the line."""
+    """Parses a log line in any format into (level in capitals, message). Returns None if no logger wrote the line."""
     text = _TEXT.fullmatch(line)
     if text is not None:
         return text["level"], text["message"]

@@ -40,7 +40,7 @@ def allow_many_files() -> None:
 
 
 def connections_of_server() -> int:
-    """Returns how many connections one server may have. All servers leave a quarter of the file descriptors free."""
+    """Returns one server's connection limit. All servers together leave a quarter of the file descriptors free."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return (_MANY_FILES if files == resource.RLIM_INFINITY else files) * 3 // 4 // _SERVERS
 
@@ -51,7 +51,7 @@ def share_interpreter() -> None:
 
 
 def collect_rarely() -> None:
-    """Makes garbage collection rare. It would take a tenth of the start-up time, and few objects are in cycles."""
+    """Makes garbage collection rare, since it takes a tenth of the start-up time and few objects are in cycles."""
     gc.set_threshold(_COLLECT_EVERY)
 
 

@@ -34,7 +34,7 @@ def decode_text(data: bytes) -> str:
 
 
 def read_given(path: Path, most_bytes: int) -> bytes:
-    """Reads up to `most_bytes` from a file, or from a pipe such as `<(...)`. Raises OSError if it has no writer."""
+    """Reads up to `most_bytes` from a file, or from a pipe such as `<(...)`. Raises OSError if a pipe has no writer."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         first = b""
@@ -98,7 +98,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
-    """Writes a file of mode 0600 atomically. `is_synced` makes it survive power failures. A failure leaves no file."""
+    """Writes a file of mode 0600 atomically. If `is_synced`, it survives power failures. Errors leave no file."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:

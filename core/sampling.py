@@ -133,7 +133,7 @@ MAIN_NUMBERS: Final = ("temperature", "top_k", "top_p", "min_p")
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A grammar in llguidance's JSON. It covers the whole answer or, with `triggers`, all after the first one."""
+    """A grammar in llguidance's JSON. It covers the whole answer or, with `triggers`, the text from the first on."""
 
     definition: str
     triggers: tuple[str, ...] = ()
@@ -145,7 +145,7 @@ Tags: TypeAlias = tuple[Annotated[str, Text(1, MAX_TRIGGER_BYTES)], ...]
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """Tags around reasoning text. A tag in `begins` starts it, and a tag in `ends` ends it. After `budget` tokens of
+    """Tags around reasoning text. Any of `begins` opens it, and any of `ends` closes it. After `budget` tokens of
     reasoning, the tokens in `forced` end it."""
 
     begins: Annotated[Tags, Size(1, MAX_TRIGGERS)]
@@ -240,7 +240,7 @@ def second_draw(task: RowTask) -> RowTask:
 
 
 class TopLogprobs(Sequence[tuple[int, float]]):
-    """Pairs (token, float32 logprob), best first. They are packed as bytes, since a long answer has a million."""
+    """Pairs (token, float32 logprob), best first. They are packed bytes, since a long answer has a million pairs."""
 
     __slots__ = ("packed",)
     _PAIR: Final = struct.Struct("=if")

@@ -80,7 +80,7 @@ class RankedLogits:
 
     records: NDArray[np.int64]  # [outputs, words], see cpu/native/sampler/ranked.h
     rows: Callable[[Sequence[int]], Float32]
-    """Copies the logits of these rows to the host, [rows, vocabulary]. The next call overwrites the result, a view."""
+    """Copies the logits of these rows to the host, [rows, vocabulary]. The next call overwrites the result."""
     totals: Callable[[Sequence[float]], NDArray[np.int64]]
     """Sums each output's sampling weights in parts, [outputs, parts]. The arguments are the outputs' divisors
     (temperatures). An output with divisor 0 is skipped. The result is a view that the next call overwrites."""
@@ -158,8 +158,8 @@ class GathersRows(Protocol):
 
 
 Experts = Callable[[int, Float32], Float32 | None]
-"""Computes exchange `number`, counted in the order of steps. The input has rows [rows, sum of widths] of the buffers
-that the exchange reads. Returns the result [rows, width], which the next call overwrites, or None if it is in place."""
+"""Computes exchange `number`, counted in the order of steps. The input has the buffers that the exchange reads, as
+[rows, sum of widths]. Returns the result [rows, width], which the next call overwrites, or None if it is in place."""
 
 
 class ExchangingStage(Stage, Protocol):

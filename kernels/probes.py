@@ -14,7 +14,7 @@ class ReadProbe:
         self._probe = _native.ReadProbe(threads, 16)
 
     def measure(self, seconds: float = 0.3) -> float:
-        """Returns the median of several reads in the fastest pattern, in GB/s. ValueError outside 0..60 seconds."""
+        """Returns the median of several reads in the fastest pattern, in GB/s. Raises ValueError outside 0..60 s."""
         return self._probe.measure(seconds) / 1e9
 
 

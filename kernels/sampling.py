@@ -23,7 +23,7 @@ class Sampler:
     top-p.) A sampler chain adds steps or changes their order. Logprobs are the log-softmax of the raw logits."""
 
     def __init__(self, vocabulary_size: int, feature_level: str = "", threads: int = 1) -> None:
-        """Divides rows among `threads`. `feature_level` "" is the best. ValueError lists all if it is unknown."""
+        """Divides rows among `threads`. `feature_level` "" is the best. Raises ValueError for an unknown level."""
         self._native = _native.Sampler(vocabulary_size, feature_level, threads)
 
     @property

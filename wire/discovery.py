@@ -82,7 +82,7 @@ async def browsing(cluster: str, found: Callable[[str], None], other: Callable[[
 
 
 class _Browser:
-    """Looks up at most 16 names at a time. It looks up only names with the cluster's id, since others may be many."""
+    """Looks up at most 16 names at a time, and only those with the cluster's id, since there may be many others."""
 
     def __init__(
         self, zeroconf: Zeroconf, cluster: str, found: Callable[[str], None], other: Callable[[str], None]

@@ -58,7 +58,7 @@ def encode_missing(why: str) -> bytes:
 
 
 def decode_frame(data: bytes, left_bytes: int) -> memoryview:
-    """Returns the bytes in a frame. `left_bytes` are still due. Raises WeightsNotFoundError if the peer lacks them."""
+    """Returns a frame's bytes; `left_bytes` are still expected. Raises WeightsNotFoundError if the peer has none."""
     if data[:1] == _MISSING and len(data) <= _MAX_LINE_BYTES:
         raise WeightsNotFoundError(
             one_line(line("reason", data[1:].decode("utf-8", "replace")), _MAX_LINE)

@@ -106,7 +106,7 @@ class DiskCache:
         writing: Writing | None = None,
     ) -> None:
         """Writes a file unless it exists. Makes room by deleting files that are not in `kept` and were last used before
-        `since_ns`. Raises NoRoomError, BusyError, StoppedError or another OSError, and then leaves no part."""
+        `since_ns`. Raises NoRoomError, BusyError, StoppedError or another OSError, and removes the partial file."""
         n_bytes, writing = sum(map(len, parts)), writing or Writing()
         with self.locked(writing):
             if not self._has(name, n_bytes):
@@ -145,7 +145,7 @@ class DiskCache:
         return sorted(path for path in self._names(_LOCK) if path.is_symlink() or not path.is_file())
 
     def clear(self) -> Cleared:
-        """Deletes the files. Raises BusyError if another process keeps writing or a load needs them, or OSError."""
+        """Deletes the files. Raises OSError, or BusyError if a load needs them or another process keeps writing."""
         if not os.path.lexists(self.path):
             return Cleared()
         self._check_owner()

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 def fits(own: int, held: int, room: int, more: int = 1) -> bool:
     """Returns whether an owner with `own` of all `held` units may take `more`. A single owner may have up to `room`
-    units. If there are several, each may have half of what the others leave free of 2 * `room` units."""
+    units. With several owners, each may have half of what the others' units leave of 2 * `room` units."""
     return not more or own + more <= min(room, 2 * room - held - more + 1)
 
 

@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 
 
 class Turns:
-    """Concurrent places. A freed place goes to the waiting owner with the fewest places. The owner that freed it loses
-    a tie. An owner has at most `most` places (None means no limit). Not thread-safe: use it in one event loop."""
+    """Shares concurrent places among owners. A freed place goes to the waiting owner with the fewest places. The owner
+    that freed it loses a tie. An owner has at most `most` places (None means no limit). For one event loop."""
 
     def __init__(self, places: int, most: int | None = None) -> None:
         self._free = places

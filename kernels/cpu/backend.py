@@ -220,7 +220,7 @@ class CpuBackend:
         *,
         observed: bool = False,
     ) -> CpuStage:
-        """Raises ModelFileError for a program without kernels. With `observed`, each run leaves its `inputs`."""
+        """Raises ModelFileError for a program without kernels. With `observed`, the stage keeps each run's `inputs`."""
         found: list[Observed] = []
         with self._loading(program, tensors, limits):
             weights = self._weights.load(program, tensors, progress)

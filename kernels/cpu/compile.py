@@ -43,7 +43,7 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class RowScales:
-    """A buffer that no step writes. Each run with the adapter first fills it with each row's scale times `factor`."""
+    """A buffer that no step writes. Before each run with the adapter, it gets each row's scale times `factor`."""
 
     buffer: int
     adapter: int

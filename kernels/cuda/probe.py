@@ -34,8 +34,7 @@ _Work = tuple[Sequence[Launch], float]
 
 
 def measure(device: Device) -> tuple[float, float]:
-    """Returns (weight bytes per second, multiply-accumulates per second). Takes less than half a second. Uses smaller
-    matrices if little memory is free."""
+    """Returns (weight bytes, multiply-accumulates) per second. Uses smaller matrices if little memory is free."""
     tile = matmul.Weights(_KIND, (16, _COLS))
     tile_bytes, x_bytes = tile.tile_bytes, matmul.activation_bytes(tile.activation, _MANY_ROWS, _COLS)
     room = (device.free_bytes // 2 - x_bytes) // (2 * tile_bytes + 4 * 16 * _MANY_ROWS)

@@ -1,6 +1,6 @@
 """The packed-weight cache. It stores tiles that a load has packed, and later loads map or read them. A layer's key is a
-SHA-256 of how its quant types are packed and of the model file's bytes. If their own SHA-256 is unknown, device, inode,
-size and times stand for them. Each load verifies checksums and packs damaged layers again."""
+SHA-256 of how its quant types are packed and which bytes they have: the bytes' own SHA-256 if known, otherwise the
+model file's device, inode, size and times. Each load verifies checksums and packs damaged layers again."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class PackedCache:
 
 
 def layer_key(layer: PackedLayer) -> str | None:
-    """Returns None if the file is gone, or is so new that its times may not reveal another change."""
+    """Returns None if the file is gone, or is so new that its times might not reveal another change."""
     parts: list[object] = [sys.byteorder]
     for tensor in layer.tensors:
         bytes_of_it = _bytes_key(tensor)

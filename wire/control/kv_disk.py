@@ -1,4 +1,4 @@
-"""Control messages about KV blocks on disk. A key of its content names each block. `KvDone` answers every request."""
+"""Control messages about KV blocks on disk. Each block is named by a key of its content. `KvDone` answers requests."""
 
 from __future__ import annotations
 

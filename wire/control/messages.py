@@ -1,5 +1,5 @@
 """Control messages between workers and their coordinator: membership, requests, loads, heartbeats. A new message needs
-a dataclass here, a place in a union at the end of this file, and a proto message with equal names."""
+a dataclass here, a place in a union at the end of this file, and a proto message with the same names."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from llamaclust.core.profile import Profile
 Permit = Annotated[str, Line(MAX_PERMIT)]
 
 QuantTypes = Annotated[tuple[Annotated[int, Integer(0, 255)], ...], Size(0, 256)]
-"""Quant types by ggml's numbers."""
+"""Quant types, as ggml's numbers."""
 
 
 @dataclass(frozen=True, slots=True)

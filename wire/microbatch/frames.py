@@ -26,7 +26,7 @@ _TIMING_BYTES = 32
 
 
 def most_frame_bytes(rows: int, width: int) -> int:
-    """Returns the size limit of a frame with `rows` rows of `width` floats each (0 for the first stage), in bytes."""
+    """Returns a frame's largest size in bytes, for `rows` rows of `width` floats. The first stage has width 0."""
     return _PREFIX.size + MAX_STAGES * _TIMING_BYTES + MAX_MICROBATCH_BYTES + max(rows * width * 4, 4 * MAX_TEXT)
 
 

@@ -36,7 +36,7 @@ _ROW_BYTES = 4 * (2 * MAX_FORCED_TOKENS + MAX_DRAFTED_TOKENS) + 4 * MAX_ONE_LINE
 
 
 def most_result_bytes(rows: int, top_logprobs: int, *, embeds: bool) -> int:
-    """Returns the size limit of a result with `rows` output rows, in bytes. `top_logprobs` is the sum over all rows."""
+    """Returns a result's largest size in bytes, for `rows` output rows. `top_logprobs` is the sum over all rows."""
     embedded = limits.MAX_EMBEDDING_BYTES if embeds else 0
     return (rows + 1) * _ROW_BYTES + top_logprobs * _TOP.size + MAX_STAGES * _TIMING.size + embedded
 

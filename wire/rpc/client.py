@@ -99,7 +99,7 @@ class ClientStream:
         return False
 
     async def read(self) -> bytes | None:
-        """Returns None if the peer has ended the stream. Raises ProtocolError if a message is too large."""
+        """Reads a message. Returns None if the peer has ended the stream. Raises ProtocolError for large messages."""
         try:
             return await read_message(self._read_piece, self._most_bytes)
         except ProtocolError as error:
@@ -165,7 +165,7 @@ class UnixClientStream(ClientStream):
 
 class Peer:
     """A channel to one process, which must show the certificate of `principal` if the cluster uses certificates. A
-    broken connection is noticed within `patience_s` seconds even if nothing is sent. If it is None, gRPC decides."""
+    broken connection is noticed within `patience_s` seconds even if nothing is sent. None leaves this to gRPC."""
 
     def __init__(
         self,

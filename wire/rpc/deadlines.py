@@ -27,7 +27,7 @@ class deadline:  # noqa: N801  reads as a statement, like asyncio.timeout
         return self._limit.expired()
 
     def move(self, at_s: float | None) -> None:
-        """Moves the deadline to `at_s` on the event loop's clock. `at_s` may be past. None suspends the deadline."""
+        """Moves the deadline to `at_s` on the event loop's clock, even into the past. None suspends the deadline."""
         self._limit.reschedule(at_s)
 
     async def __aexit__(self, *error: Any) -> None:

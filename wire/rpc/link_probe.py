@@ -25,7 +25,7 @@ _MOST_MESSAGES = 256
 
 
 async def serve_echo(stream: ServerStream) -> None:
-    """Answers each message with a short one. Flushes caches after each ping, as a stage's are cold between tokens."""
+    """Answers each message with a short one. Flushes caches after pings: a stage's caches are cold between tokens."""
     await stream.accept()
     caches: CacheFlush | None = None
     async with deadline("a measurement of a link", _SERVE_S):
@@ -40,7 +40,7 @@ async def serve_echo(stream: ServerStream) -> None:
 
 
 async def measure_link(peer: Peer, permit: str = "") -> LinkProfile:
-    """Measures a link in seconds. Raises StreamBrokenError if the link fails, and DeadlineError if it is silent."""
+    """Measures a link, which takes seconds. Raises StreamBrokenError if it fails, and DeadlineError if it is silent."""
     stream = peer.open(ECHO, permit=permit or None)
     try:
         async with deadline(f"measuring the link to {peer.address}", _MEASURE_S):

@@ -23,7 +23,7 @@ def pieces_of(message: bytes) -> Iterator[bytes]:
 
 
 async def read_message(read: Callable[[], Awaitable[Any]], most_bytes: int) -> bytes | None:
-    """Returns None at the end. Raises ProtocolError, and drops the data, if a message is too long or incomplete."""
+    """Reads a message. Returns None at the end. Drops long or incomplete messages and raises ProtocolError."""
     data: Any = await read()
     if data is _EOF:
         return None

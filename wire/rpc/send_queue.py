@@ -32,7 +32,7 @@ class SendQueue:
                 self._waiting.put_nowait(data)
 
     async def run(self) -> NoReturn:
-        """Sends queued messages. Raises DeadlineError if the network does not accept one, or the stream's error."""
+        """Sends queued messages. Raises the stream's error, or DeadlineError if the network accepts none in time."""
         async with recurring_deadline(self._what, self._seconds) as limit:
             while True:
                 data = await self._waiting.get()

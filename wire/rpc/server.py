@@ -265,7 +265,7 @@ class Server:
     async def start(
         cls, address: str, credentials: Credentials, handlers: Mapping[str, Handler], handshake_s: float = HANDSHAKE_S
     ) -> Server:
-        """Starts a server with one handler for each method. Port 0 means any free port. Raises UsageError."""
+        """Starts a server with a handler for each method. Port 0 means any free port. Raises UsageError on failure."""
         check_address(address, credentials)
         refusals = RefusalLog(_log)
         handshakes = Handshakes(address, handshake_s, refusals)

@@ -73,8 +73,8 @@ def _pieces(messages: tuple[bytes, ...]) -> Iterator[bytes | memoryview]:
 
 
 class UnixConnection(asyncio.BufferedProtocol):
-    """Sends and receives frames. Calls `on_control` with each frame that is not a message, and `on_lost` at the end. A
-    message larger than `most_bytes` ends the connection. With `awaits_call`, a CALL must come first in `CALL_S`."""
+    """Sends and receives frames. Calls `on_control` with each frame that is no message, and `on_lost` at the end. A
+    message above `most_bytes` ends the connection. With `awaits_call`, a CALL must be first, within `CALL_S`."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         return data
 
     def post(self, kind: FrameKind, data: bytes = b"") -> None:
-        """Sends a small frame without waiting. It follows a large message in progress. Raises EndedError at the end."""
+        """Sends a small frame without waiting, but after a large message in progress. Raises EndedError at the end."""
         frame = _HEAD.pack(len(data), kind) + data
         if self._is_sending:
             self._behind += frame

@@ -1,4 +1,4 @@
-"""Mutual TLS for gRPC. Each side shows a certificate from the cluster's CA and checks the name in the other's."""
+"""Mutual TLS for gRPC. Each side shows a certificate from the cluster's CA and checks the name in the other side's."""
 
 from __future__ import annotations
 

@@ -133,6 +133,9 @@ def connected(hosts: Sequence[str]) -> tuple[socket.socket, socket.socket]:
 
 @dataclass(frozen=True)
 class Prefill(Case):
+    """Time of a layer in prefill: two members that hold it together, compared with a process that computes alone.
+    The members are on --hosts and use links with TLS. All results must have the same bits."""
+
     warm = 1
     shape: str = argument("shape of the model", chosen("shape", {name: name for name in SHAPES}))
     type: QuantType = argument("type of the weights", chosen("type", TYPES))

@@ -43,7 +43,7 @@ SHAPES = {
 class Plan(Case):
     """Accuracy of plans: predicted and measured time of a token in clusters of eleven shapes.
     SMALL is the demo model. LARGE has about a gigabyte (`benchmarks/shape.py 1.1b Q4_K`). Each cluster starts with
-    nothing measured. `ratio` is predicted / measured time. For the objective `throughput`, it is the time per token of
+    nothing measured. `ratio` is predicted / measured time. For the objective `throughput`, the time is per token of
     eight simultaneous requests. Shapes with links need root (network namespaces)."""
 
     rounds = 3

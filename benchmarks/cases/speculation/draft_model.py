@@ -26,7 +26,7 @@ _PROMPT = 64
 class DraftModel(Case):
     """Gain of a draft model. The weights are random; their construction determines how often drafts are right.
     The draft model is the first layers of the model. What later layers add to the hidden state is multiplied by each of
-    --strengths. With 0, all drafts are right. N-gram drafts are off. Drafts must not change tokens and logprobs."""
+    --strengths. With 0, all drafts are right. N-gram drafts are off. Drafts must not change tokens or logprobs."""
 
     warm = 1
     shape: str = option("1.1b", "shape of the model", chosen("shape", {name: name for name in SHAPES}))

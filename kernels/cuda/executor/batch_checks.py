@@ -49,7 +49,7 @@ def check_images(
     batch: Batch, limits: StageLimits, sections: int, given: tuple[int, int], merged: Sequence[int]
 ) -> None:
     """Checks the additional inputs of microbatches with images. The program reads `sections` of rope positions. `given`
-    is (levels, width) of given rows. `merged` is empty or has the row count that becomes one row."""
+    is (levels, width) of given rows. `merged` is empty or has the number of rows that become one."""
     for together in merged:
         for start in batch.sequence_starts.tolist():
             if start % together:

@@ -31,8 +31,7 @@ def distinct_layers(program: Program, weights: Mapping[str, Weights]) -> Program
 
 
 def _by_layer(steps: Sequence[Step]) -> list[list[Step]]:
-    """Groups steps: those before the layers, each layer's, and the head's. Steps without weights join the previous
-    group."""
+    """Groups steps: before the layers, by layer, and the head's. Steps without weights stay in the current group."""
     groups: list[list[Step]] = [[]]
     current = _OUTSIDE
     for step in steps:

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 _FLOAT = 4
 _MAX_SHAPES = 64
-"""The largest number of kept shapes, the last used. Graphs take driver memory, and launches take host memory."""
+"""The number of last used shapes that are kept. Graphs take driver memory, and launches take host memory."""
 _LEAST_SHAPES = 4
-"""The number of kept shapes for any number of segments. It is enough for prompts and for decode of a few sequences."""
+"""At least this many shapes are kept, which is enough for prompts and for decode of a few sequences."""
 
 
 class SegmentPlan(Protocol):

@@ -49,7 +49,7 @@ class ExpertTable:
         self.hits = self.misses = 0
 
     def use(self, mixture: int, experts: Int32) -> Int32:
-        """Counts a use of each expert. Returns their slots, or -1 if not cached. Slots stay valid until `end_step`."""
+        """Counts a use of each expert. Returns the experts' slots (-1 if not cached), valid until `end_step`."""
         used = np.unique(experts)
         self._uses[mixture, used] += self._weight
         places = self._places[mixture, used]

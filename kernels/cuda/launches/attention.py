@@ -144,7 +144,7 @@ def _many_queries(step: Attention, gpu: LaunchLimits) -> int:
 
 
 def _few_queries(step: Attention) -> int:
-    """Returns a row's queries in one block. It is 0 for latent attention and if too many heads share a KV head."""
+    """Returns a row's query count in one block. It is 0 for latent attention and if too many heads share a KV head."""
     return 0 if step.v is None else next((queries for queries in _FEW_QUERIES if queries >= _group(step)), 0)
 
 
@@ -202,9 +202,8 @@ def value_slices(step: Attention) -> int:
 
 
 def few_shared_bytes(step: Attention, queries: int) -> int:
-    """Returns the bytes of shared memory for the kernel for few queries. One part has queries in pieces of 8 channels,
-    later scores. The other has queries and a key, later values. A slice of 32 channels has four times the positions of
-    128."""
+    """Returns the shared memory of the kernel for few queries, in bytes. One part has queries in pieces of 8 channels,
+    then scores. The other has queries and a key, then values. A slice of 32 channels has 4 times as many positions."""
     scores = max(queries * max(_SCORE_STRIDE, 8 * -(-step.head_dim // 8)), _MERGER_FLOATS)
     channels = _stage_channels(step) if step.kv_type is KvType.INT8 else 128
     staged = _stage_floats(step, 2 if queries < 16 else 1, queries, channels)
@@ -243,7 +242,7 @@ def _merges(step: Attention, room: Room) -> bool:
 
 
 def can_quantize(step: Attention, room: Room, *, decode: bool = False) -> bool:
-    """True if the kernel that merges spans can quantize. Pieces of 256 channels must then consist of whole heads."""
+    """True if the kernel that merges spans can quantize, for which pieces of 256 channels must be whole heads."""
     fits = step.value_dim in _MERGED_HEAD_DIMS and step.out.width % _MERGED_CHANNELS == 0
     return fits and (_merges(step, room) or (decode and brings_own(step) and _quantized_together(step) > 0))
 
@@ -285,8 +284,8 @@ class AttentionLaunches:
         return (self.inputs.seen, np.int32(sees)) if self.grouped else ()
 
     def _few(self, step: Attention) -> int:
-        """Returns how many queries a thread block for few queries has, or 0 if there are no such blocks. In decode, if
-        a row has too many heads for a block, they are divided into parts if the GPU would otherwise be idle."""
+        """Returns how many queries a thread block for few queries has, or 0 if there are no such blocks. In decode, a
+        row's heads are divided into parts if they are too many for a block and the GPU would otherwise be idle."""
         if self.grouped:
             return 0
         if queries := _few_queries(step):

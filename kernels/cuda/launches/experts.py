@@ -43,7 +43,7 @@ def items_bytes(step: Moe, rows: int, piece: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RouterOutput:
-    """The router's logits, float32 [rows, experts], and its biases and scales [experts], which may be absent (0)."""
+    """The router's logits, float32 [rows, experts], and its biases and scales [experts], or 0 where there are none."""
 
     logits: np.uint64
     bias: np.uint64 = NULL

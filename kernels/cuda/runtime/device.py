@@ -95,7 +95,7 @@ class Device(Protocol):
         """Copies in order with launches. `pinned` is from `Device.pinned` and must stay unchanged until copied."""
 
     def copy_in_background(self, buffer: Buffer, parts: Iterable[tuple[int, Bytes]]) -> Event:
-        """Copies pinned memory to these offsets, unordered with launches. The event marks the end of all copies."""
+        """Copies pinned memory to these offsets, not in order with launches. The event marks the end of all copies."""
 
     def copy_out(self, pinned: Bytes, buffer: Buffer, offset_bytes: int) -> None:
         """Fills `pinned` in order with launches. The data is complete after `synchronize` or a later event."""

@@ -23,8 +23,8 @@ _PACKED = (ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 
 
 def band_borders(program: ir.Program, rows: int, most: int) -> list[int]:
-    """Returns the borders of at most `most` bands of `rows` rows, as the native executor divides them. Until output
-    rows are selected, each band gathers separately. The first band has two thirds of another's rows. Groups need `most`
+    """Returns the borders of up to `most` bands, into which the native executor divides rows. Each band gathers
+    separately until output rows are selected. The first band has two thirds of another's rows. With groups, `most` is
     1."""
     before = takewhile(lambda step: not isinstance(step, ir.SelectRows), program.steps)
     is_whole = rows < LEAST_BANDED_ROWS or program.states or not program.is_causal

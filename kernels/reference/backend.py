@@ -171,7 +171,7 @@ def _workspace_bytes(program: Program, limits: StageLimits) -> int:
 def _load(tensor: Tensor) -> Float32:
     if tensor.quant_type not in SUPPORTED_TYPES:
         known = ", ".join(sorted(kind.name for kind in SUPPORTED_TYPES))
-        what = f"type {tensor.quant_type.name} cannot be computed with; supported: {known}"
+        what = f"the reference backend does not support type {tensor.quant_type.name}; supported: {known}"
         raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; take another file of the model")
     weights = dequantize(tensor.quant_type, tensor.read(), tensor.rows * tensor.shape[-1])
     return weights.reshape(tensor.shape)

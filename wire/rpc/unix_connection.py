@@ -17,7 +17,7 @@ from grpc import aio
 _HEAD = struct.Struct("<IB")
 _MOST_CONTROL_BYTES = 1 << 16
 _MOST_UNREAD_BYTES = 1 << 22
-"""If this many bytes of messages are unread, nothing more is received, so that the sender waits."""
+"""The connection receives nothing more while this many bytes of messages are unread, so that the sender waits."""
 _MESSAGE_BYTES = 64
 """The memory that a message takes in addition to its content, in bytes."""
 _PIECE_BYTES = 1 << 18

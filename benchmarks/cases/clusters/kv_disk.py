@@ -21,7 +21,7 @@ from llamaclust.cluster.config.catalog import resolve_model
 
 _OWN_TOKENS, _TOKENS = 8, 8
 _QUIET_S = 2.5
-"""After this many seconds without a write (two heartbeats), everything counts as written."""
+"""The number of seconds without a write (two heartbeats) after which everything counts as written."""
 _WRITTEN = "llamaclust_worker_kv_disk_written_bytes_total{"
 
 
@@ -29,8 +29,7 @@ _WRITTEN = "llamaclust_worker_kv_disk_written_bytes_total{"
 class KvDisk(Case):
     """Time to the first token after a full restart, when the KV memory of a long shared prefix is read from disk.
     The first cluster computes the prefix and writes its KV memory. The second answers another prompt with the same
-    prefix. Both clusters' answers to the first prompt must have equal ids and logprob bits. The client measures times.
-    """
+    prefix. Both clusters' answers to the first prompt must have equal ids and logprob bits. A client measures times."""
 
     rounds = 3
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")

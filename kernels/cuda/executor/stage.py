@@ -29,7 +29,7 @@ _FLOAT = 4
 _MAX_SHAPES = 64
 """The number of last used shapes that are kept. Graphs take driver memory, and launches take host memory."""
 _LEAST_SHAPES = 4
-"""At least this many shapes are kept, which is enough for prompts and for decode of a few sequences."""
+"""The smallest number of shapes that are kept. It is enough for prompts and for decode of a few sequences."""
 
 
 class SegmentPlan(Protocol):

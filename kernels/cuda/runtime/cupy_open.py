@@ -95,7 +95,7 @@ def _driver_problem(runtime: Any, error: Any) -> str:
     if driver == "0.0":
         return "no NVIDIA driver is installed, or this container is not given it"
     if error.status == _OLD_DRIVER:
-        return f"the driver is for CUDA {driver}, but CuPy for {built_for}: update it, or {_INSTALL}"
+        return f"the driver is for CUDA {driver}, but CuPy is for {built_for}: update the driver, or {_INSTALL}"
     return str(error)
 
 

@@ -73,7 +73,7 @@ def test_a_cupy_that_does_not_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         (FakeRuntime(status=35, driver=0), "no NVIDIA driver is installed"),
         (
             FakeRuntime(status=35, driver=12040),
-            "driver is for CUDA 12.4, but CuPy for 13.2: update it, or pip",
+            "driver is for CUDA 12.4, but CuPy is for 13.2: update the driver, or pip",
         ),
         (FakeRuntime(status=100), "no NVIDIA GPU is visible"),
         (FakeRuntime(gpus=()), "no NVIDIA GPU is visible"),

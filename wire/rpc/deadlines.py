@@ -34,7 +34,7 @@ class deadline:  # noqa: N801  reads as a statement, like asyncio.timeout
         try:
             await self._limit.__aexit__(*error)
         except TimeoutError as late:
-            raise DeadlineError(f"{self._what}: not within {self._seconds:g} s", worker=self._worker) from late
+            raise DeadlineError(f"{self._what} took longer than {self._seconds:g} s", worker=self._worker) from late
 
 
 class recurring_deadline:  # noqa: N801  reads as a statement

@@ -24,8 +24,7 @@ _PACKED = (ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 
 def band_borders(program: ir.Program, rows: int, most: int) -> list[int]:
     """Returns the borders of up to `most` bands, into which the native executor divides rows. Each band gathers
-    separately until output rows are selected. The first band has two thirds of another's rows. With groups, `most` is
-    1."""
+    separately until output rows are selected. The first band has two thirds of another's rows. Groups get one."""
     before = takewhile(lambda step: not isinstance(step, ir.SelectRows), program.steps)
     is_whole = rows < LEAST_BANDED_ROWS or program.states or not program.is_causal
     if is_whole or not any(isinstance(step, ir.Gather) for step in before):

@@ -34,7 +34,7 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Adapt, Attention, MixtureStep, Program
 
 _RESERVED_SHARE = 256
-"""The driver keeps 1 / `_RESERVED_SHARE` of a GPU's memory, for compiled kernels and graphs."""
+"""1 / `_RESERVED_SHARE` of a GPU's memory is left to the driver, for compiled kernels and graphs."""
 
 
 class CudaBackend:

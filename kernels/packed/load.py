@@ -20,7 +20,7 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.quant_types import TILE_ROWS, QuantType
 
 _CHUNK_BYTES = 1 << 20
-"""The bytes that are read and packed at once. They fit a core's cache, and only little memory is needed twice."""
+"""The bytes that are read and packed at once. They fit a core's cache, and few bytes are in memory twice."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,7 +135,7 @@ class Plan:
 
 
 def block_bytes(kept: KvLayer) -> int:
-    """Returns a layer's block size in bytes, which is the CPU's. src/attention/kv.cuh has the layout."""
+    """Returns a layer's block size in bytes, which equals the CPU's. src/attention/kv.cuh has the layout."""
     return kept.n_bytes if isinstance(kept, SequenceState) else KV_BLOCK_TOKENS * kept.kv_token_bytes
 
 

@@ -1,15 +1,15 @@
-"""Measures a model on a GPU: decode as a share of the memory's bandwidth, prefill as a share of the peak of 8-bit
-products, and eight sequences relative to one. Optionally compares llama.cpp, and keeps layers or experts in RAM.
+"""Measures a model on a GPU. Decode is a share of the memory's bandwidth, prefill is a share of the peak of 8-bit
+products, and eight sequences are relative to one. Optionally compares llama.cpp, and keeps layers or experts in RAM.
 
     python benchmarks/gpu.py MODEL.gguf                              # the three figures
     python benchmarks/gpu.py MODEL.gguf --llama-bench PROGRAM        # in turns with llama.cpp's CUDA backend
     python benchmarks/gpu.py MODEL.gguf --gpu-memory 24GiB           # layers beyond that size in RAM
     python benchmarks/gpu.py MODEL.gguf --cpu-moe                    # experts in RAM, and copies of them on the GPU
 
-One sequence counts as reading the experts that it uses, several as reading an expected number of them. Copies of
-experts are measured with and without. Needs a GPU and the extra `cuda13` or `cuda12`; docs/gpu.md says how to build
-llama-bench. The best rates of GPU and processor are measured before and after each round. Figures are medians with the
-least and the most. Progress goes to standard error, all figures as JSON to standard output."""
+One sequence counts as reading the experts that it uses. Several sequences count as reading an expected number of
+experts. Copies of experts are switched on and off. A GPU and the extra `cuda13` or `cuda12` are needed. docs/gpu.md
+says how to build llama-bench. The best rates of GPU and processor are measured before and after each round. Figures are
+medians with the least and the most. Progress goes to standard error, and all figures go to standard output as JSON."""
 
 from __future__ import annotations
 
@@ -42,7 +42,6 @@ with ends_at_once():
 
 
 def measured(task: Task, llama: LlamaCpp | None, repeats: int, file: RecordFile | None = None) -> dict[str, Any]:
-    """Measures all rounds and returns the record. Also writes it to the file after each round."""
     with closing(Loaded(task, whole=llama is not None)) as loaded:
         report("warming up")
         loaded.warm_up()
@@ -95,7 +94,7 @@ def _cache_size(text: str) -> int | None:
 def _device(text: str) -> str:
     number = text.removeprefix(CUDA)
     if not text.startswith(CUDA) or not (number.isascii() and number.isdecimal()):
-        raise ArgumentTypeError(f"{text!r}: one GPU, such as cuda:0")
+        raise ArgumentTypeError(f"{text!r} is not a GPU; give one GPU, such as cuda:0")
     return text
 
 
@@ -110,22 +109,28 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--generate", type=positive, default=64, help="tokens to decode; by default %(default)s")
     parser.add_argument("--sequences", type=positive, default=8, help="number of sequences; by default %(default)s")
     parser.add_argument("--repeats", type=positive, default=5, help="rounds; by default %(default)s")
-    parser.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="most VRAM to use, such as 24GiB")
+    parser.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="limit of VRAM to use, such as 24GiB")
     in_ram = parser.add_mutually_exclusive_group()
     in_ram.add_argument(
-        "--cpu-moe", dest="cpu_moe", action="store_const", const=MAX_LAYERS, help="experts of all layers stay in RAM"
+        "--cpu-moe",
+        dest="cpu_moe",
+        action="store_const",
+        const=MAX_LAYERS,
+        help="keep the experts of all layers in RAM",
     )
     in_ram.add_argument(
-        "--n-cpu-moe", dest="cpu_moe", type=natural, metavar="N", help="experts of N layers stay in RAM"
+        "--n-cpu-moe", dest="cpu_moe", type=natural, metavar="N", help="keep the experts of N layers in RAM"
     )
     parser.add_argument(
         "--experts-cache",
         type=_cache_size,
         metavar="SIZE|0|auto",
-        help="most VRAM for copies of experts kept in RAM; default auto: all that is left",
+        help="limit of VRAM for copies of experts in RAM; by default auto, which takes all that is left",
     )
     parser.add_argument("--no-graphs", action="store_true", help="launch kernels without CUDA graphs")
-    parser.add_argument("--llama-bench", type=Path, metavar="PROGRAM", help="llama-bench of llama.cpp, built for CUDA")
+    parser.add_argument(
+        "--llama-bench", type=Path, metavar="PROGRAM", help="path of llama.cpp's llama-bench, built for CUDA"
+    )
     parser.add_argument("--record", type=Path, metavar="FOLDER", help="write <gpu>-<model>.json to this folder")
     given = parser.parse_args(arguments)
     if not given.model.is_file():

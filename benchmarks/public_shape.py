@@ -2,8 +2,8 @@
 
     python benchmarks/public_shape.py qwen3-30b-a3b:q4_k_m /tmp/shape.gguf --layers 8
 
-The shapes are those of `llamaclust plan --assume` and of the catalog. With fewer layers, a model fits into less memory,
-and the speed of a layer stays the same. All layers have the same bytes, so that files are written fast."""
+The shapes are those of `llamaclust plan --assume` and of the catalog. With fewer layers, a model needs less memory, and
+the speed of a layer stays the same. All layers have the same bytes, so that files are written fast."""
 
 from __future__ import annotations
 
@@ -33,18 +33,20 @@ SIZES = ("layers", "experts", "vocabulary")
 
 
 def public_shape(spec: str, sizes: Mapping[str, int]) -> ModelFile:
-    """Returns the model file of NAME[:MIX] with these `sizes`, without bytes of tensors. Raises UsageError for an
-    unknown name or mix, or too few layers."""
+    """Returns the model file of NAME[:MIX] with these `sizes`, without tensor bytes. Raises UsageError if the name or
+    mix is unknown or if there are too few layers."""
     name, _, mix = spec.lower().partition(":")
     known = {**public_shapes(), **SHAPES}
     if name not in known:
         raise UsageError(f"{name!r} is none of the shapes {', '.join(known)}")
     shape = replace(known[name], **sizes)  # type: ignore[arg-type]
     if shape.layers <= shape.leading_layers:
-        raise UsageError(f"{shape.layers} layers; {name} has {shape.leading_layers} without experts before the others")
+        raise UsageError(
+            f"{shape.layers} layers are too few: the first {shape.leading_layers} of {name} have no experts"
+        )
     chosen = ALIASES.get(mix.upper(), mix.upper())
     if chosen and chosen not in MIXES:
-        raise UsageError(f"{mix!r} is no quantization; known: {', '.join(MIXES).lower()}")
+        raise UsageError(f"{mix!r} is not a known quantization; choose from {', '.join(MIXES).lower()}")
     return shape_model(name, shape, chosen).file
 
 
@@ -73,7 +75,7 @@ def sources_of(file: ModelFile, seed: int) -> Iterator[TensorSource]:
 
 
 def _values(generator: np.random.Generator, tensor: Tensor) -> memoryview:
-    """Returns a tensor's bytes: 1 for norms, 0 for other vectors, random values for matrices. Random routers choose
+    """Returns a tensor's bytes: 1 for norms, 0 for other vectors, and random values for matrices. Random routers choose
     among all experts."""
     if tensor.name.endswith("ffn_gate_inp.weight"):
         router = generator.standard_normal(tensor.shape, np.float32) / np.float32(tensor.shape[-1] ** 0.5)

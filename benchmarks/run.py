@@ -1,10 +1,9 @@
-"""Runs a benchmark case. Its variants take turns; prints medians, the least and the most, and ratios.
+"""Runs a benchmark case. Its variants take turns. Prints medians, the least and the most, and ratios.
 
     python benchmarks/run.py CASE [options]        # --help: the options of a case
     python benchmarks/run.py CASE [options] --rounds 9 --json FILE --against CHECKOUT
 
-With `--against`, another built checkout of this repository takes turns with this one.
-"""
+With `--against`, another built checkout of this repository takes turns with this one."""
 
 from __future__ import annotations
 
@@ -35,7 +34,6 @@ CASES = {path.stem: path for path in sorted(FOLDER.glob("cases/*/*.py"))}
 
 
 def case_of(name: str) -> type[Case]:
-    """Returns the class of a case, the only subclass of `Case` in its file."""
     module = import_module(".".join(CASES[name].relative_to(FOLDER).with_suffix("").parts))
     (found,) = (each for each in vars(module).values() if isinstance(each, type) and _is_case(each, module.__name__))
     return found
@@ -63,9 +61,9 @@ def parser_of(name: str, case: type[Case]) -> argparse.ArgumentParser:
             given["help"] += f" (default: {shown})" if shown not in (None, "") else ""
             parser.add_argument(_flag(field.name), default=field.default, **given)
     parser.add_argument("--rounds", type=positive, help=f"number of turns (default: {case.rounds})")
-    parser.add_argument("--json", type=Path, help="append a JSON line per turn and variant to this file")
+    parser.add_argument("--json", type=Path, help="append a JSON line for each turn and variant to this file")
     parser.add_argument(
-        "--against", type=Path, metavar="CHECKOUT", help="another built tree, which takes turns with this one"
+        "--against", type=Path, metavar="CHECKOUT", help="another built checkout, which takes turns with this one"
     )
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -92,7 +90,7 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] not in CASES:
         is_help = arguments[:1] in (["--help"], ["-h"])
         print(
-            f"usage: run.py CASE [options]\n\n{__doc__}\nCases:\n{listing()}",
+            f"usage: run.py CASE [options]\n\n{__doc__}\n\nCases:\n{listing()}",
             file=sys.stdout if is_help else sys.stderr,
         )
         raise SystemExit(0 if is_help else 2)

@@ -1,9 +1,9 @@
-"""Writes a LLaMA-shaped model of random weights, for speed measurements: a kernel's speed does not depend on values.
+"""Writes a LLaMA-shaped model of random weights, for speed measurements. A kernel's speed does not depend on values.
 
     python benchmarks/shape.py 1.1b Q4_K /tmp/shape.gguf
     python benchmarks/shape.py 70b Q4_K /tmp/70b.gguf --alike     # 39 GB as quickly as the disk takes them
 
-All matrices and the embedding have the given type; norms and routers are float32. The file also loads in llama.cpp."""
+All matrices and the embedding have the given type. Norms and routers are float32. The file also loads in llama.cpp."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from llamaclust.model.quant_types import QuantType
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The dimensions of a model; widths are in channels. `experts`, unless 0, replace each feed-forward network."""
+    """The dimensions of a model. Widths are in channels. `experts`, unless 0, replace each feed-forward network."""
 
     hidden: int
     layers: int
@@ -54,8 +54,8 @@ SHAPES = {
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Random blocks with plausible weights. `scales`: the byte offset of each float16 in the block, and its size
-    relative to the first. `deviation`: the standard deviation of weights at a first scale of 1."""
+    """Random blocks with plausible weights. `scales` has the byte offset of each float16 in the block, and its size
+    relative to the first. `deviation` is the standard deviation of weights at a first scale of 1."""
 
     file_type: int
     scales: tuple[tuple[int, float], ...]
@@ -144,7 +144,7 @@ def _make_signed_near(data: NDArray[np.uint8], quant_type: QuantType, size: floa
 
 
 def tensors(shape: Shape, quant_type: QuantType, seed: int, alike: bool = False) -> Iterator[TensorSource]:
-    """Yields the model's tensors in file order. Bytes are made when they are written; `alike` layers share them."""
+    """Yields the model's tensors in file order. Bytes are made when they are written. `alike` layers share bytes."""
     generator, made = np.random.default_rng(seed), dict[str, memoryview]()
 
     def random(name: str, size: tuple[int, ...]) -> memoryview:
@@ -234,9 +234,9 @@ def tokenizer(vocabulary: int) -> dict[str, WritableValue]:
 def check(shape: Shape, quant_type: QuantType) -> None:
     sizes = [getattr(shape, field.name) for field in fields(shape) if field.name not in ("experts", "tied")]
     if min(sizes) < 1 or shape.vocabulary < 286:
-        raise UsageError("sizes must be at least 1, the vocabulary at least 286")
+        raise UsageError("sizes must be at least 1, and the vocabulary at least 286")
     if shape.experts < 0 or 0 < shape.experts < shape.experts_used:
-        raise UsageError(f"{shape.experts_used} of {shape.experts} experts cannot be used")
+        raise UsageError(f"{shape.experts_used} of {shape.experts} experts cannot be used; --experts must be larger")
     if shape.hidden % shape.heads or shape.heads % shape.kv_heads or shape.head_dim % 2:
         raise UsageError(f"{shape.heads} heads and {shape.kv_heads} KV heads do not share a width of {shape.hidden}")
     for width in (shape.hidden, shape.ffn):

@@ -1,1 +1,1 @@
-"""Values that every layer uses, without I/O: errors, logs, sizes, limits, sampling parameters, GPUs."""
+"""Types and functions that every layer uses: errors, logs, sizes, limits, sampling parameters and GPUs."""

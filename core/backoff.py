@@ -7,7 +7,7 @@ _MAX_DOUBLINGS = 64  # failures can go on for hours; a float ends at 2 ** 1024
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """Pauses of first_s, first_s * factor, first_s * factor ** 2, ... up to max_s seconds."""
+    """Pauses that grow with each failure: first_s, first_s * factor, first_s * factor ** 2, ... up to max_s seconds."""
 
     first_s: float
     max_s: float

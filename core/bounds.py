@@ -1,5 +1,5 @@
-"""Bounds on the fields of messages from peers. A check returns the value, or raises a ProtocolError that names the
-field and the bound. Dataclasses declare bounds in `Annotated`; wire/codec.py checks every field that it decodes."""
+"""Bounds on the fields of messages from peers. Each check returns the value, or raises a ProtocolError that names the
+field and the bound. Dataclasses declare bounds in `Annotated`, and wire/codec.py checks every field that it decodes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UINT64 = (1 << 64) - 1
 _GREATEST = sys.float_info.max
 
 NAME = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
-"""The pattern of a worker's or cluster's name, which is safe as a file name."""
+"""The pattern for the names of workers and clusters. Every such name is also a safe file name."""
 
 
 def bounded(what: str, value: int, low: int, high: int) -> int:
@@ -38,7 +38,7 @@ def finite(what: str, value: float, low: float = -math.inf, high: float = math.i
 
 
 def line(what: str, value: str, most: int = MAX_TEXT) -> str:
-    """Folds white space and drops control characters, so that any terminal can show the text safely."""
+    """Folds each run of white space into one space and drops control characters, so that terminals show it safely."""
     if value.isalnum() and len(value) <= most:
         return value
     bounded(f"length of {what}", len(value), 0, most)
@@ -52,7 +52,7 @@ def path(what: str, value: str) -> str:
 
 
 def one_line(text: str, most: int = MAX_ONE_LINE) -> str:
-    """Shortens text of this process so that a receiver's `line` accepts it."""
+    """Puts a text from this process on one line and shortens it, so that a receiver's `line` accepts it."""
     folded = " ".join(text.split())
     return folded if len(folded) <= most else folded[: most - 3] + "..."
 
@@ -99,7 +99,7 @@ def _sha256(what: str, value: str) -> str:
 
 
 class Bound:
-    """The bound of one field. `check` is called after decoding; `fit` shortens long text before encoding."""
+    """The bound of one field. `check` runs after decoding. `fit` shortens a long text before encoding."""
 
     def __init__(self, check: Callable[..., Any], *limits: Any, fit: Callable[..., Any] | None = None) -> None:
         self._check = check
@@ -117,17 +117,17 @@ Integer = partial(Bound, bounded)
 Real = partial(Bound, finite)
 Size = partial(Bound, _size)
 Text = partial(Bound, _text)
-"""Bounds with the arguments (low, high). `Size` counts items or bytes; `Text` counts bytes of UTF-8."""
+"""Bounds that take the arguments (low, high). `Size` counts items or bytes. `Text` counts bytes of UTF-8."""
 Line = partial(Bound, line)
 LogLine = partial(Bound, log_line, fit=fitted_log_line)
-"""Bounds of texts. The argument is the greatest number of characters."""
+"""Bounds for texts. The argument is the largest allowed number of characters."""
 Choice = partial(Bound, _choice)
 
 Address = Annotated[str, Line(512)]
 DeviceName = Annotated[str, Line(64)]
 Digest = Annotated[str, Bound(_sha256)]
 MemoryBytes = Annotated[int, Integer(0, 1 << 50)]
-"""A size in bytes, bounded so that sums are exact in floats too."""
+"""A size in bytes. The bound is so low that floats hold sums of sizes exactly."""
 ModelId = Annotated[str, Line(128)]
 ModelPath = Annotated[str, Bound(path)]
 Rate = Annotated[float, Real(1.0, 1e18)]

@@ -1,4 +1,4 @@
-"""Limits of the control groups (versions 1 and 2) that this process is in: its own group and all ancestors."""
+"""Resource limits from this process's control group and all its ancestors (cgroup versions 1 and 2)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 _ROOT = Path("/")
 _UNLIMITED_BYTES = 1 << 60
-"""A larger limit counts as none: without a limit, version 1 states a number near 2^63."""
+"""A limit of this size or more counts as no limit. Version 1 states a number near 2^63 if there is no limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryGroup:
-    """A control group with a memory limit. `used_bytes` counts mapped files, but no other page cache."""
+    """A control group with a memory limit. `used_bytes` counts mapped files but no other part of the page cache."""
 
     path: Path
     limit_bytes: int
@@ -28,7 +28,7 @@ class MemoryGroup:
 
 
 def memory_groups(root: Path = _ROOT) -> list[MemoryGroup]:
-    """Returns the groups with a memory limit, innermost first. `root` is the folder that contains proc and sys."""
+    """Returns the control groups that have a memory limit, innermost first. The folder `root` contains proc and sys."""
     version_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_{}_file", "total_mapped_file")
     version_2 = ("memory.max", "memory.current", "{}_file", "file_mapped")
     groups = []
@@ -45,7 +45,7 @@ def memory_groups(root: Path = _ROOT) -> list[MemoryGroup]:
 
 
 def cpu_quota(root: Path = _ROOT) -> float | None:
-    """Returns the number of CPUs whose time the control groups allow this process. None means no limit."""
+    """Returns how many CPUs the control groups allow this process to use, or None if there is no limit."""
     quotas = []
     for folder, version in _folders(root, "cpu"):
         files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version == 1 else ("cpu.max",)
@@ -56,7 +56,7 @@ def cpu_quota(root: Path = _ROOT) -> float | None:
 
 
 def _folders(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
-    """Yields (folder, version) for this process's group and its ancestors, innermost first; folders may be absent."""
+    """Yields (folder, version) for this process's group and its ancestors, innermost first. Folders may be missing."""
     for line in read_text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
@@ -73,7 +73,7 @@ def is_memory_limited() -> bool:
 
 
 def drop_cached_pages(descriptor: int, offset: int = 0, n_bytes: int = 0) -> None:
-    """Drops a part of a file from the page cache if a group limits memory; 0 bytes: the rest of the file."""
+    """Drops part of a file from the page cache if a control group limits memory. 0 bytes means the rest of the file."""
     if is_memory_limited():
         os.posix_fadvise(descriptor, offset, n_bytes, os.POSIX_FADV_DONTNEED)
 

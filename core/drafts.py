@@ -1,4 +1,4 @@
-"""Orders to a draft model, and its replies. The draft model generates drafts: tokens that a larger model may accept."""
+"""Orders to a draft model, and its replies. A draft model generates drafts: tokens that a larger model may accept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from llamaclust.core.sampling import SampleTask
 
 MOST_ORDERS = 8
-"""The most orders in one call of the draft model. One pass over its weights serves all orders of a call."""
+"""The largest number of orders in one call of the draft model. One pass over its weights serves all of them."""
 
 
 @dataclass(frozen=True, slots=True)

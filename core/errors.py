@@ -1,4 +1,4 @@
-"""Errors with a message for the user; each class has an exit code and an HTTP status."""
+"""Errors whose messages are for the user. Each class has an exit code and an HTTP status."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Self
 
 
 class LlamaclustError(Exception):
-    """Base of all errors whose message is for the user: one line that says what is wrong, where, and what to do."""
+    """The base class of errors for the user. The message is one line that says what is wrong, where, and what to do."""
 
     exit_code = 1
     http_status = 500
     code = "internal_error"
 
     def __init__(self, *message: str, worker: str | None = None) -> None:
-        """`worker` names the worker that is the root cause, if known."""
+        """`worker` names the worker that caused the error, if it is known."""
         super().__init__(*message)
         self.worker = worker
 
@@ -25,7 +25,7 @@ class LlamaclustError(Exception):
 
 
 class UsageError(LlamaclustError):
-    """A bad argument on the command line or in a cluster file."""
+    """An argument on the command line or a value in a cluster file is wrong."""
 
     exit_code = 2
     http_status = 400
@@ -37,26 +37,26 @@ class RefusedError(UsageError):
 
 
 class ModelFileError(UsageError):
-    """A model file that is damaged, hostile, incomplete or not supported; the message names the file and the place."""
+    """A model file is damaged, hostile, incomplete or not supported. The message names the file and the place in it."""
 
     code = "model_file_error"
 
 
 class InsufficientMemoryError(LlamaclustError):
-    """A plan or a load that needs more memory than there is; the message names the missing MiB."""
+    """A plan or a load needs more memory than is available. The message states how many MiB are missing."""
 
     exit_code = 3
     http_status = 507
     code = "insufficient_memory"
     missing_bytes: float | None = None
     problem: str | None = None
-    """The message of a planning error without its advice; None for other errors."""
+    """A planning error's message without the advice. Other errors have None here."""
     fitting_context: int | None = None
-    """The longest context in tokens for which a plan would fit; None if there is none."""
+    """The longest context, in tokens, for which a plan would fit. None if there is no such context."""
 
 
 class RequestError(LlamaclustError):
-    """The API refuses a request before it runs."""
+    """The API refused a request before running it."""
 
     exit_code = 2
     http_status = 400
@@ -71,7 +71,7 @@ class ParameterError(RequestError):
 
 
 class ContextLengthError(ParameterError):
-    """A prompt that does not fit into the context. The message has OpenAI's wording, which clients recognize."""
+    """A prompt does not fit into the context. The message has OpenAI's wording, which clients recognize."""
 
     def __init__(self, has: str, prompt_tokens: int, context_length: int, param: str = "prompt") -> None:
         """`prompt_tokens` is a lower bound if the prompt was not tokenized."""
@@ -82,14 +82,14 @@ class ContextLengthError(ParameterError):
 
 
 class RequestFailedError(LlamaclustError):
-    """A request whose computation failed repeatedly, finally alone in its microbatch. It should not be sent again."""
+    """A request's computation failed repeatedly, finally alone in a microbatch. The client should not send it again."""
 
     http_status = 422
     code = "request_failed"
 
 
 class RequestCancelledError(LlamaclustError):
-    """A request that its client cancelled, or whose client did not come back in time."""
+    """The client cancelled a request or did not come back for it in time."""
 
     http_status = 410
     code = "request_cancelled"
@@ -99,7 +99,7 @@ class RequestCancelledError(LlamaclustError):
 
 
 class QueueFullError(LlamaclustError):
-    """More requests wait than the queue's bound allows; try again after `retry_after_s`."""
+    """The queue of waiting requests is full. The client should try again after `retry_after_s` seconds."""
 
     http_status = 429
     code = "rate_limit_exceeded"
@@ -110,21 +110,21 @@ class QueueFullError(LlamaclustError):
 
 
 class ProtocolError(LlamaclustError):
-    """A frame or message from a peer that breaks the protocol: too large, out of bounds, of another version."""
+    """A frame or message from a peer breaks the protocol: it is too large, out of bounds, or from another version."""
 
     http_status = 502
     code = "protocol_error"
 
 
 class WorkerError(LlamaclustError):
-    """A worker that failed, was lost or cannot be reached; the message names it, its layers and its last error."""
+    """A worker failed, was lost or cannot be reached. The message names the worker, its layers and its last error."""
 
     http_status = 503
     code = "worker_failed"
 
 
 class ClusterStartingError(LlamaclustError):
-    """The cluster does not serve yet. `awaited` is the thing that its start waits for, if known."""
+    """The cluster does not serve requests yet. `awaited` says what the start is waiting for, if that is known."""
 
     http_status = 503
     code = "cluster_starting"
@@ -141,11 +141,11 @@ class ClusterStoppingError(WorkerError):
 
 
 class SupersededError(ClusterStoppingError):
-    """Another coordinator has taken over from this one; clients continue with the new one."""
+    """Another coordinator has replaced this coordinator. Clients continue with the new coordinator."""
 
 
 class DeviceLostError(WorkerError):
-    """A device stopped working, such as a GPU that fell off its bus. Its worker ends."""
+    """A device stopped working, such as a GPU that fell off its bus. The device's worker ends."""
 
 
 class NetworkPartitionError(WorkerError):
@@ -153,7 +153,7 @@ class NetworkPartitionError(WorkerError):
 
 
 class DeadlineError(LlamaclustError):
-    """An operation did not finish within its deadline; the message names the operation."""
+    """An operation did not finish before its deadline. The message names the operation."""
 
     http_status = 504
     code = "deadline_exceeded"
@@ -164,8 +164,8 @@ class LoadCancelledError(WorkerError):
 
 
 class StalledError(DeadlineError):
-    """A worker that lives but makes no progress with its task."""
+    """A worker is alive but makes no progress with its task."""
 
 
 class DownloadError(LlamaclustError):
-    """A failed download; the message says what was fetched from where, and what to do."""
+    """A download failed. The message says what was downloaded, from where, and what to do."""

@@ -1,4 +1,4 @@
-"""GPUs of workers, the layers of a stage on each device, and the user's rules for the placement of layers."""
+"""Workers' GPUs, the layers on each device of a stage, and the user's rules for placing layers on devices."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class DeviceLayers:
-    """Layers [start, end) of a stage on one of its worker's devices."""
+    """The layers [start, end) of a stage that are on one of the worker's devices."""
 
     device: DeviceName  # "cpu" | "cuda:N"
     start: int
@@ -38,28 +38,28 @@ class DeviceLayers:
 
     def check(self) -> None:
         if self.start >= self.end:
-            raise ProtocolError(f"{self.device} holds layers [{self.start}, {self.end})")
+            raise ProtocolError(f"{self.device} holds layers [{self.start}, {self.end}), which is not a range")
         ascending = all(lower < upper for lower, upper in pairwise((self.start - 1, *self.cpu_moe, self.end)))
         if self.cpu_moe and not (ascending and self.device.startswith(CUDA)):
             what = f"{self.device} holds layers [{self.start}, {self.end})"
-            raise ProtocolError(f"{what}, experts of {self.cpu_moe[:8]} are to be in RAM")
+            raise ProtocolError(f"{what}, but the list of layers with experts in RAM is {self.cpu_moe[:8]}")
 
 
 def ranges(layers: Sequence[int]) -> str:
-    """Formats ascending layer numbers as half-open ranges: '[0, 4), [7, 8)'."""
+    """Formats ascending layer numbers as half-open ranges, for example '[0, 4), [7, 8)'."""
     numbers = enumerate(layers)
     runs = (list(run) for _, run in groupby(numbers, lambda pair: pair[1] - pair[0]))
     return ", ".join(f"[{run[0][1]}, {run[-1][1] + 1})" for run in runs)
 
 
 def cache_room(left_bytes: int, limit_bytes: int | None) -> int:
-    """Returns a GPU's expert cache in bytes, rounded down to whole units; `limit_bytes` None means no limit."""
+    """Returns a GPU's expert cache size in bytes, rounded down to whole units. `limit_bytes` None means no limit."""
     most = left_bytes if limit_bytes is None else min(left_bytes, limit_bytes)
     return max(0, most // _UNIT_BYTES * _UNIT_BYTES)
 
 
 def placed(devices: Sequence[DeviceLayers]) -> str:
-    """Formats '16 of 32 layers on GPUs: [0, 16) cpu, [16, 32) cuda:0, experts of [16, 20) cpu'."""
+    """Formats a placement as '16 of 32 layers on GPUs: [0, 16) cpu, [16, 32) cuda:0, experts of [16, 20) cpu'."""
     counts = {part.device: part.end - part.start for part in devices}
     on_gpus = sum(count for device, count in counts.items() if device != "cpu")
     where = ", ".join(f"[{part.start}, {part.end}) {part.device}" for part in devices)
@@ -79,21 +79,22 @@ RAM, ANY_GPU = "ram", "gpu"
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The user's rules for placing layers on a worker with GPUs. Each tuple is empty or has one entry per layer."""
+    """The user's rules for placing layers on a worker with GPUs. Each tuple is empty or has an entry for each layer."""
 
     layers: tuple[str | None, ...] = ()  # "ram", "gpu": any one, "cuda:N"; None: open
     experts: tuple[bool | None, ...] = ()  # of layers on a GPU, whether in RAM; None: by `cpu_moe`
     cpu_moe: int | None = 0  # so many first layers have their experts in RAM, others on the GPU; None: open
 
     def experts_in_ram(self, layer: int) -> bool | None:
-        """Returns whether a layer on a GPU keeps its experts in RAM; None if no rule decides it."""
+        """Returns whether a layer on a GPU keeps its experts in RAM. Returns None if no rule decides this."""
         said = self.experts[layer] if self.experts else None
         if said is not None or self.cpu_moe is None:
             return said
         return layer < self.cpu_moe
 
     def devices_of(self, layer: int, gpus: Sequence[str]) -> range:
-        """Returns possible devices: 0 is RAM, 1 the first GPU; all if the rule names a missing GPU (see `check`)."""
+        """Returns the devices that may hold a layer: 0 is RAM, 1 is the first GPU. A rule that names a missing GPU
+        allows all devices here, and `check` refuses it."""
         said = self.layers[layer] if self.layers else None
         if said is None or self.missing(gpus, layer, layer + 1):
             return range(len(gpus) + 1)
@@ -106,7 +107,7 @@ class Placement:
         return next((said for said in self.layers[start:end] if said not in known), None)
 
     def check(self, gpus: Sequence[str], start: int, end: int) -> None:
-        """Raises UsageError unless a stage can obey: its first layers are in RAM, the next on GPUs in order."""
+        """Raises UsageError if the rules break a stage's order: layers in RAM first, then those on each GPU in turn."""
         if not gpus:
             return
         missing = self.missing(gpus, start, end)
@@ -127,13 +128,13 @@ class Placement:
                 first_open = layer
 
     def check_obeyed(self, devices: Sequence[DeviceLayers]) -> None:
-        """Raises UsageError for a layer that is not where its rule says, because it shares other layers' KV memory."""
+        """Raises UsageError if a layer is not where its rule says, because the layer shares other layers' KV memory."""
         for part in devices if self.layers else ():
             allowed = (None, RAM) if part.device == "cpu" else (None, ANY_GPU, part.device)
             for layer in range(part.start, part.end):
                 if self.layers[layer] not in allowed:
-                    what = f"layer {layer} on {self.layers[layer]} is not possible beside the others on {part.device}"
-                    raise UsageError(f"placement: {what}: layers that share keys and values are on one device")
+                    what = f"layer {layer} cannot be on {self.layers[layer]} while others are on {part.device}"
+                    raise UsageError(f"placement: {what}: layers that share keys and values must be on one device")
 
 
 NO_RULES = Placement()

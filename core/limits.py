@@ -1,4 +1,4 @@
-"""Limits for the whole program: the version of the arithmetic, sizes of batches and contexts, a stage's capacity."""
+"""Limits for the whole program: the arithmetic's version, sizes of batches and contexts, and a stage's capacity."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llamaclust.core.bounds import Choice, Integer
 from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
 
 NUMERICS_VERSION = 6
-"""The version of the rules in docs/internals/numerics.md; the handshake refuses workers with another version."""
+"""The version of the rules in docs/internals/numerics.md. The handshake refuses workers with another version."""
 
 MAX_SEQUENCES = 1024
 MAX_BATCH_TOKENS = 8192
@@ -29,10 +29,10 @@ MAX_ADAPTER_RANK = 1024
 MAX_ADAPTER_SCALE = 1000.0  # positive or negative
 
 AdapterScales = tuple[tuple[int, float], ...]
-"""Pairs (adapter number, scale) of a sequence's LoRA adapters, in ascending order of number. No scale is 0."""
+"""Pairs (adapter number, scale) for a sequence's LoRA adapters, in ascending order of number. No scale is 0."""
 
 KV_TYPES = ("f16", "q8_0", "int8")
-"""The names of `model.kv_type.KvType`, which `core` may not import."""
+"""The names in `model.kv_type.KvType`, repeated because `core` must not import `model`."""
 
 
 def max_embedded_rows(width: int) -> int:
@@ -41,7 +41,7 @@ def max_embedded_rows(width: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StageLimits:
-    """Bounds of a stage's buffers, fixed when it is loaded. A `run` that exceeds one fails an assertion."""
+    """Bounds of a stage's buffers, fixed when the stage is loaded. A `run` that exceeds one fails an assertion."""
 
     max_batch_tokens: Annotated[int, Integer(1, MAX_BATCH_TOKENS)]
     max_outputs: Annotated[int, Integer(1, MAX_BATCH_TOKENS)]
@@ -62,7 +62,7 @@ class StageLimits:
         return layer_place(start, self.expert_shards), layer_place(end, self.expert_shards)
 
     def gives_up(self, window: int | None) -> bool:
-        """True if layers with this window free the KV blocks that have left it. These layers have their own blocks."""
+        """True if layers with this window free KV blocks that have left the window. Such layers have own blocks."""
         return window is not None and self.window_blocks > 0
 
     def layer_blocks(self, window: int | None) -> int:
@@ -70,7 +70,8 @@ class StageLimits:
 
 
 def layer_place(part: int, expert_shards: int) -> int | float:
-    """Returns the layer at which a part starts: 4.5 is the middle of layer 4's experts. Exact for powers of two."""
+    """Returns the layer at which a part starts. For example, 4.5 is the middle of layer 4's experts. The result is
+    exact if `expert_shards` is a power of two."""
     return part // expert_shards if part % expert_shards == 0 else part / expert_shards
 
 

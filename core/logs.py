@@ -1,4 +1,4 @@
-"""Formats of log lines (text for people, logfmt and JSON for programs) and a parser of these lines."""
+"""Formats log lines as text for people or as logfmt or JSON for programs, and parses such lines."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class LogFormat(StrEnum):
 
 
 class _Fields(logging.Formatter):
-    """Formats a record as one line: time, level, cluster and worker (if known), message, other fields."""
+    """Formats a record as one line: time, level, cluster and worker (if known), message, and other fields."""
 
     def __init__(self, form: LogFormat, where: Mapping[str, str]) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def _quoted(value: object) -> str:
 
 
 class _Memory(logging.Handler):
-    """Keeps the last lines, and the last warning or error of this project's own loggers."""
+    """Keeps the last log lines, and the last warning or error from this project's own loggers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class _Memory(logging.Handler):
 
 
 class FileShortage(logging.Filter):
-    """Replaces tracebacks about exhausted file descriptors by one line with their count every `wait_s` seconds."""
+    """Replaces tracebacks about exhausted file descriptors. One line every `wait_s` seconds counts them instead."""
 
     def __init__(self, log: logging.Logger, wait_s: float = 5.0) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ def last_lines() -> tuple[tuple[str, ...], int]:
 
 
 def read_line(line: str) -> tuple[str, str] | None:
-    """Returns (level in capitals, message) of a log line in any format; None if no logger wrote the line."""
+    """Parses a log line in any format into (level in capitals, message). Returns None if no logger wrote the line."""
     text = _TEXT.fullmatch(line)
     if text is not None:
         return text["level"], text["message"]

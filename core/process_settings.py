@@ -1,4 +1,4 @@
-"""Settings of a process: standard streams, open files, thread switching, garbage collection, priority of a thread."""
+"""Settings of this process: standard streams, open files, thread switching, garbage collection, thread priority."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from threading import get_native_id
 _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 _MANY_FILES = 1 << 16
 _SERVERS = 2
-"""The most servers in one process: one for the API and one for the cluster's members."""
+"""The largest number of servers in one process: one for the API and one for the cluster's members."""
 _SWITCH_INTERVAL_S = 0.0005
 _LOWEST_PRIORITY = 19
 _COLLECT_EVERY = 20_000
@@ -20,7 +20,7 @@ _COLLECT_EVERY = 20_000
 
 
 def open_standard_streams() -> None:
-    """Opens /dev/null for each closed standard stream. Otherwise a file opened later would receive printed text."""
+    """Opens /dev/null for each closed standard stream. Otherwise a file opened later could receive printed text."""
     for descriptor, (name, mode) in enumerate(_STREAMS):
         try:
             os.fstat(descriptor)
@@ -40,23 +40,23 @@ def allow_many_files() -> None:
 
 
 def connections_of_server() -> int:
-    """Returns the most connections of one server. All servers together leave a quarter of the descriptors free."""
+    """Returns one server's connection limit. All servers together leave a quarter of the file descriptors free."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return (_MANY_FILES if files == resource.RLIM_INFINITY else files) * 3 // 4 // _SERVERS
 
 
 def share_interpreter() -> None:
-    """Shortens the time until a waiting thread gets the GIL from 5 ms to 0.5 ms."""
+    """Lets a waiting thread get the GIL after 0.5 ms instead of 5 ms."""
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
 
 def collect_rarely() -> None:
-    """Makes garbage collection rare: it would take a tenth of the start-up time, and few objects are in cycles."""
+    """Makes garbage collection rare, since it takes a tenth of the start-up time and few objects are in cycles."""
     gc.set_threshold(_COLLECT_EVERY)
 
 
 def lower_priority(niceness: int) -> None:
-    """Lowers the priority of the calling thread and of threads that it starts later, where the system allows it."""
+    """Lowers the priority of the calling thread, and of threads that it starts later, if the system allows this."""
     if sys.platform == "linux" and niceness:
         with suppress(OSError):
             thread = os.PRIO_PROCESS, get_native_id()

@@ -16,8 +16,8 @@ _Seconds = Annotated[float, Real(0.0, 3600.0)]
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """The time of a step is stage_s + layers_byte_s * bytes, plus head_s on the last stage. `bytes` counts the weights
-    (only chosen experts) and the KV or recurrent state that the step reads."""
+    """The parts of a step's time, which is stage_s + layers_byte_s * bytes, plus head_s on the last stage. `bytes`
+    counts the weights and the KV or recurrent state that the step reads. Only chosen experts count."""
 
     rows: Annotated[int, Integer(1, 1 << 16)]
     stage_s: _Seconds
@@ -34,7 +34,7 @@ StepTimes = Annotated[tuple[StepTime, ...], Size(0, 16)]
 
 
 def at_rows(times: StepTimes, rows: int) -> StepTime:
-    """Interpolates between measured row counts, or extrapolates outside them. `times` must not be empty."""
+    """Interpolates between measured row counts and extrapolates outside them. `times` must not be empty."""
     if len(times) == 1:
         return times[0]
     index = next((i for i in range(1, len(times) - 1) if rows <= times[i].rows), len(times) - 1)
@@ -43,7 +43,7 @@ def at_rows(times: StepTimes, rows: int) -> StepTime:
 
 @dataclass(frozen=True, slots=True)
 class ProductTime:
-    """The time of a matrix product, per byte of its weights in memory, for weights of one quant type."""
+    """The time of a matrix product per byte of its weights in memory, for weights of one quant type."""
 
     quant_type: Annotated[int, Integer(0, 255)]  # ggml's number
     rows: Annotated[int, Integer(1, 1 << 16)]
@@ -61,8 +61,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
-    """The speed of one device. `isolated` fields were measured while the machine's other workers were idle, other
-    fields while these computed. An empty `isolated` field means that both speeds are equal."""
+    """The speed of one device. `isolated` fields were measured while the machine's other workers were idle. Other
+    fields were measured while those workers computed. An empty `isolated` field means that both speeds are equal."""
 
     read_bytes_s: Rate  # of weights
     int8_macs_s: Rate
@@ -75,10 +75,10 @@ class DeviceProfile:
     def check(self) -> None:
         for times in (self.concurrent, self.isolated):
             if any(time.rows >= later.rows for time, later in pairwise(times)):
-                raise ProtocolError("step times: their rows must ascend")
+                raise ProtocolError("step times must be in ascending order of rows")
         for products in (self.products, self.isolated_products):
             if any(_place(time) >= _place(later) for time, later in pairwise(products)):
-                raise ProtocolError("times of products: types, and rows of each, must ascend")
+                raise ProtocolError("product times must be in ascending order of quant type and rows")
 
     def limits(self, *, concurrent: bool) -> Limits:
         measured = Limits(self.read_bytes_s, self.int8_macs_s)
@@ -93,8 +93,8 @@ class DeviceProfile:
         )
 
     def step_times(self, *, concurrent: bool) -> StepTimes:
-        """Returns the step times on a busy (`concurrent`) or an idle machine. If only products were measured on the
-        idle machine, returns () for it, since products predict better than steps on a busy machine."""
+        """Returns the step times on a busy (`concurrent`) or an idle machine. Returns () if only products were measured
+        on the idle machine, because they predict its speed better than steps on a busy machine."""
         if concurrent or self.isolated:
             return self.concurrent if concurrent else self.isolated
         return () if self.isolated_products else self.concurrent

@@ -1,4 +1,4 @@
-"""Single files, read and written safely: opening never blocks on a pipe, texts are decoded, writes are atomic."""
+"""Reads and writes single files safely: opening never blocks on a pipe, texts are decoded, and writes are atomic."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _JSON_BYTES = 16 << 20
-"""The largest JSON file; measured profiles take a few KiB a machine."""
+"""The size of the largest accepted JSON file. Measured profiles take a few KiB for each machine."""
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 
 
 def decode_text(data: bytes) -> str:
-    """Decodes UTF-8, or UTF-16 with a byte-order mark; drops the mark. Raises ValueError with the place."""
+    """Decodes UTF-8, or UTF-16 with a byte-order mark, and drops the mark. Raises a ValueError that names the place."""
     mark, encoding = next(((mark, encoding) for mark, encoding in _MARKS if data.startswith(mark)), (b"", "utf-8"))
     try:
         text = data[len(mark) :].decode(encoding)
@@ -34,7 +34,7 @@ def decode_text(data: bytes) -> str:
 
 
 def read_given(path: Path, most_bytes: int) -> bytes:
-    """Reads up to `most_bytes` of a file, or of a pipe such as `<(...)`. Raises OSError for a pipe without a writer."""
+    """Reads up to `most_bytes` from a file, or from a pipe such as `<(...)`. Raises OSError if a pipe has no writer."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         first = b""
@@ -47,11 +47,11 @@ def read_given(path: Path, most_bytes: int) -> bytes:
 
 
 class NotRegularError(OSError):
-    """The path is a directory, a pipe, a device or the like instead of a file."""
+    """The path is not a regular file, but a directory, a pipe or a device, for example."""
 
 
 def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Opens a regular file, or creates it with mode 0600. Raises OSError; never waits for a pipe's writer."""
+    """Opens a regular file, or creates it with mode 0600. Raises OSError. Never waits for a pipe's writer."""
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
@@ -63,7 +63,7 @@ def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def open_regular(path: Path, *, follows_links: bool = True, is_writable: bool = False) -> BinaryIO:
-    """Raises OSError if the file cannot be opened, is not regular, or is a link although `follows_links` is False."""
+    """Opens a regular file. Raises OSError for any other file, and for a link if `follows_links` is False."""
     flags = (os.O_RDWR if is_writable else os.O_RDONLY) | (0 if follows_links else os.O_NOFOLLOW)
     file: BinaryIO = os.fdopen(open_descriptor(path, flags), "r+b" if is_writable else "rb")
     return file
@@ -78,7 +78,7 @@ def read_bytes(path: Path, most_bytes: int, *, follows_links: bool = True) -> by
 
 
 def file_version(path: Path) -> tuple[int, ...]:
-    """Returns numbers that change whenever the file changes; () if there is no file."""
+    """Returns numbers that change whenever the file changes. Returns () if there is no file."""
     try:
         found = path.stat()
     except OSError:
@@ -98,7 +98,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
-    """Writes a file of mode 0600 atomically; `is_synced`: it survives a power failure. OSError leaves nothing."""
+    """Writes a file of mode 0600 atomically. If `is_synced`, it survives power failures. Errors leave no file."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:
@@ -129,7 +129,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def take_lock(file: BinaryIO | int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Locks a file without waiting. Returns False if another process, or another descriptor here, holds the lock."""
+    """Locks a file without waiting. Returns False if another process or another descriptor holds the lock."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:

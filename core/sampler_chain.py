@@ -1,4 +1,4 @@
-"""Samplers that requests name explicitly, and the order of all samplers (rules: docs/internals/numerics.md)."""
+"""Samplers that a request names explicitly, and the order of all samplers (rules: docs/internals/numerics.md)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SamplerName(StrEnum):
 
 
 SAMPLERS = tuple(SamplerName)
-"""All samplers; a sampler's index is its number on the wire and in kernels."""
+"""All samplers. A sampler's index is its number in messages and in kernels."""
 
 PLAIN_ORDER = (SamplerName.PENALTIES, SamplerName.TOP_K, SamplerName.TOP_P, SamplerName.MIN_P, SamplerName.TEMPERATURE)
 """The order of samplers for a request without a chain. A chain with this order gives the same tokens."""
@@ -37,34 +37,38 @@ class SamplerChain:
     top_n_sigma: float = number(
         (-1.0, 100.0),
         -1.0,
-        "Keeps tokens whose logits are within this many standard deviations of the highest; 0 or less: all.",
+        "Keeps tokens whose logits are within this many standard deviations of the highest; 0 or less keeps all.",
     )
     tfs_z: float = number(
         (0.0, 1.0),
         1.0,
-        "Tail-free sampling: keeps the most probable tokens up to where the probability curve is flat; 1: all.",
+        "Tail-free sampling: keeps the most probable tokens up to where the probability curve is flat; 1 keeps all.",
         "Z",
     )
     typical_p: float = number(
         (0.0, 1.0),
         1.0,
-        "Typical sampling: keeps the tokens of most average surprise, up to this cumulative probability; 1: all.",
+        "Typical sampling: keeps the tokens with the most average surprise, up to this total probability; 1 keeps all.",
         "P",
     )
     xtc_probability: float = number(
         (0.0, 1.0),
         0.0,
-        "XTC: how often all tokens above the threshold except the least probable of them are removed; 0: never.",
+        "XTC: how often it removes all tokens above the threshold except the least probable of them; 0 for never.",
         "P",
         gguf="xtc_probability",
     )
     xtc_threshold: float = number(
-        (0.0, 1.0), 0.1, "Probability from which XTC removes tokens; above 0.5: none.", "P", gguf="xtc_threshold"
+        (0.0, 1.0),
+        0.1,
+        "Probability from which XTC removes tokens; above 0.5, it removes none.",
+        "P",
+        gguf="xtc_threshold",
     )
     dynatemp_range: float = number(
         (0.0, 100.0),
         0.0,
-        "Dynamic temperature: from temperature - range to temperature + range, by the entropy; 0: off.",
+        "Dynamic temperature: from temperature - range to temperature + range, by the entropy; 0 for off.",
     )
     dynatemp_exponent: float = number(
         (0.0, 100.0), 1.0, "Exponent of entropy / maximum entropy in the dynamic temperature."
@@ -72,14 +76,14 @@ class SamplerChain:
     dry_multiplier: float = number(
         (0.0, MAX_PENALTY),
         0.0,
-        "DRY: subtracts multiplier * base ^ (length - allowed length) from tokens that extend a repetition; 0: off.",
+        "DRY: subtracts multiplier * base ^ (length - allowed length) from tokens that extend a repetition; 0 for off.",
     )
     dry_base: float = number((1.0, MAX_PENALTY), 1.75, "Base of DRY's penalty.")
     dry_allowed_length: int = number((1, MAX_CONTEXT_TOKENS), 2, "Shorter repetitions are not penalized.", "N")
     mirostat: int = number(
         (0, 2),
         0,
-        "Mirostat of version 1 or 2, with which only penalties, DRY and temperature of the others apply; 0: off.",
+        "Mirostat version (1 or 2), which disables other samplers except penalties, DRY and temperature; 0 for off.",
         "N",
         gguf="mirostat",
     )

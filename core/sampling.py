@@ -1,4 +1,4 @@
-"""Parameters of sampling and scoring, the grammar that an answer obeys, and the result of one row of logits."""
+"""Parameters of sampling and scoring, the grammar of an answer, and the result for one row of logits."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ if TYPE_CHECKING:  # clients do not wait for it
 NOT_FINITE = "the logits are not finite numbers"
 
 AllowedTokens: TypeAlias = "NDArray[np.uint32]"
-"""One bit per token, lowest bit first, set if a grammar allows the token. Shape: [vocabulary / 32, rounded up]."""
+"""One bit for each token, lowest bit first. A set bit allows the token. Shape: [vocabulary / 32, rounded up]."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Sampling parameters, with greedy defaults. docs/internals/numerics.md states the order of the steps."""
+    """Sampling parameters. The defaults are greedy. docs/internals/numerics.md states the order of the steps."""
 
     temperature: float = number(
         (0.0, 100.0),
         1.0,
-        "Sampling temperature, which divides the logits; 0: greedy.",
+        "Sampling temperature, which divides the logits; 0 for greedy.",
         neutral=0.0,
         llamacpp=0.8,
         ollama=0.8,
@@ -49,7 +49,7 @@ class SamplingParams:
     top_k: int = number(
         (0, MAX_TOP_K),
         0,
-        "Keeps only this many of the most probable tokens; 0: all.",
+        "Keeps only this many of the most probable tokens; 0 keeps all.",
         "N",
         llamacpp=40,
         ollama=40,
@@ -58,7 +58,7 @@ class SamplingParams:
     top_p: float = number(
         (0.0, 1.0),
         1.0,
-        "Keeps the most probable tokens up to this cumulative probability; 1: all.",
+        "Keeps the most probable tokens up to this cumulative probability; 1 keeps all.",
         "P",
         llamacpp=0.95,
         ollama=0.9,
@@ -67,7 +67,7 @@ class SamplingParams:
     min_p: float = number(
         (0.0, 1.0),
         0.0,
-        "Keeps tokens with at least this fraction of the top token's probability; 0: all.",
+        "Keeps tokens with at least this fraction of the top token's probability; 0 keeps all.",
         "P",
         llamacpp=0.05,
         gguf="min_p",
@@ -75,16 +75,16 @@ class SamplingParams:
     repetition_penalty: float = number(
         (1 / MAX_PENALTY, MAX_PENALTY),
         1.0,
-        "Divides positive and multiplies negative logits of tokens that occurred; 1: off.",
+        "Divides positive and multiplies negative logits of tokens that occurred; 1 for off.",
         ollama=1.1,
         llamacpp_name="repeat_penalty",
         gguf="penalty_repeat",
     )
     frequency_penalty: float = number(
-        (-MAX_PENALTY, MAX_PENALTY), 0.0, "Subtracted from a token's logit for each time it occurred; 0: off."
+        (-MAX_PENALTY, MAX_PENALTY), 0.0, "Subtracted from a token's logit for each time it occurred; 0 for off."
     )
     presence_penalty: float = number(
-        (-MAX_PENALTY, MAX_PENALTY), 0.0, "Subtracted from a token's logit if it occurred; 0: off."
+        (-MAX_PENALTY, MAX_PENALTY), 0.0, "Subtracted from a token's logit if it occurred; 0 for off."
     )
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit), ids ascending
     chain: SamplerChain | None = None  # more samplers, or another order
@@ -95,7 +95,7 @@ class SamplingParams:
 
     @property
     def needs_state(self) -> bool:
-        """True if a choice depends on more than earlier tokens: Mirostat needs the last result's mu."""
+        """Returns whether a choice depends on more than earlier tokens. Mirostat needs the last result's mu."""
         return self.chain is not None and self.chain.mirostat != 0
 
     @property
@@ -108,30 +108,32 @@ PARAMS: Final = rows_of(SamplingParams)
 
 @dataclass(frozen=True, slots=True)
 class _Windows:
-    """The number of last tokens that penalties count and that DRY searches; -1 means all."""
+    """The number of last tokens that penalties count, and the number that DRY searches. -1 means all tokens."""
 
     repeat_last_n: int = number(
         (-1, MAX_CONTEXT_TOKENS),
         -1,
-        "Last tokens, of prompt and answer together, that penalties count; -1: all.",
+        "Number of last tokens, in prompt and answer together, that penalties count; -1 for all.",
         "N",
         llamacpp=64,
         ollama=64,
         gguf="penalty_last_n",
     )
-    dry_penalty_last_n: int = number((-1, MAX_CONTEXT_TOKENS), -1, "Last tokens that DRY examines; -1: all.", "N")
+    dry_penalty_last_n: int = number(
+        (-1, MAX_CONTEXT_TOKENS), -1, "Number of last tokens that DRY examines; -1 for all.", "N"
+    )
 
 
 SAMPLING_TABLE: Final[Mapping[str, SamplingField]] = {**PARAMS, **rows_of(_Windows), **CHAIN}
-"""All numeric sampling parameters of a request, under OpenAI's names, or else vLLM's or llama.cpp's."""
+"""All numeric sampling parameters of a request. Their names are OpenAI's, or else vLLM's or llama.cpp's."""
 
 MAIN_NUMBERS: Final = ("temperature", "top_k", "top_p", "min_p")
-"""The parameters that a chat always shows, with the defaults of llama.cpp."""
+"""The parameters that a chat always shows. Their defaults are llama.cpp's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A grammar as JSON of llguidance, for the whole answer or, with `triggers`, from the first trigger on."""
+    """A grammar in llguidance's JSON. It covers the whole answer or, with `triggers`, the text from the first on."""
 
     definition: str
     triggers: tuple[str, ...] = ()
@@ -143,7 +145,8 @@ Tags: TypeAlias = tuple[Annotated[str, Text(1, MAX_TRIGGER_BYTES)], ...]
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """Reasoning is the text from a tag of `begins` to the next of `ends`; after `budget` tokens, `forced` ends it."""
+    """Tags around reasoning text. Any of `begins` opens it, and any of `ends` closes it. After `budget` tokens of
+    reasoning, the tokens in `forced` end it."""
 
     begins: Annotated[Tags, Size(1, MAX_TRIGGERS)]
     ends: Annotated[Tags, Size(1, MAX_TRIGGERS)]
@@ -158,7 +161,7 @@ class Reasoning:
 
 @dataclass(frozen=True, slots=True)
 class MatcherStart:
-    """The values from which the last stage makes an answer's matcher. They alone determine the matcher's state."""
+    """The values from which the last stage creates an answer's matcher. They alone determine the matcher's state."""
 
     key: int  # of the answer, within an epoch
     grammar: Grammar | None
@@ -194,7 +197,7 @@ class SampleTask:
     matcher: MatcherRow | None = None  # of an answer with a grammar or a budget of reasoning
 
     def next(self) -> SampleTask:
-        """Returns the task of the chunk's next row, whose input is a drafted token."""
+        """Returns the task for the chunk's next row, whose input is a drafted token."""
         matcher = None if self.matcher is None else replace(self.matcher, position=self.matcher.position + 1)
         return SampleTask(
             self.params,
@@ -219,7 +222,7 @@ class SampleTask:
 
 @dataclass(frozen=True, slots=True)
 class ScoreTask:
-    """The request for the logprob of a given token after an output row (perplexity, echo)."""
+    """Requests the logprob of a given token after an output row, for perplexity or echo."""
 
     token: int
     top_logprobs: int = 0
@@ -232,12 +235,12 @@ _SECOND_DRAW = 1 << 31
 
 
 def second_draw(task: RowTask) -> RowTask:
-    """Returns the same task with an independent random draw, for a row whose first token the grammar refused."""
+    """Returns the task with an independent random draw. It serves a row whose first token the grammar refused."""
     return replace(task, choice=task.choice + _SECOND_DRAW) if isinstance(task, SampleTask) else task
 
 
 class TopLogprobs(Sequence[tuple[int, float]]):
-    """Pairs (token, float32 logprob), best first. They are packed bytes, because a long answer has a million."""
+    """Pairs (token, float32 logprob), best first. They are packed bytes, since a long answer has a million pairs."""
 
     __slots__ = ("packed",)
     _PAIR: Final = struct.Struct("=if")
@@ -276,7 +279,7 @@ class TopLogprobs(Sequence[tuple[int, float]]):
 
 @dataclass(frozen=True, slots=True)
 class RowResult:
-    """A chosen or scored token. Logprobs are float32 values of the log-softmax of the raw logits."""
+    """A chosen or scored token. Logprobs are float32 log-softmax values of the raw logits."""
 
     token: int
     logprob: float

@@ -1,4 +1,4 @@
-"""Bounds of sampling parameters, and the type of the rows of the sampling table."""
+"""Bounds of sampling parameters, and the type of a row in the sampling table."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Dialect(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingField:
-    """A row of the sampling table. It describes one numeric parameter of a request."""
+    """A row of the sampling table, which describes one numeric parameter of a request."""
 
     low: float
     high: float

@@ -1,4 +1,4 @@
-"""Formats sizes in messages as whole MiB: needed memory is rounded up, free memory down."""
+"""Formats sizes in messages as whole MiB. Needed memory is rounded up, and free memory is rounded down."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def mib(size_bytes: float) -> int:
 
 
 def gigabytes(size_bytes: int) -> str:
-    """Formats a file's size as hubs show it: '4.9 GB', '98 MB'."""
+    """Formats a file's size as model hubs show it, for example '4.9 GB' or '98 MB'."""
     return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"
 
 
 def needed(parts: Mapping[str, int]) -> str:
-    """Formats named sizes in bytes: '12 MiB (weights 8, KV memory 4)'."""
+    """Formats named sizes in bytes, for example '12 MiB (weights 8, KV memory 4)'."""
     return f"{mib(sum(parts.values()))} MiB ({', '.join(f'{name} {mib(size)}' for name, size in parts.items())})"
 
 

@@ -1,4 +1,4 @@
-"""This machine: addresses of its network interfaces, identity, processes, and the clock since boot."""
+"""This machine: its network addresses, its identity, its processes, and the clock since boot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from llamaclust.core.addresses import ANYWHERE, is_link_local, is_loopback
 
 _START = 19
-"""The index of the start time, field 22 of /proc/PID/stat, in the list that `process_fields` returns."""
+"""The index of the start time in the list that `process_fields` returns. The time is field 22 of /proc/PID/stat."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _IPV6_ADDRESSES = Path("/proc/thread-self/net/if_inet6")
 _PASSING = 0x01 | 0x08 | 0x20 | 0x40
@@ -27,7 +27,7 @@ _VIRTUAL = re.compile(
     r"(docker|podman|virbr|lxcbr|lxdbr|incusbr|vnet|veth|cni|flannel|cali|vxlan|kube|tun|tap|utun|wg|tailscale|zt"
     r"|nebula|ipsec|gre|sit|ip6tnl|vmnet|vboxnet|dummy)[0-9a-z._-]*|br-[0-9a-f]{12}"
 )
-"""Names of interfaces of container bridges and tunnels, through which other machines cannot reach this one."""
+"""Interface names of container bridges and tunnels. Other machines cannot reach this machine through them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +42,12 @@ class InterfaceAddress:
 
     @property
     def rank(self) -> tuple[bool, bool, bool, bool]:
-        """A sort key. Addresses that other machines more probably reach come first."""
+        """A sort key. Addresses that other machines are more likely to reach come first."""
         return is_loopback(self.host), self.is_virtual, not self.is_default, ":" in self.host
 
 
 def interface_addresses() -> list[InterfaceAddress]:
-    """Returns the lasting addresses without link-local ones (fe80::/10), the most probably reachable ones first."""
+    """Returns the lasting addresses except link-local ones (fe80::/10). Addresses are sorted by `rank`."""
     import ifaddr  # only here: its import takes as long as a command's own
 
     default, passing = {source_host(host, family) for host, family in _ELSEWHERE}, _passing_hosts()
@@ -65,7 +65,7 @@ def own_addresses() -> list[str]:
 
 
 def network_addresses() -> list[str]:
-    """Returns the hosts by which other machines probably reach this one, or else its best addresses."""
+    """Returns the hosts by which other machines probably reach this machine, or else its best addresses."""
     return list(dict.fromkeys(address.host for address in _of_networks(interface_addresses())))
 
 
@@ -82,12 +82,12 @@ def _of_networks(addresses: list[InterfaceAddress]) -> list[InterfaceAddress]:
 
 
 def reachable_host(host: str) -> str:
-    """Returns the host by which others reach a listener at `host`. A wildcard becomes this machine's best address."""
+    """Returns the host by which others reach a listener on `host`. A wildcard becomes this machine's best address."""
     return next(iter(own_addresses()), host) if host in ANYWHERE else host
 
 
 def source_host(host: str, family: socket.AddressFamily, port: int = 9) -> str | None:
-    """Returns this machine's lasting source address for packets to a host; None without a route."""
+    """Returns the lasting source address of packets from this machine to a host, or None if there is no route."""
     with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
         if family == socket.AF_INET6:
             with suppress(OSError):  # not Linux
@@ -111,7 +111,7 @@ def _ipv6_flags() -> Iterator[tuple[str, int]]:
 
 @cache
 def machine_id() -> str:
-    """Returns an id that all processes of this machine share until a reboot. Machines may share a host name."""
+    """Returns an id that all processes on this machine share until a reboot. Host names need not be unique."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:
@@ -123,7 +123,7 @@ def boot_s() -> float:
 
 
 def process_fields(pid: int | str) -> list[str]:
-    """Returns the fields of /proc/PID/stat that follow the process's name; [] if there is no such process."""
+    """Returns the fields of /proc/PID/stat after the process's name. Returns [] if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
@@ -131,6 +131,6 @@ def process_fields(pid: int | str) -> list[str]:
 
 
 def start_ticks(pid: int) -> int | None:
-    """Returns a process's start in clock ticks after boot, which tells reused pids apart; None if it has ended."""
+    """Returns when a process started, in clock ticks after boot, to tell reused pids apart. None if it has ended."""
     fields = process_fields(pid)
     return int(fields[_START]) if fields else None

@@ -1,4 +1,4 @@
-"""Kernels: the arithmetic of a program's steps and of quant types, with one folder per backend."""
+"""Kernels: the arithmetic of a program's steps and of quant types. Each backend has a folder."""
 
 from pathlib import Path
 

@@ -21,15 +21,15 @@ Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
 Progress = Callable[[int], None]
-"""Receives the number of weight bytes loaded since its last call. It is called on the loading thread."""
+"""Receives the number of weight bytes that were loaded since the last call. The loading thread calls it."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchStates:
-    """The state blocks of a batch's sequences. The first row of sequence s reads block before[s], unless its position
-    is 0. For each i in starts[s] .. starts[s + 1], the state after row rows[i] is written to blocks[i]: checkpoints,
-    from which other sequences may start, and last the state after the sequence's last row. No two sequences of a batch
-    share a block that one of them writes."""
+    """The state blocks of a batch's sequences. Sequence s starts from the state in block before[s], unless its first
+    row is at position 0. For each i in starts[s] .. starts[s + 1], the state after row rows[i] is written to blocks[i].
+    These states are checkpoints, from which other sequences may start, and at the end the state after the sequence's
+    last row. If one sequence writes a block, no other sequence in the batch uses the block."""
 
     before: Int32  # [sequences] block ids, -1 where no state is read
     starts: Int32  # [sequences + 1]
@@ -39,7 +39,7 @@ class BatchStates:
 
 @dataclass(frozen=True, slots=True)
 class GivenRows:
-    """Rows that `ir.GivenRows` reads, such as those of an image: one part for each level."""
+    """Rows that `ir.GivenRows` reads, such as an image's rows. They have one part for each level."""
 
     rows: Int32  # [given] ascending row numbers
     values: Float32  # [given, levels * width]
@@ -51,10 +51,10 @@ class Batch:
 
     Rows sequence_starts[s] .. sequence_starts[s + 1] belong to sequence s, at ascending, consecutive positions.
     Position p of sequence s is in KV block block_tables[table_starts[s] + p // KV_BLOCK_TOKENS]. Layers with a window
-    and KV blocks of their own use window_tables, at the same index; -1: no row of the batch uses the block.
+    and their own KV blocks use window_tables at the same index. It is -1 if no row of the batch uses the block.
 
-    Rows of a sequence with equal `groups` are adjacent, all in this batch, at positions [start, end) of the group. A
-    row in no group is one of its own. Steps that merge rows take a whole number of rows from each sequence."""
+    Rows of a sequence that have equal `groups` are adjacent and all in this batch, at the group's positions [start,
+    end). A row in no group is a group alone. Steps that merge rows need whole numbers of rows from each sequence."""
 
     tokens: Int32  # [rows] token ids; read by a first stage only
     positions: Int32  # [rows]
@@ -76,14 +76,14 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class RankedLogits:
-    """The logits of the last run, which stay on a GPU. Most tokens are sampled from a short record of each row."""
+    """The last run's logits, which stay on a GPU. A short record for each row is enough to sample most tokens."""
 
     records: NDArray[np.int64]  # [outputs, words], see cpu/native/sampler/ranked.h
     rows: Callable[[Sequence[int]], Float32]
-    """Copies the logits of these rows to the host, [rows, vocabulary]: a view that the next call overwrites."""
+    """Copies the logits of these rows to the host, [rows, vocabulary]. The next call overwrites the result."""
     totals: Callable[[Sequence[float]], NDArray[np.int64]]
-    """Sums the sampling weights of each output's logits in parts, [outputs, parts]. It takes one divisor (temperature)
-    per output; an output with divisor 0 is skipped. The result is a view that the next call overwrites."""
+    """Sums each output's sampling weights in parts, [outputs, parts]. The arguments are the outputs' divisors
+    (temperatures). An output with divisor 0 is skipped. The result is a view that the next call overwrites."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -101,14 +101,14 @@ class Stage(Protocol):
 
     @property
     def weights(self) -> object:
-        """A reference that keeps the weights in memory, even after `close`."""
+        """A reference that keeps the weights in memory even after `close`."""
 
     def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
         """Computes the batch. `hidden` [rows, embedding] is None for a first stage. Returns the hidden state [rows,
-        embedding] or, of a last stage, logits [outputs, vocabulary], as a view that the next `run` overwrites."""
+        embedding] or, from a last stage, logits [outputs, vocabulary]. The next `run` overwrites the result."""
 
     def normed(self, rows: Int32) -> Float32:
-        """Copies the normed hidden state of rows of a last stage's last `run`, [len(rows), embedding]."""
+        """Copies the normed hidden state of these rows from a last stage's last `run`, [len(rows), embedding]."""
 
     def close(self) -> None:
         """Frees weights and KV memory. The stage must not run again."""
@@ -126,7 +126,7 @@ class RanksLogits(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CacheCounts:
-    """The counts of an experts cache. An expert counts once per microbatch, however many rows use it."""
+    """The counts of an experts cache. In each microbatch an expert counts once, however many rows use it."""
 
     hits: int = 0
     misses: int = 0
@@ -140,10 +140,10 @@ class CacheCounts:
 
 @runtime_checkable
 class KvInRam(Protocol):
-    """A stage whose KV memory is in RAM, and whose layers release no blocks that leave their windows."""
+    """A stage with its KV memory in RAM. Its layers never release the blocks that have left their windows."""
 
     def kv_layers(self) -> tuple[tuple[NDArray[np.uint8], ...], ...]:
-        """Returns each layer's KV memory and states as arrays [KV blocks, bytes], which stay valid after `close`."""
+        """Returns each layer's KV memory and states as arrays [KV blocks, bytes]. They stay valid after `close`."""
 
 
 @runtime_checkable
@@ -154,12 +154,12 @@ class RunsFrames(Protocol):
 @runtime_checkable
 class GathersRows(Protocol):
     def gather_by(self, gatherer: Gatherer) -> None:
-        """Sets the gatherer that later runs use. An error of the gatherer ends the run."""
+        """Sets the gatherer for later runs. An error in the gatherer ends the run."""
 
 
 Experts = Callable[[int, Float32], Float32 | None]
-"""Computes exchange `number`, counted in the order of steps, from rows [rows, sum of widths] of the buffers that it
-reads. Returns the result [rows, width], which the next call overwrites, or None if the result is in place already."""
+"""Computes exchange `number`, counted in the order of steps. The input has the buffers that the exchange reads, as
+[rows, sum of widths]. Returns the result [rows, width], which the next call overwrites, or None if it is in place."""
 
 
 class ExchangingStage(Stage, Protocol):
@@ -172,7 +172,7 @@ class ExchangingStage(Stage, Protocol):
 
 
 class ExpertsStage(Protocol):
-    """Loaded experts. They compute one mixture at a time."""
+    """Loaded experts, which compute one mixture at a time."""
 
     weight_bytes: int
     workspace_bytes: int
@@ -202,12 +202,12 @@ class ExpertsCache(Protocol):
     def counts(self) -> CacheCounts: ...
 
     def step(self) -> AbstractContextManager[None]:
-        """Keeps the experts that a run uses cached until it ends. Raises DeviceLostError if a copy lost the device."""
+        """Keeps a run's experts in the cache until the run ends. Raises DeviceLostError if a copy lost the device."""
 
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32 | None: ...
 
     def settle(self, timeout_s: float) -> bool:
-        """Waits until all wanted experts are cached. Returns False if `timeout_s` was too short."""
+        """Waits until all wanted experts are cached. Returns False if this takes longer than `timeout_s`."""
 
     def close(self) -> None:
         """Waits for a run in progress. Later runs compute without the cache."""
@@ -221,10 +221,10 @@ class Backend(Protocol):
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> Stage: ...
 
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
-        """Returns the weight bytes that are already loaded for other stages: `load` takes no more memory for them."""
+        """Returns the size of weights that other stages have already loaded, for which `load` takes no more memory."""
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-        """Returns the bytes of a stage except weights and KV memory. Raises the errors of `load`; reads no weights."""
+        """Returns a stage's memory except weights and KV memory. Raises the errors of `load`, but reads no weights."""
 
 
 @runtime_checkable
@@ -238,8 +238,8 @@ class SharesKv(Protocol):
 @runtime_checkable
 class HasThreads(Protocol):
     def apart(self, niceness: int = 0) -> Backend:
-        """Returns a backend that has threads of its own and shares the loaded weights. `niceness` lowers the priority
-        of these threads. The caller of `run` is another thread, which keeps its priority."""
+        """Returns a backend with its own threads, which shares the loaded weights. `niceness` lowers the threads'
+        priority. The thread that calls `run` is not one of them and keeps its priority."""
 
 
 class ExchangingBackend(Backend, Protocol):
@@ -263,16 +263,16 @@ class ExpertsBackend(Backend, Protocol):
     def load_experts(
         self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress, lines: int = 0
     ) -> ExpertsStage:
-        """Loads a program of `split_experts.experts_of`. `lines` is the most lines of `route` and `run_lines`."""
+        """Loads a program from `split_experts.experts_of`. `lines` is the line limit of `route` and `run_lines`."""
 
     def experts_workspace_bytes(
         self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, lines: int = 0
     ) -> int:
-        """Returns the bytes that loaded experts take in addition to their weights."""
+        """Returns the memory that loaded experts take in addition to their weights, in bytes."""
 
 
 def kv_bytes(program: Program, limits: StageLimits) -> int:
-    """Returns the bytes of KV memory and states, without the padding that a GPU adds between layers."""
+    """Returns the size of KV memory and states in bytes, without the padding that a GPU adds between layers."""
     states = sum(kept.n_bytes for kept in program.states) * (limits.state_blocks or limits.kv_blocks)
     return states + sum(
         KV_BLOCK_TOKENS * kept.kv_token_bytes * limits.layer_blocks(kept.window) for kept in program.kv_layers

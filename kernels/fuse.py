@@ -1,4 +1,4 @@
-"""Fusion for every backend: groups products of the same input, and joins rotations with the attention after them."""
+"""Fusion for every backend: groups products of one input, and joins rotations with the attention after them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llamaclust.model import program as ir
 
 @dataclass(frozen=True, slots=True)
 class Products:
-    """Matrix products of the same x, which is quantized once. The threads synchronize once."""
+    """Matrix products with the same x, which is quantized once. The threads synchronize once."""
 
     x: ir.Buffer
     steps: tuple[ir.MatMul, ...]
@@ -94,7 +94,7 @@ def _adapts(steps: Sequence[ir.Step]) -> tuple[ir.Adapt, ...]:
 
 
 def _attend(program: ir.Program, at: int) -> Attend | None:
-    """Returns the attention that begins at `at` with any rotations of its q and k, or None if others read these."""
+    """Returns the attention at `at` and the rotations of its q and k. Returns None if other steps read these."""
     ropes: dict[str, ir.Rope] = {}
     step = program.steps[at]
     while isinstance(step, ir.Rope):
@@ -117,7 +117,7 @@ def _attend(program: ir.Program, at: int) -> Attend | None:
 
 
 def is_read(program: ir.Program, at: int, name: str) -> bool:
-    """True if a step from `at` on, or the program's result, reads the buffer's present content."""
+    """Returns whether a step from `at` on, or the program's result, reads the buffer's present content."""
     for step in program.steps[at:]:
         if any(buffer.name == name for buffer in step.reads):
             return True

@@ -23,9 +23,8 @@ _PACKED = (ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 
 
 def band_borders(program: ir.Program, rows: int, most: int) -> list[int]:
-    """Returns the borders of at most `most` bands, into which the native executor divides a run of `rows`. Until output
-    rows are selected, each band has its own gathers. The first band has two thirds of the rows of another one. Runs
-    whose batches have groups are one band: `most` is 1 then."""
+    """Returns the borders of up to `most` bands, into which the native executor divides rows. Each band gathers
+    separately until output rows are selected. The first band has two thirds of another's rows. Groups get one."""
     before = takewhile(lambda step: not isinstance(step, ir.SelectRows), program.steps)
     is_whole = rows < LEAST_BANDED_ROWS or program.states or not program.is_causal
     if is_whole or not any(isinstance(step, ir.Gather) for step in before):
@@ -44,7 +43,7 @@ def borders_in(step: ir.Gather, width: int) -> list[int]:
 
 
 def finite_members(step: ir.Gather, whole: Float32) -> list[bool]:
-    """Returns for each member whether its columns [rows, width] are finite. The scales of int8 values show this."""
+    """Returns for each member whether its columns [rows, width] are finite. For int8 values, the scales show this."""
     form = next((form for form in _PACKED if packed_width(step.borders[-1], form) == whole.shape[1]), None)
     borders = borders_in(step, whole.shape[1])
     if form is not None:
@@ -55,7 +54,7 @@ def finite_members(step: ir.Gather, whole: Float32) -> list[bool]:
 
 
 def packed_width(columns: int, form: ActivationFormat) -> int:
-    """Returns the number of floats that hold the int8 values and scales of `columns` columns."""
+    """Returns how many floats hold the int8 values and scales of `columns` columns."""
     return columns // _INT8_OF_FLOAT + columns // form.value
 
 

@@ -1,4 +1,4 @@
-"""The layers of one stage on several devices of a worker. The backends compute their layers in turn."""
+"""One stage's layers on several devices of a worker. The backends compute their layers one after another."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class BackendLayers:
 
 
 class MultiDeviceBackend:
-    """Joins `parts`, in the order of their layers, to one backend. Each part has the KV memory of its layers."""
+    """Joins `parts`, in the order of their layers, into one backend. Each part has the KV memory of its own layers."""
 
     def __init__(self, parts: Sequence[BackendLayers]) -> None:
         assert parts and all(part.end == after.start for part, after in pairwise(parts)), parts
@@ -114,7 +114,7 @@ class MultiDeviceStage:
             first += sum(isinstance(step, Gather) for step in program.steps)
 
     def _numbered(self, gatherer: Gatherer, first: int, program: Program) -> PythonGatherer:
-        """Continues the numbers of gathers from part to part. All members of a group must number them alike."""
+        """Continues the numbers of gathers from part to part. All members of a group must number gathers alike."""
         gathers = [step for step in program.steps if isinstance(step, Gather)]
 
         def gather(number: int, own: Float32, whole: Float32) -> None:
@@ -135,7 +135,7 @@ class MultiDeviceStage:
 
 def layers_of(program: Program, start: int, end: int) -> Program:
     """Returns the steps of layers [start, end). A layer begins with the first step that names it. The embedding belongs
-    to the first layer, and the head to the last. Channels for later layers follow the hidden state."""
+    to the first layer and the head to the last layer. Channels for later layers follow the hidden state."""
     assert program.start <= start < end <= program.end, (start, end)
     bounds = {program.start: 0, program.end: len(program.steps)}
     for at, step in enumerate(program.steps):
@@ -155,7 +155,7 @@ def layers_of(program: Program, start: int, end: int) -> Program:
 
 @dataclass(frozen=True, slots=True)
 class _Carried:
-    """The rows that go from layer to layer: the hidden state, then the channels of `further` from `start` on. Each
+    """The rows that go from layer to layer: the hidden state, and then the channels of `further` from `start` on. Each
     layer reads a slice of these channels."""
 
     hidden: Buffer
@@ -164,7 +164,7 @@ class _Carried:
 
     @classmethod
     def at(cls, program: Program, at: int) -> _Carried | None:
-        """Returns the input of the steps from `at` on, or None if they read only the hidden state."""
+        """Returns the input of the steps from `at` on, or None if these steps read only the hidden state."""
         whole, slices, written = set[Buffer](), dict[Buffer, int](), set[str]()  # slices: where the first one begins
         for step in program.steps[at:]:
             for buffer in step.reads:

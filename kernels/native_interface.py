@@ -1,4 +1,4 @@
-"""Checks that the compiled module has what its stub declares. An older build would fail later, at a missing name."""
+"""Checks that the compiled module has all that its stub declares. Older builds would fail later, at a missing name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_TOLD = 3
 
 
 def check_interface(module: ModuleType, stub: Path) -> None:
-    """Raises LlamaclustError for missing functions, classes or methods. Does nothing if there is no stub."""
+    """Raises LlamaclustError if functions, classes or methods are missing. Does nothing if there is no stub."""
     if not stub.is_file():
         return
     if missing := [*_missing(module, stub.read_text())]:

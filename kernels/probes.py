@@ -7,19 +7,19 @@ from llamaclust.kernels import _native
 
 
 class ReadProbe:
-    """Measures the read bandwidth of `threads` threads over 16 times the last-level cache, at most 1 GiB. Raises
-    ValueError outside 1..1024 threads."""
+    """Measures the read bandwidth of `threads` threads over 16 times the last-level cache, but at most 1 GiB. Raises
+    ValueError unless there are 1 to 1024 threads."""
 
     def __init__(self, threads: int) -> None:
         self._probe = _native.ReadProbe(threads, 16)
 
     def measure(self, seconds: float = 0.3) -> float:
-        """Returns GB/s, the median of several reads in the fastest pattern. Raises ValueError outside 0..60 seconds."""
+        """Returns the median of several reads in the fastest pattern, in GB/s. Raises ValueError outside 0..60 s."""
         return self._probe.measure(seconds) / 1e9
 
 
 def int8_peak(threads: int, seconds: float = 0.2) -> float:
-    """Returns the peak of 8-bit multiply-adds of all threads, in 10^9 per second, with the CPU's widest dot product."""
+    """Returns the peak of 8-bit multiply-adds on all threads, in 10^9 per second, with the CPU's widest dot product."""
     return _native.int8_peak(threads, seconds) / 1e9
 
 

@@ -1,4 +1,4 @@
-"""Samples and scores tokens on the CPU, for the last stage of every backend (rules: docs/internals/numerics.md)."""
+"""Samples and scores tokens on the CPU, for every backend's last stage. docs/internals/numerics.md has the rules."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from llamaclust.kernels.backend import Logits, RankedLogits
 
 class Sampler:
     """The sampler of one stage. It runs one call at a time, without the GIL, in llama.cpp's default order: logit bias,
-    then repetition, frequency and presence penalties; suppressed tokens and those that a grammar forbids become
+    then repetition, frequency and presence penalties. Suppressed tokens and tokens that a grammar forbids become
     -infinity. At temperature 0, the greatest logit wins (on a tie, the lowest id). Otherwise top-k, top-p and min-p
-    follow, on probabilities at temperature 1, then temperature, then a draw. (OpenAI and vLLM apply the temperature
-    before top-p.) A sampler chain adds steps or changes their order. Logprobs are the log-softmax of the raw logits."""
+    follow, on probabilities at temperature 1, then temperature, then a draw. (OpenAI and vLLM apply temperature before
+    top-p.) A sampler chain adds steps or changes their order. Logprobs are the log-softmax of the raw logits."""
 
     def __init__(self, vocabulary_size: int, feature_level: str = "", threads: int = 1) -> None:
-        """Divides rows among `threads`. `feature_level` "" is the best; ValueError for an unknown one lists them."""
+        """Divides rows among `threads`. `feature_level` "" is the best. Raises ValueError for an unknown level."""
         self._native = _native.Sampler(vocabulary_size, feature_level, threads)
 
     @property
@@ -36,7 +36,7 @@ class Sampler:
         tasks: tuple[RowTask, ...],
         allowed: Sequence[AllowedTokens | None] | None = None,
     ) -> tuple[RowResult, ...]:
-        """Returns one result per row of logits [tasks, vocabulary]. `failure` is the reason if a row has no token."""
+        """Returns one result for each row of logits [tasks, vocabulary]. `failure` says why if a row has no token."""
         native = list(map(_native_task, tasks, repeat(None) if allowed is None else allowed))
         if isinstance(logits, RankedLogits):
             return tuple(map(_result, self._native.run_ranked(logits.records, native, logits.rows, logits.totals)))

@@ -1,5 +1,5 @@
-"""Splits a program between a GPU and a processor, which computes the routers and routed experts of some layers. At each
-of these mixtures, the GPU sends the normed input, and gets back the weighted sum of the experts."""
+"""Splits a program between a GPU and a processor, which computes some layers' routers and routed experts. At each of
+these mixtures, the GPU sends the normed input and gets back the weighted sum of the experts."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def without_experts(program: Program, layers: Collection[int]) -> Program:
 
 
 def experts_of(program: Program, layers: Collection[int]) -> Program | None:
-    """Returns a program of only these layers' mixtures, or None if there are none. Each mixture reads the hidden state;
-    a second input buffer follows the first there."""
+    """Returns a program that has only these layers' mixtures, or None if there are none. Each mixture reads the hidden
+    state. If it has a second input buffer, that buffer follows the first in the hidden state."""
     mixtures = [step for step in mixtures_of(program) if _is_of(step, layers)]
     if not mixtures:
         return None
@@ -50,8 +50,8 @@ def mixtures_of(program: Program) -> tuple[Moe, ...]:
 
 
 def cached_lines(program: Program, limits: StageLimits) -> int:
-    """Returns the most lines (pairs of a row and one of its experts) of a microbatch that uses the cache. Returns 0 if
-    experts cannot be computed one by one, because they weigh their inputs or have no gate."""
+    """Returns the line limit (a line is a row and one of its experts) for a microbatch that uses the cache. Returns 0
+    if experts cannot be computed one by one, because they weigh their inputs or have no gate."""
     mixtures = mixtures_of(program)
     figures = {(step.used, step.experts, step.x.width, step.out.width) for step in mixtures}
     is_divisible = all((step.gate or step.fused) and not step.options.weighs_inputs for step in mixtures)
@@ -92,7 +92,7 @@ def _from_hidden(step: Moe, hidden: Buffer, out: Buffer) -> tuple[Step, ...]:
 
 
 class SplitExpertsBackend:
-    """Loads programs on two backends: `experts` computes the experts of `layers`, `rest` everything else."""
+    """Loads programs on two backends: `experts` computes the experts of `layers`, and `rest` computes all else."""
 
     def __init__(
         self, rest: ExchangingBackend, experts: ExpertsBackend, layers: Collection[int], cache_bytes: int = 0

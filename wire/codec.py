@@ -1,6 +1,6 @@
-"""Encodes dataclasses as protobuf messages and decodes them. A dataclass has the field names of its proto message: `X |
-None` is an `optional` field, `tuple[X, ...]` a repeated one, a dataclass a nested message. Bounds in `Annotated` types
-(core/bounds.py) are checked in everything that is decoded; a dataclass's `check` tests several fields together."""
+"""Encodes dataclasses as protobuf messages and decodes them. Fields have the same names in both. `X | None` becomes an
+`optional` field, `tuple[X, ...]` a repeated field, and a dataclass a nested message. Decoding checks the bounds in
+`Annotated` types (core/bounds.py) and calls each dataclass's `check`, which tests several fields together."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _Value = TypeVar("_Value")
 
 
 def parse(kind: type[_Message], data: bytes, most_bytes: int) -> _Message:
-    """Raises ProtocolError if `data` is longer than `most_bytes` or is not a message of this kind."""
+    """Parses a protobuf message. Raises ProtocolError if `data` exceeds `most_bytes` or is not a `kind` message."""
     if len(data) > most_bytes:
-        raise ProtocolError(f"{kind.__name__}: {len(data)} bytes, at most {most_bytes} are taken")
+        raise ProtocolError(f"{kind.__name__}: the message has {len(data)} bytes; the limit is {most_bytes}")
     message = None
     with suppress(DecodeError):  # whose traceback would keep the bytes in memory
         message = kind.FromString(data)
     if message is None:
-        raise ProtocolError(f"{kind.__name__}: damaged, cannot be decoded")
+        raise ProtocolError(f"{kind.__name__}: the message is damaged and cannot be decoded")
     message.DiscardUnknownFields()  # of another version; nothing of a peer's is kept that is not checked
     return message
 
@@ -129,7 +129,7 @@ def read(kind: type[_Value], record: Any) -> _Value:
 
 
 class Envelope(Generic[_Value]):
-    """A protobuf message with a `oneof kind`, in which class `PeerUnreachable` is the field `peer_unreachable`."""
+    """Encodes protobuf messages with a `oneof kind`, where class `PeerUnreachable` is the field `peer_unreachable`."""
 
     def __init__(self, record: type[Message], union: Any, most_bytes: int) -> None:
         self._record = record
@@ -146,10 +146,10 @@ class Envelope(Generic[_Value]):
         return record.SerializeToString()
 
     def decode(self, data: bytes) -> _Value:
-        """Raises ProtocolError if `data` is not this message, has an unknown kind, or has a field out of bounds."""
+        """Raises ProtocolError if `data` is another message, is of an unknown kind, or has a field out of bounds."""
         record: Any = parse(self._record, data, self._most_bytes)
         name = record.WhichOneof("kind")
         if name is None:
-            raise ProtocolError(f"{self._record.__name__}: a message of a kind that this version does not know")
+            raise ProtocolError(f"{self._record.__name__}: the message is of a kind that this version does not know")
         message: _Value = read(self._kinds[name], getattr(record, name))
         return message

@@ -1,6 +1,6 @@
-"""Announces and finds coordinators by multicast DNS and DNS service discovery (RFC 6762, RFC 6763), over IPv4 and IPv6.
-A cluster's id is the beginning of the CA hash in its join tokens. Enrolment verifies the coordinator, so a false
-announcement costs only a connection."""
+"""Announces and finds coordinators with multicast DNS and DNS service discovery (RFC 6762, RFC 6763), on IPv4 and IPv6.
+A cluster's id is the first part of the CA hash in join tokens. Enrolment verifies the coordinator, so a false
+announcement only costs a connection."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ async def announced(name: str, cluster: str, address: str) -> AsyncIterator[None
 
 @asynccontextmanager
 async def browsing(cluster: str, found: Callable[[str], None], other: Callable[[str], None]) -> AsyncIterator[None]:
-    """Calls `found` with each address (HOST:PORT) of the cluster with this id, `other` with other clusters' names."""
+    """Calls `found` with each address (HOST:PORT) of the given cluster, and `other` with other clusters' names."""
     async with _multicast(_browsed()) as service:
         browser = _Browser(service.zeroconf, cluster, found, other)
         listening = AsyncServiceBrowser(service.zeroconf, [SERVICE], handlers=[browser.changed])
@@ -82,7 +82,7 @@ async def browsing(cluster: str, found: Callable[[str], None], other: Callable[[
 
 
 class _Browser:
-    """Looks up at most 16 names at a time, and only names with the cluster's id, since there may be many others."""
+    """Looks up at most 16 names at a time, and only those with the cluster's id, since there may be many others."""
 
     def __init__(
         self, zeroconf: Zeroconf, cluster: str, found: Callable[[str], None], other: Callable[[str], None]
@@ -132,7 +132,7 @@ def _announced() -> list[str]:
 
 
 def _browsed() -> list[str]:
-    """Returns the addresses to listen at, loopback included: a coordinator here may be announced only there."""
+    """Returns the addresses to listen on. They include loopback, since a cluster here may be announced only there."""
     return [host for host in own_addresses() if host != _NO_MULTICAST]
 
 
@@ -145,7 +145,7 @@ def _announced_hosts(address: str) -> Callable[[], list[str]]:
         if hosts == [_NO_MULTICAST]:
             raise ValueError
     except ValueError:
-        why = f"multicast DNS needs an address with multicast, which {host} is not"
+        why = f"multicast DNS needs an address with multicast, which {host} does not have"
         raise UsageError(f"join.discover: {why}; set join.listen to 0.0.0.0:PORT or to an address") from None
     return lambda: hosts
 

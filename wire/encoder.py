@@ -35,8 +35,8 @@ def encode_tile(tile: NDArray[np.uint8]) -> bytes:
 
 
 def decode_tile(data: bytes) -> NDArray[np.uint8]:
-    """Returns a view of the bytes, [height, width, 3]. Raises ProtocolError unless it has exactly as many pixels as its
-    size says, at least one."""
+    """Returns a view of `data`, [height, width, 3]. Raises ProtocolError if the tile is empty or `data` has another
+    length than the tile's height and width require."""
     if len(data) < _SIZE.size:
         raise ProtocolError(f"a tile: {len(data)} bytes, its size needs {_SIZE.size}")
     height, width = _SIZE.unpack_from(data)
@@ -58,7 +58,7 @@ def encode_refusal(why: str) -> bytes:
 
 
 class RowsReader:
-    """Collects the frames of one tile's rows, [count, width]."""
+    """Collects the frames with one tile's rows, [count, width]."""
 
     def __init__(self, count: int, width: int) -> None:
         self._rows = np.empty((count, width), "<f4")
@@ -73,8 +73,8 @@ class RowsReader:
         return self._rows.astype(np.float32, copy=False)
 
     def take(self, frame: bytes) -> None:
-        """Raises RequestError if the encoder refuses the tile, and ProtocolError for another frame than the one that is
-        due and for numbers that are not finite."""
+        """Takes the next frame. Raises RequestError if the encoder refuses the tile. Raises ProtocolError if the frame
+        is not the expected one or contains numbers that are not finite."""
         if frame[:1] == _REFUSED and len(frame) <= _MAX_LINE_BYTES:
             raise RequestError(line("reason", frame[1:].decode("utf-8", "replace")) or "the encoder refused the tile")
         if frame == COMPUTING and len(self._left) == self._rows.nbytes:

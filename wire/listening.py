@@ -1,4 +1,4 @@
-"""Listening TCP sockets, at one address or at all addresses."""
+"""Listening TCP sockets for one address or for all addresses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BACKLOG = 128
 
 
 def listener(host: str, port: int, cure: str) -> socket.socket:
-    """Opens a non-blocking listening TCP socket. A host in `ANYWHERE` means all addresses, IPv4 and IPv6."""
+    """Opens a non-blocking listening TCP socket. A host in `ANYWHERE` means all addresses, both IPv4 and IPv6."""
     is_anywhere = host in ANYWHERE and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if is_anywhere or ":" in host else socket.AF_INET
     try:
@@ -32,7 +32,7 @@ def listener(host: str, port: int, cure: str) -> socket.socket:
 
 
 def listening_host(opened: socket.socket) -> str:
-    """Returns a host by which this machine reaches a listener; 0.0.0.0, which needs no IPv6, for all addresses."""
+    """Returns a host by which this machine reaches a listener. For all addresses it is 0.0.0.0, which needs no IPv6."""
     host = str(opened.getsockname()[0])
     takes_both = host == "::" and not opened.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
     return ANYWHERE[0] if takes_both else host

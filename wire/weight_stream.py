@@ -40,15 +40,15 @@ def encode_range(wanted: WeightRange) -> bytes:
 
 def decode_range(data: bytes) -> WeightRange:
     if len(data) != _ASKED.size:
-        raise ProtocolError(f"a range of weights: expected {_ASKED.size} bytes, found {len(data)}")
+        raise ProtocolError(f"a request for weights has {len(data)} bytes; expected {_ASKED.size}")
     content, start, end = _ASKED.unpack(data)
     if start > end:
-        raise ProtocolError(f"a range of weights from {start} to {end}")
+        raise ProtocolError(f"a request for weights starts at byte {start}, after its end {end}")
     return WeightRange(content.hex(), start, end)
 
 
 def frames_of(data: memoryview) -> Iterator[bytes]:
-    """Yields the frames of a range, or of a part of it whose length is a multiple of FRAME_BYTES."""
+    """Yields the frames of a range, or of a part whose length is a multiple of FRAME_BYTES."""
     for start in range(0, len(data), FRAME_BYTES):
         yield b"".join((_BYTES, data[start : start + FRAME_BYTES]))
 
@@ -58,12 +58,13 @@ def encode_missing(why: str) -> bytes:
 
 
 def decode_frame(data: bytes, left_bytes: int) -> memoryview:
-    """Returns a frame's bytes, of `left_bytes` that are due. Raises WeightsNotFoundError if the peer lacks them."""
+    """Returns a frame's bytes; `left_bytes` are still expected. Raises WeightsNotFoundError if the peer has none."""
     if data[:1] == _MISSING and len(data) <= _MAX_LINE_BYTES:
         raise WeightsNotFoundError(
-            one_line(line("reason", data[1:].decode("utf-8", "replace")), _MAX_LINE) or "the weights are not there"
+            one_line(line("reason", data[1:].decode("utf-8", "replace")), _MAX_LINE)
+            or "the peer does not have the weights"
         )
     due = min(FRAME_BYTES, left_bytes)
     if data[:1] != _BYTES or len(data) != due + 1:
-        raise ProtocolError(f"a frame: expected {due + 1} bytes, found {len(data)}")
+        raise ProtocolError(f"a frame of weights has {len(data)} bytes; expected {due + 1}")
     return memoryview(data)[1:]

@@ -1,4 +1,4 @@
-"""Emulates a network between workers on one machine, and slower cores, by a preloaded library (`emulated.cpp`)."""
+"""Emulates networks between workers on one machine, and slower cores, with a preloaded library (`emulated.cpp`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CALLER = "_native"
 
 @dataclass(frozen=True, slots=True)
 class LinkSpeed:
-    """Settings of links. Half of the round trip delays each direction; a worker receives `gbit_s` (0: no limit)."""
+    """Settings of links. Half of the round trip delays each direction. Workers receive `gbit_s`; 0 means no limit."""
 
     round_trip_ms: float = 0.0
     gbit_s: float = 0.0
@@ -56,13 +56,13 @@ class Emulation:
         return ("taskset", "-c", str(core), "env", *words)
 
     def variables(self, speed: float = 1.0, caller: str = _CALLER) -> dict[str, str]:
-        """Returns the environment variables that emulate links. `caller`: the library whose calls are emulated."""
+        """Returns the environment variables that emulate links. `caller` is the library whose calls are emulated."""
         places = {"LD_PRELOAD": str(self.library), "EMULATED_LINK": str(self._path), "EMULATED_CALLER": caller}
         return {**places, "EMULATED_SPEED": str(speed)}
 
 
 def compiler() -> str | None:
-    """Returns the first C++ compiler found among $CXX (or c++), g++ and clang++; None without any."""
+    """Returns the first C++ compiler among $CXX (or c++), g++ and clang++. Returns None if there is none."""
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
 
 
@@ -71,7 +71,7 @@ def compiled(name: str, folder: Path) -> Path:
     if library.exists():
         return library
     if (command := compiler()) is None:
-        raise UsageError("no C++ compiler found")
+        raise UsageError("no C++ compiler was found; install g++ or clang++, or set CXX")
     words = [command, "-std=c++20", "-O2", "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -1,8 +1,8 @@
-"""Compiles the CUDA kernels on a machine without a GPU, by an NVRTC that need not be installed.
+"""Compiles the CUDA kernels on a machine without a GPU, with an NVRTC that need not be installed.
 
     python benchmarks/gpu_support/cubins.py FOLDER_OF_NVRTC 90 OUT --keep KEPT
 
-OUT gets all modules under the names by which llamaclust finds compiled ones, KEPT the modules of all calls."""
+OUT gets all modules under the names by which llamaclust finds compiled modules. KEPT gets the modules of all calls."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llamaclust.kernels.cuda.runtime.sources import modules, whole_text
 def open_nvrtc_in(folder: Path) -> Nvrtc:
     found = next(folder.glob("libnvrtc.so.*"), None)
     if found is None:
-        raise UsageError(f"{folder}: no libnvrtc.so.* there")
+        raise UsageError(f"{folder} contains no libnvrtc.so.*; give the folder of NVRTC")
     for path in folder.glob("libnvrtc-builtins.so.*"):
         ctypes.CDLL(str(path))  # NVRTC loads it by name, without a folder
     return Nvrtc(str(found))

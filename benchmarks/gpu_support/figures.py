@@ -30,8 +30,8 @@ class CopiedSteps:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Seconds of a prefill and of decode steps of one and of several sequences, measured one after another, without
-    copies of experts. `copied` has the steps with copies."""
+    """Seconds of a prefill and of decode steps with one and with several sequences. They are measured one after
+    another, without copies of experts. `copied` has the steps with copies."""
 
     rates: Rates
     prefill_s: float
@@ -54,7 +54,7 @@ class Figures:
 
     @property
     def decode_share(self) -> Spread:
-        """The least time to read the memories, as a share of the time per token."""
+        """The shortest time to read the memories, as a share of the time per token."""
         step = self.work.step_bytes(1)
         return self.spread(lambda round_: step.seconds(round_.rates.read) / round_.step_s)
 
@@ -72,7 +72,7 @@ class Figures:
         return self.spread(lambda round_: self.work.sequences * round_.step_s / round_.many_s)
 
     def copies_share(self, sequences: int) -> Spread:
-        """The least time to read the memories (hits on the GPU), as a share of the time of a step with copies."""
+        """The shortest time to read the memories (hits on the GPU), as a share of the time of a step with copies."""
 
         def best_s(round_: Round) -> float:
             return self.work.copied_step_s(sequences, round_.copied[sequences].hit_share, round_.rates.read)
@@ -182,9 +182,9 @@ class Figures:
         ]
 
     def _wanted_of_sequences(self, decode_share: float) -> Wanted:
-        """Returns the figure of several sequences, with its goal: the speed relative to one sequence. In a mixture,
-        several sequences read more experts; the figure is the share of the time to read them, and its goal that of a
-        dense model that decodes at `decode_share` and reaches TIMES_ONE."""
+        """Returns the figure for several sequences and its goal. Usually the figure is the speed relative to one
+        sequence. In a mixture, several sequences read more experts. The figure is then the share of the time to read
+        them, and the goal is that of a dense model that decodes at `decode_share` and reaches TIMES_ONE."""
         count, is_mixture = self.work.sequences, self.work.is_mixture
         least = decode_share * TIMES_ONE / _TOGETHER if is_mixture else TIMES_ONE
         found = self.many_share if is_mixture else self.times_one

@@ -1,14 +1,14 @@
-"""The first run on a new GPU, step by step: tests of every kernel, then benchmarks. Several calls can share the work,
-for a machine that is lent for some minutes at a time.
+"""The first run on a new GPU, step by step: tests of every kernel, and then benchmarks. Several calls can share the
+work, for a machine that is lent for some minutes at a time.
 
     python benchmarks/gpu_support/first_run.py results                      # repeat while the output says: steps left
     python benchmarks/gpu_support/first_run.py results --minutes 9 --models /dev/shm
     python benchmarks/gpu_support/first_run.py --list                       # the steps, in their order
 
 Each step is a command with a time limit. Its output is in results/NAME.log, records of benchmarks are in results/NAME,
-and results/steps.json has the outcomes. A step that passed with the present sources is not repeated; a step that failed
-is repeated after the steps that are left. A step begins only if its time limit ends within --minutes. Exit status: 0 if
-all passed, 1 if any failed, 75 if any is left. Models of random weights (4, 12, 4 and 39 GB) are written to
+and results/steps.json has the outcomes. A step that passed with the present sources is not repeated. A step that failed
+is repeated after the steps that are left. A step begins only if its time limit ends within --minutes. The exit status
+is 0 if all passed, 1 if any failed, and 75 if any is left. Models of random weights (4, 12, 4 and 39 GB) go to
 --models."""
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from llamaclust.core.errors import UsageError
 _TESTS = "tests/kernels/cuda"
 _BENCHMARKS = "benchmarks/test_gpu_benchmark.py", "benchmarks/test_gpu_mixtures.py"
 _PROCESSES = 8
-"""The number of test processes. Each takes some hundred MiB of the GPU, and mostly waits for the CPU's results."""
+"""The number of test processes. Each takes some hundred MiB of GPU memory and mostly waits for the CPU's results."""
 _LEFT = 75  # EX_TEMPFAIL
 _TAIL_LINES = 5
 _GRACE_S, _POLL_S = 5.0, 0.05
@@ -99,7 +99,7 @@ LLAMA_STEPS = (_benchmark("7b-llama", 400, *_7B, "--llama-bench {llama} --repeat
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The result of a step. Exit status 124: the time limit was reached."""
+    """The result of a step. Exit status 124 means that the time limit was reached."""
 
     status: int
     seconds: float
@@ -217,8 +217,8 @@ def _signals(how: int) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends all processes of a step with SIGTERM, then SIGKILL after some seconds or at another Ctrl-C. SIGTERM comes
-    first, so that programs remove partial models, which may take gigabytes of RAM."""
+    """Ends all processes of a step. Sends SIGTERM first, so that programs remove partial models, which may take
+    gigabytes of RAM. Sends SIGKILL after some seconds or at another Ctrl-C."""
     try:
         os.killpg(process.pid, signal.SIGTERM)
         end_s = time.monotonic() + _GRACE_S

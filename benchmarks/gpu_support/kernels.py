@@ -4,7 +4,7 @@
     python benchmarks/gpu_support/kernels.py --types Q4_0 --rows 1 32
 
 Products are launched from a CUDA graph. Together, their weights exceed the last-level cache. A line has the shape
-(outputs x inputs), the rows, microseconds, and the share."""
+(outputs x inputs), the rows, the microseconds, and the share."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LAUNCHES, _REPEATS = 32, 7
 
 
 def product_s(device: Device, kind: QuantType, shape: tuple[int, int], rows: int) -> tuple[float, int]:
-    """Returns seconds and weight bytes of one product. Weights are random: values do not change the time."""
+    """Returns one product's seconds and weight bytes. Weights are random, as values do not change the time."""
     one = matmul.Weights(kind, shape)
     count = max(1, min(_LAUNCHES, _CACHE_BYTES // one.n_bytes + 1))
     source = np.random.default_rng(7)

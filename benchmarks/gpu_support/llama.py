@@ -1,4 +1,4 @@
-"""Measures llama.cpp's CUDA backend by llama-bench with all layers on one GPU. docs/gpu.md says how to build it."""
+"""Measures llama.cpp's CUDA backend with llama-bench, all layers on one GPU. docs/gpu.md says how to build it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ALL_LAYERS = 999
 
 @dataclass(slots=True)
 class LlamaCpp:
-    """Measures prefill and decode by llama-bench. Takes the faster of two runs, with and without flash attention."""
+    """Measures prefill and decode with llama-bench. Takes the faster of two runs, with and without flash attention."""
 
     program: Path
     gpu: int  # CUDA's number of the GPU
@@ -32,7 +32,9 @@ class LlamaCpp:
         speed = their_speed(self.program, answers)
         backends = str(answers[0].get("backends", ""))
         if "CUDA" not in backends.split(","):
-            raise UsageError(f"{self.program}: built for {backends or 'unknown backends'}; build it with GGML_CUDA=ON")
+            raise UsageError(
+                f"{self.program} is built for {backends or 'unknown backends'}; build it with GGML_CUDA=ON"
+            )
         if not answers[0].get("gpu_info"):
             raise UsageError(f"{self.program}: it finds no GPU")
         names = ("build_commit", "build_number", "backends", "gpu_info")

@@ -27,8 +27,8 @@ _QUERY_S = 30.0
 
 
 def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
-    """Returns the record without its figures. Unknown values are None. `kernels`: the rates of single products on the
-    GPU, with one row and with many, as workers measure them."""
+    """Returns the record without its figures. Unknown values are None. `kernels` has the rates of single products on
+    the GPU, with one row and with many, as workers measure them."""
     reached = loaded.kernels()
     task, layout, gpu = loaded.task, loaded.layout, loaded.gpu.gpu()
     quant_type = max(describe(loaded.model.file).by_type, key=lambda share: share.bytes).name
@@ -72,8 +72,8 @@ def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
 
 
 def record_name(record: dict[str, Any]) -> str:
-    """Returns `<gpu>-<model>.json`. If set, the memory limit, the number of layers with experts in RAM, and the size of
-    copies are parts of the name, so that each setting has its own file."""
+    """Returns `<gpu>-<model>.json`. The memory limit, the number of layers with experts in RAM, and the size of copies
+    are parts of the name if they are set, so that each setting has its own file."""
     placement, cap = record["placement"], record["settings"]["gpu_memory_bytes"]
     layers, copies = len(placement["cpu_moe"]), placement["experts_cache_bytes"]
     parts = [record["gpu"]["name"], record["model"]["name"], *([f"{cap >> 20}mib"] if cap else [])]

@@ -1,4 +1,4 @@
-"""Measures a whole model on a GPU, or on a GPU and the processor, with the executors of a worker."""
+"""Measures a whole model on a GPU, or on a GPU and the processor, with a worker's executors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from llamaclust.worker.devices.whole_model import held_layers, load_whole
 from llamaclust.worker.stage.stage_runner import plan_memory
 
 _PROBE_BYTES, _PROBE_SHARE = 2 << 30, 8
-"""VRAM that stays free to measure its bandwidth: this many bytes, or an eighth of a small GPU."""
+"""The VRAM that stays free to measure its bandwidth: this many bytes, or an eighth of a small GPU."""
 _REPORT_S = 5.0
 _READ_S, _PEAK_S = 0.3, 0.1
 
@@ -63,7 +63,7 @@ class Layout:
     @classmethod
     def of(cls, device: Device, model: Model, task: Task) -> Self:
         """Places layers as for a model in one process (docs/gpu.md). Raises InsufficientMemoryError if memory is short,
-        UsageError if the model has no experts to place."""
+        and UsageError if the model has no experts to place."""
         if not model.hyperparameters.expert_count and (task.cpu_moe is not None or task.experts_cache_bytes):
             raise UsageError(f"{model.file.path} has no experts; leave out --cpu-moe, --n-cpu-moe and --experts-cache")
         limits, end = stage_limits(task.sequences, task.context), model.layer_count
@@ -100,7 +100,7 @@ class Loaded:
             device = self._device(held)
             self.layout = Layout.of(device, self.model, task)
             if whole and self.layout.ram_bytes:
-                raise UsageError(f"beside llama-bench all layers must be on the GPU: {self.layout}")
+                raise UsageError(f"--llama-bench needs all layers on the GPU, but the layout is {self.layout}")
             report(f"loading {task.model.stem}: {self.layout}")
             started, progress = time.perf_counter(), _Progress()
             limits = stage_limits(task.sequences, task.context)
@@ -116,7 +116,7 @@ class Loaded:
     def _check(self) -> None:
         trained = self.model.hyperparameters.context_length
         if self.task.context > trained:
-            raise UsageError(f"{self.task.context} tokens requested, the model's context length is {trained}")
+            raise UsageError(f"{self.task.context} tokens are requested, but the model's context length is {trained}")
 
     def _check_copies(self) -> None:
         wanted_bytes = self.task.experts_cache_bytes
@@ -139,7 +139,7 @@ class Loaded:
         return Device("cpu", task.threads, "", None, processor, (self.gpu,))
 
     def warm_up(self) -> None:
-        """Runs all that is measured: the scheduler learns how to cut prompts, and CUDA graphs are captured."""
+        """Runs every measured part once, so that the scheduler learns to cut prompts and CUDA graphs are captured."""
         for _ in range(3):
             self._stage.prefill(self.task.prompt, 1)
         for sequences in (1, self.task.sequences):

@@ -1,5 +1,5 @@
 """Unpacks the archive that kit.sh made, and names packages that are missing or too old. On the machine with the GPU,
-setup.sh runs this program in the tree's top folder, where no package of llamaclust is available yet."""
+setup.sh runs this program in the tree's top folder, before any package of llamaclust is available."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def required(tree: Path) -> Iterator[str]:
 
 
 def shortfalls(requirements: Iterable[str], packages: Path) -> Iterator[str]:
-    """Yields a line for each requirement, also of packages in the kit, that neither this Python nor the kit fulfils."""
+    """Yields a line for each requirement that neither this Python nor the kit fulfils, even of packages in the kit."""
     travelled = list(distributions(path=[str(packages)]))
     versions = {canonicalize_name(one.name): one.version for one in travelled}
     theirs = (text for one in travelled for text in one.requires or ())
@@ -53,7 +53,7 @@ def shortfalls(requirements: Iterable[str], packages: Path) -> Iterator[str]:
         except PackageNotFoundError:
             found = "none"
         if found == "none" or not wanted.specifier.contains(found, prereleases=True):
-            yield f"{wanted} is needed, there is {found}; a small package travels if kit.sh is given its name"
+            yield f"{wanted} is needed, there is {found}; to add a small package to the kit, give kit.sh its name"
 
 
 def main() -> None:

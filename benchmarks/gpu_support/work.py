@@ -1,4 +1,4 @@
-"""Computes the bytes and products of a model on a GPU alone or with the processor, and the least time for them."""
+"""Computes a model's bytes and products on a GPU, alone or with the processor, and the shortest time for them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Rates:
     int8: Amount  # multiply-accumulates
 
     def best(self, other: Rates) -> Rates:
-        """Returns the greater of each two rates: other work on the machine can only lower a measured rate."""
+        """Returns the greater of each two rates, since other work on the machine can only lower a measured rate."""
         read, int8 = (
             Amount(*map(max, astuple(mine), astuple(its)))
             for mine, its in ((self.read, other.read), (self.int8, other.int8))
@@ -60,7 +60,6 @@ class Work:
 
     @classmethod
     def of(cls, model: Model, gpu: DeviceLayers, prompt: int, generate: int, sequences: int) -> Self:
-        """Counts the work. `gpu`: the layers on the GPU; earlier layers are in RAM."""
         costs, moved = model.costs(KvType.F16), _experts_in_ram(model, gpu.cpu_moe)
         in_ram, on_gpu = costs.layers[: gpu.start], costs.layers[gpu.start :]
 
@@ -94,8 +93,8 @@ class Work:
         return Amount(weights.gpu + sequences * kv.gpu, weights.cpu + sequences * kv.cpu)
 
     def copied_step_s(self, sequences: int, hits: float, read: Amount) -> float:
-        """Returns the least seconds of a decode step in which the GPU reads the share `hits` of the experts, and the
-        processor meanwhile the rest."""
+        """Returns the shortest time of a decode step in seconds. The GPU reads the share `hits` of the experts, and the
+        processor reads the rest meanwhile."""
         step, experts = self.step_bytes(sequences), self.expert_bytes[sequences]
         both = Amount(hits * experts, (1 - hits) * experts)
         return Amount(step.gpu, step.cpu - experts).seconds(read) + max(both.each_s(read))

@@ -1,4 +1,4 @@
-"""Runs a case in another checkout and in this one, in turns. Each has a process, which measures when it is told to."""
+"""Runs a case in another checkout and in this one, in turns. Each has a process that measures on request."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Against(Case):
     async def groups(self) -> AsyncIterator[Group]:
         other = self.tree / ".venv" / "bin" / "python"
         if not other.exists():
-            raise UsageError(f"--against {self.tree}: it has no {other}; run `make build .venv/.test` there")
+            raise UsageError(f"--against {self.tree}: the checkout has no {other}; run `make build .venv/.test` there")
         there, here = [await _start(str(python), self.arguments) for python in (other, sys.executable)]
         is_done = False
         try:
@@ -79,7 +79,7 @@ async def _answer(process: asyncio.subprocess.Process) -> dict[str, Any] | None:
 
 
 async def serve(case: Case) -> None:
-    """Measures the turns that lines on standard input name. Prints results; other output goes to standard error."""
+    """Measures the turns that lines on standard input name, and prints results. Other output goes to stderr."""
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
         async with aclosing(case.groups()) as groups:  # type: ignore[type-var]

@@ -1,4 +1,4 @@
-"""Sends requests of other clients during a measurement: streams and short requests. Also watches memory."""
+"""Sends other clients' requests during a measurement: streams and short requests. Also watches memory."""
 
 from __future__ import annotations
 
@@ -124,8 +124,8 @@ async def others(client: AsyncClient, bench: Bench, streams: int) -> AsyncIterat
 
 
 async def posted(api: str, path: str, body: bytes, count: int = 1, key: str = "") -> str:
-    """Sends `count` requests and describes the replies. Without a path, sends raw bytes. The request's number replaces
-    `@NUMBER@` in the body."""
+    """Sends `count` requests and describes the replies. Without a path, sends raw bytes. Each request's number replaces
+    `@NUMBER@` in its body."""
     pipe = asyncio.subprocess.PIPE
     words = (sys.executable, "-c", _POST, f"{api}/{path}") if path else (sys.executable, "-c", _RAW, api[7:])
     process = await asyncio.create_subprocess_exec(*words, key, str(count), stdin=pipe, stdout=pipe)

@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 Measures = Mapping[str, float | str | bytes]
 """Figures, texts and bytes by name. Texts are only shown. Bytes must be equal for all variants of a turn."""
 Variant = Callable[[int], Awaitable[Measures]]
-"""Measures in the turn of this number. Variants that draw prompts draw the same ones in the same turn."""
+"""Measures in the turn of this number. Variants that draw prompts draw equal prompts in the same turn."""
 
 
 @dataclass(slots=True)
 class Group:
-    """Variants that are compared with the first one. `goals` are for ratios or, with a single variant, for its figures.
-    Only figures with a goal are summarized if there are goals."""
+    """Variants, which are compared with the first one. `goals` are for the ratios, or for the figures of a single
+    variant. If there are goals, only figures with a goal are summarized."""
 
     name: str
     variants: Mapping[str, Variant]
@@ -41,14 +41,14 @@ class Group:
 
 
 class Case(ABC):
-    """The base of all cases. A case is a frozen dataclass; its docstring is its help."""
+    """The base class of all cases. A case is a frozen dataclass, and its docstring is its help."""
 
     rounds: ClassVar[int] = 5
     warm: ClassVar[int] = 0  # number of first turns that do not count
 
     @abstractmethod
     def groups(self) -> AsyncIterator[Group]:
-        """Yields each group while its variants can run. A group has its turns when the generator resumes."""
+        """Yields each group while its variants can run. A group has its turns before the generator resumes."""
 
 
 def argument(what: str, read: Callable[[str], Any] = Path, *, nargs: str | None = None, default: Any = MISSING) -> Any:
@@ -56,6 +56,6 @@ def argument(what: str, read: Callable[[str], Any] = Path, *, nargs: str | None 
 
 
 def option(default: Any, what: str, read: Callable[[str], Any] | None = None) -> Any:
-    """Makes a field that is an option. It is a switch if the default is False, a list if the default is a tuple."""
+    """Makes a field that is an option. It is a switch if the default is False, and a list if the default is a tuple."""
     read = read or (str if default is None else type(default))
     return field(default=default, metadata={"help": what, "type": read, "option": True})

@@ -1,4 +1,4 @@
-"""Makes prompts of real text: documents and programs of this repository to copy, edit or quote, and open questions."""
+"""Makes prompts from real text: open questions, and this repository's documents and programs to copy, edit or quote."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Prompt:
 
 
 def prompts(model: Model, kinds: tuple[str, ...], count: int, characters: int, seed: int) -> Iterator[Prompt]:
-    """Yields `count` prompts of alternating kinds. `characters`: the length of the text in a prompt."""
+    """Yields `count` prompts of alternating kinds. `characters` is the length of the text in a prompt."""
     draw = random.Random(seed)
     for kind in islice(cycle(kinds), count):
         yield KINDS[kind](model, draw, characters)
@@ -63,8 +63,8 @@ def _edited(model: Model, draw: random.Random, characters: int) -> Prompt:
 
 
 def _continued(model: Model, kind: str, head: str, text: str, least: int) -> Prompt:
-    """Makes a prompt of the head and a third of the text, at least `least` characters; the rest is the expected answer.
-    The text is cut between two tokens; a cut inside a token would change the tokens that are expected."""
+    """Makes a prompt of the head and the first third of the text, but at least `least` characters. The rest is the
+    expected answer. The cut is between two tokens, because a cut inside a token would change the expected tokens."""
     head_ids = model.tokenizer.encode(head)
     ids = model.tokenizer.encode(text, add_special=False)
     shown = len(model.tokenizer.encode(text[:least], add_special=False)) if least else 0
@@ -110,5 +110,5 @@ def _excerpt(draw: random.Random, pattern: str, characters: int) -> str:
 
 
 def answer_tokens(prompt: Prompt, most: int, context: int) -> int:
-    """Returns the number of tokens of the prompt's answer; below 1 if the answer exceeds the context."""
+    """Returns how many tokens the prompt's answer may have. It is below 1 if the answer exceeds the context."""
     return min(most, prompt.most or most, context - len(prompt.tokens) - _MARGIN)

@@ -1,4 +1,4 @@
-"""Measures answers without and with drafted tokens on one engine. Provides the drafters."""
+"""Measures answers with and without drafted tokens on one engine, and provides the drafters."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _CONFIDENCE = 0
 
 
 def chosen_right(count: int, acceptance: float, draw: random.Random) -> list[bool]:
-    """Chooses at random which tokens are drafted right: a share `acceptance` of them, rounded."""
+    """Chooses at random which tokens are drafted right. Their share is `acceptance`, rounded."""
     wrong = set(draw.sample(range(count), round((1 - acceptance) * count)))
     return [place not in wrong for place in range(count)]
 
 
 class RecordedDrafters:
-    """Drafts from recorded answers for sequences that begin with a recorded prompt, from n-grams for others."""
+    """Drafts from recorded answers for sequences that begin with a recorded prompt, and from n-grams for others."""
 
     def __init__(self) -> None:
         self._drafts: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -47,8 +47,7 @@ class RecordedDrafters:
     def of(self, key: Hashable) -> Drafter:
         return _RecordedDrafter(self._drafts)
 
-    def ended(self, key: Hashable, tokens: Sequence[int]) -> None:
-        """Does nothing: only `record` adds answers."""
+    def ended(self, key: Hashable, tokens: Sequence[int]) -> None: ...
 
 
 class NoDrafters:
@@ -60,8 +59,7 @@ class NoDrafters:
     def draft(self, tokens: Sequence[int], most: int) -> Draft:
         return NO_DRAFT
 
-    def ended(self, key: Hashable, tokens: Sequence[int]) -> None:
-        """Does nothing."""
+    def ended(self, key: Hashable, tokens: Sequence[int]) -> None: ...
 
 
 class _RecordedDrafter:

@@ -1,4 +1,4 @@
-"""Clusters whose coordinator is in this process, and requests to them."""
+"""Clusters whose coordinator is in this process, and requests to such clusters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def cluster_of(workers: int, model: Path, *more: str) -> AsyncIterator[Clu
 
 
 def prompts(source: random.Random, count: int, tokens: int, vocabulary: int) -> list[tuple[int, ...]]:
-    """Draws prompts of random ids, so that none is in the prefix cache."""
+    """Draws prompts of random ids, so that no prompt is in the prefix cache."""
     return [tuple(source.randrange(3, vocabulary) for _ in range(tokens)) for _ in range(count)]
 
 
@@ -41,8 +41,8 @@ async def run(cluster: Cluster, prompt: tuple[int, ...], tokens: int) -> Finishe
 
 @contextmanager
 def pinned_to_cores(cluster: Cluster) -> Iterator[None]:
-    """Pins each worker of one thread to a core, in the order of stages. The coordinator, this process, shares the
-    second core: the first stage begins when it gets a result. Without pins, some virtual machines leave cores idle."""
+    """Pins each one-thread worker to a core, in the order of stages. This process, the coordinator, shares the second
+    core: the first stage begins when it gets a result. Without pins, some virtual machines leave cores idle."""
     cores = sorted(os.sched_getaffinity(0))
     present = cluster.registry.present
     workers = [str(present[stage.worker].registration.pid) for stage in cluster.engine.metrics.stage_report()]

@@ -31,18 +31,18 @@ class Speed:
 def check_program(
     path: Path, how: str = "the docstring of benchmarks/runner/llama.py", option: str = "--llama-bench"
 ) -> Path:
-    """Returns a program's absolute path, or raises UsageError. `how`: the text that says how to build the program."""
+    """Returns a program's absolute path, or raises UsageError. `how` is the text that says how to build the program."""
     if path.is_dir():
-        raise UsageError(f"{option} {path}: a folder; give the program in it, such as {path}/bin/{option[2:]}")
+        raise UsageError(f"{option} {path} is a folder; give the program in it, such as {path}/bin/{option[2:]}")
     if not path.exists():
         raise UsageError(f"{option} {path}: no such file; {how} says how to build it")
     if not os.access(path, os.X_OK):
-        raise UsageError(f"{option} {path}: not a program that can be run")
+        raise UsageError(f"{option} {path} is not a program that can be run")
     return path.absolute()
 
 
 def their_answers(program: Path, model: Path, options: Sequence[str]) -> list[Any]:
-    """Returns llama-bench's output, one object per test. Raises UsageError if llama-bench fails."""
+    """Returns llama-bench's output, which has one object for each test. Raises UsageError if llama-bench fails."""
     answers = json_of([str(program), "-m", str(model), "-o", "json", *options])
     return answers if isinstance(answers, list) else [answers]
 
@@ -53,7 +53,7 @@ def their_speed(program: Path, answers: Sequence[Any]) -> Speed:
         decodes = [float(answer["avg_ts"]) for answer in answers if answer["n_prompt"] == 0]
         return Speed(max(prefills, default=None), max(decodes))
     except (KeyError, TypeError, ValueError):
-        raise UsageError(f"{program}: prints other JSON than llama-bench; use a newer llama-bench") from None
+        raise UsageError(f"{program} does not print llama-bench's JSON; use a newer llama-bench") from None
 
 
 def json_of(command: Sequence[str]) -> Any:
@@ -63,7 +63,7 @@ def json_of(command: Sequence[str]) -> Any:
     except OSError as error:
         raise UsageError(f"{command[0]}: cannot be run: {error.strerror}") from error
     except subprocess.TimeoutExpired:
-        raise UsageError(f"{command[0]}: not finished after {_DEADLINE_S} s; measure less") from None
+        raise UsageError(f"{command[0]} has not finished after {_DEADLINE_S} s; measure less") from None
     if done.returncode != 0:
         last = " ".join(done.stderr.strip().splitlines()[-1:])
         raise UsageError(f"{command[0]} failed: {last or f'exit status {done.returncode}, no output'}")
@@ -71,4 +71,4 @@ def json_of(command: Sequence[str]) -> Any:
         return json.loads(done.stdout)
     except ValueError:
         start = " ".join(done.stdout.split())[:80]
-        raise UsageError(f"{command[0]}: JSON expected, not {start!r}") from None
+        raise UsageError(f"{command[0]} printed {start!r} instead of JSON") from None

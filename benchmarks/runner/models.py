@@ -23,12 +23,11 @@ def types_of(text: str) -> tuple[QuantType, ...]:
 
 
 ADDING = ("attn_output.weight", "ffn_down.weight")
-"""Name endings of the matrices whose products are added to the hidden state."""
+"""Endings of the names of matrices whose products are added to the hidden state."""
 
 
 @contextmanager
 def model_of(quant_type: QuantType, shape: str, models: Path | None = None) -> Iterator[Path]:
-    """Yields a model file with weights of this type: the one in the folder `models`, or a temporary one."""
     if models is not None and (models / f"{quant_type.name}.gguf").exists():
         yield models / f"{quant_type.name}.gguf"
         return

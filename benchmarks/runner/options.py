@@ -40,8 +40,6 @@ def listed(one: Callable[[str], _Value]) -> Callable[[str], tuple[_Value, ...]]:
 
 
 def chosen(what: str, choices: Mapping[str, _Value]) -> Callable[[str], _Value]:
-    """Returns a parser of one of the choices. Its error for another word lists the choices."""
-
     def read(text: str) -> _Value:
         if text not in choices:
             raise argparse.ArgumentTypeError(f"{what} {text!r}: choose from {', '.join(choices)}")

@@ -1,4 +1,4 @@
-"""Starts clusters with nothing measured before, and compares the predictions of their plans with measured times."""
+"""Starts clusters for which nothing was measured before, and compares their plans' predictions with measured times."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.network.namespaces import entered
 _COORDINATOR = "coordinator"
 _END_S = 10.0
 PROMPT, TOKENS = 224, 48
-"""Tokens of prompt and answer: attention then reads as many keys as when workers measure themselves."""
+"""Token counts of prompt and answer. Attention then reads as many keys as when workers measure themselves."""
 NEAR = "0.85 .. 1.15"
 
 Times = Mapping[str, float]
@@ -47,7 +47,7 @@ class Shape:
 
 
 def at(round_trip_ms: float, rate_mbit: int | None = None) -> Link:
-    """Makes a host's link. It delays what the host sends by half of the round trip; the delays of two hosts add up."""
+    """Makes a host's link. The host's sending is delayed by half of the round trip, and two hosts' delays add up."""
     return Link(round_trip_ms / 2e3, None if rate_mbit is None else rate_mbit * 10**6)
 
 

@@ -1,4 +1,4 @@
-"""Gives processes priority. Counts their instructions by `perf stat`, which other programs do not change."""
+"""Gives processes priority. Counts their instructions with `perf stat`, which other programs do not affect."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LOOK_S = 0.2
 
 @dataclass(slots=True)
 class Instructions:
-    """`count` is None until the counting ends, and stays None on a machine without `perf` or its counters."""
+    """`count` is None until the counting ends. On a machine without `perf` or its counters, it stays None."""
 
     count: int | None = None
 
@@ -54,7 +54,7 @@ async def counted_instructions(pid: int) -> AsyncIterator[Instructions]:
 
 
 def _endless(fifo: Path) -> FileIO:
-    """Opens both ends, so that neither opening waits for `perf` and no reading sees an end."""
+    """Opens both ends, so that no open call waits for `perf` and no read sees the end."""
     return FileIO(fifo, "r+")
 
 

@@ -1,4 +1,4 @@
-"""Measures the time of a microbatch by its rows, which all choose a token, and computes the possible gain of drafts."""
+"""Measures a microbatch's time by its rows, which all choose a token. Computes the possible gain of drafts."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class RowCosts:
 
     @property
     def prefill_to_decode(self) -> float:
-        """The prompt tokens that are computed in the time of one token of an answer."""
+        """The number of prompt tokens that are computed in the time of one answer token."""
         return self.ns[0] / self.prefill_row_ns
 
     def allowed_gain(self, acceptance: float) -> float:
-        """Returns the gain of the best fixed number of drafted tokens, which may be 0. `acceptance`: the probability
-        that a drafted token is accepted if those before it were."""
+        """Returns the gain of the best fixed number of drafted tokens, which may be 0. `acceptance` is the probability
+        that a drafted token is accepted if all earlier drafted tokens were accepted."""
         return max(
             sum(acceptance**depth for depth in range(window + 1)) * self.at(1) / self.at(window + 1)
             for window in range(_MOST_WINDOW + 1)
@@ -60,7 +60,7 @@ def measured(path: Path, threads: int, position: int, seed: int = 1) -> RowCosts
     """Measures the whole model after `position` tokens. Raises UsageError if it has attention windows or states."""
     with Model.open(path) as model:
         if model.window is not None or model.has_states:
-            raise UsageError(f"{path}: has windows or states; give a model whose layers see all tokens")
+            raise UsageError(f"{path} has attention windows or states; give a model whose layers see all tokens")
         context = min(max(position + ROWS[-1], _PREFILL), model.hyperparameters.context_length)
         blocks = -(-context // KV_BLOCK_TOKENS)
         limits = StageLimits(_PREFILL, ROWS[-1], 1, context, blocks, KvType.F16)
@@ -92,7 +92,7 @@ def _bound(run: Callable[[int, int, int], None], place: int, rows: int) -> Calla
 
 
 def _times(works: Sequence[Callable[[], None]]) -> list[float]:
-    """Returns each function's median nanoseconds. The functions run in turn; their first calls do not count."""
+    """Returns each function's median time in ns. The functions run in turn. Their first calls do not count."""
     taken: list[list[int]] = [[] for _ in works]
     for _ in range(_REPEATS + 1):
         for work, times in zip(works, taken, strict=True):

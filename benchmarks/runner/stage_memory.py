@@ -34,7 +34,7 @@ def load(order: Mapping[str, Any]) -> dict[str, int]:
 
 
 def chunks_of(limits: StageLimits, window: int | None, *, is_last: bool) -> Iterator[Chunk]:
-    """Yields chunks, as large as the limits allow, of sequences that together use all KV blocks."""
+    """Yields chunks that are as large as the limits allow. Together, their sequences use all KV blocks."""
     states = count()
     for first in range(0, limits.kv_blocks, blocks := limits.max_context_tokens // 16):
         for position in range(0, limits.max_context_tokens, limits.max_batch_tokens):

@@ -18,7 +18,6 @@ Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 async def requested(
     api: str, body: dict[str, Any], path: str = "/v1/completions", connection: Connection | None = None
 ) -> Connection:
-    """Sends a request for a streamed answer on a new connection, or on the given one. Returns the connection."""
     where, content = urlsplit(api), json.dumps({**body, "stream": True}).encode()
     if connection is None:
         connection = await asyncio.open_connection(where.hostname, where.port, limit=1 << 22)
@@ -30,7 +29,7 @@ async def requested(
 
 
 async def event(reader: asyncio.StreamReader) -> bytes:
-    """Returns the next event's data; empty at the end. Raises LlamaclustError for an error or a lost connection."""
+    """Returns the next event's data (empty at the end). Raises LlamaclustError for an error or a lost connection."""
     while line := await reader.readline():
         if line.startswith(b"data: [DONE]"):
             return b""
@@ -41,13 +40,13 @@ async def event(reader: asyncio.StreamReader) -> bytes:
         if line.startswith(b"HTTP/1.1 ") and not line.startswith(b"HTTP/1.1 200"):
             head, _, rest = (await reader.read(2000)).partition(b"\r\n\r\n")
             rest = rest or await reader.read(2000)  # the body may come later
-            raise LlamaclustError(f"refused: {line.decode().strip()} {(rest or head)[-300:]!r}")
+            raise LlamaclustError(f"the request was refused: {line.decode().strip()} {(rest or head)[-300:]!r}")
     raise LlamaclustError("an answer ended before its end")
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer. `arrivals` has the time and the number of tokens of each event with tokens."""
+    """An answer. `arrivals` has the time and the token count of each event with tokens."""
 
     begun_s: float
     arrivals: tuple[tuple[float, int], ...]
@@ -70,7 +69,7 @@ class Answer:
 
 
 async def answer(api: str, prompt: Sequence[int], tokens: int, **more: Any) -> Answer:
-    """Requests a greedy answer of this many tokens. Raises LlamaclustError for another length."""
+    """Requests a greedy answer of this many tokens. Raises LlamaclustError if the answer has another length."""
     body = {"prompt": [*prompt], "max_tokens": tokens, "temperature": 0.0, "ignore_eos": True, **more}
     begun_s, lines = perf_counter(), list[tuple[float, bytes]]()
     reader, writer = await requested(api, {**body, "return_token_ids": True})
@@ -79,7 +78,7 @@ async def answer(api: str, prompt: Sequence[int], tokens: int, **more: Any) -> A
     writer.close()
     found = read_answer(begun_s, lines)
     if len(found.ids) != tokens:
-        raise LlamaclustError(f"{api}: an answer of {len(found.ids)} tokens, {tokens} were requested")
+        raise LlamaclustError(f"{api}: an answer has {len(found.ids)} tokens, but {tokens} were requested")
     return found
 
 

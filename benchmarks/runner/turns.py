@@ -17,13 +17,11 @@ from llamaclust.core.errors import LlamaclustError
 from runner.case import Case, Group, Measures
 
 _MANY = 8
-"""The least number of values of which quartiles are printed."""
+"""The smallest number of values for which quartiles are printed."""
 
 
 @dataclass(slots=True)
 class Turns:
-    """A run of a case. `rounds` replaces the case's own number of rounds."""
-
     case: Case
     rounds: int | None = None
     json: Path | None = None

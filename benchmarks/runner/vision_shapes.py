@@ -16,9 +16,9 @@ from llamaclust.model.quant_types import QuantType
 
 @dataclass(frozen=True, slots=True)
 class VisionShape:
-    """An encoder and its projector. Widths are in channels, `image_size` and `patch_size` in pixels a side; `merge`
-    patches a side become one row. `tile` is that of an image of 1024 x 768 pixels, height and width, and `tiles` the
-    number of them. `kept`: layers with a projector of their own (deepstack)."""
+    """An encoder and its projector. Widths are in channels. `image_size` and `patch_size` are in pixels along a side.
+    `merge` patches along a side become one row. An image of 1024 x 768 pixels has `tiles` tiles of size `tile` (height,
+    width). `kept` has the layers with their own projector (deepstack)."""
 
     projector: str
     quant_type: QuantType  # type of the files that people download
@@ -45,8 +45,8 @@ VISION_SHAPES: Mapping[str, VisionShape] = {
 
 
 def write_vision_shape(path: Path, shape: VisionShape, quant_type: QuantType, layers: int, seed: int = 1) -> None:
-    """Writes the first `layers` layers. Vectors, kernels and matrices whose width is no multiple of a block are floats,
-    as in files that llama.cpp converts."""
+    """Writes the first `layers` layers. Vectors, kernels, and matrices whose width is not a multiple of a block are
+    floats, as in files that llama.cpp converts."""
     generator = np.random.default_rng(seed)
     write_gguf(path, _metadata(shape, quant_type, layers), _Tensors(shape, quant_type, generator).all(layers))
 

@@ -3,11 +3,11 @@
     python benchmarks/suites/clients.py MODEL.gguf [SUITE ...] [--workers 2] [--api URL] [--checkout SUITE=FOLDER]
         [--examples 20] [--limit SECONDS]
 
-Each suite has its own environment in the cache folder, made by pip or npm. Its packages have fixed versions; their
-dependencies are as new as they allow. A suite is skipped, with the reason, if its packages are unavailable or its tests
-do not end. Suites whose tests are only in a public repository need a checkout of it. Suites of OpenAPI documents and of
-images have their own clusters, with small random models. With `--api`, suites run against another server that already
-serves the model, such as llama.cpp's."""
+Each suite has its own environment in the cache folder, made by pip or npm. Its packages have fixed versions. Their
+dependencies are as new as the packages allow. A suite is skipped, with the reason, if its packages are unavailable or
+its tests do not end. Suites whose tests are only in a public repository need a checkout of the repository. Suites of
+OpenAPI documents and of images have their own clusters, with small random models. With `--api`, suites run against
+another server that already serves the model, such as llama.cpp's server."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class Target:
 
 
 class Skipped(Exception):
-    """Raised if the suite's packages cannot be installed, or the suite does not end."""
+    """The suite's packages cannot be installed, or the suite does not end."""
 
 
 def install(name: str, suite: Suite) -> Path:
@@ -217,7 +217,7 @@ async def _run(command: list[str], output: Path, own: dict[str, str], limit_s: f
         async with asyncio.timeout(limit_s):
             await process.wait()
     except TimeoutError:
-        raise Skipped(f"its tests did not end within {limit_s:g} s: --limit") from None
+        raise Skipped(f"its tests did not end within {limit_s:g} s; raise --limit") from None
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -11,8 +11,8 @@ _REQUEST_S = 120
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """An OpenAPI document and the checks of replies. A request that the document forbids need not be refused (unknown
-    fields and nulls are accepted); one that it allows need not be accepted (the context may be full)."""
+    """An OpenAPI document and the checks of replies. The server may accept a request that the document forbids (unknown
+    fields and nulls are accepted). It may refuse a request that the document allows (the context may be full)."""
 
     place: str  # a path in a checkout, or a path of the server that begins with /
     checks: tuple[str, ...] = ()  # checks in addition to server errors, types and schemas of replies

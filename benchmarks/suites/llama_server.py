@@ -34,7 +34,7 @@ DEFAULTS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--n-predict": ("n_predict", int),
     "--pooling": ("pooling", str),
 }
-"""Flags that set the default of a request field, with that field and the type of its value."""
+"""Flags that set a request field's default, with the field's name and the type of its value."""
 
 THINKING = {"on": True, "off": False}
 
@@ -121,7 +121,7 @@ def addresses(hosts: str, port: str) -> dict[str, Any]:
 
 
 def names(flags: dict[str, str]) -> dict[str, Any]:
-    """Returns the cluster file's keys for names and tags, none with `models`. The first alias is the model's name."""
+    """Returns the cluster file's keys for names and tags, or none with `models`. The first alias names the model."""
     if "models" in served(flags):
         return {}
     aliases = sorted(name for name in flags.get("--alias", "").split(",") if name)

@@ -1,10 +1,10 @@
-"""Runs llama.cpp's own server tests, unchanged, against llamaclust, and counts how many of each file pass.
+"""Runs llama.cpp's own server tests, unchanged, against llamaclust, and counts how many tests of each file pass.
 
     python benchmarks/suites/llamacpp.py MODEL.gguf [FILE ...] [--results FOLDER] [-k EXPRESSION] [--server PATH]
 
 The tests come from llama-cpp-python's source package, which pip downloads (77 MB), or from `--source`, a checkout of
 llama.cpp. The server is `llama_server.py`, or the llama-server that `--server` names. MODEL or a small substitute
-replaces the models that the tests name. Files with results in `--results` are not run again; tables of both servers are
+replaces the models that the tests name. Files with results in `--results` are not run again. Tables of both servers are
 printed next to each other."""
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ basic chat_completion compat_anthropic compat_gcp compat_oai_responses completio
 kv_keep_only_active lora metrics proxy rerank router security sleep slot_save speculative stream template tokenize
 tool_call vision_api
 """
-"""The names of test files, without those of tools that the server itself runs."""
+"""The names of test files, except those for tools that the server itself runs."""
 CLUSTER, LLAMA_SERVER = "llamaclust", "llama-server"
 HERE = Path(__file__).parent
 _FILE_S = 3600
@@ -63,7 +63,7 @@ def fetch(folder: Path) -> Path:
 
 
 def prepare(source: Path, folder: Path) -> Path:
-    """Copies the tests and their templates, and makes the server that they start. Returns the folder of the tests."""
+    """Copies the tests and their templates, and makes the server that they start. Returns the tests' folder."""
     for part in (TESTS, TEMPLATES):
         shutil.copytree(source / part, folder / part)
     (folder / TESTS / "tmp").mkdir(exist_ok=True)  # folder of slots
@@ -81,7 +81,6 @@ class Run:
     server: Path | None  # a llama-server that is tested instead of a cluster
 
     def file(self, name: str, report: Path, expression: str) -> None:
-        """Runs a file of tests. The JUnit file with the results is written when all have ended."""
         made = self.folder / report.name
         words = ["-q", "-p", "llamacpp_plugin", "-p", "no:cacheprovider", "-m", "not slow", "--tb=line"]
         words += [f"--junitxml={made}", f"unit/test_{name}.py", *(["-k", expression] if expression else [])]

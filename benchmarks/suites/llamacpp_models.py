@@ -1,4 +1,4 @@
-"""Small models with random weights that replace the models which llama.cpp's server tests download. One model has an
+"""Small models with random weights, which replace the models that llama.cpp's server tests download. One model has an
 adapter whose scale changes its answers. Tests of all other models use MODEL."""
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ ROUTED = {
     "ggml-org/test-model-stories260K:F32": "routed-1",
     "ggml-org/test-model-stories260K-infill:F32": "routed-2",
 }
-"""The models of a server that is started as a router, and the small models that replace them. Empty: MODEL."""
+"""The models of a server that is started as a router, and the small models that replace them. Empty means MODEL."""
 _ADAPTED, _ADAPTER = "adapted", "adapter"
 _FILL_IN = ("ggml-org/test-model-stories260K-infill", "fill-in")
 """The repository of a model with tokens for `/infill`, and the name of the small model that replaces it."""
 _SEEING = ("ggml-org/tinygemma3-GGUF", "seeing")
-"""The repository of a model with a projector, and the name of the folder with both that replace them."""
+"""The repository of a model with a projector, and the name of the folder whose two files replace them."""
 
 
 def build_stand_ins(folder: Path) -> None:

@@ -1,5 +1,5 @@
 """A pytest plugin for llama.cpp's server tests. It replaces downloaded models by small ones (`llamacpp_models.py`) and
-downloaded images by random ones, and lets consecutive tests with the same flags share a server."""
+downloaded images by random ones. Consecutive tests with the same flags share a server."""
 
 from __future__ import annotations
 

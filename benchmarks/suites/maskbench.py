@@ -2,7 +2,7 @@
 
     python benchmarks/suites/maskbench.py FOLDER [--sample 1000] [--seed 1] [--verbose]
 
-FOLDER is `maskbench/data` of a checkout of guidance-ai/jsonschemabench. Instances are matched byte by byte. A schema
+FOLDER is `maskbench/data` in a checkout of guidance-ai/jsonschemabench. Instances are matched byte by byte. A schema
 passes if it is accepted and each of its instances, if any, is judged right."""
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SHOWN_S = 10.0
 
 
 def judge(document: dict[str, Any], counts: Counter[str]) -> Iterator[str]:
-    """Counts a schema and its instances. Yields a line for each judgement unlike the suite's."""
+    """Counts a schema and its instances. Yields a line for each judgement that differs from the suite's."""
     counts["schemas"] += 1
     try:
         grammar = definitions.of_schema(document["schema"], "schema")
@@ -61,7 +61,7 @@ def main() -> None:
     given = parser.parse_args()
     paths = sorted(given.folder.glob("*.json"))
     if not paths:
-        raise SystemExit(f"skipped: no schemas in {given.folder}")
+        raise SystemExit(f"skipped: {given.folder} contains no schemas")
     if given.sample:
         paths = Random(given.seed).sample(paths, min(given.sample, len(paths)))
     counts: Counter[str] = Counter()

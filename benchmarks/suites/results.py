@@ -13,7 +13,6 @@ Outcomes = dict[str, dict[str, str]]
 
 
 def count(report: Path) -> dict[str, Counter[str]]:
-    """Counts passed, failed and skipped cases by file. Prints the reason of each failure."""
     counts: dict[str, Counter[str]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         name, kind = _file_of(case), _kind_of(case)

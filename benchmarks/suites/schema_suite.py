@@ -39,7 +39,6 @@ def source_package(folder: Path) -> Path:
 
 
 def groups(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields each schema of the suite, optional ones included: its file's name, and the schema with its instances."""
     with tarfile.open(source) as archive:
         for member in sorted(archive.getmembers(), key=lambda entry: entry.name):
             if _SUITE in member.name and (file := archive.extractfile(member)) is not None:
@@ -74,7 +73,7 @@ def allows(grammar: Grammar, instance: Any) -> bool:
 
 
 def judge(group: dict[str, Any], counts: Counter[str]) -> Iterator[str]:
-    """Counts a schema and its instances. Yields a line for each judgement unlike the suite's."""
+    """Counts a schema and its instances. Yields a line for each judgement that differs from the suite's."""
     schema = group["schema"]
     schema = {key: value for key, value in schema.items() if key != "$schema"} if isinstance(schema, dict) else schema
     counts["schemas"] += 1

@@ -1,4 +1,4 @@
-"""Small models with random weights for suites that test the form of replies, not their words."""
+"""Small models with random weights, for suites that test the form of replies but not their words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _RARE_TOKEN = 300
 
 
 def build_stand_in(name: str, folder: Path) -> tuple[Path, Mapping[str, Any]]:
-    """Writes a model to the folder. Returns its path and the keys of the cluster file that enable all endpoints."""
+    """Writes a model to the folder. Returns its path and the cluster file's keys that enable all endpoints."""
     return _BUILDERS[name](folder)
 
 

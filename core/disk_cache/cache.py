@@ -1,5 +1,5 @@
-"""A cache folder of bounded size for one user's files that can be computed again. Complete files never change. One
-process writes at a time; readers need no lock. A file's access time is the time of its last use."""
+"""A cache folder for one user's files, with bounded size. Every file can be computed again, and complete files never
+change. One process writes at a time. Readers need no lock. A file's access time records its last use."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NEVER_NS = 1 << 63
 
 
 class NoRoomError(OSError):
-    """A file does not fit into the cache's limit or on the disk."""
+    """The cache's limit or the disk leaves no room for a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Cleared:
 
 @dataclass(frozen=True, slots=True)
 class DiskCache:
-    """A cache of the files in `path` that end with one of `suffixes`. Other files there are not touched."""
+    """A cache of the files in `path` whose names end with one of `suffixes`. Other files there are left alone."""
 
     path: Path
     most_bytes: int
@@ -62,7 +62,7 @@ class DiskCache:
     modified_ns: ClassVar[int | None] = None  # of all files, if set: one that was changed later is damaged
 
     def create(self) -> None:
-        """Creates the folder. Raises OSError, for example PermissionError for a link or if others could write there."""
+        """Creates the folder. Raises OSError, for example if `path` is a link or if other users could write there."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
             self.path.mkdir(mode=0o700)
@@ -72,8 +72,8 @@ class DiskCache:
             raise PermissionError(errno.EPERM, f"{what} (mode {mode:o})", str(self.path))
 
     def open(self, name: str, *, is_use: bool = True) -> FileIO | None:
-        """Opens a file and, if `is_use`, marks it used. Returns None if it is absent; a changed or foreign file is
-        deleted and counts as absent. Raises OSError with the path."""
+        """Opens a file and, if `is_use`, marks it used. Returns None if the file is absent. A changed or foreign file
+        is deleted and counts as absent. Raises an OSError that contains the path."""
         path = self.path / name
         try:
             file = files.open_own(path)
@@ -105,8 +105,8 @@ class DiskCache:
         kept: Container[str] = (),
         writing: Writing | None = None,
     ) -> None:
-        """Writes a file unless it exists. Makes room by deleting files last used before `since_ns` and not in `kept`.
-        Raises NoRoomError, BusyError, StoppedError or another OSError, and then leaves no part of the file."""
+        """Writes a file unless it exists. Makes room by deleting files that are not in `kept` and were last used before
+        `since_ns`. Raises NoRoomError, BusyError, StoppedError or another OSError, and removes the partial file."""
         n_bytes, writing = sum(map(len, parts)), writing or Writing()
         with self.locked(writing):
             if not self._has(name, n_bytes):
@@ -115,7 +115,7 @@ class DiskCache:
 
     @contextmanager
     def locked(self, writing: Writing | None = None) -> Iterator[None]:
-        """Holds the writers' lock and deletes killed writers' temporary files. Raises the errors of `files.locked`."""
+        """Holds the writers' lock and deletes temporary files of killed writers. Raises `files.locked`'s errors."""
         with files.locked(self.path / _LOCK, writing or Writing()):
             for file in self.files(files.TEMPORARY):
                 files.remove(file.path)
@@ -126,7 +126,7 @@ class DiskCache:
         files.remove(self.path / name)
 
     def files(self, *suffixes: str) -> list[CachedFile]:
-        """Returns the files with these suffixes (default: the cache's own), least recently used first."""
+        """Returns the files with these suffixes (by default the cache's own), least recently used first."""
         found = []
         with suppress(FileNotFoundError), os.scandir(self.path) as entries:
             for entry in entries:
@@ -145,7 +145,7 @@ class DiskCache:
         return sorted(path for path in self._names(_LOCK) if path.is_symlink() or not path.is_file())
 
     def clear(self) -> Cleared:
-        """Deletes the files. Raises OSError, or BusyError if a process writes for long or a load needs the files."""
+        """Deletes the files. Raises OSError, or BusyError if a load needs them or another process keeps writing."""
         if not os.path.lexists(self.path):
             return Cleared()
         self._check_owner()
@@ -167,7 +167,7 @@ class DiskCache:
         return Cleared(count, size_bytes, tuple(left))
 
     def _needed_since_ns(self) -> int:
-        """Returns a time: the cache keeps all files that were used at or after it. The caller holds the lock."""
+        """Returns a time. The cache keeps all files used at or after this time. The caller must hold the lock."""
         return NEVER_NS
 
     def _make_room(self, n_bytes: int, since_ns: int = NEVER_NS, kept: Container[str] = ()) -> None:
@@ -185,9 +185,9 @@ class DiskCache:
         more = f"{mib(n_bytes)} MiB more of {self.content}"
         if held_bytes + n_bytes > self.most_bytes:
             allowed = f"the limit is {mib(self.most_bytes)} MiB ({self.limit})"
-            raise NoRoomError(f"{self.path}: {more} beside {mib(held_bytes)} MiB in use, {allowed}")
+            raise NoRoomError(f"{self.path}: {more} do not fit: {mib(held_bytes)} MiB are in use, and {allowed}")
         if n_bytes > disk_bytes:
-            free_mib, stays = (disk_bytes + reserved_bytes) // MIB, f" ({mib(reserved_bytes)} stay free)"
+            free_mib, stays = (disk_bytes + reserved_bytes) // MIB, f" ({mib(reserved_bytes)} must stay free)"
             what = f"the disk has {free_mib} MiB free{stays if reserved_bytes else ''}, but {more} are needed"
             raise NoRoomError(f"{self.path}: {what}; make room there, or set LLAMACLUST_HOME to another disk")
 

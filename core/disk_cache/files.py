@@ -1,4 +1,4 @@
-"""Files that several processes of a user share: opened without blocking, locked, and written whole or not at all."""
+"""Files that several processes of a user share. Opening never blocks, and files are written entirely or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.core.cgroups import drop_cached_pages
 from llamaclust.core.regular_file import NotRegularError, open_descriptor, take_lock
 
 TEMPORARY = ".tmp"
-"""The suffix of a file that is being written. A killed process may leave one."""
+"""The suffix of files that are being written. A killed process may leave such a file."""
 
 _WRITE_BYTES = 1 << 21
 """The size and alignment of writes. Some file systems use huge pages for such writes (ext4 since Linux 6.16)."""
@@ -28,7 +28,7 @@ _NOT_A_FILE = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EISDIR)
 
 
 class ForeignFileError(OSError):
-    """The path is a link, a pipe, a directory or the like instead of a file, or a file of another user."""
+    """The path is not a regular file (it may be a link, a pipe or a directory), or another user owns the file."""
 
 
 class BusyError(OSError):
@@ -47,7 +47,7 @@ class Writing:
 
 
 def open_own(path: Path, flags: int = os.O_RDONLY) -> FileIO:
-    """Opens a file unbuffered. Raises FileNotFoundError, ForeignFileError or another OSError."""
+    """Opens a file without buffering. Raises FileNotFoundError, ForeignFileError or another OSError."""
     try:
         descriptor = open_descriptor(path, flags | os.O_NOFOLLOW)
     except OSError as error:
@@ -62,7 +62,7 @@ def open_own(path: Path, flags: int = os.O_RDONLY) -> FileIO:
 
 @contextmanager
 def locked(path: Path, writing: Writing) -> Iterator[None]:
-    """Holds the lock of `path`, a file created if absent. Raises BusyError after `_LOCK_WAIT_S`, or StoppedError."""
+    """Locks the file `path`, creating it if needed. Raises BusyError after `_LOCK_WAIT_S` s, or StoppedError."""
     with open_own(path, os.O_RDWR | os.O_CREAT) as file:
         deadline, writing.waits = time.monotonic() + _LOCK_WAIT_S, True
         while not take_lock(file.fileno()):
@@ -79,12 +79,12 @@ def locked(path: Path, writing: Writing) -> Iterator[None]:
 def write_whole(
     path: Path, parts: Sequence[bytes | memoryview], writing: Writing, modified_ns: int | None, *, is_synced: bool
 ) -> None:
-    """Writes a file whole or not at all. The caller holds the folder's lock. Raises OSError or StoppedError."""
+    """Writes a file entirely or not at all. The caller must hold the folder's lock. Raises OSError or StoppedError."""
     made = path.with_name(f"{path.name}{TEMPORARY}")
     try:
         file = open_own(made, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     except FileExistsError:
-        raise ForeignFileError(errno.EEXIST, "is in the way", str(made)) from None
+        raise ForeignFileError(errno.EEXIST, "exists and cannot be replaced; remove it", str(made)) from None
     writing.unfinished = made
     try:
         with file:
@@ -114,7 +114,7 @@ def used_ns(status: os.stat_result) -> int:
 
 
 def mark_used(descriptor: int) -> os.stat_result:
-    """Sets the time of last use to now, since the kernel's own time lags by milliseconds. Returns the status before."""
+    """Sets the access time to now, as the kernel's own time lags by milliseconds. Returns the earlier status."""
     found = os.fstat(descriptor)
     with suppress(OSError):
         os.utime(descriptor, ns=(time.time_ns(), found.st_mtime_ns))
@@ -127,7 +127,7 @@ def remove(path: Path) -> None:
 
 
 def delete(path: Path) -> int:
-    """Deletes a file or an empty directory. Returns the size of a regular file, otherwise 0. Raises OSError."""
+    """Deletes a file or an empty directory. Returns a regular file's size, or 0 for anything else. Raises OSError."""
     found = path.lstat()
     if stat.S_ISDIR(found.st_mode):
         path.rmdir()

@@ -1,2 +1,2 @@
-"""Fair sharing of scarce resources by several owners: `turns` for concurrent places, `shares` and `line` for units of
-room, `computations` for values that several need."""
+"""Fair sharing of scarce resources among owners. `turns` shares concurrent places, `shares` and `line` share units of
+room, and `computations` shares values that several callers need."""

@@ -1,5 +1,4 @@
-"""Values that are computed once for all callers that use them at the same time. Each caller has its own turn and
-deadline."""
+"""Values that are computed once for all simultaneous callers. Each caller has its own turn and its own deadline."""
 
 from __future__ import annotations
 
@@ -11,20 +10,20 @@ from typing import Any, Generic, TypeVar
 _Value = TypeVar("_Value")
 
 Owners = Sequence[str]
-"""The owners of all callers that use a value now, first the one in whose turn it is computed. It changes as they come
-and leave."""
+"""The owners of all callers that use a value now. The value is computed during the first owner's turn. The owners
+change as callers come and leave."""
 Compute = Callable[[Owners], Coroutine[Any, Any, _Value]]
 
 
 class Lease(Generic[_Value]):
-    """A caller's use of a value, until `release`."""
+    """A caller's use of a value, which lasts until `release`."""
 
     def __init__(self, value: _Value, release: Callable[[], None]) -> None:
         self.value = value
         self._release: Callable[[], None] | None = release
 
     def release(self) -> None:
-        """May be called again."""
+        """Ends the use. Further calls do nothing."""
         release, self._release = self._release, None
         if release is not None:
             release()
@@ -38,7 +37,7 @@ class _Shared(Generic[_Value]):
         self.claim: asyncio.Task[None] | None = None  # in whose turn the task began
 
     async def claim_turn(self, owner: str, turn: AbstractAsyncContextManager[None], begin: Callable[[], None]) -> None:
-        """Begins the computation in this turn, unless it has begun in another one. The turn lasts until its end."""
+        """Begins the computation unless it has begun in another turn. Holds the turn until the computation ends."""
         async with turn:
             if self.task is None:
                 self.claim = asyncio.current_task()
@@ -50,8 +49,8 @@ class _Shared(Generic[_Value]):
 
 
 class SharedComputations(Generic[_Value]):
-    """Values by key. A computation begins in the first turn that one of its callers gets, and its result or error is
-    that of all. It is cancelled, or its value is closed, when no caller is left."""
+    """Shared values by key. A computation begins when the first of its callers gets a turn, and all callers get its
+    result or error. When no caller is left, the computation is cancelled or its value is closed."""
 
     def __init__(self, close: Callable[[bytes, _Value], None] = lambda key, value: None) -> None:
         self._close = close
@@ -64,7 +63,7 @@ class SharedComputations(Generic[_Value]):
         return key in self._shared
 
     def put(self, key: bytes, owner: str, value: _Value) -> Lease[_Value]:
-        """Adds a value that is known, for its first caller."""
+        """Adds a value that is already known. Returns the first caller's lease."""
         assert key not in self._shared
         self._shared[key] = shared = _Shared[_Value]()
         shared.result.set_result(value)
@@ -73,8 +72,8 @@ class SharedComputations(Generic[_Value]):
     async def take(
         self, key: bytes, owner: str, turn: AbstractAsyncContextManager[None], compute: Compute[_Value]
     ) -> Lease[_Value]:
-        """Waits for a value and returns a lease of it. Raises errors of the computation, and those of `turn` until its
-        end: they are the caller's own."""
+        """Waits for a value and returns a lease for it. Raises the computation's error, or this caller's own error if
+        `turn` fails before the value is known."""
         shared = self._shared.get(key)
         if shared is None:
             shared = self._shared[key] = _Shared()

@@ -1,4 +1,4 @@
-"""A line of those who lack room. One at a time is first: it alone may take room until it leaves."""
+"""A line of requests that wait for room. One request is first, and only this request may take room until it leaves."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Self
 
 
 class Line:
-    """The next first one is that whose owner holds least, and of these the one that has waited longest. Those who wait
-    must hold no room. Not thread-safe: for one event loop."""
+    """A line of requests that wait for room and hold none. The next to be first is the request whose owner holds the
+    least room. On a tie, the longest wait decides. Not thread-safe: use it in one event loop."""
 
     def __init__(self, held: Counter[str]) -> None:
-        """`held`: the room that each owner holds now."""
+        """`held` counts the room that each owner holds now."""
         self._held = held
         self._first: Place | None = None
         self._waiting: list[Place] = []
@@ -32,11 +32,11 @@ class Line:
         return self._first is place
 
     def is_open(self, place: Place) -> bool:
-        """True if it may take room: nobody else is first."""
+        """Returns whether a place may take room, because no other place is first."""
         return self._first in (None, place)
 
     async def enter(self, place: Place) -> None:
-        """Waits until a place is the first."""
+        """Waits until the place is first in the line."""
         if self._first is None:
             self._first = place
         if self._first is not place:
@@ -54,7 +54,7 @@ class Line:
 
 
 class Place:
-    """A place of one request, which is outside the line at first. Leaving the context leaves the line."""
+    """A request's place, which is outside the line until `enter`. Leaving the context leaves the line."""
 
     def __init__(self, line: Line, owner: str) -> None:
         self.owner = owner
@@ -70,7 +70,7 @@ class Place:
         return self._line.is_open(self)
 
     async def enter(self) -> None:
-        """Waits until it is the first."""
+        """Waits until this place is first in the line."""
         await self._line.enter(self)
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""Fair shares of a room that is counted in units. Pure: without I/O."""
+"""Fair shares of room that is counted in units."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 
 def fits(own: int, held: int, room: int, more: int = 1) -> bool:
-    """True if an owner with `own` of the `held` units may take `more`. One owner alone gets up to `room` units, others
-    up to half of the units that are free of 2 * `room`."""
+    """Returns whether an owner with `own` of all `held` units may take `more`. A single owner may have up to `room`
+    units. With several owners, each may have half of what the others' units leave of 2 * `room` units."""
     return not more or own + more <= min(room, 2 * room - held - more + 1)
 
 

@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 
 
 class Turns:
-    """Concurrent places. A freed place goes to the waiting owner with the fewest places, on a tie not to the owner that
-    freed it. An owner has at most `most` places (None: no limit). Not thread-safe: for one event loop."""
+    """Shares concurrent places among owners. A freed place goes to the waiting owner with the fewest places. The owner
+    that freed it loses a tie. An owner has at most `most` places (None means no limit). For one event loop."""
 
     def __init__(self, places: int, most: int | None = None) -> None:
         self._free = places

@@ -1,4 +1,4 @@
-"""The CPU backend. One native call runs a whole program on a pool of threads."""
+"""The CPU backend. One native call runs a whole program on a thread pool."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from llamaclust.model.program import Program
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The inputs of some matrix products in the last run: x [rows, width], a view that the next run overwrites. For
-    experts and products by head, `chosen` [rows, used] has the numbers of each row's experts or heads, and x may have
-    one line for each of them, [rows * used, width]."""
+    """The inputs of some matrix products in the last run. x [rows, width] is a view that the next run overwrites. For
+    experts and products by head, `chosen` [rows, used] has the numbers of each row's experts or heads. Then x may have
+    one line for each of these numbers, [rows * used, width]."""
 
     weights: tuple[str, ...]
     x: Float32
@@ -98,7 +98,6 @@ class CpuStage:
         return self._result[: self._native.run_frame(frame)]
 
     def _choose_adapters(self, scales: Float32 | None) -> None:
-        """Enables the adapters that have a nonzero scale in some row, and fills the buffers of their scales."""
         assert self._native is not None
         chosen = () if scales is None else np.flatnonzero(scales.any(axis=0)).tolist()
         self._native.set_adapters(sum(1 << adapter for adapter in chosen))
@@ -113,7 +112,7 @@ class CpuStage:
         return self._native.contents(self._normed)[rows]
 
     def inputs(self, rows: int) -> Iterator[Inputs]:
-        """Yields each matrix's inputs in the last run, which had `rows` rows. Needs a stage loaded as `observed`."""
+        """Yields each matrix's inputs in the last run, which had `rows` rows. Needs a stage loaded with `observed`."""
         assert self._native is not None, "the stage was closed"
         for seen in self._observed:
             ids = None if seen.choice is None else self._native.contents(seen.choice)[:rows]
@@ -140,7 +139,7 @@ class CpuStage:
 
 
 def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, threads: int) -> int:
-    """Returns the bytes of a stage on `threads` threads except weights and KV memory. Starts no threads."""
+    """Returns a stage's memory on `threads` threads, except weights and KV memory, in bytes. Starts no threads."""
     with _explained(program):
         return _native.workspace_bytes(compile_program(program, shapes_only(program, tensors), limits).plan, threads)
 
@@ -160,7 +159,7 @@ def experts_workspace_bytes(
 
 @contextmanager
 def _explained(program: Program) -> Iterator[None]:
-    """Turns ValueError into ModelFileError. A TypeError passes: it is a bug, such as an outdated native module."""
+    """Turns ValueError into ModelFileError. Lets TypeError pass, because it is a bug, such as an old native module."""
     try:
         yield
     except ValueError as error:
@@ -168,9 +167,9 @@ def _explained(program: Program) -> Iterator[None]:
 
 
 class CpuBackend:
-    """Implements `kernels.backend.Backend` on `threads` threads, one of which is the caller of `run`. While other
-    programs keep the cores busy, fewer threads compute, unless `yields` is False. Without a `feature_level`, the best
-    of this machine is used. `mlock` locks packed weights in RAM."""
+    """Implements `kernels.backend.Backend` on `threads` threads. One of them is the caller of `run`. While other
+    programs keep the cores busy, fewer threads compute, unless `yields` is False. By default, `feature_level` is the
+    machine's best. `mlock` locks packed weights in RAM."""
 
     name = "cpu"
     numerics_version = NUMERICS_VERSION
@@ -184,7 +183,7 @@ class CpuBackend:
         packed_cache: PackedCacheFolder | None = None,
         mlock: bool = False,
     ) -> None:
-        """Raises UsageError for a feature level that this machine lacks, or if so many threads cannot be started."""
+        """Raises UsageError if this machine lacks the feature level, or if this many threads cannot be started."""
         levels = _native.available_levels()
         self.feature_level = feature_level or levels[-1]
         if self.feature_level not in levels:
@@ -199,15 +198,15 @@ class CpuBackend:
         self._weights = WeightStore(threads, self.packed_cache, mlock=mlock)
 
     def _new_pool(self, niceness: int = 0) -> _native.ThreadPool:
-        """The pool's threads inherit the priority of the thread that starts them."""
+        """Starts a pool from a new thread with this niceness. The pool's threads inherit the thread's priority."""
         try:
             with ThreadPoolExecutor(1, initializer=partial(lower_priority, niceness)) as starter:
                 return starter.submit(_native.ThreadPool, self.threads, self._yields).result()
         except (ValueError, RuntimeError) as error:
-            raise UsageError(f"{self.threads} threads: {error}; give another number") from error
+            raise UsageError(f"{self.threads} threads cannot be started: {error}; give another number") from error
 
     def apart(self, niceness: int = 0) -> CpuBackend:
-        """Returns a copy with a new thread pool. At first all its threads compute; later fewer do if that is faster."""
+        """Returns a copy with a new thread pool. All threads compute at first, and later fewer if that is faster."""
         twin = copy(self)
         twin._pool = self._new_pool(niceness)
         return twin
@@ -221,7 +220,7 @@ class CpuBackend:
         *,
         observed: bool = False,
     ) -> CpuStage:
-        """Raises ModelFileError for a program without kernels. `observed` gives the stage `inputs` after each run."""
+        """Raises ModelFileError for a program without kernels. With `observed`, the stage keeps each run's `inputs`."""
         found: list[Observed] = []
         with self._loading(program, tensors, limits):
             weights = self._weights.load(program, tensors, progress)

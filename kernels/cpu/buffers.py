@@ -9,15 +9,15 @@ from llamaclust.model.quant_types import ActivationFormat
 
 @dataclass(slots=True)
 class Buffers:
-    """Numbers the buffers of a plan. A program's buffer has up to two of them: a private one for steps that compute row
-    by row, of which each thread may keep a copy, and a shared one for results of products and attention."""
+    """Numbers a plan's buffers. Each program buffer has up to two of them. Steps that compute row by row use a private
+    buffer, of which each thread may keep a copy. Products and attention write their results to a shared buffer."""
 
     plan: Plan
     rows: int
     ids: dict[tuple[ir.Buffer, bool, int], int] = field(default_factory=dict)
     current: dict[str, tuple[int, bool]] = field(default_factory=dict)
     packed: dict[str, ActivationFormat] = field(default_factory=dict)
-    """The int8 format of each buffer's newest values, by buffer name. The int8 values have a buffer of their own."""
+    """The int8 format of each buffer's newest values, by buffer name. The int8 values have their own buffer."""
 
     def read(self, buffer: ir.Buffer) -> int:
         return self.current[buffer.name][0]

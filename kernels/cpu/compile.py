@@ -1,4 +1,4 @@
-"""Compiles a program to a plan of the native executor. Steps are fused, and buffer names become numbers."""
+"""Compiles a program to a plan for the native executor. Steps are fused, and buffer names become numbers."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from llamaclust.model.quant_types import ActivationFormat, QuantType
 from llamaclust.model.steps.options import RopeStyle
 
 _FORMATS = (ActivationFormat.F32, ActivationFormat.Q8_32, ActivationFormat.Q8_256)
-"""The activation formats in the order of the native module's numbers."""
+"""The activation formats, in the order of their numbers in the native module."""
 
 _SLOTS = 4
-"""The most quantized inputs of products that the native module keeps at the same time."""
+"""The largest number of quantized product inputs that the native module keeps at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """The inputs of some matrices, which each run copies to `buffer`. `choice` is the buffer with ids of experts. A row
-    has `used` lines if each of its experts has its own input, otherwise one line, which holds all `heads`."""
+    """The inputs of some matrices, which each run copies to `buffer`. The buffer `choice` has the experts' ids. A row
+    has `used` lines if each of its experts has its own input. Otherwise it has one line with all `heads`."""
 
     weights: tuple[str, ...]
     buffer: int
@@ -43,7 +43,7 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class RowScales:
-    """A buffer that no step writes. It is filled with each row's scale times `factor` before a run with the adapter."""
+    """A buffer that no step writes. Before each run with the adapter, it gets each row's scale times `factor`."""
 
     buffer: int
     adapter: int
@@ -85,7 +85,7 @@ class Compiler:
 
     @property
     def _experts(self) -> PlanExperts:
-        """Makes an emitter each time: a stored one would hold methods of the compiler, and so keep all weights."""
+        """Makes a new emitter each time. A stored one would hold methods of the compiler, and so keep all weights."""
         copy = None if self._observed is None else self._copy
         return PlanExperts(self.plan, self._buffers, self._weights, self._activations, self._observe, copy)
 
@@ -154,7 +154,7 @@ class Compiler:
         return read if self._buffers.is_shared(x) else self._copy(read, x.width // lines, lines)
 
     def _gather_packed(self, step: ir.Gather, form: ActivationFormat) -> None:
-        """Quantizes and packs this member's columns before the gather. The products that read the row would get the
+        """Quantizes and packs this member's columns before the gather. Products that read the whole row would get the
         same values, because each member has whole quantization segments."""
         assert step.x is not None
         own, whole = (ir.Buffer(buffer.name, buffer.width // step.lines) for buffer in (step.x, step.out))
@@ -225,7 +225,7 @@ class Compiler:
         return self._rotations[key], step.style is RopeStyle.NEOX
 
     def _quantize(self, x: int, types: Sequence[QuantType]) -> list[int]:
-        """Quantizes x once for each activation format of the weight types. Returns the slot of each type."""
+        """Quantizes x once for each activation format that the weight types need. Returns each type's slot."""
         slots: dict[ActivationFormat, int] = {}
         for kind in types:
             activation = kind.info.activation
@@ -275,8 +275,8 @@ class Compiler:
         self.plan.multiply_heads(list(weight.matrices), self._buffers.write(step.out), slot)
 
     def _adapt(self, x: ir.Buffer, steps: Sequence[ir.Adapt]) -> None:
-        """Emits the products with x together, then the products with their results in groups of `_SLOTS`. The sums go
-        to the buffers of the model's own products, because runs without the adapter skip these steps."""
+        """Emits the products with x together, and then the products with their results in groups of `_SLOTS`. The sums
+        go to the buffers of the model's own products, because runs without the adapter skip these steps."""
         down = [self._weights[step.down] for step in steps]
         inner = [ir.Buffer(f"adapter {place} of rank {step.rank}", step.rank) for place, step in enumerate(steps)]
         slots = self._quantize(self._buffers.read(x), [weight.quant_type for weight in down])
@@ -349,6 +349,6 @@ def _packed(buffer: ir.Buffer, form: ActivationFormat) -> ir.Buffer:
 def compile_program(
     program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits, observed: list[Observed] | None = None
 ) -> Compiled:
-    """Raises ValueError if the program is inconsistent (widths, heads, ranges). If `observed` is given, it receives the
-    inputs of each product, and the plan keeps copies of them; the results are the same."""
+    """Compiles a program. Raises ValueError if the program's widths, heads or ranges are inconsistent. If `observed` is
+    given, it receives each product's inputs, and the plan keeps copies of them. The results are the same."""
     return Compiler(program, weights, limits, observed).run()

@@ -1,4 +1,4 @@
-"""Compiles mixtures of experts that the processor computes for another device. A part of the plan is a whole mixture,
+"""Compiles mixtures of experts that the processor computes for another device. One part of the plan is a whole mixture,
 or only the choice of its experts, or only single experts."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llamaclust.model.steps.options import Gating
 
 @dataclass(frozen=True, slots=True)
 class CompiledLines:
-    """A plan with two parts per mixture: part 2 * i chooses the experts of mixture i, part 2 * i + 1 computes lines."""
+    """A plan with two parts for each mixture. Part 2 * i chooses mixture i's experts. Part 2 * i + 1 computes lines."""
 
     plan: Plan
     choice: int  # the buffer with ids, then weights, of each row
@@ -41,8 +41,8 @@ class _ExpertsCompiler(Compiler):
         return Compiled(self.plan, None)
 
     def run_lines(self) -> CompiledLines:
-        """Compiles two parts per mixture. A line is a row followed by one channel per expert: 1 for the line's expert,
-        0 for the others. So no line can name an expert that does not exist."""
+        """Compiles two parts for each mixture. A line is a row followed by one channel for each expert, which is 1 for
+        the line's expert and otherwise 0. So no line can name an expert that does not exist."""
         first, *_ = mixtures = mixtures_of(self._program)
         read = sum(buffer.width for buffer in first.reads)
         choice = self.plan.add_buffer(2 * first.used, 1, False, self._limits.max_batch_tokens)

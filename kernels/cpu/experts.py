@@ -1,4 +1,4 @@
-"""Mixtures of experts that the processor computes for another device, whole or expert by expert."""
+"""Mixtures of experts that the processor computes for another device, either whole or expert by expert."""
 
 from __future__ import annotations
 

@@ -13,13 +13,13 @@ from llamaclust.model.shard_names import shard_name
 from llamaclust.model.steps.options import SWIGLU_LIMIT, ActivationFunction, GatedActivation, Gating
 
 GATINGS = tuple(Gating)
-"""The gatings, indexed by the number of the native enum."""
+"""The gatings, in the order of their numbers in the native enum."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanExperts:
-    """Emits mixtures of experts. `quantize` quantizes a buffer for some quant types and returns the slot of each.
-    `observe` copies the inputs of observed weights. `copy` copies a buffer; it is None if nothing is observed."""
+    """Emits mixtures of experts. `quantize` quantizes a buffer for some quant types and returns each type's slot.
+    `observe` copies the inputs of observed weights. `copy` copies a buffer, and is None if nothing is observed."""
 
     plan: Plan
     buffers: Buffers
@@ -81,7 +81,7 @@ class PlanExperts:
         self.plan.combine_experts(choice, results, out, step.used, not step.options.weighs_inputs)
 
     def _place(self, step: ir.ExpertShards, choice: int, results: int) -> None:
-        """Writes results next to those of other workers: alone for the sum, or with all that a later stage needs."""
+        """Places results next to other workers' results: alone for the sum, or with all that a later stage needs."""
         buffers, used, start = self.buffers, step.mixture.used, 0
         given = None if step.given is None else (buffers.read(step.given), step.given.width - step.results_width)
         if step.carried is None:

@@ -1,4 +1,4 @@
-"""Loads weights from the model file or the packed-weight cache, and shares them between stages."""
+"""Loads weights from the model file or the packed-weight cache, and shares the weights between stages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class WeightStore:
         self._loaded: WeakValueDictionary[tuple[object, ...], Weight] = WeakValueDictionary()
 
     def load(self, program: Program, tensors: Mapping[str, Tensor], progress: Progress) -> dict[str, Weight]:
-        """Raises ModelFileError for a tensor of wrong shape, for a type without kernels, or if the file has changed."""
+        """Raises ModelFileError if a tensor has a wrong shape or a type without kernels, or if the file has changed."""
         check_weights(program, tensors)
         with self._lock:
             weights = {name: self._loaded.get(_key(tensors[name])) for name in program.weights}

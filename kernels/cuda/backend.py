@@ -1,4 +1,4 @@
-"""The CUDA backend. Launches on one GPU run a program, and give the bits of the CPU backend."""
+"""The CUDA backend. It runs a program as launches on one GPU, with the same bits as the CPU backend."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Adapt, Attention, MixtureStep, Program
 
 _RESERVED_SHARE = 256
-"""One part in this many of a GPU's memory is left to the driver, for compiled kernels and graphs."""
+"""1 / `_RESERVED_SHARE` of a GPU's memory is left to the driver, for compiled kernels and graphs."""
 
 
 class CudaBackend:
-    """Implements `kernels.backend.Backend` on a GPU. `threads` threads pack weights; `graphs` captures launches."""
+    """Implements `kernels.backend.Backend` on a GPU. `threads` threads pack weights. `graphs` captures launches."""
 
     numerics_version = NUMERICS_VERSION
 
@@ -62,7 +62,7 @@ class CudaBackend:
 
     @property
     def free_bytes(self) -> int:
-        """Free memory and that of experts caches, less a reserve for kernels and graphs."""
+        """The free memory plus the memory of experts caches, less a reserve for kernels and graphs."""
         cached_bytes = sum(cache.n_bytes for cache in tuple(self._caches))
         with self._gpu_lock.driver_errors():
             return max(0, self._device.free_bytes + cached_bytes - self._device.memory_bytes // _RESERVED_SHARE)
@@ -132,7 +132,7 @@ class CudaBackend:
     def _weights_and_kernels(
         self, plan: Plan, tensors: Mapping[str, Tensor], progress: Progress
     ) -> tuple[LayerMemory, ...]:
-        """Loads weights while another thread compiles the kernels that are not on disk yet, which takes seconds."""
+        """Loads weights. Meanwhile another thread compiles kernels that are not on disk yet, which takes seconds."""
         by_module = groupby(sorted(plan.kernels), key=lambda kernel: kernel.rpartition(".")[0])
         modules = [tuple(kernels) for _, kernels in by_module]
         told = LoadProgress(progress, plan.weight_bytes, len(modules))
@@ -170,7 +170,7 @@ def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: Sta
 
 
 def most_workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-    """Returns an upper bound of `workspace_bytes` for any number of KV blocks. It excludes the rounding of weights."""
+    """Returns an upper bound of `workspace_bytes` for any number of KV blocks, without the rounding of weights."""
     if program.window is not None:
         limits = replace(limits, window_blocks=1)  # they have a table of their own
     weights = _checked_weights(program, tensors)
@@ -179,7 +179,7 @@ def most_workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits
 
 
 def rounded_weight_bytes(program: Program, tensors: Mapping[str, Tensor]) -> int:
-    """Returns the bytes that rounding adds to weights: each layer is one allocation, whose size is rounded up."""
+    """Returns how many bytes rounding adds to weights. Each layer is one allocation, whose size is rounded up."""
     layers = layers_of_weights(tensors[name] for name in program.weights)
     return sum(allocated(layer.n_bytes) - layer.resident_bytes for layer in layers)
 
@@ -210,13 +210,15 @@ def _has_windows_ahead(program: Program) -> bool:
 
 def _checked_weights(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Weights]:
     if any(isinstance(step, MixtureStep) for step in program.steps):
-        raise ModelFileError("a part of the experts of a layer is not computed on GPUs; set device: cpu for its worker")
+        raise ModelFileError("GPUs cannot compute only some of a layer's experts; set device: cpu for the worker")
     if not program.is_causal and (program.is_first or program.is_last or _has_windows_ahead(program)):
         raise ModelFileError("an encoder is not computed on GPUs; set device: cpu for its workers")
     if program.is_last and not program.has_logits:
         raise ModelFileError("a reranker is not computed on GPUs; set device: cpu for its workers")
     if any(isinstance(step, Adapt) for step in program.steps):
-        raise UsageError("adapters are computed on processors only; set device: cpu for all workers, or leave them out")
+        raise UsageError(
+            "adapters are computed on processors only; set device: cpu for all workers, or remove the adapters"
+        )
     _check_part(program)
     check_weights(program, tensors)
     check_attention(program)

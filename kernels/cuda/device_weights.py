@@ -1,5 +1,5 @@
-"""Weights on a GPU, in the CPU backend's packed tiles. They are uploaded layer by layer through two pinned buffers,
-while the next layer is packed. A layer's host memory is freed after its upload."""
+"""Weights on a GPU, in the CPU backend's packed tiles. Each layer is uploaded through two pinned buffers while the next
+layer is packed. A layer's host memory is freed after the upload."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class LayerMemory:
 
 @dataclass(frozen=True, slots=True)
 class LayerTensors:
-    """The tensors of one layer in memory order (matrices before vectors), or one tensor outside the layers."""
+    """One layer's tensors in memory order (matrices before vectors), or one tensor outside the layers."""
 
     tensors: tuple[Tensor, ...]
 
@@ -85,7 +85,7 @@ class DeviceWeights:
         self._loaded: WeakValueDictionary[tuple[object, ...], LayerMemory] = WeakValueDictionary()
 
     def load(self, program: Program, tensors: Mapping[str, Tensor], progress: Progress) -> tuple[LayerMemory, ...]:
-        """Raises the errors of the CPU backend's `WeightStore.load`, and InsufficientMemoryError."""
+        """Raises InsufficientMemoryError, and the errors of the CPU backend's `WeightStore.load`."""
         check_weights(program, tensors)
         layers = layers_of_weights(tensors[name] for name in program.weights)
         with self._lock:
@@ -155,7 +155,7 @@ class _Uploads:
 
 
 class LoadProgress:
-    """Reports loaded bytes. 1 in `_KERNELS_SHARE` of all bytes is reported as kernels are compiled. Thread-safe."""
+    """Reports loaded bytes. Compiled kernels count as 1 in `_KERNELS_SHARE` of all bytes. Thread-safe."""
 
     def __init__(self, progress: Progress, total_bytes: int, modules: int) -> None:
         self._progress = progress

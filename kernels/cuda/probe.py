@@ -1,5 +1,5 @@
-"""Measures a GPU's rates: bytes of weights with one row, multiply-accumulates with many rows, and the peaks. Flushes
-the GPU's cache before other measurements."""
+"""Measures a GPU's rates: weight bytes with one row, multiply-accumulates with many rows, and the peaks. It also
+flushes the GPU's cache for other measurements."""
 
 from __future__ import annotations
 
@@ -18,24 +18,23 @@ from llamaclust.model.quant_types import QuantType
 _KIND = QuantType.Q4_0
 _COLS = 4096
 _TILES_AN_SM = 16
-"""The tiles of 16 rows per multiprocessor, with which two matrices are larger than the last-level cache."""
+"""The number of tiles of 16 rows for each multiprocessor that makes two matrices larger than the last-level cache."""
 _MANY_ROWS = 128
 _BLOCK, _PIECE_BYTES = 256, 65536
 _ROUNDS, _MACS = 1024, 8 * 16 * 32 * 8
 _READ_BYTES = 1 << 30
 _FLUSHED_BYTES = 256 << 20
-"""More bytes than the largest last-level cache of any GPU (126 MiB)."""
+"""A size above the largest last-level cache of any GPU (126 MiB)."""
 _SCALES = (1 / 1024, 1 / 64, 1 / 8, 1.0)
 _LONG_S = 0.002
-"""Work of this many seconds is long enough to measure a rate. It is repeated for `_REPEATED_S`."""
+"""Work that takes this many seconds is long enough to measure a rate. It is repeated for `_REPEATED_S` seconds."""
 _REPEATED_S = 0.02
 
 _Work = tuple[Sequence[Launch], float]
 
 
 def measure(device: Device) -> tuple[float, float]:
-    """Returns (bytes of weights per second, multiply-accumulates per second) in less than half a second. The matrices
-    are smaller if little memory is free."""
+    """Returns (weight bytes, multiply-accumulates) per second. Uses smaller matrices if little memory is free."""
     tile = matmul.Weights(_KIND, (16, _COLS))
     tile_bytes, x_bytes = tile.tile_bytes, matmul.activation_bytes(tile.activation, _MANY_ROWS, _COLS)
     room = (device.free_bytes // 2 - x_bytes) // (2 * tile_bytes + 4 * 16 * _MANY_ROWS)
@@ -85,8 +84,8 @@ def limits(device: Device) -> tuple[float, float]:
 
 
 def _rate(device: Device, work_at: Callable[[float], _Work]) -> float:
-    """Returns the rate of the smallest work that takes long enough, or else of the largest. Each work runs twice, since
-    the first launch also loads the kernel, which takes milliseconds."""
+    """Returns the rate of the smallest work that takes long enough, or else of the largest work. Runs each work twice,
+    since the first launch also loads the kernel, which takes milliseconds."""
     for scale in _SCALES:
         work, amount = work_at(scale)
         taken_s = min(_taken_s(device, work, 1) for _ in range(2))

@@ -1,6 +1,6 @@
-"""The packed-weight cache: tiles that an earlier load packed are on disk, and later loads map or read them. A layer's
-key is a SHA-256 of how its quant types are packed, and of the model file's bytes: their own SHA-256 if known, else
-device, inode, size and times. Each load verifies the checksum; a damaged layer is packed again."""
+"""The packed-weight cache. It stores tiles that a load has packed, and later loads map or read them. A layer's key is a
+SHA-256 of how its quant types are packed and which bytes they have: the bytes' own SHA-256 if known, otherwise the
+model file's device, inode, size and times. Each load verifies checksums and packs damaged layers again."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _Result = TypeVar("_Result")
 
 _READ_BYTES = 1 << 21
 _SETTLED_NS = 100_000_000
-"""The age from which file times are trusted, since some file systems count hundredths of a second."""
+"""The age from which file times are trusted, because some file systems count hundredths of a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class PackedCache:
         self, layers: Sequence[PackedLayer], pool: Executor, progress: Progress | None, since_ns: int | None = None
     ) -> dict[PackedLayer, Memory]:
         """Returns the cached layers that are intact. `progress` counts their bytes. `since_ns` is the start of their
-        load, if before this call. Raises MemoryError if the system refuses the memory."""
+        load if it began before this call. Raises MemoryError if the system refuses the memory."""
         if not self._is_usable():
             return {}
         self._started_ns = since_ns or time.time_ns()
@@ -86,7 +86,7 @@ class PackedCache:
         return self._usable and self._writer.is_usable
 
     def _found(self, layers: Sequence[PackedLayer], pool: Executor) -> Iterator[_Found | None]:
-        """Yields the cached layers. Logs one message per load for unreadable entries, since all usually fail alike."""
+        """Yields the cached layers. Logs one message in a load for unreadable entries, since all usually fail alike."""
         self._keys.update((layer, layer_key(layer)) for layer in layers)
         blocked: list[OSError] = []
         for layer, found in zip(layers, pool.map(self._find, layers), strict=True):
@@ -144,7 +144,7 @@ class PackedCache:
 
 
 def layer_key(layer: PackedLayer) -> str | None:
-    """Returns None if the file is gone, or is so new that its times may not reveal another change."""
+    """Returns None if the file is gone, or is so new that its times might not reveal another change."""
     parts: list[object] = [sys.byteorder]
     for tensor in layer.tensors:
         bytes_of_it = _bytes_key(tensor)
@@ -181,7 +181,7 @@ def _counted(
 
 
 def _quickest(found: Sequence[_Found]) -> list[_Found]:
-    """Omits maps that are not in huge pages: copying such a map to memory is faster than computing from it."""
+    """Omits maps that are not in huge pages. Copying such a map to memory is faster than computing from the map."""
     maps = [cached.memory for cached in found if cached.memory is not None]
     huge = {memory.address for memory, is_huge in zip(maps, in_huge_pages(maps), strict=True) if is_huge}
     return [

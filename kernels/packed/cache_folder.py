@@ -1,4 +1,4 @@
-"""The folder of the packed-weight cache. Entries are named by key; images by the SHA-256 of their bytes."""
+"""The folder of the packed-weight cache. Entries are named by key, and images by the SHA-256 of their bytes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _decoded(data: bytes, key: str) -> Entry | None:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """The cached layers of one model file. A layer that several files share counts for each file."""
+    """The cached layers of one model file. A layer that several files share counts for each of them."""
 
     model: str
     parts: int  # layers, and what is in none: embedding and output

@@ -1,4 +1,4 @@
-"""Writes packed layers in the background at the lowest priority. Delays the process's exit only for a bounded time."""
+"""Writes packed layers in the background at the lowest priority. It delays process exit only for a limited time."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _log = logging.getLogger(__name__)
 _LOWEST_PRIORITY = 19
 
 _FINISH_S = 1.0
-"""The seconds that process exit waits for the current write."""
+"""The seconds for which process exit waits for the current write."""
 
 _STOP_S = 0.2
-"""The seconds that process exit then waits for the stopped writer."""
+"""The seconds for which process exit then waits for the stopped writer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Made:
 
 
 class BackgroundWriter:
-    """Writes layers one by one on a thread, which ends when the queue is empty."""
+    """Writes layers one by one on a thread. The thread ends when the queue is empty."""
 
     def __init__(self, folder: PackedCacheFolder) -> None:
         self.is_usable = True

@@ -1,4 +1,4 @@
-"""Loads tensors with several threads: packed layers from the cache, everything else in chunks from the model file."""
+"""Loads tensors with several threads: packed layers from the cache, and all else in chunks from the model file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.quant_types import TILE_ROWS, QuantType
 
 _CHUNK_BYTES = 1 << 20
-"""The bytes that are read and packed at once: they fit a core's cache, and little memory is needed twice."""
+"""The bytes that are read and packed at once. They fit a core's cache, and few bytes are in memory twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def load_tensors(
     progress: Progress | None,
     since_ns: int | None = None,
 ) -> Loaded:
-    """Raises ModelFileError if the file has changed. `progress` counts resident bytes."""
+    """Loads tensors. Raises ModelFileError if the file has changed. `progress` counts resident bytes."""
     layers = packed_layers_of(tensors)
     cached = {} if cache is None else cache.open(layers, pool, progress, since_ns)
     packed = {layer: Memory(layer.n_bytes) for layer in layers if layer not in cached}

@@ -1,4 +1,4 @@
-"""Finds the maps of cache files that are in huge pages, and moves this process's other memory to huge pages."""
+"""Finds out which maps of cache files are in huge pages, and moves this process's other memory to huge pages."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _log = logging.getLogger(__name__)
 
 _HUGE_PAGE_BYTES = 1 << 21
 _ENOUGH = 0.9
-"""The memory counts as huge if at least this share of its possible huge pages is huge."""
+"""Memory counts as huge if at least this share of its possible huge pages is huge."""
 _ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _COMPACT = "as root, before a restart: echo 1 > /proc/sys/vm/compact_memory"
 
 
 def in_huge_pages(memories: Sequence[Memory]) -> list[bool]:
-    """True for each map in huge pages, or if these are off. Weights stream 6 to 8 % slower from small pages."""
+    """True for each map in huge pages, and for all if these are off. Small pages stream weights 6 to 8 % slower."""
     if _no_huge_pages():
         return [True] * len(memories)
     of_files = ("FilePmdMapped:", "ShmemPmdMapped:")
@@ -33,7 +33,7 @@ def in_huge_pages(memories: Sequence[Memory]) -> list[bool]:
 
 
 def move_to_huge_pages(memories: Sequence[Memory], pool: Executor) -> None:
-    """Moves filled memory to huge pages, since more may be free now. Logs what to do if there are too few."""
+    """Moves filled memory to huge pages, since more of them may be free now. Logs what to do if there are too few."""
     memories = [memory for memory in memories if memory.bytes >= _HUGE_PAGE_BYTES]
     if not memories:
         return
@@ -51,7 +51,7 @@ def move_to_huge_pages(memories: Sequence[Memory], pool: Executor) -> None:
 
 
 def own_huge_bytes(memories: Sequence[Memory]) -> int:
-    """Returns the bytes of `memories` in huge pages. The kernel may list adjacent memories as one."""
+    """Returns how many bytes of `memories` are in huge pages. The kernel may list adjacent memories as one."""
     found = _huge_bytes(_smaps(), ("AnonHugePages:",))
     return sum(n_bytes for addresses, n_bytes in found if any(memory.address in addresses for memory in memories))
 
@@ -77,7 +77,6 @@ def _smaps() -> list[str]:
 
 
 def _huge_bytes(smaps: Iterable[str], fields: tuple[str, ...]) -> Iterator[tuple[range, int]]:
-    """Yields the addresses of each map, and its bytes in huge pages according to these fields of smaps."""
     addresses = range(0)
     for line in smaps:
         if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):

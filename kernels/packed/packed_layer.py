@@ -12,7 +12,7 @@ from llamaclust.model.gguf.tensors import Tensor
 
 @dataclass(frozen=True, slots=True)
 class PackedLayer:
-    """The matrices of one layer, one after another, or one matrix outside the layers. Vectors are not part of it."""
+    """One layer's matrices, stored one after another, or one matrix outside the layers. Vectors are not included."""
 
     name: str
     tensors: tuple[Tensor, ...]

@@ -1,4 +1,4 @@
-"""Weights of the CPU backend: their form in memory, and the check of a program's tensors."""
+"""The CPU backend's weights in memory, and the check of a program's tensors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _shape_only(tensor: Tensor) -> Weight:
 
 
 def check_weights(program: Program, tensors: Mapping[str, Tensor]) -> None:
-    """Raises ModelFileError for a tensor of the wrong shape or of a type without kernels. Reads no weights."""
+    """Raises ModelFileError if a tensor has the wrong shape or a type without kernels. Reads no weights."""
     for step in program.steps:
         for weight in step.weights:
             _check(tensors[weight.name], weight.shape)

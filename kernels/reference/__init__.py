@@ -1,1 +1,1 @@
-"""The NumPy backend, slow and simple. All other kernels are tested against it."""
+"""The NumPy backend, which is slow and simple. All other kernels are tested against it."""

@@ -41,7 +41,7 @@ class Memory:
 def attend(
     step: ir.Attention, query: Float32, memory: Memory, own: int, group: range, sinks: Float32 | None = None
 ) -> Float64:
-    """Returns [heads * value_dim] of the row at position `own`, given query [heads * head_dim] and `sinks` [heads]."""
+    """Returns [heads * value_dim] for the row at position `own`, from query [heads * head_dim] and `sinks` [heads]."""
     first, end = seen_by(step, own, len(memory), group)
     grouped = query.reshape(step.kv_heads, -1, step.head_dim)
     rounded = round_queries(grouped) if step.kv_type is KvType.INT8 else grouped.astype(np.float64)

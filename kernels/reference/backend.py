@@ -1,4 +1,4 @@
-"""The executor of the reference backend. It has weights in float32 and runs one step after another."""
+"""The reference backend's executor. It has weights in float32 and runs one step after another."""
 
 from __future__ import annotations
 
@@ -100,13 +100,13 @@ class ReferenceStage:
 
 
 class ReferenceGroup:
-    """All members of a group in one process, step by step. It is the oracle in tests of divided programs."""
+    """All members of a group in one process, run step by step. Tests of divided programs use it as their oracle."""
 
     def __init__(self, members: Sequence[ReferenceStage]) -> None:
         self.members = members
 
     def run(self, batch: Batch, hidden: Float32 | None) -> list[Float32]:
-        """Returns each member's result. If only one member gathers rows, they are NaN in the others' results."""
+        """Returns each member's result. If only one member gathers rows, they are NaN in the other members' results."""
         states = [member.begin(batch, hidden) for member in self.members]
         runs = (_run(member.program, state) for member, state in zip(self.members, states, strict=True))
         for gathers in zip(*runs, strict=True):
@@ -115,7 +115,7 @@ class ReferenceGroup:
 
 
 def _run(program: Program, state: State) -> Iterator[Gather]:
-    """Runs the steps before each gather, then yields it. The caller computes the gather before it continues."""
+    """Runs the steps before each gather and yields the gather. The caller computes the gather before continuing."""
     for step in program.steps:
         if isinstance(step, Gather):
             yield step
@@ -171,7 +171,7 @@ def _workspace_bytes(program: Program, limits: StageLimits) -> int:
 def _load(tensor: Tensor) -> Float32:
     if tensor.quant_type not in SUPPORTED_TYPES:
         known = ", ".join(sorted(kind.name for kind in SUPPORTED_TYPES))
-        what = f"type {tensor.quant_type.name} cannot be computed with; supported: {known}"
+        what = f"the reference backend does not support type {tensor.quant_type.name}; supported: {known}"
         raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; take another file of the model")
     weights = dequantize(tensor.quant_type, tensor.read(), tensor.rows * tensor.shape[-1])
     return weights.reshape(tensor.shape)

@@ -1,4 +1,4 @@
-"""Reads bit fields of quantized blocks, which are uint8 [blocks, bytes] with little-endian words."""
+"""Reads bit fields in quantized blocks, which are uint8 [blocks, bytes] with little-endian words."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ def words(data: Bytes, dtype: type[np.generic]) -> NDArray[Any]:
 
 
 def fields(data: Bytes, bits: int) -> Bytes:
-    """Returns the bit fields of each byte, the lowest first: [..., n] -> [..., 8 / bits, n]."""
+    """Returns each byte's bit fields, the lowest first: [..., n] -> [..., 8 / bits, n]."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     return (data[..., None, :] >> shifts) & np.uint8((1 << bits) - 1)
 
 
 def nibble_pairs(data: Bytes) -> Bytes:
-    """Returns each byte's low and high four bits side by side: [blocks, n] -> [blocks, 2 n]."""
+    """Returns each byte's low four bits and then its high four bits: [blocks, n] -> [blocks, 2 n]."""
     return fields(data, 4).swapaxes(-1, -2).reshape(len(data), -1)
 
 
 def single_bits(data: Bytes) -> Bytes:
-    """Returns single bits, the lowest bit of the first byte first: [blocks, n] -> [blocks, 8 n]."""
+    """Returns single bits, starting with the first byte's lowest bit: [blocks, n] -> [blocks, 8 n]."""
     return np.unpackbits(data, axis=-1, bitorder="little")
 
 
 def scaled(weights: Float32, scales: Float32, minima: Float32 | None = None) -> Float32:
-    """Multiplies groups of weights [blocks, ...] by scales [blocks, groups], and subtracts minima: [blocks, 256]."""
+    """Multiplies groups of weights [blocks, ...] by scales [blocks, groups] and subtracts minima: [blocks, 256]."""
     blocks, groups = scales.shape
     out = weights.reshape(blocks, groups, -1) * scales[:, :, None]
     if minima is not None:

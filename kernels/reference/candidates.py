@@ -29,20 +29,20 @@ def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[in
 
 
 def random_bits(task: SampleTask, purpose: int = 0) -> int:
-    """Returns 64 random bits for the next token. Purpose 0 draws the token; purpose 1 is XTC."""
+    """Returns 64 random bits for the next token. Purpose 0 draws the token, and purpose 1 is XTC."""
     low, high, _, _ = philox((task.position, task.choice, purpose, 0), (task.seed & _MASK, task.seed >> 32))
     return high << 32 | low
 
 
 def ranked(logits: Float32) -> NDArray[np.int64]:
-    """Returns the ids of finite values, sorted by descending value, then by ascending id."""
+    """Returns the ids of finite values, sorted by descending value and then by ascending id."""
     order = np.lexsort((np.arange(len(logits)), -logits))
     return order[np.isfinite(logits[order])]
 
 
 @dataclass(slots=True)
 class Candidates:
-    """The candidates of one row. `order` has their ids, best first. A candidate's logit is value / `divisor`."""
+    """One row's candidates. `order` has their ids, best first. A candidate's logit is value / `divisor`."""
 
     values: Float32  # [vocabulary]; -inf for what may not be chosen
     task: SampleTask
@@ -71,7 +71,7 @@ class Candidates:
         return np.asarray(x, np.float32)
 
     def weigh(self) -> list[int]:
-        """Returns each candidate's weight, exp(logit - greatest), in units of 2^-40: integers have exact sums."""
+        """Returns each candidate's weight, exp(logit - greatest), in units of 2^-40. Such integers have exact sums."""
         self.w = [int(w) for w in np.rint(exp32(self._logits()).astype(np.float64) * UNIT_WEIGHT)]
         return self.w
 

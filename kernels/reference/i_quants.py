@@ -1,4 +1,4 @@
-"""Quant types whose weights are points of a fixed grid. Docstrings give a block's bytes in order. Layouts and the order
+"""Quant types whose weights are points of a fixed grid. Docstrings list a block's bytes in order. Layouts and the order
 of float operations are ggml's."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _IQ1_DELTA = np.float32(0.125)
 
 
 def _packed_signs(words32: NDArray[np.uint32]) -> Float32:
-    """Returns signs [blocks, 4 n, 8] from words [blocks, n] of 4 x 7 bits. Every eighth sign makes the parity even."""
+    """Returns signs [blocks, 4 n, 8] from words [blocks, n] with 4 x 7 bits. Each eighth sign makes parity even."""
     seven = (words32[:, :, None] >> np.array([0, 7, 14, 21], np.uint32) & 127).astype(np.uint8)
     return _with_parity(seven.reshape(len(words32), -1))
 

@@ -1,5 +1,5 @@
-"""Blocks of 256 weights with scales for each 16 or 32, and ternary types. Docstrings state a block's bytes in order.
-Layouts and the order of float operations are ggml's."""
+"""Blocks of 256 weights with a scale for every 16 or 32 weights, and ternary types. Docstrings list a block's bytes in
+order. Layouts and the order of float operations are ggml's."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def q3_k(blocks: Bytes) -> Float32:
 
 
 def six_bit_scales(packed: Bytes) -> tuple[Float32, Float32]:
-    """Returns eight scales and eight minima of 6 bits. Bytes 0-3 hold scales 0-3 and the top two bits of scales 4-7,
-    bytes 4-7 the minima likewise; 8-11 the low four bits of scales 4-7 and, above them, of minima 4-7."""
+    """Returns eight scales and eight minima of 6 bits. Bytes 0-3 hold scales 0-3 and the top two bits of scales 4-7.
+    Bytes 4-7 hold the minima likewise. The low halves of bytes 8-11 hold the low four bits of scales 4-7, and the high
+    halves hold those of minima 4-7."""
     first, second, low = packed[:, :4], packed[:, 4:8], packed[:, 8:12]
     scales = np.concatenate([first & 63, low & 15 | first >> 6 << 4], axis=1)
     minima = np.concatenate([second & 63, low >> 4 | second >> 6 << 4], axis=1)

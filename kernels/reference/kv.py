@@ -1,4 +1,4 @@
-"""KV memory in blocks: one array of rounded keys and one of rounded values per layer."""
+"""KV memory in blocks, with an array of rounded keys and an array of rounded values for each layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Int8 = NDArray[np.int8]
 
 
 class _HalfRows:
-    """Keys or values [positions, kv_heads, head_dim] in float16; NaN until stored."""
+    """Keys or values [positions, kv_heads, head_dim] in float16, which are NaN until they are stored."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         self._values: Float16 = np.full(shape, np.nan, np.float16)
@@ -35,7 +35,7 @@ class _HalfRows:
 
 
 class _ByteRows:
-    """Keys or values in int8, with one float16 scale per 32 channels of a head."""
+    """Keys or values in int8, with one float16 scale for every 32 channels of a head."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         groups = -(-shape[2] // KV_GROUP_CHANNELS)
@@ -73,8 +73,8 @@ class Rounded:
 
 def round_to_bytes(rows: Float32) -> Rounded:
     """Rounds rows [..., channels] to q8_0, in float32. The scale of 32 channels is their greatest magnitude / 127 as
-    float16. Their quants are x * (1 / scale), rounded to nearest (ties to even) within -127..127. A scale of 0 has
-    quants of 0. The scale is NaN if a channel is not finite."""
+    float16. Their quants are x * (1 / scale), rounded to nearest (ties to even) within -127..127. If the scale is 0,
+    the quants are 0. If a channel is not finite, the scale is NaN."""
     channels = rows.shape[-1]
     missing = -channels % KV_GROUP_CHANNELS
     padded = np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, missing)])
@@ -90,7 +90,7 @@ def round_to_bytes(rows: Float32) -> Rounded:
 
 
 class LayerKv:
-    """The keys and values of a layer, [blocks * KV_BLOCK_TOKENS, kv_heads, head_dim]. MLA stores no values."""
+    """A layer's keys and values, [blocks * KV_BLOCK_TOKENS, kv_heads, head_dim]. MLA stores no values."""
 
     def __init__(self, step: Attention, blocks: int, *, windowed: bool = False) -> None:
         self.windowed = windowed  # its blocks are those of `Batch.window_tables`
@@ -105,7 +105,7 @@ class LayerKv:
         return self._keys.n_bytes + (0 if self._values is None else self._values.n_bytes)
 
     def store(self, table: Int32, positions: Int32, keys: Float32, values: Float32 | None) -> None:
-        """Rounds and stores keys and values [rows, kv_heads * head_dim] of the sequence with this block table."""
+        """Rounds and stores keys and values [rows, kv_heads * head_dim] for the sequence with this block table."""
         assert (table[positions // KV_BLOCK_TOKENS] >= 0).all(), "a block that is not there is written"
         places = _places(table, positions)
         shape = (len(positions), *self._shape[1:])

@@ -1,4 +1,4 @@
-"""Steps that mix the parts of a row, in NumPy and float64. Each row is computed by itself."""
+"""Steps that mix the parts of a row, in NumPy and float64. Each row is computed independently."""
 
 from __future__ import annotations
 

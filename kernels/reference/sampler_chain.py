@@ -1,5 +1,5 @@
-"""The steps of a sampler chain, slow and simple, with the bits of kernels/cpu/native/sampler/chain.cpp. Each function
-has the name of its sampler."""
+"""The steps of a sampler chain, slow and simple, with the same bits as kernels/cpu/native/sampler/chain.cpp. Each
+function has the name of its sampler."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MIROSTAT_TOKENS = 100
 
 
 def choose(logits: Float32, task: SampleTask, chain: SamplerChain) -> tuple[int, float | None]:
-    """Returns the chosen token and Mirostat's next mu, or None for it without Mirostat."""
+    """Returns the chosen token and Mirostat's next mu, which is None without Mirostat."""
     row = Candidates(logits, task, chain)
     for step in chain.order:
         globals()[step](row)
@@ -79,8 +79,9 @@ def dry(row: Candidates) -> None:
 
 
 def repetitions(history: tuple[int, ...], breakers: tuple[tuple[int, ...], ...], allowed_length: int) -> dict[int, int]:
-    """Returns the tokens that would continue a repetition, each with its length: the number of last tokens that also
-    precede an earlier occurrence. Lengths are at least `allowed_length`; a match ends at the newest breaker."""
+    """Returns the tokens that would continue a repetition, each with the repetition's length. The length is the number
+    of last tokens that also precede an earlier occurrence of the token. It is at least `allowed_length`. A match ends
+    at the newest breaker."""
     reach = _reach(history, breakers)
     if len(history) <= allowed_length or reach < allowed_length:
         return {}

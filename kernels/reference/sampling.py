@@ -1,4 +1,4 @@
-"""The sampler's rules in NumPy; tests compare kernels/sampling.py with them. Integers, float32 steps and exp follow
+"""The sampler's rules in NumPy. Tests compare kernels/sampling.py with them. Integers, float32 steps and exp follow
 docs/internals/numerics.md bit for bit. Logprobs are NumPy's and may differ by a unit in the last place."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def logprobs(logits: Float32) -> Float32:
 
 
 def run(logits: Float32, task: RowTask, allowed: NDArray[np.bool_] | None = None) -> RowResult:
-    """Returns the result of one row [vocabulary] of finite logits. A task without a chain uses the default one."""
+    """Returns the result for one row [vocabulary] of finite logits. A task without a chain uses the default chain."""
     if isinstance(task, SampleTask):
         x = logits.copy()
         for token, bias in task.params.logit_bias:

@@ -1,4 +1,4 @@
-"""Float types, and blocks of 32 to 128 weights with few scales. Docstrings state a block's bytes in order. Layouts and
+"""Float types, and blocks of 32 to 128 weights with few scales. Docstrings list a block's bytes in order. Layouts and
 the order of float operations are ggml's."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from llamaclust.kernels.reference.bits import Bytes, Float32, fields, floats16, 
 
 IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 FP4_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
-"""The values of E2M1, doubled to make them integers. The block scales are halved instead."""
+"""The values of E2M1, doubled to make them integers. Block scales are halved in return."""
 
 
 def f32(blocks: Bytes) -> Float32:
@@ -25,7 +25,7 @@ def bf16(blocks: Bytes) -> Float32:
 
 
 def _nibbles(data: Bytes) -> Bytes:
-    """Splits bytes [blocks, n] into weights [blocks, 2 n]: the low halves of all bytes, then the high halves."""
+    """Splits bytes [blocks, n] into weights [blocks, 2 n]: first the low halves of all bytes, then the high halves."""
     return fields(data, 4).reshape(len(data), -1)
 
 
@@ -64,7 +64,7 @@ def iq4_nl(blocks: Bytes) -> Float32:
 
 
 def mxfp4(blocks: Bytes) -> Float32:
-    """A block: exponent byte e (E8M0) | 32 x E2M1. The scale is half of 2^(e - 127); the two smallest are subnormal."""
+    """A block: exponent byte e (E8M0) | 32 x E2M1. The scale is half of 2^(e - 127). The smallest two are subnormal."""
     exponent = blocks[:, :1].astype(np.uint32)
     bits = np.where(exponent < 2, np.uint32(0x200000) << exponent, (exponent - np.uint32(1)) << np.uint32(23))
     return FP4_VALUES[_nibbles(blocks[:, 1:])] * bits.view(np.float32)

@@ -1,4 +1,4 @@
-"""Recurrent states of sequences: memory in blocks, and the steps that update the states row by row."""
+"""Sequences' recurrent states: memory in blocks, and the steps that update states row by row."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StateMemory:
 
 
 def _own_blocks(batch: Batch, sequence: int, rows: range) -> tuple[int, dict[int, int]]:
-    """Returns the block of the state before a sequence's first row, and the block after each of its rows, by row."""
+    """Returns the block of the state before a sequence's first row, and the blocks of the states after rows, by row."""
     states = batch.states
     assert states is not None, "a batch without states"
     places = slice(*states.starts[sequence : sequence + 2].tolist())

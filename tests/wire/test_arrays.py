@@ -32,8 +32,8 @@ GOOD_CHUNK = Chunk((1, 2), 0, (0, 1), 1)
         ("following", struct.pack("<4i", 2, 0, 0, 0), "row is 2, must be within 0..1"),
         ("following", struct.pack("<4i", 0, 1, 0, 0), "forced tokens is 1, must be within 0..0"),
         ("following_tokens", bytes(4), "following tokens is 1, must be within 0..0"),
-        ("deferred", struct.pack("<i", 0), "row 0 of 2 fails or is deferred, and has an answer"),
-        ("deferred", b"", "row 1 has no answer and does not say why"),
+        ("deferred", struct.pack("<i", 0), "row 0 of 2 fails or is deferred, but it has an answer"),
+        ("deferred", b"", "row 1 has no answer, and the result does not say why"),
     ],
 )
 def test_arrays_of_a_result_that_do_not_fit_together_are_refused(field: str, value: bytes, says: str) -> None:

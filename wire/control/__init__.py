@@ -1,1 +1,1 @@
-"""Control messages between coordinator and workers, and their codec."""
+"""Control messages between the coordinator and workers, and their codec."""

@@ -1,5 +1,3 @@
-"""Encodes and decodes control messages."""
-
 from __future__ import annotations
 
 from llamaclust.proto import control_pb2 as proto

@@ -1,4 +1,4 @@
-"""Control messages of groups, whose members each compute a part of every layer: orders and fault reports."""
+"""Control messages to and from groups, whose members each compute a part of every layer: orders and fault reports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class GroupMember:
 
 @dataclass(frozen=True, slots=True)
 class GroupOrder:
-    """The workers that compute a stage together. The first member leads: it has the stage's streams."""
+    """The workers that compute a stage together. The first member leads the group and has the stage's streams."""
 
     group_id: bytes  # random, known to the members alone
     members: Annotated[tuple[GroupMember, ...], Size(2, MAX_GROUP_MEMBERS)]
@@ -34,7 +34,7 @@ class GroupOrder:
         bounded("member", self.member, 0, len(self.members) - 1)
         names = [member.worker for member in self.members]
         if len({*names}) < len(names):
-            raise ProtocolError(f"a group of {', '.join(names)}, in which a worker occurs twice")
+            raise ProtocolError(f"the group {', '.join(names)} contains a worker twice")
 
 
 _Seconds = Annotated[float, Real(0.0, 1e9)]
@@ -45,7 +45,7 @@ class GroupCounters:
     gathers: int = 0
     waited_s: _Seconds = 0.0  # that gathers have waited for the rows of others
     waited_for_s: Annotated[tuple[_Seconds, ...], Size(0, MAX_GROUP_MEMBERS)] = ()
-    """`waited_s` divided by members. Each wait counts for the member that was ready last."""
+    """`waited_s` divided among the members. Each wait counts for the member that was ready last."""
     sent_bytes: int = 0  # between the members, with headers
     received_bytes: int = 0
     one_row_steps: int = 0  # microbatches of one row
@@ -57,7 +57,7 @@ FAULTS = ("late", "closed", "wrong", "failed")
 
 @dataclass(frozen=True, slots=True)
 class GroupFault:
-    """The report that a member has ended an epoch, because another member is at fault or it failed itself."""
+    """Reports that a member has ended an epoch because it failed or because another member is at fault."""
 
     epoch: Annotated[int, Integer(0, UINT64 - 1)]
     worker: WorkerName  # at fault, as far as the member knows

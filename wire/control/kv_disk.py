@@ -1,4 +1,4 @@
-"""Control messages about KV blocks on disk, each named by a key of its content. `KvDone` answers every request."""
+"""Control messages about KV blocks on disk. Each block is named by a key of its content. `KvDone` answers requests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def split_keys(keys: bytes) -> list[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class FindKv:
-    """The request to count the leading blocks that are on disk, up to the first missing one."""
+    """Asks how many leading blocks are on disk, up to the first missing block."""
 
     epoch: _Epoch
     keys: _Keys
@@ -39,7 +39,7 @@ class FindKv:
 
 @dataclass(frozen=True, slots=True)
 class RestoreKv:
-    """The request to read blocks from disk, in order, up to the first that is missing or damaged."""
+    """Orders a worker to read blocks from disk, in order, up to the first missing or damaged block."""
 
     epoch: _Epoch
     keys: _Keys
@@ -53,7 +53,7 @@ class RestoreKv:
 
 @dataclass(frozen=True, slots=True)
 class SaveKv:
-    """The request to write `blocks` to disk under the last `keys`. Blocks of the earlier keys are not deleted."""
+    """Orders a worker to write `blocks` to disk under the last `keys`. Blocks of the earlier keys are not deleted."""
 
     epoch: _Epoch
     keys: _Keys

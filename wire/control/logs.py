@@ -1,5 +1,3 @@
-"""Control messages on a worker's log."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ class LogTail:
 
     @classmethod
     def bounded(cls, lines: tuple[str, ...], before: int, request_id: int = 0) -> LogTail:
-        """Keeps as many of the last lines as fit into a message."""
+        """Keeps as many of the last lines as one message can hold."""
         kept: list[str] = []
         left = _MAX_BYTES
         for line in map(_Line.fit, reversed(lines[-_MAX_LINES:])):

@@ -1,5 +1,5 @@
 """Control messages between workers and their coordinator: membership, requests, loads, heartbeats. A new message needs
-a dataclass here, a place in a union at the end of this file, and a proto message with the same name and fields."""
+a dataclass here, a place in a union at the end of this file, and a proto message with the same names."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Deadlines:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """The answer to Register. The coordinator sends it again when its term grows."""
+    """The answer to Register. The coordinator sends it again when the coordinator's term grows."""
 
     deadlines: Deadlines
     protocol_version: int = PROTOCOL_VERSION
@@ -105,7 +105,7 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The name of the error's class in llamaclust.core.errors, and the error's text in one line."""
+    """An error. `kind` is the error's class in llamaclust.core.errors, and `message` is its text on one line."""
 
     kind: Annotated[str, Line(64)]
     message: Reason
@@ -144,9 +144,11 @@ class Load:
         gaps = any(lower.end != upper.start for lower, upper in pairwise(held))
         if held and (gaps or (held[0].start, held[-1].end) != wanted):
             ranges = ", ".join(f"[{part.start}, {part.end})" for part in held)
-            raise ProtocolError(f"devices hold layers {ranges} of [{self.start}, {self.end})")
+            raise ProtocolError(
+                f"devices hold layers {ranges} of [{self.start}, {self.end}); expected all layers in order"
+            )
         if self.limits.wide_tiles and any(part.device != "cpu" for part in held):
-            raise ProtocolError("wide_tiles is for processors, and some layers are to be on GPUs")
+            raise ProtocolError("wide_tiles is for processors, but the load puts layers on GPUs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +173,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class LoadFailed:
-    """The report that a load failed. The worker keeps nothing of the stage."""
+    """Reports that a load failed. The worker keeps nothing from the stage."""
 
     epoch: int
     failure: Failure
@@ -189,7 +191,7 @@ class Unloaded:
 
 @dataclass(frozen=True, slots=True)
 class UnloadFailed:
-    """The report that an unload failed. The stage no longer serves, but may still hold memory."""
+    """Reports that an unload failed. The stage no longer serves, but it may still hold memory."""
 
     epoch: int
     failure: Failure
@@ -250,7 +252,7 @@ class RenewalFailed:
 
 @dataclass(frozen=True, slots=True)
 class PeerUnreachable:
-    """The report that the connection to another worker's stage broke, stopped transferring, or cannot be made."""
+    """Reports that the connection to another worker's stage cannot be made, broke, or stopped transferring data."""
 
     epoch: int
     worker: WorkerName
@@ -296,7 +298,7 @@ WorkerMessage = (
 WorkerRequest = (
     ProfileWorker | ProfileLinks | FindWeights | ProbePeer | GetLog | FindKv | RestoreKv | SaveKv | SetAdapters
 )
-"""The coordinator numbers requests from 1; the answer has the same `request_id`."""
+"""Requests to workers. The coordinator numbers them from 1, and each answer has its request's `request_id`."""
 CoordinatorMessage = (
     Admitted
     | Rejected

@@ -1,4 +1,4 @@
-"""Control messages about measured speeds of workers and of the links between them."""
+"""Control messages about the measured speeds of workers and of the links between them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from llamaclust.core.profile import Profile
 Permit = Annotated[str, Line(MAX_PERMIT)]
 
 QuantTypes = Annotated[tuple[Annotated[int, Integer(0, 255)], ...], Size(0, 256)]
-"""Quant types by ggml's numbers."""
+"""Quant types, as ggml's numbers."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileWorker:
-    """The request to measure the machine, products with weights of these quant types, and a model's steps."""
+    """Orders a worker to measure its machine, products with weights of these quant types, and a model's steps."""
 
     model_path: ModelPath | None = None
     model_id: ModelId = ""
@@ -37,7 +37,7 @@ class ProfileWorker:
 
 @dataclass(frozen=True, slots=True)
 class WorkerProfile:
-    """The answer to ProfileWorker. Times are absent if the model file or the memory to measure them is missing."""
+    """The answer to ProfileWorker. Step times are absent if the model file or enough memory is missing."""
 
     profile: Profile
     request_id: int = 0
@@ -67,7 +67,7 @@ class LinkProfile:
 
 @dataclass(frozen=True, slots=True)
 class LinkProfiles:
-    """The answer to ProfileLinks. The order is that of the request's `ends`."""
+    """The answer to ProfileLinks, with one profile for each of the request's `ends` in the same order."""
 
     links: Annotated[tuple[LinkProfile, ...], Size(0, 1 << 12)]
     request_id: int = 0

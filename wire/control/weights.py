@@ -1,4 +1,4 @@
-"""Control messages about weights of models, adapters and projectors: where workers find them, and what a stage uses."""
+"""Control messages about the weights of models, adapters and projectors: where workers find them, what a stage uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llamaclust.core.limits import MAX_ADAPTERS
 
 @dataclass(frozen=True, slots=True)
 class WeightSource:
-    """A process that may have weights: a worker, or the coordinator, at the address where the receiver joined."""
+    """A process that may have weights: a worker, or the coordinator at the address where the receiver joined."""
 
     address: Address = ""
     worker: WorkerName | None = None  # None: the coordinator
@@ -27,7 +27,7 @@ class WeightSources:
 
 @dataclass(frozen=True, slots=True)
 class AddWeightSource:
-    """The order to add a source, or its new address, to running loads that fetch weights of this manifest."""
+    """Gives a new source, or a source's new address, to running loads that fetch weights listed in this manifest."""
 
     manifest: Digest
     source: WeightSource
@@ -62,7 +62,7 @@ class FindWeights:
 
     def check(self) -> None:
         if self.adapter is not None and self.encoder is not None:
-            raise ProtocolError("FindWeights has both an adapter and an encoder; expected one")
+            raise ProtocolError("FindWeights names both an adapter and an encoder; expected one of them")
 
     @property
     def file_id(self) -> str:

@@ -1,1 +1,1 @@
-"""Microbatches, sampling inputs and results, and their codec."""
+"""Microbatches, sampling inputs and results, and their codecs."""

@@ -1,4 +1,4 @@
-"""Encodes microbatches and sampled tokens. Stages decode and check them natively (kernels/cpu/native/frames)."""
+"""Encodes microbatches and sampled tokens. Stages decode and check them in native code (kernels/cpu/native/frames)."""
 
 from __future__ import annotations
 

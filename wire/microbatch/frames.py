@@ -26,7 +26,7 @@ _TIMING_BYTES = 32
 
 
 def most_frame_bytes(rows: int, width: int) -> int:
-    """Returns the most bytes of a frame with `rows` rows of hidden state of `width` floats (0 for the first stage)."""
+    """Returns a frame's largest size in bytes, for `rows` rows of `width` floats. The first stage has width 0."""
     return _PREFIX.size + MAX_STAGES * _TIMING_BYTES + MAX_MICROBATCH_BYTES + max(rows * width * 4, 4 * MAX_TEXT)
 
 

@@ -1,4 +1,4 @@
-"""Encodes sampling inputs. The last stage decodes them natively (kernels/cpu/native/frames)."""
+"""Encodes sampling inputs. The last stage decodes them in native code (kernels/cpu/native/frames)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llamaclust.wire.microbatch.matchers import starts_out
 from llamaclust.wire.microbatch.messages import SamplingInputs
 
 PREPARE_MATCHERS: Final = b""
-"""An empty message in place of sampling inputs: answers with a matcher will follow. It belongs to no epoch."""
+"""An empty message instead of sampling inputs. It announces answers with a matcher and belongs to no epoch."""
 
 _TASK = Struct("<iiQIIIIiiIIII")
 _CHAINED = Struct("<dIIII")
@@ -45,7 +45,7 @@ def encode_inputs(inputs: SamplingInputs) -> bytes:
 
 
 class _Tasks:
-    """The arrays of a message. Equal parameters are stored once, and so are token lists that are the same object."""
+    """The arrays of a message. Equal parameters are stored once, and so is a token list that several tasks share."""
 
     def __init__(self) -> None:
         self.params: dict[bytes, int] = {}
@@ -74,7 +74,7 @@ class _Tasks:
             self.matcher_rows.append(_MATCHER_ROW.pack(row, task.matcher.key, task.matcher.position))
 
     def _place(self, tokens: Sequence[int]) -> tuple[int, int]:
-        """Returns the place of the tokens. It copies those of an `array("i")` at once, because a history is long."""
+        """Returns the tokens' place and count. Copies an `array("i")` in a single step, because histories are long."""
         if not tokens:
             return 0, 0
         if (found := self._written.get(id(tokens))) is None:

@@ -42,7 +42,7 @@ class _Starts:
             if start.grammar is not None:
                 bounded("grammar", start.grammar, 0, len(self.grammars) - 1)
             elif start.reasoning is None:
-                raise ProtocolError("a matcher without a grammar or a budget of reasoning")
+                raise ProtocolError("a matcher has neither a grammar nor a reasoning budget; expected at least one")
 
 
 def starts_out(starts: Iterable[MatcherStart]) -> sampling_proto.MatcherStarts:
@@ -57,7 +57,7 @@ def starts_out(starts: Iterable[MatcherStart]) -> sampling_proto.MatcherStarts:
 
 
 def starts_in(data: bytes) -> tuple[MatcherStart, ...]:
-    """Raises ProtocolError if a start is out of bounds, or if its grammar is not in the message."""
+    """Decodes the starts. Raises ProtocolError if a start is out of bounds or its grammar is not in the message."""
     message = read(_Starts, parse(sampling_proto.MatcherStarts, data, MAX_INPUTS_BYTES))
     grammars = [Grammar(each.definition, each.triggers) for each in message.grammars]
     found = []

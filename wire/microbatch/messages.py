@@ -1,4 +1,4 @@
-"""Data messages: microbatches between stages, sampling inputs to the last stage, results back."""
+"""Data messages: microbatches between stages, sampling inputs to the last stage, and results to the coordinator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llamaclust.core.sampling import MatcherStart, RowResult, RowTask
 
 @dataclass(frozen=True, slots=True)
 class ImageRows:
-    """The data that rows of images add to a chunk, by ranges [first, end) of its rows in ascending order."""
+    """Data for a chunk's image rows. Ranges [first, end) of the chunk's rows are in ascending order."""
 
     given: tuple[tuple[int, int], ...] = ()  # rows whose embedding is given
     values: bytes = b""  # these embeddings: float32, little endian [given rows, levels * embedding]
@@ -20,15 +20,16 @@ class ImageRows:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Consecutive tokens of one sequence to compute now: one in decode, more in prefill.
+    """Consecutive tokens of one sequence to compute now: one token in decode, more in prefill.
 
-    tokens[i] is at `position` + i. `table` lists the sequence's KV blocks of 16 tokens, from its first token on, as
-    runs of consecutive ids (start, count, start, count, ...). `window_table` lists the blocks of layers with a sliding
-    window, if these have their own, from number `window_start` on. The last `outputs` rows are sampled or scored. If
-    `depends_on` is set, `tokens` is (0,): the only token is the one sampled at that row, which is unknown when the
-    chunk is sent. The result has the normed hidden state of the `embedded` rows [first, end). An MTP head reads
-    `next_token`, the token after the chunk's last one, if known, and drafts `drafts` tokens after the last chosen
-    token. If `checked`, the first stage whose hidden state of the chunk is not finite fails the microbatch."""
+    tokens[i] is at `position` + i. `table` lists the sequence's KV blocks, which hold 16 tokens each, from the first
+    token on. It stores runs of consecutive ids as (start, count, start, count, ...). `window_table` lists the blocks of
+    layers with a sliding window, from block number `window_start` on, if these layers have their own blocks. The last
+    `outputs` rows are sampled or scored. If `depends_on` is set, `tokens` is (0,). The only token is then the one
+    sampled at that row, which is unknown when the chunk is sent. The result has the normed hidden state of the
+    `embedded` rows [first, end). An MTP head reads `next_token`, the token after the chunk's last token, if known. It
+    drafts `drafts` tokens after the last chosen token. If `checked`, the first stage whose hidden state for the chunk
+    is not finite fails the microbatch."""
 
     tokens: tuple[int, ...]
     position: int
@@ -57,7 +58,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """One unit of work. Every stage runs microbatches in the order of `number`, from 0 without gaps within an epoch."""
+    """A unit of work. Every stage runs an epoch's microbatches in the order of `number`, from 0 on without gaps."""
 
     model_id: str
     epoch: int
@@ -75,7 +76,7 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True)
 class SamplingInputs:
-    """The last stage's tasks for a microbatch, one per output row. The stage first drops `released` matchers."""
+    """The last stage's tasks for a microbatch, one for each output row. The stage first drops `released` matchers."""
 
     epoch: int
     number: int
@@ -86,7 +87,7 @@ class SamplingInputs:
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """Tokens of a microbatch's output rows. The last stage sends them to the first, for chunks that depend on them."""
+    """The tokens of a microbatch's output rows. The last stage sends them to the first stage for dependent chunks."""
 
     number: int
     tokens: tuple[int, ...]  # 0 for a row without an answer; none where the microbatch failed
@@ -94,7 +95,7 @@ class SampledTokens:
 
 @dataclass(frozen=True, slots=True)
 class StageTiming:
-    """Times of one stage for one microbatch, in nanoseconds of that worker's monotonic clock."""
+    """One stage's times for one microbatch, in nanoseconds on the worker's monotonic clock."""
 
     queue_ns: int  # received, with the tokens it follows, until started
     compute_ns: int

@@ -36,7 +36,7 @@ _ROW_BYTES = 4 * (2 * MAX_FORCED_TOKENS + MAX_DRAFTED_TOKENS) + 4 * MAX_ONE_LINE
 
 
 def most_result_bytes(rows: int, top_logprobs: int, *, embeds: bool) -> int:
-    """Returns the most bytes of a result with `rows` output rows. `top_logprobs` is the sum over all rows."""
+    """Returns a result's largest size in bytes, for `rows` output rows. `top_logprobs` is the sum over all rows."""
     embedded = limits.MAX_EMBEDDING_BYTES if embeds else 0
     return (rows + 1) * _ROW_BYTES + top_logprobs * _TOP.size + MAX_STAGES * _TIMING.size + embedded
 
@@ -85,7 +85,7 @@ def _rows(message: sampling_proto.Result) -> list[RowResult]:
 
 
 def _tops(message: sampling_proto.Result, rows: int) -> list[Sequence[tuple[int, float]]]:
-    """Checks the top logprobs of all rows together, since a result may have thousands."""
+    """Decodes and checks the top logprobs of all rows in one pass, since a result may have thousands of them."""
     pairs, counts = message.top_logprobs, _numbers("top_counts", message.top_counts, _INT)
     bounded("top_counts", len(counts), rows, rows)
     bounded("top_logprobs", min(counts), 0, limits.MAX_TOP_LOGPROBS)
@@ -110,9 +110,9 @@ def _add_unanswered(message: sampling_proto.Result, rows: list[RowResult]) -> No
     for row, fields in changes.items():
         fields["logprob"] = math.nan
         if not 0 <= row < len(rows) or rows[row].token >= 0:
-            raise ProtocolError(f"row {row} of {len(rows)} fails or is deferred, and has an answer")
+            raise ProtocolError(f"row {row} of {len(rows)} fails or is deferred, but it has an answer")
     if unknown := [row for row, result in enumerate(rows) if result.token < 0 and row not in changes]:
-        raise ProtocolError(f"row {unknown[0]} has no answer and does not say why")
+        raise ProtocolError(f"row {unknown[0]} has no answer, and the result does not say why")
     _change(rows, changes)
 
 

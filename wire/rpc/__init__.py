@@ -1,1 +1,1 @@
-"""Streams between processes, over gRPC or Unix sockets: clients, servers, send queues, deadlines, options."""
+"""Streams between processes over gRPC or Unix sockets: clients, servers, send queues, deadlines and options."""

@@ -1,4 +1,4 @@
-"""Empties CPU caches for measurements, since in a cluster other processes read weights between two tokens."""
+"""Empties CPU caches before measurements, because in a cluster other processes read weights between two tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _REST_S = 0.0005  # threads that spin for work sleep by then
 
 
 def largest_cache_bytes(levels: Path = Path(_LEVELS)) -> int:
-    """Returns the bytes of the first core's largest cache, as Linux states it, limited to [BYTES, `_MOST_BYTES`]."""
+    """Returns the size of the first core's largest cache as stated by Linux, limited to [BYTES, `_MOST_BYTES`]."""
     sizes = [BYTES]
     for size in levels.glob("index*/size"):
         with suppress(OSError, ValueError):
@@ -29,7 +29,7 @@ def largest_cache_bytes(levels: Path = Path(_LEVELS)) -> int:
 
 
 class CacheFlush:
-    """A buffer of BYTES. Reading it evicts everything else from caches of at most this size."""
+    """A buffer of BYTES bytes. Reading it evicts everything else from caches that are not larger than the buffer."""
 
     _shared: ClassVar[WeakValueDictionary[int, CacheFlush]] = WeakValueDictionary()
     _making: ClassVar[Lock] = Lock()
@@ -49,7 +49,7 @@ class CacheFlush:
         sleep(_REST_S)
 
     async def sweep_in_turns(self) -> None:
-        """Sweeps on the event loop's thread, and lets other tasks run between the pieces."""
+        """Sweeps on the event loop's thread in pieces. Other tasks run between the pieces."""
         for piece in np.array_split(self._memory, self._memory.nbytes // _TURN_BYTES):
             piece.max()
             await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""The client side of streams: channel options, own and expected identity, errors of broken streams. Only this file
+"""The client side of streams: channel options, identities of both ends, and errors of broken streams. Only this file
 creates channels, and only `server.py` creates servers. Streams carry bytes, which the codecs decode."""
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class UnreachableError(StreamBrokenError):
 
 
 def _options(answer_s: float) -> tuple[tuple[str, int], ...]:
-    """Returns options of a channel that closes if sent bytes or pings are not acknowledged within `answer_s`."""
+    """Returns options for a channel that closes if sent bytes or pings are unacknowledged for `answer_s` seconds."""
     pings = {
         "grpc.keepalive_time_ms": int(200 * answer_s),
         "grpc.keepalive_timeout_ms": int(1000 * answer_s),
@@ -67,7 +67,7 @@ def _options(answer_s: float) -> tuple[tuple[str, int], ...]:
 
 
 class ClientStream:
-    """This process's end of a bidirectional stream that it opened. Errors carry `worker`, the peer's name, if given."""
+    """This process's end of a bidirectional stream that it opened. Errors carry the peer's name, `worker`, if given."""
 
     _call: Any
 
@@ -90,16 +90,16 @@ class ClientStream:
                 await self._result(self._call.write(piece))
 
     def try_write(self, *messages: bytes) -> bool:
-        """Sends all messages if that needs no waiting, otherwise none. Must not be called while `write` runs."""
+        """Sends all messages if no waiting is needed, and otherwise none. Must not be called while `write` runs."""
         return False
 
     @property
     def has_message(self) -> bool:
-        """True if `read` is known to return at once."""
+        """Returns whether `read` is known to return at once."""
         return False
 
     async def read(self) -> bytes | None:
-        """Returns None once the peer has ended the stream. Raises ProtocolError if a message is too large."""
+        """Reads a message. Returns None if the peer has ended the stream. Raises ProtocolError for large messages."""
         try:
             return await read_message(self._read_piece, self._most_bytes)
         except ProtocolError as error:
@@ -113,8 +113,8 @@ class ClientStream:
         await self._result(self._call.done_writing())
 
     async def _result(self, operation: Awaitable[Any]) -> Any:
-        """Raises StreamBrokenError for gRPC's errors, and for cancellations that did not come from this task's owner:
-        gRPC cancels all tasks that wait for a stream when one of them cancels it, or is cancelled while it writes."""
+        """Awaits `operation`. Raises StreamBrokenError for gRPC's errors, and for a cancellation that came from gRPC.
+        If a task cancels a stream or is cancelled while it writes, gRPC cancels all tasks that wait for the stream."""
         try:
             return await operation
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
@@ -164,8 +164,8 @@ class UnixClientStream(ClientStream):
 
 
 class Peer:
-    """A channel to one process, which must show the certificate of `principal` if there are certificates. A broken
-    connection is noticed within `patience_s` seconds even if nothing is sent; None leaves this time to gRPC."""
+    """A channel to one process, which must show the certificate of `principal` if the cluster uses certificates. A
+    broken connection is noticed within `patience_s` seconds even if nothing is sent. None leaves this to gRPC."""
 
     def __init__(
         self,
@@ -197,7 +197,7 @@ class Peer:
         permit: str | None = None,
         reply_bytes: int | None = None,
     ) -> ClientStream:
-        """Opens a stream. `wait_for_ready` waits for the server; `reply_bytes` lowers the method's bound on replies."""
+        """Opens a stream. `wait_for_ready` waits for the server. `reply_bytes` lowers the method's limit on replies."""
         most_bytes = METHODS[method].reply_bytes if reply_bytes is None else reply_bytes
         metadata = [] if permit is None else [(PERMIT_KEY, permit)]
         if isinstance(self._credentials, ClusterToken):
@@ -213,7 +213,7 @@ class Peer:
         return ClientStream(call, self.address, self.worker, most_bytes)
 
     async def connected(self) -> None:
-        """Waits until the newest streams are connected or have failed. Raises UnreachableError if that takes long."""
+        """Waits until the newest streams are connected or have failed. Raises UnreachableError after a deadline."""
         try:
             async with deadline(f"connection to {self.address}", self._answer_s):
                 if self.address.startswith(PREFIX):
@@ -227,7 +227,7 @@ class Peer:
             raise UnreachableError(str(error), worker=self.worker) from error
 
     def _channel(self) -> Any:
-        """Returns a channel with this process's current certificate, which a channel keeps until it ends."""
+        """Returns a channel with this process's current certificate. A channel keeps its certificate until it ends."""
         if not isinstance(self._credentials, Identity):
             if not self._channels:
                 self._channels.append(aio.insecure_channel(self.address, options=self._options))

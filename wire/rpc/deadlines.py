@@ -1,4 +1,4 @@
-"""Named deadlines. Each await has its own, so that the error names the thing that did not come in time."""
+"""Named deadlines. Each await has its own deadline, so that the error names what did not arrive in time."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class deadline:  # noqa: N801  reads as a statement, like asyncio.timeout
         return self._limit.expired()
 
     def move(self, at_s: float | None) -> None:
-        """Moves the deadline to `at_s` on the event loop's clock, which may be past. None suspends the deadline."""
+        """Moves the deadline to `at_s` on the event loop's clock, even into the past. None suspends the deadline."""
         self._limit.reschedule(at_s)
 
     async def __aexit__(self, *error: Any) -> None:
         try:
             await self._limit.__aexit__(*error)
         except TimeoutError as late:
-            raise DeadlineError(f"{self._what}: not within {self._seconds:g} s", worker=self._worker) from late
+            raise DeadlineError(f"{self._what} took longer than {self._seconds:g} s", worker=self._worker) from late
 
 
 class recurring_deadline:  # noqa: N801  reads as a statement
-    """A cheap deadline for each pass of a loop: use `async with` around the loop and `with` around each pass. A pass
+    """A cheap deadline for each pass of a loop. Use `async with` around the loop and `with` around each pass. A pass
     that takes longer than `seconds` ends the loop with a DeadlineError, at most an eighth of `seconds` late."""
 
     __slots__ = ("_begun_s", "_deadline", "_loop", "_seconds", "_timer")

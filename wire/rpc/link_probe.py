@@ -1,4 +1,4 @@
-"""Measures round trip and throughput of a stream to another process, with messages as large as hidden states."""
+"""Measures a stream's round trip and throughput to another process, with messages as large as hidden states."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MOST_MESSAGES = 256
 
 
 async def serve_echo(stream: ServerStream) -> None:
-    """Answers each message with a short one. Flushes caches after each ping: a stage's are cold between two tokens."""
+    """Answers each message with a short one. Flushes caches after pings: a stage's caches are cold between tokens."""
     await stream.accept()
     caches: CacheFlush | None = None
     async with deadline("a measurement of a link", _SERVE_S):
@@ -40,7 +40,7 @@ async def serve_echo(stream: ServerStream) -> None:
 
 
 async def measure_link(peer: Peer, permit: str = "") -> LinkProfile:
-    """Measures a link in seconds. Raises StreamBrokenError if the peer is out of reach, DeadlineError if silent."""
+    """Measures a link, which takes seconds. Raises StreamBrokenError if it fails, and DeadlineError if it is silent."""
     stream = peer.open(ECHO, permit=permit or None)
     try:
         async with deadline(f"measuring the link to {peer.address}", _MEASURE_S):
@@ -52,7 +52,7 @@ async def measure_link(peer: Peer, permit: str = "") -> LinkProfile:
 
 
 async def try_link(peer: Peer, seconds: float, permit: str = "") -> None:
-    """Sends 64 KiB and waits for the answer. Raises StreamBrokenError or DeadlineError."""
+    """Sends 64 KiB and waits for an answer. Raises StreamBrokenError, or DeadlineError if the link is too slow."""
     stream = peer.open(ECHO, permit=permit or None)
     try:
         async with deadline(f"an answer from {peer.address}", seconds):

@@ -1,4 +1,4 @@
-"""The table of all RPC methods: the allowed callers, the number of open streams, and the sizes of messages."""
+"""The table of all RPC methods: their allowed callers, their limits on open streams, and their message sizes."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ ECHO = "/llamaclust.v1.Stage/Echo"
 FETCH = "/llamaclust.v1.Weights/Fetch"
 
 PIECE_BYTES = 1 << 20
-"""The largest gRPC message in bytes. A longer message is sent in pieces; its last piece is shorter or empty."""
+"""The size of the largest gRPC message. A longer message is sent in pieces, and the last piece is shorter or empty."""
 PROBE_BYTES = 1 << 19
 
 
 class Callers(Enum):
-    """The members that may open streams of a method. Links without certificates do not tell members apart."""
+    """The members that may open a method's streams. Links without certificates cannot tell members apart."""
 
     MEMBERS = "any member"
     COORDINATOR = "the coordinator"
-    NEIGHBOUR = "the stage before this one, or the last one, as the coordinator's order names them"
-    PERMITTED = "the coordinator, and workers with its permit to measure this link"
+    NEIGHBOUR = "the previous stage or the last stage, as named in the coordinator's order"
+    PERMITTED = "the coordinator, and workers that have its permit to measure this link"
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """Bounds of one method. `streams` limits the open streams of a process, `streams_of_caller` those of one caller."""
+    """Limits of one method. `streams` limits a process's open streams, and `streams_of_caller` limits a caller's."""
 
     callers: Callers
     streams: int

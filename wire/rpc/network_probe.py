@@ -1,4 +1,4 @@
-"""Measures the network round trip to a process, as the time until the kernel there accepts a connection."""
+"""Measures the network round trip to a process: the time until the kernel at the other end accepts a connection."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from llamaclust.wire.rpc.unix_streams import PREFIX
 _CONNECTIONS = 8
 _CONNECT_S = 2.0
 _MOST_S = 4.0
-"""The limit in seconds of the whole measurement, including name resolution."""
+"""The time limit for the whole measurement, in seconds. It includes name resolution."""
 
 
 async def network_round_trip(address: str) -> float | None:
-    """Returns the least of several connection times to HOST:PORT or unix:PATH, in seconds; None if all fail."""
+    """Returns the shortest of several connection times to HOST:PORT or unix:PATH, in seconds, or None if all fail."""
     if not address:
         return None
     try:

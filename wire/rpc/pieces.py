@@ -1,4 +1,4 @@
-"""Sends long messages on gRPC streams in pieces, so that a receiver bounds the bytes that it accepts."""
+"""Sends long messages on gRPC streams in pieces, so that a receiver can limit how many bytes it accepts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pieces_of(message: bytes) -> Iterator[bytes]:
 
 
 async def read_message(read: Callable[[], Awaitable[Any]], most_bytes: int) -> bytes | None:
-    """Returns None at the end. Raises ProtocolError, and drops the data, if a message is too long or incomplete."""
+    """Reads a message. Returns None at the end. Drops long or incomplete messages and raises ProtocolError."""
     data: Any = await read()
     if data is _EOF:
         return None
@@ -46,7 +46,7 @@ async def read_message(read: Callable[[], Awaitable[Any]], most_bytes: int) -> b
 
 
 def whole(data: bytes, most_bytes: int) -> bytes:
-    """Returns `data`. Raises ProtocolError, and drops the data, if it is too large."""
+    """Returns `data`. Drops the data and raises ProtocolError if it is too large."""
     if (size := len(data)) > most_bytes:
         del data
         raise too_large(size, most_bytes)

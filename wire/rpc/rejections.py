@@ -1,5 +1,5 @@
-"""Logs refused peers in a bounded number of lines, so that connection attempts cannot fill a disk. Also counts
-connections that end before they show a certificate, since gRPC refuses these silently."""
+"""Logs refused peers in a limited number of lines, so that connection attempts cannot fill a disk. It also counts
+connections that end before they show a certificate, since gRPC refuses such connections silently."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _SECONDS = 60.0
 
 
 class RefusalLog:
-    """Logs at most 20 lines a minute. The next line counts the omitted ones."""
+    """Logs at most 20 lines a minute. The next line states how many lines were omitted."""
 
     def __init__(self, log: logging.Logger, apart_s: float = 0.0) -> None:
-        """`apart_s` is the least time in seconds between two lines."""
+        """`apart_s` is the shortest time between two lines, in seconds."""
         self._log = log
         self._apart_s = apart_s
         self._told_at_s: deque[float] = deque(maxlen=_MOST)
@@ -61,7 +61,7 @@ class Handshakes:
         self.port = 0  # once it listens
 
     def begun(self) -> None:
-        """Counts a handshake. gRPC's threads call it."""
+        """Counts a handshake. gRPC's threads call this method."""
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the log
             self._loop.call_soon_threadsafe(self._count)
 
@@ -91,7 +91,7 @@ class Handshakes:
 
     @contextmanager
     def call(self, caller: str) -> Iterator[None]:
-        """Registers a call from `caller`, gRPC's name of the peer, and remembers this name for some time."""
+        """Registers a call from `caller`, which is gRPC's name for the peer, and remembers the name for some time."""
         if caller not in self._calls and caller not in self._callers:
             self._answered += 1
         self._callers.pop(caller, None)

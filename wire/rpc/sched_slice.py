@@ -1,5 +1,5 @@
 """Time slices of threads. Threads that only forward messages request short slices, so that they soon run on cores where
-other threads compute. Those keep the usual slices. Linux obeys since 6.12. Figures: benchmarks/run.py split."""
+other threads compute. Those other threads keep normal slices. Needs Linux 6.12. Figures: benchmarks/run.py split."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def short_slices() -> Iterator[None]:
 
 
 def _attributes(thread_id: int) -> tuple[int, ...] | None:
-    """Returns the thread's attributes; None if the system lacks the call or the policy is real-time, batch or idle."""
+    """Returns the thread's scheduling attributes. Returns None if they are unavailable or not of policy SCHED_OTHER."""
     buffer = ctypes.create_string_buffer(_ATTRIBUTES.size)
     if not _call(1, thread_id, buffer, _ATTRIBUTES.size, 0):
         return None

@@ -46,7 +46,7 @@ _CODES: tuple[tuple[type[LlamaclustError], grpc.StatusCode], ...] = (
 
 @contextmanager
 def _peer_here() -> Iterator[None]:
-    """Turns gRPC's undocumented errors, raised once the peer or the server has gone, into StreamBrokenError."""
+    """Turns undocumented gRPC errors, which occur after the peer or the server has gone, into StreamBrokenError."""
     try:
         yield
     except aio.BaseError as error:
@@ -76,11 +76,11 @@ class ServerStream:
             await self._context.send_initial_metadata(((ACCEPTED_KEY, "yes"),))
 
     async def begin(self) -> None:
-        """Waits for the first piece of the next message, or for the end of the stream. `read` returns the message."""
+        """Waits for the first piece of the next message or for the stream's end. `read` then returns the message."""
         self._begun = await self._piece()
 
     async def read(self) -> bytes | None:
-        """Reads a message, or None once the peer has ended the stream. Raises StreamBrokenError or ProtocolError."""
+        """Reads a message. Returns None if the peer has ended the stream. Raises StreamBrokenError or ProtocolError."""
         return await read_message(self._piece, self._most_bytes)
 
     async def _piece(self) -> Any:
@@ -95,7 +95,7 @@ class ServerStream:
 
     @property
     def is_local(self) -> bool:
-        """True if the peer is on this machine. Its messages then arrive even if no task reads."""
+        """Returns whether the peer is on this machine. Its messages then arrive even if no task reads."""
         return False
 
     @property
@@ -145,7 +145,8 @@ class _Places:
 
     @contextmanager
     def taken(self, caller: Principal | None) -> Iterator[None]:
-        """Counts an open stream. Raises ProtocolError if too many are open: without certificate, in total only."""
+        """Counts an open stream. Raises ProtocolError if too many streams are open, in total or from one caller. A
+        caller without a certificate counts only in total."""
         method, total = self._method, self._open.total()
         if total >= method.streams or (caller is not None and self._open[caller] >= method.streams_of_caller):
             of_caller = "" if caller is None else f" ({self._open[caller]} of {caller})"
@@ -175,7 +176,7 @@ class _Entry:
             yield
 
     async def ended(self) -> None:
-        """Waits until cancelled calls have ended: gRPC prints tracebacks of calls that end with the event loop."""
+        """Waits until cancelled calls have ended. gRPC prints tracebacks for calls that end with the event loop."""
         if self._calls:
             await asyncio.wait(self._calls, timeout=_CALLS_END_S)
         await asyncio.sleep(0)
@@ -196,14 +197,14 @@ class _Entry:
         return None
 
     def check(self, callers: Callers, caller: Principal | None, context: Any) -> None:
-        """Raises ProtocolError if `caller` may not call the method. Handlers of stages check neighbours themselves."""
+        """Raises ProtocolError if `caller` may not call the method. Stages' handlers check neighbours themselves."""
         if caller is None or callers in (Callers.MEMBERS, Callers.NEIGHBOUR) or caller == COORDINATOR:
             return
         if callers is Callers.COORDINATOR:
             raise ProtocolError(f"{caller} opened a stream that is reserved for {COORDINATOR}")
         shown = str(dict(context.invocation_metadata()).get(PERMIT_KEY, ""))
         if not is_permitted(self._credentials, caller, shown):
-            raise ProtocolError(f"{caller} has no permit of the coordinator to measure this link")
+            raise ProtocolError(f"{caller} has no permit from the coordinator to measure this link")
 
 
 def _guarded(name: str, handler: Handler, entry: _Entry) -> Serve:
@@ -243,7 +244,7 @@ async def _end(context: Any, code: grpc.StatusCode, why: str, attributed: str | 
 
 
 async def _started(server: Any) -> None:
-    """Starts the server. A cancelled start is completed before the server is stopped, because gRPC breaks otherwise."""
+    """Starts the server. Completes a cancelled start before stopping the server, because gRPC breaks otherwise."""
     starting = asyncio.ensure_future(server.start())
     try:
         await asyncio.shield(starting)
@@ -264,7 +265,7 @@ class Server:
     async def start(
         cls, address: str, credentials: Credentials, handlers: Mapping[str, Handler], handshake_s: float = HANDSHAKE_S
     ) -> Server:
-        """Starts a server with one handler per method. Port 0 means any free port. Raises UsageError on failure."""
+        """Starts a server with a handler for each method. Port 0 means any free port. Raises UsageError on failure."""
         check_address(address, credentials)
         refusals = RefusalLog(_log)
         handshakes = Handshakes(address, handshake_s, refusals)
@@ -292,7 +293,7 @@ class Server:
             else:
                 port = server.add_insecure_port(address)
         except (RuntimeError, OSError) as error:
-            raise UsageError(f"cannot listen on {address}: in use or not allowed") from error
+            raise UsageError(f"cannot listen on {address}: the address is in use or not allowed") from error
         handshakes.port = port
         await _started(server)
         return cls(server, f"{address.rpartition(':')[0]}:{port}", handshakes, entry)

@@ -1,5 +1,5 @@
-"""Bounds the connections to a port that have not shown a certificate, in total and by host. The oldest are closed
-first. gRPC has no such bound, but it notices when a connection is shut down here."""
+"""Limits the connections to a port that have not shown a certificate, in total and for each host. The oldest are closed
+first. gRPC has no such limit, but it notices when this module shuts a connection down."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class SilentConnections:
         self._looks: dict[_Caller, int] = {}
 
     def close_excess(self, port: int, callers: Container[str]) -> tuple[int, int]:
-        """Closes connections beyond the bounds. A connection is closed only if an earlier call saw it too, so that new
-        ones have time to show a certificate. `callers` contains gRPC's names of peers with calls. Returns the numbers
-        of closed and remaining connections. Raises OSError if fewer than two file descriptors are free."""
+        """Closes connections beyond the limits. It closes only connections that an earlier call saw too, so that new
+        ones have time to show a certificate. `callers` contains gRPC's names of peers with calls. Returns the counts of
+        closed and remaining connections. Raises OSError if fewer than two file descriptors are free."""
         silent = sorted(self._silent(port, callers), key=lambda connection: -connection.looks)
         self._looks = {connection.caller: connection.looks for connection in silent}
         of_host, closed = Counter(connection.host for connection in silent), 0
@@ -64,7 +64,7 @@ class SilentConnections:
 
 @contextmanager
 def _connection(descriptor: int) -> Iterator[socket.socket | None]:
-    """Yields a copy of the socket with this file descriptor; None if the descriptor is not a socket."""
+    """Yields a copy of the socket with this file descriptor. Yields None if the descriptor is not a socket."""
     try:
         copy = os.dup(descriptor) if stat.S_ISSOCK(os.fstat(descriptor).st_mode) else None
     except OSError as error:

@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 
 class TaskSet:
-    """Keeps references to tasks, because the event loop holds them weakly. Logs errors of tasks that nothing awaits."""
+    """Keeps references to tasks, since the event loop's are weak. Logs errors of tasks that nothing awaits."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()

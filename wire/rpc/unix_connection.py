@@ -1,4 +1,4 @@
-"""Frames on a Unix socket, both ways: u32 length | u8 kind | content, little-endian."""
+"""Frames on a Unix socket in both directions: u32 length | u8 kind | content, little-endian."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from grpc import aio
 _HEAD = struct.Struct("<IB")
 _MOST_CONTROL_BYTES = 1 << 16
 _MOST_UNREAD_BYTES = 1 << 22
-"""Nothing more is received while this many bytes of messages are unread, so that the sender waits."""
+"""The connection receives nothing more while this many bytes of messages are unread, so that the sender waits."""
 _MESSAGE_BYTES = 64
-"""The bytes of memory that a message takes in addition to its content."""
+"""The memory that a message takes in addition to its content, in bytes."""
 _PIECE_BYTES = 1 << 18
 CALL_S = 10.0
-"""The time in seconds within which a connection must name its stream."""
+"""The time in seconds in which a new connection must name its stream."""
 _BUFFER_BYTES = 1 << 16
 
 
@@ -39,7 +39,7 @@ class EndedError(aio.BaseError, grpc.RpcError):
 
 
 class _LargeFrame:
-    """A frame that is larger than the receive buffer. It is received in parts, into memory of its own."""
+    """A frame that is larger than the receive buffer. Its parts are received into separate memory."""
 
     __slots__ = ("_filled", "_size", "content", "kind")
 
@@ -51,7 +51,7 @@ class _LargeFrame:
 
     @property
     def free(self) -> memoryview:
-        """The memory for the next bytes. It grows as they arrive: the frame's stated size may be wrong."""
+        """The memory for the next bytes. It grows as bytes arrive, because the frame's stated size may be wrong."""
         if self._filled == len(self.content):
             self.content.extend(bytes(min(max(self._filled, _PIECE_BYTES), self._size - self._filled)))
         return memoryview(self.content)[self._filled :]
@@ -73,8 +73,8 @@ def _pieces(messages: tuple[bytes, ...]) -> Iterator[bytes | memoryview]:
 
 
 class UnixConnection(asyncio.BufferedProtocol):
-    """Sends and receives frames. Calls `on_control` with each that is no message, and `on_lost` at the end. A message
-    larger than `most_bytes` ends the connection. With `awaits_call`, the first frame must be a CALL within `CALL_S`."""
+    """Sends and receives frames. Calls `on_control` with each frame that is no message, and `on_lost` at the end. A
+    message above `most_bytes` ends the connection. With `awaits_call`, a CALL must be first, within `CALL_S`."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         return data
 
     def post(self, kind: FrameKind, data: bytes = b"") -> None:
-        """Sends a small frame without waiting, after a large message in progress. Raises EndedError at the end."""
+        """Sends a small frame without waiting, but after a large message in progress. Raises EndedError at the end."""
         frame = _HEAD.pack(len(data), kind) + data
         if self._is_sending:
             self._behind += frame
@@ -133,7 +133,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         self._transport.write(data)
 
     def try_send(self, *messages: bytes) -> bool:
-        """Sends small messages in one system call if nothing else is being sent. Returns False if it sent none."""
+        """Sends small messages with one system call if nothing else is being sent. Returns False if it sent nothing."""
         transport = self._transport
         if transport is None or transport.is_closing() or self._is_sending or not self._writable.is_set():
             return False
@@ -143,7 +143,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         return True
 
     async def send(self, *messages: bytes) -> None:
-        """Waits until the system has nearly all bytes. One call at a time; a cancelled call may end the connection."""
+        """Waits until the system has nearly all bytes. One call at a time. A cancelled call may end the connection."""
         if sum(map(len, messages)) > _PIECE_BYTES:
             await self._send_in_pieces(messages)
             return
@@ -209,7 +209,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         self.complete()
 
     def _take_rest(self) -> None:
-        """Receives frames that arrived before the end, because the event loop reads no more after a failed write."""
+        """Receives frames that arrived before the end, because the event loop stops reading after a failed write."""
         assert self._transport is not None
         descriptor = self._transport.get_extra_info("socket").fileno()
         with suppress(OSError):  # there is no more

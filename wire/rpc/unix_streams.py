@@ -1,6 +1,6 @@
 """Streams on Unix sockets, each on its own connection. They have the parts of gRPC's interface that `client.py` and
-`server.py` use. They exist because gRPC's change of threads alone takes as long as a small stage's computation of a
-token. A caller sends CALL, messages and perhaps END. The other side sends ACCEPTED, messages and finally STATUS."""
+`server.py` use. They exist because gRPC's thread switches take as long as a small stage's computation of a token. A
+caller sends CALL, messages and perhaps END. The other side sends ACCEPTED, messages and finally STATUS."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _RETRY_S = 0.02
 
 
 class UnixCall:
-    """A stream that this process opens, with the interface of gRPC's calls. It begins to connect at once."""
+    """A stream that this process opens, with the interface of gRPC's calls. Its constructor starts connecting."""
 
     def __init__(self, path: str, method: str, metadata: Metadata, most_bytes: int, *, wait_for_ready: bool) -> None:
         self._connection = UnixConnection(self._control, self._lost, most_bytes)
@@ -69,7 +69,7 @@ class UnixCall:
         self._connection.abort()
 
     async def code(self) -> grpc.StatusCode:
-        """Returns the status. It is known once `read` or `write` has failed."""
+        """Returns the status, which is known after `read` or `write` has failed."""
         return grpc.StatusCode.UNKNOWN if self._status is None else self._status[0]
 
     async def details(self) -> str:

@@ -1,1 +1,1 @@
-"""TLS, certificates, tokens, enrolment messages."""
+"""TLS, certificates, tokens and enrolment messages."""

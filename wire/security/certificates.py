@@ -1,4 +1,4 @@
-"""Makes and reads keys, certificate requests and certificates as bytes, with `cryptography` (ECDSA on P-256)."""
+"""Makes and reads keys, certificate requests and certificates as bytes. It uses `cryptography` (ECDSA on P-256)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class NewKey:
 
     @property
     def request(self) -> bytes:
-        """A certificate request (DER) with an empty subject. The name is sent separately."""
+        """Returns a certificate request (DER) with an empty subject. The name is sent separately."""
         builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.DER)
 
@@ -40,7 +40,7 @@ def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 def load_private(pem: bytes) -> ec.EllipticCurvePrivateKey:
     key = load_pem_private_key(pem, None)
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise ValueError("not an ECDSA key on P-256")
+        raise ValueError("the key is not an ECDSA key on P-256")
     return key
 
 
@@ -50,11 +50,11 @@ def requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
         loaded = x509.load_der_x509_csr(request)
         key = loaded.public_key()
         if not (isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1)):
-            raise ProtocolError("certificate request: not an ECDSA key on P-256")
+            raise ProtocolError("the certificate request's key is not an ECDSA key on P-256")
         if not loaded.is_signature_valid:
-            raise ProtocolError("certificate request: its key has not signed it")
+            raise ProtocolError("the certificate request is not signed with its own key")
     except (ValueError, InvalidSignature) as error:
-        raise ProtocolError("certificate request: damaged, cannot be decoded") from error
+        raise ProtocolError("the certificate request is damaged and cannot be decoded") from error
     return key
 
 
@@ -63,7 +63,7 @@ def sign(pair: KeyPair, statement: bytes) -> bytes:
 
 
 def has_signed(host: str, certificate: bytes, statement: bytes, signature: bytes, ca: bytes) -> bool:
-    """True if the certificate's key signed `statement` and the CA issued it for `host` only. Expired ones count too."""
+    """Returns whether the certificate's key signed `statement` and the CA issued it for `host` only. Ignores expiry."""
     try:
         loaded = x509.load_pem_x509_certificate(certificate)
         loaded.verify_directly_issued_by(x509.load_pem_x509_certificate(ca))
@@ -82,7 +82,7 @@ def pem(der: bytes) -> bytes:
 
 
 def ends_at_s(certificate_pem: bytes) -> float:
-    """Returns the certificate's expiry in seconds since 1970. Raises UsageError if it cannot be read."""
+    """Returns when a certificate expires, in seconds since 1970. Raises UsageError if the certificate is unreadable."""
     try:
         return x509.load_pem_x509_certificate(certificate_pem).not_valid_after_utc.timestamp()
     except ValueError as error:
@@ -101,4 +101,4 @@ def _certificate(der: bytes) -> x509.Certificate:
     try:
         return x509.load_der_x509_certificate(der)
     except ValueError as error:
-        raise ProtocolError("certificate: damaged, cannot be decoded") from error
+        raise ProtocolError("the certificate is damaged and cannot be decoded") from error

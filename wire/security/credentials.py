@@ -1,5 +1,5 @@
-"""Credentials of a cluster's processes: a token on one machine, certificates between machines, or none. The host names
-in certificates end with `<cluster>.llamaclust` and begin with `coordinator` or `<name>.worker`."""
+"""Credentials of a cluster's processes: a token on one machine, certificates between machines, or none. Host names in
+certificates end with `<cluster>.llamaclust` and begin with `coordinator` or `<name>.worker`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COORDINATOR = Principal(None)
 
 
 def principal_of(host: str, cluster: str) -> Principal | None:
-    """Returns the identity for a certificate's host name; None for another cluster's or an unknown kind of name."""
+    """Returns the identity for a certificate's host name, or None if the name is unknown or from another cluster."""
     if host == COORDINATOR.host(cluster):
         return COORDINATOR
     label = host.removesuffix(Principal("").host(cluster))
@@ -59,7 +59,7 @@ class KeyPair:
 
     @property
     def renewal_in_s(self) -> float:
-        """Seconds until two thirds of the certificate's life are over; 0 if the clock shows a time before its start."""
+        """Seconds until two thirds of a certificate's life are over, or 0 if the clock is before the life's start."""
         age_s = time.time() - self.made_at_s
         return 0.0 if age_s < -MAX_SKEW_S else max(0.0, self.life_s * 2 / 3 - age_s)
 

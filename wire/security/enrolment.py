@@ -1,4 +1,4 @@
-"""Messages of the enrolment port (challenge, request, grant or refusal), the proofs in them, and their codec."""
+"""Messages on the enrolment port (challenge, request, and grant or refusal), the proofs in them, and their codec."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _transcript(token: JoinToken, challenge: Challenge, request: Request) -> tup
 
 
 def _mac(token: JoinToken, label: bytes, *parts: bytes) -> bytes:
-    """Returns an HMAC. The length precedes each part, so that different lists of parts never give the same bytes."""
+    """Returns an HMAC. Each part follows its length, so that different lists of parts never give equal bytes."""
     data = b"".join(len(part).to_bytes(4, "big") + part for part in (label, *parts))
     return hmac.digest(token.secret, data, "sha256")
 
@@ -94,7 +94,7 @@ def decode_request(data: bytes) -> Request:
 
 
 async def read_message(reader: asyncio.StreamReader) -> bytes | None:
-    """Reads a message, or None at the end. Raises ProtocolError if a message is too large or incomplete."""
+    """Reads a message, or returns None at the end. Raises ProtocolError if a message is too large or incomplete."""
     try:
         head = await reader.read(1)
         if not head:

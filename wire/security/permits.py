@@ -1,4 +1,4 @@
-"""Permits to measure links. The coordinator signs one for a caller and a worker; the caller shows it there."""
+"""Permits to measure links. The coordinator signs one for a caller and a worker. The caller shows it to the worker."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Ident
 
 
 def permit(credentials: Credentials, caller: str, worker: str) -> str:
-    """Returns a permit for `caller`, signed by the coordinator; "" if members have no certificates."""
+    """Returns a permit for `caller`, signed by the coordinator. Returns "" if members have no certificates."""
     if not isinstance(credentials, Identity):
         return ""
     from llamaclust.wire.security.certificates import sign
@@ -22,7 +22,7 @@ def permit(credentials: Credentials, caller: str, worker: str) -> str:
 
 
 def is_permitted(credentials: Credentials, caller: Principal, shown: str) -> bool:
-    """True if `shown` permits `caller` to measure its link to this worker. It ends with its signer's certificate."""
+    """Returns whether `shown` permits `caller` to measure its link here. Permits end with the signer's certificate."""
     if not isinstance(credentials, Identity):
         return True
     from llamaclust.wire.security.certificates import ends_at_s, has_signed

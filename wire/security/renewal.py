@@ -1,5 +1,3 @@
-"""Waits for the time at which a certificate is renewed."""
-
 from __future__ import annotations
 
 import asyncio

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def server_context(pem: bytes, minimum: ssl.TLSVersion) -> ssl.SSLContext:
-    """Returns a context with the certificates and private key in `pem`. Python can read them only from a file."""
+    """Returns a TLS context with the certificates and private key in `pem`. Python reads them only from files."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = minimum
     context.options |= ssl.OP_NO_RENEGOTIATION

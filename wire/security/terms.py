@@ -11,7 +11,7 @@ from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Ident
 
 @dataclass(frozen=True, slots=True)
 class TermProof:
-    """A coordinator's signature of its term; empty if members have no certificates."""
+    """A coordinator's signature of its term. Empty if members have no certificates."""
 
     certificate: Annotated[bytes, Size(0, 4096)] = b""  # PEM
     signature: Annotated[bytes, Size(0, 128)] = b""
@@ -27,7 +27,7 @@ def prove_term(credentials: Credentials, term: int, name: str) -> TermProof:
 
 
 def is_term_proven(credentials: Credentials, term: int, proof: TermProof, name: str) -> bool:
-    """True if a coordinator of this cluster signed the term. Without certificates, every member is trusted."""
+    """Returns whether a coordinator of this cluster signed the term. Without certificates, trusts every member."""
     if not isinstance(credentials, Identity):
         return True
     from llamaclust.wire.security.certificates import has_signed

@@ -1,4 +1,4 @@
-"""Mutual TLS for gRPC. Both sides show a certificate of the cluster's CA and check the name in the other's."""
+"""Mutual TLS for gRPC. Each side shows a certificate from the cluster's CA and checks the name in the other side's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def channel_credentials(identity: Identity) -> Any:
 
 
 def server_credentials(identity: Identity, on_handshake: Callable[[], None]) -> Any:
-    """Returns credentials that show a renewed pair from the next handshake on. Any thread may call `on_handshake`."""
+    """Returns credentials that show a renewed pair in later handshakes. Any thread may call `on_handshake`."""
     shown = identity.pair
 
     def configuration(pair: KeyPair) -> Any:
@@ -38,8 +38,8 @@ def server_credentials(identity: Identity, on_handshake: Callable[[], None]) -> 
 
 
 def peer_principal(auth_context: Mapping[str, Iterable[bytes]], identity: Identity) -> Principal:
-    """Returns the identity in the peer's certificate. Raises UsageError if it is not a member's or has expired: TLS
-    does not check the expiry in resumed sessions."""
+    """Returns the identity in the peer's certificate. Raises UsageError if the certificate is not a member's or has
+    expired. TLS does not check the expiry in resumed sessions."""
     from llamaclust.wire.security.certificates import ends_at_s
 
     names = [name.decode("ascii", "replace") for name in auth_context.get("x509_subject_alternative_name", ())]
@@ -48,5 +48,5 @@ def peer_principal(auth_context: Mapping[str, Iterable[bytes]], identity: Identi
         raise UsageError("the certificate names no member of this cluster")
     (certificate,) = auth_context.get("x509_pem_cert", (b"",))
     if ends_at_s(certificate) <= time.time():
-        raise UsageError(f"the certificate of {principal} has ended")
+        raise UsageError(f"the certificate of {principal} has expired")
     return principal

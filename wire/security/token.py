@@ -1,4 +1,4 @@
-"""Shared secrets in files of mode 0600: the token of a cluster on one machine, the join token of one on several."""
+"""Shared secrets in files of mode 0600: the token of a cluster on one machine, and join tokens for several machines."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ClusterToken:
 
 @dataclass(frozen=True, slots=True)
 class JoinToken:
-    """The CA to trust and the secret for joining. Text: `lc1.<SHA-256 of the CA certificate, hex>.<secret>`."""
+    """The CA to trust and the secret for joining. Its text is `lc1.<SHA-256 of the CA certificate, hex>.<secret>`."""
 
     ca_hash: bytes
     secret: bytes = field(repr=False)
@@ -72,7 +72,7 @@ class JoinToken:
 
 
 def read_private(path: Path) -> str:
-    """Returns the content of a secret file, stripped. Raises UsageError if others may read the file."""
+    """Returns a secret file's content, stripped. Raises UsageError if the file is unreadable or others can read it."""
     try:
         with open_regular(path) as file:
             mode = os.fstat(file.fileno()).st_mode

@@ -26,7 +26,7 @@ _LOOK_S = 0.1
 class Chaos(Case):
     """Injects the faults of `llamaclust chaos` into a new cluster: no answer may be lost or changed.
     A killed coordinator is restarted at once, or a standby takes over. With --group, that many workers hold the first
-    two thirds of the layers and one other worker the rest, so that no worker can replace another."""
+    two thirds of the layers, and one other worker holds the rest, so that no worker can replace another."""
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)
@@ -36,7 +36,7 @@ class Chaos(Case):
         "local", "launcher of the cluster", chosen("launcher", {name: name for name in ("local", "static")})
     )
     workers: int = option(3, "workers with one thread each", positive)
-    group: int = option(0, "workers of a group that holds the first layers; 0: no group", natural)
+    group: int = option(0, "number of workers in a group that holds the first layers; 0 for no group", natural)
     standby: bool = option(False, "run a standby coordinator")
     silence: float = option(1.0, "timeouts.worker in seconds (a cluster's default: 5)")
     streams: int = option(32, "simultaneous streams", positive)
@@ -105,5 +105,4 @@ class _View:
     def line(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    def progress(self, text: str) -> None:
-        """Does nothing: the lines are enough."""
+    def progress(self, text: str) -> None: ...

@@ -28,8 +28,8 @@ _PARTS = ("logprobs", "breakers")
 @dataclass(frozen=True)
 class Gaps(Case):
     """Cost of expensive requests to streams that run meanwhile: gaps between their tokens, first tokens, memory.
-    `logprobs`: a request of 8 prompts of 2,000 tokens with 128 logprobs each, and one of 64 prompts that fill the
-    context. `breakers`: 8 requests with 64 new DRY breakers each, also while a worker is killed."""
+    `logprobs` is a request of 8 prompts of 2,000 tokens with 128 logprobs each, and a request of 64 prompts that fill
+    the context. `breakers` are 8 requests with 64 new DRY breakers each, also while a worker is killed."""
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)

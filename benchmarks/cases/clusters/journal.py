@@ -29,14 +29,14 @@ class Replies(front.Replies):
 front.Replies = Replies
 main()
 """
-"""The `llamaclust` program, with a coordinator that keeps no journal of replies."""
+"""The `llamaclust` program with a coordinator that keeps no journal of replies."""
 
 
 @dataclass(frozen=True)
 class Journal(Case):
-    """Throughput of short requests with the journal of admissions, relative to a coordinator without one.
-    Two clusters take turns at bursts of streamed requests. The journal is in the folder of temporary files, or in
-    --state-dir: choose a disk, not a tmpfs."""
+    """Throughput of short requests with the journal of admissions, relative to a coordinator without a journal.
+    Two clusters take turns at bursts of streamed requests. The journal is in the folder of temporary files or in
+    --state-dir. Choose a disk, not a tmpfs."""
 
     rounds = 15
     warm = 1
@@ -54,7 +54,7 @@ class Journal(Case):
         async with running(self.model, layout) as (kept, _), running(self.model, layout, command) as (bare, _):
             yield Group("", {"without": partial(self._burst, bare), "with": partial(self._burst, kept)})
             if not kept.directory.has_requests or bare.directory.has_requests:
-                raise LlamaclustError("one cluster was to have requests in its journal, the other none")
+                raise LlamaclustError("expected requests in one cluster's journal, and none in the other's")
 
     async def _burst(self, bench: Bench, turn: int) -> Measures:
         numbers = iter(range(self.requests))

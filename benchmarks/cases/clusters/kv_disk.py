@@ -21,16 +21,15 @@ from llamaclust.cluster.config.catalog import resolve_model
 
 _OWN_TOKENS, _TOKENS = 8, 8
 _QUIET_S = 2.5
-"""Seconds without a write (two heartbeats) after which everything counts as written."""
+"""The number of seconds without a write (two heartbeats) after which everything counts as written."""
 _WRITTEN = "llamaclust_worker_kv_disk_written_bytes_total{"
 
 
 @dataclass(frozen=True)
 class KvDisk(Case):
     """Time to the first token after a full restart, when the KV memory of a long shared prefix is read from disk.
-    A first cluster computes the prefix and writes its KV memory; a second one answers another prompt with the same
-    prefix. Both clusters' answers to the first prompt must have equal ids and logprob bits. The client measures the
-    times."""
+    The first cluster computes the prefix and writes its KV memory. The second answers another prompt with the same
+    prefix. Both clusters' answers to the first prompt must have equal ids and logprob bits. A client measures times."""
 
     rounds = 3
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")

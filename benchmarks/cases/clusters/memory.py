@@ -30,8 +30,8 @@ _ROOM_BYTES = 1 << 40
 @dataclass(frozen=True)
 class Memory(Case):
     """Memory of stages as stated by `plan`, `model info` and `status`, compared with the memory that is resident.
-    Each stage, of one worker and of two, is loaded in its own process without the packed-weight cache, and runs the
-    largest microbatches until all KV blocks are in use. `resident` is the process's growth since before the load
+    The stages of one worker and of two are loaded, each in its own process without the packed-weight cache. They run
+    the largest microbatches until all KV blocks are in use. `resident` is the process's growth since before the load
     (RssAnon of /proc/self/status). The case fails if a figure differs from `resident` by more than 5 %."""
 
     rounds = 1

@@ -99,9 +99,9 @@ Samples = dict[str, list[tuple[float, float]]]
 @dataclass(frozen=True)
 class SoakCase(Case):
     """Many streams for a long time, with clients that disconnect, return or give up: errors, and memory.
-    Three in five replies are read to the end. Other clients are disconnected at a random event; they return within two
-    seconds, or give up. The case fails if a complete answer differs from an undisturbed one, or if a process's median
-    memory in the last tenth differs by more than a twentieth from that in the first tenth after --warm-up."""
+    Three in five replies are read to the end. Other clients are disconnected at a random event, and return within two
+    seconds or give up. The case fails if a complete answer differs from an undisturbed answer, or if a process's median
+    memory in the last tenth differs by more than a twentieth from the first tenth after --warm-up."""
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)

@@ -39,7 +39,7 @@ Entry = dict[str, object]
 
 
 def _grid() -> list[_Case]:
-    """Returns the cases. Unequal machines differ in speed and memory. All have enough memory, if possible."""
+    """Returns the cases. Unequal machines differ in speed and memory. All machines have enough memory if possible."""
     cases = []
     for number, (model, count, (gbit, ms)) in enumerate(itertools.product(_MODELS, _COUNTS, _NETWORKS)):
         if number % 3:  # a third of the cases, spread over all combinations
@@ -96,7 +96,7 @@ class _Alternatives:
         return [max(1, round(100 * by[machine] / most)) for machine in group]
 
     def _cuts(self, chain: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
-        """Yields layer borders of a chain: first those that fill the memory of the fastest stages, then random ones."""
+        """Yields a chain's layer borders: first borders that fill the fastest stages' memory, then random borders."""
         if len(chain) == 1:
             yield [0, self._layers]
             return
@@ -152,7 +152,7 @@ def _planned(cluster: AssumedCluster, model: AssumedModel, *overrides: str) -> _
 
 
 def _outcome(case: _Case, most: int, source: random.Random) -> Measures | None:
-    """Compares the chosen plan with others of at least as much KV memory; None if the model does not fit."""
+    """Compares the chosen plan with others of at least equal KV memory. Returns None if the model does not fit."""
     cluster, model = AssumedCluster(parse_machines(case.machines)), assumed_model(case.model)
     model.opened.costs  # noqa: B018
     begun_s = process_time()
@@ -175,9 +175,9 @@ def _outcome(case: _Case, most: int, source: random.Random) -> Measures | None:
 @dataclass(frozen=True)
 class PlanGrid(Case):
     """Choices of the planner, compared with other plans over a grid of assumed clusters: none may be clearly faster.
-    The predicted time of 512 tokens of prompt and 128 of answer is compared with that of the best plan without groups,
-    and of manual plans: all chains of sets of up to three machines, and random chains of more, with shares and cuts by
-    speed, by memory, equal or random. The case fails if one is faster by more than 3 %."""
+    The case compares the predicted times for a prompt of 512 tokens and an answer of 128. The other plans are the best
+    plan without groups, and manual plans: all chains of sets of up to three machines, and random chains of more, with
+    shares and cuts by speed, by memory, equal or random. The case fails if one is faster by more than 3 %."""
 
     rounds = 1
     count: int | None = option(None, "number of clusters to draw from the grid; by default all", positive)

@@ -43,7 +43,7 @@ _NAMES = ("first", "second")
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Settings of a member. Without `end`, settings of the process that computes alone."""
+    """Settings of a member. Without `end`, they are settings of the process that computes alone."""
 
     model: Path
     layers: int
@@ -133,17 +133,20 @@ def connected(hosts: Sequence[str]) -> tuple[socket.socket, socket.socket]:
 
 @dataclass(frozen=True)
 class Prefill(Case):
+    """Time of a layer in prefill: two members that hold it together, compared with a process that computes alone.
+    The members are on --hosts and use links with TLS. All results must have the same bits."""
+
     warm = 1
     shape: str = argument("shape of the model", chosen("shape", {name: name for name in SHAPES}))
     type: QuantType = argument("type of the weights", chosen("type", TYPES))
     rows: int = option(512, "tokens of the prompt", positive)
     layers: int = option(2, "number of layers to compute", positive)
-    hidden: int | None = option(None, "width in channels, for tests; by default the shape's", positive)
+    hidden: int | None = option(None, "width in channels, for tests; by default the shape's width", positive)
     hosts: tuple[str, ...] = option(("127.0.0.1", "127.0.0.1"), "hosts of the members", listed(str))
-    bands: tuple[int, ...] = option((2,), "numbers of bands of the prompt", listed(positive))
-    round_trip: float = option(0.0, "ms to add to the round trip of links", zero_or_more)
-    gbit: float = option(0.0, "Gbit/s at which a member receives; 0: no limit", zero_or_more)
-    realtime: bool = option(False, "measured processes have real-time priority; needs root")
+    bands: tuple[int, ...] = option((2,), "numbers of bands into which the prompt is divided", listed(positive))
+    round_trip: float = option(0.0, "milliseconds to add to the round trips of links", zero_or_more)
+    gbit: float = option(0.0, "Gbit/s at which a member receives; 0 for no limit", zero_or_more)
+    realtime: bool = option(False, "give measured processes real-time priority; needs root")
 
     async def groups(self) -> AsyncIterator[Group]:
         with tempfile.TemporaryDirectory(prefix="llamaclust-") as name:
@@ -173,7 +176,7 @@ class Prefill(Case):
             each.send(bands)
         found = [await asyncio.to_thread(_answer, each) for each in orders]
         if len({result for *_, result in found}) != 1:
-            raise LlamaclustError("results of the members have different bits")
+            raise LlamaclustError("the members' results have different bits")
         run_ms, waited_ms, sent_bytes, result = found[0]
         layer = {"ms": run_ms / self.layers, "waiting": waited_ms / self.layers}
         return {**layer, "MB sent": sent_bytes / self.layers / 1e6, "bits": result}

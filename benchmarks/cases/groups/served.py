@@ -32,7 +32,7 @@ from llamaclust.model.quant_types import QuantType
 _SHALLOW = 2
 _SHORT_PROMPT, _REPEATED_PROMPT = 16, 512
 _PLAIN_WORDS = 300
-"""The first id of a plain word. Lower ids are those of special tokens, bytes and letters."""
+"""The first id of a plain word. Lower ids belong to special tokens, bytes and letters."""
 _LOOKS, _LOOK_S = 600, 0.1
 _COMMAND = (sys.executable, "-P", "-m", "llamaclust")
 ONE, STAGES, GROUP = "one worker", "stages", "group"
@@ -46,7 +46,7 @@ _GOALS = {
     ("70b", "IQ1_S", 2.0): 1.35,
     ("1.1b", "IQ2_XXS", 0.0): 1.50,
 }
-"""The wanted gain of a group of two in decode, by shape, type of weights and round trip in ms."""
+"""The wanted gain of a group of two in decode, by shape, weight type, and round trip in ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def ways_of(cores: Sequence[int], shares: Sequence[int], speeds: Sequence[float]
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """Numbers of layers: `layers` and `shallow` were measured, `whole` is that of the whole model."""
+    """Layer counts. `layers` and `shallow` were measured, and `whole` is the whole model's."""
 
     layers: int
     shallow: int
@@ -99,8 +99,8 @@ class ServedWay:
     pids: tuple[int, ...]
 
     async def reading(self) -> tuple[float, ...]:
-        """Returns milliseconds since the start: computing of the stages, waiting of the leader in gathers, and
-        processor time of each process. Waits until heartbeats have counted all steps."""
+        """Returns milliseconds since the start: the stages' computing, the leader's waiting in gathers, and each
+        process's processor time. Waits until heartbeats have counted all steps."""
         used = tuple(map(_processor_ms, self.pids))  # read first, because waiting for heartbeats takes processor time
         for _ in range(_LOOKS):
             found = await self.bench.cluster()
@@ -122,39 +122,39 @@ def _processor_ms(pid: int) -> float:
 class Served(Case):
     """Answers of a group as clients of the HTTP API receive them, compared with one worker and with stages.
 
-        run.py served 7b IQ2_XXS --delays 0,0.1,0.5,2 --gbit 1
-        run.py served 70b IQ1_S --layers 4 --shares 2,1 --speeds 1,0.5  # each layer counts 20 times
+      run.py served 7b IQ2_XXS --delays 0,0.1,0.5,2 --gbit 1
+      run.py served 70b IQ1_S --layers 4 --shares 2,1 --speeds 1,0.5  # each layer counts 20 times
 
-    Static workers have one thread each, on a core each, with mutual TLS (--local: processes of the coordinator, without
-    TLS). `decode` is one answer after a short prompt, `prefill` a long prompt up to its first token, `together` several
-    answers at once. Ids and logprobs must be those of one worker. Links between members and slow members are emulated.
-    With --layers, models of two layers are measured too, and times of the whole model are extrapolated. With
-    --speculation, answers repeat their prompt, and all clusters draft."""
+    Each static worker has one thread on its own core, and mutual TLS. With --local, workers are the coordinator's
+    processes, without TLS. `decode` is one answer after a short prompt, `prefill` is a long prompt up to its first
+    token, and `together` is several answers at once. Ids and logprobs must equal those of one worker. Links between
+    members and slow members are emulated. With --layers, models of two layers are measured too, and times for the whole
+    model are extrapolated. With --speculation, answers repeat their prompt, and all clusters draft."""
 
     warm = 1
     shape: str = argument("shape of the model", chosen("shape", {name: name for name in SHAPES}))
     type: QuantType = argument("type of the weights", chosen("type", TYPES))
     layers: int | None = option(None, "number of layers, at least 3; by default all of the shape", positive)
-    hidden: int | None = option(None, "width in channels, for tests; by default the shape's", positive)
+    hidden: int | None = option(None, "width in channels, for tests; by default the shape's width", positive)
     delays: tuple[float, ...] = option((0.0, 0.1, 0.5, 2.0), "round trips of links in ms", listed(zero_or_more))
-    gbit: float = option(0.0, "Gbit/s at which a member receives; 0: no limit", zero_or_more)
+    gbit: float = option(0.0, "Gbit/s at which a member receives; 0 for no limit", zero_or_more)
     shares: tuple[int, ...] = option((1, 1), "shares of the members", listed(positive))
     speeds: tuple[float, ...] = option((), "speeds of the members relative to a core; by default 1", listed(share))
     ways: tuple[str, ...] = option((STAGES, GROUP), "kinds of clusters to compare with one worker", listed(str))
     tokens: int | None = option(None, "tokens per answer; by default 32, or 256 with --speculation", positive)
-    prompt: int = option(512, "tokens of the long prompt; 0: none", natural)
-    together: int = option(8, "simultaneous answers; 0: none", natural)
+    prompt: int = option(512, "tokens of the long prompt; 0 for none", natural)
+    together: int = option(8, "simultaneous answers; 0 for none", natural)
     speculation: bool = option(False, "use drafts, for answers that repeat their prompts")
-    realtime: bool = option(False, "measured processes have real-time priority; needs root")
-    local: bool = option(False, "workers are processes of the coordinator, without TLS and emulation")
+    realtime: bool = option(False, "give measured processes real-time priority; needs root")
+    local: bool = option(False, "run workers as the coordinator's processes, without TLS and emulation")
 
     def __post_init__(self) -> None:
         if len(self.shares) < 2 or (self.speeds and len(self.speeds) != len(self.shares)):
-            raise UsageError("--shares and --speeds: two or more members, as many of each")
+            raise UsageError("--shares and --speeds must have the same number of members, at least two")
         if self.layers is not None and not _SHALLOW < self.layers <= SHAPES[self.shape].layers:
-            raise UsageError(f"--layers: {_SHALLOW + 1} to {SHAPES[self.shape].layers}")
+            raise UsageError(f"--layers must be {_SHALLOW + 1} to {SHAPES[self.shape].layers}")
         if self.local and (self.gbit or max(self.delays) or (self.speeds and min(self.speeds) < 1)):
-            raise UsageError("--local: without --delays, --gbit and --speeds, which are emulated between other workers")
+            raise UsageError("--local emulates nothing; give --delays 0, and neither --gbit nor --speeds below 1")
 
     async def groups(self) -> AsyncIterator[Group]:
         depth = Depth(self.layers or SHAPES[self.shape].layers, _SHALLOW, SHAPES[self.shape].layers)
@@ -267,7 +267,7 @@ class Served(Case):
         return {**figures, "processors": " ".join(f"{ms:.2f}" for ms in used), "tokens or logprobs": bits}
 
     def _priority(self, served: ServedWay) -> ExitStack:
-        """Sets real-time priority with --realtime: the coordinator and this client come before the workers."""
+        """Sets real-time priority with --realtime. The coordinator and this client come before the workers."""
         stack = ExitStack()
         if self.realtime:
             coordinator, *workers = served.pids
@@ -284,7 +284,7 @@ class Served(Case):
         return [[source.randrange(_PLAIN_WORDS, words) for _ in range(length)] for _ in range(count)]
 
     async def _repeated(self, served: ServedWay) -> list[int]:
-        """Returns a prompt that its own greedy answer repeats. It exists: layers add nothing to the hidden state."""
+        """Returns a prompt that its greedy answer repeats. It exists because layers add nothing to the hidden state."""
         for turn in range(1_000):
             begin = self._prompts_begin(turn)
             ids = (await answer(served.bench.api, begin, _REPEATED_PROMPT)).ids

@@ -31,12 +31,12 @@ _HOW = "the docstring of tests/support/models/vision/record_mtmd.py"
 class Encode(Case):
     """Speed of encoders, compared with llama.cpp's mtmd: one tile of an image of 1024 x 768 pixels.
     A ratio above 1 means that llamaclust is faster. tests/support/models/vision/record_mtmd.py says how to build mtmd's
-    program. Weights are random, of the types of published files."""
+    program. Weights are random and have the types in published files."""
 
     rounds = 3
     shapes: tuple[str, ...] = option(tuple(_NAMES), "encoder models", listed(chosen("shape", _NAMES)))
     type: QuantType | None = option(None, "type of all matrices", chosen("type", TYPES))
-    layers: int = option(0, "layers of each encoder; 0: all", natural)
+    layers: int = option(0, "layers of each encoder; 0 for all", natural)
     threads: int = option(2, "threads of each program", positive)
     encode_tile: Path | None = option(None, "path of the program encode_tile, which runs mtmd", Path)
 

@@ -45,17 +45,17 @@ _BESIDE = 1000  # the number of the first image beside streams
 @dataclass(frozen=True)
 class ImageGaps(Case):
     """Cost of an image of 1024 x 768 pixels to streams of text meanwhile, and of another question to the same image.
-    `first s`: time to the first token of an answer about the image. `gap ms`: the longest time between two tokens of a
-    stream while the image is encoded, or without an image (goal: 150). `mid ms`: the median. `prompt ms`: the longest
-    while the prompt with the image is computed. Weights are random, and nothing is drafted."""
+    `first s` is the time to the first token of an answer about the image. `gap ms` is the longest time between two
+    tokens of a stream while the image is encoded, or without an image (goal: 150). `mid ms` is the median. `prompt ms`
+    is the longest time while the prompt with the image is computed. Weights are random, and nothing is drafted."""
 
     rounds = 3
-    shape: str = option("smolvlm-500m", "of both models", chosen("shape", _NAMES))
-    type: QuantType = option(QuantType.Q8_0, "of all matrices", chosen("type", TYPES))
-    layers: int = option(0, "of the encoder; 0: all", natural)
-    text_layers: int = option(0, "of the text model; 0: all", natural)
-    streams: int = option(1, "of text beside the image", positive)
-    threads: int = option(2, "of the worker", positive)
+    shape: str = option("smolvlm-500m", "shape of both models", chosen("shape", _NAMES))
+    type: QuantType = option(QuantType.Q8_0, "type of all matrices", chosen("type", TYPES))
+    layers: int = option(0, "layers of the encoder; 0 for all", natural)
+    text_layers: int = option(0, "layers of the text model; 0 for all", natural)
+    streams: int = option(1, "text streams while the image is processed", positive)
+    threads: int = option(2, "threads of the worker", positive)
     quiet: float = option(_QUIET_S, "seconds of streams without an image")
 
     async def groups(self) -> AsyncIterator[Group]:
@@ -96,7 +96,7 @@ class ImageGaps(Case):
 
 @dataclass(frozen=True, slots=True)
 class _Answered:
-    """Monotonic times of a request with an image: when it was sent, its images were encoded, its first token came."""
+    """Monotonic times at which a request with an image was sent, its images were encoded, and its first token came."""
 
     begun_s: float
     encoded_s: float
@@ -126,7 +126,6 @@ def _gap_measures(gaps_s: Sequence[float]) -> Measures:
 
 
 async def _answered(bench: Bench, question: str, image: dict[str, Any]) -> _Answered:
-    """Requests an answer about an image, to its first token."""
     content = [image, {"type": "text", "text": question}]
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 2, "return_token_ids": True}
     begun_s = monotonic()

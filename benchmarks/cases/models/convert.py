@@ -88,19 +88,19 @@ def vocabulary() -> dict[str, object]:
 
 
 def converted(folder: Path, out: Path, kind: str) -> tuple[float, float]:
-    """Runs the command. Returns its seconds and its peak resident memory in MiB."""
+    """Runs the command. Returns its time in seconds and its peak resident memory in MiB."""
     began = time.monotonic()
     command = [sys.executable, "-c", CODE, "model", "convert", str(folder), "-o", str(out), "--type", kind]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
-        raise LlamaclustError(f"{' '.join(command)} ended with {child.returncode}")
+        raise LlamaclustError(f"{' '.join(command)} ended with exit status {child.returncode}")
     return time.monotonic() - began, usage.ru_maxrss / 1024
 
 
 def moved(out: Path, size_bytes: int, source: Path | None) -> float:
-    """Returns the seconds in which dd writes this many bytes, while another dd reads `source`, if given."""
+    """Returns the seconds in which dd writes this many bytes. Meanwhile, another dd reads `source`, if given."""
     count = -(-size_bytes // DD_BLOCK)
     commands = [[f"of={out}", "if=/dev/zero", f"count={count}", "conv=fsync"]]
     if source is not None:

@@ -27,14 +27,14 @@ from llamaclust.tools.quantize.type_choice import Wishes, choose_types, needs_im
 _DEADLINE_S = 1800
 Float64 = NDArray[np.float64]
 _SAME = {"F32", "F16", "BF16"}
-"""Types without a choice: both programs write the same values."""
+"""Types for which nothing is chosen: both programs write the same values."""
 
 
 @dataclass(frozen=True)
 class Divergence(Case):
     """Effect of quantizing on predictions, compared with llama-quantize: KL divergence from the unquantized model.
     The model is padded with zeros, so that all types fit. For mixes with `+`, both programs get the importance matrix
-    of the second half of TEXT; the first chunks are predicted. Both files run in llamaclust's kernels and must have
+    of the second half of TEXT. The first chunks are predicted. Both files run in llamaclust's kernels and must have
     tensors of the same types. The ratio's standard error is computed over pairs of tokens."""
 
     rounds = 1
@@ -96,7 +96,9 @@ def _check_same_types(ours: Path, theirs: Path) -> None:
     )
     differ = [name for name in one.keys() | other.keys() if one.get(name) != other.get(name)]
     if differ:
-        raise LlamaclustError(f"{len(differ)} tensors have other types than llama-quantize's, first {min(differ)}")
+        raise LlamaclustError(
+            f"{len(differ)} tensors have other types than in llama-quantize's file; the first is {min(differ)}"
+        )
 
 
 def _goes_without(model: Path, mix: str) -> bool:

@@ -48,7 +48,7 @@ class Ggml:
 
 
 def rows_of(path: Path, most: int) -> Float32:
-    """Returns rows of WIDTH weights from about 28 matrices all over the model, equally many of each: [rows, WIDTH]."""
+    """Returns rows of WIDTH weights, equally many from each of about 28 matrices all over the model: [rows, WIDTH]."""
     model = open_model(path)
     tensors = [tensor for tensor in model.tensors.values() if len(tensor.shape) > 1 and tensor.layer is not None]
     chosen = tensors[:: max(1, len(tensors) // 28)]
@@ -64,8 +64,8 @@ def rows_of(path: Path, most: int) -> Float32:
 @dataclass(frozen=True)
 class QuantizeCase(Case):
     """Quantizers compared with llama.cpp's: error and time of every type on a model's own weights, in rows of 2304.
-    Errors are roots of mean squares, weighted by a random importance for types with `+`. Both programs get the same
-    rows and run in one thread. With --llama-quantize, a whole file is timed too, in --threads."""
+    Errors are roots of mean squares. Types with `+` weight them by a random importance. Both programs get the same rows
+    and run in one thread. With --llama-quantize, a whole file is timed too, in --threads."""
 
     rounds = 2
     model: str = argument("catalog name or path of a .gguf", str)

@@ -18,10 +18,10 @@ from llamaclust.tools.quantize.type_choice import Wishes, choose_types, is_kept
 
 @dataclass(frozen=True)
 class Quantized(Case):
-    """Compares the quantizations of a model: size, perplexity, KL divergence from the unquantized one, speed.
+    """Compares the quantizations of a model: size, perplexity, KL divergence from the unquantized model, and speed.
     The model is padded with zeros, so that all types fit. All types use the importance matrix of the second half of
-    TEXT; the first chunks are predicted. `fall back`: the share of matrices that get another type without padding.
-    Speeds are those of `llamaclust bench`, relative to F16's in the same minute."""
+    TEXT. The first chunks are predicted. `fall back` is the share of matrices that get another type without padding.
+    Speeds come from `llamaclust bench`, relative to F16's speed in the same minute."""
 
     rounds = 1
     model: str = argument("catalog name or path of a .gguf", str)
@@ -29,7 +29,7 @@ class Quantized(Case):
     hidden: int = option(768, "width after padding", positive)
     chunks: int = option(8, "chunks of 512 tokens to predict", positive)
     types: tuple[str, ...] = option((*MIXES,), "mixes of types", listed(str))
-    no_speed: bool = option(False, "omit the last two columns")
+    no_speed: bool = option(False, "omit the last two columns, which are speeds")
 
     async def groups(self) -> AsyncIterator[Group]:
         with TemporaryDirectory(prefix="llamaclust-") as name:

@@ -42,9 +42,9 @@ SHAPES = {
 @dataclass(frozen=True)
 class Plan(Case):
     """Accuracy of plans: predicted and measured time of a token in clusters of eleven shapes.
-    SMALL is the demo model; LARGE has about a gigabyte (`benchmarks/shape.py 1.1b Q4_K`). Each cluster starts with
-    nothing measured. `ratio` is predicted / measured time, for the objective `throughput` per token of eight
-    simultaneous requests. Shapes with links need root (network namespaces)."""
+    SMALL is the demo model. LARGE has about a gigabyte (`benchmarks/shape.py 1.1b Q4_K`). Each cluster starts with
+    nothing measured. `ratio` is predicted / measured time. For the objective `throughput`, the time is per token of
+    eight simultaneous requests. Shapes with links need root (network namespaces)."""
 
     rounds = 3
     small: Path = argument("path of a small model (.gguf)", existing)

@@ -34,9 +34,8 @@ _KINDS = ("steps", "products", "limits")
 class PlanTypes(Case):
     """Accuracy of plans for every type of weights: predicted / measured times of one shape on one worker.
     Columns have the measured ms of a token and of a prompt of 512 tokens, and predicted / measured for three
-    predictions: by the worker's measured steps, like a plan; by products alone (a worker without the model file); by
-    the worker's limits alone, like `plan --assume`. The mean of predictions before and after each measured request
-    counts."""
+    predictions. They use the worker's measured steps (like a plan), products alone (a worker without the model file),
+    or the worker's limits alone (like `plan --assume`). Each is the mean of predictions before and after a request."""
 
     rounds = 3
     types: tuple[QuantType, ...] = option(tuple(LAYOUTS), "types of weights, or all", types_of)

@@ -23,9 +23,9 @@ from llamaclust.tools.assume.assumed_model import shape_model
 from llamaclust.tools.assume.shapes import SHAPES, ModelShape
 
 HEADS = {"right": 1, "wrong": -1}
-"""The sign of the head's output, by kind of head."""
+"""The sign of the head's output, for each kind of head."""
 _OWN = ("nextn.embed_tokens.weight", "nextn.shared_head_head.weight")
-"""Tensors that are absent from the file, because the head uses those of the model."""
+"""Tensors that are absent from the file, because the head uses the model's tensors instead."""
 
 
 def shape_of(layers: int, hidden: int, vocabulary: int) -> ModelShape:
@@ -56,7 +56,7 @@ def _constructed(source: TensorSource, sign: int) -> TensorSource:
 
 
 def _first_inputs(rows: int, columns: int, sign: int) -> memoryview:
-    """Returns a Q8_0 matrix [rows, columns]. Its product with a vector is the beginning of the vector, times `sign`."""
+    """Returns a Q8_0 matrix [rows, columns]. Its product with a vector is `sign` times the first part of the vector."""
     blocks = np.zeros((rows, columns // 32, 34), np.uint8)
     row = np.arange(rows)
     blocks[row, row // 32, :2] = np.array([sign / 127], np.float16).view(np.uint8)
@@ -67,9 +67,9 @@ def _first_inputs(rows: int, columns: int, sign: int) -> memoryview:
 @dataclass(frozen=True)
 class Mtp(Case):
     """Gain and cost of a head for multi-token prediction that is always right, or always wrong. Weights are random.
-    The layers of the model, of GLM 4.5's architecture without experts, add nothing to the hidden state, so that each
-    token follows from the previous one. The right head passes the embedding of its input on; the wrong head has the
-    opposite sign. `prompt ms` shows the cost in prefill: the head is one layer more than --layers."""
+    The model has GLM 4.5's architecture without experts. Its layers add nothing to the hidden state, so that each token
+    follows from the previous token. The right head passes its input's embedding on. The wrong head has the opposite
+    sign. `prompt ms` shows the cost in prefill, since the head is one layer more than --layers."""
 
     rounds = 7
     warm = 1

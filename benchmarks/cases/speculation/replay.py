@@ -18,7 +18,7 @@ from llamaclust.core.errors import UsageError
 
 _PROMPT = 64
 _GOALS = {0.95: ">= 0.85", 0.0: ">= 0.97"}
-"""The wanted ratio of the measured gain to the gain that the costs of rows allow, by acceptance."""
+"""The wanted ratio of the measured gain to the gain that the costs of rows allow, for each acceptance."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Replay(Case):
     )
     tokens: int = option(260, "tokens per answer", positive)
     threads: int = option(os.cpu_count() or 1, "threads of a stage in this process", positive)
-    together: int = option(0, "also measure this many simultaneous requests, at most 8; 0: do not", natural)
+    together: int = option(0, "also measure this many simultaneous requests, at most 8; 0 to skip", natural)
     seed: int = option(1, "seed of prompts and drafts")
     drafters: RecordedDrafters = field(default_factory=RecordedDrafters, init=False)
 
     async def groups(self) -> AsyncIterator[Group]:
         if not 1 < self.tokens <= CONTEXT - _PROMPT or self.together > 8:
-            raise UsageError(f"--tokens must be 2 to {CONTEXT - _PROMPT}, --together 0 to 8")
+            raise UsageError(f"--tokens must be 2 to {CONTEXT - _PROMPT}, and --together must be 0 to 8")
         for stages in self.stages:
             threads = self.threads if stages == 1 else 1
             costs = measured_costs(self.model, threads, _PROMPT + self.tokens // 2)

@@ -18,15 +18,15 @@ from llamaclust.core.sampling import SamplingParams
 
 _GOALS = {"copy": ">= 3", "edit": ">= 3", "quote": ">= 1.3", "prose": ">= 0.97"}
 _LEAST_TOKENS = 32
-"""The fewest tokens of an answer that give a meaningful rate."""
+"""The fewest tokens in an answer that give a meaningful rate."""
 
 
 @dataclass(frozen=True)
 class Texts(Case):
     """Gain of n-gram drafts on real text: every prompt with plain decode and with drafted tokens, on one engine.
-    `copy`: a file of this repository and the beginning of its copy. `edit`: a program and a copy with a name changed.
-    `quote`: a summary with quotations. `prose`: open questions at temperature 0.8. Each turn has its own prompt. Tokens
-    and logprobs must be equal."""
+    `copy` is a file of this repository and the first part of its copy. `edit` is a program and a copy with a changed
+    name. `quote` is a summary with quotations. `prose` are open questions at temperature 0.8. Each turn has its own
+    prompt. Tokens and logprobs must be equal."""
 
     rounds = 50
     warm = 1
@@ -50,7 +50,7 @@ class Texts(Case):
                     yield Group(f"{stages} stages, {kind}", ways, {"tok/s": _GOALS[kind]})
 
     async def _measure(self, model: Served, kind: str, plain: bool, turn: int) -> Measures:
-        """Runs the first prompt that fits in the context. Seeds are tried in order, starting with that of the turn."""
+        """Runs the first prompt that fits in the context. Seeds are tried in order, beginning with the turn's seed."""
         for seed in count(1000 * self.seed + turn, 1_000_000):
             (prompt,) = prompts(model.model, (kind,), 1, self.characters, seed)
             request = self._request(model, prompt, turn)

@@ -43,8 +43,8 @@ Step = Callable[[Microbatch, SamplingInputs], Awaitable[Result]]
 @dataclass(frozen=True)
 class Hop(Case):
     """Cost of a hop: decode microbatches, one at a time, through a stage in this process, one worker, or two workers.
-    `added us` is a worker's round trip less its computing time: its stream (a Unix socket) and Python. A hop is the
-    round trip of two workers less that of one."""
+    `added us` is a worker's round trip minus its computing time: the stream (a Unix socket) and Python. A hop is the
+    round trip with two workers minus the round trip with one."""
 
     rounds = 3
     warm = 1

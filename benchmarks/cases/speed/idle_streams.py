@@ -17,7 +17,7 @@ from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.core.errors import LlamaclustError
 
 _FIRST, _LAST = 2000, 2400
-"""The two tokens of the answer between which time is measured. The other streams are open by then."""
+"""The two tokens of the answer between which time is measured. All other streams are open by then."""
 _AT_ONCE = 250
 _DEADLINE_S = 120.0
 _BODY = {"prompt": "Once upon a time", "temperature": 0, "speculative": False, "ignore_eos": True}
@@ -26,8 +26,8 @@ _BODY = {"prompt": "Once upon a time", "temperature": 0, "speculative": False, "
 @dataclass(frozen=True)
 class IdleStreams(Case):
     """Cost of waiting streams: one answer while a thousand other streams are open, and one alone.
-    The cluster computes one request at a time; waiting streams get signs of life. Figures are tokens per second in the
-    same part of the answer, and the coordinator's processor time per token and memory per open stream."""
+    The cluster computes one request at a time, and waiting streams get signs of life. Figures are tokens per second in
+    the same part of the answer, and the coordinator's processor time per token and memory per open stream."""
 
     rounds = 3
     warm = 1
@@ -55,7 +55,9 @@ class IdleStreams(Case):
             async with _waiting(bench.api, streams):
                 more_kib = 1024 * (resident_mib(bench.coordinator.pid) - before_mib)
                 if before.done():
-                    raise LlamaclustError(f"{streams} streams were not open before token {_FIRST}: fewer --streams")
+                    raise LlamaclustError(
+                        f"{streams} streams were not open before token {_FIRST}; give fewer --streams"
+                    )
                 await before
                 begun_s, used_s = perf_counter(), processor_s(bench.coordinator)
                 await _events(reader, _LAST - _FIRST)

@@ -18,9 +18,9 @@ from runner.options import existing, positive
 @dataclass(frozen=True)
 class Load(Case):
     """Time until a model is ready and peak memory, for loads from its file and from packed layers.
-    Each load runs in its own process, with files in the page cache. `ready` counts from opening the file, `process`
-    from the start of Python. `limit` bounds peak resident memory after a prefill: 1.10 of the weights held, plus KV
-    memory, plus 150 MiB. For "copied", packed layers are in small pages."""
+    Each load runs in its own process, with files in the page cache. `ready` counts from opening the file, and `process`
+    counts from the start of Python. `limit` bounds peak resident memory after a prefill. It is 1.10 times the weights
+    held, plus KV memory, plus 150 MiB. For "copied", packed layers are in small pages."""
 
     rounds = 3
     model: Path = argument("path of a .gguf", existing)

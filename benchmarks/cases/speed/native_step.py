@@ -110,10 +110,10 @@ class Step:
 class NativeStep(Case):
     """Cost of a decode step's messages, without its computing: the coordinator writes them and a stage reads them.
     Figures are microseconds per call in a loop, with warm caches. The model is 576 wide, and rows are sampled from 32
-    words. Rows are plain, or have states, adapters, drafts of a head or matchers, without the matchers' own work."""
+    words. Rows are plain, or have states, adapters, an MTP head's drafts, or matchers (without the matchers' work)."""
 
     rounds = 9
-    rows: tuple[int, ...] = option((1, 8), "numbers of rows in a microbatch", listed(positive))
+    rows: tuple[int, ...] = option((1, 8), "row counts of a microbatch", listed(positive))
     calls: int = option(200, "calls per turn", positive)
 
     async def groups(self) -> AsyncIterator[Group]:

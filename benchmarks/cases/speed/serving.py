@@ -35,7 +35,7 @@ class Served:
 @dataclass(frozen=True)
 class Serving(Case):
     """Many streams for a minute, compared with llama.cpp's server: tokens per second, first tokens, errors.
-    A stream sends its next chat when the last one has ended; prompts differ from their first word on. Both servers run
+    A stream sends its next chat when the last chat has ended. Prompts differ from their first word on. Both servers run
     all the time, but one of them is idle. A ratio of `tok/s` above 1 means that llamaclust is faster."""
 
     rounds = 3
@@ -121,7 +121,7 @@ async def _llama_server(program: Path, model: Path, threads: int, slots: int, co
         async with asyncio.timeout(_READY_S), httpx.AsyncClient(trust_env=False) as client:
             while not await _is_ready(client, api):
                 if process.returncode is not None:
-                    raise UsageError(f"{program} ended with code {process.returncode}")
+                    raise UsageError(f"{program} ended with exit status {process.returncode}")
                 await asyncio.sleep(_LOOK_S)
         yield api
     finally:

@@ -25,8 +25,8 @@ _DEADLINE_S = 300
 @dataclass(frozen=True)
 class Streaming(Case):
     """Overhead of streaming by HTTP: answers read by curl, compared with `llamaclust bench` with as many sequences.
-    `tok/s` uses the coordinator's clock, `client tok/s` the time to curl's end. `coordinator ms` is the coordinator's
-    processor time per token, `k instr` thousands of instructions per token (with `perf`)."""
+    `tok/s` uses the coordinator's clock, and `client tok/s` uses the time until curl ends. `coordinator ms` is the
+    coordinator's processor time per token. `k instr` is thousands of instructions per token (with `perf`)."""
 
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")
     threads: int = option(2, "threads of the worker", positive)
@@ -66,7 +66,9 @@ class Streaming(Case):
                 begun_s, used_s = perf_counter(), processor_s(bench.coordinator)
                 process = await asyncio.create_subprocess_exec(*command[:-1])
                 if (code := await process.wait()) != 0:
-                    raise LlamaclustError(f"curl failed with {code} (28: no whole answer in {_DEADLINE_S} s)")
+                    raise LlamaclustError(
+                        f"curl failed with exit status {code} (28 means no complete answer in {_DEADLINE_S} s)"
+                    )
                 took_s, used_s = perf_counter() - begun_s, processor_s(bench.coordinator) - used_s
             engine, tokens = sum(self._decode_tok_s(path) for path in paths), streams * self.tokens
         costs = {"coordinator ms": 1e3 * used_s / tokens, **instructions.per(tokens)}
@@ -87,5 +89,5 @@ class Streaming(Case):
                     timings = choice.get("timings", timings)
                 usage = event.get("usage") or event.get("error")
         if timings is None or usage is None or usage.get("completion_tokens") != self.tokens:
-            raise LlamaclustError(f"the answer is not whole: {usage}")
+            raise LlamaclustError(f"the answer is incomplete: {usage}")
         return float(timings["decode_tok_s"])

@@ -34,8 +34,9 @@ PERSON = definitions.of_schema(
 @dataclass(frozen=True)
 class Structured(Case):
     """Cost and savings of grammars: one model in this process, with and without a grammar.
-    Cost: a token under a grammar that allows any text or any list, compared with a free token, at 1 and at 16 streams.
-    Savings: a JSON object under a schema, whose forced tokens are computed together, compared with free text."""
+    The cost is measured at 1 and at 16 streams: a token under a grammar that allows any text or any list, compared with
+    a free token. The savings are measured with a JSON object under a schema, whose forced tokens are computed together,
+    compared with free text."""
 
     rounds = 7
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")
@@ -67,7 +68,7 @@ class Structured(Case):
     async def _answers(
         self, service: TextService, streams: int, tokens: int, grammar: Grammar | None, *, may_end: bool
     ) -> Measures:
-        """Measures answers from the moment at which all have their first token. Processor time includes the prompts."""
+        """Measures answers from the time when all have their first token. Processor time includes the prompts."""
         request = CompletionRequest("A person, described in JSON:\n", tokens, grammar=grammar, ignore_eos=not may_end)
         started, began_s = list[float](), process_time()
         requests = (replace(request, seed=number) for number in range(streams))

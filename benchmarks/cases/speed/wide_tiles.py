@@ -22,12 +22,12 @@ _READ_S = 0.1
 @dataclass(frozen=True)
 class WideTiles(Case):
     """Products with weights in wider tiles (`WIDER_TILES`), compared with tiles of the weights' own type.
-    Figures are the time of a product, and its share of this machine's read bandwidth. Both have the same bits."""
+    Figures are a product's time and its share of this machine's read bandwidth. Both tiles give the same bits."""
 
     rounds = 9
-    tokens: tuple[int, ...] = option((1, 8), "numbers of tokens, the rows of activations", listed(positive))
+    tokens: tuple[int, ...] = option((1, 8), "token counts, which are the rows of activations", listed(positive))
     threads: int = option(2, "compute threads", positive)
-    cached: bool = option(False, "weights stay in a cache, so that decoding of weights takes most of the time")
+    cached: bool = option(False, "keep weights in a cache, so that decoding them takes most of the time")
 
     async def groups(self) -> AsyncIterator[Group]:
         rows, least_bytes = (256, 0) if self.cached else (5632, MEMORY_BYTES)

@@ -1,5 +1,3 @@
-"""Anthropic's Python client."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Requests with images of the Python clients. The model has random weights: its answers differ, but say nothing."""
+"""The Python clients' requests with images. The model has random weights, so its answers differ but mean nothing."""
 
 from __future__ import annotations
 

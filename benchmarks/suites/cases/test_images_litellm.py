@@ -1,4 +1,4 @@
-"""Requests with images of LiteLLM, with providers for three APIs."""
+"""LiteLLM's requests with images, through providers for three APIs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PNG = (
 WEBP = "data:image/webp;base64,UklGRjQAAABXRUJQVlA4TCcAAAAvJ0AHACCTtvFZ7dUzdm7fFfSHov9kkzZJuvcOC2Kw+3LH7I7hzDMA"
 LEAST_ROWS = 16
 PROVIDERS = {"openai": "/v1", "hosted_vllm": "/v1", "lm_studio": "/v1", "anthropic": "", "ollama_chat": ""}
-"""The end of the base URL of each provider."""
+"""The last part of each provider's base URL."""
 
 
 @pytest.fixture(params=PROVIDERS)

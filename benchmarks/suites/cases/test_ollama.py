@@ -1,5 +1,3 @@
-"""Ollama's Python client."""
-
 from __future__ import annotations
 
 import json

@@ -20,7 +20,7 @@ _BACKENDS = {"/v1/completions": "openai", "/v1/chat/completions": "openai-chat"}
 
 @pytest.fixture(scope="session")
 def client() -> ModuleType:
-    """`vllm/benchmarks/lib/endpoint_request_func.py`, unchanged, without the rest of vLLM."""
+    """The unchanged file `vllm/benchmarks/lib/endpoint_request_func.py`, without the rest of vLLM."""
     path = Path(sys.prefix) / "source" / "endpoint_request_func.py"
     spec = importlib.util.spec_from_file_location("endpoint_request_func", path)
     assert spec is not None and spec.loader is not None

@@ -1,4 +1,4 @@
-"""A program without its repeated layers. It needs the same buffers as the whole program, but is planned faster."""
+"""A program without its repeated layers. It needs the same buffers as the whole program, but planning is faster."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from llamaclust.model.program import Program, Step, weights_of
 _LAYER = re.compile(r"blk\.(\d+)\.")
 _OUTSIDE = -1
 _TAIL = 3
-"""A launch fuses at most this many of a layer's last steps with the next layer's first steps."""
+"""The largest number of a layer's last steps that one launch fuses with the next layer's first steps."""
 
 
 def distinct_layers(program: Program, weights: Mapping[str, Weights]) -> Program:
-    """Keeps two layers for each kind of transition (a layer's end, the next layer), since launches span at most two."""
+    """Keeps two layers for each kind of transition from a layer's end to the next layer. No launch spans more."""
     if any(step.shares_kv for step in attention_steps(program)):
         return program  # layers name others
     groups = _by_layer(program.steps)
@@ -31,8 +31,7 @@ def distinct_layers(program: Program, weights: Mapping[str, Weights]) -> Program
 
 
 def _by_layer(steps: Sequence[Step]) -> list[list[Step]]:
-    """Groups steps: those before the layers, those of each layer, and those of the output head. A step without weights
-    belongs to the group of the step before it."""
+    """Groups steps: before the layers, by layer, and the head's. Steps without weights stay in the current group."""
     groups: list[list[Step]] = [[]]
     current = _OUTSIDE
     for step in steps:

@@ -1,4 +1,4 @@
-"""Emits a mixture of experts as launches: the router's choice, the products of each expert, and their sums."""
+"""Emits a mixture of experts as launches: the router's choice, each expert's products, and the sums."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Product:
 
 @dataclass(frozen=True, slots=True)
 class ExpertsEmitter:
-    """Emits the launches of one mixture. A line is a pair of a row and one of its experts."""
+    """Emits one mixture's launches. A line is a pair of a row and one of the row's experts."""
 
     ops: Operands
     step: Moe
@@ -116,7 +116,6 @@ class ExpertsEmitter:
         return ops.activations(kind, name, step.ffn_width, step.used)
 
     def _lines(self, piece: int, divisor: int) -> matmul.Experts:
-        """`divisor` is the number of lines that read the same row of the activations."""
         chosen, most_items = self._chosen, experts.max_items(self.step, self.ops.rows.bucket, piece)
         return matmul.Experts(
             chosen.items, chosen.item_count, chosen.lines, most_items, piece, divisor, self._bias_rows

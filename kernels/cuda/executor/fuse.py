@@ -1,5 +1,5 @@
-"""Fuses steps into GPU launches, after the fusion of kernels/fuse.py. A launch for one row takes as long as reading a
-few megabytes, so the small steps between two products are fused into one launch."""
+"""Fuses steps into GPU launches, after the fusion in kernels/fuse.py. A launch for one row takes as long as reading a
+few megabytes, so the small steps between two products become one launch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TypeOf = Callable[[str], QuantType]
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """The norm of a row, or of the sum `add`, in the formats of the products after it and, if read later, in F32."""
+    """The norm of a row or of the sum `add`, in the formats that the next products read, and in F32 if read later."""
 
     norm: ir.RmsNorm
     add: ir.Add | None
@@ -29,7 +29,7 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Gated:
-    """`out` = activation(gate) * up, written only in the format that the product after it reads."""
+    """`out` = activation(gate) * up, written only in the format that the next product reads."""
 
     gate: ir.Buffer
     up: ir.Buffer
@@ -52,7 +52,7 @@ class Attended:
 
     @property
     def rotates(self) -> bool:
-        """True if queries and keys have the same rotation, which the attention kernels then compute."""
+        """True if queries and keys have the same rotation. The attention kernels then compute it."""
         q, k = self.attend.rotate_q, self.attend.rotate_k
         return q is not None and k is not None and (q.table, q.style, q.sections) == (k.table, k.style, k.sections)
 
@@ -61,7 +61,7 @@ GpuStep = FusedStep | Norm | Gated | Attended
 
 
 def fuse_for_gpu(program: ir.Program, type_of: TypeOf) -> Iterator[GpuStep]:
-    """Groups the program's steps. Buffers that later steps read are unchanged. `Products` have one quant type."""
+    """Groups a program's steps. Buffers that later steps read stay the same. Each `Products` has one quant type."""
     steps = tuple(fuse(program))
     at = done = 0  # of these; of the program's own
     while at < len(steps):
@@ -84,7 +84,7 @@ class _Reader:
         return is_read(self.program, self.done + makers, out.name)
 
     def formats(self, out: ir.Buffer, makers: int, reader: FusedStep) -> frozenset[ActivationFormat]:
-        """Returns the formats of `out` that the `makers` steps before `reader` must write for `reader`, if any."""
+        """Returns the formats of `out`, if any, that the `makers` steps before `reader` must write for it."""
         if isinstance(reader, ir.Exchange) and out in reader.reads:
             return frozenset({ActivationFormat.F32})
         weights = _weights_of(reader, out)
@@ -132,7 +132,7 @@ def _attended(steps: Sequence[FusedStep], reader: _Reader) -> tuple[int, Attende
 
 
 def _fuses_norms(attended: Attended, reader: _Reader) -> bool:
-    """True if the kernels that rotate and store can also norm heads, and no other step reads the normed heads."""
+    """True if the kernels that rotate and store can norm heads too, and no other step reads the normed heads."""
     attend, step, norms = attended.attend, attended.attend.attention, attended.norms
     read = step.reads
     heads = dict(zip((buffer.name for buffer in read[:2]), (step.heads, step.kv_heads), strict=False))
@@ -168,7 +168,7 @@ def _weights_of(step: FusedStep, x: ir.Buffer) -> tuple[str, ...]:
 
 
 def _weighs_inputs(step: FusedStep) -> bool:
-    """True for a mixture whose experts weigh the input, which they read as floats. The router reads it quantized."""
+    """True if a mixture's experts weigh the input. They read it as floats, but the router reads it quantized."""
     return isinstance(step, ir.Moe) and step.options.weighs_inputs
 
 

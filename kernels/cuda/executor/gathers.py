@@ -1,4 +1,4 @@
-"""Gathers of a group's member on a GPU. Their bytes and order are those of members on processors."""
+"""Gathers of a group member on a GPU. Members on processors send the same bytes in the same order."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _MOST = np.finfo(np.float32).max
 def gather_rows(
     gatherer: Gatherer, program: Program, host: HostStep, batch: Batch, own: Float32, whole: Float32
 ) -> None:
-    """Fills `whole` with the rows of all members. Rows that were sent as int8 become floats that a matrix product
-    quantizes to exactly the int8 values and scales that were sent."""
+    """Fills `whole` with the rows of all members. Rows that were sent as int8 become floats. Products quantize these
+    floats to exactly the int8 values and scales that were sent."""
     step = host.step
     assert isinstance(step, Gather)
     places, borders, given = (
@@ -44,7 +44,7 @@ def gather_rows(
 
 
 def pack(x: Float32, form: ActivationFormat) -> Float32:
-    """Packs each segment as its int8 values, then its scale, like the native executor's `pack`."""
+    """Packs each segment as int8 values followed by their scale, like the native executor's `pack`."""
     columns = int(form)
     segments = x.reshape(len(x), -1, columns)
     top = np.abs(segments).max(axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Steps that the host computes between launches: exchanges with other devices, gathers of a group, given rows."""
+"""Steps that the host computes between launches: exchanges with other devices, a group's gathers, and given rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The integers of a microbatch on the device: one buffer at a fixed address, which one copy fills."""
+"""A microbatch's integers on the device. They are in one buffer at a fixed address, which one copy fills."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _SEEN = 4
 
 
 class InputBuffer:
-    """The parts of the input buffer. Tables come last, so that a copy can end where a microbatch's tables end. Behind
-    them are rope positions and the rows' groups, which are copied only for microbatches with images."""
+    """The parts of the input buffer. Tables are last, so that a copy can end at the end of a microbatch's tables. After
+    the tables come rope positions and row groups, which are copied only for microbatches with images."""
 
     def __init__(self, program: Program, limits: StageLimits) -> None:
         self._limits, self._has_states = limits, program.has_states
@@ -56,11 +56,11 @@ class InputBuffer:
         return Inputs(header, header + np.uint64(2 * _INT), *arrays, merged=merged)
 
     def fill(self, pinned: NDArray[np.uint8], batch: Batch) -> int:
-        """Writes a microbatch's integers. Returns the bytes to copy. Raises ValueError if limits are exceeded."""
+        """Writes a microbatch's integers. Returns how many bytes to copy. Raises ValueError beyond the limits."""
         check_batch(batch, self._limits, self._window)
         check_images(batch, self._limits, self._reads.sections, self._given, self._merged[-1:])
         if batch.groups is not None and not self._reads.groups:
-            raise ValueError("batch: rows in groups with latent attention, which GPUs do not compute")
+            raise ValueError("batch: rows are in groups with latent attention, which GPUs do not support")
         numbers = pinned.view(np.int32)
         merged = (batch.rows // together for together in self._merged)
         header = (batch.rows, len(batch.sequence_starts) - 1, len(batch.output_rows), *merged)
@@ -78,7 +78,7 @@ class InputBuffer:
         return end
 
     def fill_images(self, pinned: NDArray[np.uint8], batch: Batch, shape: Shape) -> slice:
-        """Writes the additional inputs of microbatches with images. Returns the bytes to copy, which may be none."""
+        """Writes the additional inputs for images. Returns the byte range to copy, which may be empty."""
         numbers, (*_, rope_at, seen_at, end) = pinned.view(np.int32), self._offsets
         if shape.placed and batch.rope_positions is not None:
             rows = self._limits.max_batch_tokens

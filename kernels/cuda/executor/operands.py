@@ -29,7 +29,7 @@ def kv_name(kept: KvLayer) -> KvName:
 
 @dataclass(slots=True)
 class BufferLayout:
-    """Named buffers in one allocation. Before `lay_out`, `at` records their sizes; afterwards it returns addresses."""
+    """Named buffers in one allocation. `at` records sizes before `lay_out` and returns addresses afterwards."""
 
     n_bytes: int = 0
     base: int = 0
@@ -44,7 +44,7 @@ class BufferLayout:
         return np.uint64(self.base + self._offsets[name])
 
     def constant(self, numbers: NDArray[Any]) -> np.uint64:
-        """Returns the address of constant numbers, which are uploaded before the first launch."""
+        """Returns the address of constant numbers. They are uploaded before the first launch."""
         data = numbers.tobytes()
         return self.at(data, len(data))
 
@@ -63,7 +63,7 @@ class BufferLayout:
 
 @dataclass(slots=True)
 class Operands:
-    """The operands of the launches for one shape. Addresses are 0 while buffer sizes are computed."""
+    """The operands of one shape's launches. Addresses are 0 while buffer sizes are computed."""
 
     program: Program
     weights: Mapping[str, Weights]
@@ -103,7 +103,7 @@ class Operands:
         self.quantized = {kind: owner for kind, owner in self.quantized.items() if owner != name}
 
     def vector(self, name: str | None) -> np.uint64:
-        """Returns the address of float32 numbers: of a vector, or of a matrix whose type in the file is F32."""
+        """Returns the address of float32 numbers: a vector, or a matrix that is F32 in the file."""
         if name is None:
             return NULL
         weight = self.weights[name]

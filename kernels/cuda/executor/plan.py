@@ -1,4 +1,4 @@
-"""Compiles a program to launches over buffers at fixed addresses: one list of launches for each bucket of rows."""
+"""Compiles a program to launches over buffers at fixed addresses, with one list of launches for each bucket of rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Plan:
     def __init__(
         self, program: Program, weights: Mapping[str, Weights], limits: StageLimits, gpu: LaunchLimits = ANY_GPU
     ) -> None:
-        """Takes weights without addresses; `bind` sets these. Raises ValueError for an inconsistent program."""
+        """Takes weights without addresses, which `bind` sets. Raises ValueError for an inconsistent program."""
         self.program = program
         self.weights = weights
         self.limits = limits
@@ -118,7 +118,7 @@ class Plan:
         return tuple(launch for segment in self.segments(shape) for launch in segment)
 
     def segments(self, shape: Shape) -> tuple[tuple[Launch, ...], ...]:
-        """Returns launches in segments between the host's steps. Without output rows they end before `SelectRows`."""
+        """Returns launches in segments between the host's steps. Without output rows, they end before `SelectRows`."""
         segments: list[list[Launch]] = [[]]
         for launch in self._emitted(shape):
             if isinstance(launch, HostStep):
@@ -135,12 +135,12 @@ class Plan:
 
 
 def block_bytes(kept: KvLayer) -> int:
-    """Returns the bytes of one block of a layer, the same as on the CPU. Its layout is in src/attention/kv.cuh."""
+    """Returns a layer's block size in bytes, which equals the CPU's. src/attention/kv.cuh has the layout."""
     return kept.n_bytes if isinstance(kept, SequenceState) else KV_BLOCK_TOKENS * kept.kv_token_bytes
 
 
 def layer_offsets(memory: Sequence[KvLayer], limits: StageLimits) -> list[int]:
-    """Returns the offset of each layer's block 0 in one allocation, followed by the size of the allocation."""
+    """Returns the offset of each layer's block 0 in one allocation, and then the allocation's size."""
     offsets = [0]
     for kept in memory:
         if isinstance(kept, SequenceState):

@@ -1,4 +1,4 @@
-"""Buckets of microbatches. Launches are made and captured for the rows of a bucket, and also serve fewer rows."""
+"""Buckets of microbatches. Launches are made and captured for a bucket's rows, and also serve fewer rows."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _EDGES = tuple(1 << power for power in range(12))
 
 @dataclass(frozen=True, slots=True)
 class ImageReads:
-    """The inputs of images that a program reads: whether rows are given, the sections of rope positions, whether rows
-    may see their groups, and whether they see later ones in any microbatch."""
+    """The image inputs that a program reads: whether rows are given, how many sections rope positions have, whether
+    rows may see their groups, and whether rows see later rows in every microbatch."""
 
     gives: bool = False
     sections: int = 0
@@ -32,8 +32,8 @@ NO_IMAGES = ImageReads()
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A bucket: the most rows and output rows. In `decode`, each row belongs to another sequence. Of a microbatch with
-    images, some rows may be given, rotations may be by sections (`placed`), and rows may see later ones (`grouped`)."""
+    """A bucket: the most rows and the most output rows. In `decode`, each row belongs to another sequence. With images,
+    some rows may be `given`, rotations may have sections (`placed`), and rows may see later rows (`grouped`)."""
 
     rows: int
     outputs: int
@@ -69,8 +69,8 @@ class Shape:
 
     @classmethod
     def all(cls, limits: StageLimits, *, looks_ahead: bool = False) -> list[Shape]:
-        """Returns buckets that have every kind of launch at its largest: few and many rows, with and without decode.
-        Without images, unless the program `looks_ahead`."""
+        """Returns buckets with every kind of launch at its largest: few and many rows, with and without decode. They
+        have no images, but rows see later rows if the program `looks_ahead`."""
         most = limits.max_batch_tokens
         rows = {_bucket(min(count, most), most) for count in (*_EDGES, most)}
         return [
@@ -82,7 +82,7 @@ class Shape:
 
 
 def _bucket(count: int, most: int) -> int:
-    """Rounds up to a power of two; above 64, to one of four steps between powers of two. Never exceeds `most`."""
+    """Rounds up to a power of two or, above 64, to one of four steps between powers of two. Never exceeds `most`."""
     if count <= 0:
         return 0
     power = 1 << (count - 1).bit_length()

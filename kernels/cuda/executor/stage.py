@@ -1,4 +1,4 @@
-"""A loaded program on a GPU. Microbatches run as launches or captured graphs, between which the host computes steps."""
+"""A loaded program on a GPU. It runs microbatches as launches or captured graphs, with host steps between them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 _FLOAT = 4
 _MAX_SHAPES = 64
-"""The most shapes that are kept: the last used ones. Graphs take driver memory, and launches host memory."""
+"""The number of last used shapes that are kept. Graphs take driver memory, and launches take host memory."""
 _LEAST_SHAPES = 4
-"""The shapes that are kept for any number of segments: enough for prompts, and decode of a few sequences."""
+"""The smallest number of shapes that are kept. It is enough for prompts and for decode of a few sequences."""
 
 
 class SegmentPlan(Protocol):
@@ -41,7 +41,7 @@ class SegmentPlan(Protocol):
 
 
 class LaunchCache:
-    """The launches of each shape, in segments between the host's steps. A shape's second use captures graphs."""
+    """Each shape's launches, in segments between the host's steps. A shape's second use captures graphs."""
 
     def __init__(self, device: Device, plan: SegmentPlan, graphs: bool) -> None:
         self._device = device
@@ -125,7 +125,7 @@ class CudaStage:
             )
 
     def run(self, batch: Batch, hidden: Float32 | None, experts: Experts | None = None) -> Float32:
-        """Runs the batch. `experts` computes the program's exchanges, during which other stages may use the GPU."""
+        """Runs the batch. `experts` computes the program's exchanges. Meanwhile, other stages may use the GPU."""
         self._compute(batch, hidden, experts)
         with self._gpu_lock.exclusive():
             return self._fetch(batch)
@@ -214,7 +214,7 @@ class CudaStage:
             device.copy_in(self._buffers, plan.offset(host, host.out.name), out)
 
     def _give(self, host: HostStep, step: GivenRows, batch: Batch) -> None:
-        """Writes given rows in place of those on the GPU, or adds them, in float32 as a kernel would."""
+        """Writes given rows over rows on the GPU, or adds them. The sum is in float32, as in a kernel."""
         assert batch.given is not None, "the shape says so"
         device, width = self._gpu_lock.device, step.out.width
         row_bytes, offset = _FLOAT * width, self._plan.offset(host, step.out.name)
@@ -292,7 +292,7 @@ def _exchanged(host: HostStep, read: Sequence[Float32], out: Float32, experts: E
 
 
 def _runs(rows: Int32) -> Iterator[tuple[int, range]]:
-    """Yields the runs of consecutive numbers in ascending `rows`, each with the index in `rows` at which it begins."""
+    """Yields each run of consecutive numbers in ascending `rows`, after the index in `rows` at which the run begins."""
     starts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
     for start, end in pairwise(starts):
         if start < end:

@@ -1,5 +1,5 @@
-"""A cache of experts on a GPU. In small microbatches, the GPU computes the cached experts and the processor the others.
-All results are summed in the same order, so the bits do not depend on the cache."""
+"""A cache of experts on a GPU. In small microbatches, the GPU computes cached experts and the processor the others. All
+results are summed in the same order, so the bits do not depend on the cache."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class CudaExpertsCache:
         return None
 
     def _compute(self, number: int, x: Float32, chosen: Int32, weights: Float32, slots: Int32) -> None:
-        """Computes a mixture. The pinned memory may be overwritten, since the exchange has synchronized the device."""
+        """Computes a mixture. It may overwrite pinned memory, since the exchange has synchronized the device."""
         plan, device = self._plan, self._gpu_lock.device
         plan.inputs.fill(self._inputs, weights, slots, plan.piece(number, plan.shape(len(x))))
         with self._gpu_lock.exclusive():

@@ -1,4 +1,4 @@
-"""Copies experts to the cache on a thread of its own, one at a time, while steps run."""
+"""Copies experts to the cache on a separate thread, one at a time, while steps run."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class ExpertCopies:
         self._thread.join()
 
     def abandon(self) -> None:
-        """Ends the copies, and frees the buffer once no copy is in progress. Never waits, because garbage collection
-        may call this on any thread, even on one that a copy waits for."""
+        """Ends the copies. The buffer is freed when no copy is in progress. Never waits, because garbage collection may
+        call this on any thread, even on a thread that a copy waits for."""
         with self.lock:
             self._end()
             self._is_abandoned = True

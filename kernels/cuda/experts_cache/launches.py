@@ -1,4 +1,4 @@
-"""Launches of an experts cache: products of the lines whose experts are cached, then the weighted sums of all lines. A
+"""Launches for an experts cache: products for lines whose experts are cached, and then weighted sums of all lines. A
 line is one row for one of its experts. The host says which lines the cache computes, and uploads the other results."""
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class LineInputs:
 
     @property
     def offsets(self) -> tuple[int, int, int, int, int]:
-        """The byte offsets of weights, lines by slot, items and sources, and then the total size."""
+        """The byte offsets of weights, lines by slot, items and sources, followed by the total size."""
         each = aligned(_INT * self.lines)
         items = aligned(_INT * _ITEM * (self.lines + self.lines // matmul.LEAST_PIECE + 1))
         first = _INT * _HEADER
@@ -164,7 +164,7 @@ class CachePlan:
         self._layout.base, self.pools, self.exchanged = base, pools, exchanged
 
     def segments(self, shape: Shape) -> tuple[tuple[Launch, ...], ...]:
-        """Returns two segments per mixture: the products of cached lines, then the sums of all lines."""
+        """Returns two segments for each mixture: the products of cached lines, and then the sums of all lines."""
         return tuple(segment for number in range(len(self.mixtures)) for segment in self._of_mixture(number, shape))
 
     @property

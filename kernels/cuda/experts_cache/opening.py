@@ -1,5 +1,3 @@
-"""Sizes and opens a cache of experts."""
-
 from __future__ import annotations
 
 from collections import Counter

@@ -1,1 +1,1 @@
-"""Arguments, grid and shared memory of each kernel's launch, as pure functions of addresses and sizes."""
+"""The arguments, grid and shared memory of each kernel's launch, computed from addresses and sizes alone."""

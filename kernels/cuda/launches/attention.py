@@ -1,6 +1,6 @@
-"""Attention on a GPU as launches: which kernels run, of what size, over which scratch memory. A plan kernel divides
-rows into tiles, and these into spans of positions, once for all layers of equal shape. A layer stores its keys and
-values, computes tiles of few queries (decode) and of many (prefill), and merges spans computed separately."""
+"""Attention on a GPU as launches: the kernels that run, their size, and their scratch memory. A plan kernel divides
+rows into tiles, and tiles into spans of positions, once for all layers of equal shape. A layer stores its keys and
+values, computes tiles with few queries (decode) and many (prefill), and merges separately computed spans."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS, SPAN_TOKENS, Attention, Pr
 from llamaclust.model.steps.options import RopeStyle
 
 MAX_PARTIAL_BYTES = 64 << 20
-"""The most memory for partial results of spans. If they need more, thread blocks compute whole tiles instead."""
+"""The memory limit for partial results of spans. If they need more, each thread block computes a whole tile."""
 
 _MAX_HEAD_DIM, _MAX_LATENT_DIM = 512, 576
 _FEW_QUERIES, _PART_QUERIES, _FEW_LATENT_QUERIES = (1, 2, 4, 8, 16), (4, 8, 16), (4, 8)
@@ -27,7 +27,7 @@ _MANY_QUERIES = {KvType.F16: (32, 16), KvType.Q8_0: (16,), KvType.INT8: (16,)}
 _WEIGHT_TOKENS = 64
 _SCORE_STRIDE = SPAN_TOKENS + 4
 _STATIC_BYTES = 1024
-"""An upper bound of these kernels' static shared memory."""
+"""An upper bound of the static shared memory of these kernels."""
 _SLICE_CHANNELS, _LATENT_SLICE_CHANNELS = 32, 128  # of these, each half of a warp has some of four heads
 _MERGED_CHANNELS, _MERGED_HEAD_DIMS, _MOST_MERGED_HEADS = 256, (32, 64, 128, 256), 16
 _MERGER_FLOATS = 4 * 256 + 3 * _MOST_MERGED_HEADS
@@ -37,7 +37,7 @@ _CAUSAL, _GROUP, _SEQUENCE = range(3)
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Memory that a stage's attention steps share. `slots`: at most this many single-row spans run separately."""
+    """The memory that a stage's attention steps share. At most `slots` single-row spans are computed separately."""
 
     max_rows: int
     slots: int
@@ -54,7 +54,7 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """The rotation of heads. `angles` holds the cosines and sines of every row, from the kernel rope.rotation."""
+    """The rotation of heads. `angles` holds the cosines and sines for every row, from the kernel rope.rotation."""
 
     angles: np.uint64
     pairs: int
@@ -72,7 +72,7 @@ NO_ROTATION, NO_NORM = Rotation(NULL, 0, RopeStyle.NORM), HeadNorm(NULL, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class HeadTransform:
-    """The transform of queries (in place) and keys before attention: norms of heads, then a rotation."""
+    """The transform of queries (in place) and keys before attention: first norms of heads, then a rotation."""
 
     rotation: Rotation = NO_ROTATION
     of_queries: HeadNorm = NO_NORM
@@ -91,7 +91,7 @@ NO_TRANSFORM = HeadTransform()
 
 @dataclass(frozen=True, slots=True)
 class AttentionBuffers:
-    """The addresses of an attention step. `slopes` may be 0. `plan` belongs to all steps of the same `likeness`."""
+    """The addresses for an attention step. `slopes` may be 0. All steps with equal `likeness` share `plan`."""
 
     q: np.uint64
     k: np.uint64
@@ -117,7 +117,7 @@ def _piece_bytes(step: Attention) -> int:
 
 
 def _spans(step: Attention, max_context_tokens: int) -> int:
-    """Returns the most spans that a row sees. It is more than one if a tile has several, since all are then merged."""
+    """Returns the most spans that a row sees. It exceeds one if a tile has several spans, since all are then merged."""
     spans = -(-max_context_tokens // SPAN_TOKENS)
     return spans if step.window is None else min(spans, max(step.window - 2, 0) // SPAN_TOKENS + 2)
 
@@ -133,18 +133,18 @@ def _group(step: Attention) -> int:
 
 
 def _many_queries(step: Attention, gpu: LaunchLimits) -> int:
-    """Returns a tile's queries: as many as shared memory holds scores of. Raises ModelFileError if no tile fits."""
+    """Returns how many queries a tile has: as many as shared memory has room for. Raises ModelFileError if none fit."""
     for queries in _MANY_QUERIES[step.kv_type]:
         if (needed := many_shared_bytes(step, queries) + _STATIC_BYTES) <= gpu.shared_bytes:
             return queries
-    found = f"{needed >> 10} KiB of shared memory a block, of {gpu.shared_bytes >> 10} that this GPU has"
+    found = f"{needed >> 10} KiB of shared memory in a block, and this GPU has {gpu.shared_bytes >> 10}"
     raise ModelFileError(
-        f"heads of {step.head_dim} channels take {found} (compute capability 7.0 and later do); set device: cpu"
+        f"heads of {step.head_dim} channels need {found} (compute capability 7.0 has enough); set device: cpu"
     )
 
 
 def _few_queries(step: Attention) -> int:
-    """Returns the queries of a row in one block; 0 if too many heads share a KV head, and for latent attention."""
+    """Returns a row's query count in one block. It is 0 for latent attention and if too many heads share a KV head."""
     return 0 if step.v is None else next((queries for queries in _FEW_QUERIES if queries >= _group(step)), 0)
 
 
@@ -161,14 +161,14 @@ def attention_steps(program: Program) -> tuple[Attention, ...]:
 
 
 def check_attention(program: Program) -> None:
-    """Raises ModelFileError for heads that are too large for the GPU kernels. The CPU's checks cover the rest."""
+    """Raises ModelFileError for heads that are too large for the GPU kernels. The CPU's checks cover other faults."""
     for step in attention_steps(program):
         at = f"layers {program.start} to {program.end} cannot be computed"
         if step.v is None and (step.head_dim > _MAX_LATENT_DIM or step.value_dim > _MAX_HEAD_DIM):
             found, most = f"{step.head_dim} and {step.value_dim}", f"{_MAX_LATENT_DIM} and {_MAX_HEAD_DIM}"
-            raise ModelFileError(f"{at}: keys and values of {found}, at most {most} channels")
+            raise ModelFileError(f"{at}: keys and values have {found} channels; GPUs support at most {most}")
         if step.v is not None and step.head_dim > _MAX_HEAD_DIM:
-            raise ModelFileError(f"{at}: heads of {step.head_dim}, at most {_MAX_HEAD_DIM} channels")
+            raise ModelFileError(f"{at}: heads have {step.head_dim} channels; GPUs support at most {_MAX_HEAD_DIM}")
 
 
 def tile_rows(step: Attention, gpu: LaunchLimits) -> int:
@@ -176,7 +176,7 @@ def tile_rows(step: Attention, gpu: LaunchLimits) -> int:
 
 
 def likeness(step: Attention) -> tuple[object, ...]:
-    """Returns a key of layers whose rows are divided into the same tiles on any GPU, so that they can share a plan."""
+    """Returns a key. Layers with equal keys divide rows into equal tiles on any GPU, so that they can share a plan."""
     seen = step.window, step.chunked, step.causal, step.grouped
     return step.heads, step.kv_heads, step.head_dim, step.kv_type, seen, step.v is None
 
@@ -186,8 +186,8 @@ def _stage_channels(step: Attention) -> int:
 
 
 def _stage_floats(step: Attention, blocks: int, queries: int, channels: int) -> int:
-    """Returns the floats of staged values for some KV blocks, `channels` at a time, with their scales. Latent attention
-    stages none. Sums in integers stage values of 64 positions and weights in bytes, with scales."""
+    """Returns how many floats the staged values of `blocks` KV blocks take with their scales, `channels` channels at a
+    time. Latent attention stages no values. Integer sums stage values of 64 positions and byte weights, with scales."""
     if step.v is None:
         return 0
     if step.kv_type is KvType.INT8:
@@ -202,8 +202,8 @@ def value_slices(step: Attention) -> int:
 
 
 def few_shared_bytes(step: Attention, queries: int) -> int:
-    """Returns the shared memory of the kernel for few queries: queries in pieces of 8 channels, and later scores; then
-    queries and a key, and later values. A slice of 32 channels has four times the positions of 128 channels."""
+    """Returns the shared memory of the kernel for few queries, in bytes. One part has queries in pieces of 8 channels,
+    then scores. The other has queries and a key, then values. A slice of 32 channels has 4 times as many positions."""
     scores = max(queries * max(_SCORE_STRIDE, 8 * -(-step.head_dim // 8)), _MERGER_FLOATS)
     channels = _stage_channels(step) if step.kv_type is KvType.INT8 else 128
     staged = _stage_floats(step, 2 if queries < 16 else 1, queries, channels)
@@ -220,15 +220,15 @@ def _merged_floats(step: Attention) -> int:
 
 
 def brings_own(step: Attention) -> bool:
-    """True if the kernel for few queries also stores the row's key and value: they fit any GPU's shared memory."""
+    """True if the kernel for few queries also stores the row's key and value. They must fit any GPU's shared memory."""
     queries = _few_queries(step)
     fits = 4 * (queries * _SCORE_STRIDE + _fresh_floats(step)) + _STATIC_BYTES <= PLAIN_SHARED_BYTES
     return queries > 0 and not step.shares_kv and fits
 
 
 def many_shared_bytes(step: Attention, queries: int) -> int:
-    """Returns the shared memory of the kernel for many queries. One part holds queries (as float16 together with a
-    chunk of keys), and later scores. The other holds values."""
+    """Returns the shared memory of the kernel for many queries, in bytes. One part holds queries (if float16, with a
+    chunk of keys), and later scores. The other part holds values."""
     if step.kv_type is KvType.F16:
         staged = 8 * (-(-step.head_dim // 8) * queries + SPAN_TOKENS)
     else:
@@ -242,13 +242,13 @@ def _merges(step: Attention, room: Room) -> bool:
 
 
 def can_quantize(step: Attention, room: Room, *, decode: bool = False) -> bool:
-    """True if the kernel that merges spans can quantize: pieces of 256 channels must consist of whole heads."""
+    """True if the kernel that merges spans can quantize, for which pieces of 256 channels must be whole heads."""
     fits = step.value_dim in _MERGED_HEAD_DIMS and step.out.width % _MERGED_CHANNELS == 0
     return fits and (_merges(step, room) or (decode and brings_own(step) and _quantized_together(step) > 0))
 
 
 def _quantized_together(step: Attention) -> int:
-    """Returns how many adjacent KV heads have whole pieces of 256 channels; 0 if a block cannot merge so many."""
+    """Returns how many adjacent KV heads make whole pieces of 256 channels, or 0 if a block cannot merge so many."""
     own = _group(step) * step.value_dim
     kv_heads = lcm(own, _MERGED_CHANNELS) // own
     return kv_heads if kv_heads * _group(step) <= _MOST_MERGED_HEADS else 0
@@ -257,7 +257,7 @@ def _quantized_together(step: Attention) -> int:
 @dataclass(frozen=True, slots=True)
 class AttentionLaunches:
     """The launches for microbatches of up to `rows` rows. In `decode`, each row belongs to another sequence. If
-    `grouped`, rows may see later positions; all tiles are of many queries then."""
+    `grouped`, rows may see later positions, and all tiles have many queries."""
 
     gpu: LaunchLimits
     room: Room
@@ -284,8 +284,8 @@ class AttentionLaunches:
         return (self.inputs.seen, np.int32(sees)) if self.grouped else ()
 
     def _few(self, step: Attention) -> int:
-        """Returns the queries of a thread block for few queries, or 0 if there are no such blocks. In decode, heads
-        that are too many for a block are divided into parts if the GPU would otherwise be idle."""
+        """Returns how many queries a thread block for few queries has, or 0 if there are no such blocks. In decode, a
+        row's heads are divided into parts if they are too many for a block and the GPU would otherwise be idle."""
         if self.grouped:
             return 0
         if queries := _few_queries(step):
@@ -296,7 +296,7 @@ class AttentionLaunches:
         return next((queries for queries in sizes if self._have_room(step, queries)), 0)
 
     def _many(self, step: Attention) -> int:
-        """Returns the queries of a thread block for many queries. In decode, blocks are no larger than needed."""
+        """Returns how many queries a thread block for many queries has. In decode, blocks are no larger than needed."""
         most, group = _many_queries(step, self.gpu), _group(step)
         sizes = (queries for queries in reversed(_MANY_QUERIES[step.kv_type]) if queries <= most)
         fewer = (queries for queries in sizes if queries >= group or self._have_room(step, queries))

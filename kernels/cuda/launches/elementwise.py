@@ -1,4 +1,4 @@
-"""Launches of operations on single rows: elementwise functions, norms, rotations."""
+"""Launches of operations on single rows: elementwise functions, norms and rotations."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _ROTATION_BLOCK = 64
 _WARP_CHANNELS, _MAX_WARPS = 128, 32  # four channels a lane; warps of a block
 
 WIDEST_ROW = PLAIN_SHARED_BYTES // 4 - 16
-"""The most channels of a row that `add_rms_norm` takes."""
+"""The largest number of channels in a row for `add_rms_norm`."""
 
 _GATED = {GatedActivation.GELU_MUL: f"{ActivationFunction.GELU_TANH}_mul"}
 
 
 @dataclass(frozen=True, slots=True)
 class GatedInputs:
-    """The float32 gate and up, whose rows begin `stride` elements apart, and the name of their gated function."""
+    """The float32 gate and up, whose rows are `stride` elements apart, and the name of their gated function."""
 
     kernel: str
     gate: np.uint64
@@ -72,7 +72,7 @@ def join_rows(step: Join, x: np.uint64, y: np.uint64, out: np.uint64, rows: RowC
 def scale_by_position(
     step: PositionScale, x: np.uint64, factors: np.uint64, positions: np.uint64, out: np.uint64, rows: RowCount
 ) -> Launch:
-    """Takes the device address of the numbers of `emit.position_factors` as `factors`."""
+    """`factors` is the device address of the numbers from `emit.position_factors`."""
     figures = np.int32(step.offset), np.int32(step.length), np.int32(step.out.width)
     args = (x, factors, positions, *figures, rows.address, out)
     return _launch("rows.scale_by_position_rows", _blocks(step.out.width), rows, args)
@@ -104,8 +104,8 @@ def add_rms_norm(
     outs: tuple[np.uint64, np.uint64, np.uint64],
     rows: RowCount,
 ) -> Launch:
-    """Adds x and y, the two `inputs`, into `total`; if the address of y is 0, x is the total. The norm of the total
-    goes to each of `outs` that is not 0: as float32, and quantized for weights with segments of 32 and of 256."""
+    """Adds the two `inputs` x and y into `total`. If the address of y is 0, x is the total. The norm of the total goes
+    to each of `outs` that is not 0: as float32, and quantized for weights with segments of 32 and of 256."""
     args = (*inputs, weight, np.float32(step.epsilon), np.int32(step.width), rows.address, total, *outs)
     threads = 32 * min(_MAX_WARPS, -(-step.width // _WARP_CHANNELS))
     return Launch("elementwise.norms.add_rms_norm", (1, rows.bucket, 1), (threads, 1, 1), args, 4 * step.width)
@@ -141,7 +141,7 @@ def rotation_in_sections(
     out: np.uint64,
     rows: RowCount,
 ) -> Launch:
-    """Computes angles by each pair's section of `positions` [sections, max_rows]."""
+    """Computes the angles of each pair from the pair's section of `positions` [sections, max_rows]."""
     pairs = len(table.frequencies)
     figures = np.float64(table.scale), np.int32(pairs)
     args = (positions, np.int32(max_rows), sections, frequencies, *figures, rows.address, out)

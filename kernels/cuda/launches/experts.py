@@ -1,4 +1,4 @@
-"""The launches of a mixture of experts, except matrix products."""
+"""The launches for a mixture of experts, except matrix products."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaclust.model.program import Moe
 from llamaclust.model.steps.options import Gating
 
 _GATINGS = tuple(Gating)
-"""The gatings, indexed by the kernel's numbers."""
+"""The gatings, in the order of their numbers in the kernel."""
 _HEAD_LINES = 1024  # for a block
 _PIECE_CHANNELS = 1024  # of a row, for a block
 
@@ -28,7 +28,7 @@ class ExpertBuffers:
 
 
 def choice_bytes(step: Moe, rows: int) -> int:
-    """Returns the bytes of the chosen experts' ids. Their weights take as many bytes, and so do the lines."""
+    """Returns the size of the chosen experts' ids, in bytes. Their weights have the same size, and so do the lines."""
     return 4 * rows * step.used
 
 
@@ -43,7 +43,7 @@ def items_bytes(step: Moe, rows: int, piece: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RouterOutput:
-    """The router's logits, float32 [rows, experts]; biases and scales [experts], or 0 if there are none."""
+    """The router's logits, float32 [rows, experts], and its biases and scales [experts], or 0 where there are none."""
 
     logits: np.uint64
     bias: np.uint64 = NULL
@@ -73,14 +73,14 @@ def by_head(heads: int, places: matmul.Experts, rows: RowCount) -> Launch:
 
 
 def weigh_inputs(step: Moe, x: np.uint64, places: ExpertBuffers, out: np.uint64, rows: RowCount) -> Launch:
-    """Multiplies x, float32 [rows, width], by the weight of each line, to `out` [rows * used, width]."""
+    """Multiplies x, float32 [rows, width], by each line's weight. `out` is [rows * used, width]."""
     width = step.x.width
     args = (x, places.weights, np.int32(step.used), np.int32(width), rows.address, out)
     return Launch("experts.weigh", (-(-width // _PIECE_CHANNELS), rows.bucket, 1), (256, 1, 1), args)
 
 
 def combine(step: Moe, x: np.uint64, places: ExpertBuffers, out: np.uint64, rows: RowCount) -> Launch:
-    """Sums the lines of each row, from x, float32 [rows * used, width], to `out` [rows, width]."""
+    """Sums each row's lines, from x, float32 [rows * used, width], to `out` [rows, width]."""
     width, weights = step.out.width, NULL if step.options.weighs_inputs else places.weights
     args = (x, weights, np.int32(step.used), np.int32(width), rows.address, out)
     return Launch("experts.combine", (-(-width // _PIECE_CHANNELS), rows.bucket, 1), (256, 1, 1), args)

@@ -9,7 +9,7 @@ from llamaclust.kernels.cuda.runtime.device import NULL
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The addresses of int32 arrays, which have the meaning of those in `Batch`."""
+    """The addresses of int32 arrays. The arrays have the same meaning as in `Batch`."""
 
     rows: np.uint64  # how many; the header, which goes on with sequences and outputs
     outputs: np.uint64  # how many
@@ -33,7 +33,7 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class RowCount:
-    """A grid of `bucket` rows. The first `multiple` * n of them are computed, where n is the int32 at `address`."""
+    """A grid of `bucket` rows. The first `multiple` * n rows are computed, where n is the int32 at `address`."""
 
     bucket: int
     address: np.uint64

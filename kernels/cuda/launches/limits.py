@@ -1,4 +1,4 @@
-"""Properties of a GPU that decide which kernels run and with how many thread blocks."""
+"""Properties of a GPU that decide which kernels run and how many thread blocks they have."""
 
 from __future__ import annotations
 
@@ -20,4 +20,4 @@ class LaunchLimits:
 
 
 ANY_GPU = LaunchLimits(1, LEAST_SHARED_BYTES, MIN_COMPUTE_CAPABILITY)
-"""The limits for computing sizes of buffers, which are equal on all GPUs."""
+"""The limits for computing buffer sizes, which are equal on all GPUs."""

@@ -1,5 +1,5 @@
 """Matrix products as launches: the kernel and the number of thread blocks. Activations are quantized once for all
-products that read them. Results have the bits of kernels/cpu (docs/internals/numerics.md)."""
+products that read them. Results have the same bits as in kernels/cpu (docs/internals/numerics.md)."""
 
 from __future__ import annotations
 
@@ -29,38 +29,38 @@ _SUB_BLOCKS = {
     **dict.fromkeys((_Q.Q4_K, _Q.Q5_K, _Q.IQ4_XS, _Q.IQ2_XXS, _Q.IQ3_XXS, _Q.IQ3_S), 8),
     **dict.fromkeys((_Q.Q2_K, _Q.Q3_K, _Q.Q6_K, _Q.IQ1_S, _Q.IQ1_M, _Q.IQ2_XS, _Q.IQ2_S), 16),
 }
-"""The integer scales per segment, for quant types that have them."""
+"""The number of integer scales in a segment, for quant types that have such scales."""
 
 _GROUP_ROWS, _GEMM_ROWS, _WIDE_ROWS = 8, 64, 128
 _WIDE_WARPS, _ENOUGH = 8, 0.9
-"""The warps of a block of `_WIDE_ROWS` rows, and the blocks per multiprocessor that are enough."""
+"""The warps of a block with `_WIDE_ROWS` rows, and how many blocks for each multiprocessor are enough."""
 LEAST_PIECE = _GROUP_ROWS
-"""The fewest lines of an expert that one item of the products contains, if the expert has so many."""
+"""The fewest lines in one item of an expert's products, if the expert has so many."""
 _GROUP_BYTES = {ActivationFormat.Q8_32: 320, ActivationFormat.Q8_256: 2336}
-"""The bytes of one segment of eight quantized rows (src/matmul/activations.cuh)."""
+"""The size of one segment of eight quantized rows, in bytes (src/matmul/activations.cuh)."""
 
 _PIECE_SEGMENTS = {ActivationFormat.Q8_32: 4, ActivationFormat.Q8_256: 1}
-"""The segments of a piece: a warp copies and multiplies one piece at once (src/matmul/pieces.cuh)."""
+"""The number of segments in a piece, which a warp copies and multiplies at once (src/matmul/pieces.cuh)."""
 _LONG_PIECE_BYTES = 1536
-"""A warp has memory for two pieces above this size, for three up to it. Bulk copies have other sizes."""
+"""A warp has memory for two pieces if they are longer than this, and otherwise for three. Bulk copies differ."""
 _MATRIX_UNITS, _ASYNCHRONOUS, _BULK, _HOPPER = (7, 5), (8, 0), (9, 0), (9, 0)
-"""The oldest compute capabilities with 8-bit matrix instructions, with asynchronous copies and with bulk copies, and
-the only one with matrix instructions of four warps (src/matmul/wgmma.cuh)."""
+"""The oldest compute capabilities with 8-bit matrix instructions, with asynchronous copies and with bulk copies. The
+last value is the only one with matrix instructions for four warps (src/matmul/wgmma.cuh)."""
 _ARRIVAL_BYTES, _OTHERS_PART = 8, 7
-"""The bytes of a bulk copy's barrier, and the divisor of the part of shared memory left to overlapping kernels."""
+"""The bytes of a bulk copy's barrier. 1 / `_OTHERS_PART` of shared memory is left to overlapping kernels."""
 _GEMM_STAGES = 3
 _KEPT_BYTES, _TERM_BYTES, _TURN_PIECE_BYTES = 2560, 16, 3072
-"""The bytes that a warp has for the terms of a turn's pieces, the bytes of a term, and the longest piece for turns of
-several pieces. Longer pieces would leave memory for fewer than three stages."""
+"""The bytes that a warp has for the terms of a turn's pieces, the bytes of a term, and the size of the longest piece
+that turns of several pieces use. Longer pieces would leave memory for fewer than three stages."""
 _STATIC_BYTES, _RESERVED_BYTES = 576, 1024
 """The bytes of a block's shared memory that are not dynamic: the kernel's static part and the system's part."""
 _TEAM_ROWS, _TEAM_WARPS, _STAGE_BYTES = 2, 4, 8192
-"""Limits of float weights (float_teams.cuh): rows for teams of one warp, warps of a block, bytes of a stage."""
+"""Limits for float weights (float_teams.cuh): rows for teams of one warp, warps in a block, bytes in a stage."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A tensor on the device: a float32 vector, a matrix [rows, cols] in tiles, or one matrix per expert."""
+    """A tensor on the device: a float32 vector, a matrix [rows, cols] in tiles, or one matrix for each expert."""
 
     quant_type: QuantType
     shape: tuple[int, ...]
@@ -109,7 +109,7 @@ class Product:
 
 
 MOST_PRODUCTS = 3
-"""The most products in one launch (queries, keys and values). They have the same quant type and width."""
+"""The most products in one launch (queries, keys and values). Their quant type and width are equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,14 +186,14 @@ def _blocks(products: Sequence[Product], tiles: int) -> int:
 
 
 def _takes_gemm(products: Sequence[Product], rows: int, sms: int) -> bool:
-    """True if the gemm kernel is faster: not up to 32 rows, where few large blocks leave more bandwidth unused."""
+    """True if the gemm kernel is faster. It is slower up to 32 rows, where few large blocks leave bandwidth unused."""
     if rows <= _GROUP_ROWS:
         return False
     return rows > 4 * _GROUP_ROWS or _blocks(products, 4) * -(-rows // _GEMM_ROWS) >= 2 * sms
 
 
 def _gemm_rows(products: Sequence[Product], rows: int, gpu: LaunchLimits) -> int:
-    """Returns the rows of a block. Twice as many halve the decoding of weights, if all multiprocessors stay busy."""
+    """Returns a block's rows. Twice as many rows halve the decoding of weights, if all multiprocessors stay busy."""
     if gpu.compute_capability != _HOPPER or products[0].weights.activation is ActivationFormat.F32:
         return _GEMM_ROWS
     wide_blocks = _blocks(products, _WIDE_WARPS) * -(-rows // _WIDE_ROWS)
@@ -241,7 +241,7 @@ def _matrices(products: Sequence[Product]) -> tuple[Scalar, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _GemvShape:
-    """The blocks of each item, the warps of a block, and shared memory for pieces (src/matmul/pieces.cuh)."""
+    """The number of blocks for each item, a block's warps, and its shared memory for pieces (src/matmul/pieces.cuh)."""
 
     blocks: int
     warps: int
@@ -249,7 +249,7 @@ class _GemvShape:
 
     @classmethod
     def of(cls, products: Sequence[Product], items: int, times: int, gpu: LaunchLimits, rows: int) -> Self:
-        """Makes `times` as many blocks as the GPU runs at once, but at most one per tile."""
+        """Makes `times` as many blocks as the GPU runs at once, but at most one for each tile."""
         weights, tiles = products[0].weights, _blocks(products, 1)
         shape = _bulk_shape if gpu.compute_capability >= _BULK else _plain_shape
         kept_bytes = _KEPT_BYTES if _turn(weights, rows, gpu) > 1 else 0
@@ -261,7 +261,7 @@ class _GemvShape:
 
 
 def _turn(weights: Weights, rows: int, gpu: LaunchLimits) -> int:
-    """Returns the number of pieces that a warp multiplies before it adds their terms, as far as the terms fit."""
+    """Returns how many pieces a warp multiplies before it adds their terms. The terms must fit its memory."""
     if gpu.compute_capability < _BULK or weights.activation is not ActivationFormat.Q8_256:
         return 1
     if _piece_bytes(weights) > _TURN_PIECE_BYTES:
@@ -276,7 +276,7 @@ def _piece_bytes(weights: Weights) -> int:
 
 
 def _plain_shape(piece_bytes: int, _: int, gpu: LaunchLimits) -> tuple[int, int, int, int]:
-    """Returns a block's warps, its stages, the bytes of a stage, and the blocks that a multiprocessor runs at once."""
+    """Returns a block's warps, its stages, a stage's bytes, and how many blocks a multiprocessor runs at once."""
     stages = 2 if piece_bytes > _LONG_PIECE_BYTES else 3
     stages = stages if gpu.compute_capability >= _ASYNCHRONOUS else 1
     of_registers = 5 if gpu.compute_capability >= _MATRIX_UNITS else 4
@@ -286,7 +286,7 @@ def _plain_shape(piece_bytes: int, _: int, gpu: LaunchLimits) -> tuple[int, int,
 
 
 def _bulk_shape(piece_bytes: int, kept_bytes: int, gpu: LaunchLimits) -> tuple[int, int, int, int]:
-    """Returns the values of `_plain_shape` for two blocks at once, or for one if two would have one stage each."""
+    """Returns the same values as `_plain_shape`, for two blocks at once, or for one if two had only one stage each."""
     stage_bytes = piece_bytes + _ARRIVAL_BYTES
     room = gpu.shared_bytes + _RESERVED_BYTES - gpu.shared_bytes // _OTHERS_PART
     own = _STATIC_BYTES + _RESERVED_BYTES + 8 * kept_bytes
@@ -297,7 +297,7 @@ def _bulk_shape(piece_bytes: int, kept_bytes: int, gpu: LaunchLimits) -> tuple[i
 
 @dataclass(frozen=True, slots=True)
 class _TeamsShape:
-    """The blocks of each item, their teams, the warps of a team, and shared memory (src/matmul/float_teams.cuh)."""
+    """The blocks for each item, their teams, a team's warps, and shared memory (src/matmul/float_teams.cuh)."""
 
     blocks: int
     count: int
@@ -306,7 +306,7 @@ class _TeamsShape:
 
     @classmethod
     def of(cls, products: Sequence[Product], rows: int, items: int, times: int, gpu: LaunchLimits) -> Self:
-        """Makes `times` as many blocks as the GPU has multiprocessors, but at most one team per tile."""
+        """Makes `times` as many blocks as the GPU has multiprocessors, but at most one team for each tile."""
         weights, tiles = products[0].weights, _blocks(products, 1)
         warps = 1 if rows <= _TEAM_ROWS else 2
         columns = _STAGE_BYTES // (TILE_ROWS * weights.quant_type.info.block_bytes)
@@ -326,14 +326,14 @@ class _TeamsShape:
 
 
 def _gemm_warps(products: Sequence[Product], items: int, gpu: LaunchLimits) -> int:
-    """Returns the warps of the largest blocks (they read activations least often) that occupy all multiprocessors."""
+    """Returns the warps of the largest blocks that occupy all multiprocessors. They read activations least often."""
     most = 12 if gpu.compute_capability == _HOPPER else 16
     return next((warps for warps in (most, 8) if _blocks(products, warps) * items >= gpu.sms), 4)
 
 
 def _gemm_shared_bytes(weights: Weights, rows: int, warps: int, gpu: LaunchLimits) -> int:
-    """Returns the bytes of two stages of 256 columns, and of the integer scales of sixteen rows per warp. Hopper has up
-    to three stages, which contain weights too."""
+    """Returns the size of two stages of 256 columns, and of the integer scales for sixteen rows of each warp, in bytes.
+    Hopper has up to three stages, which contain weights too."""
     segments, info = 256 // weights.activation.value, weights.quant_type.info
     sub_blocks = _SUB_BLOCKS.get(weights.quant_type, 0)
     scales = warps * TILE_ROWS * 4 * (sub_blocks // 2 + 1) if sub_blocks else 0

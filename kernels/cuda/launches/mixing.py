@@ -1,4 +1,4 @@
-"""Launches of steps that scale the channels of a row, or mix its parts (`model/steps/rows.py`)."""
+"""Launches of steps that scale a row's channels or mix a row's parts (`model/steps/rows.py`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Launches of steps with a recurrent state per sequence."""
+"""Launches of steps that keep a recurrent state for each sequence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llamaclust.model.program import Convolution, Decay, DeltaRule, Scan
 _BLOCK = 256
 _DELTA_CHANNELS = 32
 _SCAN_CHANNELS = (32, 16, 8, 4, 2)
-"""The possible channels of a thread block of scan. The most whose states fit shared memory are used."""
+"""The possible channel counts of a scan's thread block. The largest whose states fit shared memory is used."""
 
 
 def _scan_bytes(step: Scan, channels: int) -> int:
@@ -45,7 +45,7 @@ class StateLaunches:
     def convolve(
         self, step: Convolution, x: np.uint64, weights: Weights, bias: np.uint64, out: np.uint64, rows: RowCount
     ) -> tuple[Launch, ...]:
-        """Launches the convolution, then a kernel that stores the new state, possibly over the old one."""
+        """Launches the convolution and then a kernel that stores the new state. It may overwrite the old state."""
         width, figures = step.x.width, (np.int32(step.taps), np.int32(step.x.width))
         blocks = -(-width // _BLOCK)
         kernel = f"states.convolve_{weights.quant_type.name}"
@@ -66,7 +66,7 @@ class StateLaunches:
     def scan(
         self, step: Scan, inputs: tuple[np.uint64, np.uint64], weights: tuple[np.uint64, ...], out: np.uint64
     ) -> Launch:
-        """`inputs` are x and dt; `weights` are bias, decay and skip, float32 [heads]."""
+        """`inputs` are x and dt. `weights` are bias, decay and skip, float32 [heads]."""
         channels = step.out.width // step.heads
         together = next(n for n in _SCAN_CHANNELS if _scan_bytes(step, n) <= PLAIN_SHARED_BYTES)
         figures = map(np.int32, (step.heads, channels, step.groups, step.state_size))

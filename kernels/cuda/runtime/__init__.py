@@ -1,1 +1,1 @@
-"""The CUDA device: memory, launches and graphs through CuPy, and kernels that NVRTC compiles."""
+"""The CUDA device: memory, launches and graphs through CuPy, and kernels compiled by NVRTC."""

@@ -16,13 +16,13 @@ from llamaclust.kernels.cuda.runtime.sources import OPTIONS
 _log = logging.getLogger(__name__)
 
 _MOST_BYTES = 1 << 30
-"""The most bytes of the folder, for all versions, architectures and compilers. One set of kernels takes 1 % of it."""
+"""The folder's size limit for all versions, architectures and compilers. One set of kernels takes 1 % of it."""
 
 _MOST_MODULE_BYTES = 1 << 28
 
 
 class KernelFolder(DiskCache):
-    """The folder of compiled modules. A file's name has a digest of the module's sources and one of its own bytes."""
+    """The folder of compiled modules. A file's name has digests of the module's sources and of the file itself."""
 
     suffixes = (".cubin", ".ptx")
     content, limit = "compiled kernels", "of all versions"
@@ -46,8 +46,8 @@ class KernelFolder(DiskCache):
 
 
 class CubinCache:
-    """Finds compiled modules by the hash of source, options, architecture and compiler. Modules that `folder` cannot
-    store are in a temporary folder until `close`."""
+    """Finds compiled modules by the hash of source, options, architecture and compiler. If `folder` cannot store a
+    module, it is in a temporary folder until `close`."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = None if folder is None else KernelFolder(folder)

@@ -1,4 +1,4 @@
-"""A GPU through CuPy: memory, copies, launches and graphs on a stream of its own."""
+"""A GPU through CuPy: memory, copies, launches and graphs on a separate stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks for CuPy, a driver and a GPU. If one is missing, the error says in one line what to do."""
+"""Checks for CuPy, a driver and a GPU. If something is missing, the error says in one line what to do."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def gpu_properties(cupy: Any, index: int) -> GpuProperties:
     gpus = [_properties(cupy, number) for number in range(count)]
     if index >= count:
         there = ", ".join(f"cuda:{number} ({gpu.name})" for number, gpu in enumerate(gpus))
-        raise UsageError(f"device cuda:{index}: no such GPU; available: {there}")
+        raise UsageError(f"device cuda:{index}: there is no such GPU; available: {there}")
     gpu, (major, minor) = gpus[index], MIN_COMPUTE_CAPABILITY
     if gpu.compute_capability < MIN_COMPUTE_CAPABILITY:
         found = _version(gpu.compute_capability)
@@ -62,7 +62,8 @@ def usable_nvrtc(cupy: Any, architecture: int) -> Nvrtc:
     if nvrtc.version[0] > driver // 1000:
         made_by = _version(nvrtc.version)
         raise UsageError(
-            f"device cuda: the driver is for CUDA {_of_cuda(driver)}, but NVRTC is {made_by}: update it, or {_INSTALL}"
+            f"device cuda: the driver is for CUDA {_of_cuda(driver)}, but NVRTC is {made_by}: "
+            f"update the driver, or {_INSTALL}"
         )
     oldest = nvrtc.architectures[0]
     if architecture < oldest:
@@ -94,7 +95,7 @@ def _driver_problem(runtime: Any, error: Any) -> str:
     if driver == "0.0":
         return "no NVIDIA driver is installed, or this container is not given it"
     if error.status == _OLD_DRIVER:
-        return f"the driver is for CUDA {driver}, but CuPy for {built_for}: update it, or {_INSTALL}"
+        return f"the driver is for CUDA {driver}, but CuPy is for {built_for}: update the driver, or {_INSTALL}"
     return str(error)
 
 

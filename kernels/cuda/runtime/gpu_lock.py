@@ -1,4 +1,4 @@
-"""Exclusive use of a GPU by one thread at a time. Errors of the driver become DeviceLostError."""
+"""Lets one thread at a time use a GPU. Errors from the driver become DeviceLostError."""
 
 from __future__ import annotations
 

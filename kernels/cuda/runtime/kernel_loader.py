@@ -40,7 +40,7 @@ class KernelLoader:
         self._cubins.close()
 
     def _function(self, module: str, function: str) -> Any:
-        """Returns a function of a module. If the driver rejects the module's file, it is compiled again."""
+        """Returns a module's function. Compiles the module again if the driver rejects the file."""
         if module not in self._modules:
             self._modules[module] = self._module(module)
         try:

@@ -1,4 +1,4 @@
-"""Sizes of GPU memory, rounded up as the driver rounds them, so that sums are exact to the byte."""
+"""Sizes of GPU memory, rounded up as the driver rounds them. Sums are therefore exact to the byte."""
 
 from __future__ import annotations
 

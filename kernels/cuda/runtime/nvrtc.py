@@ -1,4 +1,4 @@
-"""NVIDIA's run-time compiler without CuPy, whose option `-ftz=true` flushes subnormals to zero and so changes bits."""
+"""NVIDIA's run-time compiler without CuPy. CuPy's option `-ftz=true` flushes subnormals to zero and so changes bits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OLDEST = (12, 0)
 
 
 def machine_target(architecture: int, kind: str = "sm") -> str:
-    """Returns the compiler's name of an architecture. Hopper's name enables instructions that only Hopper has."""
+    """Returns the compiler's name for an architecture. Hopper's name enables instructions that only Hopper has."""
     return f"{kind}_{architecture}a" if architecture == _HOPPER else f"{kind}_{architecture}"
 
 
@@ -36,11 +36,11 @@ class Nvrtc:
         self._check(self._library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
         self.version = major.value, minor.value
         if self.version < _OLDEST:
-            raise UsageError(f"{path} is NVRTC {major.value}.{minor.value}; kernels need one of CUDA 12 or 13")
+            raise UsageError(f"{path} is NVRTC {major.value}.{minor.value}; kernels need NVRTC of CUDA 12 or 13")
 
     @property
     def architectures(self) -> tuple[int, ...]:
-        """The architectures for which the library makes machine code, ascending, such as 75 for 7.5."""
+        """The architectures for which the library makes machine code, in ascending order. For example, 75 is 7.5."""
         count = ctypes.c_int()
         self._check(self._library.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
         numbers = (ctypes.c_int * count.value)()

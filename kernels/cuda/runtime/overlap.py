@@ -1,4 +1,4 @@
-"""Launches that begin while the previous kernel runs (programmatic dependent launch in CUDA; CuPy lacks it)."""
+"""Launches that begin while the previous kernel runs. CUDA calls this programmatic dependent launch. CuPy lacks it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
 def overlaps(kernel: str) -> bool:
-    """True for the kernels that call `wait_for_earlier_kernels` (src/ptx.cuh)."""
+    """True for kernels that call `wait_for_earlier_kernels` (src/ptx.cuh)."""
     return kernel.startswith(_KERNELS)
 
 

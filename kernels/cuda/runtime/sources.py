@@ -1,4 +1,4 @@
-"""CUDA sources as the compiler gets them. A module is one file of src/ with all its includes."""
+"""CUDA sources as the compiler gets them. A module is one file in src/ with all its includes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 SRC = Path(__file__).parent.parent / "src"
 INCLUDE = (SRC, SRC.parent.parent / "cpu" / "native")
-"""The folders of includes. The folder of the including source comes before them."""
+"""The include folders. The folder of the including source is searched first."""
 
 OPTIONS = ("--std=c++20", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
-"""Options for exact arithmetic: no fused multiply-add, no approximations, subnormals kept."""
+"""Options for exact arithmetic: no fused multiply-add, no approximations, and no flushing of subnormals."""
 
 _INCLUDE = re.compile(r'^#include (?:"(.+)"|<.+>)')
 
@@ -20,8 +20,8 @@ def modules() -> dict[str, Path]:
 
 
 def whole_text(path: Path, include: tuple[Path, ...] = INCLUDE) -> str:
-    """Returns the source with its includes inserted, each once, so that compilers' caches notice every change. Standard
-    headers stay out. A missing header of ours stays an include: it is in a branch for another compiler."""
+    """Returns the source with each include inserted once, so that compilers' caches notice every change. Standard
+    headers are not inserted. A missing header of ours stays an include: only another compiler needs it."""
     return "".join(_lines(path, include, set()))
 
 

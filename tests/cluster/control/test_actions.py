@@ -134,7 +134,7 @@ async def load_failure(runner: ActionRunner, observed: Observed, *, is_exclusive
 
 @pytest.mark.parametrize("is_exclusive", [True, False])
 async def test_any_error_of_a_worker_is_a_failed_load(is_exclusive: bool) -> None:
-    late = DeadlineError("worker a: unload of epoch 0.2: not within 60 s")
+    late = DeadlineError("worker a: unload of epoch 0.2 took longer than 60 s")
 
     async def open_epoch(*_: object, **__: object) -> None:
         raise late
@@ -150,7 +150,7 @@ async def test_a_load_does_not_wait_for_ever_for_the_end_of_lost_workers(monkeyp
     ending = runner.ending.start(asyncio.sleep(60))
     async with asyncio.timeout(30):
         error = await load_failure(runner, observed, is_exclusive=True)
-    assert str(error) == "the end of lost workers' processes: not within 0.05 s"
+    assert str(error) == "the end of lost workers' processes took longer than 0.05 s"
     assert not ending.done(), "a later load waits for it again"
     await runner.ending.close()
 

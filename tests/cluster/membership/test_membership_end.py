@@ -70,7 +70,7 @@ async def test_tasks_that_do_not_end_are_logged(
         released.set()
         await member._tasks.join()
     unloads = sum(isinstance(message, Unload) for message in messages)
-    expected = f"the end of a membership: not within 0.05 s: {unloads} of its tasks still run"
+    expected = f"the end of a membership took longer than 0.05 s: {unloads} of its tasks still run"
     assert [record.message for record in caplog.records] == [expected]
 
 

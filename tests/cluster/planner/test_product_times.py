@@ -163,9 +163,9 @@ def test_times_are_kept_of_types_that_another_model_has() -> None:
     kept = Profile(MEASURED).with_other_products(known).cpu
     assert kept.products == (other[1], *TIMES)
     kept.check()
-    with pytest.raises(ProtocolError, match="must ascend"):
+    with pytest.raises(ProtocolError, match="must be in ascending order"):
         replace(MEASURED, products=TIMES[::-1]).check()
-    with pytest.raises(ProtocolError, match="must ascend"):
+    with pytest.raises(ProtocolError, match="must be in ascending order"):
         replace(MEASURED, isolated_products=TIMES[:1] * 2).check()
 
 

@@ -31,7 +31,7 @@ def test_a_file_larger_than_the_bound_is_refused(make: Make) -> None:
     with pytest.raises(OSError):
         user.put(1, 2 * BYTES)
     assert user.cache.files() == [] and unfinished(user) == []
-    with pytest.raises(NoRoomError, match=r"1 MiB more of .* beside 0 MiB in use, the limit is 1 MiB \("):
+    with pytest.raises(NoRoomError, match=r"1 MiB more of .* do not fit: 0 MiB are in use, and the limit is 1 MiB \("):
         user.cache.write(f"x{user.suffix}", [bytes(2 * BYTES)])
 
 
@@ -74,7 +74,7 @@ def test_a_part_of_the_disk_stays_free(make: Make, kind: str, monkeypatch: pytes
     user.put(2)
     assert there(user, range(3)) == ([1, 2] if kind == "weights" else [2])
     disk(monkeypatch, 20 * BYTES, 100)
-    stays = "" if kind == "weights" else r" \(1 stay free\)"
+    stays = "" if kind == "weights" else r" \(1 must stay free\)"
     with pytest.raises(
         NoRoomError, match=rf"the disk has 0 MiB free{stays}, but 1 MiB more of .*; make room there, or set"
     ):

@@ -73,12 +73,12 @@ def test_a_cupy_that_does_not_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         (FakeRuntime(status=35, driver=0), "no NVIDIA driver is installed"),
         (
             FakeRuntime(status=35, driver=12040),
-            "driver is for CUDA 12.4, but CuPy for 13.2: update it, or pip",
+            "driver is for CUDA 12.4, but CuPy is for 13.2: update the driver, or pip",
         ),
         (FakeRuntime(status=100), "no NVIDIA GPU is visible"),
         (FakeRuntime(gpus=()), "no NVIDIA GPU is visible"),
         (FakeRuntime(status=999), "device cuda: status 999"),
-        (FakeRuntime(gpus=((9, 0),)), r"device cuda:1: no such GPU; available: cuda:0 \(Card 0\)"),
+        (FakeRuntime(gpus=((9, 0),)), r"device cuda:1: there is no such GPU; available: cuda:0 \(Card 0\)"),
         (FakeRuntime(gpus=((9, 0), (6, 0))), "Card 1 has compute capability 6.0, but kernels need 6.1"),
         (
             FakeRuntime(gpus=((9, 0), (6, 1))),
@@ -348,7 +348,9 @@ def test_a_folder_where_others_could_plant_kernels(
 
 def test_a_compiler_that_is_newer_than_the_driver(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc) -> None:
     install(monkeypatch, FakeRuntime(driver=12080))
-    with pytest.raises(UsageError, match=r"driver is for CUDA 12\.8, but NVRTC is 13\.0: update it, or") as error:
+    with pytest.raises(
+        UsageError, match=r"driver is for CUDA 12\.8, but NVRTC is 13\.0: update the driver, or"
+    ) as error:
         CupyDevice()
     one_line(error)
 

@@ -101,7 +101,9 @@ def test_widths_that_fit_every_gpu() -> None:
         assert many_shared_bytes(latent(128, 576, 512, kv_type), 16) + 1024 <= LEAST_SHARED_BYTES
         assert few_shared_bytes(latent(128, 576, 512, kv_type), 8) + 1024 <= PLAIN_SHARED_BYTES
     wide = latent(2, 640, 512)
-    with pytest.raises(ModelFileError, match="keys and values of 640 and 512, at most 576 and 512 channels"):
+    with pytest.raises(
+        ModelFileError, match="keys and values have 640 and 512 channels; GPUs support at most 576 and 512"
+    ):
         check_attention(program_of(wide.q, wide.out, wide))
 
 

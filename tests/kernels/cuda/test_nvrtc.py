@@ -47,7 +47,7 @@ def test_errors_have_the_compilers_words(tmp_path: Path) -> None:
 
 
 def test_an_old_one_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"is NVRTC 11.1; kernels need one of CUDA 12 or 13"):
+    with pytest.raises(UsageError, match=r"is NVRTC 11.1; kernels need NVRTC of CUDA 12 or 13"):
         Nvrtc(library(tmp_path, "-DMAJOR=11"))
 
 

@@ -174,7 +174,7 @@ def test_a_resumed_session_does_not_outlive_the_certificate(trust: Authority) ->
             "x509_pem_cert": [life.pair.certificate],
         }
         if who is None:
-            with pytest.raises(UsageError, match="certificate of worker b has ended"):
+            with pytest.raises(UsageError, match="certificate of worker b has expired"):
                 peer_principal(seen, trust.identity(A))
         else:
             assert peer_principal(seen, trust.identity(A)) == who

@@ -200,7 +200,7 @@ async def test_a_member_that_is_not_there_is_named(own: int) -> None:
         order = order_of(started, own)
         await started[1 - own].stop()
         with pytest.raises(
-            MemberLostError, match=f"a link to worker {NAMES[1 - own]} at .*: not within 0.3 s"
+            MemberLostError, match=f"a link to worker {NAMES[1 - own]} at .* took longer than 0.3 s"
         ) as raised:
             await LinkOpener(order, Insecure(), started[own]).open(GATHER_S, 0.3)
         assert raised.value.worker == NAMES[1 - own]

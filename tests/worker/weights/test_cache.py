@@ -47,7 +47,9 @@ def test_room_is_made_from_what_was_not_used_for_longest_and_is_in_no_load(tmp_p
         held = put(cache, os.urandom(1000))
         cache.make_room(1500)
         assert cache.find(held) is not None and cache.find(old) is None
-        with pytest.raises(LlamaclustError, match=r"1 MiB more of weights beside 1 MiB in use, the limit is 1 MiB"):
+        with pytest.raises(
+            LlamaclustError, match=r"1 MiB more of weights do not fit: 1 MiB are in use, and the limit is 1 MiB"
+        ):
             cache.make_room(2500)
     cache.make_room(2500)
     assert cache.find(held) is None

@@ -295,7 +295,7 @@ def test_no_graphs_is_obeyed(model: Path, device: Device, monkeypatch: pytest.Mo
     [
         ({"backends": "CPU"}, "built for CPU; build it with GGML_CUDA=ON"),
         ({"gpu_info": ""}, "it finds no GPU"),
-        ({"avg_ts": None}, "prints other JSON than llama-bench"),
+        ({"avg_ts": None}, "does not print llama-bench's JSON"),
     ],
 )
 def test_a_llama_bench_that_will_not_do(model: Path, tmp_path: Path, changed: dict[str, Any], words: str) -> None:
@@ -312,13 +312,13 @@ def test_mistakes_are_told_before_anything_runs(
         gpu.main(["nope.gguf"])
     with pytest.raises(UsageError, match=r"no such file; docs/gpu\.md says how to build it"):
         gpu.main([str(model), "--llama-bench", str(tmp_path / "llama-bench")])
-    with pytest.raises(UsageError, match="10001 tokens requested, the model's context length is 2048"):
+    with pytest.raises(UsageError, match="10001 tokens are requested, but the model's context length is 2048"):
         gpu.main([str(model), "--prompt", "10000"])
     for option in (("--gpu-memory", "much"), ("--device", "cpu"), ("--device", "cuda:²"), ("--repeats", "0")):
         with pytest.raises(SystemExit):
             gpu.main([str(model), *option])
     err = capsys.readouterr().err
-    assert "is not a size" in err and "'cuda:²': one GPU, such as cuda:0" in err
+    assert "is not a size" in err and "'cuda:²' is not a GPU; give one GPU, such as cuda:0" in err
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(UsageError, match="device cuda needs CuPy: pip install"):
@@ -328,7 +328,7 @@ def test_mistakes_are_told_before_anything_runs(
 def test_llama_cpp_is_compared_on_the_gpu_alone(model: Path, device: Device, tmp_path: Path) -> None:
     cap = cap_for(model, device, 1)
     path = program(tmp_path, answers([1.0], [1.0]))
-    with pytest.raises(UsageError, match="all layers must be on the GPU: 1 of 4 layers"):
+    with pytest.raises(UsageError, match="needs all layers on the GPU, but the layout is 1 of 4 layers"):
         gpu.measured(task_of(model, gpu_memory_bytes=cap), LlamaCpp(path, 0, 3, 2), 1)
 
 

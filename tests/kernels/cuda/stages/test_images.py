@@ -242,6 +242,6 @@ def test_what_does_not_fit_is_refused(opened: Open, cuda: CudaBackend, change: d
 def test_groups_with_latent_attention_are_refused(opened: Open, cuda: CudaBackend) -> None:
     stage = load_stage(cuda, opened("deepseek2"), limits=LIMITS)
     batch = batch_of([([5, 6, 7], range(3), [0])])
-    with pytest.raises(ValueError, match="which GPUs do not compute"):
+    with pytest.raises(ValueError, match="which GPUs do not support"):
         stage.run(replace(batch, groups=groups_of(range(3), [range(1, 3)])), None)
     stage.close()

@@ -96,7 +96,11 @@ class ControlRecord:
     def _write(self, term: int, drained: frozenset[str]) -> None:
         if newer := self.newer_term():
             raise SupersededError(f"{self.path}: a newer coordinator (term {newer}) owns the cluster")
-        self._written_term = term
-        if self.path is not None:
-            write_private(self.path, _WRITTEN.dump_json(_Written(term, drained)).decode())
+        before, self._written_term = self._written_term, term  # as soon as the file may have it, it is not a newer one
+        try:
+            if self.path is not None:
+                write_private(self.path, _WRITTEN.dump_json(_Written(term, drained)).decode())
+        except BaseException:
+            self._written_term = before
+            raise
         self._written_drained = drained

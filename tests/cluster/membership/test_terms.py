@@ -81,6 +81,17 @@ async def test_a_lost_records_term_is_exceeded_before_the_first_epoch(path: Path
     assert ControlRecord.begin(path).term == 10
 
 
+async def test_a_term_that_was_not_written_is_written_by_the_next_attempt(path: Path) -> None:
+    record = ControlRecord.begin(path)
+    path.unlink()
+    path.mkdir()  # a file cannot take its name
+    for _ in range(2):
+        with pytest.raises(LlamaclustError, match="cannot be written"):
+            await record.admits(7)
+    path.rmdir()
+    assert await record.admits(7) and ControlRecord.begin(path).term == 9
+
+
 async def test_a_worker_cannot_use_up_all_terms(path: Path) -> None:
     record = ControlRecord.begin(path)
     assert await record.admits(MAX_TERM) and record.term == (MAX_TERM >> 1) + 1

@@ -151,7 +151,7 @@ Mmproj = Annotated[
         "--mmproj",
         "-mm",
         metavar="FILE",
-        help="Projector of a vision model, or off to read no images. Default: the only projector next to the model.",
+        help="A vision model's projector, or 'off' to ignore images. Default: the only projector next to the model.",
     ),
 ]
 Overrides = Annotated[

@@ -60,7 +60,7 @@ def one_line(text: str, most: int = MAX_ONE_LINE) -> str:
 def worker_name(_: str, value: str) -> str:
     if not re.fullmatch(NAME, value):
         raise ProtocolError(
-            f"worker name {value[:80]!r} must be 1 to 63 letters, digits, '_', '.' or '-', no sign at either end"
+            f"worker name {value[:80]!r} must be 1 to 63 letters, digits or, but not first or last, '_', '.', '-'"
         )
     return value
 

@@ -95,7 +95,7 @@ class SamplingParams:
 
     @property
     def needs_state(self) -> bool:
-        """Returns whether a choice depends on more than earlier tokens. Mirostat needs the last result's mu."""
+        """Returns whether a choice needs more than the earlier tokens. Mirostat needs the last result's mu."""
         return self.chain is not None and self.chain.mirostat != 0
 
     @property
@@ -133,7 +133,7 @@ MAIN_NUMBERS: Final = ("temperature", "top_k", "top_p", "min_p")
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A grammar in llguidance's JSON. It covers the whole answer or, with `triggers`, the text from the first on."""
+    """A grammar in llguidance's JSON. It covers the whole answer or, with `triggers`, the text after a trigger."""
 
     definition: str
     triggers: tuple[str, ...] = ()

@@ -146,7 +146,7 @@ class Envelope(Generic[_Value]):
         return record.SerializeToString()
 
     def decode(self, data: bytes) -> _Value:
-        """Raises ProtocolError if `data` is another message, is of an unknown kind, or has a field out of bounds."""
+        """Raises ProtocolError if `data` is the wrong message, is of an unknown kind, or has a field out of bounds."""
         record: Any = parse(self._record, data, self._most_bytes)
         name = record.WhichOneof("kind")
         if name is None:

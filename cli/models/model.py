@@ -49,7 +49,7 @@ def pull(
     models: Annotated[list[str], Argument(metavar="MODEL...", help=MODEL_HELP)],
     as_lines: Annotated[
         bool,
-        Option("--json-lines", help="Print progress as lines of JSON, and no path at the end."),
+        Option("--json-lines", help="Print progress as JSON lines, without a final path."),
     ] = False,
 ) -> None:
     """Download models. An interrupted download is resumed, and the bytes are checked before use."""

@@ -111,7 +111,7 @@ def check_parts_on_gpus(config: ClusterConfig, expert_shards: int, gpus: Mapping
         for name in entry.names:
             if devices := gpus.get(name):
                 what = f"{', '.join(devices)} of {name} would be unused: {UNUSED_BY_PARTS}"
-                raise UsageError(f"the plan: {what}; set device: cpu for {name}, or divide no layers")
+                raise UsageError(f"the plan: {what}; set 'device: cpu' for {name}, or divide no layers")
 
 
 def _check_kv_disk(config: ClusterConfig, model: Model) -> None:

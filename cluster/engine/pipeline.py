@@ -32,7 +32,7 @@ class StageInfo:
 
     @property
     def layers(self) -> tuple[float, float]:
-        """The half-open range of layers. If a bound is inside a layer whose experts are divided, it is a fraction."""
+        """The half-open range of layers. A bound inside a layer whose experts are divided is a fraction."""
         return layer_place(self.start, self.expert_shards), layer_place(self.end, self.expert_shards)
 
 

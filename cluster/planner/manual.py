@@ -55,7 +55,7 @@ def check_possible(plan: Sequence[Assignment], possible: NDArray[np.bool_], expe
             if expert_shards > 1:
                 what += ", or a layer without so many experts"
             layers = layer_span(entry.start, entry.end, expert_shards)
-            raise UsageError(f"plan: layers {layers} of {entry.text}: a border {what}; borders may be {known}")
+            raise UsageError(f"plan: layers {layers} of {entry.text}: a bound {what}; allowed bounds: {known}")
 
 
 _Span = Callable[[int, int], str]

@@ -108,7 +108,7 @@ class EmbeddingCost:
 
 @dataclass(frozen=True, slots=True)
 class GroupCosts:
-    """The costs of a model in groups of `members` workers. The head counts as one more divided layer."""
+    """The costs of a model that `members` workers divide. The head counts as one more divided layer."""
 
     members: int
     model: ModelCosts

@@ -252,7 +252,7 @@ class RenewalFailed:
 
 @dataclass(frozen=True, slots=True)
 class PeerUnreachable:
-    """Reports that the connection to another worker's stage cannot be made, broke, or stopped transferring data."""
+    """Reports that the connection to another worker's stage failed to open, broke, or stopped transferring data."""
 
     epoch: int
     worker: WorkerName

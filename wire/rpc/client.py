@@ -53,7 +53,7 @@ class StreamBrokenError(WorkerError):
 
 
 class UnreachableError(StreamBrokenError):
-    """The stream's connection cannot be made, broke, or no longer transfers data."""
+    """The stream's connection failed to open, broke, or no longer transfers data."""
 
 
 def _options(answer_s: float) -> tuple[tuple[str, int], ...]:

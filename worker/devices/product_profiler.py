@@ -64,7 +64,7 @@ def _median_s(product_s: Callable[[], float], flush: CacheFlush | None) -> float
 
 
 def _matrices(quant_type: QuantType, feature_level: str) -> list[_native.PackedMatrix]:
-    """Fills matrices with copies of one tile of random weights. These use most points of a quant type's grid."""
+    """Fills matrices with copies of one tile of random weights, which use most points of a quant type's grid."""
     weights = np.random.default_rng(0).standard_normal((TILE_ROWS, _COLUMNS), np.float32)
     tile_bytes = quant_type.info.tile_bytes(_COLUMNS)
     n_bytes = tile_bytes * (_WEIGHT_ROWS // TILE_ROWS)

@@ -136,7 +136,7 @@ class Served(Case):
     type: QuantType = argument("type of the weights", chosen("type", TYPES))
     layers: int | None = option(None, "number of layers, at least 3; by default all of the shape", positive)
     hidden: int | None = option(None, "width in channels, for tests; by default the shape's width", positive)
-    delays: tuple[float, ...] = option((0.0, 0.1, 0.5, 2.0), "round trips of links in ms", listed(zero_or_more))
+    delays: tuple[float, ...] = option((0.0, 0.1, 0.5, 2.0), "round-trip times of links in ms", listed(zero_or_more))
     gbit: float = option(0.0, "Gbit/s at which a member receives; 0 for no limit", zero_or_more)
     shares: tuple[int, ...] = option((1, 1), "shares of the members", listed(positive))
     speeds: tuple[float, ...] = option((), "speeds of the members relative to a core; by default 1", listed(share))

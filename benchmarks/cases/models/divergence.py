@@ -32,7 +32,7 @@ _SAME = {"F32", "F16", "BF16"}
 
 @dataclass(frozen=True)
 class Divergence(Case):
-    """Effect of quantizing on predictions, compared with llama-quantize: KL divergence from the unquantized model.
+    """Compares quantized predictions with those of llama-quantize, by KL divergence from the unquantized model.
     The model is padded with zeros, so that all types fit. For mixes with `+`, both programs get the importance matrix
     of the second half of TEXT. The first chunks are predicted. Both files run in llamaclust's kernels and must have
     tensors of the same types. The ratio's standard error is computed over pairs of tokens."""

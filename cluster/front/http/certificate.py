@@ -218,8 +218,8 @@ def certificate_names(listen_hosts: Sequence[str], allowed_hosts: Sequence[str])
 
 
 def keep_self_signed(path: Path, names: Sequence[str]) -> None:
-    """Makes sure that the file holds a key and a self-signed certificate for these names, in PEM and with mode 0600. A
-    new certificate keeps the old names, because several machines may share the folder. Raises LlamaclustError."""
+    """Makes sure that the file (PEM, mode 0600) holds a key and a self-signed certificate for these names. A new
+    certificate keeps the old names, because several machines may share the folder. Raises LlamaclustError."""
     former = _former(path)
     now = datetime.now(UTC)
     if former is not None:

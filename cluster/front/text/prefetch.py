@@ -50,8 +50,8 @@ class Prefetch(Generic[_Result]):
         return result
 
     async def with_room(self, work: Callable[[], Awaitable[_Any]]) -> _Any:
-        """Awaits `work`. If memory is short, frees the next images' memory and does `work` again. Raises ParameterError
-        if `work` needs more memory than any request can have, and the errors of `room`."""
+        """Awaits `work`. If memory is short, frees the next images' memory and does `work` again. Raises the errors
+        of `room`, and ParameterError if `work` needs more memory than any request can have."""
         while True:
             try:
                 return await work()

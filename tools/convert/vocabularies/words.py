@@ -71,7 +71,7 @@ class Words:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A note on tokens that end an answer but have no GGUF key, except tokens that readers know by their text."""
+        """A note on end-of-answer tokens without a GGUF key, except those that programs recognize by their text."""
         written = self.ids.values()
         left = [shown(self.texts[end]) for end in self.ends if end not in written and not self._ends_by_text(end)]
         if not left:

@@ -217,7 +217,7 @@ def _compaction(item: Item, context: object) -> Item:
 
 
 def _summary(item: Item) -> str:
-    """Returns a summary's text. Raises ValueError if the text is empty or another server made it."""
+    """Returns a summary's text. Raises ValueError if the text is empty or from another server."""
     kind, summary_format, encoded = item["encrypted_content"].rpartition(_SUMMARY_FORMAT)
     try:
         summary = b64decode(encoded, validate=True).decode()

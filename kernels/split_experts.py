@@ -50,8 +50,8 @@ def mixtures_of(program: Program) -> tuple[Moe, ...]:
 
 
 def cached_lines(program: Program, limits: StageLimits) -> int:
-    """Returns the limit on row-expert pairs of a microbatch that uses the cache. Returns 0 if experts weigh their inputs
-    or have no gate, so that they cannot be computed one by one."""
+    """Returns the limit on row-expert pairs of a microbatch that uses the cache. Returns 0 if experts weigh their
+    inputs or have no gate, so that they cannot be computed one by one."""
     mixtures = mixtures_of(program)
     figures = {(step.used, step.experts, step.x.width, step.out.width) for step in mixtures}
     is_divisible = all((step.gate or step.fused) and not step.options.weighs_inputs for step in mixtures)

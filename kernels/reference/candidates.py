@@ -71,7 +71,7 @@ class Candidates:
         return np.asarray(x, np.float32)
 
     def weigh(self) -> list[int]:
-        """Returns each candidate's weight, exp(logit - largest logit), in units of 2^-40. Sums of these integers are exact."""
+        """Returns each candidate's exp(logit - largest logit), in units of 2^-40. Sums of these integers are exact."""
         self.w = [int(w) for w in np.rint(exp32(self._logits()).astype(np.float64) * UNIT_WEIGHT)]
         return self.w
 

@@ -87,7 +87,9 @@ def _check_rope_positions(positions: NDArray[np.int32], least: tuple[int, int], 
 
 def _check_given(given: GivenRows, rows: int, least_width: int) -> None:
     if given.values.ndim != 2 or len(given.values) != len(given.rows) or given.values.shape[1] < least_width:
-        raise ValueError(f"batch: the shape of given rows is {list(given.values.shape)}, expected {[len(given.rows), least_width]}")
+        raise ValueError(
+            f"batch: the shape of given rows is {list(given.values.shape)}, expected {[len(given.rows), least_width]}"
+        )
     least = 0
     for row in given.rows.tolist():
         check_range("given row", row, least, rows)

@@ -81,14 +81,22 @@ async def test_a_lost_records_term_is_exceeded_before_the_first_epoch(path: Path
     assert ControlRecord.begin(path).term == 10
 
 
+def _take_place(path: Path) -> None:
+    path.unlink()
+    path.mkdir()  # no file can replace it
+
+
+def _give_place(path: Path) -> None:
+    path.rmdir()
+
+
 async def test_a_term_that_was_not_written_is_written_by_the_next_attempt(path: Path) -> None:
     record = ControlRecord.begin(path)
-    path.unlink()
-    path.mkdir()  # a file cannot take its name
+    _take_place(path)
     for _ in range(2):
         with pytest.raises(LlamaclustError, match="cannot be written"):
             await record.admits(7)
-    path.rmdir()
+    _give_place(path)
     assert await record.admits(7) and ControlRecord.begin(path).term == 9
 
 

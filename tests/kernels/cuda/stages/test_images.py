@@ -225,8 +225,14 @@ def test_an_encoder_of_images(tmp_path: Path, cpu: CpuBackend, cuda: CudaBackend
         ({"rope_positions": np.full((3, 3), 1100, np.int32)}, "rope position is 1100"),
         ({"given": GivenRows(np.array([1, 1], np.int32), np.zeros((2, 192), np.float32))}, "given row is 1"),
         ({"given": GivenRows(np.array([3], np.int32), np.zeros((1, 192), np.float32))}, "given row is 3"),
-        ({"given": GivenRows(np.array([0], np.int32), np.zeros((1, 150), np.float32))}, r"given rows are \[1, 150\]"),
-        ({"given": GivenRows(np.array([0], np.int32), np.zeros((2, 192), np.float32))}, r"given rows are \[2, 192\]"),
+        (
+            {"given": GivenRows(np.array([0], np.int32), np.zeros((1, 150), np.float32))},
+            r"shape of given rows is \[1, 150\]",
+        ),
+        (
+            {"given": GivenRows(np.array([0], np.int32), np.zeros((2, 192), np.float32))},
+            r"shape of given rows is \[2, 192\]",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(opened: Open, cuda: CudaBackend, change: dict[str, object], reason: str) -> None:

@@ -94,8 +94,10 @@ class KeptReply:
         self._expire_later()
 
     def resume(self) -> None:
+        """Begins a postponed computation. While it runs, a background reply does not expire."""
         begin, self._postponed = self._postponed, None
         if begin is not None:
+            self._stop_timer()
             begin()
 
     async def begin(
@@ -218,6 +220,11 @@ class KeptReply:
             self._task = None  # its error refers to this object
         await self._computing.aclose()  # a task that is cancelled before its first step closes nothing
 
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def _expire_later(self) -> None:
         settings, is_background = self._owner.settings, self.context.is_background
         if not self.is_kept or self.is_read or self._timer is not None or (is_background and self.is_running):
@@ -247,9 +254,7 @@ class KeptReply:
     @contextmanager
     def reading(self) -> Iterator[LogReader]:
         """Yields a reader at the beginning of the log. The reply does not expire while it is being read."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._stop_timer()
         try:
             with LogReader(self.log) as reader:
                 self.resume()

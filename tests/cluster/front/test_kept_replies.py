@@ -61,7 +61,10 @@ class Endless:
     async def prepare(self, request: CompletionRequest, leases: RowLeases) -> GenerationRequest:
         return GenerationRequest("a", (), 1)
 
-    async def submit(self, request: CompletionRequest, ready: GenerationRequest, log: AnswerLog, prompt: int) -> Self:
+    async def choices(self, request: CompletionRequest, ready: GenerationRequest) -> list[GenerationRequest]:
+        return [ready]
+
+    def submit(self, request: CompletionRequest, choices: Sequence[Any], log: AnswerLog, prompt: int) -> Self:
         self.submitted += 1
         return self
 
@@ -210,7 +213,10 @@ class Long(Endless):
         self.chunk = TextChunk(text="x" * 656, rows=(RowResult(5, -1.0, top),) if top_logprobs else ())
         self.chunks = chunks
 
-    async def submit(self, request: CompletionRequest, ready: GenerationRequest, log: AnswerLog, prompt: int) -> Self:
+    async def choices(self, request: CompletionRequest, ready: GenerationRequest) -> list[GenerationRequest]:
+        return [ready]
+
+    def submit(self, request: CompletionRequest, choices: Sequence[Any], log: AnswerLog, prompt: int) -> Self:
         asyncio.get_running_loop().call_soon(self._append, log)
         return self
 

@@ -267,7 +267,7 @@ async def test_running_replies_are_bounded_together() -> None:
         await until(lambda: not more.is_running or not kept["unread"].is_running)
         assert kept["read"].is_running and kept["small"].is_running
         failed = kept["unread"] if more.is_running else more
-        with pytest.raises(HttpError, match="larger than 0 MiB together") as error:
+        with pytest.raises(HttpError, match="exceed 0 MiB together") as error:
             await read_all(failed)
         assert error.value.code == "reply_too_large" and failed.held_bytes == 0
         await until(lambda: bool(replies["unread"].closed) or failed is more)

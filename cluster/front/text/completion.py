@@ -92,6 +92,7 @@ class Completion:
         self._on_close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._choices.clear()  # each refers to this object
+        self._tasks.clear()  # likewise, by the error of one that was cancelled
 
     def _submit(self, choice: _Running) -> None:
         self._engine.begin(choice.generation, choice)

@@ -295,7 +295,7 @@ class TextService:
 
     async def count(self, chat: ChatRequest) -> int:
         with self._counted():
-            request = await self.chat_prompt(chat)
+            request = await self._format_of(chat).completion(chat, self._check_characters)
             if not isinstance(request.prompt, PromptImages):
                 return len(await self._prompt_ids(request.prompt, request))
             assert self.vision is not None, "bodies with images are refused"

@@ -94,8 +94,10 @@ class KeptReply:
         self._expire_later()
 
     def resume(self) -> None:
+        """Begins a postponed computation. While it runs, a background reply does not expire."""
         begin, self._postponed = self._postponed, None
         if begin is not None:
+            self._stop_timer()
             begin()
 
     async def begin(
@@ -106,7 +108,7 @@ class KeptReply:
         it. `until_s`, in event loop time, ends the retries in a busy cluster."""
         try:
             await self._submit(reply, until_s, is_recorded=admitted is not None or self.context.is_restored)
-            on_disk = None if admitted is None else self._owner.admit(self, admitted)
+            on_disk = None if admitted is None else self._owner.admit(self, admitted)  # in the turn of the submission
             self.context.images = {}  # they are computed, or in the journal
         except BaseException as error:
             self.end(error if isinstance(error, LlamaclustError) else RequestCancelledError())
@@ -144,7 +146,7 @@ class KeptReply:
         self._hold(_PROMPT_TOKEN_BYTES * _prompt_tokens(self.log))
 
     async def _compute(self, reply: Reply, *, is_recorded: bool) -> None:
-        """Submits all prompts with one seed. If one prompt is refused, none runs."""
+        """Submits all prompts with one seed in one turn of the event loop. If one prompt is refused, none runs."""
         service, computing = reply.service, self._computing
         try:
             requests = [identified(each, self.context, at) for at, each in enumerate(await reply.requests())]
@@ -156,8 +158,9 @@ class KeptReply:
             self.log.begin(generations, reply.content(is_kept=self.is_kept))
             if is_recorded and (journal := self._owner.journal) is not None:
                 Recording(journal, self.context, self.progressed).follow(self.log)
+            choices = [await service.choices(*each) for each in zip(requests, generations, strict=True)]
             for prompt, request in enumerate(requests):
-                completion = await service.submit(request, generations[prompt], self.log, prompt)
+                completion = service.submit(request, choices[prompt], self.log, prompt)
                 computing.push_async_callback(completion.aclose)
         except BaseException:
             await computing.aclose()
@@ -218,6 +221,11 @@ class KeptReply:
             self._task = None  # its error refers to this object
         await self._computing.aclose()  # a task that is cancelled before its first step closes nothing
 
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def _expire_later(self) -> None:
         settings, is_background = self._owner.settings, self.context.is_background
         if not self.is_kept or self.is_read or self._timer is not None or (is_background and self.is_running):
@@ -247,9 +255,7 @@ class KeptReply:
     @contextmanager
     def reading(self) -> Iterator[LogReader]:
         """Yields a reader at the beginning of the log. The reply does not expire while it is being read."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._stop_timer()
         try:
             with LogReader(self.log) as reader:
                 self.resume()

@@ -64,12 +64,14 @@ class Completion:
         self._shows_progress = log.content.with_progress
         self._shown: PromptProgress | None = None
         self._choices = [_Running(self, request, text, log.content.timed) for request, text in choices]
+        self._tasks: list[asyncio.Task[None]] = []
         try:
             self._submit(self._choices[0])
         except BaseException:
             self._choices.clear()  # each refers to this object
             raise
-        self._tasks = [asyncio.create_task(self._begin_later())] if len(choices) > 1 else []
+        if len(choices) > 1:
+            self._tasks.append(asyncio.create_task(self._begin_later()))
         if self._shows_progress:
             self._tasks.append(asyncio.create_task(self._watch_progress()))
         for task in self._tasks:
@@ -90,6 +92,7 @@ class Completion:
         self._on_close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._choices.clear()  # each refers to this object
+        self._tasks.clear()  # likewise, by the error of one that was cancelled
 
     def _submit(self, choice: _Running) -> None:
         self._engine.begin(choice.generation, choice)
@@ -142,6 +145,8 @@ class Completion:
                 self.log.end(self._prompt)
 
     def failed(self, error: BaseException) -> None:
+        for task in self._tasks:
+            task.cancel()
         for choice in self._choices:
             choice.abort_soon()
         self.log.end(self._prompt, error)
@@ -192,7 +197,6 @@ class _Running:
         self.request = None  # which refers to this object
         if not self._is_over:
             self._is_over = True
-            self._owner.primed()
             self._owner.failed(error or WorkerError("the request was ended before its answer was complete"))
 
     def abort_soon(self) -> None:

@@ -111,7 +111,7 @@ class TextService:
         with RowLeases() as leases:
             generation, log = await self.prepare(request, leases), AnswerLog()
             log.begin([generation], LogContent(RowStorage.STREAMED))
-            return await self.submit(request, generation, log, leases=leases)
+            return self.submit(request, await self.choices(request, generation), log, leases=leases)
 
     async def prepare(self, request: CompletionRequest, leases: RowLeases) -> GenerationRequest:
         """Returns the request in tokens, with its first choice. `leases` hold its images' rows until the caller closes
@@ -128,10 +128,17 @@ class TextService:
             breakers = await self._breakers(request)
         return replace(self._generation(request, prompt, breakers), images=images)
 
-    async def submit(
+    async def choices(self, request: CompletionRequest, generation: GenerationRequest) -> list[Choice]:
+        """Makes a prepared request's choices. Long begun answers and stop strings are read on a thread."""
+        make = partial(self._choices, request, generation)
+        with self._counted():
+            is_long = request.setup_characters > _BLOCKING_CHARACTERS
+            return await run_on(TOKENIZING, make) if is_long else make()
+
+    def submit(
         self,
         request: CompletionRequest,
-        generation: GenerationRequest,
+        choices: Sequence[Choice],
         log: AnswerLog,
         prompt: int = 0,
         leases: RowLeases | None = None,
@@ -141,14 +148,11 @@ class TextService:
 
         Raises ParameterError if a value is out of bounds, AdapterUnloadedError, QueueFullError, or WorkerError. Later
         errors end the log."""
-        held = ExitStack()
+        held, (generation, _) = ExitStack(), choices[0]
         try:
             held.enter_context(self._counted())
             if leases is not None:
                 held.enter_context(leases.moved())
-            make = partial(self._choices, request, generation)
-            is_long = request.setup_characters > _BLOCKING_CHARACTERS
-            choices = await run_on(TOKENIZING, make) if is_long else make()
             self.settings.adapters.use(generation.adapters, request.received_ns)
             held.callback(self.settings.adapters.release, generation.adapters)
             completion = Completion(self._engine, choices, log, prompt, held.close)
@@ -291,7 +295,7 @@ class TextService:
 
     async def count(self, chat: ChatRequest) -> int:
         with self._counted():
-            request = await self.chat_prompt(chat)
+            request = await self._format_of(chat).completion(chat, self._check_characters)
             if not isinstance(request.prompt, PromptImages):
                 return len(await self._prompt_ids(request.prompt, request))
             assert self.vision is not None, "bodies with images are refused"

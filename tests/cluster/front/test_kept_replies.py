@@ -61,7 +61,10 @@ class Endless:
     async def prepare(self, request: CompletionRequest, leases: RowLeases) -> GenerationRequest:
         return GenerationRequest("a", (), 1)
 
-    async def submit(self, request: CompletionRequest, ready: GenerationRequest, log: AnswerLog, prompt: int) -> Self:
+    async def choices(self, request: CompletionRequest, ready: GenerationRequest) -> list[GenerationRequest]:
+        return [ready]
+
+    def submit(self, request: CompletionRequest, choices: Sequence[Any], log: AnswerLog, prompt: int) -> Self:
         self.submitted += 1
         return self
 
@@ -210,7 +213,10 @@ class Long(Endless):
         self.chunk = TextChunk(text="x" * 656, rows=(RowResult(5, -1.0, top),) if top_logprobs else ())
         self.chunks = chunks
 
-    async def submit(self, request: CompletionRequest, ready: GenerationRequest, log: AnswerLog, prompt: int) -> Self:
+    async def choices(self, request: CompletionRequest, ready: GenerationRequest) -> list[GenerationRequest]:
+        return [ready]
+
+    def submit(self, request: CompletionRequest, choices: Sequence[Any], log: AnswerLog, prompt: int) -> Self:
         asyncio.get_running_loop().call_soon(self._append, log)
         return self
 
@@ -261,7 +267,7 @@ async def test_running_replies_are_bounded_together() -> None:
         await until(lambda: not more.is_running or not kept["unread"].is_running)
         assert kept["read"].is_running and kept["small"].is_running
         failed = kept["unread"] if more.is_running else more
-        with pytest.raises(HttpError, match="larger than 0 MiB together") as error:
+        with pytest.raises(HttpError, match="exceed 0 MiB together") as error:
             await read_all(failed)
         assert error.value.code == "reply_too_large" and failed.held_bytes == 0
         await until(lambda: bool(replies["unread"].closed) or failed is more)

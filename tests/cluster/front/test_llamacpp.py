@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from llamaclust.cluster.front.dialects.llamacpp.completions import LlamaCppBody
+from llamaclust.cluster.front.replies.handlers import Replies
 from support.clusters.served import (
     CONTEXT,
     END,
@@ -259,3 +260,18 @@ async def test_what_is_not_supported_is_refused_by_name(path: str) -> None:
 async def test_there_are_no_adapters() -> None:
     async with client(make_app(ScriptedEngine(says(ANSWER)))) as http:
         assert (await http.get("/lora-adapters")).json() == []
+
+
+async def test_endpoints_are_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    register, registered = Replies.endpoint, list[str]()
+
+    def noted(self: Replies, path: str, *given: Any) -> Any:
+        registered.append(path)
+        return register(self, path, *given)
+
+    monkeypatch.setattr(Replies, "endpoint", noted)
+    async with client(make_app(ScriptedEngine(says(ANSWER)))) as http:
+        begun = [*registered]
+        for path in ("/completion", "/completions"):
+            assert (await http.post(path, json={"prompt": "Hello"})).json()["content"] == ANSWER
+    assert begun and registered == begun

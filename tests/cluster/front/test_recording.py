@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from random import Random
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -15,10 +17,12 @@ from llamaclust.cluster.front.replies.recording import Recording
 from llamaclust.cluster.front.replies.reply import identified
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.request import CompletionRequest
+from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import RequestContext
+from llamaclust.cluster.state.journal_records import Instant, RequestContext, read_journal
 from llamaclust.core.errors import WorkerError
 from llamaclust.core.sampling import Grammar, Reasoning, RowResult
+from support.clusters.resumable import PATHS, KilledJournal, body_of, served, stream
 from support.seed import SEED
 
 GRAMMAR = Grammar("{}", origin="tools")
@@ -52,6 +56,30 @@ def test_of_slow_streams_at_most_a_second_is_missing(monkeypatch: pytest.MonkeyP
             assert all(now_s - at_s < 1.0 for at_s, _ in missing)
     for number, tokens in sampled.items():
         assert written.tokens[number] == [token for _, token in tokens][: len(written.tokens[number])]
+
+
+async def test_tokens_of_the_first_prompts_are_recorded_if_a_thread_makes_later_choices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, make, calls = asyncio.get_running_loop(), TextService._choices, list[str]()
+
+    async def turns() -> None:
+        for _ in range(5000):
+            await asyncio.sleep(0)
+
+    def slow(*given: Any) -> Any:
+        calls.append(threading.current_thread().name)
+        if len(calls) == 2:  # the engine has time to answer the first prompt
+            asyncio.run_coroutine_threadsafe(turns(), loop).result(60)
+        return make(*given)
+
+    monkeypatch.setattr(TextService, "_choices", slow)
+    path, body = tmp_path / "journal", body_of(PATHS[0], prompt=["Hello", "you"], stop=["z" * 3000])
+    async with served(path, KilledJournal) as server:
+        await stream(server.http, "POST", PATHS[0], json=body)
+    (left,) = read_journal(path, Instant.now())
+    assert calls[1].startswith("tokenize") and [*left.answered] == [(0, 0), (1, 0)]
+    assert max(map(len, left.answered.values())) >= 64
 
 
 def context(has_grammar: bool | None) -> RequestContext:

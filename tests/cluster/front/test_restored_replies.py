@@ -168,10 +168,10 @@ async def test_a_start_that_is_refused_halfway_leaves_no_trace(tmp_path: Path, m
     """The queue has room for the first of two prompts only: both are submitted again, and events have the same ids."""
     submit, refusals = TextService.submit, [False, True]
 
-    async def refusing(self: TextService, *arguments: Any) -> Completion:
+    def refusing(self: TextService, *arguments: Any) -> Completion:
         if refusals and refusals.pop(0):
             raise QueueFullError("the queue is full", 0.01)
-        return await submit(self, *arguments)
+        return submit(self, *arguments)
 
     body = body_of(PATHS[0], prompt=["Hello", "you"], max_tokens=3)
     async with served(tmp_path / "other") as server:

@@ -17,6 +17,7 @@ from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.foreign_fields import LLAMACPP
 from llamaclust.cluster.front.images.parts import base64_part, placed, takes_images
 from llamaclust.cluster.front.json_text import shown_progress, shown_timings
+from llamaclust.cluster.front.models import ApiModel
 from llamaclust.cluster.front.replies.reply import Event, Reply, View
 from llamaclust.cluster.front.sampling import (
     AdapterFields,
@@ -292,10 +293,14 @@ class Completions(TextCompletions):
 
     paths = ("/completions",)
 
+    def __init__(self, model: ApiModel, path: str) -> None:
+        super().__init__(model, path)
+        self._llamacpp = LlamaCppCompletion(model, *LlamaCppCompletion.paths)
+
     async def make(self, data: bytes, context: RequestContext) -> Reply:
         if await has_field(data, "model"):
             return await super().make(data, context)
-        return await LlamaCppCompletion(self.model, *LlamaCppCompletion.paths).make(data, context)
+        return await self._llamacpp.make(data, context)
 
 
 class LlamaCppView(View):

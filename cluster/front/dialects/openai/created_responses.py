@@ -76,7 +76,7 @@ class CreatedResponses:
             response = {**response, "status": Status.CANCELLED}
             key = self._key(request)
             begun = self._store.get(*key)
-            self._store.put(key[0], await stored_response(response, [] if begun is None else begun.input_items, ()))
+            self._store.replace(key[0], await stored_response(response, [] if begun is None else begun.input_items, ()))
             await self.replies.cache.forget(kept)
         return rendered(response)
 

@@ -19,7 +19,7 @@ from llamaclust.cluster.front.dialects.openai.response_schema import (
     ResponseHead,
     ResponsesBody,
 )
-from llamaclust.cluster.front.dialects.openai.response_store import Messages, ResponseStore, Storing
+from llamaclust.cluster.front.dialects.openai.response_store import Messages, ResponseStore
 from llamaclust.cluster.front.dialects.openai.response_view import CompactionView, ResponseView
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.front.dialects.openai.view import AnyGeneration, ChatView, CompletionView, OpenAiView
@@ -142,8 +142,8 @@ class Responses(_Continuing[ResponsesBody]):
         items, messages = await self._chat(body, context)
         chat = await parsed.chat(body.request, messages)
         head = ResponseHead(context.id, context.created, parsed.model, body)
-        storing = Storing(self._store, context.owner, items, messages) if body.store else None
         begun = head.begun
+        storing = self._store.storing(context.owner, begun["id"], items, messages) if body.store else None
         begin = partial(storing.begin, begun) if storing is not None and body.background else None
         complete = None if storing is None else storing.complete
         return Reply(

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 from llamaclust.cluster.front.dialects.openai.response_items import REFERENCE, Item, messages_of, with_ids
 from llamaclust.cluster.front.errors import HttpError
@@ -48,10 +49,16 @@ class ResponseStore:
         self._max_responses = max_responses
         self._max_bytes = max_bytes
         self._stored: dict[tuple[str, str], StoredResponse] = {}  # by owner and id, the oldest first
+        self._computed = WeakValueDictionary[tuple[str, str], Storing]()  # likewise; what is to store them
+
+    def storing(self, owner: str, response_id: str, input_items: Sequence[Item], messages: Messages) -> Storing:
+        """Returns what stores a response, unless `delete` or `replace` comes first. `messages` precede the answer."""
+        storing = self._computed[owner, response_id] = Storing(self, owner, input_items, messages)
+        return storing
 
     def put(self, owner: str, stored: StoredResponse) -> None:
-        """Stores or replaces a response. Deletes others to make room, unless the response alone exceeds the limit."""
-        self.delete(owner, stored.response["id"])
+        """Stores a response. Deletes others to make room, unless the response alone exceeds the limit."""
+        self._stored.pop((owner, stored.response["id"]), None)
         if stored.held_bytes <= self._max_bytes:
             self._make_room(stored.held_bytes)
             self._stored[owner, stored.response["id"]] = stored
@@ -59,8 +66,17 @@ class ResponseStore:
     def get(self, owner: str, response_id: str) -> StoredResponse | None:
         return self._stored.get((owner, response_id))
 
+    def replace(self, owner: str, stored: StoredResponse) -> None:
+        """Stores a cancelled response in place of what a thread may still render."""
+        self.delete(owner, stored.response["id"])
+        self.put(owner, stored)
+
     def delete(self, owner: str, response_id: str) -> bool:
-        return self._stored.pop((owner, response_id), None) is not None
+        """Deletes a response, also one that a thread may still render. Returns False if it was not stored."""
+        key = owner, response_id
+        if (storing := self._computed.pop(key, None)) is not None:
+            storing.is_done = True
+        return self._stored.pop(key, None) is not None
 
     def followed(self, owner: str, response_id: str) -> StoredResponse:
         """Returns the complete response that a request continues. Raises HttpError if there is none."""
@@ -112,7 +128,7 @@ class ResponseStore:
             held_bytes[name] -= self._stored.pop(oldest).held_bytes
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Storing:
     """Stores a response and its input items once for all readers. It must be made on the store's event loop."""
 
@@ -121,20 +137,22 @@ class Storing:
     input_items: Sequence[Item]
     messages: Messages  # of the chat before the answer
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
-    _is_done: bool = False
+    is_done: bool = False  # the complete response is stored, or must not be
 
     async def begin(self, response: dict[str, Any]) -> None:
-        self.store.put(self.owner, await stored_response(response, self.input_items, ()))
+        stored = await stored_response(response, self.input_items, ())
+        if not self.is_done:
+            self.store.put(self.owner, stored)
 
     def complete(self, response: dict[str, Any]) -> None:
         """Stores the complete response before its client gets the end of the reply. Thread-safe. Every reader of the
         reply calls this method."""
-        if not self._is_done:
+        if not self.is_done:
             messages = (*self.messages, *messages_of(response["output"]))
             stored = StoredResponse(response, with_ids(self.input_items, response["id"]), messages)
             self._loop.call_soon_threadsafe(self._put, stored)
 
     def _put(self, stored: StoredResponse) -> None:
-        if not self._is_done:
-            self._is_done = True
+        if not self.is_done:
+            self.is_done = True
             self.store.put(self.owner, stored)

@@ -60,6 +60,17 @@ async def test_an_ended_reply_leaves_no_cycle(tmp_path: Path, use: Any) -> None:
         assert not garbage, garbage.most_common()
 
 
+async def test_a_failed_reply_leaves_no_cycle(tmp_path: Path) -> None:
+    async with served(tmp_path / "journal") as here:
+        await _whole(here.http, PATHS[0], 0)
+        with _garbage() as garbage:
+            here.pipeline.failure = "broken"
+            reply = await here.http.post(PATHS[0], json=body_of(PATHS[0], n=3, stream=False))
+            assert reply.json()["error"]["message"] == "broken"
+            await _ended(here)
+        assert not garbage, garbage.most_common()
+
+
 async def _ended(here: Served) -> None:
     await until(lambda: is_idle(here.engine) and not here.replies.cache._entries)
     for _ in range(3):

@@ -92,7 +92,7 @@ async def test_an_unloaded_adapter_is_neither_listed_nor_named_by_requests() -> 
         after = await http.post("/v1/completions", json={"model": "poet", "prompt": "Hi"})
         assert after.status_code == 404 and after.json()["error"]["code"] == "model_not_found"
         numbered = await http.post("/v1/completions", json={"lora": [{"id": 0, "scale": 1.0}], "prompt": "Hi"})
-        assert numbered.status_code == 400 and "id 0" in numbered.json()["error"]["message"]
+        assert numbered.status_code == 400 and "adapter 0" in numbered.json()["error"]["message"]
 
 
 async def test_requests_use_an_adapter_until_they_end() -> None:

@@ -1,14 +1,17 @@
-"""Responses with large tools or chats: the event loop neither renders nor measures them."""
+"""Responses with large tools or chats are rendered and measured on threads, and not stored if they end meanwhile."""
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from llamaclust.cluster.front import json_text
 from llamaclust.cluster.front.dialects.openai import response_store
+from llamaclust.cluster.front.dialects.openai.response_store import ResponseStore, Storing
 from support.clusters.served import ScriptedEngine, ended_response, events_of, says
 from support.clusters.tool_chats import served
 
@@ -80,3 +83,66 @@ async def test_a_large_chat_is_continued(background: bool, monkeypatch: pytest.M
             created = (await http.post(PATH, json={**more, "background": background})).json()
             assert (await ended_response(http, created["id"]))["status"] == "completed"
     assert on_loop.large == []
+
+
+class HeldThreads:
+    """Threads that stop in a function of a module until they are let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> None:
+        self.has_come, self.may_go = threading.Event(), threading.Event()
+        function = getattr(module, name)
+
+        def held(*given: Any) -> Any:
+            assert threading.current_thread() is not threading.main_thread()
+            self.has_come.set()
+            assert self.may_go.wait(60)
+            return function(*given)
+
+        monkeypatch.setattr(module, name, held)
+
+    async def come(self) -> None:
+        assert await asyncio.to_thread(self.has_come.wait, 60)
+
+
+@pytest.mark.parametrize("is_deleted", [True, False])
+async def test_a_response_that_is_ended_while_a_thread_renders_it_does_not_come_back(
+    is_deleted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, rendered, complete = ScriptedEngine(says("Yes.")), threading.Event(), Storing.complete
+
+    def noted(storing: Storing, response: dict[str, Any]) -> None:
+        complete(storing, response)
+        rendered.set()
+
+    monkeypatch.setattr(Storing, "complete", noted)
+    engine.gate.clear()
+    async with served(engine) as http:
+        body = {"input": "A", "tools": TOOLS, "tool_choice": "none", "background": True}
+        path = f"{PATH}/{(await http.post(PATH, json=body)).json()['id']}"
+        rendering = HeldThreads(monkeypatch, response_store, "messages_of")
+        if is_deleted:
+            engine.gate.set()
+            await rendering.come()
+            assert (await http.delete(path)).json()["deleted"]
+        else:
+            storing = HeldThreads(monkeypatch, response_store, "with_ids")
+            cancelling = asyncio.create_task(http.post(f"{path}/cancel"))
+            await storing.come()
+            engine.gate.set()
+            await rendering.come()
+            storing.may_go.set()
+            assert (await cancelling).json()["status"] == "cancelled"
+        rendering.may_go.set()
+        assert await asyncio.to_thread(rendered.wait, 60)
+        left = await http.get(path)
+    assert left.status_code == 404 if is_deleted else left.json()["status"] == "cancelled"
+
+
+async def test_a_response_that_is_deleted_before_it_is_stored_is_not_stored() -> None:
+    store = ResponseStore()
+    storing = store.storing("a", "resp_1", [], ())
+    beginning = asyncio.create_task(storing.begin({"id": "resp_1", "output": [""] * 2000}))
+    await asyncio.sleep(0)
+    assert not store.delete("a", "resp_1")
+    await beginning
+    assert store.get("a", "resp_1") is None

@@ -127,6 +127,22 @@ async def test_a_complete_response_has_time_to_be_computed_again(tmp_path: Path)
     assert response["status"] in ("completed", "incomplete")
 
 
+async def test_a_restored_response_does_not_expire_while_it_is_computed_for_a_poller(tmp_path: Path) -> None:
+    async with served(tmp_path / "journal", KilledJournal) as server:
+        created = (await server.http.post(PATH, json=BODY)).json()
+        await ended_response(server.http, created["id"])
+    async with served(tmp_path / "journal") as server:
+        kept = server.replies.cache.named("", created["id"])
+        assert kept is not None and (expiry := kept._timer) is not None
+        server.pipeline.gate.clear()
+        running = (await server.http.get(f"{PATH}/{created['id']}")).json()
+        assert running["status"] in ("queued", "in_progress") and expiry.cancelled() and kept._timer is None
+        server.pipeline.gate.set()
+        response = await ended_response(server.http, created["id"])
+        await until(lambda: kept._timer is not None)
+    assert response["status"] in ("completed", "incomplete")
+
+
 async def test_without_a_client_a_restored_response_leaves_the_journal(tmp_path: Path) -> None:
     """After `timeouts.resume`, as replies of other endpoints; one in the background is kept for longer."""
     path, foreground = tmp_path / "journal", BODY | {"background": False, "stream": True}

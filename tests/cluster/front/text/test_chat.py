@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -48,3 +49,15 @@ async def test_a_long_continued_message_is_refused_before_its_tags_are_read(monk
     assert not read
     await service.chat(ChatRequest(({"role": "assistant", "content": text[1:]},)))
     assert read == [text[1:]]
+
+
+async def test_a_chat_whose_tokens_are_counted_is_one_active_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    service, active, complete = make_service(ScriptedEngine(says("a"))), list[int](), ChatFormat.completion
+
+    async def seeing(self: ChatFormat, chat: ChatRequest, check: Callable[[int], None]) -> CompletionRequest:
+        active.append(service.active_requests)
+        return await complete(self, chat, check)
+
+    monkeypatch.setattr(ChatFormat, "completion", seeing)
+    assert await service.count(ChatRequest(({"role": "user", "content": "Hello"},))) > 0
+    assert active == [1] and service.active_requests == 0

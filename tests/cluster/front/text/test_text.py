@@ -213,6 +213,21 @@ async def test_an_error_reaches_the_reader_and_ends_all_choices() -> None:
     assert texts and engine.running == 0
 
 
+@pytest.mark.parametrize("tokens", [0, 1])
+async def test_after_an_error_no_further_choice_is_submitted(tokens: int) -> None:
+    """Neither before the first token, nor when the later choices wait for a place in the queue."""
+    engine = ScriptedEngine(says("a b c d"), failure=WorkerError("lost"), failure_after=tokens)
+    engine.gate.clear()
+    async with await make_service(engine).start(replace(GENERATION, n=3)) as running:
+        engine.refusal = QueueFullError("full", 0.0)
+        engine.gate.set()
+        await running.log.wait_over()
+        engine.refusal = None
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert len(engine.submitted) == 1
+
+
 async def test_refusals_come_before_anything_runs() -> None:
     engine = ScriptedEngine(says("a"), refusal=QueueFullError("full", 3.0))
     service = make_service(engine)

@@ -124,7 +124,7 @@ async def test_adapters_have_no_copies() -> None:
                 ("/api/create", {"from": source, "model": destination}),
             ):
                 reply = await http.post(path, json=body)
-                assert reply.status_code == 403 and "adapters in the cluster file" in reply.text, reply.text
+                assert reply.status_code == 403 and "`adapters` in the cluster file" in reply.text, reply.text
         assert (await http.post("/api/copy", json={"source": MODEL, "destination": "other"})).status_code == 200
         names = [tag["name"] for tag in (await http.get("/api/tags")).json()["models"]]
     assert names == [f"{name}:latest" for name in (MODEL, "poet", "clerk", "other")]

@@ -17,7 +17,7 @@ from llamaclust.worker.groups.bands import BandChoice
 from llamaclust.worker.groups.checked_gathers import checked_gathers
 from llamaclust.worker.groups.member_links import MemberLinks
 from llamaclust.worker.stage.arrival import Arrival
-from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT, SampledTokensBox, read_sampled_tokens
+from llamaclust.worker.stage.dependencies import MOST_IN_FLIGHT, SampledTokensBox, read_sampled_tokens
 
 _LENGTH = struct.Struct("<I")
 
@@ -51,7 +51,7 @@ class Leader:
         if a member does not take the step, or computes such numbers again. Passes on a WorkerError, because all members
         raise it. Raises MemberFailedError after any other error."""
         assert self._links is not None, "a stream is accepted when the links are open"
-        rows = arrival.rows
+        rows = arrival.frame.rows
         is_whole = rows >= LEAST_BANDED_ROWS and arrival.has_groups
         self._links.bands = bands = 1 if is_whole else self._choice.of(rows)
         self._links.send_step(self._epoch, self._steps, encode_step(arrival.data, followed, bands))

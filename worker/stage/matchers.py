@@ -14,10 +14,11 @@ from typing import Final
 
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.sampling import AllowedTokens, MatcherRow, RowResult
+from llamaclust.kernels._native import SamplingTasks
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
+from llamaclust.worker.stage.dependencies import MOST_IN_FLIGHT
 from llamaclust.worker.stage.matched_answer import DEFERRED, MatchedAnswer, MatcherTime
-from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT
-from llamaclust.worker.stage.step_inputs import MatcherInputs
+from llamaclust.worker.stage.step_inputs import StepInputs
 
 _ALONE_S: Final = 0.05
 """The longest wait in seconds for matchers if all rows need matchers. Deferred rows would only come again."""
@@ -35,7 +36,7 @@ class StageMatchers:
         self._most = most
         self._lock = Lock()  # of the two below: an answer goes from one to the other when its first step begins
         self._answers: dict[int, MatchedAnswer] = {}  # by key
-        self._starting: dict[tuple[int, int], MatchedAnswer] = {}  # by microbatch and key
+        self._changes: dict[tuple[int, int], MatchedAnswer | None] = {}  # by microbatch and key; None: a release
         self._rows: dict[MatchedAnswer, deque[tuple[int, MatcherRow]]] = {}  # of the step, with their places
         self._deferred: list[int] = []  # of the step: places of rows that are to be computed again
         self._last: dict[MatchedAnswer, int] = {}  # of the step: places of the last rows that count
@@ -44,10 +45,10 @@ class StageMatchers:
 
     def clear(self) -> None:
         with self._lock:
-            for answer in (*self._answers.values(), *self._starting.values()):
+            for answer in (*self._answers.values(), *filter(None, self._changes.values())):
                 answer.is_released = True
             self._answers.clear()
-            self._starting.clear()
+            self._changes.clear()
 
     def close(self) -> None:
         self.clear()
@@ -57,45 +58,51 @@ class StageMatchers:
         """Reads the vocabulary before an answer needs it, because a large one takes most of a second."""
         self._thread.submit(self._prepare)
 
-    def receive(self, inputs: MatcherInputs) -> None:
+    def receive(self, inputs: StepInputs) -> None:
         """Drops the matchers of released answers, and starts new ones. Raises ProtocolError if too many start."""
-        for key in inputs.released:
-            if (answer := self._find(inputs.number, key)) is not None:
+        number = inputs.tasks.number
+        for key in inputs.tasks.released:
+            if (answer := self._find(number, key)) is not None:
                 answer.is_released = True
-        for start in inputs.starts:
-            if len(self._starting) >= MOST_IN_FLIGHT * self._most:
-                raise ProtocolError(f"more than {MOST_IN_FLIGHT * self._most} matchers are starting")
-            answer = MatchedAnswer(start)
-            with self._lock:
-                self._starting[inputs.number, start.key] = answer
+                with self._lock:
+                    self._changes[number, key] = None
+        if not inputs.starts:
+            return
+        starts = {(number, start.key): MatchedAnswer(start) for start in inputs.starts}
+        with self._lock:
+            self._changes |= starts
+            starting = sum(answer is not None for answer in self._changes.values())
+        if starting > MOST_IN_FLIGHT * self._most:
+            raise ProtocolError(f"more than {MOST_IN_FLIGHT * self._most} matchers are starting")
+        for answer in starts.values():
             self._make(answer)
 
-    async def ready(self, inputs: MatcherInputs) -> None:
+    async def ready(self, tasks: SamplingTasks) -> None:
         """Waits until the step's matchers are ready, or until its other rows cannot wait longer."""
-        making, timeout_s = self._awaited(inputs)
+        making, timeout_s = self._awaited(tasks)
         if making:
             await asyncio.wait(list(map(asyncio.wrap_future, making)), timeout=timeout_s)
 
-    def wait_ready(self, inputs: MatcherInputs) -> None:
-        making, timeout_s = self._awaited(inputs)
+    def wait_ready(self, tasks: SamplingTasks) -> None:
+        making, timeout_s = self._awaited(tasks)
         wait(making, timeout_s)
 
-    def _awaited(self, inputs: MatcherInputs) -> tuple[list[Future[None]], float]:
-        answers = [self._find(inputs.number, row.key) for _, row in inputs.rows]
+    def _awaited(self, tasks: SamplingTasks) -> tuple[list[Future[None]], float]:
+        answers = [self._find(tasks.number, key) for _, key, *_ in tasks.matcher_rows]
         late = [answer for answer in answers if not (answer is None or answer.is_released or answer.ready.done())]
         first = [answer for answer in late if not answer.is_waited_for]
-        is_alone = len(late) == inputs.outputs
+        is_alone = len(late) == tasks.rows
         return [answer.ready for answer in (late if is_alone else first)], _ALONE_S if is_alone else _FIRST_S
 
-    def begin(self, inputs: MatcherInputs) -> list[int]:
-        """Returns the places of rows whose answer may only end. Raises ProtocolError if a row has no matcher."""
+    def begin(self, tasks: SamplingTasks) -> list[int]:
+        """Returns the places of rows whose answer may only end. `tasks` must be complete, because only then are rows
+        marked as drafted. Raises ProtocolError if a row has no matcher."""
         with self._lock:
-            for key in inputs.released:
-                self._answers.pop(key, None)
-            self._admit(inputs.number)
+            self._admit(tasks.number)
         self._rows, self._deferred, self._last = {}, [], {}
         complete: list[int] = []
-        for place, row in inputs.rows:
+        for place, key, position, drafted in tasks.matcher_rows:
+            row = MatcherRow(key, position, drafted)
             if (answer := self._answers.get(row.key)) is None:
                 raise ProtocolError(f"got a row of answer {row.key}, but this worker has no matcher for it")
             if (row.drafted is None) == (answer in self._rows):
@@ -163,28 +170,22 @@ class StageMatchers:
 
     def _find(self, number: int, key: int) -> MatchedAnswer | None:
         with self._lock:
-            started = [start for start in self._starting if start[0] <= number and start[1] == key]
-            return self._starting[max(started)] if started else self._answers.get(key)
+            changes = [change for change in self._changes if change[0] <= number and change[1] == key]
+            return self._changes[max(changes)] if changes else self._answers.get(key)
 
     def _admit(self, number: int) -> None:
-        for start in list(self._starting):
-            if start[0] <= number:
-                self._answers[start[1]] = self._starting.pop(start)
+        """Applies all changes up to this step in order, because steps without rows or with a failure do not begin."""
+        for change in list(self._changes):
+            if change[0] <= number:
+                if (answer := self._changes.pop(change)) is None:
+                    self._answers.pop(change[1], None)
+                else:
+                    self._answers[change[1]] = answer
         if len(self._answers) > self._most:
             raise ProtocolError(f"matchers of {len(self._answers)} answers exceed the limit of {self._most}")
 
     def _make(self, answer: MatchedAnswer) -> None:
-        answer.ready = self._thread.submit(self._make_now, answer)
-
-    def _make_now(self, answer: MatchedAnswer) -> None:
-        if not answer.begin_making():
-            return
-        try:
-            vocabulary = self._prepare()
-        except Exception as error:  # noqa: BLE001  a border: one answer fails
-            answer.fail(error)
-            return
-        answer.make_matcher(vocabulary)
+        answer.ready = self._thread.submit(answer.make_matcher, self._prepare)
 
     def _prepare(self) -> GrammarVocabulary:
         if self._vocabulary is None:

@@ -20,7 +20,7 @@ from llamaclust.wire.microbatch.frames import encode_hidden
 from llamaclust.wire.microbatch.inputs import encode_inputs
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SampledTokens, SamplingInputs
 from llamaclust.wire.microbatch.results import decode_result
-from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
+from llamaclust.worker.stage.dependencies import SampledTokensBox
 from llamaclust.worker.stage.stage_runner import batch_of
 from llamaclust.worker.stage.step_inputs import StepInputs
 
@@ -87,7 +87,7 @@ class Step:
             "frames": self.frames,
             "arrays": lambda: batch_of(self._read),
             "inputs out": lambda: encode_inputs(self._inputs),
-            "inputs in": lambda: StepInputs.read(self._tasks).for_matchers,
+            "inputs in": lambda: StepInputs.read(self._tasks).tasks.matcher_rows,
             "sample": self.result,
             "result in": lambda: decode_result(self._result),
             "tokens in": lambda: _native.read_sampled_tokens(self._sampled, MAX_BATCH_TOKENS, MAX_VOCABULARY),

@@ -33,9 +33,9 @@ class StageMatchers:
         self._read_vocabulary = vocabulary
         self._vocabulary: GrammarVocabulary | None = None
         self._most = most
-        self._lock = Lock()  # of the two below: an answer goes from one to the other when its first step begins
+        self._lock = Lock()  # of the two below: a step that begins applies the changes to the answers
         self._answers: dict[int, MatchedAnswer] = {}  # by key
-        self._starting: dict[tuple[int, int], MatchedAnswer] = {}  # by microbatch and key
+        self._changes: dict[tuple[int, int], MatchedAnswer | None] = {}  # by microbatch and key; None: a release
         self._rows: dict[MatchedAnswer, deque[tuple[int, MatcherRow]]] = {}  # of the step, with their places
         self._deferred: list[int] = []  # of the step: places of rows that are to be computed again
         self._last: dict[MatchedAnswer, int] = {}  # of the step: places of the last rows that count
@@ -44,10 +44,10 @@ class StageMatchers:
 
     def clear(self) -> None:
         with self._lock:
-            for answer in (*self._answers.values(), *self._starting.values()):
+            for answer in (*self._answers.values(), *filter(None, self._changes.values())):
                 answer.is_released = True
             self._answers.clear()
-            self._starting.clear()
+            self._changes.clear()
 
     def close(self) -> None:
         self.clear()
@@ -62,12 +62,17 @@ class StageMatchers:
         for key in inputs.released:
             if (answer := self._find(inputs.number, key)) is not None:
                 answer.is_released = True
-        for start in inputs.starts:
-            if len(self._starting) >= MOST_IN_FLIGHT * self._most:
-                raise ProtocolError(f"more than {MOST_IN_FLIGHT * self._most} matchers are starting")
-            answer = MatchedAnswer(start)
-            with self._lock:
-                self._starting[inputs.number, start.key] = answer
+                with self._lock:
+                    self._changes[inputs.number, key] = None
+        if not inputs.starts:
+            return
+        starts = {(inputs.number, start.key): MatchedAnswer(start) for start in inputs.starts}
+        with self._lock:
+            self._changes |= starts
+            starting = sum(answer is not None for answer in self._changes.values())
+        if starting > MOST_IN_FLIGHT * self._most:
+            raise ProtocolError(f"more than {MOST_IN_FLIGHT * self._most} matchers are starting")
+        for answer in starts.values():
             self._make(answer)
 
     async def ready(self, inputs: MatcherInputs) -> None:
@@ -90,8 +95,6 @@ class StageMatchers:
     def begin(self, inputs: MatcherInputs) -> list[int]:
         """Returns the places of rows whose answer may only end. Raises ProtocolError if a row has no matcher."""
         with self._lock:
-            for key in inputs.released:
-                self._answers.pop(key, None)
             self._admit(inputs.number)
         self._rows, self._deferred, self._last = {}, [], {}
         complete: list[int] = []
@@ -163,13 +166,17 @@ class StageMatchers:
 
     def _find(self, number: int, key: int) -> MatchedAnswer | None:
         with self._lock:
-            started = [start for start in self._starting if start[0] <= number and start[1] == key]
-            return self._starting[max(started)] if started else self._answers.get(key)
+            changes = [change for change in self._changes if change[0] <= number and change[1] == key]
+            return self._changes[max(changes)] if changes else self._answers.get(key)
 
     def _admit(self, number: int) -> None:
-        for start in list(self._starting):
-            if start[0] <= number:
-                self._answers[start[1]] = self._starting.pop(start)
+        """Applies all changes up to this step in order, because steps without rows or with a failure do not begin."""
+        for change in list(self._changes):
+            if change[0] <= number:
+                if (answer := self._changes.pop(change)) is None:
+                    self._answers.pop(change[1], None)
+                else:
+                    self._answers[change[1]] = answer
         if len(self._answers) > self._most:
             raise ProtocolError(f"matchers of {len(self._answers)} answers exceed the limit of {self._most}")
 

@@ -62,7 +62,7 @@ def inputs_of(number: int, *tasks: Task, released: tuple[int, ...] = ()) -> Matc
 def begin(stage: StageMatchers, inputs: MatcherInputs) -> list[int]:
     """The places of rows that only the end may follow, when its matchers are ready."""
     stage.receive(inputs)
-    for answer in (*stage._starting.values(), *stage._answers.values()):
+    for answer in (*filter(None, stage._changes.values()), *stage._answers.values()):
         answer.ready.result(30)
     return stage.begin(inputs)
 

@@ -52,7 +52,7 @@ class OtherThread:
         self._lock.release()
 
 
-class Starting(dict[Any, Any]):
+class Changes(dict[Any, Any]):
     """Another thread begins between a look at the keys, or the removal of one, and what follows."""
 
     after_look: OtherThread | None = None
@@ -74,7 +74,7 @@ class Starting(dict[Any, Any]):
 @pytest.fixture
 def stage() -> Iterator[StageMatchers]:
     made = StageMatchers(lambda: VOCABULARY, most=3)
-    made._starting = Starting()
+    made._changes = Changes()
     yield made
     made.close()
 
@@ -82,20 +82,20 @@ def stage() -> Iterator[StageMatchers]:
 def test_an_answer_is_found_while_a_step_admits_it(stage: StageMatchers) -> None:
     inputs = inputs_of(0, task(1, 0, ABC))
     stage.receive(inputs)
-    (answer,) = stage._starting.values()
-    assert isinstance(stage._starting, Starting)
-    other = stage._starting.after_look = OtherThread(stage, lambda: stage.begin(inputs))
+    (answer,) = stage._changes.values()
+    assert isinstance(stage._changes, Changes)
+    other = stage._changes.after_look = OtherThread(stage, lambda: stage.begin(inputs))
     assert stage._find(0, 1) is answer
     other.end()
-    assert stage._find(0, 1) is answer and not stage._starting
+    assert stage._find(0, 1) is answer and not stage._changes
 
 
 def test_a_release_is_seen_while_a_step_admits_what_it_releases(stage: StageMatchers) -> None:
     inputs = inputs_of(0, task(1, 0, ABC))
     stage.receive(inputs)
-    (answer,) = stage._starting.values()
-    assert isinstance(stage._starting, Starting)
-    other = stage._starting.after_pop = OtherThread(stage, lambda: stage.receive(inputs_of(1, released=(1,))))
+    (answer,) = stage._changes.values()
+    assert isinstance(stage._changes, Changes)
+    other = stage._changes.after_pop = OtherThread(stage, lambda: stage.receive(inputs_of(1, released=(1,))))
     stage.begin(inputs)
     other.end()
-    assert answer.is_released
+    assert answer is not None and answer.is_released

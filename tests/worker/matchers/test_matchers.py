@@ -221,7 +221,7 @@ def test_matchers_of_answers_that_are_released_are_not_made(stage: StageMatchers
     stage.receive(first)
     stage.receive(second)
     go_on.set()
-    for answer in stage._starting.values():
+    for answer in filter(None, stage._changes.values()):
         answer.ready.result(30)
     asyncio.run(stage.ready(first))
     stage.begin(first)
@@ -234,7 +234,8 @@ def test_no_matchers_of_an_epoch_that_is_over_are_made(stage: StageMatchers) -> 
     go_on = threading.Event()
     stage._thread.submit(go_on.wait, 30)
     stage.receive(inputs_of(0, task(1, 0, ABC)))
-    (answer,) = stage._starting.values()
+    (answer,) = stage._changes.values()
+    assert answer is not None
     stage.clear()
     go_on.set()
     answer.ready.result(30)
@@ -357,6 +358,21 @@ def test_answers_that_end_before_they_begin_do_not_stop_the_stage(stage: StageMa
     for number in range(4):
         keys = range(3 * number, 3 * number + 3)
         stage.begin(inputs_of(number, *(task(key, 0) for key in keys), released=tuple(key - 3 for key in keys)))
+
+
+def test_answers_released_before_their_first_row_leave_no_matcher(stage: StageMatchers) -> None:
+    """A start comes with a prompt's first chunk, which has no rows and begins no step."""
+    for key in range(4):
+        stage.receive(inputs_of(2 * key, task(key, 0, ABC)))
+        begin(stage, inputs_of(2 * key + 1, released=(key,)))
+        assert not stage._answers
+
+
+def test_an_answer_released_in_a_step_that_failed_is_dropped_by_the_next(stage: StageMatchers) -> None:
+    step(stage, 0, task(1, 0, ABC), says="a")
+    stage.receive(inputs_of(1, released=(1,)))
+    step(stage, 2, task(2, 0, ABC), says="a")
+    assert list(stage._answers) == [2]
 
 
 def test_no_more_answers_start_than_a_coordinator_has_in_flight(

@@ -122,6 +122,17 @@ async def test_a_step_far_beyond_its_usual_time_ends_the_process(monkeypatch: py
     compute.close()
 
 
+async def test_a_short_step_with_a_limit_that_hangs_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be computed on the event loop if it had no limit."""
+    monkeypatch.setattr("llamaclust.worker.stage.compute._WATCH_S", 0.005)
+    compute, go_on = Compute(), threading.Event()
+    with pytest.raises(DeviceLostError, match="the GPU hangs"):
+        await compute.while_able(compute.run(lambda: go_on.wait(5), expected_ns=0, limit_s=0.05))
+    go_on.set()
+    await compute.idle(5.0)
+    compute.close()
+
+
 def test_what_a_step_may_take() -> None:
     assert step_limit_s(500_000_000, on_gpus=True) == 40.0
     assert step_limit_s(None, on_gpus=True) == inf  # kernels are compiled

@@ -48,8 +48,9 @@ class Compute:
         threading.Thread(target=self._work, args=(niceness,), name="compute", daemon=True).start()
 
     async def run(self, job: Callable[[], _Answer], *, expected_ns: int = INLINE_NS, limit_s: float = inf) -> _Answer:
-        """Returns the job's result or raises its error. A job that has begun runs to its end even if cancelled."""
-        if expected_ns < self._inline_ns and self._queued == 0:
+        """Returns the job's result or raises its error. A job that has begun runs to its end even if cancelled. A job
+        with a limit never runs on the event loop, because the loop watches the limit."""
+        if expected_ns < self._inline_ns and limit_s == inf and self._queued == 0:
             return job()
         return await asyncio.shield(self.queue(job, limit_s=limit_s))
 

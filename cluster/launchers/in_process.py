@@ -204,7 +204,7 @@ class LocalStage:
 
     def start(self, microbatch: Microbatch, inputs: SamplingInputs) -> asyncio.Future[Result]:
         received = StepInputs.read(encode_inputs(inputs))
-        self.matchers.receive(received.for_matchers)
+        self.matchers.receive(received)
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self._thread, self._compute, microbatch, received, perf_counter_ns())
 
@@ -213,7 +213,7 @@ class LocalStage:
         runner, frame = self._runner, self._runner.read(microbatch)
         self._sampled_tokens.fill(frame)
         logits = runner.run_frame(frame)
-        self.matchers.wait_ready(inputs.for_matchers)
+        self.matchers.wait_ready(inputs.tasks)
         outputs = runner.finish_step(logits, inputs)
         self._sampled_tokens.put(SampledTokens(microbatch.number, tuple(outputs.rows.tokens)))
         compute_ns = perf_counter_ns() - started_ns - outputs.drafting_ns

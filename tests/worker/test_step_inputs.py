@@ -246,7 +246,7 @@ def test_histories_go_on_with_the_chunk_s_tokens(work: list[Chunk], data: st.Dat
     rows = sampler.run(logits, expected.tasks) if outputs else ()
     assert repr(row_results(sampler.sample(logits, native.tasks))) == repr(rows)
     matched = [task.matcher for task in expected.tasks if isinstance(task, SampleTask) and task.matcher is not None]
-    assert [row for _, row in native.for_matchers.rows] == matched
+    assert [MatcherRow(key, place, token) for _, key, place, token in native.tasks.matcher_rows] == matched
 
 
 def test_tasks_that_are_not_as_many_as_output_rows_are_refused() -> None:

@@ -151,7 +151,7 @@ class StageLoop:
 
     def put_inputs(self, inputs: StepInputs) -> None:
         self.dependencies.put_inputs(inputs)
-        self.runner.matchers.receive(inputs.for_matchers)
+        self.runner.matchers.receive(inputs)
 
     async def compute(self, arrival: Arrival) -> asyncio.Future[Answer]:
         """Returns when the next microbatch may begin. The answer is done by then, unless the thread still computes a
@@ -177,7 +177,7 @@ class StageLoop:
 
     async def _inputs(self, arrival: Arrival) -> StepInputs:
         inputs = await self.dependencies.inputs(arrival.number)
-        await self.runner.matchers.ready(inputs.for_matchers)
+        await self.runner.matchers.ready(inputs.tasks)
         return inputs
 
     def _whole_step(self, kind: _Kind, arrival: Arrival, inputs: StepInputs) -> Answer:

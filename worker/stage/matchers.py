@@ -14,10 +14,11 @@ from typing import Final
 
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.sampling import AllowedTokens, MatcherRow, RowResult
+from llamaclust.kernels._native import SamplingTasks
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from llamaclust.worker.stage.matched_answer import DEFERRED, MatchedAnswer, MatcherTime
 from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT
-from llamaclust.worker.stage.step_inputs import MatcherInputs
+from llamaclust.worker.stage.step_inputs import StepInputs
 
 _ALONE_S: Final = 0.05
 """The longest wait in seconds for matchers if all rows need matchers. Deferred rows would only come again."""
@@ -57,16 +58,17 @@ class StageMatchers:
         """Reads the vocabulary before an answer needs it, because a large one takes most of a second."""
         self._thread.submit(self._prepare)
 
-    def receive(self, inputs: MatcherInputs) -> None:
+    def receive(self, inputs: StepInputs) -> None:
         """Drops the matchers of released answers, and starts new ones. Raises ProtocolError if too many start."""
-        for key in inputs.released:
-            if (answer := self._find(inputs.number, key)) is not None:
+        number = inputs.tasks.number
+        for key in inputs.tasks.released:
+            if (answer := self._find(number, key)) is not None:
                 answer.is_released = True
                 with self._lock:
-                    self._changes[inputs.number, key] = None
+                    self._changes[number, key] = None
         if not inputs.starts:
             return
-        starts = {(inputs.number, start.key): MatchedAnswer(start) for start in inputs.starts}
+        starts = {(number, start.key): MatchedAnswer(start) for start in inputs.starts}
         with self._lock:
             self._changes |= starts
             starting = sum(answer is not None for answer in self._changes.values())
@@ -75,30 +77,32 @@ class StageMatchers:
         for answer in starts.values():
             self._make(answer)
 
-    async def ready(self, inputs: MatcherInputs) -> None:
+    async def ready(self, tasks: SamplingTasks) -> None:
         """Waits until the step's matchers are ready, or until its other rows cannot wait longer."""
-        making, timeout_s = self._awaited(inputs)
+        making, timeout_s = self._awaited(tasks)
         if making:
             await asyncio.wait(list(map(asyncio.wrap_future, making)), timeout=timeout_s)
 
-    def wait_ready(self, inputs: MatcherInputs) -> None:
-        making, timeout_s = self._awaited(inputs)
+    def wait_ready(self, tasks: SamplingTasks) -> None:
+        making, timeout_s = self._awaited(tasks)
         wait(making, timeout_s)
 
-    def _awaited(self, inputs: MatcherInputs) -> tuple[list[Future[None]], float]:
-        answers = [self._find(inputs.number, row.key) for _, row in inputs.rows]
+    def _awaited(self, tasks: SamplingTasks) -> tuple[list[Future[None]], float]:
+        answers = [self._find(tasks.number, key) for _, key, *_ in tasks.matcher_rows]
         late = [answer for answer in answers if not (answer is None or answer.is_released or answer.ready.done())]
         first = [answer for answer in late if not answer.is_waited_for]
-        is_alone = len(late) == inputs.outputs
+        is_alone = len(late) == tasks.rows
         return [answer.ready for answer in (late if is_alone else first)], _ALONE_S if is_alone else _FIRST_S
 
-    def begin(self, inputs: MatcherInputs) -> list[int]:
-        """Returns the places of rows whose answer may only end. Raises ProtocolError if a row has no matcher."""
+    def begin(self, tasks: SamplingTasks) -> list[int]:
+        """Returns the places of rows whose answer may only end. `tasks` must be complete, because only then are rows
+        marked as drafted. Raises ProtocolError if a row has no matcher."""
         with self._lock:
-            self._admit(inputs.number)
+            self._admit(tasks.number)
         self._rows, self._deferred, self._last = {}, [], {}
         complete: list[int] = []
-        for place, row in inputs.rows:
+        for place, key, position, drafted in tasks.matcher_rows:
+            row = MatcherRow(key, position, drafted)
             if (answer := self._answers.get(row.key)) is None:
                 raise ProtocolError(f"got a row of answer {row.key}, but this worker has no matcher for it")
             if (row.drafted is None) == (answer in self._rows):

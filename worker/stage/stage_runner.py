@@ -296,10 +296,9 @@ class StageRunner:
         assert self._sampler is not None, "only a last stage has logits"
         tasks = inputs.tasks
         tasks.complete(self._last)
-        matched = inputs.for_matchers
-        if not (matched.rows or matched.released):
+        if not (tasks.matcher_rows or tasks.released):
             return self._sampler.sample(logits, tasks)
-        for place in self.matchers.begin(matched):
+        for place in self.matchers.begin(tasks):
             tasks.allow_suppressed(place)
         outcomes = self._sampler.sample(logits, tasks)
         results = [*row_results(outcomes)]
@@ -308,7 +307,7 @@ class StageRunner:
             found = row_results(self._sampler.sample(_rows_of(logits, [*refused]), again))
             for place, row in zip(refused, found, strict=True):
                 results[place] = row
-        for place, _ in matched.rows:
+        for place, *_ in tasks.matcher_rows:
             set_result(outcomes, place, results[place])
         return outcomes
 

@@ -7,7 +7,7 @@ from functools import cache
 
 from llamaclust.core import limits, sampling_bounds
 from llamaclust.core.sampler_chain import CHAIN
-from llamaclust.core.sampling import PARAMS, MatcherRow, MatcherStart
+from llamaclust.core.sampling import PARAMS, MatcherStart
 from llamaclust.kernels._native import InputsReader, SamplingTasks
 from llamaclust.wire.microbatch.codec import MAX_INPUTS_BYTES, MAX_INPUTS_TOKENS, MAX_RELEASED
 from llamaclust.wire.microbatch.matchers import starts_in
@@ -33,30 +33,12 @@ def _reader() -> InputsReader:
 
 
 @dataclass(frozen=True, slots=True)
-class MatcherInputs:
-    number: int  # of the microbatch
-    outputs: int  # rows in all
-    rows: tuple[tuple[int, MatcherRow], ...]  # with their places
-    released: tuple[int, ...] = ()  # keys of answers that have ended, or wait
-    starts: tuple[MatcherStart, ...] = ()  # of answers whose rows are in this microbatch or in later ones
-
-
-@dataclass(frozen=True, slots=True)
 class StepInputs:
     tasks: SamplingTasks
-    starts: tuple[MatcherStart, ...]
+    starts: tuple[MatcherStart, ...]  # of answers whose rows are in this microbatch or in later ones
 
     @classmethod
     def read(cls, data: bytes) -> StepInputs:
         tasks = _reader().read(data)
         starts = tasks.starts
         return cls(tasks, starts_in(starts) if starts else ())
-
-    @property
-    def for_matchers(self) -> MatcherInputs:
-        """The inputs for matchers. Rows are marked as drafted only once the tasks are complete."""
-        tasks = self.tasks
-        rows = tuple(
-            (place, MatcherRow(key, position, drafted)) for place, key, position, drafted in tasks.matcher_rows
-        )
-        return MatcherInputs(tasks.number, tasks.rows, rows, tuple(tasks.released), self.starts)

@@ -87,7 +87,7 @@ class Step:
             "frames": self.frames,
             "arrays": lambda: batch_of(self._read),
             "inputs out": lambda: encode_inputs(self._inputs),
-            "inputs in": lambda: StepInputs.read(self._tasks).for_matchers,
+            "inputs in": lambda: StepInputs.read(self._tasks).tasks.matcher_rows,
             "sample": self.result,
             "result in": lambda: decode_result(self._result),
             "tokens in": lambda: _native.read_sampled_tokens(self._sampled, MAX_BATCH_TOKENS, MAX_VOCABULARY),

@@ -17,9 +17,14 @@ from llamaclust.core.sampling import (
 )
 from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
+from llamaclust.wire.microbatch.codec import encode_microbatch
+from llamaclust.wire.microbatch.frames import encode_hidden
+from llamaclust.wire.microbatch.inputs import encode_inputs
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from llamaclust.worker.stage.matchers import StageMatchers
-from llamaclust.worker.stage.step_inputs import MatcherInputs
+from llamaclust.worker.stage.step_inputs import StepInputs
 from support.chat.random_schemas import token_set
+from support.wire.frame_reader import MODEL_ID, wire_reader
 
 END = 256
 VOCABULARY = GrammarVocabulary(
@@ -53,18 +58,31 @@ def task(
     return Task(SampleTask(SamplingParams(), 0, 0, 9, suppressed=suppressed, matcher=row), start)
 
 
-def inputs_of(number: int, *tasks: Task, released: tuple[int, ...] = ()) -> MatcherInputs:
+def inputs_of(number: int, *tasks: Task, released: tuple[int, ...] = ()) -> StepInputs:
+    """The inputs as a last stage reads them, complete: each drafted row is in the chunk of the row before it."""
     starts = tuple(each.start for each in tasks if each.start is not None)
-    rows = tuple((place, each.row.matcher) for place, each in enumerate(tasks) if each.row.matcher is not None)
-    return MatcherInputs(number, len(tasks), rows, released, starts)
+    chunks: list[list[int]] = []
+    for each in tasks:
+        assert each.row.matcher is not None
+        if each.row.matcher.drafted is None:
+            chunks.append([0])
+        else:
+            chunks[-1].append(each.row.matcher.drafted)
+    rows = tuple(each.row for each in tasks)
+    inputs = StepInputs.read(encode_inputs(SamplingInputs(1, number, rows, released, starts)))
+    if chunks:
+        work = tuple(Chunk(tuple(tokens), 0, (2 * place, 2), len(tokens)) for place, tokens in enumerate(chunks))
+        microbatch = Microbatch(MODEL_ID, 1, number, work)
+        inputs.tasks.complete(wire_reader(MODEL_ID).read(encode_hidden(encode_microbatch(microbatch))))
+    return inputs
 
 
-def begin(stage: StageMatchers, inputs: MatcherInputs) -> list[int]:
+def begin(stage: StageMatchers, inputs: StepInputs) -> list[int]:
     """The places of rows that only the end may follow, when its matchers are ready."""
     stage.receive(inputs)
     for answer in (*filter(None, stage._changes.values()), *stage._answers.values()):
         answer.ready.result(30)
-    return stage.begin(inputs)
+    return stage.begin(inputs.tasks)
 
 
 def step(

@@ -31,7 +31,7 @@ from llamaclust.wire.microbatch.messages import (
     StageTiming,
 )
 from llamaclust.worker.stage.sampled_tokens import read_sampled_tokens
-from llamaclust.worker.stage.step_inputs import MatcherInputs, StepInputs
+from llamaclust.worker.stage.step_inputs import StepInputs
 from support.wire.frame_reader import GIVEN_WIDTH, SECTIONS, wire_reader
 
 PREFIX = struct.Struct("<4sBBHII")
@@ -184,9 +184,10 @@ def decode_inputs(data: bytes) -> SamplingInputs:
     """Reads with both readers, which agree. ProtocolError as of the native one."""
     native, plain = StepInputs.read(data), plain_inputs(data)
     rows = [(place, task.matcher) for place, task in enumerate(plain.tasks) if isinstance(task, SampleTask)]
-    matched = tuple((place, row) for place, row in rows if row is not None)
-    expected = MatcherInputs(plain.number, len(plain.tasks), matched, plain.released, plain.starts)
-    assert native.for_matchers == expected and native.tasks.epoch == plain.epoch
+    matched = [(place, row.key, row.position, row.drafted) for place, row in rows if row is not None]
+    tasks = native.tasks
+    assert (tasks.epoch, tasks.number, tasks.rows) == (plain.epoch, plain.number, len(plain.tasks))
+    assert (tasks.matcher_rows, tuple(tasks.released), native.starts) == (matched, plain.released, plain.starts)
     assert native.tasks.scored == [isinstance(task, ScoreTask) for task in plain.tasks]
     return plain
 

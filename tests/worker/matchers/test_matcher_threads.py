@@ -84,7 +84,7 @@ def test_an_answer_is_found_while_a_step_admits_it(stage: StageMatchers) -> None
     stage.receive(inputs)
     (answer,) = stage._changes.values()
     assert isinstance(stage._changes, Changes)
-    other = stage._changes.after_look = OtherThread(stage, lambda: stage.begin(inputs))
+    other = stage._changes.after_look = OtherThread(stage, lambda: stage.begin(inputs.tasks))
     assert stage._find(0, 1) is answer
     other.end()
     assert stage._find(0, 1) is answer and not stage._changes
@@ -96,6 +96,6 @@ def test_a_release_is_seen_while_a_step_admits_what_it_releases(stage: StageMatc
     (answer,) = stage._changes.values()
     assert isinstance(stage._changes, Changes)
     other = stage._changes.after_pop = OtherThread(stage, lambda: stage.receive(inputs_of(1, released=(1,))))
-    stage.begin(inputs)
+    stage.begin(inputs.tasks)
     other.end()
     assert answer is not None and answer.is_released

@@ -206,7 +206,7 @@ def test_a_grammar_that_is_not_ready_in_time_fails_its_answer(
     inputs = inputs_of(0, task(1, 0, ABC), task(2, 0, ABC))
     stage.receive(inputs)
     assert began.wait(30)
-    stage.begin(inputs)
+    stage.begin(inputs.tasks)
     (late, queued), _ = taken(stage, (sampled("a"), sampled("a")))
     go_on.set()
     assert late.failure == "the grammar was not ready in -1 s" and queued is DEFERRED
@@ -223,10 +223,10 @@ def test_matchers_of_answers_that_are_released_are_not_made(stage: StageMatchers
     go_on.set()
     for answer in filter(None, stage._changes.values()):
         answer.ready.result(30)
-    asyncio.run(stage.ready(first))
-    stage.begin(first)
+    asyncio.run(stage.ready(first.tasks))
+    stage.begin(first.tasks)
     assert taken(stage, (sampled("a"), sampled("a"))) == ([DEFERRED, DEFERRED], {})
-    stage.begin(second)
+    stage.begin(second.tasks)
     assert taken(stage, (sampled("a"),)) == ([sampled("a")], {})
 
 
@@ -250,8 +250,8 @@ def test_rows_whose_matcher_is_not_ready_are_deferred_and_the_others_go_on(stage
     stage.receive(inputs_of(1, task(1, 0, ABC)))
     for number, row in enumerate((0, 0, 1), start=1):
         inputs = inputs_of(number, task(1, row), task(2, number))
-        asyncio.run(stage.ready(inputs))
-        stage.begin(inputs)
+        asyncio.run(stage.ready(inputs.tasks))
+        stage.begin(inputs.tasks)
         results, refused = taken(stage, (sampled("x"), sampled("acd."[number])))
         assert results == [DEFERRED, sampled("acd."[number])] and not refused
     go_on.set()
@@ -269,7 +269,7 @@ def test_no_row_passes_a_deferred_one(stage: StageMatchers) -> None:
     grammar = definitions.of_regex("ca[de]", "guided_regex")
     inputs = inputs_of(0, task(1, 0, grammar, may_force=True))
     stage.receive(inputs)
-    stage.begin(inputs)
+    stage.begin(inputs.tasks)
     assert taken(stage, (sampled("x"),)) == ([DEFERRED], {})
     go_on.set()
     assert step(stage, 1, task(1, 1), says="x")[1] == (DEFERRED,)
@@ -285,10 +285,10 @@ def test_a_step_without_other_rows_waits_for_matchers(stage: StageMatchers, monk
 
     async def ready() -> None:
         asyncio.get_running_loop().call_soon(go_on.set)
-        await stage.ready(inputs)
+        await stage.ready(inputs.tasks)
 
     asyncio.run(ready())
-    stage.begin(inputs)
+    stage.begin(inputs.tasks)
     assert taken(stage, (sampled("a"),)) == ([sampled("a")], {})
 
 
@@ -357,7 +357,7 @@ def test_answers_that_end_before_they_begin_do_not_stop_the_stage(stage: StageMa
         stage.receive(inputs_of(number, *(task(key, 0, ABC) for key in keys), released=ended))
     for number in range(4):
         keys = range(3 * number, 3 * number + 3)
-        stage.begin(inputs_of(number, *(task(key, 0) for key in keys), released=tuple(key - 3 for key in keys)))
+        stage.begin(inputs_of(number, *(task(key, 0) for key in keys)).tasks)
 
 
 def test_answers_released_before_their_first_row_leave_no_matcher(stage: StageMatchers) -> None:

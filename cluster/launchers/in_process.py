@@ -42,7 +42,7 @@ from llamaclust.wire.microbatch.results import decode_result
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.devices.whole_model import held_layers, load_whole
 from llamaclust.worker.settings import WorkerSettings
-from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
+from llamaclust.worker.stage.dependencies import SampledTokensBox
 from llamaclust.worker.stage.step_inputs import StepInputs
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from llamaclust.wire.microbatch.codec import encode_microbatch, encode_sampled_t
 from llamaclust.wire.microbatch.frames import encode_hidden
 from llamaclust.wire.microbatch.messages import Chunk, ImageRows, Microbatch, SampledTokens, StageTiming
 from llamaclust.worker.stage.arrival import Arrival
-from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
+from llamaclust.worker.stage.dependencies import SampledTokensBox
 from llamaclust.worker.stage.stage_runner import StageRunner, batch_of
 from support.clusters.real_cluster import LIMITS as STAGE_LIMITS
 from support.clusters.stage_chain import runner_of

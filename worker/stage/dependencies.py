@@ -4,16 +4,60 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Container
+from time import perf_counter_ns
 
 from llamaclust.core.epochs import place_text
-from llamaclust.core.errors import LlamaclustError, ProtocolError
+from llamaclust.core.errors import LlamaclustError, ProtocolError, WorkerError
+from llamaclust.core.limits import MAX_BATCH_TOKENS
+from llamaclust.core.sampling_bounds import MAX_VOCABULARY
+from llamaclust.kernels import _native
+from llamaclust.wire.microbatch.codec import MAX_STAGES
 from llamaclust.wire.microbatch.messages import SampledTokens
 from llamaclust.wire.rpc.deadlines import deadline
-from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT, SampledTokensBox
 from llamaclust.worker.stage.step_inputs import StepInputs
 
+MOST_IN_FLIGHT = 2 * MAX_STAGES + 4  # microbatches: no coordinator has more
 _TOKENS_S = 600.0
 """The longest time in seconds that a microbatch waits for tokens. A coordinator without a result gives up earlier."""
+
+
+def read_sampled_tokens(data: bytes) -> SampledTokens:
+    number, tokens = _native.read_sampled_tokens(data, MAX_BATCH_TOKENS, MAX_VOCABULARY)
+    return SampledTokens(number, tuple(tokens))
+
+
+class SampledTokensBox:
+    """The sampled tokens of an epoch's newest microbatches."""
+
+    def __init__(self) -> None:
+        self._came: dict[int, tuple[SampledTokens, int]] = {}  # with its perf_counter_ns, by ascending number
+
+    def __contains__(self, number: object) -> bool:
+        return number in self._came
+
+    def put(self, sampled: SampledTokens) -> None:
+        newest = next(reversed(self._came), -1)
+        if sampled.number <= newest:
+            raise ProtocolError(f"tokens of microbatch {sampled.number} came after those of {newest}")
+        self._came[sampled.number] = sampled, perf_counter_ns()
+        if len(self._came) > MOST_IN_FLIGHT:
+            del self._came[next(iter(self._came))]
+
+    def came_ns(self, number: int | None) -> int:
+        """Returns the perf_counter_ns time at which a microbatch's tokens came, or 0 if they have not come."""
+        return self._came[number][1] if number in self._came else 0
+
+    def fill(self, frame: _native.MicrobatchFrame) -> list[SampledTokens]:
+        """Fills in and returns the tokens that the frame depends on. Raises WorkerError if one is unknown."""
+        followed = []
+        for number in frame.depends_on:
+            sampled = self._came[number][0] if number in self._came else SampledTokens(number, ())
+            if not frame.fill(number, sampled.tokens):
+                row = max(row for before, row in frame.dependencies if before == number)
+                known = len(sampled.tokens)
+                raise WorkerError(f"row {row} of microbatch {number} has no token to follow: {known} are known")
+            followed.append(sampled)
+        return followed
 
 
 class Dependencies:
@@ -21,13 +65,13 @@ class Dependencies:
 
     def __init__(self, epoch: int, inputs_s: float) -> None:
         self.tokens = SampledTokensBox()
+        self.awaits_tokens = False
         self._epoch = epoch
         self._inputs_s = inputs_s
         self._inputs: dict[int, StepInputs] = {}
         self._next_put = self._next_done = 0
         self._came = asyncio.Event()
         self._broken: LlamaclustError | None = None
-        self.awaits_tokens = False
 
     def put_inputs(self, inputs: StepInputs) -> None:
         """Raises ProtocolError if inputs are out of order or too many. Drops inputs of a finished microbatch."""

@@ -17,7 +17,7 @@ from llamaclust.worker.groups.bands import BandChoice
 from llamaclust.worker.groups.checked_gathers import checked_gathers
 from llamaclust.worker.groups.member_links import MemberLinks
 from llamaclust.worker.stage.arrival import Arrival
-from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT, SampledTokensBox, read_sampled_tokens
+from llamaclust.worker.stage.dependencies import MOST_IN_FLIGHT, SampledTokensBox, read_sampled_tokens
 
 _LENGTH = struct.Struct("<I")
 

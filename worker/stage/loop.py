@@ -210,11 +210,9 @@ class StageLoop:
     def _run_layers(self, arrival: Arrival) -> Logits:
         """Fills in tokens on the first stage, as later stages read none. Raises WorkerError if a token is unknown."""
         runner, frame = self.runner, arrival.frame
-        if runner.program.is_first:
-            self._tokens.fill(frame)
+        followed = self._tokens.fill(frame) if runner.program.is_first else []
         if self._leader is None:
             return runner.run_frame(frame)
-        followed = self._tokens.all_of(frame.depends_on if runner.program.is_first else [])
         checked = runner.program if frame.checked_chunks else None
         with self._leader.step(arrival, followed, checked):
             return runner.run_frame(frame)

@@ -16,8 +16,8 @@ from llamaclust.core.errors import ProtocolError
 from llamaclust.core.sampling import AllowedTokens, MatcherRow, RowResult
 from llamaclust.kernels._native import SamplingTasks
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
+from llamaclust.worker.stage.dependencies import MOST_IN_FLIGHT
 from llamaclust.worker.stage.matched_answer import DEFERRED, MatchedAnswer, MatcherTime
-from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT
 from llamaclust.worker.stage.step_inputs import StepInputs
 
 _ALONE_S: Final = 0.05

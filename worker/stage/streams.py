@@ -19,9 +19,9 @@ from llamaclust.wire.rpc.methods import FORWARD, SAMPLED_TOKENS
 from llamaclust.wire.rpc.server import ServerStream
 from llamaclust.wire.security.credentials import Principal
 from llamaclust.worker.groups.member_links import MemberLinks
+from llamaclust.worker.stage.dependencies import read_sampled_tokens
 from llamaclust.worker.stage.leading import MemberFailedError
 from llamaclust.worker.stage.loop import StageContext, StageLoop
-from llamaclust.worker.stage.sampled_tokens import read_sampled_tokens
 from llamaclust.worker.stage.stage_runner import StageRunner
 from llamaclust.worker.stage.step_inputs import StepInputs
 

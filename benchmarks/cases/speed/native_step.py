@@ -20,7 +20,7 @@ from llamaclust.wire.microbatch.frames import encode_hidden
 from llamaclust.wire.microbatch.inputs import encode_inputs
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SampledTokens, SamplingInputs
 from llamaclust.wire.microbatch.results import decode_result
-from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
+from llamaclust.worker.stage.dependencies import SampledTokensBox
 from llamaclust.worker.stage.stage_runner import batch_of
 from llamaclust.worker.stage.step_inputs import StepInputs
 

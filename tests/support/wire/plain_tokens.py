@@ -7,7 +7,7 @@ from dataclasses import replace
 from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SampledTokens, SamplingInputs
-from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
+from llamaclust.worker.stage.dependencies import SampledTokensBox
 
 
 def sampled_tokens_of(number: int, rows: tuple[RowResult, ...]) -> SampledTokens:
@@ -44,7 +44,7 @@ class PlainTokensBox(SampledTokensBox):
         return replace(chunk, tokens=(self._token(*chunk.depends_on),), depends_on=None)
 
     def _token(self, number: int, row: int) -> int:
-        tokens = self.all_of([number])[0].tokens if number in self else ()
+        tokens = self._came[number][0].tokens if number in self else ()
         if row >= len(tokens):
             raise WorkerError(f"row {row} of microbatch {number} has no token to follow: {len(tokens)} are known")
         return tokens[row]

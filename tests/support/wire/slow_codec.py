@@ -30,7 +30,7 @@ from llamaclust.wire.microbatch.messages import (
     SamplingInputs,
     StageTiming,
 )
-from llamaclust.worker.stage.sampled_tokens import read_sampled_tokens
+from llamaclust.worker.stage.dependencies import read_sampled_tokens
 from llamaclust.worker.stage.step_inputs import StepInputs
 from support.wire.frame_reader import GIVEN_WIDTH, SECTIONS, wire_reader
 

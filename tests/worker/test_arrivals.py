@@ -236,12 +236,12 @@ def test_stages_compute_frames_as_they_compute_batches(model: Model, backend: Ba
     tokens.put(SampledTokens(4, (3, 5)))
     chunks = (Chunk((1, 2, 4), 0, (0, 2), 1), Chunk((0,), 0, (2, 1), 1, (4, 1)))
     microbatch = Microbatch(model.model_id, 1, 5, chunks)
-    first = Arrival.read(encode_hidden(encode_microbatch(microbatch)), runners[0], 10, 20)
+    first = Arrival.read(encode_hidden(encode_microbatch(microbatch)), runners[0].reader, 10, 20)
     tokens.fill(first.frame)
     hidden = runners[0].run_frame(first.frame)
-    passed_on = first.next_frame(hidden, StageTiming(1, 2, 3, first.rows))
-    last = Arrival.read(passed_on, runners[1], 10, 20)
-    assert (last.rows, last.frame.attended, last.newest_dependency, last.failure) == (4, 10, 4, None)
+    passed_on = first.next_frame(hidden, StageTiming(1, 2, 3, first.frame.rows))
+    last = Arrival.read(passed_on, runners[1].reader, 10, 20)
+    assert (last.frame.rows, last.frame.attended, last.newest_dependency, last.failure) == (4, 10, 4, None)
     logits = runners[1].run_frame(last.frame)
     assert isinstance(logits, np.ndarray)
     filled, found = tokens.filled(microbatch), logits.tobytes()
@@ -252,10 +252,10 @@ def test_a_token_that_is_missing_is_an_error(model: Model) -> None:
     runner, chunk = runner_of(model, 0, 1), Chunk((0,), 4, (0, 2), 1, (0, 0))
     frame = encode_hidden(encode_microbatch(Microbatch(model.model_id, 1, 1, (chunk,))))
     with pytest.raises(WorkerError, match="row 0 of microbatch 0 has no token to follow: 0 are known"):
-        SampledTokensBox().fill(Arrival.read(frame, runner, 0, 0).frame)
+        SampledTokensBox().fill(Arrival.read(frame, runner.reader, 0, 0).frame)
 
 
 def test_a_failure_is_read_as_one_safe_line(model: Model) -> None:
     header = encode_microbatch(Microbatch(model.model_id, 1, 1, (Chunk((1,), 4, (0, 2), 1),)))
     frame = encode_frame(header, (), failure="worker b:\nout of \x1b[31mmemory")
-    assert Arrival.read(frame, runner_of(model, 1, 2), 0, 0).failure == "worker b: out of [31mmemory"
+    assert Arrival.read(frame, runner_of(model, 1, 2).reader, 0, 0).failure == "worker b: out of [31mmemory"

@@ -77,7 +77,7 @@ async def test_a_leader_announces_no_microbatch_that_does_not_fit(
     announced: list[int] = []
 
     def step(arrival: Arrival, followed: object, checked: object) -> nullcontext[None]:
-        announced.append(arrival.rows)
+        announced.append(arrival.frame.rows)
         return nullcontext()
 
     leader: Any = SimpleNamespace(step=step)

@@ -19,7 +19,6 @@ from llamaclust.wire.microbatch.messages import StageTiming
 if TYPE_CHECKING:
     from llamaclust.model.loader import Model
     from llamaclust.model.program import Program
-    from llamaclust.worker.stage.stage_runner import StageRunner
 
 
 def frame_reader(program: Program, limits: StageLimits, model: Model, vocabulary: int) -> FrameReader:
@@ -59,23 +58,15 @@ class Arrival:
     newest_dependency: int | None  # the last microbatch that it follows
 
     @classmethod
-    def read(cls, data: bytes, runner: StageRunner, received_ns: int, wire_ns: int) -> Arrival:
-        frame = runner.reader.read(data)
+    def read(cls, data: bytes, reader: FrameReader, received_ns: int, wire_ns: int) -> Arrival:
+        frame = reader.read(data)
         return cls(data, frame, received_ns, wire_ns, max(frame.depends_on, default=None))
-
-    @property
-    def rows(self) -> int:
-        return self.frame.rows
 
     @property
     def has_groups(self) -> bool:
         """True if rows see later rows of the batch. Bands of rows would compute these too late."""
         *_, groups, _ = self.frame.arrays
         return groups is not None
-
-    @property
-    def number(self) -> int:
-        return self.frame.number
 
     @property
     def failure(self) -> str | None:

@@ -85,7 +85,7 @@ class FollowingStage:
     def _step(self, data: bytes) -> None:
         assert self._links is not None
         frame, tokens, self._links.bands = decode_step(data)
-        arrival = Arrival.read(frame, self.runner, perf_counter_ns(), 0)
+        arrival = Arrival.read(frame, self.runner.reader, perf_counter_ns(), 0)
         if arrival.frame.epoch != self.epoch or arrival.failure is not None:
             raise ProtocolError(
                 f"the leader announced something that is not a microbatch of epoch {epoch_text(self.epoch)}"
@@ -93,17 +93,17 @@ class FollowingStage:
         self._counters.received_bytes += len(data)
         begun_ns = perf_counter_ns()
         try:
-            with self._member_links.step(arrival.rows):
+            with self._member_links.step(arrival.frame.rows):
                 if self.runner.program.is_first:
                     tokens.fill(arrival.frame)
                 self.runner.run_frame(arrival.frame)
         except DeviceLostError:
             raise
         except WorkerError as error:  # the leader has it too, and answers that the microbatch failed
-            _log.error("microbatch %d: %s", arrival.number, error)
+            _log.error("microbatch %d: %s", arrival.frame.number, error)
         self._counters.busy_ns += perf_counter_ns() - begun_ns
         self._counters.microbatches += 1
-        self._counters.tokens += arrival.rows
+        self._counters.tokens += arrival.frame.rows
         self._steps += 1
 
     def close_links(self) -> None:

@@ -51,7 +51,7 @@ class Leader:
         if a member does not take the step, or computes such numbers again. Passes on a WorkerError, because all members
         raise it. Raises MemberFailedError after any other error."""
         assert self._links is not None, "a stream is accepted when the links are open"
-        rows = arrival.rows
+        rows = arrival.frame.rows
         is_whole = rows >= LEAST_BANDED_ROWS and arrival.has_groups
         self._links.bands = bands = 1 if is_whole else self._choice.of(rows)
         self._links.send_step(self._epoch, self._steps, encode_step(arrival.data, followed, bands))

@@ -48,7 +48,7 @@ _Kind = tuple[str, int, int]
 
 
 def _kind(job: str, arrival: Arrival) -> _Kind:
-    return job, arrival.rows.bit_length(), arrival.frame.attended.bit_length()
+    return job, arrival.frame.rows.bit_length(), arrival.frame.attended.bit_length()
 
 
 async def _send_all(waiting: deque[asyncio.Future[Answer]], send: Callable[[list[Answer]], Awaitable[None]]) -> None:
@@ -138,8 +138,8 @@ class StageLoop:
     def receive(self, data: bytes, number: int) -> Arrival:
         received_ns = perf_counter_ns()
         self._counters.received_bytes += len(data)
-        arrival = Arrival.read(data, self.runner, received_ns, self._wire_ns)
-        found, expected = (arrival.frame.epoch, arrival.number), (self._epoch, number)
+        arrival = Arrival.read(data, self.runner.reader, received_ns, self._wire_ns)
+        found, expected = (arrival.frame.epoch, arrival.frame.number), (self._epoch, number)
         if found != expected:
             raise ProtocolError(f"microbatch: expected {place_text(expected)}, found {place_text(found)}")
         self._received = number + 1
@@ -172,11 +172,11 @@ class StageLoop:
         except Exception as error:  # noqa: BLE001  a border, see there
             answered.set_result(self._failure(arrival, error))
         finally:
-            self.dependencies.done(arrival.number)
+            self.dependencies.done(arrival.frame.number)
         return answered
 
     async def _inputs(self, arrival: Arrival) -> StepInputs:
-        inputs = await self.dependencies.inputs(arrival.number)
+        inputs = await self.dependencies.inputs(arrival.frame.number)
         await self.runner.matchers.ready(inputs.tasks)
         return inputs
 
@@ -203,7 +203,7 @@ class StageLoop:
             arrival.check(out)
             return Answer(arrival.next_frame(out, self._timing(arrival, queue_ns, compute_ns)))
         inputs = await self._inputs(arrival)
-        kind = ("finish", arrival.rows.bit_length(), len(arrival.frame.embedded_rows).bit_length())
+        kind = ("finish", arrival.frame.rows.bit_length(), len(arrival.frame.embedded_rows).bit_length())
         outputs, _, finish_ns = await self._timed(kind, partial(self._finish, arrival, out, inputs))
         return self._result(arrival, outputs, queue_ns, compute_ns + finish_ns)
 
@@ -242,12 +242,12 @@ class StageLoop:
         data = outputs.result(arrival.frame, timing)
         if not (tokens := outputs.rows.tokens):
             return Answer(data)
-        sampled = SampledTokens(arrival.number, tuple(tokens))
+        sampled = SampledTokens(arrival.frame.number, tuple(tokens))
         self._tokens.put(sampled)
         return Answer(data, sampled)
 
     def _timing(self, arrival: Arrival, queue_ns: int, compute_ns: int) -> StageTiming:
-        rows = arrival.rows
+        rows = arrival.frame.rows
         self._counters.busy_ns += compute_ns
         self._counters.microbatches += 1
         self._counters.tokens += rows
@@ -262,16 +262,16 @@ class StageLoop:
             self._compute.give_up(error)
         if isinstance(error, LlamaclustError):
             if not self._has_ended:  # else it lacks what one before it would have had
-                _log.error("microbatch %d: %s", arrival.number, error)
+                _log.error("microbatch %d: %s", arrival.frame.number, error)
             return self._failed(arrival, f"{self._where}: {error}")
-        _log.error("microbatch %d failed", arrival.number, exc_info=error)
+        _log.error("microbatch %d failed", arrival.frame.number, exc_info=error)
         return self._failed(arrival, f"{self._where}: {type(error).__name__}: {error}")
 
     def _failed(self, arrival: Arrival, failure: str) -> Answer:
         if not self.runner.program.is_last:
             return Answer(arrival.frame.failure_frame(one_line(failure)))
         data = RowOutcomes().result(arrival.frame, None, one_line(failure))
-        return Answer(data, SampledTokens(arrival.number, ()))
+        return Answer(data, SampledTokens(arrival.frame.number, ()))
 
     def _may_delay_result(self, arrival: Arrival) -> bool:
         """True if the coordinator sends steps ahead, so that the next step does not wait for this result."""

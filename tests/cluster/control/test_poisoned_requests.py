@@ -39,7 +39,7 @@ _POISONED = dedent(
             return read(data)
 
         def poisoned(loop, arrival, logits, received):
-            if poison[arrival.number]:
+            if poison[arrival.frame.number]:
                 BREAK
             return finish(loop, arrival, logits, received)
 

@@ -123,7 +123,7 @@ _HANGING = dedent(
         compute.INLINE_NS = 0  # every step in the thread
 
         def hang(self, arrival):
-            if arrival.number >= 20 and not os.path.exists({marker!r}):
+            if arrival.frame.number >= 20 and not os.path.exists({marker!r}):
                 open({marker!r}, "w").close()
                 threading.Event().wait()
             return run_layers(self, arrival)

@@ -87,7 +87,7 @@ def _spoil_numbers_of_one() -> None:
         return read(data)
 
     def not_finite(loop: StageLoop, arrival: Any, logits: Logits, received: Any) -> Any:
-        if rows := [row for row, seed in enumerate(seeds.pop(arrival.number)) if seed == NOT_FINITE_SEED]:
+        if rows := [row for row, seed in enumerate(seeds.pop(arrival.frame.number)) if seed == NOT_FINITE_SEED]:
             logits = np.array(logits)
             logits[rows] = np.nan
         return finish(loop, arrival, logits, received)

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from llamaclust.core.errors import ProtocolError
 
@@ -19,6 +19,8 @@ MAX_STAGES_HELD = 1024  # by one worker
 MAX_LAYERS = 1 << 16
 MAX_PERMIT = 4096  # characters
 UINT64 = (1 << 64) - 1
+LOCAL: Final = {"is_local": True}
+"""The metadata of a dataclass field that is not sent. A receiver gives it its default."""
 _GREATEST = sys.float_info.max
 
 NAME = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"

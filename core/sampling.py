@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Final, TypeAlias, overload
 
-from llamaclust.core.bounds import Integer, Size, Text
+from llamaclust.core.bounds import LOCAL, Integer, Size, Text
 from llamaclust.core.sampler_chain import CHAIN, SamplerChain
 from llamaclust.core.sampling_bounds import (
     MAX_CONTEXT_TOKENS,
+    MAX_GRAMMAR_BYTES,
     MAX_PENALTY,
     MAX_REASONING_END_TOKENS,
     MAX_TOP_K,
@@ -131,16 +132,16 @@ MAIN_NUMBERS: Final = ("temperature", "top_k", "top_p", "min_p")
 """The parameters that a chat always shows. Their defaults are llama.cpp's."""
 
 
+Tags: TypeAlias = tuple[Annotated[str, Text(1, MAX_TRIGGER_BYTES)], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Grammar:
     """A grammar in llguidance's JSON. It covers the whole answer or, with `triggers`, the text from the first on."""
 
-    definition: str
-    triggers: tuple[str, ...] = ()
-    origin: str = field(default="grammar", compare=False)  # the request's field, for messages
-
-
-Tags: TypeAlias = tuple[Annotated[str, Text(1, MAX_TRIGGER_BYTES)], ...]
+    definition: Annotated[str, Text(1, MAX_GRAMMAR_BYTES)]
+    triggers: Annotated[Tags, Size(0, MAX_TRIGGERS)] = ()
+    origin: str = field(default="grammar", compare=False, metadata=LOCAL)  # the request's field, for messages
 
 
 @dataclass(frozen=True, slots=True)

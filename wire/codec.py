@@ -13,7 +13,7 @@ from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin
 
 from google.protobuf.message import DecodeError, Message
 
-from llamaclust.core.bounds import Bound
+from llamaclust.core.bounds import LOCAL, Bound
 from llamaclust.core.errors import ProtocolError
 
 PROTOCOL_VERSION = 6  # other versions are refused at the handshake
@@ -86,7 +86,8 @@ _known: dict[type, tuple[_Field, ...]] = {}
 def _fields(kind: Any) -> tuple[_Field, ...]:
     if kind not in _known:
         hints = get_type_hints(kind, include_extras=True)
-        _known[kind] = tuple(_compiled(kind, field.name, hints[field.name]) for field in fields(kind))
+        sent = (field.name for field in fields(kind) if field.metadata != LOCAL)
+        _known[kind] = tuple(_compiled(kind, name, hints[name]) for name in sent)
     return _known[kind]
 
 

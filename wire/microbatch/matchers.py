@@ -6,20 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
-from llamaclust.core.bounds import Integer, Size, Text, bounded
+from llamaclust.core.bounds import Integer, Size, bounded
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import MAX_BATCH_TOKENS
-from llamaclust.core.sampling import Grammar, MatcherStart, Reasoning, Tags
-from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, MAX_GRAMMAR_BYTES, MAX_TRIGGERS, MAX_VOCABULARY
+from llamaclust.core.sampling import Grammar, MatcherStart, Reasoning
+from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, MAX_VOCABULARY
 from llamaclust.proto import sampling_pb2 as sampling_proto
 from llamaclust.wire.codec import parse, read, write
 from llamaclust.wire.microbatch.codec import MAX_INPUTS_BYTES
-
-
-@dataclass(frozen=True, slots=True)
-class _Grammar:
-    definition: Annotated[str, Text(1, MAX_GRAMMAR_BYTES)]
-    triggers: Annotated[Tags, Size(0, MAX_TRIGGERS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +28,7 @@ class _Start:
 
 @dataclass(frozen=True, slots=True)
 class _Starts:
-    grammars: Annotated[tuple[_Grammar, ...], Size(0, MAX_BATCH_TOKENS)]
+    grammars: Annotated[tuple[Grammar, ...], Size(0, MAX_BATCH_TOKENS)]
     starts: Annotated[tuple[_Start, ...], Size(0, MAX_BATCH_TOKENS)]
 
     def check(self) -> None:
@@ -52,17 +46,16 @@ def starts_out(starts: Iterable[MatcherStart]) -> sampling_proto.MatcherStarts:
         grammar = None if start.grammar is None else grammars.setdefault(start.grammar, len(grammars))
         sent.append(_Start(start.key, grammar, start.tokens, start.reasoning, start.may_force, start.drafts_forced))
     message = sampling_proto.MatcherStarts()
-    write(_Starts(tuple(_Grammar(each.definition, each.triggers) for each in grammars), tuple(sent)), message)
+    write(_Starts(tuple(grammars), tuple(sent)), message)
     return message
 
 
 def starts_in(data: bytes) -> tuple[MatcherStart, ...]:
     """Decodes the starts. Raises ProtocolError if a start is out of bounds or its grammar is not in the message."""
     message = read(_Starts, parse(sampling_proto.MatcherStarts, data, MAX_INPUTS_BYTES))
-    grammars = [Grammar(each.definition, each.triggers) for each in message.grammars]
     found = []
     for start in message.starts:
-        grammar = None if start.grammar is None else grammars[start.grammar]
+        grammar = None if start.grammar is None else message.grammars[start.grammar]
         rest = start.tokens, start.reasoning, start.may_force, start.drafts_forced
         found.append(MatcherStart(start.key, grammar, *rest))
     return tuple(found)

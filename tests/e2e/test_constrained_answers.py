@@ -153,9 +153,9 @@ async def test_deferred_rows_and_matchers_that_are_made_again_change_nothing(
             raise LexerUsedUpError("used up")
         return try_take(matcher, token)
 
-    def make_late(answer: MatchedAnswer, vocabulary: GrammarVocabulary) -> None:
+    def make_late(answer: MatchedAnswer, read_vocabulary: Callable[[], GrammarVocabulary]) -> None:
         sleep(source.random() / 10)
-        make(answer, vocabulary)
+        make(answer, read_vocabulary)
 
     monkeypatch.setattr(MatchedAnswer, "begin", begin_late)
     monkeypatch.setattr(MatchedAnswer, "make_matcher", make_late)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from math import nan
@@ -68,13 +69,13 @@ class MatchedAnswer:
 
     # -- the thread that makes matchers ----------------------------------------------------------------------------
 
-    def begin_making(self) -> bool:
-        self._matcher, self._begun_s = None, monotonic()
-        return not self.is_released
-
-    def make_matcher(self, vocabulary: GrammarVocabulary) -> None:
+    def make_matcher(self, read_vocabulary: Callable[[], GrammarVocabulary]) -> None:
         """Makes a matcher and feeds it the answer's tokens. An error fails only this answer."""
+        self._matcher, self._begun_s = None, monotonic()
+        if self.is_released:
+            return
         try:
+            vocabulary = read_vocabulary()
             try:
                 self._make_matcher(vocabulary)
             except LexerUsedUpError:

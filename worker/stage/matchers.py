@@ -185,17 +185,7 @@ class StageMatchers:
             raise ProtocolError(f"matchers of {len(self._answers)} answers exceed the limit of {self._most}")
 
     def _make(self, answer: MatchedAnswer) -> None:
-        answer.ready = self._thread.submit(self._make_now, answer)
-
-    def _make_now(self, answer: MatchedAnswer) -> None:
-        if not answer.begin_making():
-            return
-        try:
-            vocabulary = self._prepare()
-        except Exception as error:  # noqa: BLE001  a border: one answer fails
-            answer.fail(error)
-            return
-        answer.make_matcher(vocabulary)
+        answer.ready = self._thread.submit(answer.make_matcher, self._prepare)
 
     def _prepare(self) -> GrammarVocabulary:
         if self._vocabulary is None:

@@ -202,7 +202,7 @@ def test_a_grammar_that_is_not_ready_in_time_fails_its_answer(
         began.set()
         go_on.wait(30)
 
-    monkeypatch.setattr(module.MatchedAnswer, "make_matcher", wait)
+    monkeypatch.setattr(module.MatchedAnswer, "_make_matcher", wait)
     inputs = inputs_of(0, task(1, 0, ABC), task(2, 0, ABC))
     stage.receive(inputs)
     assert began.wait(30)

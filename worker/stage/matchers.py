@@ -34,7 +34,7 @@ class StageMatchers:
         self._read_vocabulary = vocabulary
         self._vocabulary: GrammarVocabulary | None = None
         self._most = most
-        self._lock = Lock()  # of the two below: an answer goes from one to the other when its first step begins
+        self._lock = Lock()  # of the two below: a step that begins applies the changes to the answers
         self._answers: dict[int, MatchedAnswer] = {}  # by key
         self._changes: dict[tuple[int, int], MatchedAnswer | None] = {}  # by microbatch and key; None: a release
         self._rows: dict[MatchedAnswer, deque[tuple[int, MatcherRow]]] = {}  # of the step, with their places

@@ -56,7 +56,7 @@ def test_rows_that_see_later_ones_are_one_band(has_groups: bool) -> None:
 
     links: Any = SimpleNamespace(counters=lambda: counters, send_step=send_step)
     members: Any = SimpleNamespace(open=lambda start: start(links), step=lambda _: nullcontext())
-    arrival: Any = SimpleNamespace(rows=rows, has_groups=has_groups, data=b"")
+    arrival: Any = SimpleNamespace(frame=SimpleNamespace(rows=rows), has_groups=has_groups, data=b"")
     leader = Leader(1, members, lambda _: None)
     with leader.step(arrival, []):
         assert links.bands == sent[0]

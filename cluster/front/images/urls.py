@@ -25,15 +25,19 @@ class ImageUrl:
     def parse(cls, url: str) -> ImageUrl:
         """Parses a URL. Raises ValueError if it is not http(s), is too long, has a password or unescaped characters."""
         wrong = f"expected a plain http(s) URL of at most {_LONGEST} characters, found {url[:60]!r}"
-        if len(url) > _LONGEST:
+        if len(url) > _LONGEST or not url.isprintable():  # `urlsplit` removes line breaks
             raise ValueError(wrong)
-        parts = urlsplit(url)  # raises ValueError
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError:
+            raise ValueError(wrong) from None
         host = (parts.hostname or "").rstrip(".")
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         is_plain = "@" not in parts.netloc and "\\" not in url and _HOST.fullmatch(host) and _TARGET.fullmatch(target)
         if parts.scheme not in _PORTS or not is_plain:
             raise ValueError(wrong)
-        return cls(parts.scheme, host, parts.port or _PORTS[parts.scheme], target)
+        return cls(parts.scheme, host, port or _PORTS[parts.scheme], target)
 
     @property
     def has_default_port(self) -> bool:

@@ -103,6 +103,10 @@ def test_allowed_urls(url: str) -> None:
         "https://images.example/",
         "https://example.com:8443/",
         "https://other.example/",
+        "https://example.com/a\n.png",
+        "https://exam\tple.com/",
+        "https://example.com:b/",
+        "https://[::1/",
         "https://user@example.com/",
         "https://example.com@evil.example/",
         "https://evil.example\\@example.com/",
@@ -117,7 +121,7 @@ def test_allowed_urls(url: str) -> None:
     ],
 )
 def test_urls_that_are_not_allowed(url: str) -> None:
-    with pytest.raises(ValueError, match=r"expected a host|expected a plain|Port"):
+    with pytest.raises(ValueError, match=r"expected a (host|plain)"):
         RULES.check(url)
 
 

@@ -75,9 +75,8 @@ def choice_lines(values: Mapping[str, Any]) -> Iterator[str]:
     }.get(values["objective"], "objective: none (the plan is by hand)")
     if group := values["rejected_group"]:
         who = f"{'+'.join(group['workers'])} in shares {shares_text(group['shares'])}"
-        one = f"{_number(1e3 / group['token_ms'])} tok/s for one request ({_number(group['token_ms'])} ms/token)"
-        speeds = ", ".join((one, *_prompts_and_requests(values["prompt_tokens"], group)))
-        yield f"as a group, {who}: {speeds}; not taken: {group['reason']}"
+        one, many = _number(1e3 / group["token_ms"]), _number(group["tokens_per_s"])
+        yield f"not as a group ({who}: {one} tok/s for one request, {many} tok/s for many): {group['reason']}"
     elif values["no_group"]:
         yield f"no group is possible: {values['no_group']}"
     if values["no_images"]:

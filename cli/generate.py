@@ -241,10 +241,11 @@ def given_or_piped(prompt: str | None) -> str:
 
 def _answer(client: TextClient, prompt: str, images: Sequence[dict[str, Any]], options: Any) -> ChunkStream:
     """Completes the prompt, or sends it with images as a chat message. Both requests must accept the options."""
+    from llamaclust.cluster.client.session import ChatSession
+
     if not images:
         return client.generate(prompt, stream=True, **options)
-    message: dict[str, Any] = {"role": "user", "content": [*images, prompt]}  # images first, as llama.cpp has them
-    return client.chat([message], stream=True, **options)
+    return ChatSession(client).send([*images, prompt], stream=True, **options)  # images first, as llama.cpp has them
 
 
 def _print_stream(chunks: ChunkStream) -> None:

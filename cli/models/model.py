@@ -81,7 +81,9 @@ def _check_known(model: str) -> None:
 
 
 def list_models(
-    wanted: Annotated[str, Argument(metavar="FILTER", help="Show only names that contain this text.")] = "",
+    wanted: Annotated[
+        str, Argument(metavar="FILTER", help="Show only models whose name or properties contain this text.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """List downloaded models and the catalog."""
@@ -91,17 +93,22 @@ def list_models(
     from llamaclust.tools.assume.shapes import SHAPES
 
     everything = stored_models()
-    names = {model.name for model in everything}
-    known = [entry for name in catalog_names() if (entry := find_entry(name)) and entry.directory not in names]
-    stored = [model for model in everything if wanted.lower() in model.name.lower()]
-    entries = [with_file_size(entry) for entry in known if wanted.lower() in entry.name]
+    known = {entry.directory: entry for name in catalog_names() if (entry := find_entry(name))}
+
+    def is_wanted(name: str, entry: CatalogEntry | None) -> bool:
+        return wanted.lower() in f"{name}\n{entry.summary if entry else ''}".lower()
+
+    stored = [model for model in everything if is_wanted(model.name, known.get(model.name))]
+    for model in everything:
+        known.pop(model.name, None)
+    entries = [with_file_size(entry) for entry in known.values() if is_wanted(entry.name, entry)]
     if as_json:
         rows = [{"name": model.name, "size_bytes": model.size_bytes, "path": str(model.path)} for model in stored]
         print(json.dumps({"models": rows + [_entry_json(entry) for entry in entries]}))
         return
     if wanted and not stored and not entries:
         hints = filter(None, (no_file_hint(name) for name in SHAPES if wanted.lower() in name))
-        print("\n".join(hints) or f"no name contains {printable(wanted)}")
+        print("\n".join(hints) or f"no name and no properties contain {printable(wanted)}")
         return
     for model in stored:
         print(f"{model.name:32} {gigabytes(model.size_bytes):>10}  {model.path}")

@@ -19,7 +19,7 @@ from llamaclust.cluster.engine.retirement import Retirement
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import ADAPTERS_S
-from llamaclust.cluster.planner.format import plan_lines
+from llamaclust.cluster.planner.format import encoder_lines, plan_lines
 from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.cluster.state.events import Notice, PlanMade, Report, Waiting, WorkerLoading
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, WorkerError
@@ -175,7 +175,7 @@ class ActionRunner:
             await self.ending.join()
         is_start = self.engine is None
         if is_start:
-            self._report(PlanMade(tuple(plan_lines(plan))))
+            self._report(PlanMade((*plan_lines(plan), *encoder_lines(plan, self.planner.model.projector))))
         else:
             self._notice(moving_text(plan, self.epochs.held_layers))
         report, links = self._report if is_start else None, self.planner.links

@@ -14,6 +14,7 @@ from llamaclust.core.gpus import ranges
 from llamaclust.core.limits import layer_place, layer_span
 from llamaclust.core.sizes import MIB
 from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.model.projectors.projector import Projector
 
 _MOST_SHARE = 12
 _SPARSE = 0.75
@@ -75,9 +76,8 @@ def choice_lines(values: Mapping[str, Any]) -> Iterator[str]:
     }.get(values["objective"], "objective: none (the plan is by hand)")
     if group := values["rejected_group"]:
         who = f"{'+'.join(group['workers'])} in shares {shares_text(group['shares'])}"
-        one = f"{_number(1e3 / group['token_ms'])} tok/s for one request ({_number(group['token_ms'])} ms/token)"
-        speeds = ", ".join((one, *_prompts_and_requests(values["prompt_tokens"], group)))
-        yield f"as a group, {who}: {speeds}; not taken: {group['reason']}"
+        one, many = _number(1e3 / group["token_ms"]), _number(group["tokens_per_s"])
+        yield f"not as a group ({who}: {one} tok/s for one request, {many} tok/s for many): {group['reason']}"
     elif values["no_group"]:
         yield f"no group is possible: {values['no_group']}"
     if values["no_images"]:
@@ -143,6 +143,13 @@ def _prompts_and_requests(prompt_tokens: int, values: Mapping[str, Any]) -> list
         f"first token of a {prompt_tokens}-token prompt after {_number(values['ttft_ms'])} ms",
         f"{_number(values['tokens_per_s'])} tok/s for many requests",
     ]
+
+
+def encoder_lines(plan: Plan, projector: Projector | None) -> Iterator[str]:
+    """Yields a line with the projector's file and family, and the worker of the encoder, if the plan has one."""
+    for stage in plan.stages:
+        if stage.encoder_bytes and projector is not None:
+            yield f"  images: {projector.file.path.name} ({projector.name}), encoder on worker {stage.worker}"
 
 
 def _gains(plan: Plan, acceptances: Sequence[float]) -> list[SpeculationGain]:

@@ -371,6 +371,6 @@ def test_generate_refuses_images_that_nothing_reads(here: Here, seeing: Path) ->
     no_image = here("generate", "x", "--image", str(seeing), *model)
     assert no_image.code == 2 and "not an image" in no_image.err
     without = here("generate", "x", "--image", red, *model)
-    assert without.code == 2 and "2 projectors fit" in without.err and "image input is not supported" in without.err
+    assert without.code == 2 and "2 projectors fit" in without.err and "the model reads text only" in without.err
     cluster = here("generate", "x", "--image", red, "--mmproj", red)
     assert cluster.code == 2 and "--mmproj is for --model" in cluster.err

@@ -113,8 +113,6 @@ def _request_s(chain: Chain) -> float:
 
 
 def _reason(group_s: float, stages_s: float, plan: Chain) -> str:
-    what = (
-        "a usual request alone takes" if plan.sizes.request.objective == "latency" else "of many requests, each takes"
-    )
+    what = "a usual request alone" if plan.sizes.request.objective == "latency" else "each of many requests"
     little = "; a group has to gain 2 %" if group_s < stages_s else ""
-    return f"{what} {group_s:.3g} s, {stages_s:.3g} s by this plan{little}"
+    return f"{what} would take {group_s:.3g} s, with this plan {stages_s:.3g} s{little}"

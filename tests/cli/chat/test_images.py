@@ -36,9 +36,10 @@ async def test_images_reach_a_model_that_reads_them(tmp_path: Path, monkeypatch:
         ended = await command("chat", "--commands", "--endpoint", url, piped=lines)
     assert (ended.code, ended.out) == (0, "Red\nRed\nuser: What is [image] ?\nassistant: Red\n"), ended.err
     assert [source.data for source in vision.images] == [PNG] * 2 and len(engine.submitted) == 2
-    async with scripted("Red") as (url, engine):
-        ended = await command("chat", "--commands", "--endpoint", url, piped=lines)
-    assert ended.code == 2 and "the model reads text only" in ended.err and not engine.submitted
+    for given in (("chat", "--commands"), ("generate", "What is this?", "--image", str(file))):
+        async with scripted("Red") as (url, engine):
+            ended = await command(*given, "--endpoint", url, piped=lines)
+        assert ended.code == 2 and "the model reads text only" in ended.err and not engine.submitted
 
 
 async def test_dropped_images_are_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,8 @@ def test_answers_about_images_are_those_of_one_process(case: str, line: CommandL
     assert expected[0] != expected[1]
     workers = [{"name": "a", "threads": 1}, {"name": "b", "threads": 1}]
     with line.cluster(model, name, context_length=CONTEXT, workers=workers, plan=[*PLANS[case]]) as cluster:
-        assert "MiB encoder" in cluster.command.err.read_text()
+        shown = cluster.command.err.read_text()
+        assert "MiB encoder" in shown and f"  images: mmproj.gguf ({case.split()[0]}), encoder on worker " in shown
         with Client(cluster.api) as client:
             assert answers(client) == expected
         plan = cluster.http.get("/cluster").json()["plan"]

@@ -72,7 +72,7 @@ def test_the_automatic_plan_of_the_page_serves(model: Path, answers: list[Answer
         assert status["choice"]["objective"] == "latency"
         printed = cluster.coordinator.err.read_text()
         assert "  objective: latency (a request alone: " in printed
-        shown = r"^  ((a\+b|b\+a): layers \[0, 32\) in shares |as a group, .*; not taken: |no group is possible: )"
+        shown = r"^  ((a\+b|b\+a): layers \[0, 32\) in shares |not as a group .* tok/s .*: |no group is possible: )"
         assert len(re.findall(shown, printed, re.MULTILINE)) == 1
 
 

@@ -154,6 +154,14 @@ def test_the_list_has_licences_sizes_and_what_is_there(hub: Server) -> None:
     assert row["path"] is None and 4e9 < row["size_bytes"] < 6e9 and rows["qwen3-8b-q4_k_m"]["path"]
 
 
+def test_the_list_finds_models_by_their_properties(hub: Server) -> None:
+    run("pull", "qwen3-vl-4b-instruct")
+    stored, _, *others = run("list", "Images").stdout.splitlines()
+    assert stored.startswith("qwen3-vl-4b-instruct-q4_k_m ") and len(others) > 5
+    assert all("chat with images" in line for line in others)
+    assert run("list", "zzz").stdout == "no name and no properties contain zzz\n"
+
+
 def test_up_pulls_the_model_of_a_cluster_file(hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[tuple[ClusterConfig, list[Path]]] = []
     monkeypatch.setattr("llamaclust.cluster.server.serve.serve", lambda config, models, *_, **__: served.append((config, models)))  # fmt: skip # noqa: E501

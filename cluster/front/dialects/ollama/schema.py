@@ -20,7 +20,6 @@ from llamaclust.cluster.front.foreign_fields import (
 from llamaclust.cluster.front.images.parts import base64_part, placed, takes_images
 from llamaclust.cluster.front.sampling import ReasoningFields, Requested, SamplerFields, SpeculativeFields, sampled
 from llamaclust.cluster.front.schema import (
-    NOT_SUPPORTED,
     Body,
     ForeignFields,
     SeedField,
@@ -76,7 +75,7 @@ def _images(value: Any, info: ValidationInfo) -> tuple[Part, ...]:
     if value in ([], {}, ""):
         return ()
     if not takes_images(info.context):
-        raise ValueError(NOT_SUPPORTED)
+        return (media_text("images", info.context),)
     if not isinstance(value, list):
         raise ValueError("must be a list of images as base64")
     return tuple(placed(f"[{place}]", base64_part, "images", data, info.context) for place, data in enumerate(value))
@@ -161,7 +160,7 @@ class GenerateBody(AnswerFields, foreign=OLLAMA_GENERATE):
     suffix: str = ""
     """The text after the gap that the answer fills. The model must support infilling. No chat template is applied."""
     images: _ImagesField = ()
-    """Images as base64, which precede the prompt. They are refused if the model reads only text."""
+    """Images as base64, which precede the prompt. If the model reads only text, a short text replaces them."""
     system: str = ""
     """A system message that precedes the prompt."""
     raw: bool = False
@@ -177,7 +176,8 @@ class GenerateBody(AnswerFields, foreign=OLLAMA_GENERATE):
 
     @property
     def has_context(self) -> bool:
-        return not self.raw and not self.images  # token ids cannot stand for images
+        has_images = any(isinstance(part, dict) for part in self.images)
+        return not self.raw and not has_images  # token ids cannot stand for images
 
     def check(self) -> None:
         if self.images and (self.raw or self.suffix):
@@ -216,11 +216,6 @@ class OllamaMessage(Body, foreign=OLLAMA_MESSAGE):
 def _message(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, dict):
         raise ValueError("a message must be an object with 'role' and 'content'")
-    if not takes_images(info.context):
-        images, content = value.get("images"), value.get("content") or ""
-        value = {**value, "images": None}
-        if images and isinstance(content, str):
-            value["content"] = "\n".join(filter(None, [content, media_text("images", info.context)]))
     message = read_part(OllamaMessage, value, info.context)
     if message.role not in ("system", "user", "assistant", "tool"):
         raise ValueError(f"role: {message.role[:60]!r} is none of system, user, assistant, tool")

@@ -14,7 +14,8 @@ from support.clusters import served as served_module
 from support.clusters.served import MODEL, ScriptedEngine, says, tokenizer
 from support.clusters.tool_chats import served
 
-CHAT, MESSAGES, RESPONSES, OLLAMA = "/v1/chat/completions", "/v1/messages", "/v1/responses", "/api/chat"
+CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
+OLLAMA, GENERATE = "/api/chat", "/api/generate"
 FUNCTION = {"type": "function", "function": {"name": "look"}}
 FLAT = {"type": "function", "name": "look", "parameters": {}}
 
@@ -81,8 +82,9 @@ PARTS: list[tuple[str, dict[str, Any], str, str]] = [
         OLLAMA,
         {"messages": [{"role": "user", "content": "Hi", "images": ["aGk="]}], "stream": False},
         "content.images",
-        "Hi\n[image",
+        "<user>[image",
     ),
+    (GENERATE, {"prompt": "Hi", "images": ["aGk="], "stream": False}, "content.images", "<user>[image"),
 ]
 
 
@@ -94,6 +96,11 @@ async def test_parts_that_are_no_text(path: str, fields: dict[str, Any], named: 
     assert f"{shown} omitted: this model reads text only]" in prompt
     refused, prompt = await post(path, is_strict=True, **fields)
     assert refused.status_code == 400 and not prompt and "remove it" in refused.text
+
+
+async def test_an_ollama_reply_without_its_image_has_a_context() -> None:
+    reply, prompt = await post(GENERATE, prompt="Hi", images=["aGk="], stream=False)
+    assert prompt.endswith("]\nHi<assistant>") and reply.json()["context"]
 
 
 TOOLS: list[tuple[str, dict[str, Any], str]] = [

@@ -40,9 +40,9 @@ def test_a_plan_of_stages_tells_what_a_group_would_bring(objective: str, speeds:
     assert rejected.prediction == by_hand.prediction
     if objective == "latency":
         assert rejected.prediction.answer_s > 0.98 * prediction.answer_s
-    line = line_of(plan, "as a group, ")
+    line = line_of(plan, "not as a group (")
     assert f"{1 / rejected.prediction.token_s:.2g}"[:2] in line and "+".join(rejected.workers) in line
-    assert f"not taken: {rejected.reason}" in line and " by this plan" in rejected.reason
+    assert line.endswith(f"): {rejected.reason}") and " with this plan " in rejected.reason
     values = json.loads(json.dumps(plan_json(plan)))["rejected_group"]
     assert values["token_ms"] == pytest.approx(1e3 * rejected.prediction.token_s)
     assert values["workers"] == [*rejected.workers] and values["shares"] == [*rejected.shares]

@@ -155,7 +155,6 @@ async def test_options_without_effect_are_named() -> None:
     [
         ("suffix", "}"),
         ("template", "{{ .Prompt }}"),
-        ("images", ["aGk="]),
         ("response_format", {"type": "json_object"}),
         ("options", {"logit_bias": {"5": 1}}),
         ("format", "yaml"),

@@ -32,33 +32,35 @@ class Prefetch(Generic[_Result]):
         self,
         sources: Iterable[ImageSource],
         begin: Callable[[ImageSource], Coroutine[Any, Any, _Result]],
-        room: Callable[[int], Awaitable[None]],
+        room: Callable[[int, int], Awaitable[None]],
     ) -> None:
-        """`room(size)` waits until `size` bytes may be free. It raises RowMemoryError if others have the memory."""
+        """`room(own_bytes, size)` waits until the caller, which has `own_bytes`, may have `size` bytes more. It raises
+        RowMemoryError if others have the memory."""
         self._sources = deque(sources)
         self._begin = begin
         self._room = room
         self._tasks: deque[asyncio.Task[_Result]] = deque()
 
-    async def next(self) -> _Result:
+    async def next(self, own_bytes: int) -> _Result:
         """Returns the next image's result. Raises the errors of `begin` and of `with_room`."""
         self._begin_tasks(_SIDE_BY_SIDE)
-        result = await self.with_room(self._first)
+        result = await self.with_room(self._first, own_bytes)
         self._sources.popleft()
         self._tasks.popleft()
         self._begin_tasks(_SIDE_BY_SIDE)
         return result
 
-    async def with_room(self, work: Callable[[], Awaitable[_Any]]) -> _Any:
-        """Awaits `work`. If memory is short, frees the next images' memory and does `work` again. Raises the errors
-        of `room`, and ParameterError if `work` needs more memory than any request can have."""
+    async def with_room(self, work: Callable[[], Awaitable[_Any]], own_bytes: int) -> _Any:
+        """Awaits `work`. If memory is short, frees the next images' memory and does `work` again. The caller has
+        `own_bytes`. Raises the errors of `room`, and ParameterError if `work` needs more memory than any request can
+        have."""
         while True:
             try:
                 return await work()
             except RowMemoryError as error:
                 size = error.size
             await self.aclose()
-            await self._room(size)
+            await self._room(own_bytes, size)
 
     async def aclose(self) -> None:
         """Drops the next images' results. `next` begins them again."""

@@ -61,6 +61,7 @@ class ImageLayout:
     pieces: tuple[tuple[int, ...] | TileRows, ...]
     grids: tuple[tuple[int, int], ...]
     starts: tuple[int, ...]
+    tile_bytes: int
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -84,12 +85,12 @@ class _Tiles:
 
     @property
     def nbytes(self) -> int:
-        return sum(tile.nbytes for tile in self.tiles)
+        return self.layout.tile_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """An image in a prompt. It has tiles if its rows are not known and nobody computes them."""
+    """An image in a prompt. It has tiles if its rows were not known and nobody computed them when it was begun."""
 
     source: ImageSource
     digest: bytes
@@ -167,7 +168,7 @@ class Vision:
         async with aclosing(Prefetch(prompt.sources, begin, room)) as images:
             for piece in prompt.pieces:
                 if isinstance(piece, ImageSource):
-                    layout = (await images.next()).layout
+                    layout = (await images.next(own_bytes=0)).layout
                     known += layout.tokens - 1
                     check(known)
                     ids += layout.ids
@@ -186,13 +187,11 @@ class Vision:
         async with aclosing(Prefetch(prompt.sources, begin, room)) as images:
             for piece in prompt.pieces:
                 if isinstance(piece, ImageSource):
-                    image = await self._next(images, sum(own_bytes.values()))
+                    image = await images.next(sum(own_bytes.values()))
                     try:
                         known += image.layout.tokens - 1
                         check(known)
-                        own_bytes[image.digest] = self._bytes_of(image.layout)
-                        needed = sum(own_bytes.values()) + image.tile_bytes
-                        spans += self._spans(len(ids), image, await self._leased(images, image, needed, place, own))
+                        spans += self._spans(len(ids), image, await self._leased(images, image, own_bytes, place, own))
                         ids += image.layout.ids
                     finally:
                         image.release()
@@ -200,33 +199,31 @@ class Vision:
                     ids += piece
         return tuple(ids), tuple(spans)
 
-    async def _room(self, place: Place, size: int) -> None:
+    async def _room(self, place: Place, own_bytes: int, size: int) -> None:
+        """Raises ParameterError if a request that has `own_bytes` can never have `size` bytes more."""
+        self._rows.check(own_bytes + size)
         if place.is_first:
             await self._rows.wait_for(size)
-        else:
+            return
+        try:
             self._check_open(place, size)
             self._rows.make_room(size)
+        except RowMemoryError as error:
+            raise RowMemoryError(error.held_bytes, own_bytes + size) from error
 
     def _check_open(self, place: Place, size: int = 0) -> None:
         """Raises RowMemoryError if another request is first in line."""
         if not place.is_open:
             raise RowMemoryError(self._rows.held_bytes, size)
 
-    async def _next(self, images: Prefetch[_Begun], own_bytes: int) -> _Begun:
-        """Raises ParameterError if a request with `own_bytes` of rows cannot also have the next image's tiles."""
-        try:
-            return await images.next()
-        except RowMemoryError as error:
-            self._rows.check(own_bytes + error.size)
-            raise RowMemoryError(error.held_bytes, own_bytes + error.size) from error
-
-    async def _leased(self, images: Prefetch[_Begun], image: _Begun, needed: int, place: Place, own: ExitStack) -> Rows:
-        """Returns an image's rows, which `own` holds. `needed` counts the request's bytes up to this image."""
-        self._rows.check(needed)
-        try:
-            lease = await images.with_room(partial(self._rows_of, image, place))
-        except RowMemoryError as error:
-            raise RowMemoryError(error.held_bytes, needed) from error
+    async def _leased(
+        self, images: Prefetch[_Begun], image: _Begun, own_bytes: dict[bytes, int], place: Place, own: ExitStack
+    ) -> Rows:
+        """Returns an image's rows, which `own` holds, and adds them to the request's `own_bytes`."""
+        before = sum(own_bytes.values())
+        own_bytes[image.digest] = self._bytes_of(image.layout)
+        self._rows.check(sum(own_bytes.values()) + image.tile_bytes)
+        lease = await images.with_room(partial(self._rows_of, image, place), before + image.tile_bytes)
         own.callback(lease.release)
         own.enter_context(self._rows.owned.holding(current_owner.get(), lease.value.nbytes))
         return lease.value
@@ -284,18 +281,24 @@ class Vision:
         pieces = tuple(
             tuple(encode_text(self._tokenizer, piece)) if isinstance(piece, str) else piece for piece in image.prompt
         )
-        return ImageLayout(pieces, grids, (0, *accumulate(counts[:-1])))
+        tile_bytes = sum(tile.nbytes for tile in image.tiles)
+        return ImageLayout(pieces, grids, (0, *accumulate(counts[:-1])), tile_bytes)
 
     def _bytes_of(self, layout: ImageLayout) -> int:
         return layout.rows * self._projector.width * self._projector.levels * _FLOAT_BYTES
 
     async def _rows_of(self, image: _Begun, place: Place) -> Lease[Rows]:
+        """Raises RowMemoryError with the bytes that this request lacks: the rows and, without tiles, the tiles too."""
         digest, owner = image.digest, current_owner.get()
+        lacking = self._bytes_of(image.layout) + image.layout.tile_bytes - image.tile_bytes
         if digest not in self._encoding:
             if (rows := self._rows.reuse(digest)) is not None:
                 return self._encoding.put(digest, owner, rows)
-            self._check_open(place)
-        return await self._encoding.take(digest, owner, self._encoder.turn(owner), partial(self._compute, image))
+            self._check_open(place, lacking)
+        try:
+            return await self._encoding.take(digest, owner, self._encoder.turn(owner), partial(self._compute, image))
+        except RowMemoryError as error:  # of a computation that other requests may share
+            raise RowMemoryError(error.held_bytes, lacking) from error
 
     async def _compute(self, image: _Begun, owners: Owners) -> Rows:
         """Encodes an image. If its caller expected its rows to be known, the image is prepared again."""

@@ -35,17 +35,17 @@ async def test_rows_get_the_memory_of_the_next_images(held_bytes: int, is_enough
         cache.free(120)
         return 120
 
-    async def room(size: int) -> None:
+    async def room(_: int, size: int) -> None:
         cache.make_room(size)
 
     async with aclosing(Prefetch([ImageSource(bytes([at])) for at in range(3)], begin, room)) as images:
         for _ in range(3):
-            tiles = await images.next()
+            tiles = await images.next(0)
             if not is_enough:
                 with pytest.raises(RowMemoryError):
-                    await images.with_room(rows)
+                    await images.with_room(rows, tiles.nbytes)
                 break
-            assert await images.with_room(rows) == 120
+            assert await images.with_room(rows, tiles.nbytes) == 120
             tiles.release()
     assert not is_enough or cache.held_bytes == 0
     assert not is_enough or (len({*begun}) == 3 and len(begun) > 3)

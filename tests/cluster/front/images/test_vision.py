@@ -17,8 +17,9 @@ from llamaclust.cluster.front.text.sharing import current_owner
 from llamaclust.core.errors import ContextLengthError, ParameterError, RequestError, WorkerError
 from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.images.families.family import TileRows
-from llamaclust.model.images.preparation import ImagePreparation
+from llamaclust.model.images.preparation import ImagePreparation, ImageTiles
 from llamaclust.model.images.projector_settings import low_detail, settings_of
+from llamaclust.model.images.settings import ImageSettings
 from support.chat.seeing import BEFORE, BETWEEN, any_length, png, prompt_of, seeing, spans_of
 from support.clusters.served import ids, until
 from support.models.vision.encoded_tiles import encoded
@@ -180,11 +181,11 @@ async def test_memory_of_rows_is_bounded(tmp_path: Path) -> None:
         assert vision._rows.used_bytes == 0 and not vision._rows.owned.held
 
 
-async def _sizes(folder: Path) -> tuple[int, int]:
+async def _sizes(folder: Path, image: bytes = FIRST) -> tuple[int, int]:
     """The bytes of an image's rows and of its tiles."""
     async with seeing(folder) as (vision, *_):
-        rows = sum(span.rows.nbytes for span in await spans_of(vision, FIRST))
-        return rows, (await vision._tiles_of(b"", ImageSource(FIRST))).value.nbytes
+        rows = sum(span.rows.nbytes for span in await spans_of(vision, image))
+        return rows, (await vision._tiles_of(b"", ImageSource(image))).value.nbytes
 
 
 @pytest.mark.parametrize("images", [(FIRST, SECOND, png(3)), (FIRST, SECOND, FIRST, SECOND, png(3), FIRST)])
@@ -198,6 +199,60 @@ async def test_a_request_that_fits_alone_is_served(images: tuple[bytes, ...], tm
             with pytest.raises(ParameterError, match="send fewer or smaller images"):
                 await spans_of(vision, *images)
         assert not vision._rows.held_bytes
+
+
+async def test_an_image_that_never_fits_beside_its_request_s_rows_is_refused_in_line(tmp_path: Path) -> None:
+    large = png(3, 200, 200)
+    rows, tiles = await _sizes(tmp_path)
+    large_rows, large_tiles = await _sizes(tmp_path, large)
+    most = 2 * rows + large_tiles - 1
+    assert 2 * rows + tiles <= most < large_rows + tiles + rows
+    async with seeing(tmp_path, limits=RowLimits(0, most)) as (vision, *_):
+        held = RowLeases()
+        await spans_of(vision, large, leases=held)
+        waits = for_owner("one", spans_of(vision, FIRST, SECOND, large))
+        await until(lambda: vision._rows.line.is_busy)
+        other = for_owner("two", spans_of(vision, png(4)))
+        held.close()
+        async with asyncio.timeout(30):
+            with pytest.raises(ParameterError, match="send fewer or smaller images"):
+                await waits
+            assert await other
+        assert not vision._rows.held_bytes and not vision._rows.line.is_busy
+
+
+@pytest.mark.parametrize("fits_alone", [True, False])
+async def test_kept_rows_that_are_dropped_before_their_turn_wait_for_room_for_tiles_too(
+    fits_alone: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first image's rows take the place of the second image's. Each image is prepared at most once outside the
+    line and once in it."""
+    rows, tiles = await _sizes(tmp_path)
+    begun = 0
+    real = ImagePreparation.tiles
+
+    async def counted(preparation: ImagePreparation, data: bytes, settings: ImageSettings) -> ImageTiles:
+        nonlocal begun
+        begun += 1
+        assert begun <= 6
+        return await real(preparation, data, settings)
+
+    monkeypatch.setattr(ImagePreparation, "tiles", counted)
+    limits = RowLimits(rows, (2 + fits_alone) * rows + tiles - 1)
+    async with seeing(tmp_path, limits=limits) as (vision, *_):
+        await spans_of(vision, SECOND)
+        held = RowLeases()
+        if fits_alone:
+            await spans_of(vision, png(3), leases=held)
+        both = asyncio.create_task(spans_of(vision, FIRST, SECOND))
+        await until(lambda: both.done() or vision._rows.line.is_busy)
+        if not fits_alone:
+            with pytest.raises(ParameterError, match="send fewer or smaller images"):
+                await both
+            return
+        assert not both.done()
+        held.close()
+        assert await both
 
 
 async def test_an_image_whose_tiles_never_fit_is_refused_for_ever(tmp_path: Path) -> None:

@@ -248,6 +248,8 @@ class ActionRunner:
         why = "it is another model's turn, and its requests wait" if gives_way else "a request wakes it"
         self._report(Notice(f"model {self.planner.config.model_name} sleeps: {why}"))
         self.observed.post(seen.Signal.ASLEEP)
+        if not (self.observed.state.has_given_way or self.engine.requests.are_empty):  # some came in the meantime
+            self.observed.post(seen.Signal.WAKE_REQUESTED)
 
     async def _free_others(self, epoch: Epoch | None) -> None:
         try:

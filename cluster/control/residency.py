@@ -90,6 +90,9 @@ class Resident:
         self.idle_since_s = _now_s()
         self.keep_alive_s = self.usual_s
         self._changed.set()
+        self._stay_awake()
+
+    def _stay_awake(self) -> None:
         if not self.gives_way:  # even if awake: another model may just have put it to sleep
             self.observed.post(Signal.WAKE_REQUESTED)
 
@@ -120,7 +123,7 @@ class Resident:
     def resume(self) -> None:
         self.gives_way = False
         if not self.is_idle:
-            self.observed.post(Signal.WAKE_REQUESTED)
+            self._stay_awake()
 
     async def requested(self) -> None:
         while self.is_idle:
@@ -128,8 +131,11 @@ class Resident:
                 await self.sleep()
 
     async def idle(self) -> None:
+        requests = self.engine.requests
         while not self.is_idle:
-            await self._changes(self.engine.requests.wait_empty() if not self._users else asyncio.Event().wait())
+            await self._changes(requests.wait_any() if requests.are_empty else requests.wait_empty())
+            if not self.is_idle:  # it may have been idle for a moment, and put to sleep
+                self._stay_awake()
         self.idle_since_s = _now_s()
 
     async def _changes(self, waiting: Coroutine[Any, Any, Any], timeout_s: float | None = None) -> bool:

@@ -1,0 +1,216 @@
+"""Requests and sleep at the same time, on an engine and workers of the test: no request waits for a sleeping model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import pytest
+
+from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control import residency
+from llamaclust.cluster.control.observations import Signal
+from llamaclust.cluster.control.reconcile import Action, LoadEpoch, MakePlan, Serve, Wait, reconcile
+from llamaclust.cluster.control.residency import Residency, Resident
+from llamaclust.cluster.engine.engine import EngineState
+from llamaclust.cluster.engine.request_stream import OpenRequests
+from llamaclust.core.errors import InsufficientMemoryError
+from support.plans.observed_cluster import BOTH
+from support.seed import SEED
+from support.several_models.runner import ANYTHING, action_runner, observed_cluster
+
+_PLACES = 2  # for loaded models
+_WAKE = 30  # iterations of the event loop after which a request has marked its model as wanted
+
+
+class Engine:
+    def __init__(self) -> None:
+        self.requests = OpenRequests(ANYTHING, ANYTHING)
+        self.state = EngineState.ASLEEP
+
+    async def finish_tile(self) -> None: ...
+
+    def sleep(self, *, gives_way: bool) -> bool:
+        if not (gives_way or self.requests.are_empty):
+            return False
+        self.state = EngineState.ASLEEP
+        return True
+
+
+class Model:
+    """Plans, loads and frees for a random number of iterations of the event loop, and frees only while `may_free`."""
+
+    def __init__(self, name: str, source: Random, loaded: set[str]) -> None:
+        self.name, self.source, self.loaded = name, source, loaded
+        self.frees, self.may_free = asyncio.Event(), asyncio.Event()
+        self.may_free.set()
+        engine: Any = Engine()
+        self.engine = engine
+        self.observed = observed_cluster()
+        for number, worker in enumerate("ab", 1):
+            self.observed.apply(seen.WorkerSeen(worker, number))
+        self.observed.state = replace(
+            self.observed.state, is_start=False, is_wanted=False, is_unloaded=True, is_alone=False
+        )
+        self.runner = action_runner(self.observed, ANYTHING)
+        self.runner.engine = self.engine
+        epochs: Any = self.runner.epochs
+        epochs.free_others = self.free
+        self.resident = Resident(name, self.observed, self.engine, None)
+
+    @property
+    def is_awake(self) -> bool:
+        return self.engine.state is EngineState.READY
+
+    async def pause(self) -> None:
+        await _iterations(self.source.choice((0, 1, 5, 30)))
+
+    async def free(self, _: object) -> None:
+        self.frees.set()
+        await self.pause()
+        await self.may_free.wait()
+        self.loaded.discard(self.name)
+
+    async def act(self, action: Action) -> None:
+        await self.pause()
+        is_full = len(self.loaded - {self.name}) >= _PLACES
+        match action:
+            case MakePlan(inputs):
+                plan, error = (None, InsufficientMemoryError("full")) if is_full else (BOTH, None)
+                self.observed.post(seen.Planned(inputs, plan, error, is_beside=True))
+            case LoadEpoch() if is_full:
+                self.observed.post(Signal.MEMORY_TAKEN)
+            case LoadEpoch():
+                self.loaded.add(self.name)
+                await self.pause()
+                self.observed.post(Signal.EPOCH_LOADED)
+            case Serve():
+                self.engine.state = EngineState.READY
+                self.observed.post(Signal.EPOCH_SERVING)
+            case _:
+                await self.runner.run(action)
+        self.observed.post(Signal.ACTION_ENDED)
+
+    async def supervise(self) -> None:
+        while True:
+            self.observed.apply(seen.Tick(asyncio.get_running_loop().time()))
+            action = reconcile(self.observed.state)
+            if action is not None and not isinstance(action, Wait):
+                self.observed.begin()
+                acting = asyncio.create_task(self.act(action))
+                acting.add_done_callback(lambda ended: ended.result())
+            observation = await self.observed.next(None)
+            assert observation is not None
+            self.observed.apply(observation)
+
+    async def watch(self) -> None:
+        count = 0
+        while count < _WAKE:
+            resident = self.resident
+            count = count + 1 if resident.is_asleep and not (resident.is_idle or resident.gives_way) else 0
+            await asyncio.sleep(0)
+        raise AssertionError(f"model {self.name} sleeps although requests wait for it")
+
+
+async def _iterations(count: int) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def _models(names: str, source: Random) -> AsyncIterator[Sequence[Model]]:
+    loaded = set[str]()
+    models = [Model(name, source, loaded) for name in names]
+    async with asyncio.timeout(60), Residency({model.name: model.resident for model in models}):
+        supervising = [asyncio.create_task(model.supervise()) for model in models]
+        yield models
+        for task in supervising:
+            task.cancel()
+
+
+async def _until_awake(model: Model) -> None:
+    await model.observed.until(lambda state: state.loss is None)
+
+
+@pytest.mark.parametrize("signal", [Signal.SLEEP_REQUESTED, Signal.TURN_ENDED])
+async def test_a_request_and_an_unload_that_come_while_the_stages_are_freed(signal: Signal) -> None:
+    async with _models("a", Random(SEED)) as (model,):
+        model.resident.load()
+        await _until_awake(model)
+        model.may_free.clear()
+        model.observed.post(signal)
+        await model.frees.wait()
+        with model.engine.requests.announced():
+            await model.observed.until(lambda state: state.is_wanted)
+            unloading = asyncio.create_task(model.resident.sleep())
+            await model.observed.until(lambda state: not state.is_wanted)
+            model.may_free.set()
+            await _iterations(_WAKE)
+            assert not model.resident.is_asleep
+            await _until_awake(model)
+        await unloading
+
+
+async def test_a_request_that_comes_in_the_moment_in_which_another_ends() -> None:
+    async with _models("a", Random(SEED)) as (model,):
+        model.resident.gives_way = True
+        with model.engine.requests.announced():
+            await _iterations(_WAKE)
+            assert model.resident.is_asleep
+        model.resident.resume()
+        with model.engine.requests.announced():
+            await _iterations(_WAKE)
+            assert not model.resident.is_asleep
+
+
+async def test_a_request_that_reaches_the_engine_after_the_requests_failed_and_the_model_slept() -> None:
+    async with _models("a", Random(SEED)) as (model,):
+        model.resident.enter()
+        await _until_awake(model)
+        model.observed.post(Signal.SLEEP_REQUESTED)
+        await model.observed.until(lambda state: state.is_asleep)
+        with model.engine.requests.announced():
+            await _iterations(_WAKE)
+            assert not model.resident.is_asleep
+        model.resident.leave()
+
+
+async def test_requests_and_unloads_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some requests end early, because their clients disconnect."""
+    monkeypatch.setattr(residency, "_TURN_S", 0.0)
+    monkeypatch.setattr(residency, "_LOOK_S", 0.0)
+    source = Random(SEED)
+    async with _models("abcd", source) as models:
+
+        async def request() -> None:
+            for _ in range(150):
+                model, patience = source.choice(models), source.choice((0, 1, 5, 50, None))
+                with model.engine.requests.announced():
+                    while not model.is_awake and patience != 0:
+                        patience = None if patience is None else patience - 1
+                        await asyncio.sleep(0)
+                    await model.pause()
+                await model.pause()
+
+        async def load_and_unload() -> None:
+            while True:
+                await _iterations(source.randrange(30))
+                resident = source.choice(models).resident
+                if source.randrange(3):
+                    await resident.sleep()
+                else:
+                    resident.load()
+
+        works = [*(model.watch() for model in models), *(load_and_unload() for _ in range(4))]
+        tasks = [asyncio.create_task(work) for work in works]
+        requests = [asyncio.create_task(request()) for _ in range(12)]
+        answered = asyncio.ensure_future(asyncio.wait(requests))
+        done, _ = await asyncio.wait([answered, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        for task in (*tasks, *requests):
+            task.cancel()
+        for each in done:
+            each.result()

@@ -34,7 +34,7 @@ def test_keys_are_made_listed_and_removed(path: Path) -> None:
     for name in ("phone", "key-1", "tv.living-room"):
         run("rm", name)
     assert read_api_keys(path) == (keys[2],) and path.read_text() == f"# key-2\n{keys[2]}\n"
-    with pytest.raises(UsageError, match="key-2 is its only key"):
+    with pytest.raises(UsageError, match="key-2 is the only key"):
         run("rm", "key-2")
 
 

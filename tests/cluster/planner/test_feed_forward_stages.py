@@ -71,5 +71,5 @@ def test_such_a_stage_needs_memory_for_its_weights(tmp_path: Path) -> None:
 
 def test_a_model_of_such_layers_alone_is_refused(tmp_path: Path) -> None:
     path = build_tiny(tmp_path / "m.gguf", nemotron((0, 1, 2, 3)))
-    with pytest.raises(ModelFileError, match="none of its 4 layers has attention or a state"):
+    with pytest.raises(ModelFileError, match="none of the model's 4 layers has attention or a state"):
         Model.open(path)

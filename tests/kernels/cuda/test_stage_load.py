@@ -155,7 +155,7 @@ def test_heads_that_are_too_wide_are_told_before_a_start(tmp_path: Path) -> None
     limits = StageLimits(max_batch_tokens=8, max_outputs=8, max_sequences=2, max_context_tokens=64, kv_blocks=5)
     with (
         Model.open(path) as model,
-        pytest.raises(ModelFileError, match="cannot be computed: heads of 520"),
+        pytest.raises(ModelFileError, match="cannot be computed: heads have 520 channels"),
     ):
         planned_workspace_bytes(model, 0, 1, limits, 1, "cuda:0")
 

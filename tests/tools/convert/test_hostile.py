@@ -388,7 +388,7 @@ def test_a_type_that_is_no_text(tmp_path: Path) -> None:
     header["model.embed_tokens.weight"]["dtype"] = []
     text = json.dumps(header).encode()
     (model / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
-    refused(model, "type '\\[\\]' is not known")
+    refused(model, "type '\\[\\]' is not supported")
 
 
 def test_words_that_would_take_for_ever_to_merge() -> None:

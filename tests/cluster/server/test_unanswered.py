@@ -20,7 +20,7 @@ from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.cluster.state.journal_records import Instant, left_unanswered
 from support.clusters.journals import admission, journal
 
-DROPPED = "dropped, since the model, its settings or the version have changed"
+DROPPED = "dropped, because the model, its settings or the version have changed"
 
 
 async def leave(folder: ClusterDir, *served: str, sent: int = 0) -> None:

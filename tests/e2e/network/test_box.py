@@ -28,7 +28,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def soon(condition: object, within_s: float = 10.0) -> bool:
+def soon(condition: object, within_s: float = 60.0) -> bool:
     assert callable(condition)
     deadline = time.monotonic() + within_s
     while not condition():

@@ -100,7 +100,7 @@ class ControlRecord:
         try:
             if self.path is not None:
                 write_private(self.path, _WRITTEN.dump_json(_Written(term, drained)).decode())
-        except BaseException:
+        except LlamaclustError:
             self._written_term = before
             raise
         self._written_drained = drained

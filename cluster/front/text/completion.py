@@ -24,7 +24,7 @@ from llamaclust.cluster.scheduler.requests import (
     Timings,
     TokenSampled,
 )
-from llamaclust.core.errors import WorkerError
+from llamaclust.core.errors import LlamaclustError, WorkerError
 from llamaclust.core.sampling import RowResult
 from llamaclust.model.chat.tools.events import AnswerEvent, ContentText
 from llamaclust.model.tokenizers.tokenizer import Detokenizer, Tokenizer
@@ -67,7 +67,7 @@ class Completion:
         self._tasks: list[asyncio.Task[None]] = []
         try:
             self._submit(self._choices[0])
-        except BaseException:
+        except LlamaclustError:
             self._choices.clear()  # each refers to this object
             raise
         if len(choices) > 1:

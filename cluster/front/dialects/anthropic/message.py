@@ -1,4 +1,4 @@
-"""Serves `/v1/messages`. Shows answers as content blocks, in one message or in a stream's events."""
+"""Anthropic's endpoint `/v1/messages`. Answers consist of content blocks, in one JSON message or in stream events."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from llamaclust.model.chat.tools.events import (
 
 Block = dict[str, Any]
 Shown = dict[str, Any]
-"""An event of a stream. A complete answer's events are joined into its content blocks."""
+"""A stream event as a JSON object. `_put_together` makes a complete answer's content blocks from the same events."""
 
 _STARTS: Final[dict[str, Block]] = {
     "text": {"type": "text", "text": ""},
@@ -71,7 +71,6 @@ class MessageView(View):
             yield {"type": "message_stop"}
 
     def _usage(self, timings: Timings | None, tokens: int) -> dict[str, int]:
-        """Counts the prompt's cached tokens separately from its other tokens, as Anthropic does."""
         cached = 0 if timings is None else timings.cached_tokens
         return {
             "input_tokens": self._prompt_tokens - cached,
@@ -102,13 +101,13 @@ class MessageView(View):
 
 
 class _Blocks:
-    """Converts an answer into its blocks' events. At most one block is open at a time."""
+    """Converts an answer to events that open, extend and close content blocks. At most one block is open at a time."""
 
     def __init__(self, reply_id: str) -> None:
         self.has_calls = False
         self._reply_id = reply_id
-        self._index = -1  # of the newest block
-        self._open: str | None = None  # its type
+        self._index = -1  # Index of the newest block, or -1 if there is no block yet.
+        self._open: str | None = None  # Type of the open block, or None if no block is open.
 
     def take(self, chunk: TextChunk) -> Iterator[Shown]:
         for event in chunk.events or (ContentText(chunk.text),):
@@ -145,7 +144,7 @@ class _Blocks:
         yield self._event("content_block_start", content_block=block)
 
     def _close(self) -> Iterator[Shown]:
-        """Closes the open block. A thinking block ends with an empty signature, because this server checks none."""
+        """Closes the open block, if any. A thinking block gets an empty signature, which this server never checks."""
         if self._open == "thinking":
             yield self._delta("signature_delta", signature="")
         if self._open is not None:
@@ -177,7 +176,8 @@ def _put_together(events: Iterable[Shown]) -> list[Block]:
 
 
 def _input(text: str) -> dict[str, Any]:
-    """Parses a tool call's arguments. Cut-off arguments become a text under INVALID_JSON, as Anthropic advises."""
+    """Parses a tool call's arguments. Invalid JSON, such as the arguments of an answer that was cut off, becomes
+    {"INVALID_JSON": text}, as Anthropic recommends."""
     arguments = arguments_object(text or "{}")
     return {"INVALID_JSON": text} if arguments is None else arguments
 
@@ -195,7 +195,8 @@ _ERROR_TYPES: Final = {
 
 
 def _error(failure: Failure) -> dict[str, Any]:
-    """Returns an error in Anthropic's form. If the text begins with "prompt is too long", clients shorten the chat."""
+    """Returns an error in Anthropic's form. If a prompt exceeds the context length, the message begins with "prompt is
+    too long", because clients then shorten the chat."""
     kind, message = error_type(failure, _ERROR_TYPES, "api_error"), failure.message
     if failure.numbers:
         tokens, most = failure.numbers["n_prompt_tokens"], failure.numbers["n_ctx"]
@@ -226,10 +227,10 @@ class Messages(Dialect[MessagesBody]):
             view=partial(MessageView, parsed.model, parsed.context.id),
             is_streamed=parsed.body.stream,
             timed=Timed.FIRST,
-            has_measurements=True,  # the first event has counts of the prefix cache
+            has_measurements=True,  # The first event shows the number of cached tokens.
         )
 
     async def count(self, request: Request) -> Response:
-        """Returns the token count of a chat's prompt."""
+        """Counts the tokens of a chat's prompt. No answer is generated."""
         body = await self.read(request)
         return await self.counted(request, await converted(body, body.request))

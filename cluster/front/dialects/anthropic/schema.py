@@ -1,4 +1,4 @@
-"""Bodies of `/v1/messages`: turns of a chat, tools, thinking, and the form of the output."""
+"""The request body of Anthropic's `/v1/messages`: messages, tools, thinking, and the output format."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ _CLIENT_TOOLS: Final[dict[str, dict[str, Any]]] = {
     "text_editor_": _file_tool("Shows, creates and changes files.", *_EDITS),
     "memory_": _file_tool("Keeps notes in files below /memories.", *_EDITS, "delete", "rename"),
 }
-"""Tools that the client runs. The keys are the tools' types without dates. The types determine the definitions."""
+"""Anthropic's tools that the client runs. Keys are tool types without the date, such as `bash_` for `bash_20250124`.
+Requests contain only a tool's type, so the definitions that the model gets are here."""
 
 
 class Tool(Body, foreign=ANTHROPIC_TOOL):
@@ -82,7 +83,7 @@ class ToolChoice(Body):
     """`auto`: the model decides. `none`: no calls. `any`: at least one call. `tool`: the tool `name` must be called."""
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
-    """True to allow at most one tool call. The default is true if `type` requires a call, else false."""
+    """True to allow at most one tool call in an answer. The default is true if `type` requires a call."""
 
     @property
     def use(self) -> ToolUse:
@@ -95,21 +96,20 @@ class ToolChoice(Body):
 class Thinking(Body, foreign=THINKING):
     type: Literal["enabled", "adaptive", "disabled"]
     budget_tokens: Annotated[int, Field(ge=0)] | None = None
-    """The maximum number of thinking tokens. The end of thinking is then forced. By default there is no limit."""
+    """The maximum number of thinking tokens, after which the server ends the thinking. The default is no limit."""
 
 
 class OutputConfig(Body):
     format: Any = None
-    """The output's form, `{"type": "json_schema", "schema": ...}`."""
+    """The format of the answer: `{"type": "json_schema", "schema": {...}}`. The default is plain text."""
     effort: str | None = None
-    """Passed to the chat template as `reasoning_effort`."""
+    """The amount of reasoning, such as `low`. The chat template receives it as `reasoning_effort`."""
 
     def grammar(self) -> Grammar | None:
         return output_grammar(self.format, "output_config.format")
 
 
 def output_grammar(value: Any, origin: str) -> Grammar | None:
-    """Returns an output format's grammar, or None for None. Raises ParameterError for any other value."""
     if value is None:
         return None
     if not isinstance(value, dict) or value.get("type") != "json_schema" or not isinstance(value.get("schema"), dict):
@@ -118,7 +118,7 @@ def output_grammar(value: Any, origin: str) -> Grammar | None:
 
 
 def _tool(value: Any, info: ValidationInfo) -> Any:
-    """Reads one tool. Returns None if the tool would run on Anthropic's servers. Raises ValueError."""
+    """Converts a tool to OpenAI's form. Returns None for a tool that runs on Anthropic's servers. Raises ValueError."""
     if not isinstance(value, dict):
         raise ValueError("a tool must be an object with 'name' and 'input_schema'")
     kind = value.get("type")
@@ -145,20 +145,21 @@ ThinkingField = Annotated[Thinking, BeforeValidator(_thinking), _THINKING_SCHEMA
 
 
 _BILLING: Final = re.compile(r"x-anthropic-billing-header:(?:[ \t]*\w+=[^;\s]*(?:;|(?=\n)|\Z))*[ \t]*\n?")
-"""Matches Claude Code's billing header. It means nothing to the model, and changes, so no prefix could be cached."""
+"""Matches the billing header at the beginning of Claude Code's system prompt. The server removes the header, because it
+changes between requests and would keep the prefix cache from being used."""
 _ROLES: Final = ("user", "assistant", "system")
 _ERROR: Final = "Error: "
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The content that one role contributes before the other role's turn."""
+    """The content of successive messages of the same role."""
 
     role: str
     parts: tuple[Part, ...] = ()
-    thoughts: tuple[str, ...] = ()  # of an assistant
-    calls: tuple[dict[str, Any], ...] = ()  # of an assistant, in OpenAI's form
-    results: tuple[dict[str, Any], ...] = ()  # of a user: messages of role tool
+    thoughts: tuple[str, ...] = ()  # Thinking texts of an assistant's turn.
+    calls: tuple[dict[str, Any], ...] = ()  # Tool calls of an assistant's turn, in OpenAI's form.
+    results: tuple[dict[str, Any], ...] = ()  # Tool results of a user's turn, as messages of role tool.
 
     @classmethod
     def of(cls, role: str, turns: Iterable[Turn]) -> Turn:
@@ -183,7 +184,8 @@ class Turn:
 
 
 def read_turn(message: Any, info: ValidationInfo) -> Turn:
-    """Reads one message. A `Leniency` replaces unsupported blocks by texts. Other contexts raise ValueError."""
+    """Validates a message. If the context is a `Leniency`, short texts replace media that the model cannot read and
+    calls of tools on Anthropic's servers. Otherwise, these blocks raise ValueError, as unknown blocks always do."""
     if not isinstance(message, dict) or message.get("role") not in _ROLES:
         raise ValueError(f"a message must be an object with a 'role' of {', '.join(_ROLES)}")
     role, content = message["role"], message.get("content")
@@ -226,13 +228,13 @@ def _block(role: str, block: Any, context: object) -> Turn:
             return Turn(role, parts=(_text(block, "text"),))
         case "assistant", "thinking":
             return Turn(role, thoughts=(_text(block, "thinking"),))
-        case "assistant", "redacted_thinking":  # of another model, which alone could read it
+        case "assistant", "redacted_thinking":  # The thinking is encrypted for the model that wrote it.
             return Turn(role)
         case "assistant", "tool_use":
             return Turn(role, calls=(_call(block),))
         case "user", "tool_result":
             return Turn(role, results=(_result(block, context),))
-        case "assistant", _ if kind.endswith(("_tool_use", "_tool_result")):  # of another server's tool
+        case "assistant", _ if kind.endswith(("_tool_use", "_tool_result")):  # Another server ran the tool.
             leave_out("content", kind, context)
             return Turn(role, parts=(tool_text(kind, block),))
     return Turn(role, parts=(_image(block, context) if _is_image(block, context) else _text_of(block, context),))
@@ -253,11 +255,10 @@ def _image(block: dict[str, Any], context: object) -> Part:
 
 
 def _text_of(block: Any, context: object) -> str:
-    """Returns the text of a block that can be in any turn, or a text that replaces the block. Raises ValueError."""
     kind = block.get("type") if isinstance(block, dict) else None
     if kind == "text":
         return _text(block, "text")
-    if kind == "tool_reference":  # a tool that a search found; all of them are offered
+    if kind == "tool_reference":  # A tool search found this tool. The model gets all tools anyway.
         return _text(block, "tool_name")
     if kind == "search_result":
         return "\n".join(
@@ -326,26 +327,26 @@ _SystemField = Annotated[str, BeforeValidator(read_system), WithJsonSchema(_CONT
 
 class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
     model: str | None = None
-    """Name of the model. Any name is accepted, unless `strict_model` is set."""
+    """Name of the model. Any name is accepted, unless `api.strict_model` is true."""
     messages: Annotated[list[_TurnField], FailFast(), Field(min_length=1, max_length=16_384)]
-    """The chat, in blocks of type text, image, thinking, tool_use and tool_result. Other blocks, and images for text
-    models, become texts. A role's successive messages are joined. The answer continues a last assistant message."""
+    """The chat so far. A message has a text, or blocks of type text, image, thinking, tool_use and tool_result. Short
+    texts replace media that the model cannot read. Successive messages of the same role are joined. If the last message
+    has the role assistant, the answer continues that message."""
     system: _SystemField = ""
-    """The system prompt: a text or text blocks. Billing headers at its beginning are removed."""
+    """The system prompt, as a text or text blocks. Claude Code's billing header at its beginning is removed."""
     max_tokens: LimitField = None
-    """The maximum number of tokens of the answer. The default is as many as fit into the context."""
+    """The maximum number of tokens in the answer. The default is as many as fit into the context."""
     stop_sequences: StopField = ()
     """Texts that end the answer. The answer ends before the first occurrence of any of them."""
     tools: ToolsField = Field(default_factory=list)
-    """Functions that the model may call, and Anthropic's bash_*, text_editor_* and memory_*. Others are left out."""
+    """Functions of the client, and Anthropic's tools bash_*, text_editor_* and memory_*. Other tools are removed."""
     tool_choice: ToolChoice | None = None
-    """Says which tool calls the answer can or must contain."""
+    """The tool calls that the answer can or must contain."""
     thinking: ThinkingField | None = None
-    """Type `disabled` makes the answer begin without thinking. Otherwise, the model decides."""
+    """The answer's thinking. Type `disabled` prevents thinking. With other types, the model decides."""
     output_config: OutputConfig | None = None
-    """A JSON schema for the answer (`format`), and the `effort` to pass to the chat template."""
     output_format: Any = None
-    """An older name of `output_config.format`."""
+    """The older name for `output_config.format`."""
 
     @property
     def tool_use(self) -> ToolUse:
@@ -355,7 +356,7 @@ class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
         self.tool_use.check(self.tools)
         turns = merged_turns(self.messages)
         if turns[-1].calls:
-            raise ParameterError("messages", "end with a tool_use block: add its tool_result")
+            raise ParameterError("messages", "the chat ends with a tool_use block: add a tool_result for it")
         system = [{"role": "system", "content": self.system}] if self.system else []
         effort = self.output_config.effort if self.output_config is not None else None
         return ChatRequest(

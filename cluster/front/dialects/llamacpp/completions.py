@@ -1,4 +1,4 @@
-"""llama.cpp's `/completion` and `/infill`: bodies with llama.cpp's defaults, their requests, and the replies."""
+"""llama.cpp's endpoints `/completion`, `/completions` and `/infill`: request bodies, and the JSON of replies."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ from llamaclust.model.tokenizers.gaps import Gap, OtherFile
 
 _RANDOM_SEEDS: Final = (-1, 0xFFFFFFFF)
 _NEVER: Final = -1e9
-"""The bias of a token that must not be chosen. In llama.cpp's API, it is written as false."""
+"""The logit bias of a token that must never be chosen. Requests write this bias as false."""
 _MAX_FILES: Final = 1024
 _INPUTS: Final = {"model", "prompt", "return_tokens", "speculative", "input_prefix", "input_suffix", "input_extra"}
-"""Fields of the body that the reply's `generation_settings` omit."""
+"""Fields of the request that the reply's `generation_settings` does not repeat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def _prompt(value: Any, context: object) -> LlamaCppPrompt:
 
 
 def _marked_prompt(value: dict[str, Any], context: object) -> MarkedPrompt:
-    """Reads {"prompt_string": text with a media marker for each image, "multimodal_data": [base64, ...]}."""
+    """Reads {"prompt_string": ..., "multimodal_data": [...]}. The string has a media marker for each image."""
     data, text = value["multimodal_data"], value.get("prompt_string")
     if not isinstance(text, str) or not isinstance(data, list) or len(value) > 2:
         raise ValueError("an object must have a text `prompt_string`, a list `multimodal_data` and no other fields")
@@ -122,7 +122,7 @@ def _token_bias(token: Any, bias: Any) -> tuple[int | str, float]:
     if bias is False:
         return token, _NEVER
     if not isinstance(bias, int | float) or bias is True or not _NEVER <= bias <= -_NEVER:
-        raise ValueError("a bias must be a number, or false for never")
+        raise ValueError("a bias must be a number, or false to never choose the token")
     return token, float(bias)
 
 
@@ -146,14 +146,14 @@ class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Spec
     takes_recommended: ClassVar = True
 
     model: str | None = None
-    """Name of an adapter or of the model. Other names mean the served model, unless `api.strict_model` is true."""
+    """Name of the model or of an adapter. Any other name selects the model, unless `api.strict_model` is true."""
     prompt: Annotated[tuple[Any, ...], BeforeValidator(_prompts), WithJsonSchema(_PROMPTS)]
     """One prompt (text, token ids, or a list of both), or a list of prompts. A model that reads images also accepts an
     object with a text `prompt_string`, which has a media marker for each image in `multimodal_data` (base64)."""
     n_predict: WholeLimitField = -1
-    """The maximum number of tokens of the answer, or -1 for as many as fit into the context."""
+    """The maximum number of tokens in the answer, or -1 for as many as fit into the context."""
     logit_bias: Annotated[tuple[Any, ...], BeforeValidator(_biases), WithJsonSchema(_PAIRS)] = ()
-    """[[token id or text, bias or false], ...]. A token with false is never chosen."""
+    """Biases to add to logits, as [[token id or text, bias], ...]. A token with the bias false is never chosen."""
     seed: int = -1
     """Seed of the random numbers, or -1 for a random seed."""
     stop: Annotated[StopField, Requested()] = ()
@@ -161,13 +161,13 @@ class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Spec
     ignore_eos: Annotated[bool, Requested()] = False
     """True to prevent the model from ending its answer."""
     n_probs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Requested("top_logprobs")] = 0
-    """The number of likeliest tokens whose logprobs are shown with the chosen token's, or 0 to show no logprobs."""
+    """The number of likeliest tokens to show for each token of the answer, with logprobs. 0 shows no logprobs."""
     return_tokens: bool = False
     """True to show token ids in the reply. A stream's events always show them."""
     timings_per_token: bool = False
     """True to show timings in each event of a stream."""
     return_progress: bool = False
-    """True to begin a stream with events that show how many prompt tokens are computed."""
+    """True to begin a stream with events that show how many prompt tokens are computed so far."""
     stream: bool = False
     """True to send the answer as server-sent events."""
 
@@ -231,13 +231,13 @@ class InfillBody(LlamaCppBody):
     prompt: Annotated[tuple[Any, ...], BeforeValidator(_begun), WithJsonSchema({"type": "string"})] = Field(
         default_factory=lambda: ("",)
     )
-    """The beginning of the text between prefix and suffix. The answer continues it."""
+    """The beginning of the text that fills the gap. The answer continues this text."""
     input_prefix: str
     """The text before the gap that the answer fills."""
     input_suffix: str
     """The text after the gap that the answer fills."""
     input_extra: Annotated[tuple[Any, ...], BeforeValidator(_files), WithJsonSchema(_FILES)] = ()
-    """Other files for context. If not all of them fit into the context, files at the beginning are left out."""
+    """Other files for context. If not all of them fit into the context, the model gets only the last files."""
 
     async def prompts(self, service: TextService) -> list[Prompt | PromptImages]:
         gap = Gap(self.input_prefix, self.input_suffix, self.prompt[0], self.input_extra)
@@ -268,7 +268,7 @@ class LlamaCppCompletion(Dialect[LlamaCppBody]):
         return [request, *(replace(request, prompt=prompt) for prompt in others)]
 
     async def _biases(self, given: Sequence[tuple[int | str, float]]) -> tuple[tuple[int, float], ...]:
-        """Returns the biases by token id. A text's bias applies to each of the text's tokens."""
+        """Returns pairs of a token id and a bias. The bias of a text applies to each of the text's tokens."""
         tokens = [token for token, _ in given]
         ids = await self.service.tokenize_all(tokens, "logit_bias", sampling_bounds.MAX_LOGIT_BIASES) if tokens else []
         biases: dict[int, float] = {}
@@ -289,7 +289,7 @@ class Infill(LlamaCppCompletion):
 
 
 class Completions(TextCompletions):
-    """Replies in OpenAI's form if the body has `model`, which OpenAI's clients must send, else in llama.cpp's form."""
+    """Treats a body with the field `model` as OpenAI's, whose clients must send it, and other bodies as llama.cpp's."""
 
     paths = ("/completions",)
 
@@ -305,13 +305,14 @@ class Completions(TextCompletions):
 
 class LlamaCppView(View):
     def __init__(self, service: TextService, body: LlamaCppBody, log: AnswerLog) -> None:
-        generations = log.generations  # they have the same settings
+        generations = log.generations  # All generations have the same settings.
         shown = cache(lambda: _shown_settings(service, body, generations[0]))
         self._answers = [_AnswerView(service, body, place, one, shown) for place, one in enumerate(generations)]
 
     def frames(self, prompt: int, item: LogItem) -> list[Event]:
         answer = self._answers[prompt]
-        if isinstance(item, PromptProgress):  # in a slot of its own: a reply that is computed again has other progress
+        # Progress events have their own slot, because they differ if the reply is computed again.
+        if isinstance(item, PromptProgress):
             return [Event(len(self._answers) + 1, answer.progress(item))]
         return [Event(prompt, answer.part(item))]
 
@@ -375,7 +376,7 @@ class _AnswerView:
 
 
 def _shown_settings(service: TextService, body: LlamaCppBody, generation: GenerationRequest) -> dict[str, Any]:
-    """Shows a request's settings. A bias of null means that the token must not be chosen."""
+    """Returns the reply's `generation_settings`. A bias of null means that the token is never chosen."""
     most, wanted = service.settings.max_drafted, body.speculative
     biases: dict[int, float | None] = dict(generation.params.logit_bias)
     if body.ignore_eos:

@@ -1,4 +1,4 @@
-"""llama.cpp's other endpoints: tokenization, chat templates, adapters, server properties, metrics."""
+"""llama.cpp's endpoints that generate no text: tokenization, chat templates, adapters, server properties, metrics."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _MAX_TOKENIZED_BYTES: Final = 1 << 20
 _MAX_PIECES: Final = 1 << 16
 _BLOCKING_CHARACTERS: Final = 2048
-"""Texts with more characters are tokenized on a thread."""
+"""The maximum number of characters to tokenize on the event loop. Longer texts are tokenized on a thread."""
 _NO_SLOTS: Final = "no folder for slots is set: set `api.slot_folder` in the cluster file"
 
 _log = logging.getLogger(__name__)
@@ -59,21 +59,20 @@ def llamacpp_routes(service: TextService, settings: ApiSettings) -> Iterator[Rou
 
 
 def _text(value: Any) -> Any:
-    """Raises ValueError if the text is too long. It may have as many tokens as bytes."""
     if isinstance(value, str) and len(value.encode("utf-8", "surrogatepass")) > _MAX_TOKENIZED_BYTES:
-        raise ValueError(f"more than {_MAX_TOKENIZED_BYTES} bytes of text; send less at once")
+        raise ValueError(f"the text has more than {_MAX_TOKENIZED_BYTES} bytes; send it in several requests")
     return value
 
 
 class TokenizeBody(Body, foreign=TEXT_ONLY):
     content: Annotated[str, BeforeValidator(_text)]
-    """The text, at most 1 MiB of UTF-8."""
+    """The text to tokenize, at most 1 MiB in UTF-8."""
     add_special: bool = False
     """True to add BOS and EOS if the model's tokenizer uses them."""
     parse_special: bool = True
     """True to read special tokens that are written in the text, such as `<s>`, as special tokens."""
     with_pieces: bool = False
-    """True to show each token with its text."""
+    """True to show each token's text next to its id."""
 
 
 class DetokenizeBody(Body, foreign=TEXT_ONLY):
@@ -106,11 +105,11 @@ class TextEndpoints:
         return await unless_disconnected(request, run_on(tokenizing(len(body.content)), self._tokenized, body))
 
     def _tokenized(self, body: TokenizeBody) -> Response:
-        """Tokenizes and renders at once. A waiting reply then holds JSON, which takes a tenth of the ids' memory."""
+        """Tokenizes a text and renders the reply. The rendered JSON takes a tenth of the memory of the ids."""
         tokenizer = self._service.tokenizer
         ids = tokenizer.encode(body.content, body.add_special, body.parse_special)
         if body.with_pieces and len(ids) > _MAX_PIECES:
-            reason = f"the text has {len(ids)} tokens; the limit with pieces is {_MAX_PIECES}; send less at once"
+            reason = f"the text has {len(ids)} tokens; the limit with pieces is {_MAX_PIECES}; send less text"
             raise ParameterError("with_pieces", reason)
         return JsonResponse({"tokens": [_piece(tokenizer, token) for token in ids] if body.with_pieces else ids})
 
@@ -127,7 +126,6 @@ class TextEndpoints:
 
 
 def _piece(tokenizer: Tokenizer, token: int) -> dict[str, Any]:
-    """Shows a token with its text, or with its bytes if they are not complete UTF-8."""
     data = tokenizer.token_bytes(token)
     try:
         return {"id": token, "piece": data.decode()}
@@ -140,8 +138,6 @@ class AllScales(RootModel[Annotated[AdapterScales, BeforeValidator(read_scales),
 
 
 class AdapterList:
-    """A served model's adapters, and the scales that apply to requests without `lora`."""
-
     def __init__(self, settings: ApiSettings) -> None:
         self._settings = settings
 
@@ -156,8 +152,9 @@ class AdapterList:
         )
 
     async def set(self, request: Request) -> Response:
-        """Sets the scales for requests without `lora`. Unlisted adapters get 0. Requires the first API key, if any."""
-        require_first_key(request.headers, self._settings, "set the scales of adapters in requests that choose none")
+        """Sets the adapters' default scales. Adapters that the body does not list get scale 0. If API keys are set, the
+        request must have the first key."""
+        require_first_key(request.headers, self._settings, "set the default scales of adapters")
         value = parse_json(await read_bytes(request, self._settings, LARGE_BYTES))
         given = read_fields(AdapterFields, {"lora": {} if value is None else value}).lora or ()
         adapters = self._settings.adapters
@@ -166,12 +163,12 @@ class AdapterList:
         if scales != adapters.default:
             adapters.default = scales
             shown = ", ".join(f"{number} {adapters[number].name!r}: {scale:g}" for number, scale in scales)
-            _log.info("a client set the scales of adapters in requests that choose none: %s", shown or "all 0")
+            _log.info("a client set the default scales of adapters: %s", shown or "all 0")
         return JsonResponse({"success": True})
 
 
 def server_properties(models: Sequence[ApiModel], model: ApiModel) -> dict[str, Any]:
-    """Returns the JSON of `GET /props`. If models can be unloaded, it has fields of llama.cpp's router."""
+    """Returns the JSON of `GET /props`. If models can be unloaded, the fields of llama.cpp's router are added."""
     settings, tokenizer, template = model.service.settings, model.service.tokenizer, model.service.chat_template
     api = models[0].settings
     has_vision = model.service.vision is not None
@@ -202,18 +199,18 @@ def server_properties(models: Sequence[ApiModel], model: ApiModel) -> dict[str, 
 
 
 def slot_list(model: ApiModel) -> list[dict[str, Any]]:
-    """Returns the JSON of `GET /slots`. There is a slot for each possible sequence. Running slots come first."""
+    """Returns the JSON of `GET /slots`, with one slot for each sequence that can run. Busy slots come first."""
     settings, running = model.service.settings, model.engine.counts.running
     shared = {"n_ctx": settings.context_length, "speculative": settings.max_drafted > 0}
     return [{"id": slot, **shared, "is_processing": slot < running} for slot in range(settings.max_sequences)]
 
 
 _Metric = tuple[str, str, str, float]
-"""A metric's kind, name, help text and value."""
+"""A metric as (type, name, help text, value)."""
 
 
 def llamacpp_metrics(engines: Mapping[str, Engine]) -> bytes:
-    """Writes llama.cpp's metrics in Prometheus' format. Prometheus' library refuses two of the metrics' names."""
+    """Returns llama.cpp's metrics in Prometheus's text format. Prometheus's library does not allow two of the names."""
     labels = [f'{{model="{_escaped(model)}"}}' if len(engines) > 1 else "" for model in engines]
     families = zip(*map(_metrics, engines.values()), strict=True)
     return "".join(_family(metrics, labels) for metrics in families).encode()
@@ -235,22 +232,22 @@ def _metrics(engine: Engine) -> list[_Metric]:
     ttft_s, token_s = (speed.ttft_ms or 0) / 1e3, (speed.token_ms or 0) / 1e3
     prompt_rate = (speed.prompt_tokens or 0) / ttft_s if ttft_s else 0
     microbatches = stages[0].microbatches if stages else 0
-    prompt_text = "Prompt tokens a second before the first token of a request, median"
+    prompt_text = "Median prompt tokens per second until a request's first token"
     counter, gauge = "counter", "gauge"
     return [
-        (counter, "prompt_tokens_total", "Prompt tokens computed", counts.computed_tokens),
-        (counter, "prompt_tokens_cached_total", "Prompt tokens found in the prefix cache", counts.cached_tokens),
-        (counter, "prompt_seconds_total", "From start to first token, of ended requests", sums.prompt_s),
-        (counter, "tokens_predicted_total", "Tokens generated", metrics.generated_tokens),
-        (counter, "tokens_predicted_seconds_total", "From first token to last, of ended requests", sums.answer_s),
-        (counter, "n_decode_total", "Microbatches of the first stage since the plan", microbatches),
-        (counter, "n_tokens_max", "Most tokens of a request, prompt and answer", sums.most_tokens),
-        (counter, "spec_decode_num_draft_tokens_total", "Drafted tokens computed", drafts.drafted),
-        (counter, "spec_decode_num_accepted_tokens_total", "Drafted tokens that were accepted", drafts.accepted),
-        (counter, "spec_decode_num_drafts_total", "Drafts computed", drafts.drafts),
+        (counter, "prompt_tokens_total", "Number of prompt tokens computed", counts.computed_tokens),
+        (counter, "prompt_tokens_cached_total", "Number of prompt tokens from the prefix cache", counts.cached_tokens),
+        (counter, "prompt_seconds_total", "Seconds of ended requests until the first token", sums.prompt_s),
+        (counter, "tokens_predicted_total", "Number of generated tokens", metrics.generated_tokens),
+        (counter, "tokens_predicted_seconds_total", "Seconds of ended requests after the first token", sums.answer_s),
+        (counter, "n_decode_total", "Number of microbatches of the first stage since the current plan", microbatches),
+        (counter, "n_tokens_max", "Maximum number of tokens in a request and its answer", sums.most_tokens),
+        (counter, "spec_decode_num_draft_tokens_total", "Number of drafted tokens computed", drafts.drafted),
+        (counter, "spec_decode_num_accepted_tokens_total", "Number of drafted tokens accepted", drafts.accepted),
+        (counter, "spec_decode_num_drafts_total", "Number of drafts computed", drafts.drafts),
         (gauge, "prompt_tokens_seconds", prompt_text, prompt_rate),
-        (gauge, "predicted_tokens_seconds", "Tokens a second of a request, median", 1 / token_s if token_s else 0),
-        (gauge, "requests_processing", "Sequences being computed", counts.running),
-        (gauge, "requests_deferred", "Sequences that wait", counts.waiting),
-        (gauge, "n_busy_slots_per_decode", "Rows of a microbatch of the first stage, mean", metrics.mean_rows),
+        (gauge, "predicted_tokens_seconds", "Median generated tokens per second", 1 / token_s if token_s else 0),
+        (gauge, "requests_processing", "Number of running sequences", counts.running),
+        (gauge, "requests_deferred", "Number of waiting sequences", counts.waiting),
+        (gauge, "n_busy_slots_per_decode", "Mean rows of a microbatch in the first stage", metrics.mean_rows),
     ]

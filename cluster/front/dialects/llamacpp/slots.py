@@ -1,4 +1,4 @@
-"""llama.cpp's `POST /slots/ID`. It saves a slot's tokens to a file, restores them, or erases them."""
+"""llama.cpp's `POST /slots/ID`, which saves a slot's tokens to a file, restores the tokens, or erases them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
 from llamaclust.wire.rpc.deadlines import deadline
 
 _TURN_S = 60.0
-"""The longest time, in seconds, to wait while other requests use slot files."""
+"""Timeout, in seconds, of a request that waits until other requests have finished with the slot files."""
 
 _Value = TypeVar("_Value")
 
@@ -44,9 +44,9 @@ class SlotBody(Body):
     """The body of `POST /slots/ID?action=save` and `?action=restore`. `?action=erase` has no body."""
 
     filename: str = Field(min_length=1, max_length=128)
-    """Name of a file in the folder `api.slot_folder` of the cluster file."""
+    """Name of the slot file. The folder is set by `api.slot_folder` in the cluster file."""
     model: str | None = None
-    """The slot's model, if several models are served."""
+    """Name of the slot's model, if several models are served."""
 
 
 class SlotActions:
@@ -78,12 +78,12 @@ class SlotActions:
         slots = self._service.slots
         tokens = slots.tokens(slot)
         if not tokens.tokens:
-            raise ParameterError("id_slot", f"slot {slot} has no tokens: no request has named it as its id_slot")
+            raise ParameterError("id_slot", f"slot {slot} has no tokens: first send a request with this id_slot")
         written = await self._on_disk(lambda: self._folder.write(name, tokens, slots.model_id))
         return {"n_saved": len(tokens.tokens), "n_written": written}
 
     async def _restore(self, request: Request, slot: int, name: str) -> dict[str, int]:
-        """Restores a slot from a file. First computes its tokens' KV blocks, or reads them from workers' disks."""
+        """Restores a slot from a file. Workers first compute the tokens' KV blocks, or read them from their disks."""
         slots = self._service.slots
         tokens, size_bytes = await self._on_disk(lambda: self._folder.read(name, slots.model_id))
         await unless_disconnected(request, self._compute(tokens))
@@ -91,7 +91,8 @@ class SlotActions:
         return {"n_restored": len(tokens.tokens), "n_read": size_bytes}
 
     async def _on_disk(self, work: Callable[[], _Value]) -> _Value:
-        """Runs work on slot files, one piece after another. Raises TimeoutError if the disk does not answer."""
+        """Runs `work` on a thread while no other request uses slot files. Raises TimeoutError if the disk hangs, and
+        DeadlineError if other requests use slot files for too long."""
         async with deadline("the slot files of other requests", _TURN_S):
             await self._turn.acquire()
         try:
@@ -100,7 +101,7 @@ class SlotActions:
             self._turn.release()
 
     async def _compute(self, tokens: SlotTokens) -> None:
-        """Fills the KV cache. Generates one more token, because a prompt is computed only for an answer."""
+        """Computes the tokens' KV blocks. The request for this also generates one token."""
         completion = CompletionRequest(
             tuple(tokens.tokens),
             1,
@@ -131,7 +132,7 @@ _DIGEST_BYTES: Final = 32
 _TOKEN: Final = np.dtype("<u4")
 _FIELDS: Final = frozenset({"format", "model", "cache_salt", "adapters", "tokens"})
 _MOST_FILES: Final = 1024
-"""The maximum number of files in the folder. Without a limit, clients could fill the disk by saving under new names."""
+"""The maximum number of files in the folder. The limit keeps clients from filling the disk."""
 
 
 class SlotFolder:
@@ -141,19 +142,20 @@ class SlotFolder:
         self._folder = folder
 
     def write(self, name: str, tokens: SlotTokens, model_id: str) -> int:
-        """Writes a slot file. Returns its size. Raises OSError, or ParameterError for a bad name or a full folder."""
+        """Writes a slot file and returns its size in bytes. Raises OSError, or ParameterError if the name is invalid or
+        in use by another kind of file, or the folder is full."""
         path = self._path(name)
         if os.path.lexists(path):
             if not _is_slot_file(path):
                 raise ParameterError("filename", f"{name!r} cannot be replaced: it is not a slot file")
         elif (files := sum(1 for _ in self._folder.iterdir())) >= _MOST_FILES:
-            raise ParameterError("filename", f"there are {files} files; the limit is {_MOST_FILES}; delete some")
+            raise ParameterError("filename", f"the folder has {files} files; the limit is {_MOST_FILES}; delete files")
         data = _encode(tokens, model_id)
         regular_file.write_bytes(path, data)
         return len(data)
 
     def read(self, name: str, model_id: str) -> tuple[SlotTokens, int]:
-        """Returns a slot file's tokens and size. Raises OSError, or ParameterError if this model cannot use it."""
+        """Returns a file's tokens and size in bytes. Raises OSError, or ParameterError if the file cannot be used."""
         path = self._path(name)
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise ParameterError("filename", f"{name!r} cannot be restored: it is not a regular file")
@@ -173,7 +175,7 @@ class SlotFolder:
 
 
 def _is_slot_file(path: Path) -> bool:
-    """True if the file can be replaced: it is a slot file, even a damaged one. Raises OSError."""
+    """Returns True for slot files, even for damaged ones. Only slot files can be replaced. Raises OSError."""
     if path.is_symlink() or not path.is_file():
         return False
     with regular_file.open_regular(path, follows_links=False) as file:
@@ -193,7 +195,7 @@ def _encode(tokens: SlotTokens, model_id: str) -> bytes:
 
 
 def _decode(data: bytes, model_id: str) -> SlotTokens:
-    """Decodes a slot file. Raises ValueError if another program or model wrote the data, or the data is damaged."""
+    """Decodes a slot file. Raises ValueError if the data is damaged, or from another program or model."""
     content, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
     head, _, ids = content.partition(b"\n")
     if sha256(content).digest() != digest or not head.startswith(_BEGINNING):

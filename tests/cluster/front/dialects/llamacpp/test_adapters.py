@@ -172,8 +172,8 @@ async def test_changes_of_scales_are_logged(caplog: pytest.LogCaptureFixture) ->
             await http.post("/lora-adapters", json=scales)
     lines = [record.getMessage() for record in caplog.records if "scales" in record.getMessage()]
     assert lines == [
-        "a client set the scales of adapters in requests that choose none: 1 'clerk': 0.5",
-        "a client set the scales of adapters in requests that choose none: all 0",
+        "a client set the default scales of adapters: 1 'clerk': 0.5",
+        "a client set the default scales of adapters: all 0",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Answers of `/api/generate`, `/api/chat` and Ollama's embedding endpoints. Streams are lines of JSON."""
+"""Ollama's endpoints `/api/generate`, `/api/chat`, `/api/embed` and `/api/embeddings`. A stream is lines of JSON."""
 
 from __future__ import annotations
 
@@ -53,19 +53,19 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _NS_OF_MS: Final = 1_000_000
 _UNCHANGED: Final = -1
-"""The norm that leaves vectors as the model computes them."""
 
 
 @dataclass(slots=True)
 class Piece:
-    """The text, reasoning and complete tool calls that a chunk adds to an answer."""
+    """The text, reasoning and complete tool calls that one chunk adds to an answer."""
 
     content: str = ""
     thinking: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, index: int, call: ToolCall) -> None:
-        """Adds a tool call. A call that was cut off is added as text, because arguments must be a JSON object."""
+        """Adds a tool call. A call whose arguments were cut off is added to the text, because Ollama's clients expect
+        arguments to be a JSON object."""
         arguments = arguments_object(call.arguments)
         if arguments is None:
             self.content += f"{call.name}({call.arguments}"
@@ -75,13 +75,11 @@ class Piece:
 
 
 class PieceReader:
-    """Reads one answer's chunks in order. A complete answer is a single chunk."""
-
     def __init__(self) -> None:
         self._open: dict[int, ToolCall] = {}
 
     def read(self, chunk: TextChunk) -> Piece:
-        """Returns what a chunk adds. A tool call is returned with the chunk that completes the call."""
+        """Returns the piece that a chunk adds. A tool call belongs to the piece of its last chunk."""
         piece = Piece()
         for event in chunk.events or (ContentText(chunk.text),):
             match event:
@@ -108,14 +106,14 @@ Show = Callable[[Piece], dict[str, Any]]
 
 @dataclass(eq=False)
 class OllamaView(View):
-    """Shows an answer. A request without a prompt only loads or unloads a model, and gets only the last line."""
+    """Shows an answer as JSON lines. A request without a prompt loads or unloads a model and gets a single line."""
 
     tokenizer: Tokenizer
-    begin: dict[str, Any]  # of each line
+    begin: dict[str, Any]  # Fields of every line.
     show: Show
     with_logprobs: bool
-    with_context: bool  # the last line has all token ids
-    end: str | None  # of a request without a prompt
+    with_context: bool  # True to show the token ids of prompt and answer in the last line.
+    end: str | None  # The `done_reason` if the request has no prompt, else None.
     log: AnswerLog
 
     def __post_init__(self) -> None:
@@ -160,7 +158,7 @@ class OllamaView(View):
 
 
 def durations(timings: Timings) -> dict[str, int]:
-    """Returns durations in ns and token counts, which include cached tokens. `load_duration` is the queueing time."""
+    """Returns durations in nanoseconds, and token counts with cached tokens. `load_duration` is the queueing time."""
     shown = shown_timings(timings)
     answer_ms = shown["predicted_ms"]
     return {
@@ -186,14 +184,14 @@ class OllamaDialect(Dialect[AnyAnswer]):
 
     @abstractmethod
     def show(self, piece: Piece) -> dict[str, Any]:
-        """Returns the fields of a line that show a piece."""
+        """Returns the fields of a JSON line that show this piece."""
 
     @abstractmethod
     async def request(self, parsed: ParsedRequest[AnyAnswer]) -> CompletionRequest:
-        """Makes a body's completion request."""
+        """Converts a request's body to a completion request."""
 
     async def reply(self, parsed: ParsedRequest[AnyAnswer]) -> Reply:
-        """`created_at` is the time of admission, so a second computation shows the same time."""
+        """Shows the time of admission as `created_at`, so that it is the same if the reply is computed again."""
         body, end = parsed.body, None
         if body.is_load:
             unloads = self.settings.can_unload and read_keep_alive(body.keep_alive) == 0
@@ -207,11 +205,10 @@ class OllamaDialect(Dialect[AnyAnswer]):
         )
 
     async def _requests(self, parsed: ParsedRequest[AnyAnswer]) -> list[CompletionRequest]:
-        """Makes the request, or none to load a model. Raises HttpError if required reasoning is not supported."""
         if parsed.body.is_load:
             return []
         if parsed.body.wants_reasoning and not (await self.service.chat_format.get()).knows_reasoning:
-            message = f"{self.service.settings.model_name!r} does not support thinking; leave out the field think"
+            message = f"{self.service.settings.model_name!r} does not support thinking; remove the field think"
             raise HttpError(400, "unsupported_parameter", message, param="think")
         return [replace(await self.request(parsed), adapters=parsed.adapters)]
 
@@ -238,7 +235,7 @@ class Generate(OllamaDialect[GenerateBody]):
         return {"response": piece.content, **thinking}
 
     async def request(self, parsed: ParsedRequest[GenerateBody]) -> CompletionRequest:
-        """Makes the completion request. An earlier reply's context precedes the prompt, which then loses its BOS."""
+        """Puts `context`, the token ids of an earlier reply, before the prompt, and removes the prompt's BOS token."""
         body, earlier = parsed.body, tuple(parsed.body.context)
         if body.suffix:
             return await self._fill_in(body)
@@ -258,7 +255,7 @@ class Generate(OllamaDialect[GenerateBody]):
     async def _fill_in(self, body: GenerateBody) -> CompletionRequest:
         service = self.service
         if service.tokenizer.vocabulary.fill_in is None:
-            message = f"{service.settings.model_name!r} does not support insert; leave out the field suffix"
+            message = f"{service.settings.model_name!r} does not support insert; remove the field suffix"
             raise HttpError(400, "unsupported_parameter", message, param="suffix")
         if body.raw or body.context or body.system:
             raise ParameterError("suffix", "cannot be used together with raw, context or system")
@@ -274,7 +271,6 @@ class OllamaEmbedding(Endpoint[AnyEmbedding]):
         options: EmbeddingOptions,
         shape: Callable[[list[Embedding]], dict[str, Any]],
     ) -> Response:
-        """Embeds the texts. If there are none, the request only loads the model."""
         if not texts:
             return JsonResponse(shape([]))
         return await embedded(request, self.service, [(text,) for text in texts], options, shape)
@@ -290,7 +286,7 @@ class Embed(OllamaEmbedding[EmbedBody]):
     body = EmbedBody
 
     async def answer(self, request: Request) -> Response:
-        """Returns a unit vector for each text."""
+        """Computes one embedding vector of length 1 for each text."""
         body = await self.read(request)
         begun_ns = time.perf_counter_ns()
 
@@ -312,7 +308,7 @@ class Embeddings(OllamaEmbedding[EmbeddingsBody]):
     body = EmbeddingsBody
 
     async def answer(self, request: Request) -> Response:
-        """Returns a text's embedding without normalizing it, or an empty list for an empty text."""
+        """Computes a text's embedding vector, which is not normalized. An empty text gets an empty list."""
         body = await self.read(request)
         options = EmbeddingOptions(self.pooling(body), _UNCHANGED)
         return await self.embedded(request, [body.prompt] if body.prompt else [], options, _first)

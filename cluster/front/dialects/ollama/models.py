@@ -1,4 +1,4 @@
-"""Lists the served models in Ollama's form, shows their details, adds names for them, and downloads models."""
+"""Ollama's endpoints that list and describe models, add names for models, and download models."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from llamaclust.cluster.front.models import ApiModel, ModelRouter
 from llamaclust.cluster.front.text.service import TextSettings
 
 API_VERSION: Final = "0.12.11"
-"""The Ollama release whose API this server has. Clients compare it with the release that they need."""
+"""The version of Ollama whose API this server has. Clients compare it with the version that they need."""
 _NEVER: Final = "2318-12-31T00:00:00Z"
 _UNITS: Final = ((1_000_000_000_000, "T"), (1_000_000_000, "B"), (1_000_000, "M"), (1_000, "K"))
 _MOST_ITEMS: Final = 1 << 10
-"""Longer arrays in the metadata, such as vocabularies, are not shown."""
+"""The maximum length of metadata arrays in replies. Longer arrays, such as vocabularies, become null."""
 
 
 def shown_time(seconds: float) -> str:
@@ -42,10 +42,10 @@ def shown_time(seconds: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ModelDetails:
-    """The parts of replies that come from a model's file. They are read once per process."""
+    """The parts of replies that come from a model's file. They are computed once per process."""
 
-    listed: dict[str, Any]  # in lists of models
-    info: dict[str, Any]  # the metadata
+    listed: dict[str, Any]  # The entry in lists of models, without names.
+    info: dict[str, Any]  # The file's metadata. Arrays above `_MOST_ITEMS` items are None.
     modified_at: str
 
     @classmethod
@@ -53,7 +53,7 @@ class ModelDetails:
         file = settings.file
         if file is None:
             return cls(_listed(hashlib.sha256(settings.model_name.encode()).hexdigest()), {}, shown_time(0))
-        weights = Counter[str]()  # by type
+        weights = Counter[str]()  # Number of weights by quant type.
         for tensor in file.tensors.values():
             weights[tensor.quant_type.name] += math.prod(tensor.shape)
         parameters, family = weights.total(), file.metadata_str("general.architecture", "")
@@ -66,7 +66,6 @@ class ModelDetails:
 def _listed(
     digest: str, size_bytes: int = 0, family: str = "", parameters: int = 0, quantization: str = ""
 ) -> dict[str, Any]:
-    """Returns the fields that lists of models show. `digest` is the SHA-256 of the model's identity, in hex."""
     unit, letter = next((unit for unit in _UNITS if parameters >= unit[0]), (1, ""))
     return {
         "size": size_bytes,
@@ -90,7 +89,6 @@ def _modified(path: Path) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """Returns a metadata value for JSON. Long arrays, and numbers that JSON lacks, become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, str | int):
@@ -112,15 +110,15 @@ class OllamaModels:
         yield Route("POST", "/api/show", self.show, ShowBody)
 
     async def root(self, request: Request) -> Response:
-        """Tells clients that look for Ollama that a server is here."""
+        """Tells Ollama's clients that the server is running."""
         return PlainTextResponse("Ollama is running")
 
     async def version(self, request: Request) -> Response:
-        """Returns the Ollama release whose API this server has."""
+        """Returns the version of Ollama whose API this server has."""
         return JsonResponse({"version": API_VERSION})
 
     async def tags(self, request: Request) -> Response:
-        """Returns the served models, with one entry for each name."""
+        """Lists the served models. A model has one entry for each of its names."""
         entries = [
             self._entry(model, name) | {"modified_at": self._details[model.name].modified_at}
             for model in self._router.models
@@ -129,7 +127,7 @@ class OllamaModels:
         return JsonResponse({"models": entries})
 
     async def ps(self, request: Request) -> Response:
-        """Returns the loaded models, except models that are about to be unloaded."""
+        """Lists the loaded models. Models that are about to be unloaded are omitted."""
         entries = [
             self._entry(model, _names(model)[0])
             | {
@@ -143,7 +141,7 @@ class OllamaModels:
         return JsonResponse({"models": entries})
 
     async def show(self, request: Request) -> Response:
-        """Returns the metadata of a model's file, and the chat template."""
+        """Returns a model's metadata, details, capabilities and chat template."""
         body = await read_body(request, ShowBody, self._router.settings)
         model = self._router.named(body.model)
         model.names.check_known(body.model)
@@ -169,7 +167,7 @@ def _names(model: ApiModel) -> list[str]:
 
 
 def _expiry(model: ApiModel) -> str:
-    """Returns when the model will be unloaded. If it has requests, returns the time as if it became idle now."""
+    """Returns the time when the model will be unloaded. For a busy model, assumes that its requests end now."""
     resident = model.resident
     if resident.expires_in_s is None:
         return _NEVER
@@ -179,7 +177,8 @@ def _expiry(model: ApiModel) -> str:
 
 
 async def _capabilities(model: ApiModel) -> list[str]:
-    """Returns Ollama's capability names. `tools` is always there: templates without tools get them in a message."""
+    """Returns Ollama's names for the model's capabilities. `tools` is always included: if the chat template has no
+    place for tools, a message describes them."""
     has_reasoning = (await model.service.chat_format.get()).knows_reasoning
     further = {
         "vision": model.service.vision is not None,
@@ -204,7 +203,7 @@ class OllamaManaging:
         yield Route("POST", "/api/push", unsupported("models are not uploaded to registries", 403))
 
     async def pull(self, request: Request) -> Response:
-        """Downloads a catalog model if the cluster file allows it. Succeeds at once if the model is served."""
+        """Downloads a model of the catalog, if the cluster file allows it. Does nothing if the model is served."""
         body = await read_body(request, PullBody, self._router.settings)
         if self._router.find(body.model) is not None:
             return _done("pulling manifest", is_streamed=body.stream)
@@ -213,7 +212,8 @@ class OllamaManaging:
             cleanup.push_async_callback(steps.aclose)
             if not body.stream:
                 return JsonResponse(await unless_disconnected(request, _last(steps)))
-            first = await unless_disconnected(request, anext(steps))  # what fails before gets a status of its own
+            # An error in the first step still has its own HTTP status.
+            first = await unless_disconnected(request, anext(steps))
             pulling = cleanup.pop_all()
             return EventResponse(_lines(first, steps), lambda _: pulling.aclose(), StreamFormat.LINES)
 
@@ -237,13 +237,13 @@ class OllamaManaging:
         model.names.copy(source, destination)
 
     async def delete(self, request: Request) -> Response:
-        """Removes a name that `copy` or `create` added."""
+        """Removes a name that `/api/copy` or `/api/create` added."""
         body = await read_body(request, DeleteBody, self._router.settings)
         self._router.named(body.model).names.delete(body.model)
         return Response()
 
     async def blob(self, request: Request) -> Response:
-        """Answers 404, because there are no blobs."""
+        """Always replies with 404, because the server stores no blobs."""
         raise HttpError(404, "not_found", f"blob {request.path_params['digest'][:100]!r} not found")
 
 
@@ -265,7 +265,6 @@ async def _last(steps: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
 
 
 def _done(step: str, *, is_streamed: bool) -> Response:
-    """Replies with the progress of an action that is already complete."""
     last = {"status": "success"}
     if not is_streamed:
         return JsonResponse(last)

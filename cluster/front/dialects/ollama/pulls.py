@@ -1,4 +1,4 @@
-"""Downloads catalog models for Ollama's clients, one at a time."""
+"""Downloads models of the catalog for Ollama's clients, one model at a time."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _MOST_OF_A_MESSAGE: Final = 500
 
 
 class CatalogPulls:
-    """Downloads catalog models. A request's text only selects a catalog entry and never becomes part of a URL."""
+    """Downloads models of the catalog, each in its own process. A request can select a catalog entry, but no URL."""
 
     def __init__(self, settings: ApiSettings) -> None:
         self._settings = settings
-        self._running: str | None = None  # the model that is downloaded
+        self._running: str | None = None  # Name of the model that is being downloaded, or None.
 
     def wanted(self, request: Request, name: str) -> CatalogEntry:
-        """Finds a catalog entry. Raises HttpError 403 if there is none, or if downloads are not allowed."""
+        """Returns the catalog entry for a name. Raises HttpError 403 if there is none or downloads are not allowed."""
         if not self._settings.allows_pull:
-            cure = "the API downloads no models; use `llamaclust model pull`, or set api.pull in the cluster file"
+            cure = "downloads by API are off: run `llamaclust model pull`, or set api.pull in the cluster file"
             raise _not_allowed(f"model {name[:200]!r} not found; {cure}")
         require_first_key(request.headers, self._settings, "download models")
         try:
@@ -46,8 +46,8 @@ class CatalogPulls:
         return entry
 
     async def progress(self, entry: CatalogEntry) -> AsyncGenerator[dict[str, Any], None]:
-        """Yields a download's steps. The last is "success". Raises HttpError 409 if another download is running, 502 if
-        this one fails. Closing the generator ends the download process. Later downloads continue the partial file."""
+        """Downloads a model and yields its progress as Ollama's JSON. Raises HttpError 409 if another download is
+        running, or 502 if this one fails. Closing the generator stops the download. The next one continues its file."""
         if self._running is not None:
             message = f"model {self._running!r} is being downloaded; try again when the download is done"
             raise HttpError(409, "pull_in_progress", message, {"Retry-After": "10"}, param="model")
@@ -75,7 +75,7 @@ async def _steps(process: Process, entry: CatalogEntry) -> AsyncGenerator[dict[s
     digest = {"digest": f"sha256:{entry.sha256}"} if entry.sha256 else {}
     try:
         async for line in process.stdout:
-            if not line.endswith(b"\n"):  # the process was killed while it wrote
+            if not line.endswith(b"\n"):  # The process was killed while it wrote this line.
                 break
             step = json.loads(line)
             sizes = {"total": step["total_bytes"], "completed": step["done_bytes"]} if step["total_bytes"] else {}
@@ -84,7 +84,7 @@ async def _steps(process: Process, entry: CatalogEntry) -> AsyncGenerator[dict[s
     finally:
         errors.cancel()
     if code := await process.wait():
-        message = text.rpartition("\n")[2][-_MOST_OF_A_MESSAGE:] or f"its process ended with {code}"
+        message = text.rpartition("\n")[2][-_MOST_OF_A_MESSAGE:] or f"its process ended with exit code {code}"
         raise HttpError(502, "pull_failed", f"model {entry.name!r} was not downloaded: {message}", param="model")
 
 

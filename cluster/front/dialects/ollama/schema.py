@@ -1,4 +1,4 @@
-"""Bodies of Ollama's requests, with Ollama's defaults."""
+"""Request bodies of Ollama's API, with Ollama's defaults."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Options(SamplerFields, ReasoningFields, SpeculativeFields, foreign=OLLAMA_
     takes_recommended: ClassVar = True
 
     num_predict: WholeLimitField = -1
-    """The maximum number of tokens of the answer. 0 or less for as many as fit into the context."""
+    """The maximum number of tokens in the answer. 0 or a negative number means as many as fit into the context."""
     seed: Annotated[SeedField, Requested()] = None
     """Seed of the random numbers, or -1 for a random seed."""
     stop: Annotated[StopField, Requested()] = ()
@@ -62,7 +62,7 @@ def _options(value: Any, info: ValidationInfo) -> Any:
 def _format(value: Any) -> Any:
     if value == "json" or value == "" or isinstance(value, dict):
         return value
-    raise ValueError("must be 'json' or a JSON schema, an object")
+    raise ValueError("must be 'json' or an object with a JSON schema")
 
 
 def _think(value: Any) -> Any:
@@ -77,7 +77,7 @@ def _images(value: Any, info: ValidationInfo) -> tuple[Part, ...]:
     if not takes_images(info.context):
         return (media_text("images", info.context),)
     if not isinstance(value, list):
-        raise ValueError("must be a list of images as base64")
+        raise ValueError("must be a list of images in base64")
     return tuple(placed(f"[{place}]", base64_part, "images", data, info.context) for place, data in enumerate(value))
 
 
@@ -96,19 +96,19 @@ class AnswerFields(Body):
     model: str
     """Name of the model, with or without `:latest`. Any name is accepted, unless `api.strict_model` is true."""
     keep_alive: Any = None
-    """The time that the model stays loaded afterwards, if several are served: seconds, or a text like "5m"."""
+    """Time that the model stays loaded after the reply, if several are served: seconds, or a text such as `5m`."""
     stream: bool = True
     """True to reply with a stream of JSON lines, false to reply with one JSON object."""
     format: _FormatField = None
-    """`json` to make the answer a JSON object, or a JSON schema to which the answer conforms."""
+    """The format of the answer: `json` for a JSON object, or a JSON schema."""
     think: _ThinkField = None
-    """False for no reasoning, true to require a model that reasons, or an effort, which chat templates also receive."""
+    """False: no reasoning. True: the model must support reasoning. A text such as `low`: the amount of reasoning."""
     options: _OptionsField = Field(default_factory=Options)
-    """Settings of the samplers, and the length of the answer."""
+    """Settings of the samplers, and the maximum length of the answer."""
     logprobs: bool = False
     """True to show the generated tokens' logprobs in the reply."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
-    """The number of likeliest tokens whose logprobs are also shown. Requires `logprobs`."""
+    """The number of likeliest tokens to show for each token of the answer, with logprobs. Requires `logprobs`."""
 
     def completion(self, prompt: str | tuple[int, ...] = ()) -> CompletionRequest:
         if self.top_logprobs and not self.logprobs:
@@ -126,11 +126,11 @@ class AnswerFields(Body):
     @property
     @abstractmethod
     def is_load(self) -> bool:
-        """True if there is no prompt, so that the model is only loaded."""
+        """True if the request has no prompt, so that it only loads the model."""
 
     @property
     def has_context(self) -> bool:
-        """True if the reply has the token ids of prompt and answer, from which a later request can continue."""
+        """True to show the token ids of prompt and answer in the reply. A later request can continue from these ids."""
         return False
 
     @property
@@ -156,19 +156,19 @@ class AnswerFields(Body):
 
 class GenerateBody(AnswerFields, foreign=OLLAMA_GENERATE):
     prompt: str = ""
-    """The prompt. If it is empty, the model is only loaded."""
+    """The prompt. If the prompt is empty, the request only loads the model."""
     suffix: str = ""
-    """The text after the gap that the answer fills. The model must support infilling. No chat template is applied."""
+    """The text after the gap that the answer fills. The model must support infilling. No chat template is used."""
     images: _ImagesField = ()
     """Images as base64, which precede the prompt. If the model reads only text, a short text replaces them."""
     system: str = ""
-    """A system message that precedes the prompt."""
+    """The system message, which precedes the prompt."""
     raw: bool = False
-    """True to apply no chat template. Special tokens that are written in the prompt are then read as special tokens."""
+    """True to use no chat template. Texts such as `<s>` in the prompt are then read as special tokens."""
     context: Annotated[list[Annotated[int, Field(ge=0)]], FailFast(), Field(max_length=MAX_CONTEXT_TOKENS)] = Field(
         default_factory=list
     )
-    """The `context` of an earlier reply, which this request continues."""
+    """The `context` from an earlier reply. The request continues that reply's text."""
 
     @property
     def is_load(self) -> bool:
@@ -177,7 +177,7 @@ class GenerateBody(AnswerFields, foreign=OLLAMA_GENERATE):
     @property
     def has_context(self) -> bool:
         has_images = any(isinstance(part, dict) for part in self.images)
-        return not self.raw and not has_images  # token ids cannot stand for images
+        return not self.raw and not has_images  # Images have no token ids.
 
     def check(self) -> None:
         if self.images and (self.raw or self.suffix):
@@ -194,13 +194,12 @@ class OllamaMessage(Body, foreign=OLLAMA_MESSAGE):
     images: _ImagesField = ()
     """Images as base64, which precede the text. If the model reads only text, a short text replaces them."""
     thinking: str = ""
-    """Reasoning of an earlier answer. It is passed to the chat template."""
+    """The reasoning of an earlier answer. The chat template receives it."""
     tool_calls: list[CallField] = Field(default_factory=list)
-    """Tool calls of an earlier answer."""
     tool_name: str = ""
-    """Name of the function whose result the message is, for the role `tool`."""
+    """Name of the function that returned this result. It is used with the role `tool`."""
     tool_call_id: str = ""
-    """Id of the tool call that the message answers, for the role `tool`."""
+    """Id of the tool call that returned this result. It is used with the role `tool`."""
 
     def as_variables(self) -> dict[str, Any]:
         more = {
@@ -228,9 +227,9 @@ class OllamaChatBody(AnswerFields, foreign=OLLAMA):
     messages: Annotated[
         list[Annotated[OllamaMessage, BeforeValidator(_message)]], FailFast(), Field(max_length=_MESSAGES)
     ] = Field(default_factory=list)
-    """The chat so far. If it is empty, the model is only loaded."""
+    """The chat so far. If there are no messages, the request only loads the model."""
     tools: FunctionsField = Field(default_factory=list)
-    """Functions that the model may call."""
+    """Functions that the model can call."""
 
     @property
     def is_load(self) -> bool:
@@ -275,7 +274,7 @@ class CopyBody(Body):
 
 
 def _with_from(schema: dict[str, Any]) -> None:
-    """Renames the schema's field `source` to Ollama's name `from`, which is a keyword of Python."""
+    """Renames the schema's field `source` to `from`, which is Ollama's name and a keyword in Python."""
     schema["properties"]["from"] = schema["properties"].pop("source")
     schema["required"] = ["model", "from"]
 
@@ -300,19 +299,19 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 _TEXTS: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 _EMBEDDING: Final = ForeignFields(hints=dict.fromkeys(("keep_alive", "truncate", "options"), anything))
-"""Fields that have no effect on embeddings. Prompts are never truncated."""
+"""Fields that have no effect on embeddings. The server never truncates prompts."""
 
 
 class EmbeddingFields(ModelBody, foreign=_EMBEDDING):
     pooling: Literal["none", "mean", "cls", "last"] | None = None
-    """Pooling of the hidden states. The default is the model file's, or else the last token's. `none` is refused."""
+    """Method that combines the hidden states. The default is the model file's, or else `last`. `none` is an error."""
 
 
 class EmbedBody(EmbeddingFields):
     input: Annotated[tuple[str, ...], BeforeValidator(_texts), WithJsonSchema(_TEXTS)]
     """A text, or a list of texts."""
     dimensions: int | None = Field(default=None, ge=1)
-    """The number of leading channels to keep. The default is all."""
+    """The number of dimensions of a vector. The vector's last dimensions are removed. The default is all dimensions."""
 
 
 class EmbeddingsBody(EmbeddingFields):

@@ -133,7 +133,8 @@ async def test_a_download_that_is_killed_while_it_writes_has_failed(monkeypatch:
     started(monkeypatch, "import os\nprint('{\"step\": \"down', end='', flush=True)\nos.kill(os.getpid(), 9)")
     async with opened() as http:
         reply = await http.post("/api/pull", json={"model": NAME, "stream": False})
-    assert reply.status_code == 502 and reply.json()["error"].endswith("was not downloaded: its process ended with -9")
+    assert reply.status_code == 502
+    assert reply.json()["error"].endswith("was not downloaded: its process ended with exit code -9")
 
 
 async def test_one_download_at_a_time_ends_with_its_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -149,8 +149,8 @@ async def test_completion_refusals_name_the_field(fields: dict[str, Any], param:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"n": 129}, "n: requests 129 answers, at most 128 are possible"),
-        ({"prompt": ["a"] * 64, "n": 3}, "n: requests 192 answers to 64 prompts, at most 128 are possible"),
+        ({"n": 129}, "n: requests 129 answers; the limit is 128"),
+        ({"prompt": ["a"] * 64, "n": 3}, "n: requests 192 answers to 64 prompts; the limit is 128"),
     ],
 )
 async def test_too_many_answers_are_counted_for_the_user(fields: dict[str, Any], message: str) -> None:

@@ -33,8 +33,8 @@ _RETRIEVED: Final = (
     QueryParameter("starting_after", "integer", "the number of the last event that the client has"),
 )
 _ITEMS: Final = (
-    QueryParameter("limit", "integer", "the maximum number of items, up to 100"),
-    QueryParameter("order", "string", "asc to begin with the oldest item"),
+    QueryParameter("limit", "integer", "the maximum number of items, from 1 to 100 (default: 20)"),
+    QueryParameter("order", "string", "asc for the oldest item first, desc for the newest item first (default)"),
     QueryParameter("after", "string", "the id of the item after which the list begins"),
 )
 
@@ -53,7 +53,7 @@ class CreatedResponses:
             yield Route("DELETE", one, self.delete)
 
     async def retrieve(self, request: Request) -> Response:
-        """Returns a response's current state, or with `?stream=true` its events after number `starting_after`."""
+        """Returns a response. With `?stream=true`, streams the events after the event number `starting_after`."""
         if request.query_params.get("stream", "false").lower() not in ("true", "1"):
             return rendered(await self._shown(request))
         kept = self._kept(request)
@@ -70,7 +70,7 @@ class CreatedResponses:
         """Cancels a response that is computed in the background."""
         kept, response = self._kept(request), await self._shown(request)
         if not response["background"]:
-            message = f"response {response['id']} was not created with background: true"
+            message = f"response {response['id']} cannot be cancelled: it was not created with background: true"
             raise HttpError(400, "not_in_background", message)
         if kept is not None and response["status"] in _RUNNING:
             response = {**response, "status": Status.CANCELLED}
@@ -90,7 +90,7 @@ class CreatedResponses:
         return JsonResponse({"id": request.path_params["id"], "object": "response", "deleted": True})
 
     async def input_items(self, request: Request) -> Response:
-        """Returns a response's input items, newest first unless `order=asc`."""
+        """Lists a response's input items. The newest item comes first, unless the query has `order=asc`."""
         stored = self._store.get(*self._key(request))
         if stored is None:
             raise _not_found(request)
@@ -101,7 +101,7 @@ class CreatedResponses:
             raise HttpError(400, "bad_item_id", f"after: {after[:60]!r} is not an item of this response", param="after")
         most = _number(request, "limit", _LISTED)
         if not 1 <= most <= _MOST_LISTED:
-            raise HttpError(400, "bad_limit", f"limit: {most} is not within 1..{_MOST_LISTED}", param="limit")
+            raise HttpError(400, "bad_limit", f"limit: {most} is not possible; give 1 to {_MOST_LISTED}", param="limit")
         rest = items[place + 1 :]
         shown = rest[:most]
         ids = [item["id"] for item in shown] or [None]
@@ -116,7 +116,8 @@ class CreatedResponses:
         if kept is None:
             raise _not_found(request)
         kept.resume()
-        if kept.log.is_over and kept.error is None:  # the store has no room for it any more, or gets it now
+        # The store deleted the response to make room, or is about to get it.
+        if kept.log.is_over and kept.error is None:
             complete: dict[str, Any] = await kept.value()
             return complete
         return _unended(kept, request.path_params["id"])
@@ -141,11 +142,11 @@ def _not_found(request: Request) -> HttpError:
 
 
 def _unended(kept: KeptReply, response_id: str) -> dict[str, Any]:
-    """Shows an incomplete response. After a restart, a queued response shows little more than its id."""
+    """Returns the JSON of an incomplete response. After a restart, a queued response has little more than its id."""
     known = kept.acknowledgement
     shown: dict[str, Any] = {"id": response_id, "object": "response", "created_at": kept.context.created}
     shown |= {"background": True, "output": []} if known is None else known
-    if isinstance(kept.error, ClusterStoppingError):  # the next coordinator computes it on
+    if isinstance(kept.error, ClusterStoppingError):  # The next coordinator continues the computation.
         raise kept.error
     if kept.error is not None:
         error = {"code": "server_error", "message": str(kept.error)}
@@ -156,5 +157,5 @@ def _unended(kept: KeptReply, response_id: str) -> dict[str, Any]:
 def _number(request: Request, name: str, default: int) -> int:
     text = request.query_params.get(name, str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 12):
-        raise HttpError(400, "bad_number", f"{name}: {text[:60]!r} is not a number", param=name)
+        raise HttpError(400, "bad_number", f"{name}: {text[:60]!r} is not a whole number", param=name)
     return int(text)

@@ -1,4 +1,4 @@
-"""OpenAI's generating endpoints: chat completions, text completions, and responses."""
+"""OpenAI's endpoints that generate text: chat completions, text completions, and responses."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class ChatCompletions(_Generating[ChatBody]):
     body, view = ChatBody, ChatView
 
     def routes(self) -> Iterator[Route]:
-        """Adds llama.cpp's token count for a chat. It accepts any model's name, as paths without `/v1/` do."""
+        """Adds llama.cpp's endpoint that counts a chat's tokens. It accepts any model name, even under `/v1/`."""
         yield from super().routes()
         if self.path == "/chat/completions":
             for path in self.paths:
@@ -78,7 +78,7 @@ class ChatCompletions(_Generating[ChatBody]):
         return [await self.service.chat(await parsed.chat(parsed.body.request))]
 
     async def count(self, request: Request) -> Response:
-        """Returns the token count of a chat's prompt, as llama.cpp's `.../input_tokens` does."""
+        """Counts the tokens of a chat's prompt. No answer is generated."""
         body = await self.read(request)
         return await self.counted(request, await converted(body, body.request), object=_COUNT)
 
@@ -161,7 +161,7 @@ class Responses(_Continuing[ResponsesBody]):
         )
 
     async def count(self, request: Request) -> Response:
-        """Returns the token count of a response's prompt."""
+        """Counts the tokens of a response's prompt. No answer is generated."""
         body = await self.read(request)
         _, messages = await self._resolved(body, owner(request.headers, self.settings.api_keys))
         return await self.counted(request, await converted(body, body.request, messages), object=_COUNT)

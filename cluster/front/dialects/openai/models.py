@@ -1,4 +1,4 @@
-"""Shows the served models in OpenAI's form, and loads and unloads them."""
+"""Endpoints that list, load and unload models. List entries have OpenAI's fields and some of vLLM's and llama.cpp's."""
 
 from __future__ import annotations
 
@@ -20,12 +20,10 @@ from llamaclust.wire.rpc.deadlines import deadline
 
 _ONE_MODEL: Final = "the only served model stays loaded; list several as `models` in the cluster file"
 _UNLOAD_S: Final = 60.0
-"""The deadline, in seconds, of an unload request that waits for a load to end. The load is not cancelled."""
+"""Timeout, in seconds, to unload a model that is still being loaded. The load is not cancelled."""
 
 
 class ModelEndpoints:
-    """Endpoints of the served models in OpenAI's form, with some fields of vLLM and of llama.cpp's router."""
-
     def __init__(self, router: ModelRouter) -> None:
         self._router = router
         self._can_unload = router.settings.can_unload
@@ -53,14 +51,15 @@ class ModelEndpoints:
         return JsonResponse(self._entry(model, adapter))
 
     async def load(self, request: Request) -> Response:
-        """Starts to load the named model, if memory is free or other models can be unloaded. Answers at once."""
+        """Starts to load a model and replies at once. Other models may be unloaded to make room."""
         (await self._named(request)).resident.load()
         return JsonResponse({"success": True})
 
     async def unload(self, request: Request) -> Response:
-        """Unloads the model, then answers. Raises HttpError 409 if it has requests, DeadlineError after a minute."""
+        """Unloads a model, then replies. Raises HttpError 409 if the model has requests, or DeadlineError if the model
+        is still being loaded after a minute."""
         model = await self._named(request)
-        async with deadline(f"the end of a load of {model.name!r}, which is unloaded then", _UNLOAD_S):
+        async with deadline(f"unloading {model.name!r}, which is still being loaded,", _UNLOAD_S):
             await model.resident.sleep()
         if not model.resident.is_asleep:
             message = f"model: {model.name!r} has requests and stays loaded; try again after their replies"
@@ -74,7 +73,6 @@ class ModelEndpoints:
         return self._router.named(name)
 
     def _entry(self, model: ApiModel, adapter: ServedAdapter | None) -> dict[str, Any]:
-        """Shows the model, or one of its adapters in vLLM's form."""
         settings = model.settings
         entry = {
             "id": model.name,
@@ -94,7 +92,7 @@ class ModelEndpoints:
 
 
 def _capabilities(model: ApiModel) -> dict[str, Any]:
-    """Returns the entry that tells clients of llama.cpp whether a model accepts images."""
+    """Returns a model's entry for clients of llama.cpp. It shows whether the model accepts images."""
     capabilities = ["completion", *(["multimodal"] if model.service.vision is not None else [])]
     return {"name": model.name, "model": model.name, "type": "model", "capabilities": capabilities}
 

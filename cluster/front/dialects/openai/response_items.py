@@ -27,9 +27,9 @@ Item = dict[str, Any]
 
 MAX_ITEMS: Final = 16_384
 REFERENCE: Final = "item_reference"
-"""The type of an item that refers to a stored response's item by its id."""
+"""The type of an input item that refers to an item of a stored response by its id."""
 CALL_TEXTS: Final = {"function_call": "arguments", "custom_tool_call": "input"}
-"""Types of calls to named tools, each with the field that holds the model's text."""
+"""The types of call items that name a tool, and for each the field that holds the text from the model."""
 _ROLES: Final = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 _SUMMARY_FORMAT: Final = "llamaclust summary 1:"
 _SUMMARY: Final = "Summary of the conversation so far:"
@@ -48,7 +48,8 @@ _THOUGHTS: Final = ("summary_text", "reasoning_text", "text")
 
 
 def read_items(value: Any, context: object) -> list[Item]:
-    """Reads the input as items. A `Leniency` replaces unsupported parts by texts. Other contexts raise ValueError."""
+    """Converts the field `input` to items. If `context` is a `Leniency`, items of unknown types are removed, and short
+    texts replace media that the model cannot read. Otherwise, both raise ValueError."""
     if isinstance(value, str):
         return [_message({"role": "user", "content": value}, context)]
     if not isinstance(value, list):
@@ -69,18 +70,17 @@ def has_references(items: Iterable[Item]) -> bool:
 
 
 def with_ids(items: Sequence[Item], response_id: str) -> list[Item]:
-    """Gives an id to each item that has none, because lists of items show ids."""
     return [{**item, "id": item.get("id") or f"item_{response_id}{place}"} for place, item in enumerate(items)]
 
 
 def summary_item(item_id: str, summary: str) -> Item:
-    """Makes the item that replaces all earlier messages. Clients can read `encrypted_content`, which is only base64."""
+    """Returns an item with a summary that replaces all earlier messages. `encrypted_content` is in fact only base64."""
     content = _SUMMARY_FORMAT + b64encode(summary.encode()).decode()
     return {"type": "compaction", "id": item_id, "encrypted_content": content}
 
 
 def messages_of(items: Iterable[Item]) -> list[dict[str, Any]]:
-    """Converts items to chat messages. An assistant's successive items (reasoning, text, calls) become one message."""
+    """Converts items to chat messages. Successive reasoning, text and calls of the assistant become one message."""
     messages: list[dict[str, Any]] = []
     for is_answer, group in groupby(items, _is_answer):
         run = [*group]
@@ -102,7 +102,7 @@ def _answer(items: Iterable[Item]) -> dict[str, Any]:
             thoughts += [part["text"] for part in item.get("content") or item.get("summary") or ()]
         elif isinstance(item.get("call_id"), str):
             calls.append({"id": item["call_id"], "type": "function", "function": _function(item)})
-        else:  # another server made the call, and answered it
+        else:  # The call has no id, because another server ran the tool.
             parts.append(tool_text(item["type"], item))
     more = {"reasoning_content": "\n".join(thoughts), "tool_calls": calls}
     given = {name: value for name, value in more.items() if value}
@@ -139,7 +139,6 @@ def _chat_part(part: Item) -> Part:
 
 
 def _items(value: Any, context: object) -> list[Item]:
-    """Reads one input item. Returns an empty list if the model has no use for the item's type. Raises ValueError."""
     if not isinstance(value, dict):
         raise ValueError("an item must be an object")
     kind = value.get("type") or ("message" if "role" in value or "id" not in value else REFERENCE)
@@ -170,7 +169,6 @@ def _item(kind: str, value: Item, **more: Any) -> Item:
 
 
 def _call(kind: str, value: Item, context: object) -> Item:
-    """Reads a tool call. Checks only the fields that the conversion to messages needs."""
     if kind in CALL_TEXTS:
         space = {"namespace": _string(value, "namespace")} if value.get("namespace") is not None else {}
         return _item(kind, value, **space, status="completed")
@@ -183,7 +181,7 @@ def _call(kind: str, value: Item, context: object) -> Item:
 
 
 def _output(kind: str, value: Item, context: object) -> str | list[Item]:
-    """Reads a tool call's result. It is a text or parts. Media that the model cannot read become texts."""
+    """Returns a tool call's result as a text or as parts. Short texts replace media that the model cannot read."""
     is_text = kind.removesuffix(_OUTPUT) in CALL_TEXTS
     output = value.get("output") or ("" if is_text else None)
     if isinstance(output, str):
@@ -205,7 +203,8 @@ def _is_part(part: Any) -> bool:
 
 
 def _compaction(item: Item, context: object) -> Item:
-    """Reads a summary. For another server's summary, a `Leniency` returns a short text. Other contexts refuse it."""
+    """Validates a compaction item. If another server made it, the result is a note that the summary cannot be read. If
+    `context` is not a `Leniency`, raises ValueError instead."""
     try:
         _summary(item)
     except ValueError:
@@ -217,11 +216,10 @@ def _compaction(item: Item, context: object) -> Item:
 
 
 def _summary(item: Item) -> str:
-    """Returns a summary's text. Raises ValueError if the text is empty or from another server."""
     kind, summary_format, encoded = item["encrypted_content"].rpartition(_SUMMARY_FORMAT)
     try:
         summary = b64decode(encoded, validate=True).decode()
-    except ValueError:  # of base64 or UTF-8
+    except ValueError:  # The text is not valid base64, or not UTF-8.
         summary = ""
     if kind or not summary_format or not summary:
         raise ValueError("encrypted_content: the text was not made by this server's /v1/responses/compact")

@@ -1,4 +1,4 @@
-"""Bodies of `POST /v1/responses` and `POST /v1/responses/compact`, and a response's JSON without its answer."""
+"""Request bodies of `/v1/responses` and `/v1/responses/compact`, and a response's JSON without its answer."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ _MetadataField = Annotated[dict[str, str], BeforeValidator(_metadata), WithJsonS
 
 class Reasoning(Body):
     effort: str | None = None
-    """Passed to the chat template. `none` sets the template's `enable_thinking` to false."""
+    """The amount of reasoning, for the chat template. `none` sets the template's `enable_thinking` to false."""
     summary: Literal["auto", "concise", "detailed"] | None = None
     """Accepted without effect, because reasoning is always shown in full."""
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
-    """An older name of `summary`."""
+    """The older name for `summary`."""
 
 
 class TextConfig(Body):
@@ -100,40 +100,40 @@ class StreamOptions(Body):
 
 class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
     model: str | None = None
-    """Name of the served model. Another name is refused, unless `strict_model` is false."""
+    """Name of the model. Names of models that are not served are refused, unless `api.strict_model` is false."""
     input: InputField = Field(default_factory=list)
-    """A text or items: messages, calls, their outputs, reasoning, compaction, and references to stored items."""
+    """The input: a text, or messages, tool calls, tool outputs, reasoning, compactions and references to items."""
     instructions: str | None = None
     """A system prompt. Instructions of earlier responses do not apply."""
     previous_response_id: str | None = Field(default=None, max_length=256)
-    """Id of a stored response. Its chat precedes the input."""
+    """Id of a stored response. The chat of that response precedes the input."""
     store: bool = True
-    """True to let later requests retrieve and continue the response, until its memory is needed."""
+    """True to store the response for later requests. The oldest responses are deleted when the store is full."""
     background: bool = False
     """True to reply at once. The response can be retrieved later with `GET /v1/responses/ID`."""
     max_output_tokens: LimitField = None
-    """The maximum number of tokens of reasoning and answer. The default is as many as fit into the context."""
+    """The maximum number of tokens in reasoning and answer. The default is as many as fit into the context."""
     stream_options: StreamOptions | None = None
-    """Additions to the stream. They require `stream`."""
+    """Options of the stream. They require `stream`."""
     stop: Annotated[StopField, Requested()] = ()
     """Texts that end the answer. The answer ends before the first occurrence of any of them."""
     tools: _ToolsField = Field(default_factory=ToolSet)
-    """The client's tools: function, custom, local_shell, shell, apply_patch, namespaces. Hosted tools are left out."""
+    """The client's tools: function, custom, local_shell, shell, apply_patch and namespace. Other tools are ignored."""
     tool_choice: _ChoiceField = "auto"
-    """`auto`, `none`, `required`, an object with the one tool to call, or `{"type": "allowed_tools", "mode": "auto" or
-    "required", "tools": [{"type": "function", "name": ...}]}`, which offers only these tools."""
+    """`auto`, `none`, `required`, an object that names one tool to call, or `{"type": "allowed_tools", "mode": "auto"
+    or "required", "tools": [{"type": "function", "name": ...}]}` to offer only some of the tools."""
     parallel_tool_calls: bool | None = None
-    """True to allow several tool calls in an answer. The default is false if `tool_choice` requires one, else true."""
+    """True to allow several tool calls in an answer. The default is true, unless `tool_choice` requires a call."""
     reasoning: Reasoning = Field(default_factory=Reasoning)
     text: TextConfig = Field(default_factory=TextConfig)
     metadata: _MetadataField = Field(default_factory=dict)
-    """Texts that the response repeats."""
+    """Texts that are copied to the response."""
     include: _IncludeField = ()
     """`message.output_text.logprobs` adds the tokens' logprobs to the message. Other names have no effect."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Requested()] = 0
-    """The number of likeliest tokens whose logprobs are also shown."""
+    """The number of likeliest tokens to show for each token of the answer, with logprobs."""
     timings_per_token: bool = False
-    """True to add llama.cpp's `timings` to events that add to the answer and to the last event."""
+    """True to add llama.cpp's `timings` to stream events."""
     return_progress: bool = False
     """True to begin a stream with response.in_progress events that show how many prompt tokens are computed."""
 
@@ -183,7 +183,8 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
 
 
 def _chat(instructions: str | None, messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-    """Joins instructions and leading system texts, because many templates take only one such message. Keeps images."""
+    """Joins the instructions and the first system messages, because many chat templates allow only one system message.
+    Messages with images are not joined."""
     systems = [*takewhile(_is_system_text, messages)]
     texts = [*([] if instructions is None else [instructions]), *(message["content"] for message in systems)]
     prompt = [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
@@ -198,7 +199,7 @@ class Status(StrEnum):
     QUEUED = "queued"
     IN_PROGRESS = "in_progress"
     COMPLETED = "completed"
-    INCOMPLETE = "incomplete"  # the tokens that it may have are used up
+    INCOMPLETE = "incomplete"  # The answer reached its maximum number of tokens.
     FAILED = "failed"
     CANCELLED = "cancelled"
 
@@ -232,7 +233,7 @@ class ResponseHead:
         *,
         ended_s: float | None = None,
     ) -> dict[str, Any]:
-        """Returns a response's JSON. `ended_s` is the Unix time when the answer ended."""
+        """Returns a response's JSON. `ended_s` is the Unix time when the answer ended, or None if it has not ended."""
         return {
             "id": ID_PREFIX + self.reply_id,
             "object": "response",
@@ -258,16 +259,16 @@ _TASK: Final = (
 
 class CompactionBody(AdapterFields, foreign=COMPACTION):
     model: str
-    """Name of the served model. Another name is refused, unless `strict_model` is false."""
+    """Name of the model. Names of models that are not served are refused, unless `api.strict_model` is false."""
     input: InputField = Field(default_factory=list)
-    """A text or items, as for `POST /v1/responses`."""
+    """The input to summarize: a text or items, as for `POST /v1/responses`."""
     previous_response_id: str | None = Field(default=None, max_length=256)
-    """Id of a stored response. Its chat precedes the input."""
+    """Id of a stored response. The chat of that response precedes the input."""
     instructions: str | None = None
     """The chat's system prompt. It is not summarized."""
 
     def request(self, messages: Sequence[Mapping[str, Any]]) -> ChatRequest:
-        """Makes the chat that ends with the task to summarize it, for a greedy answer without reasoning."""
+        """Returns the chat with the task to summarize it at the end. Sampling is greedy, without reasoning."""
         if not messages:
             raise ParameterError("input", "is missing")
         answer = CompletionRequest((), MAX_SUMMARY_TOKENS)
@@ -276,7 +277,8 @@ class CompactionBody(AdapterFields, foreign=COMPACTION):
 
 
 def _with_task(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Adds the task, if possible to a user's last message, because many chat templates require alternating roles."""
+    """Adds the task to the last message if that is a user's, or else as a user message. Many chat templates require
+    that roles alternate."""
     last = messages[-1]
     if last["role"] == "user":
         content = last["content"]

@@ -1,4 +1,4 @@
-"""Stored responses, which can be retrieved and continued. They are kept in memory, within limits."""
+"""Stores responses in memory, so that later requests can retrieve or continue them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Messages = tuple[Mapping[str, Any], ...]
 
 @dataclass(slots=True, eq=False)
 class StoredResponse:
-    """A response with its input. Make a large one on a thread, because the constructor estimates its size."""
+    """A response with its input. The constructor estimates its size, which takes long for a large response."""
 
-    response: dict[str, Any]  # as it is shown
+    response: dict[str, Any]  # The response's JSON.
     input_items: list[Item]
-    messages: Messages  # of the chat, once it is complete with the answer; without instructions
+    messages: Messages  # The chat with the answer but without instructions. Empty while the answer is incomplete.
     held_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -34,7 +34,7 @@ class StoredResponse:
 
 
 async def stored_response(response: dict[str, Any], input_items: Sequence[Item], messages: Messages) -> StoredResponse:
-    """Makes a stored response and gives its items ids. A response with many values is made on a thread."""
+    """Makes a stored response whose input items have ids. A response with many values is made on a thread."""
 
     def make() -> StoredResponse:
         return StoredResponse(response, with_ids(input_items, response["id"]), messages)
@@ -43,21 +43,24 @@ async def stored_response(response: dict[str, Any], input_items: Sequence[Item],
 
 
 class ResponseStore:
-    """Stored responses, within limits. The owner who holds most loses the oldest response. Not thread-safe."""
+    """Stored responses by owner and id. If the store is full, it deletes the oldest response of the owner with the most
+    memory or responses. Not thread-safe."""
 
     def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
         self._max_responses = max_responses
         self._max_bytes = max_bytes
-        self._stored: dict[tuple[str, str], StoredResponse] = {}  # by owner and id, the oldest first
-        self._computed = WeakValueDictionary[tuple[str, str], Storing]()  # likewise; what is to store them
+        self._stored: dict[tuple[str, str], StoredResponse] = {}  # Keys are (owner, id), the oldest first.
+        # Responses that are being computed. Keys are (owner, id).
+        self._computed = WeakValueDictionary[tuple[str, str], Storing]()
 
     def storing(self, owner: str, response_id: str, input_items: Sequence[Item], messages: Messages) -> Storing:
-        """Returns what stores a response, unless `delete` or `replace` comes first. `messages` precede the answer."""
+        """Returns an object that stores the response when it is complete, unless `delete` or `replace` is called first.
+        `messages` are the chat before the answer."""
         storing = self._computed[owner, response_id] = Storing(self, owner, input_items, messages)
         return storing
 
     def put(self, owner: str, stored: StoredResponse) -> None:
-        """Stores a response. Deletes others to make room, unless the response alone exceeds the limit."""
+        """Stores a response and deletes others to make room. A response that is larger than the limit is not stored."""
         self._stored.pop((owner, stored.response["id"]), None)
         if stored.held_bytes <= self._max_bytes:
             self._make_room(stored.held_bytes)
@@ -67,19 +70,19 @@ class ResponseStore:
         return self._stored.get((owner, response_id))
 
     def replace(self, owner: str, stored: StoredResponse) -> None:
-        """Stores a cancelled response in place of what a thread may still render."""
+        """Stores a cancelled response. A thread that is still rendering the complete response will not overwrite it."""
         self.delete(owner, stored.response["id"])
         self.put(owner, stored)
 
     def delete(self, owner: str, response_id: str) -> bool:
-        """Deletes a response, also one that a thread may still render. Returns False if it was not stored."""
+        """Deletes a response. A thread that still renders it will not store it. Returns False if none was stored."""
         key = owner, response_id
         if (storing := self._computed.pop(key, None)) is not None:
             storing.is_done = True
         return self._stored.pop(key, None) is not None
 
     def followed(self, owner: str, response_id: str) -> StoredResponse:
-        """Returns the complete response that a request continues. Raises HttpError if there is none."""
+        """Returns the response that a request continues. Raises HttpError if it is not stored or not complete."""
         stored = self.get(owner, response_id)
         if stored is None or stored.response["status"] not in ("completed", "incomplete"):
             why = "is not stored on this server" if stored is None else f"is {stored.response['status']}"
@@ -89,7 +92,7 @@ class ResponseStore:
 
     async def resolved(self, owner: str, items: list[Item], most_bytes: int) -> list[Item]:
         """Replaces references by the items to which they refer. Raises HttpError if an item is unknown, and
-        ParameterError if the items have more than `most_bytes`."""
+        ParameterError if the JSON of the referenced items is larger than `most_bytes`."""
         references = Counter(item["id"] for item in items if item["type"] == REFERENCE)
         if not references:
             return items
@@ -105,7 +108,6 @@ class ResponseStore:
         return [named[item["id"]] if item["type"] == REFERENCE else item for item in items]
 
     def _named(self, owner: str, wanted: Collection[str]) -> dict[str, Item]:
-        """Finds items by their ids. If several responses have an item, the newest response's item is taken."""
         found = dict[str, Item]()
         for stored in [stored for (of, _), stored in reversed(self._stored.items()) if of == owner]:
             for item in reversed((*stored.input_items, *stored.response["output"])):
@@ -116,7 +118,7 @@ class ResponseStore:
         return found
 
     def _make_room(self, more_bytes: int) -> None:
-        counts, held_bytes = Counter[str](), Counter[str]()  # by owner
+        counts, held_bytes = Counter[str](), Counter[str]()  # Keys are owners.
         for (name, _), stored in self._stored.items():
             counts[name] += 1
             held_bytes[name] += stored.held_bytes
@@ -130,14 +132,14 @@ class ResponseStore:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Storing:
-    """Stores a response and its input items once for all readers. It must be made on the store's event loop."""
+    """Stores a response and its input once, even if many readers call `complete`. Make it on the store's event loop."""
 
     store: ResponseStore
     owner: str
     input_items: Sequence[Item]
-    messages: Messages  # of the chat before the answer
+    messages: Messages  # The chat before the answer.
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
-    is_done: bool = False  # the complete response is stored, or must not be
+    is_done: bool = False  # True if the complete response is stored, or must not be stored any more.
 
     async def begin(self, response: dict[str, Any]) -> None:
         stored = await stored_response(response, self.input_items, ())
@@ -145,8 +147,8 @@ class Storing:
             self.store.put(self.owner, stored)
 
     def complete(self, response: dict[str, Any]) -> None:
-        """Stores the complete response before its client gets the end of the reply. Thread-safe. Every reader of the
-        reply calls this method."""
+        """Stores the complete response. Every reader of the reply calls this method, before the reader's client gets
+        the end of the reply. Thread-safe."""
         if not self.is_done:
             messages = (*self.messages, *messages_of(response["output"]))
             stored = StoredResponse(response, with_ids(self.input_items, response["id"]), messages)

@@ -1,4 +1,4 @@
-"""Shows answers as responses of the Responses API, complete or as events of a stream, and as compactions."""
+"""Converts answers to responses of the Responses API, to stream events of responses, and to compactions."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ _ROW_BYTES, _TOP_BYTES = 400, 8
 _COUNTED_CHARACTERS: Final = 1024
 
 Shown = dict[str, Any]
-"""An event without its number: `type` and other fields."""
+"""The JSON of a stream event without its `sequence_number`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShownRow(DeferredValue):
-    """A token with its logprobs. Unlike in other APIs, its JSON has no token ids."""
+    """A token of the answer with its logprobs. Its JSON has no token ids, unlike in other APIs."""
 
     tokenizer: Tokenizer
     row: RowResult
@@ -69,22 +69,23 @@ class ShownRow(DeferredValue):
 
 
 class OutputItems:
-    """Collects an answer's items, and yields the events that build them. At most one item is open at a time."""
+    """Collects an answer's output items, and yields the stream events for them. At most one item is open at a time."""
 
     def __init__(self, reply_id: str, tools: Iterable[ClientTool]) -> None:
         self._tools = {tool.function_name: tool for tool in tools}
         self.items: list[dict[str, Any]] = []
         self._reply_id = reply_id
-        self._open: str | None = None  # the type of the open item
-        self._pieces: list[str] = []  # of the open item's text or arguments
-        self._logprobs: list[ShownRow] = []  # of the open item's text
-        self._pending: list[ShownRow] = []  # of tokens whose text is still to come
+        self._open: str | None = None  # Type of the open item, or None.
+        self._pieces: list[str] = []  # Pieces of the open item's text or arguments.
+        self._logprobs: list[ShownRow] = []  # Logprobs of the open item's tokens.
+        self._pending: list[ShownRow] = []  # Logprobs of tokens whose text is not complete yet.
 
     def take(self, events: Iterable[AnswerEvent], logprobs: Sequence[ShownRow] = ()) -> Iterator[Shown]:
-        """Adds an answer's events with their tokens' logprobs. Tokens outside messages lose their logprobs."""
+        """Adds parts of the answer, with their tokens' logprobs. Logprobs of tokens outside messages are dropped."""
         self._pending += logprobs
         for event in events:
-            if not isinstance(event, ContentText):  # a token may have the end of its markup, and text
+            # The new logprobs stay, because one token can contain both markup and text.
+            if not isinstance(event, ContentText):
                 del self._pending[: -len(logprobs) or None]
             match event:
                 case ReasoningText(text) if text:
@@ -173,11 +174,12 @@ def _call(name: str, tool: ClientTool | None) -> tuple[str, dict[str, Any]]:
 
 
 def _logprobs_of(text: str, entries: list[ShownRow], *, is_first: bool) -> tuple[list[ShownRow], list[ShownRow]]:
-    """Splits entries into those of this text and those of later text. The first text drops hidden markup."""
+    """Returns the entries of the tokens in `text`, and the entries after them. Entries before the first text of a
+    message belong to hidden markup and are dropped."""
     ends = [*accumulate(len(entry.token_bytes) for entry in entries)]
     data, wanted = b"".join(entry.token_bytes for entry in entries), text.encode("utf-8", "surrogatepass")
     start = data.rfind(wanted) if is_first else data.find(wanted)
-    if start < 0:  # what the tokenizer leaves out of a text
+    if start < 0:  # The text lacks some of the tokens' bytes.
         return entries, []
     begin, end = bisect_right(ends, start), bisect_left(ends, start + len(wanted)) + 1
     return entries[begin:end], entries[end:]
@@ -192,19 +194,19 @@ class ResponseView(View):
     def __init__(
         self, head: ResponseHead, tokenizer: Tokenizer, store: Callable[[dict[str, Any]], None] | None, log: AnswerLog
     ) -> None:
-        """Makes the view. `store` receives the complete response, or is None if the response is not stored."""
+        """Calls `store` with the complete response, unless `store` is None because the response is not stored."""
         self._body = head.body
         self._tokenizer = tokenizer
         self._head = head
         self._store = store
         self._log = log
         self._items = OutputItems(head.reply_id, head.body.tools.client)
-        self._events = 0  # sent so far
+        self._events = 0  # Number of events so far.
         self._tokens = 0
         self._reasoning = ReasoningCount(tokenizer)
 
     def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:
-        """An answer with logprobs comes in several chunks, because a joined chunk does not tell each token's text."""
+        """Returns the response's JSON. An answer with logprobs has several chunks, which show each token's text."""
         (chunks,) = parts
         for chunk in chunks:
             for _ in self._take(chunk):
@@ -212,7 +214,8 @@ class ResponseView(View):
         return self._ended(chunks[-1])
 
     def frames(self, prompt: int, item: LogItem) -> Iterator[Event]:
-        """Progress events differ in a second computation. They thus have their own slot and repeat the last number."""
+        """Yields an item's events. Progress events have their own slot and repeat the last event's number, because they
+        differ if the reply is computed again."""
         if not self._events:
             yield from map(self._numbered, self._head.first_events)
         if isinstance(item, TextChunk):
@@ -267,7 +270,7 @@ class ReasoningCount:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._text = ""  # not counted yet
+        self._text = ""  # Text that is not counted yet.
         self._tokens = 0
 
     def add(self, text: str) -> None:
@@ -285,8 +288,6 @@ class ReasoningCount:
 
 
 class CompactionView(View):
-    """Shows an answer as a compaction. The token limit may cut off the summary."""
-
     def __init__(self, context: RequestContext, log: AnswerLog) -> None:
         self._context = context
         self._log = log

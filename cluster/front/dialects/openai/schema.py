@@ -1,4 +1,4 @@
-"""Bodies of OpenAI's endpoints, with additional fields under vLLM's and llama.cpp's names."""
+"""Request bodies of chat and text completions. Fields that OpenAI's API lacks have names from vLLM or llama.cpp."""
 
 from __future__ import annotations
 
@@ -60,16 +60,15 @@ class Message(Body, foreign=MESSAGE):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     """`developer` is another name of `system`."""
     content: ContentField = ""
-    """Text, or parts of type `text` and `image_url`. Other media, and images for text models, become a short text."""
+    """A text, or parts of type `text` and `image_url`. Short texts replace media that the model cannot read."""
     name: str | None = None
-    """Passed to the chat template."""
+    """A name that the chat template receives."""
     reasoning_content: str | None = None
-    """Reasoning of an earlier answer. It is passed to the chat template."""
+    """The reasoning of an earlier answer. The chat template receives it."""
 
     tool_calls: list[CallField] | None = None
-    """Tool calls of an earlier answer."""
     tool_call_id: str | None = None
-    """Id of the tool call that the message answers, for the role `tool`."""
+    """Id of the tool call that returned this result. It is used with the role `tool`."""
 
     def as_variables(self) -> dict[str, Any]:
         role = "system" if self.role == "developer" else self.role
@@ -101,15 +100,14 @@ MessagesField = Annotated[
 
 class ChatFields(ToolFields):
     messages: MessagesField
-    """The chat so far."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """More variables for the chat template. They override the variables of other fields."""
+    """Additional variables for the chat template. They override variables that other fields set."""
     documents: list[dict[str, Any]] = Field(default_factory=list, max_length=1024)
     """Documents for the chat template, each an object such as `{"title": ..., "text": ...}`."""
     reasoning_effort: str | None = None
-    """Passed to the chat template. `none` sets the template's `enable_thinking` to false."""
+    """The amount of reasoning, for the chat template. `none` sets the template's `enable_thinking` to false."""
     add_generation_prompt: bool | None = None
-    """True to end the prompt with the beginning of an answer. The default is true unless a message is continued."""
+    """True to end the prompt with the beginning of a new answer. The default is true, unless a message is continued."""
     continue_final_message: bool | None = None
     """True to continue the last message in the answer. The default is true if that message has the role assistant."""
 
@@ -131,17 +129,17 @@ class ChatFields(ToolFields):
 @sampled(Dialect.OPENAI)
 class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, SpeculativeFields):
     model: str | None = None
-    """Name of the served model or of an adapter. Another name is refused, unless `strict_model` is false."""
+    """Name of the model or of an adapter. Other names are refused, unless `api.strict_model` is false."""
     logit_bias: BiasField = ()
     """Biases by token id. They are added to the logits."""
     seed: Annotated[SeedField, Requested()] = None
-    """Seed of the random numbers. The same seed gives the same answer. The default, or -1, is random, and is shown."""
+    """Seed of the random numbers. The same seed gives the same answer. The default, or -1, is a random seed."""
     stop: Annotated[StopField, Requested()] = ()
     """Texts that end the answer. The answer ends before the first occurrence of any of them."""
     stop_token_ids: Annotated[list[int], FailFast(), Field(default_factory=list, max_length=MAX_STOP_TOKENS)]
     """Ids of additional tokens that end an answer."""
     min_tokens: Annotated[int, Requested()] = 0
-    """The minimum number of tokens. Nothing ends the answer earlier."""
+    """The minimum number of tokens in an answer. Nothing ends the answer earlier."""
     ignore_eos: Annotated[bool, Requested()] = False
     """True to prevent the model from ending its answer."""
     n: Annotated[int, Requested()] = 1
@@ -149,13 +147,13 @@ class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Sp
     timings_per_token: bool = False
     """True to add llama.cpp's `timings` to the reply and to each event of a stream."""
     return_progress: bool = False
-    """True to begin a stream with events that show how many prompt tokens are computed, as in llama.cpp."""
+    """True to begin a stream with events that show how many prompt tokens are computed so far, as in llama.cpp."""
     verbose: bool = False
     """True to add the prompt's text, as `__verbose.prompt`, to the reply or to each choice's last event."""
     stream: bool = False
     """True to send the answer as server-sent events."""
     stream_options: StreamOptions | None = None
-    """Additions to the stream. They require `stream`."""
+    """Options of the stream. They require `stream`."""
     cache_salt: Annotated[str, Requested()] = Field(default="", max_length=MAX_SALT_CHARACTERS)
     """Salt of the prefix cache. Requests share cached prompt prefixes only if their salts are equal."""
     return_token_ids: bool = False
@@ -168,7 +166,7 @@ class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Sp
 
     @property
     def has_measurements(self) -> bool:
-        """True if the stream shows times or cached tokens. They change if the reply is computed again."""
+        """True if the stream shows times or cached tokens, which differ if the reply is computed again."""
         options = self.stream_options or StreamOptions()
         return (
             self.timings_per_token or self.return_progress or (options.include_usage and options.continuous_usage_stats)
@@ -193,13 +191,13 @@ class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Sp
 
 class ChatBody(GenerationBody, ChatFields, foreign=CHAT):
     max_tokens: LimitField = None
-    """The maximum number of tokens of an answer. The default, or -1, is as many as fit into the context."""
+    """The maximum number of tokens in an answer. The default, or -1, is as many as fit into the context."""
     max_completion_tokens: LimitField = None
-    """The newer name of `max_tokens`."""
+    """The newer name for `max_tokens`."""
     logprobs: bool = False
     """True to show the generated tokens' logprobs in the reply."""
     top_logprobs: int | None = None
-    """The number of likeliest tokens whose logprobs are also shown. Requires `logprobs`."""
+    """The number of likeliest tokens to show for each token of the answer, with logprobs. Requires `logprobs`."""
 
     @property
     def with_logprobs(self) -> bool:
@@ -234,19 +232,19 @@ class CompletionBody(GenerationBody, foreign=COMPLETION):
     prompt: PromptsField
     """One prompt (text or token ids), or a list of prompts."""
     max_tokens: LimitField = DEFAULT_COMPLETION_TOKENS
-    """The maximum number of tokens of an answer. -1 for as many as fit into the context, 0 for none."""
+    """The maximum number of tokens in an answer. -1 means as many as fit into the context, and 0 means none."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    """The number of likeliest tokens whose logprobs are shown in addition to the chosen token's."""
+    """The number of likeliest tokens to show for each token, with logprobs. By default, no logprobs are shown."""
     echo: bool = False
-    """True to begin the reply's text with the prompt, and its logprobs if `logprobs` is set."""
+    """True to begin the reply's text with the prompt. With `logprobs`, the prompt's tokens also get logprobs."""
     score_from: Annotated[int, documented(0, MAX_CONTEXT_TOKENS)] | None = None
-    """The first prompt token that gets logprobs, with `echo` and `logprobs`. A high number saves computation."""
+    """Index of the first prompt token to score with `echo` and `logprobs`. A higher index saves computation."""
     best_of: int | None = None
     """Must be absent or equal to `n`."""
     add_special_tokens: Annotated[bool, Requested("add_special")] = True
     """True to add BOS if the model's tokenizer uses it."""
     parse_special: Annotated[bool, Requested()] = True
-    """True to read special tokens that are written in the prompt as special tokens."""
+    """True to read texts such as `<s>` in the prompt as special tokens."""
 
     @property
     def with_logprobs(self) -> bool:
@@ -263,7 +261,7 @@ class CompletionBody(GenerationBody, foreign=COMPLETION):
         answers = len(self.prompt) * self.n
         if answers > MAX_CHOICES:
             prompts = f" to {len(self.prompt)} prompts" if len(self.prompt) > 1 else ""
-            raise ParameterError("n", f"requests {shown(answers)} answers{prompts}, at most {MAX_CHOICES} are possible")
+            raise ParameterError("n", f"requests {shown(answers)} answers{prompts}; the limit is {MAX_CHOICES}")
 
     def requests(self) -> list[CompletionRequest]:
         more = {

@@ -1,4 +1,4 @@
-"""Messages and tools of OpenAI's requests: content parts, tool definitions, and `tool_choice`."""
+"""Parts of OpenAI's request bodies: message content, tool definitions, tool calls, and `tool_choice`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ ContentField = Annotated[Content, PlainValidator(_content), WithJsonSchema({"any
 
 
 def _function(value: Any, info: ValidationInfo) -> Any:
-    """Reads a function tool. Returns None if the tool has another type and is left out. Raises ValueError."""
+    """Validates a function tool. Returns None for other tools, which are ignored. Raises ValueError."""
     kind = value.get("type") if isinstance(value, dict) else None
     if isinstance(kind, str) and kind != "function":
         return leave_out("tools", kind, info.context)
@@ -70,7 +70,7 @@ def _function(value: Any, info: ValidationInfo) -> Any:
 
 
 def _tool(value: Any, info: ValidationInfo) -> Any:
-    """Reads a tool that the client runs. Returns None for any other tool, which is left out. Raises ValueError."""
+    """Validates a function or custom tool. Returns None for other tools, which are ignored. Raises ValueError."""
     if not isinstance(value, dict) or value.get("type") != "custom":
         function = _function(value, info)
         return function and ClientTool("function", function["function"]["name"], function)
@@ -81,7 +81,7 @@ def _tool(value: Any, info: ValidationInfo) -> Any:
 
 
 def _call(value: Any) -> Any:
-    """Reads a tool call as a function call, the only kind that the model knows. Raises ValueError."""
+    """Converts a tool call to a function call, the only kind that chat templates know. Raises ValueError."""
     if not isinstance(value, dict):
         raise ValueError("a call must be an object")
     call_id = value.get("id") or ""
@@ -145,14 +145,14 @@ _ChoiceField = Annotated[Any, BeforeValidator(_choice), WithJsonSchema(_CHOICE)]
 
 class ToolFields(ReasoningFields):
     tools: _ToolsField = Field(default_factory=list)
-    """Tools of type `function` or `custom` that the model may call. Tools of other types are left out."""
+    """Tools of type `function` or `custom` that the model can call. Tools of other types are ignored."""
     tool_choice: _ChoiceField = "auto"
-    """`auto`, `none`, `required`, an object with the one tool to call, or, to offer only some tools, `{"type":
-    "allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": [...]}}`."""
+    """`auto`, `none`, `required`, an object that names one tool to call, or `{"type": "allowed_tools", "allowed_tools":
+    {"mode": "auto" or "required", "tools": [...]}}` to offer only some of the tools."""
     parallel_tool_calls: bool | None = None
-    """True to allow several tool calls in an answer. The default is false if `tool_choice` requires one, else true."""
+    """True to allow several tool calls in an answer. The default is true, unless `tool_choice` requires a call."""
     reasoning_format: Literal["auto", "deepseek", "deepseek-legacy", "none"] = "auto"
-    """`none` leaves reasoning in the content, as the model wrote it. Other values move it to `reasoning_content`."""
+    """`none` leaves reasoning in the content. Other values move the reasoning to `reasoning_content`."""
 
     @property
     def choice(self) -> ToolChoice:
@@ -163,7 +163,7 @@ ALLOWED: Final = "allowed_tools"
 
 
 def read_choice(value: Any, example: str = '{"type": "function", "name": ...}') -> Any:
-    """Reads a mode, or an object in the Responses API's form. Raises ValueError with the API's `example`."""
+    """Validates a tool choice in the Responses API's form. Raises ValueError. The error message shows `example`."""
     if isinstance(value, str) and value in MODES:
         return value
     if isinstance(value, dict) and value.get("type") == ALLOWED:
@@ -188,9 +188,9 @@ def _named_tool(value: Any, message: str) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    choice: Any  # of `read_choice`
+    choice: Any  # Result of `read_choice`.
     tools: Sequence[ClientTool]
-    is_parallel: bool | None  # None: one call where one is asked for
+    is_parallel: bool | None  # None allows several calls, unless one is required.
 
     @property
     def use(self) -> ToolUse:
@@ -209,7 +209,7 @@ class ToolChoice:
         return tuple(tool.function for tool in tools)
 
     def check(self) -> None:
-        """Raises ParameterError if two tools have the same name or the choice does not fit the tools."""
+        """Raises ParameterError if two tools have the same name, or the choice names an unknown tool."""
         if isinstance(self.choice, dict):
             self._check_names()
         self.use.check(self.offered)
@@ -232,10 +232,10 @@ _HOSTED_ENVIRONMENTS: Final = ("container_auto", "container_reference")
 
 @dataclass(frozen=True, slots=True)
 class BuiltInTool:
-    """A tool that clients know by its type alone. Items of its calls have the arguments in an object `field`."""
+    """A tool that requests name only by its type, such as `shell`. A call has the arguments in the object `field`."""
 
     field: str
-    fixed: Mapping[str, Any]  # in that object
+    fixed: Mapping[str, Any]  # Default values in the object `field`.
     description: str
     properties: Mapping[str, Any]
     required: tuple[str, ...]
@@ -268,14 +268,14 @@ BUILT_IN: Final = {
 
 @dataclass(frozen=True, slots=True)
 class ToolSet:
-    """The tools of a Responses request that the client runs. `client` has them as functions for the model."""
+    """The client's tools in a request to the Responses API. `client` has them as functions for the model."""
 
     client: tuple[ClientTool, ...] = ()
-    shown: tuple[dict[str, Any], ...] = ()  # as the response repeats them
+    shown: tuple[dict[str, Any], ...] = ()  # Definitions that the response repeats.
 
 
 def read_tools(value: Any, context: object) -> ToolSet:
-    """Reads the tools. Raises ValueError if a tool is invalid or, unless `context` is a `Leniency`, hosted."""
+    """Validates tools. Ignores hosted tools if `context` is a `Leniency`. Raises ValueError for other invalid tools."""
     if not isinstance(value, list) or len(value) > MAX_TOOLS:
         raise ValueError(f"must be a list of at most {MAX_TOOLS} tools")
     client, shown = list[ClientTool](), list[dict[str, Any]]()
@@ -318,19 +318,18 @@ def _client_tools(tool: Any, namespace: str | None, context: object) -> Iterator
 
 
 def _is_hosted(tool: Mapping[str, Any]) -> bool:
-    """Returns True if the tool would run on OpenAI's servers, such as a shell in a container."""
     environment = tool.get("environment")
     return isinstance(environment, dict) and environment.get("type") in _HOSTED_ENVIRONMENTS
 
 
 def _named(kind: str, fields: Mapping[str, Any], namespace: str | None) -> ClientTool:
-    function_tool(fields)  # its own name is checked too
+    function_tool(fields)  # Checks the name without the namespace too.
     flat = function_tool({**fields, "name": flat_name(namespace, fields["name"])})
     return ClientTool(kind, fields["name"], flat, namespace)
 
 
 def _shown_tool(tool: dict[str, Any], own: list[ClientTool]) -> dict[str, Any]:
-    """Shows a function in the Responses API's flat form, with all fields. Shows any other tool as it was sent."""
+    """Returns a function in the Responses API's form, with all fields. Returns any other tool as it was sent."""
     if tool["type"] != "function":
         return tool
     function = own[0].function["function"]

@@ -1,4 +1,4 @@
-"""Shows an answer's log in OpenAI's form, complete or as chunks of a stream. Choices are texts or chat messages."""
+"""Converts answers to OpenAI's JSON for text and chat completions: complete replies, or chunks of a stream."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class OpenAiView(View, Generic[AnyGeneration]):
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
     text_member: ClassVar[str]
-    """The field of a choice, or of the choice's delta, to which text is added."""
+    """Name of a choice's field for text. In a streamed chat, the field is in the choice's `delta`."""
 
     def __init__(
         self, body: AnyGeneration, context: RequestContext, model: str, tokenizer: Tokenizer, log: AnswerLog
@@ -58,21 +58,22 @@ class OpenAiView(View, Generic[AnyGeneration]):
         self._choices = body.n * len(log.generations)
         self._prompt_tokens = sum(len(generation.prompt) for generation in log.generations)
         self._opened: set[tuple[int, int]] = set()
-        self._calling: set[tuple[int, int]] = set()  # choices with calls so far
-        self._texts: dict[tuple[int, int], tuple[int, bytes, bytes]] = {}  # slot, and events around a piece of text
-        self._tokens = 0  # of all answers so far
-        self._timings: list[Timings] = []  # of each prompt's first choice
+        self._calling: set[tuple[int, int]] = set()  # (prompt index, choice index) of choices with tool calls.
+        # Keys are (prompt index, choice index). Values are a slot, and an event's JSON before and after its text.
+        self._texts: dict[tuple[int, int], tuple[int, bytes, bytes]] = {}
+        self._tokens = 0  # Number of tokens of all answers so far.
+        self._timings: list[Timings] = []  # Timings of each prompt's first choice.
 
     @abstractmethod
     def _opening(self, prompt: int) -> Choice | None:
-        """Returns a streamed choice's first event, without `index`, or None if the choice begins without one."""
+        """Returns the first event of a streamed choice, without `index`, or None if the choice has no such event."""
 
     @abstractmethod
     def _content(self, prompt: int, part: TextChunk, *, is_whole: bool) -> Choice:
-        """Returns content and logprobs: those that a chunk adds to a choice, or those of the complete answer."""
+        """Returns the content and logprobs that a chunk adds. If `is_whole`, the chunk is the choice's whole answer."""
 
     def frames(self, prompt: int, item: LogItem) -> Sequence[Event]:
-        """Progress events have their own slot, because they differ if the reply is computed again."""
+        """Returns events. Progress events have their own slot, because they differ if the reply is computed again."""
         if isinstance(item, PromptProgress):
             progress = shown_progress(item, with_timings=self._body.timings_per_token)
             return (Event(self._choices + 1, self._event([], progress)),)
@@ -146,8 +147,8 @@ class OpenAiView(View, Generic[AnyGeneration]):
         return {**content, **ids, **self._ending(prompt, part)}
 
     def _ending(self, prompt: int, part: TextChunk) -> dict[str, Any]:
-        """Shows why a choice ended, or null before. `stop_reason`, as in vLLM, is the stop string or token id. The
-        reason `tool_calls` means that the client must send its calls' results."""
+        """Returns a choice's last fields, or a null `finish_reason` if the choice has not ended. As in vLLM,
+        `stop_reason` is the stop string or token id. For `tool_calls`, the client must send the calls' results."""
         if part.finish_reason is None or part.timings is None:
             return {"finish_reason": None}
         waits = part.finish_reason is FinishReason.STOP and (prompt, part.index) in self._calling
@@ -172,7 +173,7 @@ class OpenAiView(View, Generic[AnyGeneration]):
         return {"__verbose": {"prompt": self._tokenizer.decode(self._generations[prompt].prompt)}}
 
     def _usage(self) -> dict[str, Any]:
-        """Counts the tokens so far. Cached tokens count once for each prompt, not for each of the prompt's choices."""
+        """Returns the token counts so far. Cached tokens count once for each prompt, even with several choices."""
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._tokens,
@@ -182,7 +183,8 @@ class OpenAiView(View, Generic[AnyGeneration]):
 
 
 def _around(name: str, text: str, event: Event) -> tuple[int, bytes, bytes]:
-    """Returns an event's slot and its JSON before and after the added text. Quotes in strings are escaped."""
+    """Returns the event's slot, and its JSON before and after the text. The text follows its key: `name` in quotes,
+    which cannot occur inside a JSON string."""
     key = to_json(name) + b":"
     begin, _, end = to_json(event.value).partition(key + to_json(text))
     return event.slot, begin + key, end
@@ -193,12 +195,12 @@ def _opens(choice: Choice) -> bool:
 
 
 ShownToken = tuple[int, int, RowResult | None]
-"""A token, where its text begins in the choice's text, and its row, which is None if the token has no logprob."""
+"""A token, the offset of its text in the choice's text, and its row, or None if the token has no logprob."""
 
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """A prompt that `echo` shows. `offsets` are its tokens' offsets in `text`. `unscored` tokens have no logprobs."""
+    """A prompt that `echo` repeats. `offsets` are its tokens' offsets in `text`. `unscored` tokens have no logprobs."""
 
     text: str = ""
     offsets: Sequence[int] = ()
@@ -223,7 +225,7 @@ class CompletionView(OpenAiView[CompletionBody]):
         self, body: CompletionBody, context: RequestContext, model: str, tokenizer: Tokenizer, log: AnswerLog
     ) -> None:
         super().__init__(body, context, model, tokenizer, log)
-        self._echoes: dict[int, Echo] = {}  # by prompt
+        self._echoes: dict[int, Echo] = {}  # Keys are prompt indices.
 
     def _opening(self, prompt: int) -> Choice | None:
         if not (self._body.echo or self._body.return_token_ids):
@@ -290,11 +292,11 @@ class ChatView(OpenAiView[ChatBody]):
         self, body: ChatBody, context: RequestContext, model: str, tokenizer: Tokenizer, log: AnswerLog
     ) -> None:
         super().__init__(body, context, model, tokenizer, log)
-        self._messages: dict[tuple[int, int], Message] = {}  # by prompt and choice
+        self._messages: dict[tuple[int, int], Message] = {}  # Keys are (prompt index, choice index).
 
     def _opening(self, prompt: int) -> Choice:
         ids = {"prompt_token_ids": self._generations[prompt].prompt} if self._body.return_token_ids else {}
-        delta = {"role": "assistant", "content": None}  # clients of llama.cpp read it from the first chunk on
+        delta = {"role": "assistant", "content": None}  # llama.cpp's clients expect `content` in the first chunk.
         return {"delta": delta, "logprobs": None, "finish_reason": None, **ids}
 
     def _content(self, prompt: int, part: TextChunk, *, is_whole: bool) -> Choice:
@@ -311,12 +313,12 @@ class ChatView(OpenAiView[ChatBody]):
 
 
 class Message:
-    """Builds a choice's chat message. A stream gets a custom tool call's text all at once, when the call ends."""
+    """Builds a choice's chat message. In a stream, the text of a custom tool call is sent when the call ends."""
 
     def __init__(self, choice_id: str, tools: Iterable[ClientTool]) -> None:
         self._choice_id = choice_id
         self._custom = {tool.function_name for tool in tools if tool.kind == "custom"}
-        self._texts: dict[int, list[str]] = {}  # arguments so far of open calls of custom tools
+        self._texts: dict[int, list[str]] = {}  # Arguments of custom tool calls that have not ended, by call index.
 
     def whole(self, events: Iterable[AnswerEvent]) -> dict[str, Any]:
         answer = ParsedAnswer()

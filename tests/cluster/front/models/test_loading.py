@@ -64,7 +64,7 @@ async def test_an_unload_does_not_wait_for_a_load_without_end(monkeypatch: pytes
             await asyncio.Event().wait()
 
     monkeypatch.setattr(models_module, "_UNLOAD_S", 0.01)
-    with pytest.raises(DeadlineError, match="the end of a load of 'a', which is unloaded then took longer than"):
+    with pytest.raises(DeadlineError, match="unloading 'a', which is still being loaded, took longer than"):
         await endpoints(Loading()).unload(request(model="a"))
 
 

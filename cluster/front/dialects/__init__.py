@@ -1,1 +1,1 @@
-"""The APIs that clients speak. Each dialect reads requests into one common form, and shows answers in its own form."""
+"""The HTTP APIs of OpenAI, Anthropic, llama.cpp and Ollama: request bodies, endpoints, and the JSON of replies."""

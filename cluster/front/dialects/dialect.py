@@ -1,4 +1,4 @@
-"""Base classes of an API's endpoints. They perform the common steps between a request's body and the reply."""
+"""Base classes for the endpoints of all APIs. They parse a request's body, check its model, and create the reply."""
 
 from __future__ import annotations
 
@@ -33,27 +33,28 @@ class ParsedRequest(Generic[AnyBody]):
     body: AnyBody
     context: RequestContext
     adapters: AdapterScales
-    model: str  # the name in the reply
+    model: str  # The model name that the reply shows.
 
     async def chat(
         self, make: Callable[_Arguments, ChatRequest], *given: _Arguments.args, **named: _Arguments.kwargs
     ) -> ChatRequest:
-        """Makes the chat with the request's time, adapters and images. A large body is converted on a thread."""
+        """Returns the chat request that `make` returns, with the request's creation time, its adapters and its images.
+        If the body is large, `make` runs on a thread."""
         chat = await converted(self.body, make, *given, **named)
         admitted = chat.admitted(self.context.created, self.adapters)
         return await with_images(admitted, self.context)
 
 
 class Endpoint(ABC, Generic[AnyBody]):
-    """One operation of an API for one model. It is served on its `paths` if `ENDPOINTS` (front/app.py) lists it."""
+    """An endpoint of an API, for one model. Classes in `ENDPOINTS` (front/app.py) are served on their `paths`."""
 
     paths: ClassVar[tuple[str, ...]]
     body: type[AnyBody]
     takes_any_model: ClassVar[bool] = False
-    """True if requests to `/v1/` paths may name any model, as on other paths. `strict_model` overrides this."""
+    """True to accept any model name on `/v1/` paths, as on all other paths. `api.strict_model` takes precedence."""
     form: ClassVar[StreamFormat] = StreamFormat.EVENTS
     errors: ClassVar[ErrorShape | None] = None
-    """The form of errors on these paths and the paths below them. None means the form of `usual_shape`."""
+    """The JSON form of errors on these paths and on paths below them, or None for the form from `usual_shape`."""
 
     def __init__(self, model: ApiModel, path: str) -> None:
         self.model = model
@@ -69,7 +70,6 @@ class Endpoint(ABC, Generic[AnyBody]):
 
     @property
     def images(self) -> ImageRules | None:
-        """The images that the model accepts, or None if it reads only text."""
         return None if self.service.vision is None else ImageRules(self.settings.image_hosts)
 
     @abstractmethod
@@ -81,7 +81,7 @@ class Endpoint(ABC, Generic[AnyBody]):
         return body
 
     def check_model(self, body: AnyBody) -> None:
-        """Raises HttpError if the body's model is not served, and ParameterError if its adapters are not."""
+        """Raises HttpError if the body names an unknown model, and ParameterError if it names an unknown adapter."""
         self.models.check(self.named(body))
 
     def named(self, body: AnyBody) -> str | None:
@@ -90,7 +90,7 @@ class Endpoint(ABC, Generic[AnyBody]):
 
 
 class Dialect(Endpoint[AnyBody]):
-    """A generating endpoint. Subclasses may override `make` to refuse or redirect requests, and extend `routes`."""
+    """An endpoint that generates text. Subclasses can override `make` to refuse requests, and `routes` to add paths."""
 
     def __init__(self, model: ApiModel, path: str) -> None:
         super().__init__(model, path)
@@ -98,7 +98,7 @@ class Dialect(Endpoint[AnyBody]):
 
     @abstractmethod
     async def reply(self, parsed: ParsedRequest[AnyBody]) -> Reply:
-        """Describes the reply to a request. Raises an error to refuse the request."""
+        """Returns a description of the reply. An error that this method raises becomes the reply instead."""
 
     async def make(self, data: bytes, context: RequestContext) -> Reply:
         body = await parse_body(data, self.body, self.settings, self.images)
@@ -111,7 +111,7 @@ class Dialect(Endpoint[AnyBody]):
         return await self._answer(request)
 
     async def counted(self, request: Request, chat: ChatRequest, **fields: str) -> Response:
-        """Returns the token count of a chat's prompt, as JSON. `fields` come first in the JSON."""
+        """Replies with a JSON object: `fields`, and the number of tokens in the chat's prompt as `input_tokens`."""
 
         async def count() -> int:
             async with deadline("counting the request's tokens (timeouts.request)", self.settings.request_s):

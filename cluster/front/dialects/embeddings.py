@@ -1,4 +1,4 @@
-"""Endpoints for embeddings and reranking: `/v1/embeddings`, `/embedding`, `/v1/rerank`."""
+"""Endpoints for embeddings (`/v1/embeddings`, `/embedding`) and reranking (`/v1/rerank`)."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _MAX_DIMENSIONS = 1 << 20
 _MAX_NORM = 1000
 
 Input = tuple[str | int, ...]
-"""A prompt: texts and token ids in order."""
+"""A prompt as a sequence of texts and token ids, such as ("Hello", 13)."""
 
 
 def _inputs(value: Any) -> tuple[Input, ...]:
     if isinstance(value, list) and not any(is_int(item) for item in value):
         if not 1 <= len(value) <= MAX_INPUTS:
-            raise ValueError(f"{len(value)} prompts in one request; give 1 to {MAX_INPUTS}")
+            raise ValueError(f"there are {len(value)} prompts; a request must have 1 to {MAX_INPUTS}")
         return tuple(_input(item) for item in value)
     return (_input(value),)
 
@@ -74,15 +74,14 @@ InputsField = Annotated[tuple[Any, ...], BeforeValidator(_inputs), WithJsonSchem
 
 class EmbeddingFields(Body, foreign=EMBEDDING):
     model: str | None = None
-    """Name of the served model."""
     encoding_format: Literal["float", "base64"] = "float"
-    """Encoding of the vectors: a list of numbers, or the base64 of little-endian float32 values."""
+    """The form of a vector. `float` is a list of numbers, `base64` a base64 text of little-endian float32 values."""
     dimensions: int | None = Field(default=None, ge=1, le=_MAX_DIMENSIONS)
-    """The number of leading channels to keep. The default is all."""
+    """The number of dimensions of a vector. The vector's last dimensions are removed. The default is all dimensions."""
     pooling: Literal["none", "mean", "cls", "last"] | None = None
-    """Pooling of the tokens' hidden states. The default is the model file's pooling, or else the last token's state."""
+    """The method that combines the tokens' hidden states. The default is the model file's method, or else `last`."""
     cache_salt: str = Field(default="", max_length=MAX_SALT_CHARACTERS)
-    """Salt of the prefix cache. Requests share KV blocks only if their salts are equal."""
+    """Salt of the prefix cache. Requests share cached prompt prefixes only if their salts are equal."""
 
     def options(self, default: Pooling, norm: int = EUCLIDEAN) -> EmbeddingOptions:
         pooling = default if self.pooling is None else Pooling(self.pooling)
@@ -103,15 +102,16 @@ class LlamaCppEmbeddingBody(EmbeddingFields):
     input: InputsField | None = None
     """One prompt (text, token ids, or a list of both), or a list of prompts."""
     content: InputsField | None = None
-    """llama.cpp's other name of `input`."""
+    """Another name for `input`, as in llama.cpp."""
     embd_normalize: int = Field(default=EUCLIDEAN, ge=-1, le=_MAX_NORM)
-    """Norm of the vectors: -1 for none, 0 to scale the largest absolute value to 32760, p to scale the p-norm to 1."""
+    """The norm that is scaled to 1, such as 2 for the Euclidean norm. For 0, the largest absolute value is scaled to
+    32760. For -1, vectors are not scaled."""
 
     @property
     def inputs(self) -> tuple[Input, ...]:
         given = [inputs for inputs in (self.input, self.content) if inputs is not None]
         if len(given) != 1:
-            raise ParameterError("input", "give one of input and content")
+            raise ParameterError("input", "give either input or content")
         return given[0]
 
 
@@ -122,7 +122,8 @@ async def embedded(
     options: EmbeddingOptions,
     shape: Callable[[list[Embedding]], Any],
 ) -> JsonParts:
-    """Embeds prompts. `shape` makes the reply's JSON. Vectors count towards the memory budget until they are sent."""
+    """Computes the embeddings of prompts. `shape` converts the embeddings to the reply's JSON value. The vectors count
+    towards the memory budget until the reply is sent."""
     async with AsyncExitStack() as held:
         embedding = held.enter_async_context(service.embed(prompts, options))
         embeddings = await unless_disconnected(request, embedding)
@@ -135,7 +136,7 @@ async def embedded(
 def check_single(pooling: Pooling) -> None:
     if pooling is Pooling.NONE:
         raise ParameterError(
-            "pooling", "'none' gives a vector for each token: use POST /embedding, or set another pooling"
+            "pooling", "'none' gives a vector for each token: use POST /embedding, or set another pooling method"
         )
 
 
@@ -166,19 +167,19 @@ class RerankBody(Body, foreign=RERANK):
     """The body of `POST /v1/rerank`. If it has `texts`, the reply is a list, as in Text Embeddings Inference."""
 
     model: str | None = None
-    """Name of the served model. Any name is accepted, unless `strict_model` is set."""
+    """Name of the model. Any name is accepted, unless `api.strict_model` is true."""
     query: str
-    """The question or topic to rank the documents by."""
+    """The question or topic by which the documents are ranked."""
     documents: _Texts | None = None
-    """The documents: texts, or objects with the field `text`."""
+    """The documents to rank. Each is a text, or an object with the field `text`."""
     texts: _Texts | None = None
-    """The documents, for a reply in the form of Text Embeddings Inference."""
+    """The documents to rank, under the name that Text Embeddings Inference uses."""
     top_n: int | None = Field(default=None, ge=1)
-    """The number of results. The best documents are returned, by default all."""
+    """The maximum number of results. The most relevant documents are returned. The default is all documents."""
     return_documents: bool = False
     """True to include each document in its result."""
     return_text: bool = False
-    """True to include each text in its result, for requests with `texts`."""
+    """True to include each text in its result. This applies to requests with `texts`."""
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -194,7 +195,7 @@ class Rerank(Endpoint[RerankBody]):
     takes_any_model = True
 
     async def answer(self, request: Request) -> Response:
-        """Returns documents with their relevance to a query, beginning with the most relevant."""
+        """Ranks documents by their relevance to a query. The most relevant document comes first."""
         if self.service.settings.ranking is None:
             raise HttpError(501, "not_supported", f"{request.url.path}: {self._refusal()}")
         return await unless_disconnected(request, self._ranked(await self.read(request)))
@@ -240,7 +241,7 @@ class OpenAiEmbeddings(Endpoint[OpenAiEmbeddingBody]):
     body = OpenAiEmbeddingBody
 
     async def answer(self, request: Request) -> Response:
-        """Returns one vector for each prompt."""
+        """Computes one embedding vector for each prompt."""
         body = await self.read(request)
         options = body.options(self.service.settings.pooling)
         return await embedded(request, self.service, body.input, options, partial(self._shown, body))
@@ -260,7 +261,7 @@ class LlamaCppEmbeddings(Endpoint[LlamaCppEmbeddingBody]):
     body = LlamaCppEmbeddingBody
 
     async def answer(self, request: Request) -> Response:
-        """Returns a list of vectors for each prompt: a single vector, or without pooling one for each token."""
+        """Computes embedding vectors. Each prompt gets one vector, or with pooling `none` one vector for each token."""
         body = await self.read(request)
         options = body.options(self.service.settings.pooling, body.embd_normalize)
         return await embedded(request, self.service, body.inputs, options, partial(_llamacpp_reply, body))

@@ -289,7 +289,8 @@ class Infill(LlamaCppCompletion):
 
 
 class Completions(TextCompletions):
-    """Treats a body with the field `model` as OpenAI's, whose clients must send it, and other bodies as llama.cpp's."""
+    """Handles a body with the field `model` in OpenAI's form, because OpenAI's API requires that field. Handles other
+    bodies in llama.cpp's form."""
 
     paths = ("/completions",)
 

@@ -83,7 +83,7 @@ class SlotActions:
         return {"n_saved": len(tokens.tokens), "n_written": written}
 
     async def _restore(self, request: Request, slot: int, name: str) -> dict[str, int]:
-        """Restores a slot from a file. Workers first compute the tokens' KV blocks, or read them from their disks."""
+        """Restores a slot from a file. Workers first compute the tokens' KV blocks, or load these blocks from disk."""
         slots = self._service.slots
         tokens, size_bytes = await self._on_disk(lambda: self._folder.read(name, slots.model_id))
         await unless_disconnected(request, self._compute(tokens))
@@ -202,9 +202,9 @@ def _decode(data: bytes, model_id: str) -> SlotTokens:
         raise ValueError("the file is damaged, or not a slot file of this program")
     fields: dict[str, Any] = json.loads(head)
     if fields.get("format") != _FORMAT:
-        raise ValueError(f"the file has another format than {_FORMAT!r}")
+        raise ValueError(f"the file's format is not {_FORMAT!r}")
     if fields.get("model") != model_id:
-        raise ValueError("another model has saved the file")
+        raise ValueError("another model saved the file")
     count, rest = divmod(len(ids), _TOKEN.itemsize)
     if not count or rest or fields.keys() != _FIELDS or fields["tokens"] != count:
         raise ValueError("the file has too few or too many fields or tokens")

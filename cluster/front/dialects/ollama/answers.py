@@ -158,7 +158,7 @@ class OllamaView(View):
 
 
 def durations(timings: Timings) -> dict[str, int]:
-    """Returns durations in nanoseconds, and token counts with cached tokens. `load_duration` is the queueing time."""
+    """Returns durations in nanoseconds and token counts, including cached tokens. `load_duration` is queueing time."""
     shown = shown_timings(timings)
     answer_ms = shown["predicted_ms"]
     return {
@@ -191,7 +191,7 @@ class OllamaDialect(Dialect[AnyAnswer]):
         """Converts a request's body to a completion request."""
 
     async def reply(self, parsed: ParsedRequest[AnyAnswer]) -> Reply:
-        """Shows the time of admission as `created_at`, so that it is the same if the reply is computed again."""
+        """Shows the time of admission as `created_at`. A second computation of the reply thus shows the same time."""
         body, end = parsed.body, None
         if body.is_load:
             unloads = self.settings.can_unload and read_keep_alive(body.keep_alive) == 0

@@ -47,7 +47,7 @@ class CatalogPulls:
 
     async def progress(self, entry: CatalogEntry) -> AsyncGenerator[dict[str, Any], None]:
         """Downloads a model and yields its progress as Ollama's JSON. Raises HttpError 409 if another download is
-        running, or 502 if this one fails. Closing the generator stops the download. The next one continues its file."""
+        running, or 502 if this one fails. Closing the generator stops the download, which can be continued later."""
         if self._running is not None:
             message = f"model {self._running!r} is being downloaded; try again when the download is done"
             raise HttpError(409, "pull_in_progress", message, {"Retry-After": "10"}, param="model")

@@ -27,9 +27,9 @@ Item = dict[str, Any]
 
 MAX_ITEMS: Final = 16_384
 REFERENCE: Final = "item_reference"
-"""The type of an input item that refers to an item of a stored response by its id."""
+"""The type of input items that refer to an item in a stored response. The reference has that item's id."""
 CALL_TEXTS: Final = {"function_call": "arguments", "custom_tool_call": "input"}
-"""The types of call items that name a tool, and for each the field that holds the text from the model."""
+"""Types of tool-call items. The values name the fields that hold the model's text."""
 _ROLES: Final = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 _SUMMARY_FORMAT: Final = "llamaclust summary 1:"
 _SUMMARY: Final = "Summary of the conversation so far:"

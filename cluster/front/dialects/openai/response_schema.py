@@ -48,7 +48,7 @@ def _include(value: Any, info: ValidationInfo) -> tuple[str, ...]:
         if name == _LOGPROBS:
             continue
         if not isinstance(info.context, Leniency):
-            raise ValueError(f"this server does not have {name[:60]!r}; leave it out")
+            raise ValueError(f"{name[:60]!r} is not supported; remove it")
         info.context.ignore(f"include.{name}")
     return names
 
@@ -57,7 +57,7 @@ def _metadata(value: Any) -> Any:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise ValueError("must be an object of strings")
     if len(value) > _MAX_METADATA or any(len(key) > 64 or len(text) > 512 for key, text in value.items()):
-        raise ValueError(f"must have at most {_MAX_METADATA} keys of 64 characters and values of 512")
+        raise ValueError(f"must have at most {_MAX_METADATA} keys of up to 64 characters, with values of up to 512")
     return value
 
 

@@ -43,8 +43,8 @@ async def stored_response(response: dict[str, Any], input_items: Sequence[Item],
 
 
 class ResponseStore:
-    """Stored responses by owner and id. If the store is full, it deletes the oldest response of the owner with the most
-    memory or responses. Not thread-safe."""
+    """Stored responses by owner and id. A full store deletes the oldest response of the owner who uses most memory, or
+    has most responses. Not thread-safe."""
 
     def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
         self._max_responses = max_responses
@@ -103,8 +103,8 @@ class ResponseStore:
             )
         size = sum([await size_of_json(named[item_id]) * count for item_id, count in references.items()])
         if size > most_bytes:
-            reason = f"its item references stand for {size} bytes; the limit is {most_bytes}"
-            raise ParameterError("input", f"{reason}; follow a response with previous_response_id instead")
+            reason = f"the referenced items have {size} bytes; the limit is {most_bytes}"
+            raise ParameterError("input", f"{reason}; use previous_response_id instead")
         return [named[item["id"]] if item["type"] == REFERENCE else item for item in items]
 
     def _named(self, owner: str, wanted: Collection[str]) -> dict[str, Item]:

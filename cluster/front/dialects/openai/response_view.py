@@ -194,7 +194,7 @@ class ResponseView(View):
     def __init__(
         self, head: ResponseHead, tokenizer: Tokenizer, store: Callable[[dict[str, Any]], None] | None, log: AnswerLog
     ) -> None:
-        """Calls `store` with the complete response, unless `store` is None because the response is not stored."""
+        """Makes the view. `store` is called with the complete response, or is None if the response is not stored."""
         self._body = head.body
         self._tokenizer = tokenizer
         self._head = head

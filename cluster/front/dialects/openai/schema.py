@@ -238,7 +238,7 @@ class CompletionBody(GenerationBody, foreign=COMPLETION):
     echo: bool = False
     """True to begin the reply's text with the prompt. With `logprobs`, the prompt's tokens also get logprobs."""
     score_from: Annotated[int, documented(0, MAX_CONTEXT_TOKENS)] | None = None
-    """Index of the first prompt token to score with `echo` and `logprobs`. A higher index saves computation."""
+    """Index of the first prompt token with logprobs. Requires `echo` and `logprobs`. A high index saves time."""
     best_of: int | None = None
     """Must be absent or equal to `n`."""
     add_special_tokens: Annotated[bool, Requested("add_special")] = True

@@ -163,7 +163,7 @@ ALLOWED: Final = "allowed_tools"
 
 
 def read_choice(value: Any, example: str = '{"type": "function", "name": ...}') -> Any:
-    """Validates a tool choice in the Responses API's form. Raises ValueError. The error message shows `example`."""
+    """Validates a tool choice in the Responses API's form. Raises ValueError, with `example` in the message."""
     if isinstance(value, str) and value in MODES:
         return value
     if isinstance(value, dict) and value.get("type") == ALLOWED:
@@ -268,7 +268,7 @@ BUILT_IN: Final = {
 
 @dataclass(frozen=True, slots=True)
 class ToolSet:
-    """The client's tools in a request to the Responses API. `client` has them as functions for the model."""
+    """The client's tools in a request to the Responses API. `client` has the tools as functions for the model."""
 
     client: tuple[ClientTool, ...] = ()
     shown: tuple[dict[str, Any], ...] = ()  # Definitions that the response repeats.

@@ -58,7 +58,7 @@ class OpenAiView(View, Generic[AnyGeneration]):
         self._choices = body.n * len(log.generations)
         self._prompt_tokens = sum(len(generation.prompt) for generation in log.generations)
         self._opened: set[tuple[int, int]] = set()
-        self._calling: set[tuple[int, int]] = set()  # (prompt index, choice index) of choices with tool calls.
+        self._calling: set[tuple[int, int]] = set()  # Choices with tool calls, as (prompt index, choice index).
         # Keys are (prompt index, choice index). Values are a slot, and an event's JSON before and after its text.
         self._texts: dict[tuple[int, int], tuple[int, bytes, bytes]] = {}
         self._tokens = 0  # Number of tokens of all answers so far.
@@ -147,8 +147,8 @@ class OpenAiView(View, Generic[AnyGeneration]):
         return {**content, **ids, **self._ending(prompt, part)}
 
     def _ending(self, prompt: int, part: TextChunk) -> dict[str, Any]:
-        """Returns a choice's last fields, or a null `finish_reason` if the choice has not ended. As in vLLM,
-        `stop_reason` is the stop string or token id. For `tool_calls`, the client must send the calls' results."""
+        """Returns a choice's last fields, or a null `finish_reason` if it has not ended. As in vLLM, `stop_reason` is
+        the stop string or token id. With the reason `tool_calls`, the client must send the calls' results."""
         if part.finish_reason is None or part.timings is None:
             return {"finish_reason": None}
         waits = part.finish_reason is FinishReason.STOP and (prompt, part.index) in self._calling
@@ -195,7 +195,7 @@ def _opens(choice: Choice) -> bool:
 
 
 ShownToken = tuple[int, int, RowResult | None]
-"""A token, the offset of its text in the choice's text, and its row, or None if the token has no logprob."""
+"""A token id, the offset of its text in the choice's text, and its row, or None if the token has no logprob."""
 
 
 @dataclass(frozen=True, slots=True)

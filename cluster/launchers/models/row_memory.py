@@ -8,10 +8,9 @@ from llamaclust.worker.devices.system_info import available_memory_bytes
 
 
 def row_limits(taken_bytes: int = 0) -> RowLimits:
-    """Returns memory limits for image rows on this machine. `taken_bytes` of the free memory are already reserved."""
+    """Returns memory limits for image rows on this machine. `taken_bytes` of free memory have another use."""
     return RowLimits.of(max(0, available_memory_bytes() - taken_bytes))
 
 
 def row_bytes(limits: RowLimits, models: Iterable[Model]) -> int:
-    """Returns the maximum memory, in bytes, that these models share for image rows."""
     return limits.held_bytes if any(model.projector is not None for model in models) else 0

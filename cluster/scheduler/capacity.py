@@ -17,8 +17,8 @@ ROWS = 512
 
 
 def microbatch_rows(projector: Projector | None) -> int:
-    """Returns the number of rows in a microbatch, excluding one row per decoding sequence. Rows of an image that attend
-    to each other must be in one microbatch. The result allows for them, up to half of `MAX_BATCH_TOKENS`."""
+    """Returns the number of rows in a microbatch, excluding one row per decoding sequence. The rows of a bidirectional
+    image must be in one microbatch, so the number allows for them, up to half of `MAX_BATCH_TOKENS`."""
     if projector is None or not projector.is_bidirectional:
         return ROWS
     return max(ROWS, min(projector.max_rows, MAX_BATCH_TOKENS // 2))

@@ -104,8 +104,9 @@ class InFlight:
         return ScheduledMicrobatch(microbatch, SamplingInputs(self.epoch, number, tasks, released, starts))
 
     def complete(self, result: Result, now_ns: int) -> tuple[SequenceSlice, ...]:
-        """Returns the slices of the microbatch. `now_ns` is the time when the result was computed, which may be before
-        it arrived. Raises ProtocolError if the result does not fit the oldest microbatch in flight."""
+        """Checks a result against the oldest microbatch in flight, and returns the slices of that microbatch. `now_ns`
+        is the time when the result was computed, which may be before it arrived. Raises ProtocolError if the result
+        does not match."""
         due = self._sent[0] if self._sent else None
         if due is None or (result.epoch, result.number) != (self.epoch, due.number):
             expected = f"microbatch {due.number} of epoch {epoch_text(self.epoch)}" if due else "nothing"

@@ -10,10 +10,12 @@ from __future__ import annotations
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _WORTH_HIDING = 0.02
-"""Minimum share of a step's time in links and coordinator at which lookahead is used. It delays new requests."""
+"""Share of a step's time on links and in the coordinator from which lookahead is used. Lookahead has a price: it delays
+new requests."""
 
 _MOST_NS = 20e6
-"""Maximum total nanoseconds of lookahead steps in flight, which delay new requests and may be wasted."""
+"""Maximum total nanoseconds of lookahead steps in flight. New requests wait for these steps, and an answer's end wastes
+them."""
 
 _SHORTEST_NS = 1e6
 
@@ -27,7 +29,8 @@ class Lookahead:
 
     @property
     def most_steps(self) -> int:
-        """Maximum number of steps in flight. 1 with several stages, with states, or before times are measured."""
+        """Maximum number of lookahead steps in flight. It is 1 with several stages, with states, or before times are
+        measured."""
         decode_ns = self._times.decode_ns
         if decode_ns is None or self._times.stages > 1 or self._has_states:
             return 1

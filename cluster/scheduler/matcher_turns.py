@@ -24,7 +24,8 @@ _LEAST_NS = 50_000_000
 _LONGER = 0.25
 """Share of a decode microbatch's time that slow matchers may take. It applies if it is longer than `_LEAST_NS`."""
 _MOST_NS = 400_000_000
-"""Maximum nanoseconds for slow matchers in flight, reached only if all sequences are slow and have one owner."""
+"""Maximum nanoseconds for slow matchers in flight. It is used up only if all running sequences are slow and have one
+owner."""
 _NEXT_ROWS = 1 + MAX_FORCED_TOKENS
 """Maximum number of remaining rows of a sequence that can be held back. With more rows, the sequence is in prefill."""
 

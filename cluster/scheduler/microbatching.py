@@ -15,7 +15,8 @@ _MARGIN = 0.05
 
 _DECIDE_EVERY = 16
 _RETRY_EVERY = 4096
-"""Number of decode microbatches after which the number of groups is decided, or several groups are tried, again."""
+"""The number of groups is decided again after `_DECIDE_EVERY` decode microbatches. If it is 1, several groups are tried
+again after `_RETRY_EVERY`."""
 
 
 def cycle_ns(stage_ns: list[float], groups: int, transit_ns: float) -> float:

@@ -78,7 +78,8 @@ class SequenceQueues:
             sequence.restart()
 
     def check_room(self, owner: str, most_waiting: int) -> None:
-        """Raises QueueFullError if the owner has too many waiting sequences. A high total lowers the limit."""
+        """Raises QueueFullError if the owner has too many waiting sequences. The limit is lower if many sequences
+        wait."""
         waiting = [*self.waiting, *self.restoring]
         own = sum([other.request.owner == owner for other in waiting])
         if not fits(own, len(waiting), most_waiting + self.max_running - len(self.running)):
@@ -109,8 +110,8 @@ class SequenceQueues:
         return True
 
     def give_turn(self) -> None:
-        """Preempts the youngest sequence of the busiest owner if the next waiting sequence may take its turn (see
-        `takes_turn`) but has no place or memory. Must not be called while a microbatch is being made."""
+        """Preempts the youngest sequence of the busiest owner for the next waiting sequence, if `takes_turn` allows it
+        and that sequence lacks a place or memory. Must not be called while a microbatch is being made."""
         if not self.waiting or not (waiting := startable(self.waiting, self.running)):
             return
         running = Running.of(self.running)

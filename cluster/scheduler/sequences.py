@@ -107,7 +107,8 @@ class Sequence:
 
     @property
     def next_rows(self) -> int:
-        """Number of known rows in the next decode step. Above 1 if refused drafts made a state be reset."""
+        """Number of known rows in the next decode step. It is above 1 after refused drafts if a state had to be
+        reset."""
         return max(1, self.remaining)
 
     @property
@@ -131,7 +132,8 @@ class Sequence:
 
     @property
     def may_draft(self) -> bool:
-        """True if drafted rows may be computed with the last token's row. Mirostat allows no drafts."""
+        """True if drafted rows may be computed with the last token's row. Mirostat excludes drafts, because mu would be
+        unknown."""
         request = self.request
         is_open = self.phase is _DECODE and self.left > 1 and request.max_drafted != 0
         is_early = request.needs_matcher and self.generated < request.min_tokens
@@ -179,7 +181,8 @@ class Sequence:
 
     @property
     def settled(self) -> int:
-        """First row that may be computed again: the first drafted row in flight, or with states an earlier row."""
+        """First row that may have to be computed again. It is the first drafted row in flight, or an earlier row if
+        there are states."""
         ahead = self.drafting.ahead
         return self.computed if ahead and self.kv.states.is_begun else self.scheduled - len(ahead)
 

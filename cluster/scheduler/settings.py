@@ -67,7 +67,8 @@ class SchedulerSettings:
 
     @property
     def max_drafted(self) -> int:
-        """Maximum drafted tokens in a step. 0 if layers have states, but there are no state blocks to reset to."""
+        """Maximum number of drafted tokens in a step. It is 0 if layers have states, but there are no state blocks to
+        reset to."""
         if self.speculation is None or (self.has_states and not self.state_blocks):
             return 0
         group = self.window_group
@@ -88,7 +89,8 @@ class SchedulerSettings:
 
     @property
     def max_sequence_tokens(self) -> int:
-        """Maximum tokens in prompt and answer. A prompt computed as a whole must fit into a microbatch."""
+        """Maximum number of tokens in prompt and answer. A prompt that is computed as a whole must fit into a
+        microbatch."""
         tokens = min(self.context_length, self.kv_blocks * KV_BLOCK_TOKENS)
         return min(tokens, self.max_batch_tokens, self.max_embedded_rows) if self.whole_prompts else tokens
 

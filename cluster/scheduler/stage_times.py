@@ -23,7 +23,7 @@ def _occupied_ns(timing: StageTiming) -> int:
 
 
 class Curve:
-    """Time of one stage by number of rows. It has a point per power of two, with lines between the points."""
+    """Time of one stage as a function of the number of rows: a point per power of two, and lines between the points."""
 
     __slots__ = ("_learned", "_learned_at", "_points")
 
@@ -54,7 +54,8 @@ class Curve:
         return curve
 
     def predict(self, rows: float, other: Curve | None = None) -> float | None:
-        """Returns nanoseconds, or None without samples. `other` adds points if this curve has only one."""
+        """Returns the nanoseconds of a microbatch with `rows` rows, or None without samples. `other` provides more
+        points if this curve has only one."""
         points = list(self._points.values())
         if len(points) < 2 and other is not None:
             points = sorted((other._points | self._points).values())
@@ -70,7 +71,7 @@ class Curve:
 
 
 def _rising(points: dict[int, tuple[float, float]]) -> dict[int, tuple[float, float]]:
-    """Lowers each time to the minimum of the times for more rows, because more rows cannot take less time."""
+    """Lowers each time to the minimum of the later times, because a microbatch with more rows cannot take less time."""
     rising, most = dict[int, tuple[float, float]](), inf
     for bucket, (rows, ns) in sorted(points.items(), reverse=True):
         most = min(most, ns)

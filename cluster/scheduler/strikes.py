@@ -42,7 +42,8 @@ class _Suspected:
 
 @dataclass(frozen=True, slots=True)
 class StruckOut:
-    """A sequence that must fail. `has_results`: some result arrived between its first and its last failure."""
+    """A sequence that must fail. `has_results` is true if some result arrived between its first and its last
+    failure."""
 
     sequence: Sequence
     workers: frozenset[str | None]
@@ -87,7 +88,8 @@ class Strikes:
 
     @property
     def isolated(self) -> Sequence | None:
-        """Sequence to isolate next: the one interrupted least often, or on a tie the one with the most strikes."""
+        """The sequence to isolate next: the least often interrupted sequence, or on a tie the sequence with the most
+        strikes."""
         record = self._isolated
         return None if record is None else record.sequence
 
@@ -97,7 +99,8 @@ class Strikes:
         return None if self._is_paused else max(found, key=lambda r: (-r.interrupted, r.strikes), default=None)
 
     def rows(self, isolated: Sequence) -> int:
-        """Returns the number of rows to compute next: all rows before the suspected rows, or a few suspected rows."""
+        """Returns how many rows of the isolated sequence are computed next: all rows before its suspected rows, or a
+        few of the suspected rows."""
         scheduled = isolated.scheduled
         ahead = [each.start - scheduled for each in self._records[isolated.key].suspected if each.end > scheduled]
         to_suspected = min(ahead, default=0)

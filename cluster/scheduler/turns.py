@@ -13,7 +13,8 @@ _LARGE_GRAMMAR = 1 << 12
 """Number of characters above which a grammar is large. The last stage can take tens of milliseconds to make its
 matcher, and it makes one matcher at a time."""
 _MOST_MATCHERS = 2
-"""Maximum number of large matchers that are made at the same time per owner. Two keep the last stage busy."""
+"""Maximum number of matchers of large grammars that are made at the same time per owner. Two keep the last stage
+busy."""
 
 
 def turn_of(sequence: Sequence) -> str:
@@ -42,7 +43,8 @@ class Running:
 
 
 def startable(waiting: Iterable[Sequence], running: Iterable[Sequence]) -> list[Sequence]:
-    """Returns waiting sequences, except large grammars whose owner already waits for `_MOST_MATCHERS` matchers."""
+    """Returns the waiting sequences, except those with a large grammar whose owner already waits for `_MOST_MATCHERS`
+    matchers."""
     making = Counter(other.request.owner for other in running if other.phase is Phase.PREFILL and _is_large(other))
     if not making:
         return [*waiting]
@@ -68,8 +70,9 @@ def gives_way(running: Reversible[Sequence], counts: Running) -> Sequence:
 
 
 def takes_turn(sequence: Sequence, running: Reversible[Sequence], counts: Running) -> bool:
-    """True if a running sequence must be preempted for `sequence`. Either its owner runs none and another owner runs
-    several. Or its request runs none and another request runs several, whose owner runs at least as many sequences."""
+    """True if a running sequence must be preempted for `sequence`. This is so if its owner runs none and another owner
+    runs several. It is also so if its request runs none and another request runs several, whose owner runs at least as
+    many sequences."""
     if not running:
         return False
     owner, request = counts.rank(sequence)

@@ -49,7 +49,7 @@ NO_DRAFT = Draft((), 0)
 
 class Drafter(Protocol):
     def draft(self, tokens: Sequence[int], most: int) -> Draft:
-        """Returns up to `most` tokens. `tokens` holds prompt and answer, and may only grow between calls."""
+        """Returns a draft of up to `most` tokens. `tokens` holds prompt and answer, and may only grow between calls."""
 
 
 class Drafters(Protocol):

@@ -1,5 +1,5 @@
-"""Drafts from recent answers to other requests. The store of answers has a maximum size. Shared drafts make repeated
-answers faster, so a client could detect what another client received. Therefore only requests with equal keys share
+"""Drafts from recent answers to other requests. The number of stored tokens is limited. An answer that equals a stored
+answer arrives sooner, so a client could guess the answers of others. Therefore only requests with equal keys share
 answers."""
 
 from __future__ import annotations

@@ -87,8 +87,8 @@ class StateGroup:
         return max(self.kv_token_bytes, -(-self.state_bytes // _MOST_STATE_POSITIONS))
 
     def blocks_beside(self, kv_blocks: int, sequences: int) -> int:
-        """Returns the number of state blocks: one per running sequence (at least one, limited to half of the bytes of
-        the KV blocks), two for checkpoints, and one per `span` positions (also limited to half of these bytes)."""
+        """Returns the number of state blocks. There is one block per running sequence, two for checkpoints, and one
+        more per `span` positions. The first and the last number are limited by the memory that states may take."""
         tokens = kv_blocks * KV_BLOCK_TOKENS
         half = tokens * self._token_bytes // (2 * self.state_bytes)
         return min(sequences, 1 + half) + 2 + min(tokens // self.span, half)

@@ -15,7 +15,8 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 RESERVE_BLOCKS = 2
-"""Number of blocks that stay free per running sequence when another starts, so that it is not preempted at once."""
+"""Number of blocks that stay free per running sequence when another sequence starts. Otherwise the new sequence could
+be preempted at once."""
 
 
 @dataclass(frozen=True, slots=True)

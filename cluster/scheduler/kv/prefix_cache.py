@@ -30,7 +30,8 @@ class BlockKeys(list[bytes]):
         self._most_shared = 0
 
     def shared(self, blocks: int) -> BlockKeys:
-        """Returns keys for a sequence that starts with the same `blocks` blocks, so that they are computed once."""
+        """Returns keys for a sequence with the same first `blocks` blocks. The keys of these blocks are computed only
+        once."""
         self._most_shared = blocks
         self.share()
         other = copy(self)

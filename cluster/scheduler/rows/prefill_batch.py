@@ -8,7 +8,7 @@ from llamaclust.cluster.scheduler.rows.taking import take_rows
 from llamaclust.cluster.scheduler.sequences import Sequence
 
 _MAX_STARTS = 32
-"""Maximum number of matchers that start in one microbatch. Each is sent with its grammar, which may be large."""
+"""Maximum number of matchers that start in one microbatch. A matcher is sent with its grammar, which may be large."""
 
 
 @dataclass(slots=True)

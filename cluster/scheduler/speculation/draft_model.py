@@ -9,7 +9,7 @@ from llamaclust.cluster.scheduler.estimates import moved
 from llamaclust.core.drafts import DraftOrder, DraftReplies
 
 _LATE = 4.0
-"""Maximum ratio of a sample to the estimate. Longer samples are cut, because machines sometimes pause."""
+"""Maximum ratio of a sample to the estimate. Larger samples are reduced to it, because machines sometimes pause."""
 _USUAL_OVERHEAD = 0.125
 """Assumed overhead of a draft before it is measured, as a share of the time per drafted token."""
 
@@ -50,7 +50,7 @@ def _learned(estimate: float, sample: float) -> float:
 
 
 class DraftModel(Protocol):
-    """A draft model. All calls must come from one event loop. Orders wait while the model computes."""
+    """A draft model. All calls must come from one event loop. Orders are queued while the model computes."""
 
     @property
     def times(self) -> DraftTimes: ...

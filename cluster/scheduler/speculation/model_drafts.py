@@ -17,9 +17,10 @@ from llamaclust.core.drafts import MOST_ORDERS, DraftOrder, DraftReplies
 from llamaclust.core.sampling import SampleTask
 
 _CLOSE = 64
-"""Maximum number of unread tokens of a sequence for which a step waits for the model."""
+"""A step waits for the model only if the model has read all but this many tokens of the sequence."""
 _WORTH = 2.0
-"""Minimum ratio of the time that drafts save to the time for reading the prompt. An answer may end early."""
+"""Minimum ratio of the time that drafts save to the time for reading the prompt. It is above 1, because an answer may
+end early."""
 _AGAIN = 64
 """Number of tokens after which a model that did not pay is tried again. It doubles up to `_AGAIN_MOST`."""
 _AGAIN_MOST = 1024
@@ -67,7 +68,8 @@ class ModelDrafts:
         return best
 
     def order(self, sequences: Iterable[Sequence], most: Mapping[int, int], count: int) -> list[Sequence]:
-        """Orders up to `count` tokens per sequence in `most` that is nearly read. Returns the other sequences."""
+        """Orders up to `count` tokens for each sequence in `most` that the model has nearly read. Returns the other
+        sequences."""
         others = []
         for sequence in sequences:
             if most.get(sequence.key) and self._is_close(sequence):

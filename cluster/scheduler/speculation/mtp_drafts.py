@@ -1,4 +1,4 @@
-"""Decides how many tokens an MTP (multi-token prediction) head drafts after a step, which becomes longer."""
+"""Decides how many tokens an MTP (multi-token prediction) head drafts after a step. Drafting makes the step longer."""
 
 from __future__ import annotations
 

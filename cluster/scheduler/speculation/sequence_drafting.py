@@ -32,7 +32,8 @@ class Drafting:
         self.ahead = ()
 
     def settle(self, added: list[int]) -> bool:
-        """Compares `added` with the drafts in flight. Returns True if they are equal: later windows stay valid."""
+        """Compares the added tokens with the drafts in flight. Returns True if they are equal, so that later windows
+        stay valid."""
         expected, self.ahead = self.ahead[: len(added)], self.ahead[len(added) :]
         return list(expected) == added[: len(expected)]
 

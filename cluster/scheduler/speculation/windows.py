@@ -16,10 +16,10 @@ from llamaclust.cluster.scheduler.speculation.candidates import Candidate, Chain
 from llamaclust.cluster.scheduler.speculation.costs import counts_to_try
 
 _MARGIN = 0.05
-"""Minimum relative gain for drafted tokens. Predictions are no more accurate than this."""
+"""Minimum relative gain for which tokens are drafted. Predictions are not more accurate than this."""
 _DEEPEST = 6
 _MARGIN_BESIDE = 0.2
-"""Minimum relative gain with several microbatches in flight. Short microbatches wait for long ones."""
+"""Minimum relative gain if several microbatches are in flight, where short microbatches wait for long microbatches."""
 
 
 class RoundTimes(Protocol):

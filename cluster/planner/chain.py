@@ -25,8 +25,8 @@ class Chain:
     def of(
         cls, sizes: MemoryModel, entries: Sequence[Assignment], workers: Mapping[str, WorkerFacts], contexts: int
     ) -> Self:
-        """Divides each stage among the worker's devices, so that `contexts` full-length sequences fit into KV
-        memory."""
+        """Builds a chain. Each stage is divided among the worker's devices so that `contexts` full-length sequences fit
+        into KV memory."""
         return cls(sizes, tuple(_held_stage(sizes, entry, workers, contexts) for entry in entries))
 
     @property

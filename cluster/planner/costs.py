@@ -158,7 +158,8 @@ class StageCosts:
         return self._roofline_s(Roofline.of(profile, device, self.hidden_bytes, concurrent=concurrent), rows, 1)
 
     def experts_table(self, worker: WorkerFacts, rows: int, layers: Flags, *, concurrent: bool = False) -> Table:
-        """Returns the seconds of each stage in the routers and experts of `layers`, for a step with `rows` rows."""
+        """Returns the seconds that each stage takes for the routers and experts of `layers`, in a step with `rows`
+        rows."""
         profile = worker.profile
         assert profile is not None
         if times := profile.step_times(concurrent=concurrent):
@@ -168,7 +169,8 @@ class StageCosts:
         return _float_sums(np.where(layers, [roofline.experts_s(layer, rows) for layer in self.model.layers], 0.0))
 
     def exchange_table(self, rows: int, layers: Flags) -> Table:
-        """Returns the seconds of each stage for moving inputs and outputs of experts in `layers` between devices."""
+        """Returns the seconds that each stage takes to move inputs and outputs of experts of `layers` between
+        devices."""
         each_s = EXCHANGE_S + EXCHANGE_BYTE_S * 2 * rows * self.hidden_bytes
         seconds: Table = _float_sums((layers & self.mixtures).astype(np.float64)) * each_s
         return seconds

@@ -104,7 +104,8 @@ class Division:
         return total
 
     def moved(self, experts: Callable[[WorkerFacts, Flags], Table], exchange: Callable[[Flags], Table]) -> Table:
-        """Returns the seconds that experts in RAM add to each stage, including `exchange` for moving activations."""
+        """Returns the seconds that experts in RAM add to each stage. `exchange` gives the seconds for moving
+        activations."""
         total: Table = np.zeros(self.bounds[0].shape)
         for device, layers, begin, end in self.moved_ranges():
             change = experts(self.devices[0], layers) + exchange(layers) - experts(device, layers)

@@ -92,7 +92,8 @@ class MemoryModel:
         return self._workspace_to(worker, end) + rounding - int(freed[list(cpu_moe)].sum())
 
     def workspace_of(self, held: Held) -> int:
-        """Returns the workspace bytes of a given stage. `workspace_bytes` assumes the largest stage."""
+        """Returns the workspace of a given stage in bytes. `workspace_bytes` returns the workspace of the largest
+        stage."""
         device, start, end = held.device, held.start, held.end
         if held.is_experts or held.cpu_moe or device.device != "cpu":
             return self.parts(held, 0)["workspace"]
@@ -118,7 +119,8 @@ class MemoryModel:
 
     @property
     def max_drafted(self) -> int:
-        """Maximum number of drafted tokens in a step. 0 if layers have states, which refused drafts would change."""
+        """Maximum number of drafted tokens in a step. It is 0 if layers have states, which refused drafts would
+        change."""
         if self.stages.state_bytes[0, self.stages.layers]:
             return 0
         window = self.kv_groups.window
@@ -163,7 +165,8 @@ class MemoryModel:
         return moved if held.is_experts else self.stages.weight_bytes(held.start, held.end) - moved
 
     def kv_blocks(self, split: Sequence[Held]) -> int:
-        """Returns the number of KV blocks that fit on every device, up to `most_blocks` unless `kv_memory` is set."""
+        """Returns the number of KV blocks that fit on every device. The maximum is `most_blocks`, unless `kv_memory` is
+        set."""
         most = self.request.most_blocks
         beside: dict[tuple[str, str], int] = {}
         for held in split:

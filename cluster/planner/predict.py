@@ -50,7 +50,8 @@ def predict(
     max_drafted: int = 0,
     may_chain: bool = True,
 ) -> Prediction:
-    """Predicts the speed if all workers are measured. `may_chain`: a draft need not wait for the previous window."""
+    """Predicts the speed of a plan, whose workers must all be measured. `may_chain` means that a draft need not wait
+    for the result of the previous window."""
     path = _Path.of(split, links)
     times = [time for stage in split for time in _times(stage, prompt_tokens)]
     slowest = max(times, key=lambda time: time[1].decode_s)

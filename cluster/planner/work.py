@@ -37,7 +37,8 @@ class Work:
 
 
 def works_of(objective: str, prompt_tokens: int) -> tuple[Work, ...]:
-    """Returns the workloads of an objective, one per number of chunks. The rating of a split is its best time."""
+    """Returns the workloads of an objective, which differ in the number of chunks. A split is rated by its best
+    workload."""
     if objective == "latency":
         return tuple(_request(prompt_tokens, chunks) for chunks in CHUNKS)
     steps = (

@@ -23,8 +23,8 @@ Shares = Table
 @dataclass(frozen=True, slots=True)
 class DividedCosts:
     """Costs of a model in groups. `whole` covers the undivided parts of the leader, and `follower` those of another
-    member. Each entry of `coarse` covers `whole` and all parts with that number of units. `fine` covers `whole` and all
-    parts that are divisible in any ratio."""
+    member. An entry (units, costs) of `coarse` covers `whole` and all parts with this number of units. `fine` covers
+    `whole` and all parts that are divisible in any ratio."""
 
     whole: StageCosts
     follower: StageCosts

@@ -16,9 +16,9 @@ from llamaclust.cluster.planner.splits.holders import StageTable
 from llamaclust.cluster.planner.work import Work
 
 CLOSE = 0.995
-"""Factor for the best time. The search ends if no split can take less than the product."""
+"""Fraction of the best time so far. The search ends if no other split can take less than that."""
 CLEARLY_BETTER = 0.98
-"""Factor for the time of a split. A split with groups, or in another order than the file's, must beat the product."""
+"""Fraction of a simpler split's time. A split with groups, or in another order than the file's, must take less."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ class Launcher(ABC):
 
     @abstractmethod
     async def joined(self, registry: Registry, shortfall: Shortfall) -> None:
-        """Waits until all workers, or enough of them, have joined. Raises DeadlineError, or WorkerError if one
+        """Waits until all workers have joined, or enough of them. Raises DeadlineError, or WorkerError if a worker
         ended."""
 
     @abstractmethod

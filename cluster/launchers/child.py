@@ -46,9 +46,8 @@ class Child:
         try:
             self._process = process = subprocess.Popen(
                 worker_command(settings),
-                # The settings contain the token. They are sent through a pipe, so that no command line, environment or
-                # disk has it.
-                # environment.
+                # The settings contain the token. They are sent through a pipe, so that the token is on no command line,
+                # in no environment and on no disk.
                 stdin=subprocess.PIPE,
                 stdout=self._log,
                 stderr=self._log,

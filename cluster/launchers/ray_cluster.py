@@ -53,7 +53,8 @@ class RayCluster:
         self._ray: Any = None
 
     def open(self, workers: Sequence[WorkerSettings]) -> Any:
-        """Connects to Ray. Raises UsageError if the cluster must not be used, and LlamaclustError on failure."""
+        """Connects to Ray. Raises UsageError if the cluster must not be used, and LlamaclustError if the connection
+        fails."""
         settings = self._settings
         self._ray = import_ray(authenticated=not settings.allow_unauthenticated)
         address = None if settings.address == "none" else _address(settings.address)

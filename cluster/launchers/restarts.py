@@ -13,8 +13,8 @@ from llamaclust.core.backoff import Backoff
 
 @dataclass(frozen=True, slots=True)
 class RestartLimits:
-    """Limits of a worker's restarts: up to `most` within `within_s` seconds. The first restart is immediate. The pause
-    before the second is `first_s` seconds, and later pauses are longer."""
+    """Limits of a worker's restarts: up to `most` within `within_s` seconds. The first restart is immediate. Later
+    restarts follow pauses that grow from `first_s` seconds."""
 
     most: int = 6
     within_s: float = 60.0

@@ -198,7 +198,7 @@ class WorkerHandle:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of all stages on the worker. It is 0 if the worker is gone."""
+        """Total bytes of all stages on the worker. It is 0 if the worker is gone."""
         stages = (loaded for _, loaded in self.stages.values() if not self.state.is_gone)
         return sum(
             stage.weight_bytes + stage.kv_bytes + stage.workspace_bytes + stage.encoder_bytes for stage in stages

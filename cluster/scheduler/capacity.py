@@ -40,7 +40,7 @@ class BlockCounts:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
     context_length: int
-    max_sequences: int  # Maximum number of sequences that run at the same time.
+    max_sequences: int
     max_outputs: int  # Maximum number of sampled and scored rows in a microbatch.
     # Rows in a microbatch, excluding one row per sequence. A larger `prefill_chunk` replaces this number.
     rows: int = ROWS

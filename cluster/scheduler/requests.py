@@ -16,7 +16,7 @@ class FinishReason(StrEnum):
     # The last token is an end-of-generation token or a stop token, or the text contains a stop string.
     STOP = "stop"
     LENGTH = "length"  # The maximum number of tokens is reached, or the context is full.
-    ABORT = "abort"  # The caller cancelled the request.
+    ABORT = "abort"
 
 
 class Operation(StrEnum):
@@ -32,7 +32,7 @@ class AnswerOptions:
     score_from: int | None = None
     cache_salt: str = ""  # KV blocks are shared only between requests with the same salt and adapters.
     adapters: AdapterScales = ()
-    grammar: Grammar | None = None  # Grammar that the answer must match.
+    grammar: Grammar | None = None
     # Set if reasoning has a token limit, or if the grammar begins after the reasoning.
     reasoning: Reasoning | None = None
     # False: tokens that a grammar forces get logprob 0, because they are not computed one by one.
@@ -136,7 +136,7 @@ class PromptProgress:
     total: int
     cached: int  # Number of prompt tokens found in the prefix cache.
     processed: int  # Number of prompt tokens that are computed or cached.
-    since_ms: float  # Milliseconds since the request started.
+    since_ms: float
 
 
 @dataclass(frozen=True, slots=True)

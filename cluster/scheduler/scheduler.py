@@ -176,8 +176,7 @@ class Scheduler:
         if (isolated := self.strikes.isolated) is not None:
             is_busy = len(self.in_flight) or self.queues.restoring or self.queues.memory.transfers.are_under_way
             return None if is_busy else self._next_alone(isolated, now_ns)
-        # Without decode, one more microbatch keeps the stages busy after a short chunk. With decode, it would delay
-        # tokens.
+        # One more microbatch in flight keeps stages busy after a short chunk. With decode, it would delay tokens.
         room = self.times.in_flight - self.in_flight.live
         self.queues.held = self._turns.held(self.queues.running)
         has_room = room > 0 or (room == 0 and not self.queues.decoding)

@@ -21,7 +21,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 class Phase(Enum):
     WAITING = auto()  # Waits for KV memory and a place to run. Results in flight still count.
     DISCARDED = auto()  # Waits, and ignores results in flight, because their rows are computed again.
-    PREFILL = auto()  # Rows of known tokens are being computed.
+    PREFILL = auto()
     DECODE = auto()  # tokens[:-1] are computed, and tokens[-1] was sampled.
     FINISHED = auto()
 

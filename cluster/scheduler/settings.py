@@ -39,13 +39,13 @@ class SchedulerSettings:
     generates: bool = True  # False if the model only computes embeddings or scores.
     adapters: Mapping[int, str] = field(default_factory=dict)  # Digests of adapters, by the number that clients use.
     window: int | None = None  # Number of positions that layers with a sliding window see. None: no separate blocks.
-    window_blocks: int = 0  # Number of blocks for layers with a sliding window.
+    window_blocks: int = 0
     has_states: bool = False  # True if layers keep a state per sequence.
     state_blocks: int = 0  # Number of state blocks. 0: states are in KV blocks.
     image_width: int = 0  # Number of floats in an image row. 0: the model takes no images.
     max_image_bytes: int = MAX_GIVEN_BYTES  # Maximum bytes of image rows in a microbatch.
     rope_sections: int = 0  # Rope positions per row. 0: one, equal to the row's position.
-    speculation: SpeculationSettings | None = None  # None: no tokens are drafted.
+    speculation: SpeculationSettings | None = None
     # Number of positions between states that are kept for other sequences.
     state_span: int = KV_BLOCK_TOKENS
 

@@ -82,7 +82,7 @@ class _Record:
 
 class Strikes:
     def __init__(self) -> None:
-        self._records: dict[int, _Record] = {}  # Records by sequence key.
+        self._records: dict[int, _Record] = {}
         # True until the next failure. No request is isolated meanwhile, so that other requests continue.
         self._is_paused = False
 

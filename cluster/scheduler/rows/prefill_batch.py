@@ -18,11 +18,11 @@ class PrefillBatch:
     rows_left: int  # Limit by predicted time. Rows that must be computed together may exceed it.
     room: int  # Number of rows that the microbatch can still hold.
     outputs_left: int
-    scored_left: int  # Number of output rows that may still be scored.
+    scored_left: int
     embedded_left: int
     image_bytes_left: int
     starts_left: int = _MAX_STARTS
-    slices: dict[int, SequenceSlice] = field(default_factory=dict)  # Slices by sequence key.
+    slices: dict[int, SequenceSlice] = field(default_factory=dict)
 
     def add(self, sequence: Sequence, share: int = 1) -> bool:
         """Adds rows of the sequence, up to 1 / `share` of the remaining rows. Returns False if no row can be added."""

@@ -20,7 +20,7 @@ class Retry(Enum):
     AGAIN = auto()  # The same workers compute the sequence again.
     # The sequence is computed again, and another worker should take the last stage.
     ELSEWHERE = auto()
-    NEVER = auto()  # The sequence fails.
+    NEVER = auto()
     # The sequence fails. The worker that was suspected is not at fault.
     FAILED_ELSEWHERE = auto()
 

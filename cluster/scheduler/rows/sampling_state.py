@@ -19,7 +19,7 @@ class SamplingState:
         self.window = request.history_window
         self._seen = _text_of(request) if self.window else array("i")
         self.stop_ids = tuple(sorted(request.stop_token_ids))
-        self.breakers = SeenBreakers(request.breakers, request.prompt)  # Sequence breakers of the DRY sampler.
+        self.breakers = SeenBreakers(request.breakers, request.prompt)
         self.mu = 0.0 if params.chain is None else params.chain.first_mu
 
     def history(self, count: int, newer: int = 0) -> array[int]:

@@ -11,13 +11,13 @@ _LATELY = 16  # Number of answer tokens after a forced token within which anothe
 @dataclass(slots=True)
 class Drafting:
     has_mtp: bool = False  # True if the last stage has an MTP head.
-    drafts: SequenceDrafts | None = None  # Drafts of tokens that may follow.
+    drafts: SequenceDrafts | None = None  # Drafts of tokens that may follow. None: nothing was drafted yet.
     mtp: MtpUse = field(default_factory=MtpUse)
     forced: tuple[int, ...] = ()  # Tokens that the grammar requires after the last token.
     next: tuple[int, ...] = ()  # Drafted tokens to compute together with the last token.
     ahead: tuple[int, ...] = ()  # Drafted tokens in flight, after the known tokens.
     branch: int = 0  # Number of times that drafted rows in flight were given up.
-    rows: int = 0  # Total number of drafted rows.
+    rows: int = 0
     accepted: int = 0  # Number of drafted rows whose tokens were accepted.
     _forced_at: int = -_LATELY  # Number of answer tokens when the last forced token was added.
 

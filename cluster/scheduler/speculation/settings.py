@@ -10,6 +10,6 @@ from llamaclust.cluster.scheduler.speculation.draft_model import DraftModel
 @dataclass(frozen=True, slots=True)
 class SpeculationSettings:
     drafters: Drafters
-    max_window: int = MAX_WINDOW  # Maximum number of drafted tokens of one sequence in a microbatch.
+    max_window: int = MAX_WINDOW
     draft_model: DraftModel | None = None  # Draft model, used where it gains more than the drafters.
     mtp: bool = False  # True if the last stage drafts with an MTP head.

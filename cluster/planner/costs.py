@@ -31,7 +31,7 @@ EXCHANGE_BYTE_S = 1 / 12e9
 @dataclass(frozen=True, slots=True)
 class GpuFacts:
     device: str
-    memory_bytes: int  # GPU memory that the worker may use.
+    memory_bytes: int
     profile: DeviceProfile | None = None
 
 
@@ -47,7 +47,7 @@ class WorkerFacts:
     gpu_layers: int | None = None
     device: str = "cpu"
     joins_groups: bool = False  # True if an automatic plan may put the worker into a group.
-    placement: Placement = NO_RULES  # The user's rules for layers on GPUs.
+    placement: Placement = NO_RULES
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +74,7 @@ class StageCosts:
     _head: Counts  # 1 for stages with the head, which prefill does not need.
     # Fraction of the head in this portion. Steps are measured with the whole head.
     head_share: float = 1.0
-    _tables: dict[Hashable, Table] = field(default_factory=dict, repr=False)  # Cache of computed tables.
+    _tables: dict[Hashable, Table] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, costs: ModelCosts, head_share: float = 1.0) -> StageCosts:

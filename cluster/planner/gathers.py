@@ -55,7 +55,7 @@ class GroupLinks:
 @dataclass(frozen=True, slots=True)
 class GatherTimes(Generic[Seconds]):
     layers_s: Seconds
-    row_s: Seconds  # Additional seconds per row.
+    row_s: Seconds
     output_s: Seconds
     output_row_s: Seconds
 

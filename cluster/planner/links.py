@@ -20,7 +20,7 @@ _NOISE = 0.1
 @dataclass(frozen=True, slots=True)
 class Link:
     one_way_s: float  # Seconds of an empty message.
-    byte_s: float  # Seconds per byte.
+    byte_s: float
     network_s: float | None = None  # The network's part of `one_way_s`. None: unknown.
 
     @property

@@ -90,7 +90,7 @@ class Round:
 
     drafted: int
     seconds: float  # Seconds until the tokens of the round are known.
-    # Seconds until the next round can begin: the time of the slowest stage or link, or the total if rounds cannot
+    # Seconds of the slowest stage or link, after which the next round can begin. Equals `seconds` if rounds cannot
     # overlap.
     slowest_s: float
 
@@ -117,7 +117,7 @@ class RejectedGroup:
     workers: tuple[str, ...]  # Members, starting with the leader.
     shares: tuple[int, ...]
     prediction: Prediction
-    reason: str  # Reason why the plan has no group.
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +131,13 @@ class Plan:
     prediction: Prediction | None  # None if some value was not measured.
     # Number of blocks for layers with a sliding window, if they have separate blocks.
     window_blocks: int = 0
-    state_blocks: int = 0  # Number of blocks for states of sequences.
+    state_blocks: int = 0
     # Maximum relative distance from the optimum. None: the plan is optimal or manual.
     optimality_gap: float | None = None
     unused_gpus: tuple[UnusedGpu, ...] = ()
     expert_shards: int = 1  # Number of parts per layer. Starts and ends of stages count parts.
     wide_tiles: bool = False  # True if some weights are in wider tiles, which take more memory and less time.
-    objective: str | None = None  # Objective of an automatic plan.
+    objective: str | None = None
     # Prediction for the best plan without groups, if an automatic plan has groups.
     without_groups: Prediction | None = None
     rejected_group: RejectedGroup | None = field(default=None, compare=False)  # Set only in plans without groups.

@@ -81,7 +81,7 @@ class ProductTimes:
 
     def _assumed(self, quant_type: QuantType, rows: float) -> float:
         rates, info = RATES.get(quant_type, _OTHER), quant_type.info
-        weights = info.block_size / (info.block_bytes + info.tile_extra_bytes)  # Weights per byte.
+        weights = info.block_size / (info.block_bytes + info.tile_extra_bytes)
         macs_s = weights * (rates.decode_macs + rows / rates.peak_share) / self._int8_macs_s
         return max(1 / (READ_SHARE * self._read_bytes_s), macs_s)
 

@@ -151,7 +151,7 @@ class _Run:
         return least
 
     def _split(self, last: int) -> Split:
-        stages: list[Stage] = []  # Stages in reverse order.
+        stages: list[Stage] = []
         number, end = last, self._layers
         while end:
             place = self._steps.places[number]

@@ -46,7 +46,7 @@ class Holder(Protocol):
 @dataclass(frozen=True, slots=True, eq=False)
 class WorkerClass:
     workers: tuple[int, ...]
-    tables: tuple[StageTable, ...]  # One table per workload.
+    tables: tuple[StageTable, ...]
 
     @property
     def members(self) -> tuple[int, ...]:

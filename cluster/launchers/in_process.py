@@ -64,7 +64,7 @@ class LocalSettings:
     prefill_chunk: int | None = None
     prefix_cache: bool = True
     kv_blocks: int | None = None  # Number of KV blocks, each for 16 tokens. None: enough for two full-length sequences.
-    kv_type: KvType = KvType.F16  # Type of keys and values.
+    kv_type: KvType = KvType.F16
     chat_template: str | None = None  # Name of a built-in template, or a file. None: the model's template.
     # Projector file. None: the only projector in the model's folder. OFF: images are not read.
     mmproj: str | None = OFF

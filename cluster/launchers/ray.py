@@ -40,7 +40,7 @@ class RayLauncher(RestartingLauncher):
         # Ray's processes end when the thread that started them ends.
         self._thread = ThreadPoolExecutor(1, "ray")
         self._watches: list[asyncio.Task[None]] = []
-        self._incarnations: dict[str, str] = {}  # Incarnation ids of the watched actors.
+        self._incarnations: dict[str, str] = {}
         self._stopping = False
 
     async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:

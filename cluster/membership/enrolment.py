@@ -49,7 +49,7 @@ class EnrolmentServer:
         self._refusals = RefusalLog(_log)
         self._accepting = TaskSet()
         self._connections = TaskSet()
-        self._of_host = Counter[str]()  # Number of connections by address.
+        self._of_host = Counter[str]()
         self._tls: tuple[bytes, ssl.SSLContext] | None = None
         self._socket: socket.socket | None = None
 

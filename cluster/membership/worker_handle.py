@@ -56,8 +56,8 @@ _loss_numbers = count()
 class WorkerState(StrEnum):
     JOINED = "joined"  # The worker is registered, and holds no stage.
     LOADING = "loading"
-    READY = "ready"  # The worker holds a stage.
-    LEFT = "left"  # The cluster ended.
+    READY = "ready"
+    LEFT = "left"
     LOST = "lost"
 
     @property
@@ -137,9 +137,9 @@ class WorkerHandle:
         self.loss: Loss | None = None
         self.left = False
         self._read_last_error = read_last_error
-        self._message = asyncio.Event()  # Set when the next message arrives.
-        self._unreachable: dict[int, UnreachablePeer] = {}  # Reports by epoch.
-        self._faults: dict[int, GroupFaults] = {}  # Reports by epoch.
+        self._message = asyncio.Event()
+        self._unreachable: dict[int, UnreachablePeer] = {}
+        self._faults: dict[int, GroupFaults] = {}
 
     def forget_files(self) -> None:
         self.weights_found = {key: found for key, found in self.weights_found.items() if not found.has_file}

@@ -1,1 +1,1 @@
-"""Launchers, which start the workers of a cluster."""
+"""Launchers. A launcher starts the workers of a cluster, or waits for workers that others start."""

@@ -1,4 +1,4 @@
-"""Waits at the start for workers on other machines. If some do not come, the start may continue without them."""
+"""Waits for workers on other machines at the start. If some are missing, the start may continue without them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Shortfall = Callable[[], Awaitable[LlamaclustError | None]]
 
 @dataclass(frozen=True, slots=True)
 class Awaited:
-    """The workers that a start waits for. It needs the workers in `names`, and `count` workers in total. If no worker
-    joins for `grace_s`, the start continues with the present workers if they suffice. It fails after `wait_s`."""
+    """The workers that a start waits for: the workers in `names`, and `count` workers in total. If no worker joins for
+    `grace_s` seconds, the start continues with the present workers if they suffice. It fails after `wait_s` seconds."""
 
     names: tuple[str, ...]
     count: int
@@ -43,7 +43,8 @@ class Arrivals:
         self._short: LlamaclustError | None = None
 
     async def wait(self) -> None:
-        """Raises DeadlineError if workers are missing, and WorkerError if a worker ended before it joined."""
+        """Raises DeadlineError if workers are missing at the end, and WorkerError if a worker ended before it
+        joined."""
         wait_s = self._awaited.wait_s
         try:
             async with deadline("workers joining", wait_s):
@@ -75,7 +76,7 @@ class Arrivals:
                 grace_end_s = None
                 if await self._suffice():
                     return
-                continue  # others may have joined meanwhile
+                continue  # Other workers may have joined during the check.
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(grace_end_s):
                     await self._registry.changed()

@@ -1,4 +1,4 @@
-"""Base class of the launchers. A launcher starts worker processes, watches them and ends them."""
+"""Base class of launchers. A launcher starts worker processes, watches them and ends them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GaveUp = Callable[[str, str], None]
 
 
 class Launcher(ABC):
-    """Launcher of a cluster's workers. Default attributes and methods suit workers on other machines."""
+    """Launches the workers of a cluster. The defaults of attributes and methods suit workers on other machines."""
 
     listen: str
     credentials: Credentials
@@ -29,39 +29,40 @@ class Launcher(ABC):
 
     @abstractmethod
     def check(self, workers: Sequence[WorkerSettings], model: Model) -> None:
-        """Raises UsageError or ModelFileError if a worker certainly cannot run the model."""
+        """Raises UsageError or ModelFileError if it is certain that a worker cannot run the model."""
 
     def missing(self, present: Collection[str]) -> list[str]:
-        """Returns a description of each worker in the cluster file that is not present."""
+        """Returns a text such as "worker b" for each worker in the cluster file that is not present."""
         return []
 
     def refusal(self, name: str) -> str | None:
-        """Returns the reason to refuse a worker with this name, or None if it may join."""
+        """Returns the reason to refuse a worker with this name, or None if the worker may join."""
         return None
 
     @abstractmethod
     async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
-        """Starts all workers. They join at the address `join`. `exited` is called if a worker ends before `stop`."""
+        """Starts all workers, which join at the address `join`. Calls `exited` if a worker ends before `stop`."""
 
     @abstractmethod
     async def joined(self, registry: Registry, shortfall: Shortfall) -> None:
-        """Waits until all workers have joined, or enough of them. Raises DeadlineError, or an ended worker's error."""
+        """Waits until all workers have joined, or enough of them. Raises DeadlineError, or WorkerError if a worker
+        ended."""
 
     @abstractmethod
     async def stop(self) -> None:
-        """Ends all workers, and returns when they have ended."""
+        """Ends all workers. Returns when they have ended."""
 
     @abstractmethod
     def restarting(self, gave_up: GaveUp) -> AbstractContextManager[None]:
-        """Restarts ended workers while the context is open. Calls `gave_up` when it stops restarting a worker."""
+        """Restarts ended workers while the context is open. Calls `gave_up` when a worker is not restarted any more."""
 
     @abstractmethod
     def reset_restarts(self) -> None:
-        """Resets the restart counts. It is called when a request, and not the workers, caused the workers to end."""
+        """Resets the restart counts. Called if a request made the workers end, so that their ends do not count."""
 
     @abstractmethod
     async def end(self, name: str) -> None:
-        """Ends a lost worker's process if the launcher can reach it, and returns when the process has ended."""
+        """Ends the process of a lost worker if the launcher can reach it. Returns when the process has ended."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -70,7 +71,7 @@ class Launcher(ABC):
         await self.stop()
 
     def free_memory_bytes(self) -> int | None:
-        """Returns the bytes that all workers together may take on this machine, or None if they run elsewhere."""
+        """Returns the bytes that all workers together may use on this machine, or None if they run elsewhere."""
         return None
 
     @abstractmethod

@@ -17,15 +17,16 @@ from llamaclust.worker.settings import WorkerSettings
 _JOIN_S = 15.0
 
 Ended = Callable[[int], None]
-"""Receives a process's return code, which is negative for a signal as in `subprocess`."""
+"""Called with the return code of the process. A negative code is a signal, as in `subprocess`."""
 
 
 class Child:
-    """A worker process. It always ends when this process ends."""
+    """A worker process, which ends at the latest when this process ends."""
 
     def __init__(self, settings: WorkerSettings, ended: Ended, log: IO[bytes] | None = None) -> None:
-        """Starts the worker with this machine's caches. `settings` must contain an enrolment address and a join token.
-        `ended` is called on another thread. If `log` is None, the worker writes to this process's output."""
+        """Starts the worker with the caches of this machine. `settings` must have an enrolment address and a join
+        token. `ended` is called on another thread. If `log` is None, the worker writes to the output of this
+        process."""
         self._started = threading.Event()
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
@@ -41,11 +42,13 @@ class Child:
         self._process.send_signal(number)
 
     def _live(self, settings: WorkerSettings, ended: Ended) -> None:
-        """Starts the worker and waits for its end, because the kernel ends a worker when its starting thread ends."""
+        """Starts the worker and waits for its end. The kernel ends a worker when the thread that started it ends."""
         try:
             self._process = process = subprocess.Popen(
                 worker_command(settings),
-                stdin=subprocess.PIPE,  # the token is on no command line, in no environment, on no disk
+                # The settings contain the token. They are sent through a pipe, so that the token is on no command line,
+                # in no environment and on no disk.
+                stdin=subprocess.PIPE,
                 stdout=self._log,
                 stderr=self._log,
                 env=worker_environment(os.environ),
@@ -61,5 +64,5 @@ class Child:
             process.stdin.write(worker_input(settings))
             process.stdin.close()
         except BrokenPipeError:
-            pass  # it has ended, which `wait` reports
+            pass  # The worker has ended, and `wait` below returns its exit code.
         ended(process.wait())

@@ -1,4 +1,4 @@
-"""Runs a whole model in this process. A single stage computes all layers on a thread of its own."""
+"""Runs a whole model in this process. One stage computes all layers on a separate thread."""
 
 from __future__ import annotations
 
@@ -50,44 +50,52 @@ if TYPE_CHECKING:
 
 _EPOCH = 1
 _DEADLINES = EngineSettings(request_s=86_400.0, result_s=3_600.0)
-"""Long deadlines. No worker can be lost here, but a large model may be slow."""
+"""Long deadlines. There are no workers that could be lost, but a large model may be slow."""
 _CONTEXT_TOKENS = 4096
 OUTPUTS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class LocalSettings:
-    context_length: int | None = None  # tokens of a sequence; None: what the model was made for, 4096 at most
-    max_sequences: int = 8  # together; more wait
-    prefill_chunk: int | None = None  # prompt tokens computed at once, at most; None: as the scheduler thinks best
+    # Maximum number of tokens in a sequence. None: the length that the model was trained for, but at most 4096.
+    context_length: int | None = None
+    max_sequences: int = 8  # Maximum number of sequences that run at the same time. Others wait.
+    # Maximum number of prompt tokens computed at once. None: chosen by the scheduler.
+    prefill_chunk: int | None = None
     prefix_cache: bool = True
-    kv_blocks: int | None = None  # of 16 tokens; None: two whole contexts
-    kv_type: KvType = KvType.F16  # of keys and values
-    chat_template: str | None = None  # name of a built-in one or a file; None: the model's
-    mmproj: str | None = OFF  # file of the projector; None: the only one beside the model; OFF: no images are read
-    speculation: bool = True  # several tokens a step where drafts of them pay
-    draft_model: Path | None = None  # a small model with the same tokens that drafts
-    mtp: bool = False  # the model's own head for multi-token prediction drafts
-    device: str = "cpu"  # or GPUs beside the processor: "cuda:0", "cuda:0,cuda:1"
-    gpu_layers: int | None = None  # on these, the last ones; None: as many as they have memory for
-    gpu_memory_bytes: int | None = None  # cap on what is taken of each; None: what is free there
-    cpu_moe: int | None = None  # so many first layers have their experts in RAM; None: those whose experts do not fit
-    placement: tuple[PlacementRule, ...] = ()  # for tensors; the first one that matches decides, before `cpu_moe`
-    experts_cache_bytes: int | None = None  # of a GPU, at most, for copies of experts in RAM; None: what is left
+    kv_blocks: int | None = None  # Number of KV blocks, each for 16 tokens. None: enough for two full-length sequences.
+    kv_type: KvType = KvType.F16
+    chat_template: str | None = None  # Name of a built-in template, or a file. None: the model's template.
+    # Projector file. None: the only projector in the model's folder. OFF: images are not read.
+    mmproj: str | None = OFF
+    speculation: bool = True  # True to compute several tokens in a step if drafts for them pay.
+    draft_model: Path | None = None  # File of a small model with the same tokens, which drafts.
+    mtp: bool = False  # True to draft with the model's head for multi-token prediction.
+    # "cpu", or GPUs used in addition to the processor, such as "cuda:0" or "cuda:0,cuda:1".
+    device: str = "cpu"
+    # Number of last layers to put on GPUs. None: as many as GPU memory allows.
+    gpu_layers: int | None = None
+    gpu_memory_bytes: int | None = None  # Maximum number of bytes to use on each GPU. None: all free bytes.
+    # Number of first layers whose experts are in RAM. None: layers whose experts do not fit on GPUs.
+    cpu_moe: int | None = None
+    # Rules that place tensors. The first matching rule applies. Rules take precedence over `cpu_moe`.
+    placement: tuple[PlacementRule, ...] = ()
+    # Maximum number of bytes per GPU for copies of experts that are in RAM. None: all free bytes.
+    experts_cache_bytes: int | None = None
 
 
 def local_capacity(model: Model, settings: LocalSettings) -> Capacity:
     trained = model.hyperparameters.context_length
     context = settings.context_length or min(trained, _CONTEXT_TOKENS)
     if not 0 < context <= trained:
-        raise UsageError(f"context_length: {context}: the model was made for {trained} tokens; set {trained} or less")
+        raise UsageError(f"context_length: {context}: the model was made for {trained} tokens; set 1 to {trained}")
     for name, value, most in (
         ("max_sequences", settings.max_sequences, OUTPUTS),
         ("prefill_chunk", settings.prefill_chunk, MAX_BATCH_TOKENS - settings.max_sequences),
         ("kv_blocks", settings.kv_blocks, MAX_KV_BLOCKS - blocks_of(context)),
     ):
         if value is not None and not 0 < value <= most:
-            raise UsageError(f"{name}: {value}: set 1 to {most}")
+            raise UsageError(f"{name}: {value} is out of range; set 1 to {most}")
     if settings.kv_type not in set(KvType):
         raise UsageError(f"kv_type: {settings.kv_type}: set one of {', '.join(KvType)}")
     return Capacity(
@@ -109,7 +117,9 @@ def _speculation(model: Model, settings: LocalSettings) -> SpeculationSettings |
         return SpeculationSettings(NgramDrafters(), mtp=settings.mtp)
     for name in ("mtp", "draft_model"):
         if getattr(settings, name):
-            raise UsageError(f"{name}: nothing is drafted without speculation: remove one of them")
+            raise UsageError(
+                f"{name}: nothing is drafted without speculation; set speculation to True, or remove {name}"
+            )
     return None
 
 
@@ -176,7 +186,6 @@ class LocalStage:
             await asyncio.to_thread(self.close)
 
     def _open_encoder(self, device: Device, settings: LocalSettings, opened: ExitStack) -> LocalEncoder | None:
-        """Opens the image encoder. Returns None if it does not fit and the user did not choose a projector."""
         if self.model.projector is None:
             return None
         try:
@@ -193,12 +202,12 @@ class LocalStage:
         self.model.close()
 
     def _with_draft_model(self, path: Path, threads: int, opened: ExitStack) -> SchedulerSettings:
-        """Loads a draft model. Raises UsageError if drafting is impossible, and the errors of `open_draft_model`."""
         scheduling = self.scheduling
         if scheduling.speculation is None or not scheduling.max_drafted:
             raise UsageError(f"draft_model: nothing can be drafted for {self.model.file.path}; remove draft_model")
         plan = plan_draft_model(path, [self.model], threads, scheduling.context_length)
-        unused_bytes = self._runner.memory.kv_bytes  # counts as free until answers write to it
+        # KV memory counts as free until answers write to it, so it is subtracted.
+        unused_bytes = self._runner.memory.kv_bytes
         draft_model = opened.enter_context(open_draft_model(plan, unused_bytes))
         return replace(scheduling, speculation=replace(scheduling.speculation, draft_model=draft_model))
 
@@ -220,7 +229,7 @@ class LocalStage:
         return decode_result(outputs.result(frame, StageTiming(started_ns - queued_ns, compute_ns, 0, frame.rows)))
 
     def logits(self, tokens: tuple[int, ...], first: int, use: Callable[[Float32], None]) -> None:
-        """Calls `use` with logits [rows, vocabulary] for rows [first, len(tokens)). Runs between microbatches."""
+        """Calls `use` with the logits, [rows, vocabulary], of rows [first, len(tokens)). Runs between microbatches."""
         most, vocabulary = self.scheduling.context_length, self.scheduling.vocabulary
         if not 0 < len(tokens) <= most:
             raise RequestError(f"logits of {len(tokens)} tokens: give 1 to {most}, the context length")
@@ -236,7 +245,7 @@ class LocalStage:
         for start, end in (*_pieces(0, first, ROWS), *_pieces(first, len(tokens), OUTPUTS)):
             outputs = end - start if start >= first else 0
             chunk = Chunk(tokens[start:end], start, self._own, outputs, None, *self._own_window(start, end))
-            if own := self.scheduling.state_blocks:  # the block behind the scheduler's
+            if own := self.scheduling.state_blocks:  # The state block after the blocks that the scheduler uses.
                 chunk = replace(chunk, state_from=own if start else None, state_to=(end - start, own))
             rows = self._runner.run(Microbatch(self.model.model_id, _EPOCH, 0, (chunk,)), None)
             if start >= first:
@@ -266,7 +275,8 @@ class LocalPipeline:
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
         for each in scheduled:
             result = self._stage.start(each.microbatch, each.inputs)
-            result.add_done_callback(lambda done: done.cancelled() or done.exception())  # nothing awaits later ones
+            # Retrieves the exception, because results after a failed one are never awaited.
+            result.add_done_callback(lambda done: done.cancelled() or done.exception())
             self._results.put_nowait(result)
 
     def prepare_matchers(self) -> None:
@@ -277,11 +287,12 @@ class LocalPipeline:
             on_results([await (await self._results.get())])
 
     async def close(self) -> None:
-        """Does nothing, because the stage's owner closes the stage."""
+        """Leaves the stage open, because its owner closes it."""
 
 
 def _device_kind(settings: LocalSettings, model: Model) -> str:
-    """Raises UsageError if the device is unknown, or if a setting is for GPUs or experts that do not exist."""
+    """Returns the kind of device. Raises UsageError if the device is unknown, or if a setting needs GPUs or experts
+    that do not exist."""
     try:
         kind = parse_device(settings.device)
     except ValueError as error:
@@ -296,7 +307,7 @@ def _device_kind(settings: LocalSettings, model: Model) -> str:
         if kind == "cpu":
             raise UsageError(f"{name} is for GPUs: set device to cuda:0 as well")
         if name in counts and value < 0:
-            raise UsageError(f"{name}: {value}: set 0 or more")
+            raise UsageError(f"{name}: {value} is negative; set 0 or more")
     return kind
 
 

@@ -39,7 +39,7 @@ _KILLED_S = 20.0
 
 
 class LocalLauncher(Launcher):
-    """Starts workers on this machine. The workers end when the thread that called `start` ends."""
+    """Starts workers on this machine. The kernel ends a worker when the thread that called `start` ends."""
 
     def __init__(self, run: RunDirectory, logs: Path) -> None:
         self.listen = run.coordinator
@@ -47,7 +47,8 @@ class LocalLauncher(Launcher):
         self._run = run
         self._logs = logs
         self._processes: dict[str, Process] = {}
-        self._log_starts: dict[str, int] = {}  # of the process that runs, in bytes
+        # Size of the log in bytes when the worker's current process started.
+        self._log_starts: dict[str, int] = {}
         self._sockets = count()
         self._watches: list[asyncio.Task[None]] = []
         self._restarts = RestartPolicy()
@@ -72,7 +73,7 @@ class LocalLauncher(Launcher):
         self._restarts.reset_restarts()
 
     async def end(self, name: str) -> None:
-        """Kills the process with SIGKILL, because a lost worker might ignore other signals."""
+        """Kills the process with SIGKILL, because a lost worker may ignore other signals."""
         process = self._processes.get(name)
         if process is not None and process.returncode is None:
             _kill(process, signal.SIGKILL)
@@ -135,7 +136,7 @@ class LocalLauncher(Launcher):
         while await self._restarts.may_restart(settings.name, how):
             try:
                 await self._spawn(settings)
-            except (OSError, LlamaclustError) as error:  # the cause may be gone later
+            except (OSError, LlamaclustError) as error:  # The cause may be temporary, so the start is tried again.
                 how = f"it cannot be started: {error}"
             else:
                 return True
@@ -149,4 +150,5 @@ class LocalLauncher(Launcher):
 
 def _kill(process: Process, number: signal.Signals) -> None:
     with suppress(ProcessLookupError):
-        os.kill(process.pid, number)  # `send_signal` would reap it before its end is heard of
+        # `send_signal` could reap the process before `_watch` sees its end.
+        os.kill(process.pid, number)

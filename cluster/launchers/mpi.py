@@ -1,4 +1,4 @@
-"""The coordinator's side of an MPI job. The ranks start the workers. Rank 0 connects the coordinator to them."""
+"""The coordinator's side of an MPI job. Ranks start the workers. The coordinator is connected to rank 0."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ _GRACE_S = 1.0
 
 
 class MpiLauncher(RestartingLauncher):
-    """Orders rank i to start the i-th worker. This process's standard input is a socket to rank 0, which started it."""
+    """Orders rank i to start worker i. Standard input of this process is a socket to rank 0, which started the
+    process."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
         super().__init__(config, folder, report)
-        self.coordinator_s = 0.0  # workers end with the job
-        self._orders: dict[str, StartWorker] = {}  # by name
-        self._running: dict[str, asyncio.Event] = {}  # set when that process has ended
+        self.coordinator_s = 0.0  # Workers end when the job ends, so they do not wait.
+        self._orders: dict[str, StartWorker] = {}
+        self._running: dict[str, asyncio.Event] = {}  # Events that are set when the worker's process has ended.
         self._lost: set[str] = set()
         self._writer: asyncio.StreamWriter | None = None
         self._tasks = TaskSet()
@@ -117,7 +118,6 @@ class MpiLauncher(RestartingLauncher):
 
 
 async def _line(reader: asyncio.StreamReader) -> bytes:
-    """Returns a line, or an empty line if the rank is gone. A rank that is killed may reset the connection."""
     try:
         return await reader.readline()
     except ConnectionError:
@@ -125,13 +125,11 @@ async def _line(reader: asyncio.StreamReader) -> bytes:
 
 
 def _end_without_rank(receiving: asyncio.Task[None]) -> None:
-    """Sends SIGTERM to this process, unless the launcher is stopping."""
     if not receiving.cancelled():
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _own_rank() -> socket.socket:
-    """Returns the socket to the rank that started this process. Raises UsageError if no rank did."""
     if not stat.S_ISSOCK(os.fstat(0).st_mode):
         raise UsageError("launcher mpi is started by mpirun: mpirun -n WORKERS llamaclust up FILE")
     return socket.socket(fileno=os.dup(0))

@@ -9,12 +9,13 @@ from typing import Any, get_args
 
 @dataclass(frozen=True, slots=True)
 class StartWorker:
-    """Orders a rank to start a worker. The rank's machine can reach at least one of the enrolment `addresses`."""
+    """Orders a rank to start a worker. The rank can reach at least one of the enrolment `addresses`."""
 
     rank: int
-    settings: str = field(repr=False)  # JSON of WorkerSettings, with the token; threads None: the rank's share
+    # WorkerSettings as JSON, including the token. If `threads` is None, the rank uses its share of the cores.
+    settings: str = field(repr=False)
     addresses: tuple[str, ...] = ()
-    sharers: int = 1  # ranks on this rank's machine, which rank 0 knows
+    sharers: int = 1  # Number of ranks on the same machine, filled in by rank 0.
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class EndWorker:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """Orders a rank to kill its worker and end. `with_all` is True if no rank is lost, so that MPI can finalize."""
+    """Orders a rank to kill its worker and end. `with_all` is True if no rank is lost, so that MPI can be finalized."""
 
     rank: int
     with_all: bool

@@ -1,5 +1,5 @@
-"""A rank of an MPI job. Each rank is the parent of a worker. Rank 0 is the parent of the coordinator too. Ranks use MPI
-only for orders and reports, which include addresses and the join token. An idle rank sleeps."""
+"""A rank of an MPI job. Each rank starts and watches one worker. Rank 0 also starts the coordinator. Ranks use MPI only
+for orders and reports, which include addresses and the join token. An idle rank sleeps."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ _LOG_LOOK_S = 0.5
 _CONNECT_S = 2.0
 _MEET_S = 60.0
 _DRAIN_S = 40.0
-"""Seconds that a rank stays after SIGTERM, so that requests can finish. The coordinator needs less time."""
+"""Seconds that a rank continues after SIGTERM, so that requests can finish. The coordinator needs less time."""
 _INSTALL = (
     "launcher mpi needs mpi4py and MPI: pip install 'llamaclust[mpi]', and install openmpi or mpich if there is no MPI"
 )
 
 
 class RankLostError(WorkerError):
-    """Raised if a message cannot be sent to or received from a rank. The job continues without this rank."""
+    """Raised if messages to or from a rank fail. The job continues without this rank."""
 
 
 def run_ranks(config: ClusterConfig, arguments: Sequence[str]) -> int:
-    """Runs one rank of `mpirun -n WORKERS llamaclust up ARGUMENTS`. Returns the rank's exit code."""
+    """Runs one rank of `mpirun -n WORKERS llamaclust up ARGUMENTS`. Returns the exit code of the rank."""
     ranks = _Ranks()
     rank = _Rank(ranks, config)
     signal.signal(signal.SIGTERM, rank.on_signal)
@@ -72,7 +72,8 @@ def run_ranks(config: ClusterConfig, arguments: Sequence[str]) -> int:
     except LlamaclustError:
         raise
     except Exception:
-        ranks.lost.add(ranks.own)  # `leave` would wait for the others, which wait for this one
+        # Prevents `leave` from waiting for the other ranks, which wait for this rank.
+        ranks.lost.add(ranks.own)
         logging.getLogger(__name__).exception("rank %d ends the job", ranks.own)
         ranks.abort()
         raise
@@ -85,7 +86,7 @@ class _Ranks:
         try:
             import mpi4py
 
-            mpi4py.rc.finalize = False  # see `leave`
+            mpi4py.rc.finalize = False  # See `leave`.
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:
             raise UsageError(f"{_INSTALL}: {str(error).strip().splitlines()[0]}") from error
@@ -94,7 +95,7 @@ class _Ranks:
         self.own: int = self._world.Get_rank()
         self.count: int = self._world.Get_size()
         self.lost: set[int] = set()
-        self.with_all = True  # as far as the others know
+        self.with_all = True  # False if rank 0 has reported that a rank is lost.
 
     def send(self, message: Message, rank: int) -> None:
         with self._losing(rank):
@@ -112,7 +113,7 @@ class _Ranks:
         self._world.Abort(1)
 
     def leave(self) -> None:
-        """Finalizes MPI if no rank is lost. MPI waits for all ranks here, and would wait forever for a lost rank."""
+        """Finalizes MPI if no rank is lost. MPI waits for all ranks, so it would wait forever for a lost rank."""
         if self.with_all and not self.lost:
             self._mpi.Finalize()
 
@@ -128,16 +129,16 @@ class _Ranks:
 class _Rank:
     def __init__(self, ranks: _Ranks, config: ClusterConfig) -> None:
         self.ranks = ranks
-        self.is_signalled = False  # to end
+        self.is_signalled = False  # True after a signal to end.
         self.ends: queue.SimpleQueue[WorkerEnded] = queue.SimpleQueue()
         self._folder = ClusterDir(config.state_dir / config.name)
         self._child: Child | None = None
         self._log: Path | None = None
-        self._log_look_s = 0.0  # the next one
-        self._leave_s = math.inf  # by the monotonic clock
+        self._log_look_s = 0.0  # Time of the next check of the log's size.
+        self._leave_s = math.inf  # Time at which the rank leaves, by the monotonic clock.
 
     def on_signal(self, number: int, frame: object) -> None:
-        """Makes the rank leave after `_DRAIN_S`, or earlier if the coordinator orders it."""
+        """Makes the rank leave after `_DRAIN_S` seconds, or earlier if the coordinator orders it."""
         if not self.is_signalled:
             self.is_signalled = True
             self._leave_s = time.monotonic() + _DRAIN_S
@@ -162,7 +163,6 @@ class _Rank:
         return 1
 
     def _limit_log(self) -> None:
-        """Limits the size of the worker's log, because the coordinator may be on another machine and cannot do so."""
         if self._log is not None and time.monotonic() >= self._log_look_s:
             limit_log(self._log)
             self._log_look_s = time.monotonic() + _LOG_LOOK_S
@@ -201,7 +201,6 @@ class _Rank:
 
 
 def _share(sharers: int) -> int:
-    """Returns the number of physical cores that MPI gives this rank, or an equal share of the machine's cores."""
     is_bound = len(os.sched_getaffinity(0)) < (os.cpu_count() or 1)
     return physical_cores() if is_bound else max(1, physical_cores() // sharers)
 
@@ -211,9 +210,9 @@ class _Coordinator:
         self._rank = rank
         self._config = config
         self._arguments = arguments
-        self._begun = b""  # of an incomplete message
-        self._unsent = b""  # bytes that the coordinator's socket has not taken
-        self._machines = {0: _BOOT_ID.read_text()}  # by rank
+        self._begun = b""  # Start of an incomplete message from the coordinator.
+        self._unsent = b""  # Bytes for the coordinator that its socket has not accepted yet.
+        self._machines = {0: _BOOT_ID.read_text()}  # Boot id of the machine, by rank.
 
     def run(self) -> int:
         ranks = self._rank.ranks
@@ -229,11 +228,11 @@ class _Coordinator:
                     ranks.send(Leave(other, with_all=not ranks.lost), other)
 
     def _meet(self) -> bool:
-        """Waits for reports from all ranks. Returns False after a signal. Raises WorkerError after a minute."""
+        """Waits until all ranks have reported. Returns False after a signal. Raises WorkerError after a minute."""
         ranks, end_s = self._rank.ranks, time.monotonic() + _MEET_S
         while missing := set(range(ranks.count)) - self._machines.keys():
             if self._rank.is_signalled or time.monotonic() > end_s:
-                ranks.lost |= missing  # they would not take part in the job's end
+                ranks.lost |= missing  # The missing ranks would not take part in finalizing MPI.
                 if self._rank.is_signalled:
                     return False
                 raise WorkerError(f"these ranks have not reported within {_MEET_S:g} s: {sorted(missing)}")
@@ -271,7 +270,7 @@ class _Coordinator:
             if message.rank == 0:
                 self._rank.obey(message)
             elif message.rank not in self._rank.ranks.lost:
-                with suppress(RankLostError):  # which `received` tells
+                with suppress(RankLostError):  # `received` reports the lost rank below.
                     self._rank.ranks.send(message, message.rank)
         update: list[Message] = [*self._rank.update()]
         for other in self._others():
@@ -280,7 +279,7 @@ class _Coordinator:
             except RankLostError:
                 update.append(RankLost(other))
         self._unsent += b"".join(map(to_bytes, update))
-        with suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):  # it is busy or ending
+        with suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):  # The coordinator is busy or is ending.
             while self._unsent:
                 self._unsent = self._unsent[to_coordinator.send(self._unsent) :]
 
@@ -293,16 +292,16 @@ class _Coordinator:
 
 
 def _spawn(arguments: Sequence[str], to_rank: socket.socket) -> subprocess.Popen[bytes]:
-    """Starts the coordinator in its own session. A signal to the rank's process group then does not reach it."""
+    """Starts the coordinator in a separate session, so that signals to the rank's process group do not reach it."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(_MPI_PREFIXES)}
     command = [sys.executable, "-P", "-m", "llamaclust", "up", *arguments, RANKED]
     return subprocess.Popen(command, stdin=to_rank.fileno(), env=variables, start_new_session=True)
 
 
 def _reachable(addresses: Sequence[str], token: str) -> str:
-    """Returns the first address where the token's coordinator answers, or else the first address."""
+    """Returns the first address at which the coordinator of this token answers, or else the first address."""
     pin = JoinToken.parse(token)
-    assert pin is not None, "the coordinator's own"
+    assert pin is not None, "the coordinator sent an invalid token"
     for address in addresses if len(addresses) > 1 else ():
         with suppress(LlamaclustError, TimeoutError):
             asyncio.run(asyncio.wait_for(pinned(*split_address(address), pin, address), _CONNECT_S))

@@ -1,4 +1,4 @@
-"""Runs workers in Ray. Each worker is a named, detached actor, and all actors are in one placement group."""
+"""Runs workers in Ray. Each worker is a named, detached actor. All actors are in one placement group."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ class RayLauncher(RestartingLauncher):
         super().__init__(config, folder, report)
         self._cluster = RayCluster(config.ray, f"llamaclust-{config.name}", folder.path / "ray")
         self._workers: RayWorkers | None = None
-        self._thread = ThreadPoolExecutor(1, "ray")  # Ray's own processes end with the thread that has started them
+        # Ray's processes end when the thread that started them ends.
+        self._thread = ThreadPoolExecutor(1, "ray")
         self._watches: list[asyncio.Task[None]] = []
-        self._incarnations: dict[str, str] = {}  # of the actors that are followed
+        self._incarnations: dict[str, str] = {}
         self._stopping = False
 
     async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
@@ -63,7 +64,6 @@ class RayLauncher(RestartingLauncher):
         ]
 
     async def stop(self) -> None:
-        """Gives workers a moment to end, and then removes them. Ends the Ray cluster if this launcher started it."""
         self._stopping = True
         self._restarts.end()
         if self._watches:
@@ -79,7 +79,7 @@ class RayLauncher(RestartingLauncher):
             await super().stop()
 
     async def end(self, name: str) -> None:
-        """Kills the worker's actor, so that Ray restarts it. Does nothing if Ray has already restarted it."""
+        """Kills the actor of the worker, so that Ray restarts it. Does nothing if Ray has already restarted it."""
         from ray.exceptions import RayError
 
         with contextlib.suppress(DeadlineError, RayError):
@@ -98,7 +98,8 @@ class RayLauncher(RestartingLauncher):
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def _reserve(self, placed: RayWorkers, workers: Sequence[WorkerSettings]) -> None:
-        """Waits for room in Ray, because nodes may still be starting. Raises DeadlineError after `join.wait`."""
+        """Waits for room in the Ray cluster, whose nodes may still be starting. Raises DeadlineError after
+        `join.wait`."""
         await self._call(lambda: placed.reserve(workers, self._config.ray.strategy))
         clock = asyncio.get_running_loop().time
         tell_s: float | None = clock() + _PATIENCE_S
@@ -118,17 +119,17 @@ class RayLauncher(RestartingLauncher):
             except ActorDiedError as error:
                 exited(name, _gone(error))
                 return
-            except RayError:  # it is being started
+            except RayError:  # The actor is being started.
                 await asyncio.sleep(_PAUSE_S)
                 continue
             ended = self._incarnations.pop(name)
             if not self._stopping:
                 exited(name, how)
             if not await self._restarts.may_restart(name, how):
-                if self._restarts.is_on:  # given up: Ray is not to start it again either
+                if self._restarts.is_on:  # The worker was given up, so Ray must not restart it either.
                     await self._call(lambda: self._placed.forget(name))
                 return
-            with contextlib.suppress(RayError):  # it is being started
+            with contextlib.suppress(RayError):  # The actor is being started.
                 if await _answer(actor.incarnation.remote()) == ended:
                     await self._call(lambda: self._placed.restart(name))
             await _replaced(actor)
@@ -159,7 +160,6 @@ async def _end_of(actor: Any) -> tuple[str, str]:
 
 
 async def _replaced(actor: Any) -> None:
-    """Waits until the process of an ended worker's actor is gone."""
     from ray.exceptions import RayError
 
     with contextlib.suppress(RayError):

@@ -25,12 +25,12 @@ _LOG = Path("/proc/self/fd/2")
 _LOOK_S = 2.0
 _CALL_S = 5.0
 _WAIT_S = 30.0
-"""Seconds within which the coordinator restarts an ended worker. The coordinator's longest pause is shorter."""
+"""Seconds within which the coordinator restarts an ended worker. Pauses before restarts are shorter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """Arguments of an actor. `settings` contain the enrolment address and the token. `cluster` is the CA's hash."""
+    """Arguments of an actor. `settings` include enrolment address and token. `cluster` is the hash of the CA."""
 
     settings: WorkerSettings
     cluster: str
@@ -63,7 +63,8 @@ class WorkerActor:
         Child(self._given.settings, self._worker_ended)
 
     def _worker_ended(self, code: int) -> None:
-        if code == UsageError.exit_code and self._is_again:  # refused: the lost one still counts as a member
+        # The coordinator refused the worker, because the lost worker of this name still counts as a member.
+        if code == UsageError.exit_code and self._is_again:
             time.sleep(_LOOK_S)
             self._start()
             return
@@ -86,5 +87,5 @@ def _is_over(name: str) -> bool:
         return bool(ray.get(actor.is_over.remote(), timeout=_CALL_S))
     except (ActorDiedError, ValueError):
         return True
-    except RayError:  # it is being started, or cannot be reached
+    except RayError:  # The actor is being started, or cannot be reached.
         return False

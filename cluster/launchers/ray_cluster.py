@@ -1,4 +1,4 @@
-"""Connects to an existing Ray cluster, or starts one. An existing cluster is checked before it receives any secret. A
+"""Connects to an existing Ray cluster, or starts one. An existing cluster is checked before any secret is sent to it. A
 new cluster gets its own token."""
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ _log = logging.getLogger(__name__)
 
 _ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 _PROBE_S = 10.0
-_STARTS = 3  # now and then one of Ray's own processes ends as it begins, which Ray notices after 30 s
-_STORE_BYTES = 80_000_000  # Ray's object store, unused here; the minimum is 75 MiB
+# Maximum number of starts. Sometimes one of Ray's processes ends at its start, which Ray notices after 30 s.
+_STARTS = 3
+_STORE_BYTES = 80_000_000  # Size of Ray's object store, which is not used here. The minimum is 75 MiB.
 _DASHBOARD = "aiohttp_cors"
 """Package that `ray[default]` installs for the dashboard. `ray logs` and `ray list` need the dashboard."""
 _INSTALL = "launcher ray needs Ray: pip install 'llamaclust[ray]'"
@@ -52,7 +53,8 @@ class RayCluster:
         self._ray: Any = None
 
     def open(self, workers: Sequence[WorkerSettings]) -> Any:
-        """Connects. Raises UsageError if the cluster must not be used, and LlamaclustError if it does not answer."""
+        """Connects to Ray. Raises UsageError if the cluster must not be used, and LlamaclustError if the connection
+        fails."""
         settings = self._settings
         self._ray = import_ray(authenticated=not settings.allow_unauthenticated)
         address = None if settings.address == "none" else _address(settings.address)
@@ -88,7 +90,7 @@ class RayCluster:
             except LlamaclustError as error:
                 if start == _STARTS:
                     raise
-                # Processes started so far do no harm: they end with this thread.
+                # Processes that were started so far are harmless, because they end with this thread.
                 self.close()
                 _log.warning("Ray did not start, trying again (%d of %d): %s", start + 1, _STARTS, error)
 
@@ -96,25 +98,25 @@ class RayCluster:
         quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
         try:
             self._ray.init(namespace=self._namespace, **quiet, **how)
-        except SystemExit as error:  # so it says that a head does not answer
+        except SystemExit as error:  # Ray raises SystemExit if a head node does not answer.
             raise LlamaclustError(f"Ray ended the connection to {how['address']} (code {error.code})") from error
         except (OSError, RuntimeError, ValueError) as error:
             why = "check the token, the address, and that the versions of Ray and Python are the same on every node"
             raise LlamaclustError(f"Ray at {how['address']}: {_first_line(error)}; {why}") from error
-        except Exception as error:  # so it says that a node did not start in time
+        except Exception as error:  # Ray raises a plain Exception if a node did not start in time.
             raise LlamaclustError(f"Ray at {how['address']}: {_first_line(error)}; try again") from error
 
 
 def _address(given: str) -> str | None:
     from ray._private.services import canonicalize_bootstrap_address
 
-    # Of its own "auto", Ray would take any cluster on this machine, others' too, and fail where there is none.
+    # With "auto", Ray would accept any cluster on this machine, even of other users, and fail if there is none.
     found: str | None = canonicalize_bootstrap_address(None if given == "auto" else given)
     return found
 
 
 def _check(address: str, settings: Ray) -> None:
-    """Probes the head node without and with a token, because Ray takes minutes to report a failed connection."""
+    """Probes the head node without a token and with one, because Ray takes minutes to report a failed connection."""
     open_to_all = _probe(address, None)
     if open_to_all and not settings.allow_unauthenticated:
         why = "requires no token, so any client can run programs on it and read this cluster's secrets"

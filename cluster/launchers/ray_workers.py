@@ -18,15 +18,14 @@ _READY_S = 0.05
 
 class RayWorkers:
     def __init__(self, library: Any, cluster: str) -> None:
-        """Stores the arguments. `cluster` is the cluster's id in certificates, by which its actors are recognized."""
         self._ray = library
         self._cluster = cluster
         self._group: Any = None
         self.actors: dict[str, Any] = {}
 
     def take_back(self, wanted: Sequence[Any]) -> bool:
-        """Takes over an earlier coordinator's actors if they have the wanted arguments, and returns True. Otherwise
-        removes these actors and returns False. Raises UsageError if they belong to another cluster."""
+        """Takes over the actors of an earlier coordinator and returns True if they have the wanted arguments. Otherwise
+        removes them and returns False. Raises UsageError if they belong to another cluster."""
         names = self._names()
         found = {name: self._request(name, "given") for name in names}
         if any(given is not None and given.cluster != self._cluster for given in found.values()):
@@ -56,7 +55,6 @@ class RayWorkers:
         return free
 
     def make(self, wanted: Sequence[Any]) -> None:
-        """Creates an actor in each reserved place. If a node is lost, Ray restarts the node's actor elsewhere."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         from llamaclust.cluster.launchers.ray_actor import CONCURRENCY, WorkerActor
@@ -87,7 +85,7 @@ class RayWorkers:
         """Removes all actors and their placement group. Raises LlamaclustError if an actor does not end in time."""
         from llamaclust.cluster.launchers.ray_actor import PLACEMENT
 
-        with suppress(ValueError):  # there is none of that name
+        with suppress(ValueError):  # There is no placement group with this name.
             self._ray.util.remove_placement_group(self._group or self._ray.util.get_placement_group(PLACEMENT))
         self._group = None
         for name in self._names():

@@ -13,7 +13,8 @@ from llamaclust.core.backoff import Backoff
 
 @dataclass(frozen=True, slots=True)
 class RestartLimits:
-    """Limits of a worker's restarts. The first restart is immediate. Pauses before later restarts grow."""
+    """Limits of a worker's restarts: up to `most` within `within_s` seconds. The first restart is immediate. Later
+    restarts follow pauses that grow from `first_s` seconds."""
 
     most: int = 6
     within_s: float = 60.0
@@ -27,7 +28,7 @@ class RestartPolicy:
         self.limits = RestartLimits()
         self._gave_up: GaveUp | None = None
         self._begun, self._ended = asyncio.Event(), asyncio.Event()
-        self._starts_s: dict[str, list[float]] = {}  # restarts of each worker
+        self._starts_s: dict[str, list[float]] = {}  # Times of recent restarts by worker.
 
     @property
     def is_on(self) -> bool:
@@ -35,7 +36,6 @@ class RestartPolicy:
 
     @contextmanager
     def on(self, gave_up: GaveUp) -> Iterator[None]:
-        """Allows restarts while the context is open. Calls `gave_up` if a worker ends too often."""
         self._gave_up = gave_up
         self._begun.set()
         try:

@@ -1,5 +1,3 @@
-"""The directory with a local cluster's sockets and token. Only the user can read it."""
-
 from __future__ import annotations
 
 import os
@@ -20,7 +18,8 @@ _PREFIX = "llamaclust-"
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """A run directory. It has mode 0700, and is removed when the cluster ends."""
+    """The directory with the sockets and the token of a local cluster. It has mode 0700, and is removed when the
+    cluster ends."""
 
     path: Path
     token: ClusterToken
@@ -39,8 +38,9 @@ class RunDirectory:
 
 @contextmanager
 def run_directory(parent: Path) -> Iterator[RunDirectory]:
-    """Creates a run directory in `parent`, or in the temporary directory if socket paths would be too long. Removes a
-    killed cluster's directory. The caller must hold the lock on `parent`. Raises UsageError if a file is in the way."""
+    """Creates a run directory in `parent`, or in the temporary directory if socket paths would be too long. Removes the
+    directory of a killed cluster first. The caller must hold the lock on `parent`. Raises UsageError if a file is in
+    the way."""
     path = place = parent / "run"
     _clear(place)
     if os.path.lexists(place):
@@ -67,7 +67,7 @@ def _new_token(path: Path) -> ClusterToken:
 
 def _clear(place: Path) -> None:
     if not place.is_symlink():
-        if place.is_dir():  # a pipe would be opened, and waited for
+        if place.is_dir():  # Only folders are removed, because opening a pipe would block.
             shutil.rmtree(place, ignore_errors=True)
         return
     target = place.readlink()

@@ -1,4 +1,4 @@
-"""Waits for workers that a user or another system starts on any machine. They enrol and join in any order."""
+"""Waits for workers that a user or another program starts on any machine. They enrol and join in any order."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ INSECURE = (
 
 
 class StaticLauncher(Launcher):
-    """A launcher that starts no processes. It serves the enrolment port and prints the commands to start workers."""
+    """A launcher that starts no processes. It serves the enrolment port, and prints the commands that start workers."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
-        """Creates the cluster's certificate authority if none exists. Raises the errors of `Authority.open`."""
+        """Creates the certificate authority of the cluster if there is none. Raises the errors of `Authority.open`."""
         self.authority: Authority | None = None
         self.credentials: Identity | Insecure = Insecure()
         self.listen = config.join.listen
@@ -53,13 +53,12 @@ class StaticLauncher(Launcher):
         self._ends = contextlib.AsyncExitStack()
 
     def check(self, workers: Sequence[WorkerSettings], model: Model) -> None:
-        """Does nothing. Workers on other machines report errors when they load."""
+        """Checks nothing. Workers on other machines report errors when they load."""
 
     async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
         self._report(AwaitingWorkers(tuple(self._instructions(await self.open(join))), tuple(self.missing(()))))
 
     async def open(self, join: str) -> str:
-        """Opens the enrolment port. Returns the HOST:PORT that workers join."""
         if self.authority is None or not isinstance(self.credentials, Identity):
             return join
         renewing = asyncio.create_task(keep_renewed(self.authority, self.credentials))
@@ -74,14 +73,14 @@ class StaticLauncher(Launcher):
         return address
 
     async def stop(self) -> None:
-        """Closes the enrolment port. Does not end the workers' processes, because other programs have started them."""
+        """Closes the enrolment port. The workers continue, because other programs have started them."""
         await self._ends.aclose()
 
     def restarting(self, gave_up: GaveUp) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def reset_restarts(self) -> None:
-        """Does nothing, because restarts are not counted."""
+        """Does nothing, because this launcher does not count restarts."""
 
     async def end(self, name: str) -> None:
         """Does nothing. A lost worker unloads its stages when it learns that it is no longer a member."""
@@ -103,7 +102,7 @@ class StaticLauncher(Launcher):
 
     @property
     def awaited(self) -> Awaited:
-        """The workers to wait for at the start. They come from the cluster file's workers, or from its plan."""
+        """The workers to wait for at the start: the workers in the cluster file, or else the workers in its plan."""
         config = self._config
         planned = dict.fromkeys(name for entry in config.plan or () for name in entry.names)
         names = tuple(planned) if self._names is None else tuple(self._names)
@@ -111,11 +110,11 @@ class StaticLauncher(Launcher):
 
     @property
     def _grace_s(self) -> float:
-        """Seconds that a worker needs to notice that its coordinator has restarted, and to join again."""
         return 2 * self._config.timeouts.worker
 
     def _instructions(self, listen: str) -> list[str]:
-        """Returns instructions to start workers on other machines. They name the token file, but not the token."""
+        """Returns instructions to start workers on other machines. They name the token file, but do not show the
+        token."""
         host, port = split_address(listen)
         hosts = one_of_each_interface()[:_MOST_HOSTS] if host in ANYWHERE else [host]
         addresses = self._config.join.addresses or [joined_address(each, port) for each in hosts or [host]]

@@ -1,4 +1,4 @@
-"""Defines a worker process's command line, standard input and environment, and describes its exit."""
+"""Gives the command line, standard input and environment of a worker process, and describes its exit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def worker_environment(variables: Mapping[str, str]) -> dict[str, str]:
     inherited = {
         name: value for name, value in variables.items() if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
     }
-    return inherited | {"OPENBLAS_NUM_THREADS": "1"}  # NumPy's own threads, one a core otherwise, would only wait
+    # Otherwise NumPy would start one thread per core, which would only wait.
+    return inherited | {"OPENBLAS_NUM_THREADS": "1"}
 
 
 def describe_exit(code: int) -> str:

@@ -1,4 +1,4 @@
-"""Makes workers' settings from the cluster file and this machine's environment."""
+"""Makes worker settings from the cluster file and the environment of this machine."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _KEYS = {key: _SETTINGS[key] for key in WorkerConfig.model_fields if key in _SET
 
 
 def thread_shares(config: ClusterConfig) -> dict[str, int]:
-    """Returns each worker's thread count. Workers without `threads` in the cluster file share this machine's physical
-    cores, or their NUMA node's cores. Raises UsageError if a NUMA node does not exist."""
+    """Returns the number of threads by worker. Workers without `threads` in the cluster file share the physical cores
+    of this machine, or of their NUMA node. Raises UsageError if a NUMA node does not exist."""
     cores, nodes = read_cores(), numa_nodes(config)
     sharers = Counter(nodes.values())
     found = {}
@@ -30,7 +30,8 @@ def thread_shares(config: ClusterConfig) -> dict[str, int]:
 
 
 def numa_nodes(config: ClusterConfig) -> dict[str, int | None]:
-    """Returns workers' NUMA nodes. Nodes share local workers evenly unless the cluster file gives nodes or threads."""
+    """Returns the NUMA node of each worker. Local workers are spread evenly over the nodes, unless the cluster file
+    sets nodes or threads."""
     workers, nodes = config.workers, read_cores().nodes
     free = all(worker.numa_node is None and worker.threads is None for worker in workers)
     if not config.launcher_facts.is_local or len(nodes) == 1 or len(workers) % len(nodes) or not free:

@@ -1,1 +1,1 @@
-"""Connects workers to the coordinator and keeps track of them."""
+"""Connects workers to the coordinator, and keeps track of them."""

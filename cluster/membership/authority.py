@@ -1,5 +1,5 @@
-"""A cluster's certificate authority (CA). It is created at the first start and kept in the state directory. Its
-certificates are valid for a day."""
+"""The certificate authority (CA) of a cluster. It is created at the first start, and kept in the state directory. Its
+certificates are valid for one day."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from llamaclust.wire.security.credentials import COORDINATOR, MAX_SKEW_S, Identi
 from llamaclust.wire.security.token import JoinToken
 
 LIFE = timedelta(hours=24)
-"""Validity of workers' and the coordinator's certificates. They are renewed after two thirds of this time."""
+"""Validity of certificates of workers and the coordinator. They are renewed after two thirds of this time."""
 _MOST_BYTES = 1 << 20
 _CA_LIFE = timedelta(days=3650)
 _SKEW = timedelta(seconds=MAX_SKEW_S)
 _CA_BEGIN = datetime(2020, 1, 1, tzinfo=UTC)
-"""Begin of a CA's validity. It lies far in the past, so that a CA is valid even if its maker's clock was ahead."""
+"""Start of a CA's validity. It is long ago, so that a CA is valid even if the clock was ahead at its creation."""
 
 _log = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ _BOTH = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
 
 
 def trust_folder(cluster: Path) -> Path:
-    """Returns the default folder of a static cluster's authority. Clusters without a folder of their own share one
-    folder, so that their workers need a single token."""
+    """Returns the default folder for the authority of a static cluster. Clusters without a separate folder share one,
+    so that their workers need only one token."""
     own = cluster / "trust"
     return own if own.exists() else cluster.parent / _SHARED
 
@@ -85,7 +85,7 @@ class Authority:
 
     @property
     def token(self) -> JoinToken:
-        """The current token in the file. If the file cannot be read, the last token that was read."""
+        """The current token in the file, or the last valid token if the file cannot be read."""
         try:
             self._token = self._read_token()
         except UsageError as error:
@@ -105,7 +105,7 @@ class Authority:
         return cluster_id(self._token.ca_hash)
 
     def identity(self, principal: Principal = COORDINATOR, life: timedelta = LIFE) -> Identity:
-        """Creates an identity with a new key. The key is never written to disk."""
+        """Creates an identity with a new key, which is never written to disk."""
         ca = self._certificate.public_bytes(Encoding.PEM)
         return Identity(ca, self.cluster, principal, self.new_pair(principal, life))
 
@@ -114,7 +114,8 @@ class Authority:
         return key.with_certificate(self.certify(key.request, principal, life))
 
     def certify(self, request: bytes, principal: Principal, life: timedelta = LIFE) -> bytes:
-        """Signs a certificate (DER) for a certificate request (DER). Raises ProtocolError if the request is invalid."""
+        """Returns a signed certificate (DER) for a certificate request (DER). Raises ProtocolError if the request is
+        invalid."""
         now = datetime.now(UTC)
         builder = (
             x509.CertificateBuilder()
@@ -133,7 +134,6 @@ class Authority:
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.DER)
 
     def _key_identifier(self) -> x509.AuthorityKeyIdentifier:
-        """Returns the CA certificate's key id, or derives it from the key if the certificate has no key id."""
         try:
             named = self._certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         except x509.ExtensionNotFound:
@@ -184,7 +184,7 @@ def _usage(*, signs: bool) -> x509.KeyUsage:
 
 
 def _create(folder: Path) -> None:
-    """Creates the folder atomically. Interrupted and concurrent starts never leave an incomplete folder."""
+    """Creates the folder atomically, so that interrupted and concurrent starts never leave an incomplete folder."""
     key, certificate = new_ca()
     token = JoinToken.create(ca_hash(certificate.public_bytes(Encoding.DER)))
     folder.parent.mkdir(parents=True, exist_ok=True)

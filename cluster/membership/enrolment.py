@@ -1,4 +1,5 @@
-"""Serves the enrolment port. After a TLS handshake, the server sends a challenge and answers the worker's request."""
+"""Serves the enrolment port, at which new workers get certificates. After a TLS handshake, the server sends a challenge
+and answers the worker's request."""
 
 from __future__ import annotations
 
@@ -26,11 +27,11 @@ from llamaclust.wire.security.server_context import server_context
 MAX_CONNECTIONS = 64
 """Maximum number of open connections. Further connections are closed immediately."""
 MAX_OF_HOST = 32
-"""Maximum number of open connections from one address, so that one address cannot keep others out."""
+"""Maximum number of open connections from one address, so that one address cannot block others."""
 _HANDSHAKE_S = 5.0
 _EXCHANGE_S = 10.0
 _REST_S = 0.2
-"""Pause in seconds after the system has failed to accept a connection."""
+"""Pause in seconds after the system failed to accept a connection."""
 _log = logging.getLogger(__name__)
 
 
@@ -40,7 +41,6 @@ class EnrolmentServer:
     def __init__(
         self, listen: str, authority: Authority, identity: Identity, refusal: RefusalReason | None, port: int
     ) -> None:
-        """Stores the arguments. `identity` is the coordinator's identity. `port` is the Coordinator service's port."""
         self._listen = listen
         self._authority = authority
         self._identity = identity
@@ -49,7 +49,7 @@ class EnrolmentServer:
         self._refusals = RefusalLog(_log)
         self._accepting = TaskSet()
         self._connections = TaskSet()
-        self._of_host = Counter[str]()  # connections by address
+        self._of_host = Counter[str]()
         self._tls: tuple[bytes, ssl.SSLContext] | None = None
         self._socket: socket.socket | None = None
 
@@ -92,7 +92,7 @@ class EnrolmentServer:
                 await self._exchange(connection)
         except (LlamaclustError, OSError) as error:
             self._refusals.tell(f"enrolment of {peer}: {str(error) or 'the connection was closed'}")
-        except Exception:  # noqa: BLE001  a border: the port serves on
+        except Exception:  # noqa: BLE001  The server must continue.
             _log.exception("an enrolment failed")
         finally:
             connection.close()
@@ -105,7 +105,7 @@ class EnrolmentServer:
             await protocol.write_message(writer, protocol.encode_server_message(challenge))
             data = await protocol.read_message(reader)
             if data is None:
-                return  # it came for the CA's certificate
+                return  # The client only wanted the CA certificate.
             request = protocol.decode_request(data)
             answer = self._answer(challenge, request)
             await protocol.write_message(writer, protocol.encode_server_message(answer))
@@ -132,7 +132,6 @@ class EnrolmentServer:
         return protocol.Grant(certificate, self._port).proven(token, challenge, request)
 
     def _context(self) -> ssl.SSLContext:
-        """Returns a TLS context with the current certificate. Creates a new context after each renewal."""
         pair = self._identity.pair
         if self._tls is None or self._tls[0] != pair.certificate:
             context = server_context(pair.private_key + pair.certificate, ssl.TLSVersion.TLSv1_3)

@@ -1,5 +1,3 @@
-"""Checks whether a worker may join."""
-
 from __future__ import annotations
 
 import contextlib
@@ -27,14 +25,14 @@ Certify = Callable[[bytes, Principal], bytes]
 class JoinSettings:
     heartbeat_timeout_s: float = 5.0
     deadlines: Deadlines = field(default_factory=Deadlines)
-    cluster: str = ""  # its name, for workers' logs
+    cluster: str = ""  # Name of the cluster, for logs of workers.
     refusal: RefusalReason | None = None
-    certify: Certify | None = None  # renews certificates, where there are any
+    certify: Certify | None = None  # Renews certificates. None: the cluster has no certificates.
     record: ControlRecord = field(default_factory=ControlRecord)
 
 
 class JoinRules:
-    """Rules that a worker's registration must meet. They depend on the cluster's present members."""
+    """Rules that the registration of a worker must meet. They depend on the present members."""
 
     def __init__(self, members: Members, settings: JoinSettings, credentials: Credentials) -> None:
         self._members = members
@@ -42,7 +40,7 @@ class JoinRules:
         self._credentials = credentials
 
     async def refusal(self, register: Register, peer: Principal | None) -> str | None:
-        """Returns the reason to refuse a worker, or None. Waits to see whether a member with its name is alive."""
+        """Returns the reason to refuse a worker, or None. May wait to see if a member of the same name is alive."""
         if mismatch := self._mismatch(register, peer):
             return mismatch
         if duplicate := self._duplicate(register):
@@ -89,7 +87,6 @@ class JoinRules:
                 await member.is_responsive()
 
     def _numerics_version(self, register: Register) -> int:
-        """Returns the numerics version that a worker must have: the first member's version, or else this program's."""
         members = (handle.registration.numerics_version for handle in self._members.present.values())
         return next(members, 0 if register.device == "reference" else NUMERICS_VERSION)
 

@@ -1,4 +1,4 @@
-"""Finds the last error in a worker's log."""
+"""Finds the last error in the log of a worker."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ _OF_ERRORS = "EFC"
 
 def last_error(log: Path, start: int = 0) -> str:
     """Returns the last warning or error of the worker, error of a library, or end of a traceback. Returns an empty text
-    if there is none. Reads from byte `start`. A shorter log was emptied, and is read from its beginning."""
+    if there is none. Reads the log from byte `start`. If the log is shorter, it was emptied, and is read from the
+    beginning."""
     try:
         with open_regular(log) as file:
             size = os.fstat(file.fileno()).st_size

@@ -1,4 +1,4 @@
-"""Keeps the present workers of a cluster, and its lost workers with the reason for each loss."""
+"""Keeps the present workers of a cluster, and its lost workers with the reason of each loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.task_set import TaskSet
 
 _EXIT_REPORT_S = 0.5
-"""Seconds to wait for the launcher's exit report after a worker's stream breaks."""
+"""Seconds to wait for the launcher's exit report after the stream of a worker breaks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ MembershipEvent = MemberJoined | MemberLost | PeerReported | HeartbeatReceived
 
 
 class Members:
-    """Workers by name. A lost worker stays in the list until another worker with this name joins."""
+    """Workers by name. A lost worker stays in the list until another worker with its name joins."""
 
     def __init__(self, read_last_error: Callable[[str], str]) -> None:
         self.read_last_error = read_last_error
@@ -65,7 +65,6 @@ class Members:
         return {name: handle for name, handle in self._workers.items() if handle.loss is None}
 
     def subscribe(self, subscriber: Callable[[MembershipEvent], None]) -> None:
-        """Registers a function that is called with each event."""
         self._subscribers.append(subscriber)
 
     def publish(self, event: MembershipEvent) -> None:
@@ -76,8 +75,8 @@ class Members:
         await self._changed.wait()
 
     async def wait_for(self, names: Collection[str], deadline_s: float) -> None:
-        """Waits until all named workers have joined. Raises DeadlineError if workers are missing, and WorkerError if a
-        worker's process has ended."""
+        """Waits until all named workers have joined. Raises DeadlineError if workers are missing, and WorkerError if
+        the process of a worker has ended."""
         missing = sorted(names)
         try:
             async with deadline("workers joining", deadline_s):
@@ -116,14 +115,15 @@ class Members:
         self.publish(MemberJoined(handle))
 
     def fence(self, handle: WorkerHandle, reason: str) -> None:
-        """Marks a worker as lost. Its messages are ignored from now on, although its process may still run."""
+        """Marks a worker as lost. Later messages from it are ignored, although its process may still run."""
         if not handle.state.is_gone:
             handle.lose(reason)
             self._set_changed()
             self.publish(MemberLost(handle))
 
     def report_loss(self, handle: WorkerHandle, reason: str) -> None:
-        """Marks a disconnected worker as lost. The reason is the launcher's exit report, if the report comes soon."""
+        """Marks a disconnected worker as lost. If the launcher soon reports the exit of its process, the report is the
+        reason."""
         self.losing.start(self._lose(handle, reason))
 
     async def _lose(self, handle: WorkerHandle, reason: str) -> None:

@@ -25,13 +25,13 @@ from llamaclust.worker.weights.giver import WeightGiver
 _LISTEN_S = 0.1
 _GOODBYE_S = 0.5
 _LOOK_S = 1.0
-"""Seconds between two reads of the record on disk."""
+"""Seconds between two reads of the coordinator's record on disk."""
 
 _log = logging.getLogger(__name__)
 
 
 class Registry(Members):
-    """The members and the Coordinator service. The service runs while this context manager is entered."""
+    """The members of a cluster, and its Coordinator service, which runs while this context manager is entered."""
 
     def __init__(
         self,
@@ -49,9 +49,9 @@ class Registry(Members):
         self._rules = JoinRules(self, settings, credentials)
         self._refusals = RefusalLog(_log)
         self._server: Server | None = None
-        self._is_closed = False  # connections may end later than their server
+        self._is_closed = False  # True after the server was closed. Connections may end later.
         self._superseded: asyncio.Future[None] = asyncio.Future()
-        self._is_left = False  # to the next coordinator
+        self._is_left = False  # True if the workers are left to the next coordinator.
 
     @property
     def address(self) -> str:
@@ -67,8 +67,8 @@ class Registry(Members):
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """Ends the workers. They stay if they belong to another coordinator now, if `leave_workers` was called, or if
-        the start timed out."""
+        """Ends the workers, with three exceptions. They continue if another coordinator has taken them over, if
+        `leave_workers` was called, or if the start timed out."""
         is_late = any(isinstance(part, DeadlineError) for part in error)
         present = [] if self._superseded.done() or self._is_left or is_late else list(self.present.values())
         for handle in present:
@@ -92,7 +92,8 @@ class Registry(Members):
         refusal = (
             await self._rules.refusal(register, stream.peer)
             or await self._newer_coordinator(register)
-            or await self._rules.refusal(register, stream.peer)  # another one may have joined during a write
+            # Another worker with this name may have joined during a write.
+            or await self._rules.refusal(register, stream.peer)
         )
         if refusal is not None:
             self._refusals.tell(refusal)
@@ -102,8 +103,9 @@ class Registry(Members):
         await self._serve(register, stream)
 
     async def _newer_coordinator(self, register: Register) -> str | None:
-        """Returns a refusal if the worker has seen a newer coordinator. This cluster ends only if the newer term is
-        signed and the worker held layers of this cluster, because no member alone may end the cluster."""
+        """Returns a refusal if the worker has seen a newer coordinator of this cluster. The newer coordinator replaces
+        this one only if its term is signed and the worker held layers of this cluster, because no member alone may end
+        the cluster."""
         record, name, is_ours = self._settings.record, register.name, register.cluster == self._settings.cluster
         if register.is_awaited and not is_ours:
             here = f"but this is a coordinator of {self._settings.cluster!r}"
@@ -128,7 +130,7 @@ class Registry(Members):
             self._superseded.set_exception(SupersededError(f"superseded by a newer coordinator: {newer}"))
 
     async def superseded(self) -> None:
-        """Waits until a worker or the record on disk shows a newer coordinator, and then raises SupersededError."""
+        """Waits until a worker or the record on disk shows a newer coordinator. Then raises SupersededError."""
         record = self._settings.record
         while not self._superseded.done():
             if newer := await asyncio.to_thread(record.newer_term):
@@ -161,7 +163,6 @@ class Registry(Members):
                 self.report_loss(handle, reason)
 
     async def _prove_term(self) -> None:
-        """Sends this coordinator's new term and its proof to all members. They may show it to another coordinator."""
         with contextlib.suppress(DeadlineError):
             async with deadline("proving a term", HANDSHAKE_S):
                 sends = (handle.channel.send(self._admitted()) for handle in self.present.values())
@@ -193,7 +194,7 @@ class Registry(Members):
                     if isinstance(message, messages.Heartbeat):
                         self.publish(HeartbeatReceived(handle))
             silent = f"no sign of life for {self._settings.heartbeat_timeout_s:g} s"
-            self.fence(handle, silent)  # the launcher has no report of its end
+            self.fence(handle, silent)  # The process has not exited, so there is no exit report to wait for.
             return silent
         finally:
             reading.cancel()
@@ -229,6 +230,7 @@ def _serial_sender(stream: ServerStream) -> Callable[[CoordinatorMessage], Await
             await stream.write(encode_coordinator_message(message))
 
     async def send(message: CoordinatorMessage) -> None:
-        await asyncio.shield(write(message))  # where its deadline passes, gRPC still has the message
+        # Shielded, because gRPC still holds the message after the deadline of the sender.
+        await asyncio.shield(write(message))
 
     return send

@@ -1,4 +1,4 @@
-"""Sends requests to a worker and receives their answers. Progress reports may extend deadlines."""
+"""Sends requests to a worker and receives the answers. Progress reports can extend deadlines."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Request = Callable[[deadline], Awaitable[Any]]
 
 
 class ProgressDeadline:
-    """A deadline that each progress report extends. Its error says how far the worker has come."""
+    """A deadline that each progress report extends. Its error says how many bytes the worker has completed."""
 
     def __init__(self, what: str, timeout_s: float) -> None:
         self._what = what
@@ -49,7 +49,7 @@ class ProgressDeadline:
         if self._limit.is_expired:
             return
         is_first = self._at == (0, 0) != (done_bytes, total_bytes)
-        if is_first or done_bytes > self._at[0]:  # back and forth is no progress
+        if is_first or done_bytes > self._at[0]:  # Only an increase counts as progress.
             self._at = done_bytes, total_bytes
             self._limit.move(asyncio.get_running_loop().time() + self._timeout_s)
 
@@ -67,16 +67,17 @@ class WorkerChannel:
         self.send = send
         self._observers: dict[type[Progress], Callable[[Any], None]] = {}
         self._pending: dict[Key, asyncio.Future[Any]] = {}
-        self._expected: dict[Key, type] = {}  # the answers to requests
+        self._expected: dict[Key, type] = {}  # Types of the expected answers.
         self._ids = count(1)
         self._locks: dict[str, asyncio.Lock] = {}
-        self._error: LlamaclustError | None = None  # once the worker is lost
+        self._error: LlamaclustError | None = None  # Error that all requests raise after the worker is lost.
 
     def one_at_a_time(self, what: str) -> asyncio.Lock:
         return self._locks.setdefault(what, asyncio.Lock())
 
     async def request(self, request: WorkerRequest, limit: deadline) -> Any:
-        """Returns the answer. Raises the worker's error, WorkerError if the worker is lost, or `limit`'s error."""
+        """Returns the answer. Raises the error that the worker reports, WorkerError if the worker is lost, or the error
+        of `limit`."""
         request_id = next(self._ids)
         self._expected[request_id] = _ANSWERS[type(request)]
         try:
@@ -87,7 +88,7 @@ class WorkerChannel:
     async def order(self, key: Key, message: CoordinatorMessage, limit: deadline) -> Any:
         if self._error is not None:
             raise self._error
-        assert key not in self._pending, f"{key} is under way"
+        assert key not in self._pending, f"request {key} is already pending"
         answer = self._pending[key] = asyncio.get_running_loop().create_future()
         try:
             async with limit:
@@ -97,7 +98,7 @@ class WorkerChannel:
             del self._pending[key]
 
     def answer(self, key: Key, answer: object) -> None:
-        """Completes a request. Drops a late answer. Raises ProtocolError if the answer has the wrong type."""
+        """Completes a request. Ignores a late answer. Raises ProtocolError if the answer has the wrong type."""
         pending = self._pending.get(key)
         if pending is None or pending.done():
             return
@@ -134,4 +135,4 @@ class WorkerChannel:
         for pending in self._pending.values():
             if not pending.done():
                 pending.set_exception(error)
-                pending.exception()  # retrieved: its caller may be gone, too
+                pending.exception()  # Retrieves the exception, because the caller may also be gone.

@@ -54,10 +54,10 @@ _loss_numbers = count()
 
 
 class WorkerState(StrEnum):
-    JOINED = "joined"  # registered, holds nothing
+    JOINED = "joined"  # The worker is registered, and holds no stage.
     LOADING = "loading"
-    READY = "ready"  # holds a stage
-    LEFT = "left"  # the cluster ended
+    READY = "ready"
+    LEFT = "left"
     LOST = "lost"
 
     @property
@@ -67,7 +67,7 @@ class WorkerState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A worker's loss. `number` counts losses in their order. `last_error` is the last error in the worker's log."""
+    """The loss of a worker. `number` counts losses in order. `last_error` is the last error in the worker's log."""
 
     reason: str
     number: int
@@ -110,7 +110,8 @@ class GroupFaults:
 
 
 class WorkerHandle:
-    """A member. If the worker is lost, `lost` is set, and `loss` has the reason. The cluster's end is not a loss."""
+    """A member of the cluster. If the worker is lost, `lost` is set, and `loss` has the reason. If the cluster ends,
+    the worker is not lost."""
 
     def __init__(
         self,
@@ -122,20 +123,23 @@ class WorkerHandle:
         self.registration = registration
         self._credentials = credentials
         self.channel = WorkerChannel(send)
-        self.stages: dict[int, tuple[Load, Loaded]] = {}  # by epoch
+        self.stages: dict[int, tuple[Load, Loaded]] = {}  # Load orders and loaded stages, by epoch.
         self.loading: Load | None = None
         self.fresh_memory: FreshMemory | None = None
-        self.measuring_bytes = 0  # of its memory, taken since its registration to measure, and kept
-        self.weights_found: dict[tuple[str, bool], WeightsFound] = {}  # by model id, and whether with a manifest
-        self.closed_port = ""  # why others cannot connect to its port for links of groups; "": they can
+        # Bytes of memory that measurements have taken since the worker's registration, and that the worker keeps.
+        self.measuring_bytes = 0
+        # Answers by model id, and by whether a manifest was requested.
+        self.weights_found: dict[tuple[str, bool], WeightsFound] = {}
+        # Reason why other workers cannot connect to the port for group links. Empty: they can.
+        self.closed_port = ""
         self.heartbeat: Heartbeat | None = None
         self.lost = asyncio.Event()
         self.loss: Loss | None = None
         self.left = False
         self._read_last_error = read_last_error
-        self._message = asyncio.Event()  # the next one
-        self._unreachable: dict[int, UnreachablePeer] = {}  # by epoch
-        self._faults: dict[int, GroupFaults] = {}  # by epoch
+        self._message = asyncio.Event()
+        self._unreachable: dict[int, UnreachablePeer] = {}
+        self._faults: dict[int, GroupFaults] = {}
 
     def forget_files(self) -> None:
         self.weights_found = {key: found for key, found in self.weights_found.items() if not found.has_file}
@@ -183,7 +187,8 @@ class WorkerHandle:
         return () if order is None else order.devices or (DeviceLayers(kind, order.start, order.end),)
 
     def order_of(self, model_id: str) -> Load | None:
-        """Returns the load order of the model's newest stage, loaded or loading. Returns None if there is none."""
+        """Returns the load order of the model's newest stage, whether it is loaded or loading. Returns None if there is
+        none."""
         if self.state.is_gone:
             return None
         if self.loading is not None and self.loading.model_id == model_id:
@@ -193,7 +198,7 @@ class WorkerHandle:
 
     @property
     def held_bytes(self) -> int:
-        """Memory of all stages on the worker, in bytes. It is 0 if the worker is gone."""
+        """Total bytes of all stages on the worker. It is 0 if the worker is gone."""
         stages = (loaded for _, loaded in self.stages.values() if not self.state.is_gone)
         return sum(
             stage.weight_bytes + stage.kv_bytes + stage.workspace_bytes + stage.encoder_bytes for stage in stages
@@ -201,7 +206,6 @@ class WorkerHandle:
 
     @property
     def gpus(self) -> tuple[Gpu, ...]:
-        """The worker's GPUs, with their free memory from the last heartbeat."""
         gpus, heartbeat = self.registration.gpus, self.heartbeat
         if heartbeat is None or len(heartbeat.gpu_free_bytes) != len(gpus):
             return gpus
@@ -225,7 +229,6 @@ class WorkerHandle:
         return f"layers of {len(models)} models" if len(models) > 1 else "layers [{}, {})".format(*self.layers or ())
 
     def progress(self, epoch: int) -> StageProgress | None:
-        """Returns the stage's progress in the last heartbeat, or None."""
         stages = () if self.heartbeat is None else self.heartbeat.stages
         return next((stage for stage in stages if stage.epoch == epoch), None)
 
@@ -236,7 +239,7 @@ class WorkerHandle:
         return self._faults.setdefault(epoch, GroupFaults())
 
     async def is_responsive(self) -> bool:
-        """Waits for the worker's next message. Returns False if the worker is lost before it sends one."""
+        """Waits for the next message of the worker. Returns False if the worker is lost before that."""
         signs = [asyncio.create_task(sign.wait()) for sign in (self._message, self.lost)]
         try:
             await asyncio.wait(signs, return_when=asyncio.FIRST_COMPLETED)
@@ -251,8 +254,9 @@ class WorkerHandle:
         on_progress: Callable[[LoadProgress], None] | None = None,
         progress_timeout_s: float = PROGRESS_TIMEOUT_S,
     ) -> Loaded:
-        """Loads a stage. Raises the worker's error, WorkerError if the worker is lost, or StalledError."""
-        assert self.loading is None, "one load at a time"
+        """Loads a stage. Raises the error that the worker reports, WorkerError if the worker is lost, or
+        StalledError."""
+        assert self.loading is None, "a worker loads one stage at a time"
         what = f"worker {self.name} made no progress with layers [{order.start}, {order.end})"
         request = partial(self.channel.order, f"load of epoch {epoch_text(order.epoch)}", order)
         self.loading = order
@@ -277,7 +281,8 @@ class WorkerHandle:
             self.channel.answer(f"load of epoch {epoch_text(self.loading.epoch)}", error)
 
     async def unload(self, epoch: int, deadline_s: float = _UNLOAD_S) -> None:
-        """Unloads an epoch's stage. Raises the worker's error, WorkerError if the worker is lost, or DeadlineError."""
+        """Unloads the stage of an epoch. Raises the error that the worker reports, WorkerError if the worker is lost,
+        or DeadlineError."""
         what = f"unload of epoch {epoch_text(epoch)}"
         await self.channel.order(what, messages.Unload(epoch), deadline(f"worker {self.name}: {what}", deadline_s))
         self._forget(epoch)

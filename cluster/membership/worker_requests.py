@@ -24,22 +24,22 @@ from llamaclust.wire.control.weights import (
 from llamaclust.wire.rpc.deadlines import deadline
 
 _PROFILE_S = 300.0
-"""Seconds that a measurement may take. It may read a large model's layers from a slow disk."""
+"""Maximum seconds of a measurement. It may read the layers of a large model from a slow disk."""
 _LINK_S = 30.0
 _LOG_S = 5.0
 ADAPTERS_S = 600.0
-"""Seconds that a change of adapters may take. It may fetch weights, and wait for a stage that is loading."""
+"""Maximum seconds of a change of adapters. It may fetch weights, and wait for a stage that is loading."""
 _HEARTBEAT_S = 10.0
 
 
 async def profile_worker(worker: WorkerHandle, request: ProfileWorker, deadline_s: float = _PROFILE_S) -> Profile:
-    """Measures the worker's machine, which should be idle. Raises ProtocolError if the number of GPUs is wrong."""
+    """Measures the machine of a worker, which should be idle. Raises ProtocolError if the number of GPUs is wrong."""
     limit = deadline(f"worker {worker.name}: measurement", deadline_s)
     measured: profiles.WorkerProfile = await worker.channel.request(request, limit)
     gpus, measured_gpus = len(worker.registration.gpus), len(measured.profile.gpus)
     if measured_gpus != gpus:
         raise ProtocolError(f"worker {worker.name} measured {measured_gpus} GPUs, but it has {gpus}")
-    if not worker.stages:  # else it may have taken memory to serve them
+    if not worker.stages:  # A worker with stages may have taken the memory to serve them.
         worker.measuring_bytes += measured.kept_bytes
     return measured.profile
 
@@ -56,7 +56,8 @@ async def profile_link(worker: WorkerHandle, other: WorkerHandle, deadline_s: fl
 
 
 async def set_adapters(worker: WorkerHandle, epoch: int, adapters: tuple[AdapterFile, ...]) -> None:
-    """Replaces a stage's adapters. Raises the worker's error, WorkerError if the worker is lost, or DeadlineError."""
+    """Replaces the adapters of a stage. Raises the error that the worker reports, WorkerError if it is lost, or
+    DeadlineError."""
     limit = deadline(f"worker {worker.name}: its adapters", ADAPTERS_S)
     done: AdaptersSet = await worker.channel.request(SetAdapters(epoch, adapters), limit)
     order, loaded = worker.stages[epoch]
@@ -65,7 +66,7 @@ async def set_adapters(worker: WorkerHandle, epoch: int, adapters: tuple[Adapter
 
 
 async def probe(worker: WorkerHandle, other: WorkerHandle, deadline_s: float) -> str:
-    """Returns why the worker cannot reach `other`, or an empty text. Raises WorkerError or DeadlineError."""
+    """Returns the reason why the worker cannot reach `other`, or an empty text. Raises WorkerError or DeadlineError."""
     what = f"way to {other.name}"
     async with worker.channel.one_at_a_time(what):
         limit = deadline(f"worker {worker.name}: the {what}", deadline_s)
@@ -75,7 +76,6 @@ async def probe(worker: WorkerHandle, other: WorkerHandle, deadline_s: float) ->
 
 
 async def log_tail(worker: WorkerHandle, deadline_s: float = _LOG_S) -> LogTail:
-    """Returns the last lines of the worker's log. Raises WorkerError if the worker is lost, or DeadlineError."""
     async with worker.channel.one_at_a_time("log"):
         limit = deadline(f"worker {worker.name}: its log", deadline_s)
         tail: LogTail = await worker.channel.request(logs.GetLog(), limit)
@@ -83,8 +83,8 @@ async def log_tail(worker: WorkerHandle, deadline_s: float = _LOG_S) -> LogTail:
 
 
 async def refresh_memory(worker: WorkerHandle, held: Mapping[str, int]) -> None:
-    """Waits for a heartbeat and updates the worker's free memory. `held` has the bytes of other models' stages by
-    device. They count as free. Raises DeadlineError if no heartbeat comes."""
+    """Waits for a heartbeat, and updates the free memory of the worker. `held` has the bytes of other models' stages by
+    device, which count as free. Raises DeadlineError if no heartbeat comes."""
     last = worker.heartbeat
     async with deadline(f"worker {worker.name}: a heartbeat", _HEARTBEAT_S):
         while worker.heartbeat is last and await worker.is_responsive():
@@ -100,8 +100,8 @@ async def find_weights(
     on_reading: Callable[[FindWeightsProgress], None] | None = None,
     progress_timeout_s: float = PROGRESS_TIMEOUT_S,
 ) -> WeightsFound:
-    """Returns which of a model's weights the worker has. Answers are cached. If `request.describe` is set, the worker
-    may have to read its file. Raises StalledError after `progress_timeout_s` without progress."""
+    """Returns which weights of a model the worker has. Answers are cached. If `request.describe` is set, the worker may
+    have to read its file. Raises StalledError after `progress_timeout_s` seconds without progress."""
     async with worker.channel.one_at_a_time("weights"):
         key = request.file_id, request.describe
         if key not in worker.weights_found:

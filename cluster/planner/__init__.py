@@ -1,1 +1,1 @@
-"""Assigns layer ranges to workers, from facts about the model, the workers and the links. All functions are pure."""
+"""Assigns layers to workers, from facts about the model, the workers and the links. All functions are pure."""

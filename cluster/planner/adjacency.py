@@ -1,4 +1,4 @@
-"""Finds workers that cannot reach each other but are neighbours in a plan."""
+"""Finds neighbouring workers in a plan that cannot reach each other."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ Pairs = frozenset[Pair]
 
 
 def violated_pair(stages: Sequence[Sequence[str]], partitions: Pairs) -> Pair | None:
-    """Returns two neighbours that cannot reach each other, or None if all can. Two leaders are neighbours if their
-    stages are consecutive, or are the last and the first stage. All members of a group are neighbours."""
+    """Returns two neighbours that cannot reach each other, or None if there are none. Leaders of consecutive stages are
+    neighbours, and so are the leaders of the last and the first stage. All members of a group are neighbours."""
     leaders = [workers[0] for workers in stages]
     neighbours = [*zip(leaders, (leaders[-1:] + leaders), strict=False)]
     neighbours += [pair for workers in stages for pair in combinations(workers, 2)]

@@ -1,4 +1,4 @@
-"""Builds a chain of stages from a plan's assignments, with layers by device, KV blocks and a speed prediction."""
+"""Builds a chain of stages from the assignments of a plan. Gives layers by device, KV blocks and predicted speed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class Chain:
     def of(
         cls, sizes: MemoryModel, entries: Sequence[Assignment], workers: Mapping[str, WorkerFacts], contexts: int
     ) -> Self:
-        """Divides each stage among its devices so that KV memory holds at least `contexts` full-length sequences."""
+        """Builds a chain. Each stage is divided among the worker's devices so that `contexts` full-length sequences fit
+        into KV memory."""
         return cls(sizes, tuple(_held_stage(sizes, entry, workers, contexts) for entry in entries))
 
     @property
@@ -53,7 +54,9 @@ class Chain:
 
 def _held_stage(sizes: MemoryModel, entry: Assignment, workers: Mapping[str, WorkerFacts], contexts: int) -> HeldStage:
     if entry.shares:
-        assert sizes.request.group_costs is not None, "groups are refused before"
+        assert sizes.request.group_costs is not None, (
+            "a plan with shares must be refused if the model has no group costs"
+        )
 
         def held_of(name: str, costs: StageCosts, portion: Portion) -> tuple[Held, ...]:
             return sizes.of(costs, portion).held(workers[name], entry.start, entry.end, contexts)

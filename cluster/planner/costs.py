@@ -1,5 +1,5 @@
-"""Computes a stage's memory in bytes and its time in seconds. Times come from measured steps, or from a roofline if
-nothing was measured. They depend on the bytes that a step touches. With experts, a step touches only some weights."""
+"""Calculates the memory of stages in bytes and their time in seconds. Times come from measured steps, or else from a
+roofline. Both depend on the number of bytes that a step reads. With experts, a step reads only part of the weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Compute = Callable[[DeviceProfile, str, int, bool], Table]
 
 
 EXCHANGE_S = 50e-6
-"""Seconds to wait for a GPU twice and to copy twice. The value is assumed, not measured."""
+"""Seconds for two waits for a GPU and two copies. The value is assumed, not measured."""
 EXCHANGE_BYTE_S = 1 / 12e9
 """Seconds per byte over PCIe 3.0 with 16 lanes. The value is assumed, not measured."""
 
@@ -31,45 +31,50 @@ EXCHANGE_BYTE_S = 1 / 12e9
 @dataclass(frozen=True, slots=True)
 class GpuFacts:
     device: str
-    memory_bytes: int  # memory of the GPU that the worker may use
+    memory_bytes: int
     profile: DeviceProfile | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
     name: str
-    memory_bytes: int | None  # RAM that the worker may use; None: unknown
-    profile: DeviceProfile | None  # profile of the processor; None: not measured
+    memory_bytes: int | None  # RAM that the worker may use. None: unknown.
+    profile: DeviceProfile | None  # Profile of the processor. None: not measured.
     threads: int = 1
-    reach: Link = NO_REACH  # the worker's part of each of its links
-    gpus: tuple[GpuFacts, ...] = ()  # GPUs; the other fields describe the processor
-    gpu_layers: int | None = None  # layers of a stage on its GPUs; None: as many as they have memory for
+    reach: Link = NO_REACH  # The worker's part of the time of each of its links.
+    gpus: tuple[GpuFacts, ...] = ()  # GPUs of the worker. The other fields describe its processor.
+    # Number of a stage's layers on GPUs. None: as many as GPU memory allows.
+    gpu_layers: int | None = None
     device: str = "cpu"
-    joins_groups: bool = False  # the worker may be in a group of an automatic plan
-    placement: Placement = NO_RULES  # the user's rules for layers on GPUs
+    joins_groups: bool = False  # True if an automatic plan may put the worker into a group.
+    placement: Placement = NO_RULES
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageCosts:
-    """Costs of every stage [start, end) of a model. The first stage includes the embedding, and the last stage the
-    head. Tables are [layers + 1, layers + 1] by start and end. Entries with end <= start are meaningless."""
+    """Costs of every stage [start, end) of a model. The first stage includes the embedding. The last stage includes
+    the head. Tables have the shape [layers + 1, layers + 1], by start and end. Entries with end <= start have no
+    meaning."""
 
     layers: int
-    hidden_bytes: int  # bytes of a row between stages of whole layers
-    border_bytes: Counts  # `hidden_bytes` at each border; more inside a mixture
-    expert_shards: int  # number of `layers` that are parts of one layer
-    held_bytes: Counts  # weights
-    kv_token_bytes: Counts  # KV memory of a token
-    state_bytes: Counts  # bytes of a state of a sequence
-    window_token_bytes: Counts  # the part of `kv_token_bytes` in layers with a window
-    possible: NDArray[np.bool_]  # stages whose layers read no other stage's keys and values
-    expert_bytes: Counts  # the part of the weights in routers and experts
+    hidden_bytes: int  # Bytes of a row that is sent between stages, if the border is between layers.
+    # Bytes of a row by border. A border inside a mixture of experts needs more than `hidden_bytes`.
+    border_bytes: Counts
+    expert_shards: int  # Number of parts per layer. Each part counts as one of `layers`.
+    held_bytes: Counts  # Bytes of the weights in memory.
+    kv_token_bytes: Counts  # Bytes of one token's keys and values.
+    state_bytes: Counts  # Bytes of one sequence's states.
+    window_token_bytes: Counts  # The part of `kv_token_bytes` in layers with a sliding window.
+    # True for stages whose layers read no keys and values of other stages.
+    possible: NDArray[np.bool_]
+    expert_bytes: Counts  # Bytes of routers and experts, which are part of the weights.
     model: ModelCosts
-    _kinds: tuple[LayerCost, ...]  # different costs of layers
-    _kind_of: Counts  # kind of each layer
-    _head: Counts  # 1 for stages with the head, which prefill does not need
-    head_share: float = 1.0  # the part of the head in this portion; steps are measured with the whole head
-    _tables: dict[Hashable, Table] = field(default_factory=dict, repr=False)  # computed so far
+    _kinds: tuple[LayerCost, ...]  # The distinct layer costs.
+    _kind_of: Counts  # Index into `_kinds` for each layer.
+    _head: Counts  # 1 for stages with the head, which prefill does not need.
+    # Fraction of the head in this portion. Steps are measured with the whole head.
+    head_share: float = 1.0
+    _tables: dict[Hashable, Table] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, costs: ModelCosts, head_share: float = 1.0) -> StageCosts:
@@ -114,11 +119,11 @@ class StageCosts:
         return np.array([layer.expert_bytes > 0 for layer in self.model.layers], np.bool_)
 
     def decode_s(self, worker: WorkerFacts, start: int, end: int, rows: int = 1, *, concurrent: bool = False) -> float:
-        """Returns the seconds of a step with one row per sequence. `concurrent` means that other stages compute too."""
+        """Returns the seconds of a decode step with `rows` sequences. `concurrent` means that other stages compute at
+        the same time."""
         return float(self.decode_table(worker, rows, concurrent=concurrent)[start, end])
 
     def prefill_s(self, worker: WorkerFacts, start: int, end: int, rows: int, *, concurrent: bool = False) -> float:
-        """Returns the seconds of a microbatch that has `rows` prompt tokens and no output rows."""
         return float(self.prefill_table(worker, rows, concurrent=concurrent)[start, end])
 
     def decode_table(self, worker: WorkerFacts, rows: int = 1, *, concurrent: bool = False) -> Table:
@@ -153,7 +158,8 @@ class StageCosts:
         return self._roofline_s(Roofline.of(profile, device, self.hidden_bytes, concurrent=concurrent), rows, 1)
 
     def experts_table(self, worker: WorkerFacts, rows: int, layers: Flags, *, concurrent: bool = False) -> Table:
-        """Returns each stage's time in the routers and experts of `layers`, in seconds, for a step with `rows` rows."""
+        """Returns the seconds that each stage takes for the routers and experts of `layers`, in a step with `rows`
+        rows."""
         profile = worker.profile
         assert profile is not None
         if times := profile.step_times(concurrent=concurrent):
@@ -163,7 +169,8 @@ class StageCosts:
         return _float_sums(np.where(layers, [roofline.experts_s(layer, rows) for layer in self.model.layers], 0.0))
 
     def exchange_table(self, rows: int, layers: Flags) -> Table:
-        """Returns each stage's time to move expert inputs and outputs of `layers` between devices, in seconds."""
+        """Returns the seconds that each stage takes to move inputs and outputs of experts of `layers` between
+        devices."""
         each_s = EXCHANGE_S + EXCHANGE_BYTE_S * 2 * rows * self.hidden_bytes
         seconds: Table = _float_sums((layers & self.mixtures).astype(np.float64)) * each_s
         return seconds
@@ -183,8 +190,9 @@ class StageCosts:
         return before - before[:, np.newaxis]
 
     def _prefilled(self, rows: int) -> Table:
-        """Returns the bytes that determine each stage's prompt time. If a model has experts, bytes of its dense layers
-        are derived from their multiply-adds, because the seconds per byte were measured on layers with experts."""
+        """Returns the bytes that determine the prompt time of each stage. For models with experts, seconds per byte
+        were measured on layers with experts. The bytes of dense layers are therefore derived from their
+        multiply-adds."""
         mixtures = [layer for layer in self.model.layers if layer.idle_bytes]
         macs = sum(layer.macs_per_token for layer in mixtures)
         mac_bytes = sum(layer.moved_bytes(rows, 1) for layer in mixtures) / macs if macs else 0.0
@@ -203,7 +211,7 @@ def _possible(costs: ModelCosts) -> NDArray[np.bool_]:
 
 
 def _saved_bytes(costs: ModelCosts) -> Counts:
-    """Returns the bytes that each stage saves by holding layers whole. Parts of a layer need more bytes in total."""
+    """Returns the bytes that each stage saves with whole layers. Parts of a layer need more bytes in total."""
     shards, layers = costs.expert_shards, costs.layers
     before = np.array([0, *accumulate(layer.saved_bytes for layer in layers[::shards])], np.int64)
     borders = np.arange(len(layers) + 1)

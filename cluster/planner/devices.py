@@ -1,5 +1,5 @@
-"""Divides a stage among its worker's devices. The last layers go to GPUs. Their number is set by the user, or by the
-GPUs' memory. A GPU's layers may leave their experts in RAM."""
+"""Divides a stage among the devices of its worker. The last layers go to GPUs. The user or the GPU memory determines
+how many. Experts of layers on a GPU can stay in RAM."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from llamaclust.core.gpus import Placement
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Layers [start, end) on one of a worker's devices. `device` describes this device as if it were a worker."""
+    """Layers [start, end) on one device of a worker. `device` describes the device in the form of a worker."""
 
     device: WorkerFacts
     start: int
     end: int
-    cpu_moe: tuple[int, ...] = ()  # a GPU's layers with experts in RAM
-    is_experts: bool = False  # in RAM, only the experts of `cpu_moe` of a GPU's layers
+    cpu_moe: tuple[int, ...] = ()  # Layers on a GPU whose experts are in RAM.
+    # True if this entry is in RAM and holds only the experts of the layers in `cpu_moe`.
+    is_experts: bool = False
 
     @property
     def place(self) -> tuple[str, str]:
@@ -30,10 +31,8 @@ class Held:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MoeLayers:
-    """Flags for layers on a GPU whose experts stay in RAM."""
-
-    fixed: Flags  # experts are in RAM in any case
-    open: Flags  # experts are in RAM if that is faster, or the only way
+    fixed: Flags  # Layers whose experts must be in RAM.
+    open: Flags  # Layers whose experts are in RAM if that is faster or necessary.
 
     @classmethod
     def of(cls, placement: Placement, mixtures: Flags) -> MoeLayers:
@@ -61,16 +60,16 @@ def devices_of(worker: WorkerFacts) -> tuple[WorkerFacts, ...]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Division:
-    """Divides every possible stage [start, end) among devices. Device i holds layers [bounds[i], bounds[i + 1]). If it
-    is a GPU, experts are in RAM for its layers in `moe.fixed`, and for those in `moe.open` before moe_ends[i]."""
+    """Divides every possible stage [start, end) among devices. Device i holds layers [bounds[i], bounds[i + 1]). On a
+    GPU, experts are in RAM for layers in `moe.fixed`, and for layers in `moe.open` that precede moe_ends[i]."""
 
     devices: tuple[WorkerFacts, ...]
-    bounds: tuple[Counts, ...]  # tables by start and end
-    moe_ends: tuple[Counts, ...]  # tables by start and end, at least bounds[i]
+    bounds: tuple[Counts, ...]  # Tables by start and end of the stage.
+    moe_ends: tuple[Counts, ...]  # Tables by start and end of the stage. Entries are at least bounds[i].
     moe: MoeLayers
 
     def held(self, start: int, end: int) -> tuple[Held, ...]:
-        """Returns a stage's layers by device, except for devices without layers. Experts in RAM come last."""
+        """Returns the layers of a stage by device, without empty devices. Entries with experts in RAM come last."""
         at = [int(table[start, end]) for table in self.bounds]
         ends = [int(table[start, end]) for table in self.moe_ends]
         parts = [
@@ -86,11 +85,13 @@ class Division:
         return tuple(layer for layer in range(begin, until) if fixed[layer] or (is_open[layer] and layer < moe_end))
 
     def parts(self) -> Iterator[tuple[WorkerFacts, Counts, Counts, Counts]]:
-        """Yields (device, start, end, moe_end) with tables by stage. Open experts before moe_end are in RAM."""
+        """Yields (device, start, end, moe_end). The last three are tables by stage. Open experts are in RAM for layers
+        before moe_end."""
         yield from zip(self.devices, self.bounds, self.bounds[1:], self.moe_ends, strict=False)
 
     def moved_ranges(self) -> Iterator[tuple[WorkerFacts, Flags, Counts, Counts]]:
-        """Yields (GPU, layers, start, end). The experts of those `layers` that lie in [start, end) are in RAM."""
+        """Yields (GPU, layers, start, end). `layers` holds a flag per layer. Experts are in RAM for flagged layers in
+        [start, end)."""
         for device, begin, until, moe_end in islice(self.parts(), 1, None):
             for layers, end in ((self.moe.fixed, until), (self.moe.open, moe_end)):
                 if layers.any():
@@ -103,7 +104,8 @@ class Division:
         return total
 
     def moved(self, experts: Callable[[WorkerFacts, Flags], Table], exchange: Callable[[Flags], Table]) -> Table:
-        """Returns the seconds that experts in RAM add to each stage. `exchange` is the time to move activations."""
+        """Returns the seconds that experts in RAM add to each stage. `exchange` gives the seconds for moving
+        activations."""
         total: Table = np.zeros(self.bounds[0].shape)
         for device, layers, begin, end in self.moved_ranges():
             change = experts(self.devices[0], layers) + exchange(layers) - experts(device, layers)
@@ -118,14 +120,16 @@ class Division:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceNeeds:
-    """Memory that every possible stage needs on a device, in bytes. Experts of `MoeLayers.fixed` do not count."""
+    """Bytes that every possible stage needs on a device. Experts of layers in `MoeLayers.fixed` are not included."""
 
-    excess: Table  # bytes beyond the device's memory, with all other experts in it, by start and end
-    experts: Counts  # bytes that open experts of the first n layers free if they are in RAM, by n
-    held_experts: Counts  # bytes of open experts of the first n layers, by n: rounding may make them free nothing
+    # Missing bytes by start and end, if all experts except those in `MoeLayers.fixed` are on the device.
+    excess: Table
+    # For each n, the bytes that are saved if open experts of the first n layers are in RAM.
+    experts: Counts
+    # For each n, the bytes of open experts in the first n layers. Rounding can make the saving 0.
+    held_experts: Counts
 
     def first_moe_end(self) -> Counts:
-        """Returns the lowest `moe_end` of each stage with which the stage fits."""
         starts = np.arange(len(self.experts))[:, np.newaxis]
         found: Counts = np.searchsorted(self.experts, self.excess + self.experts[:, np.newaxis])
         return np.maximum(found, starts)
@@ -139,8 +143,8 @@ def divide(
     *,
     apart: bool = False,
 ) -> Division:
-    """Divides all `possible` stages. If `apart` is set, layers leave their open experts in RAM until the stage fits on
-    the first GPU. If the user set `gpu_layers`, the first GPU takes those layers that do not fit on other GPUs."""
+    """Divides all `possible` stages. If `apart` is set, open experts go to RAM until the stage fits on the first GPU.
+    If the user set `gpu_layers`, the first GPU takes the layers that do not fit on other GPUs."""
     devices, borders = devices_of(worker), possible.diagonal()
     starts, ends = np.indices((len(borders), len(borders)))
     wanted = len(borders) if worker.gpu_layers is None else worker.gpu_layers
@@ -164,8 +168,9 @@ def divide(
 
 
 def _allowed(worker: WorkerFacts, borders: Flags, index: int, begin: Counts) -> Counts:
-    """Moves `begin`, where the layers of device `index` begin, to a border that the user's rules allow. Layers that the
-    rules put on earlier devices must come before it. Layers for this or later devices must come after it."""
+    """Moves `begin`, the first layer of device `index`, to a border that the user's rules allow. Layers that the rules
+    assign to earlier devices stay before `begin`. Layers that they assign to this or a later device stay after
+    `begin`."""
     if not worker.placement.layers:
         return begin
     gpus, layers = [gpu.device for gpu in worker.gpus], len(borders) - 1

@@ -88,7 +88,7 @@ def _fitting_context(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> int 
 def idle_workers(
     sizes: MemoryModel, workers: Sequence[WorkerFacts], used: Collection[str], contexts: int
 ) -> tuple[IdleWorker, ...]:
-    """Explains why some workers get no layers. KV memory is planned for `contexts` full-length sequences."""
+    """Explains why some workers have no layers. KV memory is planned for `contexts` full-length sequences."""
     idle = [worker for worker in workers if worker.name not in used]
     if sizes.request.manual is not None:
         return tuple(IdleWorker(worker.name, "the manual plan does not name this worker") for worker in idle)
@@ -99,7 +99,8 @@ def _reason(sizes: MemoryModel, worker: WorkerFacts, used: Collection[str], cont
     if others := sorted(other for other in used if frozenset((worker.name, other)) in sizes.request.partitions):
         return f"it and {', '.join(others)} cannot reach each other"
     layers, stages = sizes.stages.layers, len(used)
-    open_to = range(layers) if stages > 1 else (0, layers - 1)  # with one other worker, it is the first or the last
+    # With one other worker, the idle worker could hold the first or the last layer.
+    open_to = range(layers) if stages > 1 else (0, layers - 1)
     least = min(sum(sizes.parts(Held(worker, layer, layer + 1), contexts).values()) for layer in open_to)
     rooms = [device.memory_bytes for device in devices_of(worker)]
     room = max(least if memory_bytes is None else memory_bytes for memory_bytes in rooms)

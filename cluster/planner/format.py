@@ -1,4 +1,4 @@
-"""Formats a plan as text and as JSON."""
+"""Formats a plan as text and as JSON values."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from llamaclust.model.projectors.projector import Projector
 
 _MOST_SHARE = 12
 _SPARSE = 0.75
-"""Limit for printing the bytes that a token reads. They are printed if they are a smaller fraction of the weights."""
+"""Maximum ratio of bytes read per token to all weights at which the bytes read are printed."""
 
 
 def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> dict[str, Any]:
-    """Returns a plan as JSON values. Layer ranges are half-open. Unmeasured times are null."""
     values, predicted, other = asdict(plan), plan.prediction, plan.without_groups
     gains = _gains(plan, acceptances)
     del values["prediction"]
@@ -38,7 +37,7 @@ def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> d
         "speculation": [asdict(gain) for gain in gains] or None,
     }
     times = [None] * len(plan.stages) if predicted is None else predicted.stages
-    del values["expert_shards"]  # borders inside layers are fractions
+    del values["expert_shards"]  # Borders inside layers become fractions below.
     stages = [
         _in_layers(asdict(stage), plan)
         | {
@@ -121,12 +120,12 @@ def plan_lines(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> 
     idle_workers = (f"  {idle.worker}: not used: {idle.reason}" for idle in plan.idle_workers)
     unused_gpus = (f"  {gpu.device} of {gpu.worker} is unused: {gpu.reason}" for gpu in plan.unused_gpus)
     tokens = plan.kv_blocks * KV_BLOCK_TOKENS
-    kv = f"  KV memory for {tokens} tokens, {plan.context_length} per sequence at most"
+    kv = f"  KV memory for {tokens} tokens, up to {plan.context_length} per sequence"
     if plan.window_blocks:
-        kv += f"; for {plan.window_blocks * KV_BLOCK_TOKENS} in layers with a window"
+        kv += f"; for {plan.window_blocks * KV_BLOCK_TOKENS} tokens in layers with a sliding window"
     if plan.state_blocks:
-        kv += f"; {plan.state_blocks} states of sequences"
-    kv += f"; for more than {_requests(tokens // plan.context_length)} of this length together set kv_memory"
+        kv += f"; memory for {plan.state_blocks} sequence states"
+    kv += f"; to run more than {_requests(tokens // plan.context_length)} of this length at once, set kv_memory"
     tiles = ["  some weights in wider tiles: more memory, less time (wide_tiles)"] if plan.wide_tiles else []
     lines = (line for stage, decode_ms in stages for line in _stage_lines(plan, stage, decode_ms))
     predicted = f"  predicted: {', '.join(expected)}"
@@ -146,7 +145,6 @@ def _prompts_and_requests(prompt_tokens: int, values: Mapping[str, Any]) -> list
 
 
 def encoder_lines(plan: Plan, projector: Projector | None) -> Iterator[str]:
-    """Yields a line with the projector's file and family, and the worker of the encoder, if the plan has one."""
     for stage in plan.stages:
         if stage.encoder_bytes and projector is not None:
             yield f"  images: {projector.file.path.name} ({projector.name}), encoder on worker {stage.worker}"
@@ -198,7 +196,7 @@ def stage_name(plan: Plan, stage: StagePlan) -> str:
 
 
 def shares_text(shares: Sequence[int]) -> str:
-    """Formats shares as small whole numbers (2:1) if possible, or else relative to the smallest share (1.1:1)."""
+    """Formats shares as small whole numbers, such as 2:1, or relative to the smallest share, such as 1.1:1."""
     unit, least = gcd(*shares), min(shares)
     if max(shares) <= _MOST_SHARE * unit:
         return ":".join(str(share // unit) for share in shares)

@@ -1,4 +1,4 @@
-"""Predicts how long gathers take, from the latency of a group's slowest link and the bytes on all its links."""
+"""Predicts the time of gathers, from the latency of the group's slowest link and the bytes on all links."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from llamaclust.cluster.planner.links import Links
 from llamaclust.model.groups.costs import GatherCost, GroupCosts
 
 GATHER_S = 35e-6
-"""Seconds that a gather takes beyond the network time. Members are not ready at the same moment, and rows must be
-encrypted and copied. In groups of two on loopback, members wait 30 to 40 us (docs/internals/groups.md)."""
+"""Seconds of a gather in addition to the network time. Members are not ready at the same time, and rows are encrypted
+and copied. In groups of two on loopback, members wait 30 to 40 us (docs/internals/groups.md)."""
 HIDDEN_SHARE = 0.5
-"""Largest fraction of a prompt's bytes that can be sent while members compute other rows."""
+"""Maximum fraction of a prompt's bytes that can be sent while members compute other rows."""
 
 Seconds = TypeVar("Seconds", float, Table)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupLinks:
-    gather_s: float  # seconds of an empty gather
-    byte_s: Table  # [sender, receiver]; 0 from a member to itself
+    gather_s: float  # Seconds of an empty gather.
+    byte_s: Table  # Seconds per byte, [sender, receiver]. 0 on the diagonal.
 
     @classmethod
     def of(cls, links: Links, members: Sequence[str]) -> Self:
@@ -55,7 +55,7 @@ class GroupLinks:
 @dataclass(frozen=True, slots=True)
 class GatherTimes(Generic[Seconds]):
     layers_s: Seconds
-    row_s: Seconds  # additional seconds per row
+    row_s: Seconds
     output_s: Seconds
     output_row_s: Seconds
 
@@ -63,7 +63,7 @@ class GatherTimes(Generic[Seconds]):
         return self.layers_s + self.output_s + rows * (self.row_s + self.output_row_s)
 
     def prefill_s(self, rows: int, computing_s: Seconds) -> Seconds:
-        """Returns the seconds of gathers for `rows` prompt tokens, except for the part that overlaps computation."""
+        """Returns the seconds of gathers for `rows` prompt tokens, without the part that overlaps computation."""
         bytes_s = rows * self.row_s
         found: Seconds = self.layers_s + bytes_s - np.minimum(HIDDEN_SHARE * bytes_s, computing_s)
         return found

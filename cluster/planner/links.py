@@ -1,4 +1,4 @@
-"""Latencies and transfer times of the links between workers, and of their links to the coordinator."""
+"""Latencies and transfer times of links between workers, and of their links to the coordinator."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ COORDINATOR = ""
 _NOISE_S = 5e-5
 _NOISE_BYTE_S = 5e-11
 _NOISE = 0.1
-"""Relative difference of link times up to which workers count as equally far away."""
+"""Maximum relative difference of link times at which workers count as equally far away."""
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    one_way_s: float  # seconds of an empty message
-    byte_s: float  # seconds per byte
-    network_s: float | None = None  # the network's part of `one_way_s`; None: unknown
+    one_way_s: float  # Seconds of an empty message.
+    byte_s: float
+    network_s: float | None = None  # The network's part of `one_way_s`. None: unknown.
 
     @property
     def gather_s(self) -> float:
-        """One-way seconds between threads that poll their sockets. The programs' own time does not count."""
+        """One-way seconds between threads that poll their sockets, without the time of the programs."""
         return max(0.0, self.one_way_s - _PROGRAMS_S) if self.network_s is None else self.network_s
 
 
@@ -35,7 +35,7 @@ USUAL = Link(one_way_s=_PROGRAMS_S, byte_s=1e-9)
 
 
 NO_REACH = Link(one_way_s=0.0, byte_s=0.0)
-"""Part of a link's time that an unknown worker causes."""
+"""Placeholder for the part of a worker whose links are unknown (see `Links.reaches`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,8 @@ class Links:
         return [self.between(*pair) for pair in pairs]
 
     def estimated(self, pairs: Iterable[frozenset[str]]) -> Links:
-        """Adds estimated links for the unmeasured pairs in `pairs`. An estimate is the sum of both workers' parts."""
+        """Adds estimates for the links in `pairs` that were not measured. An estimate is the sum of both workers'
+        parts."""
         reaches = self.reaches({name for pair in self.measured for name in pair})
         known = (sorted(pair) for pair in pairs if pair <= reaches.keys())
         sums = {
@@ -67,8 +68,8 @@ class Links:
         return Links(sums | {**self.measured})
 
     def reaches(self, names: Collection[str]) -> dict[str, Link]:
-        """Returns each worker's part of its links' times. The parts are fitted by least squares so that each link is
-        the sum of two parts. Link times then do not depend on the order of stages, which simplifies the search."""
+        """Returns the part of each worker in the times of its links. A link's time is the sum of two parts, fitted by
+        least squares. Link times then do not depend on the order of stages, which simplifies the search."""
         pairs = [pair for pair in combinations(sorted(names), 2) if frozenset(pair) in self.measured]
         if not pairs:
             return dict.fromkeys(names, NO_REACH)

@@ -1,5 +1,3 @@
-"""Checks that a manual plan assigns every layer exactly once and names only known workers."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
@@ -20,7 +18,7 @@ class Assignment:
     workers: tuple[str, ...]
     start: int
     end: int
-    shares: tuple[int, ...] = ()  # shares of the members of a group, the leader's first
+    shares: tuple[int, ...] = ()  # Shares of a group's members, starting with the leader.
 
     @property
     def text(self) -> str:
@@ -31,7 +29,8 @@ class Assignment:
 def checked(
     plan: Sequence[Assignment], workers: Collection[str], layers: int, expert_shards: int = 1
 ) -> tuple[Assignment, ...]:
-    """Checks a plan and sorts it by layers. Raises UsageError that names the wrong layers or worker."""
+    """Returns the plan sorted by layers. Raises UsageError if a worker is unknown or used twice, or unless each layer
+    is assigned exactly once."""
     span = partial(layer_span, expert_shards=expert_shards)
     for entry in plan:
         if unknown := [worker for worker in entry.workers if worker not in workers]:
@@ -46,7 +45,7 @@ def checked(
 
 
 def check_possible(plan: Sequence[Assignment], possible: NDArray[np.bool_], expert_shards: int = 1) -> None:
-    """Raises UsageError if a border separates layers that share KV memory, or cuts a layer that cannot be divided."""
+    """Raises UsageError if a border separates layers that share KV memory, or cuts an indivisible layer."""
     borders = np.flatnonzero(possible.diagonal())
     for entry in plan:
         if not possible[entry.start, entry.end]:

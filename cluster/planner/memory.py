@@ -1,4 +1,4 @@
-"""Computes the memory that stages need for weights, KV blocks and workspace, and how much memory is missing."""
+"""Calculates the memory that stages need for weights, KV blocks and workspace, and how much of it is missing."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class StagePlace:
-    """Facts that determine a stage's workspace, besides the model and the rows of a microbatch."""
+    """Facts that determine the workspace of a stage, in addition to the model and the rows of a microbatch."""
 
     threads: int
     context_length: int
-    is_last: bool  # the stage has the head
+    is_last: bool  # True if the stage has the head.
     device: str = "cpu"
-    layers: tuple[int, int] | None = None  # layers of the stage; None: the largest stage of its kind
-    portion: Portion | None = None  # a group member's portion of the stage
+    # Layers [start, end) of the stage. None: the largest stage of its kind.
+    layers: tuple[int, int] | None = None
+    portion: Portion | None = None  # Portion of the stage that a group member holds.
 
 
 Workspace = Callable[[StagePlace], int]
-"""Returns the largest workspace of any stage at the place, in bytes. It must cache, because it is called often."""
+"""Returns the maximum workspace in bytes of the described stages. Must cache its results."""
 Rounding = Callable[[str], Counts | int]
-"""Returns the bytes that rounding adds to a stage's weights on a device. It must cache, because it is called often."""
+"""Returns the bytes that rounding adds to weights on a device. Must cache its results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +46,23 @@ class PlanRequest:
     context_length: int
     max_sequences: int
     workspace: Workspace
-    objective: str = "latency"  # latency | throughput
+    objective: str = "latency"  # "latency" or "throughput".
     manual: tuple[Assignment, ...] | None = None
-    kv_memory_bytes: int | None = None  # most per worker; None: half of the memory that weights and workspace leave
+    # Maximum bytes per worker. None: half of the memory that weights and workspace leave.
+    kv_memory_bytes: int | None = None
     links: Links = UNKNOWN
-    partitions: Pairs = frozenset()  # pairs that cannot reach each other: not adjacent
-    max_batch_tokens: int = 0  # most rows of a microbatch
+    partitions: Pairs = frozenset()  # Pairs of workers that cannot reach each other.
+    max_batch_tokens: int = 0  # Maximum number of rows in a microbatch.
     rounding: Rounding = lambda device: 0
-    rest_rounding: Rounding = lambda device: 0  # rounding of layers without their experts
-    experts_cache_bytes: int | None = None  # most bytes of a GPU for copies of experts in RAM; None: all that is left
-    max_window: int = MAX_WINDOW  # most drafted tokens of a sequence in a step
-    group_costs: GroupCostsOf | None = None  # None: no groups
-    largest_group: int = 1  # most workers of a group in an automatic plan
-    no_groups: str = ""  # reason, other than the workers, why automatic plans have no groups
-    kv_tokens: int | None = None  # most tokens to plan KV memory for, if it is not given; None: all sequences
+    rest_rounding: Rounding = lambda device: 0  # Rounding of layers without their experts.
+    # Maximum GPU bytes for copies of experts in RAM. None: all free bytes.
+    experts_cache_bytes: int | None = None
+    max_window: int = MAX_WINDOW  # Maximum number of drafted tokens per sequence in a step.
+    group_costs: GroupCostsOf | None = None  # None: groups are not possible.
+    largest_group: int = 1  # Maximum number of workers in a group of an automatic plan.
+    no_groups: str = ""  # Reason why automatic plans have no groups, other than the workers.
+    # Maximum number of tokens to plan KV memory for. None: `context_length` tokens for each sequence.
+    kv_tokens: int | None = None
 
     @property
     def most_blocks(self) -> int:
@@ -76,19 +80,20 @@ class PlanRequest:
 class MemoryModel:
     stages: StageCosts
     request: PlanRequest
-    portion: Portion | None = None  # the portion that `stages` describe
+    portion: Portion | None = None  # Portion that `stages` describes.
 
     def of(self, stages: StageCosts, portion: Portion | None = None) -> MemoryModel:
         return self if stages is self.stages else replace(self, stages=stages, portion=portion)
 
     def workspace_bytes(self, worker: WorkerFacts, start: int, end: int, cpu_moe: Sequence[int] = ()) -> int:
-        """Returns the bytes of a stage's workspace and of rounding its weights, except for experts of `cpu_moe`."""
+        """Returns the bytes of a stage's workspace and of rounding its weights, without the experts in `cpu_moe`."""
         whole, freed = self.request.rounding(worker.device), self._expert_rounding(worker)
         rounding = whole if isinstance(whole, int) else int(whole[start, end])
         return self._workspace_to(worker, end) + rounding - int(freed[list(cpu_moe)].sum())
 
     def workspace_of(self, held: Held) -> int:
-        """Returns a chosen stage's workspace in bytes. `workspace_bytes` assumes the largest stage instead."""
+        """Returns the workspace of a given stage in bytes. `workspace_bytes` returns the workspace of the largest
+        stage."""
         device, start, end = held.device, held.start, held.end
         if held.is_experts or held.cpu_moe or device.device != "cpu":
             return self.parts(held, 0)["workspace"]
@@ -97,7 +102,6 @@ class MemoryModel:
         return self.request.workspace(place)
 
     def _expert_rounding(self, worker: WorkerFacts) -> Counts:
-        """Returns the bytes that rounding adds to each layer's experts on a device."""
         rounding = np.asarray(self.request.rounding(worker.device)) - self.request.rest_rounding(worker.device)
         each: Counts = np.diagonal(np.broadcast_to(rounding, self.stages.held_bytes.shape), 1)
         return each
@@ -115,7 +119,8 @@ class MemoryModel:
 
     @property
     def max_drafted(self) -> int:
-        """Maximum number of drafted tokens in a step. It is 0 if layers have states, which drafts would change."""
+        """Maximum number of drafted tokens in a step. It is 0 if layers have states, which refused drafts would
+        change."""
         if self.stages.state_bytes[0, self.stages.layers]:
             return 0
         window = self.kv_groups.window
@@ -132,18 +137,19 @@ class MemoryModel:
     def _blocks_in(self, start: int, end: int, kv_bytes: int, most: int) -> int:
         if self.kv_groups.window is None and self.kv_groups.states is None:
             block_bytes = int(self.stages.kv_token_bytes[start, end]) * KV_BLOCK_TOKENS
-            if block_bytes == 0:  # feed-forward layers alone
+            if block_bytes == 0:  # The stage has feed-forward layers only.
                 return most if kv_bytes >= 0 else 0
             return min(most, kv_bytes // block_bytes)
         if self.stages.kv_token_bytes[start, end] == self.stages.window_token_bytes[start, end]:
-            most = min(most, self.request.context_blocks * self.request.max_sequences)  # more experts cost nothing
+            # More blocks would need no memory here, so the number is limited.
+            most = min(most, self.request.context_blocks * self.request.max_sequences)
         return bisect_right(range(1, most + 1), kv_bytes, key=lambda blocks: self.kv_bytes(start, end, blocks))
 
     def context_bytes(self, start: int, end: int, contexts: int = 1) -> int:
         return self.kv_bytes(start, end, contexts * self.request.context_blocks)
 
     def parts(self, held: Held, contexts: int) -> Mapping[str, int]:
-        """Returns bytes by kind. KV memory is for `contexts` full-length sequences, but at most `kv_memory`."""
+        """Returns bytes by kind. KV memory is for `contexts` full-length sequences, and limited to `kv_memory`."""
         device, start, end = held.device, held.start, held.end
         if held.is_experts:
             return {"weights": self.weight_bytes(held), "workspace": self._workspace_to(device, end - 1)}
@@ -159,7 +165,8 @@ class MemoryModel:
         return moved if held.is_experts else self.stages.weight_bytes(held.start, held.end) - moved
 
     def kv_blocks(self, split: Sequence[Held]) -> int:
-        """Returns how many KV blocks fit on every device. The limit is `most_blocks` unless `kv_memory` is given."""
+        """Returns the number of KV blocks that fit on every device. The maximum is `most_blocks`, unless `kv_memory` is
+        set."""
         most = self.request.most_blocks
         beside: dict[tuple[str, str], int] = {}
         for held in split:
@@ -180,11 +187,12 @@ class MemoryModel:
         return self._blocks_in(held.start, held.end, max(least, left // 2), most)
 
     def shortfall_table(self, worker: WorkerFacts, contexts: int) -> Table:
-        """Returns each stage's missing bytes for `contexts` full-length sequences. It is inf where start >= end."""
+        """Returns missing bytes by stage for `contexts` full-length sequences. Entries with start >= end are
+        infinite."""
         return self._shortfall(self.division(worker, contexts), contexts)
 
     def excess_table(self, worker: WorkerFacts, contexts: int) -> Table:
-        """Returns each stage's missing bytes on a worker without GPUs. Negative values are free bytes."""
+        """Returns missing bytes by stage on a worker without GPUs. Negative values are free bytes."""
         return self._needs(worker, contexts, None).excess
 
     def _shortfall(self, division: Division, contexts: int) -> Table:
@@ -235,7 +243,7 @@ class MemoryModel:
         return DeviceNeeds(excess, sums(freed * is_open)[0], sums(experts * is_open)[0])
 
     def division(self, worker: WorkerFacts, contexts: int) -> Division:
-        """Divides all stages among the worker's devices. Open experts go to RAM if that is necessary or faster."""
+        """Divides all stages among the devices of a worker. Open experts go to RAM if that is necessary or faster."""
         moe, possible = MoeLayers.of(worker.placement, self.stages.mixtures), self.stages.possible
 
         def needs(device: WorkerFacts) -> DeviceNeeds:

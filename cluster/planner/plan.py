@@ -1,5 +1,3 @@
-"""Values that describe a plan: each worker's layers and memory, and the predicted speed."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -21,10 +19,11 @@ class HeldLayers:
     start: int
     end: int
     weight_bytes: int
-    touched_bytes: int  # weights that a token of one sequence reads: chosen experts, no embedding
+    # Bytes of weights that a token of one sequence reads: chosen experts, and no embedding.
+    touched_bytes: int
     kv_bytes: int
     workspace_bytes: int
-    memory_bytes: int | None  # memory that the worker may take; None: unknown
+    memory_bytes: int | None  # Memory that the worker may use. None: unknown.
 
     @property
     def bytes(self) -> int:
@@ -34,20 +33,24 @@ class HeldLayers:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePlan(HeldLayers):
     device: str
-    cpu_moe: tuple[int, ...] = ()  # a GPU's layers with experts in RAM
-    is_experts: bool = False  # in RAM, only routers and experts of `cpu_moe`
-    experts_cache_bytes: int = 0  # a GPU's memory for copies of often used experts in RAM
+    cpu_moe: tuple[int, ...] = ()  # Layers on a GPU whose experts are in RAM.
+    # True if this entry is in RAM and holds only routers and experts of the layers in `cpu_moe`.
+    is_experts: bool = False
+    experts_cache_bytes: int = 0  # GPU memory for copies of experts that are in RAM and often used.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan(HeldLayers):
-    """A worker's layers, or its portion of a group's layers. Members of a group are consecutive in a plan."""
+    """Layers of a worker, or its portion of a group's layers. Members of a group are consecutive in a plan."""
 
     worker: str
-    shares: tuple[int, ...] = ()  # shares of output rows by member of the group; (): the worker holds the layers alone
-    member: int = 0  # number of the member; 0: the leader
-    devices: tuple[DevicePlan, ...] = ()  # parts by device of a worker with GPUs; the figures above are their sums
-    encoder_bytes: int = 0  # RAM of the encoder of images (weights and workspace); 0: no encoder
+    # Shares of output rows by member of the group. Empty: the worker holds the layers alone.
+    shares: tuple[int, ...] = ()
+    member: int = 0  # Index of the member in its group. 0: the leader.
+    # Parts by device if the worker has GPUs. The values above are sums of the parts.
+    devices: tuple[DevicePlan, ...] = ()
+    # RAM of the image encoder (weights and workspace). 0: no encoder.
+    encoder_bytes: int = 0
 
     @property
     def bytes(self) -> int:
@@ -76,9 +79,9 @@ class UnusedGpu:
 
 @dataclass(frozen=True, slots=True)
 class StagePrediction:
-    decode_s: float  # one token of one sequence; a group member's waits do not count
-    prefill_s: float  # each prompt token
-    gathers_s: float = 0.0  # the part of `decode_s` in a group's gathers
+    decode_s: float  # Seconds per token of one sequence. Waits between group members are not included.
+    prefill_s: float  # Seconds per prompt token.
+    gathers_s: float = 0.0  # The part of `decode_s` in a group's gathers.
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,20 +89,23 @@ class Round:
     """A speculative step for one sequence. It computes the last known token and `drafted` drafted tokens."""
 
     drafted: int
-    seconds: float  # time until the round's tokens are known
-    slowest_s: float  # time until the next round may begin: that of the slowest stage or link, or of all
+    seconds: float  # Seconds until the tokens of the round are known.
+    # Seconds of the slowest stage or link, after which the next round can begin. Equals `seconds` if rounds cannot
+    # overlap.
+    slowest_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    stages: tuple[StagePrediction, ...]  # one for each entry of the plan
-    token_s: float  # seconds per token of one sequence alone
-    links_s: float  # the part of `token_s` in transfers between stages
-    ttft_s: float  # first token after a prompt of `prompt_tokens`
-    tokens_per_s: float  # throughput of all sequences that may run together
-    bottleneck: str  # the worker whose stage takes longest
-    rounds: tuple[Round, ...] = ()  # ascending by drafted tokens; empty: no drafts, or layers with states
-    gathers_s: float = 0.0  # the part of `token_s` in groups' gathers
+    stages: tuple[StagePrediction, ...]  # One entry per entry of `Plan.stages`.
+    token_s: float  # Seconds per token of one sequence alone.
+    links_s: float  # The part of `token_s` in transfers between stages.
+    ttft_s: float  # Seconds to the first token, for a prompt of `prompt_tokens` tokens.
+    tokens_per_s: float  # Total tokens per second with the maximum number of sequences.
+    bottleneck: str  # Worker whose stage takes longest.
+    # In ascending order of drafted tokens. Empty: no drafts, or layers with states.
+    rounds: tuple[Round, ...] = ()
+    gathers_s: float = 0.0  # The part of `token_s` in gathers of groups.
 
     @property
     def answer_s(self) -> float:
@@ -108,34 +114,35 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class RejectedGroup:
-    workers: tuple[str, ...]  # the leader first
+    workers: tuple[str, ...]  # Members, starting with the leader.
     shares: tuple[int, ...]
     prediction: Prediction
-    reason: str  # why the plan has no group
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All stages, from the embedding to the head. `stages` has one entry for each worker that holds layers."""
+    """All stages from the embedding to the head. `stages` has one entry per worker that holds layers."""
 
     stages: tuple[StagePlan, ...]
     kv_blocks: int
     context_length: int
     idle_workers: tuple[IdleWorker, ...]
-    prediction: Prediction | None  # None if something was not measured
-    window_blocks: int = 0  # blocks of layers with a window, if these have blocks of their own
-    state_blocks: int = 0  # blocks of states of sequences
-    optimality_gap: float | None = None  # most distance from the optimum; None: the optimum, or a manual plan
+    prediction: Prediction | None  # None if some value was not measured.
+    # Number of blocks for layers with a sliding window, if they have separate blocks.
+    window_blocks: int = 0
+    state_blocks: int = 0
+    # Maximum relative distance from the optimum. None: the plan is optimal or manual.
+    optimality_gap: float | None = None
     unused_gpus: tuple[UnusedGpu, ...] = ()
-    expert_shards: int = 1  # parts of a layer in which starts and ends of stages are counted
-    wide_tiles: bool = False  # some weights are in wider tiles: more memory, less time
-    objective: str | None = None  # objective of an automatic plan
-    without_groups: Prediction | None = (
-        None  # prediction of the best plan without groups, if an automatic plan has groups
-    )
-    rejected_group: RejectedGroup | None = field(default=None, compare=False)  # only in plans without groups
-    no_group: str = field(default="", compare=False)  # why no group of the workers is possible
-    no_images: str = field(default="", compare=False)  # why no worker holds the model's encoder of images
+    expert_shards: int = 1  # Number of parts per layer. Starts and ends of stages count parts.
+    wide_tiles: bool = False  # True if some weights are in wider tiles, which take more memory and less time.
+    objective: str | None = None
+    # Prediction for the best plan without groups, if an automatic plan has groups.
+    without_groups: Prediction | None = None
+    rejected_group: RejectedGroup | None = field(default=None, compare=False)  # Set only in plans without groups.
+    no_group: str = field(default="", compare=False)  # Reason why no group is possible.
+    no_images: str = field(default="", compare=False)  # Reason why no worker holds the image encoder.
 
     @property
     def has_encoder(self) -> bool:
@@ -143,7 +150,7 @@ class Plan:
 
     @property
     def leaders(self) -> tuple[StagePlan, ...]:
-        """The first entry of each stage. This entry's worker receives and sends the stage's streams."""
+        """The first entry of each stage. The worker of this entry receives and sends the messages of the stage."""
         return tuple(stage for stage in self.stages if stage.member == 0)
 
     @property

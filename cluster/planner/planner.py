@@ -1,11 +1,10 @@
-"""Assigns layers to workers and groups, and predicts the plan's speed. All functions are pure.
+"""Assigns layers to workers and groups, and predicts the speed of the plan. All functions are pure.
 
 The objective `latency` minimizes the time of one request alone, with 512 prompt tokens and 128 answer tokens. The
-objective `throughput` minimizes the slowest stage's time, including the head, for eight such requests at once.
-A simpler plan has no groups, keeps the file's order, or has fewer stages. It is preferred unless another plan is at
-least 2 % faster. KV memory holds four full-length sequences, or one sequence if the plan is then a tenth faster. If any
-worker has no profile, all workers count as equally fast.
-"""
+objective `throughput` minimizes the time of the slowest stage, including the head, for eight such requests at once. A
+simpler plan has no groups, keeps the order in the file, or has fewer stages. A simpler plan is preferred unless another
+plan is at least 2 % faster. KV memory holds four full-length sequences, or one if the plan is then at least 10 %
+faster. If any worker has no profile, all workers are assumed to be equally fast."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ from llamaclust.core.profile import DeviceProfile
 from llamaclust.model.costs import ModelCosts
 
 _WANTED_CONTEXTS = 4
-"""Number of full-length sequences that KV memory should hold. It must hold at least one such sequence."""
+"""Number of full-length sequences that KV memory should hold. It must hold at least one."""
 
 _NOMINAL_CPU = DeviceProfile(read_bytes_s=20e9, int8_macs_s=300e9)
 _NOMINAL_GPU = DeviceProfile(read_bytes_s=500e9, int8_macs_s=50e12)
@@ -130,7 +129,7 @@ def _check_adjacency(split: Sequence[Assignment], partitions: Pairs) -> None:
 
 
 def _automatic(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> Found:
-    """Searches for a plan, and leaves out unmeasured workers if the measured workers suffice."""
+    """Searches for a plan. Ignores unmeasured workers if the model fits on the measured workers."""
     measured = [worker for worker in workers if worker.profile is not None]
     if 0 < len(measured) < len(workers):
         with suppress(InsufficientMemoryError, NetworkPartitionError):

@@ -1,4 +1,4 @@
-"""Predicts a plan's speed: seconds per token, time to the first token, throughput and bottleneck."""
+"""Predicts the speed of a plan: seconds per token, time to the first token, throughput and bottleneck."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _NS = 1e9
 
 @dataclass(frozen=True, slots=True)
 class _Path:
-    round_s: float  # seconds from the first stage through all others back to it
-    there_s: float  # seconds from the coordinator through all stages back to it
-    row_s: tuple[float, ...]  # seconds per row between stages
+    round_s: float  # Seconds from the first stage through all others and back to the first.
+    there_s: float  # Seconds from the coordinator through all stages and back.
+    row_s: tuple[float, ...]  # Seconds per row between stages.
 
     @classmethod
     def of(cls, split: Sequence[HeldStage], links: Links) -> _Path:
@@ -50,7 +50,8 @@ def predict(
     max_drafted: int = 0,
     may_chain: bool = True,
 ) -> Prediction:
-    """Predicts a plan of measured workers. `may_chain` means that a draft need not wait for the previous window."""
+    """Predicts the speed of a plan, whose workers must all be measured. `may_chain` means that a draft need not wait
+    for the result of the previous window."""
     path = _Path.of(split, links)
     times = [time for stage in split for time in _times(stage, prompt_tokens)]
     slowest = max(times, key=lambda time: time[1].decode_s)
@@ -81,7 +82,8 @@ def predict_again(
     links: Links,
     group_costs: GroupCostsOf | None = None,
 ) -> Prediction | None:
-    """Predicts an existing plan's speed from new measurements. Returns None if a device is absent or unmeasured."""
+    """Predicts the speed of an existing plan from new measurements. Returns None if a device is absent or
+    unmeasured."""
     if any(not _is_known(stage, workers) for stage in plan.stages):
         return None
     split = [_stage_again(costs, stages, workers, links, group_costs) for stages in plan.by_stage]
@@ -126,7 +128,6 @@ def _held(stage: StagePlan, workers: Mapping[str, WorkerFacts]) -> tuple[Held, .
 
 
 def _ttft_s(split: Sequence[HeldStage], prompt_tokens: int, chunks: int, path: _Path) -> float:
-    """Returns the seconds to the first token if a prompt's `chunks` chunks follow one another through the stages."""
     rows = -(-prompt_tokens // chunks)
     times = [stage.prefill_s(rows, concurrent=chunks > 1) for stage in split]
     sent = [rows * ms for ms in path.row_s]
@@ -135,7 +136,6 @@ def _ttft_s(split: Sequence[HeldStage], prompt_tokens: int, chunks: int, path: _
 
 
 def _round(split: Sequence[HeldStage], drafted: int, path: _Path, *, may_chain: bool) -> Round:
-    """Predicts a speculative step. The step begins and ends at the coordinator, which drafts the tokens."""
     rows = 1 + drafted
     stages = [stage.decode_s(rows) for stage in split]
     links = [rows * row_s for row_s in path.row_s]
@@ -148,4 +148,4 @@ def _tokens_per_s(split: Sequence[HeldStage], sequences: int, groups: int, path:
     times = [stage.decode_s(rows, concurrent=groups > 1) * _NS for stage in split]
     sent_s = rows * sum(path.row_s)
     cycle = cycle_ns(times, groups, (path.round_s + sent_s) * _NS)
-    return sequences / max(cycle, 1.0) * 1e9  # 0: a worker's own statement
+    return sequences / max(cycle, 1.0) * 1e9  # Workers report their own times, so the cycle may be 0.

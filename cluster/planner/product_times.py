@@ -1,4 +1,4 @@
-"""Times of matrix products on a processor, by quant type. Unmeasured times are estimated from the machine's limits."""
+"""Times of matrix products on a processor, by quant type. Unmeasured times are derived from the machine's limits."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ READ_SHARE: Final = 0.85
 
 @dataclass(frozen=True, slots=True)
 class TypeRates:
-    """Speeds relative to the 8-bit peak. `benchmarks/run.py product_rates` measures them with cached data."""
+    """Speeds relative to the 8-bit peak rate. `benchmarks/run.py product_rates` measures them with cached data."""
 
-    decode_macs: float  # 8-bit multiply-accumulates in the time to decode a weight, once for several rows
-    peak_share: float  # share of the peak that products with many rows reach
+    # Number of 8-bit multiply-accumulates that take as long as decoding one weight. Several rows share the decoding.
+    decode_macs: float
+    peak_share: float  # Fraction of the peak that products with many rows reach.
 
 
 RATES: Final[Mapping[QuantType, TypeRates]] = {
@@ -50,14 +51,14 @@ RATES: Final[Mapping[QuantType, TypeRates]] = {
     QuantType.MXFP4: TypeRates(1.9, 0.64),
 }
 _OTHER: Final = TypeRates(4.0, 0.12)
-"""Rates of types without a kernel. Other code refuses models with such types."""
+"""Rates for types without a kernel. Models with such types are refused elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProductTimes:
     _read_bytes_s: float
     _int8_macs_s: float
-    _measured: Mapping[int, Sequence[ProductTime]]  # times by ggml's number of the type, rows ascending
+    _measured: Mapping[int, Sequence[ProductTime]]  # Measured times by ggml type number, in ascending order of rows.
     _known: dict[tuple[QuantType, float], float] = field(default_factory=dict)
 
     @classmethod
@@ -80,13 +81,13 @@ class ProductTimes:
 
     def _assumed(self, quant_type: QuantType, rows: float) -> float:
         rates, info = RATES.get(quant_type, _OTHER), quant_type.info
-        weights = info.block_size / (info.block_bytes + info.tile_extra_bytes)  # weights in a byte
+        weights = info.block_size / (info.block_bytes + info.tile_extra_bytes)
         macs_s = weights * (rates.decode_macs + rows / rates.peak_share) / self._int8_macs_s
         return max(1 / (READ_SHARE * self._read_bytes_s), macs_s)
 
 
 def _at(times: Sequence[ProductTime], rows: float) -> float:
-    """Interpolates linearly, and extrapolates beyond the last point. Never returns less than the first point's time."""
+    """Interpolates linearly, and extrapolates after the last point. Never returns less than the first time."""
     if len(times) == 1 or rows <= times[0].rows:
         return times[0].byte_s
     index = next((i for i in range(1, len(times) - 1) if rows <= times[i].rows), len(times) - 1)

@@ -11,36 +11,37 @@ from llamaclust.core.profile import DeviceProfile, StepTime
 from llamaclust.model.costs import LayerCost, ModelCosts, TypedWeights
 
 LAUNCHES_S: Final = 30e-6
-"""Seconds to launch a layer's kernels on a GPU. The value is assumed, not measured."""
+"""Seconds to launch the kernels of a layer on a GPU. The value is assumed, not measured."""
 LAYER_S: Final = 60e-6
-"""Seconds of a layer on a processor beyond its matrix products. Threads wait, and small steps are inefficient."""
+"""Seconds of a layer on a processor in addition to its matrix products. Threads wait for each other, and small steps
+are inefficient."""
 ROW_MACS: Final = 3000
-"""Time of a row's other work per channel (norms, rotation, attention), as a number of 8-bit multiply-accumulates."""
+"""Number of 8-bit multiply-accumulates that take as long as the other work of one row and channel, such as norms."""
 _STATE_MACS: Final = 4
-"""Time of one float multiply-accumulate on a state, as a number of 8-bit multiply-accumulates."""
+"""Number of 8-bit multiply-accumulates that take as long as one float multiply-accumulate on a state."""
 
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
     _read_bytes_s: float
     _int8_macs_s: float
-    _products: ProductTimes | None  # None: a GPU, whose limits hold for all types
-    _row_s: float  # seconds of a row in a layer without products
+    _products: ProductTimes | None  # None: a GPU, whose limits are the same for all types.
+    _row_s: float  # Seconds of one row in a layer, without products.
 
     @classmethod
     def of(cls, profile: DeviceProfile, device: str, hidden_bytes: int, *, concurrent: bool) -> Self:
-        """Derives a device's limits from its profile. `hidden_bytes` is the size of a float32 row."""
+        """Derives the limits of a device from its profile. `hidden_bytes` is the size of a float32 row."""
         products = ProductTimes.of(profile, concurrent=concurrent) if device == "cpu" else None
         limits = profile.limits(concurrent=concurrent)
         row_s = ROW_MACS * hidden_bytes / 4 / limits.int8_macs_s
         return cls(limits.read_bytes_s, limits.int8_macs_s, products, row_s)
 
     def layer_s(self, layer: LayerCost, rows: int, sequences: int) -> float:
-        """Returns a layer's seconds. Experts are estimated separately, because other limits apply to them."""
+        """Returns the seconds of a layer. Experts are estimated separately, because other limits apply to them."""
         return self._rest_s(layer, rows, sequences) + self.experts_s(layer, rows)
 
     def experts_s(self, layer: LayerCost, rows: int) -> float:
-        """Returns the seconds of a layer's router and experts. Each row is multiplied only with its chosen experts."""
+        """Returns the seconds of a layer's router and experts. Each row uses only its chosen experts."""
         weights, share = self._typed(layer.expert_weights), layer.touched_share(rows)
         n_bytes = layer.touched_expert_bytes(rows) - share * _bytes_of(weights)
         macs = rows * (layer.expert_macs_per_token - _macs_of(weights))

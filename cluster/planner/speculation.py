@@ -1,4 +1,4 @@
-"""Predicts how much speculation gains at a given acceptance rate. It assumes the scheduler's own window sizes."""
+"""Predicts the gain of speculation at a given acceptance rate, with the window sizes that the scheduler would use."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ USUAL_ACCEPTANCES = (0.5, 0.8, 0.95)
 
 @dataclass(frozen=True, slots=True)
 class SpeculationGain:
-    acceptance: float  # probability that a drafted token is right if those before it are
-    drafted_tokens: int  # drafted tokens in each window; 0 if drafts gain nothing
-    gain: float  # tokens per second, relative to decode without drafts
+    acceptance: float  # Probability that a drafted token is right if all before it are right.
+    drafted_tokens: int  # Drafted tokens per window. 0: drafts gain nothing.
+    gain: float  # Tokens per second, divided by the tokens per second without drafts.
     tokens_per_s: float
 
 

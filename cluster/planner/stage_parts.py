@@ -1,4 +1,4 @@
-"""A stage as the planner sees it: the layers on each worker's devices, and the time to compute them."""
+"""A stage as the planner sees it: the layers on each device of its workers, and the time to compute them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from llamaclust.model.groups.costs import GroupCosts
 from llamaclust.model.groups.portion import Portion
 
 GroupCostsOf = Callable[[int], GroupCosts]
-"""Returns a model's costs for groups with this number of members. It must cache, because it is called often."""
+"""Returns the costs of a model for groups with this number of members. Must cache its results."""
 HeldOf = Callable[[str, StageCosts, Portion], tuple[Held, ...]]
-"""Returns a worker's layers by device. The arguments are the worker's name, its portion's costs, and the portion."""
+"""Returns the layers of a worker by device. Arguments: the worker's name, the costs of its portion, and the portion."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageParts:
-    """A worker's stage, or its portion of a group's stage. The worker's devices compute one after another."""
+    """The stage of a worker, or its portion of a group's stage. The devices of the worker compute one after another."""
 
     worker: str
     parts: tuple[Held, ...]
-    costs: StageCosts  # costs of the model, or of a member's portion of it
-    shares: tuple[int, ...] = ()  # see `StagePlan`
+    costs: StageCosts  # Costs of the model, or of a member's portion of the model.
+    shares: tuple[int, ...] = ()  # See `StagePlan.shares`.
     member: int = 0
 
     @property
@@ -75,7 +75,7 @@ class HeldStage:
         return max(self.member_prefill_s(rows, concurrent=concurrent))
 
     def member_decode_s(self, rows: int = 1, *, concurrent: bool = False) -> list[float]:
-        """Returns each member's seconds as if no member ever waited for another member."""
+        """Returns the seconds of each member, as if no member waited for another."""
         gathers_s, concurrent = self.gathers.decode_s(rows), concurrent or self._is_group
         return [member.decode_s(rows, concurrent=concurrent) + gathers_s for member in self.members]
 

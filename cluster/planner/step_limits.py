@@ -1,4 +1,4 @@
-"""Computes the time limits of a step. A worker that exceeds a limit counts as hung."""
+"""Calculates the time limit of a step. A worker that exceeds the limit counts as hung."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from llamaclust.cluster.planner.plan import StagePrediction
 
 UNPREDICTED_S = 30.0
 _LEAST_S = 4.0
-"""Shortest limit in seconds. Together with the heartbeat interval, a hang is found within five seconds."""
+"""Minimum limit in seconds. With the heartbeat interval added, a hang is found within five seconds."""
 _TIMES_PREDICTED = 10.0
 _RULE = f"{_TIMES_PREDICTED:g} times its predicted time, at least {_LEAST_S:g} s"
 
 
 def step_limit_s(rows: int, measured_s: Sequence[float], planned: Sequence[StagePrediction]) -> float:
-    """Returns ten times the longest of the times `measured_s` and the plan's predicted step times."""
+    """Returns the limit in seconds: ten times the longest measured or predicted step time, but at least `_LEAST_S`."""
     if rows == 0:
         return UNPREDICTED_S
     predicted_s = [*measured_s, *(max(stage.decode_s, rows * stage.prefill_s) for stage in planned)]

@@ -1,5 +1,3 @@
-"""Defines the workloads by which splits are compared: one typical request alone, or several concurrent requests."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -8,30 +6,30 @@ from typing import Final
 from llamaclust.cluster.planner.plan import ANSWER_TOKENS
 
 CHUNKS: Final = (1, 2, 4, 8, 16)
-"""Numbers of equal chunks into which a prompt may be divided. Stages compute the chunks one after another."""
+"""Numbers of equal chunks into which a prompt can be divided. Stages compute the chunks one after another."""
 TOGETHER: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Equal steps. A step's rows are tokens of one prompt, or one token from each of `rows` sequences."""
+    """A number of equal steps. Their rows are tokens of one prompt, or one token of each of `rows` sequences."""
 
     rows: int
     steps: float
     is_prompt: bool = False
-    concurrent: bool = False  # other stages of the machine compute meanwhile
+    concurrent: bool = False  # True if other stages on the machine compute at the same time.
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A workload that rates a split. The rating is the slowest stage's time for `slowest`. If `adds_up` is set, the
-    times of all stages for `each` are added."""
+    """A workload for the rating of splits. The rating is the time of the slowest stage for `slowest`. If `adds_up` is
+    set, the times of all stages for `each` are added."""
 
     slowest: tuple[Rows, ...]
-    slowest_rows: int  # rows that a link carries meanwhile
+    slowest_rows: int  # Rows that a link carries during `slowest`.
     each: tuple[Rows, ...]
-    hops: int  # messages from stage to stage
-    hop_rows: int  # rows of these messages
+    hops: int  # Number of messages between stages.
+    hop_rows: int  # Total rows of these messages.
     adds_up: bool
 
     def seconds(self, slowest: float, total: float) -> float:
@@ -39,7 +37,8 @@ class Work:
 
 
 def works_of(objective: str, prompt_tokens: int) -> tuple[Work, ...]:
-    """Returns the objective's workloads, which differ in the number of chunks. A split's rating is its best time."""
+    """Returns the workloads of an objective, which differ in the number of chunks. A split is rated by its best
+    workload."""
     if objective == "latency":
         return tuple(_request(prompt_tokens, chunks) for chunks in CHUNKS)
     steps = (
@@ -50,7 +49,8 @@ def works_of(objective: str, prompt_tokens: int) -> tuple[Work, ...]:
 
 
 def _request(prompt_tokens: int, chunks: int) -> Work:
-    """Returns a request's workload. The first chunk passes all stages. The slowest stage delays every other chunk."""
+    """Returns the workload of one request. The first chunk passes all stages. Every other chunk is delayed by the
+    slowest stage."""
     rows = -(-prompt_tokens // chunks)
     chunk = Rows(rows, 1, is_prompt=True, concurrent=chunks > 1)
     behind = (Rows(rows, chunks - 1, is_prompt=True, concurrent=True),) if chunks > 1 else ()

@@ -1,1 +1,1 @@
-"""Decides what the pipeline computes: continuous batching, KV block tables, prefix cache, preemption. Uses no I/O."""
+"""Decides which tokens the pipeline computes next: batching, KV block tables, prefix cache, preemption. Does no I/O."""

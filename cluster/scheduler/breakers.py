@@ -1,4 +1,4 @@
-"""The DRY sampler's sequence breakers. DRY does not count a repetition that contains a breaker."""
+"""Sequence breakers of the DRY sampler. DRY penalizes repetitions, except those that contain a breaker."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def check_size(tokens: int) -> None:
 
 
 class BreakerTokens:
-    """Finds the token sequences whose text contains a given string. Only one thread may use a finder. The first search
-    indexes the vocabulary, which takes about a second for 256 Ki tokens. Later searches take about a millisecond."""
+    """Finds the token sequences whose text contains a given string. Not thread-safe. The first search indexes the
+    vocabulary, which takes about a second for 262,144 tokens. Later searches take about a millisecond."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._sequences = lru_cache(_KEPT)(self._find)
 
     def of(self, texts: Sequence[str]) -> Breakers:
-        """Returns all texts' breakers by first token. Raises ParameterError if they have too many tokens."""
+        """Returns the breakers of all texts by first token. Raises ParameterError if they have too many tokens."""
         by_head: dict[int, dict[tuple[int, ...], None]] = {}
         tokens = 0
         for text in texts:
@@ -54,8 +54,8 @@ class BreakerTokens:
         return TokenIndex([self._tokenizer.token_bytes(token) for token in range(self._tokenizer.vocabulary_size)])
 
     def _find(self, text: str) -> tuple[tuple[int, ...], ...]:
-        """Returns each token that contains the text. Also returns each token that ends with the text's beginning,
-        followed by the tokens of the rest."""
+        """Returns every token that contains `text`, as a sequence of one token. A token may also end with the first
+        bytes of `text`. For each such token, returns a sequence of that token and the tokens of the remaining bytes."""
         whole = text.encode("utf-8", "surrogatepass")
         found: list[tuple[int, ...]] = [(token,) for token in self._index.containing(whole)]
         containing, tokens = {token for (token,) in found}, len(found)
@@ -76,7 +76,7 @@ class BreakerTokens:
 
 
 class SeenBreakers:
-    """Selects a request's breakers that the next token may complete. All other tokens of such a breaker have occurred.
+    """Selects the breakers that the next token can complete: those whose other tokens have all occurred in the text.
     Adding all tokens takes time linear in the total length of the breakers."""
 
     __slots__ = ("_by_head", "_found", "_seen", "_sequences", "_waiting")
@@ -84,7 +84,8 @@ class SeenBreakers:
     def __init__(self, by_head: Breakers, tokens: Iterable[int]) -> None:
         self._by_head = by_head
         self._seen: set[int] = set()
-        self._waiting: dict[int, list[tuple[int, ...]]] = {}  # each by one of its tokens that has not occurred
+        # Breakers that lack a token, keyed by one token that has not occurred yet.
+        self._waiting: dict[int, list[tuple[int, ...]]] = {}
         self._found: list[tuple[int, ...]] = []
         self._sequences: tuple[tuple[int, ...], ...] = ()
         for token in dict.fromkeys(tokens) if by_head else ():
@@ -97,7 +98,7 @@ class SeenBreakers:
         return self._sequences
 
     def with_tokens(self, tokens: Iterable[int]) -> tuple[tuple[int, ...], ...]:
-        """Returns the breakers as if these tokens had occurred too. Extra breakers do no harm."""
+        """Returns the breakers as if `tokens` had also occurred. Selecting too many breakers is harmless."""
         if not self._by_head or self._seen.issuperset(tokens):
             return self.sequences
         more = copy(self)

@@ -1,5 +1,3 @@
-"""A model's serving limits. The scheduler's settings and the stages' limits are derived from them."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -19,8 +17,8 @@ ROWS = 512
 
 
 def microbatch_rows(projector: Projector | None) -> int:
-    """Returns how many rows a microbatch holds in addition to one row per sequence. Image rows that see each other must
-    fit into one microbatch, up to half of `MAX_BATCH_TOKENS`."""
+    """Returns the number of rows in a microbatch, excluding one row per decoding sequence. The rows of a bidirectional
+    image must be in one microbatch, so the number allows for them, up to half of `MAX_BATCH_TOKENS`."""
     if projector is None or not projector.is_bidirectional:
         return ROWS
     return max(ROWS, min(projector.max_rows, MAX_BATCH_TOKENS // 2))
@@ -32,7 +30,7 @@ def blocks_of(tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class BlockCounts:
-    """Block counts of KV memory, of layers with a sliding window, and of states. 0 means that there are no blocks."""
+    """Numbers of blocks. 0 means that the model has no blocks of this kind."""
 
     kv: int
     window: int = 0
@@ -42,21 +40,22 @@ class BlockCounts:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
     context_length: int
-    max_sequences: int  # running together
-    max_outputs: int  # sampled and scored rows of a microbatch
-    rows: int = ROWS  # rows of a microbatch beyond one for each sequence; a larger prefill chunk raises them
-    prefill_chunk: int | None = None  # prompt tokens of a microbatch, at most; None: by predicted time
+    max_sequences: int
+    max_outputs: int  # Maximum number of sampled and scored rows in a microbatch.
+    # Rows in a microbatch, excluding one row per sequence. A larger `prefill_chunk` replaces this number.
+    rows: int = ROWS
+    prefill_chunk: int | None = None  # Maximum number of prompt tokens in a microbatch. None: chosen by predicted time.
     kv_type: KvType = KvType.F16
     prefix_cache: bool = True
     max_waiting: int = 256
-    mtp: bool = False  # the last stage drafts with the model's MTP head
+    mtp: bool = False  # True if the last stage drafts tokens with the model's MTP head.
 
     @property
     def max_batch_tokens(self) -> int:
         return max(self.rows, self.prefill_chunk or 0) + self.max_sequences
 
     def costs(self, model: Model, expert_shards: int = 1) -> ModelCosts:
-        """Returns the model's costs, with its MTP head if that drafts. Raises UsageError if the head is missing."""
+        """Returns the model's costs, with its MTP head if `mtp` is set. Raises UsageError if the model has no head."""
         costs = model.costs(self.kv_type, expert_shards)
         return with_nextn(model, costs, self.kv_type) if self.mtp and expert_shards == 1 else costs
 

@@ -1,5 +1,3 @@
-"""Owns the microbatches in flight: numbers them, checks that results come in order, and learns stage times."""
-
 from __future__ import annotations
 
 from collections import deque
@@ -15,18 +13,18 @@ from llamaclust.core.sampling import RowResult, SampleTask
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
 
 _DEFERRED_S = 90.0
-"""The most seconds for which a row may be deferred. The last stage gives up a slow matcher after 60 s."""
+"""Maximum number of seconds for which a row may be deferred. The last stage gives up on a slow matcher after 60 s."""
 
 
 @dataclass(slots=True)
 class _Sent:
     number: int
     slices: tuple[SequenceSlice, ...]
-    decoding: int  # slices that are decode: the first ones
-    is_lookahead: bool  # it follows tokens that were not known when it was sent
-    alone: bool  # nothing is in flight meanwhile but what it follows or what follows it
+    decoding: int  # Number of decode slices, which are first in `slices`.
+    is_lookahead: bool  # True if the input tokens were unknown when the microbatch was sent.
+    alone: bool  # True if all other microbatches in flight depend on this one, or this one depends on them.
     sent_ns: int
-    begun_ns: int  # sent, and what it follows came back
+    begun_ns: int  # Time when it was sent, or for a lookahead step, when the microbatch before it returned.
 
 
 def _highest_token(row: RowResult) -> int:
@@ -38,13 +36,14 @@ class InFlight:
     def __init__(self, settings: SchedulerSettings, epoch: int, times: StageTimes) -> None:
         self._model_id = settings.model_id
         self._vocabulary = settings.vocabulary
-        self._row_bytes = 4 * settings.embedding_length  # bytes of a hidden state that comes back
+        self._row_bytes = 4 * settings.embedding_length  # Bytes of one returned hidden state.
         self._may_draft = settings.speculation is not None and settings.max_drafted > 0
         self.epoch = epoch
         self._times = times
         self._next_number = 0
         self._sent: deque[_Sent] = deque()
-        self._deferred_ns: dict[int, int] = {}  # by sequence's key: since when the next row is deferred
+        # Time when a sequence's next row was first deferred, by the sequence's key.
+        self._deferred_ns: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._sent)
@@ -105,8 +104,9 @@ class InFlight:
         return ScheduledMicrobatch(microbatch, SamplingInputs(self.epoch, number, tasks, released, starts))
 
     def complete(self, result: Result, now_ns: int) -> tuple[SequenceSlice, ...]:
-        """Returns the slices that the result belongs to. `now_ns` is the time at which the result was computed, which
-        may be before it arrived. Raises ProtocolError if the result is not valid for the microbatch that is due."""
+        """Checks a result against the oldest microbatch in flight, and returns the slices of that microbatch. `now_ns`
+        is the time when the result was computed, which may be before it arrived. Raises ProtocolError if the result
+        does not match."""
         due = self._sent[0] if self._sent else None
         if due is None or (result.epoch, result.number) != (self.epoch, due.number):
             expected = f"microbatch {due.number} of epoch {epoch_text(self.epoch)}" if due else "nothing"
@@ -129,7 +129,7 @@ class InFlight:
         if self._sent and self._sent[0].is_lookahead:
             self._sent[0].begun_ns = now_ns
         if deferred:
-            return due.slices  # the last stage may have waited
+            return due.slices  # The measured time may include waiting for a matcher.
         is_decode = due.decoding == len(due.slices)
         is_scored = any(taken.is_scored for taken in due.slices)
         elapsed_ns = now_ns - due.begun_ns - result.drafting_ns

@@ -1,8 +1,8 @@
 """Decides which sequences with slow grammar matchers get rows in the next microbatch.
 
-The last stage runs a microbatch's matchers one after another before it answers, so a slow matcher delays the tokens of
-all other sequences. Therefore all slow matchers in flight share a bounded time. Owners take turns, then an owner's
-requests, then a request's sequences. A sequence that has to wait is not scheduled, so no row is computed twice."""
+The last stage runs the matchers of a microbatch one after another before it answers. A slow matcher therefore delays
+the tokens of all other sequences. All slow matchers in flight share a limited time. Owners take turns, then requests of
+an owner, then sequences of a request. Sequences that wait are not scheduled, so no row is computed twice."""
 
 from __future__ import annotations
 
@@ -20,23 +20,25 @@ if TYPE_CHECKING:
     from llamaclust.cluster.scheduler.sequences import Sequence
 
 _LEAST_NS = 50_000_000
-"""The nanoseconds of processor time that slow matchers may always take, even if other sequences wait for them."""
+"""Nanoseconds of processor time that slow matchers may take even if other sequences wait."""
 _LONGER = 0.25
-"""The share of a decode microbatch's time that slow matchers may take, if this share is longer than `_LEAST_NS`."""
+"""Share of a decode microbatch's time that slow matchers may take. It applies if it is longer than `_LEAST_NS`."""
 _MOST_NS = 400_000_000
-"""The most nanoseconds for slow matchers in flight. It applies if all running sequences are slow and have one owner."""
+"""Maximum nanoseconds for slow matchers in flight. It is used up only if all running sequences are slow and have one
+owner."""
 _NEXT_ROWS = 1 + MAX_FORCED_TOKENS
-"""The most remaining rows of a sequence that may be held back. A sequence with more rows is in prefill."""
+"""Maximum number of remaining rows of a sequence that can be held back. With more rows, the sequence is in prefill."""
 
 
 class MatcherTurns:
     def __init__(self, times: StageTimes) -> None:
         self._times = times
         self._turn = 0
-        self._next: list[Sequence] = []  # slow ones that are not held, in turn
+        self._next: list[Sequence] = []  # Slow sequences that may run next, in order of their turns.
 
     def held(self, running: Items[Sequence]) -> frozenset[Sequence]:
-        """Returns the slow sequences that get no rows next. At least one slow sequence is in flight or may run."""
+        """Returns the slow sequences that get no rows in the next microbatch. At least one slow sequence is in flight
+        or may run."""
         slow = [sequence for sequence in running if sequence.matcher.is_slow]
         self._next = []
         if len(slow) < 2:
@@ -52,7 +54,6 @@ class MatcherTurns:
         return frozenset(idle).difference(self._next)
 
     def _in_turn(self, slow: Iterable[Sequence], idle: Iterable[Sequence]) -> Iterable[Sequence]:
-        """Yields the idle sequences by least recent turn, first of the owner, then the request, then the sequence."""
         owners, requests, turn = Counter[str](), Counter[str](), self._turn
         for sequence in sorted(slow, key=_by_turn):
             owners[sequence.request.owner] = requests[turn_of(sequence)] = sequence.matcher.turn

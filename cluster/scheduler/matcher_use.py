@@ -1,4 +1,4 @@
-"""The scheduler's record of a sequence's matcher. It only decides when rows run. The matcher runs at the last stage."""
+"""Measures the grammar matcher of one sequence. The matcher itself runs on the last stage."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 from llamaclust.core.sampling import RowResult
 
 _SLOW_NS = 5_000_000
-"""The nanoseconds of processor time per step from which a matcher counts as slow. Large JSON schemas take less."""
+"""Minimum nanoseconds of processor time per step at which a matcher counts as slow. Large JSON schemas need less."""
 
 
 @dataclass(slots=True)
 class MatcherUse:
-    is_started: bool = False  # the last stage has been sent what the matcher starts with
-    step_ns: int = 0  # processor time that it may take for a step
-    turn: int = 0  # the last one of a slow matcher
+    is_started: bool = False  # True if the last stage has received the grammar and the answer so far.
+    step_ns: int = 0  # Estimated processor time of a step in nanoseconds.
+    turn: int = 0  # Number of the last turn, for a slow matcher.
 
     @property
     def is_slow(self) -> bool:
         return self.step_ns >= _SLOW_NS
 
     def learn(self, rows: Iterable[RowResult]) -> None:
-        """Updates `step_ns` from one step's rows. `step_ns` falls slowly, because slow rows may follow quick rows."""
+        """Updates `step_ns`, which decreases slowly because slow rows may follow fast rows."""
         if taken := [row.matcher_ns for row in rows if not row.is_deferred]:
             self.step_ns = max(sum(taken), self.step_ns * 3 // 4)
 

@@ -1,21 +1,22 @@
-"""Decides into how many microbatches ("groups") decoding sequences are split, so that stages work at the same time.
+"""Decides into how many microbatches, called groups, the decoding sequences are split. Several groups let stages work
+at the same time.
 
-Each stage reads all of its weights for each microbatch. Therefore two microbatches of n / 2 sequences take a stage
-longer than one microbatch of n sequences. Several groups pay only if stages would otherwise wait for each other. Let
-t_i(rows) be the stage times, and `transit` the time on links and in the coordinator. Each sequence gets one token per
-cycle(groups) = max(sum_i t_i(n / groups) + transit, groups * max_i t_i(n / groups)). The first term is one microbatch's
-time through all stages. The second term is the slowest stage's time for all microbatches."""
+Each stage reads all of its weights for each microbatch. Two microbatches of n / 2 sequences therefore take longer than
+one microbatch of n sequences. Several groups pay only if stages would otherwise wait for each other. Let t_i(rows) be
+the time of stage i, and `transit` the time on links and in the coordinator. Each sequence gets one token per
+cycle(groups) = max(sum_i t_i(n / groups) + transit, groups * max_i t_i(n / groups)). The first term is the time of one
+microbatch through all stages. The second term is the time of all microbatches on the slowest stage."""
 
 from __future__ import annotations
 
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _MARGIN = 0.05
-"""The relative gain that must be predicted before several groups are used again."""
 
 _DECIDE_EVERY = 16
 _RETRY_EVERY = 4096
-"""The split is decided every `_DECIDE_EVERY` decode microbatches, and several groups are tried every `_RETRY_EVERY`."""
+"""The number of groups is decided again after `_DECIDE_EVERY` decode microbatches. If it is 1, several groups are tried
+again after `_RETRY_EVERY`."""
 
 
 def cycle_ns(stage_ns: list[float], groups: int, transit_ns: float) -> float:
@@ -51,7 +52,7 @@ class DecodeSplit:
         return self._groups
 
     def rows(self, decoding: int, under_way: int) -> int:
-        """Returns how many sequences to decode now. Returns 0 while all groups are in flight."""
+        """Returns the number of sequences in the next decode microbatch, or 0 if all groups are in flight."""
         groups = self.groups(decoding)
         return 0 if under_way >= groups else -(-decoding // groups)
 

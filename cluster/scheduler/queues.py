@@ -1,4 +1,4 @@
-"""Owns running and waiting sequences. A sequence starts when KV memory has room, and waits again if it is preempted."""
+"""Owns running and waiting sequences. A sequence starts when KV memory has room. A preempted sequence waits again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from llamaclust.core.sharing.shares import fits
 _OVERTAKING = 8
 
 _MAX_OVERTAKEN = 32
-"""The most sequences that may overtake the sequence whose turn it is. No further sequence may start before it."""
 
 _PREFILL, _DECODE = Phase.PREFILL, Phase.DECODE
 _by_arrival = attrgetter("key")
@@ -31,13 +30,14 @@ class SequenceQueues:
     def __init__(self, memory: KvMemory, max_running: int) -> None:
         self.memory = memory
         self.max_running = max_running
-        self.running: list[Sequence] = []  # by arrival
+        self.running: list[Sequence] = []  # Running sequences in order of arrival.
         self.waiting: deque[Sequence] = deque()
-        self.restoring: list[Sequence] = []  # sequences that wait for KV memory from disk
-        self.held: frozenset[Sequence] = frozenset()  # running sequences with slow matchers, out of turn
-        self.released: list[int] = []  # keys of sequences whose matchers the last stage may forget
+        self.restoring: list[Sequence] = []  # Sequences that wait until their KV blocks are read from disk.
+        # Running sequences with slow matchers that must skip the next microbatch.
+        self.held: frozenset[Sequence] = frozenset()
+        self.released: list[int] = []  # Keys of sequences whose matchers the last stage can drop.
         self.preemptions = 0
-        self.cached_tokens = 0  # prompt tokens found in the prefix cache, in all
+        self.cached_tokens = 0  # Total prompt tokens found in the prefix cache.
 
     @property
     def decoding(self) -> int:
@@ -46,7 +46,6 @@ class SequenceQueues:
 
     @property
     def decode_plainly(self) -> bool:
-        """True if all running sequences decode and sample from logits alone. Lookahead can then have their rows."""
         return all(sequence.phase is _DECODE and sequence.sampler.is_plain for sequence in self.running)
 
     @property
@@ -79,19 +78,18 @@ class SequenceQueues:
             sequence.restart()
 
     def check_room(self, owner: str, most_waiting: int) -> None:
-        """Raises QueueFullError if the owner has too many waiting sequences. Fewer may wait if others have many."""
+        """Raises QueueFullError if the owner has too many waiting sequences. The limit is lower if many sequences
+        wait."""
         waiting = [*self.waiting, *self.restoring]
         own = sum([other.request.owner == owner for other in waiting])
         if not fits(own, len(waiting), most_waiting + self.max_running - len(self.running)):
             raise QueueFullError(f"{own} requests wait already, and no more are accepted: try again later")
 
     def add(self, sequence: Sequence, most_waiting: int) -> None:
-        """Queues a sequence. Raises QueueFullError if the owner has too many waiting sequences."""
         self.check_room(sequence.request.owner, most_waiting)
         self.waiting.append(sequence)
 
     def admit(self) -> Sequence | None:
-        """Starts the first sequence in turn, or a later one that fits, and gives it blocks for all of its tokens."""
         if not self.can_start or not (waiting := startable(self.waiting, self.running)):
             return None
         running = Running.of(self.running)
@@ -112,8 +110,8 @@ class SequenceQueues:
         return True
 
     def give_turn(self) -> None:
-        """Preempts a sequence if the first waiting sequence may take its turn (`takes_turn`) but lacks a place or
-        memory. The busiest owner's youngest sequence gives way. Must not run while a microbatch is being made."""
+        """Preempts the youngest sequence of the busiest owner for the next waiting sequence, if `takes_turn` allows it
+        and that sequence lacks a place or memory. Must not be called while a microbatch is being made."""
         if not self.waiting or not (waiting := startable(self.waiting, self.running)):
             return
         running = Running.of(self.running)
@@ -125,7 +123,7 @@ class SequenceQueues:
         self._preempt_one()
 
     def make_room(self, sequence: Sequence) -> None:
-        """Starts the sequence or gives it its next block, and preempts others if needed. Nothing may be in flight."""
+        """Starts the sequence, or gives it its next block. May preempt others. Nothing may be in flight."""
         grow = self.memory.grow if sequence.phase is _DECODE else self.memory.extend
         if sequence.is_running and not grow(sequence):
             self.preempt(sequence)
@@ -136,8 +134,8 @@ class SequenceQueues:
         self._start(sequence)
 
     def shortest(self, prefilling: list[Sequence]) -> Sequence | None:
-        """Returns the sequence to prefill before the oldest, and starts it if it waits. It has fewer rows left, or its
-        owner or request runs fewer sequences. Returns None if the oldest sequence is next."""
+        """Returns a sequence that should be prefilled before the oldest one, or None. It has fewer rows left, or its
+        owner or request runs fewer sequences. If the sequence is still waiting, starts it."""
         if not prefilling:
             return None
         running = Running.of(self.running)
@@ -203,7 +201,6 @@ class SequenceQueues:
         self.preemptions += 1
 
     def discard(self, sequence: Sequence) -> None:
-        """Drops a sequence's computation, because it may be wrong. Its blocks are no longer shared."""
         sequence.outputs.repeat()
         self.memory.invalidate(sequence)
         if sequence.is_running:

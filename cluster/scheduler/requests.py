@@ -1,4 +1,4 @@
-"""The engine's requests and events, in token ids. The engine's callers own text, stop strings and HTTP."""
+"""Requests and events of the engine, with token ids. Text, stop strings and HTTP belong to the engine's callers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from llamaclust.core.sampling import Grammar, Reasoning, RowResult, SamplingPara
 
 
 class FinishReason(StrEnum):
-    STOP = "stop"  # an end-of-generation or stop token (it is the last event's token), or the caller's stop string
-    LENGTH = "length"  # max_tokens or the context is used up
-    ABORT = "abort"  # the caller cancelled it
+    # The last token is an end-of-generation token or a stop token, or the text contains a stop string.
+    STOP = "stop"
+    LENGTH = "length"  # The maximum number of tokens is reached, or the context is full.
+    ABORT = "abort"
 
 
 class Operation(StrEnum):
-    """The purpose of a request. The values are OpenTelemetry's operation names."""
-
     CHAT = "chat"
     TEXT_COMPLETION = "text_completion"
     EMBEDDINGS = "embeddings"
@@ -29,15 +28,20 @@ class Operation(StrEnum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerOptions:
     top_logprobs: int = 0
-    score_from: int | None = None  # prompt tokens [max(score_from, 1), end) get logprobs; None: none are scored
-    cache_salt: str = ""  # KV blocks are shared with requests that have the same, and the same adapters
+    # Prompt tokens [max(score_from, 1), end) get logprobs. None: no prompt token gets a logprob.
+    score_from: int | None = None
+    cache_salt: str = ""  # KV blocks are shared only between requests with the same salt and adapters.
     adapters: AdapterScales = ()
-    grammar: Grammar | None = None  # the answer obeys it
-    reasoning: Reasoning | None = None  # set if reasoning has a budget, or delays the grammar
-    with_logprobs: bool = False  # False: forced tokens are not computed one by one, and have logprob 0
-    max_drafted: int | None = None  # tokens computed in advance with each one, at most; None: as the scheduler may
+    grammar: Grammar | None = None
+    # Set if reasoning has a token limit, or if the grammar begins after the reasoning.
+    reasoning: Reasoning | None = None
+    # False: tokens that a grammar forces get logprob 0, because they are not computed one by one.
+    with_logprobs: bool = False
+    # Maximum number of drafted tokens in a step. None: the scheduler's limit.
+    max_drafted: int | None = None
     operation: Operation = field(default=Operation.TEXT_COMPLETION, compare=False)
-    received_ns: int = field(default=0, compare=False)  # time of the client's request; 0: the time of submission
+    # Time when the client's request arrived. 0: the time of submission.
+    received_ns: int = field(default=0, compare=False)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -48,20 +52,24 @@ class AnswerOptions:
 class GenerationRequest(AnswerOptions):
     request_id: str
     prompt: tuple[int, ...]
-    max_new_tokens: int  # 0: score or embed the prompt only
+    max_new_tokens: int  # 0: only score or embed the prompt.
     params: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0
     choice: int = 0
     stop_token_ids: frozenset[int] = frozenset()
-    min_tokens: int = 0  # stop tokens are suppressed until that many are generated
-    penalty_window: int = 64  # tokens (prompt and answer) before the one to be chosen that penalties count
-    dry_window: int = 0  # tokens before the one to be chosen that DRY looks at
-    breakers: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)  # for DRY, by first token
-    embedded: tuple[int, int] | None = None  # hidden states of prompt tokens [first, end) are wanted, none is sampled
-    images: tuple[ImageSpan, ...] = ()  # ascending
-    group: str = ""  # the same for requests that came as one; empty: a group of its own
-    owner: str = field(default="", compare=False)  # whom the request belongs to: owners take turns
-    answered: tuple[RowResult, ...] = ()  # the answer's first tokens, known from an earlier run; without Mirostat
+    min_tokens: int = 0  # Stop tokens are suppressed until this many tokens are generated.
+    penalty_window: int = 64  # Number of preceding tokens (prompt and answer) that penalties count.
+    dry_window: int = 0  # Number of preceding tokens that DRY searches.
+    # DRY sequence breakers, by first token.
+    breakers: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    # Prompt tokens [first, end) whose hidden states are returned. If set, no token is sampled.
+    embedded: tuple[int, int] | None = None
+    images: tuple[ImageSpan, ...] = ()  # Spans in ascending order of position.
+    # Equal for all prompts and choices of one API request. Empty: the request is its own group.
+    group: str = ""
+    owner: str = field(default="", compare=False)  # Client that sent the request. Owners take turns.
+    # First tokens of the answer, known from an earlier run. Not used with Mirostat.
+    answered: tuple[RowResult, ...] = ()
 
     @property
     def needs_matcher(self) -> bool:
@@ -69,7 +77,7 @@ class GenerationRequest(AnswerOptions):
 
     @property
     def needs_place(self) -> bool:
-        """False if the request may need no computation."""
+        """False if the request can perhaps be answered without computation."""
         return self.embedded is not None or bool(self.max_new_tokens and not self.answered)
 
     @property
@@ -84,7 +92,7 @@ class GenerationRequest(AnswerOptions):
 
 @dataclass(frozen=True, slots=True)
 class PromptScored:
-    """Logprobs of the prompt tokens [start, start + len(rows)). rows[i].token is the prompt's token at start + i."""
+    """Logprobs of the prompt tokens [start, start + len(rows)). rows[i].token is the token at position start + i."""
 
     start: int
     rows: tuple[RowResult, ...]
@@ -92,7 +100,7 @@ class PromptScored:
 
 @dataclass(frozen=True, slots=True)
 class PromptEmbedded:
-    """Normed hidden states of the prompt tokens [start, start + count), as little-endian float32 [count, embedding]."""
+    """Normed hidden states of the prompt tokens [start, start + count): little-endian float32 [count, embedding]."""
 
     start: int
     count: int
@@ -106,7 +114,7 @@ class TokenSampled:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """One request's times and token counts. `queue_ms` and `ttft_ms` begin when the request arrives."""
+    """Times and token counts of a request. `queue_ms` and `ttft_ms` are measured from the request's arrival."""
 
     queue_ms: float
     ttft_ms: float
@@ -115,8 +123,8 @@ class Timings:
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
-    drafted_tokens: int = 0  # drafted tokens that were computed
-    accepted_tokens: int = 0  # drafted tokens that are in the answer
+    drafted_tokens: int = 0  # Number of drafted tokens that were computed.
+    accepted_tokens: int = 0  # Number of drafted tokens that were accepted.
 
 
 def rate(tokens: int, ns: int) -> float:
@@ -126,14 +134,14 @@ def rate(tokens: int, ns: int) -> float:
 @dataclass(frozen=True, slots=True)
 class PromptProgress:
     total: int
-    cached: int  # found in the prefix cache
-    processed: int  # tokens computed or cached
-    since_ms: float  # time since the request's start
+    cached: int  # Number of prompt tokens found in the prefix cache.
+    processed: int  # Number of prompt tokens that are computed or cached.
+    since_ms: float
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of a request that finished or was aborted. A failed request ends with an exception instead."""
+    """Last event of a request that finished or was aborted. A failed request ends with an exception instead."""
 
     reason: FinishReason
     timings: Timings
@@ -144,11 +152,11 @@ Event = PromptScored | PromptEmbedded | TokenSampled | Finished
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The last update of a request that failed, because one of its own rows has no result. Other requests continue."""
+    """Last update of a request that failed because one of its rows has no result. Other requests continue."""
 
     message: str
     is_request_fault: bool = False
-    """True if the request itself is the cause, so that it would fail again."""
+    """True if the request caused the failure, so that it would fail again."""
 
 
 Update = Event | Failed

@@ -1,7 +1,8 @@
-"""Decides what the stages compute next: continuous batching, chunked prefill, preemption. It reads no clock.
+"""Decides what the stages compute next: continuous batching, chunked prefill, preemption. Reads no clock.
 
-A sequence's blocks are released as soon as it finishes, is aborted or is preempted. Microbatches in flight may still
-read the blocks. This is safe, because stages run microbatches in order, and the next owner writes in a later one."""
+The blocks of a sequence are released as soon as it finishes, is aborted or is preempted. Microbatches in flight may
+still read these blocks. That is safe, because stages run microbatches in order, and the next owner writes in a later
+one."""
 
 from __future__ import annotations
 
@@ -41,11 +42,10 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Result
 
 _VISIBLE_WAITING = 8
-"""The waiting sequences whose tokens count as pending work when the size of a prefill chunk is chosen."""
 
 _SHARED, _SHARED_ROWS = 4, 32
-"""The divisor of a prefill chunk's time limit, and a chunk's most rows, while another pipeline runs on the same
-workers. One chunk is then in flight, because the other pipeline's decode may wait for it."""
+"""Divisor of a prefill chunk's time limit, and the chunk's maximum rows, while another pipeline uses the same workers.
+Only one chunk is then in flight, because it may delay the other pipeline's decode."""
 
 _by_remaining = attrgetter("remaining")
 _by_arrival = attrgetter("key")
@@ -58,8 +58,8 @@ class Scheduler:
         self.queues = SequenceQueues(KvMemory(settings), settings.max_sequences)
         self._sequences: dict[int, Sequence] = {}
         self.strikes = Strikes()
-        self.is_shared = False  # another pipeline runs on the same workers
-        self._burst_tokens = 0  # the most prompt tokens to compute since there were none
+        self.is_shared = False  # True while another pipeline runs on the same workers.
+        self._burst_tokens = 0  # Maximum number of pending prompt tokens since the last time there were none.
         self._next_key = 0
         self.drafts = DraftCounts()
         self.retries = Retries()
@@ -98,7 +98,7 @@ class Scheduler:
         return self._sequences
 
     def add(self, request: GenerationRequest, now_ns: int) -> Sequence:
-        """Queues a request unless its end is known. Raises QueueFullError (early if possible) or ParameterError."""
+        """Queues a request, unless it needs no computation. Raises QueueFullError or ParameterError."""
         settings = self.settings
         if request.needs_place:
             self.queues.check_room(request.owner, settings.max_waiting)
@@ -129,7 +129,6 @@ class Scheduler:
         return sequence
 
     def restart(self, settings: SchedulerSettings, epoch: int, stages: int) -> None:
-        """Moves all sequences to a new pipeline, in order of arrival. The new stages compute everything again."""
         self._use_pipeline(settings, epoch, stages)
         self.queues.restart(KvMemory(settings), settings.max_sequences, self._sequences.values())
 
@@ -149,7 +148,7 @@ class Scheduler:
             self.queues.put_back(sequence)
 
     def take_over(self, other: Scheduler, sequences: Iterable[Sequence]) -> None:
-        """Takes over another scheduler's sequences in order of arrival. Each is movable or from a lost pipeline."""
+        """Takes over sequences of another scheduler. They must be in `movable`, or their pipeline must be lost."""
         for sequence in sequences:
             other.put_back(sequence)
             other.queues.waiting.remove(sequence)
@@ -164,7 +163,6 @@ class Scheduler:
         self.queues.waiting = deque(sorted(self.queues.waiting, key=_by_arrival))
 
     def has_room_for(self, sequence: Sequence) -> bool:
-        """True if another scheduler's sequence could start here at once without delaying a waiting sequence."""
         queues = self.queues
         if queues.waiting or queues.restoring or len(queues.running) >= queues.max_running:
             return False
@@ -178,11 +176,11 @@ class Scheduler:
         if (isolated := self.strikes.isolated) is not None:
             is_busy = len(self.in_flight) or self.queues.restoring or self.queues.memory.transfers.are_under_way
             return None if is_busy else self._next_alone(isolated, now_ns)
-        # Without decode, one more in flight keeps stages from idling after a quick chunk; else it would delay tokens.
+        # One more microbatch in flight keeps stages busy after a short chunk. With decode, it would delay tokens.
         room = self.times.in_flight - self.in_flight.live
         self.queues.held = self._turns.held(self.queues.running)
         has_room = room > 0 or (room == 0 and not self.queues.decoding)
-        if has_room or not self.queues.can_start:  # lookahead goes on while nothing can start
+        if has_room or not self.queues.can_start:  # If no sequence can start, lookahead continues.
             self.queues.give_turn()
         if not has_room or self.queues.are_settled:
             return self._next_ahead(now_ns)
@@ -198,10 +196,10 @@ class Scheduler:
         return self._launch(slices, len(ready), now_ns) if slices else self._next_ahead(now_ns)
 
     def complete(self, result: Result, now_ns: int, *, suspects_workers: bool = False) -> Completed:
-        """Processes a result. `suspects_workers` means that another worker may take the last stage after a failure.
-        Raises ProtocolError if the result is not due."""
+        """Processes a result. `suspects_workers` means that another worker can take the last stage after a failure.
+        Raises ProtocolError if the result does not belong to the oldest microbatch in flight."""
         completed = Completed()
-        row = at = 0  # in the rows, and in the embeddings
+        row = at = 0  # Offsets in `result.rows` and in `result.embeddings`.
         slices = self.in_flight.complete(result, now_ns)
         row_bytes = len(result.embeddings) // max(1, sum(taken.chunk.embedded_rows for taken in slices))
         for taken in slices:
@@ -266,7 +264,6 @@ class Scheduler:
         return self._fitting([sequence for sequence in awaiting if sequence.phase is Phase.DECODE])
 
     def _fitting(self, decoding: list[Sequence]) -> list[Sequence]:
-        """Returns the oldest sequences whose rows fit into a microbatch. A sequence with a state may take several."""
         ends = accumulate(map(_next_rows, decoding))
         return [sequence for sequence, end in zip(decoding, ends, strict=True) if end <= self.settings.max_batch_tokens]
 
@@ -281,7 +278,6 @@ class Scheduler:
         return ready
 
     def _next_ahead(self, now_ns: int) -> ScheduledMicrobatch | None:
-        """Returns a lookahead step. Returns None if stages are busy, if prompts would wait, or if it would not pay."""
         queues = self.queues
         if queues.can_start or queues.prefilling or self._split.groups(queues.decoding) > 1:
             return None
@@ -336,9 +332,9 @@ class Scheduler:
     # -- prefill ---------------------------------------------------------------------------------------------------
 
     def _prefill_slices(self, ready: list[Sequence], now_ns: int) -> list[SequenceSlice]:
-        """Returns a microbatch's prompt slices. Half of the rows go to the sequences with the fewest rows left, and the
-        rest by order of arrival. Short prompts then do not wait, and the oldest prompt does not starve. All rows go by
-        order of arrival if prompts, or the oldest prompt's next rows, must be computed together."""
+        """Returns the prompt slices of a microbatch. Half of the rows go to the sequences with the fewest rows left, so
+        that short prompts do not wait. The rest go by order of arrival, so that the oldest prompt makes progress. All
+        rows go by order of arrival if the oldest prompt's next rows, or whole prompts, must be computed together."""
         prefilling = self.queues.prefilling
         if not prefilling and not self.queues.can_start:
             return []

@@ -1,4 +1,4 @@
-"""A sequence is one request on a pipeline. It can be computed again from its tokens and Mirostat's mu."""
+"""A sequence is one request on a pipeline. Its tokens and Mirostat's mu are enough to compute it again."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 class Phase(Enum):
-    WAITING = auto()  # for KV memory and a place to run; results in flight still count
-    DISCARDED = auto()  # waits, and does not count results in flight: they are computed again
-    PREFILL = auto()  # rows of known tokens are computed
-    DECODE = auto()  # tokens[:-1] are computed and the last one was sampled
+    WAITING = auto()  # Waits for KV memory and a place to run. Results in flight still count.
+    DISCARDED = auto()  # Waits, and ignores results in flight, because their rows are computed again.
+    PREFILL = auto()
+    DECODE = auto()  # tokens[:-1] are computed, and tokens[-1] was sampled.
     FINISHED = auto()
 
 
@@ -31,27 +31,27 @@ _PREFILL, _DECODE, _DISCARDED, _FINISHED = Phase.PREFILL, Phase.DECODE, Phase.DI
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    key: int  # ascending with arrival
+    key: int  # Number in order of arrival.
     request: GenerationRequest
-    max_new_tokens: int  # chosen tokens at most, the context considered
+    max_new_tokens: int  # Maximum number of answer tokens, also limited by the context length.
     usage: Usage
-    is_whole: bool = False  # all rows are in one microbatch
-    tokens: list[int] = field(init=False)  # prompt, then answer
+    is_whole: bool = False  # True if all rows must be in one microbatch.
+    tokens: list[int] = field(init=False)  # Tokens of the prompt, then of the answer.
     sampler: SamplingState = field(init=False)
     kv: SequenceKv = field(init=False)
     outputs: PromptOutputs = field(init=False)
     images: SequenceImages | None = field(init=False)
     drafting: Drafting = field(default_factory=Drafting)
     matcher: MatcherUse = field(default_factory=MatcherUse)
-    scheduled: int = 0  # tokens whose keys and values are computed or under way
-    computed: int = 0  # tokens whose keys and values are computed
-    in_flight: int = 0  # microbatches
-    sampling: int = 0  # tokens that microbatches in flight will choose
-    sampled_at: tuple[int, int] = (0, 0)  # microbatch and output row of the last token, in flight or not
+    scheduled: int = 0  # Number of tokens whose keys and values are computed or in flight.
+    computed: int = 0  # Number of tokens whose keys and values are computed.
+    in_flight: int = 0  # Number of this sequence's microbatches in flight.
+    sampling: int = 0  # Number of tokens that microbatches in flight will choose.
+    sampled_at: tuple[int, int] = (0, 0)  # Microbatch number and output row of the last token, even if it has returned.
     phase: Phase = Phase.WAITING
-    failures: int = 0  # rows without a result since the last result
-    is_checked: bool = False  # after a failure, stages say where it comes from
-    overtaken: int = 0  # sequences that started while it was its turn and it did not fit
+    failures: int = 0  # Number of rows without a result since the last result.
+    is_checked: bool = False  # True if stages must report where a further failure comes from.
+    overtaken: int = 0  # Number of sequences that overtook this one when it was next in turn but did not fit.
 
     def __post_init__(self) -> None:
         request, end = self.request, self.prompt_length - 1
@@ -71,7 +71,7 @@ class Sequence:
 
     @property
     def is_begun(self) -> bool:
-        """True once the sequence has run for the first time, even if it waits again."""
+        """True once the sequence has started for the first time, even if it waits again."""
         return self.usage.cached_tokens is not None
 
     @property
@@ -96,7 +96,7 @@ class Sequence:
 
     @property
     def target(self) -> int:
-        """The number of rows to compute. The last token needs no row if no token is sampled after it."""
+        """Number of rows to compute. The last token needs no row if no token is sampled after it."""
         if self.request.embedded is not None:
             return self.prompt_length if self.is_whole else self.outputs.end
         return len(self.tokens) if self.max_new_tokens else len(self.tokens) - 1
@@ -107,7 +107,8 @@ class Sequence:
 
     @property
     def next_rows(self) -> int:
-        """The number of known rows in the next decode step. It is several if refused drafts have set a state back."""
+        """Number of known rows in the next decode step. It is above 1 after refused drafts if a state had to be
+        reset."""
         return max(1, self.remaining)
 
     @property
@@ -115,14 +116,14 @@ class Sequence:
         return self.phase is _DECODE and self.scheduled < len(self.tokens)
 
     def has_prompt_of(self, request: GenerationRequest) -> bool:
-        """True if the request is another choice of the same API request. Its KV blocks then have equal keys."""
+        """True if the request is another choice of the same API request, so that KV blocks have equal keys."""
         own = self.request
         is_same = own.prompt is request.prompt and own.images is request.images
         return is_same and (own.cache_salt, own.adapters) == (request.cache_salt, request.adapters)
 
     def may_go_ahead(self, most: int) -> bool:
-        """True if the next row can be sent before its token is known. At most `most` tokens may be unknown, including
-        the row's own, and at most one if samplers look at earlier tokens."""
+        """True if the next row can be sent before its token is known. Up to `most` tokens may be unknown, including the
+        row's own token, or only one if samplers look at earlier tokens."""
         most = 0 if self.matcher.is_slow else most if self.sampler.is_plain else 1
         if not 0 < self.sampling <= most or self.request.params.needs_state:
             return False
@@ -131,7 +132,8 @@ class Sequence:
 
     @property
     def may_draft(self) -> bool:
-        """True if drafted rows may be computed with the last token's row. With Mirostat, mu would be unknown."""
+        """True if drafted rows may be computed with the last token's row. Mirostat excludes drafts, because mu would be
+        unknown."""
         request = self.request
         is_open = self.phase is _DECODE and self.left > 1 and request.max_drafted != 0
         is_early = request.needs_matcher and self.generated < request.min_tokens
@@ -139,7 +141,7 @@ class Sequence:
 
     @property
     def may_draft_further(self) -> bool:
-        """True if further drafts may follow the drafts in flight. Sampling needs no earlier tokens and no matcher."""
+        """True if more drafts may follow the drafts in flight. Sampling must not need earlier tokens or a matcher."""
         ahead = self.drafting.ahead
         return self.samples_alone and bool(ahead) and self.may_draft and self.left > len(ahead) + 1
 
@@ -149,7 +151,7 @@ class Sequence:
 
     @property
     def expects_forced(self) -> bool:
-        """True if the grammar forced tokens recently. If it forces another, a lookahead row would compute it twice."""
+        """True if the grammar forced a token recently. A lookahead row would be wasted if another token is forced."""
         return self.request.needs_matcher and self.drafting.expects_forced(self.generated)
 
     @property
@@ -179,13 +181,13 @@ class Sequence:
 
     @property
     def settled(self) -> int:
-        """The first row that may be computed again. It is a drafted row in flight, or with states an earlier row."""
+        """First row that may have to be computed again. It is the first drafted row in flight, or an earlier row if
+        there are states."""
         ahead = self.drafting.ahead
         return self.computed if ahead and self.kv.states.is_begun else self.scheduled - len(ahead)
 
     @property
     def begins_with_group(self) -> bool:
-        """True if the next rows belong to an image whose rows see each other."""
         return self.images is not None and self.images.begins_with_group(self.scheduled)
 
     def rows_within(self, rows: int, outputs: int) -> int:
@@ -196,7 +198,7 @@ class Sequence:
         return min(rows, self.remaining, before_outputs + outputs)
 
     def rewind(self, cached: int) -> None:
-        """Records that only tokens[:cached] have their keys and values stored."""
+        """Records that keys and values are stored for tokens[:cached] only."""
         self.scheduled, self.drafting.next = cached, ()
         self.drafting.give_up()
         self.kv.registered = cached // KV_BLOCK_TOKENS
@@ -206,7 +208,7 @@ class Sequence:
         self.computed = min(self.computed, self.scheduled)
 
     def restart(self) -> None:
-        """Drops everything that was computed or is in flight. Keeps the tokens, and repeats no update."""
+        """Drops all computed rows and all rows in flight. Keeps the tokens, and sends no update twice."""
         self.scheduled = self.in_flight = self.sampling = 0
         self.kv.restart()
         self.drafting.restart()

@@ -1,5 +1,3 @@
-"""Learns stage times from results, and predicts stage times of later microbatches. Callers pass all timestamps."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,10 +12,10 @@ _RECENT_WEIGHT = 0.2
 _FIXED_ROWS = 10
 
 _FRESH = 96
-"""A curve's point is stale once the curve has learned this many later samples."""
+"""Number of later samples after which a point of a curve is stale."""
 
 _NEGLIGIBLE = 0.02
-"""The share of the slowest stage's time that may stay idle before one more microbatch is kept in flight."""
+"""Share of the slowest stage's time that may be idle before one more microbatch is kept in flight."""
 
 
 def _occupied_ns(timing: StageTiming) -> int:
@@ -25,14 +23,14 @@ def _occupied_ns(timing: StageTiming) -> int:
 
 
 class Curve:
-    """One stage's time as a function of a microbatch's rows: a point for each power of two, with lines between them."""
+    """Time of one stage as a function of the number of rows: a point per power of two, and lines between the points."""
 
     __slots__ = ("_learned", "_learned_at", "_points")
 
     def __init__(self) -> None:
-        self._points: dict[int, tuple[float, float]] = {}  # bucket: (rows, ns), buckets ascending
+        self._points: dict[int, tuple[float, float]] = {}  # (rows, ns) by bucket, in ascending order of bucket.
         self._learned = 0
-        self._learned_at: dict[int, int] = {}  # by bucket: when `_learned` was this
+        self._learned_at: dict[int, int] = {}  # Value of `_learned` at the last sample of each bucket.
 
     def learn(self, rows: int, ns: float) -> None:
         bucket = (rows - 1).bit_length()
@@ -56,7 +54,8 @@ class Curve:
         return curve
 
     def predict(self, rows: float, other: Curve | None = None) -> float | None:
-        """Returns nanoseconds, or None without samples. `other` adds points to a single point, which has no slope."""
+        """Returns the nanoseconds of a microbatch with `rows` rows, or None without samples. `other` provides more
+        points if this curve has only one."""
         points = list(self._points.values())
         if len(points) < 2 and other is not None:
             points = sorted((other._points | self._points).values())
@@ -72,7 +71,7 @@ class Curve:
 
 
 def _rising(points: dict[int, tuple[float, float]]) -> dict[int, tuple[float, float]]:
-    """Lowers each point to the later points. More rows cannot take less time, so a longer time is wrong or old."""
+    """Lowers each time to the minimum of the later times, because a microbatch with more rows cannot take less time."""
     rising, most = dict[int, tuple[float, float]](), inf
     for bucket, (rows, ns) in sorted(points.items(), reverse=True):
         most = min(most, ns)
@@ -101,7 +100,7 @@ class StageCurves:
 
 
 class StageTimes:
-    """Four sets of curves: decode alone in the pipeline, decode with other microbatches, prefill, and scored rows."""
+    """Times of all stages: decode alone in the pipeline, decode with other microbatches, prefill, and scored rows."""
 
     def __init__(self, stages: int) -> None:
         self.stages = stages
@@ -110,9 +109,9 @@ class StageTimes:
         self.prefill = StageCurves(stages)
         self.scoring = StageCurves(stages)
         self.mtp = MtpTimes()
-        self.transit_ns = 0.0  # time of a round on links and in the coordinator
-        self.whole_transit_ns = 0.0  # `transit_ns` of rounds without lookahead steps
-        self.decode_ns: float | None = None  # time of all stages together for recent decode microbatches
+        self.transit_ns = 0.0  # Nanoseconds of a round on links and in the coordinator.
+        self.whole_transit_ns = 0.0  # `transit_ns` for rounds without lookahead steps.
+        self.decode_ns: float | None = None  # Total nanoseconds of all stages for recent decode microbatches.
         self._recent_ns: list[float] | None = None
 
     def learn(
@@ -125,8 +124,8 @@ class StageTimes:
         was_lookahead: bool = False,
         was_scored: bool = False,
     ) -> None:
-        """Learns from a microbatch. `elapsed_ns` is its time, or for a lookahead step the time since the last result.
-        `was_alone` means that only lookahead steps were in flight with it."""
+        """Updates the estimates. `elapsed_ns` is the time of the microbatch, or for a lookahead step the time since the
+        last result. `was_alone` means that only lookahead steps were in flight with it."""
         timings = result.timings
         if len(timings) != self.stages:
             return
@@ -140,7 +139,7 @@ class StageTimes:
         if is_decode:
             decode_ns = sum(now) if self.decode_ns is None else self.decode_ns
             self.decode_ns = decode_ns + _RECENT_WEIGHT * (sum(now) - decode_ns)
-        if was_alone:  # behind others it would wait where no stage sees it
+        if was_alone:  # A microbatch that is not alone also waits between stages, which no stage measures.
             transit = max(0.0, elapsed_ns - sum(t.queue_ns + _occupied_ns(t) for t in timings))
             self.transit_ns = moved(self.transit_ns, transit) if self.transit_ns else transit
             if not was_lookahead:
@@ -155,7 +154,7 @@ class StageTimes:
 
     @property
     def in_flight(self) -> int:
-        """The number of microbatches that keeps all stages busy: the cycle time divided by the slowest stage's time,
+        """Number of microbatches that keeps all stages busy: the cycle time divided by the slowest stage's time,
         rounded up. It is at least `stages` and at most 2 * `stages` + 1."""
         if self._recent_ns is None:
             return self.stages + 1

@@ -1,13 +1,13 @@
-"""Finds requests that make a pipeline fail. A suspect is isolated, and ends if the same few rows keep failing.
+"""Finds requests that make a pipeline fail. A suspected request is isolated. It fails if the same few rows fail again.
 
-A pipeline also fails for other reasons, at worst once a second. Therefore a failure is evidence against a request only
-if its *suspected rows* were in flight. Suspected rows were in flight at an earlier failure, and were not computed
-since. A request that really breaks the pipeline does so at one row, which stays suspected.
+A pipeline also fails for other reasons, at worst once per second. Therefore a failure is evidence against a request
+only if its *suspected rows* were in flight. Rows are suspected if they were in flight at an earlier failure and were
+not computed since. A request that really breaks the pipeline does so at one row, which stays suspected.
 
 After two such failures, the request is computed alone, with few suspected rows at a time. Let these rows take w
-seconds, and let workers be lost for other reasons r times a second. Another failure by chance then has the probability
-r * w, about 0.02 for SmolLM2 and one loss per second. If no failure comes, the request is cleared. Since the first of
-four failures only finds the rows, a harmless request ends with a probability of at most (r * w) ** 3."""
+seconds, and let workers be lost for other reasons r times per second. The probability of another failure by chance is
+then r * w, about 0.02 for SmolLM2 and one loss per second. If no failure comes, the request is cleared. The first of
+four failures only finds the rows, so a harmless request fails with a probability of at most (r * w) ** 3."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 
 _ISOLATED = 2
-"""The strikes from which a request is isolated. One strike is not enough, because requests are seldom the cause."""
+"""Number of strikes from which a request is isolated. One is not enough, because requests are seldom the cause."""
 MAX_STRIKES = 6
-"""The number of strikes that ends a request. Strikes after `_ISOLATED` count only while the request is isolated."""
+"""Number of strikes at which a request fails. Strikes above `_ISOLATED` count only while the request is isolated."""
 _PROBED_ROWS = 8
-"""The suspected rows in a microbatch. They take about as long as one row, because the weights are read once."""
+"""Number of suspected rows in a microbatch. They take about as long as one row, because the weights are read once."""
 _MOST_SUSPECTED = 3
 
 
@@ -42,7 +42,8 @@ class _Suspected:
 
 @dataclass(frozen=True, slots=True)
 class StruckOut:
-    """A sequence that must fail. `has_results` is set if a result came between its first and its last failure."""
+    """A sequence that must fail. `has_results` is true if some result arrived between its first and its last
+    failure."""
 
     sequence: Sequence
     workers: frozenset[str | None]
@@ -53,16 +54,18 @@ class StruckOut:
 class _Record:
     sequence: Sequence
     suspected: list[_Suspected] = field(default_factory=list)
-    interrupted: int = 0  # failures while it was isolated and none of its suspected rows was in flight
-    workers: set[str | None] = field(default_factory=set)  # workers at fault in these failures; None: unknown
-    has_results: bool = False  # results came since the first failure
+    # Number of failures while the request was isolated and none of its suspected rows was in flight.
+    interrupted: int = 0
+    # Workers at fault in these failures. None: the worker is unknown.
+    workers: set[str | None] = field(default_factory=set)
+    has_results: bool = False  # True if some result has arrived since the first failure.
 
     @property
     def strikes(self) -> int:
         return max(suspected.strikes for suspected in self.suspected)
 
     def strike(self, rows: range, *, is_alone: bool) -> bool:
-        """Records a failure with these rows in flight. Returns True if it is evidence against the sequence."""
+        """Records a failure with `rows` in flight. Returns True if it is evidence against the sequence."""
         found = [suspected for suspected in self.suspected if suspected.overlaps(rows)]
         for suspected in found:
             suspected.strike(rows, is_alone=is_alone)
@@ -79,12 +82,14 @@ class _Record:
 
 class Strikes:
     def __init__(self) -> None:
-        self._records: dict[int, _Record] = {}  # by the sequence's key
-        self._is_paused = False  # until the next failure: other requests must not wait for ever
+        self._records: dict[int, _Record] = {}
+        # True until the next failure. No request is isolated meanwhile, so that other requests continue.
+        self._is_paused = False
 
     @property
     def isolated(self) -> Sequence | None:
-        """The sequence to isolate next. It was interrupted least often, or on a tie has the most strikes."""
+        """The sequence to isolate next: the least often interrupted sequence, or on a tie the sequence with the most
+        strikes."""
         record = self._isolated
         return None if record is None else record.sequence
 
@@ -94,7 +99,8 @@ class Strikes:
         return None if self._is_paused else max(found, key=lambda r: (-r.interrupted, r.strikes), default=None)
 
     def rows(self, isolated: Sequence) -> int:
-        """Returns how many rows come next: all rows before the suspected rows, or a few suspected rows."""
+        """Returns how many rows of the isolated sequence are computed next: all rows before its suspected rows, or a
+        few of the suspected rows."""
         scheduled = isolated.scheduled
         ahead = [each.start - scheduled for each in self._records[isolated.key].suspected if each.end > scheduled]
         to_suspected = min(ahead, default=0)

@@ -1,4 +1,4 @@
-"""Gives turns to owners, and to each owner's requests. All prompts and choices of a request share one turn."""
+"""Gives turns to owners, and to the requests of each owner. All prompts and choices of a request share one turn."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from heapq import nsmallest
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 
 _LARGE_GRAMMAR = 1 << 12
-"""A grammar with more characters is large. Its matcher may take the last stage tens of milliseconds to make, and the
-last stage makes one matcher at a time."""
+"""Number of characters above which a grammar is large. The last stage can take tens of milliseconds to make its
+matcher, and it makes one matcher at a time."""
 _MOST_MATCHERS = 2
-"""The most matchers of large grammars that are made at a time for one owner. Two keep the last stage busy."""
+"""Maximum number of matchers of large grammars that are made at the same time per owner. Two keep the last stage
+busy."""
 
 
 def turn_of(sequence: Sequence) -> str:
@@ -37,12 +38,13 @@ class Running:
         return Running(self.owners + Counter([sequence.request.owner]), self.requests + Counter([turn_of(sequence)]))
 
     def rank(self, sequence: Sequence) -> tuple[int, int]:
-        """Returns how many sequences the owner runs, and how many the request runs. The lowest rank is next."""
+        """Returns the number of running sequences of the owner and of the request. The lowest rank is next."""
         return self.owners[sequence.request.owner], self.requests[turn_of(sequence)]
 
 
 def startable(waiting: Iterable[Sequence], running: Iterable[Sequence]) -> list[Sequence]:
-    """Returns waiting sequences. Leaves out large grammars whose owner awaits `_MOST_MATCHERS` matchers."""
+    """Returns the waiting sequences, except those with a large grammar whose owner already waits for `_MOST_MATCHERS`
+    matchers."""
     making = Counter(other.request.owner for other in running if other.phase is Phase.PREFILL and _is_large(other))
     if not making:
         return [*waiting]
@@ -63,13 +65,14 @@ def first_in_turn(waiting: Iterable[Sequence], running: Running) -> Sequence:
 
 
 def gives_way(running: Reversible[Sequence], counts: Running) -> Sequence:
-    """Returns the youngest sequence of the busiest owner's busiest request. `running` begins with the oldest."""
+    """Returns the youngest sequence of the busiest owner's busiest request. `running` starts with the oldest."""
     return max(reversed(running), key=counts.rank)
 
 
 def takes_turn(sequence: Sequence, running: Reversible[Sequence], counts: Running) -> bool:
-    """True if a running sequence must give way to `sequence`. Its owner runs none and another owner runs several. Or
-    its request runs none and another request runs several, whose owner runs at least as many sequences."""
+    """True if a running sequence must be preempted for `sequence`. This is so if its owner runs none and another owner
+    runs several. It is also so if its request runs none and another request runs several, whose owner runs at least as
+    many sequences."""
     if not running:
         return False
     owner, request = counts.rank(sequence)

@@ -1,5 +1,3 @@
-"""One request's times, which the caller gives, and the number of its prompt tokens found in the prefix cache."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -11,9 +9,9 @@ from llamaclust.cluster.scheduler.requests import Timings, rate
 class Usage:
     arrived_ns: int
     started_ns: int = 0
-    first_ns: int = 0  # first answer
+    first_ns: int = 0  # Time of the first result.
     last_ns: int = 0
-    cached_tokens: int | None = None  # found in the prefix cache at first admission
+    cached_tokens: int | None = None  # Prompt tokens found in the prefix cache when the sequence first started.
 
     def started(self, now_ns: int) -> None:
         self.started_ns = self.started_ns or now_ns

@@ -1,4 +1,4 @@
-"""Checks every field of a request against its bounds, before any work is done for the request."""
+"""Checks all fields of a request against their limits before any work is done."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _UINT64_MAX = (1 << 64) - 1
 
 
 def validate(request: GenerationRequest, settings: SchedulerSettings, *, is_prompt_valid: bool = False) -> None:
-    """Raises ParameterError with the HTTP API's field name, the value and the bound. `is_prompt_valid` means that the
-    prompt's token ids were checked with another choice."""
+    """Raises ParameterError with the HTTP API's field name, the value and the limit. `is_prompt_valid` means that the
+    prompt's token ids were already checked."""
     vocabulary = settings.vocabulary
     if not settings.generates and request.embedded is None:
         raise ParameterError("model", NO_TEXT)
@@ -111,7 +111,8 @@ def check_integer(name: str, value: object, low: int, high: int) -> None:
 
 
 def check_number(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:  # nor is NaN
+    # NaN is not in the range either.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise ParameterError(name, f"must be a number within {low:g}..{high:g}, is {shown(value)}")
 
 

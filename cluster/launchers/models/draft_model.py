@@ -1,4 +1,4 @@
-"""Runs a draft model on a thread of this process. The pipeline waits for the drafted tokens."""
+"""Runs a draft model on a separate thread of this process. The pipeline waits for the drafted tokens."""
 
 from __future__ import annotations
 
@@ -28,14 +28,13 @@ from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.stage_runner import StageMemory, StageRunner, plan_memory
 
 _MOST_OTHER = 128
-"""Largest allowed difference of two vocabulary sizes. Models of one family may have different padding."""
+"""Maximum difference of two vocabulary sizes. Models of one family may be padded differently."""
 _FIRST_COMPARED = 5
-"""First token id that is compared. Earlier tokens, such as beginning of text, have different names in some files."""
+"""First token id that is compared. Tokens before it, such as the start of text, have different names in some files."""
 _CONTEXTS = 4
-"""Number of full-length sequences that KV memory holds."""
 _LEAST_CONTEXT = 32
 _TRIED, _TRIES = 8, 4
-"""Number of drafted tokens in a measurement, and number of measurements."""
+"""Number of drafted tokens per measurement, and number of measurements."""
 
 Compute = Callable[[Sequence[DraftOrder]], DraftReplies]
 
@@ -51,7 +50,7 @@ class DraftModelPlan:
     device: Device
     limits: StageLimits
     memory: StageMemory
-    targets: tuple[int, ...]  # for which of the given models it can draft
+    targets: tuple[int, ...]  # Indices of the models that this model can draft for.
 
     @property
     def path(self) -> Path:
@@ -59,8 +58,8 @@ class DraftModelPlan:
 
 
 def plan_draft_model(path: Path, targets: Sequence[Model], threads: int | None, context_length: int) -> DraftModelPlan:
-    """Plans a draft model's memory from its file's header, for sequences of `context_length` tokens. Raises UsageError
-    if the model can draft for no target, and the errors of `Model.open`."""
+    """Plans the memory of a draft model from the header of its file, for sequences of `context_length` tokens. Raises
+    UsageError if the model can draft for no target, and the errors of `Model.open`."""
     with of_draft_model():
         model = Model.open(path)
     if threads is not None:
@@ -81,7 +80,7 @@ class LoadedDraftModel:
         self.path = plan.path
         self.memory_bytes = stage.memory.total_bytes
         self.kv_bytes = stage.memory.kv_bytes
-        """Part of `memory_bytes` that counts as free until drafts write to it."""
+        """The part of `memory_bytes` that counts as free until drafts write to it."""
         self.is_lost = False
         self._drafter = ModelDrafter(stage, plan.model.hyperparameters.vocabulary_size)
         self.times = self._tried(min(MOST_ROWS, stage.limits.max_context_tokens - _TRIED))
@@ -101,7 +100,8 @@ class LoadedDraftModel:
 
     def _tried(self, length: int) -> DraftTimes:
         task, tokens = SampleTask(SamplingParams(), 0, 0, 0), [0] * length
-        self._drafter.draft([DraftOrder(-1, tokens, length, 1, task)])  # the first one is slow
+        # The first draft is slow, so its time is not used.
+        self._drafter.draft([DraftOrder(-1, tokens, length, 1, task)])
         taken_in = self._drafter.draft([DraftOrder(-2, tokens, length, 0, task)])
         tries = [self._drafter.draft([DraftOrder(-1, tokens, length, _TRIED, task)]) for _ in range(_TRIES)]
         if any(len(reply.tokens) < _TRIED for drafted in tries for reply in drafted.replies):
@@ -121,7 +121,7 @@ class LoadedDraftModel:
 
 
 class SharedDraftModel:
-    """One model's view of a draft model that several models share. Sequence keys of different models never collide."""
+    """View of a draft model for one of the models that share it. Sequence keys of different models never collide."""
 
     def __init__(self, model: LoadedDraftModel, number: int, sharers: int) -> None:
         self._model = model
@@ -150,7 +150,8 @@ class SharedDraftModel:
 
 
 def open_draft_model(plan: DraftModelPlan, reserved_bytes: int = 0) -> LoadedDraftModel:
-    """Loads and measures the model. `reserved_bytes` stay free. Raises InsufficientMemoryError or UsageError."""
+    """Loads and measures the draft model, and leaves `reserved_bytes` free. Raises InsufficientMemoryError or
+    UsageError."""
     model, device = plan.model, plan.device
     free_bytes = max(0, device.free_bytes_of("cpu") - reserved_bytes)
     if plan.memory.total_bytes > free_bytes:
@@ -174,7 +175,8 @@ def of_draft_model() -> Iterator[None]:
 
 @asynccontextmanager
 async def draft_model_beside(plan: DraftModelPlan) -> AsyncIterator[LoadedDraftModel]:
-    """Loads the model on a thread, and closes it at the end. A cancelled load continues, and is closed later."""
+    """Loads the draft model on a thread, and closes it at the end. If loading is cancelled, it continues, and the model
+    is closed afterwards."""
     thread = ThreadPoolExecutor(1, "draft model")
     loading = thread.submit(open_draft_model, plan)
     thread.shutdown(wait=False)
@@ -201,7 +203,6 @@ def _too_short(path: Path, context: int, own_context: int) -> str:
 
 
 def _targets(model: Model, targets: Sequence[Model]) -> tuple[int, ...]:
-    """Returns the indices of targets with the same tokens. Raises UsageError if the model can draft for no target."""
     path = model.file.path
     if model.has_states or not (model.is_causal and model.generates):
         raise UsageError(f"draft model {path}: layers with states, encoders and rerankers cannot draft; name another")

@@ -1,4 +1,4 @@
-"""Runs a model's image encoder in this process. The encoder has its own threads, so the model's steps continue."""
+"""Runs a model's image encoder in this process, on separate threads, so that the model's steps continue."""
 
 from __future__ import annotations
 

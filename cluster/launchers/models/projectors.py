@@ -1,4 +1,4 @@
-"""Chooses a model's projector: the given file, or the only usable projector in the model's folder."""
+"""Chooses the projector of a model: the given file, or the only usable projector in the model's folder."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from llamaclust.worker.devices.encoder_memory import encoder_bytes
 def open_with_projector(
     path: Path, mmproj: str | None, chat_template: str | None = None, adapters: Sequence[Path] = ()
 ) -> tuple[Model, str | None]:
-    """Opens a model and its projector. Returns the model, and why a projector in its folder is unused, or None."""
+    """Opens a model and its projector. Returns the model, and the reason why a projector in its folder is unused, or
+    None."""
     model = Model.open(path, chat_template, adapters)
     model.projector, unused = choose_projector(model, mmproj)
     return model, unused
 
 
 def choose_projector(model: Model, mmproj: str | None) -> tuple[Projector | None, str | None]:
-    """Returns the model's projector, or None, and why a projector in the model's folder is unused, or None. Raises
-    UsageError if a given projector is missing, and ModelFileError if it does not fit or load."""
+    """Returns (projector, reason). The projector is None if the model has none. The reason says why a projector in the
+    model's folder is unused, or is None. Raises UsageError if a given projector is missing, and ModelFileError if it is
+    damaged or does not fit the model."""
 
     def check(projector: Projector) -> None:
         model.check_projector(projector)
-        encoder_bytes(projector, 1)  # raises ModelFileError for an encoder without kernels
+        encoder_bytes(projector, 1)  # Raises ModelFileError if there are no kernels for the encoder.
 
     if mmproj == OFF:
         return None, None

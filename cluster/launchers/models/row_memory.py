@@ -13,5 +13,4 @@ def row_limits(taken_bytes: int = 0) -> RowLimits:
 
 
 def row_bytes(limits: RowLimits, models: Iterable[Model]) -> int:
-    """Returns the maximum memory, in bytes, that these models share for image rows."""
     return limits.held_bytes if any(model.projector is not None for model in models) else 0

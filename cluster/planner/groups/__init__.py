@@ -1,1 +1,1 @@
-"""Searches for plans in which groups of workers may hold stages."""
+"""Searches for plans in which groups of workers can hold stages."""

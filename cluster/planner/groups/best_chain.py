@@ -1,5 +1,3 @@
-"""Finds the chain of workers and groups that is the fastest by the objective."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -24,16 +22,16 @@ from llamaclust.cluster.planner.splits.stage_tables import stage_tables
 from llamaclust.cluster.planner.work import Work, works_of
 
 _WORTH_ROOM = 1.1
-"""Factor by which a plan must be faster if its KV memory holds fewer full-length sequences."""
+"""Minimum speedup of a plan whose KV memory holds fewer full-length sequences."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     entries: tuple[Assignment, ...]
-    contexts: int  # full-length sequences that fit in KV memory
-    seconds: float = 0.0  # time by the objective
-    optimality_gap: float | None = None  # see `Plan`
-    single: Found | None = None  # best chain without groups, if this chain has groups
+    contexts: int  # Number of full-length sequences that fit into KV memory.
+    seconds: float = 0.0  # Seconds as rated by the objective.
+    optimality_gap: float | None = None  # See `Plan.optimality_gap`.
+    single: Found | None = None  # Best chain without groups, if this chain has groups.
 
     @property
     def has_groups(self) -> bool:
@@ -41,7 +39,8 @@ class Found:
 
 
 def best_chain(sizes: MemoryModel, workers: Sequence[WorkerFacts], contexts: Sequence[int]) -> Found | None:
-    """Returns the best chain, or None if nothing fits. `contexts` counts full-length sequences, preferred first."""
+    """Returns the fastest chain by the objective, or None if nothing fits. `contexts` lists numbers of full-length
+    sequences for KV memory, the preferred number first."""
     works = works_of(sizes.request.objective, usual_prompt_tokens(sizes.request.context_length))
     unlike = frozenset[str]().union(*sizes.request.partitions)
     found: Found | None = None
@@ -49,7 +48,7 @@ def best_chain(sizes: MemoryModel, workers: Sequence[WorkerFacts], contexts: Seq
     for count in contexts:
         classes = worker_classes(workers, partial(stage_tables, sizes, count, works), unlike)
         if found is not None and all(map(WorkerClass.costs_as, classes, before)):
-            break  # memory does not decide
+            break  # Memory does not limit the plan, so the result would be the same.
         before = classes
         below = float("inf") if found is None else found.seconds / _WORTH_ROOM
         new = _Search(sizes, workers, classes, works, count).found(below)
@@ -102,14 +101,12 @@ class _Search:
         return GroupSearch(self.sizes, self.workers, classes, self.works, tables, self._apart).best(below, known)
 
     def _fitted(self, found: Found) -> Found | None:
-        """Rounds portions to whole units. Returns None if the rounded portions do not fit in memory."""
         by_name = {worker.name: worker for worker in self.workers}
         entries = tuple(fitted(self.sizes, entry, by_name, self.contexts) for entry in found.entries)
         blocks = Chain.of(self.sizes, entries, by_name, self.contexts).kv_blocks
         return replace(found, entries=entries) if blocks >= self.sizes.request.context_blocks else None
 
     def _entries(self, best: Best) -> tuple[Assignment, ...]:
-        """Replaces the classes by workers. Each worker of a class is used only once."""
         holders, work = best.way.steps.holders, best.way.steps.work
         classes = [holder for holder in holders if isinstance(holder, WorkerClass)]
         numbers, left = class_numbers(classes), [list(one.workers) for one in classes]

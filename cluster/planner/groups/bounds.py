@@ -1,4 +1,5 @@
-"""Computes lower bounds of the seconds that layers take on workers and groups. The search prunes chains by them."""
+"""Calculates lower bounds of the seconds that layers take on workers and groups, so that the search can skip slow
+chains. The bounds assume that a group can divide a layer in any ratio."""
 
 from __future__ import annotations
 
@@ -15,10 +16,8 @@ _NEVER_S = 1e300
 
 @dataclass(slots=True, eq=False)
 class LayerBounds:
-    """Lower bounds of the layers' seconds for one `Work`. They assume that groups divide a layer in any ratio."""
-
-    _rates: Table  # [classes, layers]: layers per second of one worker
-    _gathers_s: Table  # seconds of each layer's gathers in a group
+    _rates: Table  # [classes, layers]: layers per second of one worker.
+    _gathers_s: Table  # [layers]: seconds of each layer's gathers in a group.
     _together: dict[Counts, Table] = field(default_factory=dict)
     _rest: dict[Counts, Table] = field(default_factory=dict)
 

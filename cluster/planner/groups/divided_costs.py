@@ -1,4 +1,4 @@
-"""Computes a worker's costs in a group, as a sum of costs that are divided among members and costs that are not."""
+"""Calculates the costs of a worker in a group. Some costs are divided among members, and others are not."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from llamaclust.model.costs import ModelCosts
 from llamaclust.model.groups.costs import DividedLayer, GroupCosts, PortionCost
 
 _FINE = 64
-"""Least number of units for division in any ratio. Parts with fewer units, such as heads, are divided by units."""
+"""Minimum number of units at which a part counts as divisible in any ratio. Parts with fewer units, such as heads, are
+divided into whole units."""
 
 Shares = Table
-"""Members' shares, [members, ...]. They sum to 1."""
+"""Shares of members, [members, ...]. Their sum over members is 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class DividedCosts:
-    """A model's costs in groups. `whole` has the leader's undivided parts, and `follower` has those of other members.
-    Each entry of `coarse` has `whole` and all parts with a certain number of units. `fine` has `whole` and all parts
-    that are divisible in any ratio."""
+    """Costs of a model in groups. `whole` covers the undivided parts of the leader, and `follower` those of another
+    member. An entry (units, costs) of `coarse` covers `whole` and all parts with this number of units. `fine` covers
+    `whole` and all parts that are divisible in any ratio."""
 
     whole: StageCosts
     follower: StageCosts
     coarse: tuple[tuple[int, StageCosts], ...]
     fine: StageCosts
-    least_units: int  # least units of the parts that are divisible in any ratio
+    least_units: int  # Minimum number of units among the parts in `fine`.
     divided: tuple[DividedLayer, ...]
 
     @classmethod
@@ -45,7 +46,6 @@ class DividedCosts:
         return self.divided == _divided(costs)
 
     def tables(self, table: Callable[[StageCosts], Table], *, leads: bool = True) -> DividedTables:
-        """Calls `table` for each kind of part. The tables of parts must add up to the table of the whole."""
         whole = table(self.whole)
         return DividedTables(
             whole if leads else table(self.follower),
@@ -59,7 +59,7 @@ class DividedCosts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DividedTables:
-    """A table of stage costs as undivided, coarse and fine costs. Several members' tables are [members, ...]."""
+    """A table of stage costs in undivided, coarse and fine parts. Tables of several members are [members, ...]."""
 
     whole: Table
     coarse: tuple[Table, ...]
@@ -126,7 +126,7 @@ def _more(table: Table, whole: Table) -> Table:
 
 
 def _in_units(units: int, shares: Shares) -> Shares:
-    """Rounds shares to whole units, as `borders` does. Each member gets at least one unit."""
+    """Rounds shares to whole units, in the same way as `borders`. Each member gets at least one unit."""
     members = len(shares)
     places = np.rint(units * np.cumsum(shares, axis=0))
     before: Table = np.zeros(shares.shape[1:])

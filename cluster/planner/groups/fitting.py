@@ -1,4 +1,4 @@
-"""Adjusts a group's shares if memory is nearly full, so that each member has room for its whole units."""
+"""Adjusts the shares of a group if memory is nearly full, so that each member has room for its whole units."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _MOVES = 100
 
 
 def fitted(sizes: MemoryModel, entry: Assignment, workers: Mapping[str, WorkerFacts], contexts: int) -> Assignment:
-    """Moves shares from the member that lacks the most memory to the member with the most free memory, until KV memory
-    for `contexts` full-length sequences fits. Returns `entry` unchanged if KV memory never fits."""
+    """Moves shares from the member with the least free memory to the member with the most, until KV memory for
+    `contexts` full-length sequences fits. Returns `entry` unchanged if it never fits."""
     costs_of, shares = sizes.request.group_costs, entry.shares
     if not shares or costs_of is None:
         return entry
@@ -46,7 +46,6 @@ def _lacking_bytes(
     worker: WorkerFacts,
     contexts: int,
 ) -> float:
-    """Returns the bytes that a member lacks. The workspace is not computed again, because it changes little."""
     if worker.memory_bytes is None:
         return -inf
     member = entry.workers.index(worker.name)

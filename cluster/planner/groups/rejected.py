@@ -1,4 +1,4 @@
-"""Predicts a group that holds all layers, for comparison with a plan. Explains why if no group is possible."""
+"""Predicts the speed of a group that holds all layers, for comparison with a plan without groups."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from llamaclust.cluster.planner.plan import RejectedGroup, usual_prompt_tokens
 from llamaclust.cluster.planner.work import works_of
 
 _ALL_SETS = 4
-"""Largest number of workers for which all sets are tried. With more workers, each group has the fastest workers."""
+"""Maximum number of workers at which all sets are tried. Otherwise each group has the fastest workers."""
 _NO_LINKS = "accepts no links of groups", "accept no links of groups"
 _Candidate = tuple[Assignment, Chain]
 
 
 def rejected_group(plan: Chain, workers: Sequence[WorkerFacts], contexts: int) -> RejectedGroup | str | None:
-    """Returns the best group, or why no group is possible. Returns None if the plan has groups or no prediction."""
+    """Returns the best group, or a text that says why no group is possible. Returns None if the plan has groups or no
+    predicted speed."""
     if len(workers) < 2 or plan.prediction is None or any(stage.shares for stage in plan.members):
         return None
     if (obstacle := _obstacle(plan.sizes, workers)) is not None:
@@ -48,7 +49,6 @@ def _best(plan: Chain, workers: Sequence[WorkerFacts], contexts: int) -> _Candid
 
 
 def _obstacle(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> str | None:
-    """Returns the reason why no group is possible, or None if a group may be possible."""
     request, able = sizes.request, [worker for worker in workers if worker.joins_groups]
     if request.no_groups or request.largest_group < 2 or request.group_costs is None:
         return request.no_groups or "groups are turned off"
@@ -65,7 +65,7 @@ def _obstacle(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> str | None:
 
 
 def _sets(plan: Chain, workers: Sequence[WorkerFacts]) -> Iterator[list[tuple[WorkerFacts, ...]]]:
-    """Yields lists of possible groups, one list per group size. A group's fastest member comes first and leads it."""
+    """Yields the possible groups by size. The fastest member of a group comes first and leads it."""
     sizes, request = plan.sizes, plan.sizes.request
     able = [worker for worker in workers if worker.joins_groups]
     able.sort(key=lambda worker: sizes.stages.decode_s(worker, 0, sizes.stages.layers))
@@ -97,7 +97,6 @@ def _group(sizes: MemoryModel, members: Sequence[WorkerFacts], contexts: int) ->
 
 
 def _request_s(chain: Chain) -> float:
-    """Returns a typical request's seconds by the objective: the request alone, or the slowest stage at full load."""
     prediction, request = chain.prediction, chain.sizes.request
     assert prediction is not None, "all workers were measured"
     if request.objective == "latency":

@@ -1,5 +1,3 @@
-"""Searches for the best chain of workers and groups. If there are many workers, only some groups are tried."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -32,15 +30,15 @@ from llamaclust.cluster.planner.splits.stage_tables import link_table
 from llamaclust.cluster.planner.work import Work
 
 _MOST_STEPS = 3**8
-"""Limit of search steps up to which all sets are tried. Eight different workers stay within this limit."""
+"""Maximum number of search steps at which all sets of workers are tried. Eight different workers stay below it."""
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 _MEMBER = 1e-3
-"""Fraction of the least possible time that each member of a group must save."""
+"""Minimum time that each member of a group must save, as a fraction of the minimum possible time."""
 _LIMITS = 512
 _ROUNDS = 6
 _NOTHING = 1.01
 _AT_LEAST = 0.97
-"""Factor that weakens a lower bound. The bound alone may be too high, because layers differ between workers."""
+"""Factor applied to a lower bound, which may be too high because layers differ between workers."""
 _NEVER_S = 1e300
 
 
@@ -56,7 +54,7 @@ class Group:
         return self.search.costs_of(self.members).integer_shares(start, end, self.search.works[work])[0]
 
     def takes_longer(self, start: int, end: int, work: int) -> bool:
-        """Returns True, and raises the table's factor, if whole-number shares take longer than the table says."""
+        """Returns True if whole-number shares take longer than the table says, and corrects the table's factor."""
         costs = self.search.costs_of(self.members)
         factor = costs.integer_shares(start, end, self.search.works[work])[1]
         is_longer = _NOTHING * costs.factor < factor < inf
@@ -67,7 +65,7 @@ class Group:
 
 @dataclass(eq=False)
 class GroupSearch:
-    """Searches for the best split. Workers of one class have equal links. Workers of a pair in `apart` have no link."""
+    """Searches for the best split with groups. Workers of one class have equal links. A pair in `apart` has no link."""
 
     sizes: MemoryModel
     workers: Sequence[WorkerFacts]
@@ -83,7 +81,7 @@ class GroupSearch:
         self.holders.extend(self.classes)
 
     def best(self, below: float, known: Best | None) -> Best | None:
-        """Returns the best split faster than `below` seconds. Searches again if whole-number shares are slower."""
+        """Returns the best split below `below` seconds. Repeats the search if whole-number shares are slower."""
         best = None
         for _ in range(_ROUNDS):
             best = self._best(below, known)
@@ -98,7 +96,8 @@ class GroupSearch:
         return any(longer)
 
     def _best(self, below: float, known: Best | None) -> Best | None:
-        """Searches groups of neighbours first. Then searches all sets, but only with the best split's workload."""
+        """Searches groups of neighbours first, and then all sets of workers. The second search only uses the workload
+        of the first result."""
         neighbours, others = self._places()
         if len(self.holders) == len(self.classes):
             return None
@@ -118,7 +117,6 @@ class GroupSearch:
         return Way(Steps(places, self.holders, number, ends, self._bounds(number)), work, limits, least)
 
     def _slow_s(self, number: int) -> Iterator[float]:
-        """Yields each worker's least time for the slowest stage's work on all layers, as if its memory sufficed."""
         stages = self.sizes.stages
         for worker, found in enumerate(self.workers):
             on_processor = sum(
@@ -144,7 +142,6 @@ class GroupSearch:
         )
 
     def _places(self) -> tuple[list[Places], list[Places]]:
-        """Returns places for groups of neighbours, and places for all groups if there are few workers."""
         order = [worker for worker_class in self.classes for worker in worker_class.workers]
         by_speed = tuple(sorted(order, key=self._token_s.__getitem__))
         by_memory = tuple(sorted(order, key=self._memory))
@@ -160,7 +157,7 @@ class GroupSearch:
         held_by = sorted(
             (counts for counts in product(*(range(size + 1) for size in sizes)) if sum(counts) == 1), reverse=True
         )
-        numbers = {counts: number for number, counts in enumerate(held_by)}  # as the classes are numbered
+        numbers = {counts: number for number, counts in enumerate(held_by)}  # The numbers equal those of the classes.
         for counts in product(*(range(size + 1) for size in sizes)):
             number = self._number(self._first_of(counts)) if sum(counts) > 1 else None
             if number is not None:
@@ -184,7 +181,7 @@ class GroupSearch:
         return self._numbers[key]
 
     def _may_hold(self, members: tuple[int, ...]) -> bool:
-        """Returns True if the members can be a group, and its gathers take less time than its slowest member alone."""
+        """Returns True if the members can be a group whose gathers take less time than its slowest member alone."""
         request, facts = self.sizes.request, [self.workers[member] for member in members]
         if len(members) > request.largest_group or not all(worker.joins_groups for worker in facts):
             return False
@@ -200,13 +197,13 @@ class GroupSearch:
 
     @cached_property
     def _token_s(self) -> list[float]:
-        """Seconds per token of each worker with all layers, as if its memory sufficed."""
+        """Seconds per token of each worker, if it had memory for all layers."""
         stages = self.sizes.stages
         return [stages.decode_s(worker, 0, stages.layers) for worker in self.workers]
 
     @cached_property
     def _rank(self) -> dict[int, tuple[bool, float, int]]:
-        """Sort keys that choose a group's leader. Workers that reach all others come first, then faster workers."""
+        """Sort keys for the choice of a leader. Workers that reach all others come first, and then faster workers."""
         bound = frozenset[int]().union(*self.apart)
         return {worker: (worker in bound, seconds, worker) for worker, seconds in enumerate(self._token_s)}
 

@@ -1,5 +1,3 @@
-"""Computes shares so that all members of a group take equally long, as far as their memory allows."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -11,17 +9,17 @@ from llamaclust.cluster.planner.costs import Table
 from llamaclust.cluster.planner.groups.divided_costs import DividedCosts, DividedTables, Shares
 
 _FEW = 100
-"""Largest sum of whole-number shares. The sum `MANY` is tried too, and used if it is faster."""
+"""Maximum sum of whole-number shares. The sum `MANY` is also tried, and used if it is faster."""
 MANY = 1000
 _NOTHING = 1.003
 _LEAST_DIVIDED = 1e-6
-"""Smallest ratio of divided time to fixed time. The divided time is a divisor and must not become 0."""
+"""Minimum ratio of divided time to fixed time. The divided time is a divisor, so it must not be 0."""
 
 
 def balanced(parts: DividedCosts, seconds: DividedTables, lacking: DividedTables, *, nearly: bool = False) -> Shares:
-    """Returns the shares, [members, stages], that minimize the slowest member's time. A stage's shares sum to less than
-    1 if memory does not suffice. `seconds` are times by member and stage. `lacking` is the missing memory in bytes, or
-    negative if memory is free. If `nearly` is set, coarse units may be divided in any ratio."""
+    """Returns shares, [members, stages], that minimize the time of the slowest member. The sum over members is below 1
+    if memory does not suffice. `seconds` holds times by member and stage. `lacking` holds missing bytes, negative if
+    memory is free. If `nearly` is set, coarse units may be divided in any ratio."""
     shares = _filled(seconds, lacking, parts.least_units, margin=0.0 if nearly else 0.5)
     if nearly or not parts.coarse:
         return shares
@@ -34,7 +32,7 @@ def balanced(parts: DividedCosts, seconds: DividedTables, lacking: DividedTables
 
 
 def _filled(seconds: DividedTables, lacking: DividedTables, units: int, *, margin: float = 0.5) -> Shares:
-    """Gives all members shares of equal time that sum to 1. Each member keeps memory for `margin` units free."""
+    """Gives all members shares with equal times, whose sum is 1. Each member keeps memory for `margin` units free."""
     fixed = seconds.whole
     each = np.maximum(seconds.divided, _LEAST_DIVIDED * np.abs(fixed) + 1e-12)
     short, more, least = lacking.whole, lacking.divided, 1 / units
@@ -43,7 +41,7 @@ def _filled(seconds: DividedTables, lacking: DividedTables, units: int, *, margi
     most = np.where(short > 0, 0.0, np.clip(rooms - margin * least, 0.0, 1.0))
     times = np.sort(np.concatenate([fixed + least * each, fixed + np.maximum(most, least) * each]), axis=0)
     sums = np.array([_taken(time, fixed, each, least, most).sum(axis=0) for time in times])
-    after = np.minimum((sums < 1).sum(axis=0), len(times) - 1)  # the first time that suffices, otherwise the last one
+    after = np.minimum((sums < 1).sum(axis=0), len(times) - 1)  # The first sufficient time, or else the last time.
     before = np.maximum(after - 1, 0)
     (low, high), (low_sum, high_sum) = (
         np.take_along_axis(values, np.array([before, after]), 0) for values in (times, sums)
@@ -59,7 +57,7 @@ def _taken(limit: Table, fixed: Table, each: Table, least: float, most: Table) -
 
 
 def as_integers(shares: Sequence[float], cost: Callable[[tuple[int, ...]], float]) -> tuple[tuple[int, ...], float]:
-    """Returns small whole-number shares that are nearly the cheapest, and their cost. It is infinite if none fit."""
+    """Returns small whole-number shares that are nearly the cheapest, and their cost, which is infinite if none fit."""
     near = (in_total(shares, total) for total in (*range(len(shares), _FEW + 1), MANY))
     costs = {found: cost(found) for found in dict.fromkeys(near)}
     limit = _NOTHING * min(costs.values())
@@ -69,7 +67,7 @@ def as_integers(shares: Sequence[float], cost: Callable[[tuple[int, ...]], float
 
 
 def in_total(shares: Sequence[float], total: int) -> tuple[int, ...]:
-    """Returns whole numbers near the shares. They sum to `total`, or to more if a member would otherwise get 0."""
+    """Returns whole numbers near the shares. Their sum is `total`, or more if a member would otherwise get 0."""
     wanted = np.array(shares) * total / sum(shares)
     found = np.floor(wanted).astype(int)
     for member in np.argsort(found - wanted, kind="stable")[: total - int(found.sum())]:

@@ -1,4 +1,4 @@
-"""Computes the costs of stages that groups hold, as tables by the stage's start and end."""
+"""Calculates the costs of stages that groups hold, as tables by the stage's start and end."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ _INNER, _FIRST, _LAST, _ALL = range(4)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kinds:
-    """Sorts stages into kinds. Stages of a kind have equal layers. If one begins or ends the model, all do."""
+    """Sorts stages into kinds. Stages of one kind have equal layers, and either all or none contain the first or last
+    layer."""
 
-    kind_of: Counts  # by start and end
-    places: tuple[Counts, Counts]  # start and end of one stage of each kind
-    cells: Counts  # number of each kind's cell, which states the shares
+    kind_of: Counts  # Kind by start and end.
+    places: tuple[Counts, Counts]  # Start and end of one stage per kind.
+    cells: Counts  # Cell number per kind. Kinds with the same cell have the same shares.
 
     @classmethod
     def of(cls, costs: GroupCosts) -> _Kinds:
@@ -47,13 +48,13 @@ class _Kinds:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _GatherTables:
-    """Gather counts, and bytes that gathers send for one row, by kind of stage."""
+    """Gather counts and the bytes that gathers send per row, by kind of stage."""
 
     count: Table
     row_bytes: Table
     outputs: Table
     output_bytes: Table
-    inputs: Table  # number for the embedding
+    inputs: Table  # Number of gathers for the embedding.
     input_bytes: Table
 
     @classmethod
@@ -79,8 +80,8 @@ class _DividedModel:
     parts: DividedCosts
     kinds: _Kinds
     gathers: _GatherTables
-    layer_gathers: Table  # number of gathers of each layer
-    layer_bytes: Table  # bytes of a row in each layer's gathers
+    layer_gathers: Table  # Number of gathers by layer.
+    layer_bytes: Table  # Bytes of one row in the gathers of each layer.
 
 
 @dataclass(slots=True, eq=False)
@@ -89,7 +90,7 @@ class GroupTables:
     costs_of: Callable[[int], GroupCosts]
     _contexts: int
     nearly: bool = False
-    """True if stages need to fit only with exact shares. `fitted` later finds whole units."""
+    """True if stages only need to fit with exact shares. `fitted` later finds whole units."""
     _divided: dict[int, _DividedModel] = field(default_factory=dict)
     _seconds: dict[tuple[int, WorkerFacts, Rows], DividedTables] = field(default_factory=dict)
     _lacking: dict[tuple[int, WorkerFacts, bool, Portion | None], DividedTables] = field(default_factory=dict)
@@ -114,7 +115,6 @@ class GroupTables:
         return float(divided.gathers.count[divided.kinds.kind_of[0, -1]])
 
     def least_gathers_s(self, work: Work, link: Link) -> Table:
-        """Returns each layer's least gather time. In any group, a member receives at least half of each row."""
         steps = sum(step.steps for step in work.each)
         rows = sum(step.steps * step.rows * (1 - HIDDEN_SHARE * step.is_prompt) for step in work.each)
         every = [
@@ -139,7 +139,7 @@ class GroupTables:
         return DividedTables.of_members(found)
 
     def lacking(self, divided: _DividedModel, members: Sequence[WorkerFacts]) -> DividedTables:
-        """Returns the missing bytes of memory, by member and kind of stage. The first member is the leader."""
+        """Returns missing bytes by member and kind of stage. The first member is the leader."""
         found = []
         for place, member in enumerate(members):
             portion = Portion((1,) * len(members), min(place, 1)) if self.nearly else None
@@ -164,7 +164,8 @@ class GroupTable:
     """Ratio of the time with whole-number shares to the time with exact shares. `GroupSearch.best` updates it."""
 
     def of_work(self, work: Work) -> StageTable:
-        """Returns each stage's seconds without links to other stages. They are infinite if a stage does not fit."""
+        """Returns the seconds of each stage, without links to other stages. Entries are infinite for stages that do not
+        fit."""
         kind_of = self.divided.kinds.kind_of
         slow = np.where(self._fits, self.factor * self._work_s(work.slowest), np.inf)
         starts, ends = np.indices(kind_of.shape)
@@ -178,12 +179,10 @@ class GroupTable:
         return total
 
     def _computing(self, step: Rows) -> DividedTables:
-        """Returns one step's seconds by member and kind of stage, while other stages on the machine compute too."""
         return self.tables.seconds(self.divided, self.members, Rows(step.rows, 1, step.is_prompt, concurrent=True))
 
     @cached_property
     def _shares(self) -> Shares:
-        """Shares, [members, cells]. The function `_cells` numbers the cells."""
         kinds = self.divided.kinds
         layers = len(kinds.kind_of) - 1
         numbers = kinds.kind_of[_places(layers)]
@@ -201,7 +200,6 @@ class GroupTable:
 
     @cached_property
     def _parts(self) -> tuple[list[Table], Table]:
-        """Members' coarse and fine parts. Each table has the shape [members, kinds of stages]."""
         cells = self.divided.kinds.cells
         return [part[:, cells] for part in self.divided.parts.coarse_parts(self._shares)], self._shares[:, cells]
 
@@ -225,7 +223,7 @@ class GroupTable:
         )
 
     def integer_shares(self, start: int, end: int, work: Work) -> tuple[tuple[int, ...], float]:
-        """Returns the fastest whole-number shares that fit, and their time divided by the exact shares' time."""
+        """Returns the fastest whole-number shares that fit, and the ratio of their time to the time of exact shares."""
         kind = np.array([self.divided.kinds.kind_of[start, end]])
         lacking, parts = self._lack.chosen(kind), self.divided.parts
         steps = [*work.slowest, *(work.each if work.adds_up else ())]
@@ -258,7 +256,8 @@ def _step_s(costs: StageCosts, worker: WorkerFacts, step: Rows) -> Table:
 
 
 def _cells(layers: int) -> Counts:
-    """Numbers stages by their length and by whether they are first or last. Equal numbers mean equal shares."""
+    """Returns a number per stage, which depends on its length and on whether it is first or last. Stages with equal
+    numbers have equal shares."""
     starts, ends = np.indices((layers + 1, layers + 1))
     kinds = np.where(starts == 0, np.where(ends == layers, _ALL, _FIRST), np.where(ends == layers, _LAST, _INNER))
     found: Counts = kinds * (layers + 1) + np.clip(ends - starts, 0, layers)
@@ -266,7 +265,6 @@ def _cells(layers: int) -> Counts:
 
 
 def _places(layers: int) -> tuple[Counts, Counts]:
-    """Returns the start and end of one stage for each cell. A cell without stages gets another cell's stage."""
     counts = np.arange(layers + 1)
     some = np.clip(counts, 1, layers)
     starts = [np.where(some < layers - 1, 1, 0), np.zeros_like(some), layers - some, np.zeros_like(some)]

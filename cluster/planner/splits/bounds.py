@@ -1,4 +1,4 @@
-"""Computes a lower bound of the time of all splits. It assumes that every worker has its best position."""
+"""Calculates a lower bound of the time of all splits. It assumes that every worker has its best position."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ _POINTS = 8
 
 
 def least_seconds(classes: Sequence[WorkerClass], works: Sequence[Work]) -> float:
-    """Returns a lower bound of the time of all splits without groups, for the best of the workloads."""
+    """Returns a lower bound of the time of all splits without groups, for the best workload."""
     return min((_least_seconds(classes, number, work) for number, work in enumerate(works)), default=inf)
 
 
 def _least_seconds(classes: Sequence[WorkerClass], number: int, work: Work) -> float:
-    """Returns a lower bound for one workload. In each interval of limits, the lower limit bounds the slowest stage, and
-    the upper limit bounds the total."""
     sized = [(len(one.workers), one.table(number)) for one in classes]
     limits, layers = stage_limits(table for _, table in sized), sized[0][1].layers
     first = bisect_left(limits, layers, key=lambda limit: _most_layers(sized, limit))
@@ -45,7 +43,8 @@ def _least_total(sized: Sequence[tuple[int, StageTable]], limit: float) -> float
     by_rate = np.argsort(rates)
     upto = np.concatenate([[0.0], np.cumsum(rooms[by_rate])])
     costs = np.concatenate([[0.0], np.cumsum((rooms * rates)[by_rate])])
-    before = np.interp(np.arange(layers + 1), upto, costs, right=inf)  # least cost of the layers before the last stage
+    # Minimum cost of the layers before the last stage.
+    before = np.interp(np.arange(layers + 1), upto, costs, right=inf)
     return min(float((before + table.allowed(limit)[:, -1]).min()) for _, table in sized)
 
 
@@ -56,14 +55,12 @@ def _most_layers(sized: Sequence[tuple[int, StageTable]], limit: float) -> int:
 
 
 def _longest(table: StageTable, limit: float) -> tuple[int, int]:
-    """Returns how many layers a stage may have within the limit: without the last layer, and with the last layer."""
     ends = np.arange(table.layers + 1)
     sizes: Table = np.where(table.within(limit), ends - ends[:, np.newaxis], 0)
     return int(sizes[:, :-1].max()), int(sizes[:, -1].max())
 
 
 def _cheapest(count: int, table: StageTable, limit: float) -> tuple[float, int]:
-    """Returns (least cost per layer, maximum number of layers) for a class of `count` workers."""
     ends = np.arange(table.layers + 1)
     inner = table.allowed(limit)[:, :-1] / np.maximum(ends[:-1] - ends[:, np.newaxis], 1)
     room = count * _longest(table, limit)[0]

@@ -1,4 +1,4 @@
-"""Finds the split with the least total cost by dynamic programming. Each step gives the next layers to a new holder."""
+"""Finds the split with the minimum total cost by dynamic programming. Each step assigns layers to a worker or group."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from llamaclust.cluster.planner.costs import Table
 from llamaclust.cluster.planner.splits.holders import Holder, StageTable
 
 Stage = tuple[int, int, int]
-"""A stage as (holder number, start, end). It has the layers [start, end)."""
+"""A stage: (holder number, start, end). It has the layers [start, end)."""
 
 Ways = frozenset[frozenset[int]]
-"""Pairs of workers. A worker is given by its index in the cluster file."""
+"""Pairs of workers, as indices in the cluster file."""
 
 Counts = tuple[int, ...]
-"""Worker counts by class."""
+"""Numbers of workers by class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +33,18 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step that gives the next layers to a worker or group. `before` has the places of possible previous steps."""
+    """A step that gives the next layers to a worker or group. `before` holds indices of possible previous steps."""
 
     holder: int
     before: tuple[int, ...]
-    is_first: bool  # the holder may have the first stage
-    own: Counts = ()  # the holder's workers; (): unknown
-    left: Counts = ()  # workers that are unused after this step
+    is_first: bool  # True if the holder may have the first stage.
+    own: Counts = ()  # Workers of the holder. Empty: unknown.
+    left: Counts = ()  # Workers that are unused after this step.
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Takes the cheapest of the places in `before`. If several are equally cheap, the first of them is taken."""
+    """Takes the cheapest of the steps in `before`, or the first of several that are equally cheap."""
 
     before: tuple[int, ...]
 
@@ -54,21 +54,22 @@ Places = Sequence[Step | Choice]
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Allowed leaders of the first stage (None allows all). The last stage's leader must not be in `not_last`."""
+    """Constraints for the first and the last stage. `first` lists allowed leaders of the first stage. None allows all.
+    The leader of the last stage must not be in `not_last`."""
 
     first: Collection[int] | None = None
     not_last: Collection[int] = ()
 
 
 class Bounds(Protocol):
-    """Lower bounds of the layers' cost, for given worker counts by class."""
+    """Lower bounds of the cost of layers, for given numbers of workers by class."""
 
     def together(self, workers: Counts) -> Table:
-        """Returns for each n the bound of the layers before n if all of these workers compute them together."""
+        """Returns the bound of layers [0, n) for each n, if all of these workers compute them together."""
         ...
 
     def of_rest(self, workers: Counts) -> Table:
-        """Returns for each n the bound of the layers from n on if any of these workers compute them."""
+        """Returns the bound of layers [n, end) for each n, if any of these workers compute them."""
         ...
 
 
@@ -81,7 +82,7 @@ class Steps:
     bounds: Bounds | None = None
 
     def least(self, limit: float, most_total: float = inf) -> Split | None:
-        """Returns the cheapest split whose slowest stage is within the limit, or None if there is no such split."""
+        """Returns the cheapest split whose slowest stage is within `limit`, or None if there is none."""
         tables = dict[int, tuple[StageTable, Table]]()
         runs = (_Run(self, ends, tables, limit, most_total) for ends in self.ends)
         splits = [split for run in runs if (split := run.least()) is not None]
@@ -101,8 +102,8 @@ class _Run:
         self._limit, self._most = limit, most_total
         self._layers = self._table(0)[0].layers
         self._never = np.full(self._layers + 1, inf)
-        self._best: list[Table] = []  # least cost at each place, [layers covered]
-        self._before: list[Table] = []  # the same without the step's own stage
+        self._best: list[Table] = []  # Minimum cost at each step, by number of assigned layers.
+        self._before: list[Table] = []  # Like `_best`, but without the stage of the step itself.
 
     def least(self) -> Split | None:
         last, least = None, inf
@@ -130,7 +131,7 @@ class _Run:
         return self._tables[holder]
 
     def _extended(self, costs: Table, place: Step) -> Table:
-        """Adds the step's stage to the costs. A cost becomes infinite if the complete split must exceed the limit."""
+        """Adds the stage of a step to the costs. A cost is infinite if the whole split would exceed the limit."""
         bounds = self._steps.bounds if place.own and self._most < inf else None
         rest: Table = np.zeros(1)
         if bounds is not None:
@@ -150,7 +151,7 @@ class _Run:
         return least
 
     def _split(self, last: int) -> Split:
-        stages: list[Stage] = []  # the last one first
+        stages: list[Stage] = []
         number, end = last, self._layers
         while end:
             place = self._steps.places[number]
@@ -174,10 +175,11 @@ LeaderOf = Callable[[int], int]
 def in_order(
     order: Sequence[int], sizes: Sequence[int], holder_of: HolderOf, leader_of: LeaderOf, apart: Ways = frozenset()
 ) -> Places:
-    """Returns steps that follow one order of workers. A group's members are neighbours in this order. The two workers
-    of a pair in `apart` never lead adjacent stages."""
+    """Returns steps that follow one order of workers. Members of a group are neighbours in this order. Two workers of a
+    pair in `apart` never lead adjacent stages."""
     places: list[Step | Choice] = []
-    upto: list[tuple[list[int], tuple[int, ...]]] = [([], ())]  # positions of steps, and of the choice of them
+    # For each number of workers used: indices of the steps, and the index of the choice among them.
+    upto: list[tuple[list[int], tuple[int, ...]]] = [([], ())]
     for end in range(1, len(order) + 1):
         steps, choice = [*upto[-1][0]], upto[-1][1]
         for size in (size for size in sizes if size <= end):
@@ -198,11 +200,11 @@ def in_order(
 def any_order(
     sizes: Counts, held_by: tuple[tuple[Counts, int], ...], leaders: tuple[int, ...], apart: Ways = frozenset()
 ) -> Places:
-    """Returns steps through all sets of workers in all orders. Workers of a class are used in their order. `held_by`
-    has each holder's worker counts and its number. Workers of pairs in `apart` must have classes of their own."""
+    """Returns steps for all sets of workers in all orders. Workers of a class are used in their order. `held_by` lists
+    the worker counts and the number of each holder. Workers of pairs in `apart` must have separate classes."""
     numbers = dict(held_by)
     places: list[Step | Choice] = []
-    found: dict[Counts, tuple[list[int], tuple[int, ...]]] = {}  # steps by workers used
+    found: dict[Counts, tuple[list[int], tuple[int, ...]]] = {}  # Steps by numbers of workers used.
     for used in product(*(range(size + 1) for size in sizes)):
         left = tuple(size - count for size, count in zip(sizes, used, strict=True))
         steps: list[int] = []
@@ -221,7 +223,6 @@ def any_order(
 
 
 def _within(used: Counts, held_by: Collection[Counts]) -> Sequence[Counts]:
-    """Returns worker counts that do not exceed `used` in any class. Some of them may have no holder."""
     subsets = 1
     for count in used:
         subsets *= count + 1
@@ -260,8 +261,8 @@ def steps_in_any_order(sizes: Sequence[int], held_by: Sequence[Counts]) -> int:
 
 
 def constrained_ends(workers: Collection[int], apart: Ways) -> list[Ends]:
-    """Returns the allowed combinations of first and last leaders. The last stage is adjacent to the first stage, so
-    each worker of a pair in `apart` gets its own entry as the first leader."""
+    """Returns the allowed combinations of first and last leaders. The last stage is adjacent to the first, so each
+    worker of a pair in `apart` gets a separate entry as the first leader."""
     bound = sorted(worker for worker in workers if any(worker in pair for pair in apart))
     ends = [Ends(frozenset(workers) - frozenset(bound))]
     for first in bound:

@@ -16,19 +16,19 @@ from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionErro
 from llamaclust.core.sizes import MIB, needed
 
 _MOST_HOLDERS = 8
-"""Number of workers after which the search ends if a plan was found. Each worker needs a search of its own."""
+"""Number of workers after which the search ends if a plan was found. Each worker needs a separate search."""
 _FASTER = 0.98
-"""Fraction of another plan's time below which a plan counts as clearly faster."""
+"""Maximum ratio of times at which a plan counts as clearly faster than another."""
 _MUCH_FASTER = 0.9
-"""Fraction of another plan's time below which a plan with less KV memory counts as clearly faster."""
+"""Maximum ratio of times at which a plan with less KV memory counts as clearly faster."""
 
 EncoderParts = Callable[[int], Mapping[str, int]]
-"""Returns the encoder's RAM in bytes by kind, for a number of threads. It must cache, because it is called often."""
+"""Returns the encoder's RAM in bytes by kind, for a number of threads. Must cache its results."""
 
 
 class MakePlan(Protocol):
     def __call__(self, workers: Sequence[WorkerFacts], by_hand: tuple[Assignment, ...] | None = None) -> Plan:
-        """Makes a plan with the assignments in `by_hand`. If `by_hand` is None, the request decides."""
+        """Makes a plan with the assignments in `by_hand`. If `by_hand` is None, the plan request decides."""
         ...
 
 
@@ -42,13 +42,12 @@ def plan_with_encoder(
 ) -> Plan:
     """Makes a plan in which a worker with layers also holds the image encoder.
 
-    The encoder's bytes are taken from one worker's RAM before layers are assigned. The workers are tried by free RAM,
-    beginning with those that would have layers without an encoder. An earlier plan is preferred unless a later plan is
-    clearly faster, or as fast with fewer stages. The search ends at a plan that is as good as the plan without an
-    encoder. If a plan gives the tried worker no layers, this worker replaces another worker or gets the first layer of
-    the largest stage. For a manual plan, only its workers are tried, by the RAM that weights and workspace leave free.
-    Raises InsufficientMemoryError with the numbers if no plan fits.
-    """
+    The bytes of the encoder are subtracted from one worker's RAM before layers are assigned. Workers are tried in order
+    of free RAM, starting with those that have layers in a plan without encoder. A later plan is chosen only if it is
+    clearly faster, or as fast with fewer stages. The search ends at a plan that is as good as the plan without encoder.
+    If a plan gives the tried worker no layers, the worker replaces another worker or gets the first layer of the
+    largest stage. For a manual plan, only its workers are tried, in order of the RAM that weights and workspace leave
+    free. Raises InsufficientMemoryError if no plan fits."""
     without = _without_encoder(encoder, workers, make_plan)
     tried = _by_room(without, workers) if is_manual else _by_memory(without, workers, partitions)
     best: Plan | None = None
@@ -64,7 +63,6 @@ def plan_with_encoder(
 
 
 def _is_better(plan: Plan, other: Plan) -> bool:
-    """Returns True if `plan` is clearly faster than `other`, or about as fast with fewer stages."""
     if _is_faster(plan, other) or _is_faster(other, plan):
         return _is_faster(plan, other)
     return len(plan.leaders) < len(other.leaders)
@@ -83,7 +81,6 @@ def _is_faster(plan: Plan, other: Plan) -> bool:
 def _plans_with(
     holder: WorkerFacts, workers: Sequence[WorkerFacts] | None, make_plan: MakePlan, *, is_manual: bool
 ) -> Iterator[Plan]:
-    """Yields plans in which the holder has layers. `workers` is None if the encoder does not fit."""
     plan = _plan_of(make_plan, workers)
     if plan is None or workers is None:
         return
@@ -97,7 +94,6 @@ def _plans_with(
 def _plans_in_place(
     plan: Plan, holder: WorkerFacts, workers: Sequence[WorkerFacts], make_plan: MakePlan
 ) -> Iterator[Plan]:
-    """Yields plans in which the holder replaces one of the workers with layers."""
     held = {stage.worker for stage in plan.stages}
     for left in sorted(held):
         others = [worker for worker in workers if worker.name == holder.name or worker.name in held - {left}]
@@ -136,7 +132,6 @@ def _taken_bytes(stage: StagePlan) -> int:
 def _lessened(
     workers: Sequence[WorkerFacts], holder: WorkerFacts, encoder: EncoderParts
 ) -> Sequence[WorkerFacts] | None:
-    """Subtracts the encoder's bytes from the holder's RAM. Returns None if the holder's RAM is too small."""
     if holder.memory_bytes is None:
         return workers
     left_bytes = holder.memory_bytes - sum(encoder(holder.threads).values())
@@ -156,13 +151,13 @@ def _plan_of(
 def _plans_with_a_layer(
     plan: Plan, holder: WorkerFacts, workers: Sequence[WorkerFacts], make_plan: MakePlan
 ) -> Iterator[Plan]:
-    """Yields a plan in which the holder gets as few of the largest stage's first layers as borders allow."""
+    """Yields a plan in which the holder gets the first layers of the largest stage, as few as borders allow."""
     entries = [_entry(stage) for stage in plan.by_stage]
     place, largest = max(enumerate(entries), key=lambda each: each[1].end - each[1].start)
     for border in range(largest.start + 1, largest.end):
         parts = (Assignment((holder.name,), largest.start, border), replace(largest, start=border))
         by_hand = (*entries[:place], *parts, *entries[place + 1 :])
-        with suppress(UsageError):  # no border is possible there
+        with suppress(UsageError):  # No border is possible at this layer.
             yield from _plans_by_hand(plan, by_hand, workers, make_plan)
             return
 
@@ -170,7 +165,7 @@ def _plans_with_a_layer(
 def _plans_by_hand(
     plan: Plan, entries: tuple[Assignment, ...], workers: Sequence[WorkerFacts], make_plan: MakePlan
 ) -> Iterator[Plan]:
-    """Yields a plan with these assignments if they fit. The plan keeps the automatic plan's objective."""
+    """Yields a plan with these assignments if they fit. The plan keeps the objective of the automatic plan."""
     made = _plan_of(make_plan, workers, entries)
     if made is not None:
         used = {worker for entry in entries for worker in entry.workers}
@@ -199,7 +194,6 @@ def _placed(plan: Plan, holder: WorkerFacts, encoder: EncoderParts) -> Plan:
 
 
 def _without_encoder(encoder: EncoderParts, workers: Sequence[WorkerFacts], make_plan: MakePlan) -> Plan:
-    """Makes a plan without the encoder. Raises InsufficientMemoryError if the model does not fit even without it."""
     try:
         return make_plan(workers)
     except InsufficientMemoryError as error:

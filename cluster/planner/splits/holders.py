@@ -14,8 +14,8 @@ from llamaclust.cluster.planner.costs import Flags, Table, WorkerFacts
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageTable:
-    slow: Table  # cost that counts for the slowest stage; infinite if a stage is impossible
-    total: Table  # cost that counts for the sum over stages
+    slow: Table  # Cost that counts for the slowest stage. Infinite if the stage is impossible.
+    total: Table  # Cost that counts for the sum over stages.
 
     @property
     def layers(self) -> int:
@@ -37,7 +37,7 @@ class StageTable:
 class Holder(Protocol):
     @property
     def members(self) -> tuple[int, ...]:
-        """Indices of the workers in the cluster file, with the leader first. A class has its first worker's index."""
+        """Indices of the workers in the cluster file, starting with the leader. A class has its first worker only."""
         ...
 
     def table(self, work: int) -> StageTable: ...
@@ -46,7 +46,7 @@ class Holder(Protocol):
 @dataclass(frozen=True, slots=True, eq=False)
 class WorkerClass:
     workers: tuple[int, ...]
-    tables: tuple[StageTable, ...]  # one for each work
+    tables: tuple[StageTable, ...]
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -64,7 +64,7 @@ def worker_classes(
     tables: Callable[[WorkerFacts], tuple[StageTable, ...]],
     unlike: Collection[str] = (),
 ) -> list[WorkerClass]:
-    """Sorts equal workers into classes. Each worker in `unlike` has its own class. Calls `tables` once per class."""
+    """Groups equal workers into classes. Workers in `unlike` get separate classes. Calls `tables` once per class."""
     alike: dict[WorkerFacts, list[int]] = {}
     for index, worker in enumerate(workers):
         alike.setdefault(worker if worker.name in unlike else replace(worker, name=""), []).append(index)

@@ -1,4 +1,4 @@
-"""Chooses the orders of workers to try: the file's order, and then all orders or, for many workers, likely orders."""
+"""Chooses the orders of workers to try: the file's order, then all orders, or for many workers likely orders."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Order = Sequence[int]
 
 
 def ways_of_workers(classes: Sequence[WorkerClass], works: Sequence[Work], apart: Ways) -> Iterator[list[Way]]:
-    """Yields splits to try for each workload. The file's order comes first. Pairs in `apart` are never adjacent."""
+    """Yields splits to try, starting with the order in the file. Pairs in `apart` are never adjacent."""
     file = sorted(worker for worker_class in classes for worker in worker_class.workers)
     ends, limits = constrained_ends(file, apart), _limits(classes, works)
 
@@ -99,7 +99,7 @@ def likely_orders(file: Order, classes: Sequence[WorkerClass], work: int, limits
 
 
 def _spread(order: Order, apart: Ways) -> list[int]:
-    """Reorders workers so that no pair in `apart` is adjacent. A worker that fits nowhere comes last."""
+    """Reorders workers so that no pair in `apart` is adjacent. A worker without such a position comes last."""
     spread: list[int] = []
     waiting = list(order)
     while waiting:
@@ -127,7 +127,7 @@ _Tables = Sequence[tuple[int, StageTable]]
 
 
 def _with_best_ends(file: _Tables, limits: Table) -> list[Order]:
-    """Returns orders of several lengths, each with its best first and last worker. Positions between hardly matter."""
+    """Returns orders of several lengths, each with its best first and last worker. Other positions hardly matter."""
     by_total = sorted(file, key=lambda one: float(one[1].total[0, one[1].layers]))
     counts = range(1, len(file) + 1)
     fewest = bisect_left(counts, True, key=lambda count: _best_ends(by_total[:count], inf) is not None)
@@ -144,12 +144,11 @@ def _with_best_ends(file: _Tables, limits: Table) -> list[Order]:
 
 
 def _best_ends(order: _Tables, limit: float) -> Order | None:
-    """Returns the order with the best first and last worker, or None if no order covers all layers within the limit."""
     layers, numbers = order[0][1].layers, np.arange(len(order))
-    # [workers, layers]: the greatest possible end of a stage
+    # [workers, layers]: the last possible end of a stage.
     reach = np.array([_reach(table, limit) for _, table in order])
     first, last = numbers[:, np.newaxis], numbers[np.newaxis, :]
-    covered = np.repeat(reach[:, :1], len(order), axis=1)  # [first worker, last worker]
+    covered = np.repeat(reach[:, :1], len(order), axis=1)  # [first worker, last worker]: number of assigned layers.
     for number in numbers:
         covered = np.where((first == number) | (last == number), covered, reach[number][covered])
     covered = np.where(first == last, covered, reach[last, covered])

@@ -1,5 +1,5 @@
-"""Searches for the best split by dynamic programming. The search is exact for few workers, and otherwise follows likely
-orders. A split's rating depends on its slowest stage and on the sum over its stages. Workers may stay idle."""
+"""Searches for the best split by dynamic programming. The search is exact for few workers. Otherwise it tries likely
+orders. The rating of a split depends on its slowest stage and on the sum over its stages. Workers may stay idle."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from llamaclust.cluster.planner.splits.holders import StageTable
 from llamaclust.cluster.planner.work import Work
 
 CLOSE = 0.995
-"""The search ends if no split can take less than this fraction of the best time."""
+"""Fraction of the best time so far. The search ends if no other split can take less than that."""
 CLEARLY_BETTER = 0.98
-"""Fraction of a split's time that a split with groups, or in another order than the file's, must reach."""
+"""Fraction of a simpler split's time. A split with groups, or in another order than the file's, must take less."""
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """Splits to try for one workload. `limits` are limits for the slowest stage, in ascending order."""
+    """Splits to try for one workload. `limits` holds limits for the slowest stage, in ascending order."""
 
     steps: Steps
     work: Work
     limits: Table
-    least_slowest: float = 0.0  # lower bound for all splits
+    least_slowest: float = 0.0  # Lower bound of the slowest stage's time in any split.
 
     def best(self, below: float) -> Split | None:
-        """Returns the best split that takes less than `below`, or None. Bisects the limits, beginning with the most
-        promising interval. In each interval, the split for the upper limit has the least total."""
+        """Returns the best split that takes less than `below`, or None. Bisects the limits, starting with the most
+        promising interval. The split for the upper limit of an interval has the minimum total in that interval."""
         best: Split | None = None
-        open_ = [(self.work.seconds(self.least_slowest, 0.0), 0, len(self.limits))]  # (at best, limits [low, high))
+        # (lower bound, low, high) for the limits [low, high).
+        open_ = [(self.work.seconds(self.least_slowest, 0.0), 0, len(self.limits))]
         while open_ and open_[0][0] < below:
             _, low, high = heappop(open_)
             most = below - self._least(low) if self.work.adds_up else inf
@@ -51,7 +52,6 @@ class Way:
         return best
 
     def _least(self, place: int) -> float:
-        """Returns a lower bound of the slowest stage's time. This stage exceeds the previous limit."""
         return max(self.least_slowest, float(self.limits[place - 1]) if place else 0.0)
 
 
@@ -63,7 +63,7 @@ class Best:
 
 
 def best_of(kinds: Iterable[Sequence[Way]], below: float = inf) -> Best | None:
-    """Returns the best split, or None. A split of an earlier kind wins unless a later kind is clearly better."""
+    """Returns the best split, or None. A later kind wins only if it is clearly better than earlier kinds."""
     best: Best | None = None
     for ways in kinds:
         limit = below if best is None else CLEARLY_BETTER * best.seconds

@@ -1,5 +1,3 @@
-"""Computes tables of stage times on a worker, by the stage's start and end. The search for splits uses them."""
-
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +13,7 @@ from llamaclust.cluster.planner.splits.holders import StageTable
 from llamaclust.cluster.planner.work import Rows, Work
 
 _STAGE_S = 1e-9
-"""Small cost of each stage, so that the split with fewer stages wins if two splits are equally fast."""
+"""Small cost of each stage. If two splits are equally fast, the split with fewer stages wins."""
 
 
 def stage_tables(
@@ -30,7 +28,7 @@ def stage_tables(
 def _table(sizes: MemoryModel, division: Division, work: Work, worker: WorkerFacts) -> StageTable:
     layers, links = sizes.stages.layers, link_table(sizes, work, worker.reach)
     slow = _seconds(sizes, division, worker, work.slowest)
-    if work.slowest:  # a stage of all layers computes alone
+    if work.slowest:  # A stage of all layers has no concurrent stage.
         alone = [Rows(steps.rows, steps.steps, steps.is_prompt) for steps in work.slowest]
         slow[0, layers] = _seconds(sizes, division, worker, alone)[0, layers]
     total = _seconds(sizes, division, worker, work.each) + links.total + _STAGE_S
@@ -61,10 +59,10 @@ def link_table(sizes: MemoryModel, work: Work, reach: Link) -> StageTable:
     """Returns the seconds of a stage's links: `slow` for rows sent during computation, `total` for other messages."""
     stages = sizes.stages
     others = np.ones(stages.held_bytes.shape)
-    others[0, stages.layers] = 0  # a stage of all layers has no links
+    others[0, stages.layers] = 0  # A stage of all layers has no links.
     crossing = work.slowest_rows * stages.border_bytes
     row_bytes = work.hop_rows * stages.border_bytes
-    row_bytes[[0, -1]] = 0  # a token id comes back from the last stage to the first one
+    row_bytes[[0, -1]] = 0  # The last stage returns only a token id to the first stage.
     return StageTable(
         others * reach.byte_s * (crossing[:, np.newaxis] + crossing),
         others * (2 * work.hops * reach.one_way_s + reach.byte_s * (row_bytes[:, np.newaxis] + row_bytes)),

@@ -1,1 +1,1 @@
-"""Drafters guess a sequence's next tokens from its earlier tokens alone. The pipeline verifies the guesses."""
+"""Drafters guess the next tokens of a sequence from its earlier tokens. The pipeline verifies the guesses."""

@@ -1,4 +1,4 @@
-"""Finds where a text continues to copy earlier tokens after it replaced, omitted or added some tokens."""
+"""Finds where a text resumes copying its earlier tokens, after it replaced, omitted or added some tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MOST_DIFFERENT = 16
-"""The most tokens after a copy's end. If the text has more, the copy's place counts as lost."""
+"""Maximum number of tokens since the last copied token. After more tokens, the search for a resumption stops."""
 _NEAR = 16
 _MOST_SINCE = 160
 
@@ -18,15 +18,16 @@ class Resumption(NamedTuple):
 
 class Copy:
     def __init__(self) -> None:
-        self._end = 0  # tokens of the text up to the copy's end
-        self._place = -1  # index of the last token that was copied
+        self._end = 0  # Number of tokens in the text up to the end of the copy.
+        self._place = -1  # Index of the last token that was copied. -1: no copy has begun.
 
     def begin(self, tokens: Sequence[int], place: int) -> None:
         self._end, self._place = len(tokens), place
 
     def resumption(self, tokens: Sequence[int]) -> Resumption | None:
-        """Returns the place near the copied tokens that matches most of the text's end. On a tie, prefers the place
-        with about as many omitted as added tokens. Returns None if the copy continues or does not resume."""
+        """Returns the place after the copied tokens that matches the most tokens at the end of the text. If several
+        places match equally well, prefers the one with about as many omitted as added tokens. Returns None if the copy
+        continues without a difference, or if no place matches."""
         if self._place < 0 or len(tokens) - self._end > _MOST_SINCE:
             return None
         while self._end < len(tokens) and tokens[self._end] == tokens[self._place + 1]:

@@ -1,4 +1,4 @@
-"""The interface of drafters. A draft changes how fast an answer is computed, but never the answer's tokens."""
+"""Interface of drafters. A draft can make an answer faster, but it never changes the answer's tokens."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from dataclasses import dataclass
 from typing import Protocol
 
 CLASSES = 20
-"""The number of confidence classes. Drafts of one class have about the same acceptance rate."""
+"""Number of confidence classes. Drafts of one class are accepted at about the same rate."""
 SUBSTITUTED = 1
-"""The confidence class of drafts after a token that differs from a copied text, if the 8 tokens before it match."""
+"""Confidence class for a text that differs from a copied text in its last token, but matches in the 8 tokens before."""
 SHORT = 2
-"""The first of 3 classes for matches of 2 or 3 tokens. The first class is for matches with different next tokens, the
-second is for a single match, and the third is for several matches with the same next token."""
+"""First of 3 classes for matches of 2 or 3 tokens. The first class has matches with different next tokens. The second
+has a single match. The third has several matches with the same next token."""
 MIDDLE = 5
-"""The first of 3 classes for matches of 4 to 7 tokens. They are divided like the classes of `SHORT`."""
+"""First of 3 classes for matches of 4 to 7 tokens. The classes are divided as for `SHORT`."""
 LONG = 8
-"""The first of 2 classes for long matches: 8 to 15 tokens, and 16 tokens or more."""
+"""First of 2 classes for long matches: 8 to 15 tokens, and 16 tokens or more."""
 SHARED = 10
-"""The first of 2 classes for drafts from other requests' answers: matches of up to 15 tokens, and of 16 or more."""
+"""First of 2 classes for matches in answers to other requests: up to 15 tokens, and 16 tokens or more."""
 MODEL = 12
 FORCED = 13
 MTP = 14
 RESUMED = 15
-"""The first of 2 classes for copies that resume after a difference: one token matches there, or several match."""
+"""First of 2 classes for copies that resume after a difference: one matching token, and several matching tokens."""
 SINGLE = 17
-"""The first of 3 classes for matches of the last token alone. They are divided like the classes of `SHORT`."""
+"""First of 3 classes for matches of the last token only. The classes are divided as for `SHORT`."""
 
 
 def kind_of(confidence: int) -> str:
@@ -38,7 +38,7 @@ class Draft:
     tokens: tuple[int, ...]
     confidence: int
     forced: int = 0
-    """The number of leading tokens that a grammar forces. Forced tokens have the class `FORCED`."""
+    """Number of tokens at the start of the draft that a grammar forces. Their confidence class is `FORCED`."""
 
     def confidence_at(self, place: int) -> int:
         return FORCED if place < self.forced else self.confidence
@@ -49,12 +49,11 @@ NO_DRAFT = Draft((), 0)
 
 class Drafter(Protocol):
     def draft(self, tokens: Sequence[int], most: int) -> Draft:
-        """Returns a draft of at most `most` tokens. `tokens` (prompt and answer) may only grow between calls."""
+        """Returns a draft of up to `most` tokens. `tokens` holds prompt and answer, and may only grow between calls."""
 
 
 class Drafters(Protocol):
     def of(self, key: Hashable) -> Drafter:
         """Returns a drafter. Drafters with different keys (cache salt and adapters) share nothing."""
 
-    def ended(self, key: Hashable, tokens: Sequence[int]) -> None:
-        """Takes a sequence's complete answer when the sequence ends."""
+    def ended(self, key: Hashable, tokens: Sequence[int]) -> None: ...

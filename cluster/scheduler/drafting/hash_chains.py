@@ -1,4 +1,4 @@
-"""Finds earlier occurrences of a text's last tokens, newest first, with hash chains as in LZ77 compressors."""
+"""Finds earlier occurrences of the last tokens of a text, newest first. Uses hash chains, as LZ77 compressors do."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ from typing import NamedTuple
 
 NONE = -1
 LONGEST = 32
-"""The most tokens of a match. Longer matches count as this long."""
+"""Maximum length of a match in tokens. Longer matches are treated as this long."""
 CANDIDATES = 8
-"""The most places that one search compares. It bounds the time that a client's repetitive tokens can cost."""
+"""Maximum number of places that a search compares. It limits the time that repetitive tokens from a client can cost."""
 STEP_TOKENS = 1024
-"""The most tokens that one call adds to an index. Adding them takes about half a millisecond."""
+"""Maximum number of tokens that one call adds to an index, which takes about half a millisecond."""
 _FIRST_BUCKETS = 64
 
 
 class Match(NamedTuple):
-    """A match. The tokens at (place - length, place] equal the text's last `length` tokens."""
+    """A match. The tokens at indices (place - length, place] equal the last `length` tokens of the text."""
 
     place: int
     length: int
-    followers: int = 1  # candidates that were looked at
-    agree: bool = True  # the same token follows all of them
+    followers: int = 1  # Number of places that were compared.
+    agree: bool = True  # True if the same token follows at all of these places.
 
 
 NO_MATCH = Match(NONE, 0, 0)
 
 
 class HashChains:
-    """Chains of token indices ("places"). The last `order` tokens at all places in a chain have the same hash."""
+    """Linked lists of token indices, called places. Two places are in the same list if the `order` tokens that end
+    there have the same hash."""
 
     def __init__(self, order: int) -> None:
         self._order = order
         self._newest = array("i", [NONE]) * _FIRST_BUCKETS
-        self._previous = array("i")  # by place
+        self._previous = array("i")  # For each place, the previous place with the same hash.
 
     def __len__(self) -> int:
         return len(self._previous)
@@ -45,10 +46,10 @@ class HashChains:
         return sys.getsizeof(self._newest) + sys.getsizeof(self._previous)
 
     def take_in(self, text: Sequence[int]) -> bool:
-        """Adds at most STEP_TOKENS new tokens of the text. Returns True once the index has the whole text."""
+        """Adds up to STEP_TOKENS new tokens of the text. Returns True once the whole text is in the index."""
         assert len(text) >= len(self._previous)
         while len(self._newest) < len(text):
-            self._newest.extend(self._newest)  # both halves go on with the chains so far
+            self._newest.extend(self._newest)  # Both halves of the doubled table start with the existing chains.
         previous, newest, order, mask = self._previous, self._newest, self._order, len(self._newest) - 1
         end = min(len(text), len(previous) + STEP_TOKENS)
         while len(previous) < min(order - 1, end):
@@ -67,8 +68,9 @@ class HashChains:
         return self._newest[hash(window) & len(self._newest) - 1]
 
     def longest(self, text: Sequence[int], place: int, tail: Sequence[int]) -> Match:
-        """Returns the longest match of `tail` (at most LONGEST tokens) at `place` or earlier in its chain. Prefers the
-        newest of equally long matches. A NONE in the text matches nothing and follows no match."""
+        """Returns the longest match of `tail`, which has at most LONGEST tokens. Compares `place` and earlier places in
+        its chain. If matches are equally long, returns the newest. A NONE in the text is never part of a match and
+        never follows one."""
         previous, order, window = self._previous, self._order, tail[-self._order :]
         found, length, followers, follower, agree = NONE, order - 1, 0, NONE, True
         for _ in range(CANDIDATES):
@@ -80,7 +82,7 @@ class HashChains:
             agree = agree and (not followers or next_ == follower)
             followers, follower = followers + 1, next_
             if length > here or length == len(tail) or text[here - length] != tail[-1 - length]:
-                continue  # most others are no longer than the best so far
+                continue  # The match here cannot be longer than the longest match so far.
             longer = extended(text, here, tail, length)
             if longer > length:
                 found, length = here, longer

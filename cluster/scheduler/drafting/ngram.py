@@ -1,4 +1,4 @@
-"""A drafter without a model. Drafts the tokens that followed earlier occurrences of a sequence's last tokens."""
+"""Drafts tokens without a model: the tokens that followed earlier occurrences of the last tokens."""
 
 from __future__ import annotations
 
@@ -19,20 +19,17 @@ from llamaclust.cluster.scheduler.drafting.drafter import (
 from llamaclust.cluster.scheduler.drafting.hash_chains import LONGEST, NO_MATCH, HashChains, Match, extended
 
 _ORDER = 2
-"""The length of the shortest match. Tokens that always followed a pair of tokens follow it again in 4 of 5 cases."""
+"""Minimum match length in tokens. If one token always followed a pair of tokens, it follows again in 4 of 5 cases."""
 _COPIED = 8
-"""The length from which a match counts as a copy. A copy probably continues after a difference."""
+"""Minimum length of a match that counts as copying. Copying probably continues after a difference."""
 _UNSURE = 3
-"""Matches up to this length are less reliable than an equally long match near the last copy's place."""
 
 
 class NgramDrafter:
-    """A drafter for one sequence. It takes about 24 bytes per token, and a bounded number of comparisons per draft."""
-
     def __init__(self) -> None:
         self._chains = HashChains(_ORDER)
         self._singles = HashChains(1)
-        self._distance = 0  # tokens from the last match to the end; 0: no match yet
+        self._distance = 0  # Number of tokens from the last match to the end of the text. 0: there was no match yet.
         self._copy = Copy()
 
     @property
@@ -44,7 +41,7 @@ class NgramDrafter:
         return self._chains.take_in(tokens)
 
     def draft(self, tokens: Sequence[int], most: int) -> Draft:
-        """Returns a draft once the index has the whole text. Each call adds a bounded number of tokens to the index."""
+        """Returns an empty draft until the whole text is in the index, which may take several calls."""
         if not self.take_in(tokens) or most < 1:
             return NO_DRAFT
         return self.continued(tokens, self.match(tokens), most)
@@ -55,7 +52,7 @@ class NgramDrafter:
         tail = tokens[-LONGEST:]
         found = self._chains.longest(tokens, self._chains.before_last, tail)
         if self._distance and found.length < LONGEST:
-            # A copy goes on where it was, though there may be many newer places of its last two tokens.
+            # The copy may continue at its place, although the last two tokens also occur at many newer places.
             aligned = len(tokens) - 1 - self._distance
             length = extended(tokens, aligned, tail, max(found.length, _ORDER - 1))
             if length >= max(found.length + 1, _ORDER):
@@ -63,7 +60,8 @@ class NgramDrafter:
         return found
 
     def continued(self, tokens: Sequence[int], match: Match, most: int) -> Draft:
-        """Drafts the tokens after the match, or after the last copy's place. Repeats them if the text ends first."""
+        """Drafts the tokens after the match or the resumed copy. If the text ends too early, the draft repeats these
+        tokens."""
         if match.length <= _UNSURE:
             resumed = self._copy.resumption(tokens)
             if resumed is not None and resumed.length >= match.length:
@@ -108,4 +106,4 @@ class NgramDrafters:
         return NgramDrafter()
 
     def ended(self, key: Hashable, tokens: Sequence[int]) -> None:
-        """Does nothing, because answers are not shared."""
+        """Ignores the answer, because sequences share no answers."""

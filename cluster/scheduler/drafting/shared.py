@@ -1,5 +1,6 @@
-"""Drafts from a bounded store of recent answers to other requests. An answer that equals a stored answer arrives
-sooner, which reveals the stored answer. Therefore requests share answers only if their keys are equal."""
+"""Drafts from recent answers to other requests. The number of stored tokens is limited. An answer that equals a stored
+answer arrives sooner, so a client could guess the answers of others. Therefore only requests with equal keys share
+answers."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from llamaclust.cluster.scheduler.drafting.hash_chains import LONGEST, NO_MATCH,
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafter
 
 _ORDER = 4
-"""The length of the shortest match. Many answers have shorter matches by chance."""
+"""Minimum match length in tokens. Shorter matches between answers are often chance."""
 _KEY_TOKENS = 128
-"""The tokens that each key counts as, because a key's empty index takes about 2 KiB."""
+"""Number of tokens that each key counts as, because even an empty index takes about 2 KiB."""
 
 
 class _Answers:
@@ -28,7 +29,7 @@ class _Answers:
 
     def add(self, tokens: Sequence[int]) -> None:
         self.tokens.extend(tokens)
-        self.tokens.append(NONE)  # no match has tokens of two answers
+        self.tokens.append(NONE)  # NONE separates two answers, so that no match spans both.
         self._chains.take_in(self.tokens)
 
     def match(self, tail: array[int]) -> Match:
@@ -41,13 +42,14 @@ class _Answers:
 
 
 class SharedAnswers:
-    """A store of answers. It takes about 17 bytes per token. When its newer half is full, it drops the older half."""
+    """A store of answers in two halves, which needs about 17 bytes per token. When the newer half is full, it replaces
+    the older half, whose answers are dropped."""
 
     def __init__(self, most_tokens: int) -> None:
         self._half_tokens = most_tokens // 2
         self._newer: dict[Hashable, _Answers] = {}
         self._older: dict[Hashable, _Answers] = {}
-        self._count = 0  # tokens of the newer ones, keys included
+        self._count = 0  # Number of tokens in the newer half. Each key counts as `_KEY_TOKENS`.
 
     @property
     def size_bytes(self) -> int:
@@ -55,7 +57,6 @@ class SharedAnswers:
         return sum(sys.getsizeof(half) + sum(answers.size_bytes for answers in half.values()) for half in halves)
 
     def add(self, tokens: Sequence[int], key: Hashable) -> None:
-        """Adds an answer, or a very long answer's end, for requests with this key (cache salt and adapters)."""
         kept = tokens[-max(self._half_tokens - _KEY_TOKENS - 1, 0) :]
         added = len(kept) + 1 + _KEY_TOKENS * (key not in self._newer)
         if len(kept) <= _ORDER or added > self._half_tokens:
@@ -67,7 +68,6 @@ class SharedAnswers:
         self._count += added
 
     def draft(self, tokens: Sequence[int], most: int, key: Hashable, least: int) -> Draft:
-        """Returns the tokens after the longest match of at least `least` tokens. Prefers the newer of equal matches."""
         tail, found, place = array("i", tokens[-LONGEST:]), NO_MATCH, None
         for half in (self._newer, self._older):
             answers = half.get(key)
@@ -80,8 +80,6 @@ class SharedAnswers:
 
 
 class SharedDrafter:
-    """A drafter for one sequence. It uses shared answers if they match more tokens than the sequence's own text."""
-
     def __init__(self, answers: SharedAnswers, key: Hashable) -> None:
         self._answers, self._key = answers, key
         self._own = NgramDrafter()

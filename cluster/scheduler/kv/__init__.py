@@ -1,1 +1,1 @@
-"""The scheduler's view of KV memory: KV blocks, sliding windows, states and shared prefixes."""
+"""Bookkeeping for KV memory: KV blocks, sliding windows, states and shared prefixes. The workers hold the data."""

@@ -1,5 +1,3 @@
-"""KV blocks, by number: counts of their holders, search by content, and sequences' block tables."""
-
 from __future__ import annotations
 
 from collections import OrderedDict
@@ -7,12 +5,14 @@ from collections.abc import Iterable
 
 
 class KvBlocks:
-    """A pool of blocks [0, count), which have the same ids on every stage. A registered block without holders is idle.
-    `acquire` finds an idle block until it is reused. The block that has been idle longest is reused first."""
+    """A pool of the blocks [0, count). A block has the same number on every stage. A holder is a sequence or a transfer
+    that uses a block. A registered block without holders is idle: `acquire` still finds it, until `take` reuses it. The
+    block that has been idle longest is reused first."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._free = list(range(count - 1, -1, -1))  # the last one is taken first: low ids, memory that is warm
+        # The last block in the list is taken first, so that memory in CPU caches is reused.
+        self._free = list(range(count - 1, -1, -1))
         self._holders = [0] * count
         self._keys: dict[int, bytes] = {}
         self._by_key: dict[bytes, int] = {}
@@ -30,7 +30,7 @@ class KvBlocks:
         return self._holders[block]
 
     def take(self) -> int:
-        """Returns a block with undefined content. The caller is its only holder. A block must be available."""
+        """Returns a block with undefined content, whose only holder is the caller. Requires `available` > 0."""
         if self._free:
             block = self._free.pop()
         else:
@@ -41,7 +41,7 @@ class KvBlocks:
         return block
 
     def acquire(self, key: bytes) -> int:
-        """Adds a holder to the block with this content, which must exist. Holders must not write to the block."""
+        """Adds a holder to the block registered with this key. Holders must not write to the block."""
         block = self._by_key[key]
         self._idle.pop(block, None)
         self._holders[block] += 1
@@ -55,7 +55,8 @@ class KvBlocks:
         return self._by_key.get(key) == block
 
     def register(self, block: int, key: bytes) -> None:
-        """Lets `acquire` find a full block, which must not change again. A second block of the same key is ignored."""
+        """Lets `acquire` find a full block by its key. The block's content must not change again. Does nothing if
+        another block is registered with the same key."""
         assert self._holders[block] > 0
         if key not in self._by_key and block not in self._keys:
             self._by_key[key] = block
@@ -69,7 +70,7 @@ class KvBlocks:
                 self._free.append(block)
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Removes one holder from each block. Idle blocks at the end of the list are reused first."""
+        """Removes one holder from each block. The last blocks in the list are reused first."""
         for block in reversed(list(blocks)):
             self._holders[block] -= 1
             assert self._holders[block] >= 0, "a block was released twice"
@@ -81,16 +82,17 @@ class KvBlocks:
 
 
 class BlockTable:
-    """One sequence's blocks from block number `start` on. Position p is in block number p // KV_BLOCK_TOKENS. `start`
-    is 0, or for layers with a sliding window the number of the first block that later rows see."""
+    """The blocks of one sequence, in order of position. blocks[i] holds the positions from (start + i) *
+    KV_BLOCK_TOKENS. `start` is 0, except for layers with a sliding window, whose old blocks are dropped."""
 
     __slots__ = ("_runs", "_shown", "blocks", "committed", "start")
 
     def __init__(self) -> None:
         self.blocks: list[int] = []
         self.start = 0
-        self.committed = 0  # blocks that it may come to hold, in layers with a window
-        self._runs: list[int] = []  # as in `Chunk.table`
+        # Number of blocks promised to the sequence, for layers with a sliding window.
+        self.committed = 0
+        self._runs: list[int] = []  # Runs of consecutive block numbers, in the format of `Chunk.table`.
         self._shown: tuple[int, ...] | None = None
 
     def __len__(self) -> int:

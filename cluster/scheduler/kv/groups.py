@@ -1,4 +1,4 @@
-"""Block counts for states and for layers with a sliding window. Plans and the scheduler use the same counts."""
+"""Calculates numbers of window blocks and state blocks. Plans and the scheduler use the same numbers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 Sizes = TypeVar("Sizes", int, NDArray[np.int64])
 _MOST_STATE_POSITIONS = 1024
 _SEQUENCES_A_CONTEXT = 4
-"""KV memory holds several full-length sequences. Each after the first counts as this many shorter sequences."""
+"""Number of shorter sequences assumed in place of each further full-length sequence that fits into KV memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class KvSizes(Generic[Sizes]):
-    """Byte counts for some layers. `token_bytes` is for one position's keys and values. `window_token_bytes` is the
-    part of them that is in layers with a sliding window. `state_bytes` is for one sequence's state."""
+    """Byte counts for some layers. `token_bytes`: keys and values of one position. `window_token_bytes`: the part of
+    `token_bytes` in layers with a sliding window. `state_bytes`: the state of one sequence."""
 
     token_bytes: Sizes
     window_token_bytes: Sizes
@@ -29,16 +29,16 @@ class KvSizes(Generic[Sizes]):
 
 @dataclass(frozen=True, slots=True)
 class WindowGroup:
-    """Layers that keep keys and values for a sliding window only. `window`, the largest, includes the row's own
-    position. A block outside the window is released once the last microbatch that reads it has been made."""
+    """Layers that store keys and values for a sliding window only. `window` is the largest window of these layers in
+    positions, including the row's own position. A block is released once no later microbatch reads it."""
 
     window: int
-    rows: int  # the most rows of a microbatch
+    rows: int  # Maximum number of rows in a microbatch.
 
     @property
     def sequence_blocks(self) -> int:
-        """The most blocks of one sequence, excluding prompt rows of the microbatch being made. It counts a window and
-        one more position at any offset, one block that is not full, and one block for drafted rows."""
+        """Maximum number of blocks for one sequence, without the prompt rows of the current microbatch. The sum counts
+        the window plus one position at any alignment, one partly filled block, and one block for drafted rows."""
         return (self.window + KV_BLOCK_TOKENS - 3) // KV_BLOCK_TOKENS + 3
 
     @property
@@ -53,29 +53,32 @@ class WindowGroup:
         return max(0, position - self.window + 1) // KV_BLOCK_TOKENS
 
     def blocks_beside(self, kv_blocks: int, context_length: int, sequences: int) -> int:
-        """Returns the group's block count if other layers have `kv_blocks`. The first full-length sequence in KV memory
-        counts as one sequence. Each further one counts as several, because most sequences are shorter."""
+        """Returns the number of blocks for this group if other layers have `kv_blocks` blocks. Assumes that KV memory
+        holds one full-length sequence. The rest holds `_SEQUENCES_A_CONTEXT` shorter sequences per full context
+        length."""
         context = _blocks(context_length)
         further = -(-_SEQUENCES_A_CONTEXT * max(0, kv_blocks - context) * self.sequence_blocks // context)
-        most = max(self.sequence_blocks, kv_blocks - self.row_blocks)  # never more than of other layers
+        # The group never needs more blocks than the other layers.
+        most = max(self.sequence_blocks, kv_blocks - self.row_blocks)
         return min(sequences * self.sequence_blocks, self.sequence_blocks + further, most) + self.row_blocks
 
 
 @dataclass(frozen=True, slots=True)
 class StateGroup:
-    """Blocks that each hold the states of all layers after one position. Each running sequence has one block. The other
-    blocks are checkpoints, where sequences with the same tokens can begin.
+    """Blocks for states. A block holds the states of all layers after one position. Each running sequence has one
+    block. The other blocks are checkpoints, from which sequences with the same first tokens can start.
 
-    Running sequences' states take at most half as much memory as keys and values, and checkpoints take at most as much
-    again. There are at least three blocks: for a running sequence, for the checkpoint at which the sequence began, and
-    for the checkpoint that it leaves. A position with few KV bytes counts as 1/1024 of a state."""
+    The states of running sequences take up to half as much memory as keys and values. Checkpoints take up to the same
+    amount again. There are at least three blocks: one for a running sequence, one for the checkpoint it started from,
+    and one for the checkpoint it leaves. For this calculation, a position has at least 1/1024 of a state's bytes."""
 
-    state_bytes: int  # bytes of a state in all layers
-    kv_token_bytes: int  # bytes of a position in all layers
+    state_bytes: int  # Bytes of one sequence's state in all layers.
+    kv_token_bytes: int  # Bytes of one position's keys and values in all layers.
 
     @property
     def span(self) -> int:
-        """Positions between checkpoints, a power of two. Their keys and values take about as much memory as a state."""
+        """Number of positions between checkpoints, a power of two. Keys and values of these positions take about as
+        much memory as one state."""
         positions = self.state_bytes // self._token_bytes
         return min(_MOST_STATE_POSITIONS, max(KV_BLOCK_TOKENS, 1 << (positions - 1).bit_length()))
 
@@ -84,8 +87,8 @@ class StateGroup:
         return max(self.kv_token_bytes, -(-self.state_bytes // _MOST_STATE_POSITIONS))
 
     def blocks_beside(self, kv_blocks: int, sequences: int) -> int:
-        """Returns the block count: one for each running sequence whose state fits into half of the KV blocks' bytes (at
-        least one), two for checkpoints, and one for each `span` positions whose state fits into the other half."""
+        """Returns the number of state blocks. There is one block per running sequence, two for checkpoints, and one
+        more per `span` positions. The first and the last number are limited by the memory that states may take."""
         tokens = kv_blocks * KV_BLOCK_TOKENS
         half = tokens * self._token_bytes // (2 * self.state_bytes)
         return min(sequences, 1 + half) + 2 + min(tokens // self.span, half)
@@ -93,7 +96,7 @@ class StateGroup:
 
 @dataclass(frozen=True, slots=True)
 class KvGroups:
-    window: WindowGroup | None  # None: layers with a window use KV blocks
+    window: WindowGroup | None  # None if layers with a sliding window use ordinary KV blocks.
     states: StateGroup | None
     context_length: int
     sequences: int
@@ -123,7 +126,7 @@ class KvGroups:
 
 
 def window_group(window: int | None, context_length: int, rows: int) -> WindowGroup | None:
-    """Returns the group of layers with a sliding window. Returns None if separate blocks would save no memory."""
+    """Returns the group of layers with a sliding window, or None if separate blocks would save no memory."""
     if window is None:
         return None
     group = WindowGroup(window, rows)

@@ -1,4 +1,4 @@
-"""The scheduler's KV memory. It gives blocks to sequences, shares blocks of equal prefixes, and releases blocks."""
+"""Assigns KV blocks to sequences, shares blocks of equal prefixes, and releases blocks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 RESERVE_BLOCKS = 2
-"""Blocks kept free for each running sequence when another starts, so that the new sequence is not preempted at once."""
+"""Number of blocks that stay free per running sequence when another sequence starts. Otherwise the new sequence could
+be preempted at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +37,17 @@ class KvMemory:
         states = settings.state_blocks
         self.states = KvStates(settings.state_span, cache(KvBlocks(states))) if states else None
         self._filling: set[bytes] = set()
-        self._refused: dict[int, _Refusal] = {}  # by sequences that wait, as long as nothing has changed for them
+        # Refusals by sequence key. A refusal stays valid until more blocks or the missing block become available.
+        self._refused: dict[int, _Refusal] = {}
         self.transfers = KvTransfers(self.blocks, self._cache)
 
     def begin_microbatch(self) -> None:
         self._filling.clear()
 
     def admit(self, sequence: Sequence, reserve: int) -> bool:
-        """Gives a sequence blocks for all its rows. Returns False if fewer than `reserve` blocks would remain, or if
-        the sequence would share blocks that the microbatch being made fills, because it cannot also read them."""
+        """Gives a sequence blocks for all of its rows. Returns False if fewer than `reserve` blocks would stay free.
+        Also returns False if the current microbatch fills a block that the sequence would share, because a microbatch
+        cannot read such a block."""
         if (refused := self._refused.pop(sequence.key, None)) is not None and self._is_unchanged(refused, reserve):
             self._refused[sequence.key] = refused
             return False
@@ -75,7 +78,6 @@ class KvMemory:
         return True
 
     def has_room_for(self, sequences: tuple[Sequence, ...], reserve: int) -> bool:
-        """True if all sequences could get blocks without the prefix cache, and `reserve` blocks would remain."""
         has_window = self.window is None or self.window.can_begin(sequences, reserve)
         has_states = self.states is None or self.states.can_begin(len(sequences))
         return (
@@ -116,7 +118,7 @@ class KvMemory:
             self.window.reserve(sequence, sequence.next_rows + len(tokens))
 
     def settle(self, sequence: Sequence, *, is_whole: bool) -> None:
-        """Keeps or releases the memory of drafted rows. Shares full blocks, as there may be no later microbatch."""
+        """Keeps or releases the memory of drafted rows. `is_whole` means that all drafts were accepted."""
         if self.states is not None:
             self.states.settle(sequence, is_whole=is_whole)
         if sequence.is_running:
@@ -125,12 +127,10 @@ class KvMemory:
                 self.window.settle(sequence)
 
     def finished(self, sequence: Sequence) -> None:
-        """Shares a finished sequence's full blocks, including blocks that lookahead steps filled."""
         if sequence.is_running and self.states is None:
             self._register(sequence)
 
     def extend(self, sequence: Sequence) -> bool:
-        """Gives a sequence blocks for all its rows, and commits window blocks. Returns False if too few are left."""
         if self.window is not None and not self.window.commit(sequence):
             return False
         while len(sequence.kv.table) < sequence.blocks_needed:
@@ -146,7 +146,7 @@ class KvMemory:
             self.states.reserve(sequence, rows)
 
     def filled(self, sequence: Sequence) -> None:
-        """Shares full blocks of known tokens, once the microbatch being made has the rows up to `scheduled`."""
+        """Registers full blocks after rows up to `scheduled` have been added to the current microbatch."""
         self._register(sequence)
         if self.window is not None:
             self.window.release_out_of_window(sequence)
@@ -163,7 +163,6 @@ class KvMemory:
             kv.registered = full
 
     def end_microbatch(self) -> None:
-        """Releases blocks that no later row reads. Later microbatches may overwrite them."""
         if self.window is not None:
             self.window.end_microbatch()
         if self.states is not None:

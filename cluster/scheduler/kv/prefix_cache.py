@@ -1,4 +1,4 @@
-"""The prefix cache. A key is a SHA-256 chain over model, KV type, adapters, salt, tokens and image rows."""
+"""A prefix cache with SHA-256 keys. A key covers model, KV type, adapters, salt, tokens and image rows."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ _IMAGE = Struct("<5q")
 
 
 class BlockKeys(list[bytes]):
-    """Keys of a sequence's full blocks. Sequences with different salts, adapters or scales share no block."""
+    """Keys of the full blocks of one sequence. Sequences with different salts, adapters or scales share no blocks."""
 
     def __init__(
         self, salt: str = "", adapters: Sequence[tuple[str, float]] = (), images: Sequence[ImageSpan] = ()
     ) -> None:
-        """`adapters` has each adapter's digest and scale, in the order in which the adapters are computed."""
+        """`adapters` holds (digest, scale) pairs in the order in which workers apply the adapters."""
         super().__init__()
         self._images, self._places = images, SpanPlaces(images)
         self.salt = f"{[*adapters]}\0{salt}" if adapters else f"\0{salt}"
-        self._shared: list[bytes] = []  # the first keys, of all sequences that share them
+        self._shared: list[bytes] = []  # The first keys, shared by all choices of an API request.
         self._most_shared = 0
 
     def shared(self, blocks: int) -> BlockKeys:
-        """Returns the keys for a sequence that has the same first `blocks` keys. These keys are computed only once."""
+        """Returns keys for a sequence with the same first `blocks` blocks. The keys of these blocks are computed only
+        once."""
         self._most_shared = blocks
         self.share()
         other = copy(self)
@@ -49,7 +50,8 @@ class BlockKeys(list[bytes]):
 
 
 class PrefixCache:
-    """Finds and registers blocks by all tokens from position 0 on. `keys` belong to one sequence and are extended."""
+    """Looks up KV blocks by the tokens they hold. The key of a block depends on all tokens up to the end of the block.
+    Methods append missing keys to `keys`, so a caller passes the same list for the same sequence."""
 
     def __init__(self, blocks: KvBlocks, model_id: str, kv_type: KvType, enabled: bool = True) -> None:
         self.blocks = blocks
@@ -57,7 +59,8 @@ class PrefixCache:
         self.is_enabled = enabled
 
     def find(self, keys: BlockKeys, tokens: Sequence[int], reusable: int) -> tuple[int, int]:
-        """Returns (found, idle): how many leading blocks of tokens[:reusable] are cached, and how many are idle."""
+        """Returns (found, idle) for the blocks of tokens[:reusable]: the number of leading blocks that are cached, and
+        how many of them are idle."""
         if not self.is_enabled:
             return 0, 0
         self._extend(keys, tokens, reusable // KV_BLOCK_TOKENS)
@@ -73,7 +76,8 @@ class PrefixCache:
     def register(
         self, keys: BlockKeys, tokens: Sequence[int], table: Sequence[int], registered: int, full: int, start: int = 0
     ) -> None:
-        """Registers the full blocks with numbers [registered, full). `table` has block ids from number `start` on."""
+        """Registers blocks number [registered, full) of a sequence. table[i] is the block id of block number start +
+        i."""
         if not self.is_enabled:
             return
         self._extend(keys, tokens, full)
@@ -92,7 +96,6 @@ class PrefixCache:
 
 
 def _part_of(span: ImageSpan, start: int) -> bytes:
-    """Returns bytes that identify the image's rows in the block at position `start`, and the rows that they see."""
     first, end = max(span.start, start), min(span.end, start + KV_BLOCK_TOKENS)
     place = first - start, end - start, span.offset + first - span.start, span.end - span.start
     return span.digest + _IMAGE.pack(*place, span.is_bidirectional)

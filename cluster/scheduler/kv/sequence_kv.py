@@ -1,5 +1,3 @@
-"""One sequence's KV memory: its blocks, and the keys by which other sequences find these blocks."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -10,15 +8,19 @@ from llamaclust.cluster.scheduler.kv.prefix_cache import BlockKeys
 
 @dataclass(slots=True)
 class SequenceStates:
-    is_begun: bool = False  # it runs, and may hold blocks
-    read: int | None = None  # has the state behind the rows that are scheduled; None: there are none
-    own: int | None = None  # gets the state behind the next rows; may be `read`, and is never shared
-    marks: list[tuple[int, int]] = field(default_factory=list)  # (position, block): states behind some rows before
-    ahead: int | None = None  # gets the state behind drafted rows instead, until it is known whether they count
-    unregistered: int | None = None  # the position of `read` where that is a checkpoint whose last token is not known
+    is_begun: bool = False  # True while the sequence runs and may hold state blocks.
+    read: int | None = None  # Block with the state after the scheduled rows. None: no row is scheduled.
+    # Block for the state after the next rows. It may equal `read`. No other sequence shares it.
+    own: int | None = None
+    # Checkpoints to write within the next rows, as (position, block).
+    marks: list[tuple[int, int]] = field(default_factory=list)
+    # Block for the state after drafted rows, used in place of `own` until the drafts are verified.
+    ahead: int | None = None
+    # Position of `read` if that block is a checkpoint whose last token is not known yet.
+    unregistered: int | None = None
 
     def of_chunk(self, position: int, rows: int) -> tuple[int | None, tuple[int, ...]]:
-        """Returns `Chunk.state_from` and `Chunk.state_to` of the next rows."""
+        """Returns `Chunk.state_from` and `Chunk.state_to` for the next rows."""
         last = self.own if self.ahead is None else self.ahead
         if last is None:
             return None, ()
@@ -35,11 +37,11 @@ class SequenceStates:
 
 @dataclass(slots=True)
 class SequenceKv:
-    keys: BlockKeys  # prefix cache keys of the tokens' full blocks
+    keys: BlockKeys  # Prefix cache keys of the full blocks.
     table: BlockTable = field(default_factory=BlockTable)
     window: BlockTable = field(default_factory=BlockTable)
     states: SequenceStates = field(default_factory=SequenceStates)
-    registered: int = 0  # blocks of the table that the prefix cache knows
+    registered: int = 0  # Number of blocks in `table` that are registered in the prefix cache.
 
     def restart(self) -> None:
         self.table, self.window, self.states, self.registered = BlockTable(), BlockTable(), SequenceStates(), 0

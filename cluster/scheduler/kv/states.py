@@ -1,5 +1,3 @@
-"""State blocks. Each running sequence has one block, which its rows update. The prefix cache has checkpoints."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -11,20 +9,21 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 class KvStates:
-    """Blocks that each hold the state after one position.
+    """Manages state blocks. A block holds the state after one position.
 
-    A chunk's rows overwrite the state that they read, or write to another block if other sequences may continue from
-    that state. A checkpoint is a block that is never written again. Its key is that of the KV block that ends at its
-    position. If there are enough blocks, checkpoints are kept every `span` positions and after a prompt's last full KV
-    block. Sequences begin only at checkpoints. A sequence that has begun always gets a block for its rows. Blocks that
-    a microbatch reads are released after it was made, because other sequences' rows in it must not overwrite them."""
+    A chunk of rows overwrites the state that it reads, unless that state is a checkpoint. In that case it writes to
+    another block. A checkpoint is never written again. It has the same key as the KV block that ends at its position.
+    If enough blocks are free, checkpoints are kept every `span` positions and after the last full KV block of a prompt.
+    A sequence can start only at a checkpoint. A sequence that has started always gets a block for its rows. A block
+    that a microbatch reads is released after the microbatch is complete. Otherwise another sequence in the same
+    microbatch could overwrite it."""
 
     def __init__(self, span: int, cache: PrefixCache) -> None:
         self.blocks = cache.blocks
         self._span = span
         self._cache = cache
-        self._lacking = 0  # sequences that have begun and have no block for their next rows
-        self._used: list[int] = []  # blocks to release when the microbatch is made
+        self._lacking = 0  # Number of started sequences without a block for their next rows.
+        self._used: list[int] = []  # Blocks to release when the current microbatch is complete.
 
     def usable(self, keys: Items[bytes], found: int) -> int:
         return next((end for end in range(found, 0, -1) if self.blocks.is_idle(keys[end - 1]) is not None), 0)
@@ -63,7 +62,6 @@ class KvStates:
         self._keep_last(sequence)
 
     def draft(self, sequence: Sequence) -> bool:
-        """Takes a block for the state after drafted rows, and keeps the state before. Returns False if none is left."""
         if self.blocks.available <= self._lacking:
             return False
         sequence.kv.states.ahead = self.blocks.take()
@@ -101,7 +99,7 @@ class KvStates:
             self.blocks.release(states.clear())
 
     def _checkpoints(self, sequence: Sequence, start: int, end: int) -> Iterator[int]:
-        """Yields the positions of checkpoints in [start, end), while more blocks are free than sequences need."""
+        """Yields positions for checkpoints in [start, end) while enough blocks are free."""
         if not self._cache.is_enabled:
             return
         last = (sequence.prompt_length - 1) // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS

@@ -1,4 +1,4 @@
-"""KV blocks that are being read from disk or written to disk. Transfers hold blocks, so that no sequence gets them."""
+"""Transfers of KV blocks from disk or to disk. A transfer holds its blocks, so no sequence takes them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Blocks in transfer. `keys` begin at a sequence's first block, and the last of them belong to `blocks`. The first
-    `found` blocks were already cached."""
+    """Blocks in transfer. `keys` start at the first block of a sequence. The last len(blocks) keys belong to `blocks`.
+    The first `found` blocks were already cached."""
 
     keys: tuple[bytes, ...]
     blocks: tuple[int, ...]
@@ -37,8 +37,8 @@ class KvTransfers:
         return range(found, sequence.first_output // KV_BLOCK_TOKENS)
 
     def begin_restore(self, sequence: Sequence, end: int, reserve: int) -> Transfer | None:
-        """Takes blocks for a sequence's missing blocks before number `end`, and holds the cached blocks before them.
-        Returns None if too few blocks are free. Microbatches in flight may still use the taken blocks."""
+        """Takes blocks to receive the missing blocks of a sequence, up to block number `end`. Pins the cached blocks
+        before them. Returns None if too few blocks are free. Microbatches in flight may still use the taken blocks."""
         found, idle = self._cache.find(sequence.kv.keys, sequence.tokens, sequence.first_output)
         if found >= end or end - found + idle + reserve > self._blocks.available:
             return None
@@ -48,8 +48,8 @@ class KvTransfers:
         return Transfer(tuple(sequence.kv.keys[:end]), (*prefix, *taken), found)
 
     def begin_save(self, keys: Items[bytes], start: int) -> Transfer | None:
-        """Holds the cached blocks of keys[start:], and returns None if none is cached. Microbatches in flight may still
-        fill these blocks."""
+        """Pins the cached blocks for keys[start:] so that they can be saved, up to the first missing block. Returns
+        None if the first block is not cached. Microbatches in flight may still be filling these blocks."""
         there = list(takewhile(lambda key: self._blocks.is_idle(key) is not None, keys[start:]))
         if not there:
             return None
@@ -61,7 +61,7 @@ class KvTransfers:
         return all(map(self._blocks.holds, transfer.blocks, keys))
 
     def end(self, transfer: Transfer, restored: int = 0) -> None:
-        """Releases the transfer's blocks. The first `restored` blocks after the `found` blocks become shared."""
+        """Releases the blocks of the transfer. Registers `restored` blocks, starting with block number `found`."""
         start = transfer.found
         for key, block in zip(transfer.keys[start:], transfer.blocks[start : start + restored], strict=False):
             self._blocks.register(block, key)

@@ -1,5 +1,3 @@
-"""Blocks of layers with a sliding window. Each sequence has only the blocks that its later rows see."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
@@ -11,9 +9,9 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 class KvWindow:
-    """A pool that commits blocks to a sequence before the sequence begins or grows, so that its rows always get a
-    block. A block outside the window is released only after the microbatch was made. Otherwise rows of other sequences
-    in the same microbatch could overwrite what its rows still read."""
+    """A pool of blocks. A sequence is promised its maximum number of blocks before it starts or grows, so its rows
+    always get a block. A block outside the window is released only after the microbatch is complete. Otherwise another
+    sequence in the same microbatch could overwrite keys and values that are still read."""
 
     def __init__(self, group: WindowGroup, cache: PrefixCache) -> None:
         self.group = group
@@ -25,7 +23,7 @@ class KvWindow:
         self._out_of_window: list[int] = []
 
     def usable(self, keys: Items[bytes], found: int) -> int:
-        """Returns how many of the first `found` blocks can be shared. Later rows must find their whole window."""
+        """Returns how many of the first `found` blocks can be shared. The next row's window must be cached."""
         usable = together = 0
         for index in range(found):
             together = 0 if self.blocks.is_idle(keys[index]) is None else together + 1
@@ -35,7 +33,6 @@ class KvWindow:
         return usable
 
     def can_begin(self, sequences: Items[Sequence], reserve: int) -> bool:
-        """True if blocks can be committed to the sequences and `reserve` blocks remain for growing sequences."""
         growth = self._begun * self.group.sequence_blocks - self._committed
         return self._committed + sum(map(self._need, sequences)) + min(reserve, growth) <= self._most
 

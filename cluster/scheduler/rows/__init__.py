@@ -1,1 +1,1 @@
-"""Chooses the rows that a sequence has in a microbatch, and processes their results."""
+"""Chooses the rows of a sequence in a microbatch, and processes their results."""

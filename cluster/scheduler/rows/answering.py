@@ -1,5 +1,3 @@
-"""Processes the results of a sequence's rows. Adds sampled tokens, and marks rows that must be computed again."""
-
 from __future__ import annotations
 
 from dataclasses import replace
@@ -71,7 +69,7 @@ def _answer_embedded(sequence: Sequence, taken: SequenceSlice, data: bytes, now_
 
 def _take_sampled(sequence: Sequence, taken: SequenceSlice, rows: tuple[RowResult, ...]) -> list[RowResult]:
     tokens, drafted = sequence.tokens, taken.chunk.tokens[len(taken.chunk.tokens) - len(rows) + 1 :]
-    place = taken.end - len(rows)  # the position of the row's own token
+    place = taken.end - len(rows)  # The position of the row's input token.
     added = _append(sequence, place, rows[0])
     for row, token in zip(rows[1:], drafted, strict=True):
         is_over = sequence.finish_reason(is_sampled=True) is not None or row.is_deferred or row.failure is not None
@@ -88,13 +86,12 @@ def _take_sampled(sequence: Sequence, taken: SequenceSlice, rows: tuple[RowResul
 
 
 def _is_refused(sequence: Sequence, rows: tuple[RowResult, ...], added: list[RowResult]) -> bool:
-    """True if the next step computes known rows again because drafts were refused. A forced last token prevents it."""
     return sequence.kv.states.is_begun and (not added or any(row is added[-1] for row in rows))
 
 
 def _append(sequence: Sequence, place: int, row: RowResult) -> list[RowResult]:
-    """Appends the token that the row at `place` chose, and the forced tokens after it. Skips tokens that the sequence
-    already has, which a row computes again if it was sent too early."""
+    """Appends the token that the row at position `place` chose, and the forced tokens after it. A row that was sent too
+    early can choose tokens that the sequence already has. These tokens are skipped."""
     rows = (row, *(RowResult(token, 0.0) for token in row.forced)) if row.forced else (row,)
     added: list[RowResult] = []
     for following in rows[len(sequence.tokens) - place - 1 :]:
@@ -108,8 +105,9 @@ def _append(sequence: Sequence, place: int, row: RowResult) -> list[RowResult]:
 
 
 def _settle(sequence: Sequence, taken: SequenceSlice, end: int, added: list[int]) -> None:
-    """Counts the drafted rows before `end` as accepted. If other rows were refused, a sequence with states computes the
-    whole chunk again. Later windows in flight remain valid if they follow the added tokens."""
+    """Counts drafted rows before position `end` as accepted. If other rows were refused, a sequence with states
+    computes the whole chunk again. Later windows in flight stay valid if their drafts continue with the tokens in
+    `added`."""
     if not taken.drafted:
         return
     sequence.drafting.accepted += max(0, taken.drafted - (taken.end - end))

@@ -6,29 +6,28 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.stage_times import StageCurves, StageTimes
 
 _FIRST_ROWS = 64
-"""The first chunk's rows if no sequence decodes: few enough for a slow machine, and efficient on a fast machine."""
 _LEAST_ROWS = 16
 _LEAST_ROWS_ALONE = 64
-"""The fewest rows of a chunk if no sequence decodes. With 64 rows, a slow machine still reads the weights only once."""
+"""Minimum rows of a chunk if no sequence decodes. With 64 rows, a slow machine still reads the weights only once."""
 _EFFICIENT = 4
 _SCORED_SHARE = 0.5
-"""The share of `prefill_ms` that scored rows may take. They come in hundreds, and also cost the coordinator time."""
+"""Share of `prefill_ms` that scored rows may take, because they also cost coordinator time."""
 
 _EMBEDDED_BYTES = 1 << 20
-"""The most bytes of hidden states that a microbatch with decode rows returns."""
+"""Maximum bytes of hidden states in the result of a microbatch that has decode rows."""
 
 
 def chunk_rows(
     settings: SchedulerSettings, times: StageTimes, burst: int, left: int, decoding: int, *, alone: bool
 ) -> int:
-    """Returns the number of prefill rows in a microbatch with `decoding` other rows. `burst` prompt tokens came
-    together, and `left` of them are still to be computed. `alone` means that no sequence decodes.
+    """Returns the number of prefill rows in a microbatch with `decoding` other rows. `burst` is the number of prompt
+    tokens that arrived together, and `left` is the number still to be computed. `alone` means that no sequence decodes.
 
-    A chunk may take the slowest stage `prefill_ms`, so that decode does not wait longer, but always has at least 16
-    rows. Without decode the limits are `prefill_alone_ms` and 64 rows. A chunk is no larger than the size that finishes
-    the burst soonest. If a stage takes a + b * rows, k chunks on S stages take (k + S - 1) * (a + b * burst / k). The
-    minimum is at burst / k = sqrt(burst * a / ((S - 1) * b)). At the end, each chunk gets half of `left`, because the
-    first stages idle while later stages compute."""
+    A chunk may take the slowest stage `prefill_ms`, which limits the delay of decode, but it has at least 16 rows. If
+    no sequence decodes, the limits are `prefill_alone_ms` and 64 rows. The chunk is also limited to the size that
+    completes the burst soonest. If a stage takes a + b * rows, k chunks on S stages take (k + S - 1) * (a + b * burst /
+    k). The minimum is at burst / k = sqrt(burst * a / ((S - 1) * b)). Near the end, each chunk gets half of `left`,
+    because the first stages idle while later stages compute."""
     most = settings.max_batch_tokens - decoding
     if settings.prefill_chunk is not None:
         return min(settings.prefill_chunk, most)
@@ -47,7 +46,7 @@ def chunk_rows(
 
 
 def scored_rows(settings: SchedulerSettings, times: StageTimes, decoding: int) -> int:
-    """Returns the most scored rows of a microbatch. Their logits may take the last stage longer than its layers."""
+    """Returns the maximum number of scored rows in a microbatch. Scoring can take longer than the stage's layers."""
     slowest = _slowest(times.scoring)
     if slowest is None:
         return _LEAST_ROWS
@@ -57,14 +56,13 @@ def scored_rows(settings: SchedulerSettings, times: StageTimes, decoding: int) -
 
 
 def embedded_rows(settings: SchedulerSettings, *, is_beside_decode: bool) -> int:
-    """Returns how many rows may return hidden states. Returning them delays the tokens of other sequences."""
     if not is_beside_decode or not settings.embedding_length:
         return settings.max_embedded_rows
     return min(settings.max_embedded_rows, max(1, _EMBEDDED_BYTES // (4 * settings.embedding_length)))
 
 
 def _slowest(curves: StageCurves) -> tuple[float, float] | None:
-    """Returns (ns per microbatch, ns per row) of the slowest stage, from a line through the times of two chunks."""
+    """Returns (ns per microbatch, ns per row) for the slowest stage, from the predicted times of two chunk sizes."""
     small, large = curves.predict(_LEAST_ROWS), curves.predict(8 * _LEAST_ROWS)
     if small is None or large is None:
         return None

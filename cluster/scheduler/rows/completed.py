@@ -8,6 +8,7 @@ from llamaclust.cluster.scheduler.rows.retries import RowFault
 
 @dataclass(slots=True)
 class Completed:
-    updated: list[tuple[int, list[Update]]] = field(default_factory=list)  # a sequence's key, and its updates
-    faults: list[RowFault] = field(default_factory=list)  # faults of the last stage
-    failed_elsewhere: list[int] = field(default_factory=list)  # keys of sequences that end, whose fault was no worker's
+    updated: list[tuple[int, list[Update]]] = field(default_factory=list)  # Pairs of a sequence's key and its updates.
+    faults: list[RowFault] = field(default_factory=list)
+    # Keys of failed sequences that also failed on another worker, so that no worker was at fault.
+    failed_elsewhere: list[int] = field(default_factory=list)

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class ImageSpan:
-    """An image's rows at positions [start, end) of a prompt, whose tokens are 0 there. Row `offset` of the image is at
-    `start`. Spans with equal digests have equal rows and rope positions. If `is_bidirectional` is set, all rows see
-    each other. `rope_positions` are relative to the first row's. The row after the span follows the highest."""
+    """Image rows at positions [start, end) of a prompt, whose tokens are 0 there. Image row number `offset` is at
+    `start`. Spans with equal digests have equal rows and rope positions. `is_bidirectional` means that all rows attend
+    to each other. `rope_positions` count from the first row. The next text row gets the highest rope position of the
+    span plus 1."""
 
     start: int
     end: int
@@ -28,7 +29,7 @@ class ImageSpan:
 
 
 class SpanPlaces:
-    """Finds the spans in a range of positions by bisection. Spans are sorted by position and do not overlap."""
+    """Finds the spans that overlap a range of positions. The spans are sorted and do not overlap each other."""
 
     def __init__(self, spans: Sequence[ImageSpan]) -> None:
         self._starts, self._ends = [span.start for span in spans], [span.end for span in spans]

@@ -1,5 +1,3 @@
-"""The image rows of one sequence. Finds the image data of each chunk, and the rows at which a chunk may end."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +12,7 @@ from llamaclust.wire.microbatch.messages import ImageRows
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """A span. `before` is rope position minus position for text rows before the span, and `after` for rows after it."""
+    """A span. `before` is rope position minus position for text before the span, `after` for text after it."""
 
     span: ImageSpan
     before: int
@@ -42,7 +40,6 @@ class SequenceImages:
         self._sections = max((len(s.rope_positions) for s in spans if s.rope_positions is not None), default=0)
 
     def rows_of(self, position: int, count: int) -> ImageRows | None:
-        """Returns the image data for a chunk of rows [position, position + count), or None if it needs none."""
         parts = [*self._parts(position, position + count)]
         rope_positions = self._rope_positions(position, parts, count)
         if not parts and not rope_positions:
@@ -55,9 +52,9 @@ class SequenceImages:
         )
 
     def fitting(self, position: int, rows: int, most_rows: int, most_bytes: int) -> int:
-        """Returns how many of a chunk's `rows` fit if the chunk may have `most_bytes` of image rows. Image rows that
-        see each other stay together. A chunk that begins with such rows takes all of them, up to `most_rows`, or
-        returns 0 if they do not fit."""
+        """Returns how many of the next `rows` rows fit if the chunk may have `most_bytes` bytes of image rows. Image
+        rows that attend to each other must be in one chunk. If the chunk begins with such rows, the result may exceed
+        `rows`, up to `most_rows`. Returns 0 if these rows do not fit."""
         chunk_end = position + rows
         for part in self._parts(position, chunk_end):
             span, end = part.span, part.end
@@ -95,7 +92,6 @@ class SequenceImages:
         return b"" if (turned == own[:, None]).all() else turned.tobytes()
 
     def _before(self, position: int) -> int:
-        """Returns rope position minus position for a text row at `position`, which the spans before it determine."""
         first = self._places.within(position, position + 1).start
         return self._placed[first - 1].after if first else 0
 

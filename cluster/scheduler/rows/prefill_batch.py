@@ -8,24 +8,24 @@ from llamaclust.cluster.scheduler.rows.taking import take_rows
 from llamaclust.cluster.scheduler.sequences import Sequence
 
 _MAX_STARTS = 32
-"""The most matchers that start in one microbatch. Each matcher is sent with its grammar, which may be large."""
+"""Maximum number of matchers that start in one microbatch. A matcher is sent with its grammar, which may be large."""
 
 
 @dataclass(slots=True)
 class PrefillBatch:
     memory: KvMemory
     now_ns: int
-    rows_left: int  # by predicted time; rows that must be computed together may exceed it
-    room: int  # rows that the microbatch can hold
+    rows_left: int  # Limit by predicted time. Rows that must be computed together may exceed it.
+    room: int  # Number of rows that the microbatch can still hold.
     outputs_left: int
-    scored_left: int  # output rows that may be scored
+    scored_left: int
     embedded_left: int
     image_bytes_left: int
     starts_left: int = _MAX_STARTS
-    slices: dict[int, SequenceSlice] = field(default_factory=dict)  # by the sequence's key
+    slices: dict[int, SequenceSlice] = field(default_factory=dict)
 
     def add(self, sequence: Sequence, share: int = 1) -> bool:
-        """Adds rows of the sequence, at most 1 / `share` of the rows left. Returns False if no row can be added."""
+        """Adds rows of the sequence, up to 1 / `share` of the remaining rows. Returns False if no row can be added."""
         is_scored = sequence.has_scores_left
         if sequence.lacks_matcher and not self.starts_left:
             return False

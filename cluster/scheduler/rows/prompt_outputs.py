@@ -1,4 +1,4 @@
-"""The rows of one prompt that have an output, which is a logprob or a hidden state."""
+"""Tracks the rows of a prompt that have an output. An output is a logprob or a hidden state."""
 
 from __future__ import annotations
 

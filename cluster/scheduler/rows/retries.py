@@ -1,5 +1,3 @@
-"""Retries rows without a result, such as rows whose logits are not finite: on the same workers, then on others."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -12,23 +10,25 @@ from llamaclust.core.sampling import NOT_FINITE
 
 @dataclass(frozen=True, slots=True)
 class RowFault:
-    """The last stage failed twice on a sequence's rows, although it received finite hidden states."""
+    """The last stage failed twice on the rows of a sequence, although it received finite hidden states."""
 
     key: int
     failure: str
 
 
 class Retry(Enum):
-    AGAIN = auto()  # it is computed again by the same workers
-    ELSEWHERE = auto()  # it is computed again, and another worker should take the last stage
-    NEVER = auto()  # it ends
-    FAILED_ELSEWHERE = auto()  # it ends: the worker that was suspected for it is not at fault
+    AGAIN = auto()  # The same workers compute the sequence again.
+    # The sequence is computed again, and another worker should take the last stage.
+    ELSEWHERE = auto()
+    NEVER = auto()
+    # The sequence fails. The worker that was suspected is not at fault.
+    FAILED_ELSEWHERE = auto()
 
 
 @dataclass(slots=True)
 class Retries:
-    """Computes a failed sequence again in other KV blocks, and then on another last worker if possible. After that, the
-    sequence ends. If a sequence has a matcher, a worker can be at fault only if logits are not finite."""
+    """Decides how a failed sequence is retried: first in other KV blocks, then on another last worker if possible. For
+    a sequence with a matcher, a worker can be at fault only if logits are not finite."""
 
     count: int = 0
 

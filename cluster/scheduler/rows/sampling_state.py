@@ -1,4 +1,4 @@
-"""The state of an answer's samplers. It can be restored from the answer's rows."""
+"""State of the samplers of one answer. The state can be restored from the answer's rows."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class SamplingState:
         self.window = request.history_window
         self._seen = _text_of(request) if self.window else array("i")
         self.stop_ids = tuple(sorted(request.stop_token_ids))
-        self.breakers = SeenBreakers(request.breakers, request.prompt)  # for DRY
+        self.breakers = SeenBreakers(request.breakers, request.prompt)
         self.mu = 0.0 if params.chain is None else params.chain.first_mu
 
     def history(self, count: int, newer: int = 0) -> array[int]:
-        """Returns the last `count` tokens before the newest `newer` tokens. Rows of images are skipped."""
+        """Returns the last `count` tokens before the newest `newer` tokens. Image rows are skipped."""
         end = len(self._seen) - newer
         return self._seen[max(0, end - count) : end]
 

@@ -1,5 +1,3 @@
-"""A microbatch for the pipeline, and its slices. A slice has one sequence's rows."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -14,15 +12,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SequenceSlice:
-    """One sequence's rows. Each of the last `drafted` rows counts only if the row before it chose the drafted token."""
+    """Rows of one sequence. The last `drafted` rows hold drafted tokens. Such a row counts only if the row before it
+    chose the same token."""
 
     sequence: Sequence
     chunk: Chunk
     tasks: tuple[RowTask, ...]
-    sampled: int  # rows that choose a token: the last ones; all are drafted where the window before was under way
+    # Number of rows that choose a token, which come last. All of them are drafted if the window before was in flight.
+    sampled: int
     drafted: int = 0
-    branch: int = 0  # `Drafting.branch` when the rows were taken
-    draft_kind: str = ""  # see `kind_of`
+    branch: int = 0  # Value of `Drafting.branch` when the rows were taken.
+    draft_kind: str = ""  # Kind of drafter, see `kind_of`.
 
     @property
     def is_scored(self) -> bool:
@@ -34,7 +34,7 @@ class SequenceSlice:
 
     @property
     def is_stale(self) -> bool:
-        """True if the drafted rows no longer count, because the tokens before them have changed."""
+        """True if the drafted rows no longer count because the tokens before them have changed."""
         return self.drafted > 0 and self.branch != self.sequence.drafting.branch
 
     @property

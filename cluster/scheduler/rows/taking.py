@@ -1,4 +1,4 @@
-"""Takes rows from a sequence and makes slices of them. The rows are in flight from then on."""
+"""Takes rows from a sequence and makes slices of them. Taken rows count as in flight."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def take_rows(sequence: Sequence, rows: int) -> SequenceSlice:
 
 
 def take_token(sequence: Sequence) -> SequenceSlice:
-    """Takes the next decode rows: known tokens and drafts, an unknown token, or drafts after the drafts in flight."""
+    """Takes the next decode rows. They hold known tokens with drafts after them, or one unknown token, or drafts that
+    continue the drafts in flight."""
     known, drafting = tuple(sequence.tokens[sequence.scheduled :]), sequence.drafting
     drafted = drafting.next
     if not drafted and (unknown := sequence.unknown):

@@ -1,4 +1,4 @@
-"""Tasks for a sequence's output rows. A task scores or samples."""
+"""Makes the tasks for output rows. A task scores a given token or samples a token."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ def prompt_tasks(sequence: Sequence, start: int, end: int) -> tuple[RowTask, ...
 
 
 def sample_task(sequence: Sequence, unknown: int = 0) -> SampleTask:
-    """Returns the next token's task. `unknown` tokens before it are unknown, at most 1 if samplers need them."""
+    """Returns the task that samples the next token, with `unknown` unknown tokens before it."""
     sampler = sequence.sampler
     return _task(sequence, sampler.history(sampler.window - unknown) if sampler.window else (), unknown)
 
 
 def window_tasks(sequence: Sequence, drafted: tuple[int, ...]) -> tuple[SampleTask, ...]:
-    """Returns the tasks of the last token's row and the drafted rows. Each chooses as it would without drafts."""
     sampler = sequence.sampler
     history = sampler.history(sampler.window - 1, newer=1) if sampler.window else ()
     first = _task(sequence, history, 0, drafted, follows=sampler.window > 0)
@@ -71,7 +70,8 @@ def _task(
 
 
 def matcher_start(sequence: Sequence, *, may_draft: bool) -> MatcherStart | None:
-    """Returns the matcher's start, or None if it was sent. It is sent early, so that the matcher is ready in time."""
+    """Returns what the last stage needs to start the matcher, or None if it was sent already. It is sent early, so that
+    the matcher is ready in time."""
     if not sequence.lacks_matcher:
         return None
     sequence.matcher.is_started = True

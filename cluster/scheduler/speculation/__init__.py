@@ -1,1 +1,1 @@
-"""Speculative decoding. One step computes drafted tokens after a known token, and can choose several tokens."""
+"""Speculative decoding. A step computes drafted tokens after a known token, so that it can choose several tokens."""

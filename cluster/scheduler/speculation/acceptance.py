@@ -1,21 +1,19 @@
 from __future__ import annotations
 
 _REMEMBERED = 96
-"""The approximate number of recent tokens that determine an estimate."""
 _PRIOR_TOKENS = 3
-"""The number of tokens that a prior rate counts as."""
 _CHANGES = 1 / 256
-"""The probability at each token that the kind of text changes, and the acceptance rate with it."""
+"""Probability per token that the kind of text changes, which changes the acceptance rate."""
 _STRETCHES = 6
 _EVEN = 1.0
-"""The accepted and refused tokens that each stretch begins with, so that all rates are equally probable at first."""
+"""Initial numbers of accepted and refused tokens of a stretch. With 1.0, all rates are equally probable at first."""
 
 
 class _Stretch:
     __slots__ = ("accepted", "tried", "weight")
 
     def __init__(self, weight: float) -> None:
-        self.weight = weight  # how probable it is that all of these tokens, and no earlier ones, are of one kind
+        self.weight = weight  # Probability that the current kind of text began with this stretch.
         self.tried = self.accepted = 0.0
 
     @property
@@ -31,18 +29,21 @@ class _Stretch:
 
 
 class Acceptance:
-    """Estimates the acceptance rate for one kind of draft. Each possible change of the text begins a stretch of tokens
-    with its own rate. The estimate is the mean of the stretches' rates, weighted by each stretch's probability."""
+    """Estimates the acceptance rate for one kind of draft. The text may change at any token, and each possible change
+    starts a stretch of tokens with its own rate. The estimate is the mean of these rates, weighted by the stretches'
+    probabilities."""
 
     __slots__ = ("_first", "_rate", "_stretches")
 
     def __init__(self) -> None:
-        self._rate: tuple[float, float] | None = None  # prior and rate of the last question since it learned
-        self._first: _Stretch | None = _Stretch(1.0)  # without a change; None: there was one, as good as certain
+        # Prior and result of the last call of `rate`. None: a token was learned since.
+        self._rate: tuple[float, float] | None = None
+        # Stretch from the first token. None: the text has almost certainly changed since.
+        self._first: _Stretch | None = _Stretch(1.0)
         self._stretches = [self._first]
 
     def learn(self, *, is_accepted: bool) -> None:
-        """Learns whether a drafted token was accepted. The drafted tokens before it must have been accepted."""
+        """Records if a drafted token was accepted. The drafted tokens before it must have been accepted."""
         self._rate = None
         stretches = self._stretches
         unchanged = (1 - _CHANGES) / sum([stretch.learn(is_accepted) for stretch in stretches])
@@ -56,7 +57,7 @@ class Acceptance:
         stretches.append(_Stretch(_CHANGES))
 
     def rate(self, prior: float) -> float:
-        """Returns the probability that the next token is accepted. `prior` is the probability before any sample."""
+        """Returns the probability that the next token is accepted. `prior` is the probability without any samples."""
         if self._rate is not None and self._rate[0] == prior:
             return self._rate[1]
         total = weighed = 0.0

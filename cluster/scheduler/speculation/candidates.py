@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 MAX_WINDOW = 32
 LONGEST_DRAFT = 4 * MAX_WINDOW
-"""The most tokens of a draft. Several windows of a draft may be in flight."""
+"""Maximum length of a draft in tokens. Several windows of a draft can be in flight."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A sequence's draft. `rate` is the probability that a token is accepted if all tokens before it were accepted."""
+    """A draft. `rate` is the probability that a token is accepted if all tokens before it were accepted."""
 
     tokens: tuple[int, ...] = ()
     rate: float = 0.0
-    forced: int = 0  # the number of first tokens that a grammar forces
-    forced_rate: float = 1.0  # acceptance of forced tokens
+    forced: int = 0  # Number of tokens at the start that a grammar forces.
+    forced_rate: float = 1.0  # Probability that a forced token is accepted.
 
     def gain(self, depth: int) -> float:
         forced = min(depth, self.forced)
@@ -24,16 +24,16 @@ class Candidate:
 
     @property
     def most_gain(self) -> float:
-        """An upper bound for the expected number of accepted tokens of a draft of any length with these rates."""
+        """Upper bound of the expected number of accepted tokens, for a draft of any length with these rates."""
         others = self.rate / (1 - min(self.rate, 0.999)) if len(self.tokens) > self.forced else 0.0
         return self.forced + others
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Windows of one sequence that are in flight together. Each window continues the draft after the window before."""
+    """Windows of one sequence that are in flight together. Each window continues the draft of the one before."""
 
-    window: int  # drafted tokens of each
-    depth: int  # windows under way, at most
-    rate: float  # acceptance of a token
-    speed: float  # expected tokens a nanosecond, less the margin
+    window: int  # Number of drafted tokens in each window.
+    depth: int  # Maximum number of windows in flight.
+    rate: float  # Probability that a token is accepted.
+    speed: float  # Expected tokens per nanosecond, reduced by the margin.

@@ -1,4 +1,4 @@
-"""Predicts times of microbatches with more rows than sequences, from measured stage times."""
+"""Predicts the times of microbatches with several rows per sequence, from measured stage times."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from llamaclust.cluster.scheduler.microbatching import cycle_ns
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96, 128, 192, 256)
-"""The row counts whose times are computed. Times of other row counts are interpolated linearly."""
+"""Row counts whose times are predicted. A draft has one of these lengths, or the maximum length."""
 _REFRESHED = 16
-"""The times are predicted again after this many calls of `refresh`."""
 
 
 class MeasuredRounds:

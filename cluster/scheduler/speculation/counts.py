@@ -10,8 +10,8 @@ Kinds = Mapping[str, tuple[int, int]]
 @dataclass(frozen=True, slots=True)
 class DraftCounts:
     drafts: int = 0
-    drafted: int = 0  # tokens of these drafts
-    accepted: int = 0  # drafted tokens that are in the answer
+    drafted: int = 0
+    accepted: int = 0
     kinds: Kinds = field(default_factory=dict, compare=False)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The interface of a draft model, and estimates of the model's times. A step waits for the draft it requested."""
+"""Interface of a draft model, and estimates of its times. A step waits for the draft that it requested."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from llamaclust.cluster.scheduler.estimates import moved
 from llamaclust.core.drafts import DraftOrder, DraftReplies
 
 _LATE = 4.0
-"""A sample counts as at most this multiple of the expected time, because machines sometimes pause."""
+"""Maximum ratio of a sample to the estimate. Larger samples are reduced to it, because machines sometimes pause."""
 _USUAL_OVERHEAD = 0.125
-"""The overhead that is assumed for a draft before it is measured, as a share of the time per drafted token."""
+"""Assumed overhead of a draft before it is measured, as a share of the time per drafted token."""
 
 
 class DraftTimes:
-    """A draft model's times in nanoseconds. They begin as measured, and each draft updates them."""
-
     def __init__(self, step_ns: float, row_ns: float) -> None:
-        """Takes the shortest measured times for drafting a token of one sequence, and for reading a known token."""
+        """Takes the shortest measured times for drafting one token (`step_ns`) and for reading one token."""
         self._best_step_ns, self._best_row_ns = step_ns, row_ns
         self._step_ns = {1: step_ns}
         self._row_ns = row_ns
@@ -52,16 +50,16 @@ def _learned(estimate: float, sample: float) -> float:
 
 
 class DraftModel(Protocol):
-    """A draft model for use from one event loop. Orders wait while the model computes."""
+    """A draft model. All calls must come from one event loop. Orders are queued while the model computes."""
 
     @property
     def times(self) -> DraftTimes: ...
 
     @property
     def is_lost(self) -> bool:
-        """True after the first failure. No pipeline uses the model afterwards."""
+        """True after the first failure. The model is not used again."""
 
     def lose(self) -> None: ...
 
     def draft(self, orders: Sequence[DraftOrder]) -> Awaitable[DraftReplies]:
-        """Drafts for each order's sequence, if memory allows. Work begins before the result is awaited."""
+        """Drafts for the sequence of each order, if memory allows. Work begins before the result is awaited."""

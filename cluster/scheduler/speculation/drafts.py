@@ -1,4 +1,4 @@
-"""One sequence's drafts. Each draft is compared with the tokens that follow, even if the draft was never computed."""
+"""Drafts of one sequence. Each draft is compared with the tokens that follow, even if its rows were never computed."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ from llamaclust.cluster.scheduler.speculation.acceptance import Acceptance
 from llamaclust.cluster.scheduler.speculation.candidates import LONGEST_DRAFT, Candidate, Chain
 
 _PRIORS = (0.3, 0.2, 0.2, 0.3, 0.7, 0.4, 0.6, 0.9, 0.85, 0.95, 0.6, 0.9, 0.7, 0.99, 0.7, 0.6, 0.8, 0.14, 0.25, 0.65)
-"""The acceptance rate assumed for each confidence class before any token was compared (benchmarks/notebook.md)."""
+"""Assumed acceptance rate of each confidence class before any token was compared (benchmarks/notebook.md)."""
 
 
 class SequenceDrafts:
     def __init__(self, drafter: Drafter, vocabulary: int, common: Sequence[Acceptance]) -> None:
-        """`common` has the acceptance of all sequences' drafts, by confidence class."""
         self._drafter = drafter
         self._vocabulary = vocabulary
         self._common = common
         self._own = [Acceptance() for _ in common]
         self._draft = NO_DRAFT
-        self._at = 0  # tokens before the draft
-        self._seen = 0  # tokens that it was compared with
-        self.chain: Chain | None = None  # windows that are sent without waiting for each other
-        self._offered = 0  # tokens before the last draft of a draft model
+        self._at = 0  # Number of tokens before the draft.
+        self._seen = 0  # Number of tokens that were compared with a draft.
+        self.chain: Chain | None = None  # Windows that are sent without waiting for each other's results.
+        self._offered = 0  # Number of tokens before the draft model's last draft.
 
     def next(self, tokens: Sequence[int], most: int, forced: tuple[int, ...] = ()) -> Candidate:
-        """Returns at most `most` tokens that may follow `tokens`. Tokens that a grammar forces come first."""
+        """Returns up to `most` tokens that may follow `tokens`, starting with the tokens that a grammar forces."""
         self._compare(tokens)
         if not (self._at == len(tokens) and self._draft.tokens):
             self._draft, self._at = (
@@ -37,7 +36,8 @@ class SequenceDrafts:
         return Candidate(draft.tokens[:most], rate, min(draft.forced, most), self.rate(FORCED) if draft.forced else 1.0)
 
     def further(self, tokens: Sequence[int], ahead: tuple[int, ...], most: int) -> tuple[int, ...]:
-        """Returns the draft's tokens after the tokens in flight (`ahead`), or none if `ahead` is not in the draft."""
+        """Returns up to `most` tokens of the draft after the tokens in flight (`ahead`). Returns none if `ahead`
+        differs from the draft."""
         self._compare(tokens)
         under_way = (*tokens[self._at :], *ahead)
         if self._draft.tokens[: len(under_way)] != under_way:
@@ -56,7 +56,7 @@ class SequenceDrafts:
         return self._own[confidence].rate(self._common[confidence].rate(_PRIORS[confidence]))
 
     def offer(self, tokens: Sequence[int], length: int, drafted: tuple[int, ...]) -> None:
-        """Takes a draft model's draft for the first `length` tokens. Drops it if more tokens have been added."""
+        """Receives the draft model's draft for the first `length` tokens. Ignores it if tokens were added since."""
         self._compare(tokens)
         if length == len(tokens):
             self._offered = length
@@ -64,7 +64,7 @@ class SequenceDrafts:
                 self._draft, self._at = self._checked(Draft(drafted, MODEL), len(drafted)), length
 
     def suggest(self, tokens: Sequence[int], drafted: tuple[int, ...]) -> None:
-        """Takes an MTP head's draft, if it is expected to have more accepted tokens than the drafter's own draft."""
+        """Uses an MTP head's draft if it promises more accepted tokens than the drafter's own draft."""
         own = self.next(tokens, LONGEST_DRAFT)
         draft = self._checked(Draft(drafted, MTP), len(drafted))
         if expected(self.rate(MTP), len(draft.tokens)) > expected(own.rate, len(own.tokens)):

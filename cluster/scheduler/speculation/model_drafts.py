@@ -1,7 +1,7 @@
-"""Decides what a draft model does: for which sequences it drafts, how many tokens, and what it reads in advance.
+"""Decides which sequences a draft model drafts for, how many tokens it drafts, and which prompts it reads in advance.
 
 A step waits for its draft, so the draft must gain more than n-gram drafts, which take no time. The model reads a prompt
-during steps that do not wait for it, if enough tokens are left to generate to be worth the time."""
+during steps that do not wait for it. It reads a prompt only if enough answer tokens are left to repay the time."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from llamaclust.core.drafts import MOST_ORDERS, DraftOrder, DraftReplies
 from llamaclust.core.sampling import SampleTask
 
 _CLOSE = 64
-"""A step waits for the model only if the model has to read at most this many of the sequence's last tokens."""
+"""A step waits for the model only if the model has read all but this many tokens of the sequence."""
 _WORTH = 2.0
-"""The least ratio of the time saved by drafts to the time for reading the prompt. An answer may end early."""
+"""Minimum ratio of the time that drafts save to the time for reading the prompt. It is above 1, because an answer may
+end early."""
 _AGAIN = 64
-"""The tokens after which a model that did not pay is tried again. The number doubles up to `_AGAIN_MOST`."""
+"""Number of tokens after which a model that did not pay is tried again. It doubles up to `_AGAIN_MOST`."""
 _AGAIN_MOST = 1024
 _DRAFTS = 6
 _HOPEFUL = 0.7
@@ -33,9 +34,9 @@ class ModelDrafts:
         self.model = model
         self._times = model.times
         self._rounds = rounds
-        self._orders: list[DraftOrder] = []  # orders that the model has not got yet
-        self._awaited: set[int] = set()  # keys of sequences that wait
-        self._taken_in: dict[int, int] = {}  # by key: tokens that the model has
+        self._orders: list[DraftOrder] = []  # Orders that were not sent to the model yet.
+        self._awaited: set[int] = set()  # Keys of sequences that wait for a draft.
+        self._taken_in: dict[int, int] = {}  # Number of tokens that the model has read, by sequence key.
         self._without_room: set[int] = set()
         self._retries: dict[int, _Retry] = {}
 
@@ -43,7 +44,8 @@ class ModelDrafts:
         return sequence.key in self._awaited
 
     def length(self, sequences: Items[Sequence], most: Mapping[int, int], speed: float) -> int:
-        """Returns how many drafted tokens are worth waiting for. `speed` is in tokens per nanosecond without them."""
+        """Returns the number of drafted tokens that are worth waiting for. `speed` is in tokens per nanosecond without
+        the model."""
         drafted = [each for each in sequences if most.get(each.key) and self._is_close(each)]
         if not drafted or len(sequences) + len(self._awaited) > MOST_ORDERS:
             return 0
@@ -66,7 +68,8 @@ class ModelDrafts:
         return best
 
     def order(self, sequences: Iterable[Sequence], most: Mapping[int, int], count: int) -> list[Sequence]:
-        """Orders up to `count` tokens for each sequence in `most` that is nearly read. Returns the other sequences."""
+        """Orders up to `count` tokens for each sequence in `most` that the model has nearly read. Returns the other
+        sequences."""
         others = []
         for sequence in sequences:
             if most.get(sequence.key) and self._is_close(sequence):
@@ -90,7 +93,7 @@ class ModelDrafts:
     def drafted(self, replies: DraftReplies, taken_ns: int, sequences: Mapping[int, Sequence]) -> None:
         self._times.learn(replies, taken_ns)
         for reply in replies.replies:
-            if all(order.key != reply.key for order in self._orders):  # one may follow what it took in
+            if all(order.key != reply.key for order in self._orders):  # The sequence may have another order.
                 self._awaited.discard(reply.key)
             if (sequence := sequences.get(reply.key)) is None:
                 continue
@@ -138,15 +141,15 @@ class ModelDrafts:
 
 @dataclass(slots=True)
 class _Retry:
-    again: int  # tokens of the sequence when it is tried again
+    again: int  # Sequence length at which the model is tried again.
     wait: int = _AGAIN
-    left: int = 0  # drafts of a retry that goes on
+    left: int = 0  # Number of drafts left in the current retry.
 
     def is_due(self, tokens: int) -> bool:
         return self.left > 0 or tokens >= self.again
 
     def asked(self, tokens: int) -> None:
-        """Counts a draft. If no retry is running, the model pays, and the wait for the next retry is short again."""
+        """Counts a draft. A draft outside a retry means that the model pays, which shortens the next wait."""
         if tokens >= self.again:
             self.left, self.wait = _DRAFTS, min(2 * self.wait, _AGAIN_MOST)
         elif self.left:

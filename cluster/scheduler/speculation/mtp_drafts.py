@@ -1,4 +1,4 @@
-"""Decides what an MTP (multi-token prediction) head drafts. A draft lengthens the step after which it is made."""
+"""Decides how many tokens an MTP (multi-token prediction) head drafts after a step. Drafting makes the step longer."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from llamaclust.cluster.scheduler.speculation.drafts import expected
 from llamaclust.cluster.scheduler.speculation.mtp_times import MtpTimes
 
 _MARGIN = 0.05
-"""The relative gain over other drafts that must be predicted before drafts are ordered."""
 _HOPEFUL = 0.7
-"""The least acceptance rate that a retry assumes."""
 
 
 class MtpDrafts:
@@ -24,7 +22,7 @@ class MtpDrafts:
         self._rounds = rounds
 
     def length(self, sequences: Items[Sequence], speed: float, groups: int, most: int) -> int:
-        """Returns how many tokens to draft after the next step. `speed` is in tokens per nanosecond without them."""
+        """Returns the number of tokens to draft. `speed` is in tokens per nanosecond without the head."""
         drafted = [sequence for sequence in sequences if may_order(sequence)]
         if not drafted or not most or self._rounds.plain_ns(len(sequences), groups) == inf:
             return 0
@@ -40,7 +38,7 @@ class MtpDrafts:
         for count in counts_to_try(most):
             draft_ns = self._times.draft_ns(len(rates), count)
             if draft_ns is None:
-                return 1  # it is measured
+                return 1  # No time is known yet, so one token is drafted to measure it.
             tokens = together + sum(expected(rate, count) for rate in rates)
             ns = self._rounds.window_ns(together + count * len(rates), groups) + draft_ns
             if tokens / ns > best_speed:

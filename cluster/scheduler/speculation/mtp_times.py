@@ -1,15 +1,14 @@
-"""An MTP head's times on the last stage. They add to the time of the step after which the head drafts."""
+"""Times of an MTP head on the last stage. They add to the time of the step after which the head drafts."""
 
 from __future__ import annotations
 
 _WEIGHT = 0.125
 _LATE = 4.0
-"""A sample counts as at most this multiple of the expected time, because machines sometimes pause."""
 
 
 class MtpTimes:
     def __init__(self) -> None:
-        self._step_ns: dict[int, float] = {}  # by sequences
+        self._step_ns: dict[int, float] = {}  # Nanoseconds per drafted token, by number of sequences.
 
     def learn(self, sequences: int, tokens: int, taken_ns: int) -> None:
         sample = taken_ns / max(tokens, 1)

@@ -1,5 +1,3 @@
-"""One sequence's drafted tokens: those to compute with its last token, those in flight, and their counts."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -7,21 +5,21 @@ from dataclasses import dataclass, field
 from llamaclust.cluster.scheduler.speculation.drafts import SequenceDrafts
 from llamaclust.cluster.scheduler.speculation.mtp_use import MtpUse
 
-_LATELY = 16  # tokens of an answer after a forced one, in which a further one is likely
+_LATELY = 16  # Number of answer tokens after a forced token within which another forced token is likely.
 
 
 @dataclass(slots=True)
 class Drafting:
-    has_mtp: bool = False  # the last stage has an MTP head
-    drafts: SequenceDrafts | None = None  # what may follow the sequence's tokens
+    has_mtp: bool = False  # True if the last stage has an MTP head.
+    drafts: SequenceDrafts | None = None  # Drafts of tokens that may follow. None: nothing was drafted yet.
     mtp: MtpUse = field(default_factory=MtpUse)
-    forced: tuple[int, ...] = ()  # tokens that must follow the last one, by the answer's grammar
-    next: tuple[int, ...] = ()  # tokens to compute with the last one
-    ahead: tuple[int, ...] = ()  # tokens under way, behind the known ones
-    branch: int = 0  # how many times rows under way were given up
-    rows: int = 0  # drafted rows, in all
-    accepted: int = 0  # drafted rows whose tokens were chosen
-    _forced_at: int = -_LATELY  # tokens of the answer with the last forced one
+    forced: tuple[int, ...] = ()  # Tokens that the grammar requires after the last token.
+    next: tuple[int, ...] = ()  # Drafted tokens to compute together with the last token.
+    ahead: tuple[int, ...] = ()  # Drafted tokens in flight, after the known tokens.
+    branch: int = 0  # Number of times that drafted rows in flight were given up.
+    rows: int = 0
+    accepted: int = 0  # Number of drafted rows whose tokens were accepted.
+    _forced_at: int = -_LATELY  # Number of answer tokens when the last forced token was added.
 
     def take(self) -> tuple[int, ...]:
         taken, self.next = self.next, ()
@@ -34,7 +32,8 @@ class Drafting:
         self.ahead = ()
 
     def settle(self, added: list[int]) -> bool:
-        """Processes a window's added tokens. Returns True if they are as drafted: later windows then stay valid."""
+        """Compares the added tokens with the drafts in flight. Returns True if they are equal, so that later windows
+        stay valid."""
         expected, self.ahead = self.ahead[: len(added)], self.ahead[len(added) :]
         return list(expected) == added[: len(expected)]
 

@@ -10,6 +10,6 @@ from llamaclust.cluster.scheduler.speculation.draft_model import DraftModel
 @dataclass(frozen=True, slots=True)
 class SpeculationSettings:
     drafters: Drafters
-    max_window: int = MAX_WINDOW  # drafted tokens of one sequence in a microbatch, at most
-    draft_model: DraftModel | None = None  # it drafts where that gains more than the drafters' drafts
-    mtp: bool = False  # the last stage has an MTP head, and drafts with it
+    max_window: int = MAX_WINDOW
+    draft_model: DraftModel | None = None  # Draft model, used where it gains more than the drafters.
+    mtp: bool = False  # True if the last stage drafts with an MTP head.

@@ -1,5 +1,3 @@
-"""Chooses which sequences compute drafted tokens in the next microbatch, and how many."""
-
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -22,12 +20,11 @@ from llamaclust.cluster.scheduler.speculation.windows import best_chain, best_wi
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _MOST_REPEATED = 4
-"""The most known rows that a window may repeat if the sequence has states. A sequence with more known rows takes a step
-without drafts first. Otherwise the rows of refused windows would add up."""
+"""Maximum number of known rows that a window may repeat if the sequence has states. A sequence with more known rows
+first takes a step without drafts, because rows of refused windows would accumulate."""
 
 
 _OTHER_RATE = 0.02
-"""A chain's window is chosen again if the acceptance rate has changed by more than this."""
 
 
 class Speculation:
@@ -48,7 +45,7 @@ class Speculation:
         return None if own is None or not settings.max_drafted else cls(settings, own, times)
 
     def draft(self, sequences: Items[Sequence], memory: KvMemory, groups: int, most_rows: int, running: int) -> None:
-        """Gives at most `most_rows` drafted rows to a microbatch's sequences. `groups` microbatches are in flight."""
+        """Assigns up to `most_rows` drafted rows to a microbatch's sequences. `groups` microbatches are in flight."""
         candidates = [self._next(sequence) if most_rows > 0 else Candidate() for sequence in sequences]
         windows = self._windows(candidates, groups, most_rows)
         for sequence in sequences:
@@ -63,7 +60,7 @@ class Speculation:
                 memory.draft(sequence, candidate.tokens[:window], RESERVE_BLOCKS * running)
 
     def further(self, sequence: Sequence, under_way: int) -> tuple[int, ...]:
-        """Returns the next window of the only running sequence. `under_way` microbatches are in flight before it."""
+        """Returns the next window of the only running sequence, or nothing. `under_way` microbatches are in flight."""
         drafts = sequence.drafting.drafts
         if drafts is None or (chain := drafts.chain) is None or under_way >= chain.depth:
             return ()
@@ -85,7 +82,7 @@ class Speculation:
         return window if drafts.chain is None else drafts.chain.window
 
     def waits(self, sequences: Items[Sequence], most_outputs: int) -> bool:
-        """True if a step with drafts will follow. Sequences should wait for it, and not send a lookahead step."""
+        """True if a step with drafts will follow, so that no lookahead step should be sent."""
         drafts = self.model_drafts
         if drafts is not None and any(map(drafts.awaits, sequences)):
             return True

@@ -1,8 +1,8 @@
-"""Chooses how many drafted tokens each sequence computes, for the most tokens per second.
+"""Chooses the number of drafted tokens for each sequence, so that the most tokens per second are expected.
 
-A round without drafts chooses n tokens for n sequences. A drafted row makes the round longer. It adds a ** d tokens on
-average, where d is its depth in the draft and a is the acceptance rate. The rows that add most are taken first, until
-more rows would not give more tokens per second. No row is taken unless the round is then clearly faster."""
+A round without drafts chooses n tokens for n sequences. Each drafted row makes the round longer. A row at depth d in
+its draft adds a ** d tokens on average, where a is the acceptance rate. Rows are added in order of this gain, as long
+as the expected speed grows. No row is added unless the round then becomes clearly faster."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from llamaclust.cluster.scheduler.speculation.candidates import Candidate, Chain
 from llamaclust.cluster.scheduler.speculation.costs import counts_to_try
 
 _MARGIN = 0.05
-"""The least relative gain for which tokens are drafted, because predictions are not more accurate."""
+"""Minimum relative gain for which tokens are drafted. Predictions are not more accurate than this."""
 _DEEPEST = 6
 _MARGIN_BESIDE = 0.2
-"""The least relative gain with several microbatches in flight, because the shorter ones wait for the longer ones."""
+"""Minimum relative gain if several microbatches are in flight, where short microbatches wait for long microbatches."""
 
 
 class RoundTimes(Protocol):
     """Times of rounds in nanoseconds. The scheduler measures them, and the planner predicts them."""
 
     def plain_ns(self, sequences: int, groups: int) -> float:
-        """Returns a round's time without drafted rows and with lookahead steps, or infinity if it is unknown."""
+        """Returns the time of a round without drafted rows, with lookahead steps. Returns infinity if it is unknown."""
 
     def window_ns(self, rows: int, groups: int) -> float:
-        """Returns the time of a round of `rows` rows that is sent only after its first tokens are known."""
+        """Returns the time of a round with `rows` rows that is sent only after its first tokens are known."""
 
     def slowest_ns(self, rows: int) -> float: ...
 
 
 def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain | None:
-    """Returns the best chain for a draft of `length` tokens with the acceptance rate `rate`. Returns None if times are
-    unknown, or if the first window would return before a second window is sent.
+    """Returns the fastest chain for a draft of `length` tokens with the acceptance rate `rate`. Returns None if times
+    are unknown, or if the first window would return before the second is sent.
 
     A wrong token becomes known one round after its window was sent, and all later windows are wasted. Their delay is
     not counted. Counting half a stage's time for it made answers slower (benchmarks/notebook.md)."""
@@ -60,7 +60,8 @@ def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain 
 
 
 def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:
-    """Returns each sequence's count of drafted tokens, at most `most_rows` in all, for one of `groups` microbatches."""
+    """Returns the number of drafted tokens per sequence, in total up to `most_rows`, for one of `groups`
+    microbatches."""
     sequences = len(candidates)
     windows = [0] * sequences
     plain_ns = times.plain_ns(sequences, groups)

@@ -26,10 +26,11 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class BatchStates:
-    """The places of a batch's states. Sequence s starts from the state in block before[s], unless its first row is at
-    position 0. For each i in [starts[s], starts[s + 1]), the state after row rows[i] is written to block blocks[i]. The
-    last of these rows is the last row of the sequence. The other states are checkpoints, from which other sequences may
-    start. Only one sequence of a batch may use a block that is written."""
+    """The places where the recurrent states of a batch's sequences are read and written. Sequence s starts from the
+    state in block before[s], unless its first row is at position 0. For each i in [starts[s], starts[s + 1]), the state
+    after row rows[i] is written to block blocks[i]. The last of these rows is the last row of the sequence. The other
+    states are checkpoints, from which other sequences may start. A block that one sequence writes must not be used by
+    another."""
 
     before: Int32  # [sequences] Block ids; -1 where no state is read.
     starts: Int32  # [sequences + 1]
@@ -39,8 +40,8 @@ class BatchStates:
 
 @dataclass(frozen=True, slots=True)
 class GivenRows:
-    """Rows that are computed outside the program, such as an image's rows. The step `ir.GivenRows` reads them. Each row
-    has a separate part for each level."""
+    """Rows that are computed outside the program, such as an image's rows. The step `ir.GivenRows` reads them. A row
+    has a separate part for each `level` of these steps."""
 
     rows: Int32  # [given] Row numbers, ascending.
     values: Float32  # [given, levels * width]
@@ -144,7 +145,8 @@ class CacheCounts:
 
 @runtime_checkable
 class KvInRam(Protocol):
-    """A stage with its KV memory in RAM. Its layers never release the blocks that have left their windows."""
+    """A stage with its KV memory in RAM. Its layers keep all KV blocks, even after the blocks have left attention
+    windows."""
 
     def kv_layers(self) -> tuple[tuple[NDArray[np.uint8], ...], ...]:
         """Returns the KV memory and states of each layer as arrays [KV blocks, bytes], which stay valid after
@@ -163,9 +165,9 @@ class GathersRows(Protocol):
 
 
 Experts = Callable[[int, Float32], Float32 | None]
-"""Computes an exchange. The number counts exchanges in the order of steps. The array has the rows of all buffers that
-the exchange reads, side by side: [rows, sum of widths]. Returns the result [rows, width], which the next call
-overwrites. Returns None if the result is already in the stage's memory."""
+"""Computes the experts of a mixture for a stage on another device (an `Exchange` step). The number counts these steps
+in order. The array has the rows of all buffers that the step reads, side by side: [rows, sum of widths]. Returns the
+result [rows, width], which the next call overwrites, or None if the result is already in the stage's memory."""
 
 
 class ExchangingStage(Stage, Protocol):
@@ -190,7 +192,7 @@ class ExpertsStage(Protocol):
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32: ...
 
     def route(self, number: int, hidden: Float32) -> tuple[Int32, Float32]:
-        """Returns each row's expert ids, best first, and their weights: [rows, used]. Needs `lines` in
+        """Returns each row's expert ids, best first, and their weights: [rows, used]. Needs `lines` > 0 in
         `load_experts`."""
 
     def run_lines(self, number: int, x: Float32, experts: Int32) -> Float32:

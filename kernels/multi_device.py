@@ -165,8 +165,8 @@ class _Carried:
 
     @classmethod
     def at(cls, program: Program, at: int) -> _Carried | None:
-        """Returns what the steps from index `at` to the end read, or None if they read only the hidden state."""
-        # Maps a buffer to the start of its first slice.
+        """Returns the rows that steps read from index `at` to the end, or None if these are only the hidden state."""
+        # `slices` maps a buffer to the start of its first slice.
         whole, slices, written = set[Buffer](), dict[Buffer, int](), set[str]()
         for step in program.steps[at:]:
             for buffer in step.reads:

@@ -56,7 +56,7 @@ class Compiled:
     plan: Plan
     normed: int | None
     scales: tuple[RowScales, ...] = ()
-    kv_layers: tuple[tuple[int, ...], ...] = ()  # Numbers in the plan of each layer's KV memory and states.
+    kv_layers: tuple[tuple[int, ...], ...] = ()  # For each layer, the plan's numbers of its KV memory and states.
 
 
 class Compiler:

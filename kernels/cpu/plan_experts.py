@@ -81,7 +81,8 @@ class PlanExperts:
         self.plan.combine_experts(choice, results, out, step.used, not step.options.weighs_inputs)
 
     def _place(self, step: ir.ExpertShards, choice: int, results: int) -> None:
-        """Joins this worker's results with given results, and with the buffers that a later stage needs, if any."""
+        """Joins this worker's results with the results of other workers, and with the buffers that a later stage
+        needs."""
         buffers, used, start = self.buffers, step.mixture.used, 0
         given = None if step.given is None else (buffers.read(step.given), step.given.width - step.results_width)
         if step.carried is None:

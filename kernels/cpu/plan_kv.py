@@ -15,7 +15,7 @@ _KV_TYPES = tuple(KvType)
 class PlanKv:
     plan: Plan
     limits: StageLimits
-    # Numbers by (layer, state part). The part is None for attention.
+    # Numbers of KV memory and states, by (layer, state part). The part is None for attention.
     _numbers: dict[tuple[int, StatePart | None], int] = field(default_factory=dict)
 
     def attention(self, step: Attention) -> int:

@@ -63,7 +63,7 @@ class CudaBackend:
 
     @property
     def free_bytes(self) -> int:
-        """The memory that is free or used by experts caches, without a reserve for kernels and graphs."""
+        """The bytes that are free or held by experts caches, minus a reserve for kernels and graphs."""
         cached_bytes = sum(cache.n_bytes for cache in tuple(self._caches))
         with self._gpu_lock.driver_errors():
             return max(0, self._device.free_bytes + cached_bytes - self._device.memory_bytes // _RESERVED_SHARE)
@@ -148,7 +148,7 @@ class CudaBackend:
             try:
                 compiled.result()
             finally:
-                # An error in `compiled` refers to frames that refer to the weights and to `compiled` itself.
+                # Breaks a reference cycle, because an error's frames refer to the weights and to `compiled`.
                 del compiled
         return memories
 
@@ -173,7 +173,8 @@ def most_workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits
     """Returns an upper bound of `workspace_bytes` for any number of KV blocks. The rounding of weights is not
     included."""
     if program.window is not None:
-        limits = replace(limits, window_blocks=1)  # Layers with windows then have their own block table.
+        # Layers with windows then have their own block table, which takes memory.
+        limits = replace(limits, window_blocks=1)
     weights = _checked_weights(program, tensors)
     plan = Plan(distinct_layers(program, weights), weights, limits, ANY_GPU)
     return plan.buffers_allocated_bytes + most_rounded_bytes(len(program.kv_memory))

@@ -38,7 +38,7 @@ class Made:
     layer: PackedLayer
     key: str
     memory: ref[Memory]
-    since_ns: int  # Start of the load that packed the layer.
+    since_ns: int  # Time when the load began that packed the layer.
 
 
 class BackgroundWriter:

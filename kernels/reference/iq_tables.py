@@ -1,5 +1,5 @@
 """The grids of ggml's IQ types. A grid index stands for four or eight weights, and each weight has one of a few levels.
-The numbers come from kernels/cpu/native/pack/grid_points.h. They are unpacked by code of their own, as a test."""
+The numbers come from kernels/cpu/native/pack/grid_points.h. This file unpacks them independently of the C++ code."""
 
 from __future__ import annotations
 

@@ -237,8 +237,8 @@ def _rope_positions(step: ir.Rope, batch: Batch) -> Int32:
 
 
 def attention(step: ir.Attention, state: State) -> Float32:
-    """Stores the rows' keys and values first. A row sees its own position, earlier positions in its window, and all of
-    its group. If attention is not causal, the row also sees later positions."""
+    """Computes attention after storing the rows' keys and values. A row sees its own position, earlier positions in its
+    window, and all of its group. If attention is not causal, the row also sees later positions."""
     batch, kv = state.batch, state.kv[step.layer]
     tables = batch.window_tables if kv.windowed else batch.block_tables
     assert tables is not None

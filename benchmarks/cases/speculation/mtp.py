@@ -69,7 +69,7 @@ class Mtp(Case):
     """Measures gain and cost of a multi-token prediction head that is always right, or always wrong.
     Weights are random. The model has GLM 4.5's architecture without experts. Its layers add nothing to the hidden
     state, so that each token follows from the previous token. The right head passes its input's embedding on, and the
-    wrong head passes its negative on. `prompt ms` shows the cost in prefill, because the head is an additional
+    wrong head passes the negated embedding on. `prompt ms` shows the cost in prefill, because the head is an additional
     layer."""
 
     rounds = 7

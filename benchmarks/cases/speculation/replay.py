@@ -23,7 +23,7 @@ _GOALS = {0.95: ">= 0.85", 0.0: ">= 0.97"}
 
 @dataclass(frozen=True)
 class Replay(Case):
-    """Measures the gain of drafted tokens by the share of right ones. Drafts are recorded answers.
+    """Measures the gain of drafted tokens, by the share of drafted tokens that are right. Drafts are recorded answers.
     The measured cost of rows determines the maximum gain for an acceptance with the best fixed number of drafted
     tokens. With --together, random prompts are answered at the same time, with and without n-gram drafts. Tokens and
     logprobs must be equal with and without drafts."""

@@ -109,8 +109,9 @@ class Step:
 @dataclass(frozen=True)
 class NativeStep(Case):
     """Measures the messages of a decode step, which the coordinator writes and a stage reads, without computation.
-    Figures are microseconds per call in a loop, with warm caches. The model is 576 channels wide and has 32 tokens.
-    Rows are plain, or have states, adapters, an MTP head's drafts, or matchers (without the matchers' own work)."""
+    Figures are microseconds per call in a loop, with warm caches. The model has 576 channels and a vocabulary of 32
+    tokens. Rows are plain, or have states, adapters, an MTP head's drafts, or matchers (without the matchers' own
+    work)."""
 
     rounds = 9
     rows: tuple[int, ...] = option((1, 8), "numbers of rows in a microbatch", listed(positive))

@@ -35,8 +35,8 @@ class Served:
 @dataclass(frozen=True)
 class Serving(Case):
     """Compares many streams with llama.cpp's server for a minute: tokens per second, first tokens, errors.
-    A stream sends its next chat when its last chat has ended. Prompts differ from their first word on. Both servers run
-    all the time, but one of them is idle. A ratio of `tok/s` above 1 means that llamaclust is faster."""
+    A stream sends its next chat when its last chat has ended. Prompts begin with different words. Both servers run all
+    the time, but one of them is idle. A ratio of `tok/s` above 1 means that llamaclust is faster."""
 
     rounds = 3
     model: Path = argument("path of a .gguf", existing)

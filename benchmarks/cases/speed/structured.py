@@ -35,8 +35,8 @@ PERSON = definitions.of_schema(
 class Structured(Case):
     """Measures the cost and the savings of grammars, with one model in this process.
     The cost is measured with 1 and with 16 streams: a token under a grammar that allows any text or any list, compared
-    with a free token. The savings are measured with a JSON object under a schema, compared with free text. Forced
-    tokens of the object are computed together."""
+    with a token without a grammar. The savings are measured with a JSON object under a schema, compared with text
+    without a grammar. Forced tokens of the object are computed together."""
 
     rounds = 7
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")

@@ -15,7 +15,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
-    """Raises ValueError if the batch exceeds the limits. `window` is the largest that releases KV blocks."""
+    """Raises ValueError beyond the limits. `window` is the largest window whose layers release KV blocks."""
     starts, table_starts = batch.sequence_starts.tolist(), batch.table_starts.tolist()
     outputs, rows, blocks = batch.output_rows.tolist(), batch.rows, len(batch.block_tables)
     check_range("number of rows", rows, 1, limits.max_batch_tokens + 1)

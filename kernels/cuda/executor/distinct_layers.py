@@ -31,7 +31,8 @@ def distinct_layers(program: Program, weights: Mapping[str, Weights]) -> Program
 
 
 def _by_layer(steps: Sequence[Step]) -> list[list[Step]]:
-    """Groups steps: before the layers, by layer, and after them. Steps without weights stay in the current group."""
+    """Groups steps by layer. Steps before and after the layers have their own groups. Steps without weights join the
+    current group."""
     groups: list[list[Step]] = [[]]
     current = _OUTSIDE
     for step in steps:

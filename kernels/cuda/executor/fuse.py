@@ -41,7 +41,7 @@ class Gated:
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    """Attention, after the norms of heads. `format` is set if all readers of the result want the same int8 format."""
+    """Attention after the norms of heads. `format` is set if all readers of the result want the same int8 format."""
 
     attend: Attend
     norms: tuple[ir.RmsNorm, ...] = ()
@@ -61,8 +61,8 @@ GpuStep = FusedStep | Norm | Gated | Attended
 
 
 def fuse_for_gpu(program: ir.Program, type_of: TypeOf) -> Iterator[GpuStep]:
-    """Groups a program's steps. Buffers that later steps read keep their content. `Products` have one quant type
-    each."""
+    """Groups a program's steps. Buffers that later steps read keep their content. Each `Products` has one quant
+    type."""
     steps = tuple(fuse(program))
     at = done = 0  # Indices into `steps` and into the program's own steps.
     while at < len(steps):

@@ -26,8 +26,8 @@ _SEEN = 4
 
 
 class InputBuffer:
-    """The layout of the input buffer. Block tables come late, so that a copy can end at the end of a microbatch's
-    tables. Rope positions and row groups come after the tables. They are copied only for microbatches with images."""
+    """The layout of the input buffer. Block tables are the last part of every microbatch, so that a copy can end with
+    the tables. Rope positions and row groups follow the tables. They are copied only for microbatches with images."""
 
     def __init__(self, program: Program, limits: StageLimits) -> None:
         self._limits, self._has_states = limits, program.has_states

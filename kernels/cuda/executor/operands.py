@@ -74,7 +74,7 @@ class Operands:
     merges: int = 0  # Number of steps so far that merged rows.
     together: int = 1  # Number of original rows that are one row now.
     current: dict[str, np.uint64] = field(default_factory=dict)  # Address of a buffer's newest values, by buffer name.
-    # Name of the buffer whose values were last quantized to a format.
+    # Name of the buffer whose values were last quantized, by format.
     quantized: dict[ActivationFormat, str] = field(default_factory=dict)
 
     @property

@@ -289,7 +289,8 @@ def _exchanged(host: HostStep, read: Sequence[Float32], out: Float32, experts: E
 
 
 def _runs(rows: Int32) -> Iterator[tuple[int, range]]:
-    """Splits ascending `rows` into runs of consecutive numbers. Yields the index of each run in `rows`, and the run."""
+    """Splits ascending `rows` into runs of consecutive numbers. Yields the index in `rows` at which a run begins, and
+    the run."""
     starts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
     for start, end in pairwise(starts):
         if start < end:

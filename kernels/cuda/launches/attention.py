@@ -292,7 +292,8 @@ class AttentionLaunches:
         if self.grouped:
             return 0
         if queries := _few_queries(step):
-            return queries if self.decode else max(queries, _PART_QUERIES[0])  # Queries of several rows.
+            # A thread block has the queries of several rows.
+            return queries if self.decode else max(queries, _PART_QUERIES[0])
         if not self.decode:
             return 0
         sizes = _FEW_LATENT_QUERIES if step.v is None else _PART_QUERIES

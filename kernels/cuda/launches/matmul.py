@@ -43,8 +43,7 @@ _GROUP_BYTES = {ActivationFormat.Q8_32: 320, ActivationFormat.Q8_256: 2336}
 _PIECE_SEGMENTS = {ActivationFormat.Q8_32: 4, ActivationFormat.Q8_256: 1}
 """The number of segments in a piece. A warp copies and multiplies one piece at a time (src/matmul/pieces.cuh)."""
 _LONG_PIECE_BYTES = 1536
-"""A warp has memory for two pieces if a piece is longer than this, otherwise for three. GPUs with bulk copies
-differ."""
+"""A warp has memory for two pieces if a piece is longer than this, otherwise for three. Unused for bulk copies."""
 _MATRIX_UNITS, _ASYNCHRONOUS, _BULK, _HOPPER = (7, 5), (8, 0), (9, 0), (9, 0)
 """The oldest compute capabilities with 8-bit matrix instructions, with asynchronous copies, and with bulk copies. Only
 `_HOPPER` has matrix instructions for four warps (src/matmul/wgmma.cuh)."""
@@ -244,7 +243,8 @@ def _matrices(products: Sequence[Product]) -> tuple[Scalar, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _GemvShape:
-    """The blocks for each item, a block's warps, and its shared memory for pieces (src/matmul/pieces.cuh)."""
+    """The numbers of blocks for each item and of warps in a block, and a block's shared memory
+    (src/matmul/pieces.cuh)."""
 
     blocks: int
     warps: int
@@ -301,7 +301,8 @@ def _bulk_shape(piece_bytes: int, kept_bytes: int, gpu: LaunchLimits) -> tuple[i
 
 @dataclass(frozen=True, slots=True)
 class _TeamsShape:
-    """The blocks for each item, a block's teams, a team's warps, and shared memory (src/matmul/float_teams.cuh)."""
+    """The numbers of blocks for each item, teams in a block and warps in a team, and shared memory
+    (src/matmul/float_teams.cuh)."""
 
     blocks: int
     count: int

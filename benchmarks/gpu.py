@@ -1,15 +1,16 @@
-"""Measures a model on a GPU. Decode is a share of the memory's bandwidth, prefill is a share of the peak of 8-bit
-products, and eight sequences are relative to one. Optionally compares llama.cpp, and keeps layers or experts in RAM.
+"""Measures a model on a GPU: decode as a share of memory bandwidth, prefill as a share of the peak of 8-bit products,
+and eight sequences relative to one. Can also compare llama.cpp, and keep layers or experts in RAM.
 
     python benchmarks/gpu.py MODEL.gguf                              # the three figures
     python benchmarks/gpu.py MODEL.gguf --llama-bench PROGRAM        # in turns with llama.cpp's CUDA backend
     python benchmarks/gpu.py MODEL.gguf --gpu-memory 24GiB           # layers beyond that size in RAM
     python benchmarks/gpu.py MODEL.gguf --cpu-moe                    # experts in RAM, and copies of them on the GPU
 
-One sequence counts as reading the experts that it uses. Several sequences count as reading an expected number of
-experts. Copies of experts are switched on and off. A GPU and the extra `cuda13` or `cuda12` are needed. docs/gpu.md
-says how to build llama-bench. The best rates of GPU and processor are measured before and after each round. Figures are
-medians with the least and the most. Progress goes to standard error, and all figures go to standard output as JSON."""
+For one sequence, the bytes read are those of the experts that it uses. For several sequences, the number of experts
+is an expected value. Copies of experts are switched on and off. A GPU and the extra `cuda13` or `cuda12` are needed.
+docs/gpu.md says how to build llama-bench. The best rates of GPU and CPU are measured before and after each round.
+Figures are medians with minimum and maximum. Progress goes to standard error, and all figures go to standard output
+as JSON."""
 
 from __future__ import annotations
 
@@ -103,13 +104,17 @@ def main(arguments: Sequence[str]) -> None:
         prog="gpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path, metavar="MODEL")
-    parser.add_argument("--device", type=_device, default="cuda:0", help="GPU; by default %(default)s")
-    parser.add_argument("--threads", type=positive, help="threads on the processor; by default one per core")
-    parser.add_argument("--prompt", type=positive, default=512, help="tokens per prefill; by default %(default)s")
-    parser.add_argument("--generate", type=positive, default=64, help="tokens to decode; by default %(default)s")
-    parser.add_argument("--sequences", type=positive, default=8, help="number of sequences; by default %(default)s")
-    parser.add_argument("--repeats", type=positive, default=5, help="rounds; by default %(default)s")
-    parser.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="limit of VRAM to use, such as 24GiB")
+    parser.add_argument("--device", type=_device, default="cuda:0", help="GPU to use (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, help="number of CPU threads (default: one per core)")
+    parser.add_argument(
+        "--prompt", type=positive, default=512, help="number of tokens in a prefill (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--generate", type=positive, default=64, help="number of tokens to decode (default: %(default)s)"
+    )
+    parser.add_argument("--sequences", type=positive, default=8, help="number of sequences (default: %(default)s)")
+    parser.add_argument("--repeats", type=positive, default=5, help="number of rounds (default: %(default)s)")
+    parser.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="maximum VRAM to use, such as 24GiB")
     in_ram = parser.add_mutually_exclusive_group()
     in_ram.add_argument(
         "--cpu-moe",
@@ -125,7 +130,7 @@ def main(arguments: Sequence[str]) -> None:
         "--experts-cache",
         type=_cache_size,
         metavar="SIZE|0|auto",
-        help="limit of VRAM for copies of experts in RAM; by default auto, which takes all that is left",
+        help="maximum VRAM for copies of experts in RAM (default: auto, which takes all that is left)",
     )
     parser.add_argument("--no-graphs", action="store_true", help="launch kernels without CUDA graphs")
     parser.add_argument(

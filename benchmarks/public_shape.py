@@ -33,12 +33,12 @@ SIZES = ("layers", "experts", "vocabulary")
 
 
 def public_shape(spec: str, sizes: Mapping[str, int]) -> ModelFile:
-    """Returns the model file of NAME[:MIX] with these `sizes`, without tensor bytes. Raises UsageError if the name or
+    """Returns the model file of NAME[:MIX] with these `sizes`, without tensor data. Raises UsageError if the name or
     mix is unknown or if there are too few layers."""
     name, _, mix = spec.lower().partition(":")
     known = {**public_shapes(), **SHAPES}
     if name not in known:
-        raise UsageError(f"{name!r} is none of the shapes {', '.join(known)}")
+        raise UsageError(f"{name!r} is not a known shape; choose from {', '.join(known)}")
     shape = replace(known[name], **sizes)  # type: ignore[arg-type]
     if shape.layers <= shape.leading_layers:
         raise UsageError(
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("shape", help=f"NAME[:QUANTIZATION], a model of the catalog or one of {', '.join(SHAPES)}")
     parser.add_argument("path", type=Path)
     for size in ("--layers", "--experts", "--vocabulary"):
-        parser.add_argument(size, type=int, help="replaces the shape's own number")
+        parser.add_argument(size, type=int, help="replaces the number in the shape")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Runs a benchmark case. Its variants take turns. Prints medians, the least and the most, and ratios.
+"""Runs a benchmark case. Its variants take turns. Prints medians, minima, maxima and ratios.
 
     python benchmarks/run.py CASE [options]        # --help: the options of a case
     python benchmarks/run.py CASE [options] --rounds 9 --json FILE --against CHECKOUT
@@ -61,7 +61,7 @@ def parser_of(name: str, case: type[Case]) -> argparse.ArgumentParser:
             given["help"] += f" (default: {shown})" if shown not in (None, "") else ""
             parser.add_argument(_flag(field.name), default=field.default, **given)
     parser.add_argument("--rounds", type=positive, help=f"number of turns (default: {case.rounds})")
-    parser.add_argument("--json", type=Path, help="append a JSON line for each turn and variant to this file")
+    parser.add_argument("--json", type=Path, help="append a JSON line to this file for each turn and variant")
     parser.add_argument(
         "--against", type=Path, metavar="CHECKOUT", help="another built checkout, which takes turns with this one"
     )

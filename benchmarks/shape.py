@@ -26,7 +26,7 @@ from llamaclust.model.quant_types import QuantType
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The dimensions of a model. Widths are in channels. `experts`, unless 0, replace each feed-forward network."""
+    """The dimensions of a model. Widths are in channels. `experts`, if not 0, replace each feed-forward network."""
 
     hidden: int
     layers: int
@@ -37,7 +37,7 @@ class Shape:
     context: int = 8192
     experts: int = 0
     experts_used: int = 2
-    tied: int = 0  # 1: the head is the embedding
+    tied: int = 0  # 1 if the head is the embedding.
 
     @property
     def head_dim(self) -> int:
@@ -54,8 +54,8 @@ SHAPES = {
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Random blocks with plausible weights. `scales` has the byte offset of each float16 in the block, and its size
-    relative to the first. `deviation` is the standard deviation of weights at a first scale of 1."""
+    """Random blocks with plausible weights. `scales` has, for each float16 in a block, its byte offset and its size
+    relative to the first. `deviation` is the standard deviation of the weights if the first scale is 1."""
 
     file_type: int
     scales: tuple[tuple[int, float], ...]
@@ -115,7 +115,8 @@ def random_matrix(
         scale = np.array([relative * deviation / layout.deviation], np.float16)
         blocks[:, offset : offset + 2] = scale.view(np.uint8)
     if quant_type is QuantType.TQ2_0:
-        blocks[:, :64] ^= blocks[:, :64] & blocks[:, :64] << 1 & 0xAA  # 3, which quantizers never write, becomes 1
+        # The value 3, which quantizers never write, becomes 1.
+        blocks[:, :64] ^= blocks[:, :64] & blocks[:, :64] << 1 & 0xAA
     if quant_type is QuantType.MXFP4:
         blocks[:, 0] = 128 + round(log2(deviation / layout.deviation))
     if quant_type is QuantType.IQ1_M:
@@ -124,14 +125,14 @@ def random_matrix(
 
 
 def _set_quarters(blocks: NDArray[np.uint8], scale: np.float16) -> None:
-    """Sets the float16 scale of IQ1_M blocks: four bits in each of a block's last four words."""
+    """Sets the scale of IQ1_M blocks: a float16 with four bits in each of a block's last four words."""
     for quarter in range(4):
         place = blocks[:, 49 + 2 * quarter]
         place[:] = place & 15 | (int(scale.view(np.uint16)) >> 4 * quarter & 15) << 4
 
 
 def _make_signed_near(data: NDArray[np.uint8], quant_type: QuantType, size: float) -> None:
-    """Turns random bits into floats of either sign whose size is 1 to 2 times a power of two near `size`."""
+    """Turns random bits into floats of random sign. Their magnitude is 1 to 2 times a power of two near `size`."""
     word, kept = _FLOATS[quant_type]
     bits, least = data.view(word), np.array([size / 1.08], np.float32)
     if quant_type is QuantType.F16:
@@ -144,7 +145,8 @@ def _make_signed_near(data: NDArray[np.uint8], quant_type: QuantType, size: floa
 
 
 def tensors(shape: Shape, quant_type: QuantType, seed: int, alike: bool = False) -> Iterator[TensorSource]:
-    """Yields the model's tensors in file order. Bytes are made when they are written. `alike` layers share bytes."""
+    """Yields the model's tensors in file order. Bytes are made when they are written. If `alike`, layers share
+    bytes."""
     generator, made = np.random.default_rng(seed), dict[str, memoryview]()
 
     def random(name: str, size: tuple[int, ...]) -> memoryview:
@@ -212,7 +214,6 @@ def metadata(name: str, shape: Shape, quant_type: QuantType) -> dict[str, Writab
 
 
 def tokenizer(vocabulary: int) -> dict[str, WritableValue]:
-    """Returns a SentencePiece vocabulary: three special words, 256 bytes, letters, and words that fill the table."""
     special = ["<unk>", "<s>", "</s>"]
     pieces = ["▁", *"etaoinshrdlucmfwgypbvkxqjz"]
     fixed = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
@@ -241,7 +242,9 @@ def check(shape: Shape, quant_type: QuantType) -> None:
         raise UsageError(f"{shape.heads} heads and {shape.kv_heads} KV heads do not share a width of {shape.hidden}")
     for width in (shape.hidden, shape.ffn):
         if width % quant_type.info.block_size:
-            raise UsageError(f"{quant_type.name} needs widths in steps of {quant_type.info.block_size}, not {width}")
+            raise UsageError(
+                f"{quant_type.name} needs widths that are multiples of {quant_type.info.block_size}, not {width}"
+            )
 
 
 def write_shape(path: Path, name: str, shape: Shape, quant_type: QuantType, seed: int = 1, alike: bool = False) -> None:
@@ -255,9 +258,9 @@ def main() -> None:
     parser.add_argument("type", choices=[quant_type.name for quant_type in LAYOUTS])
     parser.add_argument("path", type=Path)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--alike", action="store_true", help="write the same bytes in all layers, which is quicker")
+    parser.add_argument("--alike", action="store_true", help="write the same bytes in all layers, which is faster")
     for field in fields(Shape):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, help="replaces the shape's own number")
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, help="replaces the number in the shape")
     arguments = parser.parse_args()
     given = {field.name: getattr(arguments, field.name) for field in fields(Shape)}
     shape = replace(SHAPES[arguments.name], **{name: value for name, value in given.items() if value is not None})

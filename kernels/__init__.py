@@ -1,4 +1,4 @@
-"""Kernels: the arithmetic of a program's steps and of quant types. Each backend has a folder."""
+"""The arithmetic of a program's steps and of quant types. Each backend has its own folder."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Types of the compiled module (kernels/cpu/native)."""
+"""Types of the compiled module, whose sources are in kernels/cpu/native."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal, overload
@@ -22,7 +22,7 @@ class Chain:
         dry_window: int,
         breakers: Sequence[Sequence[int]],
         mu: float,
-        **numbers: float,  # rows of core/sampler_chain.py
+        **numbers: float,  # One number for each setting of a sampler chain (core/sampler_chain.py), by name.
     ) -> Chain: ...
 
 class RowTask:
@@ -69,7 +69,7 @@ class Sampler:
     def record_words(self) -> int: ...
 
 class FrameReader:
-    """Its errors are ProtocolErrors, as those of all readers of messages."""
+    """Reads microbatches that other workers sent. Raises ProtocolError for invalid bytes, like all other readers."""
 
     def __init__(
         self,
@@ -302,10 +302,10 @@ class ThreadPool:
     @property
     def threads(self) -> int: ...
     def set_speeds(self, speeds: Sequence[float]) -> None:
-        """Of all threads, to begin with; for tests."""
+        """Sets the initial speed of each thread. Only tests call this."""
 
 class ThreadSpeeds:
-    """How a pool divides work over threads, by the times they took for their parts before."""
+    """Divides a pool's work among threads by the time that each thread took for its earlier parts."""
     def __init__(self, threads: int) -> None: ...
     def open(self, threads: int) -> None: ...
     def begin(self, count: int, thread: int) -> int: ...
@@ -315,13 +315,14 @@ class ThreadSpeeds:
     def close(self) -> None: ...
 
 class CoreContention:
-    """How many threads a pool that yields takes for the next job, by the reports of those before."""
+    """Chooses the number of threads for a pool's next job from reports of earlier jobs. Fewer threads are used while
+    other processes keep the cores busy."""
     def __init__(self, threads: int) -> None: ...
     def threads(self, rows: int) -> int: ...
     def report(self, rows: int, began_ns: int, ended_ns: int, waited_ns: int) -> None: ...
 
 class Plan:
-    """Steps over numbered buffers; a rotation is a table's number and whether it is of the NEOX style."""
+    """A list of steps over numbered buffers. A rotation is a pair: a table's number, and True for the style NEOX."""
 
     def __init__(
         self,

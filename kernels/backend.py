@@ -1,4 +1,4 @@
-"""The interface of backends. A backend loads a program once, as a stage that runs microbatches."""
+"""The interface of backends. A backend loads a program once and returns a stage, which runs microbatches."""
 
 from __future__ import annotations
 
@@ -26,22 +26,24 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class BatchStates:
-    """The state blocks of a batch's sequences. Sequence s starts from the state in block before[s], unless its first
-    row is at position 0. For each i in starts[s] .. starts[s + 1], the state after row rows[i] is written to blocks[i].
-    These states are checkpoints, from which other sequences may start, and at the end the state after the sequence's
-    last row. If one sequence writes a block, no other sequence in the batch uses the block."""
+    """The places where the recurrent states of a batch's sequences are read and written. Sequence s starts from the
+    state in block before[s], unless its first row is at position 0. For each i in [starts[s], starts[s + 1]), the state
+    after row rows[i] is written to block blocks[i]. The last of these rows is the last row of the sequence. The other
+    states are checkpoints, from which other sequences may start. A block that one sequence writes must not be used by
+    another."""
 
-    before: Int32  # [sequences] block ids, -1 where no state is read
+    before: Int32  # [sequences] Block ids; -1 where no state is read.
     starts: Int32  # [sequences + 1]
-    rows: Int32  # [states] ascending row numbers
-    blocks: Int32  # [states] block ids
+    rows: Int32  # [states] Row numbers, ascending.
+    blocks: Int32  # [states] Block ids.
 
 
 @dataclass(frozen=True, slots=True)
 class GivenRows:
-    """Rows that `ir.GivenRows` reads, such as an image's rows. They have one part for each level."""
+    """Rows that are computed outside the program, such as an image's rows. The step `ir.GivenRows` reads them. A row
+    has a separate part for each `level` of these steps."""
 
-    rows: Int32  # [given] ascending row numbers
+    rows: Int32  # [given] Row numbers, ascending.
     values: Float32  # [given, levels * width]
 
 
@@ -49,25 +51,28 @@ class GivenRows:
 class Batch:
     """The rows of one microbatch, grouped by sequence.
 
-    Rows sequence_starts[s] .. sequence_starts[s + 1] belong to sequence s, at ascending, consecutive positions.
+    Rows [sequence_starts[s], sequence_starts[s + 1]) belong to sequence s, at ascending, consecutive positions.
     Position p of sequence s is in KV block block_tables[table_starts[s] + p // KV_BLOCK_TOKENS]. Layers with a window
-    and their own KV blocks use window_tables at the same index. It is -1 if no row of the batch uses the block.
+    and their own KV blocks use window_tables at the same index. A block that no row of the batch uses is -1 there.
 
-    Rows of a sequence that have equal `groups` are adjacent and all in this batch, at the group's positions [start,
-    end). A row in no group is a group alone. Steps that merge rows need whole numbers of rows from each sequence."""
+    A group is a range of positions whose rows see each other, such as an image. Its rows are all in the same batch.
+    Steps that merge k rows into one need a multiple of k rows from each sequence."""
 
-    tokens: Int32  # [rows] token ids; read by a first stage only
+    tokens: Int32  # [rows] Token ids. Only a first stage reads them.
     positions: Int32  # [rows]
     sequence_starts: Int32  # [sequences + 1]
     table_starts: Int32  # [sequences + 1]
-    block_tables: Int32  # [sum of table lengths] KV block ids
-    output_rows: Int32  # [outputs] ascending row numbers whose logits are wanted; read by a last stage only
-    window_tables: Int32 | None = None  # [sum of table lengths] block ids, where limits.window_blocks > 0
-    adapter_scales: Float32 | None = None  # [rows, adapters]; None: no row has one
-    states: BatchStates | None = None  # where limits.state_blocks > 0
-    rope_positions: Int32 | None = None  # [sections, rows] below limits.max_context_tokens; None: `positions` in all
-    groups: Int32 | None = None  # [rows, 2] positions [start, end) of each row's group; None: each row is one
-    given: GivenRows | None = None  # None: no row
+    block_tables: Int32  # [sum of table lengths] KV block ids.
+    # [outputs] Numbers of the rows whose logits are wanted, ascending. Only a last stage reads them.
+    output_rows: Int32
+    window_tables: Int32 | None = None  # [sum of table lengths] Block ids; None if limits.window_blocks is 0.
+    adapter_scales: Float32 | None = None  # [rows, adapters]; None if no row uses an adapter.
+    states: BatchStates | None = None  # None if limits.state_blocks is 0.
+    # [sections, rows] Positions below limits.max_context_tokens; None if all sections use `positions`.
+    rope_positions: Int32 | None = None
+    # [rows, 2] Positions [start, end) of each row's group; None if each row is a group alone.
+    groups: Int32 | None = None
+    given: GivenRows | None = None  # None if no row is given.
 
     @property
     def rows(self) -> int:
@@ -76,14 +81,15 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class RankedLogits:
-    """The last run's logits, which stay on a GPU. A short record for each row is enough to sample most tokens."""
+    """The logits of the last run, which stay on the GPU. Each row's short record is enough to sample most tokens."""
 
-    records: NDArray[np.int64]  # [outputs, words], see cpu/native/sampler/ranked.h
+    records: NDArray[np.int64]  # [outputs, words]; cpu/native/sampler/ranked.h has the format.
     rows: Callable[[Sequence[int]], Float32]
-    """Copies the logits of these rows to the host, [rows, vocabulary]. The next call overwrites the result."""
+    """Copies the logits of these rows to the host as [rows, vocabulary]. The next call overwrites the result."""
     totals: Callable[[Sequence[float]], NDArray[np.int64]]
-    """Sums each output's sampling weights in parts, [outputs, parts]. The arguments are the outputs' divisors
-    (temperatures). An output with divisor 0 is skipped. The result is a view that the next call overwrites."""
+    """Divides each output's logits into parts and sums the sampling weights of each part: [outputs, parts]. The
+    argument has the divisor (the temperature) of each output. An output with divisor 0 is skipped. The next call
+    overwrites the result."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -108,7 +114,7 @@ class Stage(Protocol):
         embedding] or, from a last stage, logits [outputs, vocabulary]. The next `run` overwrites the result."""
 
     def normed(self, rows: Int32) -> Float32:
-        """Copies the normed hidden state of these rows from a last stage's last `run`, [len(rows), embedding]."""
+        """Copies the normed hidden states of these rows from a last stage's last `run`: [len(rows), embedding]."""
 
     def close(self) -> None:
         """Frees weights and KV memory. The stage must not run again."""
@@ -117,8 +123,7 @@ class Stage(Protocol):
 @runtime_checkable
 class RanksLogits(Protocol):
     @property
-    def ranks_logits(self) -> bool:
-        """True for a last stage whose logits can stay on the device."""
+    def ranks_logits(self) -> bool: ...
 
     def run_ranked(self, batch: Batch, hidden: Float32 | None) -> RankedLogits:
         """Computes the batch like `Stage.run`, but leaves the logits on the device."""
@@ -126,12 +131,12 @@ class RanksLogits(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CacheCounts:
-    """The counts of an experts cache. In each microbatch an expert counts once, however many rows use it."""
+    """Counters of an experts cache. An expert counts once in each microbatch, however many rows use it."""
 
     hits: int = 0
     misses: int = 0
     copied_bytes: int = 0
-    used_bytes: int = 0  # of experts that are there now
+    used_bytes: int = 0  # Size of the experts that are cached now.
 
     def __add__(self, other: CacheCounts) -> CacheCounts:
         hits, misses = self.hits + other.hits, self.misses + other.misses
@@ -140,10 +145,12 @@ class CacheCounts:
 
 @runtime_checkable
 class KvInRam(Protocol):
-    """A stage with its KV memory in RAM. Its layers never release the blocks that have left their windows."""
+    """A stage with its KV memory in RAM. Its layers keep all KV blocks, even after the blocks have left attention
+    windows."""
 
     def kv_layers(self) -> tuple[tuple[NDArray[np.uint8], ...], ...]:
-        """Returns each layer's KV memory and states as arrays [KV blocks, bytes]. They stay valid after `close`."""
+        """Returns the KV memory and states of each layer as arrays [KV blocks, bytes], which stay valid after
+        `close`."""
 
 
 @runtime_checkable
@@ -154,12 +161,13 @@ class RunsFrames(Protocol):
 @runtime_checkable
 class GathersRows(Protocol):
     def gather_by(self, gatherer: Gatherer) -> None:
-        """Sets the gatherer for later runs. An error in the gatherer ends the run."""
+        """Sets the gatherer, which exchanges rows with the group's other members. Its errors end the run."""
 
 
 Experts = Callable[[int, Float32], Float32 | None]
-"""Computes exchange `number`, counted in the order of steps. The input has the buffers that the exchange reads, as
-[rows, sum of widths]. Returns the result [rows, width], which the next call overwrites, or None if it is in place."""
+"""Computes the experts of a mixture for a stage on another device (an `Exchange` step). The number counts these steps
+in order. The array has the rows of all buffers that the step reads, side by side: [rows, sum of widths]. Returns the
+result [rows, width], which the next call overwrites, or None if the result is already in the stage's memory."""
 
 
 class ExchangingStage(Stage, Protocol):
@@ -172,7 +180,8 @@ class ExchangingStage(Stage, Protocol):
 
 
 class ExpertsStage(Protocol):
-    """Loaded experts, which compute one mixture at a time."""
+    """Loaded experts, which compute one mixture of experts per call. `number` counts mixtures in the order of steps.
+    The next call overwrites results."""
 
     weight_bytes: int
     workspace_bytes: int
@@ -180,17 +189,17 @@ class ExpertsStage(Protocol):
     @property
     def weights(self) -> object: ...
 
-    def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32:
-        """Computes mixture `number`, counted in the order of steps. The next call overwrites the result."""
+    def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32: ...
 
     def route(self, number: int, hidden: Float32) -> tuple[Int32, Float32]:
-        """Returns each row's experts, best first, and their weights: [rows, used]. Needs `lines` in `load_experts`."""
+        """Returns each row's expert ids, best first, and their weights: [rows, used]. Needs `lines` > 0 in
+        `load_experts`."""
 
     def run_lines(self, number: int, x: Float32, experts: Int32) -> Float32:
-        """Returns the unweighted output of expert experts[i] for row x[i]. The next call overwrites the result."""
+        """Returns the unweighted output of expert experts[i] for row x[i]. The next call overwrites the output."""
 
     def expert_weights(self, number: int, expert: int) -> tuple[NDArray[np.uint8], ...]:
-        """Returns one expert's packed matrices (in the order of `Moe.inner`, `Moe.down`), then its float32 biases."""
+        """Returns one expert's packed matrices (`Moe.inner`, then `Moe.down`), followed by its float32 biases."""
 
     def close(self) -> None: ...
 
@@ -202,29 +211,30 @@ class ExpertsCache(Protocol):
     def counts(self) -> CacheCounts: ...
 
     def step(self) -> AbstractContextManager[None]:
-        """Keeps a run's experts in the cache until the run ends. Raises DeviceLostError if a copy lost the device."""
+        """Keeps a run's experts in the cache until the run ends. Raises the error of an earlier copy, such as
+        DeviceLostError."""
 
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32 | None: ...
 
     def settle(self, timeout_s: float) -> bool:
-        """Waits until all wanted experts are cached. Returns False if this takes longer than `timeout_s`."""
+        """Waits until no copy to the cache is pending. Returns False if `timeout_s` seconds pass first."""
 
     def close(self) -> None:
-        """Waits for a run in progress. Later runs compute without the cache."""
+        """Waits for a run in progress and frees the cache. Later runs compute without the cache."""
 
 
 class Backend(Protocol):
     name: str
     feature_level: str
-    numerics_version: int  # equal ones give the same bits; 0: the reference
+    numerics_version: int  # Backends with equal versions give the same bits. The reference backend has version 0.
 
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> Stage: ...
 
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
-        """Returns the size of weights that other stages have already loaded, for which `load` takes no more memory."""
+        """Returns the size of those weights that other stages have already loaded. `load` shares them."""
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-        """Returns a stage's memory except weights and KV memory. Raises the errors of `load`, but reads no weights."""
+        """Returns a stage's bytes except weights and KV memory. Raises the errors of `load`, but reads no weights."""
 
 
 @runtime_checkable
@@ -232,14 +242,15 @@ class SharesKv(Protocol):
     def load_beside(
         self, stage: Stage, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
     ) -> Stage:
-        """Loads the same layers with other adapters, even during a run. Both stages share KV memory and take turns."""
+        """Loads the same layers with other adapters, even during a run. Both stages use the same KV memory, so they
+        must not run at the same time."""
 
 
 @runtime_checkable
 class HasThreads(Protocol):
     def apart(self, niceness: int = 0) -> Backend:
-        """Returns a backend with its own threads, which shares the loaded weights. `niceness` lowers the threads'
-        priority. The thread that calls `run` is not one of them and keeps its priority."""
+        """Returns a backend with its own threads, which shares the loaded weights. `niceness` lowers the priority of
+        these threads. The thread that calls `run` keeps its priority."""
 
 
 class ExchangingBackend(Backend, Protocol):
@@ -256,23 +267,23 @@ class ExchangingBackend(Backend, Protocol):
         limits: StageLimits,
         n_bytes: int,
     ) -> ExpertsCache | None:
-        """Returns a cache for `experts` of at most `n_bytes` on the device of `stage`, or None if no expert fits."""
+        """Returns a cache for `experts` in the memory of the device of `stage`. The cache takes at most `n_bytes`.
+        Returns None if no expert fits."""
 
 
 class ExpertsBackend(Backend, Protocol):
     def load_experts(
         self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress, lines: int = 0
     ) -> ExpertsStage:
-        """Loads a program from `split_experts.experts_of`. `lines` is the line limit of `route` and `run_lines`."""
+        """Loads a program that `experts_of` made. `lines` is the maximum number of rows of one `run_lines` call."""
 
     def experts_workspace_bytes(
         self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, lines: int = 0
-    ) -> int:
-        """Returns the memory that loaded experts take in addition to their weights, in bytes."""
+    ) -> int: ...
 
 
 def kv_bytes(program: Program, limits: StageLimits) -> int:
-    """Returns the size of KV memory and states in bytes, without the padding that a GPU adds between layers."""
+    """Returns the bytes of KV memory and states. A GPU adds padding between layers, which is not included."""
     states = sum(kept.n_bytes for kept in program.states) * (limits.state_blocks or limits.kv_blocks)
     return states + sum(
         KV_BLOCK_TOKENS * kept.kv_token_bytes * limits.layer_blocks(kept.window) for kept in program.kv_layers

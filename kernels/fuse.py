@@ -1,4 +1,4 @@
-"""Fusion for every backend: groups products of one input, and joins rotations with the attention after them."""
+"""Fusion for every backend. Groups products of the same input, and joins attention with the rotations before it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llamaclust.model import program as ir
 
 @dataclass(frozen=True, slots=True)
 class Products:
-    """Matrix products with the same x, which is quantized once. The threads synchronize once."""
+    """Matrix products that read the same x. x is quantized once, and the threads synchronize once."""
 
     x: ir.Buffer
     steps: tuple[ir.MatMul, ...]
@@ -50,7 +50,6 @@ FusedStep = (
 
 
 def fuse(program: ir.Program) -> Iterator[FusedStep]:
-    """Groups the program's steps. Buffers that later steps read keep their content."""
     steps, at = program.steps, 0
     while at < len(steps):
         step = steps[at]
@@ -94,7 +93,8 @@ def _adapts(steps: Sequence[ir.Step]) -> tuple[ir.Adapt, ...]:
 
 
 def _attend(program: ir.Program, at: int) -> Attend | None:
-    """Returns the attention at `at` and the rotations of its q and k. Returns None if other steps read these."""
+    """Returns the attention at `at` and the rotations before it. Returns None if other steps read the rotated
+    buffers."""
     ropes: dict[str, ir.Rope] = {}
     step = program.steps[at]
     while isinstance(step, ir.Rope):
@@ -117,7 +117,7 @@ def _attend(program: ir.Program, at: int) -> Attend | None:
 
 
 def is_read(program: ir.Program, at: int, name: str) -> bool:
-    """Returns whether a step from `at` on, or the program's result, reads the buffer's present content."""
+    """True if a step from index `at`, or the program's result, reads the present content of the buffer."""
     for step in program.steps[at:]:
         if any(buffer.name == name for buffer in step.reads):
             return True

@@ -1,5 +1,5 @@
-"""Rules that all members of a group follow when they gather rows: the format of sent rows, and bands of rows. The
-native executor has the same limits (`executor/workspace.h`, `executor/gatherer.h`)."""
+"""Rules for gathers that all members of a group follow: the format of sent rows, and the division of rows into bands.
+The native executor has the same limits (`executor/workspace.h`, `executor/gatherer.h`)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _PACKED = (ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 
 
 def band_borders(program: ir.Program, rows: int, most: int) -> list[int]:
-    """Returns the borders of up to `most` bands, into which the native executor divides rows. Each band gathers
-    separately until output rows are selected. The first band has two thirds of another's rows. Groups get one."""
+    """Returns the borders of up to `most` bands of rows. Each band gathers separately, until output rows are selected.
+    The first band has two thirds as many rows as another. A batch with groups has one band."""
     before = takewhile(lambda step: not isinstance(step, ir.SelectRows), program.steps)
     is_whole = rows < LEAST_BANDED_ROWS or program.states or not program.is_causal
     if is_whole or not any(isinstance(step, ir.Gather) for step in before):
@@ -43,7 +43,7 @@ def borders_in(step: ir.Gather, width: int) -> list[int]:
 
 
 def finite_members(step: ir.Gather, whole: Float32) -> list[bool]:
-    """Returns for each member whether its columns [rows, width] are finite. For int8 values, the scales show this."""
+    """Returns whether each member's columns [rows, width] are finite. Int8 values are finite if their scales are."""
     form = next((form for form in _PACKED if packed_width(step.borders[-1], form) == whole.shape[1]), None)
     borders = borders_in(step, whole.shape[1])
     if form is not None:
@@ -54,7 +54,6 @@ def finite_members(step: ir.Gather, whole: Float32) -> list[bool]:
 
 
 def packed_width(columns: int, form: ActivationFormat) -> int:
-    """Returns how many floats hold the int8 values and scales of `columns` columns."""
     return columns // _INT8_OF_FLOAT + columns // form.value
 
 

@@ -1,4 +1,4 @@
-"""One stage's layers on several devices of a worker. The backends compute their layers one after another."""
+"""Runs the layers of one stage on several devices of a worker, one device after another."""
 
 from __future__ import annotations
 
@@ -69,8 +69,9 @@ class MultiDeviceStage:
     def __init__(self, stages: Sequence[Stage], programs: Sequence[Program]) -> None:
         self.stages = tuple(stages)
         self._programs = tuple(programs)
-        self._rows, self._has_groups = 0, False  # of the run
-        self._gatherers: list[tuple[Gatherer, Gatherer]] = []  # of a part, and of the whole stage
+        self._rows, self._has_groups = 0, False  # Values for the current run.
+        # Pairs of a part's gatherer and the whole stage's gatherer.
+        self._gatherers: list[tuple[Gatherer, Gatherer]] = []
         self.weight_bytes = sum(stage.weight_bytes for stage in stages)
         self.kv_bytes = sum(stage.kv_bytes for stage in stages)
         self.workspace_bytes = sum(stage.workspace_bytes for stage in stages)
@@ -114,7 +115,7 @@ class MultiDeviceStage:
             first += sum(isinstance(step, Gather) for step in program.steps)
 
     def _numbered(self, gatherer: Gatherer, first: int, program: Program) -> PythonGatherer:
-        """Continues the numbers of gathers from part to part. All members of a group must number gathers alike."""
+        """Numbers a part's gathers from `first`. All members of a group must give a gather the same number."""
         gathers = [step for step in program.steps if isinstance(step, Gather)]
 
         def gather(number: int, own: Float32, whole: Float32) -> None:
@@ -135,7 +136,7 @@ class MultiDeviceStage:
 
 def layers_of(program: Program, start: int, end: int) -> Program:
     """Returns the steps of layers [start, end). A layer begins with the first step that names it. The embedding belongs
-    to the first layer and the head to the last layer. Channels for later layers follow the hidden state."""
+    to the first layer and the head to the last layer. Channels that later layers need follow the hidden state."""
     assert program.start <= start < end <= program.end, (start, end)
     bounds = {program.start: 0, program.end: len(program.steps)}
     for at, step in enumerate(program.steps):
@@ -155,8 +156,8 @@ def layers_of(program: Program, start: int, end: int) -> Program:
 
 @dataclass(frozen=True, slots=True)
 class _Carried:
-    """The rows that go from layer to layer: the hidden state, and then the channels of `further` from `start` on. Each
-    layer reads a slice of these channels."""
+    """The row that goes from one layer to the next: the hidden state, and then the channels of `further` from `start`
+    to its end. Each layer reads a slice of these channels."""
 
     hidden: Buffer
     further: Buffer
@@ -164,8 +165,9 @@ class _Carried:
 
     @classmethod
     def at(cls, program: Program, at: int) -> _Carried | None:
-        """Returns the input of the steps from `at` on, or None if these steps read only the hidden state."""
-        whole, slices, written = set[Buffer](), dict[Buffer, int](), set[str]()  # slices: where the first one begins
+        """Returns the rows that steps read from index `at` to the end, or None if these are only the hidden state."""
+        # `slices` maps a buffer to the start of its first slice.
+        whole, slices, written = set[Buffer](), dict[Buffer, int](), set[str]()
         for step in program.steps[at:]:
             for buffer in step.reads:
                 if buffer.name in written:

@@ -1,4 +1,4 @@
-"""Checks that the compiled module has all that its stub declares. Older builds would fail later, at a missing name."""
+"""Checks that the compiled module has all that its stub declares. An outdated build would fail later."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _MOST_TOLD = 3
 
 
 def check_interface(module: ModuleType, stub: Path) -> None:
-    """Raises LlamaclustError if functions, classes or methods are missing. Does nothing if there is no stub."""
+    """Raises LlamaclustError if functions, classes or methods are missing. Accepts the module if there is no stub."""
     if not stub.is_file():
         return
     if missing := [*_missing(module, stub.read_text())]:
         more = f" and {len(missing) - _MOST_TOLD} more" if len(missing) > _MOST_TOLD else ""
         what = f"it lacks {', '.join(missing[:_MOST_TOLD])}{more}"
         raise LlamaclustError(
-            f"{module.__file__} is of another version of llamaclust: {what}; build or install it again"
+            f"{module.__file__} was built from another version of llamaclust: {what}; build or install it again"
         )
 
 

@@ -1,4 +1,4 @@
-"""Measures this machine's limits for kernels: read bandwidth and multiply-add peaks of a number of threads."""
+"""Measures this machine's limits: read bandwidth, and the peak of multiply-adds on a number of threads."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from llamaclust.kernels import _native
 
 
 class ReadProbe:
-    """Measures the read bandwidth of `threads` threads over 16 times the last-level cache, but at most 1 GiB. Raises
-    ValueError unless there are 1 to 1024 threads."""
+    """Measures the read bandwidth of 1 to 1024 threads. Reads 16 times the size of the last-level cache, but at most 1
+    GiB. Raises ValueError for any other number of threads."""
 
     def __init__(self, threads: int) -> None:
         self._probe = _native.ReadProbe(threads, 16)
 
     def measure(self, seconds: float = 0.3) -> float:
-        """Returns the median of several reads in the fastest pattern, in GB/s. Raises ValueError outside 0..60 s."""
+        """Returns the median of several reads in the fastest pattern, in GB/s. `seconds` must be from 0 to 60."""
         return self._probe.measure(seconds) / 1e9
 
 
 def int8_peak(threads: int, seconds: float = 0.2) -> float:
-    """Returns the peak of 8-bit multiply-adds on all threads, in 10^9 per second, with the CPU's widest dot product."""
+    """Returns the peak of 8-bit multiply-adds of all threads, in 10^9 per second, with the CPU's widest dot product."""
     return _native.int8_peak(threads, seconds) / 1e9
 
 
@@ -28,5 +28,4 @@ def fma_peak(threads: int, seconds: float = 0.2) -> float:
 
 
 def measure_machine(threads: int) -> DeviceProfile:
-    """Measures read bandwidth and int8 peak in less than half a second, for a worker's registration."""
     return DeviceProfile(_native.ReadProbe(threads, 3).measure(0.15), _native.int8_peak(threads, 0.05))

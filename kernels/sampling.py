@@ -1,4 +1,5 @@
-"""Samples and scores tokens on the CPU, for every backend's last stage. docs/internals/numerics.md has the rules."""
+"""Samples and scores tokens on the CPU, for the last stage of every backend. docs/internals/numerics.md has the
+rules."""
 
 from __future__ import annotations
 
@@ -16,14 +17,15 @@ from llamaclust.kernels.backend import Logits, RankedLogits
 
 
 class Sampler:
-    """The sampler of one stage. It runs one call at a time, without the GIL, in llama.cpp's default order: logit bias,
-    then repetition, frequency and presence penalties. Suppressed tokens and tokens that a grammar forbids become
-    -infinity. At temperature 0, the greatest logit wins (on a tie, the lowest id). Otherwise top-k, top-p and min-p
-    follow, on probabilities at temperature 1, then temperature, then a draw. (OpenAI and vLLM apply temperature before
-    top-p.) A sampler chain adds steps or changes their order. Logprobs are the log-softmax of the raw logits."""
+    """The sampler of one stage. It runs one call at a time and releases the GIL. The order is llama.cpp's default:
+    logit bias, then repetition, frequency and presence penalties. Suppressed tokens and tokens that a grammar forbids
+    become -infinity. At temperature 0, the largest logit wins, or the lowest id on a tie. Otherwise top-k, top-p and
+    min-p follow at temperature 1, then temperature, then a draw. (OpenAI and vLLM apply temperature before top-p.) A
+    sampler chain adds steps or changes their order. Logprobs are the log-softmax of the raw logits."""
 
     def __init__(self, vocabulary_size: int, feature_level: str = "", threads: int = 1) -> None:
-        """Divides rows among `threads`. `feature_level` "" is the best. Raises ValueError for an unknown level."""
+        """`threads` threads share the rows. An empty `feature_level` is the best. Raises ValueError for unknown
+        levels."""
         self._native = _native.Sampler(vocabulary_size, feature_level, threads)
 
     @property
@@ -36,7 +38,8 @@ class Sampler:
         tasks: tuple[RowTask, ...],
         allowed: Sequence[AllowedTokens | None] | None = None,
     ) -> tuple[RowResult, ...]:
-        """Returns one result for each row of logits [tasks, vocabulary]. `failure` says why if a row has no token."""
+        """Returns one result for each row of logits [tasks, vocabulary]. If a row has no token, its `failure` says
+        why."""
         native = list(map(_native_task, tasks, repeat(None) if allowed is None else allowed))
         if isinstance(logits, RankedLogits):
             return tuple(map(_result, self._native.run_ranked(logits.records, native, logits.rows, logits.totals)))
@@ -53,7 +56,6 @@ def row_results(outcomes: _native.RowOutcomes) -> tuple[RowResult, ...]:
 
 
 def set_result(outcomes: _native.RowOutcomes, place: int, row: RowResult) -> None:
-    """Replaces the outcome of one row but keeps its drafted tokens."""
     failure = "" if row.failure is None else one_line(row.failure)
     more = list(row.top_logprobs), failure, row.is_request_fault, row.is_deferred
     outcomes.set(place, row.token, row.logprob, *more, row.mu, row.forced, row.forced_draft, row.matcher_ns)

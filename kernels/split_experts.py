@@ -1,5 +1,5 @@
-"""Splits a program between a GPU and a processor, which computes some layers' routers and routed experts. At each of
-these mixtures, the GPU sends the normed input and gets back the weighted sum of the experts."""
+"""Splits a program between a GPU and the CPU, which computes the experts of some layers. At each of these layers, the
+GPU sends the normed input of the experts and receives their weighted sum."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Buffer, Exchange, Moe, Program, Slice, Step
 
 MOST_CACHED_ROWS = 64
-"""The most rows of a microbatch that uses the cache. Larger ones use most experts, so one device computes all."""
+"""The maximum number of rows in a microbatch that uses the experts cache. Larger microbatches use most experts, so one
+device computes them all."""
 
 
 def without_experts(program: Program, layers: Collection[int]) -> Program:
@@ -34,8 +35,8 @@ def without_experts(program: Program, layers: Collection[int]) -> Program:
 
 
 def experts_of(program: Program, layers: Collection[int]) -> Program | None:
-    """Returns a program that has only these layers' mixtures, or None if there are none. Each mixture reads the hidden
-    state. If it has a second input buffer, that buffer follows the first in the hidden state."""
+    """Returns a program that has only the mixtures of experts of these layers, or None if there are none. Each mixture
+    reads the hidden state. If a mixture has a second input, it follows the first in the hidden state."""
     mixtures = [step for step in mixtures_of(program) if _is_of(step, layers)]
     if not mixtures:
         return None
@@ -50,8 +51,9 @@ def mixtures_of(program: Program) -> tuple[Moe, ...]:
 
 
 def cached_lines(program: Program, limits: StageLimits) -> int:
-    """Returns the limit on row-expert pairs of a microbatch that uses the cache. Returns 0 if experts weigh their
-    inputs or have no gate, so that they cannot be computed one by one."""
+    """Returns the maximum number of lines in a microbatch that uses the experts cache. A line is a row together with
+    one of its experts. Returns 0 if experts weigh inputs or have no gate, so that they cannot be computed one by
+    one."""
     mixtures = mixtures_of(program)
     figures = {(step.used, step.experts, step.x.width, step.out.width) for step in mixtures}
     is_divisible = all((step.gate or step.fused) and not step.options.weighs_inputs for step in mixtures)
@@ -92,12 +94,12 @@ def _from_hidden(step: Moe, hidden: Buffer, out: Buffer) -> tuple[Step, ...]:
 
 
 class SplitExpertsBackend:
-    """Loads programs on two backends: `experts` computes the experts of `layers`, and `rest` computes all else."""
+    """Loads programs on two backends. `experts` computes the experts of `layers`, and `rest` computes everything
+    else."""
 
     def __init__(
         self, rest: ExchangingBackend, experts: ExpertsBackend, layers: Collection[int], cache_bytes: int = 0
     ) -> None:
-        """Keeps copies of often used experts on the device of `rest`, in at most `cache_bytes`."""
         assert rest.numerics_version == experts.numerics_version
         self.numerics_version = rest.numerics_version
         self.name = f"{rest.name}+{experts.name}"

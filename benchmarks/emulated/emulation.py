@@ -19,7 +19,8 @@ _CALLER = "_native"
 
 @dataclass(frozen=True, slots=True)
 class LinkSpeed:
-    """Settings of links. Half of the round trip delays each direction. Workers receive `gbit_s`; 0 means no limit."""
+    """Settings of links. Half of the round trip delays each direction. Workers receive at `gbit_s`; 0 means no
+    limit."""
 
     round_trip_ms: float = 0.0
     gbit_s: float = 0.0
@@ -56,13 +57,12 @@ class Emulation:
         return ("taskset", "-c", str(core), "env", *words)
 
     def variables(self, speed: float = 1.0, caller: str = _CALLER) -> dict[str, str]:
-        """Returns the environment variables that emulate links. `caller` is the library whose calls are emulated."""
         places = {"LD_PRELOAD": str(self.library), "EMULATED_LINK": str(self._path), "EMULATED_CALLER": caller}
         return {**places, "EMULATED_SPEED": str(speed)}
 
 
 def compiler() -> str | None:
-    """Returns the first C++ compiler among $CXX (or c++), g++ and clang++. Returns None if there is none."""
+    """Returns the path of the first C++ compiler among $CXX (or c++), g++ and clang++, or None."""
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
 
 

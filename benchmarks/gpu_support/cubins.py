@@ -26,7 +26,7 @@ def open_nvrtc_in(folder: Path) -> Nvrtc:
     if found is None:
         raise UsageError(f"{folder} contains no libnvrtc.so.*; give the folder of NVRTC")
     for path in folder.glob("libnvrtc-builtins.so.*"):
-        ctypes.CDLL(str(path))  # NVRTC loads it by name, without a folder
+        ctypes.CDLL(str(path))  # NVRTC loads this library by name, so it must be loaded before.
     return Nvrtc(str(found))
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("nvrtc", type=Path, help="folder of libnvrtc.so.*")
     parser.add_argument("architecture", type=int, help="compute capability without a dot, such as 90")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--keep", type=Path, required=True, help="folder of modules compiled before")
+    parser.add_argument("--keep", type=Path, required=True, help="folder of modules that earlier calls compiled")
     given = parser.parse_args()
     compile_all(open_nvrtc_in(given.nvrtc), given.architecture, given.out, given.keep)
 

@@ -1,4 +1,4 @@
-"""The figures of a run on a GPU and their goals."""
+"""The figures of a run on a GPU, and their goals."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from gpu_support.work import Rates, Work
 from llamaclust.tools.bench.limits import Spread
 
 DECODE_SHARE, MIXED_SHARE, PREFILL_SHARE, TIMES_ONE, RATIO = 0.80, 0.85, 0.35, 6.0, 1.0
-"""Goals: the share of decode on a GPU alone, and with layers or experts in RAM; the share of prefill; eight sequences
-relative to one; and the ratios of llamaclust to llama.cpp, and of copies of experts to none."""
+"""Goals. DECODE_SHARE is for decode on a GPU alone, MIXED_SHARE for decode with layers or experts in RAM, and TIMES_ONE
+for eight sequences relative to one. RATIO compares llamaclust with llama.cpp, and copies of experts with none."""
 _TOGETHER = 8
 
 
 @dataclass(frozen=True, slots=True)
 class CopiedSteps:
-    step_s: float  # seconds of a step
-    hits: int  # uses of experts that had copies
+    step_s: float  # Seconds per step.
+    hits: int  # Uses of experts that had copies.
     misses: int
 
     @property
@@ -31,14 +31,15 @@ class CopiedSteps:
 @dataclass(frozen=True, slots=True)
 class Round:
     """Seconds of a prefill and of decode steps with one and with several sequences. They are measured one after
-    another, without copies of experts. `copied` has the steps with copies."""
+    another, without copies of experts. `copied` has the decode steps with copies."""
 
     rates: Rates
     prefill_s: float
     step_s: float
     many_s: float
-    theirs: Speed | None = None  # speed of llama.cpp
-    copied: Mapping[int, CopiedSteps] = field(default_factory=dict)  # by number of sequences
+    theirs: Speed | None = None  # Speed of llama.cpp.
+    # Steps with copies of experts, by number of sequences.
+    copied: Mapping[int, CopiedSteps] = field(default_factory=dict)
 
     def steps_s(self, sequences: int) -> float:
         return self.step_s if sequences == 1 else self.many_s
@@ -54,7 +55,7 @@ class Figures:
 
     @property
     def decode_share(self) -> Spread:
-        """The shortest time to read the memories, as a share of the time per token."""
+        """The minimum time to read weights and KV memory, as a share of the time per token."""
         step = self.work.step_bytes(1)
         return self.spread(lambda round_: step.seconds(round_.rates.read) / round_.step_s)
 
@@ -72,7 +73,7 @@ class Figures:
         return self.spread(lambda round_: self.work.sequences * round_.step_s / round_.many_s)
 
     def copies_share(self, sequences: int) -> Spread:
-        """The shortest time to read the memories (hits on the GPU), as a share of the time of a step with copies."""
+        """The minimum time to read the memories (hits on the GPU), as a share of the time of a step with copies."""
 
         def best_s(round_: Round) -> float:
             return self.work.copied_step_s(sequences, round_.copied[sequences].hit_share, round_.rates.read)
@@ -103,7 +104,7 @@ class Figures:
         return all(round_.copied for round_ in self.rounds)
 
     def as_json(self) -> dict[str, Any]:
-        """Returns all figures. A GB is 10^9 bytes. Each spread has the median, the least and the most."""
+        """Returns all figures. A GB is 10^9 bytes. Each spread has the median, the minimum and the maximum."""
         work, step = self.work, self.work.step_bytes(1)
         found: dict[str, Any] = {
             "rates": self._rates(),
@@ -182,9 +183,9 @@ class Figures:
         ]
 
     def _wanted_of_sequences(self, decode_share: float) -> Wanted:
-        """Returns the figure for several sequences and its goal. Usually the figure is the speed relative to one
-        sequence. In a mixture, several sequences read more experts. The figure is then the share of the time to read
-        them, and the goal is that of a dense model that decodes at `decode_share` and reaches TIMES_ONE."""
+        """Returns the figure for several sequences and its goal. For a dense model, the figure is the speed relative to
+        one sequence. In a mixture of experts, several sequences read more experts. The figure is then the share of the
+        time to read them. Its goal is that of a dense model that decodes at `decode_share` and reaches TIMES_ONE."""
         count, is_mixture = self.work.sequences, self.work.is_mixture
         least = decode_share * TIMES_ONE / _TOGETHER if is_mixture else TIMES_ONE
         found = self.many_share if is_mixture else self.times_one

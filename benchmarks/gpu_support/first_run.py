@@ -1,5 +1,5 @@
 """The first run on a new GPU, step by step: tests of every kernel, and then benchmarks. Several calls can share the
-work, for a machine that is lent for some minutes at a time.
+work, if the machine is available for only some minutes at a time.
 
     python benchmarks/gpu_support/first_run.py results                      # repeat while the output says: steps left
     python benchmarks/gpu_support/first_run.py results --minutes 9 --models /dev/shm
@@ -7,7 +7,7 @@ work, for a machine that is lent for some minutes at a time.
 
 Each step is a command with a time limit. Its output is in results/NAME.log, records of benchmarks are in results/NAME,
 and results/steps.json has the outcomes. A step that passed with the present sources is not repeated. A step that failed
-is repeated after the steps that are left. A step begins only if its time limit ends within --minutes. The exit status
+is repeated after all new steps. A step begins only if its time limit ends within --minutes. The exit status
 is 0 if all passed, 1 if any failed, and 75 if any is left. Models of random weights (4, 12, 4 and 39 GB) go to
 --models."""
 
@@ -40,7 +40,7 @@ from llamaclust.core.errors import UsageError
 _TESTS = "tests/kernels/cuda"
 _BENCHMARKS = "benchmarks/test_gpu_benchmark.py", "benchmarks/test_gpu_mixtures.py"
 _PROCESSES = 8
-"""The number of test processes. Each takes some hundred MiB of GPU memory and mostly waits for the CPU's results."""
+"""The number of test processes. Each takes some hundred MiB of GPU memory and mostly waits for results of the CPU."""
 _LEFT = 75  # EX_TEMPFAIL
 _TAIL_LINES = 5
 _GRACE_S, _POLL_S = 5.0, 0.05
@@ -54,8 +54,8 @@ class Step:
     limit_s: int
     command: str
     needs: str = ""
-    model: str = ""  # name of the step's file in the folder of models
-    is_vital: bool = False  # without this step, no other can pass
+    model: str = ""  # Name of the step's model in the folder of models.
+    is_vital: bool = False  # True if no other step can pass without this step.
 
 
 def _tests(name: str, *files: str, limit_s: int = 300, options: str = "") -> Step:
@@ -104,7 +104,7 @@ class Outcome:
     status: int
     seconds: float
     sources: str
-    tail: tuple[str, ...]  # last lines of the output
+    tail: tuple[str, ...]  # Last lines of the output.
 
     @property
     def passed(self) -> bool:
@@ -120,7 +120,7 @@ class Record:
                 raise UsageError(f"{path}: not a regular file; remove it")
         try:
             self._outcomes = _outcomes(self._path.read_bytes()) if self._path.exists() else {}
-        except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
+        except (ValueError, RecursionError):  # RecursionError is raised for thousands of nested brackets.
             raise UsageError(f"{self._path}: has no outcomes of steps; remove it to run all steps again") from None
 
     def outcome(self, step: Step) -> Outcome | None:
@@ -141,14 +141,15 @@ def _outcomes(data: bytes) -> dict[str, Outcome]:
     found = json.loads(data)
     if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
         raise ValueError("no objects by names")
-    known = {field.name for field in fields(Outcome)}  # other keys: a record of another version of this program
+    # A record with other keys comes from another version of this program.
+    known = {field.name for field in fields(Outcome)}
     return {name: _outcome(**values) for name, values in found.items() if values.keys() == known}
 
 
 def _outcome(status: object, seconds: object, sources: object, tail: object) -> Outcome:
     if (
         type(status) is not int or type(seconds) not in (int, float) or not isinstance(sources, str)
-    ):  # a bool is refused as well
+    ):  # A bool is refused too.
         raise ValueError("of other types")
     if not isinstance(tail, list) or not all(isinstance(line, str) for line in tail):
         raise ValueError("no lines")
@@ -175,7 +176,7 @@ def run_steps(
         said = "passed" if outcome.passed else f"FAILED ({status}): {outcome.tail[-1] if outcome.tail else 'no output'}"
         _say(f"{step.name}: {outcome.seconds:.0f} s, {said}")
         if step.is_vital and not outcome.passed:
-            _say(f"the others need it: see {record.folder / step.name}.log")
+            _say(f"no other step can pass without {step.name}: see {record.folder / step.name}.log")
             return 1
     run = [(step.name, found.passed) for step in steps if (found := record.outcome(step)) is not None]
     failed = [name for name, passed in run if not passed]
@@ -189,7 +190,7 @@ def _run(step: Step, log: Path, places: dict[str, str]) -> int:
     script = " && ".join(_filled(command, places) for command in (*commands, step.command))
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     with log.open("w") as file:
-        _signals(signal.SIG_BLOCK)  # a signal within Popen would leave a process that nobody ends
+        _signals(signal.SIG_BLOCK)  # A signal during Popen would leave a process that nobody ends.
         try:
             process = subprocess.Popen(
                 ["bash", "-c", script],
@@ -225,13 +226,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         while _is_running(process.pid) and time.monotonic() < end_s:
             time.sleep(_POLL_S)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # its first process is not reaped yet, so no other process has this id
+        os.killpg(process.pid, signal.SIGKILL)  # The first process is not reaped yet, so no other process has this id.
         process.wait()
 
 
 def _is_running(group: int) -> bool:
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # the process has ended meanwhile
+        with suppress(OSError):  # The process has ended meanwhile.
             state, _, its_group = path.read_text(errors="replace").rpartition(")")[2].split()[:3]
             if int(its_group) == group and state not in "ZX":
                 return True
@@ -260,7 +261,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, metavar="RESULTS", nargs="?", default=Path("gpu-results"))
     parser.add_argument("--list", action="store_true", help="print the steps in their order, with their time limits")
-    parser.add_argument("--minutes", type=_minutes, default=9.5, help="duration of this call; by default %(default)s")
+    parser.add_argument(
+        "--minutes", type=_minutes, default=9.5, help="maximum minutes of this call (default: %(default)s)"
+    )
     parser.add_argument("--models", type=Path, default=Path("/dev/shm"), help="folder of models (default: %(default)s)")
     parser.add_argument("--llama-bench", type=Path, metavar="PROGRAM", help="llama-bench of llama.cpp, built for CUDA")
     given = parser.parse_args(arguments)

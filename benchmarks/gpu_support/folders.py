@@ -16,7 +16,7 @@ _LOCK = ".lock"
 def ready_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # modes do not show this for root or a read-only medium
+        with tempfile.TemporaryFile(dir=folder):  # Modes do not show this for root or for a read-only medium.
             pass
     except (FileExistsError, NotADirectoryError):
         what = "a link to nothing" if folder.is_symlink() and not folder.exists() else "not a folder"

@@ -33,7 +33,8 @@ _LAUNCHES, _REPEATS = 32, 7
 
 
 def product_s(device: Device, kind: QuantType, shape: tuple[int, int], rows: int) -> tuple[float, int]:
-    """Returns one product's seconds and weight bytes. Weights are random, as values do not change the time."""
+    """Returns the seconds of a product and its weight bytes. Weights are random, because values do not change the
+    time."""
     one = matmul.Weights(kind, shape)
     count = max(1, min(_LAUNCHES, _CACHE_BYTES // one.n_bytes + 1))
     source = np.random.default_rng(7)

@@ -18,11 +18,11 @@ class LlamaCpp:
     """Measures prefill and decode with llama-bench. Takes the faster of two runs, with and without flash attention."""
 
     program: Path
-    gpu: int  # CUDA's number of the GPU
+    gpu: int  # The GPU's number in CUDA.
     prompt: int
     generate: int
     runs: int = 2
-    build: dict[str, Any] = field(default_factory=dict)  # filled by the first run
+    build: dict[str, Any] = field(default_factory=dict)  # Filled by the first run.
 
     def measure(self, model: Path) -> Speed:
         ways = {"-ngl": _ALL_LAYERS, "-sm": "none", "-mg": self.gpu, "-fa": "0,1"}
@@ -36,7 +36,7 @@ class LlamaCpp:
                 f"{self.program} is built for {backends or 'unknown backends'}; build it with GGML_CUDA=ON"
             )
         if not answers[0].get("gpu_info"):
-            raise UsageError(f"{self.program}: it finds no GPU")
+            raise UsageError(f"{self.program}: llama-bench finds no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES")
         names = ("build_commit", "build_number", "backends", "gpu_info")
         self.build = {name: answers[0].get(name) for name in names} | {"options": options}
         return speed

@@ -100,9 +100,9 @@ class RecordFile:
             path, self.error = write_record(self.folder, record), None
         except (OSError, UsageError) as error:
             self.error = error
-            report(f"not written: {error}")
+            report(f"the record was not written: {error}")
         else:
-            report(f"written: {path}")
+            report(f"the record was written: {path}")
 
 
 def software() -> dict[str, str | None]:
@@ -113,7 +113,7 @@ def software() -> dict[str, str | None]:
         number = cupy.cuda.runtime.driverGetVersion()
         found |= {"cuda": f"{number // 1000}.{number % 1000 // 10}", "cupy": cupy.__version__}
         found["nvrtc"] = ".".join(map(str, open_nvrtc().version))
-    except UsageError:  # the device does not exist
+    except UsageError:  # CuPy or NVRTC is missing.
         pass
     return found | {"python": platform.python_version()}
 

@@ -10,7 +10,7 @@ _NO_SOURCES = ("build", "dist", "docs", "__pycache__", "shared")
 
 
 def sources_digest(root: Path) -> str:
-    """Hashes the files that steps run or compile. A commit would not do, since copied trees often have no .git."""
+    """Hashes the files that steps run or compile. A commit is not enough, because copied trees often have no .git."""
     digest = hashlib.sha256()
     for folder, inner, names in os.walk(root):
         inner[:] = sorted(name for name in inner if name not in _NO_SOURCES and not name.startswith("."))

@@ -28,7 +28,7 @@ from llamaclust.worker.devices.whole_model import held_layers, load_whole
 from llamaclust.worker.stage.stage_runner import plan_memory
 
 _PROBE_BYTES, _PROBE_SHARE = 2 << 30, 8
-"""The VRAM that stays free to measure its bandwidth: this many bytes, or an eighth of a small GPU."""
+"""The VRAM that stays free for the measurement of bandwidth: this many bytes, or an eighth of a small GPU."""
 _REPORT_S = 5.0
 _READ_S, _PEAK_S = 0.3, 0.1
 
@@ -41,10 +41,10 @@ class Task:
     prompt: int = 512
     generate: int = 64
     sequences: int = 8
-    gpu_memory_bytes: int | None = None  # most VRAM; layers that do not fit stay in RAM
+    gpu_memory_bytes: int | None = None  # Maximum VRAM. Layers that do not fit stay in RAM.
     graphs: bool = True
-    cpu_moe: int | None = None  # number of first layers with experts in RAM; None: as many as VRAM lacks room for
-    experts_cache_bytes: int | None = None  # most VRAM for copies of experts in RAM; None: all that is left
+    cpu_moe: int | None = None  # Number of first layers with experts in RAM. None: as many as do not fit VRAM.
+    experts_cache_bytes: int | None = None  # Maximum VRAM for copies of experts in RAM. None: all that is left.
 
     @property
     def context(self) -> int:
@@ -116,7 +116,9 @@ class Loaded:
     def _check(self) -> None:
         trained = self.model.hyperparameters.context_length
         if self.task.context > trained:
-            raise UsageError(f"{self.task.context} tokens are requested, but the model's context length is {trained}")
+            raise UsageError(
+                f"{self.task.context} tokens are requested, but the model's context length is {trained}; lower --prompt"
+            )
 
     def _check_copies(self) -> None:
         wanted_bytes = self.task.experts_cache_bytes
@@ -131,7 +133,7 @@ class Loaded:
             gpu = backends.open_gpu(task.device, threads, cap_bytes, kernels_dir=kernels, graphs=task.graphs)
             return held.enter_context(closing(gpu))
 
-        self._probed = opened(1, None)  # without the limit, which is for the model alone
+        self._probed = opened(1, None)  # Opened without the memory limit, which is only for the model.
         kept_bytes = min(_PROBE_BYTES, self._probed.gpu().total_bytes // _PROBE_SHARE)
         room_bytes = self._probed.free_bytes - kept_bytes
         self.gpu = opened(task.threads, min(task.gpu_memory_bytes or room_bytes, room_bytes))
@@ -139,7 +141,8 @@ class Loaded:
         return Device("cpu", task.threads, "", None, processor, (self.gpu,))
 
     def warm_up(self) -> None:
-        """Runs every measured part once, so that the scheduler learns to cut prompts and CUDA graphs are captured."""
+        """Runs every measured part once, so that the scheduler learns to divide prompts and CUDA graphs are
+        captured."""
         for _ in range(3):
             self._stage.prefill(self.task.prompt, 1)
         for sequences in (1, self.task.sequences):
@@ -148,7 +151,6 @@ class Loaded:
             self._stage.decode(0, self.task.generate, self.task.sequences)
 
     def measure(self) -> Round:
-        """Measures prefill and decode, then decode with copies of experts. Measures the best rates before and after."""
         task, stage, counts = self.task, self._stage, (1, self.task.sequences)
         before = self.rates()
         with stage.without_copies():

@@ -23,7 +23,7 @@ def unpack(archive: Path, unpacked: Path, tree: Path) -> None:
     with tarfile.open(archive) as content:
         content.extractall(
             unpacked, filter="data"
-        )  # this user's and not writable by others, otherwise kernels are not used
+        )  # The files belong to this user and are not writable by others. Otherwise kernels are not used.
     shutil.copy(unpacked / "native" / "_native.abi3.so", tree / "src" / "llamaclust" / "kernels")
     home, program = unpacked / "home", unpacked / "bin" / "llamaclust"
     home.mkdir()
@@ -41,7 +41,7 @@ def required(tree: Path) -> Iterator[str]:
 
 
 def shortfalls(requirements: Iterable[str], packages: Path) -> Iterator[str]:
-    """Yields a line for each requirement that neither this Python nor the kit fulfils, even of packages in the kit."""
+    """Yields a line for each requirement that is not fulfilled, even of packages in the kit."""
     travelled = list(distributions(path=[str(packages)]))
     versions = {canonicalize_name(one.name): one.version for one in travelled}
     theirs = (text for one in travelled for text in one.requires or ())
@@ -53,7 +53,7 @@ def shortfalls(requirements: Iterable[str], packages: Path) -> Iterator[str]:
         except PackageNotFoundError:
             found = "none"
         if found == "none" or not wanted.specifier.contains(found, prereleases=True):
-            yield f"{wanted} is needed, there is {found}; to add a small package to the kit, give kit.sh its name"
+            yield f"{wanted} is needed, but {found} is installed; kit.sh adds small packages that it is given by name"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Computes a model's bytes and products on a GPU, alone or with the processor, and the shortest time for them."""
+"""Computes a model's bytes and products on a GPU, alone or with the CPU, and the minimum time for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llamaclust.tools.bench.stage import stage_limits
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """Bytes or multiply-accumulates on the GPU and on the processor, or their rates per second."""
+    """Bytes or multiply-accumulates on the GPU and on the CPU, or their rates per second."""
 
     gpu: float
     cpu: float
@@ -31,11 +31,11 @@ class Amount:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    read: Amount  # bytes
-    int8: Amount  # multiply-accumulates
+    read: Amount  # Bytes per second.
+    int8: Amount  # Multiply-accumulates per second.
 
     def best(self, other: Rates) -> Rates:
-        """Returns the greater of each two rates, since other work on the machine can only lower a measured rate."""
+        """Returns the larger of each two rates, because other work on the machine can only lower a measured rate."""
         read, int8 = (
             Amount(*map(max, astuple(mine), astuple(its)))
             for mine, its in ((self.read, other.read), (self.int8, other.int8))
@@ -45,18 +45,18 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The work of a model whose last layers and head are on the GPU, with the experts of some of these layers in RAM.
+    """The work of a model whose last layers and head are on the GPU. The experts of some of these layers are in RAM.
     Weights count with their bytes in the file. In a mixture, more rows use more experts (`LayerCost.touched_bytes`)."""
 
     prompt: int
     generate: int
     sequences: int
     prefill_macs: Amount
-    weight_bytes: Mapping[int, Amount]  # bytes read by a step, by rows: 1, all sequences, a prompt
-    kv_bytes: Amount  # mean bytes that a step reads per sequence
+    weight_bytes: Mapping[int, Amount]  # Bytes that a step reads, by number of rows: 1, all sequences, a prompt.
+    kv_bytes: Amount  # Mean bytes that a step reads for each sequence.
     expert_bytes: Mapping[int, float] = field(
         default_factory=dict
-    )  # the part of weights in RAM that GPUs may have copies of
+    )  # Part of the weights in RAM that GPUs may have copies of.
 
     @classmethod
     def of(cls, model: Model, gpu: DeviceLayers, prompt: int, generate: int, sequences: int) -> Self:
@@ -87,14 +87,13 @@ class Work:
         return _prompt_rows(self.prompt, self.sequences)
 
     def step_bytes(self, sequences: int) -> Amount:
-        """Returns the bytes that a decode step reads. `sequences` must be 1 or all sequences."""
         assert sequences in (1, self.sequences)
         weights, kv = self.weight_bytes[sequences], self.kv_bytes
         return Amount(weights.gpu + sequences * kv.gpu, weights.cpu + sequences * kv.cpu)
 
     def copied_step_s(self, sequences: int, hits: float, read: Amount) -> float:
-        """Returns the shortest time of a decode step in seconds. The GPU reads the share `hits` of the experts, and the
-        processor reads the rest meanwhile."""
+        """Returns the minimum seconds of a decode step. The GPU reads the share `hits` of the experts, and meanwhile
+        the CPU reads the others."""
         step, experts = self.step_bytes(sequences), self.expert_bytes[sequences]
         both = Amount(hits * experts, (1 - hits) * experts)
         return Amount(step.gpu, step.cpu - experts).seconds(read) + max(both.each_s(read))

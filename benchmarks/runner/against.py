@@ -1,4 +1,4 @@
-"""Runs a case in another checkout and in this one, in turns. Each has a process that measures on request."""
+"""Runs a case in another checkout and in this checkout, in turns. Each has a process that measures on request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MOST_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class Against(Case):
-    """Yields a group for each variant of a case. The group compares this checkout with the other one."""
+    """Yields a group for each variant of a case. The group compares this checkout with the other checkout."""
 
     tree: Path
     arguments: Sequence[str]
@@ -48,7 +48,7 @@ class Against(Case):
                 if not is_done and process.returncode is None:
                     process.terminate()
                 assert process.stdin is not None
-                process.stdin.close()  # a thread of the process may wait for a line
+                process.stdin.close()  # A thread of the process may wait for a line.
                 await process.wait()
 
 
@@ -79,7 +79,7 @@ async def _answer(process: asyncio.subprocess.Process) -> dict[str, Any] | None:
 
 
 async def serve(case: Case) -> None:
-    """Measures the turns that lines on standard input name, and prints results. Other output goes to stderr."""
+    """Measures the turns that lines on standard input name, and prints the results. Other output goes to stderr."""
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
         async with aclosing(case.groups()) as groups:  # type: ignore[type-var]

@@ -1,4 +1,4 @@
-"""Sends other clients' requests during a measurement: streams and short requests. Also watches memory."""
+"""Sends other clients' requests during a measurement (streams and short requests), and watches memory."""
 
 from __future__ import annotations
 
@@ -60,10 +60,11 @@ for connection in connections:
 class Others:
     client: AsyncClient
     bench: Bench
-    gaps: list[tuple[float, float]] = field(default_factory=list)  # times between two tokens of one stream: start, end
-    live_s: float = 0.0  # longest time of `/live`
-    first_s: list[float] = field(default_factory=list)  # times to the first token of short requests
-    most_mib: float = 0.0  # memory of the coordinator
+    # Times (start, end) between two tokens of one stream.
+    gaps: list[tuple[float, float]] = field(default_factory=list)
+    live_s: float = 0.0  # Maximum seconds of a `/live` request.
+    first_s: list[float] = field(default_factory=list)  # Seconds to the first token of short requests.
+    most_mib: float = 0.0  # Peak memory of the coordinator.
     idle_mib: float = 0.0
 
     def clear(self) -> None:
@@ -76,7 +77,7 @@ class Others:
     def measures(self) -> Measures:
         gap_s = max((end_s - begun_s for begun_s, end_s in self.gaps), default=0.0)
         times = {"gap ms": 1e3 * gap_s, "live ms": 1e3 * self.live_s}
-        first_s = max(self.first_s, default=float("inf"))  # none came
+        first_s = max(self.first_s, default=float("inf"))  # Infinite if no short request got a token.
         return {**times, "first ms": 1e3 * first_s, "MiB more": max(0.0, self.most_mib - self.idle_mib)}
 
     async def stream(self, number: int) -> None:
@@ -124,8 +125,8 @@ async def others(client: AsyncClient, bench: Bench, streams: int) -> AsyncIterat
 
 
 async def posted(api: str, path: str, body: bytes, count: int = 1, key: str = "") -> str:
-    """Sends `count` requests and describes the replies. Without a path, sends raw bytes. Each request's number replaces
-    `@NUMBER@` in its body."""
+    """Sends `count` requests and describes the replies. In each body, the request's number replaces `@NUMBER@`. Without
+    a path, sends raw bytes."""
     pipe = asyncio.subprocess.PIPE
     words = (sys.executable, "-c", _POST, f"{api}/{path}") if path else (sys.executable, "-c", _RAW, api[7:])
     process = await asyncio.create_subprocess_exec(*words, key, str(count), stdin=pipe, stdout=pipe)

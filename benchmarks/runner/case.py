@@ -1,4 +1,4 @@
-"""A case of the benchmarks: a dataclass whose fields are options, and groups of variants that are measured in turns."""
+"""A case of the benchmarks: a dataclass whose fields are options. It yields groups of variants, which take turns."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any, ClassVar
 Measures = Mapping[str, float | str | bytes]
 """Figures, texts and bytes by name. Texts are only shown. Bytes must be equal for all variants of a turn."""
 Variant = Callable[[int], Awaitable[Measures]]
-"""Measures in the turn of this number. Variants that draw prompts draw equal prompts in the same turn."""
+"""A function that measures one turn. In turns of the same number, all variants draw the same prompts."""
 
 
 @dataclass(slots=True)
 class Group:
-    """Variants, which are compared with the first one. `goals` are for the ratios, or for the figures of a single
-    variant. If there are goals, only figures with a goal are summarized."""
+    """Variants to compare with the first variant. `goals` are for the ratios, or for the figures of a single variant.
+    If there are goals, only figures with a goal are summarized."""
 
     name: str
     variants: Mapping[str, Variant]
     goals: Mapping[str, str] = field(default_factory=dict)
-    rounds: int | None = None  # replaces the requested number
-    in_order: bool = False  # in every turn; otherwise every second turn has the opposite order
-    turns: list[dict[str, Measures]] = field(default_factory=list)  # filled by the runner
+    rounds: int | None = None  # Replaces the requested number of rounds.
+    in_order: bool = False  # If False, every second turn has the opposite order.
+    turns: list[dict[str, Measures]] = field(default_factory=list)  # Filled by the runner.
 
     def values(self, variant: str, name: str) -> list[float]:
         return [float(turn[variant][name]) for turn in self.turns if variant in turn]
@@ -44,11 +44,11 @@ class Case(ABC):
     """The base class of all cases. A case is a frozen dataclass, and its docstring is its help."""
 
     rounds: ClassVar[int] = 5
-    warm: ClassVar[int] = 0  # number of first turns that do not count
+    warm: ClassVar[int] = 0  # Number of first turns that do not count.
 
     @abstractmethod
     def groups(self) -> AsyncIterator[Group]:
-        """Yields each group while its variants can run. A group has its turns before the generator resumes."""
+        """Yields each group while its variants can run. The runner measures a group before the generator resumes."""
 
 
 def argument(what: str, read: Callable[[str], Any] = Path, *, nargs: str | None = None, default: Any = MISSING) -> Any:
@@ -56,6 +56,6 @@ def argument(what: str, read: Callable[[str], Any] = Path, *, nargs: str | None 
 
 
 def option(default: Any, what: str, read: Callable[[str], Any] | None = None) -> Any:
-    """Makes a field that is an option. It is a switch if the default is False, and a list if the default is a tuple."""
+    """Makes a field that is an option. A default of False makes a switch, and a tuple makes a list."""
     read = read or (str if default is None else type(default))
     return field(default=default, metadata={"help": what, "type": read, "option": True})

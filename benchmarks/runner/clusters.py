@@ -42,15 +42,15 @@ def free_port() -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """The parts of a cluster. `keys` are additional keys of its file. `prefixes` has, for each worker, words before its
-    command that run it in another place. With `is_secure`, static workers use mutual TLS."""
+    """The parts of a cluster. `keys` are added to the cluster file. `prefixes` has words to put before the command of a
+    worker, by worker. With `is_secure`, static workers use mutual TLS."""
 
     launcher: str = "local"
     workers: int = 3
     keys: Mapping[str, Any] = field(default_factory=dict)
     prefixes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     is_secure: bool = False
-    home: Path | None = None  # folder of caches; None: a new one
+    home: Path | None = None  # Folder of caches; None for a new folder.
 
     @property
     def names(self) -> str:
@@ -206,7 +206,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 async def running(
     model: Path, layout: Layout, command: Sequence[str] = _COMMAND
 ) -> AsyncIterator[tuple[Bench, subprocess.Popen[bytes]]]:
-    """Yields a cluster that is ready, and its coordinator. Finally ends all processes and removes the folder."""
+    """Yields a cluster that is ready, and its coordinator. At the end, ends all processes and removes the folder."""
     with _ended_by_sigterm(), TemporaryDirectory(prefix="llamaclust-bench-") as folder:
         bench = Bench(model, layout, Path(folder), command)
         async with bench.static_workers():

@@ -37,11 +37,10 @@ class Prompt:
     tokens: tuple[int, ...]
     temperature: float = 0.0
     seed: int = 0
-    most: int | None = None  # tokens of the answer; None: the requested number
+    most: int | None = None  # Maximum tokens of the answer; None for the requested number.
 
 
 def prompts(model: Model, kinds: tuple[str, ...], count: int, characters: int, seed: int) -> Iterator[Prompt]:
-    """Yields `count` prompts of alternating kinds. `characters` is the length of the text in a prompt."""
     draw = random.Random(seed)
     for kind in islice(cycle(kinds), count):
         yield KINDS[kind](model, draw, characters)
@@ -63,8 +62,8 @@ def _edited(model: Model, draw: random.Random, characters: int) -> Prompt:
 
 
 def _continued(model: Model, kind: str, head: str, text: str, least: int) -> Prompt:
-    """Makes a prompt of the head and the first third of the text, but at least `least` characters. The rest is the
-    expected answer. The cut is between two tokens, because a cut inside a token would change the expected tokens."""
+    """Makes a prompt of the head and the first third of the text, or at least `least` characters. The rest of the text
+    is the expected answer. The cut is between tokens, because a cut inside a token would change the expected tokens."""
     head_ids = model.tokenizer.encode(head)
     ids = model.tokenizer.encode(text, add_special=False)
     shown = len(model.tokenizer.encode(text[:least], add_special=False)) if least else 0
@@ -110,5 +109,5 @@ def _excerpt(draw: random.Random, pattern: str, characters: int) -> str:
 
 
 def answer_tokens(prompt: Prompt, most: int, context: int) -> int:
-    """Returns how many tokens the prompt's answer may have. It is below 1 if the answer exceeds the context."""
+    """Returns the maximum number of tokens of the answer. It is below 1 if the context has no room for an answer."""
     return min(most, prompt.most or most, context - len(prompt.tokens) - _MARGIN)

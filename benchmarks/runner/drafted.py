@@ -28,7 +28,6 @@ _CONFIDENCE = 0
 
 
 def chosen_right(count: int, acceptance: float, draw: random.Random) -> list[bool]:
-    """Chooses at random which tokens are drafted right. Their share is `acceptance`, rounded."""
     wrong = set(draw.sample(range(count), round((1 - acceptance) * count)))
     return [place not in wrong for place in range(count)]
 
@@ -100,8 +99,8 @@ class Served:
 async def served(
     path: Path, stages: int, threads: int, drafters: Drafters, *, mtp: bool = False
 ) -> AsyncIterator[Served]:
-    """Serves a model, with one stage of `threads` threads in this process, or with several stages in local workers of
-    one thread each. With `mtp`, the model's own head drafts as well."""
+    """Serves a model. A single stage runs in this process with `threads` threads. Several stages run in local workers
+    of one thread each. With `mtp`, the model's own head drafts too."""
     if stages == 1:
         with Model.open(path) as model:
             context = min(CONTEXT, model.hyperparameters.context_length)
@@ -118,7 +117,8 @@ async def served(
 
 
 async def measured(engine: Engine, *requests: GenerationRequest, plain: bool) -> Measures:
-    """Measures simultaneous requests. For a single request, the first token does not count in tokens per second."""
+    """Measures simultaneous requests. The first token does not count in tokens per second if there is only one
+    request."""
     chosen = [replace(each, max_drafted=0) if plain else each for each in requests]
     begun_s = asyncio.get_running_loop().time()
     found = await asyncio.gather(*(_answer(engine, each) for each in chosen))

@@ -27,7 +27,6 @@ async def cluster_of(workers: int, model: Path, *more: str) -> AsyncIterator[Clu
 
 
 def prompts(source: random.Random, count: int, tokens: int, vocabulary: int) -> list[tuple[int, ...]]:
-    """Draws prompts of random ids, so that no prompt is in the prefix cache."""
     return [tuple(source.randrange(3, vocabulary) for _ in range(tokens)) for _ in range(count)]
 
 
@@ -41,8 +40,9 @@ async def run(cluster: Cluster, prompt: tuple[int, ...], tokens: int) -> Finishe
 
 @contextmanager
 def pinned_to_cores(cluster: Cluster) -> Iterator[None]:
-    """Pins each one-thread worker to a core, in the order of stages. This process, the coordinator, shares the second
-    core: the first stage begins when it gets a result. Without pins, some virtual machines leave cores idle."""
+    """Pins each one-thread worker to a core, in the order of stages. The coordinator (this process) shares the second
+    core, because the first stage begins when the coordinator gets a result. Without pins, some virtual machines leave
+    cores idle."""
     cores = sorted(os.sched_getaffinity(0))
     present = cluster.registry.present
     workers = [str(present[stage.worker].registration.pid) for stage in cluster.engine.metrics.stage_report()]
@@ -58,11 +58,11 @@ def pinned_to_cores(cluster: Cluster) -> Iterator[None]:
 
 
 def pin_process(pid: int, core: int) -> None:
-    """Pins a process's current threads to a core. Threads that they start later inherit the core."""
+    """Pins the current threads of a process to a core. Threads that they start later inherit the core."""
     _pin((int(each.name) for each in Path(f"/proc/{pid}/task").iterdir()), {core})
 
 
 def _pin(threads: Iterable[int], cores: Collection[int]) -> None:
     for thread in threads:
-        with suppress(ProcessLookupError):  # the thread has just ended
+        with suppress(ProcessLookupError):  # The thread has just ended.
             os.sched_setaffinity(thread, cores)

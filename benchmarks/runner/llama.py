@@ -31,13 +31,14 @@ class Speed:
 def check_program(
     path: Path, how: str = "the docstring of benchmarks/runner/llama.py", option: str = "--llama-bench"
 ) -> Path:
-    """Returns a program's absolute path, or raises UsageError. `how` is the text that says how to build the program."""
+    """Returns a program's absolute path, or raises UsageError. `how` is the place that says how to build the
+    program."""
     if path.is_dir():
         raise UsageError(f"{option} {path} is a folder; give the program in it, such as {path}/bin/{option[2:]}")
     if not path.exists():
         raise UsageError(f"{option} {path}: no such file; {how} says how to build it")
     if not os.access(path, os.X_OK):
-        raise UsageError(f"{option} {path} is not a program that can be run")
+        raise UsageError(f"{option} {path} is not a program that can be run; check its permissions")
     return path.absolute()
 
 
@@ -61,9 +62,9 @@ def json_of(command: Sequence[str]) -> Any:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_DEADLINE_S, check=False)
     except OSError as error:
-        raise UsageError(f"{command[0]}: cannot be run: {error.strerror}") from error
+        raise UsageError(f"{command[0]} cannot be run: {error.strerror}") from error
     except subprocess.TimeoutExpired:
-        raise UsageError(f"{command[0]} has not finished after {_DEADLINE_S} s; measure less") from None
+        raise UsageError(f"{command[0]} has not finished after {_DEADLINE_S} s; measure fewer tokens") from None
     if done.returncode != 0:
         last = " ".join(done.stderr.strip().splitlines()[-1:])
         raise UsageError(f"{command[0]} failed: {last or f'exit status {done.returncode}, no output'}")

@@ -23,7 +23,7 @@ def types_of(text: str) -> tuple[QuantType, ...]:
 
 
 ADDING = ("attn_output.weight", "ffn_down.weight")
-"""Endings of the names of matrices whose products are added to the hidden state."""
+"""Name endings of matrices whose products are added to the hidden state."""
 
 
 @contextmanager

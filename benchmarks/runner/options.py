@@ -13,7 +13,7 @@ _Value = TypeVar("_Value")
 
 def natural(text: str) -> int:
     if not re.fullmatch("[0-9]{1,7}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 9999999")
     return int(text)
 
 

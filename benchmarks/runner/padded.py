@@ -1,4 +1,4 @@
-"""Writes a model again in F16, padded with zeros. It computes the same results, but fits types in blocks of 256."""
+"""Writes a model again in F16, padded with zeros. The result computes the same, but fits types with blocks of 256."""
 
 from __future__ import annotations
 
@@ -45,7 +45,6 @@ class PaddedModels:
 
     @classmethod
     def of(cls, name: str, hidden: int, text: Path, chunks: int, folder: Path) -> PaddedModels:
-        """Makes the model, the importance matrix of the text's second half, and the first chunks' logits."""
         narrow, padded = resolve_model(name), folder / "padded.gguf"
         write_padded(narrow, padded, hidden)
         words = text.read_text()
@@ -59,8 +58,8 @@ class PaddedModels:
 
 
 def write_padded(source: Path, out: Path, hidden: int) -> None:
-    """Writes a model that is `hidden` wide, with more heads of the same width. The added zeros reduce the mean square
-    by which norms divide. Changed weights and epsilons of norms compensate for this."""
+    """Writes a model that is `hidden` wide, with more heads of the same width. Zeros reduce the mean square by which
+    norms divide, so the weights and epsilons of norms are changed too."""
     model = open_model(source)
     key = model.metadata_str("general.architecture")
     was = model.metadata_int(f"{key}.embedding_length")

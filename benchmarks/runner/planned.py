@@ -1,4 +1,4 @@
-"""Starts clusters for which nothing was measured before, and compares their plans' predictions with measured times."""
+"""Starts clusters without earlier measurements, and compares their plans' predictions with measured times."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.network.namespaces import entered
 _COORDINATOR = "coordinator"
 _END_S = 10.0
 PROMPT, TOKENS = 224, 48
-"""Token counts of prompt and answer. Attention then reads as many keys as when workers measure themselves."""
+"""Numbers of tokens of prompt and answer. Attention then reads as many keys as when workers measure themselves."""
 NEAR = "0.85 .. 1.15"
 
 Times = Mapping[str, float]
@@ -30,13 +30,13 @@ Times = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Workers named a, b, ..., with their threads and memory. If there are links, each worker runs on its own host."""
+    """Workers named a, b, and so on, with their threads and memory. With links, each worker runs on its own host."""
 
     name: str
     what: str
     threads: tuple[int, ...]
     memory_mib: tuple[int, ...] = ()
-    links: tuple[Link, ...] = ()  # links of the workers' hosts; the coordinator's host has no delay
+    links: tuple[Link, ...] = ()  # Links of the workers' hosts. The coordinator's host has no delay.
     objective: str = "latency"
     is_small: bool = False
 
@@ -47,7 +47,7 @@ class Shape:
 
 
 def at(round_trip_ms: float, rate_mbit: int | None = None) -> Link:
-    """Makes a host's link. The host's sending is delayed by half of the round trip, and two hosts' delays add up."""
+    """Makes the link of a host. The host's sending is delayed by half of the round trip. Delays of two hosts add up."""
     return Link(round_trip_ms / 2e3, None if rate_mbit is None else rate_mbit * 10**6)
 
 
@@ -119,11 +119,11 @@ def predicted(cluster: Cluster) -> Times:
 async def compared(
     opening: Callable[[], AbstractAsyncContextManager[Cluster]], times: Callable[[Cluster], Awaitable[Times]]
 ) -> Measures:
-    """Compares measured times of a cluster with the mean of two predictions: the cluster's own, and one after a
-    restart. A single prediction does not suffice, because machines change their speed."""
+    """Compares measured times of a cluster with the mean of two predictions: one before the measurement, and one after
+    a restart. One prediction does not suffice, because machines change their speed."""
     async with opening() as cluster:
         said, layers = [predicted(cluster)], layers_of(cluster)
-        await times(cluster)  # warms up
+        await times(cluster)  # Warms up.
         taken = await times(cluster)
     async with opening() as cluster:
         said.append(predicted(cluster))

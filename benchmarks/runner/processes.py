@@ -1,4 +1,5 @@
-"""Gives processes priority. Counts their instructions with `perf stat`, which other programs do not affect."""
+"""Gives priority to processes, and counts their instructions with `perf stat`. Other programs do not affect the
+count."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ _LOOK_S = 0.2
 
 @dataclass(slots=True)
 class Instructions:
-    """`count` is None until the counting ends. On a machine without `perf` or its counters, it stays None."""
+    """`count` is None until the counting ends, and also if the machine lacks `perf` or its counters."""
 
     count: int | None = None
 
@@ -54,7 +55,7 @@ async def counted_instructions(pid: int) -> AsyncIterator[Instructions]:
 
 
 def _endless(fifo: Path) -> FileIO:
-    """Opens both ends, so that no open call waits for `perf` and no read sees the end."""
+    """Opens both ends of the fifo, so that no open call waits for `perf` and no read sees the end."""
     return FileIO(fifo, "r+")
 
 
@@ -86,5 +87,5 @@ def before_other_programs(pids: Iterable[int], *, priority: int = 1) -> Iterator
 
 def _schedule(threads: Iterable[int], policy: int, priority: int) -> None:
     for thread in threads:
-        with suppress(ProcessLookupError):  # the thread has just ended
+        with suppress(ProcessLookupError):  # The thread has just ended.
             os.sched_setscheduler(thread, policy, os.sched_param(priority))

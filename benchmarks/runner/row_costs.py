@@ -1,4 +1,4 @@
-"""Measures a microbatch's time by its rows, which all choose a token. Computes the possible gain of drafts."""
+"""Measures the time of a microbatch by its number of rows, and computes the gain that drafts can have."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def measured(path: Path, threads: int, position: int, seed: int = 1) -> RowCosts
     """Measures the whole model after `position` tokens. Raises UsageError if it has attention windows or states."""
     with Model.open(path) as model:
         if model.window is not None or model.has_states:
-            raise UsageError(f"{path} has attention windows or states; give a model whose layers see all tokens")
+            raise UsageError(f"{path} has attention windows or states; choose a model whose layers see all tokens")
         context = min(max(position + ROWS[-1], _PREFILL), model.hyperparameters.context_length)
         blocks = -(-context // KV_BLOCK_TOKENS)
         limits = StageLimits(_PREFILL, ROWS[-1], 1, context, blocks, KvType.F16)

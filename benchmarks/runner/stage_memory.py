@@ -1,4 +1,4 @@
-"""A program that loads a stage, uses all of its buffers, and prints its memory as stated and as measured."""
+"""A program that loads a stage, uses all of its buffers, and prints its stated and its measured memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ def load(order: Mapping[str, Any]) -> dict[str, int]:
 
 
 def chunks_of(limits: StageLimits, window: int | None, *, is_last: bool) -> Iterator[Chunk]:
-    """Yields chunks that are as large as the limits allow. Together, their sequences use all KV blocks."""
     states = count()
     for first in range(0, limits.kv_blocks, blocks := limits.max_context_tokens // 16):
         for position in range(0, limits.max_context_tokens, limits.max_batch_tokens):

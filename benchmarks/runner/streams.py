@@ -29,7 +29,8 @@ async def requested(
 
 
 async def event(reader: asyncio.StreamReader) -> bytes:
-    """Returns the next event's data (empty at the end). Raises LlamaclustError for an error or a lost connection."""
+    """Returns the next event's data, or no data at the end. Raises LlamaclustError for an error or a lost
+    connection."""
     while line := await reader.readline():
         if line.startswith(b"data: [DONE]"):
             return b""
@@ -39,19 +40,19 @@ async def event(reader: asyncio.StreamReader) -> bytes:
             return line[6:]
         if line.startswith(b"HTTP/1.1 ") and not line.startswith(b"HTTP/1.1 200"):
             head, _, rest = (await reader.read(2000)).partition(b"\r\n\r\n")
-            rest = rest or await reader.read(2000)  # the body may come later
+            rest = rest or await reader.read(2000)  # The body may come later.
             raise LlamaclustError(f"the request was refused: {line.decode().strip()} {(rest or head)[-300:]!r}")
     raise LlamaclustError("an answer ended before its end")
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer. `arrivals` has the time and the token count of each event with tokens."""
+    """An answer. `arrivals` has the time and the number of tokens of each event with tokens."""
 
     begun_s: float
     arrivals: tuple[tuple[float, int], ...]
     ids: tuple[int, ...]
-    logprobs: tuple[float, ...]  # logprobs of the chosen tokens, if requested
+    logprobs: tuple[float, ...]  # Logprobs of the chosen tokens, if requested.
 
     @property
     def first_s(self) -> float:
@@ -73,7 +74,7 @@ async def answer(api: str, prompt: Sequence[int], tokens: int, **more: Any) -> A
     body = {"prompt": [*prompt], "max_tokens": tokens, "temperature": 0.0, "ignore_eos": True, **more}
     begun_s, lines = perf_counter(), list[tuple[float, bytes]]()
     reader, writer = await requested(api, {**body, "return_token_ids": True})
-    while data := await event(reader):  # events are parsed later, because parsing would delay the next event
+    while data := await event(reader):  # Events are parsed later, because parsing would delay the next event.
         lines.append((perf_counter(), data))
     writer.close()
     found = read_answer(begun_s, lines)

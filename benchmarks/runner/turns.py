@@ -17,7 +17,7 @@ from llamaclust.core.errors import LlamaclustError
 from runner.case import Case, Group, Measures
 
 _MANY = 8
-"""The smallest number of values for which quartiles are printed."""
+"""The minimum number of values for which quartiles are printed."""
 
 
 @dataclass(slots=True)
@@ -25,7 +25,7 @@ class Turns:
     case: Case
     rounds: int | None = None
     json: Path | None = None
-    idleness: list[float] = field(default_factory=list)  # cores that other programs used
+    idleness: list[float] = field(default_factory=list)  # Number of cores that other programs used, by turn.
     _columns: tuple[str, ...] = ()
     _width: int = 12
 

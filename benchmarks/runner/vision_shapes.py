@@ -21,7 +21,7 @@ class VisionShape:
     width). `kept` has the layers with their own projector (deepstack)."""
 
     projector: str
-    quant_type: QuantType  # type of the files that people download
+    quant_type: QuantType  # Quant type of published files.
     width: int
     layers: int
     ffn: int
@@ -45,8 +45,8 @@ VISION_SHAPES: Mapping[str, VisionShape] = {
 
 
 def write_vision_shape(path: Path, shape: VisionShape, quant_type: QuantType, layers: int, seed: int = 1) -> None:
-    """Writes the first `layers` layers. Vectors, kernels, and matrices whose width is not a multiple of a block are
-    floats, as in files that llama.cpp converts."""
+    """Writes the first `layers` layers. Vectors, convolution kernels, and matrices without whole blocks are floats, as
+    in files that llama.cpp converts."""
     generator = np.random.default_rng(seed)
     write_gguf(path, _metadata(shape, quant_type, layers), _Tensors(shape, quant_type, generator).all(layers))
 

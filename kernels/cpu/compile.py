@@ -26,13 +26,14 @@ _FORMATS = (ActivationFormat.F32, ActivationFormat.Q8_32, ActivationFormat.Q8_25
 """The activation formats, in the order of their numbers in the native module."""
 
 _SLOTS = 4
-"""The largest number of quantized product inputs that the native module keeps at the same time."""
+"""The maximum number of quantized product inputs that the native module keeps at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """The inputs of some matrices, which each run copies to `buffer`. The buffer `choice` has the experts' ids. A row
-    has `used` lines if each of its experts has its own input. Otherwise it has one line with all `heads`."""
+    """The inputs of some matrices, which each run copies to `buffer`. The buffer `choice` has the ids of each row's
+    experts. `used` is the number of experts of a row if each expert has its own input, and otherwise 1. `heads` is the
+    number of heads in a row."""
 
     weights: tuple[str, ...]
     buffer: int
@@ -43,7 +44,7 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class RowScales:
-    """A buffer that no step writes. Before each run with the adapter, it gets each row's scale times `factor`."""
+    """A buffer that no step writes. Each run with the adapter fills it with the rows' adapter scales times `factor`."""
 
     buffer: int
     adapter: int
@@ -55,7 +56,7 @@ class Compiled:
     plan: Plan
     normed: int | None
     scales: tuple[RowScales, ...] = ()
-    kv_layers: tuple[tuple[int, ...], ...] = ()  # the plan's numbers of the KV memory of each layer
+    kv_layers: tuple[tuple[int, ...], ...] = ()  # For each layer, the plan's numbers of its KV memory and states.
 
 
 class Compiler:
@@ -81,11 +82,12 @@ class Compiler:
         self._kv = PlanKv(self.plan, limits)
         self._gather_formats = gather_formats(program, {name: weight.quant_type for name, weight in weights.items()})
         self._rotations: dict[tuple[ir.RopeTable, tuple[int, ...] | None], int] = {}
-        self._scales: dict[tuple[int, float, int], RowScales] = {}  # by adapter, factor and rank
+        self._scales: dict[tuple[int, float, int], RowScales] = {}  # Keys are (adapter, factor, rank).
 
     @property
     def _experts(self) -> PlanExperts:
-        """Makes a new emitter each time. A stored one would hold methods of the compiler, and so keep all weights."""
+        """Makes a new emitter for each use. A stored emitter would refer back to the compiler, and this reference cycle
+        would keep all weights in memory."""
         copy = None if self._observed is None else self._copy
         return PlanExperts(self.plan, self._buffers, self._weights, self._activations, self._observe, copy)
 
@@ -154,8 +156,8 @@ class Compiler:
         return read if self._buffers.is_shared(x) else self._copy(read, x.width // lines, lines)
 
     def _gather_packed(self, step: ir.Gather, form: ActivationFormat) -> None:
-        """Quantizes and packs this member's columns before the gather. Products that read the whole row would get the
-        same values, because each member has whole quantization segments."""
+        """Quantizes and packs this member's columns before the gather. Products that read the whole row would compute
+        the same int8 values, because each member has whole quantization segments."""
         assert step.x is not None
         own, whole = (ir.Buffer(buffer.name, buffer.width // step.lines) for buffer in (step.x, step.out))
         packed = self._buffers.write(_packed(own, form), step.lines)
@@ -225,7 +227,6 @@ class Compiler:
         return self._rotations[key], step.style is RopeStyle.NEOX
 
     def _quantize(self, x: int, types: Sequence[QuantType]) -> list[int]:
-        """Quantizes x once for each activation format that the weight types need. Returns each type's slot."""
         slots: dict[ActivationFormat, int] = {}
         for kind in types:
             activation = kind.info.activation
@@ -275,8 +276,8 @@ class Compiler:
         self.plan.multiply_heads(list(weight.matrices), self._buffers.write(step.out), slot)
 
     def _adapt(self, x: ir.Buffer, steps: Sequence[ir.Adapt]) -> None:
-        """Emits the products with x together, and then the products with their results in groups of `_SLOTS`. The sums
-        go to the buffers of the model's own products, because runs without the adapter skip these steps."""
+        """Emits the products with x together, and then the products with their results, `_SLOTS` at a time. The sums go
+        to the output buffers of the model's own products, because runs without the adapter skip these steps."""
         down = [self._weights[step.down] for step in steps]
         inner = [ir.Buffer(f"adapter {place} of rank {step.rank}", step.rank) for place, step in enumerate(steps)]
         slots = self._quantize(self._buffers.read(x), [weight.quant_type for weight in down])
@@ -349,6 +350,6 @@ def _packed(buffer: ir.Buffer, form: ActivationFormat) -> ir.Buffer:
 def compile_program(
     program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits, observed: list[Observed] | None = None
 ) -> Compiled:
-    """Compiles a program. Raises ValueError if the program's widths, heads or ranges are inconsistent. If `observed` is
-    given, it receives each product's inputs, and the plan keeps copies of them. The results are the same."""
+    """Compiles a program. Raises ValueError if widths, heads or ranges are inconsistent. If `observed` is given, the
+    plan copies the inputs of each product, and `observed` receives their buffers. Results do not change."""
     return Compiler(program, weights, limits, observed).run()

@@ -1,5 +1,5 @@
-"""Compiles mixtures of experts that the processor computes for another device. One part of the plan is a whole mixture,
-or only the choice of its experts, or only single experts."""
+"""Compiles mixtures of experts that the CPU computes for another device. One part of a plan computes a whole mixture,
+or only chooses its experts, or only computes single experts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from llamaclust.model.steps.options import Gating
 
 @dataclass(frozen=True, slots=True)
 class CompiledLines:
-    """A plan with two parts for each mixture. Part 2 * i chooses mixture i's experts. Part 2 * i + 1 computes lines."""
+    """A plan with two parts for each mixture. Part 2 * i chooses the experts of mixture i. Part 2 * i + 1 computes the
+    outputs of single experts. A line is a row together with one of its experts."""
 
     plan: Plan
-    choice: int  # the buffer with ids, then weights, of each row
-    lines: int  # the buffer with what the expert makes of each line
-    read: int  # channels of a row that mixtures read; those behind them say which expert a line is for
+    choice: int  # The buffer with the ids of each row's experts, followed by their weights.
+    lines: int  # The buffer with the expert's output for each line.
+    read: int  # Number of channels that mixtures read. The channels after them select a line's expert.
 
 
 class _ExpertsCompiler(Compiler):
@@ -41,8 +42,8 @@ class _ExpertsCompiler(Compiler):
         return Compiled(self.plan, None)
 
     def run_lines(self) -> CompiledLines:
-        """Compiles two parts for each mixture. A line is a row followed by one channel for each expert, which is 1 for
-        the line's expert and otherwise 0. So no line can name an expert that does not exist."""
+        """Compiles two parts for each mixture. The input of a line is a row, followed by one channel per expert, which
+        is 1 for the line's expert and 0 for the others. So no line can select an expert that does not exist."""
         first, *_ = mixtures = mixtures_of(self._program)
         read = sum(buffer.width for buffer in first.reads)
         choice = self.plan.add_buffer(2 * first.used, 1, False, self._limits.max_batch_tokens)
@@ -59,7 +60,7 @@ class _ExpertsCompiler(Compiler):
     def _line(self, step: ir.Moe, hidden: int, read: int) -> int:
         x, experts = self._channels(hidden, 0, step.x.width), self._channels(hidden, read, step.experts)
         choice = self._buffers.write(ir.Buffer("line choice", 2), private=True)
-        gating = GATINGS.index(Gating.SOFTMAX_OF_CHOSEN)  # of one: its weight is 1
+        gating = GATINGS.index(Gating.SOFTMAX_OF_CHOSEN)  # A softmax over one chosen expert gives it the weight 1.
         logits = self._buffers.read(experts)
         self.plan.choose_experts(logits, choice, step.experts, 1, gating, False, 1.0, (1, 1), None, None)
         return self._experts.lines(replace(step, x=x, used=1, routed=None), choice)
@@ -77,7 +78,6 @@ class _ExpertsCompiler(Compiler):
 
 
 def compile_experts(program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits) -> Compiled:
-    """Compiles each mixture to one part of a plan. Raises ValueError if the program is inconsistent."""
     return _ExpertsCompiler(program, weights, limits, None).run_parts()
 
 

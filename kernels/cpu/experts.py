@@ -1,4 +1,4 @@
-"""Mixtures of experts that the processor computes for another device, either whole or expert by expert."""
+"""Computes mixtures of experts on the CPU for another device, either whole mixtures or single experts."""
 
 from __future__ import annotations
 

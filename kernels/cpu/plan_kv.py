@@ -13,15 +13,14 @@ _KV_TYPES = tuple(KvType)
 
 @dataclass(frozen=True, slots=True)
 class PlanKv:
-    """Adds KV memory to a plan. A layer has at most one attention and at most one state of each kind."""
-
     plan: Plan
     limits: StageLimits
-    _numbers: dict[tuple[int, StatePart | None], int] = field(default_factory=dict)  # None: of attention
+    # Numbers of KV memory and states, by (layer, state part). The part is None for attention.
+    _numbers: dict[tuple[int, StatePart | None], int] = field(default_factory=dict)
 
     def attention(self, step: Attention) -> int:
-        """Returns the number of a step's KV memory. Adds this memory if the step is the first to store keys and values
-        there. Raises ValueError if the step reads keys and values that no earlier step stored."""
+        """Returns the number of a step's KV memory in the plan. The first step that stores keys and values there adds
+        the memory. Raises ValueError if the step reads keys and values that no earlier step stored."""
         name = step.layer, None
         if not step.shares_kv and name not in self._numbers:
             windowed, kv_type = self.limits.gives_up(step.window), _KV_TYPES.index(step.kv_type)

@@ -1,4 +1,4 @@
-"""Emits scans and norms into a plan for the native executor. Their weights have one matrix row per head or group."""
+"""Emits scans and norms whose weights are matrices with one row for each head or group."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from llamaclust.model.program import RmsNorm, Scan
 
 
 def add_scan(plan: Plan, step: Scan, buffers: tuple[int, int, int], layer: int, weights: Mapping[str, Weight]) -> None:
-    """Emits a scan. `buffers` has the numbers of x, dt and out. `layer` is the plan's number of the state's memory."""
     bias, decay, skip = (weights[name] for name in (step.bias, step.decay, step.skip))
     plan.scan(*buffers, layer, step.groups, step.state_size, bias.vector, decay.matrix, skip.matrix)
 

@@ -1,4 +1,4 @@
-"""Quantizes weights to the blocks of a GGUF file. Chunks, threads and the feature level do not change the bytes."""
+"""Quantizes weights to the blocks of a GGUF file. The bytes do not depend on chunks, threads or the feature level."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from llamaclust.model.quant_types import QuantType
 QUANTIZED_TYPES = SUPPORTED_TYPES
 
 MOST_SCALED = 65504.0
-"""The largest float16. Block scales are float16, so no weight may be larger."""
+"""The largest float16 value. Larger weights cannot be quantized, because block scales are float16."""
 
 _LEAST_IMPORTANCE = 1e-6
 
 _CAST_NUMBERS = {QuantType.F32: 0, QuantType.F16: 1, QuantType.BF16: 2, QuantType.Q8_0: 3}
-"""The types' numbers in the native module (kernels/cpu/native/runtime/dtype_cast.h)."""
+"""Numbers of the types in the native module (kernels/cpu/native/runtime/dtype_cast.h)."""
 
 
 def narrowed(values: NDArray[Any], stored: QuantType, quant_type: QuantType) -> NDArray[np.uint8] | None:
-    """Rounds contiguous F32, F16 or BF16 `values` [..., k] to nearest in F32, F16, BF16 or Q8_0, without the GIL. k
-    must be a multiple of the block size. Returns None if a value is not finite or does not fit float16."""
+    """Rounds contiguous F32, F16 or BF16 `values` [..., k] to the nearest value in F32, F16, BF16 or Q8_0. k must be a
+    multiple of the block size. Releases the GIL. Returns None if a value is not finite or exceeds the range of
+    float16."""
     out = np.empty(values.size // quant_type.info.block_size * quant_type.info.block_bytes, np.uint8)
     numbers = _CAST_NUMBERS[stored], _CAST_NUMBERS[quant_type]
     return out if _native.cast_dtype(values.reshape(-1).view(np.uint8), numbers[0], out, numbers[1]) else None
@@ -63,7 +64,6 @@ def quantize(
 
 
 def as_importance(means: Float32) -> Float32:
-    """Scales the mean squares of inputs [columns] to mean 1 and makes each value positive, as `quantize` requires."""
     mean = float(means.mean(dtype=np.float64))
     if mean <= 0:
         return np.ones_like(means)

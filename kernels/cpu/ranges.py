@@ -1,5 +1,3 @@
-"""Checks that a program's integers fit the native module's int32."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -25,7 +25,6 @@ class WeightStore:
         self._loaded: WeakValueDictionary[tuple[object, ...], Weight] = WeakValueDictionary()
 
     def load(self, program: Program, tensors: Mapping[str, Tensor], progress: Progress) -> dict[str, Weight]:
-        """Raises ModelFileError if a tensor has a wrong shape or a type without kernels, or if the file has changed."""
         check_weights(program, tensors)
         with self._lock:
             weights = {name: self._loaded.get(_key(tensors[name])) for name in program.weights}

@@ -1,1 +1,2 @@
-"""The backend for NVIDIA GPUs: CUDA C++ kernels, launched through CuPy, with the same bits as `kernels.cpu`."""
+"""The backend for NVIDIA GPUs: CUDA C++ kernels, launched through CuPy. The results have the same bits as on the
+CPU."""

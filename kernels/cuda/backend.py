@@ -1,4 +1,4 @@
-"""The CUDA backend. It runs a program as launches on one GPU, with the same bits as the CPU backend."""
+"""The CUDA backend, which runs a program on one GPU."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Adapt, Attention, MixtureStep, Program
 
 _RESERVED_SHARE = 256
-"""1 / `_RESERVED_SHARE` of a GPU's memory is left to the driver, for compiled kernels and graphs."""
+"""The GPU driver needs 1 / `_RESERVED_SHARE` of the GPU's memory for compiled kernels and graphs."""
 
 
 class CudaBackend:
-    """Implements `kernels.backend.Backend` on a GPU. `threads` threads pack weights. `graphs` captures launches."""
+    """Implements `kernels.backend.Backend` on a GPU. `threads` is the number of threads that pack weights. With
+    `graphs`, launches are captured as CUDA graphs."""
 
     numerics_version = NUMERICS_VERSION
 
@@ -62,7 +63,7 @@ class CudaBackend:
 
     @property
     def free_bytes(self) -> int:
-        """The free memory plus the memory of experts caches, less a reserve for kernels and graphs."""
+        """The bytes that are free or held by experts caches, minus a reserve for kernels and graphs."""
         cached_bytes = sum(cache.n_bytes for cache in tuple(self._caches))
         with self._gpu_lock.driver_errors():
             return max(0, self._device.free_bytes + cached_bytes - self._device.memory_bytes // _RESERVED_SHARE)
@@ -81,7 +82,6 @@ class CudaBackend:
 
     @contextmanager
     def cache_flush(self) -> Iterator[Callable[[], None]]:
-        """Yields a function that flushes the GPU's cache. Raises InsufficientMemoryError if memory is short."""
         with self._gpu_lock.exclusive():
             memory = allocate_flush(self._device)
 
@@ -96,7 +96,7 @@ class CudaBackend:
                 memory.close()
 
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CudaStage:
-        """Closes all experts caches first. Raises ModelFileError if there are no kernels for the program."""
+        """Closes all experts caches to free memory. Raises ModelFileError if there are no kernels for the program."""
         for cache in tuple(self._caches):
             cache.close()
         plan = _plan(program, tensors, limits, LaunchLimits.of(self._device))
@@ -132,7 +132,6 @@ class CudaBackend:
     def _weights_and_kernels(
         self, plan: Plan, tensors: Mapping[str, Tensor], progress: Progress
     ) -> tuple[LayerMemory, ...]:
-        """Loads weights. Meanwhile another thread compiles kernels that are not on disk yet, which takes seconds."""
         by_module = groupby(sorted(plan.kernels), key=lambda kernel: kernel.rpartition(".")[0])
         modules = [tuple(kernels) for _, kernels in by_module]
         told = LoadProgress(progress, plan.weight_bytes, len(modules))
@@ -149,7 +148,8 @@ class CudaBackend:
             try:
                 compiled.result()
             finally:
-                del compiled  # its error's frames hold the weights, and would hold it
+                # Breaks a reference cycle, because an error's frames refer to the weights and to `compiled`.
+                del compiled
         return memories
 
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
@@ -163,23 +163,24 @@ class CudaBackend:
 
 
 def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-    """Returns a stage's bytes except weights and KV memory, without a GPU. Raises ModelFileError or UsageError."""
+    """Returns the bytes of a stage except weights and KV memory. Needs no GPU. Raises ModelFileError or UsageError."""
     plan = _plan(program, tensors, limits)
     rounded = plan.kv_allocated_bytes - kv_bytes(program, limits)
     return plan.buffers_allocated_bytes + rounded + rounded_weight_bytes(program, tensors)
 
 
 def most_workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-    """Returns an upper bound of `workspace_bytes` for any number of KV blocks, without the rounding of weights."""
+    """Returns an upper bound of `workspace_bytes` for any number of KV blocks. The rounding of weights is not
+    included."""
     if program.window is not None:
-        limits = replace(limits, window_blocks=1)  # they have a table of their own
+        # Layers with windows then have their own block table, which takes memory.
+        limits = replace(limits, window_blocks=1)
     weights = _checked_weights(program, tensors)
     plan = Plan(distinct_layers(program, weights), weights, limits, ANY_GPU)
     return plan.buffers_allocated_bytes + most_rounded_bytes(len(program.kv_memory))
 
 
 def rounded_weight_bytes(program: Program, tensors: Mapping[str, Tensor]) -> int:
-    """Returns how many bytes rounding adds to weights. Each layer is one allocation, whose size is rounded up."""
     layers = layers_of_weights(tensors[name] for name in program.weights)
     return sum(allocated(layer.n_bytes) - layer.resident_bytes for layer in layers)
 
@@ -212,13 +213,11 @@ def _checked_weights(program: Program, tensors: Mapping[str, Tensor]) -> dict[st
     if any(isinstance(step, MixtureStep) for step in program.steps):
         raise ModelFileError("GPUs cannot compute only some of a layer's experts; set device: cpu for the worker")
     if not program.is_causal and (program.is_first or program.is_last or _has_windows_ahead(program)):
-        raise ModelFileError("an encoder is not computed on GPUs; set device: cpu for its workers")
+        raise ModelFileError("encoders are not supported on GPUs; set device: cpu for the workers of the encoder")
     if program.is_last and not program.has_logits:
-        raise ModelFileError("a reranker is not computed on GPUs; set device: cpu for its workers")
+        raise ModelFileError("rerankers are not supported on GPUs; set device: cpu for the workers of the reranker")
     if any(isinstance(step, Adapt) for step in program.steps):
-        raise UsageError(
-            "adapters are computed on processors only; set device: cpu for all workers, or remove the adapters"
-        )
+        raise UsageError("adapters are supported only on CPUs; set device: cpu for all workers, or remove the adapters")
     _check_part(program)
     check_weights(program, tensors)
     check_attention(program)

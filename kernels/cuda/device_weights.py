@@ -1,5 +1,5 @@
-"""Weights on a GPU, in the CPU backend's packed tiles. Each layer is uploaded through two pinned buffers while the next
-layer is packed. A layer's host memory is freed after the upload."""
+"""Weights on a GPU, in the same packed tiles as on the CPU. A layer is uploaded through two pinned buffers while the
+next layer is packed. The layer's host memory is freed after the upload."""
 
 from __future__ import annotations
 
@@ -31,8 +31,6 @@ _KERNELS_SHARE = 10
 
 
 class LayerMemory:
-    """The GPU memory of one layer's weights, or of one weight outside the layers. The last reference frees it."""
-
     def __init__(self, layer: LayerTensors, buffer: Buffer) -> None:
         self.buffer = buffer
         self.weights = {
@@ -53,7 +51,7 @@ class LayerTensors:
 
     @property
     def offsets(self) -> Iterator[tuple[Tensor, int]]:
-        """Yields each tensor with its offset. Matrices are placed as in the packed layer, at multiples of 16 bytes."""
+        """Yields each tensor and its offset, a multiple of 16 bytes. Matrices lie as in the packed layer."""
         at = 0
         for tensor in self.tensors:
             yield tensor, at
@@ -75,8 +73,6 @@ def layers_of_weights(tensors: Iterable[Tensor]) -> list[LayerTensors]:
 
 
 class DeviceWeights:
-    """Loads layers and shares them between stages. Stages may run during a load."""
-
     def __init__(self, gpu_lock: GpuLock, threads: int, packed_cache: PackedCacheFolder | None) -> None:
         self._gpu_lock = gpu_lock
         self._threads = threads
@@ -119,7 +115,7 @@ class DeviceWeights:
                     progress(tensor.resident_bytes)
                 if cache is not None:
                     cache.keep(host.packed)
-                    cache.wait()  # before its memory is freed
+                    cache.wait()  # The cache must finish before the layer's host memory is freed.
                 del host, contents
         uploads.wait()
         return made
@@ -155,7 +151,7 @@ class _Uploads:
 
 
 class LoadProgress:
-    """Reports loaded bytes. Compiled kernels count as 1 in `_KERNELS_SHARE` of all bytes. Thread-safe."""
+    """Reports loaded bytes. Holds back 1 / `_KERNELS_SHARE` of them until the kernels are compiled. Thread-safe."""
 
     def __init__(self, progress: Progress, total_bytes: int, modules: int) -> None:
         self._progress = progress

@@ -1,4 +1,4 @@
-"""Measures a GPU's rates: weight bytes with one row, multiply-accumulates with many rows, and the peaks. It also
+"""Measures a GPU's rates: weight bytes with one row, multiply-accumulates with many rows, and the peaks of both. Also
 flushes the GPU's cache for other measurements."""
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from llamaclust.model.quant_types import QuantType
 _KIND = QuantType.Q4_0
 _COLS = 4096
 _TILES_AN_SM = 16
-"""The number of tiles of 16 rows for each multiprocessor that makes two matrices larger than the last-level cache."""
+"""Tiles of 16 rows for each multiprocessor. Two matrices with this many tiles exceed the last-level cache."""
 _MANY_ROWS = 128
 _BLOCK, _PIECE_BYTES = 256, 65536
 _ROUNDS, _MACS = 1024, 8 * 16 * 32 * 8
 _READ_BYTES = 1 << 30
 _FLUSHED_BYTES = 256 << 20
-"""A size above the largest last-level cache of any GPU (126 MiB)."""
+"""Bytes that exceed the largest last-level cache of any GPU (126 MiB)."""
 _SCALES = (1 / 1024, 1 / 64, 1 / 8, 1.0)
 _LONG_S = 0.002
 """Work that takes this many seconds is long enough to measure a rate. It is repeated for `_REPEATED_S` seconds."""
@@ -65,7 +65,7 @@ def measure(device: Device) -> tuple[float, float]:
 
 
 def limits(device: Device) -> tuple[float, float]:
-    """Returns the peaks: (bytes per second of plain reads, multiply-accumulates per second on registers)."""
+    """Returns the peak rates per second: bytes read, and multiply-accumulates on registers."""
     pieces, blocks = min(_READ_BYTES, device.free_bytes // 4) // _PIECE_BYTES, 8 * device.sms
     with closing(device.allocate(pieces * _PIECE_BYTES)) as memory, closing(device.allocate(4)) as out:
 
@@ -84,8 +84,8 @@ def limits(device: Device) -> tuple[float, float]:
 
 
 def _rate(device: Device, work_at: Callable[[float], _Work]) -> float:
-    """Returns the rate of the smallest work that takes long enough, or else of the largest work. Runs each work twice,
-    since the first launch also loads the kernel, which takes milliseconds."""
+    """Returns the rate of the smallest work that takes long enough, or otherwise of the largest work. Runs each work
+    twice, because the first launch also loads the kernel, which takes milliseconds."""
     for scale in _SCALES:
         work, amount = work_at(scale)
         taken_s = min(_taken_s(device, work, 1) for _ in range(2))

@@ -1,1 +1,1 @@
-"""Weights that are packed into tiles, and their cache on disk, for the CPU and CUDA backends."""
+"""Weights that are packed into tiles, and the cache of packed weights on disk, for the CPU and CUDA backends."""

@@ -1,6 +1,6 @@
 """The packed-weight cache. It stores tiles that a load has packed, and later loads map or read them. A layer's key is a
-SHA-256 of how its quant types are packed and which bytes they have: the bytes' own SHA-256 if known, otherwise the
-model file's device, inode, size and times. Each load verifies checksums and packs damaged layers again."""
+SHA-256 of its packing and of its bytes. The bytes are identified by their own SHA-256 if it is known, and otherwise by
+the model file's device, inode, size and times. Each load verifies checksums and packs damaged layers again."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ _Result = TypeVar("_Result")
 
 _READ_BYTES = 1 << 21
 _SETTLED_NS = 100_000_000
-"""The age from which file times are trusted, because some file systems count hundredths of a second."""
+"""Nanoseconds after which a file's times are trusted. Some file systems count hundredths of a second."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
     layer: PackedLayer
     entry: Entry
-    memory: Memory | None = None  # mapped; None where it is to be copied
+    memory: Memory | None = None  # The mapped file, or None if the file is to be copied.
 
 
 class PackedCache:
     def __init__(self, folder: PackedCacheFolder) -> None:
         self._folder = folder
         self._usable: bool | None = None
-        self._keys: dict[PackedLayer, str | None] = {}  # None: not to be written
+        self._keys: dict[PackedLayer, str | None] = {}  # None for a layer that is not to be stored.
         self._started_ns = time.time_ns()
         self._writer = BackgroundWriter(folder)
 
     def open(
         self, layers: Sequence[PackedLayer], pool: Executor, progress: Progress | None, since_ns: int | None = None
     ) -> dict[PackedLayer, Memory]:
-        """Returns the cached layers that are intact. `progress` counts their bytes. `since_ns` is the start of their
-        load if it began before this call. Raises MemoryError if the system refuses the memory."""
+        """Returns the cached layers that are intact. `progress` counts their bytes. `since_ns` is the time when the
+        load began, if this was before the call. Raises MemoryError if the system refuses the memory."""
         if not self._is_usable():
             return {}
         self._started_ns = since_ns or time.time_ns()
@@ -86,7 +86,7 @@ class PackedCache:
         return self._usable and self._writer.is_usable
 
     def _found(self, layers: Sequence[PackedLayer], pool: Executor) -> Iterator[_Found | None]:
-        """Yields the cached layers. Logs one message in a load for unreadable entries, since all usually fail alike."""
+        """Yields the cached layers. Logs unreadable layers once in a load, because they usually have the same cause."""
         self._keys.update((layer, layer_key(layer)) for layer in layers)
         blocked: list[OSError] = []
         for layer, found in zip(layers, pool.map(self._find, layers), strict=True):
@@ -120,7 +120,7 @@ class PackedCache:
                 return found
             with file:
                 memory = Memory.mapped(file.fileno(), found.entry.n_bytes)
-        except OSError:  # some file systems have no maps; any other error is found by the read
+        except OSError:  # Some file systems have no maps. Any other error occurs again when the file is read.
             return found
         memory.touch()
         return replace(found, memory=memory)
@@ -181,7 +181,7 @@ def _counted(
 
 
 def _quickest(found: Sequence[_Found]) -> list[_Found]:
-    """Omits maps that are not in huge pages. Copying such a map to memory is faster than computing from the map."""
+    """Drops maps that are not in huge pages. Copying such a map to memory is faster than computing from the map."""
     maps = [cached.memory for cached in found if cached.memory is not None]
     huge = {memory.address for memory, is_huge in zip(maps, in_huge_pages(maps), strict=True) if is_huge}
     return [

@@ -1,4 +1,4 @@
-"""The folder of the packed-weight cache. Entries are named by key, and images by the SHA-256 of their bytes."""
+"""The folder of the packed-weight cache. Entries are named by their key, and images by the SHA-256 of their bytes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _MOST_ENTRY_BYTES = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    key: str  # also the name of its file: a moved or copied entry is invalid
+    key: str  # Must equal the file's name. A moved or copied entry is invalid.
     model: str
     layer: str
-    image: str  # SHA-256 of its bytes, in hex
+    image: str  # SHA-256 of the image's bytes, in hexadecimal.
     n_bytes: int
     checksum: int
 
@@ -45,10 +45,8 @@ def _decoded(data: bytes, key: str) -> Entry | None:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """The cached layers of one model file. A layer that several files share counts for each of them."""
-
     model: str
-    parts: int  # layers, and what is in none: embedding and output
+    parts: int  # Number of layers, plus embedding and output.
     size_bytes: int
     used_ns: int
 
@@ -68,7 +66,7 @@ class PackedCacheFolder(DiskCache):
         if (data := self.read(name, _MOST_ENTRY_BYTES)) is None:
             return None
         if (entry := _decoded(data, key)) is None:
-            self.drop(name, "no entry of a packed layer")
+            self.drop(name, "it is not an entry of a packed layer")
             return None
         if (image := self.open_image(entry)) is None:
             remove(self.path / name)

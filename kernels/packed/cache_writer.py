@@ -1,4 +1,4 @@
-"""Writes packed layers in the background at the lowest priority. It delays process exit only for a limited time."""
+"""Writes packed layers in the background at the lowest priority. Process exit waits only a limited time for it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _log = logging.getLogger(__name__)
 _LOWEST_PRIORITY = 19
 
 _FINISH_S = 1.0
-"""The seconds for which process exit waits for the current write."""
+"""Seconds for which process exit waits for the current write."""
 
 _STOP_S = 0.2
-"""The seconds for which process exit then waits for the stopped writer."""
+"""Seconds for which process exit then waits for the stopped writer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Made:
     layer: PackedLayer
     key: str
     memory: ref[Memory]
-    since_ns: int  # of the load that it belongs to
+    since_ns: int  # Time when the load began that packed the layer.
 
 
 class BackgroundWriter:
@@ -70,7 +70,7 @@ class BackgroundWriter:
             thread.join()
 
     def end(self) -> None:
-        """Drops the queue. Gives the current write a second to finish, and then deletes the unfinished file."""
+        """Drops the queue. Waits up to a second for the current write, and then deletes the unfinished file."""
         with self._lock:
             self._queue.clear()
             thread = self._thread
@@ -80,15 +80,15 @@ class BackgroundWriter:
         self._writing.is_stopped = True
         thread.join(_STOP_S)
         unfinished = self._writing.unfinished
-        if thread.is_alive() and unfinished is not None:  # it waits for the disk
+        if thread.is_alive() and unfinished is not None:  # The writer waits for the disk.
             with contextlib.suppress(OSError):
                 unfinished.unlink()
 
     def _run(self) -> None:
         try:
             self._write_queue()
-        except Exception:  # noqa: BLE001  the border of the thread
-            _log.exception("packed layers are not cached on disk; the next load packs them anew")
+        except Exception:  # noqa: BLE001  The thread's outermost function.
+            _log.exception("packed layers are not cached on disk; the next load packs them again")
             with self._lock:
                 self.is_usable, self._thread = False, None
                 self._queue.clear()
@@ -105,9 +105,11 @@ class BackgroundWriter:
             except StoppedError:
                 pass
             except NoRoomError as error:
-                _log.info("packed layers from %s on are not cached on disk: %s", made.layer.name, error)
+                _log.info("packed layer %s and later layers are not cached on disk: %s", made.layer.name, error)
             except BusyError as error:
-                _log.warning("packed layers from %s on are not cached on disk: %s", made.layer.name, error.strerror)
+                _log.warning(
+                    "packed layer %s and later layers are not cached on disk: %s", made.layer.name, error.strerror
+                )
             except OSError as error:
                 self.is_usable = False
                 warn_not_kept(self._folder, error)
@@ -131,7 +133,7 @@ class BackgroundWriter:
 
 def warn_not_kept(folder: PackedCacheFolder, error: OSError) -> None:
     what = f"{folder.path}: {reason(error)}" if error.filename is None and error.strerror else reason(error)
-    _log.warning("packed layers are not cached on disk: %s; the next load packs them anew", what)
+    _log.warning("packed layers are not cached on disk: %s; the next load packs them again", what)
 
 
 def _end(writer: ref[BackgroundWriter]) -> None:

@@ -1,4 +1,4 @@
-"""Loads tensors with several threads: packed layers from the cache, and all else in chunks from the model file."""
+"""Loads tensors with several threads: packed layers from the cache, and other tensors in chunks from the model file."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.quant_types import TILE_ROWS, QuantType
 
 _CHUNK_BYTES = 1 << 20
-"""The bytes that are read and packed at once. They fit a core's cache, and few bytes are in memory twice."""
+"""The number of bytes that are read and packed at once. A chunk fits a core's cache, and few bytes are in memory
+twice."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
     weights: dict[str, Weight]
     cached: Mapping[PackedLayer, Memory]
-    packed: Mapping[PackedLayer, Memory]  # now
+    packed: Mapping[PackedLayer, Memory]  # Layers that this load packed.
 
     @property
     def contents(self) -> dict[str, NDArray[np.uint8]]:
@@ -45,7 +46,7 @@ def load_tensors(
     progress: Progress | None,
     since_ns: int | None = None,
 ) -> Loaded:
-    """Loads tensors. Raises ModelFileError if the file has changed. `progress` counts resident bytes."""
+    """Raises ModelFileError if the file has changed. `progress` counts resident bytes."""
     layers = packed_layers_of(tensors)
     cached = {} if cache is None else cache.open(layers, pool, progress, since_ns)
     packed = {layer: Memory(layer.n_bytes) for layer in layers if layer not in cached}
@@ -73,8 +74,6 @@ def load_tensors(
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Rows [start, end) of a tensor's matrix `index`, or a whole vector."""
-
     tensor: Tensor
     weight: Weight
     index: int

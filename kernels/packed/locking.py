@@ -16,7 +16,7 @@ _RAISE = "`ulimit -l unlimited` as root, LimitMEMLOCK=infinity in a systemd unit
 
 
 def lock_memory(memories: Sequence[Memory]) -> None:
-    """Locks memory so that it is never swapped out, until it is freed. If the system refuses, logs what to do."""
+    """Locks memory until it is freed, so that it is never swapped out. If the system refuses, logs what to do."""
     limit = _raise_limit()
     libc, locked, error = ctypes.CDLL(None, use_errno=True), 0, 0
     for memory in memories:

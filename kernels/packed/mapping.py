@@ -1,4 +1,4 @@
-"""Finds out which maps of cache files are in huge pages, and moves this process's other memory to huge pages."""
+"""Tells which maps of cache files are in huge pages, and moves this process's other memory to huge pages."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ _log = logging.getLogger(__name__)
 
 _HUGE_PAGE_BYTES = 1 << 21
 _ENOUGH = 0.9
-"""Memory counts as huge if at least this share of its possible huge pages is huge."""
+"""Memory counts as huge if at least this fraction of it, rounded down to whole huge pages, is in huge pages."""
 _ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _COMPACT = "as root, before a restart: echo 1 > /proc/sys/vm/compact_memory"
 
 
 def in_huge_pages(memories: Sequence[Memory]) -> list[bool]:
-    """True for each map in huge pages, and for all if these are off. Small pages stream weights 6 to 8 % slower."""
+    """True for each map in huge pages, and for all maps if these are off. Small pages stream weights 6 to 8 %
+    slower."""
     if _no_huge_pages():
         return [True] * len(memories)
     of_files = ("FilePmdMapped:", "ShmemPmdMapped:")
@@ -46,7 +47,7 @@ def move_to_huge_pages(memories: Sequence[Memory], pool: Executor) -> None:
     huge = own_huge_bytes(memories)
     text = f"{huge // MIB} of {total // MIB} MiB of packed weights are in huge pages"
     if huge < _ENOUGH * sum(memory.bytes // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES for memory in memories):
-        text += f"; the rest streams 6 to 8 % slower, since free memory is in small pieces: {_COMPACT}"
+        text += f"; the rest streams 6 to 8 % slower, because free memory is fragmented: {_COMPACT}"
     _log.info("%s", text)
 
 

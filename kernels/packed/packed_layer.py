@@ -12,7 +12,8 @@ from llamaclust.model.gguf.tensors import Tensor
 
 @dataclass(frozen=True, slots=True)
 class PackedLayer:
-    """One layer's matrices, stored one after another, or one matrix outside the layers. Vectors are not included."""
+    """The matrices of one layer, stored one after another, or one matrix outside the layers. Vectors are not
+    included."""
 
     name: str
     tensors: tuple[Tensor, ...]

@@ -1,5 +1,3 @@
-"""The CPU backend's weights in memory, and the check of a program's tensors."""
-
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -22,13 +20,14 @@ _VECTOR_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Weight:
-    """A loaded tensor: a float32 vector, a packed matrix, or one packed matrix per expert. Plans have only shapes."""
+    """A loaded tensor: a float32 vector, a packed matrix, or one packed matrix per expert. Plans have only its
+    shape."""
 
     quant_type: QuantType
     matrices: tuple[PackedMatrix, ...] = ()
     vector: Float32 = field(default_factory=lambda: np.empty(0, np.float32))
     is_shape_only: bool = False
-    tiles: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))  # of all matrices, in their order
+    tiles: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))  # Tiles of all matrices, in order.
 
     @property
     def matrix(self) -> PackedMatrix:
@@ -41,7 +40,6 @@ class Weight:
 
 
 def shapes_only(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Weight]:
-    """Returns shapes without data for a program's weights, for planning. Raises the errors of `check_weights`."""
     check_weights(program, tensors)
     return {name: _shape_only(tensors[name]) for name in program.weights}
 

@@ -1,4 +1,4 @@
-"""Attention of one row in float64, over keys and values as KV memory rounds them."""
+"""Attention of one row in float64. Keys and values are rounded as in KV memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llamaclust.model.kv_type import KvType
 @dataclass(frozen=True, slots=True)
 class Memory:
     """Positions [0, count) of a sequence: keys [count, kv_heads, head_dim] and values [count, kv_heads, value_dim]. If
-    weighted values are summed in integers, there are also scales of values [count, kv_heads, groups]."""
+    weighted values are summed as integers, `scales` has the scales of values [count, kv_heads, groups]."""
 
     keys: Float64
     values: Float64
@@ -41,7 +41,8 @@ class Memory:
 def attend(
     step: ir.Attention, query: Float32, memory: Memory, own: int, group: range, sinks: Float32 | None = None
 ) -> Float64:
-    """Returns [heads * value_dim] for the row at position `own`, from query [heads * head_dim] and `sinks` [heads]."""
+    """Returns [heads * value_dim] for the row at position `own`. `query` is [heads * head_dim], and `sinks` is
+    [heads]."""
     first, end = seen_by(step, own, len(memory), group)
     grouped = query.reshape(step.kv_heads, -1, step.head_dim)
     rounded = round_queries(grouped) if step.kv_type is KvType.INT8 else grouped.astype(np.float64)

@@ -1,4 +1,4 @@
-"""The reference backend's executor. It has weights in float32 and runs one step after another."""
+"""The reference backend's executor. Weights are float32, and steps run one after another."""
 
 from __future__ import annotations
 
@@ -100,13 +100,13 @@ class ReferenceStage:
 
 
 class ReferenceGroup:
-    """All members of a group in one process, run step by step. Tests of divided programs use it as their oracle."""
+    """All members of a group in one process, run step by step. Tests compare divided programs with it."""
 
     def __init__(self, members: Sequence[ReferenceStage]) -> None:
         self.members = members
 
     def run(self, batch: Batch, hidden: Float32 | None) -> list[Float32]:
-        """Returns each member's result. If only one member gathers rows, they are NaN in the other members' results."""
+        """Returns each member's result. Rows that only one member gathers are NaN in the other members' results."""
         states = [member.begin(batch, hidden) for member in self.members]
         runs = (_run(member.program, state) for member, state in zip(self.members, states, strict=True))
         for gathers in zip(*runs, strict=True):
@@ -115,7 +115,6 @@ class ReferenceGroup:
 
 
 def _run(program: Program, state: State) -> Iterator[Gather]:
-    """Runs the steps before each gather and yields the gather. The caller computes the gather before continuing."""
     for step in program.steps:
         if isinstance(step, Gather):
             yield step

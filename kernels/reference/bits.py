@@ -1,4 +1,4 @@
-"""Reads bit fields in quantized blocks, which are uint8 [blocks, bytes] with little-endian words."""
+"""Reads bit fields in quantized blocks. Blocks are uint8 [blocks, bytes] with little-endian words."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ Float32 = NDArray[np.float32]
 
 
 def floats16(blocks: Bytes, offset: int) -> Float32:
-    """Returns the float16 at byte `offset` of each block, as float32 [blocks, 1]."""
     return words(blocks[:, offset : offset + 2], np.float16).astype(np.float32)
 
 
 def words(data: Bytes, dtype: type[np.generic]) -> NDArray[Any]:
-    """Views bytes [blocks, n] as little-endian words [blocks, n / size]."""
+    """Views bytes [blocks, n] as little-endian words [blocks, n / word size]."""
     return np.ascontiguousarray(data).view(np.dtype(dtype).newbyteorder("<"))
 
 
 def fields(data: Bytes, bits: int) -> Bytes:
-    """Returns each byte's bit fields, the lowest first: [..., n] -> [..., 8 / bits, n]."""
+    """Splits each byte into bit fields, lowest bits first: [..., n] -> [..., 8 / bits, n]."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     return (data[..., None, :] >> shifts) & np.uint8((1 << bits) - 1)
 
 
 def nibble_pairs(data: Bytes) -> Bytes:
-    """Returns each byte's low four bits and then its high four bits: [blocks, n] -> [blocks, 2 n]."""
+    """Splits each byte into its low four bits and its high four bits: [blocks, n] -> [blocks, 2 n]."""
     return fields(data, 4).swapaxes(-1, -2).reshape(len(data), -1)
 
 
 def single_bits(data: Bytes) -> Bytes:
-    """Returns single bits, starting with the first byte's lowest bit: [blocks, n] -> [blocks, 8 n]."""
+    """Splits bytes into bits, each byte's lowest bit first: [blocks, n] -> [blocks, 8 n]."""
     return np.unpackbits(data, axis=-1, bitorder="little")
 
 

@@ -1,4 +1,4 @@
-"""Rounds queries and the weights of positions, for attention with int8 keys and values."""
+"""Rounds queries and attention weights, for attention with int8 keys and values."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from llamaclust.kernels.reference.kv import Float64
 from llamaclust.model.kv_type import KV_GROUP_CHANNELS
 
 WEIGHT_TOKENS = 64
-"""The number of positions whose weights share a scale. Each group begins at a multiple of this number."""
+"""The number of positions whose attention weights share a scale. Each group begins at a multiple of this number."""
 
 _MOST_WEIGHT = 254
 _LEAST_QUERY = _LEAST_TOP = 2.0**-100
 
 
 def round_queries(queries: Float32) -> Float64:
-    """Rounds each group of 32 channels in queries [..., channels] to 8 bits, in float32. If m is a group's greatest
-    magnitude, x becomes round(x * (127 / m)) * (m / 127), with ties to even. x becomes 0 if m < 2^-100."""
+    """Rounds each group of 32 channels in queries [..., channels] to 8 bits, in float32. If m is the largest magnitude
+    in a group, x becomes round(x * (127 / m)) * (m / 127), with ties to even. All x become 0 if m < 2^-100."""
     channels = queries.shape[-1]
     padded = np.pad(queries, [(0, 0)] * (queries.ndim - 1) + [(0, -channels % KV_GROUP_CHANNELS)])
     groups = padded.reshape(*queries.shape[:-1], -1, KV_GROUP_CHANNELS)
@@ -30,9 +30,9 @@ def round_queries(queries: Float32) -> Float64:
 
 
 def weighted_values(weights: Float64, values: Float64, scales: Float64, first: int) -> Float64:
-    """Sums values [positions, kv_heads, channels] with weights [kv_heads, heads per KV head, positions]. The sums are
-    [kv_heads, heads per KV head, channels]. `first` is the first position. For each 32 channels, each 64 weights times
-    their values' scales [positions, kv_heads, groups] are rounded to integers up to 254."""
+    """Sums values [positions, kv_heads, channels] with weights [kv_heads, heads per KV head, positions]. Returns
+    [kv_heads, heads per KV head, channels]. `first` is the first position. For every 32 channels, each 64 weights are
+    multiplied by their values' scales [positions, kv_heads, groups] and rounded to integers up to 254."""
     parts = []
     for group in range(scales.shape[2]):
         channels = slice(group * KV_GROUP_CHANNELS, (group + 1) * KV_GROUP_CHANNELS)

@@ -29,22 +29,22 @@ def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[in
 
 
 def random_bits(task: SampleTask, purpose: int = 0) -> int:
-    """Returns 64 random bits for the next token. Purpose 0 draws the token, and purpose 1 is XTC."""
+    """Returns 64 random bits for the next token. Purpose 0 draws the token, and purpose 1 decides on XTC."""
     low, high, _, _ = philox((task.position, task.choice, purpose, 0), (task.seed & _MASK, task.seed >> 32))
     return high << 32 | low
 
 
 def ranked(logits: Float32) -> NDArray[np.int64]:
-    """Returns the ids of finite values, sorted by descending value and then by ascending id."""
     order = np.lexsort((np.arange(len(logits)), -logits))
     return order[np.isfinite(logits[order])]
 
 
 @dataclass(slots=True)
 class Candidates:
-    """One row's candidates. `order` has their ids, best first. A candidate's logit is value / `divisor`."""
+    """The candidates of one row. `order` has their ids, best first. The logit of a candidate is its value /
+    `divisor`."""
 
-    values: Float32  # [vocabulary]; -inf for what may not be chosen
+    values: Float32  # [vocabulary]; -inf for tokens that must not be chosen.
     task: SampleTask
     chain: SamplerChain
     order: NDArray[np.int64] = field(init=False)
@@ -58,7 +58,7 @@ class Candidates:
         self.order = self.order[:count]
 
     def change(self, change: Callable[[Float32], None]) -> None:
-        """Applies `change` to the logits after any earlier temperature, and sorts the candidates again."""
+        """Applies `change` to the logits, which include any earlier temperature. Sorts the candidates again."""
         x = np.full_like(self.values, -np.inf)
         with np.errstate(over="ignore"):
             x[self.order] = np.clip(self.values[self.order] / np.float32(self.divisor), -LARGEST, LARGEST)
@@ -71,12 +71,12 @@ class Candidates:
         return np.asarray(x, np.float32)
 
     def weigh(self) -> list[int]:
-        """Returns each candidate's exp(logit - largest logit), in units of 2^-40. Sums of these integers are exact."""
+        """Returns exp(logit - largest logit) of each candidate, in units of 2^-40. Sums of these integers are exact."""
         self.w = [int(w) for w in np.rint(exp32(self._logits()).astype(np.float64) * UNIT_WEIGHT)]
         return self.w
 
     def information(self) -> list[float]:
-        """Returns -ln of each candidate's probability. Call `weigh` first."""
+        """Returns -ln of each candidate's probability. `weigh` must be called first."""
         log_total = log64(float(sum(self.w)) / UNIT_WEIGHT)
         return [log_total - float(x) for x in self._logits()]
 

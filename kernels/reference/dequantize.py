@@ -1,4 +1,4 @@
-"""Dequantizes all quant types to float32, with ggml's float operations in ggml's order."""
+"""Dequantizes all quant types to float32, with the same float operations in the same order as ggml."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ SUPPORTED_TYPES = frozenset(_DEQUANTIZERS)
 
 
 def dequantize(quant_type: QuantType, data: bytes | bytearray | Bytes, count: int) -> Float32:
-    """Dequantizes whole blocks with `count` weights to float32 [count]. The type must be in SUPPORTED_TYPES."""
     info = quant_type.info
     raw = np.frombuffer(data, np.uint8)
     assert count % info.block_size == 0 and len(raw) == info.row_bytes(count), (quant_type, count, len(raw))

@@ -1,4 +1,4 @@
-"""The kernels' exp and log, operation by operation, so that the reference gives the same bits."""
+"""The exp and log of the kernels, operation by operation, so that the reference gives the same bits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ _EXP64 = [1 / math.factorial(n) for n in range(14)]
 
 
 def fma32(a: Float32 | float, b: Float32 | float, c: Float32 | float) -> Float32:
-    """Returns a * b + c, rounded once. The float64 sum is rounded to odd, so that rounding it to float32 is exact."""
+    """Returns a * b + c, rounded once. The sum is rounded to odd in float64, so that rounding it to float32 is
+    exact."""
     product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
     addend = np.broadcast_to(np.asarray(c, np.float64), product.shape)
     total = product + addend
@@ -36,7 +37,7 @@ def fma32(a: Float32 | float, b: Float32 | float, c: Float32 | float) -> Float32
 
 
 def exp32(x: Float32) -> Float32:
-    """Returns e^x for each float32, with the operations that all feature levels use."""
+    """Computes e^x for each float32, with the operations that all feature levels use."""
     x = np.maximum(np.float32(-104), np.minimum(np.float32(89), x)).astype(np.float32)
     n = fma32(x, float(np.float32(float.fromhex("0x1.715476p+0"))), _SHIFT32) - np.float32(_SHIFT32)
     r = fma32(-n, float.fromhex("-0x1.05c61p-29"), fma32(-n, float.fromhex("0x1.62e43p-1"), x))

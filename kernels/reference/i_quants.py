@@ -1,5 +1,5 @@
-"""Quant types whose weights are points of a fixed grid. Docstrings list a block's bytes in order. Layouts and the order
-of float operations are ggml's."""
+"""Quant types whose weights are points of a fixed grid. Docstrings list the parts of a block in order. Layouts and the
+order of float operations are ggml's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _IQ1_DELTA = np.float32(0.125)
 
 
 def _packed_signs(words32: NDArray[np.uint32]) -> Float32:
-    """Returns signs [blocks, 4 n, 8] from words [blocks, n] with 4 x 7 bits. Each eighth sign makes parity even."""
+    """Unpacks signs [blocks, 4 n, 8] from words [blocks, n] with 4 x 7 bits. The eighth sign makes parity even."""
     seven = (words32[:, :, None] >> np.array([0, 7, 14, 21], np.uint32) & 127).astype(np.uint8)
     return _with_parity(seven.reshape(len(words32), -1))
 
@@ -48,7 +48,8 @@ def _half_scales(blocks: Bytes, scales: NDArray[np.integer], factor: float) -> F
 
 
 def iq2_xxs(blocks: Bytes) -> Float32:
-    """A block: d f16 | per 32 weights: 4 grid bytes, then a word of 4 x 7 sign bits and, on top, a 4-bit scale."""
+    """Block layout: float16 d, then per 32 weights 4 grid bytes and a word of 4 x 7 sign bits with a 4-bit scale on
+    top."""
     pairs = words(blocks[:, 2:], np.uint32).reshape(-1, 8, 2)
     indices = words(blocks[:, 2:], np.uint8).reshape(-1, 8, 8)[:, :, :4].reshape(-1, 32)
     points = _signed(grid("IQ2_XXS")[indices], _packed_signs(pairs[:, :, 1]))
@@ -56,28 +57,31 @@ def iq2_xxs(blocks: Bytes) -> Float32:
 
 
 def iq2_xs(blocks: Bytes) -> Float32:
-    """A block: d f16 | per 8 weights: 9 grid bits and 7 sign bits | per 16 weights: a 4-bit scale."""
+    """Block layout: float16 d, then 9 grid bits and 7 sign bits per 8 weights, then a 4-bit scale per 16 weights."""
     codes = words(blocks[:, 2:66], np.uint16)
     points = _signed(grid("IQ2_XS")[codes & 511], _with_parity((codes >> 9).astype(np.uint8)))
     return scaled(points, _half_scales(blocks, nibble_pairs(blocks[:, 66:]), 0.25))
 
 
 def iq2_s(blocks: Bytes) -> Float32:
-    """A block: d f16 | per 8 weights: a grid byte | a sign byte | 2 upper grid bits | per 16 weights: a 4-bit scale."""
+    """Block layout: float16 d, then for every 8 weights a grid byte, a sign byte and 2 upper grid bits (in separate
+    arrays), then a 4-bit scale for every 16 weights."""
     high = fields(blocks[:, 66:74], 2).swapaxes(1, 2).reshape(-1, 32).astype(np.uint16)
     points = _signed(grid("IQ2_S")[blocks[:, 2:34] | high << 8], _plain_signs(blocks[:, 34:66]))
     return scaled(points, _half_scales(blocks, nibble_pairs(blocks[:, 74:]), 0.25))
 
 
 def iq3_xxs(blocks: Bytes) -> Float32:
-    """A block: d f16 | per 4 weights: a grid byte | per 32: a word of 4 x 7 sign bits and, on top, a 4-bit scale."""
+    """Block layout: float16 d, a grid byte for every 4 weights, then for every 32 weights a word of 4 x 7 sign bits
+    with a 4-bit scale on top."""
     codes = words(blocks[:, 66:], np.uint32)
     points = _signed(grid("IQ3_XXS")[blocks[:, 2:66]], _packed_signs(codes))
     return scaled(points, _half_scales(blocks, codes >> 28, 0.5))
 
 
 def iq3_s(blocks: Bytes) -> Float32:
-    """A block: d f16 | per 4 weights: a grid byte | its ninth bit | per 8: a sign byte | per 32: a 4-bit scale."""
+    """Block layout: float16 d, then for every 4 weights a grid byte and a ninth grid bit (in separate arrays), then a
+    sign byte for every 8 weights, then a 4-bit scale for every 32 weights."""
     high = single_bits(blocks[:, 66:74]).astype(np.uint16)
     points = _signed(grid("IQ3_S")[blocks[:, 2:66] | high << 8], _plain_signs(blocks[:, 74:106]))
     scales = 1 + 2 * nibble_pairs(blocks[:, 106:]).astype(np.float32)
@@ -93,7 +97,8 @@ def _delta(negative: NDArray[np.bool_]) -> Float32:
 
 
 def iq1_s(blocks: Bytes) -> Float32:
-    """A block: d f16 | per 8 weights: a grid byte | per 32: a word of 4 x 3 grid bits, a 3-bit scale, delta's sign."""
+    """Block layout: float16 d, a grid byte for every 8 weights, then for every 32 weights a word of 4 x 3 grid bits, a
+    3-bit scale and the sign of delta."""
     codes = words(blocks[:, 34:], np.uint16)
     high = (codes[:, :, None] >> np.array([0, 3, 6, 9], np.uint16)).reshape(-1, 32)
     points = grid("IQ1")[_iq1_indices(blocks[:, 2:34], high)].reshape(-1, 8, 32)
@@ -102,7 +107,8 @@ def iq1_s(blocks: Bytes) -> Float32:
 
 
 def iq1_m(blocks: Bytes) -> Float32:
-    """A block: per 8 weights: a grid byte | 3 grid bits, delta's sign | four words: 4 x 3 scale bits, 4 bits of d."""
+    """Block layout: for every 8 weights a grid byte, then for every 8 weights 3 grid bits and the sign of delta, then
+    four words of 4 x 3 scale bits and 4 bits of d."""
     codes = words(blocks[:, 48:], np.uint16)
     quarters = codes >> 12 << np.array([0, 4, 8, 12], np.uint16)
     d = np.bitwise_or.reduce(quarters, axis=1, keepdims=True).view(np.float16).astype(np.float32)
@@ -113,7 +119,8 @@ def iq1_m(blocks: Bytes) -> Float32:
 
 
 def iq4_xs(blocks: Bytes) -> Float32:
-    """A block: d f16 | 8 x upper 2 bits of a scale | 8 x its lower 4 bits (minus 32) | 256 x 4 bits, 32 in 16 bytes."""
+    """Block layout: float16 d, 8 x upper 2 bits of a scale, 8 x lower 4 bits of a scale (minus 32), 256 x 4 bits (32
+    weights in 16 bytes)."""
     high = words(blocks[:, 2:4], np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16) & 3
     scales = (nibble_pairs(blocks[:, 4:8]) | high << 4).astype(np.float32) - np.float32(32)
     weights = IQ4_VALUES[fields(blocks[:, 8:].reshape(-1, 8, 16), 4)]

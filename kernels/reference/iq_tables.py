@@ -1,5 +1,5 @@
 """The grids of ggml's IQ types. A grid index stands for four or eight weights, and each weight has one of a few levels.
-The numbers come from kernels/cpu/native/pack/grid_points.h, but they are unpacked independently."""
+The numbers come from kernels/cpu/native/pack/grid_points.h. This file unpacks them independently of the C++ code."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _LEVELS = {
 
 @cache
 def grid(name: str) -> NDArray[np.float32]:
-    """Returns float32 [points, dims]. A point's digits, lowest first, are its weights' levels. The header has
-    differences of ascending numbers. A character counts from "$" on, and each "~" before it adds 56."""
+    """Returns float32 [points, dims]. The digits of a point's number, lowest first, are its weights' levels. The header
+    has differences of ascending numbers: the distance of a character from "$", plus 56 for each "~" before it."""
     levels = _LEVELS[name]
     found = re.search(rf'k{name}Grid = unpack<\d+, {len(levels)}>\((.+?")\);', _HEADER.read_text(), re.DOTALL)
     assert found is not None, name

@@ -1,5 +1,5 @@
-"""Blocks of 256 weights with a scale for every 16 or 32 weights, and ternary types. Docstrings list a block's bytes in
-order. Layouts and the order of float operations are ggml's."""
+"""Quant types with blocks of 256 weights and a scale for every 16 or 32 weights, and ternary types. Docstrings list the
+parts of a block in order. Layouts and the order of float operations are ggml's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from llamaclust.kernels.reference.bits import Bytes, Float32, fields, floats16, 
 
 
 def q2_k(blocks: Bytes) -> Float32:
-    """A block: 16 x (4-bit scale, 4-bit minimum) | 256 x 2 bits, 128 weights in 32 bytes | d f16 | dmin f16."""
+    """Block layout: 16 x (4-bit scale, 4-bit minimum), 256 x 2 bits (128 weights in 32 bytes), float16 d, float16
+    dmin."""
     scales = blocks[:, :16]
     weights = fields(blocks[:, 16:80].reshape(-1, 2, 32), 2).astype(np.float32)
     d, dmin = floats16(blocks, 80), floats16(blocks, 82)
@@ -17,7 +18,7 @@ def q2_k(blocks: Bytes) -> Float32:
 
 
 def q3_k(blocks: Bytes) -> Float32:
-    """A block: 256 x third bit (if clear, minus 4) | 256 x 2 bits | 16 scales of 6 bits, minus 32 | d f16."""
+    """Block layout: 256 x third bit (if clear, minus 4), 256 x 2 bits, 16 x 6-bit scale (minus 32), float16 d."""
     high = fields(blocks[:, :32], 1).reshape(-1, 256)
     low = fields(blocks[:, 32:96].reshape(-1, 2, 32), 2).reshape(-1, 256)
     weights = (low | high << 2).astype(np.float32) - np.float32(4)
@@ -29,8 +30,8 @@ def q3_k(blocks: Bytes) -> Float32:
 
 def six_bit_scales(packed: Bytes) -> tuple[Float32, Float32]:
     """Returns eight scales and eight minima of 6 bits. Bytes 0-3 hold scales 0-3 and the top two bits of scales 4-7.
-    Bytes 4-7 hold the minima likewise. The low halves of bytes 8-11 hold the low four bits of scales 4-7, and the high
-    halves hold those of minima 4-7."""
+    Bytes 4-7 hold the minima in the same way. The low halves of bytes 8-11 hold the low four bits of scales 4-7. Their
+    high halves hold the low four bits of minima 4-7."""
     first, second, low = packed[:, :4], packed[:, 4:8], packed[:, 8:12]
     scales = np.concatenate([first & 63, low & 15 | first >> 6 << 4], axis=1)
     minima = np.concatenate([second & 63, low >> 4 | second >> 6 << 4], axis=1)
@@ -43,18 +44,20 @@ def _q45(blocks: Bytes, weights: Bytes) -> Float32:
 
 
 def q4_k(blocks: Bytes) -> Float32:
-    """A block: d f16 | dmin f16 | 12 bytes of scales | 256 x 4 bits, 64 weights in 32 bytes."""
+    """Block layout: float16 d, float16 dmin, 12 bytes of scales, 256 x 4 bits (64 weights in 32 bytes)."""
     return _q45(blocks, fields(blocks[:, 16:].reshape(-1, 4, 32), 4))
 
 
 def q5_k(blocks: Bytes) -> Float32:
-    """A block: d f16 | dmin f16 | 12 bytes of scales | 256 x fifth bit, 32 a field | 256 x 4 bits, 64 in 32 bytes."""
+    """Block layout: float16 d, float16 dmin, 12 bytes of scales, 256 x fifth bit (bit i of 32 bytes is for weights 32 *
+    i to 32 * i + 31), 256 x 4 bits (64 weights in 32 bytes)."""
     low = fields(blocks[:, 48:].reshape(-1, 4, 32), 4).reshape(-1, 8, 32)
     return _q45(blocks, low | fields(blocks[:, 16:48], 1) << np.uint8(4))
 
 
 def q6_k(blocks: Bytes) -> Float32:
-    """A block: 256 x 4 bits, 128 weights in 64 bytes | 256 x upper 2 bits, 128 in 32 | 16 x int8 scale | d f16."""
+    """Block layout: 256 x 4 bits (128 weights in 64 bytes), 256 x upper 2 bits (128 weights in 32 bytes), 16 x int8
+    scale, float16 d."""
     low = fields(blocks[:, :128].reshape(-1, 2, 64), 4).reshape(-1, 256)
     high = fields(blocks[:, 128:192].reshape(-1, 2, 32), 2).reshape(-1, 256)
     weights = (low | high << 4).astype(np.float32) - np.float32(32)
@@ -62,20 +65,21 @@ def q6_k(blocks: Bytes) -> Float32:
 
 
 def _ternary_digits(data: Bytes, digits: int) -> Bytes:
-    """Returns the base-3 digits of each byte / 256, highest first: [blocks, n] -> [blocks, digits * n]."""
+    """Returns the base-3 digits of the fraction byte / 256, highest digit first: [blocks, n] -> [blocks, digits *
+    n]."""
     powers = np.array([3**i for i in range(digits)], np.uint8)[:, None]
     fractions = data[:, None, :] * powers
     return (fractions.astype(np.uint16) * 3 >> 8).astype(np.uint8).reshape(len(data), -1)
 
 
 def tq1_0(blocks: Bytes) -> Float32:
-    """A block: 160, 80 and 16 weights of -1, 0 or 1 in 32, 16 and 4 bytes (five, five and four digits each) | d f16."""
+    """Block layout: 160, 80 and 16 weights of -1, 0 or 1 as base-3 digits in 32, 16 and 4 bytes, then float16 d."""
     digits = [(blocks[:, :32], 5), (blocks[:, 32:48], 5), (blocks[:, 48:52], 4)]
     weights = np.concatenate([_ternary_digits(data, count) for data, count in digits], axis=1)
     return (weights.astype(np.float32) - np.float32(1)) * floats16(blocks, 52)
 
 
 def tq2_0(blocks: Bytes) -> Float32:
-    """A block: 256 x 2 bits, 128 weights in 32 bytes: -1, 0, 1, or 2, which no quantizer writes | d f16."""
+    """Block layout: 256 x 2 bits (128 weights in 32 bytes), then float16 d. No quantizer writes the value 2."""
     weights = fields(blocks[:, :64].reshape(-1, 2, 32), 2).reshape(-1, 256)
     return (weights.astype(np.float32) - np.float32(1)) * floats16(blocks, 64)

@@ -1,4 +1,4 @@
-"""KV memory in blocks, with an array of rounded keys and an array of rounded values for each layer."""
+"""KV memory in blocks. Each layer has an array of rounded keys and an array of rounded values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Int8 = NDArray[np.int8]
 
 
 class _HalfRows:
-    """Keys or values [positions, kv_heads, head_dim] in float16, which are NaN until they are stored."""
+    """Keys or values [positions, kv_heads, head_dim] in float16. They are NaN until they are stored."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         self._values: Float16 = np.full(shape, np.nan, np.float16)
@@ -59,8 +59,6 @@ class _ByteRows:
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """Rows in q8_0: quants [..., channels] and scales [..., groups]."""
-
     quants: Int8
     scales: Float16
 
@@ -72,9 +70,9 @@ class Rounded:
 
 
 def round_to_bytes(rows: Float32) -> Rounded:
-    """Rounds rows [..., channels] to q8_0, in float32. The scale of 32 channels is their greatest magnitude / 127 as
-    float16. Their quants are x * (1 / scale), rounded to nearest (ties to even) within -127..127. If the scale is 0,
-    the quants are 0. If a channel is not finite, the scale is NaN."""
+    """Rounds rows [..., channels] to q8_0, in float32. The scale of 32 channels is their largest magnitude / 127, as
+    float16. The quants are x * (1 / scale), rounded to nearest (ties to even) within -127..127. If the scale is 0, the
+    quants are 0. If a channel is not finite, the scale is NaN."""
     channels = rows.shape[-1]
     missing = -channels % KV_GROUP_CHANNELS
     padded = np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, missing)])
@@ -90,10 +88,10 @@ def round_to_bytes(rows: Float32) -> Rounded:
 
 
 class LayerKv:
-    """A layer's keys and values, [blocks * KV_BLOCK_TOKENS, kv_heads, head_dim]. MLA stores no values."""
+    """A layer's keys and values, [blocks * KV_BLOCK_TOKENS, kv_heads, head_dim]. Latent attention stores no values."""
 
     def __init__(self, step: Attention, blocks: int, *, windowed: bool = False) -> None:
-        self.windowed = windowed  # its blocks are those of `Batch.window_tables`
+        self.windowed = windowed  # True if the blocks are those of `Batch.window_tables`.
         self._shape = (blocks * KV_BLOCK_TOKENS, step.kv_heads, step.head_dim)
         rows = _HalfRows if step.kv_type is KvType.F16 else _ByteRows
         self._keys = rows(self._shape)
@@ -105,7 +103,6 @@ class LayerKv:
         return self._keys.n_bytes + (0 if self._values is None else self._values.n_bytes)
 
     def store(self, table: Int32, positions: Int32, keys: Float32, values: Float32 | None) -> None:
-        """Rounds and stores keys and values [rows, kv_heads * head_dim] for the sequence with this block table."""
         assert (table[positions // KV_BLOCK_TOKENS] >= 0).all(), "a block that is not there is written"
         places = _places(table, positions)
         shape = (len(positions), *self._shape[1:])

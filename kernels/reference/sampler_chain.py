@@ -1,5 +1,5 @@
-"""The steps of a sampler chain, slow and simple, with the same bits as kernels/cpu/native/sampler/chain.cpp. Each
-function has the name of its sampler."""
+"""The steps of a sampler chain in simple Python, with the same bits as kernels/cpu/native/sampler/chain.cpp. A step's
+function has the name of the sampler."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MIROSTAT_TOKENS = 100
 
 
 def choose(logits: Float32, task: SampleTask, chain: SamplerChain) -> tuple[int, float | None]:
-    """Returns the chosen token and Mirostat's next mu, which is None without Mirostat."""
+    """Returns the chosen token and the next mu of Mirostat, which is None without Mirostat."""
     row = Candidates(logits, task, chain)
     for step in chain.order:
         globals()[step](row)
@@ -38,7 +38,7 @@ def choose(logits: Float32, task: SampleTask, chain: SamplerChain) -> tuple[int,
 
 
 def _draw(row: Candidates) -> int:
-    """Draws by the inverse CDF in the candidates' order: (random bits * sum) >> 64 is uniform below the sum."""
+    """Draws with the inverse CDF, in the order of candidates. (random bits * sum) >> 64 is uniform in [0, sum)."""
     target = (random_bits(row.task) * sum(row.weigh())) >> 64
     return next(rank for rank, so_far in enumerate(accumulate(row.w)) if so_far > target)
 
@@ -80,8 +80,8 @@ def dry(row: Candidates) -> None:
 
 def repetitions(history: tuple[int, ...], breakers: tuple[tuple[int, ...], ...], allowed_length: int) -> dict[int, int]:
     """Returns the tokens that would continue a repetition, each with the repetition's length. The length is the number
-    of last tokens that also precede an earlier occurrence of the token. It is at least `allowed_length`. A match ends
-    at the newest breaker."""
+    of newest tokens that also precede an earlier occurrence of the token. Lengths below `allowed_length` are not
+    returned. A repetition does not reach beyond the newest breaker."""
     reach = _reach(history, breakers)
     if len(history) <= allowed_length or reach < allowed_length:
         return {}

@@ -1,4 +1,4 @@
-"""Sequences' recurrent states: memory in blocks, and the steps that update states row by row."""
+"""The recurrent states of sequences: their memory in blocks, and the steps that update states row by row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS, Convolution, SequenceState
 
 class StateMemory:
     def __init__(self, state: SequenceState, limits: StageLimits) -> None:
-        self._has_blocks = limits.state_blocks > 0  # of its own, see `Batch.states`
+        self._has_blocks = limits.state_blocks > 0  # True if states have their own blocks; see `Batch.states`.
         blocks = limits.state_blocks or limits.kv_blocks
         self._values: Float32 = np.full((blocks, state.floats), np.nan, np.float32)
 
@@ -31,7 +31,6 @@ class StateMemory:
 
 
 def _own_blocks(batch: Batch, sequence: int, rows: range) -> tuple[int, dict[int, int]]:
-    """Returns the block of the state before a sequence's first row, and the blocks of the states after rows, by row."""
     states = batch.states
     assert states is not None, "a batch without states"
     places = slice(*states.starts[sequence : sequence + 2].tolist())
@@ -51,8 +50,8 @@ def _kv_blocks(batch: Batch, sequence: int, rows: range) -> tuple[int, dict[int,
 class SequenceRows:
     rows: range
     values: Float32
-    read: int | None  # the block of the state that the first row reads; None: it is the sequence's first one
-    written: Mapping[int, int]  # blocks of the states behind rows
+    read: int | None  # Block of the state that the first row reads; None if the sequence begins there.
+    written: Mapping[int, int]  # Block of the state after a row, by row.
 
     def before(self) -> Float32:
         if self.read is None:

@@ -1,4 +1,4 @@
-"""Every kind of step in NumPy. Sums are in float64 and in an order that ignores other rows. Results are in float32."""
+"""Every kind of step in NumPy. Sums are in float64 and do not depend on other rows. Results are in float32."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def layer_norm(x: Float32, weight: Float32, bias: Float32 | None, epsilon: float
 
 
 def matmul(x: Float32, weight: Float32, bias: Float32 | None = None) -> Float64:
-    """Returns x [rows, k] @ weight [n, k]^T (+ bias [n]). Avoids BLAS, whose split of k may depend on other rows."""
+    """Returns x [rows, k] @ weight [n, k]^T (+ bias [n]). Avoids BLAS, whose order of sums may depend on other rows."""
     out: Float64 = np.einsum("rk,nk->rn", x.astype(np.float64), weight.astype(np.float64))
     return out if bias is None else out + bias
 
@@ -230,15 +230,15 @@ def rope(step: ir.Rope, x: Float32, batch: Batch) -> Float64:
 
 
 def _rope_positions(step: ir.Rope, batch: Batch) -> Int32:
-    """Returns the position by which each pair in a row turns: [rows, pairs], or [rows, 1] if all pairs share one."""
+    """Returns the position of each pair in a row: [rows, pairs], or [rows, 1] if all pairs have the same position."""
     if step.sections is None or batch.rope_positions is None:
         return batch.positions[:, None]
     return batch.rope_positions[list(step.sections)].T
 
 
 def attention(step: ir.Attention, state: State) -> Float32:
-    """Stores the rows' keys and values first. A row sees its own position, earlier positions in its window, and all of
-    its group. If attention is not causal, the row sees later positions too."""
+    """Computes attention after storing the rows' keys and values. A row sees its own position, earlier positions in its
+    window, and all of its group. If attention is not causal, the row also sees later positions."""
     batch, kv = state.batch, state.kv[step.layer]
     tables = batch.window_tables if kv.windowed else batch.block_tables
     assert tables is not None
@@ -264,7 +264,7 @@ def moe(step: ir.Moe, state: State) -> Float64:
 
 
 def expert_choice(step: ir.Moe, state: State) -> Float32:
-    """Returns the ids of the chosen experts and then their weights: [rows, 2 * used]."""
+    """Returns the ids of the chosen experts, followed by their weights: [rows, 2 * used]."""
     weights, bias = state.weights, state.weights[step.router_bias] if step.router_bias else None
     scores = _SCORES[step.options.gating](matmul(state[step.routed or step.x], weights[step.router], bias))
     chosen = np.argsort(-_selection(step, scores, weights), axis=1, kind="stable")[:, : step.used]
@@ -282,7 +282,7 @@ def expert_choice(step: ir.Moe, state: State) -> Float32:
 def expert_results(
     step: ir.Moe, state: State, choice: Float32, experts: range, given: Float32 | None = None
 ) -> Float32:
-    """Returns [rows, used * width] with results at ranks that chose one of `experts`, and elsewhere `given` or 0."""
+    """Returns results [rows, used * width]. A rank whose expert is not in `experts` has the values of `given`, or 0."""
     x, width = state[step.x], step.out.width
     out = np.zeros((len(x), step.used * width), np.float32) if given is None else given.copy()
     for row, (ids, shares) in enumerate(zip(choice[:, : step.used].astype(int), choice[:, step.used :], strict=True)):
@@ -316,7 +316,6 @@ def expert_shards(step: ir.ExpertShards, state: State) -> Float32:
 
 
 def _selection(step: ir.Moe, scores: Float64, weights: Mapping[str, Float32]) -> Float64:
-    """Returns the scores by which experts are chosen. Experts in unused groups have -inf."""
     selection = scores + weights[step.selection_bias] if step.selection_bias else scores
     if step.options.groups == 1:
         return selection

@@ -36,7 +36,7 @@ def test_what_an_older_build_lacks_is_named(what: str, tmp_path: Path) -> None:
     stub.write_text(f"{STUB.read_text()}\n\n{newer}\n")
     with pytest.raises(LlamaclustError) as raised:
         check_interface(_native, stub)
-    assert str(raised.value).startswith(f"{_native.__file__} is of another version of llamaclust: {words}")
+    assert str(raised.value).startswith(f"{_native.__file__} was built from another version of llamaclust: {words}")
     assert "\n" not in str(raised.value)
 
 

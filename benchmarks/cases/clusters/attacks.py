@@ -84,8 +84,8 @@ BODIES: Final[Mapping[str, tuple[str, str, str, str, int]]] = {
         ("text", _COMPLETIONS, '{"max_tokens":1,"prompt":"' + "a b, " * (_SIZE // 5), "", '"}', 1),
     )
 }
-"""Path, beginning, item, end and size in bytes of each body. A body has as many items as fit. An item that begins with
-a colon becomes a JSON member with a new name. Bodies named `..._most` are as large as the limit allows."""
+"""Request bodies by name: path, beginning, item, end, and size in bytes. A body has as many items as fit. An item that
+begins with a colon becomes a JSON member with a new name. Bodies named `..._most` are as large as the limit allows."""
 
 
 def filled(before: str, item: str, after: str, size: int) -> bytes:
@@ -125,27 +125,28 @@ FLOODS: Final[Mapping[str, tuple[str, Callable[[], bytes], int]]] = {
     "headers": ("", lambda: b"GET /live " + _HEAD + 10_000 * b"a: b\r\n" + b"\r\n", 900),
     "chunks": ("", lambda: _BEGUN + 100_000 * b"1\r\na\r\n" + b"0\r\n\r\n", 40),
 }
-"""Path, maker of the body, and number of simultaneous requests. Without a path, the bytes are sent as they are."""
+"""Path, function that makes the body, and number of simultaneous requests. Without a path, sends the bytes
+unchanged."""
 _KNOWN = (*BODIES, *FLOODS)
 
 
 @dataclass(frozen=True)
 class Attacks(Case):
-    """Cost of a hostile client to other clients: gaps in their streams, `/live`, first tokens, memory.
-    The attacker and the other clients have different API keys. Bodies have 15 MB, and --at-once bodies of each kind are
-    sent together. `background` sends 300 background responses. `tokenize` sends 40 texts of 1 MiB. `answers` are 128
-    answers that obey a large schema. `logprobs` are 32 answers of 1,900 tokens with 20 logprobs each (needs a tiny
-    model). `ambiguous` are 16 answers whose matchers take 20 to 60 ms per token. `fixed_texts` are 8 choices of 100,000
-    characters. Attacks without a key are `headers` (900 connections with 10,000 headers) and `chunks` (40 bodies of
-    100,000 chunks). `form ms` is the time of another client's answer under a schema."""
+    """Measures how a hostile client affects other clients: gaps in streams, `/live`, first tokens, memory.
+    The attacker and the other clients have different API keys. A body has 15 MB, and --at-once bodies of each kind are
+    sent together. `background` sends 300 background responses. `tokenize` sends 40 texts of 1 MiB. `answers` requests
+    128 answers that obey a large schema. `logprobs` requests 32 answers of 1,900 tokens with 20 logprobs each (needs a
+    tiny model). `ambiguous` requests 16 answers whose grammar takes 20 to 60 ms per token. `fixed_texts` sends 8
+    choices of 100,000 characters. Two attacks need no key: `headers` (900 connections with 10,000 headers each) and
+    `chunks` (40 bodies of 100,000 chunks each). `form ms` is the time of another client's answer under a schema."""
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)
     attack: tuple[str, ...] = option(
         _KNOWN, "attacks to run", listed(chosen("attack", {name: name for name in _KNOWN}))
     )
-    at_once: int = option(8, "simultaneous bodies of each kind", positive)
-    streams: int = option(4, "streams of other clients", positive)
+    at_once: int = option(8, "number of simultaneous bodies of each kind", positive)
+    streams: int = option(4, "number of streams of other clients", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         with NamedTemporaryFile("w", prefix="llamaclust-keys-") as file:

@@ -24,22 +24,22 @@ _LOOK_S = 0.1
 
 @dataclass(frozen=True)
 class Chaos(Case):
-    """Injects the faults of `llamaclust chaos` into a new cluster: no answer may be lost or changed.
-    A killed coordinator is restarted at once, or a standby takes over. With --group, that many workers hold the first
-    two thirds of the layers, and one other worker holds the rest, so that no worker can replace another."""
+    """Injects the faults of `llamaclust chaos` into a new cluster. No answer may be lost or changed.
+    A killed coordinator is restarted at once, or a standby takes over. With --group N, N workers hold the first two
+    thirds of the layers together. One other worker holds the rest, so that no worker can replace another."""
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)
     minutes: float = option(5.0, "duration of the faults in minutes")
-    faults: frozenset[FaultKind] = option(None, "kinds of faults, such as kill,stop; by default all", fault_kinds)
+    faults: frozenset[FaultKind] = option(None, "kinds of faults, such as kill,stop (default: all)", fault_kinds)
     launcher: str = option(
         "local", "launcher of the cluster", chosen("launcher", {name: name for name in ("local", "static")})
     )
-    workers: int = option(3, "workers with one thread each", positive)
-    group: int = option(0, "number of workers in a group that holds the first layers; 0 for no group", natural)
+    workers: int = option(3, "number of workers, with one thread each", positive)
+    group: int = option(0, "number of workers in the group that holds the first layers; 0 means no group", natural)
     standby: bool = option(False, "run a standby coordinator")
-    silence: float = option(1.0, "timeouts.worker in seconds (a cluster's default: 5)")
-    streams: int = option(32, "simultaneous streams", positive)
+    silence: float = option(1.0, "timeouts.worker in seconds (default of clusters: 5)")
+    streams: int = option(32, "number of simultaneous streams", positive)
     seed: int = option(1, "seed of the faults")
 
     async def groups(self) -> AsyncIterator[Group]:
@@ -61,7 +61,9 @@ class Chaos(Case):
         for error, count in tally.errors.most_common(3):
             print(f"{count} answers ended with: {error}")
         if not tally.is_success or tally.errors:
-            raise LlamaclustError(f"LOST, CHANGED, FAILED OR NOTHING TESTED; seed {self.seed}")
+            raise LlamaclustError(
+                f"answers were lost or changed, requests failed, or nothing was tested; repeat with --seed {self.seed}"
+            )
 
     def _plan(self) -> list[dict[str, object]]:
         with Model.open(self.model) as model:
@@ -93,7 +95,7 @@ async def _pauses(faults: int, seconds: list[float], turn: int) -> Measures:
 
 
 async def _keep_up(bench: Bench, *, with_standby: bool) -> None:
-    """Starts a coordinator when the last one has ended, or a new standby when the last one has taken over."""
+    """Starts a coordinator whenever the last one has ended, or a standby whenever the last one has taken over."""
     while True:
         await asyncio.sleep(_LOOK_S)
         present = sum(process.poll() is None for process in bench.started)

@@ -27,15 +27,15 @@ _PARTS = ("logprobs", "breakers")
 
 @dataclass(frozen=True)
 class Gaps(Case):
-    """Cost of expensive requests to streams that run meanwhile: gaps between their tokens, first tokens, memory.
-    `logprobs` is a request of 8 prompts of 2,000 tokens with 128 logprobs each, and a request of 64 prompts that fill
-    the context. `breakers` are 8 requests with 64 new DRY breakers each, also while a worker is killed."""
+    """Measures how expensive requests affect other streams: gaps between tokens, first tokens, memory.
+    `logprobs` sends a request of 8 prompts of 2,000 tokens with 128 logprobs each, and a request of 64 prompts that
+    fill the context. `breakers` sends 8 requests with 64 new DRY breakers each, and 8 more while a worker is killed."""
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)
     parts: tuple[str, ...] = option(_PARTS, "parts to run", listed(chosen("part", {part: part for part in _PARTS})))
-    streams: int = option(8, "streams that are measured", positive)
-    workers: int = option(2, "workers with one thread each", positive)
+    streams: int = option(8, "number of streams to measure", positive)
+    workers: int = option(2, "number of workers, with one thread each", positive)
     quiet: float = option(_QUIET_S, "seconds of streams before the first expensive request")
 
     async def groups(self) -> AsyncIterator[Group]:

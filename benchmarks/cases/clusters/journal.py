@@ -29,22 +29,22 @@ class Replies(front.Replies):
 front.Replies = Replies
 main()
 """
-"""The `llamaclust` program with a coordinator that keeps no journal of replies."""
+"""The program `llamaclust` with a coordinator that keeps no journal of replies."""
 
 
 @dataclass(frozen=True)
 class Journal(Case):
-    """Throughput of short requests with the journal of admissions, relative to a coordinator without a journal.
+    """Compares the throughput of short requests with and without the journal of admitted requests.
     Two clusters take turns at bursts of streamed requests. The journal is in the folder of temporary files or in
-    --state-dir. Choose a disk, not a tmpfs."""
+    --state-dir. The folder should be on a disk, not on a tmpfs."""
 
     rounds = 15
     warm = 1
     model: Path = argument("path of a .gguf", existing)
-    requests: int = option(1000, "requests per burst", positive)
-    connections: int = option(64, "simultaneous connections", positive)
-    tokens: int = option(4, "tokens per answer", positive)
-    state_dir: Path | None = option(None, "existing folder for the journal; by default a temporary one", Path)
+    requests: int = option(1000, "number of requests per burst", positive)
+    connections: int = option(64, "number of simultaneous connections", positive)
+    tokens: int = option(4, "number of tokens in an answer", positive)
+    state_dir: Path | None = option(None, "existing folder for the journal (default: a temporary folder)", Path)
 
     async def groups(self) -> AsyncIterator[Group]:
         if self.state_dir is not None:
@@ -70,6 +70,6 @@ class Journal(Case):
             connection = await requested(api, body, connection=connection)
             answer = await connection[0].readuntil(b"\r\n0\r\n\r\n")
             if not answer.startswith(b"HTTP/1.1 200") or b"data: [DONE]" not in answer:
-                raise LlamaclustError(f"no answer: {answer[:300]!r}")
+                raise LlamaclustError(f"a request was not answered to its end: {answer[:300]!r}")
         if connection is not None:
             connection[1].close()

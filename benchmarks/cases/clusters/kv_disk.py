@@ -21,21 +21,21 @@ from llamaclust.cluster.config.catalog import resolve_model
 
 _OWN_TOKENS, _TOKENS = 8, 8
 _QUIET_S = 2.5
-"""The number of seconds without a write (two heartbeats) after which everything counts as written."""
+"""Seconds without a write (two heartbeats) after which all KV memory counts as written."""
 _WRITTEN = "llamaclust_worker_kv_disk_written_bytes_total{"
 
 
 @dataclass(frozen=True)
 class KvDisk(Case):
-    """Time to the first token after a full restart, when the KV memory of a long shared prefix is read from disk.
-    The first cluster computes the prefix and writes its KV memory. The second answers another prompt with the same
-    prefix. Both clusters' answers to the first prompt must have equal ids and logprob bits. A client measures times."""
+    """Measures the time to the first token after a full restart, if a long shared prefix is read from disk.
+    The first cluster computes the prefix and writes its KV memory. The second cluster answers another prompt with the
+    same prefix. Both clusters' answers to the first prompt must have equal ids and logprobs. Times are a client's."""
 
     rounds = 3
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")
-    workers: int = option(2, "workers of the cluster", positive)
-    threads: int = option(1, "threads of each worker", positive)
-    prefix: int = option(4000, "tokens of the shared prefix", positive)
+    workers: int = option(2, "number of workers in the cluster", positive)
+    threads: int = option(1, "number of threads of each worker", positive)
+    prefix: int = option(4000, "number of tokens in the shared prefix", positive)
     damage: bool = option(False, "flip a byte of each file before the restart")
 
     async def groups(self) -> AsyncIterator[Group]:

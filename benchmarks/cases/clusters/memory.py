@@ -29,14 +29,15 @@ _ROOM_BYTES = 1 << 40
 
 @dataclass(frozen=True)
 class Memory(Case):
-    """Memory of stages as stated by `plan`, `model info` and `status`, compared with the memory that is resident.
-    The stages of one worker and of two are loaded, each in its own process without the packed-weight cache. They run
-    the largest microbatches until all KV blocks are in use. `resident` is the process's growth since before the load
-    (RssAnon of /proc/self/status). The case fails if a figure differs from `resident` by more than 5 %."""
+    """Compares the memory that `plan`, `model info` and `status` state with the resident memory of stages.
+    The stages of one worker and of two workers are loaded, each in its own process without the packed-weight cache.
+    They run the largest microbatches until all KV blocks are in use. `resident` is the growth of a process's RssAnon
+    (/proc/self/status) since before the load. The case fails if a stated size differs from `resident` by more than 5
+    %."""
 
     rounds = 1
     models: list[Path] = argument("paths of .gguf files", existing, nargs="+")
-    threads: int = option(2, "threads of each stage", positive)
+    threads: int = option(2, "number of threads of each stage", positive)
     context: int = option(1024, "context length in tokens", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
@@ -52,7 +53,9 @@ class Memory(Case):
                         yield group
                         worst = max(worst, abs(group.values(name, "worst")[0]))
         if worst > _MOST:
-            raise LlamaclustError(f"a figure is {worst:.1%} away from resident memory; at most {_MOST:.0%} is allowed")
+            raise LlamaclustError(
+                f"a stated size differs from resident memory by {worst:.1%}; the limit is {_MOST:.0%}"
+            )
 
     def _stages(
         self, path: Path, model: Model, cut: tuple[int, ...]

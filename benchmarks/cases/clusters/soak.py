@@ -27,7 +27,7 @@ from llamaclust.tools.chaos.tally import Comparison, Tally
 
 _CONTEXT_TOKENS = 256
 _LONGEST_WORDS = 30
-_KINDS = 32  # kinds of requests
+_KINDS = 32  # Number of different requests.
 _LOOK_S = 1.0
 _AWAY_S = 2.0
 _TIMEOUT_S = 300.0
@@ -78,7 +78,7 @@ class Exchange:
     received: Received = field(default_factory=Received)
 
     async def read(self, most: int | None, *, with_name: bool) -> None:
-        """Reads at most `most` events over a new connection. `with_name` lets a later connection resume the reply."""
+        """Reads up to `most` events over a new connection. If `with_name`, a later connection can resume the reply."""
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
         headers |= self.stream.headers if with_name else {}
         events = 0
@@ -98,19 +98,19 @@ Samples = dict[str, list[tuple[float, float]]]
 
 @dataclass(frozen=True)
 class SoakCase(Case):
-    """Many streams for a long time, with clients that disconnect, return or give up: errors, and memory.
-    Three in five replies are read to the end. Other clients are disconnected at a random event, and return within two
-    seconds or give up. The case fails if a complete answer differs from an undisturbed answer, or if a process's median
-    memory in the last tenth differs by more than a twentieth from the first tenth after --warm-up."""
+    """Runs many streams for a long time with clients that disconnect, return or give up. Checks answers and memory.
+    Three in five clients read their reply to the end. Other clients disconnect at a random event, and return within two
+    seconds or give up. The case fails if a complete answer differs from an undisturbed answer. It also fails if a
+    process's median memory changes by more than 5 % between the first tenth after --warm-up and the last tenth."""
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)
     minutes: float = option(10.0, "duration of the streams in minutes")
     warm_up: float = option(2.0, "minutes before memory is compared")
-    streams: int = option(300, "simultaneous streams", positive)
-    sequences: int = option(64, "max_sequences of the cluster", positive)
-    tokens: int = option(48, "tokens per answer", positive)
-    workers: int = option(2, "workers with one thread each", positive)
+    streams: int = option(300, "number of simultaneous streams", positive)
+    sequences: int = option(64, "max_sequences in the cluster file", positive)
+    tokens: int = option(48, "number of tokens in an answer", positive)
+    workers: int = option(2, "number of workers, with one thread each", positive)
     seed: int = option(1, "seed of the requests")
 
     async def groups(self) -> AsyncIterator[Group]:
@@ -128,7 +128,9 @@ class SoakCase(Case):
                 yield group
                 changes.append(abs(group.values(name, "change")[0]))
         if not soak.compared.is_intact or soak.errors or max(changes) > _MOST_CHANGE:
-            raise LlamaclustError(f"an answer differs, or memory has changed too much; seed {self.seed}")
+            raise LlamaclustError(
+                f"answers differ, requests failed, or memory changed too much; repeat with --seed {self.seed}"
+            )
 
     async def _undisturbed(self, bench: Bench) -> dict[int, Received]:
         async with AsyncClient(bench.api) as client:

@@ -87,14 +87,14 @@ class Side:
 
 @dataclass(frozen=True)
 class LinkCase(Case):
-    """Cost of a gather between two members over loopback, compared with a loop that exchanges the same bytes.
+    """Compares a gather between two members over loopback with a loop that exchanges the same bytes.
     Two processes, each on its own core, take turns with three ways: a loop that only sends and receives, plain links,
-    and links with TLS. Each member sends --kib. Then the other member is late each time, and everything is repeated."""
+    and links with TLS. Each member sends --kib. Everything is repeated with the other member late each time."""
 
     rounds = 9
-    kib: float = option(16.0, "KiB that each member sends, at most 1024", zero_or_more)
-    gathers: int = option(2000, "gathers per turn", positive)
-    late_ms: float = option(2.0, "milliseconds by which the other member is late; 0 for never", zero_or_more)
+    kib: float = option(16.0, "number of KiB that each member sends, up to 1024", zero_or_more)
+    gathers: int = option(2000, "number of gathers per turn", positive)
+    late_ms: float = option(2.0, "milliseconds by which the other member is late; 0 means never", zero_or_more)
 
     async def groups(self) -> AsyncIterator[Group]:
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -139,7 +139,7 @@ class LinkCase(Case):
 
 
 def serve(side: Side, ends: list[socket.socket], orders: Connection) -> None:
-    """Runs the second member. An order has a way's name, a number of gathers, and the delay before each in ms."""
+    """Runs the second member. An order has the name of a way, a number of gathers, and the delay before each in ms."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     ways = side.ways(ends)
     while (order := orders.recv()) is not None:

@@ -23,7 +23,7 @@ _MODELS = (
 )
 _COUNTS = (2, 3, 4, 6, 8)
 _NETWORKS = tuple(itertools.product((0.1, 1, 2.5, 10, 25), (0.1, 0.4, 2, 10)))
-"""Pairs of Gbit/s and round trip in ms."""
+"""Pairs of Gbit/s and round-trip time in ms."""
 _MEMORIES = (4, 8, 16, 24, 32, 64, 128)
 _WORSE = 1.03
 _ALL = 3
@@ -39,10 +39,9 @@ Entry = dict[str, object]
 
 
 def _grid() -> list[_Case]:
-    """Returns the cases. Unequal machines differ in speed and memory. All machines have enough memory if possible."""
     cases = []
     for number, (model, count, (gbit, ms)) in enumerate(itertools.product(_MODELS, _COUNTS, _NETWORKS)):
-        if number % 3:  # a third of the cases, spread over all combinations
+        if number % 3:  # Only a third of the combinations become cases.
             continue
         source = random.Random(number)
         file_bytes = assumed_model(model).file.size_bytes
@@ -123,7 +122,6 @@ class _Alternatives:
 
 
 def _divided(order: Sequence[int]) -> Iterator[list[tuple[int, ...]]]:
-    """Yields all divisions of the machines, in the given order, into groups and single machines."""
     for ends in itertools.product((False, True), repeat=len(order) - 1):
         places = [0, *(place for place, is_end in enumerate(ends, 1) if is_end), len(order)]
         yield [tuple(order[start:end]) for start, end in itertools.pairwise(places)]
@@ -152,9 +150,9 @@ def _planned(cluster: AssumedCluster, model: AssumedModel, *overrides: str) -> _
 
 
 def _outcome(case: _Case, most: int, source: random.Random) -> Measures | None:
-    """Compares the chosen plan with others of at least equal KV memory. Returns None if the model does not fit."""
+    """Compares the chosen plan with others that have at least as much KV memory. Returns None if no plan fits."""
     cluster, model = AssumedCluster(parse_machines(case.machines)), assumed_model(case.model)
-    model.opened.costs  # noqa: B018
+    model.opened.costs  # noqa: B018  Computed here, so that it does not count as planning time.
     begun_s = process_time()
     chosen = _planned(cluster, model)
     planning_s = process_time() - begun_s
@@ -174,15 +172,16 @@ def _outcome(case: _Case, most: int, source: random.Random) -> Measures | None:
 
 @dataclass(frozen=True)
 class PlanGrid(Case):
-    """Choices of the planner, compared with other plans over a grid of assumed clusters: none may be clearly faster.
-    The case compares the predicted times for a prompt of 512 tokens and an answer of 128. The other plans are the best
-    plan without groups, and manual plans: all chains of sets of up to three machines, and random chains of more, with
-    shares and cuts by speed, by memory, equal or random. The case fails if one is faster by more than 3 %."""
+    """Compares the planner's choices with other plans over a grid of assumed clusters. None may be clearly faster.
+    The case compares predicted times for a prompt of 512 tokens and an answer of 128 tokens. The other plans are the
+    best plan without groups, and manual plans. Manual plans are all chains of sets of up to three machines, and random
+    chains of more machines. Their shares and borders follow speed or memory, or are equal or random. The case fails if
+    another plan is faster by more than 3 %."""
 
     rounds = 1
-    count: int | None = option(None, "number of clusters to draw from the grid; by default all", positive)
+    count: int | None = option(None, "number of clusters to draw from the grid (default: all)", positive)
     seed: int = option(1, "seed of the drawn clusters and plans")
-    alternatives: int = option(60, "most manual plans per cluster", natural)
+    alternatives: int = option(60, "maximum number of manual plans per cluster", natural)
 
     async def groups(self) -> AsyncIterator[Group]:
         source, cases = random.Random(self.seed), _grid()
@@ -196,7 +195,9 @@ class PlanGrid(Case):
                 worst, fitting = max(worst, float(outcome["ratio"])), fitting + 1
         print(f"choices: {fitting} of {len(cases)} models fit; worst relative to the best other plan: {worst:.3f}")
         if worst > _WORSE:
-            raise LlamaclustError(f"another plan is faster by more than {_WORSE - 1:.0%}; seed {self.seed}")
+            raise LlamaclustError(
+                f"another plan is faster by more than {_WORSE - 1:.0%}; repeat with --seed {self.seed}"
+            )
 
 
 async def _same(outcome: Measures, turn: int) -> Measures:

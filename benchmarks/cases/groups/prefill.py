@@ -43,7 +43,7 @@ _NAMES = ("first", "second")
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Settings of a member. Without `end`, they are settings of the process that computes alone."""
+    """Settings of a process. Without `end`, the process computes alone; with `end`, it is a member of a group."""
 
     model: Path
     layers: int
@@ -121,7 +121,9 @@ def served(settings: Sequence[Setting]) -> Iterator[list[Connection]]:
 
 def _answer(orders: Connection) -> Any:
     if not orders.poll(_ANSWER_S):
-        raise LlamaclustError(f"a process has not answered in {_ANSWER_S:g} s; measure less")
+        raise LlamaclustError(
+            f"a measured process has not answered in {_ANSWER_S:g} s; choose fewer --rows or --layers"
+        )
     return orders.recv()
 
 
@@ -133,19 +135,19 @@ def connected(hosts: Sequence[str]) -> tuple[socket.socket, socket.socket]:
 
 @dataclass(frozen=True)
 class Prefill(Case):
-    """Time of a layer in prefill: two members that hold it together, compared with a process that computes alone.
+    """Compares the prefill time of a layer on two members of a group with one process that computes alone.
     The members are on --hosts and use links with TLS. All results must have the same bits."""
 
     warm = 1
     shape: str = argument("shape of the model", chosen("shape", {name: name for name in SHAPES}))
     type: QuantType = argument("type of the weights", chosen("type", TYPES))
-    rows: int = option(512, "tokens of the prompt", positive)
+    rows: int = option(512, "number of tokens in the prompt", positive)
     layers: int = option(2, "number of layers to compute", positive)
-    hidden: int | None = option(None, "width in channels, for tests; by default the shape's width", positive)
-    hosts: tuple[str, ...] = option(("127.0.0.1", "127.0.0.1"), "hosts of the members", listed(str))
+    hidden: int | None = option(None, "width in channels, for tests (default: the shape's width)", positive)
+    hosts: tuple[str, ...] = option(("127.0.0.1", "127.0.0.1"), "addresses of the two members", listed(str))
     bands: tuple[int, ...] = option((2,), "numbers of bands into which the prompt is divided", listed(positive))
     round_trip: float = option(0.0, "milliseconds to add to the round trips of links", zero_or_more)
-    gbit: float = option(0.0, "Gbit/s at which a member receives; 0 for no limit", zero_or_more)
+    gbit: float = option(0.0, "rate in Gbit/s at which a member receives; 0 means no limit", zero_or_more)
     realtime: bool = option(False, "give measured processes real-time priority; needs root")
 
     async def groups(self) -> AsyncIterator[Group]:

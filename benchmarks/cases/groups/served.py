@@ -32,7 +32,7 @@ from llamaclust.model.quant_types import QuantType
 _SHALLOW = 2
 _SHORT_PROMPT, _REPEATED_PROMPT = 16, 512
 _PLAIN_WORDS = 300
-"""The first id of a plain word. Lower ids belong to special tokens, bytes and letters."""
+"""The smallest id of a plain word. Lower ids belong to special tokens, bytes and letters."""
 _LOOKS, _LOOK_S = 600, 0.1
 _COMMAND = (sys.executable, "-P", "-m", "llamaclust")
 ONE, STAGES, GROUP = "one worker", "stages", "group"
@@ -46,16 +46,16 @@ _GOALS = {
     ("70b", "IQ1_S", 2.0): 1.35,
     ("1.1b", "IQ2_XXS", 0.0): 1.50,
 }
-"""The wanted gain of a group of two in decode, by shape, weight type, and round trip in ms."""
+"""The expected decode gain of a group of two members, by shape, weight type, and round-trip time in ms."""
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A kind of cluster. `cores` and `speeds` are in the order of the workers."""
+    """A kind of cluster. `cores` and `speeds` have one value for each worker, in order."""
 
     name: str
     cores: tuple[int, ...]
-    shares: tuple[int, ...] = ()  # of a group
+    shares: tuple[int, ...] = ()  # Shares of the members; empty for stages.
     speeds: tuple[float, ...] = (1.0,)
 
     def plan(self, layers: int) -> list[dict[str, Any]]:
@@ -67,7 +67,7 @@ class Way:
 
 
 def ways_of(cores: Sequence[int], shares: Sequence[int], speeds: Sequence[float]) -> list[Way]:
-    """Returns the kinds of clusters: one worker with the highest speed, stages (if speeds are equal), and a group."""
+    """Returns the kinds of clusters: one worker with the highest speed, stages if all speeds are equal, and a group."""
     found = [Way(ONE, (cores[0],), speeds=(max(speeds),))]
     if len(set(speeds)) == 1:
         found.append(Way(STAGES, tuple(cores), speeds=tuple(speeds)))
@@ -76,7 +76,7 @@ def ways_of(cores: Sequence[int], shares: Sequence[int], speeds: Sequence[float]
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """Layer counts. `layers` and `shallow` were measured, and `whole` is the whole model's."""
+    """Numbers of layers. Models with `layers` and with `shallow` layers were measured. The whole model has `whole`."""
 
     layers: int
     shallow: int
@@ -99,9 +99,9 @@ class ServedWay:
     pids: tuple[int, ...]
 
     async def reading(self) -> tuple[float, ...]:
-        """Returns milliseconds since the start: the stages' computing, the leader's waiting in gathers, and each
-        process's processor time. Waits until heartbeats have counted all steps."""
-        used = tuple(map(_processor_ms, self.pids))  # read first, because waiting for heartbeats takes processor time
+        """Returns milliseconds since the start: computing time of the stages, waiting time of the leader in gathers,
+        and processor time of each process. Waits until heartbeats have counted all steps."""
+        used = tuple(map(_processor_ms, self.pids))  # Read first, because waiting for heartbeats takes processor time.
         for _ in range(_LOOKS):
             found = await self.bench.cluster()
             beats = {worker["name"]: worker["heartbeat"] for worker in found["status"]["workers"]}
@@ -120,31 +120,35 @@ def _processor_ms(pid: int) -> float:
 
 @dataclass(frozen=True)
 class Served(Case):
-    """Answers of a group as clients of the HTTP API receive them, compared with one worker and with stages.
+    """Compares answers of a group with those of one worker and of stages, as HTTP clients receive them.
 
       run.py served 7b IQ2_XXS --delays 0,0.1,0.5,2 --gbit 1
       run.py served 70b IQ1_S --layers 4 --shares 2,1 --speeds 1,0.5  # each layer counts 20 times
 
-    Each static worker has one thread on its own core, and mutual TLS. With --local, workers are the coordinator's
-    processes, without TLS. `decode` is one answer after a short prompt, `prefill` is a long prompt up to its first
-    token, and `together` is several answers at once. Ids and logprobs must equal those of one worker. Links between
-    members and slow members are emulated. With --layers, models of two layers are measured too, and times for the whole
-    model are extrapolated. With --speculation, answers repeat their prompt, and all clusters draft."""
+    Each static worker has one thread on its own core, and mutual TLS. With --local, workers are processes of the
+    coordinator, without TLS. `decode` is one answer to a short prompt. `prefill` is a long prompt up to the first token
+    of its answer. `together` is several answers at the same time. Ids and logprobs must equal those of one worker.
+    Delays of links and slow members are emulated. With --layers, models of two layers are also measured, and times of
+    the whole model are extrapolated. With --speculation, all clusters draft, and answers repeat their prompt."""
 
     warm = 1
     shape: str = argument("shape of the model", chosen("shape", {name: name for name in SHAPES}))
     type: QuantType = argument("type of the weights", chosen("type", TYPES))
-    layers: int | None = option(None, "number of layers, at least 3; by default all of the shape", positive)
-    hidden: int | None = option(None, "width in channels, for tests; by default the shape's width", positive)
+    layers: int | None = option(None, "number of layers, at least 3 (default: the shape's number)", positive)
+    hidden: int | None = option(None, "width in channels, for tests (default: the shape's width)", positive)
     delays: tuple[float, ...] = option((0.0, 0.1, 0.5, 2.0), "round-trip times of links in ms", listed(zero_or_more))
-    gbit: float = option(0.0, "Gbit/s at which a member receives; 0 for no limit", zero_or_more)
-    shares: tuple[int, ...] = option((1, 1), "shares of the members", listed(positive))
-    speeds: tuple[float, ...] = option((), "speeds of the members relative to a core; by default 1", listed(share))
+    gbit: float = option(0.0, "rate in Gbit/s at which a member receives; 0 means no limit", zero_or_more)
+    shares: tuple[int, ...] = option(
+        (1, 1), "share of each member in the weights, relative to the others", listed(positive)
+    )
+    speeds: tuple[float, ...] = option((), "speed of each member as a multiple of one core (default: 1)", listed(share))
     ways: tuple[str, ...] = option((STAGES, GROUP), "kinds of clusters to compare with one worker", listed(str))
-    tokens: int | None = option(None, "tokens per answer; by default 32, or 256 with --speculation", positive)
-    prompt: int = option(512, "tokens of the long prompt; 0 for none", natural)
-    together: int = option(8, "simultaneous answers; 0 for none", natural)
-    speculation: bool = option(False, "use drafts, for answers that repeat their prompts")
+    tokens: int | None = option(
+        None, "number of tokens in an answer (default: 32, or 256 with --speculation)", positive
+    )
+    prompt: int = option(512, "number of tokens in the long prompt; 0 means no long prompt", natural)
+    together: int = option(8, "number of simultaneous answers; 0 means none", natural)
+    speculation: bool = option(False, "draft tokens, with answers that repeat their prompts")
     realtime: bool = option(False, "give measured processes real-time priority; needs root")
     local: bool = option(False, "run workers as the coordinator's processes, without TLS and emulation")
 
@@ -256,7 +260,7 @@ class Served(Case):
             answers: list[Answer] = await asyncio.gather(*requests)
             took_s = perf_counter() - begun_s
         if self.realtime:
-            await asyncio.sleep(2 * took_s)  # other programs had to wait
+            await asyncio.sleep(2 * took_s)  # Gives other programs the time that they had to wait.
         count = tokens * len(prompts)
         computed, waited, *used = (
             (now - then) / count for now, then in zip(await served.reading(), before, strict=True)
@@ -267,7 +271,7 @@ class Served(Case):
         return {**figures, "processors": " ".join(f"{ms:.2f}" for ms in used), "tokens or logprobs": bits}
 
     def _priority(self, served: ServedWay) -> ExitStack:
-        """Sets real-time priority with --realtime. The coordinator and this client come before the workers."""
+        """Sets real-time priority with --realtime. The coordinator and this client have priority over the workers."""
         stack = ExitStack()
         if self.realtime:
             coordinator, *workers = served.pids
@@ -284,7 +288,8 @@ class Served(Case):
         return [[source.randrange(_PLAIN_WORDS, words) for _ in range(length)] for _ in range(count)]
 
     async def _repeated(self, served: ServedWay) -> list[int]:
-        """Returns a prompt that its greedy answer repeats. It exists because layers add nothing to the hidden state."""
+        """Returns a prompt that its greedy answer repeats. Such prompts exist, because layers add nothing to the
+        state."""
         for turn in range(1_000):
             begin = self._prompts_begin(turn)
             ids = (await answer(served.bench.api, begin, _REPEATED_PROMPT)).ids

@@ -29,15 +29,15 @@ _HOW = "the docstring of tests/support/models/vision/record_mtmd.py"
 
 @dataclass(frozen=True)
 class Encode(Case):
-    """Speed of encoders, compared with llama.cpp's mtmd: one tile of an image of 1024 x 768 pixels.
-    A ratio above 1 means that llamaclust is faster. tests/support/models/vision/record_mtmd.py says how to build mtmd's
-    program. Weights are random and have the types in published files."""
+    """Compares the speed of image encoders with llama.cpp's mtmd, for one tile of an image of 1024 x 768 pixels.
+    A ratio above 1 means that llamaclust is faster. tests/support/models/vision/record_mtmd.py says how to build the
+    program that runs mtmd. Weights are random and have the types of published files."""
 
     rounds = 3
-    shapes: tuple[str, ...] = option(tuple(_NAMES), "encoder models", listed(chosen("shape", _NAMES)))
+    shapes: tuple[str, ...] = option(tuple(_NAMES), "shapes of encoders", listed(chosen("shape", _NAMES)))
     type: QuantType | None = option(None, "type of all matrices", chosen("type", TYPES))
-    layers: int = option(0, "layers of each encoder; 0 for all", natural)
-    threads: int = option(2, "threads of each program", positive)
+    layers: int = option(0, "number of layers of each encoder; 0 means all", natural)
+    threads: int = option(2, "number of threads of each program", positive)
     encode_tile: Path | None = option(None, "path of the program encode_tile, which runs mtmd", Path)
 
     async def groups(self) -> AsyncIterator[Group]:

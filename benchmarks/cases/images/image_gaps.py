@@ -39,23 +39,24 @@ _TEXTS = {
     "qwen3-vl-4b": Shape(2560, 36, 9728, 20, 5, context=_CONTEXT_TOKENS),
 }
 _NAMES = {name: name for name in _TEXTS}
-_BESIDE = 1000  # the number of the first image beside streams
+_BESIDE = 1000  # Number of the first image that is processed while streams run.
 
 
 @dataclass(frozen=True)
 class ImageGaps(Case):
-    """Cost of an image of 1024 x 768 pixels to streams of text meanwhile, and of another question to the same image.
-    `first s` is the time to the first token of an answer about the image. `gap ms` is the longest time between two
-    tokens of a stream while the image is encoded, or without an image (goal: 150). `mid ms` is the median. `prompt ms`
-    is the longest time while the prompt with the image is computed. Weights are random, and nothing is drafted."""
+    """Measures how an image affects text streams, and how fast a second question about an image is answered.
+    `first s` is the time to the first token of an answer about an image of 1024 x 768 pixels. `gap ms` is the longest
+    time between two tokens of a stream while the image is encoded, or without an image (goal: 150). `mid ms` is the
+    median. `prompt ms` is the longest time while the prompt with the image is computed. Weights are random, and nothing
+    is drafted."""
 
     rounds = 3
     shape: str = option("smolvlm-500m", "shape of both models", chosen("shape", _NAMES))
     type: QuantType = option(QuantType.Q8_0, "type of all matrices", chosen("type", TYPES))
-    layers: int = option(0, "layers of the encoder; 0 for all", natural)
-    text_layers: int = option(0, "layers of the text model; 0 for all", natural)
-    streams: int = option(1, "text streams while the image is processed", positive)
-    threads: int = option(2, "threads of the worker", positive)
+    layers: int = option(0, "number of layers of the encoder; 0 means all", natural)
+    text_layers: int = option(0, "number of layers of the text model; 0 means all", natural)
+    streams: int = option(1, "number of text streams while the image is processed", positive)
+    threads: int = option(2, "number of threads of the worker", positive)
     quiet: float = option(_QUIET_S, "seconds of streams without an image")
 
     async def groups(self) -> AsyncIterator[Group]:
@@ -96,7 +97,7 @@ class ImageGaps(Case):
 
 @dataclass(frozen=True, slots=True)
 class _Answered:
-    """Monotonic times at which a request with an image was sent, its images were encoded, and its first token came."""
+    """Monotonic times when a request with an image was sent, its images were encoded, and its first token arrived."""
 
     begun_s: float
     encoded_s: float
@@ -108,7 +109,7 @@ class _Answered:
 
 
 async def _beside(bench: Bench, seen: Others, turn: int) -> Measures:
-    image = _image(_BESIDE + turn)  # before the settling: it holds up this process, which reads the streams
+    image = _image(_BESIDE + turn)  # Made before the wait, because this process also reads the streams.
     await asyncio.sleep(_SETTLE_S)
     found = await _answered(bench, "What is this?", image)
     await asyncio.sleep(_SETTLE_S)

@@ -100,7 +100,7 @@ def converted(folder: Path, out: Path, kind: str) -> tuple[float, float]:
 
 
 def moved(out: Path, size_bytes: int, source: Path | None) -> float:
-    """Returns the seconds in which dd writes this many bytes. Meanwhile, another dd reads `source`, if given."""
+    """Returns the seconds that dd takes to write this many bytes. Meanwhile another dd reads `source`, if given."""
     count = -(-size_bytes // DD_BLOCK)
     commands = [[f"of={out}", "if=/dev/zero", f"count={count}", "conv=fsync"]]
     if source is not None:
@@ -109,7 +109,7 @@ def moved(out: Path, size_bytes: int, source: Path | None) -> float:
     running = [subprocess.Popen(["dd", f"bs={DD_BLOCK}", "status=none", *words]) for words in commands]
     codes = [process.wait() for process in running]
     if any(codes):
-        raise LlamaclustError("dd failed")
+        raise LlamaclustError(f"dd ended with exit statuses {codes}")
     return time.monotonic() - began
 
 
@@ -123,14 +123,15 @@ _KINDS = {name: name for name in OUTPUT_TYPES}
 
 @dataclass(frozen=True)
 class Convert(Case):
-    """Speed and peak memory of `model convert` on random weights in the shape of a real model, compared with dd.
-    The checkpoint is made first and deleted at the end. dd writes as many bytes to the same disk with conv=fsync, alone
-    and while another dd reads the checkpoint. With --cold, the checkpoint is first removed from the page cache."""
+    """Compares the speed of `model convert` with dd, and measures its peak memory, on random weights.
+    The checkpoint has the shape of a real model. It is made first and deleted at the end. dd writes as many bytes to
+    the same disk with conv=fsync, alone and while another dd reads the checkpoint. With --cold, the checkpoint is
+    removed from the page cache first."""
 
     rounds = 1
-    folder: Path = argument("new folder for the files; deleted at the end")
+    folder: Path = argument("new folder for the files, which is deleted at the end")
     shape: str = option("7b", "shape of the checkpoint", chosen("shape", {name: name for name in SHAPES}))
-    layers: int | None = option(None, "number of layers; by default all (a whole 7b has 13 GiB in 16 bits)", positive)
+    layers: int | None = option(None, "number of layers (default: all; a whole 7b has 13 GiB in 16 bits)", positive)
     stored: str = option(
         "bf16", "type of the checkpoint's matrices", chosen("type", {name: name for name in ("f32", "f16", "bf16")})
     )
@@ -139,7 +140,7 @@ class Convert(Case):
 
     async def groups(self) -> AsyncIterator[Group]:
         if self.folder.exists():
-            raise UsageError(f"{self.folder}: exists already; give a new folder")
+            raise UsageError(f"{self.folder} already exists; choose a new folder")
         shape = SHAPES[self.shape]
         shape = replace(shape, layers=self.layers or shape.layers)
         try:

@@ -27,27 +27,28 @@ from llamaclust.tools.quantize.type_choice import Wishes, choose_types, needs_im
 _DEADLINE_S = 1800
 Float64 = NDArray[np.float64]
 _SAME = {"F32", "F16", "BF16"}
-"""Types for which nothing is chosen: both programs write the same values."""
+"""Types for which quantizers have no choice: both programs write the same values."""
 
 
 @dataclass(frozen=True)
 class Divergence(Case):
-    """Compares quantized predictions with those of llama-quantize, by KL divergence from the unquantized model.
-    The model is padded with zeros, so that all types fit. For mixes with `+`, both programs get the importance matrix
-    of the second half of TEXT. The first chunks are predicted. Both files run in llamaclust's kernels and must have
-    tensors of the same types. The ratio's standard error is computed over pairs of tokens."""
+    """Compares the KL divergence of quantized models with that of llama-quantize's models.
+    The divergence is from the unquantized model, which is padded with zeros so that all types fit. For mixes with `+`,
+    both programs get the importance matrix of the second half of TEXT. The first --chunks chunks are predicted. Both
+    files run in llamaclust's kernels and must have tensors of the same types. The ratio's standard error is computed
+    over pairs of tokens."""
 
     rounds = 1
     model: str = argument("catalog name or path of a .gguf", str)
     text: Path = argument("path of a text file", existing)
     llama_quantize: Path | None = option(None, "path of llama.cpp's program llama-quantize", existing)
     hidden: int = option(768, "width after padding", positive)
-    chunks: int = option(8, "chunks of 512 tokens to predict", positive)
+    chunks: int = option(8, "number of chunks of 512 tokens to predict", positive)
     types: tuple[str, ...] = option((*MIXES,), "mixes of types", listed(str))
 
     async def groups(self) -> AsyncIterator[Group]:
         if self.llama_quantize is None:
-            raise UsageError("--llama-quantize PROGRAM is needed")
+            raise UsageError("--llama-quantize is missing; give the path of llama.cpp's program llama-quantize")
         with TemporaryDirectory(prefix="llamaclust-") as name:
             made = await asyncio.to_thread(PaddedModels.of, self.model, self.hidden, self.text, self.chunks, Path(name))
             for mix in self.types:
@@ -97,7 +98,7 @@ def _check_same_types(ours: Path, theirs: Path) -> None:
     differ = [name for name in one.keys() | other.keys() if one.get(name) != other.get(name)]
     if differ:
         raise LlamaclustError(
-            f"{len(differ)} tensors have other types than in llama-quantize's file; the first is {min(differ)}"
+            f"{len(differ)} tensors have other types than in llama-quantize's file, such as {min(differ)}"
         )
 
 

@@ -48,7 +48,7 @@ class Ggml:
 
 
 def rows_of(path: Path, most: int) -> Float32:
-    """Returns rows of WIDTH weights, equally many from each of about 28 matrices all over the model: [rows, WIDTH]."""
+    """Returns rows of WIDTH weights, about equally many from each of about 28 matrices of the model: [rows, WIDTH]."""
     model = open_model(path)
     tensors = [tensor for tensor in model.tensors.values() if len(tensor.shape) > 1 and tensor.layer is not None]
     chosen = tensors[:: max(1, len(tensors) // 28)]
@@ -63,18 +63,19 @@ def rows_of(path: Path, most: int) -> Float32:
 
 @dataclass(frozen=True)
 class QuantizeCase(Case):
-    """Quantizers compared with llama.cpp's: error and time of every type on a model's own weights, in rows of 2304.
-    Errors are roots of mean squares. Types with `+` weight them by a random importance. Both programs get the same rows
-    and run in one thread. With --llama-quantize, a whole file is timed too, in --threads."""
+    """Compares quantizers with llama.cpp's: error and time of every type on a model's own weights.
+    Errors are root mean squares over rows of 2304 weights. For types with `+`, errors are weighted by a random
+    importance. Both programs get the same rows and run in one thread. With --llama-quantize, the quantization of a
+    whole file is timed too, in --threads threads."""
 
     rounds = 2
     model: str = argument("catalog name or path of a .gguf", str)
     ggml: Path | None = option(None, "path of libggml-base.so from a build of llama.cpp", existing)
     llama_quantize: Path | None = option(None, "path of llama.cpp's program llama-quantize", existing)
     mix: str = option("Q4_K_M", "mix of types for the whole file")
-    rows: int = option(448, "rows of weights per type", positive)
-    types: tuple[str, ...] = option((), "types of weights; by default all", listed(str))
-    threads: int = option(2, "threads for the whole file", positive)
+    rows: int = option(448, "number of rows of weights per type", positive)
+    types: tuple[str, ...] = option((), "types of weights (default: all)", listed(str))
+    threads: int = option(2, "number of threads for the whole file", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         path = resolve_model(self.model)
@@ -102,7 +103,7 @@ class QuantizeCase(Case):
     async def _measure(
         self, make: Quantize, kind: QuantType, x: Float32, importance: Float32 | None, turn: int
     ) -> Measures:
-        make(kind, x[:1], importance)  # tables are made on first use
+        make(kind, x[:1], importance)  # Makes the tables, which are made on first use.
         begun_s = time.perf_counter()
         data = make(kind, x, importance)
         seconds = time.perf_counter() - begun_s

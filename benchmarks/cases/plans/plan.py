@@ -41,10 +41,10 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Plan(Case):
-    """Accuracy of plans: predicted and measured time of a token in clusters of eleven shapes.
-    SMALL is the demo model. LARGE has about a gigabyte (`benchmarks/shape.py 1.1b Q4_K`). Each cluster starts with
-    nothing measured. `ratio` is predicted / measured time. For the objective `throughput`, the time is per token of
-    eight simultaneous requests. Shapes with links need root (network namespaces)."""
+    """Compares predicted and measured times of a token in clusters of eleven shapes.
+    SMALL is the demo model. LARGE has about a gigabyte (`benchmarks/shape.py 1.1b Q4_K`). Each cluster starts without
+    earlier measurements. `ratio` is predicted / measured time. With the objective `throughput`, the time is per token
+    of eight simultaneous requests. Shapes with links need root, for network namespaces."""
 
     rounds = 3
     small: Path = argument("path of a small model (.gguf)", existing)

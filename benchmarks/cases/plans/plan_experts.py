@@ -18,23 +18,24 @@ from llamaclust.model.gguf.model_file import open_model
 from support.network.box import Box, missing
 
 _CONTEXT, _LONG_PROMPT = 1024, 512
-_OWN_MIB = 700  # memory of a worker in addition to weights
+_OWN_MIB = 700  # Memory of a worker in addition to weights.
 
 
 @dataclass(frozen=True)
 class PlanExperts(Case):
-    r"""Accuracy of plans for a mixture of experts on three workers: decode and prefill, compared with the predictions.
+    r"""Compares predicted and measured times of a mixture of experts on three workers, in decode and prefill.
 
         python benchmarks/shape.py 7b Q4_K moe.gguf --alike --hidden 2048 --layers 40 --heads 32 --kv-heads 4 \
             --ffn 768 --experts 128 --experts-used 8
 
-    makes a model of 13 GB. Three workers of one thread each get memory for less than half of it. They run on this
-    machine or, with --hosts, on hosts of their own (network namespaces, round trip 1 ms, 1 Gbit/s; needs root)."""
+    This command makes a model of 13 GB. Each of three workers has one thread, and memory for less than half of the
+    model. With --hosts, each worker has its own host (a network namespace, which needs root) with links of 1 Gbit/s and
+    a round trip of 1 ms."""
 
     rounds = 3
     model: Path = argument("path of a .gguf", existing)
     hosts: bool = option(False, "run each worker on its own host (network namespace)")
-    memory: int | None = option(None, "MiB of memory per worker; by default 0.40 of the model", positive)
+    memory: int | None = option(None, "MiB of memory per worker (default: 0.40 of the model)", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         if self.hosts and (reason := missing()) is not None:

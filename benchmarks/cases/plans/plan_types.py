@@ -26,22 +26,23 @@ from llamaclust.model.quant_types import QuantType
 from llamaclust.wire.control.profiles import ProfileWorker
 
 _TOKENS, _PROMPT, _CONTEXT = 32, 512, 1024
-_SHORT_PROMPT = 224  # after it, attention reads as many keys as when workers measure themselves
+_SHORT_PROMPT = 224  # Attention then reads as many keys as when workers measure themselves.
 _KINDS = ("steps", "products", "limits")
 
 
 @dataclass(frozen=True)
 class PlanTypes(Case):
-    """Accuracy of plans for every type of weights: predicted / measured times of one shape on one worker.
-    Columns have the measured ms of a token and of a prompt of 512 tokens, and predicted / measured for three
-    predictions. They use the worker's measured steps (like a plan), products alone (a worker without the model file),
-    or the worker's limits alone (like `plan --assume`). Each is the mean of predictions before and after a request."""
+    """Compares predicted and measured times for every weight type, with models of one shape on one worker.
+    The columns are the measured ms of a token and of a prompt of 512 tokens, and predicted / measured time for three
+    predictions. `steps` uses the worker's measured steps, like a plan. `products` uses measured products, like a plan
+    for a worker without the model file. `limits` uses only the worker's limits, like `plan --assume`. Each ratio uses
+    the mean of predictions before and after a request."""
 
     rounds = 3
     types: tuple[QuantType, ...] = option(tuple(LAYOUTS), "types of weights, or all", types_of)
     shape: str = option("1.1b", "shape of the models", chosen("shape", {name: name for name in SHAPES}))
     folder: Path | None = option(None, "folder that already holds files such as Q4_K.gguf", Path)
-    threads: int = option(2, "threads of the worker", positive)
+    threads: int = option(2, "number of threads of the worker", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         goals = {f"{what} by {kind}": NEAR for what in ("token", "prompt") for kind in _KINDS}
@@ -49,7 +50,7 @@ class PlanTypes(Case):
             shape = Shape(quant_type.name.lower().replace("_", "-"), "", (self.threads,))
             with model_of(quant_type, self.shape, self.folder) as path:
                 async with opened(shape, path, None, _CONTEXT) as cluster:
-                    await _measured(cluster, random.Random(0))  # warms up
+                    await _measured(cluster, random.Random(0))  # Warms up.
                     yield Group("", {quant_type.name: partial(self._measure, cluster)}, goals)
 
     async def _measure(self, cluster: Cluster, turn: int) -> Measures:

@@ -24,20 +24,21 @@ _PROMPT = 64
 
 @dataclass(frozen=True)
 class DraftModel(Case):
-    """Gain of a draft model. The weights are random; their construction determines how often drafts are right.
-    The draft model is the first layers of the model. What later layers add to the hidden state is multiplied by each of
-    --strengths. With 0, all drafts are right. N-gram drafts are off. Drafts must not change tokens or logprobs."""
+    """Measures the gain of a draft model, with random weights for which the share of right drafts can be chosen.
+    The draft model is the first layers of the model. The output of later layers, which is added to the hidden state, is
+    multiplied by each of --strengths. With 0, all drafts are right. N-gram drafts are off. Drafts must not change
+    tokens or logprobs."""
 
     warm = 1
     shape: str = option("1.1b", "shape of the model", chosen("shape", {name: name for name in SHAPES}))
     type: QuantType = option(QuantType.Q4_K, "type of the weights", chosen("type", TYPES))
-    layers: int = option(4, "layers of the draft model", positive)
+    layers: int = option(4, "number of layers of the draft model", positive)
     strengths: tuple[float, ...] = option(
-        (0.0, 0.1, 0.3), "factors for what later layers add to the hidden state", listed(float)
+        (0.0, 0.1, 0.3), "factors of the output that later layers add to the hidden state", listed(float)
     )
-    tokens: int = option(260, "tokens per answer", positive)
-    threads: int = option(os.cpu_count() or 1, "threads of the stage", positive)
-    hidden: int | None = option(None, "width in channels, for tests; by default the shape's width", positive)
+    tokens: int = option(260, "number of tokens in an answer", positive)
+    threads: int = option(os.cpu_count() or 1, "number of threads of the stage", positive)
+    hidden: int | None = option(None, "width in channels, for tests (default: the shape's width)", positive)
     seed: int = option(1, "seed of the prompts")
 
     async def groups(self) -> AsyncIterator[Group]:

@@ -23,7 +23,7 @@ from llamaclust.tools.assume.assumed_model import shape_model
 from llamaclust.tools.assume.shapes import SHAPES, ModelShape
 
 HEADS = {"right": 1, "wrong": -1}
-"""The sign of the head's output, for each kind of head."""
+"""The sign of the output of the multi-token prediction head, for each kind of head."""
 _OWN = ("nextn.embed_tokens.weight", "nextn.shared_head_head.weight")
 """Tensors that are absent from the file, because the head uses the model's tensors instead."""
 
@@ -56,7 +56,7 @@ def _constructed(source: TensorSource, sign: int) -> TensorSource:
 
 
 def _first_inputs(rows: int, columns: int, sign: int) -> memoryview:
-    """Returns a Q8_0 matrix [rows, columns]. Its product with a vector is `sign` times the first part of the vector."""
+    """Returns a Q8_0 matrix [rows, columns]. Its product with a vector is `sign` times the vector's first values."""
     blocks = np.zeros((rows, columns // 32, 34), np.uint8)
     row = np.arange(rows)
     blocks[row, row // 32, :2] = np.array([sign / 127], np.float16).view(np.uint8)
@@ -66,25 +66,26 @@ def _first_inputs(rows: int, columns: int, sign: int) -> memoryview:
 
 @dataclass(frozen=True)
 class Mtp(Case):
-    """Gain and cost of a head for multi-token prediction that is always right, or always wrong. Weights are random.
-    The model has GLM 4.5's architecture without experts. Its layers add nothing to the hidden state, so that each token
-    follows from the previous token. The right head passes its input's embedding on. The wrong head has the opposite
-    sign. `prompt ms` shows the cost in prefill, since the head is one layer more than --layers."""
+    """Measures gain and cost of a multi-token prediction head that is always right, or always wrong.
+    Weights are random. The model has GLM 4.5's architecture without experts. Its layers add nothing to the hidden
+    state, so that each token follows from the previous token. The right head passes its input's embedding on, and the
+    wrong head passes the negated embedding on. `prompt ms` shows the cost in prefill, because the head is an additional
+    layer."""
 
     rounds = 7
     warm = 1
-    layers: int = option(16, "layers, not counting the head", positive)
+    layers: int = option(16, "number of layers without the head", positive)
     hidden: int = option(2048, "width in channels", positive)
-    vocabulary: int = option(32000, "words of the vocabulary", positive)
+    vocabulary: int = option(32000, "number of words in the vocabulary", positive)
     heads: tuple[str, ...] = option(
         (*HEADS,), "kinds of heads: right, wrong", listed(chosen("head", {head: head for head in HEADS}))
     )
     stages: tuple[int, ...] = option(
-        (1, 2), "stage counts; more than 1 are workers with one thread each", listed(positive)
+        (1, 2), "numbers of stages; 1 runs in this process, more run in workers of one thread each", listed(positive)
     )
-    prompt: int = option(256, "tokens per prompt", positive)
-    tokens: int = option(200, "tokens per answer", positive)
-    threads: int = option(os.cpu_count() or 1, "threads of a stage in this process", positive)
+    prompt: int = option(256, "number of tokens in a prompt", positive)
+    tokens: int = option(200, "number of tokens in an answer", positive)
+    threads: int = option(os.cpu_count() or 1, "number of threads of a stage in this process", positive)
     seed: int = option(1, "seed of weights and prompts")
 
     async def groups(self) -> AsyncIterator[Group]:

@@ -18,13 +18,13 @@ from llamaclust.core.errors import UsageError
 
 _PROMPT = 64
 _GOALS = {0.95: ">= 0.85", 0.0: ">= 0.97"}
-"""The wanted ratio of the measured gain to the gain that the costs of rows allow, for each acceptance."""
+"""The expected ratio of the measured gain to the maximum gain that the costs of rows allow, by acceptance."""
 
 
 @dataclass(frozen=True)
 class Replay(Case):
-    """Gain of drafted tokens by the share that is right. Drafts are recorded answers.
-    The measured cost of rows determines the gain that an acceptance allows with the best fixed number of drafted
+    """Measures the gain of drafted tokens, by the share of drafted tokens that are right. Drafts are recorded answers.
+    The measured cost of rows determines the maximum gain for an acceptance with the best fixed number of drafted
     tokens. With --together, random prompts are answered at the same time, with and without n-gram drafts. Tokens and
     logprobs must be equal with and without drafts."""
 
@@ -34,11 +34,11 @@ class Replay(Case):
         (0.0, 0.5, 0.8, 0.95, 1.0), "shares of drafted tokens that are right", listed(share)
     )
     stages: tuple[int, ...] = option(
-        (1,), "stage counts; 1 is in this process, more are workers with one thread each", listed(positive)
+        (1,), "numbers of stages; 1 runs in this process, more run in workers of one thread each", listed(positive)
     )
-    tokens: int = option(260, "tokens per answer", positive)
-    threads: int = option(os.cpu_count() or 1, "threads of a stage in this process", positive)
-    together: int = option(0, "also measure this many simultaneous requests, at most 8; 0 to skip", natural)
+    tokens: int = option(260, "number of tokens in an answer", positive)
+    threads: int = option(os.cpu_count() or 1, "number of threads of a stage in this process", positive)
+    together: int = option(0, "number of simultaneous requests to measure too, up to 8; 0 means none", natural)
     seed: int = option(1, "seed of prompts and drafts")
     drafters: RecordedDrafters = field(default_factory=RecordedDrafters, init=False)
 

@@ -18,15 +18,15 @@ from llamaclust.core.sampling import SamplingParams
 
 _GOALS = {"copy": ">= 3", "edit": ">= 3", "quote": ">= 1.3", "prose": ">= 0.97"}
 _LEAST_TOKENS = 32
-"""The fewest tokens in an answer that give a meaningful rate."""
+"""The minimum number of tokens in an answer that gives a meaningful rate."""
 
 
 @dataclass(frozen=True)
 class Texts(Case):
-    """Gain of n-gram drafts on real text: every prompt with plain decode and with drafted tokens, on one engine.
-    `copy` is a file of this repository and the first part of its copy. `edit` is a program and a copy with a changed
-    name. `quote` is a summary with quotations. `prose` are open questions at temperature 0.8. Each turn has its own
-    prompt. Tokens and logprobs must be equal."""
+    """Measures the gain of n-gram drafts on real text: each prompt with plain decode and with drafted tokens.
+    `copy` is a file of this repository and the first part of its copy. `edit` is a program and the first part of a copy
+    with a changed name. `quote` asks for a summary with quotations. `prose` asks an open question at temperature 0.8.
+    Each turn has its own prompt. Tokens and logprobs must be equal with and without drafts."""
 
     rounds = 50
     warm = 1
@@ -35,11 +35,11 @@ class Texts(Case):
         (*KINDS,), "kinds of prompts", listed(chosen("kind", {kind: kind for kind in KINDS}))
     )
     stages: tuple[int, ...] = option(
-        (1,), "stage counts; 1 is in this process, more are workers with one thread each", listed(positive)
+        (1,), "numbers of stages; 1 runs in this process, more run in workers of one thread each", listed(positive)
     )
-    tokens: int = option(200, "most tokens per answer", positive)
-    characters: int = option(1200, "characters of the text in a prompt", positive)
-    threads: int = option(os.cpu_count() or 1, "threads of a stage in this process", positive)
+    tokens: int = option(200, "maximum number of tokens in an answer", positive)
+    characters: int = option(1200, "number of characters of text in a prompt", positive)
+    threads: int = option(os.cpu_count() or 1, "number of threads of a stage in this process", positive)
     seed: int = option(1, "seed of the prompts")
 
     async def groups(self) -> AsyncIterator[Group]:
@@ -50,7 +50,6 @@ class Texts(Case):
                     yield Group(f"{stages} stages, {kind}", ways, {"tok/s": _GOALS[kind]})
 
     async def _measure(self, model: Served, kind: str, plain: bool, turn: int) -> Measures:
-        """Runs the first prompt that fits in the context. Seeds are tried in order, beginning with the turn's seed."""
         for seed in count(1000 * self.seed + turn, 1_000_000):
             (prompt,) = prompts(model.model, (kind,), 1, self.characters, seed)
             request = self._request(model, prompt, turn)

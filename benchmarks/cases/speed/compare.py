@@ -21,7 +21,7 @@ _LEAST_PROMPT = 16
 
 @dataclass(frozen=True)
 class Compare(Case):
-    """Speed compared with llama.cpp: `llamaclust bench` and `llama-bench` in turns, for models or for types of weights.
+    """Compares the speed of `llamaclust bench` with llama.cpp's `llama-bench`, in turns.
     A ratio above 1 means that llamaclust is faster. `benchmarks/runner/llama.py` says how to build llama-bench. For
     each of --types, a temporary file of random weights is made."""
 
@@ -30,15 +30,15 @@ class Compare(Case):
     types: tuple[QuantType, ...] = option((), "types of weights, or all, instead of models", types_of)
     shape: str = option("1.1b", "shape of the models of --types", chosen("shape", {name: name for name in SHAPES}))
     folder: Path | None = option(None, "folder that already holds files such as Q4_K.gguf", Path)
-    threads: int = option(2, "threads of each program", positive)
-    prompt: int = option(512, "tokens per prefill", positive)
-    generate: int = option(128, "tokens to decode", positive)
-    depth: int = option(0, "tokens in KV memory before decode; if given, only decode is compared", natural)
-    runs: int = option(2, "runs of each program per turn", positive)
+    threads: int = option(2, "number of threads of each program", positive)
+    prompt: int = option(512, "number of tokens in a prefill", positive)
+    generate: int = option(128, "number of tokens to decode", positive)
+    depth: int = option(0, "number of tokens in KV memory before decode; if not 0, only decode is compared", natural)
+    runs: int = option(2, "number of runs of each program per turn", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         if self.llama_bench is None or not (self.models or self.types):
-            raise UsageError("--llama-bench PATH, and models or --types, are needed")
+            raise UsageError("--llama-bench PATH is needed, and models or --types")
         program = check_program(self.llama_bench)
         for model in self.models:
             yield self._group(model.stem, model, program)
@@ -64,7 +64,7 @@ class Compare(Case):
 
     def _options(self, prompt: int) -> list[str]:
         values = {"-t": self.threads, "-p": prompt, "-n": self.generate, "-r": self.runs}
-        if self.depth:  # ik_llama.cpp's program does not know it
+        if self.depth:  # Omitted if 0, because ik_llama.cpp's program does not know the option.
             values["-d"] = self.depth
         return [str(word) for option in values.items() for word in option]
 

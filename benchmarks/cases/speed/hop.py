@@ -42,15 +42,15 @@ Step = Callable[[Microbatch, SamplingInputs], Awaitable[Result]]
 
 @dataclass(frozen=True)
 class Hop(Case):
-    """Cost of a hop: decode microbatches, one at a time, through a stage in this process, one worker, or two workers.
-    `added us` is a worker's round trip minus its computing time: the stream (a Unix socket) and Python. A hop is the
-    round trip with two workers minus the round trip with one."""
+    """Measures the cost of a hop: decode microbatches through a local stage, one worker, or two workers.
+    `added us` is a worker's round trip minus its computing time, which is the time of the stream (a Unix socket) and of
+    Python. The cost of a hop is the round trip with two workers minus the round trip with one worker."""
 
     rounds = 3
     warm = 1
     model: Path = argument("path of a .gguf", existing)
-    steps: int = option(200, "steps per turn", positive)
-    rows: int = option(1, "sequences per microbatch", positive)
+    steps: int = option(200, "number of steps per turn", positive)
+    rows: int = option(1, "number of sequences in a microbatch", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         with Model.open(self.model) as model:

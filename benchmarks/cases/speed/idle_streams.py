@@ -17,7 +17,7 @@ from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.core.errors import LlamaclustError
 
 _FIRST, _LAST = 2000, 2400
-"""The two tokens of the answer between which time is measured. All other streams are open by then."""
+"""The numbers of the two tokens of the answer between which time is measured. All other streams are open by then."""
 _AT_ONCE = 250
 _DEADLINE_S = 120.0
 _BODY = {"prompt": "Once upon a time", "temperature": 0, "speculative": False, "ignore_eos": True}
@@ -25,15 +25,15 @@ _BODY = {"prompt": "Once upon a time", "temperature": 0, "speculative": False, "
 
 @dataclass(frozen=True)
 class IdleStreams(Case):
-    """Cost of waiting streams: one answer while a thousand other streams are open, and one alone.
-    The cluster computes one request at a time, and waiting streams get signs of life. Figures are tokens per second in
-    the same part of the answer, and the coordinator's processor time per token and memory per open stream."""
+    """Measures the cost of waiting streams: one answer alone, and one while a thousand other streams are open.
+    The cluster computes one request at a time, and waiting streams get keepalives. Figures are tokens per second in the
+    same part of the answer, and the coordinator's processor time per token and memory per open stream."""
 
     rounds = 3
     warm = 1
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")
-    streams: int = option(1000, "streams that wait", positive)
-    threads: int = option(2, "threads of the worker", positive)
+    streams: int = option(1000, "number of waiting streams", positive)
+    threads: int = option(2, "number of threads of the worker", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -51,12 +51,12 @@ class IdleStreams(Case):
             await event(reader)
             before = asyncio.create_task(
                 _events(reader, _FIRST - 1)
-            )  # read as they arrive, even while other streams are opened
+            )  # Reads tokens when they arrive, even while other streams are opened.
             async with _waiting(bench.api, streams):
                 more_kib = 1024 * (resident_mib(bench.coordinator.pid) - before_mib)
                 if before.done():
                     raise LlamaclustError(
-                        f"{streams} streams were not open before token {_FIRST}; give fewer --streams"
+                        f"{streams} streams were not open before token {_FIRST}; choose fewer --streams"
                     )
                 await before
                 begun_s, used_s = perf_counter(), processor_s(bench.coordinator)

@@ -20,12 +20,12 @@ from llamaclust.kernels.probes import ReadProbe
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 
 MEMORY_BYTES = 256 << 20
-"""The bytes of weights that a measurement with few tokens reads. Caches hold several times less."""
+"""Bytes of weights that a measurement with few tokens reads. The size of caches is several times smaller."""
 WORK = 4e9
-"""The number of multiply-adds in a measurement with many tokens."""
+"""Number of multiply-adds in a measurement with many tokens."""
 _READ_S, _PEAK_S = 0.2, 0.05
 FAR, NEAR = "far", "near"
-_FEW_TOKENS = 2  # most tokens of products that have both ways to prefetch
+_FEW_TOKENS = 2  # Maximum number of tokens for which products have two ways to prefetch.
 _MOST_THREADS = 1024
 _LEAST_WEIGHTS = 1 << 16
 
@@ -44,15 +44,15 @@ _LEVELS = tuple(_native.available_levels())
 
 @dataclass(frozen=True)
 class Kernels(Case):
-    """Speed of the matrix products, compared with this machine's own limits in the same minute.
-    Rows show bytes of weights and multiply-adds per second. They also show shares of this CPU's read bandwidth and of
-    its multiply-add peak (8-bit integers, or float32 for float weights). One token should be near the first limit, and
-    hundreds of tokens near the second. Limits are measured right before and after."""
+    """Compares the speed of matrix products with this machine's limits in the same minute.
+    Figures are bytes of weights and multiply-adds per second, and their shares of the CPU's limits. The limits are the
+    read bandwidth and the multiply-add peak (8-bit integers, or float32 for float weights). One token should be near
+    the first limit, and hundreds of tokens near the second. Limits are measured right before and after a product."""
 
     types: tuple[QuantType, ...] = option(tuple(LAYOUTS), "types of weights, or all", types_of)
     shapes: tuple[tuple[int, int], ...] = option(((5632, 2048),), "shapes of matrices, as ROWSxCOLS", listed(shape))
     tokens: tuple[int, ...] = option(
-        (1, 4, 8, 16, 64, 512), "token counts, which are the rows of activations", listed(positive)
+        (1, 4, 8, 16, 64, 512), "numbers of tokens, which are the rows of activations", listed(positive)
     )
     levels: tuple[str, ...] = option(
         _LEVELS[-1:], "levels of CPU features", listed(chosen("feature level", {level: level for level in _LEVELS}))
@@ -62,14 +62,16 @@ class Kernels(Case):
         "ways to prefetch with one or two tokens: far, near",
         listed(chosen("way to prefetch", {FAR: FAR, NEAR: NEAR})),
     )
-    threads: int = option(2, "compute threads", positive)
+    threads: int = option(2, "number of threads that compute", positive)
 
     def __post_init__(self) -> None:
         if self.threads > _MOST_THREADS:
             raise UsageError(f"--threads {self.threads} is too many: {_MOST_THREADS} at most")
         if all(cols % each.info.block_size for each in self.types for _, cols in self.shapes):
             least = min(each.info.block_size for each in self.types)
-            raise UsageError(f"no type has such columns; give a multiple of the type's block, {least} or more")
+            raise UsageError(
+                f"no type fits the columns of --shapes; give a multiple of the type's block, {least} or more"
+            )
 
     async def groups(self) -> AsyncIterator[Group]:
         read = ReadProbe(self.threads)
@@ -116,7 +118,6 @@ class Kernel:
 def matrices_of(
     tile_type: QuantType, rows: int, cols: int, quant_type: QuantType, least_bytes: int = MEMORY_BYTES
 ) -> list[_native.PackedMatrix]:
-    """Makes enough matrices to exceed the caches. All have equal weights, each in its own memory."""
     data = np.frombuffer(random_matrix(np.random.default_rng(0), quant_type, (rows, cols)), np.uint8)
     matrices = []
     for _ in range(max(1, least_bytes // len(data))):

@@ -17,14 +17,14 @@ from runner.options import existing, positive
 
 @dataclass(frozen=True)
 class Load(Case):
-    """Time until a model is ready and peak memory, for loads from its file and from packed layers.
+    """Measures the time until a model is ready, and peak memory, with and without packed layers.
     Each load runs in its own process, with files in the page cache. `ready` counts from opening the file, and `process`
-    counts from the start of Python. `limit` bounds peak resident memory after a prefill. It is 1.10 times the weights
-    held, plus KV memory, plus 150 MiB. For "copied", packed layers are in small pages."""
+    counts from the start of Python. `limit` is the allowed peak of resident memory after a prefill: 1.10 times the
+    weights, plus KV memory, plus 150 MiB. For "packed, copied", packed layers are in small pages."""
 
     rounds = 3
     model: Path = argument("path of a .gguf", existing)
-    threads: int = option(len(os.sched_getaffinity(0)), "threads that load", positive)
+    threads: int = option(len(os.sched_getaffinity(0)), "number of threads that load", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         _read(self.model, 1 << 24)
@@ -34,7 +34,7 @@ class Load(Case):
             goals = {"ready s": "1.1B Q4_K on two cores: 2 s from the file, 0.5 packed"}
             loads = {"from the file": partial(self._measure, None), "packed": partial(self._measure, folder)}
             yield Group("loads", loads, goals)
-            for path in folder.glob("*.tiles"):  # the page cache drops the images and reads them again
+            for path in folder.glob("*.tiles"):  # The page cache drops the images and reads them again.
                 with path.open("rb") as file:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 _read(path, 1 << 16)

@@ -108,13 +108,14 @@ class Step:
 
 @dataclass(frozen=True)
 class NativeStep(Case):
-    """Cost of a decode step's messages, without its computing: the coordinator writes them and a stage reads them.
-    Figures are microseconds per call in a loop, with warm caches. The model is 576 wide, and rows are sampled from 32
-    words. Rows are plain, or have states, adapters, an MTP head's drafts, or matchers (without the matchers' work)."""
+    """Measures the messages of a decode step, which the coordinator writes and a stage reads, without computation.
+    Figures are microseconds per call in a loop, with warm caches. The model has 576 channels and a vocabulary of 32
+    tokens. Rows are plain, or have states, adapters, an MTP head's drafts, or matchers (without the matchers' own
+    work)."""
 
     rounds = 9
-    rows: tuple[int, ...] = option((1, 8), "row counts of a microbatch", listed(positive))
-    calls: int = option(200, "calls per turn", positive)
+    rows: tuple[int, ...] = option((1, 8), "numbers of rows in a microbatch", listed(positive))
+    calls: int = option(200, "number of calls per turn", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         for rows in self.rows:

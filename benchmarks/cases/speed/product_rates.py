@@ -22,7 +22,7 @@ _RUN_S, _PEAK_S = 0.02, 0.02
 
 @dataclass(frozen=True)
 class ProductRates(Case):
-    """Rates of products by type, relative to the 8-bit peak: the table of cluster/planner/product_times.py.
+    """Measures rates of products by weight type, relative to the 8-bit peak, for cluster/planner/product_times.py.
     Weights are in the core's cache, and one thread computes. With one row, a weight takes as long as one product and
     `decode_macs` 8-bit multiply-accumulates. With many rows, products run at `peak_share` of the peak."""
 

@@ -29,23 +29,23 @@ class Served:
     tokens: int = 0
     errors: int = 0
     first_s: list[float] = field(default_factory=list)
-    reason: str = ""  # reason of the first error
+    reason: str = ""  # Message of the first error.
 
 
 @dataclass(frozen=True)
 class Serving(Case):
-    """Many streams for a minute, compared with llama.cpp's server: tokens per second, first tokens, errors.
-    A stream sends its next chat when the last chat has ended. Prompts differ from their first word on. Both servers run
-    all the time, but one of them is idle. A ratio of `tok/s` above 1 means that llamaclust is faster."""
+    """Compares many streams with llama.cpp's server for a minute: tokens per second, first tokens, errors.
+    A stream sends its next chat when its last chat has ended. Prompts begin with different words. Both servers run all
+    the time, but one of them is idle. A ratio of `tok/s` above 1 means that llamaclust is faster."""
 
     rounds = 3
     model: Path = argument("path of a .gguf", existing)
     llama_server: Path | None = option(None, "path of llama.cpp's program llama-server", Path)
     streams: tuple[int, ...] = option((16, 64), "numbers of simultaneous streams", listed(positive))
     seconds: float = option(60.0, "seconds of each server's turn")
-    threads: int = option(2, "threads of each server", positive)
-    prompt_tokens: int = option(128, "approximate tokens of a chat's prompt", positive)
-    tokens: int = option(64, "tokens per answer", positive)
+    threads: int = option(2, "number of threads of each server", positive)
+    prompt_tokens: int = option(128, "approximate number of tokens in a chat's prompt", positive)
+    tokens: int = option(64, "number of tokens in an answer", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         most, context = max(self.streams), self.prompt_tokens * 2 + self.tokens + 256
@@ -62,7 +62,8 @@ class Serving(Case):
                 yield Group(f"{streams} streams", {name: partial(self._offer, apis[name], streams) for name in apis})
 
     async def _offer(self, api: str, streams: int, turn: int) -> Measures:
-        """Runs streams until the time is over, then cancels them. An event of a cancelled answer counts as a token."""
+        """Runs streams until the time is over, then cancels them. Each event of a cancelled answer counts as a
+        token."""
         found, begun_s = Served(), time.monotonic()
         tasks = [asyncio.create_task(self._stream(api, Random(f"{turn} {n}"), found)) for n in range(streams)]
         await asyncio.sleep(self.seconds)
@@ -81,13 +82,14 @@ class Serving(Case):
 
     async def _stream(self, api: str, source: Random, found: Served) -> None:
         while True:
-            begun_s, shown = time.monotonic(), 0  # tokens of this answer
+            begun_s, shown = time.monotonic(), 0  # Number of tokens of this answer so far.
             writer = None
             try:
                 reader, writer = await requested(api, self._body(source), "/v1/chat/completions")
                 while data := await event(reader):
                     answer = json.loads(data)
-                    if (usage := answer.get("usage")) is not None:  # an event may have several tokens, or none
+                    # Usage is exact, but an event may have several tokens or none.
+                    if (usage := answer.get("usage")) is not None:
                         found.tokens += usage["completion_tokens"] - shown
                         shown = usage["completion_tokens"]
                     elif any(choice["delta"].get("content") for choice in answer.get("choices", ())):

@@ -25,14 +25,14 @@ _GOALS = {"alone tok/s": ">= 0.93 (1.1B: 0.985)", "prefill s": "<= 0.53", "of 8 
 
 @dataclass(frozen=True)
 class Split(Case):
-    """Cost and gain of a split: two workers of one thread each, compared with one worker of one thread.
+    """Compares two workers of one thread each with one worker of one thread.
     The case measures decode of one request, prefill of 8 prompts of 512 tokens, and decode of 8 requests. `of bound` is
-    the share of the bound that follows from the stages' computing times. `beside ms` is the workers' processor time per
-    token without computing. A turn takes half a minute with a model of 135M parameters."""
+    the share of the maximum speed that follows from the stages' computing times. `beside ms` is the workers' processor
+    time per token without computing. A turn takes half a minute with a model of 135M parameters."""
 
     warm = 1
     model: Path = argument("path of a .gguf", existing)
-    tokens: int = option(64, "tokens per answer", positive)
+    tokens: int = option(64, "number of tokens in an answer", positive)
     pin: bool = option(False, "pin each process to a core during the single request")
 
     async def groups(self) -> AsyncIterator[Group]:

@@ -24,14 +24,14 @@ _DEADLINE_S = 300
 
 @dataclass(frozen=True)
 class Streaming(Case):
-    """Overhead of streaming by HTTP: answers read by curl, compared with `llamaclust bench` with as many sequences.
+    """Compares streaming over HTTP to curl with `llamaclust bench` at the same number of sequences.
     `tok/s` uses the coordinator's clock, and `client tok/s` uses the time until curl ends. `coordinator ms` is the
-    coordinator's processor time per token. `k instr` is thousands of instructions per token (with `perf`)."""
+    coordinator's processor time per token. `k instr` is thousands of instructions per token, if `perf` is installed."""
 
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")
-    threads: int = option(2, "threads of the worker", positive)
+    threads: int = option(2, "number of threads of the worker", positive)
     streams: tuple[int, ...] = option((1,), "numbers of simultaneous streams", listed(positive))
-    tokens: int = option(256, "tokens per answer", positive)
+    tokens: int = option(256, "number of tokens in an answer", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         for streams in self.streams:

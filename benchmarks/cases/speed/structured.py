@@ -33,15 +33,15 @@ PERSON = definitions.of_schema(
 
 @dataclass(frozen=True)
 class Structured(Case):
-    """Cost and savings of grammars: one model in this process, with and without a grammar.
-    The cost is measured at 1 and at 16 streams: a token under a grammar that allows any text or any list, compared with
-    a free token. The savings are measured with a JSON object under a schema, whose forced tokens are computed together,
-    compared with free text."""
+    """Measures the cost and the savings of grammars, with one model in this process.
+    The cost is measured with 1 and with 16 streams: a token under a grammar that allows any text or any list, compared
+    with a token without a grammar. The savings are measured with a JSON object under a schema, compared with text
+    without a grammar. Forced tokens of the object are computed together."""
 
     rounds = 7
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")
-    threads: int = option(2, "threads of the stage", positive)
-    tokens: int = option(96, "tokens per answer", positive)
+    threads: int = option(2, "number of threads of the stage", positive)
+    tokens: int = option(96, "number of tokens in an answer", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         settings = LocalSettings(context_length=1024, max_sequences=16, kv_blocks=1024)
@@ -68,7 +68,7 @@ class Structured(Case):
     async def _answers(
         self, service: TextService, streams: int, tokens: int, grammar: Grammar | None, *, may_end: bool
     ) -> Measures:
-        """Measures answers from the time when all have their first token. Processor time includes the prompts."""
+        """Measures answers after all have their first token. Processor time includes the prompts."""
         request = CompletionRequest("A person, described in JSON:\n", tokens, grammar=grammar, ignore_eos=not may_end)
         started, began_s = list[float](), process_time()
         requests = (replace(request, seed=number) for number in range(streams))

@@ -21,12 +21,12 @@ _READ_S = 0.1
 
 @dataclass(frozen=True)
 class WideTiles(Case):
-    """Products with weights in wider tiles (`WIDER_TILES`), compared with tiles of the weights' own type.
-    Figures are a product's time and its share of this machine's read bandwidth. Both tiles give the same bits."""
+    """Compares weights in wider tiles (`WIDER_TILES`) with weights in tiles of their own type.
+    Figures are a product's time and its share of this machine's read bandwidth. Both kinds of tiles give equal bits."""
 
     rounds = 9
-    tokens: tuple[int, ...] = option((1, 8), "token counts, which are the rows of activations", listed(positive))
-    threads: int = option(2, "compute threads", positive)
+    tokens: tuple[int, ...] = option((1, 8), "numbers of tokens, which are the rows of activations", listed(positive))
+    threads: int = option(2, "number of threads that compute", positive)
     cached: bool = option(False, "keep weights in a cache, so that decoding them takes most of the time")
 
     async def groups(self) -> AsyncIterator[Group]:
@@ -41,7 +41,7 @@ class WideTiles(Case):
                 )
 
     async def _measure(self, matrices: list[_native.PackedMatrix], x: NDArray[np.float32], turn: int) -> Measures:
-        """Measures the product. With one row, measures both ways to prefetch and takes the faster one."""
+        """Measures the product. With one row, measures both ways to prefetch and takes the faster way."""
         level, ways = _native.available_levels()[-1], (False, True) if len(x) == 1 else (False,)
         bits = _native.matmul(level, matrices[0], x, self.threads).tobytes()
         used = list(islice(cycle(matrices), max(1, int(WORK // (len(bits) // 4 * _COLUMNS)))))

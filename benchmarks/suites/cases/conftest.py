@@ -18,5 +18,5 @@ def model() -> str:
 
 @pytest.fixture(scope="session")
 def checkout() -> Path:
-    """The checkout that the tests come from, if no package has them."""
+    """The checkout that has the tests, if they are in no package."""
     return Path(os.environ["SUITE_CHECKOUT"])

@@ -1,1 +1,1 @@
-"""Compiles programs to launches over buffers at fixed addresses, and runs them."""
+"""Compiles programs to kernel launches over buffers at fixed addresses, and runs the launches."""

@@ -1,5 +1,5 @@
 """Checks a microbatch against a stage's limits, so that no kernel accesses memory outside its buffers. batch_checks.cpp
-has the same rules. Plain Python is faster than NumPy on such small arrays."""
+has the same rules. Plain Python is faster than NumPy on arrays this small."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
-    """Raises ValueError if the batch exceeds limits. `window` is the largest window whose layers release KV blocks."""
+    """Raises ValueError beyond the limits. `window` is the largest window whose layers release KV blocks."""
     starts, table_starts = batch.sequence_starts.tolist(), batch.table_starts.tolist()
     outputs, rows, blocks = batch.output_rows.tolist(), batch.rows, len(batch.block_tables)
     check_range("number of rows", rows, 1, limits.max_batch_tokens + 1)
@@ -48,8 +48,9 @@ def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
 def check_images(
     batch: Batch, limits: StageLimits, sections: int, given: tuple[int, int], merged: Sequence[int]
 ) -> None:
-    """Checks the additional inputs of microbatches with images. The program reads `sections` of rope positions. `given`
-    is (levels, width) of given rows. `merged` is empty or has the number of rows that become one."""
+    """Checks the additional inputs of microbatches with images. `sections` is the program's number of sections of rope
+    positions. `given` is (levels, width) of given rows. `merged` is empty, or has the number of rows that become
+    one."""
     for together in merged:
         for start in batch.sequence_starts.tolist():
             if start % together:

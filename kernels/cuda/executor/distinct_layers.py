@@ -1,4 +1,4 @@
-"""A program without its repeated layers. It needs the same buffers as the whole program, but planning is faster."""
+"""Removes repeated layers from a program. Planning the shorter program is faster and gives the same buffer sizes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from llamaclust.model.program import Program, Step, weights_of
 _LAYER = re.compile(r"blk\.(\d+)\.")
 _OUTSIDE = -1
 _TAIL = 3
-"""The largest number of a layer's last steps that one launch fuses with the next layer's first steps."""
+"""The maximum number of steps at a layer's end that are fused with the first steps of the next layer."""
 
 
 def distinct_layers(program: Program, weights: Mapping[str, Weights]) -> Program:
-    """Keeps two layers for each kind of transition from a layer's end to the next layer. No launch spans more."""
+    """Keeps two adjacent layers for each kind of transition between layers. No launch spans more than two layers."""
     if any(step.shares_kv for step in attention_steps(program)):
-        return program  # layers name others
+        return program  # Some layers refer to other layers by number.
     groups = _by_layer(program.steps)
     kinds = [_kind(steps, weights) for steps in groups]
     tails = [_kind(steps[-_TAIL:], weights) for steps in groups]
@@ -31,7 +31,8 @@ def distinct_layers(program: Program, weights: Mapping[str, Weights]) -> Program
 
 
 def _by_layer(steps: Sequence[Step]) -> list[list[Step]]:
-    """Groups steps: before the layers, by layer, and the head's. Steps without weights stay in the current group."""
+    """Groups steps by layer. Steps before and after the layers have their own groups. Steps without weights join the
+    current group."""
     groups: list[list[Step]] = [[]]
     current = _OUTSIDE
     for step in steps:

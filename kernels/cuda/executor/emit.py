@@ -1,5 +1,3 @@
-"""Emits a program's steps as launches: the kernels that run and their buffers."""
-
 from __future__ import annotations
 
 from collections import defaultdict
@@ -25,14 +23,14 @@ from llamaclust.model.quant_types import ActivationFormat
 
 
 def position_factors(step: ir.PositionScale, context_tokens: int) -> NDArray[np.float32]:
-    """Returns one factor for each run of `step.length` positions. The first run starts at position -`step.offset`. The
-    last run contains position `context_tokens` - 1."""
+    """Returns one factor for each range of `step.length` positions. The first range starts at position -`step.offset`.
+    The last range contains position `context_tokens` - 1."""
     lengths = range(1, (context_tokens - 1 + step.offset) // step.length + 2)
     return np.array([1 + step.factor * log(length) for length in lengths], np.float32)
 
 
 def _first_in_order(launches: Iterator[Launch | HostStep]) -> Iterator[Launch | HostStep]:
-    """Makes the first launch wait for all earlier work, so that later launches may read its results without waiting."""
+    """Makes the first launch wait for all earlier work, so that later launches may read the results without waiting."""
     for number, launch in enumerate(launches):
         yield replace(launch, in_order=True) if number == 0 and isinstance(launch, Launch) else launch
 
@@ -52,7 +50,8 @@ class Emitter:
         yield from _first_in_order(self._steps())
 
     def _program(self) -> ir.Program:
-        """Drops steps for given rows if the microbatch has none, because they cost launches and prevent fusion."""
+        """Drops steps for given rows if the microbatch has no such rows. They would cost launches and prevent
+        fusion."""
         program = self.ops.program
         if self.ops.shape.given or not program.given_levels:
             return program
@@ -301,7 +300,6 @@ class Emitter:
         return self.ops.layout.at(("attention", attention.likeness(step)), self._attention.room.plan_bytes)
 
     def _attend(self, attended: Attended) -> Iterator[Launch]:
-        """Emits attention. If the kernel can quantize the result, writes the result only in the wanted format."""
         ops, attend, launches, wanted = self.ops, attended.attend, self._attention, attended.format
         step = attend.attention
         if not attended.rotates:

@@ -1,5 +1,3 @@
-"""Emits a mixture of experts as launches: the router's choice, each expert's products, and the sums."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +25,7 @@ class _Product:
 
 @dataclass(frozen=True, slots=True)
 class ExpertsEmitter:
-    """Emits one mixture's launches. A line is a pair of a row and one of the row's experts."""
+    """Emits the launches of one mixture. A line is a row together with one of its experts."""
 
     ops: Operands
     step: Moe

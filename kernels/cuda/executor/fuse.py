@@ -1,5 +1,5 @@
 """Fuses steps into GPU launches, after the fusion in kernels/fuse.py. A launch for one row takes as long as reading a
-few megabytes, so the small steps between two products become one launch."""
+few megabytes of weights, so the small steps between two products become one launch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ TypeOf = Callable[[str], QuantType]
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """The norm of a row or of the sum `add`, in the formats that the next products read, and in F32 if read later."""
+    """A norm of a row, or of the sum `add`. The result is written in each of `formats`, in which the next products read
+    it. F32 is included if later steps read the result."""
 
     norm: ir.RmsNorm
     add: ir.Add | None
@@ -29,7 +30,7 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Gated:
-    """`out` = activation(gate) * up, written only in the format that the next product reads."""
+    """Computes `out` = activation(gate) * up. `out` is written only in the format that the next product reads."""
 
     gate: ir.Buffer
     up: ir.Buffer
@@ -40,7 +41,7 @@ class Gated:
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    """Attention after norms of query or key heads. `format` is set if all readers want the same 8-bit format."""
+    """Attention after the norms of heads. `format` is set if all readers of the result want the same int8 format."""
 
     attend: Attend
     norms: tuple[ir.RmsNorm, ...] = ()
@@ -52,7 +53,6 @@ class Attended:
 
     @property
     def rotates(self) -> bool:
-        """True if queries and keys have the same rotation. The attention kernels then compute it."""
         q, k = self.attend.rotate_q, self.attend.rotate_k
         return q is not None and k is not None and (q.table, q.style, q.sections) == (k.table, k.style, k.sections)
 
@@ -61,9 +61,10 @@ GpuStep = FusedStep | Norm | Gated | Attended
 
 
 def fuse_for_gpu(program: ir.Program, type_of: TypeOf) -> Iterator[GpuStep]:
-    """Groups a program's steps. Buffers that later steps read stay the same. Each `Products` has one quant type."""
+    """Groups a program's steps. Buffers that later steps read keep their content. Each `Products` has one quant
+    type."""
     steps = tuple(fuse(program))
-    at = done = 0  # of these; of the program's own
+    at = done = 0  # Indices into `steps` and into the program's own steps.
     while at < len(steps):
         count, step = _fused(steps[at : at + _MOST_STEPS], _Reader(program, done, type_of))
         if isinstance(step, Products):
@@ -84,7 +85,8 @@ class _Reader:
         return is_read(self.program, self.done + makers, out.name)
 
     def formats(self, out: ir.Buffer, makers: int, reader: FusedStep) -> frozenset[ActivationFormat]:
-        """Returns the formats of `out`, if any, that the `makers` steps before `reader` must write for it."""
+        """Returns the formats in which the `makers` steps before `reader` must write `out`. The set is empty if
+        `reader` does not multiply `out`."""
         if isinstance(reader, ir.Exchange) and out in reader.reads:
             return frozenset({ActivationFormat.F32})
         weights = _weights_of(reader, out)
@@ -132,7 +134,6 @@ def _attended(steps: Sequence[FusedStep], reader: _Reader) -> tuple[int, Attende
 
 
 def _fuses_norms(attended: Attended, reader: _Reader) -> bool:
-    """True if the kernels that rotate and store can norm heads too, and no other step reads the normed heads."""
     attend, step, norms = attended.attend, attended.attend.attention, attended.norms
     read = step.reads
     heads = dict(zip((buffer.name for buffer in read[:2]), (step.heads, step.kv_heads), strict=False))
@@ -168,7 +169,6 @@ def _weights_of(step: FusedStep, x: ir.Buffer) -> tuple[str, ...]:
 
 
 def _weighs_inputs(step: FusedStep) -> bool:
-    """True if a mixture's experts weigh the input. They read it as floats, but the router reads it quantized."""
     return isinstance(step, ir.Moe) and step.options.weighs_inputs
 
 

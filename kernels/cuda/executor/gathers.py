@@ -1,4 +1,4 @@
-"""Gathers of a group member on a GPU. Members on processors send the same bytes in the same order."""
+"""Gathers rows for a group's member on a GPU. Members on CPUs send the same bytes in the same order."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _MOST = np.finfo(np.float32).max
 def gather_rows(
     gatherer: Gatherer, program: Program, host: HostStep, batch: Batch, own: Float32, whole: Float32
 ) -> None:
-    """Fills `whole` with the rows of all members. Rows that were sent as int8 become floats. Products quantize these
-    floats to exactly the int8 values and scales that were sent."""
+    """Fills `whole` with the rows of all members. Rows that were sent as int8 become floats. Quantizing these floats
+    gives exactly the int8 values and scales that were sent."""
     step = host.step
     assert isinstance(step, Gather)
     places, borders, given = (
@@ -58,7 +58,7 @@ def pack(x: Float32, form: ActivationFormat) -> Float32:
 
 
 def unpack(packed: Float32, form: ActivationFormat) -> Float32:
-    """Returns floats that quantize to the same values: ((m / 127) * 127) / 127 is m / 127 for every float m."""
+    """Returns floats that quantize to the same values: ((m / 127) * 127) / 127 equals m / 127 for every float m."""
     segments = packed.reshape(len(packed), -1, int(form) // 4 + 1)
     quants = np.ascontiguousarray(segments[..., :-1]).view(np.int8)
     with np.errstate(over="ignore"):

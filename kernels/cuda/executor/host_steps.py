@@ -1,4 +1,4 @@
-"""Steps that the host computes between launches: exchanges with other devices, a group's gathers, and given rows."""
+"""Steps that the host computes between launches: exchanges with other devices, gathers of a group, and given rows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from llamaclust.model.quant_types import ActivationFormat
 @dataclass(frozen=True, slots=True)
 class HostStep:
     step: Across | GivenRows
-    number: int  # of its kind, in the order of steps
-    selected: bool  # it has output rows alone
-    form: ActivationFormat | None = None  # in which the members of a group send its rows; None: as floats
+    number: int  # Index among the steps of the same class, or the level of given rows.
+    selected: bool  # True if the step reads only output rows.
+    form: ActivationFormat | None = None  # The format in which members of a group send rows; None for floats.
 
     @property
     def reads(self) -> tuple[Buffer, ...]:

@@ -1,4 +1,4 @@
-"""A microbatch's integers on the device. They are in one buffer at a fixed address, which one copy fills."""
+"""The integers of a microbatch in GPU memory. They are in one buffer, so that one copy fills it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llamaclust.kernels.cuda.launches.inputs import Inputs
 from llamaclust.kernels.cuda.runtime.memory import aligned
 from llamaclust.model.program import KV_BLOCK_TOKENS, FewerRows, Program
 
-_HEADER = 8  # rows, sequences, outputs, rows after each step that merges some, zeros
+_HEADER = 8  # int32 counts: rows, sequences, outputs, and rows after each step that merges rows.
 _INT = 4
 _COUNTS = 3
 MOST_MERGES = _HEADER - _COUNTS
@@ -26,8 +26,8 @@ _SEEN = 4
 
 
 class InputBuffer:
-    """The parts of the input buffer. Tables are last, so that a copy can end at the end of a microbatch's tables. After
-    the tables come rope positions and row groups, which are copied only for microbatches with images."""
+    """The layout of the input buffer. Block tables are the last part of every microbatch, so that a copy can end with
+    the tables. Rope positions and row groups follow the tables. They are copied only for microbatches with images."""
 
     def __init__(self, program: Program, limits: StageLimits) -> None:
         self._limits, self._has_states = limits, program.has_states
@@ -56,7 +56,8 @@ class InputBuffer:
         return Inputs(header, header + np.uint64(2 * _INT), *arrays, merged=merged)
 
     def fill(self, pinned: NDArray[np.uint8], batch: Batch) -> int:
-        """Writes a microbatch's integers. Returns how many bytes to copy. Raises ValueError beyond the limits."""
+        """Writes a microbatch's integers to `pinned`. Returns the bytes to copy. Raises ValueError beyond the
+        limits."""
         check_batch(batch, self._limits, self._window)
         check_images(batch, self._limits, self._reads.sections, self._given, self._merged[-1:])
         if batch.groups is not None and not self._reads.groups:
@@ -78,7 +79,6 @@ class InputBuffer:
         return end
 
     def fill_images(self, pinned: NDArray[np.uint8], batch: Batch, shape: Shape) -> slice:
-        """Writes the additional inputs for images. Returns the byte range to copy, which may be empty."""
         numbers, (*_, rope_at, seen_at, end) = pinned.view(np.int32), self._offsets
         if shape.placed and batch.rope_positions is not None:
             rows = self._limits.max_batch_tokens

@@ -29,7 +29,7 @@ def kv_name(kept: KvLayer) -> KvName:
 
 @dataclass(slots=True)
 class BufferLayout:
-    """Named buffers in one allocation. `at` records sizes before `lay_out` and returns addresses afterwards."""
+    """Named buffers in one allocation. `at` records their sizes before `lay_out` and returns addresses afterwards."""
 
     n_bytes: int = 0
     base: int = 0
@@ -44,7 +44,6 @@ class BufferLayout:
         return np.uint64(self.base + self._offsets[name])
 
     def constant(self, numbers: NDArray[Any]) -> np.uint64:
-        """Returns the address of constant numbers. They are uploaded before the first launch."""
         data = numbers.tobytes()
         return self.at(data, len(data))
 
@@ -63,8 +62,6 @@ class BufferLayout:
 
 @dataclass(slots=True)
 class Operands:
-    """The operands of one shape's launches. Addresses are 0 while buffer sizes are computed."""
-
     program: Program
     weights: Mapping[str, Weights]
     limits: StageLimits
@@ -74,10 +71,11 @@ class Operands:
     gpu: LaunchLimits
     shape: Shape
     selected: bool = False
-    merges: int = 0  # how many steps have merged rows
-    together: int = 1  # the rows that are one row by now
-    current: dict[str, np.uint64] = field(default_factory=dict)  # where a buffer's newest values are
-    quantized: dict[ActivationFormat, str] = field(default_factory=dict)  # the buffer that is there in this format
+    merges: int = 0  # Number of steps so far that merged rows.
+    together: int = 1  # Number of original rows that are one row now.
+    current: dict[str, np.uint64] = field(default_factory=dict)  # Address of a buffer's newest values, by buffer name.
+    # Name of the buffer whose values were last quantized, by format.
+    quantized: dict[ActivationFormat, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> RowCount:
@@ -103,7 +101,6 @@ class Operands:
         self.quantized = {kind: owner for kind, owner in self.quantized.items() if owner != name}
 
     def vector(self, name: str | None) -> np.uint64:
-        """Returns the address of float32 numbers: a vector, or a matrix that is F32 in the file."""
         if name is None:
             return NULL
         weight = self.weights[name]

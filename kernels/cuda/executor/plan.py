@@ -1,4 +1,4 @@
-"""Compiles a program to launches over buffers at fixed addresses, with one list of launches for each bucket of rows."""
+"""Compiles a program to launches over buffers at fixed addresses. Each bucket of row counts has its own launches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Plan:
     def __init__(
         self, program: Program, weights: Mapping[str, Weights], limits: StageLimits, gpu: LaunchLimits = ANY_GPU
     ) -> None:
-        """Takes weights without addresses, which `bind` sets. Raises ValueError for an inconsistent program."""
+        """The weights have no addresses until `bind`. Raises ValueError if the program is inconsistent."""
         self.program = program
         self.weights = weights
         self.limits = limits
@@ -118,7 +118,8 @@ class Plan:
         return tuple(launch for segment in self.segments(shape) for launch in segment)
 
     def segments(self, shape: Shape) -> tuple[tuple[Launch, ...], ...]:
-        """Returns launches in segments between the host's steps. Without output rows, they end before `SelectRows`."""
+        """Returns the launches in segments. The host computes a step between two segments. Without output rows, the
+        launches end before `SelectRows`."""
         segments: list[list[Launch]] = [[]]
         for launch in self._emitted(shape):
             if isinstance(launch, HostStep):
@@ -135,7 +136,6 @@ class Plan:
 
 
 def block_bytes(kept: KvLayer) -> int:
-    """Returns a layer's block size in bytes, which equals the CPU's. src/attention/kv.cuh has the layout."""
     return kept.n_bytes if isinstance(kept, SequenceState) else KV_BLOCK_TOKENS * kept.kv_token_bytes
 
 

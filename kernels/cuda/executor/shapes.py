@@ -1,4 +1,4 @@
-"""Buckets of microbatches. Launches are made and captured for a bucket's rows, and also serve fewer rows."""
+"""Buckets of microbatches. The launches for a bucket's number of rows also serve microbatches with fewer rows."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _EDGES = tuple(1 << power for power in range(12))
 
 @dataclass(frozen=True, slots=True)
 class ImageReads:
-    """The image inputs that a program reads: whether rows are given, how many sections rope positions have, whether
-    rows may see their groups, and whether rows see later rows in every microbatch."""
+    """The image inputs that a program reads. `gives`: rows may be given. `sections`: number of sections of rope
+    positions. `groups`: rows may see their groups. `looks_ahead`: rows see later rows in every microbatch."""
 
     gives: bool = False
     sections: int = 0
@@ -32,8 +32,9 @@ NO_IMAGES = ImageReads()
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A bucket: the most rows and the most output rows. In `decode`, each row belongs to another sequence. With images,
-    some rows may be `given`, rotations may have sections (`placed`), and rows may see later rows (`grouped`)."""
+    """A bucket of microbatches with up to `rows` rows and `outputs` output rows. In `decode`, each row belongs to
+    another sequence. Microbatches with images may have given rows (`given`), rope positions in sections (`placed`), and
+    rows that see later rows (`grouped`)."""
 
     rows: int
     outputs: int
@@ -69,8 +70,8 @@ class Shape:
 
     @classmethod
     def all(cls, limits: StageLimits, *, looks_ahead: bool = False) -> list[Shape]:
-        """Returns buckets with every kind of launch at its largest: few and many rows, with and without decode. They
-        have no images, but rows see later rows if the program `looks_ahead`."""
+        """Returns buckets that together have every kind of launch at its largest: few and many rows, with and without
+        decode. No bucket has images. Rows see later rows only if the program `looks_ahead`."""
         most = limits.max_batch_tokens
         rows = {_bucket(min(count, most), most) for count in (*_EDGES, most)}
         return [

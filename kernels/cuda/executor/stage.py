@@ -1,4 +1,4 @@
-"""A loaded program on a GPU. It runs microbatches as launches or captured graphs, with host steps between them."""
+"""A loaded program on a GPU. It runs microbatches as launches or as captured graphs, with host steps between them."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ if TYPE_CHECKING:
 
 _FLOAT = 4
 _MAX_SHAPES = 64
-"""The number of last used shapes that are kept. Graphs take driver memory, and launches take host memory."""
+"""The maximum number of shapes that are kept. Graphs take driver memory, and launches take host memory."""
 _LEAST_SHAPES = 4
-"""The smallest number of shapes that are kept. It is enough for prompts and for decode of a few sequences."""
+"""The minimum number of shapes that are kept. Four are enough for prompts and for decode of a few sequences."""
 
 
 class SegmentPlan(Protocol):
     @property
-    def host_steps(self) -> Sequence[object]:
-        """The steps that the host computes between segments."""
+    def host_steps(self) -> Sequence[object]: ...
 
     def segments(self, shape: Shape) -> tuple[tuple[Launch, ...], ...]: ...
 
 
 class LaunchCache:
-    """Each shape's launches, in segments between the host's steps. A shape's second use captures graphs."""
+    """Keeps the launches of recent shapes, in segments between host steps. A shape's second use captures graphs."""
 
     def __init__(self, device: Device, plan: SegmentPlan, graphs: bool) -> None:
         self._device = device
         self._plan = plan
         self._captures = graphs
-        self._graphs: dict[Shape, tuple[Graph, ...]] = {}  # the most recently used last
-        self._launches: dict[Shape, tuple[tuple[Launch, ...], ...]] = {}  # likewise, of shapes without graphs
+        self._graphs: dict[Shape, tuple[Graph, ...]] = {}  # The most recently used shape is last.
+        # Shapes without graphs. The most recently used shape is last.
+        self._launches: dict[Shape, tuple[tuple[Launch, ...], ...]] = {}
         self._most = max(min(_MAX_SHAPES, _LEAST_SHAPES), _MAX_SHAPES // (1 + len(plan.host_steps)))
 
     def segments(self, shape: Shape) -> Sequence[Callable[[], None]]:
@@ -81,12 +81,12 @@ def _close(graphs: Iterable[Graph]) -> None:
 
 
 class CudaStage:
-    """Implements `kernels.backend.Stage`. Raises ValueError for a batch beyond the limits."""
+    """Implements `kernels.backend.Stage`. Raises ValueError for a batch that exceeds the limits."""
 
     def __init__(
         self, gpu_lock: GpuLock, plan: Plan, weights: Sequence[LayerMemory], kv: Buffer, buffers: Buffer, graphs: bool
     ) -> None:
-        """Takes a `plan` that is bound to `kv` and `buffers`. Both are freed with the stage."""
+        """`plan` must be bound to `kv` and `buffers`, which are freed with the stage."""
         for buffer in (kv, buffers):
             finalize(self, buffer.close)
         self._gpu_lock = gpu_lock
@@ -125,7 +125,7 @@ class CudaStage:
             )
 
     def run(self, batch: Batch, hidden: Float32 | None, experts: Experts | None = None) -> Float32:
-        """Runs the batch. `experts` computes the program's exchanges. Meanwhile, other stages may use the GPU."""
+        """Runs the batch. `experts` computes the exchanges, and other stages may use the GPU meanwhile."""
         self._compute(batch, hidden, experts)
         with self._gpu_lock.exclusive():
             return self._fetch(batch)
@@ -214,7 +214,6 @@ class CudaStage:
             device.copy_in(self._buffers, plan.offset(host, host.out.name), out)
 
     def _give(self, host: HostStep, step: GivenRows, batch: Batch) -> None:
-        """Writes given rows over rows on the GPU, or adds them. The sum is in float32, as in a kernel."""
         assert batch.given is not None, "the shape says so"
         device, width = self._gpu_lock.device, step.out.width
         row_bytes, offset = _FLOAT * width, self._plan.offset(host, step.out.name)
@@ -260,7 +259,6 @@ class CudaStage:
         return result.view(np.float32).reshape(rows, width)
 
     def normed(self, rows: Int32) -> Float32:
-        """Copies rows through the pinned memory of hidden states, in runs of consecutive rows."""
         plan, device = self._plan, self._gpu_lock.device
         assert plan.program.normed is not None, "only a last stage has it"
         width = plan.program.normed.width
@@ -283,7 +281,6 @@ class CudaStage:
 
 
 def _exchanged(host: HostStep, read: Sequence[Float32], out: Float32, experts: Experts | None) -> bool:
-    """Computes the exchange into `out`. Returns False if the result is on the GPU already."""
     assert experts is not None, "a program with exchanges"
     result = experts(host.number, read[0] if len(read) == 1 else np.concatenate(read, axis=1))
     if result is not None:
@@ -292,7 +289,8 @@ def _exchanged(host: HostStep, read: Sequence[Float32], out: Float32, experts: E
 
 
 def _runs(rows: Int32) -> Iterator[tuple[int, range]]:
-    """Yields each run of consecutive numbers in ascending `rows`, after the index in `rows` at which the run begins."""
+    """Splits ascending `rows` into runs of consecutive numbers. Yields the index in `rows` at which a run begins, and
+    the run."""
     starts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
     for start, end in pairwise(starts):
         if start < end:

@@ -11,8 +11,8 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class StatePlaces:
-    """Places of states. Sequence s starts from the state in block before[s], or from zeros if that is -1. For each i in
-    starts[s] .. starts[s + 1], the state after row rows[i] is written to blocks[i]."""
+    """The places of states. Sequence s starts from the state in block before[s], or from zeros if before[s] is -1. For
+    each i in [starts[s], starts[s + 1]), the state after row rows[i] is written to block blocks[i]."""
 
     before: list[int]
     starts: list[int]
@@ -21,8 +21,9 @@ class StatePlaces:
 
 
 def state_places(batch: Batch, limits: StageLimits) -> StatePlaces:
-    """Returns the batch's own places if states have their own blocks. Otherwise states use the KV blocks. Each block
-    that rows reach then gets the state after the last of its rows. Raises ValueError if a block is missing."""
+    """Returns the places of a batch's states. If states have their own blocks, the batch says the places. Otherwise
+    states are in KV blocks: each block that rows reach gets the state after the last of its rows. Raises ValueError if
+    a block is missing."""
     if limits.state_blocks:
         return _own_places(batch, limits.state_blocks)
     places = StatePlaces([], [0], [], [])

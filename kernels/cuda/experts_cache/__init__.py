@@ -1,1 +1,1 @@
-"""A cache of often used experts on a GPU. RAM holds all experts."""
+"""A cache of frequently used experts on a GPU. RAM holds all experts."""

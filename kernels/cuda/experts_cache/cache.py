@@ -1,5 +1,5 @@
-"""A cache of experts on a GPU. In small microbatches, the GPU computes cached experts and the processor the others. All
-results are summed in the same order, so the bits do not depend on the cache."""
+"""A cache of experts on a GPU. In small microbatches, the GPU computes the cached experts and the CPU computes the
+others. Results are summed in a fixed order, so the bits do not depend on the cache."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ class CudaExpertsCache:
         experts: ExpertsStage,
         graphs: bool,
     ) -> None:
-        """`plan` is bound to `buffer`, which is freed with the cache."""
+        """`plan` must be bound to `buffer`, which is freed with the cache."""
         finalize(self, copies.abandon)
         self._gpu_lock, self._plan, self._buffer = gpu_lock, plan, buffer
         self._copies, self._table, self._experts = copies, table, experts
         self._launches = LaunchCache(gpu_lock.device, plan, graphs)
-        self._segments: dict[int, Sequence[Callable[[], None]]] = {}  # of the present step, by rows
+        # Segments for the current step, by number of rows.
+        self._segments: dict[int, Sequence[Callable[[], None]]] = {}
         self._running = Lock()
         self._is_closed = False
         self.n_bytes = buffer.n_bytes
@@ -76,7 +77,7 @@ class CudaExpertsCache:
         return None
 
     def _compute(self, number: int, x: Float32, chosen: Int32, weights: Float32, slots: Int32) -> None:
-        """Computes a mixture. It may overwrite pinned memory, since the exchange has synchronized the device."""
+        """Overwrites pinned memory, which is free because the exchange has synchronized the device."""
         plan, device = self._plan, self._gpu_lock.device
         plan.inputs.fill(self._inputs, weights, slots, plan.piece(number, plan.shape(len(x))))
         with self._gpu_lock.exclusive():

@@ -1,5 +1,3 @@
-"""Copies experts to the cache on a separate thread, one at a time, while steps run."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -16,14 +14,14 @@ Parts = Callable[[int, int], Sequence[Bytes]]
 
 
 class ExpertCopies:
-    """The thread that copies experts. Users of the table must hold `lock`."""
+    """The thread that copies experts to the cache. Other threads must hold `lock` to use the table."""
 
     def __init__(
         self, gpu_lock: GpuLock, buffer: Buffer, pools: Sequence[PoolPlace], table: ExpertTable, parts: Parts
     ) -> None:
         self.lock = Condition()
         self.copied_bytes = 0
-        self.error: Exception | None = None  # what ended the copies
+        self.error: Exception | None = None  # The error that ended the copies.
         self._gpu_lock, self._buffer, self.pools = gpu_lock, buffer, pools
         self._table, self._parts = table, parts
         with gpu_lock.driver_errors():
@@ -48,8 +46,8 @@ class ExpertCopies:
         self._thread.join()
 
     def abandon(self) -> None:
-        """Ends the copies. The buffer is freed when no copy is in progress. Never waits, because garbage collection may
-        call this on any thread, even on a thread that a copy waits for."""
+        """Ends the copies without waiting. The buffer is freed when no copy is in progress. Garbage collection may call
+        this on any thread, even on a thread for which a copy waits."""
         with self.lock:
             self._end()
             self._is_abandoned = True
@@ -73,7 +71,7 @@ class ExpertCopies:
         try:
             while (copy := self._next()) is not None:
                 self._bring(copy)
-        except Exception as error:  # noqa: BLE001  the border of the thread; the next step reports it
+        except Exception as error:  # noqa: BLE001  The thread's outermost function; the next step raises the error.
             with self.lock:
                 self.error, self._is_awake, self._is_busy = error, False, False
                 self.lock.notify_all()

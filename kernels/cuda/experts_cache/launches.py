@@ -1,5 +1,6 @@
-"""Launches for an experts cache: products for lines whose experts are cached, and then weighted sums of all lines. A
-line is one row for one of its experts. The host says which lines the cache computes, and uploads the other results."""
+"""Launches for an experts cache. First come the products of lines whose experts are cached, then the weighted sums of
+all lines. A line is a row together with one of its experts. The host says which lines are cached, and uploads the
+results of the others."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from llamaclust.kernels.cuda.runtime.memory import aligned
 from llamaclust.model.program import Moe, Program
 
 _INT = _FLOAT = 4
-_HEADER = 64  # int32: rows, lines of all ranks, items
+_HEADER = 64  # int32 counts: rows, lines of all ranks, items. The rest is unused.
 _ITEM = 3
 
 
@@ -46,7 +47,7 @@ class PoolPlace:
 
 @dataclass(frozen=True, slots=True)
 class LineInputs:
-    lines: int  # of the largest step
+    lines: int  # Number of lines of the largest step.
 
     @property
     def offsets(self) -> tuple[int, int, int, int, int]:
@@ -57,7 +58,8 @@ class LineInputs:
         return first, first + each, first + 2 * each, first + 2 * each + items, first + 3 * each + items
 
     def fill(self, pinned: NDArray[np.uint8], weights: Float32, slots: Int32, piece: int) -> None:
-        """Fills the buffer. `slots` [rows, used] is -1 for lines that the host uploads, after the GPU's lines."""
+        """Fills the buffer. `slots` [rows, used] is -1 for lines that the host computes. The host's results come
+        last."""
         numbers, floats = pinned.view(np.int32), pinned.view(np.float32)
         at_weights, at_lines, at_items, at_sources, _ = (offset // _INT for offset in self.offsets)
         flat = slots.reshape(-1)
@@ -102,11 +104,11 @@ class _LinesEmitter(ExpertsEmitter):
 class CachePlan:
     program: Program
     mixtures: Sequence[Moe]
-    weights: Mapping[str, Weights]  # of all experts, without addresses
-    rows: int  # of the largest step
+    weights: Mapping[str, Weights]  # Weights of all experts, without addresses.
+    rows: int  # Number of rows of the largest step.
     gpu: LaunchLimits
-    pools: Sequence[PoolPlace]  # of each mixture
-    exchanged: Sequence[tuple[np.uint64, np.uint64]] = ()  # of each mixture, where its input and its result are
+    pools: Sequence[PoolPlace]  # One pool for each mixture.
+    exchanged: Sequence[tuple[np.uint64, np.uint64]] = ()  # Addresses of each mixture's input and result.
     _layout: BufferLayout = field(default_factory=BufferLayout)
 
     def __post_init__(self) -> None:
@@ -164,7 +166,6 @@ class CachePlan:
         self._layout.base, self.pools, self.exchanged = base, pools, exchanged
 
     def segments(self, shape: Shape) -> tuple[tuple[Launch, ...], ...]:
-        """Returns two segments for each mixture: the products of cached lines, and then the sums of all lines."""
         return tuple(segment for number in range(len(self.mixtures)) for segment in self._of_mixture(number, shape))
 
     @property

@@ -1,5 +1,5 @@
-"""The layout of experts in a cache's memory, computed from sizes alone. Experts of equal layout share a pool of slots.
-A slot has one expert's matrices. After all slots come their biases, in the order in which products read them."""
+"""The layout of experts in a cache's memory. Experts of equal layout share a pool of slots. A slot has one expert's
+matrices. The biases of all slots follow the last slot, in the order in which products read them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ _FLOAT = 4
 
 @dataclass(frozen=True, slots=True)
 class SlotLayout:
-    """The sizes in bytes of one expert's matrices, which are adjacent, and of the expert's bias rows."""
-
     matrix_bytes: tuple[int, ...]
     bias_bytes: tuple[int, ...]
 
@@ -49,14 +47,14 @@ class SlotLayout:
         return tuple(accumulate(aligned(slots * size) for size in sizes))
 
     def places(self, slots: int, slot: int) -> tuple[int, ...]:
-        """Returns the offsets of a slot's parts in the pool, in the order of `ExpertsStage.expert_weights`."""
+        """Returns the offsets of a slot's parts in its pool, in the order of `ExpertsStage.expert_weights`."""
         matrices = (slot * self.stride_bytes + offset for offset in self.matrix_offsets)
         biases = zip(self.bias_offsets(slots), self.bias_bytes, strict=True)
         return (*matrices, *(offset + slot * size for offset, size in biases))
 
 
 def slot_counts(experts: Mapping[SlotLayout, int], n_bytes: int) -> dict[SlotLayout, int]:
-    """Divides `n_bytes` among the pools in proportion to their experts' bytes. Returns each pool's slot count."""
+    """Divides `n_bytes` among the pools in proportion to their experts' sizes. Returns each pool's number of slots."""
     total = sum(layout.expert_bytes * count for layout, count in experts.items())
     share = min(1.0, n_bytes / total)
     counts = {

@@ -1,4 +1,4 @@
-"""The table of cached experts. It chooses the next expert to copy from recent uses. It does not access the device."""
+"""The table of cached experts. It chooses the next expert to copy by recent uses. It does not access the device."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 from llamaclust.kernels.backend import Int32
 
 _HALF_LIFE_STEPS = 256
-"""The number of steps after which a use has half its weight."""
+"""A use has half its weight after this number of steps."""
 _LEAD_USES = 1.0
-"""An expert takes another expert's slot only if it has this many more uses, counted at their present weight."""
+"""An expert takes another expert's slot only if it has this many more uses."""
 _GREATEST_WEIGHT = 1e100
 _FREE = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    mixtures: tuple[int, ...]  # their numbers
+    mixtures: tuple[int, ...]  # Numbers of the mixtures that share the pool.
     slots: int
 
 
@@ -33,8 +33,8 @@ class Copy:
 
 
 class ExpertTable:
-    """The uses and slots of experts. A use is a step in which an expert has at least one row. Older uses count less. A
-    new use's weight doubles every `_HALF_LIFE_STEPS`, so that stored sums keep their order."""
+    """The uses and slots of experts. A use is a step in which an expert has at least one row. Older uses count less:
+    old counts do not shrink, but the weight of new uses doubles every `_HALF_LIFE_STEPS` steps."""
 
     def __init__(self, pools: Sequence[Pool], experts: int) -> None:
         self._pools = tuple(pools)
@@ -43,13 +43,14 @@ class ExpertTable:
         self._places: Int32 = np.full((mixtures, experts), _FREE, np.int32)
         self._uses: NDArray[np.float64] = np.zeros((mixtures, experts))
         self._owners: list[NDArray[np.int64]] = [np.full((pool.slots, 2), _FREE, np.int64) for pool in pools]
-        self._in_use = [np.zeros(pool.slots, np.bool_) for pool in pools]  # by the step that runs
+        self._in_use = [np.zeros(pool.slots, np.bool_) for pool in pools]  # True for slots that the current step uses.
         self._weight = 1.0
         self._copying: Copy | None = None
         self.hits = self.misses = 0
 
     def use(self, mixture: int, experts: Int32) -> Int32:
-        """Counts a use of each expert. Returns the experts' slots (-1 if not cached), valid until `end_step`."""
+        """Counts a use of each expert. Returns the experts' slots, or -1 for experts that are not cached. The slots
+        stay valid until `end_step`."""
         used = np.unique(experts)
         self._uses[mixture, used] += self._weight
         places = self._places[mixture, used]
@@ -69,8 +70,9 @@ class ExpertTable:
             self._weight = 1.0
 
     def next_copy(self) -> Copy | None:
-        """Frees and returns a slot for the most used expert that is not cached, or returns None. The slot was free, or
-        its owner had clearly fewer uses (by `_LEAD_USES`) and none in this step. Call `complete` before the next."""
+        """Chooses the most used expert that is not cached, and frees a slot for it. The slot was free, or its owner is
+        not used in this step and has clearly fewer uses (`_LEAD_USES`). Returns None if there is no such slot. The
+        caller must call `complete` before the next call."""
         assert self._copying is None, "one at a time"
         found = [(copy, uses) for index in range(len(self._pools)) for copy, uses in self._copies(index)]
         if not found:
@@ -108,7 +110,6 @@ class ExpertTable:
         return ((Copy(int(rows[at]), int(expert), index, slot), best),)
 
     def _least_used(self, index: int) -> tuple[int, float]:
-        """Returns the slot that is easiest to take, and how many uses an expert needs to take it."""
         owners = self._owners[index]
         mixture, expert = owners.T
         needed = np.where(mixture == _FREE, 0.0, self._uses[mixture, expert] + _LEAD_USES * self._weight)

@@ -1,6 +1,6 @@
-"""Attention on a GPU as launches: the kernels that run, their size, and their scratch memory. A plan kernel divides
-rows into tiles, and tiles into spans of positions, once for all layers of equal shape. A layer stores its keys and
-values, computes tiles with few queries (decode) and many (prefill), and merges separately computed spans."""
+"""Attention on a GPU as launches. A plan kernel divides rows into tiles, and tiles into spans of positions. All layers
+of equal shape share this plan. Each layer stores its keys and values, and computes tiles with few queries (decode) and
+with many (prefill). Then it merges spans that were computed separately."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS, SPAN_TOKENS, Attention, Pr
 from llamaclust.model.steps.options import RopeStyle
 
 MAX_PARTIAL_BYTES = 64 << 20
-"""The memory limit for partial results of spans. If they need more, each thread block computes a whole tile."""
+"""The memory limit for partial results of spans. Beyond it, a thread block computes a whole tile."""
 
 _MAX_HEAD_DIM, _MAX_LATENT_DIM = 512, 576
 _FEW_QUERIES, _PART_QUERIES, _FEW_LATENT_QUERIES = (1, 2, 4, 8, 16), (4, 8, 16), (4, 8)
@@ -28,7 +28,8 @@ _WEIGHT_TOKENS = 64
 _SCORE_STRIDE = SPAN_TOKENS + 4
 _STATIC_BYTES = 1024
 """An upper bound of the static shared memory of these kernels."""
-_SLICE_CHANNELS, _LATENT_SLICE_CHANNELS = 32, 128  # of these, each half of a warp has some of four heads
+# Channels of values in a slice. Other thread blocks compute the other slices.
+_SLICE_CHANNELS, _LATENT_SLICE_CHANNELS = 32, 128
 _MERGED_CHANNELS, _MERGED_HEAD_DIMS, _MOST_MERGED_HEADS = 256, (32, 64, 128, 256), 16
 _MERGER_FLOATS = 4 * 256 + 3 * _MOST_MERGED_HEADS
 _NO_WINDOW = (1 << 31) - 1
@@ -54,8 +55,6 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """The rotation of heads. `angles` holds the cosines and sines for every row, from the kernel rope.rotation."""
-
     angles: np.uint64
     pairs: int
     style: RopeStyle
@@ -72,7 +71,7 @@ NO_ROTATION, NO_NORM = Rotation(NULL, 0, RopeStyle.NORM), HeadNorm(NULL, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class HeadTransform:
-    """The transform of queries (in place) and keys before attention: first norms of heads, then a rotation."""
+    """The transform of heads before attention: a norm, and then a rotation. Queries are transformed in place."""
 
     rotation: Rotation = NO_ROTATION
     of_queries: HeadNorm = NO_NORM
@@ -91,7 +90,7 @@ NO_TRANSFORM = HeadTransform()
 
 @dataclass(frozen=True, slots=True)
 class AttentionBuffers:
-    """The addresses for an attention step. `slopes` may be 0. All steps with equal `likeness` share `plan`."""
+    """The addresses for an attention step. `slopes` may be 0. Steps with equal `likeness` share one `plan`."""
 
     q: np.uint64
     k: np.uint64
@@ -102,9 +101,9 @@ class AttentionBuffers:
     slopes: np.uint64
     plan: np.uint64
     partials: np.uint64
-    sinks: np.uint64 = NULL  # float32 [heads], if there are any
+    sinks: np.uint64 = NULL  # float32 [heads], or 0 without sinks.
     transform: HeadTransform = NO_TRANSFORM
-    by_32: np.uint64 = NULL  # where quantized rows go instead of `out`; see `can_quantize`
+    by_32: np.uint64 = NULL  # Where quantized rows are written instead of `out`; see `can_quantize`.
     by_256: np.uint64 = NULL
 
 
@@ -117,7 +116,8 @@ def _piece_bytes(step: Attention) -> int:
 
 
 def _spans(step: Attention, max_context_tokens: int) -> int:
-    """Returns the most spans that a row sees. It exceeds one if a tile has several spans, since all are then merged."""
+    """Returns the maximum number of spans that a row sees. The result is at least 2 if any tile has several spans,
+    because the partial results of all rows are then merged."""
     spans = -(-max_context_tokens // SPAN_TOKENS)
     return spans if step.window is None else min(spans, max(step.window - 2, 0) // SPAN_TOKENS + 2)
 
@@ -133,7 +133,7 @@ def _group(step: Attention) -> int:
 
 
 def _many_queries(step: Attention, gpu: LaunchLimits) -> int:
-    """Returns how many queries a tile has: as many as shared memory has room for. Raises ModelFileError if none fit."""
+    """Returns the largest number of queries of a tile that fits shared memory. Raises ModelFileError if none fits."""
     for queries in _MANY_QUERIES[step.kv_type]:
         if (needed := many_shared_bytes(step, queries) + _STATIC_BYTES) <= gpu.shared_bytes:
             return queries
@@ -144,7 +144,8 @@ def _many_queries(step: Attention, gpu: LaunchLimits) -> int:
 
 
 def _few_queries(step: Attention) -> int:
-    """Returns a row's query count in one block. It is 0 for latent attention and if too many heads share a KV head."""
+    """Returns how many queries of one row a thread block computes. Returns 0 for latent attention, and if too many
+    heads share a KV head."""
     return 0 if step.v is None else next((queries for queries in _FEW_QUERIES if queries >= _group(step)), 0)
 
 
@@ -161,7 +162,7 @@ def attention_steps(program: Program) -> tuple[Attention, ...]:
 
 
 def check_attention(program: Program) -> None:
-    """Raises ModelFileError for heads that are too large for the GPU kernels. The CPU's checks cover other faults."""
+    """Raises ModelFileError if heads are too large for the GPU kernels. The CPU backend checks everything else."""
     for step in attention_steps(program):
         at = f"layers {program.start} to {program.end} cannot be computed"
         if step.v is None and (step.head_dim > _MAX_LATENT_DIM or step.value_dim > _MAX_HEAD_DIM):
@@ -186,8 +187,9 @@ def _stage_channels(step: Attention) -> int:
 
 
 def _stage_floats(step: Attention, blocks: int, queries: int, channels: int) -> int:
-    """Returns how many floats the staged values of `blocks` KV blocks take with their scales, `channels` channels at a
-    time. Latent attention stages no values. Integer sums stage values of 64 positions and byte weights, with scales."""
+    """Returns how many floats of shared memory hold the values of `blocks` KV blocks and their scales, `channels`
+    channels at a time. Latent attention needs none. Integer sums hold the values of 64 positions, byte weights and
+    scales."""
     if step.v is None:
         return 0
     if step.kv_type is KvType.INT8:
@@ -202,8 +204,9 @@ def value_slices(step: Attention) -> int:
 
 
 def few_shared_bytes(step: Attention, queries: int) -> int:
-    """Returns the shared memory of the kernel for few queries, in bytes. One part has queries in pieces of 8 channels,
-    then scores. The other has queries and a key, then values. A slice of 32 channels has 4 times as many positions."""
+    """Returns the bytes of shared memory for the kernel for few queries. One part holds queries in pieces of 8
+    channels, and later scores. The other part holds queries and a key, and later values. A slice of 32 channels has 4
+    times as many positions."""
     scores = max(queries * max(_SCORE_STRIDE, 8 * -(-step.head_dim // 8)), _MERGER_FLOATS)
     channels = _stage_channels(step) if step.kv_type is KvType.INT8 else 128
     staged = _stage_floats(step, 2 if queries < 16 else 1, queries, channels)
@@ -220,15 +223,15 @@ def _merged_floats(step: Attention) -> int:
 
 
 def brings_own(step: Attention) -> bool:
-    """True if the kernel for few queries also stores the row's key and value. They must fit any GPU's shared memory."""
+    """True if the kernel for few queries also stores the row's key and value. Both must fit any GPU's shared memory."""
     queries = _few_queries(step)
     fits = 4 * (queries * _SCORE_STRIDE + _fresh_floats(step)) + _STATIC_BYTES <= PLAIN_SHARED_BYTES
     return queries > 0 and not step.shares_kv and fits
 
 
 def many_shared_bytes(step: Attention, queries: int) -> int:
-    """Returns the shared memory of the kernel for many queries, in bytes. One part holds queries (if float16, with a
-    chunk of keys), and later scores. The other part holds values."""
+    """Returns the bytes of shared memory for the kernel for many queries. One part holds queries, and later scores. For
+    float16 it also holds a chunk of keys. The other part holds values."""
     if step.kv_type is KvType.F16:
         staged = 8 * (-(-step.head_dim // 8) * queries + SPAN_TOKENS)
     else:
@@ -242,7 +245,7 @@ def _merges(step: Attention, room: Room) -> bool:
 
 
 def can_quantize(step: Attention, room: Room, *, decode: bool = False) -> bool:
-    """True if the kernel that merges spans can quantize, for which pieces of 256 channels must be whole heads."""
+    """True if the kernel that merges spans can also quantize. Pieces of 256 channels must then be whole heads."""
     fits = step.value_dim in _MERGED_HEAD_DIMS and step.out.width % _MERGED_CHANNELS == 0
     return fits and (_merges(step, room) or (decode and brings_own(step) and _quantized_together(step) > 0))
 
@@ -256,8 +259,8 @@ def _quantized_together(step: Attention) -> int:
 
 @dataclass(frozen=True, slots=True)
 class AttentionLaunches:
-    """The launches for microbatches of up to `rows` rows. In `decode`, each row belongs to another sequence. If
-    `grouped`, rows may see later positions, and all tiles have many queries."""
+    """The launches of attention for microbatches of up to `rows` rows. In `decode`, each row belongs to another
+    sequence. With `grouped`, rows may see later positions, and all tiles have many queries."""
 
     gpu: LaunchLimits
     room: Room
@@ -268,7 +271,7 @@ class AttentionLaunches:
     grouped: bool = False
 
     def plan(self, step: Attention, plan: np.uint64) -> Launch:
-        """Plans a microbatch's tiles and spans. Runs once for each likeness, before the first attention."""
+        """Plans the tiles and spans of a microbatch, once for each likeness, before the first attention."""
         inputs, room, few = self.inputs, self.room, self._few(step)
         split_below = -(-2 * self.gpu.sms // (step.kv_heads * _parts(step, self._many(step))))
         places = 2 * self.gpu.sms // (step.kv_heads * _parts(step, few)) if few else 0
@@ -285,25 +288,25 @@ class AttentionLaunches:
 
     def _few(self, step: Attention) -> int:
         """Returns how many queries a thread block for few queries has, or 0 if there are no such blocks. In decode, a
-        row's heads are divided into parts if they are too many for a block and the GPU would otherwise be idle."""
+        row's heads are divided into parts if a block cannot have all heads and the GPU would otherwise be idle."""
         if self.grouped:
             return 0
         if queries := _few_queries(step):
-            return queries if self.decode else max(queries, _PART_QUERIES[0])  # of some rows
+            # A thread block has the queries of several rows.
+            return queries if self.decode else max(queries, _PART_QUERIES[0])
         if not self.decode:
             return 0
         sizes = _FEW_LATENT_QUERIES if step.v is None else _PART_QUERIES
         return next((queries for queries in sizes if self._have_room(step, queries)), 0)
 
     def _many(self, step: Attention) -> int:
-        """Returns how many queries a thread block for many queries has. In decode, blocks are no larger than needed."""
         most, group = _many_queries(step, self.gpu), _group(step)
         sizes = (queries for queries in reversed(_MANY_QUERIES[step.kv_type]) if queries <= most)
         fewer = (queries for queries in sizes if queries >= group or self._have_room(step, queries))
         return next(fewer, most) if self.decode else most
 
     def _have_room(self, step: Attention, queries: int) -> bool:
-        """True if each part of a row's heads can have two multiprocessors. Each part reads all keys and values."""
+        """True if the GPU has two multiprocessors for each part of a row's heads. A part reads all keys and values."""
         return 2 * self.rows * step.kv_heads * _parts(step, queries) <= self.gpu.sms
 
     def step(self, step: Attention, at: AttentionBuffers) -> Iterator[Launch]:

@@ -1,5 +1,3 @@
-"""Launches of operations on single rows: elementwise functions, norms and rotations."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -16,17 +14,18 @@ _BLOCK = 256
 _BLOCK_CHANNELS = 1024
 _HEADS_PER_BLOCK = 8
 _ROTATION_BLOCK = 64
-_WARP_CHANNELS, _MAX_WARPS = 128, 32  # four channels a lane; warps of a block
+# Channels of a warp (four for each lane), and the maximum number of warps in a block.
+_WARP_CHANNELS, _MAX_WARPS = 128, 32
 
 WIDEST_ROW = PLAIN_SHARED_BYTES // 4 - 16
-"""The largest number of channels in a row for `add_rms_norm`."""
+"""The maximum width of a row for `add_rms_norm`."""
 
 _GATED = {GatedActivation.GELU_MUL: f"{ActivationFunction.GELU_TANH}_mul"}
 
 
 @dataclass(frozen=True, slots=True)
 class GatedInputs:
-    """The float32 gate and up, whose rows are `stride` elements apart, and the name of their gated function."""
+    """The float32 gate and up, whose rows are `stride` elements apart. `kernel` is the name of their function."""
 
     kernel: str
     gate: np.uint64
@@ -47,12 +46,10 @@ def _blocks(width: int) -> int:
 
 
 def elementwise(name: str, inputs: tuple[Scalar, ...], out: np.uint64, width: int, rows: RowCount) -> Launch:
-    """Computes a function of `inputs`, which are buffers [rows, width] and scalars, into `out`."""
     return _launch(f"rows.{name}_rows", _blocks(width), rows, (*inputs, np.int32(width), rows.address, out))
 
 
 def gated_lines(x: GatedInputs, width: int, rows: RowCount, out: np.uint64) -> Launch:
-    """Computes `out` [lines, width]. It may overwrite the gate if the gate's lines have `width` channels."""
     figures = np.int32(x.stride), np.int32(width), rows.address, np.int32(rows.multiple)
     args = (x.gate, x.up, *figures, out)
     return Launch(f"elementwise.rows.{x.kernel}_lines", (rows.bucket, _blocks(width), 1), (_BLOCK, 1, 1), args)
@@ -72,7 +69,6 @@ def join_rows(step: Join, x: np.uint64, y: np.uint64, out: np.uint64, rows: RowC
 def scale_by_position(
     step: PositionScale, x: np.uint64, factors: np.uint64, positions: np.uint64, out: np.uint64, rows: RowCount
 ) -> Launch:
-    """`factors` is the device address of the numbers from `emit.position_factors`."""
     figures = np.int32(step.offset), np.int32(step.length), np.int32(step.out.width)
     args = (x, factors, positions, *figures, rows.address, out)
     return _launch("rows.scale_by_position_rows", _blocks(step.out.width), rows, args)
@@ -104,8 +100,9 @@ def add_rms_norm(
     outs: tuple[np.uint64, np.uint64, np.uint64],
     rows: RowCount,
 ) -> Launch:
-    """Adds the two `inputs` x and y into `total`. If the address of y is 0, x is the total. The norm of the total goes
-    to each of `outs` that is not 0: as float32, and quantized for weights with segments of 32 and of 256."""
+    """Adds x and y, the two `inputs`, into `total`. If the address of y is 0, x is the total. The norm of the total is
+    written to each of `outs` that is not 0. These are float32, quantized segments of 32, and quantized segments of
+    256."""
     args = (*inputs, weight, np.float32(step.epsilon), np.int32(step.width), rows.address, total, *outs)
     threads = 32 * min(_MAX_WARPS, -(-step.width // _WARP_CHANNELS))
     return Launch("elementwise.norms.add_rms_norm", (1, rows.bucket, 1), (threads, 1, 1), args, 4 * step.width)
@@ -126,7 +123,6 @@ def sigmoid_gate(
 
 
 def rotation(table: RopeTable, positions: np.uint64, frequencies: np.uint64, out: np.uint64, rows: RowCount) -> Launch:
-    """Computes the cosines and sines of each row, [rows, 2 * pairs], from float64 `frequencies`."""
     pairs = len(table.frequencies)
     args = (positions, frequencies, np.float64(table.scale), np.int32(pairs), rows.address, out)
     return _launch("rope.rotation", -(-pairs // _ROTATION_BLOCK), rows, args, _ROTATION_BLOCK)
@@ -141,7 +137,8 @@ def rotation_in_sections(
     out: np.uint64,
     rows: RowCount,
 ) -> Launch:
-    """Computes the angles of each pair from the pair's section of `positions` [sections, max_rows]."""
+    """Computes the angles of each pair from the positions of the pair's section. `positions` is [sections,
+    max_rows]."""
     pairs = len(table.frequencies)
     figures = np.float64(table.scale), np.int32(pairs)
     args = (positions, np.int32(max_rows), sections, frequencies, *figures, rows.address, out)

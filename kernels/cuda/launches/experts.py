@@ -1,5 +1,3 @@
-"""The launches for a mixture of experts, except matrix products."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -14,21 +12,22 @@ from llamaclust.model.steps.options import Gating
 
 _GATINGS = tuple(Gating)
 """The gatings, in the order of their numbers in the kernel."""
-_HEAD_LINES = 1024  # for a block
-_PIECE_CHANNELS = 1024  # of a row, for a block
+_HEAD_LINES = 1024  # Number of lines of a thread block.
+_PIECE_CHANNELS = 1024  # Number of channels of a row for one thread block.
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertBuffers:
     ids: np.uint64  # int32 [rows, used]
     weights: np.uint64  # float32 [rows, used]
-    lines: np.uint64  # int32 [rows * used]: row * used + rank, by expert, those of one in any order
-    items: np.uint64  # int32 [max_items, 3]: expert, first place in lines, count
+    # int32 [rows * used]: row * used + rank, sorted by expert. The lines of one expert are in any order.
+    lines: np.uint64
+    items: np.uint64  # int32 [max_items, 3]: expert, index of the first line in `lines`, number of lines.
     item_count: np.uint64  # int32
 
 
 def choice_bytes(step: Moe, rows: int) -> int:
-    """Returns the size of the chosen experts' ids, in bytes. Their weights have the same size, and so do the lines."""
+    """Returns the size of the chosen experts' ids. The experts' weights and lines have the same size."""
     return 4 * rows * step.used
 
 
@@ -43,8 +42,6 @@ def items_bytes(step: Moe, rows: int, piece: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RouterOutput:
-    """The router's logits, float32 [rows, experts], and its biases and scales [experts], or 0 where there are none."""
-
     logits: np.uint64
     bias: np.uint64 = NULL
     scales: np.uint64 = NULL
@@ -73,14 +70,12 @@ def by_head(heads: int, places: matmul.Experts, rows: RowCount) -> Launch:
 
 
 def weigh_inputs(step: Moe, x: np.uint64, places: ExpertBuffers, out: np.uint64, rows: RowCount) -> Launch:
-    """Multiplies x, float32 [rows, width], by each line's weight. `out` is [rows * used, width]."""
     width = step.x.width
     args = (x, places.weights, np.int32(step.used), np.int32(width), rows.address, out)
     return Launch("experts.weigh", (-(-width // _PIECE_CHANNELS), rows.bucket, 1), (256, 1, 1), args)
 
 
 def combine(step: Moe, x: np.uint64, places: ExpertBuffers, out: np.uint64, rows: RowCount) -> Launch:
-    """Sums each row's lines, from x, float32 [rows * used, width], to `out` [rows, width]."""
     width, weights = step.out.width, NULL if step.options.weighs_inputs else places.weights
     args = (x, weights, np.int32(step.used), np.int32(width), rows.address, out)
     return Launch("experts.combine", (-(-width // _PIECE_CHANNELS), rows.bucket, 1), (256, 1, 1), args)

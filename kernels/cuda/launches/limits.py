@@ -20,4 +20,4 @@ class LaunchLimits:
 
 
 ANY_GPU = LaunchLimits(1, LEAST_SHARED_BYTES, MIN_COMPUTE_CAPABILITY)
-"""The limits for computing buffer sizes, which are equal on all GPUs."""
+"""Limits for the computation of buffer sizes, which are equal on all GPUs."""

@@ -1,5 +1,5 @@
-"""Matrix products as launches: the kernel and the number of thread blocks. Activations are quantized once for all
-products that read them. Results have the same bits as in kernels/cpu (docs/internals/numerics.md)."""
+"""Matrix products as launches. Activations are quantized once for all products that read them. Results have the same
+bits as on the CPU (docs/internals/numerics.md)."""
 
 from __future__ import annotations
 
@@ -33,38 +33,39 @@ _SUB_BLOCKS = {
 
 _GROUP_ROWS, _GEMM_ROWS, _WIDE_ROWS = 8, 64, 128
 _WIDE_WARPS, _ENOUGH = 8, 0.9
-"""The warps of a block with `_WIDE_ROWS` rows, and how many blocks for each multiprocessor are enough."""
+"""The number of warps in a block with `_WIDE_ROWS` rows, and how many such blocks each multiprocessor needs on
+average."""
 LEAST_PIECE = _GROUP_ROWS
-"""The fewest lines in one item of an expert's products, if the expert has so many."""
+"""The minimum number of lines in one item of an expert's products, if the expert has so many lines."""
 _GROUP_BYTES = {ActivationFormat.Q8_32: 320, ActivationFormat.Q8_256: 2336}
-"""The size of one segment of eight quantized rows, in bytes (src/matmul/activations.cuh)."""
+"""Bytes of one segment of eight quantized rows (src/matmul/activations.cuh)."""
 
 _PIECE_SEGMENTS = {ActivationFormat.Q8_32: 4, ActivationFormat.Q8_256: 1}
-"""The number of segments in a piece, which a warp copies and multiplies at once (src/matmul/pieces.cuh)."""
+"""The number of segments in a piece. A warp copies and multiplies one piece at a time (src/matmul/pieces.cuh)."""
 _LONG_PIECE_BYTES = 1536
-"""A warp has memory for two pieces if they are longer than this, and otherwise for three. Bulk copies differ."""
+"""A warp has memory for two pieces if a piece is longer than this, otherwise for three. Unused for bulk copies."""
 _MATRIX_UNITS, _ASYNCHRONOUS, _BULK, _HOPPER = (7, 5), (8, 0), (9, 0), (9, 0)
-"""The oldest compute capabilities with 8-bit matrix instructions, with asynchronous copies and with bulk copies. The
-last value is the only one with matrix instructions for four warps (src/matmul/wgmma.cuh)."""
+"""The oldest compute capabilities with 8-bit matrix instructions, with asynchronous copies, and with bulk copies. Only
+`_HOPPER` has matrix instructions for four warps (src/matmul/wgmma.cuh)."""
 _ARRIVAL_BYTES, _OTHERS_PART = 8, 7
-"""The bytes of a bulk copy's barrier. 1 / `_OTHERS_PART` of shared memory is left to overlapping kernels."""
+"""Bytes of the barrier of a bulk copy. Overlapping kernels are left 1 / `_OTHERS_PART` of shared memory."""
 _GEMM_STAGES = 3
 _KEPT_BYTES, _TERM_BYTES, _TURN_PIECE_BYTES = 2560, 16, 3072
-"""The bytes that a warp has for the terms of a turn's pieces, the bytes of a term, and the size of the longest piece
-that turns of several pieces use. Longer pieces would leave memory for fewer than three stages."""
+"""Bytes of a warp for the terms of a turn, bytes of a term, and maximum bytes of a piece for turns of several pieces. A
+turn is the pieces that a warp multiplies before it adds their terms."""
 _STATIC_BYTES, _RESERVED_BYTES = 576, 1024
-"""The bytes of a block's shared memory that are not dynamic: the kernel's static part and the system's part."""
+"""Bytes of a block's shared memory that are not dynamic: the kernel's static part and the system's part."""
 _TEAM_ROWS, _TEAM_WARPS, _STAGE_BYTES = 2, 4, 8192
 """Limits for float weights (float_teams.cuh): rows for teams of one warp, warps in a block, bytes in a stage."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A tensor on the device: a float32 vector, a matrix [rows, cols] in tiles, or one matrix for each expert."""
+    """A tensor in GPU memory: a float32 vector, a matrix [rows, cols] in tiles, or one such matrix for each expert."""
 
     quant_type: QuantType
     shape: tuple[int, ...]
-    address: np.uint64 = NULL  # of its first byte; 0 in planning
+    address: np.uint64 = NULL  # Address of the first byte; 0 during planning.
 
     @property
     def n_bytes(self) -> int:
@@ -109,14 +110,14 @@ class Product:
 
 
 MOST_PRODUCTS = 3
-"""The most products in one launch (queries, keys and values). Their quant type and width are equal."""
+"""The maximum number of products in one launch. They have the same quant type and width."""
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Lines grouped by expert. The first *item_count of `items` [max_items][3] are {expert, first index in `lines`,
-    count up to `piece`}. Line l reads row l // divisor of the activations and writes row l of the result. Biases are
-    matrix rows in tiles of `bias_rows` rows, column by column."""
+    """Lines grouped by expert. The first *item_count of `items` [max_items][3] are {expert, index of the first line in
+    `lines`, number of lines up to `piece`}. Line l reads row l // divisor of the activations and writes row l of the
+    result. Biases are matrix rows in tiles of `bias_rows` rows, stored column by column."""
 
     items: np.uint64
     item_count: np.uint64
@@ -186,14 +187,15 @@ def _blocks(products: Sequence[Product], tiles: int) -> int:
 
 
 def _takes_gemm(products: Sequence[Product], rows: int, sms: int) -> bool:
-    """True if the gemm kernel is faster. It is slower up to 32 rows, where few large blocks leave bandwidth unused."""
+    """True if the gemm kernel is faster than gemv. Up to 32 rows, gemm is faster only if its blocks fill the GPU."""
     if rows <= _GROUP_ROWS:
         return False
     return rows > 4 * _GROUP_ROWS or _blocks(products, 4) * -(-rows // _GEMM_ROWS) >= 2 * sms
 
 
 def _gemm_rows(products: Sequence[Product], rows: int, gpu: LaunchLimits) -> int:
-    """Returns a block's rows. Twice as many rows halve the decoding of weights, if all multiprocessors stay busy."""
+    """Returns a block's number of rows. Wide blocks decode weights half as often, but must occupy all
+    multiprocessors."""
     if gpu.compute_capability != _HOPPER or products[0].weights.activation is ActivationFormat.F32:
         return _GEMM_ROWS
     wide_blocks = _blocks(products, _WIDE_WARPS) * -(-rows // _WIDE_ROWS)
@@ -214,7 +216,7 @@ def _launch(
     is_wide = experts.piece > _GEMM_ROWS
     name = kernel_name("gemm_wide" if is_wide else "gemm" if is_gemm else "gemv", weights.quant_type)
     items = experts.max_items
-    times = 1 if experts.items == NULL else 4  # fewer items may be there than there is room for
+    times = 1 if experts.items == NULL else 4  # `items` is only the maximum number of items.
     if weights.activation is ActivationFormat.F32:
         if is_gemm or gpu.compute_capability < _BULK:
             grid = items, _blocks(products, 4 if is_gemm else 1), 1
@@ -241,7 +243,8 @@ def _matrices(products: Sequence[Product]) -> tuple[Scalar, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _GemvShape:
-    """The number of blocks for each item, a block's warps, and its shared memory for pieces (src/matmul/pieces.cuh)."""
+    """The numbers of blocks for each item and of warps in a block, and a block's shared memory
+    (src/matmul/pieces.cuh)."""
 
     blocks: int
     warps: int
@@ -249,7 +252,6 @@ class _GemvShape:
 
     @classmethod
     def of(cls, products: Sequence[Product], items: int, times: int, gpu: LaunchLimits, rows: int) -> Self:
-        """Makes `times` as many blocks as the GPU runs at once, but at most one for each tile."""
         weights, tiles = products[0].weights, _blocks(products, 1)
         shape = _bulk_shape if gpu.compute_capability >= _BULK else _plain_shape
         kept_bytes = _KEPT_BYTES if _turn(weights, rows, gpu) > 1 else 0
@@ -261,7 +263,7 @@ class _GemvShape:
 
 
 def _turn(weights: Weights, rows: int, gpu: LaunchLimits) -> int:
-    """Returns how many pieces a warp multiplies before it adds their terms. The terms must fit its memory."""
+    """Returns how many pieces a warp multiplies before it adds their terms. The terms must fit the warp's memory."""
     if gpu.compute_capability < _BULK or weights.activation is not ActivationFormat.Q8_256:
         return 1
     if _piece_bytes(weights) > _TURN_PIECE_BYTES:
@@ -276,7 +278,8 @@ def _piece_bytes(weights: Weights) -> int:
 
 
 def _plain_shape(piece_bytes: int, _: int, gpu: LaunchLimits) -> tuple[int, int, int, int]:
-    """Returns a block's warps, its stages, a stage's bytes, and how many blocks a multiprocessor runs at once."""
+    """Returns the number of warps of a block, the stages of a warp, the bytes of a stage, and the number of blocks that
+    a multiprocessor runs at the same time."""
     stages = 2 if piece_bytes > _LONG_PIECE_BYTES else 3
     stages = stages if gpu.compute_capability >= _ASYNCHRONOUS else 1
     of_registers = 5 if gpu.compute_capability >= _MATRIX_UNITS else 4
@@ -286,7 +289,8 @@ def _plain_shape(piece_bytes: int, _: int, gpu: LaunchLimits) -> tuple[int, int,
 
 
 def _bulk_shape(piece_bytes: int, kept_bytes: int, gpu: LaunchLimits) -> tuple[int, int, int, int]:
-    """Returns the same values as `_plain_shape`, for two blocks at once, or for one if two had only one stage each."""
+    """Returns the same values as `_plain_shape`, for GPUs with bulk copies. A multiprocessor runs two blocks at the
+    same time, or one if two would have only one stage each."""
     stage_bytes = piece_bytes + _ARRIVAL_BYTES
     room = gpu.shared_bytes + _RESERVED_BYTES - gpu.shared_bytes // _OTHERS_PART
     own = _STATIC_BYTES + _RESERVED_BYTES + 8 * kept_bytes
@@ -297,7 +301,8 @@ def _bulk_shape(piece_bytes: int, kept_bytes: int, gpu: LaunchLimits) -> tuple[i
 
 @dataclass(frozen=True, slots=True)
 class _TeamsShape:
-    """The blocks for each item, their teams, a team's warps, and shared memory (src/matmul/float_teams.cuh)."""
+    """The numbers of blocks for each item, teams in a block and warps in a team, and shared memory
+    (src/matmul/float_teams.cuh)."""
 
     blocks: int
     count: int
@@ -306,12 +311,12 @@ class _TeamsShape:
 
     @classmethod
     def of(cls, products: Sequence[Product], rows: int, items: int, times: int, gpu: LaunchLimits) -> Self:
-        """Makes `times` as many blocks as the GPU has multiprocessors, but at most one team for each tile."""
         weights, tiles = products[0].weights, _blocks(products, 1)
         warps = 1 if rows <= _TEAM_ROWS else 2
         columns = _STAGE_BYTES // (TILE_ROWS * weights.quant_type.info.block_bytes)
         activations = warps * warps * 2 * 2 * 4 * (columns + 4)
-        # Half of what kernels have, so that the next one's first stages are under way while this one ends.
+        # Half of the shared memory that kernels may use. The next kernel can then load its first stages while this one
+        # ends.
         room = gpu.shared_bytes * (_OTHERS_PART // 2) // _OTHERS_PART - _RESERVED_BYTES
 
         def stages(teams: int) -> int:
@@ -332,8 +337,8 @@ def _gemm_warps(products: Sequence[Product], items: int, gpu: LaunchLimits) -> i
 
 
 def _gemm_shared_bytes(weights: Weights, rows: int, warps: int, gpu: LaunchLimits) -> int:
-    """Returns the size of two stages of 256 columns, and of the integer scales for sixteen rows of each warp, in bytes.
-    Hopper has up to three stages, which contain weights too."""
+    """Returns the bytes of shared memory for two stages of 256 columns, and for the integer scales of sixteen rows of
+    each warp. On Hopper there are up to three stages, which contain weights too."""
     segments, info = 256 // weights.activation.value, weights.quant_type.info
     sub_blocks = _SUB_BLOCKS.get(weights.quant_type, 0)
     scales = warps * TILE_ROWS * 4 * (sub_blocks // 2 + 1) if sub_blocks else 0

@@ -1,5 +1,3 @@
-"""Launches of steps that scale a row's channels or mix a row's parts (`model/steps/rows.py`)."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -15,12 +15,11 @@ _THREADS = 256
 
 
 def sums_of_row(vocabulary: int) -> int:
-    """Returns how many parts a row of logits has. Each part has its own sum of weights."""
     return -(-vocabulary // _SUMMED_LOGITS)
 
 
 def record_words(vocabulary: int) -> int:
-    """Returns the size of one row's record in int64 words (kernels/cpu/native/sampler/ranked.h)."""
+    """Returns the number of int64 words in one row's record (kernels/cpu/native/sampler/ranked.h)."""
     return _CANDIDATES + sums_of_row(vocabulary) + _END_WORDS
 
 
@@ -43,6 +42,7 @@ TOTALS = "sampling.totals"
 def sum_weights(
     logits: np.uint64, vocabulary: int, records: np.uint64, divisors: np.uint64, totals: np.uint64, rows: RowCount
 ) -> Launch:
-    """Sums weights at float32 `divisors` [rows] into `totals`, int64 [rows, parts]. Must run after `rank_logits`."""
+    """Sums weights at temperatures `divisors` [rows] into `totals`, int64 [rows, parts]. Must run after
+    `rank_logits`."""
     args = (logits, np.int32(vocabulary), rows.address, divisors, records, totals)
     return Launch(TOTALS, (sums_of_row(vocabulary), rows.bucket, 1), (_THREADS, 1, 1), args)

@@ -1,5 +1,3 @@
-"""Launches of steps that keep a recurrent state for each sequence."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from llamaclust.model.program import Convolution, Decay, DeltaRule, Scan
 _BLOCK = 256
 _DELTA_CHANNELS = 32
 _SCAN_CHANNELS = (32, 16, 8, 4, 2)
-"""The possible channel counts of a scan's thread block. The largest whose states fit shared memory is used."""
+"""The channel counts that a scan's thread block may have. The largest count whose states fit shared memory is used."""
 
 
 def _scan_bytes(step: Scan, channels: int) -> int:
@@ -45,7 +43,6 @@ class StateLaunches:
     def convolve(
         self, step: Convolution, x: np.uint64, weights: Weights, bias: np.uint64, out: np.uint64, rows: RowCount
     ) -> tuple[Launch, ...]:
-        """Launches the convolution and then a kernel that stores the new state. It may overwrite the old state."""
         width, figures = step.x.width, (np.int32(step.taps), np.int32(step.x.width))
         blocks = -(-width // _BLOCK)
         kernel = f"states.convolve_{weights.quant_type.name}"
@@ -56,7 +53,6 @@ class StateLaunches:
         )
 
     def delta_rule(self, step: DeltaRule, inputs: tuple[np.uint64, ...], out: np.uint64) -> Launch:
-        """`inputs` are q, k, v, decay and beta."""
         heads, keys, values = step.shape
         figures = map(np.int32, (heads, step.key_heads, step.tiled, keys, values, step.decay.width))
         grid = heads * -(-values // _DELTA_CHANNELS), self.sequences, 1
@@ -76,6 +72,5 @@ class StateLaunches:
 
 
 def decay(step: Decay, x: np.uint64, vectors: tuple[np.uint64, np.uint64], out: np.uint64, rows: RowCount) -> Launch:
-    """`vectors` are weight and bias."""
     args = (x, *vectors, np.int32(step.out.width), np.int32(step.heads), rows.address, out)
     return Launch("states.decay", (-(-step.out.width // _BLOCK), rows.bucket, 1), (_BLOCK, 1, 1), args)

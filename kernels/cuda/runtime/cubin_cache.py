@@ -16,13 +16,13 @@ from llamaclust.kernels.cuda.runtime.sources import OPTIONS
 _log = logging.getLogger(__name__)
 
 _MOST_BYTES = 1 << 30
-"""The folder's size limit for all versions, architectures and compilers. One set of kernels takes 1 % of it."""
+"""The folder's maximum bytes, for all versions, architectures and compilers. One set of kernels takes 1 % of this."""
 
 _MOST_MODULE_BYTES = 1 << 28
 
 
 class KernelFolder(DiskCache):
-    """The folder of compiled modules. A file's name has digests of the module's sources and of the file itself."""
+    """The folder of compiled modules. A file's name has digests of the module's sources and of the file's bytes."""
 
     suffixes = (".cubin", ".ptx")
     content, limit = "compiled kernels", "of all versions"
@@ -36,7 +36,7 @@ class KernelFolder(DiskCache):
             if data is not None and path.name == _file_name(key, data, path.suffix):
                 return path
             if data is not None:
-                self.drop(path.name, "it has other bytes than those that were compiled")
+                self.drop(path.name, "its bytes differ from those that were compiled")
         return None
 
     def keep(self, key: str, binary: Binary) -> Path:
@@ -46,13 +46,13 @@ class KernelFolder(DiskCache):
 
 
 class CubinCache:
-    """Finds compiled modules by the hash of source, options, architecture and compiler. If `folder` cannot store a
-    module, it is in a temporary folder until `close`."""
+    """Finds compiled modules by a hash of source, options, architecture and compiler version. If a module cannot be
+    stored in `folder`, it is in a temporary folder until `close`."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = None if folder is None else KernelFolder(folder)
         self._instead: TemporaryDirectory[str] | None = None
-        self._is_reported = False  # that the folder cannot be used
+        self._is_reported = False  # True after a warning that the folder cannot be used.
 
     def close(self) -> None:
         if self._instead is not None:
@@ -75,7 +75,7 @@ class CubinCache:
             return act(self._folder)
         except OSError as error:
             if not self._is_reported:
-                _log.warning("compiled kernels are not kept: %s; the next start compiles them anew", reason(error))
+                _log.warning("compiled kernels cannot be stored: %s; the next start compiles them again", reason(error))
             self._is_reported = True
             return None
 

@@ -1,5 +1,3 @@
-"""A GPU through CuPy: memory, copies, launches and graphs on a separate stream."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
@@ -54,7 +52,7 @@ def _part(buffer: Buffer, offset_bytes: int, n_bytes: int) -> int:
 
 class CupyDevice:
     def __init__(self, index: int = 0, memory_cap_bytes: int | None = None, folder: Path | None = None) -> None:
-        """Raises UsageError that names what is missing: CuPy, NVRTC, a driver, the GPU, a newer GPU, or a free GPU."""
+        """Raises UsageError, which says what is missing: CuPy, NVRTC, a driver, the GPU, a newer GPU, or a free GPU."""
         self._cupy = import_cupy()
         self._index, self._cap_bytes = index, memory_cap_bytes
         self._runtime = self._cupy.cuda.runtime
@@ -64,7 +62,7 @@ class CupyDevice:
         )
         try:
             gpu = gpu_properties(self._cupy, index)
-            self._select()  # creates the CUDA context of this process
+            self._select()  # Creates this process's CUDA context.
             self._stream = self._cupy.cuda.Stream(non_blocking=True)
             self._background = self._cupy.cuda.Stream(non_blocking=True)
         except self.failures as error:
@@ -84,7 +82,7 @@ class CupyDevice:
         free: int = self._runtime.memGetInfo()[0]
         if self._cap_bytes is None:
             return free
-        held = tuple(self._buffers)  # any thread may free weights
+        held = tuple(self._buffers)  # A copy, because any thread may free weights meanwhile.
         return max(0, min(free, self._cap_bytes - sum(buffer.n_bytes for buffer in held)))
 
     def prepare(self, kernels: Iterable[str]) -> None:
@@ -116,7 +114,7 @@ class CupyDevice:
     def free(self, buffer: CupyBuffer) -> None:
         if buffer in self._buffers:
             self._buffers.remove(buffer)
-            with suppress(*self.failures):  # a lost GPU fails every call; its users get the error
+            with suppress(*self.failures):  # Every call fails after a GPU is lost. The users of the GPU get the error.
                 self._select()
                 self._runtime.free(buffer.address)
             buffer.address = 0
@@ -165,7 +163,7 @@ class CupyDevice:
         try:
             work()
         except BaseException:
-            with suppress(self._runtime.CUDARuntimeError):  # the first error counts
+            with suppress(self._runtime.CUDARuntimeError):  # Only the first error matters.
                 self._stream.end_capture()
             raise
         return CupyGraph(self, self._stream.end_capture())

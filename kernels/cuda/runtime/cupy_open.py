@@ -1,4 +1,4 @@
-"""Checks for CuPy, a driver and a GPU. If something is missing, the error says in one line what to do."""
+"""Checks for CuPy, a driver and a GPU. The error says in one line what is missing and what to do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NO_DEVICE, _OLD_DRIVER = 100, 35  # cudaErrorNoDevice, cudaErrorInsufficientDri
 @dataclass(frozen=True, slots=True)
 class GpuProperties:
     name: str
-    uuid: str  # hexadecimal digits
+    uuid: str  # Hexadecimal digits.
     memory_bytes: int
     compute_capability: tuple[int, int]
     sms: int
@@ -57,7 +57,7 @@ def gpu_properties(cupy: Any, index: int) -> GpuProperties:
 
 
 def usable_nvrtc(cupy: Any, architecture: int) -> Nvrtc:
-    """Raises UsageError if NVRTC is missing, or too new for the driver or for the `architecture` (61 for 6.1)."""
+    """Raises UsageError if NVRTC is missing, or is too new for the driver or for `architecture` (61 means 6.1)."""
     nvrtc, driver = open_nvrtc(), cupy.cuda.runtime.driverGetVersion()
     if nvrtc.version[0] > driver // 1000:
         made_by = _version(nvrtc.version)
@@ -86,14 +86,14 @@ def _count(cupy: Any) -> int:
             raise UsageError(f"device cuda: {_driver_problem(runtime, error)}") from error
         count = 0
     if count == 0:
-        raise UsageError("device cuda: no NVIDIA GPU is visible (nvidia-smi, CUDA_VISIBLE_DEVICES)")
+        raise UsageError("device cuda: no NVIDIA GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES")
     return count
 
 
 def _driver_problem(runtime: Any, error: Any) -> str:
     driver, built_for = _of_cuda(runtime.driverGetVersion()), _of_cuda(runtime.runtimeGetVersion())
     if driver == "0.0":
-        return "no NVIDIA driver is installed, or this container is not given it"
+        return "no NVIDIA driver is installed, or this container has no access to the driver"
     if error.status == _OLD_DRIVER:
         return f"the driver is for CUDA {driver}, but CuPy is for {built_for}: update the driver, or {_INSTALL}"
     return str(error)

@@ -12,43 +12,44 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 
 Scalar = np.int32 | np.float32 | np.float64 | np.uint64
-"""An argument of a kernel in the argument's declared type. Pointers are addresses as np.uint64 (see `Buffer.at`)."""
+"""A kernel's argument, in the type that the kernel declares. Pointers are addresses as np.uint64 (see `Buffer.at`)."""
 
 NULL = np.uint64(0)
 
 MIN_COMPUTE_CAPABILITY = (6, 1)
-"""The oldest supported GPUs, the first with four-byte dot products. 8-bit matrix instructions and CUDA 13 need 7.5."""
+"""The oldest supported compute capability, which is the first with four-byte dot products. CUDA 13 and 8-bit matrix
+instructions need 7.5."""
 
 LEAST_SHARED_BYTES = 64 << 10
-"""The smallest `Device.shared_bytes` of any GPU since 7.0. Older GPUs have PLAIN_SHARED_BYTES."""
+"""The minimum of `Device.shared_bytes` since compute capability 7.0. Older GPUs have PLAIN_SHARED_BYTES."""
 
 PLAIN_SHARED_BYTES = 48 << 10
-"""The default limit of a block's shared memory. Kernels must request more as dynamic, up to `Device.shared_bytes`."""
+"""The default limit of a block's shared memory. A kernel must request more as dynamic memory, up to
+`Device.shared_bytes`."""
 
 
 class Buffer(Protocol):
-    """Device memory with an alignment of at least 16 bytes. Its initial content is undefined."""
+    """GPU memory, aligned to at least 16 bytes. Its initial content is undefined."""
 
     address: int
     n_bytes: int
 
-    def at(self, offset_bytes: int = 0) -> np.uint64:
-        """Returns a pointer into the buffer for kernels. Raises AssertionError if the pointer is outside."""
+    def at(self, offset_bytes: int = 0) -> np.uint64: ...
 
-    def close(self) -> None:
-        """Frees the memory. No launch in progress may use the memory."""
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One launch of the kernel "module.kernel". Module `elementwise.rows` is src/elementwise/rows.cu."""
+    """A launch of kernel "module.kernel". The source of module `elementwise.rows` is src/elementwise/rows.cu."""
 
     kernel: str
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     args: tuple[Scalar, ...]
-    shared_bytes: int = 0  # dynamic shared memory
-    in_order: bool = False  # begins when all before it have ended, even if its kernel could begin earlier
+    shared_bytes: int = 0  # Bytes of dynamic shared memory.
+    # True if the launch waits until all earlier launches have ended, even if its kernel could begin earlier.
+    in_order: bool = False
 
 
 class Graph(Protocol):
@@ -65,48 +66,45 @@ class Event(Protocol):
 
 class Device(Protocol):
     """One GPU. Copies, launches and graphs run in the order of the calls, which return before the work is done. Only
-    one thread may make calls at a time. `prepare` and buffers' `close` are exceptions."""
+    one thread may make calls at a time. Other threads may call only `prepare` and the `close` of buffers."""
 
     name: str
-    uuid: str  # of the GPU itself; "": not known
+    uuid: str  # The hardware's id, or an empty string if it is not known.
     compute_capability: tuple[int, int]
-    sms: int  # multiprocessors
+    sms: int  # Number of multiprocessors.
     memory_bytes: int
-    shared_bytes: int  # shared memory that a block can have at most
-    failures: tuple[type[Exception], ...]  # errors of the driver, after which the device is lost
+    shared_bytes: int  # Maximum shared memory of a block.
+    failures: tuple[type[Exception], ...]  # Errors of the driver, after which the device is lost.
 
     @property
-    def free_bytes(self) -> int:
-        """The most bytes that `allocate` could provide now."""
+    def free_bytes(self) -> int: ...
 
     def prepare(self, kernels: Iterable[str]) -> None:
-        """Compiles the kernels' modules (seconds, once on a machine). `launch` compiles too, but not in a capture."""
+        """Compiles the kernels' modules, which takes seconds. `launch` compiles too, but cannot do so in a capture."""
 
-    def allocate(self, n_bytes: int) -> Buffer:
-        """Raises InsufficientMemoryError if less memory is free."""
+    def allocate(self, n_bytes: int) -> Buffer: ...
 
     def pinned(self, n_bytes: int) -> Bytes:
         """Allocates pinned host memory, which is freed with the array. Raises InsufficientMemoryError."""
 
-    def upload(self, buffer: Buffer, offset_bytes: int, data: Bytes) -> None:
-        """Copies `data` and waits until the copy is complete."""
+    def upload(self, buffer: Buffer, offset_bytes: int, data: Bytes) -> None: ...
 
     def copy_in(self, buffer: Buffer, offset_bytes: int, pinned: Bytes) -> None:
-        """Copies in order with launches. `pinned` is from `Device.pinned` and must stay unchanged until copied."""
+        """Copies in order with launches. `pinned` is from `Device.pinned` and must not change until it is copied."""
 
     def copy_in_background(self, buffer: Buffer, parts: Iterable[tuple[int, Bytes]]) -> Event:
-        """Copies pinned memory to these offsets, not in order with launches. The event marks the end of all copies."""
+        """Copies pinned memory to these offsets, at the same time as launches. The event marks the end of all
+        copies."""
 
     def copy_out(self, pinned: Bytes, buffer: Buffer, offset_bytes: int) -> None:
-        """Fills `pinned` in order with launches. The data is complete after `synchronize` or a later event."""
+        """Fills `pinned` in order with launches. The data is complete after `synchronize` or after a later event."""
 
     def launch(self, launch: Launch) -> None: ...
 
     def capture(self, work: Callable[[], None]) -> Graph:
         """Records the launches and copies of `work` without executing them."""
 
-    def event(self) -> Event:
-        """Returns an event that marks the end of all calls so far."""
+    def event(self) -> Event: ...
 
     def synchronize(self) -> None: ...
 

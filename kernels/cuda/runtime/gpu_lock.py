@@ -1,4 +1,4 @@
-"""Lets one thread at a time use a GPU. Errors from the driver become DeviceLostError."""
+"""Lets one thread at a time use a GPU. Errors of the driver become DeviceLostError."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ class GpuLock:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Lets one thread make several calls in a row. Raises DeviceLostError with the driver's message."""
+        """Lets one thread make several calls in a row. Raises DeviceLostError for errors of the driver."""
         with self._lock, self.driver_errors():
             yield
 
     @contextmanager
     def driver_errors(self) -> Iterator[None]:
-        """Wraps calls that need no lock. Raises DeviceLostError with the driver's message."""
         try:
             yield
         except self.device.failures as error:

@@ -1,5 +1,3 @@
-"""Loads a device's kernels by name from compiled modules."""
-
 from __future__ import annotations
 
 import logging
@@ -25,7 +23,6 @@ class KernelLoader:
         self._shared_bytes: dict[str, int] = {}
 
     def get(self, name: str, shared_bytes: int = 0) -> Any:
-        """Returns a kernel that may use `shared_bytes` of dynamic shared memory, even above the default limit."""
         if name not in self._kernels:
             module, _, function = name.rpartition(".")
             self._kernels[name] = self._function(module, function)
@@ -40,13 +37,12 @@ class KernelLoader:
         self._cubins.close()
 
     def _function(self, module: str, function: str) -> Any:
-        """Returns a module's function. Compiles the module again if the driver rejects the file."""
         if module not in self._modules:
             self._modules[module] = self._module(module)
         try:
             return self._modules[module].get_function(function)
         except self._cupy.cuda.driver.CUDADriverError as error:
-            _log.warning("kernels %s cannot be loaded: %s; they are compiled anew", module, error)
+            _log.warning("kernel module %s cannot be loaded: %s; it is compiled again", module, error)
             self._modules[module] = self._module(module, anew=True)
             return self._modules[module].get_function(function)
 

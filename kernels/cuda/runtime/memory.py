@@ -1,11 +1,11 @@
-"""Sizes of GPU memory, rounded up as the driver rounds them. Sums are therefore exact to the byte."""
+"""Sizes of GPU memory, rounded up as the driver rounds them. Their sums are exact to the byte."""
 
 from __future__ import annotations
 
 ALIGNMENT = 256
 
 _GRANULE = 2 << 20
-"""The driver's smallest allocation."""
+"""Bytes of the driver's smallest allocation."""
 
 
 def aligned(n_bytes: int) -> int:

@@ -1,4 +1,4 @@
-"""NVIDIA's run-time compiler without CuPy. CuPy's option `-ftz=true` flushes subnormals to zero and so changes bits."""
+"""NVIDIA's run-time compiler without CuPy, whose option `-ftz=true` flushes subnormals to zero and so changes bits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OLDEST = (12, 0)
 
 
 def machine_target(architecture: int, kind: str = "sm") -> str:
-    """Returns the compiler's name for an architecture. Hopper's name enables instructions that only Hopper has."""
+    """Returns the compiler's name for an architecture. The "a" enables instructions that only Hopper has."""
     return f"{kind}_{architecture}a" if architecture == _HOPPER else f"{kind}_{architecture}"
 
 
@@ -40,7 +40,7 @@ class Nvrtc:
 
     @property
     def architectures(self) -> tuple[int, ...]:
-        """The architectures for which the library makes machine code, in ascending order. For example, 75 is 7.5."""
+        """The architectures for which the library makes machine code, in ascending order. For example, 75 means 7.5."""
         count = ctypes.c_int()
         self._check(self._library.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
         numbers = (ctypes.c_int * count.value)()
@@ -86,7 +86,7 @@ class Nvrtc:
 
 
 def open_nvrtc() -> Nvrtc:
-    """Opens the NVRTC library that CuPy would use. Raises UsageError if there is none."""
+    """Opens the NVRTC library that CuPy would use. Raises UsageError if NVRTC is not installed."""
     try:
         from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
     except ImportError as error:

@@ -1,4 +1,5 @@
-"""Launches that begin while the previous kernel runs. CUDA calls this programmatic dependent launch. CuPy lacks it."""
+"""Launches that begin while the previous kernel runs. CUDA calls this programmatic dependent launch, and CuPy lacks
+it."""
 
 from __future__ import annotations
 
@@ -21,7 +22,6 @@ _SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
 def overlaps(kernel: str) -> bool:
-    """True for kernels that call `wait_for_earlier_kernels` (src/ptx.cuh)."""
     return kernel.startswith(_KERNELS)
 
 
@@ -42,7 +42,6 @@ class _Config(ctypes.Structure):
 
 class OverlappingLauncher:
     def __init__(self, error: type[Exception]) -> None:
-        """`error` is the exception type for failed launches. It is raised with the driver's status."""
         self._error = error
         self._attribute = _Attribute(_SERIALIZATION, 0, 1)
 

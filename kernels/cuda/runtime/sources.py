@@ -1,4 +1,4 @@
-"""CUDA sources as the compiler gets them. A module is one file in src/ with all its includes."""
+"""The text of CUDA sources for the compiler. A module is one file in src/ with all its includes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 SRC = Path(__file__).parent.parent / "src"
 INCLUDE = (SRC, SRC.parent.parent / "cpu" / "native")
-"""The include folders. The folder of the including source is searched first."""
+"""The include folders. The folder of the including source is searched before them."""
 
 OPTIONS = ("--std=c++20", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 """Options for exact arithmetic: no fused multiply-add, no approximations, and no flushing of subnormals."""
@@ -20,8 +20,8 @@ def modules() -> dict[str, Path]:
 
 
 def whole_text(path: Path, include: tuple[Path, ...] = INCLUDE) -> str:
-    """Returns the source with each include inserted once, so that compilers' caches notice every change. Standard
-    headers are not inserted. A missing header of ours stays an include: only another compiler needs it."""
+    """Returns the source with each include inserted once, so that the compilers' caches notice every change. Standard
+    headers are not inserted. An include of a missing file stays, because only another compiler needs it."""
     return "".join(_lines(path, include, set()))
 
 

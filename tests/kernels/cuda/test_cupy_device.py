@@ -197,7 +197,7 @@ def test_kernels_that_cannot_be_kept_are_one_warning(
     binaries.close()
     assert not paths[0].parent.exists() and [path.name for path in folder.iterdir()] == ["lock"]
     (record,) = caplog.records
-    what = "compiled kernels are not kept: No space left on device; the next start compiles them anew"
+    what = "compiled kernels cannot be stored: No space left on device; the next start compiles them again"
     assert record.getMessage() == what
 
 
@@ -309,7 +309,7 @@ def test_a_damaged_kernel_is_compiled_anew(
     assert nvrtc.compiled == [("elementwise.rows", 86)] * 2 and kept.read_bytes() == b"elementwise.rows for 86"
     assert cupy.loaded == [b"elementwise.rows for 86"] * 3
     assert [record.getMessage() for record in caplog.records] == [
-        f"{kept}: it has other bytes than those that were compiled; it is deleted"
+        f"{kept}: its bytes differ from those that were compiled; it is deleted"
     ]
 
 

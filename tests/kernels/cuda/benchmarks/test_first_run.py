@@ -163,7 +163,9 @@ def test_nothing_follows_a_vital_step_that_failed(tmp_path: Path, capsys: pytest
     for calls in (1, 2):
         assert run(tmp_path, replace(gpu, is_vital=True), later) == 1 and ran(tmp_path) == calls * ["gpu"]
         said = capsys.readouterr().err
-        assert "FAILED (127): no driver" in said and f"the others need it: see {tmp_path}/gpu.log" in said
+        assert (
+            "FAILED (127): no driver" in said and f"no other step can pass without gpu: see {tmp_path}/gpu.log" in said
+        )
 
 
 OUTCOME = {"status": 0, "seconds": 1, "sources": "c1", "tail": ["passed"]}

@@ -294,7 +294,7 @@ def test_no_graphs_is_obeyed(model: Path, device: Device, monkeypatch: pytest.Mo
     ("changed", "words"),
     [
         ({"backends": "CPU"}, "built for CPU; build it with GGML_CUDA=ON"),
-        ({"gpu_info": ""}, "it finds no GPU"),
+        ({"gpu_info": ""}, "llama-bench finds no GPU"),
         ({"avg_ts": None}, "does not print llama-bench's JSON"),
     ],
 )

@@ -56,8 +56,7 @@ class Replies:
     def endpoint(
         self, path: str, make: MakeReply, settings: ApiSettings, form: StreamFormat = StreamFormat.EVENTS
     ) -> Callable[[Request], Awaitable[Response]]:
-        """Returns the handler for `path`. `make` turns a request body into a reply, and `form` is the reply's stream
-        format."""
+        """Returns the handler for `path`. `make` turns a request body into a reply. `form` is the stream format."""
         self._endpoints[settings.digest, path], self._forms[path] = make, form
 
         async def answer(request: Request) -> Response:
@@ -66,8 +65,7 @@ class Replies:
         return answer
 
     async def _answer(self, request: Request, path: str, make: MakeReply, settings: ApiSettings) -> Response:
-        """Answers a request. If the connection breaks, the computation continues only if the client can read the reply
-        later."""
+        """Answers a request. If the connection breaks, a computation continues only if its reply can be read later."""
         body = await read_bytes(request, self.settings)
         context = new_context(request.headers, path, settings)
         if (same := self.cache.same(context, body)) is not None:
@@ -230,8 +228,7 @@ class Replies:
                     await kept.progressed.wait()
 
     async def _attempt(self, beginning: Coroutine[Any, Any, None]) -> None:
-        """Waits at most `_ALONE_S` for a request to begin. In a busy cluster, one request must not hold up the
-        others."""
+        """Waits at most `_ALONE_S` for a request to begin. In a busy cluster, it must not hold up others."""
         await asyncio.wait([self._tasks.start(beginning)], timeout=_ALONE_S)
 
     async def _begin_alone(self, kept: KeptReply) -> None:
@@ -283,6 +280,5 @@ def _given(request: Request, context: RequestContext) -> Position:
 
 
 def _wants_ids(request: Request) -> bool:
-    """Returns True if the client accepts server-sent events. Other clients may understand only `data:` lines, not
-    ids."""
+    """Returns True if the client accepts server-sent events. Other clients may understand only `data:` lines."""
     return StreamFormat.EVENTS.value in request.headers.get("accept", "").lower()

@@ -36,12 +36,11 @@ if TYPE_CHECKING:
     from llamaclust.cluster.front.replies.reply_cache import ReplyCache
 
 _TURN_COST: Final = 2048
-"""Maximum cost of rendering before a reader lets other tasks run. A token or logprob costs 1. Each log entry costs
-`_ENTRY_COST` more."""
+"""Maximum cost of rendering until a reader lets other tasks run. A token or logprob costs 1, a log entry
+`_ENTRY_COST`."""
 _ENTRY_COST: Final = 8
 _FRAME_BYTES: Final = 250
-"""Approximate bytes of a stream event, in addition to its text and logprobs. A token in JSON is counted the same
-way."""
+"""Approximate bytes of an event without its text and logprobs, and of a token in JSON."""
 _TOP_BYTES: Final = 8
 _PROMPT_TOKEN_BYTES: Final = 36
 _BUSY = Backoff(1.0, 30.0)
@@ -171,8 +170,7 @@ class KeptReply:
             raise
 
     def _take_adapters(self, used: tuple[str, ...]) -> None:
-        """Notes the marks of the adapters in use. Raises AdapterUnloadedError if a restored request would use other
-        adapters."""
+        """Notes the marks of the adapters in use. Raises AdapterUnloadedError if a restored request would add any."""
         if not self.context.is_restored:
             self.context.adapters = used
         elif not {*used} <= {*self.context.adapters}:
@@ -215,8 +213,7 @@ class KeptReply:
         self._expire_later()
 
     async def aclose(self) -> None:
-        """Ends the reply, with an error if it is incomplete. Waits until all its work has ended, except a call of
-        `begin`."""
+        """Ends the reply, with an error if it is incomplete. Waits until its work has ended, except `begin`."""
         if self._timer is not None:
             self._timer.cancel()
         self.end(RequestCancelledError())
@@ -240,8 +237,7 @@ class KeptReply:
         self._timer = asyncio.get_running_loop().call_later(kept_s, self._owner.expired, self)
 
     def _grow(self, prompt: int, chunk: TextChunk) -> None:
-        """Counts the bytes of a chunk. Raises HttpError if the reply is too large, and LlamaclustError if it was
-        ended."""
+        """Counts the bytes of a chunk. Raises HttpError if the reply is too large, LlamaclustError if it was ended."""
         packed = self.log.content.storage is RowStorage.PACKED
         rows = len(chunk.rows) + len(chunk.prompt_rows)
         data_bytes = len(chunk.text) + _TOP_BYTES * (chunk.entries - rows)
@@ -325,8 +321,7 @@ class KeptReply:
         return self._request_entries() + sum(chunk.entries for chunks in parts for chunk in chunks)
 
     def _request_entries(self) -> int:
-        """Counts the tokens of the prompts, which some APIs show, and the other values that a reply repeats from its
-        request."""
+        """Counts what replies repeat from a request: the prompt tokens, which some APIs show, and `Reply.repeated`."""
         return _prompt_tokens(self.log) + self._repeated_entries
 
     def _new_view(self) -> View:

@@ -19,7 +19,7 @@ _RECORDED_S = 1.0
 
 class Recording:
     """Records the tokens of a request. The first record of a restored request has one token, and each later record up
-    to twice as many as the record before it."""
+    to twice as many as its predecessor."""
 
     def __init__(self, journal: Journal, context: RequestContext, progressed: asyncio.Event) -> None:
         """Sets `progressed` when a restored request gets a token that no earlier coordinator recorded."""
@@ -35,8 +35,7 @@ class Recording:
 
     def follow(self, log: AnswerLog) -> None:
         """Records the log's tokens if its answers can be continued from tokens alone. Otherwise, only reports the
-        progress of a restored request. Answers with top logprobs, scored prompts or sampler state cannot be continued
-        from tokens."""
+        progress of a restored request. They cannot if answers have top logprobs, scored prompts or sampler state."""
         needs_more = any(
             each.top_logprobs or each.score_from is not None or each.params.needs_state for each in log.generations
         )
@@ -46,8 +45,7 @@ class Recording:
             log.subscribe(self.progress)
 
     def add(self, prompt: int, chunk: TextChunk) -> None:
-        """Records the next tokens of a choice. The caller must pass all tokens of the choice, even those recorded
-        earlier."""
+        """Records the next tokens of a choice. The caller must pass all its tokens, even those recorded earlier."""
         choice, new = (prompt, chunk.index), chunk.rows
         came = self._came[choice]
         self._came[choice] = came + len(new)

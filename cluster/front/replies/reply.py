@@ -32,8 +32,7 @@ _MAX_SLOTS = 130
 
 
 def new_context(headers: Headers, endpoint: str, settings: ApiSettings) -> RequestContext:
-    """Makes the context of a new request. `settings` are the settings of its model. Raises HttpError for an invalid
-    header."""
+    """Makes the context of a new request. `settings` are those of its model. Raises HttpError for an invalid header."""
     trace = current_trace.get()
     return RequestContext(
         id=secrets.token_hex(12),
@@ -95,8 +94,7 @@ class Event:
 
 
 class View(ABC):
-    """Renders the entries of an answer log for one reader, in the format of an API. Large entries are rendered on a
-    thread."""
+    """Renders the entries of an answer log for one reader, in the format of an API. A thread renders large entries."""
 
     @abstractmethod
     def frames(self, prompt: int, item: LogItem) -> Iterable[Event]:
@@ -168,8 +166,7 @@ MakeReply = Callable[[bytes, RequestContext], Awaitable[Reply]]
 
 
 Position = Counter[int]
-"""Number of events that a client has, by slot. An event id contains these numbers as text: `3`, or `3-5-0` for three
-slots."""
+"""Number of events that a client has, by slot. An event id contains it as text: `3`, or `3-5-0` for three slots."""
 
 
 def read_position(text: str, param: str) -> Position:
@@ -194,8 +191,7 @@ class Framing:
     _numbers: Position = field(default_factory=Counter)
 
     def shown(self, view: View, prompt: int, item: LogItem, *, is_large: bool = False) -> list[bytes]:
-        """Renders the events of the next log entry. Large events are rendered in pieces, so that other threads can
-        run."""
+        """Renders the events of the next log entry. Large events are rendered in pieces to let other threads run."""
         return self.parts(view.frames(prompt, item), is_large=is_large)
 
     def parts(self, events: Iterable[Event], *, is_large: bool = False) -> list[bytes]:

@@ -131,8 +131,7 @@ class ReplyCache:
         return [entry for entry in self._of(clients) if entry.held_bytes]
 
     def _evict(self, entries: Iterable[_Entry], held: Mapping[str, int]) -> bool:
-        """Removes the oldest evictable reply of the client that holds the most. Returns False if no reply is
-        evictable."""
+        """Removes the oldest evictable reply of the client that holds the most. Returns False if there is none."""
         evictable = (entry for entry in entries if entry.kept.is_evictable)
         entry = max(evictable, key=lambda entry: held[entry.client], default=None)
         if entry is not None:
@@ -158,8 +157,7 @@ class ReplyCache:
     # -- called by HTTP handlers ---------------------------------------------------------------------------------------
 
     def named(self, owner: str, name: str) -> KeptReply | None:
-        """Finds a reply by its id or by the client's conversation or idempotency key. The id may have a prefix, as in
-        `resp_ID`."""
+        """Finds a reply by id, conversation or idempotency key. The id may have a prefix, as in `resp_ID`."""
         request_id = name.replace("_", "-").rpartition("-")[2]
         for found in (request_id, *(self._ids.get((owner, kind, name), "") for kind in (_CONVERSATION, _KEY))):
             entry = self._entries.get(found)
@@ -174,7 +172,7 @@ class ReplyCache:
 
     def same(self, context: RequestContext, body: bytes) -> KeptReply | None:
         """Returns the reply with the request's idempotency key, or None. Raises HttpError (422) if another request used
-        the key."""
+        it."""
         key = context.idempotency_key
         entry = self._entries.get(self._ids.get((context.owner, _KEY, key), ""))
         if entry is None:

@@ -188,7 +188,7 @@ class TextService:
         if options.dimensions is not None and options.dimensions > length:
             raise ParameterError(
                 "dimensions",
-                f"expected at most {length}, which this model's embeddings have, found {options.dimensions}",
+                f"expected at most {length}, the size of this model's embeddings, found {options.dimensions}",
             )
         with self._counted():
             ids = [tuple(await self._input_ids(prompt)) for prompt in prompts]

@@ -80,7 +80,6 @@ def _images_of(message: Mapping[str, Any]) -> list[Any]:
 
 
 def _without_images(message: Mapping[str, Any], count: int | None) -> Mapping[str, Any]:
-    """Returns a message without its first `count` images, or without any images if `count` is None."""
     images = _images_of(message)
     kept = [] if count is None else images[count:]
     if len(kept) == len(images):

@@ -129,7 +129,6 @@ def authorities(file: Path | None = None) -> ssl.SSLContext:
 
 
 def _own_certificates(url: httpx.URL) -> list[Path]:
-    """Returns the certificates of this user's clusters at this address, including clusters that were killed."""
     from llamaclust.cluster.state.clusters import recorded_clusters
 
     records = recorded_clusters(environment().state_dir)

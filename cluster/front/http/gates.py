@@ -60,7 +60,6 @@ def sent_key(headers: Mapping[str, str]) -> str:
 
 
 def owner(headers: Mapping[str, str], api_keys: Sequence[str]) -> str:
-    """Returns a digest of the request's API key, or "" if the key is not in `api_keys`."""
     key = sent_key(headers)
     return _digest(key).hex()[:32] if key in api_keys else ""
 

@@ -202,7 +202,6 @@ class Paths:
 
 
 def given_path(scope: Scope) -> str:
-    """Returns the path that the client sent, without the prefix."""
     path: str = scope.get("state", {}).get(_GIVEN, scope["path"])
     return path
 

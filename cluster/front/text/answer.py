@@ -104,7 +104,6 @@ class TextChunk:
 
     @property
     def logprobs(self) -> tuple[float, ...]:
-        """The tokens' logprobs as float32. -9999 stands for minus infinity."""
         return tuple(json_logprob(row.logprob) for row in self.rows)
 
     @property

@@ -84,7 +84,6 @@ class _Calls:
         self._is_over = False
 
     async def find(self, tools: Tools) -> tuple[Grammar | None, set[str]]:
-        """Returns the grammar of calls to all tools, and the tools whose arguments it does not constrain."""
         try:
             return await self._check(tools), set()
         except ParameterError:

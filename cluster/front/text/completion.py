@@ -42,7 +42,6 @@ SCORED_TOKENS = 256
 
 
 Choice = tuple[GenerationRequest, "ChoiceText"]
-"""A choice to run, and the object that converts its events to text."""
 
 
 class Completion:

@@ -89,7 +89,6 @@ class RowCache:
         self._freed.set()
 
     def use(self, size: int) -> None:
-        """Counts bytes as used. Raises the errors of `make_room`."""
         self.make_room(size)
         self.used_bytes += size
 

@@ -46,7 +46,6 @@ class PromptImages:
 
     @property
     def least_tokens(self) -> int:
-        """Lower bound of the prompt's length in tokens. It counts one row for each image."""
         return sum(1 if isinstance(piece, ImageSource) else len(piece) for piece in self.pieces)
 
 

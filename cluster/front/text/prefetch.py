@@ -42,7 +42,6 @@ class Prefetch(Generic[_Result]):
         self._tasks: deque[asyncio.Task[_Result]] = deque()
 
     async def next(self, own_bytes: int) -> _Result:
-        """Returns the result for the next image. Raises the errors of `begin` and `with_room`."""
         self._begin_tasks(_SIDE_BY_SIDE)
         result = await self.with_room(self._first, own_bytes)
         self._sources.popleft()

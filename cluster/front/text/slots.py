@@ -27,7 +27,6 @@ class SlotTokens:
 
 class Slots:
     def __init__(self, engine: Engine, count: int) -> None:
-        """Makes the slots. If `count` is 0, no tokens are recorded."""
         self.count = count
         self._engine = engine
         self._tokens: dict[int, SlotTokens] = {}

@@ -174,7 +174,7 @@ class LoopThread(Generic[_Opened]):
 
     def __init__(self, open_resource: Callable[[], AbstractAsyncContextManager[_Opened]]) -> None:
         """Returns when the resource is open. Raises the error if opening fails, and DeadlineError if it takes too long.
-        If the caller is interrupted, the thread ends first."""
+        If the caller is interrupted, the thread ends before the interrupt is raised."""
         self._lock = threading.RLock()  # The garbage collector may close a stream during `call`.
         self._calls: set[Future[Any]] = set()
         # Each function closes a stream that is being read.

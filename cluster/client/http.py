@@ -45,7 +45,7 @@ _IDLE_S = 60.0
 _STREAMED = {"stream": True, "return_token_ids": True}
 _CANCEL_S = 2.0
 _EMBED_S = 600.0
-"""Read timeout of embeddings, in seconds. The reply arrives all at once when they are computed."""
+"""Read timeout of embeddings, in seconds. The server sends nothing until all of them are computed."""
 _RESUME_S = 120.0
 """Seconds after which a lost connection becomes an error. Equals the default of the cluster's `timeouts.recovery`."""
 _MOST_S = 600.0
@@ -91,7 +91,7 @@ class AsyncClient(AsyncTextClient):
         return most if isinstance(most, int) else MAX_BODY_BYTES
 
     async def _entry(self) -> dict[str, Any]:
-        """Returns the entry of the client's model in `GET /v1/models`, or {} if the list is empty."""
+        """Returns the entry of the client's model in `GET /v1/models`. Returns {} if there are no models."""
         entries = field_of(await self._request("GET", "v1/models"), "data", list)
         named = (entry for entry in entries if self._model in (entry.get("id"), *entry.get("aliases", ())))
         found: dict[str, Any] = next(named, entries[0] if entries else {})
@@ -196,8 +196,9 @@ class CutShortError(ProtocolError):
 
 
 class ResumableStream:
-    """The server-sent events of one request, over several connections if they break. The caller sends and sleeps. All
-    attempts have one idempotency key, and the id of the last event, after which the server continues."""
+    """The server-sent events of one request, which may come over several connections. Each attempt sends the same
+    idempotency key and the id of the last event. The server then continues after this event. The caller sends the
+    requests and sleeps between them."""
 
     def __init__(self, url: httpx.URL) -> None:
         self.is_done = False
@@ -223,7 +224,7 @@ class ResumableStream:
 
     @property
     def must_cancel(self) -> bool:
-        """True even before the reply begins, because the server may already have the request."""
+        """True if the server may still compute the request. This includes the time before the reply begins."""
         return not (self._has_failed or self.is_done)
 
     def opened(self, reply: httpx.Response, body: bytes) -> None:

@@ -49,13 +49,12 @@ _KINDS: dict[Any, type[LlamaclustError]] = {
 }
 _TIMINGS = tuple(field.name for field in fields(Timings))
 _EVENTS: dict[str, Callable[[str], AnswerEvent]] = {"reasoning_content": ReasoningText, "content": ContentText}
-"""Event kinds by field of a chat's delta. The events of one delta are in this order."""
+"""Maps fields of a chat chunk's `delta` to kinds of events. The events of one delta are in this order."""
 
 Message = Mapping[str, Any]
 """A message of a chat, such as {"role": "user", "content": "Hello"}. A content with images is a list of texts and
 images, or of OpenAI parts. An image is a path, the bytes of a file, or an image of Pillow."""
 Content = str | PathLike[str] | bytes | Sequence[Any]
-"""Content of a user's message."""
 Prompt = str | Sequence[int]
 
 

@@ -109,7 +109,7 @@ def _is_image(value: object) -> bool:
 
 
 def _is_pillow(value: object) -> bool:
-    """Does not import Pillow. If no one has imported it, the value is not one of its images."""
+    """Returns True for an image of Pillow. Does not import Pillow: its images exist only after an import."""
     pillow = sys.modules.get("PIL.Image")
     return pillow is not None and isinstance(value, pillow.Image)
 

@@ -21,7 +21,7 @@ _DRAIN_S = 630.0
 """Maximum seconds that a client waits for a drain. The coordinator gives up a little earlier and gives the reason."""
 _MOST_BYTES = 16 << 20
 _STATUS = {"name": str, "state": str, "model": str, "api": str, "workers": list, "requests": dict, "speed": dict}
-"""Fields of a cluster's status. Other programs' replies lack them."""
+"""Fields of a cluster's status. A reply without these fields is from another program."""
 
 
 class ClusterApi:

@@ -107,7 +107,7 @@ def trust(url: httpx.URL, verify: Verify) -> ssl.SSLContext:
 
 
 def authorities(file: Path | None = None) -> ssl.SSLContext:
-    """Returns a context that trusts the authorities in a PEM file, or this machine's if None. Raises UsageError."""
+    """Returns a context that trusts the authorities in a PEM file (None: those of this machine). Raises UsageError."""
     try:
         if file is not None:
             return ssl.create_default_context(cafile=file)

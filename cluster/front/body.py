@@ -35,7 +35,7 @@ LARGE_BYTES = 1 << 16
 _MOST_OF_A_PLACE = 200
 
 _MOST_VALUES = (1 << 20) + (1 << 16)
-"""Maximum number of JSON values in a body. This is enough for the token ids of the longest context, parsed in 0.2 s."""
+"""Maximum number of JSON values in a body. The token ids of the longest context fit, and are parsed in 0.2 s."""
 _PROMPT_FIELDS = {
     *("prompt", "suffix", "input_prefix", "input_suffix", "input_extra", "context", "content", "tokens"),
     *("messages", "system", "input", "instructions", "query", "documents", "texts", "images"),
@@ -48,7 +48,7 @@ _MOST_FIELDS = 1024
 _reading = Threads(1, "read-body")
 """A single thread, because Python parses one body at a time. Meanwhile, the event loop can serve streams."""
 _converting = Threads(1, "convert-body")
-"""A separate thread, so that parsed bodies do not wait for the parsing of others. Fewer of them are held in memory."""
+"""A separate thread, so that a parsed body does not wait while others are parsed. Fewer bodies are then in memory."""
 
 _Made = TypeVar("_Made")
 _Arguments = ParamSpec("_Arguments")

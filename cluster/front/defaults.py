@@ -8,7 +8,7 @@ from operator import ne
 from typing import Any, Final
 
 _Refuses = Callable[[Any, Any], bool]
-"""Returns True if the first value is not allowed together with the second. None stands for an absent field."""
+"""Returns True if the first field's value is not allowed with the second field's value. None: a field is absent."""
 
 _GRAMMARS: Final = (
     *("response_format", "json_schema", "grammar", "structured_outputs", "guided_json", "guided_regex"),
@@ -53,7 +53,7 @@ _NEEDED: Final[Collection[tuple[str, str, _Refuses]]] = (
     ("score_from", "logprobs", _alone),
     ("tool_choice", "tools", lambda choice, tools: choice not in ("auto", "none") and _is_empty(tools)),
 )
-"""Pairs of a field and a field that it needs. The predicate is True if the first is not allowed with the second."""
+"""Fields that need a second field. The predicate is True if the second field's value forbids the first field."""
 
 
 def usable_defaults(defaults: Mapping[str, Any], given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:

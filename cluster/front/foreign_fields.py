@@ -16,7 +16,7 @@ def only(*values: Any) -> Neutral:
 
 
 def anything(value: Any) -> bool:
-    """Returns True for every value. For fields that never change the answer."""
+    """Returns True for every value, because the field never changes the answer."""
     return True
 
 
@@ -193,7 +193,7 @@ OLLAMA_OPTIONS: Final = ForeignFields(
     | _OTHER_NAMES
     | _BUDGETS,
 )
-"""Ollama's options. The hints concern the computation of the model, which the cluster file configures here."""
+"""Ollama's options. The hints configure how a model is computed. Here, the cluster file does this."""
 
 OLLAMA_GENERATE: Final = ForeignFields(
     refused={**_CHAT_ONLY, **_names("template adapters lora", only())},

@@ -21,7 +21,7 @@ from llamaclust.cluster.scheduler.requests import PromptProgress, Timings
 
 
 class DeferredValue(ABC):
-    """A part of a JSON value. It is made anew for each rendering, because it takes less memory before."""
+    """A part of a JSON value that takes less memory before it is made. Each rendering makes it again."""
 
     __slots__ = ()
 
@@ -182,7 +182,6 @@ def entries_of(value: Any) -> int:
 
 
 def json_parts(value: Any) -> Generator[bytes, None, None]:
-    """Yields the result of `to_json` in parts. Makes each part when the caller takes it."""
     held = bytearray()
     for piece in _pieces(value):
         held += piece

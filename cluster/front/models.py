@@ -148,12 +148,13 @@ class ModelRouter:
         return first
 
     def find(self, name: str) -> ApiModel | None:
-        """Returns the model with exactly this name, else the model whose name equals it up to the tag `:latest`."""
+        """Returns the model with exactly this name, else the model with this name up to the tag `:latest`, or None."""
         whole = (model for model in self.models if name in model.names.all)
         return next(whole, None) or next((model for model in self.models if model.names.find(name)), None)
 
     def named(self, name: object) -> ApiModel:
-        """Returns the model with this name, or the first model if there is no name. Raises HttpError (404)."""
+        """Returns the model with this name, or the first model if `name` is empty. Raises HttpError (404) if the name
+        is unknown."""
         if not (self.settings.can_unload and isinstance(name, str) and name):
             return self.models[0]
         if (model := self.find(name)) is not None:

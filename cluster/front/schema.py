@@ -1,4 +1,4 @@
-"""Request bodies as strict pydantic classes, whose errors name the field. Converts fields that differ between APIs."""
+"""Request bodies as strict pydantic classes. Errors name the field. Fields that differ by API get a common form."""
 
 from __future__ import annotations
 
@@ -163,8 +163,8 @@ def read_fields(
     idle: Mapping[str, Neutral] = MappingProxyType({}),
 ) -> AnyBody:
     """Makes a body from fields. Fields in `idle` have no effect with the server's settings. Raises ParameterError if a
-    field is invalid or not supported. Unless `context` is a `Leniency`, also raises it if a field is unknown or has no
-    effect."""
+    field is invalid or not supported. Unless `context` is a `Leniency`, it is also raised if a field is unknown or has
+    no effect."""
     foreign, kept = kind.foreign, {name: value for name, value in fields.items() if value is not None}
     for name, is_neutral in {**foreign.refused, **foreign.hints, **idle}.items():
         if name in kept and not is_neutral(kept.pop(name)):

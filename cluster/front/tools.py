@@ -84,7 +84,7 @@ _NAME: Final = re.compile(r"[\w.\-/:]{1,128}")
 _ID_CHARACTERS: Final = 24
 _OBJECTS: Final = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _VALUES: Final = frozenset({"default", "const", "enum", "examples"})
-"""`_OBJECTS` are keys of a JSON schema whose values map names to schemas. Values of `_VALUES` are no schemas."""
+"""`_OBJECTS` are keys of a JSON schema whose values map names to schemas. Values under `_VALUES` are no schemas."""
 _NO_PARAMETERS: Final = {"type": "object", "properties": {}}
 
 
@@ -163,7 +163,7 @@ def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
 
 
 def text_of_call(arguments: str) -> str:
-    """Returns the text passed to a custom tool. Returns other arguments unchanged, such as those of a cut answer."""
+    """Returns the text passed to a custom tool. Returns arguments of another form unchanged, as in a cut-off answer."""
     given = (arguments_object(arguments) or {}).get(TEXT_ARGUMENT)
     return given if isinstance(given, str) else arguments
 

@@ -34,7 +34,7 @@ from llamaclust.wire.security.server_context import server_context
 
 _LOOK_S: Final = 1.0
 _RETRY_S: Final = 60.0
-"""Seconds between attempts to use the same files. In the meantime, a clock may be set or disk space freed."""
+"""Seconds until the same files are tried again. By then, a clock may be set, or disk space may be free."""
 _END_S: Final = 1.0
 _MOST_BYTES: Final = 1 << 20
 _WARNING: Final = timedelta(days=7)
@@ -126,7 +126,7 @@ class ServerCertificate:
             thread.join(_END_S)
 
     def look(self) -> None:
-        """Reads changed files once two checks in a row have found the same change. Warns if the certificate expires
+        """Reads changed files when two successive checks find the same version. Warns if the certificate expires
         soon."""
         version, last = self._files.version, self._seen
         self._seen = version
@@ -217,8 +217,7 @@ def certificate_names(listen_hosts: Sequence[str], allowed_hosts: Sequence[str])
 
 def keep_self_signed(path: Path, names: Sequence[str]) -> None:
     """Makes sure that a PEM file (mode 0600) holds a key and a self-signed certificate for `names`. A new certificate
-    keeps the names of the old one, because several machines may share the folder. Raises LlamaclustError if it cannot
-    write."""
+    keeps all old names, because several machines may share the folder. Raises LlamaclustError if it cannot write."""
     former = _former(path)
     now = datetime.now(UTC)
     if former is not None:

@@ -206,7 +206,7 @@ class TlsProtocol(asyncio.Protocol):
 
 
 class _TlsTransport:
-    """The transport that the carried protocol sees. `write` and `close` go through TLS, and other calls to the real
+    """The transport that the carried protocol sees. Data and `close` go through TLS, other calls to the real
     transport."""
 
     def __init__(self, tls: TlsProtocol, transport: asyncio.Transport) -> None:

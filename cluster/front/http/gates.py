@@ -214,7 +214,7 @@ class Admission:
     @contextmanager
     def held(self, *, has_body: bool) -> Iterator[_Open]:
         """Registers the current request while the context is open. If too many requests wait for their bodies, the
-        owner with the most of them loses the oldest. Slow bodies can therefore not block other owners."""
+        oldest request of the owner with the most such requests is cancelled. Slow bodies thus cannot block others."""
         task = asyncio.current_task()
         assert task is not None
         request = _Open(task, current_owner.get(), has_body)

@@ -93,7 +93,7 @@ def _methods(request: Request) -> str:
 
 
 _DISCARD_S = 0.9
-"""Maximum seconds to read and discard the rest of a body. A stopping server allows connections 1 s."""
+"""Maximum seconds to read and discard the rest of a body. It is below the 1 s that a stopping server waits."""
 
 
 def has_body(scope: Scope) -> bool:
@@ -102,8 +102,8 @@ def has_body(scope: Scope) -> bool:
 
 
 class EarlyReplies:
-    """Sends a reply at once even if the body has not arrived, but ends the reply only after the body or after
-    `_DISCARD_S`. If the server closed the connection earlier, the client could lose the reply."""
+    """Sends a reply at once, even if the body of the request has not arrived. Ends the reply only when the body has
+    arrived or after `_DISCARD_S` seconds. If the connection closed earlier, the client could lose the reply."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -169,8 +169,8 @@ class Route(PathRoute):
         status: int = 200,
     ) -> None:
         """`body` is the class of the request body. `computes` is true if the model must be loaded. `errors` is the
-        format of errors and defaults to `usual_shape`. `types` are the media types of the reply. They default to JSON,
-        and to JSON and `form` if the body has a field `stream`."""
+        format of errors and defaults to `usual_shape`. `types` are the media types of the reply. The default is JSON,
+        plus `form` if the body has a field `stream`."""
         super().__init__(path, endpoint, methods=[method])
         self.method = method
         self.body = body

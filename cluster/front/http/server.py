@@ -203,7 +203,7 @@ class _Body:
         self._pieces: list[bytes] = []
 
     def write(self, data: bytes) -> bool:
-        """Writes a piece and returns True. Returns False and writes only earlier pieces if it must go through ASGI."""
+        """Writes a piece, or returns False if the piece must go through ASGI. Earlier pieces are then written first."""
         if self._reply is None:
             return False
         connection, cycle = self._reply

@@ -53,8 +53,8 @@ class StreamFormat(Enum):
 
 
 class PartsResponse(Response):
-    """Sends the parts of a body as they arrive. Finally closes `parts` and calls `close`, with True if all were
-    sent."""
+    """Sends the parts of a body as they arrive. Afterwards, closes `parts` and calls `close` with True if all parts
+    were sent."""
 
     def __init__(
         self,

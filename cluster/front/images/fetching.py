@@ -20,14 +20,14 @@ from llamaclust.model.images.settings import MAX_IMAGE_BYTES
 from llamaclust.wire.rpc.deadlines import deadline
 
 _MAX_S: Final = 20.0
-"""Maximum seconds for all images of a request."""
+"""Maximum seconds for fetching all images of a request."""
 _LOOKUP_S: Final = 10.0
 _LOOKUPS: Final = ThreadPoolExecutor(2, "look-up-host")
 """Separate threads for name lookups. A name server that does not answer blocks its thread even after the deadline."""
 _ONE_USE: Final = httpx.Limits(max_keepalive_connections=0)
 """Connections are not reused. Hosts may share an address, and a certificate is checked only when a connection opens."""
 _INTERNET: Final = IPv6Network("2000::/3")
-"""Addresses of hosts on the internet. `is_global` is true for more, such as a local network's NAT64 addresses."""
+"""Addresses on the internet. `is_global` is also true for others, such as those of a local NAT64 translator."""
 _DOCUMENTATION: Final = IPv6Network("3fff::/20")
 _NAT64: Final = IPv6Network("64:ff9b::/96")
 _PLAIN: Final = "identity"

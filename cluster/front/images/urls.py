@@ -23,7 +23,7 @@ class ImageUrl:
 
     @classmethod
     def parse(cls, url: str) -> ImageUrl:
-        """Parses a URL. Raises ValueError if it is not http(s), too long, not escaped, or contains a password."""
+        """Parses an http(s) URL. Raises ValueError for other, long or unescaped URLs, and for URLs with a password."""
         wrong = f"expected a plain http(s) URL of at most {_LONGEST} characters, found {url[:60]!r}"
         if len(url) > _LONGEST or not url.isprintable():  # `urlsplit` would silently remove line breaks.
             raise ValueError(wrong)

@@ -34,8 +34,8 @@ from llamaclust.core.errors import LlamaclustError, RequestFailedError, WorkerEr
 from llamaclust.wire.rpc.task_set import TaskSet
 
 _MOST_RESTORES = 10
-"""Maximum number of restarts of a request without a new token. A coordinator that is killed several times for other
-reasons must not exhaust it."""
+"""Maximum number of restarts of a request without a new token. It is high, because a coordinator may be killed several
+times for other reasons."""
 _ALONE_S = 10.0
 """Maximum number of seconds for which a restored request delays the next one."""
 

@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from llamaclust.cluster.front.replies.reply_cache import ReplyCache
 
 _TURN_COST: Final = 2048
-"""Maximum cost of rendering until a reader lets other tasks run. A token or logprob costs 1, a log entry
-`_ENTRY_COST`."""
+"""Maximum cost of rendering until a reader lets other tasks run. A token or logprob costs 1. A log entry costs
+`_ENTRY_COST` more."""
 _ENTRY_COST: Final = 8
 _FRAME_BYTES: Final = 250
-"""Approximate bytes of an event without its text and logprobs, and of a token in JSON."""
+"""Estimated bytes of an event without its text and logprobs. It is also the estimate for a token in JSON."""
 _TOP_BYTES: Final = 8
 _PROMPT_TOKEN_BYTES: Final = 36
 _BUSY = Backoff(1.0, 30.0)
@@ -170,7 +170,7 @@ class KeptReply:
             raise
 
     def _take_adapters(self, used: tuple[str, ...]) -> None:
-        """Notes the marks of the adapters in use. Raises AdapterUnloadedError if a restored request would add any."""
+        """Notes the request's adapters. Raises AdapterUnloadedError if a restored request would use other adapters."""
         if not self.context.is_restored:
             self.context.adapters = used
         elif not {*used} <= {*self.context.adapters}:
@@ -213,7 +213,7 @@ class KeptReply:
         self._expire_later()
 
     async def aclose(self) -> None:
-        """Ends the reply, with an error if it is incomplete. Waits until its work has ended, except `begin`."""
+        """Ends the reply, with an error if it is incomplete. Waits for all its tasks, but not for a call of `begin`."""
         if self._timer is not None:
             self._timer.cancel()
         self.end(RequestCancelledError())
@@ -237,7 +237,7 @@ class KeptReply:
         self._timer = asyncio.get_running_loop().call_later(kept_s, self._owner.expired, self)
 
     def _grow(self, prompt: int, chunk: TextChunk) -> None:
-        """Counts the bytes of a chunk. Raises HttpError if the reply is too large, LlamaclustError if it was ended."""
+        """Counts the bytes of a chunk. Raises HttpError if the reply is too large, or the error that ended it."""
         packed = self.log.content.storage is RowStorage.PACKED
         rows = len(chunk.rows) + len(chunk.prompt_rows)
         data_bytes = len(chunk.text) + _TOP_BYTES * (chunk.entries - rows)
@@ -330,8 +330,8 @@ class KeptReply:
 
 
 class _Sizes:
-    """Computes an upper bound on what the next entry of a log shows. Some chunks may show all earlier text and
-    everything that the reply repeats from its request. They begin or end an answer, or begin a tool call."""
+    """Computes an upper bound on what the next entry of a log shows. A chunk that begins or ends an answer, or begins a
+    tool call, may show all earlier text and everything that the reply repeats from its request."""
 
     def __init__(self, request_entries: Callable[[], int]) -> None:
         self._request_entries = request_entries

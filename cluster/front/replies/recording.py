@@ -14,7 +14,7 @@ from llamaclust.core.sampling import RowResult
 
 _RECORDED_ROWS = 64
 _RECORDED_S = 1.0
-"""Maximum number of seconds that a row waits to share a record with later rows. A restart computes such rows again."""
+"""Maximum seconds that a row waits to share a record with later rows. A crash loses only the waiting rows."""
 
 
 class Recording:
@@ -34,8 +34,8 @@ class Recording:
         self._oldest_s = 0.0  # Arrival time of the oldest row in `_rows`.
 
     def follow(self, log: AnswerLog) -> None:
-        """Records the log's tokens if its answers can be continued from tokens alone. Otherwise, only reports the
-        progress of a restored request. They cannot if answers have top logprobs, scored prompts or sampler state."""
+        """Records the log's tokens if its answers can be continued from tokens alone. Answers with top logprobs, scored
+        prompts or sampler state cannot. For these, only reports the progress of a restored request."""
         needs_more = any(
             each.top_logprobs or each.score_from is not None or each.params.needs_state for each in log.generations
         )

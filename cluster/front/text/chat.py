@@ -44,7 +44,7 @@ _PART_TYPES: Final = ("'type'", '"type"', ".type")
 """A template that reads contents as lists of parts contains one of these texts."""
 _PROBE: Final = "probe of a content"
 _MAX_DERIVATION_S: Final = 60.0
-"""Maximum seconds for deriving the format of answers. If it fails, the next chat tries again."""
+"""Maximum seconds for deriving the format of answers. After a failure, the next chat tries again."""
 _MAX_WAIT_S: Final = 120.0
 """Maximum seconds that a chat waits while another chat derives the format of answers."""
 
@@ -82,8 +82,8 @@ class ChatFormat:
         return markers.public(unguarded(text))
 
     async def completion(self, chat: ChatRequest, check: Callable[[int], None]) -> CompletionRequest:
-        """Returns the completion request, without a grammar for tool calls. `check` gets the number of characters and
-        may refuse it."""
+        """Returns the completion request, without a grammar for tool calls. `check` gets the number of characters of
+        the prompt, and raises an error if there are too many."""
         markers = ImageMarkers()
         chat = replace(chat, messages=markers.mark(chat.messages))
         check(await run_on(TOKENIZING, chat.count_characters))
@@ -175,7 +175,7 @@ class ChatFormat:
         return guard_messages([*template_messages(history, chat.messages, tools), variables], self._tokenizer)
 
     def _needs_parts(self) -> bool:
-        """Returns True if the template shows contents only as lists of parts. Some vision models have these."""
+        """Returns True if the template shows contents only if they are lists of parts, as for some vision models."""
         source = self._template.source or ""
         if not any(word in source for word in _PART_TYPES):
             return False

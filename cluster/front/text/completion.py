@@ -335,7 +335,7 @@ class StopStrings:
         self.matched: str | None = None  # The stop string that was found. It ends the text.
 
     def push(self, text: str) -> str:
-        """Returns the text that is not part of a stop string. The stop string that is complete first ends the text. If
+        """Returns the text that cannot be part of a stop string. The first complete stop string ends the text. If
         several are complete at once, the longest one counts."""
         if not self._patterns or self.matched is not None:
             return "" if self.matched is not None else text

@@ -56,7 +56,6 @@ class RowCache:
         self._kept: OrderedDict[bytes, Rows] = OrderedDict()
         self._freed = asyncio.Event()
         self.owned = Shares(self._limits.held_bytes)
-        """Bytes of rows in use, by owner."""
         self.line = Line(self.owned.held)
         self.used_bytes = 0
         self.kept_bytes = 0
@@ -69,7 +68,6 @@ class RowCache:
         return digest in self._kept
 
     def reuse(self, digest: bytes) -> Rows | None:
-        """Returns kept rows, which then count as used."""
         rows = self._kept.pop(digest, None)
         if rows is not None:
             self.kept_bytes -= rows.nbytes

@@ -31,7 +31,7 @@ MAX_BEGUN_CHARACTERS = 1 << 18
 SEEDS = 1 << 64
 
 _DRAWN_SEED_BITS = 53
-"""Bits of a random seed. JSON readers that represent numbers as doubles keep so many bits."""
+"""Bits of a random seed. JSON readers that use doubles for numbers read such a seed exactly."""
 
 Answered = Mapping[int, tuple[RowResult, ...]]
 """First tokens of the choices of a request, by index of the choice."""
@@ -59,7 +59,6 @@ class AnswerReading:
 
     @property
     def _has_begun_text(self) -> bool:
-        """True if the prompt already contains some content of the answer."""
         tags = self.form.reasoning
         return not self.is_thinking and bool(self.begun.rpartition("\0" if tags is None else tags.end)[2].strip())
 
@@ -237,7 +236,7 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningBudget:
-    """Maximum number of reasoning tokens. The engine then forces `message` and the closing tag."""
+    """Limits the number of reasoning tokens. At the limit, the engine forces `message` and the closing tag."""
 
     tokens: int
     message: str = ""

@@ -129,7 +129,7 @@ class TextService:
         return replace(self._generation(request, prompt, breakers), images=images)
 
     async def choices(self, request: CompletionRequest, generation: GenerationRequest) -> list[Choice]:
-        """Makes the choices of a prepared request. Uses a thread if stop strings or begun answers are long."""
+        """Makes the choices of a prepared request. Uses a thread if stop strings or continued messages are long."""
         make = partial(self._choices, request, generation)
         with self._counted():
             is_long = request.setup_characters > _BLOCKING_CHARACTERS
@@ -214,8 +214,7 @@ class TextService:
         self, form: PairForm | PairTemplate, query: str
     ) -> Callable[[str, str], Awaitable[tuple[int, ...]]]:
         """Returns a function that makes the prompt of a document. Its second argument is the document's field, for
-        errors. Control words in texts remain text. A template is tokenized with its texts, because a token may span
-        both."""
+        errors. Control words in texts remain text. A template is tokenized with its texts, as a token may span both."""
         tokenizer, context = self.tokenizer, self.settings.context_length
         self._check_characters(len(query), "query")
         if isinstance(form, PairTemplate):
@@ -248,7 +247,8 @@ class TextService:
         return ids
 
     async def fill_in(self, gap: Gap, max_new_tokens: int | None) -> tuple[int, ...]:
-        """Returns a prompt for infill tokens to fill a gap. Raises ContextLengthError if the texts are too long."""
+        """Returns the prompt for filling a gap by infill tokens. Raises ContextLengthError if the texts are too
+        long."""
         tokens, context = self.tokenizer.vocabulary.fill_in, self.settings.context_length
         assert tokens is not None, "asked before"
         self._check_characters(gap.characters, "input_prefix")

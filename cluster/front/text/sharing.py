@@ -45,7 +45,7 @@ _Arguments = ParamSpec("_Arguments")
 
 
 class Places:
-    """Places for one kind of work. Owners take turns. An owner has at most `most` places (None: any number)."""
+    """Limits the concurrent work of one kind. Owners take turns. Each has at most `most` places (None: any number)."""
 
     def __init__(self, count: int, most: int | None = None) -> None:
         self._count = count
@@ -163,8 +163,8 @@ class ReplyBudget:
         self.shares = Shares(MAX_HELD_UNITS)
 
     def reserve(self, sizes: Sequence[ReplySize]) -> AbstractContextManager[None]:
-        """Returns a context that reserves memory. Raises ParameterError above the limit, and QueueFullError if it is
-        taken."""
+        """Returns a context that reserves memory. Raises ParameterError above the limit of a reply, and QueueFullError
+        if other replies hold the memory."""
         rows, top = sum(size.rows for size in sizes), max((size.top_logprobs for size in sizes), default=0)
         units = -(-sum(size.held_bytes for size in sizes if size.has_logprobs) // UNIT_BYTES)
         if (entries := sum(size.entries for size in sizes)) > MAX_REPLY_ENTRIES:

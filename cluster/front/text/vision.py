@@ -107,7 +107,7 @@ class _Begun:
 
 
 class Vision:
-    """Computes the images in prompts of one served model. Use it on one event loop."""
+    """Lays out and encodes the images in prompts for one model. Use it on one event loop."""
 
     def __init__(
         self,
@@ -219,7 +219,7 @@ class Vision:
     async def _leased(
         self, images: Prefetch[_Begun], image: _Begun, own_bytes: dict[bytes, int], place: Place, own: ExitStack
     ) -> Rows:
-        """Returns the rows of an image, which `own` holds. Adds their size to the request's `own_bytes`."""
+        """Returns the rows of an image. `own` keeps them in memory. Adds their size to the request's `own_bytes`."""
         before = sum(own_bytes.values())
         own_bytes[image.digest] = self._bytes_of(image.layout)
         self._rows.check(sum(own_bytes.values()) + image.tile_bytes)

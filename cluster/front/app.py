@@ -75,7 +75,7 @@ def create_app(
     """Makes the app of all models. `admission` can refuse new requests. The caller must close the models' replies."""
     router, store = ModelRouter(models), ResponseStore()
     app = Starlette(middleware=_gates(router.settings, admission), routes=[*_routes(router, store, workers)])
-    app.router.redirect_slashes = False  # `Paths` handles trailing slashes.
+    app.router.redirect_slashes = False  # `Paths` removes trailing slashes.
     add_error_handlers(app)
     return app
 

@@ -171,7 +171,7 @@ class ModelRouter:
         """Passes a request to its model. Then applies Ollama's `keep_alive`, unless the request was refused."""
         addressed = await self._addressed(route, Request(scope, receive))
         app, resident = apps[addressed.model.name], addressed.model.resident
-        status = HTTPStatus.INTERNAL_SERVER_ERROR  # Used if there is no reply.
+        status = HTTPStatus.INTERNAL_SERVER_ERROR  # Status if the app sends no reply.
         if not _keeps_awake(route):
             await app(scope, receive, send)
             return

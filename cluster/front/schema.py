@@ -56,7 +56,7 @@ class ForeignFields:
 
     refused: Mapping[str, Neutral] = field(default_factory=dict)  # Fields that would change the answer.
     hints: Mapping[str, Neutral] = field(default_factory=dict)  # Fields that may be ignored.
-    other_names: Mapping[str, str] = field(default_factory=dict)  # Own name of a field, by its other name.
+    other_names: Mapping[str, str] = field(default_factory=dict)  # Maps other names of fields to own names.
 
     def name(self, given: str) -> str:
         return self.other_names.get(given, given)

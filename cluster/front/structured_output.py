@@ -32,7 +32,8 @@ class GrammarFields(Body):
     """Constraints on the form of an answer. Several constraints in one request must require the same form."""
 
     response_format: _Object | None = None
-    """`{"type": "json_object"}`, `{"type": "json_schema", "json_schema": {"schema": ...}}`, or `{"type": "text"}`."""
+    """Form of the answer. It is `{"type": "json_object"}`, `{"type": "json_schema", "json_schema": {"schema": ...}}`,
+    or `{"type": "text"}`."""
     json_schema: _Any = None
     grammar: str = ""
     """A grammar for the answer, in llama.cpp's GBNF or llguidance's dialect of Lark."""

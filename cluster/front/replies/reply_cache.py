@@ -46,7 +46,7 @@ class ReplyCache:
         self.journal = journal
         self._entries: dict[str, _Entry] = {}  # By request id, oldest first.
         self._ids: dict[_Name, str] = {}
-        self._held_bytes = Shares(settings.max_kept_bytes)  # Number of bytes by client.
+        self._held_bytes = Shares(settings.max_kept_bytes)  # Bytes held, by client.
         self._replies = Shares(settings.max_kept_replies)
         self._ending = TaskSet()
 
@@ -120,7 +120,8 @@ class ReplyCache:
                 pass
 
     def _too_large(self, client: str) -> list[_Entry]:
-        """Returns the replies of which some must be removed: those of the client, those of all clients, or none."""
+        """Returns the replies from which some must be removed. These are the replies of the client if they are too
+        large, those of all clients if all together are too large, and otherwise none."""
         held, most = self._held_bytes.held, self._held_bytes.room
         if held[client] > most:
             clients: Collection[str] = (client,)

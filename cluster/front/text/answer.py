@@ -86,7 +86,7 @@ class TextChunk:
     finish_reason: FinishReason | None = None  # Set on the last chunk of a choice, which has timings.
     stopped_by: str | int | None = None  # Stop string or end token that ended the answer.
     timings: Timings | None = None
-    prompt_token_ids: tuple[int, ...] = ()  # Set on the first chunk that a client receives, with `seed`.
+    prompt_token_ids: tuple[int, ...] = ()  # Set together with `seed`, on the first chunk that a client receives.
     seed: int | None = None
     events: tuple[AnswerEvent, ...] = ()  # Events of a chat's answer. `text` then has only the text of content events.
 

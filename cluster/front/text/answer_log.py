@@ -63,12 +63,12 @@ class AnswerLog:
         self._first = 0  # Number of the first entry in `_entries`.
         self._prompt = 0  # Index of the prompt whose items become entries now.
         self._later: dict[int, list[LogItem | _PromptEnd]] = {}  # Items of later prompts.
-        self._packed: defaultdict[tuple[int, int], Collected] = defaultdict(Collected)  # By prompt and choice.
+        self._packed: defaultdict[tuple[int, int], Collected] = defaultdict(Collected)  # Keys: prompt index, choice index.
         self._unread_rows = 0
-        self._most_unread_rows: int | None = None  # None until a reader begins.
+        self._most_unread_rows: int | None = None  # No limit until a reader begins.
         self._owners = subscribers
         self._subscribers = [*subscribers]
-        self.readers: set[LogReader] = set()  # Woken when an entry arrives.
+        self.readers: set[LogReader] = set()  # Readers to wake when an entry arrives.
         self._over = asyncio.Event()
 
     @property

@@ -1,4 +1,5 @@
-"""Constrains the answers to chats. Tool calls must match their schemas, other answers the request's form."""
+"""Constrains the answers to chats. A tool call must match the schema of its tool. Any other answer must have the form
+that the request sets."""
 
 from __future__ import annotations
 

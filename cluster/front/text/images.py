@@ -19,7 +19,7 @@ MEDIA_MARKER: Final = f"<__media_{token_hex(16)}__>"
 PLAIN_MARKER: Final = "<__media__>"
 """Placeholder of older llama.cpp versions. It is used in prompts without a `MEDIA_MARKER`."""
 
-_STEP: Final = 1 << 18  # A multiple of 4 characters.
+_STEP: Final = 1 << 18  # Number of base64 characters to decode at a time, a multiple of 4.
 Part = str | dict[str, Any]
 """A part of a message. It is a text, or an image in OpenAI's form."""
 Content = str | list[dict[str, Any]]

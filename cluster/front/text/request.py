@@ -83,7 +83,7 @@ class CompletionRequest(AnswerOptions):
     params: SamplingParams = field(default_factory=SamplingParams)
     seed: int | None = None  # From -2**63 to 2**64 - 1, as two's complement if negative. None: drawn at random.
     stop: tuple[str, ...] = ()  # Stop strings. The answer ends before the first stop string in it.
-    stop_token_ids: frozenset[int] = frozenset()  # In addition to the model's end-of-generation tokens.
+    stop_token_ids: frozenset[int] = frozenset()  # End tokens besides the model's own.
     min_tokens: int = 0  # Stop strings and end tokens do not end a shorter answer.
     ignore_eos: bool = False  # True if end-of-generation tokens are never sampled.
     n: int = 1
@@ -93,7 +93,7 @@ class CompletionRequest(AnswerOptions):
     dry_breakers: tuple[str, ...] = DEFAULT_BREAKERS  # Texts at which DRY ends a repetition.
     add_special: bool = True  # True to add BOS (and EOS) if the model wants them.
     parse_special: bool = True  # True to encode control words in a text prompt as control tokens.
-    request_id: str | None = None  # None: drawn at random.
+    request_id: str | None = None  # Id of the request. None: drawn at random.
     group: str = ""  # Id that all prompts of one HTTP request share.
     reading: AnswerReading | None = None  # None if the answer's text is not parsed.
     answered: Answered = field(default_factory=dict)  # First tokens of choices, if an earlier coordinator sampled them.

@@ -180,8 +180,9 @@ class TextService:
     async def embed(
         self, prompts: Sequence[Sequence[str | int]], options: EmbeddingOptions
     ) -> AsyncIterator[list[Embedding]]:
-        """Embeds prompts of texts and token ids. The embeddings count toward the budget while the context is open.
-        Raises RequestError for an empty or too long prompt or too many numbers, and the errors of `Embedder.embed`."""
+        """Embeds prompts of texts and token ids. The embeddings count toward the reply budget while the context is
+        open. Raises RequestError for an empty or too long prompt or too many numbers, and the errors of
+        `Embedder.embed`."""
         length = self.settings.embedding_length
         if self.settings.ranking is not None:
             raise ParameterError("model", "this model ranks documents and makes no embeddings: use /v1/rerank")

@@ -133,7 +133,6 @@ class AsyncTextClient(TextCalls[Coroutine[None, None, Answer], AsyncChunkStream]
         return AsyncChunkStream(chunks) if stream else _joined(chunks)
 
     async def embed(self, prompts: Sequence[Prompt], **options: Unpack[EmbeddingOptions]) -> list[Vector]:
-        """Returns embeddings like `TextClient.embed`."""
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of prompts, not a text")
         return await self._embed(embedding_body(prompts, options)) if prompts else []

@@ -91,7 +91,6 @@ class AsyncClient(AsyncTextClient):
         return most if isinstance(most, int) else MAX_BODY_BYTES
 
     async def _entry(self) -> dict[str, Any]:
-        """Returns the entry of the client's model in `GET /v1/models`. Returns {} if there are no models."""
         entries = field_of(await self._request("GET", "v1/models"), "data", list)
         named = (entry for entry in entries if self._model in (entry.get("id"), *entry.get("aliases", ())))
         found: dict[str, Any] = next(named, entries[0] if entries else {})

@@ -133,7 +133,6 @@ def chat_body(messages: Sequence[Message], options: Options) -> dict[str, Any]:
 
 
 def embedding_body(prompts: Sequence[Prompt], options: EmbeddingOptions) -> dict[str, Any]:
-    """Returns a body for `/v1/embeddings`. Raises TypeError for an unknown option."""
     return {"input": [*map(_json, prompts)], "encoding_format": "base64", **_fields(options, EmbeddingOptions)}
 
 
@@ -158,7 +157,6 @@ def _json(value: Any) -> Any:
 
 
 def sampling_options(given: Mapping[str, Any]) -> Options:
-    """Converts a model's `chat_sampling` in `GET /v1/models` to options."""
     window = given.get("repeat_last_n", -1)
     found = {**given, "penalty_window": None if window == -1 else window}
     return {name: value for name, value in found.items() if name in Options.__annotations__ and value is not None}  # type: ignore[return-value]

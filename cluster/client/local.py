@@ -74,8 +74,6 @@ class AsyncServiceClient(AsyncTextClient):
 
 
 class ServiceClient(TextClient):
-    """A client that opens a service of its own and closes it at the end."""
-
     _client: AsyncServiceClient
 
     def __init__(self, open_service: OpenService) -> None:

@@ -233,7 +233,6 @@ def json_size(value: Any) -> int:
 
 
 async def size_of_json(value: Any) -> int:
-    """Returns `json_size` of a value, computed on a thread if the value is large. Returns 0 for an empty value."""
     return await off_loop_if(has_many_values(value), partial(json_size, value)) if value else 0
 
 

@@ -36,7 +36,6 @@ def row_entry(tokenizer: Tokenizer, row: RowResult) -> dict[str, Any]:
 
 
 def _token_entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    """Shows a token in the form of `/v1/chat/completions`, with llama.cpp's additional field `id`."""
     data = tokenizer.token_bytes(token)
     text = data.decode("utf-8", "replace")
     return {"id": token, "token": text, "logprob": json_logprob(logprob), "bytes": list(data)}

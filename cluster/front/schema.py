@@ -186,7 +186,8 @@ def read_fields(
 
 
 def _built(kind: type[AnyBody]) -> type[AnyBody]:
-    """Builds a validator at first use, because building all is slow. Not every pydantic version has a lock for this."""
+    """Builds the validator of a class at its first use, because building all validators takes long. Holds a lock,
+    because some versions of pydantic have no lock for this."""
     with _building:
         kind.model_rebuild()  # Does nothing if the validator is built.
     return kind
@@ -251,7 +252,6 @@ def strings(value: Any) -> tuple[str, ...]:
 
 
 def _prompts(value: Any) -> tuple[Prompt, ...]:
-    """Reads one prompt (text or token ids) or a list of prompts. Raises ValueError."""
     if isinstance(value, list) and value and all(isinstance(item, str | list) for item in value):
         if len(value) > MAX_PROMPTS:
             raise ValueError(f"{len(value)} prompts in one request; the limit is {MAX_PROMPTS}")

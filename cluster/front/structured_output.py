@@ -100,7 +100,6 @@ def _of_vllm(value: dict[str, Any], origin: str) -> Grammar:
 
 
 def _schema(value: Any, origin: str) -> dict[str, Any] | bool:
-    """Reads a JSON schema, which is an object or a text of JSON. Raises ParameterError."""
     if isinstance(value, str):
         _check_text(value, origin)
         try:

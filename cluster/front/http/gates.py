@@ -172,8 +172,6 @@ def _digest(key: str) -> bytes:
 
 @dataclass(slots=True, eq=False)
 class _Open:
-    """An open request. Its head has arrived, and its reply is not complete yet."""
-
     task: asyncio.Task[Any]
     owner: str
     awaits_body: bool  # True until the last part of the body has arrived.

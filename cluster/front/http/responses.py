@@ -152,8 +152,6 @@ class QueryParameter(NamedTuple):
 
 
 class Route(PathRoute):
-    """A method and path of the API, with a description for openapi.json."""
-
     def __init__(
         self,
         method: str,

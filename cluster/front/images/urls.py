@@ -23,7 +23,8 @@ class ImageUrl:
 
     @classmethod
     def parse(cls, url: str) -> ImageUrl:
-        """Parses an http(s) URL. Raises ValueError for other, long or unescaped URLs, and for URLs with a password."""
+        """Parses an http(s) URL. Raises ValueError if the URL is too long, has another scheme, contains a password, or
+        contains characters that must be escaped."""
         wrong = f"expected a plain http(s) URL of at most {_LONGEST} characters, found {url[:60]!r}"
         if len(url) > _LONGEST or not url.isprintable():  # `urlsplit` would silently remove line breaks.
             raise ValueError(wrong)

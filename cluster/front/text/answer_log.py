@@ -18,7 +18,8 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptProgr
 from llamaclust.core.errors import DeadlineError, LlamaclustError
 
 MAX_UNREAD_ROWS = 4096
-"""Maximum number of unread rows in a streamed log. Rows that came before the turn of their prompt do not count."""
+"""Maximum number of unread rows in a streamed log. Rows do not count if they were computed before the log reached their
+prompt."""
 
 LogItem = TextChunk | PromptProgress
 Entry = tuple[int, LogItem]
@@ -63,7 +64,8 @@ class AnswerLog:
         self._first = 0  # Number of the first entry in `_entries`.
         self._prompt = 0  # Index of the prompt whose items become entries now.
         self._later: dict[int, list[LogItem | _PromptEnd]] = {}  # Items of later prompts.
-        self._packed: defaultdict[tuple[int, int], Collected] = defaultdict(Collected)  # Keys: prompt index, choice index.
+        # Keys: prompt index, choice index.
+        self._packed: defaultdict[tuple[int, int], Collected] = defaultdict(Collected)
         self._unread_rows = 0
         self._most_unread_rows: int | None = None  # No limit until a reader begins.
         self._owners = subscribers

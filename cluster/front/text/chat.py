@@ -127,7 +127,6 @@ class ChatFormat:
     async def _render(
         self, chat: ChatRequest, form: ToolFormat, history: ToolFormat
     ) -> tuple[str, AnswerReading | None]:
-        """Renders a chat. `history` is the format for earlier tool calls in its messages."""
         *messages, more = await run_on(TOKENIZING, self._guarded, chat, history)
         more |= {"now_s": chat.created}
         if chat.end is not PromptEnd.LAST_MESSAGE:

@@ -110,7 +110,6 @@ class Completion:
             await asyncio.sleep(_PROGRESS_S)
 
     def _show_progress(self) -> None:
-        """Appends the progress of the prompt. The first entry has the cached tokens, later ones the computed tokens."""
         request = self._choices[0].request
         now = None if request is None else request.progress
         if now is None:
@@ -151,7 +150,8 @@ class Completion:
 
 
 class _Running:
-    """A running choice. The engine calls it with events, because a task per choice would double the time per token."""
+    """A running choice. The engine calls its methods with events, which are converted to text at once. A task per
+    choice would double the time per token."""
 
     def __init__(self, owner: Completion, generation: GenerationRequest, text: ChoiceText, timed: Timed) -> None:
         self.generation = generation
@@ -220,7 +220,8 @@ class ChoiceText:
         min_tokens: int,
         reading: AnswerReading | None = None,
     ) -> None:
-        """Makes the converter. If `reading` is given, chunks have the content of a chat's answer as their text."""
+        """Makes the converter. If `reading` is given, the choice answers a chat, and the text of its chunks is the
+        content of the chat message."""
         self._index = index
         self._detokenizer = Detokenizer(tokenizer, shown=frozenset() if reading is None else reading.shown_control_ids)
         self._parser = None if reading is None else reading.parser()

@@ -39,7 +39,7 @@ class RowLimits:
 
 
 class RowMemoryError(QueueFullError):
-    """Other requests with images hold the memory that is needed for `size` bytes of rows or tiles."""
+    """There is no memory for `size` bytes of rows or tiles, because other requests with images hold it."""
 
     def __init__(self, held_bytes: int, size: int) -> None:
         super().__init__(f"images of other requests take {held_bytes >> 20} MiB; try again", _RETRY_S)
@@ -135,7 +135,6 @@ class RowLeases:
         self.are_empty = True
 
     def moved(self) -> RowLeases:
-        """Returns a new object that holds the leases instead of this object."""
         other = RowLeases()
         other._held, other.are_empty, self.are_empty = self._held.pop_all(), self.are_empty, True
         return other

@@ -28,16 +28,12 @@ Content = str | list[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class ImageSource:
-    """An image file as the client sent it. Its format is not known yet."""
-
     data: bytes = field(repr=False)
     detail: str = "auto"  # OpenAI's level of detail: auto, low or high.
 
 
 @dataclass(frozen=True, slots=True)
 class PromptImages:
-    """A prompt with images. `pieces` are token ids and images in the order of the prompt."""
-
     pieces: tuple[tuple[int, ...] | ImageSource, ...]
 
     @property
@@ -86,7 +82,8 @@ class ImageMarkers:
         self._parts: list[dict[str, Any]] = []
 
     def mark(self, messages: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-        """Replaces images with markers, and makes each content one text. Line breaks join texts, as in llama.cpp."""
+        """Replaces images with markers, so that the content of each message becomes one text. Line breaks join adjacent
+        texts, as in llama.cpp."""
         return tuple(
             {**each, "content": self._text(content)} if isinstance(content := each.get("content"), list) else each
             for each in messages
@@ -121,7 +118,6 @@ class ImageMarkers:
 
 
 def source_of(part: Mapping[str, Any], images: Mapping[str, bytes]) -> ImageSource:
-    """Returns the image of a message part. `images` has the fetched images by URL. Data URLs are decoded."""
     image = part["image_url"]
     url = image["url"]
     return ImageSource(images[url] if url in images else _decoded(url.partition(",")[2]), image["detail"])

@@ -55,7 +55,8 @@ _TOO_MANY_PAIRS = (
     "with the query for each document, there are {count} tokens; the limit is {most}: send fewer documents at once"
 )
 _ANSWER_SHARE = 4
-"""Infilling keeps the context length divided by this number free for an answer. Other files may fill the rest."""
+"""Infilling reserves the context length divided by this number for an answer. Texts and files of the request may fill
+the rest."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,8 @@ TEMPLATES = Places(2)
 
 
 def tokenizing(characters: int) -> Threads:
-    """Returns the threads for tokenizing a text. Long texts go one at a time, because a character takes 150 bytes."""
+    """Returns the threads for tokenizing a text. Long texts are tokenized one at a time, because tokenizing takes up to
+    150 bytes of memory per character."""
     return _LONG_TEXTS if characters > _LONG_CHARACTERS else TOKENIZING
 
 
@@ -85,7 +86,8 @@ async def run_on(
     *arguments: _Arguments.args,
     **named: _Arguments.kwargs,
 ) -> _Result:
-    """Runs a function on a thread. Raises DeadlineError if it is late. If it has not begun by then, it never runs."""
+    """Runs a function on a thread. Raises DeadlineError after `_WORK_S` seconds. If the function has not begun by then,
+    it never runs."""
     async with deadline("work on the request's text, on a busy machine", _WORK_S), threads.turn():
         work = partial(function, *arguments, **named)
         return await asyncio.get_running_loop().run_in_executor(threads.executor, work)

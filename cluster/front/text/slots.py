@@ -1,4 +1,5 @@
-"""Slots of llama.cpp's API. A slot records the tokens of its last request. KV memory is shared even without slots."""
+"""Slots of llama.cpp's API. A slot records the tokens of its last request, but it has no KV memory of its own. Requests
+share KV memory even without slots."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ class Slots:
         return self._engine.scheduler.settings.model_id
 
     def check(self, slot: int | None, *, has_images: bool) -> None:
-        """Raises ParameterError for an unknown slot or a prompt with images. Does nothing if no slots are kept."""
+        """Raises ParameterError for an unknown slot or a prompt with images. Accepts every slot if no slots are
+        kept."""
         if slot is not None and self.count and not 0 <= slot < self.count:
             raise ParameterError(
                 "id_slot", f"slot {slot} does not exist: there are {self.count} slots, numbered from 0"

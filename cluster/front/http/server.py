@@ -40,8 +40,8 @@ _NO_HTTP = {431: "head_too_large", 501: "not_supported"}
 
 def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: int | None = None) -> uvicorn.Config:
     """Returns a configuration that allows at most `places` connections. Warnings are not logged, because clients can
-    cause any number of them. `_Room` closes idle connections later than clients and proxies do (nginx: 60 s). No client
-    then sends a request on a connection that is just being closed."""
+    cause any number of them. `_Room` closes idle connections later than clients and proxies do (nginx: 60 s), so that
+    no request arrives on a connection that is being closed."""
 
     class Connection(_Connection):
         """A connection of this server. uvicorn needs a class, so each server has its own class."""

@@ -200,8 +200,9 @@ class Vision:
         return tuple(ids), tuple(spans)
 
     async def _room(self, place: Place, own_bytes: int, size: int) -> None:
-        """Makes room for `size` more bytes. Raises ParameterError if the request, which has `own_bytes`, can never have
-        so much. Raises RowMemoryError if there is no room and the request is not first in line."""
+        """Makes room for `size` more bytes. If there is no room, the request that is first in line waits, and any other
+        request gets RowMemoryError. Raises ParameterError if the request, which has `own_bytes`, can never have so
+        much."""
         self._rows.check(own_bytes + size)
         if place.is_first:
             await self._rows.wait_for(size)

@@ -1,4 +1,4 @@
-"""The clients' interfaces, for asyncio and for synchronous code. They return complete answers or streams."""
+"""Interfaces of the clients, for asyncio and for synchronous code. Calls return complete answers or streams."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _OPEN_S = 600.0
 _CALL_S = 86_400.0
-"""The longest wait for a result, or for a stream's next chunk. It is long, because a large model may be slow."""
+"""Maximum seconds to wait for a result, or for the next chunk of a stream. A large model may be slow."""
 
 _Value = TypeVar("_Value")
 _Opened = TypeVar("_Opened")
@@ -43,7 +43,7 @@ Chunks = AsyncGenerator[TextChunk, None]
 
 
 class ChunkStream(Iterator[TextChunk]):
-    """An answer's chunks as they arrive. Reading begins the request, and closing or dropping the stream ends it."""
+    """The chunks of an answer as they arrive. Reading begins the request. Closing or dropping the stream ends it."""
 
     def __init__(self, chunks: Generator[TextChunk, None, None]) -> None:
         self._chunks = chunks
@@ -71,7 +71,7 @@ class AsyncChunkStream(AsyncIterator[TextChunk]):
         return await anext(self._chunks)
 
     def __await__(self) -> Generator[None, None, Self]:
-        """Returns the stream itself, because users of other clients write `await` before the stream."""
+        """Returns the stream itself. Other clients' streams must be awaited, so their users write `await` here too."""
         yield from ()
         return self
 
@@ -86,8 +86,8 @@ class AsyncChunkStream(AsyncIterator[TextChunk]):
 
 
 class TextCalls(ABC, Generic[WholeT, StreamT]):
-    """Completes prompts and answers chats. Calls raise the server's errors as LlamaclustError of the matching kind,
-    such as RequestError for a refused request, QueueFullError, WorkerError and DeadlineError."""
+    """Completes prompts and answers chats. Calls raise a server's error as the matching kind of LlamaclustError, such
+    as RequestError for a refused request, QueueFullError, WorkerError and DeadlineError."""
 
     @overload
     def generate(
@@ -98,7 +98,7 @@ class TextCalls(ABC, Generic[WholeT, StreamT]):
     def generate(
         self, prompt: Prompt, *, stream: bool = False, **options: Unpack[CompletionOptions]
     ) -> WholeT | StreamT:
-        """Completes a prompt, given as text or as token ids."""
+        """Completes a prompt, which is a text or a list of token ids."""
         return self.deliver(self.chunks(COMPLETIONS, completion_body(prompt, options)), stream=stream)
 
     @overload
@@ -110,7 +110,7 @@ class TextCalls(ABC, Generic[WholeT, StreamT]):
     def chat(
         self, messages: Sequence[Message], *, stream: bool = False, **options: Unpack[Options]
     ) -> WholeT | StreamT:
-        """Answers a chat. The model's chat template makes the prompt from the messages."""
+        """Answers a chat. The chat template of the model turns the messages into a prompt."""
         return self.deliver(self.chunks(CHAT, chat_body(messages, options)), stream=stream)
 
     @abstractmethod
@@ -119,7 +119,7 @@ class TextCalls(ABC, Generic[WholeT, StreamT]):
 
     @abstractmethod
     async def most_image_bytes(self) -> int:
-        """Returns the largest size of a request with images, in bytes, or 0 if the model is known to read only text."""
+        """Returns the maximum bytes of a request with images, or 0 if the model is known to read only text."""
 
     @abstractmethod
     def deliver(self, chunks: Chunks, *, stream: bool) -> WholeT | StreamT:
@@ -133,7 +133,6 @@ class AsyncTextClient(TextCalls[Coroutine[None, None, Answer], AsyncChunkStream]
         return AsyncChunkStream(chunks) if stream else _joined(chunks)
 
     async def embed(self, prompts: Sequence[Prompt], **options: Unpack[EmbeddingOptions]) -> list[Vector]:
-        """Returns embeddings, as `TextClient.embed` does."""
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of prompts, not a text")
         return await self._embed(embedding_body(prompts, options)) if prompts else []
@@ -144,7 +143,7 @@ class AsyncTextClient(TextCalls[Coroutine[None, None, Answer], AsyncChunkStream]
 
     @abstractmethod
     async def tokenize(self, text: str, add_special: bool = True) -> list[int]:
-        """Returns a text's token ids."""
+        """Returns the token ids of a text."""
 
     @abstractmethod
     async def detokenize(self, ids: Sequence[int]) -> str:
@@ -152,11 +151,11 @@ class AsyncTextClient(TextCalls[Coroutine[None, None, Answer], AsyncChunkStream]
 
     @abstractmethod
     async def chat_sampling(self) -> Options:
-        """Returns sampling options, as `TextClient.chat_sampling` does."""
+        """Returns sampling options like `TextClient.chat_sampling`."""
 
     @abstractmethod
     async def aclose(self) -> None:
-        """Releases the client's resources."""
+        """Releases the resources of the client."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -174,10 +173,11 @@ class LoopThread(Generic[_Opened]):
 
     def __init__(self, open_resource: Callable[[], AbstractAsyncContextManager[_Opened]]) -> None:
         """Returns when the resource is open. Raises the error if opening fails, and DeadlineError if it takes too long.
-        An interrupt ends the thread before it is raised."""
-        self._lock = threading.RLock()  # the garbage collector may end a stream within `call`
+        If the caller is interrupted, the thread ends before the interrupt is raised."""
+        self._lock = threading.RLock()  # The garbage collector may close a stream during `call`.
         self._calls: set[Future[Any]] = set()
-        self._streams: set[Callable[[], Coroutine[Any, Any, None]]] = set()  # each closes one that is read
+        # Each function closes a stream that is being read.
+        self._streams: set[Callable[[], Coroutine[Any, Any, None]]] = set()
         self._is_closed = False
         self._loop, self._stop = asyncio.new_event_loop(), asyncio.Event()
         opened: Future[_Opened] = Future()
@@ -187,13 +187,13 @@ class LoopThread(Generic[_Opened]):
         try:
             self.resource = opened.result()
         except BaseException:
-            with suppress(RuntimeError):  # it has ended by itself
+            with suppress(RuntimeError):  # The loop has ended by itself.
                 self._loop.call_soon_threadsafe(task.cancel)
             self._thread.join()
             raise
 
     def call(self, work: Coroutine[Any, Any, _Value]) -> _Value:
-        """Runs `work` in the loop and returns its result. If the caller is interrupted, `work` is cancelled. Raises
+        """Runs `work` in the loop and returns its result. Cancels `work` if the caller is interrupted. Raises
         LlamaclustError if the thread is closed, and DeadlineError if `work` takes too long."""
         with self._lock:
             if self._is_closed:
@@ -206,12 +206,12 @@ class LoopThread(Generic[_Opened]):
         except CancelledError as error:
             raise LlamaclustError("the client is closed") from error
         finally:
-            future.cancel()  # where the caller was interrupted
+            future.cancel()  # Cancels the work if the caller was interrupted.
             self._calls.discard(future)
 
     def each(self, values: AsyncGenerator[_Value, None]) -> Generator[_Value, None, None]:
         """Yields the values as they arrive. Closes `values` when the generator or the thread ends."""
-        stepping = asyncio.Lock()  # a step that was interrupted ends before they are closed
+        stepping = asyncio.Lock()  # An interrupted step ends before `values` is closed.
 
         async def step() -> _Value | None:
             async with stepping:
@@ -227,10 +227,11 @@ class LoopThread(Generic[_Opened]):
             while (value := self.call(step())) is not None:
                 yield value
         finally:
-            if threading.current_thread() is self._thread and not self._is_closed:  # the garbage collector's
+            # The garbage collector ended this generator in the thread of the loop.
+            if threading.current_thread() is self._thread and not self._is_closed:
                 asyncio.run_coroutine_threadsafe(close(), self._loop)
             else:
-                with suppress(LlamaclustError):  # it is closed
+                with suppress(LlamaclustError):  # The client is closed.
                     self.call(close())
 
     def close(self) -> None:
@@ -240,7 +241,7 @@ class LoopThread(Generic[_Opened]):
                 for future in tuple(self._calls):
                     future.cancel()
                 self._loop.call_soon_threadsafe(self._stop.set)
-        if threading.current_thread() is not self._thread:  # the garbage collector may run in any thread
+        if threading.current_thread() is not self._thread:  # The garbage collector may call this method in any thread.
             self._thread.join()
 
     def _run(self, task: asyncio.Task[None]) -> None:
@@ -258,10 +259,10 @@ class LoopThread(Generic[_Opened]):
                 await self._stop.wait()
                 for close in tuple(self._streams):
                     await close()
-        except BaseException as error:  # the thread's border: the waiting constructor gets the error
+        except BaseException as error:  # The constructor waits for the error and raises it.
             if not opened.done():
                 opened.set_exception(error)
-            elif not isinstance(error, asyncio.CancelledError):  # by an interrupted constructor
+            elif not isinstance(error, asyncio.CancelledError):  # An interrupted constructor cancels this task.
                 raise
 
 
@@ -271,7 +272,7 @@ async def _in_time(work: Coroutine[Any, Any, _Value]) -> _Value:
 
 
 class TextClient(TextCalls[Answer, ChunkStream]):
-    """Completes prompts and answers chats, from any thread. Leaving `with` closes the client."""
+    """Completes prompts and answers chats. Usable in any thread. Leaving a `with` block closes the client."""
 
     def __init__(self, open_client: Callable[[], AbstractAsyncContextManager[AsyncTextClient]]) -> None:
         self._thread = LoopThread(open_client)
@@ -289,19 +290,19 @@ class TextClient(TextCalls[Answer, ChunkStream]):
         return ChunkStream(given) if stream else join(given)
 
     def embed(self, prompts: Sequence[Prompt], **options: Unpack[EmbeddingOptions]) -> list[Vector]:
-        """Returns the embeddings of texts or token ids, in order. They are arrays [embedding] of Euclidean norm 1."""
+        """Returns the embeddings of texts or token ids in order. Each is an array [embedding] of Euclidean norm 1."""
         return self._thread.call(self._client.embed(prompts, **options))
 
     def tokenize(self, text: str, add_special: bool = True) -> list[int]:
-        """Returns a text's token ids. They include BOS if the model wants it, unless `add_special` is false."""
+        """Returns the token ids of a text. They begin with BOS if the model wants it and `add_special` is true."""
         return self._thread.call(self._client.tokenize(text, add_special))
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return self._thread.call(self._client.detokenize(ids))
 
     def chat_sampling(self) -> Options:
-        """Returns sampling options for a chat whose user chose none. They are recommended by the cluster file or the
-        model file, or else are the defaults of `llamaclust chat`. Pass them to `chat`, which is greedy by default."""
+        """Returns sampling options for a chat whose user chose none. They come from the cluster file or the model file,
+        and otherwise are the defaults of `llamaclust chat`. Pass them to `chat`, which is greedy by default."""
         return self._thread.call(self._client.chat_sampling())
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Clients of the HTTP API. If a stream's connection breaks, the request is resumed, even on a restarted coordinator."""
+"""Clients of the HTTP API. They resume a stream if its connection breaks, even after a restart of the coordinator."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ _IDLE_S = 60.0
 _STREAMED = {"stream": True, "return_token_ids": True}
 _CANCEL_S = 2.0
 _EMBED_S = 600.0
-"""The read timeout of embeddings, in seconds. Their reply comes all at once."""
+"""Read timeout of embeddings, in seconds. The server sends nothing until all of them are computed."""
 _RESUME_S = 120.0
-"""The seconds after which a lost connection becomes an error. It equals a cluster's `timeouts.recovery`."""
+"""Seconds after which a lost connection becomes an error. Equals the default of the cluster's `timeouts.recovery`."""
 _MOST_S = 600.0
-"""The seconds after which a stream without events becomes an error, for example if a coordinator keeps crashing."""
+"""Seconds without an event after which a stream fails, for example if each restarted coordinator crashes again."""
 _BACKOFF = Backoff(first_s=0.1, max_s=1.0)
 READ_TIMEOUT_S = 20.0
-"""The seconds without data after which a stream counts as lost. The server sends a comment every 15 s or sooner."""
+"""Seconds without data after which a stream counts as lost. The server sends a comment at least every 15 s."""
 _RETRIED_CODES = frozenset({"cluster_starting", "cluster_stopping", "server_busy"})
 
 
@@ -80,7 +80,8 @@ class AsyncClient(AsyncTextClient):
         return field_of(await self._request("POST", "detokenize", {"tokens": list(ids)}), "content", str)
 
     async def chat_sampling(self) -> Options:
-        return sampling_options((await self._entry()).get("chat_sampling", {}))  # servers of other programs have none
+        # Other programs' servers do not send this field.
+        return sampling_options((await self._entry()).get("chat_sampling", {}))
 
     async def most_image_bytes(self) -> int:
         entry = await self._entry()
@@ -90,14 +91,13 @@ class AsyncClient(AsyncTextClient):
         return most if isinstance(most, int) else MAX_BODY_BYTES
 
     async def _entry(self) -> dict[str, Any]:
-        """Returns the entry of the client's model in `GET /v1/models`, or {} if the list is empty."""
         entries = field_of(await self._request("GET", "v1/models"), "data", list)
         named = (entry for entry in entries if self._model in (entry.get("id"), *entry.get("aliases", ())))
         found: dict[str, Any] = next(named, entries[0] if entries else {})
         return found
 
     async def check_model(self) -> None:
-        """Raises RequestError if the client's model is not served. The error lists the served models."""
+        """Raises RequestError if the server does not have the client's model. The error lists the served models."""
         if self._model is not None:
             await self._request("GET", f"v1/models/{quote(self._model, safe='')}")
 
@@ -105,7 +105,7 @@ class AsyncClient(AsyncTextClient):
         await self._http.aclose()
 
     async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
-        """Yields a streamed request's events as (id, event). Resumes the request if its connection breaks."""
+        """Yields the events of a streamed request as (id, event). Resumes the request if its connection breaks."""
         stream, content = ResumableStream(self._http.base_url), self._encoded({**body, **_STREAMED})
         try:
             while not stream.is_done:
@@ -151,8 +151,8 @@ class AsyncClient(AsyncTextClient):
 
 
 class Client(TextClient):
-    """A client of a cluster's HTTP API. It uses the environment's proxies, except on this machine. `timeout` is the
-    seconds of silence after which a call fails."""
+    """A client of a cluster's HTTP API. It uses the proxies of the environment, except for servers on this machine. A
+    call fails if the server sends nothing for `timeout` seconds."""
 
     _client: AsyncClient
 
@@ -177,7 +177,8 @@ class Client(TextClient):
         feature_level: str | None = None,
         settings: LocalSettings | None = None,
     ) -> LocalClient:
-        """Loads a model in this process. A text is read like the commands' `--model`. Raises `LocalClient`'s errors."""
+        """Loads a model in this process. `model` is a path, or a text as for `--model` on the command line. Raises the
+        errors of `LocalClient`."""
         from llamaclust.cluster.client.local import LocalClient
         from llamaclust.cluster.config.catalog import resolve_model
 
@@ -185,29 +186,30 @@ class Client(TextClient):
         return LocalClient(file, threads, feature_level, settings)
 
     def check_model(self) -> None:
-        """Raises RequestError if the client's model is not served. The error lists the served models."""
+        """Raises RequestError if the server does not have the client's model. The error lists the served models."""
         self._thread.call(self._client.check_model())
 
 
 class CutShortError(ProtocolError):
-    """A stream breaks off before its end."""
+    """The server closed a stream that was not complete."""
 
 
 class ResumableStream:
-    """The server-sent events of one request over all its connections. The caller sends and sleeps. Each attempt has the
-    same idempotency key and the last event's id, so that the server continues after that event."""
+    """The server-sent events of one request, which may come over several connections. Each attempt sends the same
+    idempotency key and the id of the last event. The server then continues after this event. The caller sends the
+    requests and sleeps between them."""
 
     def __init__(self, url: httpx.URL) -> None:
         self.is_done = False
-        self.last_event_id = ""  # of the last event that was complete; "" before the first
+        self.last_event_id = ""  # Id of the last complete event, or "" before the first event.
         self._url = url
         self._key = uuid.uuid4().hex
-        self._parts: list[bytes] = []  # of a line that has not ended
+        self._parts: list[bytes] = []  # Pieces of a line that has not ended.
         self._next_id = ""
-        self._was_taken = False  # by a server that streams
-        self._has_failed = False  # the server does not run it
-        self._lost_s: float | None = None  # when the connection was
-        self._silent_s: float | None = None  # when the first one was lost after the last event
+        self._was_taken = False  # True if a server that streams has accepted the request.
+        self._has_failed = False  # True if the server does not compute the request.
+        self._lost_s: float | None = None  # Time at which the connection was lost. None while there is a connection.
+        self._silent_s: float | None = None  # Time at which the first connection since the last event was lost.
         self._attempts = 0
 
     @property
@@ -217,16 +219,15 @@ class ResumableStream:
 
     @property
     def cancel_path(self) -> str:
-        """The path of the DELETE request that cancels the answer."""
         return f"v1/streams/{self._key}"
 
     @property
     def must_cancel(self) -> bool:
-        """True even before a reply begins, because the server may already have the request."""
+        """True if the server may still compute the request. This includes the time before the reply begins."""
         return not (self._has_failed or self.is_done)
 
     def opened(self, reply: httpx.Response, body: bytes) -> None:
-        """Reads a reply's status and headers. If the status is not 200, raises the error that `body` reports."""
+        """Reads the status and headers of a reply. If the status is not 200, raises the error in `body`."""
         if reply.status_code != httpx.codes.OK:
             raise reply_error(reply.status_code, reply.headers.get("retry-after"), body)
         self._was_taken = reply.headers.get("content-type", "").startswith("text/event-stream")
@@ -234,7 +235,7 @@ class ResumableStream:
         self._parts.clear()
 
     def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
-        """Yields the events that `data` completes. Raises an error that the server reports as an event."""
+        """Yields the events that `data` completes. Raises an error that the server sends as an event."""
         self._lost_s, self._attempts = None, 0
         *lines, rest = data.split(b"\n")
         for line in lines:
@@ -261,12 +262,12 @@ class ResumableStream:
         return event
 
     def ended(self) -> None:
-        """Raises CutShortError if the connection ended before the stream did."""
+        """Raises CutShortError if the stream is not complete. Called when the connection has ended."""
         if not self.is_done:
             raise CutShortError("the server ended the answer before it was complete")
 
     def pause_s(self, error: httpx.HTTPError | LlamaclustError) -> float:
-        """Returns the seconds before the next attempt. Raises the error if another attempt would not help."""
+        """Returns the seconds to wait before the next attempt. Raises the error if another attempt would not help."""
         is_own = isinstance(error, LlamaclustError)
         final = error if isinstance(error, LlamaclustError) else unreachable(self._url, error)
         if not (self._was_taken and _may_pass(error)):

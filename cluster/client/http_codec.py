@@ -1,4 +1,4 @@
-"""Encodes requests' options and bodies, and decodes replies' events and errors. It has no connection."""
+"""Encodes options and bodies of requests, and decodes events and errors of replies. It does not use a connection."""
 
 from __future__ import annotations
 
@@ -49,79 +49,79 @@ _KINDS: dict[Any, type[LlamaclustError]] = {
 }
 _TIMINGS = tuple(field.name for field in fields(Timings))
 _EVENTS: dict[str, Callable[[str], AnswerEvent]] = {"reasoning_content": ReasoningText, "content": ContentText}
-"""Fields of a chat's delta and the events that they become. A delta's events come in this order."""
+"""Maps fields of a chat chunk's `delta` to kinds of events. The events of one delta are in this order."""
 
 Message = Mapping[str, Any]
-"""One message of a chat, such as {"role": "user", "content": "Hello"}. With images, the content is a list of texts and
-images (paths, bytes of files, Pillow's images), or of OpenAI's parts."""
+"""A message of a chat, such as {"role": "user", "content": "Hello"}. A content with images is a list of texts and
+images, or of OpenAI parts. An image is a path, the bytes of a file, or an image of Pillow."""
 Content = str | PathLike[str] | bytes | Sequence[Any]
-"""The content of a user's message."""
 Prompt = str | Sequence[int]
 
 
 class AnswerOptions(TypedDict, total=False):
-    """Options of an answer. An absent option or None means the default of `/v1/completions` or `/v1/chat/completions`,
-    with two exceptions: decoding is greedy, and its length is not limited."""
+    """Options of an answer. An option that is absent or None has the default of `/v1/completions` or
+    `/v1/chat/completions`, with two exceptions: sampling is greedy, and the length is not limited."""
 
-    max_tokens: int | None  # None, the default: until the context is full; 0: nothing is chosen
-    temperature: float  # 0.0, the default, chooses the likeliest token
-    seed: int | None  # None, the default: drawn at random; the answer has it
-    top_k: int  # 0: all
+    max_tokens: int | None  # None (default): until the context is full. 0: generate nothing.
+    temperature: float  # 0.0 (default) chooses the most likely token.
+    seed: int | None  # None (default): a random seed, which the answer reports.
+    top_k: int  # 0: all tokens.
     top_p: float
     min_p: float
     repetition_penalty: float
     frequency_penalty: float
     presence_penalty: float
-    penalty_window: int | None  # last tokens that penalties count; None, the default: all
+    penalty_window: int | None  # Number of last tokens that penalties count. None (default): all tokens.
     logit_bias: Mapping[int, float]
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     min_tokens: int
     ignore_eos: bool
-    top_n_sigma: float  # 0 or less: off
+    top_n_sigma: float  # 0 or less: off.
     tfs_z: float
     typical_p: float
     xtc_probability: float
     xtc_threshold: float
     dynatemp_range: float
     dynatemp_exponent: float
-    dry_multiplier: float  # 0: no DRY
+    dry_multiplier: float  # 0: no DRY.
     dry_base: float
     dry_allowed_length: int
-    dry_penalty_last_n: int  # -1: all tokens
+    dry_penalty_last_n: int  # Number of last tokens in which DRY looks for repetitions. -1: all tokens.
     dry_sequence_breakers: Sequence[str]
-    mirostat: int  # 1, 2: that version
+    mirostat: int  # Version of Mirostat, 1 or 2. 0: off.
     mirostat_tau: float
     mirostat_eta: float
     penalize_nl: bool
-    samplers: Sequence[str]  # which act, and in which order
-    speculative: bool | int  # False: no tokens are drafted; a number: so many in a step, at most
-    response_format: Mapping[str, Any]  # OpenAI's: {"type": "json_object"}, {"type": "json_schema", ...}
-    json_schema: Mapping[str, Any]  # the answer is JSON that it allows
-    grammar: str  # in GBNF or Lark, which the answer obeys
-    structured_outputs: Mapping[str, Any]  # vLLM's: {"regex": ...}, {"choice": [...]}, ...
+    samplers: Sequence[str]  # Samplers to apply, in this order.
+    speculative: bool | int  # False: draft no tokens. A number: the maximum number of drafted tokens in a step.
+    response_format: Mapping[str, Any]  # OpenAI's {"type": "json_object"} or {"type": "json_schema", ...}.
+    json_schema: Mapping[str, Any]  # The answer is JSON that matches this schema.
+    grammar: str  # A grammar in GBNF or Lark that the answer must match.
+    structured_outputs: Mapping[str, Any]  # vLLM's {"regex": ...}, {"choice": [...]} and so on.
 
 
 class Options(AnswerOptions, total=False):
-    reasoning_budget: int  # tokens of reasoning at most; -1, the default: no limit
-    reasoning_budget_message: str  # what stands before an end that the budget forces
+    reasoning_budget: int  # Maximum number of reasoning tokens. -1 (default): no limit.
+    reasoning_budget_message: str  # Text inserted before the end of reasoning if the budget forces the end.
 
 
 class CompletionOptions(AnswerOptions, total=False):
     """Options for completing a prompt without a chat template."""
 
-    score_from: int | None  # the prompt's tokens [max(score_from, 1), end) get logprobs; None, the default: none
+    # Prompt tokens [max(score_from, 1), end) get logprobs. None (default): no prompt token does.
+    score_from: int | None
 
 
 class EmbeddingOptions(TypedDict, total=False):
-    """Options of embeddings. Absent options mean the defaults of `/v1/embeddings`."""
+    """Options of embeddings. Absent options have the defaults of `/v1/embeddings`."""
 
-    pooling: Literal["mean", "cls", "last"] | None  # None, the default: as the model file says, else "last"
-    dimensions: int | None  # leading channels to keep; None, the default: all
+    pooling: Literal["mean", "cls", "last"] | None  # None (default): as in the model file, or "last".
+    dimensions: int | None  # Number of leading channels to keep. None (default): all.
 
 
 def completion_body(prompt: Prompt, options: CompletionOptions) -> dict[str, Any]:
-    """Returns the body of `POST /v1/completions`, with logprobs. Raises TypeError if an option is unknown."""
+    """Returns a body for `/v1/completions`, with logprobs. Raises TypeError for an unknown option."""
     more = _answer_fields(options, CompletionOptions)
     fixed = {"max_tokens": MAX_CONTEXT_TOKENS, "logprobs": 0, "echo": "score_from" in more}
     return {"prompt": _json(prompt), **fixed, **more}
@@ -133,7 +133,6 @@ def chat_body(messages: Sequence[Message], options: Options) -> dict[str, Any]:
 
 
 def embedding_body(prompts: Sequence[Prompt], options: EmbeddingOptions) -> dict[str, Any]:
-    """Returns the body of `POST /v1/embeddings`. Raises TypeError if an option is unknown."""
     return {"input": [*map(_json, prompts)], "encoding_format": "base64", **_fields(options, EmbeddingOptions)}
 
 
@@ -143,7 +142,6 @@ def _answer_fields(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
 
 
 def _fields(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """Returns the options that are not None. Raises TypeError if `kind` does not define an option."""
     if unknown := options.keys() - kind.__annotations__.keys():
         from llamaclust.cluster.config.errors import hint
 
@@ -159,32 +157,32 @@ def _json(value: Any) -> Any:
 
 
 def sampling_options(given: Mapping[str, Any]) -> Options:
-    """Converts a model's field `chat_sampling` in `GET /v1/models` to options."""
     window = given.get("repeat_last_n", -1)
     found = {**given, "penalty_window": None if window == -1 else window}
     return {name: value for name, value in found.items() if name in Options.__annotations__ and value is not None}  # type: ignore[return-value]
 
 
 class ChunkReader:
-    """Converts one answer's events to chunks. Raises ProtocolError for events that the API never sends."""
+    """Converts the events of one answer to chunks. Raises ProtocolError for events that the API never sends."""
 
     def __init__(self) -> None:
         self._prompt: tuple[int, ...] = ()
-        self._scored = 0  # prompt tokens that have a logprob or never will
+        self._scored = 0  # Number of prompt tokens that have a logprob or will have none.
 
     def read(self, event: Mapping[str, Any]) -> TextChunk:
         try:
             choice = event["choices"][0]
             if "prompt_token_ids" not in choice:
                 return self._chunk(choice)
-            self._prompt = tuple(choice["prompt_token_ids"])  # in the first event: any text in it is the prompt's
+            # First event of the answer. Any text in it belongs to the prompt.
+            self._prompt = tuple(choice["prompt_token_ids"])
             self._scored = len(_logprobs(choice))
             return TextChunk(prompt_token_ids=self._prompt, seed=event["seed"])
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise _foreign(json.dumps(event).encode()) from error
 
     def _chunk(self, choice: Mapping[str, Any]) -> TextChunk:
-        """Reads a choice of a completion or a chat. Ignores tool calls, because clients send no tools."""
+        """Reads a choice of a completion or a chat. Ignores tool calls, because this client sends no tools."""
         ids, logprobs = choice["token_ids"], _logprobs(choice)
         of_prompt = max(0, len(logprobs) - len(ids))
         start, self._scored = self._scored, self._scored + of_prompt
@@ -227,7 +225,7 @@ def encode(body: Mapping[str, Any]) -> bytes:
 
 
 def json_object(payload: bytes) -> dict[str, Any]:
-    """Parses a JSON object that a server sent. Raises ProtocolError for anything else."""
+    """Parses a JSON object from a server. Raises ProtocolError for anything else."""
     try:
         value = json.loads(payload)
     except ValueError as error:
@@ -245,7 +243,7 @@ def field_of(body: bytes, name: str, kind: type[_Value]) -> _Value:
 
 
 def vectors_of(body: bytes) -> list[Vector]:
-    import numpy as np  # commands that embed nothing start without it
+    import numpy as np  # Imported here, because NumPy would delay the start of commands that need no embeddings.
 
     try:
         entries = field_of(body, "data", list)

@@ -32,7 +32,7 @@ OpenService = Callable[[], AbstractAsyncContextManager[TextService]]
 
 
 class AsyncServiceClient(AsyncTextClient):
-    """A client of a text service in this process. Its options are the HTTP client's, and follow the same rules."""
+    """A client of a text service in this process. It has the same options and rules as the HTTP client."""
 
     def __init__(self, service: TextService) -> None:
         self.service = service
@@ -70,12 +70,10 @@ class AsyncServiceClient(AsyncTextClient):
             return [vector for embedding in embeddings for vector in embedding.vectors]
 
     async def aclose(self) -> None:
-        """Does nothing, because the service's owner closes it."""
+        """Does nothing, because the owner of the service closes it."""
 
 
 class ServiceClient(TextClient):
-    """A client with its own service, which is open as long as the client."""
-
     _client: AsyncServiceClient
 
     def __init__(self, open_service: OpenService) -> None:
@@ -89,7 +87,7 @@ class ServiceClient(TextClient):
 
 class LocalClient(ServiceClient):
     """A client that loads a model instead of calling a server. `threads` defaults to all cores. `feature_level`
-    defaults to LLAMACLUST_FEATURE_LEVEL, or else to the best level of this machine."""
+    defaults to the environment variable LLAMACLUST_FEATURE_LEVEL, or else to the best level of this machine."""
 
     def __init__(
         self,
@@ -98,7 +96,7 @@ class LocalClient(ServiceClient):
         feature_level: str | None = None,
         settings: LocalSettings | None = None,
     ) -> None:
-        """Loads the model. Raises ModelFileError, InsufficientMemoryError, or UsageError for impossible settings."""
+        """Loads the model. Raises ModelFileError, InsufficientMemoryError, or UsageError for invalid settings."""
         self._stage = LocalStage(Path(path).expanduser(), threads, feature_level, settings or LocalSettings())
         super().__init__(self._stage.serve)
 
@@ -108,12 +106,12 @@ class LocalClient(ServiceClient):
 
     @property
     def placement(self) -> str:
-        """The number of layers on GPUs, and each device's layers. The text is empty without GPUs."""
+        """Text with the number of layers on GPUs and the layers of each device. Empty without GPUs."""
         return self._stage.placement
 
     @property
     def unused_projectors(self) -> str | None:
-        """The reason why no projector in the model's folder is used, or None if one is used, missing or unwanted."""
+        """Reason why no projector in the model's folder is used. None if a projector is used, missing or not wanted."""
         return self._stage.unused_projectors
 
     @property
@@ -127,6 +125,6 @@ class LocalClient(ServiceClient):
         return np.concatenate(parts)
 
     def each_logits(self, token_ids: Sequence[int], start: int, use: Callable[[Float32], None]) -> None:
-        """Passes the logits of tokens [start, end) to `use`, some rows at a time, in order. The rows are valid until
+        """Calls `use` with the logits of tokens [start, end), a few rows at a time, in order. The rows are valid until
         `use` returns. Raises the errors of `logits`."""
         self._stage.logits(tuple(token_ids), start, use)

@@ -1,4 +1,4 @@
-"""Images in a client's messages. Files, bytes and Pillow's images become parts of a request."""
+"""Images in a client's messages. Paths, bytes of files, and images of Pillow become parts of a request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llamaclust.model.images.formats import ImageFormat, format_of
 from llamaclust.model.images.settings import MAX_IMAGE_BYTES
 
 _OTHER_BYTES: Final = 1 << 16
-"""The bytes to reserve for a request's other fields than its messages."""
+"""Bytes reserved for the fields of a request other than its messages."""
 
 
 def message_json(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def message_json(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def image_part(image: object) -> dict[str, Any]:
-    """Returns OpenAI's part for an image, which is a path, a file's bytes, or Pillow's image. Raises UsageError."""
+    """Returns the OpenAI part for a path, the bytes of a file, or an image of Pillow. Raises UsageError."""
     data, name = _bytes_of(image)
     kind = format_of(data)
     if kind is None:
@@ -53,8 +53,8 @@ def has_images(message: Mapping[str, Any]) -> bool:
 def with_latest_images(
     messages: Sequence[Mapping[str, Any]], body_bytes: int = MAX_BODY_BYTES
 ) -> tuple[list[Mapping[str, Any]], int]:
-    """Returns the messages with as many of their latest images as fit into `body_bytes`, and the number of removed
-    images. Raises UsageError if an image of the last message does not fit."""
+    """Removes the oldest images so that the request fits into `body_bytes`. Returns the messages and the number of
+    removed images. Raises UsageError if an image of the last message does not fit."""
     sizes = [(at, _json_bytes(part)) for at, message in enumerate(messages) for part in _images_of(message)]
     if not sizes:
         return [*messages], 0
@@ -80,7 +80,6 @@ def _images_of(message: Mapping[str, Any]) -> list[Any]:
 
 
 def _without_images(message: Mapping[str, Any], count: int | None) -> Mapping[str, Any]:
-    """Returns a message without its first `count` images, or without any images if `count` is None."""
     images = _images_of(message)
     kept = [] if count is None else images[count:]
     if len(kept) == len(images):
@@ -110,7 +109,7 @@ def _is_image(value: object) -> bool:
 
 
 def _is_pillow(value: object) -> bool:
-    """Does not import Pillow. A program that has not imported it has no such image."""
+    """Returns True for an image of Pillow. Does not import Pillow: its images exist only after an import."""
     pillow = sys.modules.get("PIL.Image")
     return pillow is not None and isinstance(value, pillow.Image)
 

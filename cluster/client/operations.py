@@ -1,4 +1,4 @@
-"""Client of a running cluster's operations: status, drain, undrain, worker logs, and waterfalls of requests."""
+"""A client for operations on a running cluster: status, drain, undrain, worker logs, and waterfalls of requests."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from llamaclust.core.errors import LlamaclustError, ProtocolError
 _Value = TypeVar("_Value")
 _ANSWER_S = 10.0
 _DRAIN_S = 630.0
-"""The seconds that a client waits for a drain. The coordinator gives up slightly earlier and states the reason."""
+"""Maximum seconds that a client waits for a drain. The coordinator gives up a little earlier and gives the reason."""
 _MOST_BYTES = 16 << 20
 _STATUS = {"name": str, "state": str, "model": str, "api": str, "workers": list, "requests": dict, "speed": dict}
-"""Fields that distinguish a cluster's status from another program's answer."""
+"""Fields of a cluster's status. A reply without these fields is from another program."""
 
 
 class ClusterApi:
-    """A connection to a cluster for its operations. Use it as a context manager. Errors name the cluster."""
+    """A connection to a cluster for operations. Use it as a context manager. Error messages name the cluster."""
 
     def __init__(self, where: str, url: str, api_keys_file: Path | None, ca_file: Path | None = None) -> None:
-        """`where` names the cluster in errors. Raises UsageError if the address or a file is unusable."""
+        """`where` names the cluster in error messages. Raises UsageError if the address or a file is unusable."""
         self._where = where
         key = None if api_keys_file is None else first_key(api_keys_file)
         self._client = httpx.Client(**http_options(url, key, _ANSWER_S, ca_file))
@@ -45,7 +45,7 @@ class ClusterApi:
         self._client.close()
 
     def status(self, model: str | None = None) -> dict[str, Any]:
-        """Returns a model's `status`. None means the first model. Raises ClusterStartingError if there is none yet."""
+        """Returns the `status` of a model (None: the first model). Raises ClusterStartingError if there is none yet."""
         path = "/cluster" if model is None else f"/cluster?{urlencode({'model': model})}"
         state: dict[str, Any] = self._field(self._request("GET", path), "status", dict)
         if not all(isinstance(state.get(name), kind) for name, kind in _STATUS.items()):
@@ -64,17 +64,16 @@ class ClusterApi:
         self._request("POST", f"/cluster/workers/{worker}/undrain")
 
     def log(self, worker: str) -> tuple[int, list[str]]:
-        """Returns the last lines of the worker's log, after the number of lines that precede them."""
+        """Returns the last lines of the worker's log, and the number of lines before them."""
         tail = self._request("GET", f"/cluster/workers/{worker}/log")
         return self._field(tail, "before", int), self._field(tail, "lines", list)
 
     def requests(self) -> list[dict[str, Any]]:
-        """Returns the most recently ended requests and the open requests, oldest first."""
+        """Returns the most recently ended requests and then the open requests, oldest first."""
         return self._field(self._request("GET", "/cluster/requests"), "requests", list)
 
     def waterfall(self, request: str) -> list[dict[str, Any]]:
-        """Returns a request's waterfalls, one for each sequence. `request` is its id or the first 4 or more
-        characters."""
+        """Returns the waterfalls of a request, one per sequence. `request` is its id or at least 4 characters of it."""
         return self._field(self._request("GET", f"/cluster/requests/{quote(request, safe='')}"), "requests", list)
 
     def _field(self, body: bytes, name: str, kind: type[_Value]) -> _Value:
@@ -84,7 +83,7 @@ class ClusterApi:
             raise ProtocolError(f"{self._where}: {error}") from error
 
     def _request(self, method: str, path: str, read_s: float | None = None) -> bytes:
-        """Returns a reply's complete body. Raises ProtocolError if it is too large or arrives too slowly."""
+        """Returns the complete body of a reply. Raises ProtocolError if it is too large or arrives too slowly."""
         read_s = read_s or _ANSWER_S
         body, end_s = bytearray(), monotonic() + read_s
         try:

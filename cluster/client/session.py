@@ -1,4 +1,4 @@
-"""Chat sessions. Each session has a conversation in turns, a client that answers it, and a file."""
+"""Chat sessions. A session has a conversation and a client that answers it. It can be saved to a file."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _ROLES = frozenset({*_SYSTEM_ROLES, "user", "assistant", "tool"})
 
 
 class Session(Generic[WholeT, StreamT]):
-    """A conversation with a model. The client stays open when the session is dropped. `messages` are in OpenAI's form
-    and may be changed between answers. A turn is a user's message and all messages up to the next user's message. If a
-    conversation exceeds the context or a request's size, RequestError or, for images, UsageError is raised. With
-    `drop_oldest`, its oldest turns or images are instead left out of the request, but stay in `messages`. The options
-    are those of `Client.chat` and apply to every answer. Only one thread at a time may use a session."""
+    """A conversation with a model. `messages` are in OpenAI's form and may be changed between answers. `options` are
+    those of `Client.chat` and apply to every answer. A turn is a user's message with all messages up to the next user's
+    message. If the conversation exceeds the context, RequestError is raised. If its images exceed a request, UsageError
+    is raised. With `drop_oldest`, the oldest turns or images are left out of the request instead, but stay in
+    `messages`. The client stays open when the session is dropped. Only one thread at a time may use a session."""
 
     def __init__(
         self,
@@ -41,8 +41,8 @@ class Session(Generic[WholeT, StreamT]):
     ) -> None:
         self.messages: list[dict[str, Any]] = []
         self.options = options
-        self.dropped_messages = 0  # behind the system message, which are not sent
-        self.dropped_images = 0  # of the messages that were sent last
+        self.dropped_messages = 0  # Number of messages after the system message that are no longer sent.
+        self.dropped_images = 0  # Number of images that were left out of the last request.
         self._client = client
         self._drops_oldest = drop_oldest
         self._is_answering = False
@@ -54,7 +54,7 @@ class Session(Generic[WholeT, StreamT]):
     def send(self, content: Content, *, stream: Literal[True], **options: Unpack[Options]) -> StreamT: ...
     def send(self, content: Content, *, stream: bool = False, **options: Unpack[Options]) -> WholeT | StreamT:
         """Answers a user's message. `options` apply only to this answer. Both messages join the conversation when the
-        answer ends, unless it was cut short without text. Raises UsageError if an image cannot be sent."""
+        answer ends, unless the answer was cut off before any text. Raises UsageError if an image cannot be sent."""
         message = message_json({"role": "user", "content": content})
         return self._client.deliver(self._answer(message, options), stream=stream)
 
@@ -63,13 +63,12 @@ class Session(Generic[WholeT, StreamT]):
     @overload
     def regenerate(self, *, stream: Literal[True], **options: Unpack[Options]) -> StreamT: ...
     def regenerate(self, *, stream: bool = False, **options: Unpack[Options]) -> WholeT | StreamT:
-        """Answers the user's last message again and replaces the present answer. Raises UsageError if the user sent no
-        message. The same `seed` gives the same answer, so pass another seed or none."""
+        """Answers the user's last message again, and replaces the current answer. Raises UsageError if there is no
+        message of the user. The same `seed` gives the same answer, so pass a different seed or none."""
         self._last_turn()
         return self._client.deliver(self._answer(None, options), stream=stream)
 
     def set_system(self, text: str | None) -> None:
-        """Replaces the system message, or removes it if `text` is None."""
         self.messages[: self._first_turn()] = [] if text is None else [{"role": "system", "content": text}]
 
     def undo(self) -> list[dict[str, Any]]:
@@ -83,14 +82,14 @@ class Session(Generic[WholeT, StreamT]):
         self.dropped_messages = 0
 
     def branch(self) -> Self:
-        """Returns a session with copies of the messages and options, and with the same client."""
+        """Returns a session with the same client, and with copies of the messages and options."""
         other = copy(self)
         other.messages, other.options = deepcopy(self.messages), deepcopy(self.options)
         other._is_answering = False
         return other
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Saves the messages to a file that only its owner may read. The file is unchanged after a UsageError."""
+        """Saves the messages to a file that only its owner may read. After a UsageError, the file is unchanged."""
         place = _place(path)
         try:
             if place.exists() and not place.is_file():
@@ -102,7 +101,7 @@ class Session(Generic[WholeT, StreamT]):
             raise UsageError(f"{path}: cannot save: a message cannot be written as JSON: {error}") from error
 
     def load(self, path: str | PathLike[str]) -> None:
-        """Replaces the messages by those in a file that `save` wrote. They are unchanged after a UsageError."""
+        """Replaces the messages by those in a file from `save`. After a UsageError, the messages are unchanged."""
         try:
             messages = _checked(read_json(_place(path)))
         except OSError as error:
@@ -112,8 +111,8 @@ class Session(Generic[WholeT, StreamT]):
         self.messages, self.dropped_messages = messages, 0
 
     async def _answer(self, message: Message | None, options: Options) -> AsyncGenerator[TextChunk, None]:
-        """Answers `message`, or the last message again if `message` is None. A cut-off answer with text also joins the
-        conversation. Raises UsageError if another answer is running, or a text model gets an image."""
+        """Answers `message`, or the user's last message again if `message` is None. An answer that was cut off joins
+        the conversation if it has text. Raises UsageError if another answer is running or the model takes no images."""
         if self._is_answering:
             raise UsageError("this session is still answering: read its stream to the end, or close it")
         start = self._last_turn() if message is None else len(self.messages)
@@ -154,7 +153,8 @@ class Session(Generic[WholeT, StreamT]):
         return {**body, "messages": messages}
 
     def _drop_turn(self, end: int, error: LlamaclustError) -> bool:
-        """Drops the oldest sent turn before `end` if the context was exceeded. Returns False if nothing was dropped."""
+        """Drops the oldest turn before `end` if `error` is an exceeded context. Returns False if no turn was
+        dropped."""
         begin = self._first_turn() + self.dropped_messages
         if not self._drops_oldest or error.code != "context_length_exceeded" or begin >= end:
             return False
@@ -194,7 +194,7 @@ def is_conversation(path: Path) -> bool:
 
 
 def _message(parts: list[TextChunk]) -> dict[str, Any]:
-    """Returns the assistant's message with its reasoning. The chat template decides how much to send again."""
+    """Returns the assistant's message with its reasoning. The chat template decides how much of it to send again."""
     reasoning = "".join(part.reasoning for part in parts)
     content = "".join(part.text for part in parts)
     return {"role": "assistant", "content": content, **({"reasoning_content": reasoning} if reasoning else {})}
@@ -208,7 +208,7 @@ def _place(path: str | PathLike[str]) -> Path:
 
 
 def _checked(saved: Any) -> list[dict[str, Any]]:
-    """Returns a saved conversation's messages. Raises ValueError, KeyError or TypeError for anything else."""
+    """Returns the messages of a saved conversation. Raises ValueError, KeyError or TypeError for anything else."""
     messages = saved["messages"]
     if not isinstance(messages, list):
         raise TypeError("messages is not a list")
@@ -217,5 +217,5 @@ def _checked(saved: Any) -> list[dict[str, Any]]:
             raise ValueError(f"message {number} needs one of the roles {', '.join(sorted(_ROLES))}")
         if not isinstance(message.get("content"), str | list | None):
             raise ValueError(f"the content of message {number} is not text")
-    json.dumps(messages, ensure_ascii=False).encode()  # ValueError for lone surrogates
+    json.dumps(messages, ensure_ascii=False).encode()  # Raises ValueError for lone surrogates.
     return messages

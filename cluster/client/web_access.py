@@ -1,4 +1,4 @@
-"""HTTP clients' proxies and trusted certificates, from the environment and this user's clusters."""
+"""Proxies and trusted certificates of HTTP clients, from the environment and this user's clusters."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from llamaclust.core.errors import UsageError
 from llamaclust.core.this_machine import own_addresses
 
 Verify = str | PathLike[str] | ssl.SSLContext | None
-"""A PEM file of certificates to trust, or an SSL context. None means a cluster's own certificate if the cluster runs on
-this machine, and otherwise the certificates that this machine trusts."""
+"""A PEM file of certificates to trust, or an SSL context. None means the cluster's own certificate if it runs on this
+machine, and otherwise the certificates that this machine trusts."""
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 _CONNECT_S = 10.0
@@ -57,8 +57,9 @@ def timeouts(timeout: float, read_s: float) -> httpx.Timeout:
 
 
 def web_options(url: httpx.URL | None, verify: ssl.SSLContext | None = None) -> dict[str, Any]:
-    """Returns httpx's arguments to reach `url`, or any server if it is None. They use the environment's proxies, except
-    on this machine. `verify` defaults to this machine's certificates. Raises UsageError for an unusable variable."""
+    """Returns httpx's arguments for requests to `url`, or to any server if `url` is None. They use the proxies of the
+    environment, except for this machine. `verify` defaults to the certificates that this machine trusts. Raises
+    UsageError if a variable is unusable."""
     trusted = verify or authorities()
     if url is not None and _is_this_machine(url.host):
         return {"trust_env": False, "verify": trusted}
@@ -97,7 +98,7 @@ def _wrong_hosts(value: str) -> str:
 
 def trust(url: httpx.URL, verify: Verify) -> ssl.SSLContext:
     if url.scheme != "https":
-        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody and reads no file, which would take 20 ms
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # For plain HTTP. Reading certificates takes 20 ms.
     if isinstance(verify, ssl.SSLContext):
         return verify
     if verify is None and (own := _own_certificates(url)):
@@ -106,7 +107,7 @@ def trust(url: httpx.URL, verify: Verify) -> ssl.SSLContext:
 
 
 def authorities(file: Path | None = None) -> ssl.SSLContext:
-    """Returns a context that trusts a PEM file's authorities. None means this machine's. Raises UsageError."""
+    """Returns a context that trusts the authorities in a PEM file (None: those of this machine). Raises UsageError."""
     try:
         if file is not None:
             return ssl.create_default_context(cafile=file)
@@ -128,7 +129,6 @@ def authorities(file: Path | None = None) -> ssl.SSLContext:
 
 
 def _own_certificates(url: httpx.URL) -> list[Path]:
-    """Returns the certificates of this user's clusters at this address, including killed clusters."""
     from llamaclust.cluster.state.clusters import recorded_clusters
 
     records = recorded_clusters(environment().state_dir)
@@ -146,7 +146,7 @@ def _is_at(url: httpx.URL, api: str) -> bool:
 
 class _PinnedContext(ssl.SSLContext):
     """An SSL context that trusts only the certificates in `files`, for any host name. Each connection reads the files
-    again, because certificates may have been renewed. Old certificates are then no longer trusted."""
+    again. Renewed certificates are then trusted, and old ones are not."""
 
     files: Sequence[Path]
     protocols: Sequence[str] = ()
@@ -169,17 +169,18 @@ class _PinnedContext(ssl.SSLContext):
     def _now(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # an authority may have signed it
+        # An authority that is not in the files may have signed the certificate.
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         if self.protocols:
             context.set_alpn_protocols(self.protocols)
         for file in self.files:
-            with suppress(OSError):  # then the server is not trusted
+            with suppress(OSError):  # A missing file means that the server is not trusted.
                 context.load_verify_locations(file)
         return context
 
 
 def explain_refusal(where: str, error: httpx.HTTPError) -> str | None:
-    """Returns advice if the server's certificate is not trusted or the server lacks TLS. Else returns None."""
+    """Returns advice if the server's certificate is not trusted or the server does not use TLS, and otherwise None."""
     reason = str(error)
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         why = reason.partition("certificate verify failed: ")[2].partition(" (_ssl")[0] or reason

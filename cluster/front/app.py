@@ -1,4 +1,4 @@
-"""The ASGI app of the HTTP API. It combines the middlewares and the routes of all dialects and models."""
+"""The ASGI app of the HTTP API. It combines the middlewares with the routes of all dialects and models."""
 
 from __future__ import annotations
 
@@ -72,16 +72,16 @@ _CONVERSATION: Final = QueryParameter("conv_id", "string", "the conversation's n
 def create_app(
     models: Sequence[ApiModel], admission: Admission | None = None, workers: WorkerOperations | None = None
 ) -> Starlette:
-    """Makes the app of all models. They share server settings. `admission` drains it. Callers close the replies."""
+    """Makes the app of all models. `admission` can refuse new requests. The caller must close the models' replies."""
     router, store = ModelRouter(models), ResponseStore()
     app = Starlette(middleware=_gates(router.settings, admission), routes=[*_routes(router, store, workers)])
-    app.router.redirect_slashes = False  # see `Paths`
+    app.router.redirect_slashes = False  # `Paths` removes trailing slashes.
     add_error_handlers(app)
     return app
 
 
 def _gates(settings: ApiSettings, admission: Admission | None) -> list[Middleware]:
-    """Returns the middlewares, outermost first. CORS precedes the gates, so that allowed pages can read refusals."""
+    """Returns the middlewares, outermost first. CORS precedes the gates, so that web pages can read refusals."""
     cors = Middleware(
         CORSMiddleware,
         allow_origin_regex=page_origins(settings).pattern,
@@ -119,7 +119,7 @@ def _routes(router: ModelRouter, store: ResponseStore, workers: WorkerOperations
 
 
 def _model_routes(model: ApiModel, store: ResponseStore) -> Iterator[Route]:
-    """Yields one model's endpoints. Their order is the same for all models, because `_routes` zips them."""
+    """Yields the endpoints of one model. Their order must be the same for all models, because `_routes` zips them."""
     for endpoint in ENDPOINTS:
         for path in endpoint.paths:
             yield from endpoint(model, path).routes()

@@ -1,5 +1,5 @@
-"""Reads request bodies, and limits their size, time and depth. A reply's header names the request's fields that had no
-effect. A request with the strict header is refused if it has such fields."""
+"""Reads request bodies, and limits their size, time and depth. A header of the reply lists the request's fields that
+had no effect. A request with the header X-Llamaclust-Strict is refused if it has such fields."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ LARGE_BYTES = 1 << 16
 _MOST_OF_A_PLACE = 200
 
 _MOST_VALUES = (1 << 20) + (1 << 16)
-"""The maximum number of JSON values in a body. It fits the longest context's token ids, which parse in 0.2 s."""
+"""Maximum number of JSON values in a body. The token ids of the longest context fit, and are parsed in 0.2 s."""
 _PROMPT_FIELDS = {
     *("prompt", "suffix", "input_prefix", "input_suffix", "input_extra", "context", "content", "tokens"),
     *("messages", "system", "input", "instructions", "query", "documents", "texts", "images"),
 }
-"""Fields that hold the model's input. They may be as large as the body."""
+"""Fields with input for the model. They may be as large as the body."""
 _MOST_FIELD_BYTES = 1 << 22
 _MOST_FIELD_VALUES = {"tools": 1 << 17}
 _MOST_FIELDS = 1024
 
 _reading = Threads(1, "read-body")
-"""A single thread, because Python parses only one body at a time. The event loop serves streams meanwhile."""
+"""A single thread, because Python parses one body at a time. Meanwhile, the event loop can serve streams."""
 _converting = Threads(1, "convert-body")
-"""A separate thread for parsed bodies. They need not wait for others to be parsed, so fewer are held in memory."""
+"""A separate thread, so that a parsed body does not wait while others are parsed. Fewer bodies are then in memory."""
 
 _Made = TypeVar("_Made")
 _Arguments = ParamSpec("_Arguments")
@@ -63,7 +63,7 @@ async def read_body(
 async def parse_body(
     data: bytes, kind: type[AnyBody], settings: ApiSettings, images: ImageRules | None = None
 ) -> AnyBody:
-    """Parses a body, and reports fields that have no effect. `images` is None for a model that reads only text."""
+    """Parses a body, and reports fields that have no effect. `images` is None if the model reads only text."""
     context = BodyContext(images) if settings.is_strict or _is_strict.get() else Leniency(images)
 
     def parse() -> AnyBody:
@@ -90,7 +90,7 @@ def _idle(kind: type[Body], settings: ApiSettings) -> dict[str, Neutral]:
 
 
 async def has_field(data: bytes, name: str) -> bool:
-    """True if the body has this field and it is not null. Raises `parse_object`'s errors if the body is small."""
+    """Returns True if the body has this field and it is not null. Raises `parse_object`'s errors for small bodies."""
     if len(data) <= LARGE_BYTES:
         return parse_object(data).get(name) is not None
     members = (await run_on(_reading, outline, data)).members
@@ -116,7 +116,7 @@ async def parse_object_in_time(data: bytes) -> dict[str, Any]:
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """Parses a JSON object, after counting its values. Raises HttpError, ParameterError, and `parse_json`'s errors."""
+    """Parses a JSON object. A large body is checked for too many values first. Raises HttpError or ParameterError."""
     if len(data) > LARGE_BYTES:
         _check_sizes(outline(data))
     payload = parse_json(data)
@@ -159,13 +159,13 @@ def parse_json(data: bytes) -> Any:
 
 
 def _not_finite(value: Any) -> str | None:
-    """Returns the place of the first number that JSON lacks (NaN) or that Python reads as infinite (1e999), or None."""
+    """Returns the place of the first number that is NaN or infinite, such as 1e999, or None."""
     if isinstance(value, float):
         return None if math.isfinite(value) else ""
     if not isinstance(value, dict | list):
         return None
     if isinstance(value, list) and set(map(type, value)).isdisjoint((float, dict, list)):
-        return None  # ids and texts, which may be many
+        return None  # A list of ids or texts may be long and has no such numbers.
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         if (place := _not_finite(item)) is not None:
             return f".{key}{place}" if isinstance(value, dict) else f"[{key}]{place}"
@@ -173,11 +173,11 @@ def _not_finite(value: Any) -> str | None:
 
 
 async def read_bytes(request: Request, settings: ApiSettings, most_bytes: int | None = None) -> bytes:
-    """Reads a body. `most_bytes` defaults to the settings' `max_body_bytes`. Raises HttpError (413, 408, 415)."""
+    """Reads a body. `most_bytes` defaults to the setting `max_body_bytes`. Raises HttpError (413, 408 or 415)."""
     most = settings.max_body_bytes if most_bytes is None else most_bytes
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
-        message = f"Content-Encoding {encoding[:60]!r} is not supported: send the body as it is"
+        message = f"Content-Encoding {encoding[:60]!r} is not supported: send the body uncompressed"
         raise HttpError(415, "unsupported_encoding", message)
     length = request.headers.get("content-length", "")
     too_large = length.isascii() and length.isdigit() and int(length[:18]) > most
@@ -192,7 +192,6 @@ async def read_bytes(request: Request, settings: ApiSettings, most_bytes: int | 
 
 
 def hand_on(request: Request, data: bytes) -> None:
-    """Stores a body that was read. The next call of `read_bytes` for this request returns it."""
     request.scope[_READ] = data
 
 
@@ -213,16 +212,16 @@ _YES: Final = ("1", "true", "yes")
 _MOST_LOGGED: Final = 256
 _MOST_CHARACTERS: Final = 160
 _MOST_OF_A_HEADER: Final = 3072
-"""The maximum length of the header `HEADER`. Some proxies accept at most 4 KiB for all of a reply's headers."""
+"""Maximum length of the header. Some proxies accept at most 4 KiB for all headers of a reply."""
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.$:/\[\]-]")
 
 _log = logging.getLogger(__name__)
 _is_strict: ContextVar[bool] = ContextVar("is_strict", default=False)
-"""True if the current task's request is refused when one of its fields has no effect."""
+"""True if the current task's request must be refused when one of its fields has no effect."""
 
 
 class IgnoredFields:
-    """Middleware that adds a header with the fields that have no effect. Logs each field once for each path."""
+    """Middleware that adds a header with the fields that had no effect. Logs each field once per path."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""Rules by which a request's own fields take precedence over the server's defaults."""
+"""Decides which of the server's defaults apply to a request. The fields of the request take precedence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from operator import ne
 from typing import Any, Final
 
 _Refuses = Callable[[Any, Any], bool]
-"""Returns True if the first value is refused because of the second value. None stands for an absent field."""
+"""Returns True if the first field's value is not allowed with the second field's value. None: a field is absent."""
 
 _GRAMMARS: Final = (
     *("response_format", "json_schema", "grammar", "structured_outputs", "guided_json", "guided_regex"),
@@ -44,7 +44,7 @@ _EXCLUDED: Final[Collection[tuple[str, str, _Refuses]]] = (
     *(("suffix", other, _both) for other in ("raw", "context", "system")),
     *((one, other, _both) for one, other in combinations(_GRAMMARS, 2)),
 )
-"""Pairs of fields that exclude each other, each with a predicate that is True for conflicting values."""
+"""Pairs of fields that may exclude each other. The predicate is True for conflicting values."""
 _NEEDED: Final[Collection[tuple[str, str, _Refuses]]] = (
     ("stream_options", "stream", _alone),
     ("top_logprobs", "logprobs", _alone),
@@ -53,11 +53,11 @@ _NEEDED: Final[Collection[tuple[str, str, _Refuses]]] = (
     ("score_from", "logprobs", _alone),
     ("tool_choice", "tools", lambda choice, tools: choice not in ("auto", "none") and _is_empty(tools)),
 )
-"""Fields that need a second field, each with a predicate that is True if the values do not permit the first field."""
+"""Fields that need a second field. The predicate is True if the second field's value forbids the first field."""
 
 
 def usable_defaults(defaults: Mapping[str, Any], given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """Returns the defaults that conflict with none of the request's fields. `known` are the endpoint's fields."""
+    """Returns the defaults that do not conflict with the request's fields. `known` are the fields of the endpoint."""
     absent = {name: value for name, value in defaults.items() if name in known and name not in given}
     values = {**absent, **given}
     excluded = {

@@ -1,4 +1,4 @@
-"""Errors of requests, and each API's JSON for them. A dialect may define its own form."""
+"""Errors of requests, and their JSON in each API. A dialect may define a form of its own."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def internal_error() -> LlamaclustError:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    status: int  # of HTTP
+    status: int  # HTTP status.
     message: str
     code: str
-    param: str | None = None  # the field that is wrong
-    numbers: Mapping[str, int] = field(default_factory=dict)  # for programs, by llama.cpp's names
+    param: str | None = None  # Name of the wrong field.
+    numbers: Mapping[str, int] = field(default_factory=dict)  # Numbers for programs, with llama.cpp's names.
 
 
 def failure_of(error: LlamaclustError) -> Failure:
@@ -74,11 +74,9 @@ _OLLAMA_SCHEMA: Final = {"type": "object", "required": ["error"], "properties": 
 
 @dataclass(frozen=True, slots=True)
 class ErrorShape:
-    """The JSON form of errors that an API's clients expect."""
-
     body: Callable[[Failure], dict[str, Any]]
     event_name: str = ""
-    """The name and `type` of the event that ends a stream with an error, or "" if the API has no such event."""
+    """Name and `type` of the event that ends a stream with an error. Empty if the API has no such event."""
     schema_name: str = "Error"
     schema: Mapping[str, Any] = field(default_factory=lambda: _SCHEMA)
 
@@ -107,7 +105,7 @@ OLLAMA: Final = ErrorShape(_ollama, schema_name="OllamaError", schema=_OLLAMA_SC
 
 
 def usual_shape(path: str) -> ErrorShape:
-    """Returns the error form of a path whose route declares none. `path` is the client's path without `api.prefix`."""
+    """Returns the error form for a path without a form of its own. `path` does not include `api.prefix`."""
     if path.startswith("/api/"):
         return OLLAMA
     return OPENAI if path.startswith(("/v1/", "/cluster")) else LLAMACPP

@@ -1,5 +1,5 @@
-"""Fields of other servers' APIs that this server does not implement, for each family of endpoints. At its neutral
-values, a field has no effect. At other values, a refused field would change the answer, and a hint may be ignored."""
+"""Fields of other servers' APIs that this server does not implement, for each family of endpoints. A field has no
+effect if its value is neutral. With other values, a refused field would change the answer, and a hint is ignored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llamaclust.cluster.front.schema import ForeignFields, Neutral
 
 
 def only(*values: Any) -> Neutral:
-    """Makes a predicate that is True for these values and for empty values."""
+    """Makes a predicate that is True for `values` and for empty values."""
     known = [(type(value), value) for value in values]
     return lambda value: value in ([], {}, "") or (type(value), value) in known
 
@@ -21,7 +21,7 @@ def anything(value: Any) -> bool:
 
 
 def negative(value: Any) -> bool:
-    """Returns True for negative numbers, which switch the field off. Other numbers would have an effect."""
+    """Returns True for negative numbers, which switch the field off."""
     return type(value) is int and value < 0
 
 
@@ -40,12 +40,11 @@ _HINTS: Final = {
     **_names("store early_stopping backend_sampling cache_reuse", only(False)),
     "priority": number(0),
 }
-"""Hints of all endpoints. They are not even reported. `metadata` is for stored completions, and `n_keep` and
-`n_discard` are for context shift. This server has neither feature."""
+"""Hints of all endpoints. They are not reported. `metadata` is for stored completions, `n_keep` and `n_discard` are for
+context shift, and this server has neither."""
 
 _SLOTS: Final = _names("id_slot slot_id", anything)
 _NOT_DRAFTED: Final = _names("speculative speculative.n_max", anything)
-"""Hints of endpoints that generate no text."""
 
 _REFUSED: Final = {
     **_names("grammar_triggers bad_words allowed_token_ids logits_processors structural_tag", only()),
@@ -60,7 +59,7 @@ _REFUSED: Final = {
     "n_indent": number(0),
     "min_keep": only(0, 1),
 }
-"""Samplers, constraints and output forms that no endpoint has."""
+"""Samplers, constraints and forms of output that no endpoint has."""
 
 _OTHER_NAMES: Final = {"typ_p": "typical_p", "tfs": "tfs_z", "speculative.n_max": "speculative"}
 
@@ -70,12 +69,12 @@ _BUDGETS: Final = dict.fromkeys(
     ("reasoning_budget_tokens", "thinking_budget_tokens", "thinking_budget", "thinking_token_budget"),
     "reasoning_budget",
 )
-"""The names of `reasoning_budget` in llama.cpp, DashScope and vLLM."""
+"""Names of `reasoning_budget` in llama.cpp, DashScope and vLLM."""
 
 _OPENAI_NAMES: Final = {**_OTHER_NAMES, "repeat_penalty": "repetition_penalty", "n_predict": "max_tokens"}
 
 SLOTS_NOT_KEPT: Final = _names("id_slot slot_id", negative)
-"""Fields that have no effect if `api.slot_folder` is not set."""
+"""Fields that have no effect unless `api.slot_folder` is set."""
 
 ALWAYS_LOADED: Final = _names("keep_alive", negative)
 """Fields that have no effect if only one model is served, because that model is never unloaded."""
@@ -102,7 +101,7 @@ MESSAGE: Final = ForeignFields(
     refused=_names("audio function_call", only()),
     hints=_names("id refusal annotations cache_control", anything),
 )
-"""Fields of chat messages. Clients send answers back as messages with all fields, whichever server made them."""
+"""Fields of chat messages. Clients send answers back as messages, with all fields that some server gave them."""
 
 COMPLETION: Final = ForeignFields(
     refused={**_REFUSED, **_names("suffix prompt_embeds", only()), "n_cmpl": number(1)},
@@ -131,10 +130,9 @@ RERANK: Final = ForeignFields(
     | _names("truncate", only(False)),
     hints={**_HINTS, **_SLOTS, **_NOT_DRAFTED, **_names("raw_scores truncation_direction", anything)},
 )
-"""Fields of reranking requests. Scores are the model's raw scores, as in llama.cpp."""
+"""Fields of reranking requests. Scores are the raw scores of the model, as in llama.cpp."""
 
 TEXT_ONLY: Final = ForeignFields(hints={"model": anything})
-"""Fields of endpoints that compute nothing, such as `/tokenize`."""
 
 _CHAT_ONLY: Final = {
     **_REFUSED,
@@ -195,14 +193,14 @@ OLLAMA_OPTIONS: Final = ForeignFields(
     | _OTHER_NAMES
     | _BUDGETS,
 )
-"""Ollama's options. The hints concern how the model is computed. The cluster file decides that here."""
+"""Ollama's options. The hints configure how a model is computed. Here, the cluster file does this."""
 
 OLLAMA_GENERATE: Final = ForeignFields(
     refused={**_CHAT_ONLY, **_names("template adapters lora", only())},
     hints=_names("truncate shift", anything),
 )
 OLLAMA: Final = replace(OLLAMA_GENERATE, refused={**OLLAMA_GENERATE.refused, "images": only()})
-"""Fields of Ollama's requests. `truncate` and `shift` have no effect: prompts are not cut, contexts do not shift."""
+"""Fields of Ollama's requests. `truncate` and `shift` have no effect, because nothing is shortened."""
 
 OLLAMA_MESSAGE: Final = ForeignFields(other_names={"name": "tool_name", "reasoning_content": "thinking"})
 

@@ -21,19 +21,19 @@ from llamaclust.cluster.scheduler.requests import PromptProgress, Timings
 
 
 class DeferredValue(ABC):
-    """A part of a JSON value that is made again at each rendering, because its unrendered form takes less memory."""
+    """A part of a JSON value that takes less memory before it is made. Each rendering makes it again."""
 
     __slots__ = ()
 
     @property
     @abstractmethod
     def entries(self) -> int:
-        """The approximate number of numbers and texts in the value."""
+        """Approximate count of numbers and texts in the value."""
 
     @property
     @abstractmethod
     def held_bytes(self) -> int:
-        """The memory that the unrendered form takes."""
+        """Bytes that this object takes in memory."""
 
     @abstractmethod
     def made(self) -> Any:
@@ -57,10 +57,10 @@ _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(","
 
 
 MAX_FIELD_VALUES: Final = 1 << 15
-"""The maximum number of JSON values in a field that holds no prompt, such as a grammar or a list of texts."""
+"""Maximum number of JSON values in a field that holds no prompt, such as a grammar or a list of texts."""
 
 _BLOCK_BYTES: Final = 1 << 18
-"""The number of bytes to count at a time. NumPy releases the interpreter lock for most of that work."""
+"""Number of bytes to count at a time. NumPy releases the interpreter lock for most of this work."""
 _MOST_MEMBERS: Final = 1024
 _MOST_NAME_BYTES: Final = 1024
 _IS_MARK: Final = np.isin(np.arange(256), [*b"[]{},"])
@@ -70,7 +70,7 @@ _NAME: Final = re.compile(rb'\s*("(?:[^"\\]|\\.)*")\s*:', re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member of the outermost JSON object. `values` is exact or slightly too high: it counts commas and brackets."""
+    """A member of the outermost JSON object. `values` counts commas and brackets, so it may be slightly too high."""
 
     name: str
     size_bytes: int
@@ -84,14 +84,15 @@ class Outline:
 
     members: tuple[Member, ...]
     member_count: int
-    values: int  # of the whole text
+    values: int  # Number of values in the whole text.
 
 
 def outline(text: bytes) -> Outline:
     """Returns the outline of a JSON text without parsing it. The outline of invalid JSON is arbitrary."""
     values = depth = border_count = 0
-    borders: list[tuple[int, int]] = []  # the first ones of the outermost object, and the values before each
-    is_inside = is_escaped = False  # a string, and its next character
+    # Position of each border between members of the outermost object, and number of values before it.
+    borders: list[tuple[int, int]] = []
+    is_inside = is_escaped = False  # True inside a string; true after a backslash in it.
     for start in range(0, len(text), _BLOCK_BYTES):
         part = b"_" * is_escaped + text[start + is_escaped : start + _BLOCK_BYTES]
         part = part.replace(rb"\\", b"__")
@@ -101,7 +102,7 @@ def outline(text: bytes) -> Outline:
         is_inside = bool(inside[-1])
         marks = np.flatnonzero(_IS_MARK[block] & ~inside)
         change = _DEPTH_CHANGE[block[marks]]
-        depths = depth + np.cumsum(change)  # behind each mark
+        depths = depth + np.cumsum(change)  # Depth after each mark.
         counts = values + np.cumsum(change >= 0)
         is_begin = (change == 1) & (border_count == 0)
         is_border = ((depths == 1) & ((change == 0) | is_begin)) | ((depths == 0) & (change == -1))
@@ -132,13 +133,13 @@ def _name(text: bytes) -> str:
 
 
 _LARGE_ENTRIES = 1024
-"""A thread renders a part of a reply that has more tokens and logprobs than this."""
+"""A thread renders parts of a reply that have more tokens and logprobs than this."""
 _GROUP = 16
-"""The number of array items to encode at a time. The encoder holds the interpreter lock meanwhile."""
+"""Number of array items to encode at a time. The encoder holds the interpreter lock during this time."""
 _PART_BYTES = 1 << 16
 _VALUE_BYTES = 8
 _ENTRY_CHARACTERS = 64
-"""The number of text characters that take about as long to render as one number."""
+"""Rendering this number of characters takes about as long as rendering one number."""
 
 _threads = Threads(2, "json")
 
@@ -154,12 +155,11 @@ async def off_loop_if(is_large: bool, work: Callable[[], _Value]) -> _Value:
 
 
 def has_many_values(value: Any) -> bool:
-    """Returns True if rendering a value takes long."""
     return is_large(entries_of(value))
 
 
 def entries_of(value: Any) -> int:
-    """Estimates how many numbers and texts a value has. Stops counting when they are many."""
+    """Estimates how many numbers and texts a value has. Stops counting at a large number."""
     left, count = [value], 0
     while left:
         part = left.pop()
@@ -182,7 +182,6 @@ def entries_of(value: Any) -> int:
 
 
 def json_parts(value: Any) -> Generator[bytes, None, None]:
-    """Yields the result of `to_json` in parts. Makes each part when the caller takes it."""
     held = bytearray()
     for piece in _pieces(value):
         held += piece
@@ -197,7 +196,8 @@ JsonBody: TypeAlias = AsyncGenerator[bytes, None]
 
 
 async def json_body(make: Callable[[], Any], *, is_large: bool) -> JsonBody:
-    """Yields a value's JSON in parts, rendered when taken, on a thread if `is_large`. Cancelling waits for a part."""
+    """Yields the JSON of a value in parts. Each part is rendered when it is taken, on a thread if `is_large` is true.
+    Cancelling waits until the current part is rendered."""
     rendering, parts = Lock(), _made_parts(make)
 
     def locked(step: Callable[[], _Value]) -> _Value:
@@ -233,7 +233,6 @@ def json_size(value: Any) -> int:
 
 
 async def size_of_json(value: Any) -> int:
-    """Returns `json_size`, or 0 for an empty value. A thread computes the size of a value with many values."""
     return await off_loop_if(has_many_values(value), partial(json_size, value)) if value else 0
 
 
@@ -285,7 +284,6 @@ def shown_progress(progress: PromptProgress, *, with_timings: bool) -> dict[str,
 
 
 def _phase(name: str, tokens: int, measured: int, per_second: float) -> dict[str, float]:
-    """Shows the tokens and times of prefill or decode. `per_second` is computed from `measured` tokens."""
     ms = measured / per_second * 1e3 if per_second else 0.0
     return {
         f"{name}_n": tokens,

@@ -39,7 +39,7 @@ _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$")]
 
 @dataclass(frozen=True, slots=True)
 class AdapterControl:
-    load: Callable[[str, str], Awaitable[None]]  # name and path
+    load: Callable[[str, str], Awaitable[None]]  # Parameters: name, path.
     unload: Callable[[str], Awaitable[None]]
 
 
@@ -47,7 +47,7 @@ class LoadAdapterBody(Body, foreign=OF_ADAPTERS):
     lora_name: _Name
     """Name of the adapter. Requests use it as their `model`."""
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
-    """A GGUF file or a PEFT folder in `api.adapter_folder`. The path is absolute or relative to that folder."""
+    """A GGUF file or a PEFT folder in `api.adapter_folder`. The path is absolute or relative to this folder."""
     model: str | None = None
     """The model that the adapter changes. The default is the first served model."""
 
@@ -69,7 +69,7 @@ def adapter_routes(model: ApiModel) -> Iterator[Route]:
 
 
 class AdapterLoading:
-    """Loads and unloads adapters. If API keys are set, this requires the first key."""
+    """Loads and unloads adapters for clients. If API keys are set, clients need the first key."""
 
     def __init__(self, control: AdapterControl, served: str, settings: ApiSettings) -> None:
         self._control = control
@@ -103,11 +103,11 @@ _INPUTS = ("prompt", "suffix", "messages", "input")
 class ApiModel:
     service: TextService
     settings: ApiSettings
-    replies: Replies  # of all models
+    replies: Replies  # Shared by all models.
     engine: Engine
     resident: Resident
-    status: Callable[[], Mapping[str, Any]]  # the JSON of `GET /cluster`
-    adapter_control: AdapterControl | None = None  # None: clients load none
+    status: Callable[[], Mapping[str, Any]]  # Makes the JSON of `GET /cluster`.
+    adapter_control: AdapterControl | None = None  # None if clients may not load adapters.
 
     @property
     def name(self) -> str:
@@ -118,13 +118,14 @@ class ApiModel:
         return ModelNames(self.name, self.settings)
 
     def continues(self, request: RequestContext) -> bool:
-        """True if this model gives an earlier coordinator's unfinished request the same answer."""
+        """True if this model would give the same answer to an unfinished request of an earlier coordinator."""
         return request.served == self.settings.digest and self.settings.adapters.have(request.adapters)
 
 
 @dataclass(frozen=True, slots=True)
 class _Addressed:
-    """A request's model. `keep` is how many seconds the model then stays loaded. `unloads`: the request unloads it."""
+    """The model of a request. `keep` is the number of seconds that the model then stays loaded (None: no change).
+    `unloads` is true if the request unloads the model."""
 
     model: ApiModel
     keep: float | None = None
@@ -132,14 +133,14 @@ class _Addressed:
 
 
 class ModelRouter:
-    """Finds each request's model. A single model that is never unloaded gets all requests and checks names itself."""
+    """Finds the model of each request. If only one model is served, it gets all requests and checks names itself."""
 
     def __init__(self, models: Sequence[ApiModel]) -> None:
         self.models = models
         self.settings = models[0].settings
 
     def route(self, routes: Sequence[Route]) -> Route:
-        """Merges all models' routes for one path into one route, which selects the model."""
+        """Merges the routes of all models for one path into one route, which selects the model."""
         first = routes[0]
         if self.settings.can_unload:
             apps = {model.name: route.app for model, route in zip(self.models, routes, strict=True)}
@@ -147,12 +148,13 @@ class ModelRouter:
         return first
 
     def find(self, name: str) -> ApiModel | None:
-        """Returns the model with exactly this name, or else the model whose name differs only in its tag, or None."""
+        """Returns the model with exactly this name, else the model with this name up to the tag `:latest`, or None."""
         whole = (model for model in self.models if name in model.names.all)
         return next(whole, None) or next((model for model in self.models if model.names.find(name)), None)
 
     def named(self, name: object) -> ApiModel:
-        """Returns the model with this name, or the first model if there is no name. May raise HttpError 404."""
+        """Returns the model with this name, or the first model if `name` is empty. Raises HttpError (404) if the name
+        is unknown."""
         if not (self.settings.can_unload and isinstance(name, str) and name):
             return self.models[0]
         if (model := self.find(name)) is not None:
@@ -169,7 +171,7 @@ class ModelRouter:
         """Passes a request to its model. Then applies Ollama's `keep_alive`, unless the request was refused."""
         addressed = await self._addressed(route, Request(scope, receive))
         app, resident = apps[addressed.model.name], addressed.model.resident
-        status = HTTPStatus.INTERNAL_SERVER_ERROR  # until there is a reply
+        status = HTTPStatus.INTERNAL_SERVER_ERROR  # Status if the app sends no reply.
         if not _keeps_awake(route):
             await app(scope, receive, send)
             return
@@ -190,7 +192,7 @@ class ModelRouter:
                 resident.keep(None if addressed.keep == inf else addressed.keep)
 
     async def _addressed(self, route: Route, request: Request) -> _Addressed:
-        """Finds a request's model and stores its body. Raises HttpError if the body is bad or the model is unloaded."""
+        """Finds a request's model and stores the body. Raises HttpError for an invalid body or an unloaded model."""
         if route.method == "GET":
             return _Addressed(self.queried(request))
         data = await read_bytes(request, self.settings)
@@ -204,12 +206,12 @@ class ModelRouter:
         return _Addressed(model, keep, unloads)
 
     def _check_loaded(self, model: ApiModel, request: Request) -> None:
-        """Raises HttpError 400 if the model is unloaded, unless it has open requests or this reply is kept already."""
+        """Raises HttpError (400) if the model is unloaded and has neither open requests nor a reply to this request."""
         if not (model.resident.is_asleep and model.resident.is_idle):
             return
         own, key = owner(request.headers, self.settings.api_keys), request.headers.get("idempotency-key", "")
         if model.replies.cache.named(own, key) is None:
-            what = "and requests may not load models (load_on_demand: false)"
+            what = "and requests do not load models (load_on_demand: false)"
             message = f"model: {model.name!r} is not loaded, {what}; load it with POST /models/load"
             raise HttpError(400, "model_not_loaded", message, param="model")
 
@@ -219,7 +221,7 @@ def _keeps_awake(route: Route) -> bool:
 
 
 async def _fields(data: bytes) -> dict[str, Any]:
-    """Returns the body's fields, or {} for other JSON, which the endpoint reports. Raises ParameterError for NaN."""
+    """Returns a body's fields, or {} for invalid JSON, which the endpoint reports. Raises ParameterError for NaN."""
     try:
         return await parse_object_in_time(data)
     except HttpError:

@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 
 
 _DRAIN_S = 600.0
-"""The deadline of a drain, in seconds. Other workers load the layers meanwhile. A repeated request waits further."""
+"""Maximum seconds for a drain, in which other workers load the layers. A repeated request continues to wait."""
 _MOST_SEQUENCES = 32
-"""The maximum number of sequences to show for one request."""
+"""Maximum number of sequences to show for one request."""
 
 _Record = tuple[ApiModel, RequestRecord]
 
 
 async def disabled(request: Request) -> Response:
-    """Refuses requests to an endpoint that the cluster file switches off with `api.disabled`."""
+    """Refuses requests to an endpoint that `api.disabled` in the cluster file switches off."""
     raise HttpError(
         501, "disabled", f"{request.url.path}: the endpoint is switched off by `api.disabled` in the cluster file"
     )
 
 
 async def no_proxy(request: Request) -> Response:
-    """Refuses requests to llama.cpp's CORS proxy, because this server fetches no URLs."""
+    """Refuses requests to llama.cpp's CORS proxy. This server fetches no URLs for its clients."""
     raise HttpError(403, "forbidden", "/cors-proxy: this server fetches no URLs for its clients")
 
 
@@ -86,7 +86,7 @@ class Operations:
         yield Route("GET", "/cluster/requests/{request}", self.waterfall)
 
     async def health(self, request: Request) -> Response:
-        """Answers 200 while requests are accepted, even if they wait, else 503. Clients with a key get the reason."""
+        """Answers 200 if requests are accepted, even if they must wait, else 503. Clients with a key get the reason."""
         state = self._router.queried(request).engine.state
         if state in (EngineState.READY, EngineState.ASLEEP):
             return JsonResponse({"status": "ok"})
@@ -107,7 +107,7 @@ class Operations:
         return str(error or f"the cluster is {engine.state}")
 
     async def metrics(self, request: Request) -> Response:
-        """Returns metrics for Prometheus. Metrics that llama.cpp also has appear under both programs' names."""
+        """Returns metrics for Prometheus. Metrics that llama.cpp has too appear under both programs' names."""
         engines = {model.name: model.engine for model in self._read(request)}
         metrics = {name: engine.metrics for name, engine in engines.items()}
         own = render_all(metrics) if len(metrics) > 1 else b"".join(each.render() for each in metrics.values())
@@ -122,7 +122,7 @@ class Operations:
         return _listed(sorted(self._records(request), key=_order), summary_json)
 
     async def waterfall(self, request: Request) -> Response:
-        """Returns a request's waterfall, which shows each sequence's activities over time. It contains no text."""
+        """Returns the waterfall of a request. It shows how each sequence spent its time, and contains no text."""
         name, known = request.path_params["request"], self._records(request)
         found = [(model, record) for model, record in known if matching([record], name)]
         if not found:
@@ -146,7 +146,6 @@ class Operations:
 
 
 def _order(known: _Record) -> tuple[bool, float]:
-    """Returns a sort key. Ended requests come first, in the order of their ends. Open requests keep their order."""
     _, record = known
     is_open = record.end is None
     return is_open, 0.0 if is_open else record.waterfall.start_ns / 1e9 + record.seconds

@@ -36,7 +36,6 @@ def row_entry(tokenizer: Tokenizer, row: RowResult) -> dict[str, Any]:
 
 
 def _token_entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    """Shows a token in the form of `/v1/chat/completions` and llama.cpp. Only llama.cpp has `id`."""
     data = tokenizer.token_bytes(token)
     text = data.decode("utf-8", "replace")
     return {"id": token, "token": text, "logprob": json_logprob(logprob), "bytes": list(data)}
@@ -44,14 +43,14 @@ def _token_entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, 
 
 @dataclass(frozen=True, slots=True)
 class Requested:
-    """Marks a body's field that is copied to the `CompletionRequest`. `name` is the attribute's name if it differs."""
+    """Marks a field that is copied from a body to the `CompletionRequest`. `name` is its name there, if it differs."""
 
     name: str = ""
 
 
 class SlotFields(Body):
     id_slot: int = -1
-    """The slot that keeps the request's tokens, for `POST /slots`, or -1 for no slot. Requires `api.slot_folder`."""
+    """Number of the slot that keeps the request's tokens for `POST /slots`, or -1. Requires `api.slot_folder`."""
 
     @property
     def slot(self) -> int | None:
@@ -96,14 +95,14 @@ SCALES_SCHEMA: dict[str, Any] = {
 
 class AdapterFields(Body):
     lora: Annotated[AdapterScales | None, BeforeValidator(read_scales), WithJsonSchema(SCALES_SCHEMA)] = None
-    """The adapters to use: [{"id": N, "scale": scale}, ...]. The default is the scales set by `POST /lora-adapters`."""
+    """Adapters to use: [{"id": N, "scale": scale}, ...]. The default is the scales set by `POST /lora-adapters`."""
 
 
 class ReasoningFields(Body):
     reasoning_budget: Annotated[int, Field(ge=-1)] = -1
-    """The maximum number of reasoning tokens, after which reasoning must end. 0 for no reasoning, -1 for no limit."""
+    """Maximum number of reasoning tokens. 0 for no reasoning, -1 for no limit."""
     reasoning_budget_message: Annotated[str, Field(max_length=MAX_MESSAGE_CHARACTERS)] = ""
-    """Text to insert before the end of reasoning if the budget forces it."""
+    """Text to insert before the end of reasoning if the budget forces the end."""
 
     @property
     def answer_budget(self) -> ReasoningBudget | None:
@@ -117,7 +116,7 @@ _FORMS: Final = f'give true, false, a number of drafted tokens from 0 to {MAX_WI
 
 
 def _most_drafted(value: Any, info: ValidationInfo) -> int | None:
-    """Reads the limit of drafted tokens. None lets the server decide. Clients cannot set llama.cpp's other keys."""
+    """Reads the maximum number of drafted tokens (None: the server decides). llama.cpp's other keys have no effect."""
     if isinstance(value, dict):
         for name in filter("n_max".__ne__, value):
             if not isinstance(info.context, Leniency):
@@ -151,7 +150,7 @@ class SpeculativeFields(Body):
     speculative: Annotated[
         int | None, BeforeValidator(_most_drafted), WithJsonSchema(_SCHEMA), Requested("max_drafted")
     ] = None
-    """The most tokens to draft in a step, or {"n_max": N}; false: none; true: the default. Answers do not change."""
+    """Maximum number of tokens to draft in a step, or {"n_max": N}. `false` drafts none. Answers do not change."""
 
 
 _AnyFields = TypeVar("_AnyFields", bound="SamplerFields")
@@ -166,7 +165,7 @@ _LETTERS = dict(zip("edskfypmxt", SAMPLERS, strict=True))
 
 
 def _samplers(value: Any) -> tuple[SamplerName, ...]:
-    """Reads a list of sampler names or a string of llama.cpp's letters for samplers. Raises ValueError."""
+    """Reads a list of names of samplers, or a string of llama.cpp's letters for samplers. Raises ValueError."""
     if isinstance(value, str):
         names = [_LETTERS.get(letter) or _unknown(letter) for letter in value]
     elif isinstance(value, list) and all(isinstance(name, str) for name in value):
@@ -194,7 +193,7 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 
 def documented(low: float, high: float) -> Any:
-    """Makes a field whose limits are shown in openapi.json. The scheduler checks them."""
+    """Makes a field with limits for openapi.json. The scheduler checks the limits."""
     return Field(json_schema_extra={"minimum": low, "maximum": high})
 
 
@@ -207,7 +206,7 @@ _TOP_K = {
     Dialect.LLAMACPP: Annotated[int, AfterValidator(partial(max, 0))],
     Dialect.OLLAMA: Annotated[int, AfterValidator(partial(max, 0))],
 }
-"""The type of `top_k` in each dialect. Negative values keep all tokens. OpenAI's dialect allows only -1."""
+"""Type of `top_k` in each dialect. Negative values keep all tokens. OpenAI's dialect allows only -1."""
 
 
 def _declared(name: str, own_name: str, dialect: Dialect) -> tuple[Any, Any]:
@@ -217,13 +216,13 @@ def _declared(name: str, own_name: str, dialect: Dialect) -> tuple[Any, Any]:
         kind = _TOP_K[dialect]
     elif own_name == name:
         kind = Annotated[kind, documented(row.low, row.high)]
-    else:  # the scheduler would name the other name
+    else:  # The scheduler's error would have the other name.
         kind = Annotated[kind, Field(ge=row.low, le=row.high)]
     return kind, Field(row.default_in(dialect), description=row.doc)
 
 
 def sampled(dialect: Dialect, *, without: Sequence[str] = ()) -> Callable[[type[_AnyFields]], type[_AnyFields]]:
-    """Returns a decorator. It adds the sampling table's fields, with the dialect's names and defaults."""
+    """Returns a class decorator that adds the fields of the sampling table with the dialect's names and defaults."""
 
     def add(kind: type[_AnyFields]) -> type[_AnyFields]:
         names = {name: row.name_in(dialect, name) for name, row in SAMPLING_TABLE.items() if name not in without}
@@ -243,16 +242,16 @@ TextsField = Annotated[
 
 
 class SamplerFields(Body):
-    """The samplers' settings. The class decorator `sampled` adds the numeric fields."""
+    """Settings of the samplers. The class decorator `sampled` adds the numeric fields."""
 
-    own_names: ClassVar[Mapping[str, str]]  # of the numbers of the sampling table that the body has
+    own_names: ClassVar[Mapping[str, str]]  # Names of this body's fields by their names in the sampling table.
 
     dry_sequence_breakers: Annotated[TextsField, Requested("dry_breakers")] = DEFAULT_BREAKERS
-    """Texts that interrupt a repetition for the DRY sampler."""
+    """Texts at which the DRY sampler ends a repetition."""
     penalize_nl: Annotated[bool, Requested()] = True
     """False exempts line breaks from the penalties."""
     samplers: SamplersField = SAMPLERS
-    """The samplers to apply, in this order."""
+    """Samplers to apply, in this order."""
 
     def completion(
         self,
@@ -261,19 +260,18 @@ class SamplerFields(Body):
         params: SamplingParams | None = None,
         **more: Any,
     ) -> CompletionRequest:
-        """Returns the request for one prompt. It has the body's fields that are marked as `Requested`, and `more`."""
+        """Returns the request for one prompt, with the body's fields that are marked as `Requested` and with `more`."""
         marks = [(name, mark) for name, info in type(self).model_fields.items() for mark in info.metadata]
         own = {mark.name or name: getattr(self, name) for name, mark in marks if isinstance(mark, Requested)}
         windows = {"penalty_window": self.penalty_window, "dry_window": self.dry_window}
         return CompletionRequest(prompt, max_new_tokens, params or self.params(), **(windows | own | more))
 
     def numbers(self, names: Iterable[str]) -> dict[str, Any]:
-        """Returns fields' values by their names in the sampling table. The body's own names may differ."""
         own_names = self.own_names
         return {name: getattr(self, own_names[name]) for name in names}
 
     def params(self, logit_bias: tuple[tuple[int, float], ...] = ()) -> SamplingParams:
-        """Raises ParameterError if a chain's number is out of bounds. The scheduler checks the other numbers."""
+        """Returns the sampling parameters. Raises ParameterError if a number of the chain is out of bounds."""
         return SamplingParams(**self.numbers(PARAMS), logit_bias=logit_bias, chain=self._chain())
 
     def _chain(self) -> SamplerChain | None:
@@ -326,7 +324,7 @@ _FIELDS: Final = frozenset((*SAMPLING_TABLE, *SamplerFields.model_fields))
 
 
 def chat_sampling(recommended: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns values for the sampling fields: the cluster file's, else the model file's, else llama.cpp's."""
+    """Returns values for sampling fields, from the cluster file, else the model file, else llama.cpp's defaults."""
     plain = {name: SAMPLING_TABLE[name].llamacpp for name in MAIN_NUMBERS}
     given = {CHAT.name(name): value for part in (recommended, defaults) for name, value in part.items()}
     return plain | {name: value for name, value in given.items() if name in _FIELDS and value is not None}

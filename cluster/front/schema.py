@@ -1,4 +1,4 @@
-"""Request bodies as strict pydantic classes, whose errors name the field. Fields that APIs vary get a common form."""
+"""Request bodies as strict pydantic classes. Errors name the field. Fields that differ by API get a common form."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, MAX_LOGIT_BIASES
 if TYPE_CHECKING:
     from llamaclust.cluster.front.images.urls import ImageRules
 
-NOT_SUPPORTED = "this server does not support it; leave it out"
+NOT_SUPPORTED = "this server does not support this field; remove the field"
 _UNKNOWN = "unknown_field"
 _MOST_OF_A_NAME = 200
 _MOST_IGNORED = 16
@@ -43,34 +43,34 @@ Prompt = str | tuple[int, ...]
 
 
 class PlacedError(ValueError):
-    """An error in a part of a field. The error's text begins with the part's place in brackets."""
+    """An error in a part of a field. Its text begins with the place of the part, such as `[0]`."""
 
 
 Neutral = Callable[[Any], bool]
-"""Returns True if a field's value has no effect."""
+"""Returns True if a value of the field has no effect."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForeignFields:
-    """Fields that other servers have and this endpoint lacks."""
+    """Fields that other servers have and this endpoint does not implement."""
 
-    refused: Mapping[str, Neutral] = field(default_factory=dict)  # would change the answer
-    hints: Mapping[str, Neutral] = field(default_factory=dict)  # may be left undone
-    other_names: Mapping[str, str] = field(default_factory=dict)  # of fields that the endpoint has
+    refused: Mapping[str, Neutral] = field(default_factory=dict)  # Fields that would change the answer.
+    hints: Mapping[str, Neutral] = field(default_factory=dict)  # Fields that may be ignored.
+    other_names: Mapping[str, str] = field(default_factory=dict)  # Maps other names of fields to own names.
 
     def name(self, given: str) -> str:
         return self.other_names.get(given, given)
 
 
 class BodyContext:
-    """The context in which a body is read. It refuses fields without effect. `images` is None for text-only models."""
+    """Context for reading a body. Refuses fields that have no effect. `images` is None if the model reads only text."""
 
     def __init__(self, images: ImageRules | None = None) -> None:
         self.images = images
 
 
 class Leniency(BodyContext):
-    """A context that collects the names of a body's fields that have no effect."""
+    """A context that collects the names of fields that have no effect, instead of refusing the body."""
 
     def __init__(self, images: ImageRules | None = None) -> None:
         super().__init__(images)
@@ -82,11 +82,12 @@ class Leniency(BodyContext):
 
 
 class Body(DocumentedModel):
-    """A request's strictly typed fields. 5.0 is read as 5, null as absent. A `Leniency` ignores unknown fields."""
+    """The strictly typed fields of a request. 5.0 is read as 5, and null as absent. Unknown fields are an error, except
+    in a `Leniency` context."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
     takes_recommended: ClassVar[bool] = False
-    """True if the model file's recommended sampling replaces the endpoint's own defaults."""
+    """True if the sampling that the model file recommends replaces the endpoint's own defaults."""
     foreign: ClassVar[ForeignFields] = ForeignFields()
 
     def __init_subclass__(cls, foreign: ForeignFields | None = None, **settings: Any) -> None:
@@ -94,12 +95,12 @@ class Body(DocumentedModel):
         cls.foreign = foreign or cls.foreign
 
     def check(self) -> None:
-        """Raises ParameterError if fields contradict each other. It is called after the fields are read."""
+        """Raises ParameterError if fields contradict each other. Called when all fields are read."""
 
     @model_validator(mode="before")
     @classmethod
     def _knows_its_fields(cls, fields: Any, info: ValidationInfo) -> Any:
-        """Stops at the first unknown field if they are refused. pydantic would take seconds for a million fields."""
+        """Refuses a body at its first unknown field. pydantic would take seconds for a million unknown fields."""
         if not isinstance(fields, dict):
             return fields
         known = cls.model_fields
@@ -120,7 +121,7 @@ def _unknown_field(name: str, known: Iterable[str]) -> PydanticCustomError:
 
 
 def _as_declared(field_info: FieldInfo, value: Any) -> Any:
-    """Reads 5.0 as 5 for a whole number, and [] as {} for an object, because PHP writes an empty object as []."""
+    """Reads 5.0 as 5 for a whole number. Reads [] as {} for an object, because PHP writes an empty object as []."""
     if type(value) is float and value.is_integer() and field_info.annotation in (int, int | None):
         return int(value)
     return {} if value == [] and _is_object(field_info) else value
@@ -141,14 +142,14 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 @cache
 def parts_of(kind: type[Body]) -> dict[str, type[Body]]:
-    """Returns a body's fields that are objects with sampling fields, such as Ollama's `options`, and their classes."""
+    """Returns the class of each field that is an object with sampling fields, such as Ollama's `options`."""
     kinds = ((name, each.annotation) for name, each in kind.model_fields.items())
     bodies = {name: part for name, part in kinds if isinstance(part, type) and issubclass(part, Body)}
     return {name: part for name, part in bodies.items() if part.takes_recommended}
 
 
 def read_part(kind: type[AnyBody], value: Any, context: BodyContext | None) -> AnyBody:
-    """Calls `read_fields` inside a pydantic validator, which must raise ValueError."""
+    """Calls `read_fields` in a pydantic validator, which must raise ValueError."""
     try:
         return read_fields(kind, value, context)
     except ParameterError as error:
@@ -161,8 +162,9 @@ def read_fields(
     context: BodyContext | None = None,
     idle: Mapping[str, Neutral] = MappingProxyType({}),
 ) -> AnyBody:
-    """Makes a body from fields. Fields in `idle` have no effect with these settings. Raises ParameterError if a field
-    is wrong or not supported, or, unless `context` is a `Leniency`, if a field is unknown or has no effect."""
+    """Makes a body from fields. Fields in `idle` have no effect with the server's settings. Raises ParameterError if a
+    field is invalid or not supported. Unless `context` is a `Leniency`, it is also raised if a field is unknown or has
+    no effect."""
     foreign, kept = kind.foreign, {name: value for name, value in fields.items() if value is not None}
     for name, is_neutral in {**foreign.refused, **foreign.hints, **idle}.items():
         if name in kept and not is_neutral(kept.pop(name)):
@@ -184,21 +186,22 @@ def read_fields(
 
 
 def _built(kind: type[AnyBody]) -> type[AnyBody]:
-    """Builds a validator at first use, because building all is slow. Locks, because not every pydantic version does."""
+    """Builds the validator of a class at its first use, because building all validators takes long. Holds a lock,
+    because some versions of pydantic have no lock for this."""
     with _building:
-        kind.model_rebuild()  # nothing where it is there
+        kind.model_rebuild()  # Does nothing if the validator is built.
     return kind
 
 
 def _first_error(error: ValidationError, as_sent: Mapping[str, str]) -> ParameterError:
-    """Returns the first error, or an unknown field's error, because that field may be a misspelt required field.
-    `as_sent` maps fields to the names under which they were sent."""
+    """Returns an error in an unknown field, or else the first error. The unknown field may be a misspelt required
+    field. `as_sent` maps fields to the names under which the client sent them."""
     details = error.errors(include_url=False, include_input=False)
     return _parameter_error(min(details, key=lambda detail: detail["type"] != _UNKNOWN), as_sent)
 
 
 def field_error(kind: type[Body], name: str, value: Any) -> ParameterError | None:
-    """Returns the error in one field's value, or None. Errors in other fields, such as missing ones, are ignored."""
+    """Returns the error in one field's value, or None. Ignores errors in other fields, such as missing fields."""
     try:
         _built(kind).model_validate({name: value})
     except ValidationError as error:
@@ -233,7 +236,7 @@ def _limit(value: Any) -> Any:
 
 
 def _without_end(value: Any) -> Any:
-    """Returns -1 for a limit beyond every context length. Some clients write 2147483647 for no limit."""
+    """Returns -1 for a limit above every context length. Some clients write 2147483647 for no limit."""
     return -1 if is_int(value) and MAX_CONTEXT_TOKENS < value <= _LARGEST_NUMBER else value
 
 
@@ -249,7 +252,6 @@ def strings(value: Any) -> tuple[str, ...]:
 
 
 def _prompts(value: Any) -> tuple[Prompt, ...]:
-    """Reads one prompt (text or token ids) or a list of prompts. Raises ValueError."""
     if isinstance(value, list) and value and all(isinstance(item, str | list) for item in value):
         if len(value) > MAX_PROMPTS:
             raise ValueError(f"{len(value)} prompts in one request; the limit is {MAX_PROMPTS}")
@@ -303,11 +305,11 @@ _IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer"}}
 _PROMPTS = {"anyOf": [{"type": "string"}, _IDS, {"type": "array", "items": {"anyOf": [{"type": "string"}, _IDS]}}]}
 
 LimitField = Annotated[int | None, BeforeValidator(_limit), WithJsonSchema({"type": "integer", "minimum": -2})]
-"""The maximum number of tokens of an answer. None (or -1 or -2 in JSON) means as many as fit into the context."""
+"""Maximum number of tokens of an answer. None (in JSON also -1 or -2) means as many as fit into the context."""
 WholeLimitField = Annotated[int, BeforeValidator(_without_end), Field(ge=-2)]
-"""The maximum number of tokens of an answer, for fields whose default is -1 instead of null."""
+"""Maximum number of tokens of an answer, for fields whose default is -1 instead of null."""
 SeedField = Annotated[int | None, BeforeValidator(_seed), WithJsonSchema({"type": "integer"})]
-"""A seed. None (or -1 in JSON, as in llama.cpp) means a random seed."""
+"""A seed. None (in JSON also -1, as in llama.cpp) means a random seed."""
 StopField = Annotated[tuple[str, ...], BeforeValidator(strings), WithJsonSchema(_STRINGS)]
 PromptsField = Annotated[tuple[Any, ...], BeforeValidator(_prompts), WithJsonSchema(_PROMPTS)]
 BiasField = Annotated[

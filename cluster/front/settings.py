@@ -1,4 +1,4 @@
-"""The HTTP API's settings, and the names by which requests address models."""
+"""Settings of the HTTP API, and the names by which requests address models."""
 
 from __future__ import annotations
 
@@ -22,51 +22,58 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}")
 
 @dataclass(frozen=True, slots=True)
 class ApiSettings:
-    """The HTTP API's settings. Clients can change only adapters and copies. Durations are in seconds."""
+    """Settings of the HTTP API. Clients can change only adapters and copies. Durations are in seconds."""
 
     listen_host: str = "127.0.0.1"
-    further_hosts: tuple[str, ...] = ()  # of the other addresses
-    prefix: str = ""  # of all paths, like "/llm"
-    is_strict: bool = False  # refuses fields that are unknown or have no effect
-    strict_model: bool | None = None  # whether a request must name the served model; None: on OpenAI's paths
-    can_unload: bool = False  # the served model is one of several
-    max_loaded_models: int | None = None  # of several, at once; None: as many as memory allows
-    load_on_demand: bool = True  # whether requests load those of several that sleep
-    aliases: tuple[str, ...] = ()  # further names of the served model
-    copies: list[str] = field(default_factory=list)  # names of the served model that clients made
-    tags: tuple[str, ...] = ()  # shown with it
+    further_hosts: tuple[str, ...] = ()  # Hosts of the other listening addresses.
+    prefix: str = ""  # Prefix of all paths, such as "/llm".
+    is_strict: bool = False  # True to refuse fields that are unknown or have no effect.
+    strict_model: bool | None = None  # True if requests must name a served model. None: only on OpenAI's paths.
+    can_unload: bool = False  # True if several models are served, which can be unloaded.
+    max_loaded_models: int | None = None  # Maximum number of models loaded at once. None: as many as memory allows.
+    load_on_demand: bool = True  # True if requests load models that are unloaded.
+    aliases: tuple[str, ...] = ()  # Additional names of the served model.
+    copies: list[str] = field(default_factory=list)  # Names that clients gave the served model.
+    tags: tuple[str, ...] = ()  # Tags shown with the model.
     adapters: ServedAdapters = field(default_factory=ServedAdapters)
-    rankers: tuple[str, ...] = ()  # names of the cluster's models that rank documents
-    allows_pull: bool = False  # clients with the first key, where there are keys, may download models of the catalog
-    adapter_folder: Path | None = None  # of adapters that clients may load
-    slot_folder: Path | None = None  # that clients save slots in
-    image_hosts: tuple[str, ...] = ()  # whose images are fetched, see `ImageRules`
-    disabled: tuple[str, ...] = ()  # GET endpoints that are off, such as "slots"
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # of request fields
-    recommended: Mapping[str, Any] = field(default_factory=dict)  # sampling fields by the model file
-    api_keys: Sequence[str] = ()  # none: no key is asked for
-    allowed_hosts: tuple[str, ...] = ()  # names beside loopback, listen_host and the address that was connected to
-    allowed_origins: tuple[str, ...] = ()  # web pages that may use the API, like "https://chat.example"
+    rankers: tuple[str, ...] = ()  # Names of the cluster's models that rank documents.
+    # True if clients may download models of the catalog. If there are API keys, only the first one allows it.
+    allows_pull: bool = False
+    adapter_folder: Path | None = None  # Folder of adapters that clients may load.
+    slot_folder: Path | None = None  # Folder in which clients save slots.
+    image_hosts: tuple[str, ...] = ()  # Hosts whose images are fetched. See `ImageRules`.
+    disabled: tuple[str, ...] = ()  # GET endpoints that are switched off, such as "slots".
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # Default values of request fields.
+    recommended: Mapping[str, Any] = field(default_factory=dict)  # Sampling fields that the model file recommends.
+    api_keys: Sequence[str] = ()  # Empty if clients need no key.
+    # Accepted host names besides loopback, `listen_host` and the connected address.
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()  # Origins of web pages that may use the API, such as "https://chat.example".
     max_body_bytes: int = MAX_BODY_BYTES
-    max_held_bytes: int = 128 << 20  # of the bodies of one owner's requests that have no whole reply yet; of all: twice
-    max_requests: int = 512  # of one owner that have no whole reply yet; of all: twice, and as many still to come
-    idle_s: float = 75.0  # a kept connection waits so long for the first byte of its next request
-    head_s: float = 10.0  # from that byte, or from the start of a connection, until a request's head has arrived
-    body_s: float = 30.0  # until a request's body has arrived
-    keepalive_s: float = 15.0  # silence of a stream after which it gets a comment
-    first_chunk_s: float = 1.0  # a stream that fails within it gets a status of its own
-    unread_s: float = 60.0  # a client that takes nothing of its reply for so long has gone
-    resume_s: float = 30.0  # a kept reply waits so long for its client
-    background_s: float = 600.0  # likewise one that its client does not wait for, from its end on
-    request_s: float = 600.0  # from its admission until a request of the journal ends unanswered
-    digest: str = ""  # of the model and its settings, with which requests of the journal are computed again
-    max_reply_bytes: int = 16 << 20  # of one kept reply
-    max_kept_bytes: int = 256 << 20  # of all kept replies
+    # Maximum bytes of one owner's bodies of open requests. All owners together: twice as many.
+    max_held_bytes: int = 128 << 20
+    # Maximum number of one owner's open requests with a complete body. All owners together: twice as many. The same
+    # number of requests may be waiting for the rest of their bodies.
+    max_requests: int = 512
+    idle_s: float = 75.0  # Maximum wait of a kept connection for the first byte of its next request.
+    # Maximum time from that byte, or from the start of the connection, until the head of the request has arrived.
+    head_s: float = 10.0
+    body_s: float = 30.0  # Maximum time until the body of a request has arrived.
+    keepalive_s: float = 15.0  # Time after which a silent stream gets a comment.
+    first_chunk_s: float = 1.0  # A stream that fails within this time gets an HTTP error status.
+    unread_s: float = 60.0  # A client that accepts no data for this time is disconnected.
+    resume_s: float = 30.0  # Time for which a kept reply waits for a client.
+    background_s: float = 600.0  # Time for which a background reply is kept after its end.
+    # Maximum time from the admission of a journalled request to its answer. Afterwards, it fails.
+    request_s: float = 600.0
+    digest: str = ""  # Digest of the model and its settings. Journalled requests continue only with the same digest.
+    max_reply_bytes: int = 16 << 20  # Maximum bytes of one kept reply.
+    max_kept_bytes: int = 256 << 20  # Maximum bytes of one client's kept replies. All clients together: twice as many.
     max_kept_replies: int = 4096
 
     @property
     def max_connections(self) -> int:
-        """The maximum number of open connections. At the limit, a new connection replaces an idle connection."""
+        """Maximum number of open connections. At the limit, a new connection replaces an idle one."""
         return 3 * self.max_requests
 
 
@@ -76,10 +83,10 @@ def not_served(name: str, served: Iterable[str]) -> HttpError:
 
 
 class ModelNames:
-    """All names of a served model: its own name, aliases, adapters, and copies that clients made in this process."""
+    """All names of a served model: its own name, its aliases, its adapters, and copies that clients made."""
 
     def __init__(self, served: str, settings: ApiSettings, *, any_by_default: bool = False) -> None:
-        """`any_by_default` lets requests name any model, unless the settings' `strict_model` decides otherwise."""
+        """`any_by_default` is true if requests may name any model. The setting `strict_model` overrides it."""
         self._served = served
         self._settings = settings
         self._adapters = settings.adapters
@@ -87,24 +94,24 @@ class ModelNames:
 
     @property
     def all(self) -> dict[str, str]:
-        """Maps each known name to the name of the served model or of an adapter."""
         adapters, settings = self._adapters.names, self._settings
         known = (self._served, *settings.aliases, *adapters, *settings.copies)
         return dict.fromkeys(known, self._served) | {name: name for name in adapters}
 
     def find(self, name: str) -> str | None:
-        """Returns the served model's or adapter's name that `name` stands for, or None. A tag makes no difference."""
+        """Returns the name of the model or adapter to which `name` refers, or None. The tag `:latest` may be absent."""
         names = self.all
         return names.get(name) or {tagged(known): own for known, own in names.items()}.get(tagged(name))
 
     def adapters(
         self, name: str | None, lora: AdapterScales | None = None, default: AdapterScales = ()
     ) -> AdapterScales:
-        """Returns a request's adapters: the adapter named as its model, its field `lora`, or `default`. Raises
-        HttpError 404 for an unknown model, ParameterError for an unknown adapter or `lora` with an adapter as model."""
+        """Returns the adapters of a request: the adapter that it names as its model, its field `lora`, or `default`.
+        Raises HttpError (404) for an unknown model. Raises ParameterError for an unknown adapter, or `lora` together
+        with an adapter as the model."""
         if (number := self._adapters.number_of(self.shown(name))) is not None:
             if lora is not None:
-                raise ParameterError("lora", f"model names the adapter {name!r} already: leave one of them out")
+                raise ParameterError("lora", f"model already names the adapter {name!r}: remove one of the two fields")
             scale = self._adapters[number].scale
             return ((number, scale),) if scale else ()
         self.check(name)
@@ -114,11 +121,10 @@ class ModelNames:
         return tuple((adapter, scale) for adapter, scale in lora if scale)
 
     def shown(self, name: str | None) -> str:
-        """Returns the model name to show in replies. It is the name that `name` stands for, or the served model's."""
         return (name and self.find(name)) or self._served
 
     def check(self, name: str | None) -> None:
-        """Raises HttpError if the name is an adapter's, or another model's and not every name is accepted."""
+        """Raises HttpError if `name` is an adapter, or is unknown and unknown names are refused."""
         if self.shown(name) in self._adapters.names:
             message = f"model: {name!r} is an adapter; this endpoint uses only {self._served!r} itself"
             raise HttpError(400, "unsupported_parameter", message, param="model")
@@ -130,8 +136,9 @@ class ModelNames:
             raise HttpError(404, "model_not_found", f"model {name[:200]!r} not found", param="model")
 
     def copy(self, source: str, destination: str) -> None:
-        """Adds a name for the served model. Raises HttpError if the name is invalid or fixed, there are too many
-        copies, or the source is an adapter. After a restart, an adapter's lost copy could mean the model without it."""
+        """Adds a name for the served model. Raises HttpError if the name is invalid or fixed, if there are too many
+        copies, or if the source is an adapter. An adapter has no copies, because a restart loses them and the name
+        could then mean the model without the adapter."""
         self.check_known(source)
         if not _NAME.fullmatch(destination):
             message = f"{destination[:200]!r} is not a valid model name: use letters, digits and ._:/@-"
@@ -164,23 +171,23 @@ _UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0
 _PART = r"\d{1,12}(?:\.\d{0,9})?(?:ns|us|µs|ms|s|m|h)"
 _DURATION = re.compile(rf"(-?)((?:{_PART})+)")
 _MOST_S = 1_000_000_000
-"""The longest finite duration, in seconds. Larger values, such as Ollama's largest duration, mean for ever."""
+"""Maximum finite duration in seconds. Larger values, such as Ollama's largest duration, mean an unlimited time."""
 
 
 def read_keep_alive(value: Any) -> float | None:
-    """Reads seconds or a text such as "5m", or None. Negative or huge values mean infinity. Raises HttpError 400."""
+    """Reads seconds, a text such as "5m", or None. Negative or huge values mean infinity. Raises HttpError (400)."""
     if value is None:
         return None
     seconds = _seconds(value)
     if seconds is None or not math.isfinite(seconds):
-        message = f'keep_alive: {str(value)[:60]!r} is no duration; give seconds, or a text like "5m"'
+        message = f'keep_alive: {str(value)[:60]!r} is not a duration; give seconds, or a text like "5m"'
         raise HttpError(400, "bad_keep_alive", message, param="keep_alive")
     return seconds if 0 <= seconds <= _MOST_S else math.inf
 
 
 def _seconds(value: object) -> float | None:
     if isinstance(value, int) and not isinstance(value, bool):
-        return float(max(-1, min(value, _MOST_S + 1)))  # an int may be larger than any float
+        return float(max(-1, min(value, _MOST_S + 1)))  # An int may exceed the range of a float.
     if isinstance(value, float):
         return value
     if not isinstance(value, str) or len(value) > 64:

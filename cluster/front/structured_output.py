@@ -29,10 +29,11 @@ _Any = Annotated[Any, WithJsonSchema({})]
 
 
 class GrammarFields(Body):
-    """Constraints on the form of an answer. If a request has several constraints, they must mean the same form."""
+    """Constraints on the form of an answer. Several constraints in one request must require the same form."""
 
     response_format: _Object | None = None
-    """`{"type": "json_object"}`, `{"type": "json_schema", "json_schema": {"schema": ...}}`, or `{"type": "text"}`."""
+    """Form of the answer. It is `{"type": "json_object"}`, `{"type": "json_schema", "json_schema": {"schema": ...}}`,
+    or `{"type": "text"}`."""
     json_schema: _Any = None
     grammar: str = ""
     """A grammar for the answer, in llama.cpp's GBNF or llguidance's dialect of Lark."""
@@ -54,7 +55,7 @@ class GrammarFields(Body):
     """SGLang's name of `grammar`."""
 
     def answer_grammar(self) -> Grammar | None:
-        """Returns the grammar, or None if no field constrains the answer. Raises ParameterError if fields are wrong."""
+        """Returns the grammar, or None if no field constrains the answer. Raises ParameterError if a field is bad."""
         values = {name: getattr(self, name) for name in _FIELDS}
         made = {name: make(values[name], name) for name, (make, empty) in _FIELDS.items() if values[name] not in empty}
         first = next(iter(made), "")
@@ -65,7 +66,7 @@ class GrammarFields(Body):
 
 
 def response_format_grammar(value: dict[str, Any], origin: str) -> Grammar | None:
-    """Returns a `response_format`'s grammar, or None for `text`. Raises ParameterError with the field name `origin`."""
+    """Returns the grammar of a `response_format`, or None for `text`. Raises ParameterError for the field `origin`."""
     kind = value.get("type")
     match kind:
         case "text":
@@ -93,13 +94,12 @@ def _of_vllm(value: dict[str, Any], origin: str) -> Grammar:
         raise ParameterError(origin, f"must have exactly one of {known}")
     flags = [name for name in _VLLM_FLAGS if value.get(name)]
     if flags:
-        raise ParameterError(f"{origin}.{flags[0]}", "this server does not support it; remove it")
+        raise ParameterError(f"{origin}.{flags[0]}", "this server does not support this field; remove the field")
     form, given = next(iter(forms.items()))
     return _VLLM_FORMS[form](given, f"{origin}.{form}")
 
 
 def _schema(value: Any, origin: str) -> dict[str, Any] | bool:
-    """Reads a JSON schema, given as JSON or as a text of JSON. Raises ParameterError."""
     if isinstance(value, str):
         _check_text(value, origin)
         try:

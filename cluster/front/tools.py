@@ -1,4 +1,4 @@
-"""Tools in requests of all APIs, and short texts that replace message parts that a text model cannot read."""
+"""Tools in requests of all APIs, and short texts that replace parts of messages that a text model cannot read."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from llamaclust.cluster.front.schema import Leniency
 from llamaclust.model.chat.tools.argument_values import arguments_object
 
 _MEDIA: Final = ("image", "audio", "video", "screenshot", "document", "file", "container")
-"""A part is media if its type contains one of these words."""
+"""A part of a message is media if its type contains one of these words."""
 _OF_ITEMS: Final = frozenset(("type", "id", "call_id", "tool_use_id", "status", "cache_control", "caller", "signature"))
-"""Fields that tell the model nothing. They are removed only at an item's top level: arguments may use these names."""
+"""Fields that tell the model nothing. They are removed only from an item itself. Its arguments may use these names."""
 _ENCRYPTED: Final = "encrypted_"
 _BYTES: Final = ("data", "result", "image_url", "file_data")
 _BASE64: Final = re.compile(r"(data:[^,]*,)?[A-Za-z0-9+/_=\s-]*")
@@ -27,7 +27,7 @@ def is_media(kind: str) -> bool:
 
 
 def media_text(kind: str, context: object) -> str:
-    """Returns a text for a media part and reports the part. Raises ValueError unless `context` is a `Leniency`."""
+    """Returns a text for a media part, and reports the part. Raises ValueError unless `context` is a `Leniency`."""
     word = next(word for word in _MEDIA if word in kind)
     if not isinstance(context, Leniency):
         raise ValueError(f"{word} input is not supported by this server; remove it")
@@ -43,18 +43,17 @@ def leave_out(place: str, kind: str, context: object) -> None:
 
 
 def tool_text(kind: str, fields: Mapping[str, Any]) -> str:
-    """Shows the arguments or results of another server's tool as text, without parts that only that server can read."""
+    """Shows arguments or results of another server's tool as text, without the parts that only that server can read."""
     return f"[{kind}: {item_text(fields)}]"
 
 
 def item_text(item: Mapping[str, Any]) -> str:
-    """Returns the item as JSON of at most 4,000 characters, without `_OF_ITEMS`, encrypted texts and media bytes."""
+    """Returns an item as JSON of at most 4,000 characters, without `_OF_ITEMS`, encrypted texts and media bytes."""
     kept = {name: _readable(value) for name, value in _without_bytes(item) if name not in _OF_ITEMS}
     return _cut({name: value for name, value in kept.items() if value not in (None, [], {})})
 
 
 def readable(value: Any) -> str:
-    """Returns a value as JSON of at most 4,000 characters, without encrypted texts and media bytes."""
     return _cut(_readable(value))
 
 
@@ -80,21 +79,20 @@ def _without_bytes(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 MAX_TOOLS: Final = 1024
 TEXT_ARGUMENT: Final = "input"
-"""The name of the only argument of a function that replaces a custom tool."""
 _BETWEEN: Final = "__"
 _NAME: Final = re.compile(r"[\w.\-/:]{1,128}")
 _ID_CHARACTERS: Final = 24
 _OBJECTS: Final = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _VALUES: Final = frozenset({"default", "const", "enum", "examples"})
-"""`_OBJECTS` are keys of a JSON schema whose values map names to schemas. Values under `_VALUES` are not schemas."""
+"""`_OBJECTS` are keys of a JSON schema whose values map names to schemas. Values under `_VALUES` are no schemas."""
 _NO_PARAMETERS: Final = {"type": "object", "properties": {}}
 
 
 @dataclass(frozen=True, slots=True)
 class ClientTool:
-    kind: str  # function, custom, or one that clients know by its type alone
-    name: str  # as its client knows it
-    function: dict[str, Any]  # OpenAI's definition, for the model
+    kind: str  # Type of the tool: function, custom, or a type with a single tool.
+    name: str  # Name that the client uses.
+    function: dict[str, Any]  # OpenAI's definition, which the model gets.
     namespace: str | None = None
 
     @property
@@ -107,7 +105,7 @@ class ClientTool:
 
 
 def function_tool(function: Mapping[str, Any], place: str = "", parameters: str = "parameters") -> dict[str, Any]:
-    """Defines a function for the model. Raises ValueError, with `place` before the name of the wrong field."""
+    """Defines a function for the model. Raises ValueError with `place` and the name of the wrong field."""
     if not isinstance(function.get("name"), str) or not _NAME.fullmatch(function["name"]):
         raise ValueError(f"{place}name: must have 1 to 128 letters, digits and characters of _.-/:")
     if not isinstance(function.get(parameters) or {}, dict):
@@ -122,7 +120,7 @@ def function_tool(function: Mapping[str, Any], place: str = "", parameters: str 
 
 
 def with_objects(schema: Any) -> Any:
-    """Returns a JSON schema in which {} replaces each [] that stands for an object. PHP writes empty objects as []."""
+    """Returns a JSON schema in which {} replaces each [] that stands for an object. PHP writes {} as []."""
     if isinstance(schema, list):
         return [with_objects(part) for part in schema]
     if not isinstance(schema, dict):
@@ -139,13 +137,14 @@ def present(tools: list[Any]) -> list[Any]:
 
 
 def flat_name(namespace: str | None, name: str) -> str:
-    """Returns the name by which the model knows a function: NAMESPACE__NAME, or NAME if there is no namespace."""
+    """Returns the name that the model uses for a function: NAMESPACE__NAME, or NAME without a namespace."""
     return name if namespace is None else f"{namespace}{_BETWEEN}{name}"
 
 
 def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
-    """Returns the function that replaces a custom tool. Its only argument is a text. A regular expression constrains
-    the text. A Lark grammar only joins the description, and is reported. Chats put it into an object `grammar`."""
+    """Returns the function that replaces a custom tool. Its only argument is a text. If the tool has a regular
+    expression, the text must match it. A Lark grammar is only added to the description, and is reported. In the chat
+    API, the format is in an object `grammar`."""
     text: dict[str, Any] = {"type": "string"}
     description = tool.get("description") or ""
     form = tool.get("format")
@@ -164,13 +163,12 @@ def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
 
 
 def text_of_call(arguments: str) -> str:
-    """Returns the text passed to a custom tool. Returns other arguments, such as a cut answer's, unchanged."""
+    """Returns the text passed to a custom tool. Returns arguments of another form unchanged, as in a cut-off answer."""
     given = (arguments_object(arguments) or {}).get(TEXT_ARGUMENT)
     return given if isinstance(given, str) else arguments
 
 
 def arguments_of_text(text: str) -> str:
-    """Returns the arguments that pass this text to a function that replaces a custom tool."""
     return json.dumps({TEXT_ARGUMENT: text}, ensure_ascii=False)
 
 

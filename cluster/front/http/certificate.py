@@ -1,4 +1,4 @@
-"""The API's TLS certificate. It is read from PEM files, again whenever they change, or is self-signed."""
+"""The TLS certificate of the API. It is self-signed, or comes from PEM files that are read again after a change."""
 
 from __future__ import annotations
 
@@ -34,19 +34,16 @@ from llamaclust.wire.security.server_context import server_context
 
 _LOOK_S: Final = 1.0
 _RETRY_S: Final = 60.0
-"""The wait before the next try. By then, a wrong clock, a full disk or an unreachable file server may be repaired."""
+"""Seconds until the same files are tried again. By then, a clock may be set, or disk space may be free."""
 _END_S: Final = 1.0
 _MOST_BYTES: Final = 1 << 20
 _WARNING: Final = timedelta(days=7)
-"""The log warns if less than this time is left before the certificate expires."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class CertificateFiles:
-    """The PEM files of a certificate and its private key. One file may hold both."""
-
-    certificate: Path  # the server's first, then those of the authorities that signed it
+    certificate: Path  # The server's certificate first, then the certificates of the authorities that signed it.
     key: Path
 
     @property
@@ -57,10 +54,10 @@ class CertificateFiles:
 @dataclass(frozen=True, slots=True)
 class LoadedCertificate:
     context: ssl.SSLContext
-    pem: str  # of the server's certificate alone
-    fingerprint: str  # SHA-256 as browsers and OpenSSL show it
+    pem: str  # The server's certificate, without those of authorities.
+    fingerprint: str  # SHA-256 in the form that browsers and OpenSSL show.
     ends_at: datetime
-    version: tuple[int, ...]  # of its files
+    version: tuple[int, ...]  # Version of the files. See `file_version`.
 
     @classmethod
     def of(cls, files: CertificateFiles) -> LoadedCertificate:
@@ -88,7 +85,7 @@ class LoadedCertificate:
 
 
 class ServerCertificate:
-    """The server's certificate. If changed files are unusable, the previous certificate stays in use."""
+    """The certificate in use. If its files change and are unusable, the previous certificate stays in use."""
 
     def __init__(self, files: CertificateFiles) -> None:
         self._files = files
@@ -108,7 +105,7 @@ class ServerCertificate:
         return self._loaded.fingerprint
 
     def publish(self, path: Path) -> None:
-        """Writes the certificate to `path`, now and after each change. Raises LlamaclustError if that is impossible."""
+        """Writes the certificate to `path` now and after each change. Raises LlamaclustError if it cannot write."""
         self._published = path
         self._publish()
 
@@ -129,7 +126,8 @@ class ServerCertificate:
             thread.join(_END_S)
 
     def look(self) -> None:
-        """Reads changed files when two checks in a row find the same change. Warns if the certificate expires soon."""
+        """Reads changed files when two successive checks find the same version. Warns if the certificate expires
+        soon."""
         version, last = self._files.version, self._seen
         self._seen = version
         must_wait = version == self._failed and time.monotonic() < self._retry_at_s
@@ -143,13 +141,13 @@ class ServerCertificate:
             )
 
     def _renew(self, version: tuple[int, ...]) -> None:
-        failure = "the API's certificate stays as it was"
+        failure = "the API keeps its previous certificate"
         try:
             if version != self._loaded.version:
                 self._load()
-            failure = "this user's programs do not know the API's new certificate"
+            failure = "the API's new certificate could not be published to this user's programs"
             self._publish()
-        except Exception as error:  # noqa: BLE001  the border of the thread, which goes on
+        except Exception as error:  # noqa: BLE001  The thread must continue after any error.
             if version != self._failed:
                 _log.warning("%s: %s", failure, error, exc_info=not isinstance(error, LlamaclustError))
             self._failed, self._retry_at_s = version, time.monotonic() + _RETRY_S
@@ -181,7 +179,7 @@ def _read(path: Path, *, is_private: bool = False) -> bytes:
 def _check_key(files: CertificateFiles, certificate: x509.Certificate, pem: bytes) -> None:
     try:
         is_its_key = load_pem_private_key(pem, None).public_key() == certificate.public_key()
-    except TypeError as error:  # its password is missing
+    except TypeError as error:  # The key needs a password.
         what = f"{files.key}: the key is protected by a password"
         raise UsageError(f"{what}; write the key without a password: openssl pkey -in {files.key} -out FILE") from error
     except (ValueError, UnsupportedAlgorithm) as error:
@@ -193,8 +191,8 @@ def _check_key(files: CertificateFiles, certificate: x509.Certificate, pem: byte
 def _check_time(path: Path, certificate: x509.Certificate) -> None:
     begin, end, now = certificate.not_valid_before_utc, certificate.not_valid_after_utc, datetime.now(UTC)
     if not begin <= now <= end:
-        valid = f"is valid from {_shown(begin)} to {_shown(end)}"
-        raise UsageError(f"{path}: {valid}, this machine's clock says {_shown(now)}: renew it, or set the clock")
+        valid = f"the certificate is valid from {_shown(begin)} to {_shown(end)}"
+        raise UsageError(f"{path}: {valid}, but this machine's clock says {_shown(now)}: renew it, or set the clock")
 
 
 def _shown(time: datetime) -> str:
@@ -202,24 +200,24 @@ def _shown(time: datetime) -> str:
 
 
 _LIFE = timedelta(days=820)
-"""The validity of a self-signed certificate. Some clients refuse a validity of more than 825 days."""
+"""Validity of a self-signed certificate. Some clients refuse a certificate that is valid for more than 825 days."""
 _REST = timedelta(days=30)
-"""The cluster replaces a self-signed certificate at start if less than this time is left before it expires."""
+"""A self-signed certificate that expires within this time is replaced when the cluster starts."""
 _SKEW = timedelta(days=1)
 _MOST_NAMES = 256
 _NAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 
 
 def certificate_names(listen_hosts: Sequence[str], allowed_hosts: Sequence[str]) -> list[str]:
-    """Returns the host names and addresses under which clients may reach an API that listens on `listen_hosts`."""
+    """Returns the host names and addresses by which clients may reach an API that listens on `listen_hosts`."""
     here = [name for host in listen_hosts for name in (own_addresses() if host in ANYWHERE else [host])]
     names = ["localhost", "127.0.0.1", "::1", socket.gethostname(), *here, *allowed_hosts]
     return _unique(name.lower() for name in names)
 
 
 def keep_self_signed(path: Path, names: Sequence[str]) -> None:
-    """Makes sure that the file (PEM, mode 0600) holds a key and a self-signed certificate for these names. A new
-    certificate keeps the old names, because several machines may share the folder. Raises LlamaclustError."""
+    """Makes sure that a PEM file (mode 0600) holds a key and a self-signed certificate for `names`. A new certificate
+    keeps all old names, because several machines may share the folder. Raises LlamaclustError if it cannot write."""
     former = _former(path)
     now = datetime.now(UTC)
     if former is not None:

@@ -1,4 +1,4 @@
-"""Listens on the API's port, and speaks HTTP/1.1 and TLS. Limits on connections also apply during TLS handshakes."""
+"""Listens on the API's port, and implements HTTP/1.1 and TLS. TLS handshakes count toward the limits on connections."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from llamaclust.cluster.front.http.certificate import ServerCertificate
 
 MAX_HEADERS = 200
-"""The maximum number of lines in a request's head. Even a short header takes a few hundred bytes of memory."""
+"""Maximum number of lines in the head of a request. Even a short header takes a few hundred bytes of memory."""
 EVENTS_A_TURN = 64
-"""The number of body pieces that one connection may parse before other connections get a turn."""
+"""Number of body pieces that one connection may parse before other connections are served."""
 _FEW_CHUNKS, _LEAST_CHUNK_BYTES = 4096, 16
-"""The least average chunk size, in bytes, of a body with over `_FEW_CHUNKS` chunks. Each chunk takes time to parse."""
+"""Each chunk takes time to parse. The chunks of a body that has more than `_FEW_CHUNKS` must therefore have an average
+size of at least `_LEAST_CHUNK_BYTES`."""
 _ABSOLUTE = re.compile(rb"https?://([^/?]+)(.*)", re.IGNORECASE)
 
 
@@ -39,7 +40,8 @@ def canonical_name(name: bytes) -> bytes:
 
 
 class HttpConnection(h11.Connection):
-    """A server connection with limits on headers, chunks and work per turn. Sends body pieces without h11's checks."""
+    """A server connection that limits headers, chunks and the work done in one turn of the event loop. It writes pieces
+    of a body without the checks of h11."""
 
     def __init__(self, our_role: type[h11.SERVER], max_incomplete_event_size: int) -> None:
         super().__init__(our_role, max_incomplete_event_size)
@@ -51,7 +53,6 @@ class HttpConnection(h11.Connection):
 
     @property
     def ended_turn(self) -> bool:
-        """True if the turn is over. Received data may still contain events."""
         return self._events_left == 0
 
     @property
@@ -59,7 +60,8 @@ class HttpConnection(h11.Connection):
         return type(self._writer) is ChunkedWriter and self.our_state is h11.SEND_BODY
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        """Returns NEED_DATA when the turn ends. Raises RemoteProtocolError for invalid HTTP or an exceeded limit."""
+        """Returns the next event, or NEED_DATA when the turn is over. Raises RemoteProtocolError if the request is
+        invalid HTTP or exceeds a limit."""
         if self.ended_turn:
             return h11.NEED_DATA
         if self.their_state is h11.IDLE:
@@ -84,9 +86,12 @@ class HttpConnection(h11.Connection):
         self._chunks += data.chunk_start
         self._body_bytes += len(data.data)
         if self._chunks > _FEW_CHUNKS and self._body_bytes < _LEAST_CHUNK_BYTES * self._chunks:
-            raise h11.RemoteProtocolError(f"the body has {self._chunks} chunks of {self._body_bytes} bytes in all")
+            raise h11.RemoteProtocolError(
+                f"the body has {self._chunks} chunks of {self._body_bytes} bytes in all: send larger chunks"
+            )
 
-    def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]  # as the last of its overloads
+    # Implements only the last overload of the base method.
+    def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]
         if type(event) is h11.Data and self.is_chunked:
             return chunk(event.data)
         if isinstance(event, h11.Response):
@@ -114,14 +119,14 @@ _READ_BYTES: Final = 1 << 16
 class _Phase(Enum):
     HANDSHAKE = auto()
     OPEN = auto()
-    ENDED = auto()  # this side writes nothing more, and reads nothing
+    ENDED = auto()  # Nothing more is written or read.
 
 
 class TlsProtocol(asyncio.Protocol):
-    """Carries another protocol's bytes in TLS, from the first byte on. In asyncio's own TLS, the carried protocol
-    begins only after the handshake, and a connection ends only when the client agrees. Clients could delay both and
-    evade the limits on connections. Here, closing waits only for written data. Data written before the end of the
-    handshake is lost."""
+    """Carries the bytes of another protocol in TLS. With asyncio's own TLS, a client could delay both the start and the
+    end of a connection and so evade the limits on connections: the carried protocol begins only after the handshake,
+    and the connection ends only when the client agrees. Here, the carried protocol begins at once, and closing waits
+    only until the data is written. Data written before the end of the handshake is lost."""
 
     def __init__(self, carried: asyncio.Protocol, context: ssl.SSLContext) -> None:
         self.context = context
@@ -136,7 +141,8 @@ class TlsProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        self._carried.connection_made(_TlsTransport(self, transport))  # type: ignore[arg-type]  # it has all of one
+        # It has all methods of a transport.
+        self._carried.connection_made(_TlsTransport(self, transport))  # type: ignore[arg-type]
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._phase = _Phase.ENDED
@@ -158,7 +164,7 @@ class TlsProtocol(asyncio.Protocol):
             self._fail(error)
 
     def _read(self) -> None:
-        """Passes on all decrypted data, then raises ssl.SSLWantReadError."""
+        """Passes all decrypted data to the carried protocol, and then raises ssl.SSLWantReadError."""
         while self._phase is _Phase.OPEN and not self._transport.is_closing():
             try:
                 data = self._tls.read(_READ_BYTES)
@@ -175,9 +181,10 @@ class TlsProtocol(asyncio.Protocol):
         self._phase = _Phase.ENDED
         if is_plain_http:
             self._transport.write(_NOT_TLS)
-            self._transport.write_eof()  # the client may still send: one that is cut off sees no reply
+            # The client may still be sending. Closing the connection now could make it lose the reply.
+            self._transport.write_eof()
         else:
-            self._send()  # what TLS says about the error
+            self._send()  # Sends the TLS alert that describes the error.
             self._transport.close()
 
     def _send(self) -> None:
@@ -191,7 +198,7 @@ class TlsProtocol(asyncio.Protocol):
 
     def close(self) -> None:
         if self._phase is _Phase.OPEN:
-            with suppress(ssl.SSLError):  # the other side has not said so
+            with suppress(ssl.SSLError):  # The client has not agreed to close yet.
                 self._tls.unwrap()
             self._send()
         self._phase = _Phase.ENDED
@@ -199,7 +206,8 @@ class TlsProtocol(asyncio.Protocol):
 
 
 class _TlsTransport:
-    """The transport of the carried protocol. It passes everything that does not concern TLS to the real transport."""
+    """The transport that the carried protocol sees. Data and `close` go through TLS, other calls to the real
+    transport."""
 
     def __init__(self, tls: TlsProtocol, transport: asyncio.Transport) -> None:
         self._tls = tls
@@ -229,7 +237,7 @@ _CURE = "choose another port with `--port N` or `listen:` (0 for any free port)"
 @dataclass(frozen=True, slots=True)
 class ApiPort:
     listener: socket.socket
-    certificate: ServerCertificate | None = None  # None: plain HTTP
+    certificate: ServerCertificate | None = None  # None for plain HTTP.
     further: tuple[socket.socket, ...] = ()
 
     @property

@@ -1,5 +1,5 @@
-"""Middlewares that admit requests. They check API keys, Host headers (against DNS rebinding) and the origins of web
-pages, and limit open requests and their bytes. A stopping server admits no new requests but answers the open ones."""
+"""Middlewares that admit requests. They check the API key, the Host header (against DNS rebinding) and the origin of a
+web page. They limit open requests and their bytes. A stopping server finishes open requests but admits no new ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from llamaclust.core.addresses import bounded_host, is_address, is_loopback
 from llamaclust.core.sharing.shares import Shares, fits
 
 OPEN_PATHS = frozenset({"/health", "/live"})
-"""Paths that need no key. `request.state.is_trusted` says whether the key is valid. Otherwise, replies lack reasons."""
+"""Paths that need no API key. `request.state.is_trusted` is true if the request has a valid key anyway. Replies to
+other requests give no reasons."""
 
 LOCALHOST = "localhost"
 
@@ -53,34 +54,33 @@ def _digests(keys: tuple[str, ...]) -> tuple[bytes, ...]:
 
 
 def sent_key(headers: Mapping[str, str]) -> str:
-    """Returns a request's API key, or "" if it has none. Anthropic's clients use X-Api-Key."""
+    """Returns the API key of a request, or "" if it has none. Anthropic's clients send it in X-Api-Key."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
 
 
 def owner(headers: Mapping[str, str], api_keys: Sequence[str]) -> str:
-    """Returns a digest of the request's key, or "" if the key is not in `api_keys`."""
     key = sent_key(headers)
     return _digest(key).hex()[:32] if key in api_keys else ""
 
 
 def require_first_key(headers: Mapping[str, str], settings: ApiSettings, action: str) -> None:
-    """Raises HttpError 403 if keys are set and the request does not have the first key, which `action` requires."""
+    """Raises HttpError (403) if API keys are configured and the request does not have the first one. `action` is a verb
+    for the error message."""
     keys = settings.api_keys
     if keys and not hmac.compare_digest(_digest(sent_key(headers)), _digest(keys[0])):
         raise HttpError(403, "first_key_required", f"only the first key of api_keys_file may {action}")
 
 
 def page_origins(settings: ApiSettings) -> re.Pattern[str]:
-    """Returns a pattern that matches the lower-case origins from which web pages may use the API."""
     known = {"*": r".*", LOCALHOST: _LOCAL_PAGE}
     parts = [known.get(origin, re.escape(origin)) for origin in settings.allowed_origins]
     return re.compile("|".join(f"(?:{part})" for part in parts) or r"(?!)")
 
 
 class KeyGate:
-    """Refuses requests without a valid key, except for `OPEN_PATHS` and the web page. Stores each admitted request's
-    owner. Only requests with a valid key get a name for tracing."""
+    """Refuses requests without a valid API key, except for `OPEN_PATHS` and the web page. Sets `current_owner` for each
+    admitted request. Only a request with a valid key gets a route name for tracing."""
 
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app
@@ -120,13 +120,15 @@ class Security:
         except HttpError as error:
             is_preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
             is_unanswered = error.code == _FOREIGN_ORIGIN and is_preflight
-            reply = Response() if is_unanswered else error_response(error, scope)  # no header allows the page
+            # The reply lacks CORS headers, so the browser refuses the page.
+            reply = Response() if is_unanswered else error_response(error, scope)
         await reply(scope, receive, send)
 
     def _check(self, headers: Headers, scope: Scope) -> None:
         self._check_host(headers, scope)
         self._check_origin(headers, scope)
-        if "content-length" in headers and "transfer-encoding" in headers:  # a proxy may read another length
+        # A proxy in front of this server may use the other length.
+        if "content-length" in headers and "transfer-encoding" in headers:
             message = "the request has Content-Length and Transfer-Encoding: send one of them, not both"
             raise HttpError(400, "bad_request", message, {"Connection": "close"})
 
@@ -140,7 +142,7 @@ class Security:
         own = {str(server[0]).lower()} if server else set()
         if "*" in self._hosts or host in self._hosts | own or is_loopback(host):
             return
-        if self._takes_any_ip and is_address(host):  # a page needs a name to be rebound
+        if self._takes_any_ip and is_address(host):  # DNS rebinding needs a host name.
             return
         cure = "to allow the name, add it to `allowed_hosts` in the cluster file"
         raise HttpError(403, "host_not_allowed", f"Host {host!r} is not a name of this API; {cure}")
@@ -150,7 +152,7 @@ class Security:
         if origin is None or self._origins.fullmatch(origin.lower()):
             return
         scheme, _, host = origin.lower().partition("://")
-        is_secure = scheme == "https" or scope["scheme"] == "http"  # a proxy may end TLS
+        is_secure = scheme == "https" or scope["scheme"] == "http"  # The proxy may terminate TLS.
         if is_secure and host == headers["host"].lower():
             return
         cure = "to allow them, add their origin to `allowed_origins` in the cluster file"
@@ -158,8 +160,8 @@ class Security:
 
 
 def _origin(headers: Headers, scope: Scope) -> str | None:
-    """Returns the origin of the page that sent the request, or None if no page sent it. A cross-site request without an
-    Origin header has the origin "null". GET and HEAD requests do not, because they may come from a link."""
+    """Returns the origin of the web page that sent a request, or None if no page sent it. A cross-site request without
+    an Origin header has the origin "null". A GET or HEAD request is an exception, because it may come from a link."""
     is_foreign = headers.get("sec-fetch-site", "").lower() == "cross-site" and scope["method"] not in ("GET", "HEAD")
     return headers.get("origin", "null" if is_foreign else None)
 
@@ -170,23 +172,21 @@ def _digest(key: str) -> bytes:
 
 @dataclass(slots=True, eq=False)
 class _Open:
-    """An open request, from its first byte to the end of its reply."""
-
     task: asyncio.Task[Any]
     owner: str
-    awaits_body: bool  # whose last part is still to come
+    awaits_body: bool  # True until the last part of the body has arrived.
     body_bytes: int = 0
-    is_answered: bool = False  # its reply has begun
-    refusal: HttpError | None = None  # why it was cancelled
+    is_answered: bool = False  # True once the reply has begun.
+    refusal: HttpError | None = None  # The error to send if the request was cancelled.
 
 
 class Admission:
-    """An app's open requests. Not thread-safe: use it on one event loop."""
+    """All open requests of an HTTP app. Not thread-safe: use it on one event loop."""
 
     def __init__(self, settings: ApiSettings) -> None:
         self.is_stopping = False
         self._settings = settings
-        self._open: dict[_Open, None] = {}  # the oldest first
+        self._open: dict[_Open, None] = {}  # Oldest first.
         self._body_bytes = Shares(settings.max_held_bytes)
 
     def stop(self) -> None:
@@ -211,8 +211,8 @@ class Admission:
 
     @contextmanager
     def held(self, *, has_body: bool) -> Iterator[_Open]:
-        """Registers the current request while the context is open. If too many requests wait for the rest of their
-        bodies, the owner with most of them loses the oldest. Slow bodies thus cannot block other owners."""
+        """Registers the current request while the context is open. If too many requests wait for their bodies, the
+        oldest request of the owner with the most such requests is cancelled. Slow bodies thus cannot block others."""
         task = asyncio.current_task()
         assert task is not None
         request = _Open(task, current_owner.get(), has_body)
@@ -228,14 +228,14 @@ class Admission:
             self._body_bytes.take(request.owner, -request.body_bytes)
 
     def count(self, request: _Open, message: Message) -> None:
-        """Counts a part of a request's body. Raises HttpError if the server stops, or if it is too busy."""
+        """Counts a part of a request's body. Raises HttpError (503) if the server is stopping or too busy."""
         if request.awaits_body and not message.get("more_body", False):
             self.check()
             request.awaits_body = False
         self.hold(request, len(message.get("body", b"")))
 
     def hold(self, request: _Open, size: int) -> None:
-        """Counts more bytes for an open request. Raises HttpError if all open requests together hold too many bytes."""
+        """Counts more bytes of an open request. Raises HttpError (503) if open requests hold too many bytes."""
         if request not in self._open:
             return
         if not self._body_bytes.fits(request.owner, size):
@@ -255,7 +255,7 @@ class Admission:
 
 
 class AdmissionGate:
-    """Passes a request with a body to the app if `Admission` admits it. A cancelled request gets status 503."""
+    """Passes requests with a body to the app. Sends status 503 if `Admission` refuses or cancels a request."""
 
     def __init__(self, app: ASGIApp, admission: Admission) -> None:
         self._app = app
@@ -276,7 +276,7 @@ class AdmissionGate:
                 await error_response(given_way, scope)(scope, receive, send)
 
     async def _answer(self, request: _Open, scope: Scope, receive: Receive, send: Send) -> HttpError | None:
-        """Runs the app. Returns the refusal if `Admission` cancelled the request before its reply began, else None."""
+        """Runs the app. If `Admission` cancels the request before its reply begins, returns the error to send."""
 
         async def counted() -> Message:
             message = await receive()
@@ -290,12 +290,12 @@ class AdmissionGate:
         token = hold_bytes.set(partial(self._admission.hold, request))
         try:
             await self._app(scope, counted, noted)
-        except asyncio.CancelledError:  # the task is the server's and ends here
+        except asyncio.CancelledError:  # `Admission` cancelled this task to end the request.
             if request.refusal is None:
                 raise
             return None if request.is_answered else request.refusal
         finally:
-            hold_bytes.reset(token)  # the task of `request` refers to its context
+            hold_bytes.reset(token)  # The task's context would keep the request in memory.
         return None
 
 

@@ -1,4 +1,4 @@
-"""Describes the API from its routes, at `GET /openapi.json` and `GET /docs`."""
+"""Describes the API from its routes, for `GET /openapi.json` and `GET /docs`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _REFUSALS: Final = {
     "502": "a download that failed",
     "503": "a cluster that is starting, is stopping, or lacks a worker",
     "504": "a deadline that has passed",
-    "501": "what this server does not support",
+    "501": "a feature that this server does not support",
 }
 _OTHERS: Final = "additionalProperties"
 _EVENT: Final = {
@@ -42,7 +42,7 @@ _EVENT: Final = {
     "required": ["data"],
     "properties": {"data": {"type": "string"}, "event": {"type": "string"}, "id": {"type": "string"}},
 }
-"""The schema of a stream's events. OpenAPI 3.1 has no field for it, so the stream's media type holds it."""
+"""Schema of one event of a stream. OpenAPI 3.1 has no field for it, so it is given as the schema of a stream."""
 _SCHEMAS: Final[dict[str, Any]] = {JSON: {}, EVENTS: _EVENT}
 _STYLE: Final = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
@@ -60,13 +60,13 @@ class Document:
         return JSONResponse(describe(request.app.routes, is_strict=self._is_strict))
 
     async def show_page(self, request: Request) -> Response:
-        """Shows all operations and their bodies' fields on one page, without scripts or other hosts."""
+        """Shows all operations and the fields of their bodies on one page, without scripts or other hosts."""
         return HTMLResponse(_page(describe(request.app.routes, is_strict=self._is_strict)), headers=_HEADERS)
 
 
 @cache
 def _request_body(body: type[BaseModel]) -> dict[str, Any]:
-    """Describes a request body. Every optional field may be null, which means the same as leaving the field out."""
+    """Describes a request body. Each optional field may be null, which means the same as leaving out the field."""
     schema = _inlined(body.model_json_schema())
     required, fields = schema.get("required", ()), schema.get("properties", {})
     if fields:
@@ -75,7 +75,7 @@ def _request_body(body: type[BaseModel]) -> dict[str, Any]:
 
 
 def describe(routes: Iterable[BaseRoute], *, is_strict: bool) -> dict[str, Any]:
-    """Returns the OpenAPI 3.1 document. Unless `is_strict`, its schemas allow unknown fields."""
+    """Returns the OpenAPI 3.1 document. Unless `is_strict` is true, its schemas allow unknown fields."""
     paths: dict[str, dict[str, Any]] = {}
     errors: dict[str, Any] = {}
     for route in routes:

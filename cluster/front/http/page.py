@@ -1,4 +1,4 @@
-"""The web page's files, which are read once. They hold no secrets, need no key, and load nothing from other hosts."""
+"""The files of the web page. They are read once, contain no secrets, need no key, and load nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PAGE: Final = "/"
 class Asset:
     data: bytes
     media_type: str
-    etag: str  # of its content, in quotes
+    etag: str  # Hash of the content, in quotes.
 
 
 @cache
@@ -49,12 +49,12 @@ _POLICY: Final = "; ".join(
         "default-src 'none'",
         "script-src 'self'",
         "style-src 'self'",
-        "img-src 'self' data:",  # images of messages, which come from this browser
+        "img-src 'self' data:",  # Images in messages are data URLs.
         "connect-src 'self'",
         "base-uri 'none'",
         "form-action 'none'",
         "frame-ancestors 'none'",
-        "require-trusted-types-for 'script'",  # text cannot become markup: innerHTML and its kin throw
+        "require-trusted-types-for 'script'",  # Forbids innerHTML and similar, so that text cannot become markup.
         "trusted-types 'none'",
     )
 )
@@ -67,13 +67,13 @@ _HEADERS: Final = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
     "Vary": "Accept",
-    "Cache-Control": "no-cache",  # checked each time, by ETag: files of two versions never mix for long
+    "Cache-Control": "no-cache",  # The browser checks the ETag each time, so that files of two versions do not mix.
 }
 
 
 def page_reply(path: str, headers: Mapping[str, str]) -> Response | None:
-    """Returns the file at a path, or None if there is no such file. Paths are only looked up in a table. At `/`, only
-    clients that accept HTML get the page. Names in `headers` are lower-case."""
+    """Returns the file at a path, or None if there is no such file. At `/`, only clients that accept HTML get the page.
+    The names in `headers` must be lower-case. The path is only looked up in a table, never opened as a file."""
     asset = assets().get(path)
     if asset is None or (path == PAGE and "text/html" not in headers.get("accept", "")):
         return None

@@ -1,4 +1,4 @@
-"""HTTP routes, and JSON and error responses. Each error has the format of the API that the request uses."""
+"""HTTP routes, JSON responses and error responses. An error has the format of the API that the request uses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ JSON: Final = "application/json"
 EVENTS: Final = "text/event-stream"
 CLIENT_GONE = 499
 BODY_WRITER: Final = "llamaclust.body"
-"""The key of an ASGI extension that writes streams directly. Only this program's own server offers the extension."""
+"""Name of an ASGI extension that writes a stream directly. Only the server in this package offers it."""
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -39,7 +39,8 @@ class JsonResponse(Response):
 
 
 def unsupported(what: str, status: int = 501) -> Callable[[Request], Awaitable[Response]]:
-    """Makes an endpoint that refuses requests. It serves a path that other servers support and this server does not."""
+    """Makes an endpoint that refuses all requests. It is for paths that other servers support and this server does not.
+    `what` is the reason."""
 
     async def refuse(request: Request) -> Response:
         raise HttpError(status, "not_supported", f"{given_path(request.scope)}: {what}")
@@ -65,7 +66,7 @@ def _response(failure: Failure, scope: Scope, headers: Mapping[str, str] | None 
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    """Replies with the error. Starlette raises unexpected exceptions again, so that the server logs them."""
+    """Replies with the error. Starlette then raises unexpected exceptions again, so that the server logs them."""
     if isinstance(error, ClientDisconnect):
         return Response(status_code=CLIENT_GONE)
     if isinstance(error, HTTPException):
@@ -92,7 +93,7 @@ def _methods(request: Request) -> str:
 
 
 _DISCARD_S = 0.9
-"""The longest time to read and discard the rest of a body. A stopping server's grace time is longer."""
+"""Maximum seconds to read and discard the rest of a body. It is below the 1 s that a stopping server waits."""
 
 
 def has_body(scope: Scope) -> bool:
@@ -101,14 +102,15 @@ def has_body(scope: Scope) -> bool:
 
 
 class EarlyReplies:
-    """Sends an early reply at once, but ends it only when the request's body has arrived or a second has passed.
-    Closing the connection sooner could lose the reply."""
+    """Sends a reply at once, even if the body of the request has not arrived. Ends the reply only when the body has
+    arrived or after `_DISCARD_S` seconds. If the connection closed earlier, the client could lose the reply."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not has_body(scope) or "expect" in Headers(scope=scope):  # waits before it sends
+        # A client with `Expect` sends its body only after the server agrees.
+        if not has_body(scope) or "expect" in Headers(scope=scope):
             await self._app(scope, receive, send)
             return
         is_read = False
@@ -135,7 +137,7 @@ class EarlyReplies:
 
 
 _WITHOUT_V1: Final = ("/models", "/stream/", "/streams/")
-"""Path prefixes that clients request if their base URL lacks `/v1`. Generating endpoints declare both paths."""
+"""Prefixes of paths that clients request if their base URL lacks `/v1`. Other endpoints have routes for both paths."""
 _OTHER_NAMES: Final = {"/v1/health": "/health"}
 _PARAMETER: Final = re.compile(r"\{(\w+)(?::path)?\}")
 _STATE: Final = "traced_route"
@@ -145,13 +147,11 @@ _UNKNOWN: Final = "other"
 
 class QueryParameter(NamedTuple):
     name: str
-    kind: str  # type of JSON schema
+    kind: str  # A type of JSON schema, such as "string".
     text: str
 
 
 class Route(PathRoute):
-    """A method and path of the API, with their description for openapi.json."""
-
     def __init__(
         self,
         method: str,
@@ -166,8 +166,9 @@ class Route(PathRoute):
         types: Sequence[str] | None = None,
         status: int = 200,
     ) -> None:
-        """`body` is the class of the request's body. `computes` is True if the model must be loaded. `errors` defaults
-        to `usual_shape`. `types` are the reply's media types: JSON, and `form` if the body has a `stream` field."""
+        """`body` is the class of the request body. `computes` is true if the model must be loaded. `errors` is the
+        format of errors and defaults to `usual_shape`. `types` are the media types of the reply. The default is JSON,
+        plus `form` if the body has a field `stream`."""
         super().__init__(path, endpoint, methods=[method])
         self.method = method
         self.body = body
@@ -180,10 +181,10 @@ class Route(PathRoute):
 
 
 class Paths:
-    """Middleware that replaces a request's path and method with those of the app's routes."""
+    """Middleware that replaces the path and method of a request with those of a route."""
 
     def __init__(self, app: ASGIApp, prefix: str) -> None:
-        """`prefix` is "" or begins with "/". Probes and this program's own clients may leave the prefix out."""
+        """`prefix` is "" or begins with "/". Requests may omit the prefix. Health probes and our own clients do."""
         self._app = app
         self._prefix = prefix
 
@@ -191,21 +192,19 @@ class Paths:
         given: str = scope["path"]
         if self._prefix and given.startswith(self._prefix + "/"):
             given = given.removeprefix(self._prefix)
-        scope["state"] = {**scope.get("state", {}), _GIVEN: given}  # what is around this finds it there as well
-        given = given.removesuffix("/") or "/"  # a redirect would lose the prefix, and a proxy's name
+        scope["state"] = {**scope.get("state", {}), _GIVEN: given}  # Outer middlewares read the path from the state.
+        given = given.removesuffix("/") or "/"  # A redirect would lose the prefix and the host name of a proxy.
         path = "/v1" + given if given.startswith(_WITHOUT_V1) else _OTHER_NAMES.get(given, given)
-        method = "GET" if scope["method"] == "HEAD" else scope["method"]  # the server sends no body then
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]  # The server sends no body in reply to HEAD.
         await self._app({**scope, "path": path, "raw_path": path.encode(), "method": method}, receive, send)
 
 
 def given_path(scope: Scope) -> str:
-    """Returns the path as the client sent it, without the prefix."""
     path: str = scope.get("state", {}).get(_GIVEN, scope["path"])
     return path
 
 
 def shape_of(scope: Scope) -> ErrorShape:
-    """Returns the error format for a request whose route may not be known yet."""
     given, routes = given_path(scope), (route for route in scope["app"].routes if isinstance(route, Route))
     own = (route.errors for route in routes if route.errors is not None and given.startswith(route.path))
     return next(own, usual_shape(given))
@@ -216,7 +215,7 @@ def template(path: str) -> str:
 
 
 def traced_names(scope: Scope) -> list[str]:
-    """Returns a list to which `name_route` adds the route's name. The name never contains text from the client."""
+    """Returns a list to which `name_route` adds the route's name. The name contains no text from the client."""
     names: list[str] = []
     scope["state"] = {**scope.get("state", {}), _STATE: names}
     return names

@@ -1,4 +1,4 @@
-"""The server on the API's port. It sends short replies while the cluster starts, and then runs the app."""
+"""The server on the port of the API. It sends short replies while the cluster starts, and runs the app afterwards."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from llamaclust.core.errors import ClusterStartingError
 from llamaclust.core.process_settings import connections_of_server
 
 _BACKLOG = 128
-"""The listening sockets' backlog. asyncio accepts at most this many connections in one turn."""
+"""Backlog of the listening sockets, and maximum number of connections that asyncio accepts in one turn."""
 _GRACE_S = 1
-"""Whole seconds during which a stopping server still sends data to clients."""
-_MOST_EARLY = 64  # connections at a time while the cluster starts
+"""Seconds during which a stopping server still sends data. uvicorn requires a whole number."""
+_MOST_EARLY = 64  # Maximum number of connections while the cluster starts.
 _HEAD_BYTES = 65536
 _NO_HTTP = {431: "head_too_large", 501: "not_supported"}
-"""Error codes by HTTP status, for requests that are not valid HTTP."""
 
 
 def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: int | None = None) -> uvicorn.Config:
-    """Returns a configuration with at most `places` connections. Warnings are not logged, as clients can cause any
-    number. `_Room` closes idle connections later than clients and proxies do (nginx: 60 s), so no request is lost."""
+    """Returns a configuration that allows at most `places` connections. Warnings are not logged, because clients can
+    cause any number of them. `_Room` closes idle connections later than clients and proxies do (nginx: 60 s), so that
+    no request arrives on a connection that is being closed."""
 
     class Connection(_Connection):
-        """A connection of this server. uvicorn makes connections from a class, so each server has its own class."""
+        """A connection of this server. uvicorn needs a class, so each server has its own class."""
 
         room = _Room(settings, settings.max_connections if places is None else places)
 
@@ -54,7 +54,7 @@ def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: in
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     return uvicorn.Config(
         app,
-        http=connect,  # type: ignore[arg-type]  # it is called as a class is
+        http=connect,  # type: ignore[arg-type]  # uvicorn only calls it, like a class.
         ws="none",
         backlog=_BACKLOG,
         lifespan="off",
@@ -62,14 +62,14 @@ def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: in
         log_level="error",
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # any program of this machine could write another client's address
+        proxy_headers=False,  # Any program on this machine could claim another client's address.
         timeout_graceful_shutdown=_GRACE_S,
         timeout_keep_alive=2 * math.ceil(max(settings.head_s, settings.idle_s)),
     )
 
 
 class _Room:
-    """Limits the number of a server's connections. Lists the idle connections, beginning with the longest idle."""
+    """Limits the number of connections of a server. Keeps the idle connections in order, longest idle first."""
 
     def __init__(self, settings: ApiSettings, most: int) -> None:
         self.places = min(most, connections_of_server())
@@ -77,7 +77,8 @@ class _Room:
         self._idle: dict[_Connection, asyncio.TimerHandle] = {}
 
     def wait(self, connection: _Connection, wait_s: float) -> None:
-        """Closes the connection unless a request head arrives within `wait_s`. An idle connection keeps its place."""
+        """Marks a connection as idle, and closes it unless the head of a request arrives within `wait_s`. An idle
+        connection still counts as one of the `places`."""
         timer = self._idle.get(connection)
         if timer is not None:
             timer.cancel()
@@ -101,15 +102,16 @@ class _Room:
 
 
 class _Connection(H11Protocol):
-    """A connection. It is idle until a request's head is complete, and again after the reply. The time limit for the
-    first head includes the TLS handshake. It equals the limit for later heads, which counts from their first byte."""
+    """A connection to a client. It is idle until the head of a request is complete, and again after the reply. The head
+    must arrive within `head_s`. For the first request, this time includes the TLS handshake. For later requests, it
+    starts with the first byte of the head."""
 
     room: ClassVar[_Room]
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
-        self._awaits_head = False  # kept, without a byte of its next head
-        self._body: _Body | None = None  # of the current reply
+        self._awaits_head = False  # True for a kept connection until the first byte of its next request.
+        self._body: _Body | None = None  # Body of the current reply.
         self.conn = self._http = HttpConnection(h11.SERVER, _HEAD_BYTES)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -147,7 +149,7 @@ class _Connection(H11Protocol):
             self.room.leave(self)
 
     def send_400_response(self, msg: str) -> None:
-        """Replies to invalid HTTP, unless the app has already begun a reply. Closes the connection."""
+        """Replies to invalid HTTP, unless the app has already begun to reply. Closes the connection."""
         if self._is_idle or not self.cycle.response_started:
             failure = _no_http(sys.exception())
             self.transport.write(whole(JsonResponse(OPENAI.body(failure), failure.status)))
@@ -172,7 +174,6 @@ class _Connection(H11Protocol):
             self.room.wait(self, settings.idle_s if self._awaits_head else settings.head_s)
 
     def takes_body(self, cycle: RequestResponseCycle) -> bool:
-        """Returns True if the next piece of this reply's body can be written directly."""
         is_sending = cycle.response_started and not (cycle.response_complete or cycle.disconnected)
         is_paused = self.flow.write_paused or cycle.scope["method"] == "HEAD"
         return is_sending and self._http.is_chunked and not is_paused
@@ -193,14 +194,16 @@ def _no_http(error: BaseException | None) -> Failure:
 
 
 class _Body:
-    """Writes a reply's body. Pieces of one loop turn share a system call, which costs more than all other work."""
+    """Writes the body of a reply. All pieces of one event loop turn share a system call, because a call costs more than
+    the other work on a piece."""
 
     def __init__(self, connection: _Connection, cycle: RequestResponseCycle) -> None:
-        self._reply: tuple[_Connection, RequestResponseCycle] | None = (connection, cycle)  # until its end
+        # None once the reply has ended.
+        self._reply: tuple[_Connection, RequestResponseCycle] | None = (connection, cycle)
         self._pieces: list[bytes] = []
 
     def write(self, data: bytes) -> bool:
-        """Writes a piece. If the piece must go through ASGI, writes only the earlier pieces and returns False."""
+        """Writes a piece, or returns False if the piece must go through ASGI. Earlier pieces are then written first."""
         if self._reply is None:
             return False
         connection, cycle = self._reply
@@ -219,22 +222,23 @@ class _Body:
             connection.transport.write(b"".join(pieces))
 
     def end(self) -> None:
-        """Forgets the connection, which refers to this object by the scope of its request."""
+        """Breaks a reference cycle. The connection refers to this object through the scope of its request."""
         self._reply = None
 
 
 def _end_unread(transport: asyncio.Transport, unread_s: float) -> None:
     """Makes the kernel close the connection if the client accepts no data for `unread_s`."""
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Available on Linux.
         connection = transport.get_extra_info("socket")
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(unread_s * 1000))
 
 
 class StartingReplies:
-    """Replies on the API's port while the cluster starts. The API later uses the same listening socket."""
+    """Replies to requests while the cluster starts. The API later uses the same listening sockets."""
 
     def __init__(self, port: ApiPort, settings: ApiSettings, report: Report, *, is_live: bool = False) -> None:
-        """Tells only clients with a valid key what the start waits for. With `is_live`, /live answers with 200."""
+        """Answers /live with status 200 if `is_live` is true. Tells only clients with a valid key what the start waits
+        for."""
         self._settings = settings
         self._is_live = is_live
         self._report = report
@@ -270,7 +274,7 @@ class StartingReplies:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = self._reply(scope)
-        reply.headers["Connection"] = "close"  # the next request is for the API itself
+        reply.headers["Connection"] = "close"  # The next request must reach the API itself.
         await reply(scope, receive, send)
 
     def _reply(self, scope: Scope) -> Response:
@@ -278,7 +282,7 @@ class StartingReplies:
         if self._is_live and path == "/live":
             return Response()
         page = page_reply(path.removeprefix(self._settings.prefix), headers) if scope["method"] == "GET" else None
-        if page is not None:  # it says that the cluster starts
+        if page is not None:  # The page shows that the cluster is starting.
             return page
         is_trusted = key_error(headers, self._settings.api_keys) is None
         reason = self._awaited if self._awaited and is_trusted else None

@@ -1,4 +1,4 @@
-"""Replies that are sent in parts: server-sent events, lines, or JSON. They are cancelled if the client disconnects."""
+"""Replies that are sent in parts, as server-sent events, JSON lines, or JSON. They end if the client disconnects."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ class StreamFormat(Enum):
 
     @property
     def has_ids(self) -> bool:
-        """True if events have ids, with which a client can resume the reply."""
         return self is StreamFormat.EVENTS
 
     @property
@@ -47,14 +46,15 @@ class StreamFormat(Enum):
         return b"%bdata: %b\n\n" % ((f"{head}event: {name}\n" if name else head).encode(), data)
 
     def error(self, scope: Scope, error: LlamaclustError, fields: Mapping[str, Any]) -> bytes:
-        """Returns a failed stream's last part, which has the error in its API's format and the additional `fields`."""
+        """Returns the last part of a failed stream. It is the error in the format of the API, plus `fields`."""
         shape, failure = shape_of(scope), failure_of(error)
         kind = {"type": shape.event_name} if shape.event_name else {}
         return self.part(to_json({**kind, **shape.body(failure), **fields}), shape.event_name)
 
 
 class PartsResponse(Response):
-    """Sends a body's parts as they arrive. Then closes their generator, and tells `close` whether all were sent."""
+    """Sends the parts of a body as they arrive. Afterwards, closes `parts` and calls `close` with True if all parts
+    were sent."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class EventResponse(PartsResponse):
         form: StreamFormat,
         error_fields: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """`error_fields` are added to an error that ends the response. The caller may change them until then."""
+        """`error_fields` are added to an error that ends the stream. The caller may change them until then."""
         self.media_type = form.value
         super().__init__(parts, close, _HEADERS)
         self._form = form
@@ -105,11 +105,12 @@ class EventResponse(PartsResponse):
             async for data in self._parts:
                 if writer is None or not writer.write(data):
                     await send({"type": "http.response.body", "body": data, "more_body": True})
-                if self._is_cut:  # the server takes data also after that
+                if self._is_cut:  # The server accepts data even after the client has disconnected.
                     return
         except LlamaclustError as error:
             last = self._form.error(scope, error, self._error_fields)
-        except Exception:  # noqa: BLE001  a mistake of ours; without an end the client would take it for a lost network
+        # An internal error must end the stream visibly, or the client would suspect the network.
+        except Exception:  # noqa: BLE001
             _log.exception("a stream of %s failed", scope["path"])
             last = self._form.error(scope, internal_error(), self._error_fields)
         self._is_sent = True
@@ -119,7 +120,8 @@ class EventResponse(PartsResponse):
 
 
 class JsonParts(PartsResponse):
-    """A JSON body. A body in one part has a Content-Length. Errors in the first two parts get an HTTP status."""
+    """A JSON body in parts. If there is only one part, it has a Content-Length. An error before the third part still
+    sets the HTTP status."""
 
     media_type = "application/json"
 
@@ -132,7 +134,7 @@ class JsonParts(PartsResponse):
             await send({"type": "http.response.body", "body": begin.pop(0), "more_body": True})
         async for part in self._parts:
             await send({"type": "http.response.body", "body": part, "more_body": True})
-        await asyncio.sleep(0)  # the connection may have been cut before, unseen
+        await asyncio.sleep(0)  # Lets the watcher notice a connection that was closed earlier.
         self._is_sent = not self._is_cut
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -142,8 +144,8 @@ def rendered(value: Any) -> JsonParts:
 
 
 async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Value:
-    """Awaits `work`. If the client disconnects, cancels `work` and raises ClientDisconnect. The body must have been
-    read. If this call is cancelled, the result is lost, so `work` must register its resources with the caller."""
+    """Awaits `work`. If the client disconnects, cancels `work` and raises ClientDisconnect. The request's body must
+    have been read. If this call is cancelled, the result is lost, so `work` must register resources with the caller."""
     results: list[_Value] = []
 
     async def do_it() -> None:
@@ -156,7 +158,8 @@ async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Val
 
 
 async def first_of(*works: Awaitable[None]) -> None:
-    """Runs `works` until one is done, then cancels the others and waits for their end. Raises the first one's error."""
+    """Runs `works` until one of them is done, then cancels the others and waits until they have ended. Raises the error
+    of the one that was done first."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -1,1 +1,1 @@
-"""Handles images in requests: body parts, URLs and hosts, fetching, and storage in the journal."""
+"""Handles images in requests: parts of bodies, URLs and hosts, fetching, and storage in the journal."""

@@ -1,4 +1,4 @@
-"""Fetches a chat's images once. Keeps them for a second computation if they fit into the journal."""
+"""Fetches the images of a chat once, and keeps them for a second computation if they fit into the journal."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ MAX_JOURNALLED_BYTES: Final = 16 << 20
 
 
 async def with_images(chat: ChatRequest, context: RequestContext | None = None) -> ChatRequest:
-    """Fetches the images at a chat's URLs once. The context keeps the images for a second computation. Raises
-    ParameterError if the images are too many or too large, and the errors of `fetch_images`."""
+    """Fetches the images at the URLs of a chat. `context` keeps the images, so that a second computation does not fetch
+    them again. Raises ParameterError if the images are too many or too large, and the errors of `fetch_images`."""
     urls = image_urls(chat.messages)
     if not urls:
         return chat
@@ -38,12 +38,12 @@ async def with_images(chat: ChatRequest, context: RequestContext | None = None) 
 
 
 def _inline_bytes(url: str) -> int:
-    """Returns the size of the image in a data URL, in bytes, and 0 for other URLs."""
     return 0 if url.startswith(WEB) else (len(url) - url.find(",") - 1) * 3 // 4
 
 
 def journalled(context: RequestContext, body: bytes) -> RequestContext:
-    """Returns a request's journal record. If its images are too large, a restart reports the request as lost."""
+    """Returns the journal record of a request. A request with too many image bytes is recorded without its body, so
+    that a restart can only report it as lost."""
     if context.image_bytes <= MAX_JOURNALLED_BYTES:
         return replace(context, body=body)
     return replace(context, body=b"", earlier=(), images={}, idempotency_key="")
@@ -51,5 +51,5 @@ def journalled(context: RequestContext, body: bytes) -> RequestContext:
 
 def check_restored(context: RequestContext) -> None:
     if context.image_bytes > MAX_JOURNALLED_BYTES:
-        what = f"its images have {context.image_bytes} bytes, and the journal keeps {MAX_JOURNALLED_BYTES}"
+        what = f"its images have {context.image_bytes} bytes, and the journal keeps at most {MAX_JOURNALLED_BYTES}"
         raise RequestFailedError(f"the coordinator was restarted, and this request is lost: {what}; send it again")

@@ -1,4 +1,4 @@
-"""Fetches images over http(s), only from public addresses. Limits their sizes and the time."""
+"""Fetches images over http(s), but only from public addresses. Limits the size and the time."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from llamaclust.model.images.settings import MAX_IMAGE_BYTES
 from llamaclust.wire.rpc.deadlines import deadline
 
 _MAX_S: Final = 20.0
-"""The deadline for all of a request's fetches together."""
+"""Maximum seconds for fetching all images of a request."""
 _LOOKUP_S: Final = 10.0
 _LOOKUPS: Final = ThreadPoolExecutor(2, "look-up-host")
-"""Separate threads for lookups. A name server that does not answer blocks a thread beyond the deadline."""
+"""Separate threads for name lookups. A name server that does not answer blocks its thread even after the deadline."""
 _ONE_USE: Final = httpx.Limits(max_keepalive_connections=0)
 """Connections are not reused. Hosts may share an address, and a certificate is checked only when a connection opens."""
 _INTERNET: Final = IPv6Network("2000::/3")
-"""Addresses of hosts on the internet. `is_global` is also true for other addresses, such as local translators'."""
+"""Addresses on the internet. `is_global` is also true for others, such as those of a local NAT64 translator."""
 _DOCUMENTATION: Final = IPv6Network("3fff::/20")
 _NAT64: Final = IPv6Network("64:ff9b::/96")
 _PLAIN: Final = "identity"
@@ -35,7 +35,8 @@ _HEADERS: Final = {"accept": "image/*", "accept-encoding": _PLAIN, "user-agent":
 
 
 async def fetch_images(urls: Sequence[str], most_bytes: int) -> dict[str, bytes]:
-    """Fetches images in turn. Raises ParameterError if one fails or all exceed `most_bytes`, DeadlineError if late."""
+    """Fetches images one by one. Raises ParameterError if an image cannot be fetched or the images exceed `most_bytes`.
+    Raises DeadlineError after `_MAX_S`."""
     images: dict[str, bytes] = {}
     left_bytes = most_bytes
     try:
@@ -57,7 +58,7 @@ def _client() -> httpx.AsyncClient:
 
 
 async def _fetched(client: httpx.AsyncClient, url: ImageUrl, most_bytes: int) -> bytes:
-    """Connects to the address that was checked. A second lookup could give another address."""
+    """Connects to the address that was checked, because a second lookup could return another address."""
     address = await _public_address(url)
     request = client.build_request(
         "GET",
@@ -92,7 +93,8 @@ async def _read(reply: httpx.Response, most_bytes: int) -> bytes:
 
 
 async def _public_address(url: ImageUrl) -> str:
-    """Returns a host's first address. Raises ValueError if an address is missing or not public, or DeadlineError."""
+    """Returns the first address of a host. Raises ValueError if the host is unknown or any of its addresses is not
+    public. Raises DeadlineError if the lookup takes too long."""
     look_up = partial(getaddrinfo, url.host, url.port, type=SOCK_STREAM)
     try:
         async with deadline(f"the addresses of {url.host} from its name server", _LOOKUP_S):
@@ -117,7 +119,7 @@ def is_public(address: str) -> bool:
 
 
 def _embedded(address: IPv4Address | IPv6Address) -> list[IPv4Address]:
-    """Returns the IPv4 addresses that an IPv6 address may lead to: mapped, 6to4, Teredo and NAT64 addresses."""
+    """Returns the IPv4 addresses to which an IPv6 address may lead: mapped, 6to4, Teredo and NAT64 addresses."""
     if isinstance(address, IPv4Address):
         return []
     inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]

@@ -1,4 +1,4 @@
-"""Images in the request bodies of all APIs. They are checked when a body is read."""
+"""Reads images from the request bodies of all APIs, and checks them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def takes_images(context: object) -> bool:
 
 
 def url_part(kind: str, url: object, context: object, detail: object = None) -> Part:
-    """Reads an image from its data URL or allowed http(s) URL. For a text model, returns a text. Raises ValueError."""
+    """Reads an image from a data URL or an allowed http(s) URL. For a text model, returns a text instead. Raises
+    ValueError if the URL is invalid."""
     if not takes_images(context):
         return media_text(kind, context)
     if not isinstance(url, str):
@@ -52,7 +53,7 @@ def placed(place: str, read: Callable[_Arguments, Part], *given: _Arguments.args
 
 
 def base64_part(kind: str, data: object, context: object) -> Part:
-    """Reads an image from base64, as `url_part` does from a URL. The image's format is found from its bytes."""
+    """Reads an image from base64. Its format is detected from its bytes. Otherwise works like `url_part`."""
     if not takes_images(context):
         return media_text(kind, context)
     if not isinstance(data, str):
@@ -63,9 +64,10 @@ def base64_part(kind: str, data: object, context: object) -> Part:
 
 
 def checked_base64(data: str) -> str:
-    """Removes line breaks from base64. Raises ValueError if the text or size is wrong. Decoding would take longer."""
+    """Checks base64 without decoding it, which would take longer. Returns it without line breaks. Raises ValueError if
+    the text is not base64 or the image is too large."""
     try:
-        data.encode("ascii")  # other texts would take `translate` a second of the interpreter
+        data.encode("ascii")  # With other characters, `translate` would block the interpreter for up to a second.
     except UnicodeEncodeError as error:
         raise ValueError(f"expected an image in base64, found the character {data[error.start]!r}") from None
     data = data.translate(_BREAKS) if "\n" in data else data
@@ -78,5 +80,5 @@ def checked_base64(data: str) -> str:
     if others := digits.translate(None, _DIGITS):
         raise ValueError(f"expected an image in base64, found the character {chr(others[0])!r}")
     if len(data) % 4:
-        raise ValueError(f"expected an image in base64, a multiple of 4 characters, found {len(data)}")
+        raise ValueError(f"expected an image in base64, with a multiple of 4 characters, found {len(data)}")
     return data

@@ -19,13 +19,14 @@ class ImageUrl:
     scheme: str
     host: str
     port: int
-    target: str  # path and query
+    target: str  # Path and query.
 
     @classmethod
     def parse(cls, url: str) -> ImageUrl:
-        """Parses a URL. Raises ValueError if it is not http(s), is too long, has a password or unescaped characters."""
+        """Parses an http(s) URL. Raises ValueError if the URL is too long, has another scheme, contains a password, or
+        contains characters that must be escaped."""
         wrong = f"expected a plain http(s) URL of at most {_LONGEST} characters, found {url[:60]!r}"
-        if len(url) > _LONGEST or not url.isprintable():  # `urlsplit` removes line breaks
+        if len(url) > _LONGEST or not url.isprintable():  # `urlsplit` would silently remove line breaks.
             raise ValueError(wrong)
         try:
             parts = urlsplit(url)

@@ -1,1 +1,1 @@
-"""Replies that outlive connections and coordinator restarts. Clients can read a kept reply again."""
+"""Replies that outlive connections and restarts of the coordinator. Clients can read a kept reply again."""

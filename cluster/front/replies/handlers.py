@@ -1,6 +1,7 @@
-"""HTTP handlers of endpoints that generate text. They begin replies, keep them for clients that lose connections, and
-send them again. A request that was unfinished when the coordinator ended may have crashed it. Such a request begins
-after the others, and runs alone until it progresses. After several restarts without a new token, it fails."""
+"""HTTP handlers of the endpoints that generate text. A handler starts a reply, keeps it for a client whose connection
+breaks, and can send it again. Requests of an earlier coordinator are computed again. A request may have crashed that
+coordinator if it got no new token after the previous restart. Such a request starts after the others and runs alone
+until it gets a token or 10 s have passed. After ten such restarts, it fails."""
 
 from __future__ import annotations
 
@@ -33,27 +34,29 @@ from llamaclust.core.errors import LlamaclustError, RequestFailedError, WorkerEr
 from llamaclust.wire.rpc.task_set import TaskSet
 
 _MOST_RESTORES = 10
-"""The maximum number of restarts without a new token of a request. External kills can hit one request repeatedly."""
+"""Maximum number of restarts of a request without a new token. It is high, because a coordinator may be killed several
+times for other reasons."""
 _ALONE_S = 10.0
-"""The longest time for which a restored request delays the next request."""
+"""Maximum number of seconds for which a restored request delays the next one."""
 
 _log = logging.getLogger(__name__)
 
 
 class Replies:
-    """An app's replies. Not thread-safe: use it on one event loop. `aclose` ends all kept replies."""
+    """All replies of an HTTP app. Not thread-safe: use it on one event loop. `aclose` ends all kept replies."""
 
     def __init__(self, settings: ApiSettings, journal: Journal | None = None) -> None:
         self.settings = settings
         self.cache = ReplyCache(settings, journal)
-        self._endpoints: dict[tuple[str, str], MakeReply] = {}  # by digest of the model's settings, and path
+        # Keys: digest of the model's settings, path of the endpoint.
+        self._endpoints: dict[tuple[str, str], MakeReply] = {}
         self._forms: dict[str, StreamFormat] = {}
         self._tasks = TaskSet()
 
     def endpoint(
         self, path: str, make: MakeReply, settings: ApiSettings, form: StreamFormat = StreamFormat.EVENTS
     ) -> Callable[[Request], Awaitable[Response]]:
-        """Returns the handler of a path. `make` makes the path's replies, and `form` is their stream format."""
+        """Returns the handler for `path`. `make` turns a request body into a reply. `form` is the stream format."""
         self._endpoints[settings.digest, path], self._forms[path] = make, form
 
         async def answer(request: Request) -> Response:
@@ -62,12 +65,12 @@ class Replies:
         return answer
 
     async def _answer(self, request: Request, path: str, make: MakeReply, settings: ApiSettings) -> Response:
-        """Answers a request. If the connection is lost, the reply continues only if the client could read it later."""
+        """Answers a request. If the connection breaks, a computation continues only if its reply can be read later."""
         body = await read_bytes(request, self.settings)
         context = new_context(request.headers, path, settings)
         if (same := self.cache.same(context, body)) is not None:
             return await self._begun(request, same, _given(request, same.context))
-        if "last-event-id" in request.headers:  # a new computation may give other tokens
+        if "last-event-id" in request.headers:  # A new computation may sample different tokens.
             raise self._not_found(context.idempotency_key)
         reply = await make(body, context)
         context.is_streamed, context.is_background = reply.is_streamed, reply.is_background
@@ -77,7 +80,7 @@ class Replies:
         if kept.is_kept:
             while (before := self.cache.in_conversation(context)) is not None:
                 await self.cache.forget(before)
-            if (same := self.cache.same(context, body)) is not None:  # that came meanwhile
+            if (same := self.cache.same(context, body)) is not None:  # The same request arrived during the `await`.
                 return await self._begun(request, same, Position())
             self.cache.add(kept, body, earlier_bytes)
         elif context.earlier and (hold := hold_bytes.get()) is not None:
@@ -86,8 +89,9 @@ class Replies:
         return await self._begun(request, kept, Position())
 
     async def _begin(self, request: Request, kept: KeptReply, reply: Reply, body: bytes) -> None:
-        """Begins a reply. If the client could read the reply later, the request is journalled, and this returns when
-        the record is on disk. A stream that is not kept first waits for a part, so that early errors get a status."""
+        """Starts computing a reply. If the client can read the reply later, the request is journalled, and this method
+        returns when the record is on disk. For a stream that is not kept, this method first waits for a part of the
+        stream, so that an early error can set the HTTP status."""
         is_journalled = kept.is_kept or (kept.context.is_streamed and self._form(kept).has_ids)
         admitted = body if is_journalled and self.cache.journal is not None else None
         try:
@@ -101,18 +105,17 @@ class Replies:
             raise
 
     async def _begun(self, request: Request, kept: KeptReply, given: Position) -> Response:
-        """Responds to a new or repeated request with its reply. A background reply is only acknowledged."""
         if kept.context.is_background and not kept.context.is_streamed:
             return rendered(await unless_disconnected(request, kept.acknowledged()))
         return await self.respond(request, kept, given)
 
     async def respond(self, request: Request, kept: KeptReply, given: Position) -> Response:
-        """Responds with those parts of a reply that its client does not have."""
         if not kept.context.is_streamed:
             return await self._whole(request, kept)
         framing = Framing(self._form(kept), kept.context.id, self.settings.keepalive_s, given)
         framing.with_ids = kept.is_kept or _wants_ids(request)
-        framing.with_comments = not kept.context.conversation  # its clients count bytes
+        # Clients that name a conversation resume a stream at a byte offset, which comments would shift.
+        framing.with_comments = not kept.context.conversation
         return self._stream(kept, framing)
 
     def _stream(self, kept: KeptReply, framing: Framing) -> Response:
@@ -124,38 +127,39 @@ class Replies:
     async def _whole(self, request: Request, kept: KeptReply) -> Response:
         try:
             return JsonParts(await unless_disconnected(request, kept.whole()), partial(self.cache.left, kept))
-        except BaseException as error:  # an error is all that the client gets
+        except BaseException as error:  # The client gets the error and no reply.
             await self.cache.left(kept, isinstance(error, Exception) and not isinstance(error, ClientDisconnect))
             raise
 
-    # -- clients that come back ----------------------------------------------------------------------------------------
+    # -- handlers for kept replies -------------------------------------------------------------------------------------
 
     async def resume(self, request: Request) -> Response:
-        """Answers `GET /v1/streams/ID` with the events after `Last-Event-ID` or `?after=`, or with a whole reply."""
+        """Sends a reply to `GET /v1/streams/ID`. A stream begins after the event that `Last-Event-ID` or `?after=`
+        names. A reply that is not streamed is sent whole."""
         kept = self._find(request)
         return await self.respond(request, kept, _given(request, kept.context))
 
     async def replay(self, request: Request) -> Response:
-        """Answers llama.cpp's `GET /v1/stream/ID?from=N` or `/v1/stream?conv_id=ID&from=N` with the newest stream's
-        bytes from N on. N must be 0 for a whole reply, and for a stream with measurements that was computed again."""
+        """Sends a reply to llama.cpp's `GET /v1/stream/ID?from=N` or `/v1/stream?conv_id=ID&from=N`. A stream begins at
+        byte N. N must be 0 if the reply is not streamed, or if its stream has measurements and was computed again."""
         kept = self._find(request)
         start = request.query_params.get("from", "0")
         if not (start.isascii() and start.isdigit() and len(start) < 16):
             raise HttpError(400, "bad_offset", f"from: {start[:60]!r} is not a number of bytes", param="from")
         if not kept.context.is_streamed:
             if int(start):
-                why = "this reply is not streamed and is only sent as a whole: omit the parameter"
+                why = "this reply is not streamed and can only be sent whole: omit the parameter"
                 raise HttpError(409, "not_streamed", f"from: {why}", param="from")
             return await self._whole(request, kept)
         if int(start) and kept.context.is_restored and kept.context.has_measurements:
-            why = "the coordinator was restarted, and this stream shows measurements, whose new values shift its bytes"
+            why = "a restarted coordinator computed this stream again, and measurements such as times changed its bytes"
             raise HttpError(409, "stream_computed_again", f"from: {why}: read the stream from 0", param="from")
         framing = Framing(self._form(kept), kept.context.id, self.settings.keepalive_s, skipped_bytes=int(start))
         framing.with_comments = False
         return self._stream(kept, framing)
 
     async def stop(self, request: Request) -> Response:
-        """Ends a reply (`DELETE` of either path). Answers with status 204 even if there is no such reply."""
+        """Ends a reply (`DELETE` on either path). Answers with status 204 even if there is no such reply."""
         with suppress(HttpError):
             await self.cache.forget(self._find(request))
         return Response(status_code=204)
@@ -171,13 +175,14 @@ class Replies:
         return kept
 
     def _not_found(self, name: str) -> HttpError:
-        gone = f"no reply {name[:60]!r} is kept: it was cancelled, or its client was away for more than"
+        gone = f"no reply {name[:60]!r} is kept: the reply was cancelled, or no client read it for more than"
         return HttpError(404, "reply_not_found", f"{gone} {self.settings.resume_s:g} s (timeouts.resume)")
 
-    # -- after a coordinator's end -------------------------------------------------------------------------------------
+    # -- after a restart of the coordinator ----------------------------------------------------------------------------
 
     async def restore(self, requests: Sequence[RequestContext]) -> None:
-        """Restores an earlier coordinator's requests in order. Replies that were sent are computed only when read."""
+        """Restores the requests of an earlier coordinator, in order. A reply that was already sent is computed again
+        only when a client reads it."""
         assert self.cache.journal is not None
         await self.cache.journal.restore(requests)
         begun: list[KeptReply] = []
@@ -190,7 +195,7 @@ class Replies:
                 self.cache.remove(kept)
                 continue
             if request.restores >= _MOST_RESTORES:
-                what = f"the coordinator ended {request.restores} times while it computed this request, at last alone"
+                what = f"the coordinator ended {request.restores} times while it computed this request, finally alone"
                 _log.warning("request %s: %s", request.id, what)
                 kept.fail(RequestFailedError(what))
             elif request.is_sent:
@@ -223,7 +228,7 @@ class Replies:
                     await kept.progressed.wait()
 
     async def _attempt(self, beginning: Coroutine[Any, Any, None]) -> None:
-        """Waits a limited time for a request to begin, so that it does not block other requests in a busy cluster."""
+        """Waits at most `_ALONE_S` for a request to begin. In a busy cluster, it must not hold up others."""
         await asyncio.wait([self._tasks.start(beginning)], timeout=_ALONE_S)
 
     async def _begin_alone(self, kept: KeptReply) -> None:
@@ -235,7 +240,7 @@ class Replies:
         await self.cache.journal.begin_restored(times)
 
     async def _begin_again(self, kept: KeptReply) -> None:
-        """Begins a restored request. Must run in a separate task, because it sets the task's owner and trace."""
+        """Begins a restored request. Must run in a task of its own, because it sets the owner and trace of the task."""
         context = kept.context
         current_owner.set(context.client)
         current_trace.set(TraceContext.parse([context.traceparent], [context.tracestate]))
@@ -250,9 +255,9 @@ class Replies:
             await kept.begin(await make(context.body, context), until_s=end_s)
         except LlamaclustError as error:
             kept.fail(error)
-        except Exception:  # noqa: BLE001  the others are restored all the same
+        except Exception:  # noqa: BLE001  The other requests must still be restored.
             _log.exception("request %s is not restored", context.id)
-            kept.fail(WorkerError("the request could not be restored; the coordinator's log says more"))
+            kept.fail(WorkerError("the request could not be restored; see the coordinator's log"))
 
     async def aclose(self) -> None:
         self.cache.stop()
@@ -261,7 +266,8 @@ class Replies:
 
 
 def _given(request: Request, context: RequestContext) -> Position:
-    """Reads the client's position from an event id or from the id's part after the colon. May raise HttpError."""
+    """Reads how much of a stream the client has, from an event id or the part of the id after the colon. Raises
+    HttpError if the id is invalid."""
     param = "after" if "after" in request.query_params else "Last-Event-ID"
     last = request.query_params.get("after", request.headers.get("last-event-id", ""))
     if not last:
@@ -274,5 +280,5 @@ def _given(request: Request, context: RequestContext) -> Position:
 
 
 def _wants_ids(request: Request) -> bool:
-    """True if the client accepts server-sent events. Other clients may read only `data:` lines, without ids."""
+    """Returns True if the client accepts server-sent events. Other clients may understand only `data:` lines."""
     return StreamFormat.EVENTS.value in request.headers.get("accept", "").lower()

@@ -1,4 +1,4 @@
-"""A reply as a log. The log grows while the reply is computed and recorded, and readers begin at any place."""
+"""A reply with its log. The log grows while the reply is computed, and a reader can begin at any entry of the log."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ if TYPE_CHECKING:
     from llamaclust.cluster.front.replies.reply_cache import ReplyCache
 
 _TURN_COST: Final = 2048
-"""The maximum cost of rendering in a reader's turn. A token or logprob costs 1, a log entry `_ENTRY_COST` more."""
+"""Maximum cost of rendering until a reader lets other tasks run. A token or logprob costs 1. A log entry costs
+`_ENTRY_COST` more."""
 _ENTRY_COST: Final = 8
 _FRAME_BYTES: Final = 250
-"""The approximate size of an event without its text and logprobs, and of a token in JSON, in bytes."""
+"""Estimated bytes of an event without its text and logprobs. It is also the estimate for a token in JSON."""
 _TOP_BYTES: Final = 8
 _PROMPT_TOKEN_BYTES: Final = 36
 _BUSY = Backoff(1.0, 30.0)
@@ -49,21 +50,24 @@ _log = logging.getLogger(__name__)
 
 
 class KeptReply:
-    """A reply whose log grows from `begin` until its end or `aclose`. A reply that is not kept drops sent rows and ends
-    with its connection. A kept reply expires when unread for some time, a background reply some time after its end."""
+    """A reply and its log. The log grows from `begin` until the reply ends or is closed. If `is_kept` is false, the log
+    drops rows that were sent, and the reply ends with its connection. A kept reply expires if no client reads it for
+    `resume_s`. A background reply expires if no client reads it for `background_s` after its end."""
 
     def __init__(self, context: RequestContext, owner: ReplyCache, *, is_kept: bool = True) -> None:
         self.context = context
         self.is_kept = is_kept
-        self.acknowledgement: Mapping[str, Any] | None = None  # see `Reply`; None also before it has begun
+        # None until the reply has begun. See `Reply.acknowledgement`.
+        self.acknowledgement: Mapping[str, Any] | None = None
         self.log = AnswerLog(*([self._grow] if is_kept else []), is_held=is_kept)
-        self.progressed = asyncio.Event()  # a token came that no earlier coordinator recorded; or it is over
+        # Set when a token arrives that no earlier coordinator recorded, or when the reply has ended.
+        self.progressed = asyncio.Event()
         self.held_bytes = 0
         self._content_bytes = 0
         self._owner = owner
         self._view: MakeView | None = None
-        self._repeated_entries = 0  # of its request
-        self._postponed: Callable[[], None] | None = None  # begins what is not computed until a client reads it
+        self._repeated_entries = 0  # Size of `Reply.repeated`, counted by `entries_of`.
+        self._postponed: Callable[[], None] | None = None  # Starts a computation that waits for a reader.
         self._computing = AsyncExitStack()
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
@@ -74,7 +78,7 @@ class KeptReply:
 
     @property
     def is_running(self) -> bool:
-        """True if the reply is being computed, or will be without waiting for a reader."""
+        """True if the reply is being computed, or will be computed even if no client reads it."""
         return not self.log.is_over and self._postponed is None
 
     @property
@@ -86,15 +90,13 @@ class KeptReply:
     def is_evictable(self) -> bool:
         return not self.is_read and not self.is_running
 
-    # -- its computation -----------------------------------------------------------------------------------------------
+    # -- computation ---------------------------------------------------------------------------------------------------
 
     def postpone(self, begin: Callable[[], None]) -> None:
-        """Postpones the computation. `begin` is called when a client reads the reply, or by `resume`."""
         self._postponed = begin
         self._expire_later()
 
     def resume(self) -> None:
-        """Begins a postponed computation. While it runs, a background reply does not expire."""
         begin, self._postponed = self._postponed, None
         if begin is not None:
             self._stop_timer()
@@ -103,13 +105,14 @@ class KeptReply:
     async def begin(
         self, reply: Reply, *, admitted: bytes | None = None, until_s: float | None = None
     ) -> asyncio.Future[None] | None:
-        """Submits the request. Raises an error if it is refused or the reply was closed. `admitted` is the body of a
-        request to journal. The returned future is done when the record is on disk, and a kept reply's readers wait for
-        it. `until_s`, in event loop time, ends the retries in a busy cluster."""
+        """Submits the request. Raises an error if the request is refused or the reply was closed. `admitted` is the
+        body if the request must be journalled. The returned future is done when the record is on disk. Readers of a
+        kept reply wait for the record. `until_s` (event loop time) is the deadline for retries in a busy cluster."""
         try:
             await self._submit(reply, until_s, is_recorded=admitted is not None or self.context.is_restored)
-            on_disk = None if admitted is None else self._owner.admit(self, admitted)  # in the turn of the submission
-            self.context.images = {}  # they are computed, or in the journal
+            # No `await` may separate this call from the submission.
+            on_disk = None if admitted is None else self._owner.admit(self, admitted)
+            self.context.images = {}  # The images are encoded, or the journal has them.
         except BaseException as error:
             self.end(error if isinstance(error, LlamaclustError) else RequestCancelledError())
             await self._computing.aclose()
@@ -146,7 +149,7 @@ class KeptReply:
         self._hold(_PROMPT_TOKEN_BYTES * _prompt_tokens(self.log))
 
     async def _compute(self, reply: Reply, *, is_recorded: bool) -> None:
-        """Submits all prompts with one seed in one turn of the event loop. If one prompt is refused, none runs."""
+        """Submits all prompts in one turn of the event loop. If one prompt is refused, none runs."""
         service, computing = reply.service, self._computing
         try:
             requests = [identified(each, self.context, at) for at, each in enumerate(await reply.requests())]
@@ -167,7 +170,7 @@ class KeptReply:
             raise
 
     def _take_adapters(self, used: tuple[str, ...]) -> None:
-        """Notes the adapters in use. Raises AdapterUnloadedError if a restored request would use a different one."""
+        """Notes the request's adapters. Raises AdapterUnloadedError if a restored request would use other adapters."""
         if not self.context.is_restored:
             self.context.adapters = used
         elif not {*used} <= {*self.context.adapters}:
@@ -192,7 +195,7 @@ class KeptReply:
             self.end(DeadlineError(_TOO_LONG))
         except LlamaclustError as error:
             self.end(error)
-        except Exception:  # noqa: BLE001  a mistake of ours, which ends this reply alone
+        except Exception:  # noqa: BLE001  An internal error ends only this reply.
             _log.exception("request %s failed", self.context.id)
         finally:
             self.progressed.set()
@@ -204,22 +207,22 @@ class KeptReply:
         self.progressed.set()
 
     def fail(self, error: LlamaclustError) -> None:
-        """Ends the reply and its computation with an error, and frees its memory."""
         self.end(error)
         self.log.clear()
         self._hold(-self.held_bytes)
         self._expire_later()
 
     async def aclose(self) -> None:
-        """Ends the reply, with an error if it is unfinished. Waits until all its work has ended, except a `begin`."""
+        """Ends the reply, with an error if it is incomplete. Waits for all its tasks, but not for a call of `begin`."""
         if self._timer is not None:
             self._timer.cancel()
         self.end(RequestCancelledError())
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
-            self._task = None  # its error refers to this object
-        await self._computing.aclose()  # a task that is cancelled before its first step closes nothing
+            self._task = None  # Breaks a reference cycle: the task's error refers to this object.
+        # A task that is cancelled before its first step does not run its `finally` block.
+        await self._computing.aclose()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -234,7 +237,7 @@ class KeptReply:
         self._timer = asyncio.get_running_loop().call_later(kept_s, self._owner.expired, self)
 
     def _grow(self, prompt: int, chunk: TextChunk) -> None:
-        """Counts a chunk's bytes. Raises HttpError if the reply is too large, LlamaclustError if it was ended."""
+        """Counts the bytes of a chunk. Raises HttpError if the reply is too large, or the error that ended it."""
         packed = self.log.content.storage is RowStorage.PACKED
         rows = len(chunk.rows) + len(chunk.prompt_rows)
         data_bytes = len(chunk.text) + _TOP_BYTES * (chunk.entries - rows)
@@ -250,11 +253,11 @@ class KeptReply:
             self.held_bytes += more_bytes
             self._owner.grew(self, more_bytes)
 
-    # -- its readers ---------------------------------------------------------------------------------------------------
+    # -- readers -------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def reading(self) -> Iterator[LogReader]:
-        """Yields a reader at the beginning of the log. The reply does not expire while it is being read."""
+        """Yields a reader at the start of the log. The reply does not expire while the reader is open."""
         self._stop_timer()
         try:
             with LogReader(self.log) as reader:
@@ -264,7 +267,7 @@ class KeptReply:
             self._expire_later()
 
     async def stream(self, framing: Framing) -> AsyncGenerator[bytes, None]:
-        """Yields those bytes of the stream that the client lacks. Raises the error that ended the log."""
+        """Yields the bytes of the stream that the client does not have. Raises the error that ended the log."""
         view: View | None = None
         sizes, cost = _Sizes(self._request_entries), 0
         with self.reading() as reader:
@@ -294,7 +297,6 @@ class KeptReply:
                 yield part
 
     async def acknowledged(self) -> Mapping[str, Any]:
-        """Returns a background reply's acknowledgement when the reply begins. Raises the error if it fails before."""
         with self.reading() as reader:
             while self.acknowledgement is None:
                 self.log.raise_error()
@@ -302,7 +304,6 @@ class KeptReply:
         return self.acknowledgement
 
     async def whole(self) -> JsonBody:
-        """Waits for the reply's end and returns its JSON, or raises its error. Renders a kept reply all at once."""
         with self.reading():
             await self.log.wait_over()
             parts = self.log.parts()
@@ -320,7 +321,7 @@ class KeptReply:
         return self._request_entries() + sum(chunk.entries for chunks in parts for chunk in chunks)
 
     def _request_entries(self) -> int:
-        """Counts the prompts' tokens, which some APIs show, and what else the reply repeats from the request."""
+        """Counts what replies repeat from a request: the prompt tokens, which some APIs show, and `Reply.repeated`."""
         return _prompt_tokens(self.log) + self._repeated_entries
 
     def _new_view(self) -> View:
@@ -329,13 +330,13 @@ class KeptReply:
 
 
 class _Sizes:
-    """Computes an upper bound on what a log's next entry shows. A chunk that begins or ends an answer, or begins a tool
-    call, may show all earlier text and everything that the reply repeats from its request."""
+    """Computes an upper bound on what the next entry of a log shows. A chunk that begins or ends an answer, or begins a
+    tool call, may show all earlier text and everything that the reply repeats from its request."""
 
     def __init__(self, request_entries: Callable[[], int]) -> None:
         self._request_entries = request_entries
-        self._begun: set[tuple[int, int]] = set()  # choices
-        self._entries = 0  # so far
+        self._begun: set[tuple[int, int]] = set()  # Prompt and index of each choice that has begun.
+        self._entries = 0  # Entries of all chunks so far.
 
     def next(self, prompt: int, item: LogItem) -> int:
         if not isinstance(item, TextChunk):

@@ -1,4 +1,4 @@
-"""Records a request's tokens in the journal, several at a time."""
+"""Writes the tokens of a request to the journal, several tokens per record."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from llamaclust.core.sampling import RowResult
 
 _RECORDED_ROWS = 64
 _RECORDED_S = 1.0
-"""The longest time that a row waits to be recorded with others. It limits what a restart computes again."""
+"""Maximum seconds that a row waits to share a record with later rows. A crash loses only the waiting rows."""
 
 
 class Recording:
-    """Records the tokens of a request's choices. A restored request's first tokens are recorded sooner."""
+    """Records the tokens of a request. The first record of a restored request has one token, and each later record up
+    to twice as many as its predecessor."""
 
     def __init__(self, journal: Journal, context: RequestContext, progressed: asyncio.Event) -> None:
-        """`progressed` is set when a restored request gets its first token that was not recorded before."""
+        """Sets `progressed` when a restored request gets a token that no earlier coordinator recorded."""
         self._journal = journal
         self._id = context.id
         self._is_restored = context.is_restored
@@ -30,10 +31,11 @@ class Recording:
         self._came: Counter[ChoiceKey] = Counter()
         self._most = 1 if context.is_restored else _RECORDED_ROWS
         self._rows: dict[ChoiceKey, list[RowResult]] = {}
-        self._oldest_s = 0.0  # of these rows
+        self._oldest_s = 0.0  # Arrival time of the oldest row in `_rows`.
 
     def follow(self, log: AnswerLog) -> None:
-        """Records the tokens if they suffice to continue the answers, else only that a restored request progresses."""
+        """Records the log's tokens if its answers can be continued from tokens alone. Answers with top logprobs, scored
+        prompts or sampler state cannot. For these, only reports the progress of a restored request."""
         needs_more = any(
             each.top_logprobs or each.score_from is not None or each.params.needs_state for each in log.generations
         )
@@ -43,7 +45,7 @@ class Recording:
             log.subscribe(self.progress)
 
     def add(self, prompt: int, chunk: TextChunk) -> None:
-        """Records a choice's next tokens. It must receive all tokens of the choice, beginning with the first."""
+        """Records the next tokens of a choice. The caller must pass all its tokens, even those recorded earlier."""
         choice, new = (prompt, chunk.index), chunk.rows
         came = self._came[choice]
         self._came[choice] = came + len(new)

@@ -1,4 +1,4 @@
-"""Describes a reply: how its request is computed, and in which format its client reads the answers."""
+"""Describes a reply: how its request is computed, and in which format its client gets the answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MAX_SLOTS = 130
 
 
 def new_context(headers: Headers, endpoint: str, settings: ApiSettings) -> RequestContext:
-    """Makes the context of a new request to a model with these settings. Raises HttpError if a header is invalid."""
+    """Makes the context of a new request. `settings` are those of its model. Raises HttpError for an invalid header."""
     trace = current_trace.get()
     return RequestContext(
         id=secrets.token_hex(12),
@@ -51,8 +51,9 @@ def new_context(headers: Headers, endpoint: str, settings: ApiSettings) -> Reque
 
 
 def identified(request: CompletionRequest, context: RequestContext, prompt: int) -> CompletionRequest:
-    """Returns a prompt's completion request with its seed and recorded tokens. A grammar for tool calls is used only if
-    the first computation had it ready in time. Raises WorkerError if that grammar cannot be made again."""
+    """Returns the completion request of one prompt, with an id, a seed and the tokens recorded so far. The grammar of
+    tool calls is used only if the first computation used it. Raises WorkerError if the first computation used the
+    grammar and it is not available now."""
     named = replace(
         request,
         request_id=context.id if prompt == 0 else f"{context.id}-p{prompt}",
@@ -71,7 +72,7 @@ def identified(request: CompletionRequest, context: RequestContext, prompt: int)
 
 def _without_grammar(request: CompletionRequest) -> CompletionRequest:
     reasoning = request.reasoning
-    if reasoning is not None:  # only a budget is left to follow
+    if reasoning is not None:  # Without a grammar, only the reasoning budget matters.
         reasoning = None if reasoning.budget is None else replace(reasoning, delays_grammar=False)
     return replace(request, grammar=None, reasoning=reasoning)
 
@@ -85,37 +86,35 @@ def _name(headers: Headers, header: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A part of a stream. Events of one slot come in the same order each time the reply is computed."""
+    """A part of a stream. If the reply is computed again, the events of each slot come in the same order."""
 
-    slot: int  # index of a choice; one past the last for what belongs to none
-    value: Any  # rendered as JSON; bytes are the text itself
+    slot: int  # Index of the event's choice, or the number of choices if the event belongs to none.
+    value: Any  # Rendered as JSON, or sent unchanged if it is bytes.
     name: str = ""
 
 
 class View(ABC):
-    """Shows an answer log's entries to one reader, in the reader's format. Large entries are shown on a thread."""
+    """Renders the entries of an answer log for one reader, in the format of an API. A thread renders large entries."""
 
     @abstractmethod
     def frames(self, prompt: int, item: LogItem) -> Iterable[Event]:
-        """Yields the events that the next entry adds. The caller renders each event before it takes the next."""
+        """Yields the events that a log entry adds. The caller renders each event before it takes the next one."""
 
     @property
     def error_fields(self) -> Mapping[str, Any]:
-        """Returns fields to add to an error that ends the stream."""
         return {}
 
     def closing(self) -> Iterable[Event]:
-        """Yields the events that follow the last entry."""
         return ()
 
     @abstractmethod
     def whole(self, parts: Sequence[Sequence[TextChunk]]) -> Any:
-        """Returns the JSON of a reply that is not streamed. `parts` is the result of `AnswerLog.parts`."""
+        """Returns the JSON value of a reply that is not streamed. `parts` is the result of `AnswerLog.parts`."""
 
 
 MakeView = Callable[[AnswerLog], View]
 Requests = Callable[[], Awaitable[Sequence[CompletionRequest]]]
-"""Prepares a body's completion requests, one for each prompt. Raises an error to refuse the body."""
+"""Prepares the completion requests of a body, one for each prompt. Raises an error to refuse the body."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,14 +125,16 @@ class Reply:
     is_streamed: bool
     timed: Timed = Timed.NEVER
     with_progress: bool = False
-    keeps_chunks: bool = False  # a reply needs the chunks of its answer until it ends, since it shows logprobs by them
+    # True if the whole reply shows logprobs chunk by chunk, so that the log must keep the chunks.
+    keeps_chunks: bool = False
     has_measurements: bool = False
-    """True if the stream shows times or cached tokens before its last event. If such a reply is computed again, its
-    bytes change."""
+    """True if the stream contains times or numbers of cached tokens before its last event. The bytes of such a stream
+    differ if the reply is computed again."""
     acknowledgement: Mapping[str, Any] | None = None
-    """The JSON value for a client that does not wait for its background reply, or None if the client waits."""
-    repeated: Any = None  # of its request, shown or stored with the reply; if that is large, a thread renders them
-    is_stored: bool = False  # a view has an effect once its answer is complete, so that it is made without a client too
+    """JSON value for a client that does not wait for its background reply. None if the client waits."""
+    repeated: Any = None  # Values of the request that the reply shows or stores. Large values are rendered on a thread.
+    # True if rendering the reply stores it. The reply is then rendered even if no client reads it.
+    is_stored: bool = False
 
     @property
     def is_background(self) -> bool:
@@ -146,13 +147,14 @@ class Reply:
         return RowStorage.STREAMED if self.is_streamed else RowStorage.PACKED
 
     def content(self, *, is_kept: bool) -> LogContent:
-        """Returns the parts of an answer that the reply's log must keep. Kept streams need all chunks."""
+        """Returns which parts of an answer the reply's log keeps. A kept stream needs all chunks."""
         if not self.is_streamed:
             return LogContent(self._storage)
         return LogContent(RowStorage.CHUNKS if is_kept else RowStorage.STREAMED, self.timed, self.with_progress)
 
     def sizes(self, asked: Sequence[CompletionRequest], generations: Sequence[GenerationRequest]) -> list[ReplySize]:
-        """Returns memory bounds for each prompt's answers. Only a stream's first answers are read while computed."""
+        """Returns an upper bound on the size of each prompt's answers. In a stream, the first prompt's answers are read
+        while they are computed, so fewer rows are held."""
         first = MAX_UNREAD_ROWS if self._storage is RowStorage.STREAMED else None
         return [
             ReplySize.of(generation, request.n, self._storage, None if prompt else first)
@@ -164,11 +166,11 @@ MakeReply = Callable[[bytes, RequestContext], Awaitable[Reply]]
 
 
 Position = Counter[int]
-"""The number of events that a client has, by slot. An event id has it as text: `3`, or `3-5-0` for three slots."""
+"""Number of events that a client has, by slot. An event id contains it as text: `3`, or `3-5-0` for three slots."""
 
 
 def read_position(text: str, param: str) -> Position:
-    """Reads a position from the text in an event id. Raises HttpError for any other text."""
+    """Parses a position such as `3-5-0`. Raises HttpError for any other text."""
     parts = text.split("-", _MAX_SLOTS)
     if not all(part.isascii() and part.isdigit() and len(part) < 16 for part in parts) or len(parts) > _MAX_SLOTS:
         raise HttpError(400, "bad_event_id", f"{param}: {text[:60]!r} is not the id of an event", param=param)
@@ -180,19 +182,19 @@ class Framing:
     form: StreamFormat
     request_id: str
     keepalive_s: float
-    given: Position = field(default_factory=Counter)  # events that it has, counted on as it gets more
+    # Number of events that the client has. Each new event increments it.
+    given: Position = field(default_factory=Counter)
     with_ids: bool = True
     with_comments: bool = True
-    skipped_bytes: int = 0  # of the stream, that it has
-    error_fields: dict[str, Any] = field(default_factory=dict)  # further ones of an error that ends the stream
+    skipped_bytes: int = 0  # Number of bytes still to skip because the client has them.
+    error_fields: dict[str, Any] = field(default_factory=dict)  # Fields to add to an error that ends the stream.
     _numbers: Position = field(default_factory=Counter)
 
     def shown(self, view: View, prompt: int, item: LogItem, *, is_large: bool = False) -> list[bytes]:
-        """Renders the next entry's events. Large events are rendered in pieces, so that other threads can run."""
+        """Renders the events of the next log entry. Large events are rendered in pieces to let other threads run."""
         return self.parts(view.frames(prompt, item), is_large=is_large)
 
     def parts(self, events: Iterable[Event], *, is_large: bool = False) -> list[bytes]:
-        """Renders the events and returns the parts that the client does not have yet."""
         return [part for event in events if (part := self._part(event, is_large=is_large))]
 
     def _part(self, event: Event, *, is_large: bool) -> bytes:

@@ -1,4 +1,5 @@
-"""Kept replies, within limits. They are found by id or by a client's name for them. Their requests are journalled."""
+"""Keeps replies, within limits on memory and number. A reply is found by its id or by a name that its client gave it.
+The requests of kept replies are journalled."""
 
 from __future__ import annotations
 
@@ -18,14 +19,14 @@ from llamaclust.core.sharing.shares import Shares
 from llamaclust.wire.rpc.task_set import TaskSet
 
 _Name = tuple[str, str, str]
-"""A name that a client gave its reply: owner, kind and text."""
+"""A name that a client gave its reply: owner, kind of name, text."""
 _CONVERSATION, _KEY = "conversation", "idempotency key"
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
     kept: KeptReply
-    digest: bytes  # of its request, if it has an idempotency key
+    digest: bytes  # Hash of the request if it has an idempotency key, otherwise empty.
     body_bytes: int
 
     @property
@@ -34,25 +35,24 @@ class _Entry:
 
     @property
     def held_bytes(self) -> int:
-        """The reply's memory plus the memory of its request, which the journal holds."""
         return self.kept.held_bytes + self.body_bytes
 
 
 class ReplyCache:
-    """An app's kept replies. Not thread-safe: use it on one event loop. `aclose` ends all replies."""
+    """All kept replies of an HTTP app. Not thread-safe: use it on one event loop. `aclose` ends all replies."""
 
     def __init__(self, settings: ApiSettings, journal: Journal | None = None) -> None:
         self.settings = settings
         self.journal = journal
-        self._entries: dict[str, _Entry] = {}  # by id, the oldest first
+        self._entries: dict[str, _Entry] = {}  # By request id, oldest first.
         self._ids: dict[_Name, str] = {}
-        self._held_bytes = Shares(settings.max_kept_bytes)  # of clients
+        self._held_bytes = Shares(settings.max_kept_bytes)  # Bytes held, by client.
         self._replies = Shares(settings.max_kept_replies)
         self._ending = TaskSet()
 
     def add(self, kept: KeptReply, body: bytes, earlier_bytes: int = 0) -> None:
-        """Adds a reply. `earlier_bytes` is the size of the chat that the reply continues. Raises HttpError if the
-        client has no room left."""
+        """Adds a reply. `earlier_bytes` is the size of the stored chat that the request continues. Raises HttpError
+        (503) if there is no room for another reply of the client."""
         context, client = kept.context, kept.context.client
         body_bytes = len(body) + earlier_bytes + sum(map(len, context.images.values()))
         self._make_room(client, body_bytes)
@@ -79,14 +79,15 @@ class ReplyCache:
         await kept.aclose()
 
     async def left(self, kept: KeptReply, has_all: bool) -> None:
-        """Notes a connection's end. After a restart, a reply that was read is computed only if it is read again."""
+        """Handles the end of a connection. `has_all` is true if the client received the whole reply. After a restart,
+        such a reply is computed again only if a client reads it."""
         if self.journal is not None and (has_all or not kept.is_kept) and not kept.context.is_background:
             self.journal.sent(kept.context.id)
         if not kept.is_kept:
             await kept.aclose()
 
     def stop(self) -> None:
-        """Ends all replies, because the coordinator stops. The next coordinator continues incomplete replies."""
+        """Ends all replies because the coordinator stops. The next coordinator continues the incomplete ones."""
         for entry in self._entries.values():
             entry.kept.end(ClusterStoppingError("the cluster is stopping"))
 
@@ -98,7 +99,6 @@ class ReplyCache:
     # -- called by replies ---------------------------------------------------------------------------------------------
 
     def admit(self, kept: KeptReply, body: bytes) -> asyncio.Future[None]:
-        """Journals a request that is submitted but has no token yet. The future is done when the record is on disk."""
         assert self.journal is not None
         context, limit_s = kept.context, self.settings.request_s
         return self.journal.admit(replace(journalled(context, body), admitted=Instant.now(), limit_s=limit_s))
@@ -107,8 +107,9 @@ class ReplyCache:
         self._ending.start(self.forget(kept))
 
     def grew(self, kept: KeptReply, more_bytes: int) -> None:
-        """Counts a reply's growth. If all replies or its client's are too large, evicts complete replies without
-        readers. Then running replies fail: the largest client's first, unread before read, large before small."""
+        """Counts more bytes of a reply. If the client's replies or all replies together are too large, evicts complete
+        replies that no client reads. If that is not enough, running replies fail. The client that holds the most loses
+        replies first, beginning with unread and then with large replies."""
         if (entry := self._entries.get(kept.context.id)) is None:
             return
         self._held_bytes.take(entry.client, more_bytes)
@@ -119,7 +120,8 @@ class ReplyCache:
                 pass
 
     def _too_large(self, client: str) -> list[_Entry]:
-        """Returns the client's or all clients' replies if some of them must be removed, and [] if there is room."""
+        """Returns the replies from which some must be removed. These are the replies of the client if they are too
+        large, those of all clients if all together are too large, and otherwise none."""
         held, most = self._held_bytes.held, self._held_bytes.room
         if held[client] > most:
             clients: Collection[str] = (client,)
@@ -130,12 +132,12 @@ class ReplyCache:
         return [entry for entry in self._of(clients) if entry.held_bytes]
 
     def _evict(self, entries: Iterable[_Entry], held: Mapping[str, int]) -> bool:
-        """Removes the oldest evictable reply of the client that holds most. Returns False if none is evictable."""
+        """Removes the oldest evictable reply of the client that holds the most. Returns False if there is none."""
         evictable = (entry for entry in entries if entry.kept.is_evictable)
         entry = max(evictable, key=lambda entry: held[entry.client], default=None)
         if entry is not None:
             self.remove(entry.kept)
-            self._ending.start(entry.kept.aclose())  # its timer would hold it for as long as it is kept
+            self._ending.start(entry.kept.aclose())  # Closing cancels the timer, which would keep the reply in memory.
         return entry is not None
 
     def _fail(self, entries: Iterable[_Entry]) -> bool:
@@ -151,13 +153,12 @@ class ReplyCache:
         return largest is not None
 
     def _failure_rank(self, entry: _Entry) -> tuple[int, bool, int]:
-        """Returns a sort key. The running reply with the highest key fails first."""
         return self._held_bytes.held[entry.client], not entry.kept.is_read, entry.kept.held_bytes
 
-    # -- those of clients ----------------------------------------------------------------------------------------------
+    # -- called by HTTP handlers ---------------------------------------------------------------------------------------
 
     def named(self, owner: str, name: str) -> KeptReply | None:
-        """Finds a reply by its id, with or without a prefix, or by its client's conversation or idempotency key."""
+        """Finds a reply by id, conversation or idempotency key. The id may have a prefix, as in `resp_ID`."""
         request_id = name.replace("_", "-").rpartition("-")[2]
         for found in (request_id, *(self._ids.get((owner, kind, name), "") for kind in (_CONVERSATION, _KEY))):
             entry = self._entries.get(found)
@@ -171,7 +172,8 @@ class ReplyCache:
         return None if entry is None else entry.kept
 
     def same(self, context: RequestContext, body: bytes) -> KeptReply | None:
-        """Returns the reply that has the request's idempotency key. Raises HttpError if it is to another request."""
+        """Returns the reply with the request's idempotency key, or None. Raises HttpError (422) if another request used
+        it."""
         key = context.idempotency_key
         entry = self._entries.get(self._ids.get((context.owner, _KEY, key), ""))
         if entry is None:
@@ -183,7 +185,8 @@ class ReplyCache:
         return entry.kept
 
     def _make_room(self, client: str, body_bytes: int) -> None:
-        """Evicts complete replies of the client, or of clients that hold more. Raises HttpError if there is no room."""
+        """Evicts complete replies until a new reply of the client fits. Evicts only replies of this client and of
+        clients that hold more. Raises HttpError (503) if there is no room."""
         for shares, more in (self._held_bytes, body_bytes), (self._replies, 1):
             while not shares.fits(client, more):
                 own = shares.held[client]

@@ -1,4 +1,4 @@
-"""Completions as text. Chunks show a running completion, and complete answers are made from the chunks."""
+"""Answers as text. A running answer is a series of chunks, which can be joined to the complete answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.model.chat.tools.events import AnswerEvent, ReasoningText, merge
 
 
 class PackedRows(Sequence[RowResult]):
-    """Rows as packed arrays of tokens, logprobs and likeliest alternatives. Each read makes a new RowResult."""
+    """Result rows in packed arrays, which take little memory. Each read makes a new RowResult."""
 
     __slots__ = ("_ends", "_logprobs", "_tokens", "_tops")
 
@@ -23,7 +23,7 @@ class PackedRows(Sequence[RowResult]):
         self._tokens = array("i")
         self._logprobs = array("f")
         self._tops = bytearray()
-        self._ends = array("q")  # of each row's part of `_tops`
+        self._ends = array("q")  # End of each row's bytes in `_tops`.
 
     def extend(self, rows: Iterable[RowResult]) -> None:
         for row in rows:
@@ -66,28 +66,29 @@ _MOST_EVENTS = 1024
 
 
 def json_logprob(value: float) -> float:
-    """Returns a logprob that a reader can restore as float32. Minus infinity, which JSON lacks, becomes -9999."""
+    """Returns a logprob for JSON. Minus infinity, which JSON lacks, becomes -9999."""
     return value if math.isfinite(value) else _LEAST_LOGPROB
 
 
 @dataclass(frozen=True, slots=True)
 class TextChunk:
-    """A part of an answer that one step adds to the choice `index`. Text may come later than its tokens, because
-    characters may be incomplete or a stop string may follow. `rows` are all sampled tokens, even those without text
-    (end tokens, stop strings). `offsets[i]`, if counted, is where the text of `rows[i]` begins in the answer."""
+    """A part of an answer. One step adds it to the choice `index`. Text may come in a later chunk than its tokens,
+    because a character may be incomplete or a stop string may have begun. `rows` has all sampled tokens, even tokens
+    without text (end tokens and parts of stop strings). `offsets` may be empty. Otherwise, `offsets[i]` is the position
+    in the answer at which the text of `rows[i]` begins."""
 
     index: int = 0
     text: str = ""
     rows: Sequence[RowResult] = ()
     offsets: Sequence[int] = ()
-    prompt_start: int = 0  # prompt_rows score the prompt's tokens from here
+    prompt_start: int = 0  # Position in the prompt of the first of the `prompt_rows`.
     prompt_rows: Sequence[RowResult] = ()
-    finish_reason: FinishReason | None = None  # on the last chunk of a choice, which has timings
-    stopped_by: str | int | None = None  # the stop string or end token
+    finish_reason: FinishReason | None = None  # Set on the last chunk of a choice, which has timings.
+    stopped_by: str | int | None = None  # Stop string or end token that ended the answer.
     timings: Timings | None = None
-    prompt_token_ids: tuple[int, ...] = ()  # on the first chunk that a client gets, with the seed
+    prompt_token_ids: tuple[int, ...] = ()  # Set together with `seed`, on the first chunk that a client receives.
     seed: int | None = None
-    events: tuple[AnswerEvent, ...] = ()  # of a chat's answer: also its content, which is the text then
+    events: tuple[AnswerEvent, ...] = ()  # Events of a chat's answer. `text` then has only the text of content events.
 
     @property
     def reasoning(self) -> str:
@@ -103,7 +104,6 @@ class TextChunk:
 
     @property
     def logprobs(self) -> tuple[float, ...]:
-        """The tokens' logprobs as float32. -9999 stands for minus infinity."""
         return tuple(json_logprob(row.logprob) for row in self.rows)
 
     @property

@@ -1,4 +1,4 @@
-"""An answer's log. Items are in the order of the request's prompts. It can be read while it grows, or later."""
+"""The log of a request's answers, in the order of its prompts. It can be read while it grows or later."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptProgr
 from llamaclust.core.errors import DeadlineError, LlamaclustError
 
 MAX_UNREAD_ROWS = 4096
-"""The maximum number of unread rows in a streamed log. Rows present when their prompt's turn comes do not count."""
+"""Maximum number of unread rows in a streamed log. Rows do not count if they were computed before the log reached their
+prompt."""
 
 LogItem = TextChunk | PromptProgress
 Entry = tuple[int, LogItem]
 Subscriber = Callable[[int, TextChunk], None]
-"""Receives each appended chunk and the index of the chunk's prompt. An error that it raises ends the log."""
+"""Receives the index of a prompt and a chunk that is appended for it. An error that it raises ends the log."""
 
 
 class Timed(Enum):
-    """Says which of a choice's chunks have timings. The last chunk always has timings."""
+    """Selects the chunks of a choice that have timings. The last chunk always has timings."""
 
     NEVER = auto()
     FIRST = auto()
@@ -38,7 +39,7 @@ class Timed(Enum):
 class LogContent:
     storage: RowStorage
     timed: Timed = Timed.NEVER
-    with_progress: bool = False  # how far the prompts are computed
+    with_progress: bool = False  # True if the log reports the progress of prompts.
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,28 +48,29 @@ class _PromptEnd:
 
 
 class AnswerLog:
-    """An append-only log. Entries are in the order of prompts, whatever order computed them, so that a second
-    computation gives the same log. A STREAMED log drops each entry when its only reader takes it. A CHUNKS log keeps
-    all entries. A PACKED log has no entries, only complete answers at its end."""
+    """An append-only log. Entries are in the order of prompts, even if later prompts are computed first. A second
+    computation therefore gives the same log. A STREAMED log drops each entry when its only reader takes it. A CHUNKS
+    log keeps all entries. A PACKED log has no entries, only complete answers at its end."""
 
     def __init__(self, *subscribers: Subscriber, is_held: bool = False) -> None:
-        """Makes a log. With `is_held`, readers get nothing until `release` is called."""
-        self.generations: Sequence[GenerationRequest] = ()  # one a prompt
+        """Makes a log. If `is_held` is true, readers get nothing until `release` is called."""
+        self.generations: Sequence[GenerationRequest] = ()  # One for each prompt.
         self.content = LogContent(RowStorage.CHUNKS)
         self.error: BaseException | None = None
-        self.ended_s: float | None = None  # Unix time; None: more may come
+        self.ended_s: float | None = None  # Unix time of the end. None while more items may come.
         self._is_packed = self._lets_go = False
         self._is_held = is_held
         self._entries: deque[Entry] = deque()
-        self._first = 0  # the number of the first one that is there
-        self._prompt = 0  # whose entries come now
-        self._later: dict[int, list[LogItem | _PromptEnd]] = {}  # of prompts behind it
-        self._packed: defaultdict[tuple[int, int], Collected] = defaultdict(Collected)  # by prompt and choice
+        self._first = 0  # Number of the first entry in `_entries`.
+        self._prompt = 0  # Index of the prompt whose items become entries now.
+        self._later: dict[int, list[LogItem | _PromptEnd]] = {}  # Items of later prompts.
+        # Keys: prompt index, choice index.
+        self._packed: defaultdict[tuple[int, int], Collected] = defaultdict(Collected)
         self._unread_rows = 0
-        self._most_unread_rows: int | None = None  # None: no reader has begun
+        self._most_unread_rows: int | None = None  # No limit until a reader begins.
         self._owners = subscribers
         self._subscribers = [*subscribers]
-        self.readers: set[LogReader] = set()  # which what comes wakes
+        self.readers: set[LogReader] = set()  # Readers to wake when an entry arrives.
         self._over = asyncio.Event()
 
     @property
@@ -76,8 +78,8 @@ class AnswerLog:
         return self.ended_s is not None
 
     def begin(self, generations: Sequence[GenerationRequest], content: LogContent) -> None:
-        """Begins the answers to these prompts and drops an earlier attempt's answers. Without prompts, the log ends at
-        once. The log does not keep the rows of images."""
+        """Begins the answers to these prompts, and drops the answers of an earlier attempt. Without prompts, the log
+        ends at once. The log does not keep the rows of images."""
         self.clear()
         self.generations = [replace(each, images=()) if each.images else each for each in generations]
         self.content = content
@@ -92,7 +94,7 @@ class AnswerLog:
         self._subscribers.append(subscriber)
 
     def append(self, prompt: int, item: LogItem) -> None:
-        """Appends an item. Raises DeadlineError if too many rows are unread, and passes on subscribers' errors."""
+        """Appends an item. Raises DeadlineError if too many rows are unread, and the errors of subscribers."""
         if self.ended_s is not None:
             return
         if isinstance(item, TextChunk):
@@ -104,7 +106,7 @@ class AnswerLog:
         self._put(prompt, item)
 
     def end(self, prompt: int, error: BaseException | None = None) -> None:
-        """Ends a prompt's answer. An `error` also ends the log, which then gets no entries of later prompts."""
+        """Ends the answers to a prompt. If `error` is given, the log ends after the entries of this prompt."""
         if self.ended_s is None:
             self._put(prompt, _PromptEnd(error))
 
@@ -124,7 +126,7 @@ class AnswerLog:
         self._packed.clear()
 
     def parts(self) -> list[list[TextChunk]]:
-        """Returns each prompt's answers, or its chunks if rows are not packed. Raises the error that ended the log."""
+        """Returns the answers to each prompt, or their chunks if rows are not packed. Raises the log's error."""
         self.raise_error()
         parts: list[list[TextChunk]] = [[] for _ in self.generations]
         for (prompt, _), collected in sorted(self._packed.items(), key=itemgetter(0)):
@@ -144,14 +146,14 @@ class AnswerLog:
         self.raise_error()
 
     def raise_error(self) -> None:
-        if self.error is not None:  # a stored error would keep the frames through which it was raised
+        if self.error is not None:  # Raising the stored error itself would keep the frames of its traceback in memory.
             raise copy(self.error) if isinstance(self.error, LlamaclustError) else self.error
 
     async def wait_over(self) -> None:
         await self._over.wait()
 
     async def first(self, timeout_s: float) -> None:
-        """Waits at most `timeout_s` for the first chunk. Raises the log's error if the log ended without a chunk."""
+        """Waits up to `timeout_s` for the first chunk. Raises the log's error if the log ended without a chunk."""
         with LogReader(self) as reader:
             end_s = asyncio.get_running_loop().time() + timeout_s
             while not self.is_over and not any(isinstance(item, TextChunk) for _, item in self._entries):
@@ -190,11 +192,11 @@ class AnswerLog:
     def _finish(self, error: BaseException | None) -> None:
         if self.ended_s is None:
             self.error, self.ended_s = error, time.time()
-            self._owners, self._subscribers = (), []  # the owner refers to this object
+            self._owners, self._subscribers = (), []  # Breaks a reference cycle: the owner refers to this object.
             self._over.set()
             self._wake()
 
-    # -- called by its readers -------------------------------------------------------------------------------------
+    # -- called by readers ---------------------------------------------------------------------------------------------
 
     def enter(self, reader: LogReader) -> None:
         self.readers.add(reader)
@@ -202,7 +204,7 @@ class AnswerLog:
             self._most_unread_rows = self._unread_rows + MAX_UNREAD_ROWS
 
     def entry(self, number: int) -> Entry | None:
-        """Returns the entry with this number, or None if there is none. A streamed log then drops the entry."""
+        """Returns the entry with this number, or None if there is none. A streamed log drops the returned entry."""
         place = number - self._first
         if not 0 <= place < len(self._entries) or self._is_held:
             return None
@@ -229,7 +231,7 @@ class LogReader:
         self._place = 0
         self._waiting: asyncio.Future[None] | None = None
         self._is_silent = False
-        self._end_s = 0.0  # of the wait
+        self._end_s = 0.0  # Event loop time at which the wait ends.
         self._timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Self:
@@ -251,7 +253,7 @@ class LogReader:
         return entry
 
     async def wait(self, idle_s: float | None = None) -> bool:
-        """Waits for something to read. Returns False if nothing comes within `idle_s`. Can be called again."""
+        """Waits until there is something to read. Returns False if nothing arrives within `idle_s`."""
         loop = asyncio.get_running_loop()
         self._is_silent = False
         if idle_s is not None:

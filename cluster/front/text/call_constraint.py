@@ -1,4 +1,5 @@
-"""Constrains a chat's answer. Tool calls conform to their tools' schemas, other answers to the request's form."""
+"""Constrains the answers to chats. A tool call must match the schema of its tool. Any other answer must have the form
+that the request sets."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _ORIGIN: Final = "tools"
 _MOST_CHECKS: Final = 64
-"""The maximum number of checks in the search for schemas that cannot be enforced. Unchecked tools are unconstrained."""
+"""Maximum number of checks in the search for schemas that cannot be enforced. Unchecked tools are not constrained."""
 
 _log = logging.getLogger(__name__)
 
@@ -29,9 +30,10 @@ _log = logging.getLogger(__name__)
 async def answer_grammar(
     chat: ChatRequest, reading: AnswerReading | None, tokenizer: Tokenizer, checker: GrammarChecker
 ) -> Grammar | None:
-    """Returns the grammar of a chat's answer. It allows only tool calls if they are required, else tool calls or the
-    request's form. If a tool's schema cannot be enforced, its arguments can be any JSON object, and the schema is
-    reported. Raises ParameterError if the request's form cannot be enforced, and DeadlineError if a check is late."""
+    """Returns the grammar of a chat's answer. It allows only tool calls if they are required, and otherwise tool calls
+    or an answer in the request's form. If the schema of a tool cannot be enforced, the tool may get any JSON object,
+    and the schema is reported as ignored. Raises ParameterError if required calls or the request's form cannot be
+    enforced, and DeadlineError if a check takes too long."""
     is_required, other = chat.tool_use.mode is ToolMode.REQUIRED, chat.answer.grammar
     if reading is None or not reading.tools:
         return other
@@ -55,7 +57,7 @@ def _normal(tools: Tools) -> dict[str, NormalSchema]:
 
 
 def _unobeyed(schemas: Mapping[str, NormalSchema], free: Iterable[str]) -> list[str]:
-    """Returns the names of unconstrained tools, and those places in other tools' schemas that are not enforced."""
+    """Returns what is not enforced: the names of unconstrained tools, and places in the schemas of other tools."""
     free = frozenset(free)
     names = []
     for name, normal in schemas.items():
@@ -79,10 +81,10 @@ class _Calls:
         self._tokenizer = tokenizer
         self._checker = checker
         self._checks = 0
-        self._is_over = False  # a check met the guard against hostile grammars: further ones could take as long
+        # True once a check was stopped because it took too long. Other checks could take as long.
+        self._is_over = False
 
     async def find(self, tools: Tools) -> tuple[Grammar | None, set[str]]:
-        """Returns the grammar of calls to all tools, and the tools whose arguments the grammar does not constrain."""
         try:
             return await self._check(tools), set()
         except ParameterError:
@@ -120,7 +122,7 @@ class _Calls:
             raise
 
     def _grammar(self, tools: Tools) -> Grammar | None:
-        """Returns the grammar, or None for optional calls without a marker. Raises ParameterError if it is too long."""
+        """Returns the grammar, or None if optional calls have no marker. Raises ParameterError if it is too long."""
         if self._use.mode is ToolMode.REQUIRED:
             start = CallStart.THOUGHT if self._reading.is_thinking else CallStart.ANSWER
         else:
@@ -136,7 +138,7 @@ class _Calls:
 
 
 def _largest_half(tools: Mapping[str, Schema]) -> set[str]:
-    """Returns the half of the tools that has the longest schemas, because all tools make too large a grammar."""
+    """Returns the half of the tools with the longest schemas. The grammar without these schemas may be small enough."""
     names = sorted(tools, key=lambda name: -len(str(tools[name])))
     return {*names[: -(-len(names) // 2)]}
 

@@ -1,4 +1,4 @@
-"""Renders chats as prompts with the model's chat template. The form of answers is derived from the template."""
+"""Renders chats as prompts with the model's chat template. The format of answers is derived from the template."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ _TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "add_generation_prompt", "t
 
 
 _HINTS: Final = ("tool", "think", "reason", "channel", "function", "response", "THINK", "RESPONSE")
-"""A template with tool calls or reasoning contains one of these words. Other templates need no analysis."""
+"""A template with tool calls or reasoning contains one of these words. Other templates are not analysed."""
 _PART_TYPES: Final = ("'type'", '"type"', ".type")
-"""A template that reads the parts of contents contains one of these texts."""
+"""A template that reads contents as lists of parts contains one of these texts."""
 _PROBE: Final = "probe of a content"
 _MAX_DERIVATION_S: Final = 60.0
-"""The deadline for deriving the form of answers, in seconds. After a failure, the next chat tries again."""
+"""Maximum seconds for deriving the format of answers. After a failure, the next chat tries again."""
 _MAX_WAIT_S: Final = 120.0
-"""The longest time that a chat waits for the form of answers, in seconds, while other chats derive it."""
+"""Maximum seconds that a chat waits while another chat derives the format of answers."""
 
 PLAIN: Final = ToolFormat(GENERIC_CALLS, takes_tool_role=False, takes_call_messages=False)
 
 
 class ChatFormat:
-    """A chat template. It renders prompts, and the form of their answers is derived from it."""
+    """A chat template. It renders prompts, and the format of answers is derived from it."""
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
         self._template = template
@@ -63,8 +63,8 @@ class ChatFormat:
         self._takes_parts = False
 
     async def get(self) -> ToolFormat:
-        """Returns the form of answers. Raises DeadlineError if deriving it is too slow; the next call tries again."""
-        async with deadline("the chat template's form", _MAX_WAIT_S), self._lock:
+        """Returns the format of answers. Raises DeadlineError if deriving it is too slow. The next call tries again."""
+        async with deadline("the analysis of the chat template", _MAX_WAIT_S), self._lock:
             if self._form is None:
                 self._takes_parts = await run_on(RENDERING, self._needs_parts)
                 form = await run_on(RENDERING, self._derived)
@@ -82,7 +82,8 @@ class ChatFormat:
         return markers.public(unguarded(text))
 
     async def completion(self, chat: ChatRequest, check: Callable[[int], None]) -> CompletionRequest:
-        """Returns the request without a grammar for calls. `check` gets the character count and may refuse it."""
+        """Returns the completion request, without a grammar for tool calls. `check` gets the number of characters of
+        the prompt, and raises an error if there are too many."""
         markers = ImageMarkers()
         chat = replace(chat, messages=markers.mark(chat.messages))
         check(await run_on(TOKENIZING, chat.count_characters))
@@ -106,11 +107,12 @@ class ChatFormat:
         return source_of(piece, images)
 
     async def _rendered(self, chat: ChatRequest) -> tuple[str, AnswerReading | None]:
-        """Returns the guarded prompt and how to parse the answer. Refused calls become text. Raises RequestError."""
+        """Returns the prompt with guards (see `_guarded`), and how to parse the answer. Writes tool calls as text if
+        the template refuses them. Raises RequestError."""
         form = await self.get()
         taken = _TEMPLATE_ARGUMENTS & chat.variables.keys()
         if taken:
-            raise ParameterError("chat_template_kwargs", f"{min(taken)!r} cannot be set here")
+            raise ParameterError("chat_template_kwargs", f"{min(taken)!r} cannot be set by a request; remove it")
         try:
             return await self._render(chat, form, form)
         except TemplateRefusalError as refusal:
@@ -125,7 +127,6 @@ class ChatFormat:
     async def _render(
         self, chat: ChatRequest, form: ToolFormat, history: ToolFormat
     ) -> tuple[str, AnswerReading | None]:
-        """Renders a chat. Earlier calls in its messages are written in the format `history`."""
         *messages, more = await run_on(TOKENIZING, self._guarded, chat, history)
         more |= {"now_s": chat.created}
         if chat.end is not PromptEnd.LAST_MESSAGE:
@@ -140,7 +141,8 @@ class ChatFormat:
         return text + begun, chat.reading(form, opened_reasoning(form, text) + unguarded(begun))
 
     async def _accepted_text(self, messages: list[dict[str, Any]], more: dict[str, Any]) -> str:
-        """Renders the messages in the first accepted form, if possible with the system message. May raise a refusal."""
+        """Renders the messages. If the template refuses them, tries other forms, and prefers a form with the system
+        message. Raises TemplateRefusalError if all forms are refused."""
         refusal, shortened = None, None
         for accepted in chain([messages], accepted_forms(messages)):
             shown = [*map(_with_parts, accepted)] if self._takes_parts else accepted
@@ -159,7 +161,8 @@ class ChatFormat:
         return shortened
 
     def _guarded(self, chat: ChatRequest, history: ToolFormat) -> list[dict[str, Any]]:
-        """Returns the messages and then the template's variables (also llama.cpp's). Puts GUARD into control words."""
+        """Returns the messages, followed by the variables of the template (among them llama.cpp's). Puts GUARD into
+        control words of the texts, which are then not encoded as control tokens."""
         tools, today = chat.offered_tools, datetime.fromtimestamp(chat.created).astimezone()
         variables = {
             "date_string": today.strftime("%d %b %Y"),
@@ -171,7 +174,7 @@ class ChatFormat:
         return guard_messages([*template_messages(history, chat.messages, tools), variables], self._tokenizer)
 
     def _needs_parts(self) -> bool:
-        """True if the template shows contents only as lists of parts, as some vision models' templates do."""
+        """Returns True if the template shows contents only if they are lists of parts, as for some vision models."""
         source = self._template.source or ""
         if not any(word in source for word in _PART_TYPES):
             return False
@@ -194,7 +197,7 @@ class ChatFormat:
 
         def render(messages: Sequence[Mapping[str, Any]], prompt: bool, variables: Mapping[str, Any]) -> str:
             if time.monotonic() > end:
-                raise DeadlineError(f"the chat template's form was not known after {_MAX_DERIVATION_S:g} s; try again")
+                raise DeadlineError(f"analysing the chat template took longer than {_MAX_DERIVATION_S:g} s; try again")
             return self._template.render(messages, prompt, **variables)
 
         return derive_format(source, render)
@@ -208,8 +211,9 @@ def _with_parts(message: Mapping[str, Any]) -> dict[str, Any]:
 def answer_reasoning(
     reading: AnswerReading | None, budget: ReasoningBudget | None, grammar: Grammar | None, tokenizer: Tokenizer
 ) -> Reasoning | None:
-    """Returns how the engine follows reasoning, or None if reasoning looks like content or nothing depends on it.
-    `grammar` does not cover reasoning. Raises ParameterError if the budget's message contains the end tag."""
+    """Returns how the engine tracks reasoning. Returns None if reasoning looks like content, or if neither a budget nor
+    a grammar depends on it. `grammar` applies only after reasoning. Raises ParameterError if the budget's message
+    contains the end tag."""
     calls_end = reading is not None and reading.form.calls_end_reasoning and (grammar is None or bool(grammar.triggers))
     found = None if reading is None else _open_or_closed(reading, calls_end=calls_end)
     if found is None:
@@ -218,7 +222,7 @@ def answer_reasoning(
     if budget is None:
         return replace(found, delays_grammar=True) if delays else None
     if any(end in budget.message for end in found.ends):
-        raise ParameterError("reasoning_budget_message", "has the tag that ends the reasoning; leave the tag out")
+        raise ParameterError("reasoning_budget_message", "has the tag that ends the reasoning; remove the tag")
     forced = tokenizer.encode_plain(budget.message, after_special=False) if budget.message else []
     for part in tokenizer.split_special(found.ends[0], parse_special=True):
         forced += tokenizer.encode_plain(part, after_special=False) if isinstance(part, str) else [part]
@@ -227,7 +231,7 @@ def answer_reasoning(
 
 
 def _open_or_closed(reading: AnswerReading, *, calls_end: bool) -> Reasoning | None:
-    """Returns the tags of reasoning and whether the prompt leaves it open, or None if it cannot be followed."""
+    """Returns the tags of reasoning, and whether the prompt leaves it open. Returns None if it cannot be tracked."""
     found = _tags(reading.form)
     if found is None or any(len(text.encode()) > MAX_TRIGGER_BYTES for text in (*found.begins, *found.ends)):
         return None

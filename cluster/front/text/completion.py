@@ -1,4 +1,4 @@
-"""A running completion. Its choices' events become text chunks, which are appended to a log."""
+"""A running completion. It converts the events of its choices to text chunks, and appends the chunks to a log."""
 
 from __future__ import annotations
 
@@ -34,21 +34,20 @@ if TYPE_CHECKING:
 
 _PROGRESS_S = 0.1
 _QUEUE_S = 120.0
-"""The longest time that a later choice waits for a place in a full queue after the choice before it, in seconds."""
+"""Maximum seconds that a choice waits for a place in a full queue once the previous choice is submitted."""
 _TURN_TOKENS = 1 << 16
-"""The maximum number of prompt tokens to submit in one event loop turn. A single choice may have more."""
+"""Maximum number of prompt tokens to submit in one turn of the event loop. A single choice may have more."""
 SCORED_TOKENS = 256
-"""The number of scored prompt tokens in a chunk. Chunks after the first begin at multiples of this number."""
+"""Number of scored prompt tokens in a chunk. All chunks except the first begin at a multiple of this number."""
 
 
 Choice = tuple[GenerationRequest, "ChoiceText"]
-"""A choice to run, and the object that converts the choice's events to text."""
 
 
 class Completion:
-    """All choices of one prompt. Their chunks are appended to a log. `aclose` ends running choices, and an error ends
-    all choices. Later choices wait until the first has computed the prompt, and then find it in the prefix cache. If
-    the queue is full then, they wait for a limited time, because the request was accepted."""
+    """All choices of one prompt. Their chunks are appended to a log. Later choices wait until the first one has
+    computed the prompt, which they then find in the prefix cache. If the queue is full at that time, they wait for a
+    limited time, because the request was already accepted. An error in one choice ends all choices."""
 
     def __init__(
         self, engine: Engine, choices: Sequence[Choice], log: AnswerLog, prompt: int, on_close: Callable[[], None]
@@ -68,7 +67,7 @@ class Completion:
         try:
             self._submit(self._choices[0])
         except LlamaclustError:
-            self._choices.clear()  # each refers to this object
+            self._choices.clear()  # Breaks reference cycles: each choice refers to this object.
             raise
         if len(choices) > 1:
             self._tasks.append(asyncio.create_task(self._begin_later()))
@@ -84,21 +83,20 @@ class Completion:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Aborts choices that have not ended. Afterwards, the engine holds nothing of the request."""
+        """Aborts the choices that have not ended. Afterwards, the engine holds nothing of the request."""
         for choice in self._choices:
             choice.abort()
         for task in self._tasks:
             task.cancel()
         self._on_close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._choices.clear()  # each refers to this object
-        self._tasks.clear()  # likewise, by the error of one that was cancelled
+        self._choices.clear()  # Breaks reference cycles: each choice refers to this object.
+        self._tasks.clear()  # A cancelled task refers to this object through its error.
 
     def _submit(self, choice: _Running) -> None:
         self._engine.begin(choice.generation, choice)
 
     async def _begin_later(self) -> None:
-        """Submits the later choices in order. Between long prompts, the event loop can do other work."""
         await self._is_primed.wait()
         together = max(1, _TURN_TOKENS // max(1, len(self.generation.prompt)))
         for number, choice in enumerate(self._choices[1:]):
@@ -112,7 +110,6 @@ class Completion:
             await asyncio.sleep(_PROGRESS_S)
 
     def _show_progress(self) -> None:
-        """Appends the prompt's progress: first the cached tokens, then the growing number of computed tokens."""
         request = self._choices[0].request
         now = None if request is None else request.progress
         if now is None:
@@ -129,13 +126,13 @@ class Completion:
         if error is not None:
             self.failed(error)
 
-    # -- called by its choices -------------------------------------------------------------------------------------
+    # -- called by choices ---------------------------------------------------------------------------------------------
 
     def primed(self) -> None:
         self._is_primed.set()
 
     def put(self, chunk: TextChunk) -> None:
-        if self._shows_progress:  # until the first chunk
+        if self._shows_progress:  # True until the first chunk.
             self._shows_progress = False
             self._show_progress()
         self.log.append(self._prompt, chunk)
@@ -153,12 +150,13 @@ class Completion:
 
 
 class _Running:
-    """Converts events to text within the engine's calls. A task for each choice would double the time per token."""
+    """A running choice. The engine calls its methods with events, which are converted to text at once. A task per
+    choice would double the time per token."""
 
     def __init__(self, owner: Completion, generation: GenerationRequest, text: ChoiceText, timed: Timed) -> None:
         self.generation = generation
         self.request: SubmittedRequest | None = None
-        self._is_over = False  # what comes is of no interest
+        self._is_over = False  # True if later events are ignored.
         self._owner = owner
         self._text = text
         self._timed = timed
@@ -175,7 +173,7 @@ class _Running:
             self._owner.primed()
         try:
             self._take(event)
-        except Exception as error:  # noqa: BLE001  a border: the engine's other requests go on
+        except Exception as error:  # noqa: BLE001  The engine's other requests must continue.
             self.end(error)
 
     def _take(self, event: Event) -> None:
@@ -194,7 +192,7 @@ class _Running:
         return replace(chunk, timings=chunk.timings or self.request.timings)
 
     def end(self, error: Exception | None) -> None:
-        self.request = None  # which refers to this object
+        self.request = None  # Breaks a reference cycle: the request refers to this object.
         if not self._is_over:
             self._is_over = True
             self._owner.failed(error or WorkerError("the request was ended before its answer was complete"))
@@ -211,7 +209,7 @@ class _Running:
 
 
 class ChoiceText:
-    """Converts a choice's events to chunks. The number of prompt tokens computed at a time does not matter."""
+    """Converts a choice's events to chunks. They do not depend on how many prompt tokens are computed at a time."""
 
     def __init__(
         self,
@@ -222,7 +220,8 @@ class ChoiceText:
         min_tokens: int,
         reading: AnswerReading | None = None,
     ) -> None:
-        """Makes the converter. With `reading`, the answer belongs to a chat, and chunks' text is the chat's content."""
+        """Makes the converter. If `reading` is given, the choice answers a chat, and the text of its chunks is the
+        content of the chat message."""
         self._index = index
         self._detokenizer = Detokenizer(tokenizer, shown=frozenset() if reading is None else reading.shown_control_ids)
         self._parser = None if reading is None else reading.parser()
@@ -232,15 +231,14 @@ class ChoiceText:
         self._tokens = 0
         self._characters = 0
         self._end_token: int | None = None
-        self._scored: list[RowResult] = []  # not in a chunk yet
-        self._scored_start = 0  # the first one's place in the prompt
+        self._scored: list[RowResult] = []  # Rows that are not in a chunk yet.
+        self._scored_start = 0  # Position in the prompt of the first of these rows.
 
     @property
     def is_stopped(self) -> bool:
         return self._stop.matched is not None
 
     def take(self, event: Event) -> Sequence[TextChunk]:
-        """Returns the chunks that the event completes."""
         if isinstance(event, TokenSampled):
             return (*self._rest_of_scores(), self._sampled(event.row))
         if isinstance(event, Finished):
@@ -279,7 +277,7 @@ class ChoiceText:
         return text if self._tokens <= self._min_tokens else self._stop.push(text)
 
     def finished(self, reason: FinishReason, timings: Timings) -> TextChunk:
-        """Returns a choice's last chunk. If a stop string was found, the finish reason is STOP instead of `reason`."""
+        """Returns the last chunk of the choice. Its finish reason is `reason`, or STOP if a stop string was found."""
         text = self._stop.push(self._detokenizer.flush()) + self._stop.flush()
         text, events = self._read(text, is_last=True)
         stop = self._stop.matched
@@ -302,11 +300,13 @@ class ChoiceText:
 
 
 class StopPattern:
-    """A stop string and its search table. A state counts how many of the string's characters end the text so far."""
+    """A stop string with its table for Knuth-Morris-Pratt search. A state is the number of characters of the stop
+    string that the text so far ends with."""
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self._fallback = array("I", bytes(4 * len(text)))  # [i]: longest proper prefix that text[: i + 1] ends with
+        # [i]: length of the longest proper prefix that text[: i + 1] ends with.
+        self._fallback = array("I", bytes(4 * len(text)))
         length = 0
         for i in range(1, len(text)):
             while length and text[i] != text[length]:
@@ -315,7 +315,7 @@ class StopPattern:
             self._fallback[i] = length
 
     def next_state(self, state: int, character: str) -> int:
-        """Returns the next state. The last state equals the string's length: the string is then complete."""
+        """Returns the next state. The stop string is complete if the state equals its length."""
         while state and character != self.text[state]:
             state = self._fallback[state - 1]
         return state + (character == self.text[state])
@@ -327,16 +327,17 @@ def stop_patterns(strings: tuple[str, ...]) -> tuple[StopPattern, ...]:
 
 
 class StopStrings:
-    """Finds stop strings in text that comes in pieces. Their lengths do not change the cost per character."""
+    """Finds stop strings in text that arrives in pieces. The cost per character does not depend on their lengths."""
 
     def __init__(self, patterns: Sequence[StopPattern]) -> None:
         self._patterns = patterns
         self._states = [0] * len(patterns)
         self._held = ""
-        self.matched: str | None = None  # the stop string that was found; the stream has ended then
+        self.matched: str | None = None  # The stop string that was found. It ends the text.
 
     def push(self, text: str) -> str:
-        """Returns text before any stop string. The first completed string counts, and in a tie the longest string."""
+        """Returns the text that cannot be part of a stop string. The first complete stop string ends the text. If
+        several are complete at once, the longest one counts."""
         if not self._patterns or self.matched is not None:
             return "" if self.matched is not None else text
         text = self._held + text

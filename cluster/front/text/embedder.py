@@ -1,4 +1,4 @@
-"""Embeddings and reranking scores. They are pooled in token order in float64, so layers' placement does not matter."""
+"""Embeddings and reranking scores. Rows are pooled in token order in float64, so results do not depend on the plan."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _INT16 = 32760.0
 class Pooler:
     def __init__(self, pooling: Pooling) -> None:
         self._pooling = pooling
-        self._rows: list[Float64] = []  # of Pooling.MEAN: one row, their sum
-        self.count = 0  # rows so far
+        self._rows: list[Float64] = []  # For Pooling.MEAN, one row: the sum of all rows.
+        self.count = 0  # Number of rows so far.
 
     def add(self, event: PromptEmbedded) -> None:
         hidden = np.frombuffer(event.data, "<f4").reshape(event.count, -1)
@@ -58,7 +58,7 @@ def normalized(vector: Float64, norm: int = EUCLIDEAN) -> Vector:
 
 
 def _length(vector: Float64, norm: int) -> float:
-    """Returns the vector's divisor. Sums are exact before they are rounded, so all instruction sets agree."""
+    """Returns the divisor of the vector. Sums are exact until they are rounded, so all instruction sets agree."""
     if norm < 0:
         return 1.0
     magnitudes: Sequence[float] = np.abs(vector).tolist()
@@ -66,19 +66,20 @@ def _length(vector: Float64, norm: int) -> float:
         return max(magnitudes) / _INT16
     if norm == EUCLIDEAN:
         return math.sqrt(math.fsum(value * value for value in magnitudes))
-    greatest = max(magnitudes)  # taken out, since a high power of it may be no float
+    greatest = max(magnitudes)  # Factored out, because a high power of it could overflow.
     if greatest == 0:
         return 0.0
     return float(greatest * math.fsum((value / greatest) ** norm for value in magnitudes) ** (1 / norm))
 
 
 _MOST_SUBMITTED = 16
-"""The maximum number of one request's prompts that are queued or computed at the same time."""
+"""Maximum number of prompts of one request that are queued or computed at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingOptions:
-    """`norm` applies only to pooled vectors. `dimensions` is how many leading channels to keep, or None for all."""
+    """`norm` is llama.cpp's number of a norm (2: Euclidean, -1: none) and applies only to pooled vectors. `dimensions`
+    is the number of leading channels to keep, or None for all."""
 
     pooling: Pooling
     norm: int = EUCLIDEAN
@@ -88,7 +89,7 @@ class EmbeddingOptions:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """The embedding of one prompt. It is a single vector, or without pooling one vector for each token."""
+    """The embedding of one prompt. It is a single vector, or one vector per token if there is no pooling."""
 
     vectors: tuple[Vector, ...]
     prompt_tokens: int
@@ -107,8 +108,8 @@ class Embedder:
         self._engine = engine
 
     async def embed(self, prompts: Sequence[tuple[int, ...]], options: EmbeddingOptions) -> list[Embedding]:
-        """Returns embeddings in order. An error or a cancellation ends all. Raises ParameterError if a prompt is bad,
-        QueueFullError if the queue is full at the start, DeadlineError if a request's time ends, or WorkerError."""
+        """Returns the embeddings in order. If a prompt fails, all are cancelled. Raises ParameterError for an invalid
+        prompt, QueueFullError if the queue is full, DeadlineError, or WorkerError."""
         group = secrets.token_hex(12)
         requests = [_request(f"{group}-{index}", group, prompt, options) for index, prompt in enumerate(prompts)]
         first = self._engine.submit(requests[0])
@@ -126,7 +127,7 @@ class Embedder:
         return [Rank(ranking.score(embedding.vectors[0].tolist()), embedding.prompt_tokens) for embedding in found]
 
     async def _run(self, places: asyncio.Semaphore, request: GenerationRequest, options: EmbeddingOptions) -> Embedding:
-        async with places:  # the request counts as accepted: where the queue is full it waits
+        async with places:  # The request was accepted, so it waits while the queue is full.
             return await _pooled(await when_free(partial(self._engine.submit, request)), request, options)
 
 
@@ -135,7 +136,7 @@ def _request(name: str, group: str, prompt: tuple[int, ...], options: EmbeddingO
         name,
         prompt,
         max_new_tokens=0,
-        embedded=options.pooling.rows(len(prompt)) if prompt else None,  # the engine refuses an empty one
+        embedded=options.pooling.rows(len(prompt)) if prompt else None,  # The engine refuses an empty prompt.
         cache_salt=options.cache_salt,
         group=group,
         owner=current_owner.get(),

@@ -1,5 +1,4 @@
-"""The memory of images. It keeps rows that an encoder computed and no request uses now, and counts the bytes of tiles
-and of rows in use."""
+"""Memory for images. Keeps computed rows that no request uses now, and counts the bytes of tiles and of rows in use."""
 
 from __future__ import annotations
 
@@ -21,14 +20,14 @@ Rows = NDArray[np.float32]  # [rows, levels * width]
 _RETRY_S: Final = 5.0
 _MOST_BYTES: Final = 1 << 30
 _SHARE: Final = 16
-"""Rows may take the machine's free memory divided by this number."""
+"""Rows and tiles may take the machine's free memory divided by this number."""
 _KEPT: Final = 4
 """Rows that no request uses may take that memory divided by this number."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowLimits:
-    """Memory limits. `kept_bytes` is for rows that no request uses. `held_bytes` is for all rows and prepared tiles."""
+    """Memory limits. `kept_bytes` is for rows that no request uses, `held_bytes` for all rows and tiles."""
 
     kept_bytes: int = _MOST_BYTES // _KEPT
     held_bytes: int = _MOST_BYTES
@@ -40,7 +39,7 @@ class RowLimits:
 
 
 class RowMemoryError(QueueFullError):
-    """Memory for `size` bytes of rows or tiles is short. Other requests with images hold the memory."""
+    """There is no memory for `size` bytes of rows or tiles, because other requests with images hold it."""
 
     def __init__(self, held_bytes: int, size: int) -> None:
         super().__init__(f"images of other requests take {held_bytes >> 20} MiB; try again", _RETRY_S)
@@ -49,15 +48,14 @@ class RowMemoryError(QueueFullError):
 
 
 class RowCache:
-    """The latest rows that no request uses, by digest, and the number of bytes in use. Both count towards one limit.
-    Requests that lack memory wait in `line`. Not thread-safe."""
+    """Keeps the latest rows that no request uses, by digest, and counts the bytes in use. One limit applies to all of
+    these bytes. Requests that lack memory wait in `line`. Not thread-safe."""
 
     def __init__(self, limits: RowLimits | None = None) -> None:
         self._limits = limits or RowLimits()
         self._kept: OrderedDict[bytes, Rows] = OrderedDict()
         self._freed = asyncio.Event()
         self.owned = Shares(self._limits.held_bytes)
-        """The bytes of rows that each owner's requests use."""
         self.line = Line(self.owned.held)
         self.used_bytes = 0
         self.kept_bytes = 0
@@ -70,7 +68,6 @@ class RowCache:
         return digest in self._kept
 
     def reuse(self, digest: bytes) -> Rows | None:
-        """Returns kept rows. From now on, they count as used."""
         rows = self._kept.pop(digest, None)
         if rows is not None:
             self.kept_bytes -= rows.nbytes
@@ -78,7 +75,7 @@ class RowCache:
         return rows
 
     def keep(self, digest: bytes, rows: Rows) -> None:
-        """Takes rows that are no longer in use. They must own their memory."""
+        """Takes rows that are no longer used. The array must own its memory."""
         assert rows.base is None
         self.used_bytes -= rows.nbytes
         if digest not in self._kept:
@@ -90,7 +87,6 @@ class RowCache:
         self._freed.set()
 
     def use(self, size: int) -> None:
-        """Counts bytes as used. Raises the errors of `make_room`."""
         self.make_room(size)
         self.used_bytes += size
 
@@ -99,7 +95,8 @@ class RowCache:
         self._freed.set()
 
     def make_room(self, size: int) -> None:
-        """Drops unused rows to make room. Raises ParameterError if `size` is over the limit, else RowMemoryError."""
+        """Drops unused rows until `size` bytes fit. Raises ParameterError if `size` exceeds the limit, and
+        RowMemoryError if used bytes leave too little room."""
         self.check(size)
         if self.used_bytes + size > self._limits.held_bytes:
             raise RowMemoryError(self.held_bytes, size)
@@ -107,13 +104,13 @@ class RowCache:
             self._drop()
 
     async def wait_for(self, size: int) -> None:
-        """Waits until there is room for `size` bytes. Only one caller waits at a time: the first in line."""
+        """Waits until there is room for `size` bytes. The caller must be first in line, so only one waits."""
         while self.used_bytes + size > self._limits.held_bytes:
             self._freed.clear()
             await self._freed.wait()
 
     def check(self, size: int) -> None:
-        """Raises ParameterError if `size`, the bytes that one request's images need at a time, exceeds the limit."""
+        """Raises ParameterError if `size` exceeds the limit. `size` is the memory that one request needs at a time."""
         most = self._limits.held_bytes
         if size > most:
             what = f"have images that take {size >> 20} MiB; the limit is {most >> 20} MiB"
@@ -125,8 +122,6 @@ class RowCache:
 
 
 class RowLeases:
-    """Keeps the leases of the rows that a request uses until the request ends."""
-
     def __init__(self) -> None:
         self._held = ExitStack()
         self.are_empty = True
@@ -140,7 +135,6 @@ class RowLeases:
         self.are_empty = True
 
     def moved(self) -> RowLeases:
-        """Passes the leases on to a new owner."""
         other = RowLeases()
         other._held, other.are_empty, self.are_empty = self._held.pop_all(), self.are_empty, True
         return other

@@ -1,4 +1,4 @@
-"""Images in prompts: message parts, and prompts that consist of token ids and images."""
+"""Images in prompts: parts of messages, and prompts that consist of token ids and images."""
 
 from __future__ import annotations
 
@@ -15,29 +15,25 @@ MAX_IMAGES: Final = 64
 MAX_IMAGES_BYTES: Final = 32 << 20
 
 MEDIA_MARKER: Final = f"<__media_{token_hex(16)}__>"
-"""llama.cpp's text for an image, shown by `GET /props`. It is random, so no text contains it by accident."""
+"""llama.cpp's placeholder for an image, shown by `GET /props`. It is random, so no text contains it by accident."""
 PLAIN_MARKER: Final = "<__media__>"
-"""The marker of older llama.cpp versions. It applies to prompts that lack the random marker."""
+"""Placeholder of older llama.cpp versions. It is used in prompts without a `MEDIA_MARKER`."""
 
-_STEP: Final = 1 << 18  # a multiple of 4
+_STEP: Final = 1 << 18  # Number of base64 characters to decode at a time, a multiple of 4.
 Part = str | dict[str, Any]
 """A part of a message. It is a text, or an image in OpenAI's form."""
 Content = str | list[dict[str, Any]]
-"""A message's content. With images, it is a list of OpenAI's parts of the types `text` and `image_url`."""
+"""Content of a message. If it has images, it is a list of OpenAI parts of the types `text` and `image_url`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSource:
-    """An image as the client sent it: a file's bytes, whose format is not known yet."""
-
     data: bytes = field(repr=False)
-    detail: str = "auto"  # OpenAI's: auto, low or high
+    detail: str = "auto"  # OpenAI's level of detail: auto, low or high.
 
 
 @dataclass(frozen=True, slots=True)
 class PromptImages:
-    """A prompt with images. `pieces` are token ids and images in the prompt's order."""
-
     pieces: tuple[tuple[int, ...] | ImageSource, ...]
 
     @property
@@ -46,7 +42,6 @@ class PromptImages:
 
     @property
     def least_tokens(self) -> int:
-        """A lower bound of the prompt's length. It counts one row for each image."""
         return sum(1 if isinstance(piece, ImageSource) else len(piece) for piece in self.pieces)
 
 
@@ -59,7 +54,7 @@ def text_part(text: str) -> dict[str, Any]:
 
 
 def joined(parts: Sequence[Part]) -> Content:
-    """Makes a message's content from texts and image parts. Without images, line breaks join the texts."""
+    """Makes the content of a message from texts and images. If there are no images, line breaks join the texts."""
     texts = [part for part in parts if isinstance(part, str)]
     if len(texts) == len(parts):
         return "\n".join(texts)
@@ -67,7 +62,6 @@ def joined(parts: Sequence[Part]) -> Content:
 
 
 def parts_of(content: Content) -> list[Part]:
-    """Returns the texts and image parts of a message's content. It is the inverse of `joined`."""
     if isinstance(content, str):
         return [content]
     return [part["text"] if part["type"] == "text" else part for part in content]
@@ -80,7 +74,7 @@ def image_urls(messages: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 class ImageMarkers:
-    """Random texts that replace a chat's images while its template is rendered. They have only letters and digits."""
+    """Random texts that replace the images of a chat while its template is rendered. They are alphanumeric."""
 
     def __init__(self) -> None:
         self._word = f"image{token_hex(16)}n"
@@ -88,7 +82,8 @@ class ImageMarkers:
         self._parts: list[dict[str, Any]] = []
 
     def mark(self, messages: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-        """Replaces images with markers. Joins texts with line breaks, as llama.cpp does, except next to an image."""
+        """Replaces images with markers, so that the content of each message becomes one text. Line breaks join adjacent
+        texts, as in llama.cpp."""
         return tuple(
             {**each, "content": self._text(content)} if isinstance(content := each.get("content"), list) else each
             for each in messages
@@ -107,7 +102,7 @@ class ImageMarkers:
         return text
 
     def split(self, rendered: str) -> list[Part]:
-        """Returns texts and image parts, beginning with a text. Raises ParameterError if an image is missing."""
+        """Splits a prompt into texts and images, beginning with a text. Raises ParameterError if an image is lost."""
         first, *others = self._pattern.split(rendered)
         numbers, texts = [*map(int, others[::2])], others[1::2]
         if missing := len(self._parts) - len({*numbers}):
@@ -119,17 +114,15 @@ class ImageMarkers:
         return pieces
 
     def public(self, rendered: str) -> str:
-        """Returns a rendered prompt with llama.cpp's marker in place of each image."""
         return self._pattern.sub(MEDIA_MARKER, rendered)
 
 
 def source_of(part: Mapping[str, Any], images: Mapping[str, bytes]) -> ImageSource:
-    """Returns the image of an image part. `images` has the bytes of images at URLs, except data URLs."""
     image = part["image_url"]
     url = image["url"]
     return ImageSource(images[url] if url in images else _decoded(url.partition(",")[2]), image["detail"])
 
 
 def _decoded(data: str) -> bytes:
-    """Decodes base64 in steps, so that other threads can run meanwhile."""
+    """Decodes base64 in steps, so that other threads can run."""
     return b"".join(a2b_base64(data[start : start + _STEP]) for start in range(0, len(data), _STEP))

@@ -1,4 +1,4 @@
-"""Prepares a prompt's images in order. The next images are prepared while the caller works with one image."""
+"""Prepares the images of a prompt in order. The next images are prepared while the caller works with one image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.cluster.front.text.image_rows import RowMemoryError
 from llamaclust.cluster.front.text.images import ImageSource
 
 _SIDE_BY_SIDE: Final = 2
-"""The number of images to prepare at a time for one owner."""
+"""Number of images to prepare at a time for one prompt."""
 
 
 class Releasable(Protocol):
@@ -25,8 +25,8 @@ _Any = TypeVar("_Any")
 
 
 class Prefetch(Generic[_Result]):
-    """The results of `begin` for images, in order. The caller releases each result. If memory is short, the next
-    images' results are dropped, and begun again later."""
+    """Results of `begin` for images, in order. The caller must release each result. If memory is short, results that
+    the caller has not taken are dropped and computed again later."""
 
     def __init__(
         self,
@@ -34,15 +34,14 @@ class Prefetch(Generic[_Result]):
         begin: Callable[[ImageSource], Coroutine[Any, Any, _Result]],
         room: Callable[[int, int], Awaitable[None]],
     ) -> None:
-        """`room(own_bytes, size)` waits until the caller, which has `own_bytes`, may have `size` bytes more. It raises
-        RowMemoryError if others have the memory."""
+        """`room(own_bytes, size)` waits until `size` more bytes are free. `own_bytes` is the memory that the caller has
+        already. Raises RowMemoryError if other requests hold the memory."""
         self._sources = deque(sources)
         self._begin = begin
         self._room = room
         self._tasks: deque[asyncio.Task[_Result]] = deque()
 
     async def next(self, own_bytes: int) -> _Result:
-        """Returns the next image's result. Raises the errors of `begin` and of `with_room`."""
         self._begin_tasks(_SIDE_BY_SIDE)
         result = await self.with_room(self._first, own_bytes)
         self._sources.popleft()
@@ -51,9 +50,8 @@ class Prefetch(Generic[_Result]):
         return result
 
     async def with_room(self, work: Callable[[], Awaitable[_Any]], own_bytes: int) -> _Any:
-        """Awaits `work`. If memory is short, frees the next images' memory and does `work` again. The caller has
-        `own_bytes`. Raises the errors of `room`, and ParameterError if `work` needs more memory than any request can
-        have."""
+        """Awaits `work`. If memory is short, drops prepared results, waits for `room`, and calls `work` again.
+        `own_bytes` is the memory that the caller has. Raises the errors of `room`."""
         while True:
             try:
                 return await work()
@@ -63,14 +61,15 @@ class Prefetch(Generic[_Result]):
             await self._room(own_bytes, size)
 
     async def aclose(self) -> None:
-        """Drops the next images' results. `next` begins them again."""
+        """Drops the prepared results. `next` prepares them again."""
         for task in self._tasks:
             task.cancel()
         if self._tasks:
-            await asyncio.wait(self._tasks)  # unlike gather, it holds no results
+            await asyncio.wait(self._tasks)  # Unlike `gather`, `wait` does not hold the results.
         while self._tasks:
             task = self._tasks.popleft()
-            if not task.cancelled() and task.exception() is None:  # else it is logged
+            # Reading the exception keeps asyncio from logging it.
+            if not task.cancelled() and task.exception() is None:
                 task.result().release()
 
     async def _first(self) -> _Result:

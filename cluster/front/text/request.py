@@ -1,4 +1,4 @@
-"""Prompts and chats with the options of their answers, and checks of fields that have no equivalent in tokens."""
+"""Prompts and chats with the options of their answers. Checks the options that have no equivalent in tokens."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ MAX_STOP_CHARACTERS = 4096
 MAX_STOP_TOKENS = 1024
 MAX_SALT_CHARACTERS = 256
 MAX_BEGUN_CHARACTERS = 1 << 18
-"""The maximum number of characters of a continued message, over all choices. Parsing them takes about two seconds."""
+"""Maximum number of characters of a continued message, summed over all choices. Parsing them takes two seconds."""
 SEEDS = 1 << 64
 
 _DRAWN_SEED_BITS = 53
-"""The bits of a random seed. They are few enough for JSON readers that represent numbers as doubles."""
+"""Bits of a random seed. JSON readers that use doubles for numbers read such a seed exactly."""
 
 Answered = Mapping[int, tuple[RowResult, ...]]
-"""The first tokens of each of a request's choices, by the choice's index."""
+"""First tokens of the choices of a request, by index of the choice."""
 
 
 MAX_MESSAGE_CHARACTERS: Final = 2048
@@ -42,25 +42,23 @@ MAX_MESSAGE_CHARACTERS: Final = 2048
 
 @dataclass(frozen=True, slots=True)
 class AnswerReading:
-    """Settings for parsing an answer's text. All choices share the settings."""
+    """Describes how to parse the text of an answer. All choices of a request share it."""
 
     form: ToolFormat
     tools: Tools = field(default_factory=dict)
     splits_reasoning: bool = True
     most_calls: int | None = None
-    begun: str = ""  # what the prompt has written of the answer
-    reads_unmarked: bool = False  # an answer that is nothing but calls without markers has these calls
-    shown_control_ids: frozenset[int] = frozenset()  # control tokens that are part of the format
+    begun: str = ""  # Beginning of the answer that the prompt already contains.
+    reads_unmarked: bool = False  # True if an answer that consists only of unmarked calls has these calls.
+    shown_control_ids: frozenset[int] = frozenset()  # Control tokens whose text is part of the format.
 
     @property
     def is_thinking(self) -> bool:
-        """True if the answer begins inside reasoning."""
         tags = self.form.reasoning
         return tags is not None and tags.begin in self.begun and tags.end not in self.begun
 
     @property
     def _has_begun_text(self) -> bool:
-        """True if the prompt already contains some of the answer's content."""
         tags = self.form.reasoning
         return not self.is_thinking and bool(self.begun.rpartition("\0" if tags is None else tags.end)[2].strip())
 
@@ -80,34 +78,35 @@ class CompletionRequest(AnswerOptions):
     """A prompt and the options of its completion. A text is tokenized as the model file specifies."""
 
     prompt: str | tuple[int, ...] | PromptImages
-    max_new_tokens: int | None = None  # None: until the context is full; 0: the prompt is computed, nothing generated
+    # None: until the context is full. 0: the prompt is computed and nothing is generated.
+    max_new_tokens: int | None = None
     params: SamplingParams = field(default_factory=SamplingParams)
-    seed: int | None = None  # -2**63 .. 2**64 - 1, negative ones as two's complement; None: drawn at random
-    stop: tuple[str, ...] = ()  # the answer ends before the first of them
-    stop_token_ids: frozenset[int] = frozenset()  # beside the model's own end-of-generation tokens
-    min_tokens: int = 0  # nothing stops the answer before
-    ignore_eos: bool = False  # end-of-generation tokens are never sampled
+    seed: int | None = None  # From -2**63 to 2**64 - 1, as two's complement if negative. None: drawn at random.
+    stop: tuple[str, ...] = ()  # Stop strings. The answer ends before the first stop string in it.
+    stop_token_ids: frozenset[int] = frozenset()  # End tokens besides the model's own.
+    min_tokens: int = 0  # Stop strings and end tokens do not end a shorter answer.
+    ignore_eos: bool = False  # True if end-of-generation tokens are never sampled.
     n: int = 1
-    penalty_window: int | None = None  # last tokens that penalties count; None: all
-    penalize_nl: bool = True  # penalties count line breaks too
-    dry_window: int | None = None  # last tokens in which DRY looks for repetitions; None: all
-    dry_breakers: tuple[str, ...] = DEFAULT_BREAKERS  # repetitions do not extend beyond these
-    add_special: bool = True  # BOS (and EOS) where the model wants them
-    parse_special: bool = True  # control words in a prompt's text become their tokens
-    request_id: str | None = None  # None: drawn at random
-    group: str = ""  # of prompts that came as one request
-    reading: AnswerReading | None = None  # of a chat's answer
-    answered: Answered = field(default_factory=dict)  # first tokens of choices, known from an earlier run
-    slot: int | None = None  # that remembers its tokens, where slots are kept
+    penalty_window: int | None = None  # Number of last tokens that penalties count. None: all tokens.
+    penalize_nl: bool = True  # True if penalties count line breaks too.
+    dry_window: int | None = None  # Number of last tokens in which DRY looks for repetitions. None: all tokens.
+    dry_breakers: tuple[str, ...] = DEFAULT_BREAKERS  # Texts at which DRY ends a repetition.
+    add_special: bool = True  # True to add BOS (and EOS) if the model wants them.
+    parse_special: bool = True  # True to encode control words in a text prompt as control tokens.
+    request_id: str | None = None  # Id of the request. None: drawn at random.
+    group: str = ""  # Id that all prompts of one HTTP request share.
+    reading: AnswerReading | None = None  # None if the answer's text is not parsed.
+    answered: Answered = field(default_factory=dict)  # First tokens of choices, if an earlier coordinator sampled them.
+    slot: int | None = None  # Slot that records the tokens, if slots are kept.
 
     @property
     def begun_characters(self) -> int:
-        """The number of answer characters that are already in the prompt, summed over all choices."""
+        """Number of characters of answers that the prompt already contains, summed over all choices."""
         return 0 if self.reading is None else len(self.reading.begun) * self.n
 
     @property
     def setup_characters(self) -> int:
-        """The number of characters to read before the answers begin: begun text in the prompt, and stop strings."""
+        """Number of characters to read before the answers begin: text of answers in the prompt, and stop strings."""
         return self.begun_characters + sum(map(len, self.stop))
 
     def check_begun(self) -> None:
@@ -144,16 +143,16 @@ Variables = Mapping[str, Any]
 
 
 class ToolMode(Enum):
-    AUTO = auto()  # as the model decides
+    AUTO = auto()  # The model decides whether to call tools.
     NONE = auto()
-    REQUIRED = auto()  # at least one
+    REQUIRED = auto()  # The answer must have at least one call.
 
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
     mode: ToolMode = ToolMode.AUTO
-    name: str | None = None  # of the only one that may be called
-    is_parallel: bool = True  # an answer may have several calls
+    name: str | None = None  # Name of the only tool that may be called. None: any tool.
+    is_parallel: bool = True  # True if an answer may have several calls.
 
     @classmethod
     def of(cls, mode: ToolMode, name: str | None, is_parallel: bool | None) -> ToolUse:
@@ -171,24 +170,26 @@ class ToolUse:
 
 
 class PromptEnd(Enum):
-    GENERATION_PROMPT = auto()  # the beginning of a new answer
-    LAST_MESSAGE = auto()  # the text of the last message, without its end: the answer continues it
-    NOTHING = auto()  # the end of the last message
+    GENERATION_PROMPT = auto()  # The prompt ends with the beginning of a new answer.
+    LAST_MESSAGE = auto()  # The prompt ends with the text of the last message, which the answer continues.
+    NOTHING = auto()  # The prompt ends with the end of the last message.
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    messages: tuple[Variables, ...]  # as chat templates know them: role, content, ...
-    answer: CompletionRequest = field(default_factory=lambda: CompletionRequest(()))  # its prompt is the rendered chat
-    tools: tuple[Variables, ...] = ()  # OpenAI's definitions; the template writes them
-    variables: Variables = field(default_factory=dict)  # further ones of the template
+    messages: tuple[Variables, ...]  # In the form that chat templates expect, with role, content and so on.
+    # Options of the answer. The rendered chat replaces its prompt.
+    answer: CompletionRequest = field(default_factory=lambda: CompletionRequest(()))
+    tools: tuple[Variables, ...] = ()  # OpenAI definitions, which the template writes into the prompt.
+    variables: Variables = field(default_factory=dict)  # Additional variables for the template.
     end: PromptEnd = PromptEnd.GENERATION_PROMPT
     tool_use: ToolUse = field(default_factory=ToolUse)
-    splits_reasoning: bool = True  # reasoning is apart from the content
-    may_reason: bool = True  # False: the prompt ends any reasoning that it begins
+    splits_reasoning: bool = True  # True to separate reasoning from the content.
+    may_reason: bool = True  # False: the prompt ends any reasoning that it begins.
     reasoning_budget: ReasoningBudget | None = None
-    created: float = field(default_factory=time.time)  # Unix time in seconds, which templates get as the present
-    images: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # by their http(s) URLs in the messages
+    created: float = field(default_factory=time.time)  # Unix time in seconds. It is the current time for templates.
+    # Fetched images by the http(s) URLs in the messages.
+    images: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
     def admitted(self, created: float, adapters: AdapterScales) -> ChatRequest:
         return replace(self, created=created, answer=replace(self.answer, adapters=adapters))
@@ -211,7 +212,7 @@ class ChatRequest:
         return bool(self.variables.get("documents"))
 
     def reading(self, form: ToolFormat, begun: str) -> AnswerReading | None:
-        """Returns the settings for parsing the answer, or None if the answer's text needs no parsing."""
+        """Returns how to parse the answer, or None if its text needs no parsing."""
         schemas = {
             str(tool["function"]["name"]): tool["function"].get("parameters") or {} for tool in self.offered_tools
         }
@@ -224,7 +225,7 @@ class ChatRequest:
         )
 
     def count_characters(self) -> int:
-        """Counts characters of contents, reasoning, tool calls and tools. The prompt usually has at least as many."""
+        """Counts characters of contents, reasoning, tool calls and tools. A prompt usually has at least as many."""
         contents = [message.get(name) for message in self.messages for name in ("content", "reasoning_content")]
         calls = (call for message in self.messages for call in message.get("tool_calls") or ())
         texts = [*contents, *(call["function"].get("arguments") for call in calls)]
@@ -235,14 +236,14 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningBudget:
-    """The maximum number of reasoning tokens. After `tokens` tokens, `message` and the closing tag are forced."""
+    """Limits the number of reasoning tokens. At the limit, the engine forces `message` and the closing tag."""
 
     tokens: int
     message: str = ""
 
 
 def effort_variables(effort: str | None) -> dict[str, Any]:
-    """Returns the template's variables for an effort. As in llama.cpp, the template decides what an effort means."""
+    """Returns the template's variables for a reasoning effort. The template decides what it means, as in llama.cpp."""
     if effort is None:
         return {}
     return {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
@@ -251,8 +252,8 @@ def effort_variables(effort: str | None) -> dict[str, Any]:
 def prompt_end(
     roles: Sequence[str], continue_final_message: bool | None, add_generation_prompt: bool | None
 ) -> PromptEnd:
-    """Returns how the prompt ends. Without `continue_final_message`, llama.cpp's rule applies: an assistant's last
-    message is continued unless a generation prompt is requested. Raises ParameterError for conflicting fields."""
+    """Returns how the prompt ends. If `continue_final_message` is None, llama.cpp's rule applies: an assistant message
+    at the end is continued unless a generation prompt is requested. Raises ParameterError for conflicting fields."""
     is_answered = roles[-1:] == ["assistant"]
     if continue_final_message is None:
         continue_final_message = is_answered and not add_generation_prompt

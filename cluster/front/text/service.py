@@ -49,32 +49,33 @@ if TYPE_CHECKING:
     from llamaclust.cluster.engine.engine import Engine
 
 _BLOCKING_CHARACTERS = 2048
-"""Texts with more characters are tokenized on a thread."""
-_TOO_MANY_NUMBERS = "embeddings of {count} numbers exceed the limit of {most} in one reply: send less at once"
+"""Longer texts are tokenized on a thread."""
+_TOO_MANY_NUMBERS = "the embeddings have {count} numbers; the limit of a reply is {most}: send fewer prompts at once"
 _TOO_MANY_PAIRS = (
-    "with the query before each, there are {count} tokens; the limit is {most}: send fewer documents at once"
+    "with the query for each document, there are {count} tokens; the limit is {most}: send fewer documents at once"
 )
 _ANSWER_SHARE = 4
-"""Infilling keeps a quarter of the context free for an answer. Other files may fill the rest."""
+"""Infilling reserves the context length divided by this number for an answer. Texts and files of the request may fill
+the rest."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextSettings:
-    """A served model's name, its limits, and what its file states."""
+    """Name and limits of a served model, and settings from its file."""
 
     model_name: str
-    context_length: int  # tokens of a sequence, prompt and answer together
+    context_length: int  # Maximum number of tokens of a sequence, prompt and answer together.
     max_sequences: int = 32
-    model_path: str = ""  # of the file, where there is one
-    file: ModelFile | None = None  # likewise
-    embedding_length: int = 0  # numbers of an embedding
-    pooling: Pooling = DEFAULT  # of embeddings, where a request names none
-    ranking: Ranking | None = None  # where the model ranks documents
+    model_path: str = ""  # Path of the model file, or empty if there is none.
+    file: ModelFile | None = None  # None if there is no model file.
+    embedding_length: int = 0  # Number of channels of an embedding.
+    pooling: Pooling = DEFAULT  # Pooling of embeddings if a request names none.
+    ranking: Ranking | None = None  # None if the model does not rank documents.
     generates: bool = True
-    slots: int = 0  # that remember the tokens of requests that name them
+    slots: int = 0  # Number of slots that record the tokens of requests.
     adapters: ServedAdapters = field(default_factory=ServedAdapters)
-    max_drafted: int = 0  # tokens drafted for a sequence in a step, at most; 0: none
-    recommended: Mapping[str, Any] = field(default_factory=dict)  # sampling fields by the model file
+    max_drafted: int = 0  # Maximum number of tokens drafted for a sequence in a step. 0: none.
+    recommended: Mapping[str, Any] = field(default_factory=dict)  # Sampling fields that the model file recommends.
 
 
 class TextService:
@@ -86,7 +87,7 @@ class TextService:
         tokenizer: Tokenizer,
         chat_template: ChatTemplate,
         settings: TextSettings,
-        vision: Vision | None = None,  # None: the model reads text only
+        vision: Vision | None = None,  # None if the model reads only text.
     ) -> None:
         self.tokenizer = tokenizer
         self.vision = vision
@@ -101,21 +102,21 @@ class TextService:
         self._formats = {template: ChatFormat(template, tokenizer) for template in chat_template.named.values()}
         self._breaker_tokens = BreakerTokens(tokenizer)
         self.active_requests = 0
-        """The number of requests that were accepted and have not ended, including requests in preparation."""
+        """Number of requests that were accepted and have not ended, including requests in preparation."""
 
     async def aclose(self) -> None:
         await asyncio.to_thread(self._grammars.close)
 
     async def start(self, request: CompletionRequest) -> Completion:
-        """Prepares and submits a request. The caller reads the completion's log, and must close the completion."""
+        """Prepares and submits a request. The caller reads the log of the completion, and must close the completion."""
         with RowLeases() as leases:
             generation, log = await self.prepare(request, leases), AnswerLog()
             log.begin([generation], LogContent(RowStorage.STREAMED))
             return self.submit(request, await self.choices(request, generation), log, leases=leases)
 
     async def prepare(self, request: CompletionRequest, leases: RowLeases) -> GenerationRequest:
-        """Returns the request in tokens, with its first choice. `leases` hold its images' rows until the caller closes
-        the leases. Raises ParameterError if fields that have no equivalent in tokens are invalid."""
+        """Returns the first choice of the request in tokens. `leases` hold the rows of its images until the caller
+        closes the leases. Raises ParameterError for invalid fields, or ContextLengthError for a long prompt."""
         request.check_text()
         self.slots.check(request.slot, has_images=isinstance(request.prompt, PromptImages))
         with self._counted():
@@ -129,7 +130,7 @@ class TextService:
         return replace(self._generation(request, prompt, breakers), images=images)
 
     async def choices(self, request: CompletionRequest, generation: GenerationRequest) -> list[Choice]:
-        """Makes a prepared request's choices. Long begun answers and stop strings are read on a thread."""
+        """Makes the choices of a prepared request. Uses a thread if stop strings or continued messages are long."""
         make = partial(self._choices, request, generation)
         with self._counted():
             is_long = request.setup_characters > _BLOCKING_CHARACTERS
@@ -143,11 +144,9 @@ class TextService:
         prompt: int = 0,
         leases: RowLeases | None = None,
     ) -> Completion:
-        """Submits a prepared request. The log must have begun. Items are appended to it under the index `prompt`. The
-        caller must close the completion, which then also closes `leases`.
-
-        Raises ParameterError if a value is out of bounds, AdapterUnloadedError, QueueFullError, or WorkerError. Later
-        errors end the log."""
+        """Submits a prepared request. The log must have begun. Items are appended under the index `prompt`. The caller
+        must close the completion, which also closes `leases`. Raises ParameterError if a value is out of bounds,
+        AdapterUnloadedError, QueueFullError, or WorkerError. Later errors end the log."""
         held, (generation, _) = ExitStack(), choices[0]
         try:
             held.enter_context(self._counted())
@@ -159,12 +158,11 @@ class TextService:
         except BaseException:
             held.close()
             raise
-        if self.slots.count and request.slot is not None:  # the engine has checked the tokens, and computes later
+        if self.slots.count and request.slot is not None:  # The engine has checked the tokens, and computes later.
             log.subscribe(self.slots.recording(request.slot, generation, prompt))
         return completion
 
     def _choices(self, request: CompletionRequest, generation: GenerationRequest) -> list[Choice]:
-        """Makes the choices. This may be slow, because parsers read the begun answer and stop strings are analysed."""
         name, ends, stop = generation.request_id, generation.stop_token_ids, stop_patterns(request.stop)
         return [
             (
@@ -183,14 +181,16 @@ class TextService:
     async def embed(
         self, prompts: Sequence[Sequence[str | int]], options: EmbeddingOptions
     ) -> AsyncIterator[list[Embedding]]:
-        """Embeds prompts of texts and token ids, which count towards the budget while the context is open. Raises
-        RequestError for an empty or too long prompt or too many numbers, and the errors of `Embedder.embed`."""
+        """Embeds prompts of texts and token ids. The embeddings count toward the reply budget while the context is
+        open. Raises RequestError for an empty or too long prompt or too many numbers, and the errors of
+        `Embedder.embed`."""
         length = self.settings.embedding_length
         if self.settings.ranking is not None:
-            raise ParameterError("model", "ranks documents and makes no embeddings: use /v1/rerank")
+            raise ParameterError("model", "this model ranks documents and makes no embeddings: use /v1/rerank")
         if options.dimensions is not None and options.dimensions > length:
             raise ParameterError(
-                "dimensions", f"found {options.dimensions}; this model's embeddings have only {length}"
+                "dimensions",
+                f"expected at most {length}, the size of this model's embeddings, found {options.dimensions}",
             )
         with self._counted():
             ids = [tuple(await self._input_ids(prompt)) for prompt in prompts]
@@ -199,11 +199,11 @@ class TextService:
                 yield await self._embedder.embed(ids, options)
 
     async def rank(self, query: str, documents: Sequence[str]) -> list[Rank]:
-        """Returns the documents' scores in order. Raises ParameterError if the model does not rank or a text is too
-        long, before later texts are tokenized, and the errors of `ReplyBudget.reserve_numbers` and `Embedder.embed`."""
+        """Returns the scores of the documents in order. Raises ParameterError if the model does not rank documents,
+        ContextLengthError if a text is too long, and the errors of `reserve_numbers` and `Embedder.embed`."""
         ranking, budget = self.settings.ranking, self.budget
         if ranking is None:
-            raise ParameterError("model", "does not rank documents")
+            raise ParameterError("model", "this model does not rank documents")
         with self._counted():
             pair = await self._pair_reader(ranking.prompts, query)
             least = len(await pair("", "query")) * len(documents)
@@ -215,8 +215,8 @@ class TextService:
     async def _pair_reader(
         self, form: PairForm | PairTemplate, query: str
     ) -> Callable[[str, str], Awaitable[tuple[int, ...]]]:
-        """Returns a function that makes a document's prompt. It also takes the field's name, for errors. Special tokens
-        in texts remain text. A template's prompts are tokenized whole, since words may merge with the texts."""
+        """Returns a function that makes the prompt of a document. Its second argument is the document's field, for
+        errors. Control words in texts remain text. A template is tokenized with its texts, as a token may span both."""
         tokenizer, context = self.tokenizer, self.settings.context_length
         self._check_characters(len(query), "query")
         if isinstance(form, PairTemplate):
@@ -249,7 +249,8 @@ class TextService:
         return ids
 
     async def fill_in(self, gap: Gap, max_new_tokens: int | None) -> tuple[int, ...]:
-        """Returns a prompt to fill a gap by infill tokens. Raises ContextLengthError if the texts are too long."""
+        """Returns the prompt for filling a gap by infill tokens. Raises ContextLengthError if the texts are too
+        long."""
         tokens, context = self.tokenizer.vocabulary.fill_in, self.settings.context_length
         assert tokens is not None, "asked before"
         self._check_characters(gap.characters, "input_prefix")
@@ -265,15 +266,15 @@ class TextService:
     async def tokenize_all(
         self, parts: Sequence[str | int], param: str, most_tokens: int | None = None, add_special: bool = False
     ) -> list[list[int]]:
-        """Returns each part's token ids. A part that is an id stands for itself. `add_special` applies to the first
-        part. Raises an error early if the parts certainly have over `most_tokens` (None: the context length)."""
+        """Returns the token ids of each part. A part that is an id stands for itself. `add_special` applies to the
+        first part. Raises an error early if the parts must exceed `most_tokens` (None: the context length)."""
         self._check_room(f"has {len(parts)} parts", len(parts), param, most_tokens)
         characters = sum(len(part) for part in parts if isinstance(part, str))
         self._check_characters(characters, param, most_tokens)
         return await run_on(tokenizing(characters), self._encode_all, parts, add_special)
 
     async def chat(self, chat: ChatRequest) -> CompletionRequest:
-        """Returns a chat's completion request. Special tokens in messages remain text. Raises RequestError."""
+        """Returns the completion request of a chat. Control words in messages remain text. Raises RequestError."""
         if not self.settings.generates:
             raise ParameterError("model", NO_TEXT)
         unconstrained = await self.chat_prompt(chat)
@@ -289,7 +290,6 @@ class TextService:
         return replace(unconstrained, grammar=grammar, reasoning=reasoning)
 
     async def chat_prompt(self, chat: ChatRequest) -> CompletionRequest:
-        """Returns the completion request for a chat, without the grammar of its tool calls."""
         with self._counted():
             return await self._format_of(chat).completion(chat, self._check_characters)
 
@@ -305,10 +305,12 @@ class TextService:
         return await self._format_of(chat).text(chat)
 
     def _format_of(self, chat: ChatRequest) -> ChatFormat:
-        """Returns the format of a chat's template variant. Raises ParameterError if the variant omits the documents."""
+        """Returns the format of a chat's template variant. Raises ParameterError if the variant omits documents."""
         template = self.chat_template.variant(uses_tools=chat.uses_tools, has_documents=chat.has_documents)
         if chat.has_documents and "documents" not in (template.source or ""):
-            raise ParameterError("documents", "the model's chat template shows none of them; write them into a message")
+            raise ParameterError(
+                "documents", "the model's chat template does not show documents; write them into a message"
+            )
         return self._formats.get(template, self.chat_format)
 
     @contextmanager
@@ -349,7 +351,7 @@ class TextService:
         )
 
     def _check_room(self, has: str, tokens: int, param: str, most_tokens: int | None) -> None:
-        """Raises an error if `tokens`, a lower bound of the actual count, exceeds the limit."""
+        """Raises an error if `tokens`, a lower bound of the number of tokens, exceeds the limit."""
         context = self.settings.context_length
         if most_tokens is None and tokens > context:
             raise ContextLengthError(f"{has}, too many for {context} tokens", tokens, context, param)
@@ -363,7 +365,7 @@ class TextService:
         return await run_on(BREAKERS, self._breaker_tokens.of, request.dry_breakers)
 
     def _params(self, request: CompletionRequest) -> SamplingParams:
-        """Returns the sampling parameters. Unless `penalize_nl` is set, the line break is exempt from penalties."""
+        """Returns the sampling parameters. Unless `penalize_nl` is true, line breaks are exempt from penalties."""
         params = request.params
         if request.penalize_nl or not params.needs_history:
             return params
@@ -373,7 +375,7 @@ class TextService:
     def _generation(self, request: CompletionRequest, prompt: tuple[int, ...], breakers: Breakers) -> GenerationRequest:
         context = self.settings.context_length
         max_new_tokens = request.max_new_tokens
-        if max_new_tokens != 0:  # a prompt without room for an answer is refused by the engine
+        if max_new_tokens != 0:  # The engine refuses a prompt that leaves no room for an answer.
             room = max(context - len(prompt), 1)
             max_new_tokens = room if max_new_tokens is None else min(max_new_tokens, room)
         request_id = request.request_id or secrets.token_hex(12)

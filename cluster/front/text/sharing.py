@@ -1,4 +1,4 @@
-"""Resources that owners of requests share fairly: threads and processes for texts, and memory for replies."""
+"""Resources that the owners of requests share fairly: threads and processes for texts, and memory for replies."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from llamaclust.core.sharing.turns import Turns
 from llamaclust.wire.rpc.deadlines import deadline
 
 current_owner: Final[ContextVar[str]] = ContextVar("owner", default="")
-"""The owner of the current task's request. It is the digest of an API key, or the client's address without keys."""
+"""Owner of the current task's request: the digest of its API key, or the client's address if there is no key."""
 
 hold_bytes: Final[ContextVar[Callable[[int], None] | None]] = ContextVar("hold_bytes", default=None)
 """Counts more bytes for the current task's request, or raises an error. None if the request did not come over HTTP."""
 
 ignored_parts: Final[ContextVar[list[str] | None]] = ContextVar("ignored_parts", default=None)
-"""The names of those fields of the current task's request that have no effect."""
+"""Names of the fields that have no effect in the current task's request."""
 
 
 def report_ignored(names: Iterable[str]) -> None:
@@ -38,14 +38,14 @@ def report_ignored(names: Iterable[str]) -> None:
 
 
 _WORK_S = 120.0
-"""The deadline for work on a thread, including the wait for a thread. A busy machine may be many times slower."""
+"""Maximum seconds for work on a thread, including the wait for a thread. A busy machine may be many times slower."""
 
 _Result = TypeVar("_Result")
 _Arguments = ParamSpec("_Arguments")
 
 
 class Places:
-    """Places for one kind of work. Owners take turns. An owner has at most `most` places, or any number if None."""
+    """Limits the concurrent work of one kind. Owners take turns. Each has at most `most` places (None: any number)."""
 
     def __init__(self, count: int, most: int | None = None) -> None:
         self._count = count
@@ -70,12 +70,13 @@ _LONG_TEXTS = Threads(1, "tokenize-long")
 _LONG_CHARACTERS = 1 << 16
 RENDERING = Threads(1, "derive-format")
 BREAKERS = Threads(1, "breakers")
-"""A single thread. Breakers are computed in Python, so more threads would only delay the event loop."""
+"""A single thread. The work is done in Python, so more threads would only delay the event loop."""
 TEMPLATES = Places(2)
 
 
 def tokenizing(characters: int) -> Threads:
-    """Returns the threads for a text. Long texts go one at a time: tokenizing takes up to 150 bytes a character."""
+    """Returns the threads for tokenizing a text. Long texts are tokenized one at a time, because tokenizing takes up to
+    150 bytes of memory per character."""
     return _LONG_TEXTS if characters > _LONG_CHARACTERS else TOKENIZING
 
 
@@ -85,19 +86,20 @@ async def run_on(
     *arguments: _Arguments.args,
     **named: _Arguments.kwargs,
 ) -> _Result:
-    """Runs a function on a thread. Raises DeadlineError if it is late. If it has not begun by then, it never runs."""
+    """Runs a function on a thread. Raises DeadlineError after `_WORK_S` seconds. If the function has not begun by then,
+    it never runs."""
     async with deadline("work on the request's text, on a busy machine", _WORK_S), threads.turn():
         work = partial(function, *arguments, **named)
         return await asyncio.get_running_loop().run_in_executor(threads.executor, work)
 
 
 MAX_REPLY_ENTRIES = 1 << 21
-"""The maximum number of tokens and top logprobs in one reply."""
+"""Maximum number of tokens and top logprobs in one reply."""
 UNIT_BYTES = 200
 MAX_HELD_UNITS = 1 << 21
-"""The memory limit, in units, of one owner's replies and prompts to rank. All owners together may use twice as much."""
+"""Maximum memory, in units, of one owner's replies and prompts to rank. All owners together may use twice as much."""
 _UNIT_NUMBERS = 5
-"""The number of embedding values, or of tokens to rank, that count as one unit."""
+"""Number of embedding values, or of tokens to rank, that count as one unit."""
 _TOP_BYTES = 8
 _RETRY_S = 5.0
 
@@ -116,7 +118,7 @@ async def when_free(submit: Callable[[], _Result], limit_s: float = inf) -> _Res
 
 
 class RowStorage(Enum):
-    STREAMED = auto()  # the first prompt's are dropped as they come, the others wait
+    STREAMED = auto()  # Rows of the current prompt are dropped when they are read. Rows of later prompts wait.
     CHUNKS = auto()
     PACKED = auto()
 
@@ -127,24 +129,24 @@ class RowStorage(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ReplySize:
-    """An upper bound on the size of one prompt's completion."""
+    """Upper bound on the size of the answers to one prompt."""
 
-    rows: int  # scored and sampled tokens of all choices
-    top_logprobs: int  # a row
-    has_logprobs: bool  # beside the chosen tokens' own
+    rows: int  # Number of scored and sampled tokens of all choices.
+    top_logprobs: int  # Number of top logprobs in each row.
+    has_logprobs: bool  # True if there are top logprobs or scored tokens.
     storage: RowStorage
 
     @classmethod
     def of(
         cls, generation: GenerationRequest, choices: int, storage: RowStorage, unread_rows: int | None = None
     ) -> ReplySize:
-        """`unread_rows` is the most sampled rows held at a time. None means that all rows are held."""
+        """`unread_rows` is the maximum number of sampled rows held at a time. None means that all rows are held."""
         first = generation.score_from
         scored = 0 if first is None else max(0, len(generation.prompt) - max(first, 1))
         sampled = choices * generation.max_new_tokens
         if unread_rows is not None:
             sampled = min(sampled, unread_rows)
-        top = max(0, min(generation.top_logprobs, MAX_TOP_LOGPROBS))  # validated later
+        top = max(0, min(generation.top_logprobs, MAX_TOP_LOGPROBS))  # The engine validates the number later.
         return cls(choices * scored + sampled, top, top > 0 or scored > 0, storage)
 
     @property
@@ -157,13 +159,14 @@ class ReplySize:
 
 
 class ReplyBudget:
-    """The memory of all replies. Tokens without logprobs do not count, because few answers reach their limit."""
+    """Memory of all replies. Tokens without logprobs do not count, because few answers reach their limit."""
 
     def __init__(self) -> None:
         self.shares = Shares(MAX_HELD_UNITS)
 
     def reserve(self, sizes: Sequence[ReplySize]) -> AbstractContextManager[None]:
-        """Returns a context that holds memory. Raises ParameterError above the limit, QueueFullError if it is taken."""
+        """Returns a context that reserves memory. Raises ParameterError above the limit of a reply, and QueueFullError
+        if other replies hold the memory."""
         rows, top = sum(size.rows for size in sizes), max((size.top_logprobs for size in sizes), default=0)
         units = -(-sum(size.held_bytes for size in sizes if size.has_logprobs) // UNIT_BYTES)
         if (entries := sum(size.entries for size in sizes)) > MAX_REPLY_ENTRIES:

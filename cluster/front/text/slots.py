@@ -1,4 +1,5 @@
-"""Slots of llama.cpp's API. They keep their last request's tokens, but no KV memory: requests share that anyway."""
+"""Slots of llama.cpp's API. A slot records the tokens of its last request, but it has no KV memory of its own. Requests
+share KV memory even without slots."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SlotTokens:
-    """Tokens from position 0 on. The salt and the adapters determine which requests can share their KV memory."""
+    """Tokens that begin at position 0. Requests share their KV memory if the salt and the adapters are equal."""
 
     tokens: array[int] = field(default_factory=lambda: array("I"))
     cache_salt: str = ""
@@ -27,7 +28,6 @@ class SlotTokens:
 
 class Slots:
     def __init__(self, engine: Engine, count: int) -> None:
-        """Makes the slots. If `count` is 0, no tokens are kept."""
         self.count = count
         self._engine = engine
         self._tokens: dict[int, SlotTokens] = {}
@@ -37,16 +37,17 @@ class Slots:
         return self._engine.scheduler.settings.model_id
 
     def check(self, slot: int | None, *, has_images: bool) -> None:
-        """Raises ParameterError if the slot is unknown or the prompt has images, unless no slots are kept."""
+        """Raises ParameterError for an unknown slot or a prompt with images. Accepts every slot if no slots are
+        kept."""
         if slot is not None and self.count and not 0 <= slot < self.count:
             raise ParameterError(
                 "id_slot", f"slot {slot} does not exist: there are {self.count} slots, numbered from 0"
             )
         if slot is not None and self.count and has_images:
-            raise ParameterError("id_slot", "slots keep only token ids and no images; leave id_slot out")
+            raise ParameterError("id_slot", "slots keep only token ids and no images; remove id_slot")
 
     def recording(self, slot: int, request: GenerationRequest, prompt: int) -> Subscriber:
-        """Stores the prompt up to the first image. Returns a subscriber that adds the first answer's tokens."""
+        """Records the prompt up to its first image. Returns a subscriber that adds the tokens of the first answer."""
         text = request.prompt[: request.images[0].start] if request.images else request.prompt
         tokens = array("I", text)
         self._tokens[slot] = SlotTokens(tokens, request.cache_salt, request.adapters)
@@ -56,20 +57,20 @@ class Slots:
             nonlocal last
             if of == prompt and chunk.index == 0 and not request.images:
                 for row in chunk.rows:
-                    if last is not None:  # it has no keys and values before its successor is computed
+                    if last is not None:  # The last token has no keys and values until the next token is computed.
                         tokens.append(last)
                     last = row.token
 
         return take
 
     def tokens(self, slot: int) -> SlotTokens:
-        """Returns those tokens of a slot whose keys and values are computed, or will be."""
+        """Returns the tokens of a slot whose keys and values are computed or will be."""
         kept = self._tokens.get(slot, SlotTokens())
-        return replace(kept, tokens=kept.tokens[:])  # a request may go on
+        return replace(kept, tokens=kept.tokens[:])  # A running request may append to the array.
 
     def put(self, slot: int, tokens: SlotTokens) -> None:
         self._tokens[slot] = tokens
 
     def erase(self, slot: int) -> int:
-        """Removes a slot's tokens and returns their count. Their KV memory stays, because others may share it."""
+        """Removes the tokens of a slot and returns their number. KV memory stays, because others may share it."""
         return len(self._tokens.pop(slot, SlotTokens()).tokens)

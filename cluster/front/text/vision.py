@@ -1,4 +1,4 @@
-"""Prompts with images for a model with a projector: the token ids, and the rows in place of the images."""
+"""Prompts with images, for a model with a projector. Makes the token ids, and the rows that replace the images."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 Tile = NDArray[np.uint8]  # [height, width, 3]
 CheckLength = Callable[[int], None]
-"""Raises an error if a prompt that has at least this many tokens is too long."""
+"""Raises an error if a prompt with at least this many tokens is too long."""
 
 ImagePrompt = tuple[tuple[int, ...], tuple[ImageSpan, ...]]
-"""A prompt's token ids, with 0 for each row of an image, and its images' rows."""
+"""Token ids of a prompt, with 0 for each row of an image, and the rows of its images."""
 
 _MAX_LAYOUTS: Final = 1024
 _FLOAT_BYTES: Final = 4
@@ -46,17 +46,18 @@ _Found = TypeVar("_Found")
 
 class ImageEncoder(Protocol):
     def turn(self, owner: str) -> AbstractAsyncContextManager[None]:
-        """Enters an owner's turn for one image."""
+        """Waits for the owner's turn to encode one image."""
         ...
 
     async def encode(self, tiles: Sequence[Tile], owners: Owners) -> list[Rows]:
-        """Computes each tile's rows [rows, levels * width], line by line, for the owners that wait for them."""
+        """Computes the rows [rows, levels * width] of each tile, line by line. `owners` wait for the rows."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ImageLayout:
-    """The part of a prompt that an image becomes. `grids`: lines and columns of each tile. `starts`: rows before it."""
+    """The token ids and rows that replace an image in a prompt. `grids` has the numbers of lines and columns of each
+    tile. `starts` has the number of rows before each tile."""
 
     pieces: tuple[tuple[int, ...] | TileRows, ...]
     grids: tuple[tuple[int, int], ...]
@@ -65,7 +66,6 @@ class ImageLayout:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The token ids, with 0 for each row."""
         parts = ((0,) * (part.end - part.start) if isinstance(part, TileRows) else part for part in self.pieces)
         return tuple(chain.from_iterable(parts))
 
@@ -90,7 +90,7 @@ class _Tiles:
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """An image in a prompt. It has tiles if its rows were not known and nobody computed them when it was begun."""
+    """An image in a prompt. It has no tiles if its rows were known or being computed when the work on it began."""
 
     source: ImageSource
     digest: bytes
@@ -107,7 +107,7 @@ class _Begun:
 
 
 class Vision:
-    """The images of one served model. Use it on one event loop."""
+    """Lays out and encodes the images in prompts for one model. Use it on one event loop."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class Vision:
         rope_sections: int = 0,
         rows: RowCache | None = None,
     ) -> None:
-        """Models may share `rows`. `rope_sections` is the number of positions of a row in M-RoPE, and 0 without it."""
+        """Models may share `rows`. `rope_sections` is the number of positions of a row in M-RoPE, or 0 without it."""
         self._projector = projector
         self._tokenizer = tokenizer
         self._encoder = encoder
@@ -132,20 +132,20 @@ class Vision:
         self._encoding: SharedComputations[Rows] = SharedComputations(self._rows.keep)
 
     async def lay_out(self, prompt: PromptImages, check: CheckLength) -> tuple[int, ...]:
-        """Returns a prompt's token ids, with 0 for each row of an image. Nothing is encoded. Waits while other
-        requests' images take too much memory. Raises RequestError if an image cannot be read, and the errors of
+        """Returns the token ids of a prompt, with 0 for each row of an image. Encodes no image. Waits while other
+        images take too much memory. Raises RequestError if an image cannot be read, and the errors of
         `ImagePreparation` and `check`."""
         with RowLeases() as leases:
             return await self._in_line(leases, partial(self._lay_out, prompt, check))
 
     async def image_prompt(self, prompt: PromptImages, check: CheckLength, leases: RowLeases) -> ImagePrompt:
-        """Returns a prompt's token ids and its images' rows, which `leases` hold. Raises the errors of `lay_out` and
-        the encoder, and RowMemoryError if memory is short while the leases hold another prompt's rows."""
+        """Returns the token ids of a prompt and the rows of its images. `leases` hold the rows. Raises the errors of
+        `lay_out` and the encoder, and RowMemoryError if memory is short while `leases` hold rows of another prompt."""
         return await self._in_line(leases, partial(self._image_prompt, prompt, check))
 
     async def _in_line(self, leases: RowLeases, work: Callable[[Place, ExitStack], Awaitable[_Found]]) -> _Found:
-        """Does work that takes memory for rows. If others have the memory, frees what the work has taken, waits to be
-        first in line, and begins again. The first in line keeps what it takes, as others in line hold nothing."""
+        """Does work that takes memory for rows. If others hold the memory, frees what the work has taken, waits to be
+        first in line, and begins again. The first in line keeps what it takes. All others in line hold nothing."""
         with self._rows.line.place(current_owner.get()) as place:
             while True:
                 with ExitStack() as own:
@@ -182,7 +182,7 @@ class Vision:
         ids: list[int] = []
         spans: list[ImageSpan] = []
         known = prompt.least_tokens
-        own_bytes: dict[bytes, int] = {}  # of rows, by image
+        own_bytes: dict[bytes, int] = {}  # Bytes of rows, by digest of the image.
         begin, room = partial(self._begin, place), partial(self._room, place)
         async with aclosing(Prefetch(prompt.sources, begin, room)) as images:
             for piece in prompt.pieces:
@@ -200,7 +200,9 @@ class Vision:
         return tuple(ids), tuple(spans)
 
     async def _room(self, place: Place, own_bytes: int, size: int) -> None:
-        """Raises ParameterError if a request that has `own_bytes` can never have `size` bytes more."""
+        """Makes room for `size` more bytes. If there is no room, the request that is first in line waits, and any other
+        request gets RowMemoryError. Raises ParameterError if the request, which has `own_bytes`, can never have so
+        much."""
         self._rows.check(own_bytes + size)
         if place.is_first:
             await self._rows.wait_for(size)
@@ -212,14 +214,13 @@ class Vision:
             raise RowMemoryError(error.held_bytes, own_bytes + size) from error
 
     def _check_open(self, place: Place, size: int = 0) -> None:
-        """Raises RowMemoryError if another request is first in line."""
         if not place.is_open:
             raise RowMemoryError(self._rows.held_bytes, size)
 
     async def _leased(
         self, images: Prefetch[_Begun], image: _Begun, own_bytes: dict[bytes, int], place: Place, own: ExitStack
     ) -> Rows:
-        """Returns an image's rows, which `own` holds, and adds them to the request's `own_bytes`."""
+        """Returns the rows of an image. `own` keeps them in memory. Adds their size to the request's `own_bytes`."""
         before = sum(own_bytes.values())
         own_bytes[image.digest] = self._bytes_of(image.layout)
         self._rows.check(sum(own_bytes.values()) + image.tile_bytes)
@@ -256,7 +257,7 @@ class Vision:
         return await run_on(TOKENIZING, settings.digest, source.data, self._projector.identity)
 
     async def _tiles_of(self, digest: bytes, source: ImageSource, place: Place | None = None) -> Lease[_Tiles]:
-        """Raises RowMemoryError if another request than that of `place` is first in line."""
+        """Raises RowMemoryError if a request other than that of `place` is first in line."""
         if place is not None and digest not in self._preparing:
             self._check_open(place)
         owner = current_owner.get()
@@ -274,7 +275,7 @@ class Vision:
         return tiles
 
     def _layout_of(self, image: ImageTiles) -> ImageLayout:
-        """Raises RequestError if the encoder does not take a tile's size."""
+        """Raises RequestError if the encoder does not accept the size of a tile."""
         counts = [self._projector.rows_of(*tile.shape[:2]) for tile in image.tiles]
         side = self._projector.patch_size * self._projector.merge
         grids = tuple((tile.shape[0] // side, tile.shape[1] // side) for tile in image.tiles)
@@ -288,7 +289,7 @@ class Vision:
         return layout.rows * self._projector.width * self._projector.levels * _FLOAT_BYTES
 
     async def _rows_of(self, image: _Begun, place: Place) -> Lease[Rows]:
-        """Raises RowMemoryError with the bytes that this request lacks: the rows and, without tiles, the tiles too."""
+        """Raises RowMemoryError with the number of bytes that the request lacks for the rows and any missing tiles."""
         digest, owner = image.digest, current_owner.get()
         lacking = self._bytes_of(image.layout) + image.layout.tile_bytes - image.tile_bytes
         if digest not in self._encoding:
@@ -297,11 +298,11 @@ class Vision:
             self._check_open(place, lacking)
         try:
             return await self._encoding.take(digest, owner, self._encoder.turn(owner), partial(self._compute, image))
-        except RowMemoryError as error:  # of a computation that other requests may share
+        except RowMemoryError as error:  # Other requests may share the computation and lack another number of bytes.
             raise RowMemoryError(error.held_bytes, lacking) from error
 
     async def _compute(self, image: _Begun, owners: Owners) -> Rows:
-        """Encodes an image. If its caller expected its rows to be known, the image is prepared again."""
+        """Encodes an image. Prepares its tiles if no request has them."""
         tiles = await self._tiles_of(image.digest, image.source)
         size = self._bytes_of(tiles.value.layout)
         try:
@@ -336,7 +337,7 @@ class Vision:
             start = end
 
     def _rope_positions(self, rows: TileRows, columns: int) -> NDArray[np.int32] | None:
-        """Returns [sections, rows]. The sections are the time (0), the line and the column in the span, then zeros."""
+        """Returns [sections, rows]. Section 1 is the line in the span, section 2 the column. Other sections are 0."""
         if not self._rope_sections:
             return None
         positions = np.zeros((self._rope_sections, rows.end - rows.start), np.int32)
@@ -346,12 +347,10 @@ class Vision:
 
 
 def joined_rows(parts: Sequence[Rows]) -> Rows:
-    """Returns the rows of all tiles. This may take long."""
     return parts[0] if len(parts) == 1 and parts[0].base is None else np.concatenate(parts)
 
 
 def vision_of(model: Model, encoder: Encoder | None, preparation: ImagePreparation, rows: RowCache) -> Vision | None:
-    """Returns the images of a model, or None if the model reads only text."""
     if model.projector is None or encoder is None:
         return None
     return Vision(model.projector, model.tokenizer, encoder, preparation, model.rope_sections, rows)

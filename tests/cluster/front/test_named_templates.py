@@ -56,7 +56,9 @@ async def test_a_model_with_one_template_has_it_for_all(fields: dict[str, Any]) 
 
 
 async def test_documents_that_no_template_shows_are_refused() -> None:
-    assert (await prompt({}, {"documents": DOCUMENTS})).startswith("documents: the model's chat template shows none")
+    assert (await prompt({}, {"documents": DOCUMENTS})).startswith(
+        "documents: the model's chat template does not show documents"
+    )
     assert (await prompt({}, {"documents": DOCUMENTS}, RAG)).startswith("R<d>[")
 
 

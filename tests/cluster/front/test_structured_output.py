@@ -95,7 +95,7 @@ def test_every_form_is_one_grammar(fields: dict[str, Any], grammar: Grammar | No
         ({"structured_outputs": {"structural_tag": "a"}}, "structured_outputs: must have exactly one of"),
         (
             {"structured_outputs": {"regex": "a", "whitespace_pattern": "b"}},
-            "structured_outputs.whitespace_pattern: this server does not support it",
+            "structured_outputs.whitespace_pattern: this server does not support this field",
         ),
         ({"grammar": "a" * (1 << 18)}, "grammar: the grammar has 262144 characters"),
         ({"grammar": GBNF, "guided_regex": "a"}, "guided_regex: cannot be used together with grammar"),

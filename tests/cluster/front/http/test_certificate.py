@@ -137,7 +137,7 @@ def test_a_renewal_that_fails_is_logged_once_and_changes_nothing(
     for _ in range(3):
         looks(certificate)
     (message,) = caplog.messages
-    assert "stays as it was" in message and "No such file" in message
+    assert "keeps its previous certificate" in message and "No such file" in message
     assert certificate.fingerprint == before
     write_signed(tmp_path)
     looks(certificate)
@@ -156,7 +156,7 @@ def test_a_renewal_that_fails_for_a_passing_reason_is_tried_again(
     monkeypatch.setattr(certificate_module, "server_context", full)
     looks(certificate)
     (message,) = caplog.messages
-    assert "stays as it was" in message and "No space left" in message
+    assert "keeps its previous certificate" in message and "No space left" in message
     certificate._retry_at_s = 0.0  # a minute later
     monkeypatch.setattr(certificate_module, "server_context", dict[bytes, object]().__getitem__)
     looks(certificate)
@@ -182,7 +182,7 @@ def test_a_certificate_that_cannot_be_published_is_used_and_published_later(
         looks(certificate)
     assert certificate.fingerprint != before
     (message,) = caplog.messages
-    assert f"do not know the API's new certificate: {published}: cannot be written" in message
+    assert f"could not be published to this user's programs: {published}: cannot be written" in message
     published.rmdir()
     looks(certificate)
     assert published.read_text() in signed.files.certificate.read_text()

@@ -41,5 +41,5 @@ def test_the_longest_time_has_an_end() -> None:
 
 @pytest.mark.parametrize("value", ["soon", "5 m", "", True, [1], float("nan"), float("inf"), "1" * 65])
 def test_what_is_no_duration_is_refused(value: object) -> None:
-    with pytest.raises(HttpError, match="is no duration"):
+    with pytest.raises(HttpError, match="is not a duration"):
         read_keep_alive(value)

@@ -85,7 +85,7 @@ async def test_prompts_count_for_the_budget(monkeypatch: pytest.MonkeyPatch) -> 
         service = ranking(engine)
         monkeypatch.setattr("llamaclust.cluster.front.text.sharing.MAX_REPLY_ENTRIES", 4)
         with pytest.raises(
-            ParameterError, match="documents: with the query before each, there are 21 tokens; the limit is 20"
+            ParameterError, match="documents: with the query for each document, there are 21 tokens; the limit is 20"
         ):
             await service.rank("1234", ["1", "2", "3"])
         monkeypatch.undo()

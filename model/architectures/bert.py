@@ -1,4 +1,4 @@
-"""Encoders for embeddings. bert, nomic-bert* and jina-bert-v* have norms after blocks, modern-bert before blocks."""
+"""Encoders for embeddings. modern-bert has norms before its blocks. All others have norms after their blocks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def nomic_bert(builder: EncoderBuilder) -> None:
 
 
 def nomic_bert_moe(builder: EncoderBuilder) -> None:
-    """Nomic Embed 2: XLM-RoBERTa with rotations. Every n-th layer, from the second on, has experts without gates."""
+    """Nomic Embed 2. It is XLM-RoBERTa with rotations. Layers 1, n + 1, 2 n + 1, ... have experts without gates."""
     table, every = builder.rope_table(), builder.keys.count("moe_every_n_layers", 0, minimum=0, maximum=1 << 10)
     builder.use_layer_norms()
     for layer in builder.sentence_layers():
@@ -56,7 +56,7 @@ def jina_bert_v2(builder: EncoderBuilder) -> None:
 
 
 def jina_bert_v3(builder: EncoderBuilder) -> None:
-    """Jina Embeddings 3: XLM-RoBERTa with rotations instead of learned positions. Its adapters are separate files."""
+    """Jina Embeddings 3. It is XLM-RoBERTa with rotations, not learned positions. Its adapters are separate files."""
     table = builder.rope_table()
     builder.use_layer_norms()
     for layer in builder.sentence_layers():
@@ -65,7 +65,7 @@ def jina_bert_v3(builder: EncoderBuilder) -> None:
 
 
 def modern_bert(builder: EncoderBuilder) -> None:
-    """ModernBERT. Gate and up are one tensor, and the first layer's attention has no norm before it. The first layer
+    """ModernBERT. Gate and up are one tensor. The attention of the first layer has no norm before it. The first layer
     and every third layer after it have no window. The other layers have a window, and a rotation with another base."""
     hp, activation = builder.hyperparameters, _activation(builder)
     windowed = builder.keys.windowed_layers(hp.block_count, 3, full_first=True)

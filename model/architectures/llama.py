@@ -16,7 +16,7 @@ _MAX_SCALE = 1e3
 
 def llama(builder: ProgramBuilder) -> None:
     """LLaMA 1 to 3.x, Mistral, Mixtral, SmolLM and all others that GGUF files call llama. Rows of Q and K are permuted,
-    so that adjacent channels turn as a pair. A window in the file is used, because Mistral 7B v0.1 has one."""
+    so that adjacent channels rotate as a pair. A window in the file is used, because Mistral 7B v0.1 has one."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NORM, table, builder.hyperparameters.sliding_window))
@@ -35,8 +35,8 @@ def internlm2(builder: ProgramBuilder) -> None:
 
 
 def baichuan(builder: ProgramBuilder) -> None:
-    """Baichuan 7B and 13B. The 7B model is LLaMA, and the 13B model has ALiBi. The layer count distinguishes them, as
-    in llama.cpp. A window in the file is ignored, because the models were trained without a window."""
+    """Baichuan 7B and 13B. The 7B model is LLaMA, and the 13B model has ALiBi. The number of layers distinguishes them,
+    as in llama.cpp. A window in the file is ignored, because the models were trained without a window."""
     layers, heads = builder.hyperparameters.block_count, builder.hyperparameters.head_count
     if layers not in (_BAICHUAN_7B_LAYERS, _BAICHUAN_13B_LAYERS):
         known = f"{_BAICHUAN_7B_LAYERS}, with a rotation, and {_BAICHUAN_13B_LAYERS}, with ALiBi"
@@ -75,7 +75,7 @@ def smollm3(builder: ProgramBuilder) -> None:
 
 
 def seed_oss(builder: ProgramBuilder) -> None:
-    """Seed-OSS. It has biases on q, k and v. The feed-forward network's norm is named `post_attention_norm`."""
+    """Seed-OSS. It has biases on q, k and v. The norm of the feed-forward network is named `post_attention_norm`."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table))

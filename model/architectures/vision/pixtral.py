@@ -13,7 +13,8 @@ _MERGER = "mm.patch_merger"
 
 
 def pixtral(builder: VisionBuilder) -> Buffer:
-    """Rows of Q and K are permuted in files: adjacent channels are a rotated pair. Newer models merge patches."""
+    """Emits the encoder. Rows of Q and K are permuted, so that adjacent channels rotate as a pair. Newer models merge
+    patches."""
     builder.rms = True
     hp = builder.hyperparameters
     rotation = alternating(hp.head_dim, _ROPE_BASE, RopeStyle.NORM, (HEIGHT, WIDTH))

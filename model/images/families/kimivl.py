@@ -16,7 +16,6 @@ def _cut(size: Size, settings: ImageSettings) -> Cut:
 
 
 def _resized(size: Size, settings: ImageSettings) -> Size:
-    """Returns the new size. An image is resized only if it has more patches than the limit."""
     width, height = size
     patch = settings.patch_size
     patches = (width // patch) * (height // patch)

@@ -70,7 +70,7 @@ def expert_step(
     (x, out), count, ffn = buffers, hp.expert_count, hp.expert_feed_forward_length
     old = f"{prefix}.ffn_gate.0.weight"
     if tensors.has(old):
-        raise tensors.error(old, "one tensor for each expert is a format of early 2024", "convert the model again")
+        raise tensors.error(old, "one tensor per expert is a format from early 2024", "convert the model again")
 
     fused = tensors.has(f"{prefix}.ffn_gate_up_exps.weight")
     inner = (count, 2 * ffn if fused else ffn, x.width)

@@ -15,7 +15,8 @@ def gpt2(builder: ProgramBuilder) -> None:
 
 
 def starcoder2(builder: ProgramBuilder) -> None:
-    """StarCoder 2. It has biases and, as in training, a window. Channels half a head apart are rotated as a pair."""
+    """StarCoder 2. It has biases and a sliding window, as in training. RoPE pairs channels that are half a head
+    apart."""
     table = builder.rope_table()
     builder.use_layer_norms()
     for layer in builder.layers():

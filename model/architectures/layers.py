@@ -21,7 +21,7 @@ EMBEDDING, _POSITIONS = "token_embd.weight", "position_embd.weight"
 
 
 class HeadNorms(StrEnum):
-    """Norms of q and k, over each head (before or after the rotation) or over all heads. Unit norms have no weights."""
+    """Norms of q and k, over each head (before or after RoPE) or over all heads. Unit norms have no weights."""
 
     NONE = "none"
     PER_HEAD = "per head"
@@ -40,9 +40,9 @@ class Norms(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AttentionVariant:
-    """Options of an attention block. A `table` of None means no rotation. A `scale` of None means 1 / sqrt(head_dim).
+    """Options of an attention block. A `table` of None means no RoPE. A `scale` of None means 1 / sqrt(head_dim).
     `Attention` describes `window`, `chunked`, `soft_cap` and `slopes`, and `Rope` describes `sections`. If `sinks`, the
-    layer has a tensor of sinks. `temperature` has the arguments of a `PositionScale` step for queries."""
+    layer has a tensor of attention sinks. `temperature` has the arguments of a `PositionScale` step for queries."""
 
     style: RopeStyle = RopeStyle.NEOX
     table: RopeTable | None = None

@@ -1,4 +1,4 @@
-"""Rotation frequencies and ALiBi slopes, in decimal arithmetic, because libm differs between machines."""
+"""RoPE frequencies and ALiBi slopes, computed with decimal numbers, because libm differs between machines."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _PI = Decimal("3.14159265358979323846264338327950288419716939937510")
 
 @lru_cache(maxsize=64)
 def rope_table(rope: RopeParameters, factors: tuple[float, ...] | None = None) -> RopeTable:
-    """Returns the table with frequency(i) = base^(-2 i / dimensions) of pair i. Each frequency is divided by factors[i]
-    if there are factors, and then scaled."""
+    """Returns the RoPE table. Pair i has the frequency base^(-2 i / dimensions), divided by factors[i] if there are
+    factors, and then scaled."""
     with localcontext(_DIGITS):
         plain = _plain_frequencies(rope, factors)
         stretched = [frequency / Decimal(rope.factor) for frequency in plain]
@@ -61,14 +61,15 @@ def _yarn_shares(rope: RopeParameters) -> list[Decimal]:
 
 
 def _pair_with_turns(rope: RopeParameters, turns: float) -> Decimal:
-    """Returns the index of the pair that makes `turns` turns over the original context. The index may be a fraction."""
+    """Returns the index of the channel pair that makes `turns` turns over the original context. It may be a
+    fraction."""
     per_turn = Decimal(rope.original_context_length) / (Decimal(turns) * 2 * _PI)
     return rope.dimension_count * per_turn.ln() / (2 * Decimal(rope.frequency_base).ln())
 
 
 def yarn_score_scale(rope: RopeParameters, multiplier: float, width: int) -> float:
-    """Returns the factor of scores over `width` channels, as in llama.cpp. The factor is 1 / sqrt(width), times the
-    square of the rotations' magnitude (see `rope_table`), times the square of 1 + 0.1 * multiplier * ln(factor)."""
+    """Returns the factor of attention scores over `width` channels, as in llama.cpp: 1 / sqrt(width), times the square
+    of RoPE's magnitude (see `rope_table`), times the square of 1 + 0.1 * multiplier * ln(factor)."""
     with localcontext(_DIGITS):
         tenth = Decimal(rope.factor).ln() / 10
         magnitude = Decimal(rope.attention_factor) * (1 + tenth) / (1 + Decimal(rope.log_multiplier) * tenth)

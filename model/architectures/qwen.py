@@ -1,5 +1,5 @@
-"""Qwen: qwen2, qwen2vl, qwen2moe, qwen3, qwen3moe, qwen3vl, qwen3vlmoe. They are LLaMA, but channels half a head apart
-are rotated as a pair. A window in the file is ignored, because a setting that GGUF does not have turns it off."""
+"""Qwen: qwen2, qwen2vl, qwen2moe, qwen3, qwen3moe, qwen3vl, qwen3vlmoe. They are LLaMA, but RoPE pairs channels that
+are half a head apart. A sliding window in the file is ignored, because a setting that GGUF lacks turns it off."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def qwen2(builder: ProgramBuilder) -> None:
 
 
 def qwen2vl(builder: ProgramBuilder) -> None:
-    """The text models of Qwen 2 VL and 2.5 VL. They are Qwen 2 with rotations by sections."""
+    """The text models of Qwen 2 VL and 2.5 VL. They are Qwen 2 with RoPE by sections."""
     sections = rope_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2, interleaved=False)
     _qwen2_layers(builder, AttentionVariant(RopeStyle.NEOX, builder.rope_table(), sections=sections))
 
@@ -44,7 +44,7 @@ def qwen2moe(builder: ProgramBuilder) -> None:
 
 
 def qwen3(builder: ProgramBuilder) -> None:
-    """Qwen 3. Each head of q and k is normed before the rotation. A reranker's head has two rows, `yes` and `no`."""
+    """Qwen 3. Each head of q and k is normed before RoPE. A reranker's head has two rows, `yes` and `no`."""
     variant = _with_head_norms(builder)
     for layer in builder.layers(may_rank=True):
         builder.attention(layer, variant)
@@ -60,7 +60,7 @@ def qwen3moe(builder: ProgramBuilder) -> None:
 
 
 def qwen3vl(builder: ProgramBuilder) -> None:
-    """The text model of Qwen 3 VL. It is Qwen 3 with interleaved sections. Its first layers add more image rows
+    """The text model of Qwen 3 VL. It is Qwen 3 with interleaved sections. Its first layers add more rows of each image
     (DeepStack)."""
     variant, levels = _with_sections(builder), _image_levels(builder)
     for layer in builder.layers(may_rank=True):

@@ -62,8 +62,8 @@ class CheckedTensors:
         return self.vector(name, width) if self.has(name) else None
 
     def rope_factors(self, rope: RopeParameters, context_tokens: int) -> tuple[float, ...] | None:
-        """Returns the divisors of rotation frequencies: `rope_freqs` (since Llama 3.1), or otherwise the long or the
-        short factors. The program's context length selects long or short factors for all sequences, as in llama.cpp."""
+        """Returns the divisors of RoPE frequencies: `rope_freqs` (since Llama 3.1), or otherwise the long or the short
+        factors. The program's context length selects long or short factors for all sequences, as in llama.cpp."""
         by_context = _LONG_FACTORS if context_tokens > rope.original_context_length else _SHORT_FACTORS
         name = _FACTORS if self.has(_FACTORS) else by_context
         if not self.has(name):

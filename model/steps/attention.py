@@ -1,4 +1,4 @@
-"""Attention, and the rotation of its queries and keys."""
+"""Attention, and RoPE of its queries and keys."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPAN_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class RopeTable:
-    """The rotation by angle(position, i) = position * frequencies[i], in float64. `scale` multiplies cos and sin."""
+    """RoPE by the angle position * frequencies[i] for pair i, in float64. `scale` multiplies cos and sin."""
 
     frequencies: tuple[float, ...]
     scale: float = 1.0
@@ -56,11 +56,12 @@ class Attention(StepFacts):
     `slopes` (one for each query head) add -slope * distance. `sinks` [heads] has a score for each query head that
     enters the softmax without a value.
 
-    A row sees its own position and all earlier positions of its sequence. With a `window`, it sees only the last
-    `window` positions. If `chunked`, it sees only positions since the last multiple of `window`. If not `causal`, it
-    sees all of its sequence, which must be in one microbatch, or with a `window` the positions up to window // 2 before
-    and after its own. If the batch has groups, a row of causal attention sees the later positions of its group too. If
-    `grouped`, attention is not causal and has no window, and a row sees exactly its group.
+    A row attends to its own position and all earlier positions of its sequence. With a `window`, it attends only to the
+    last `window` positions. If `chunked`, it attends only to positions since the last multiple of `window`. If not
+    `causal`, it attends to all of its sequence, which must be in one microbatch, or with a `window` to the positions up
+    to window // 2 before and after its own. If the batch has groups, a row of causal attention attends to the later
+    positions of its group too. If `grouped`, attention is not causal, has no window, and a row attends to exactly its
+    group.
 
     If v is None, attention is latent. There is one KV head, whose values are the first channels of its keys, which are
     stored once. out is [rows, heads * value_dim]. There is no window, and there are no slopes. If `shares_kv`, an

@@ -1,4 +1,4 @@
-"""Options of steps: rotations, activations and gatings."""
+"""Options of steps: RoPE, activations and gatings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class RopeStyle(StrEnum):
-    """The pairs of a head's channels that rotate together. NORM: (2i, 2i + 1). NEOX: (i, i + rotated channels / 2)."""
+    """The pairs of a head's channels that RoPE rotates. NORM: (2i, 2i + 1). NEOX: (i, i + rotated channels / 2)."""
 
     NORM = "norm"
     NEOX = "neox"

@@ -1,4 +1,4 @@
-"""Gemma 4. Layers with a window have other heads and rotations than layers without one. Experts are parallel to a
+"""Gemma 4. Layers with a sliding window differ from other layers in head size and RoPE. Experts are parallel to a
 feed-forward network. The E models have layer inputs, and layers that use the keys and values of other layers."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MAX_HEAD = 1 << 12
 
 
 def gemma4(builder: ProgramBuilder) -> None:
-    """Gemma 4. Values are normed without weights, and may be the same products as keys. Layers' outputs may be
+    """Gemma 4. Values are normed without weights. A layer may use its keys as values. A layer's output may be
     scaled."""
     hp, keys = builder.hyperparameters, builder.keys
     if hp.sliding_window is None:
@@ -46,8 +46,8 @@ def gemma4(builder: ProgramBuilder) -> None:
 
 
 def _kinds(builder: ProgramBuilder, window: int) -> tuple[LayerKind, LayerKind]:
-    """Returns the kind of layers without a window, and the kind of layers with a window. Only the former has the file's
-    rotation factors."""
+    """Returns the kinds of layers without and with a sliding window. The file's RoPE factors apply only without a
+    window."""
     hp, keys = builder.hyperparameters, builder.keys
     head_dim = keys.count("attention.key_length_swa", hp.key_length, maximum=_MAX_HEAD)
     value_length = keys.count("attention.value_length_swa", head_dim, maximum=_MAX_HEAD)

@@ -18,7 +18,7 @@ from llamaclust.model.steps.options import RopeStyle
 class LatentVariant:
     """Widths are in channels. A key is the `latent` vector, followed by the `rotated` part. A head has a `query`, which
     includes a rotated part, and a `value`. `query_rank` is the width of the latent query, and 0 means that there is
-    none. A `table` of None means no rotation. `temperature` has the factor and the length of a `PositionScale` step."""
+    none. A `table` of None means no RoPE. `temperature` has the factor and the length of a `PositionScale` step."""
 
     latent: int
     rotated: int

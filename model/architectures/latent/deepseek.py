@@ -19,13 +19,13 @@ _GLM_FLASH_LAYERS, _GLM_FLASH_VOCABULARY = (47, 48), 154880
 
 def deepseek2(builder: ProgramBuilder) -> None:
     """DeepSeek 2. The first layers are dense. The other layers have groups of experts, and shared experts. The
-    magnitude of scaled rotations depends only on `yarn_log_multiplier`, as in the original code."""
+    magnitude of scaled RoPE depends only on `yarn_log_multiplier`, as in the original code."""
     multiplier = _log_multiplier(builder)
     _latent_layers(builder, multiplier, 1.0 if multiplier else 0.0)
 
 
 def mistral4(builder: ProgramBuilder) -> None:
-    """Mistral Small 4. It is DeepSeek 2 with another magnitude of rotations."""
+    """Mistral Small 4. It is DeepSeek 2 with another magnitude of RoPE."""
     multiplier = _log_multiplier(builder)
     _latent_layers(builder, multiplier, multiplier)
 
@@ -79,7 +79,7 @@ def _query_rank(builder: ProgramBuilder) -> int:
 
 
 def _log_multiplier(builder: ProgramBuilder) -> float:
-    """Returns the multiplier. The file has a tenth of the multiplier, as float32."""
+    """Returns the multiplier. The file stores a tenth of the multiplier, as float32."""
     tenth = builder.keys.real("rope.scaling.yarn_log_multiplier", 0.0, minimum=0.0, maximum=_MAX_SCALE)
     return float(np.float32(tenth) / np.float32(0.1))
 

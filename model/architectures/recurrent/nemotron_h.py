@@ -16,7 +16,7 @@ _MAX_WIDTH = 1 << 20
 
 
 def nemotron_h(builder: ProgramBuilder) -> None:
-    """Nemotron H. It has no rotations. Its feed-forward networks and experts have no gates."""
+    """Nemotron H. It has no RoPE. Its feed-forward networks and experts have no gates."""
     hp, keys = builder.hyperparameters, builder.keys
     shape, experts = read_mamba_shape(keys), None
     latent_width = keys.count("moe_latent_size", 0, minimum=0, maximum=_MAX_WIDTH)

@@ -18,7 +18,7 @@ _MAX_WIDTH, _MAX_PERIOD = 1 << 20, 1 << 10
 
 
 def qwen3next(builder: ProgramBuilder) -> None:
-    """Qwen 3 Next. Every layer has experts and a gated shared expert. Value heads of one key head are adjacent."""
+    """Qwen 3 Next. Layers have experts and a gated shared expert. Value heads with the same key head are adjacent."""
     experts = _experts(builder)
     _layers(builder, lambda layer: builder.experts(layer, experts, norm=_FEED_FORWARD_NORM), tiled=False)
 

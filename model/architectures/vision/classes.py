@@ -1,6 +1,6 @@
 """Encoders with a class embedding, which is one row for the whole tile: InternVL and Llama 4. The input has the rows of
 the patches, the class row, and rows of zeros that fill up the last merge group. Attention is in groups, because rows of
-zeros must see only themselves. The result of the last merge group is not used."""
+zeros must attend only to themselves. The result of the last merge group is not used."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def internvl(builder: VisionBuilder) -> Buffer:
 
 
 def llama4(builder: VisionBuilder) -> Buffer:
-    """Llama 4. Rotations depend on a patch's line and column, counted from 1. The projector has three products."""
+    """Llama 4. RoPE uses a patch's line and column, counted from 1. The projector has three products."""
     hp = builder.hyperparameters
     rotation = halves(hp.head_dim, _ROPE_BASE, RopeStyle.NORM, (WIDTH, HEIGHT))
     builder.embed(bias=False)

@@ -31,12 +31,12 @@ class VisionFamily:
 
     merge_key, merge: the key for the side of a merge group in patches, and its default. The key is required if None.
     gelu, plain: the activations of files with `use_gelu`, and of files with neither `use_gelu` nor `use_silu`.
-    turns, windows: the program has rotations by height and width, or attention in windows.
-    bidirectional: rows of the same image see each other in the text model.
-    sections: the text model rotates an image's rows by their line and column (M-RoPE).
+    turns, windows: the program has RoPE by height and width, or attention in windows.
+    bidirectional: rows of the same image attend to each other in the text model.
+    sections: the text model's RoPE uses the line and column of an image's rows (M-RoPE).
     tokens: minimum and maximum number of rows of an image of free size. If None, all tiles have the file's size.
     class_place: the index of the class row in the table of positions (see `classes`). If None, there is no class row.
-    first_place: the position of the first line and column in rotations. The class row has position 0.
+    first_place: the position of the first line and column in RoPE. The class row has position 0.
     pads: images of free size are padded to whole merge groups.
     signed: a normalized colour c becomes 2 c - 1.
     transposed: tensors that files store in another order. True marks a convolution of a merge group, whose shape is

@@ -1,4 +1,4 @@
-"""Encoders with interpolated tables of positions and with rotations: GLM-4V, Kimi VL."""
+"""Encoders with interpolated tables of positions and with RoPE: GLM-4V, Kimi VL."""
 
 from __future__ import annotations
 

@@ -171,7 +171,8 @@ class VisionBuilder(CheckedTensors):
         self._add(projected, f"{prefix}.ls2", f"{prefix}.ffn_post_norm", out)
 
     def _inner_names(self, prefix: str) -> tuple[str, str]:
-        """Returns the names of the up and down tensors. Files from before April 2025 have them exchanged."""
+        """Returns the names of the up and down tensors. In files from before April 2025, the two names are
+        exchanged."""
         names = f"{prefix}.ffn_up", f"{prefix}.ffn_down"
         down = self.model.tensor(f"{names[1]}.weight")
         return names[::-1] if down.shape[-1] == self.hyperparameters.embedding_length else names

@@ -1,4 +1,4 @@
-"""The encoders of Qwen 2.5 VL and Qwen 3 VL. They have rotations by line and column, and merge 2 x 2 patches."""
+"""The encoders of Qwen 2.5 VL and Qwen 3 VL. They have RoPE by line and column, and merge 2 x 2 patches."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def qwen25vl(builder: VisionBuilder) -> Buffer:
 
 
 def qwen3vl(builder: VisionBuilder) -> Buffer:
-    """Qwen 3 VL. Norms subtract the mean, and positions are interpolated. The results of some layers are merged into
-    more rows, which the first layers of the text model add (DeepStack)."""
+    """Qwen 3 VL. Norms subtract the mean, and positions are interpolated. The results of some layers become more rows
+    of the image, which the first layers of the text model add (DeepStack)."""
     layers = builder.hyperparameters.block_count
     kept: list[tuple[int, Buffer]] = []
     rotation = _rotation(builder)

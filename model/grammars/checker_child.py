@@ -34,7 +34,9 @@ def _checked(definition: str, walk: GrammarWalk) -> dict[str, str]:
     if definition.startswith(GBNF_START):
         text = json.loads(definition)[GBNF]
         if (work := (rules := text.count("::=")) * len(text)) > MAX_GBNF_WORK:
-            return _reply(f"{rules} rules times {len(text)} characters are {work}; the limit is {MAX_GBNF_WORK}")
+            return _reply(
+                f"it is too large: {rules} rules times {len(text)} characters is {work}; the limit is {MAX_GBNF_WORK}"
+            )
         try:
             lark = any_to_lark(text)
         except RecursionError:

@@ -26,7 +26,7 @@ OWN_RULES = "own_rules"
 
 
 def of_schema(schema: Mapping[str, Any] | bool, origin: str, *, closes_objects: bool = False) -> Grammar:
-    """Allows the JSON texts that match a schema. Raises ParameterError if a grammar cannot express a keyword."""
+    """Returns a grammar of the JSON texts that match a schema. Raises ParameterError if it cannot express a keyword."""
     try:
         normal = normal_schema(schema, closes_objects=closes_objects)
     except RecursionError:
@@ -42,7 +42,7 @@ def of_object(origin: str) -> Grammar:
 
 
 def of_regex(pattern: str, origin: str) -> Grammar:
-    """Allows the texts that match a whole regular expression. It is in Rust's syntax, without look-around."""
+    """Returns a grammar of the texts that match a whole regular expression in Rust's syntax, without look-around."""
     from llguidance import regex_to_lark
 
     return _grammar({"lark_grammar": f"start: /{regex_to_lark(pattern, '')}/"}, origin)
@@ -53,12 +53,12 @@ def of_lark(text: str, origin: str) -> Grammar:
 
 
 def of_calls(rules: str, origin: str) -> Grammar:
-    """Allows the tool calls that `rules` describe. This package made the rules, in llguidance's dialect of Lark."""
+    """Returns a grammar of the tool calls that `rules` describe. This package made the rules, in llguidance's Lark."""
     return _grammar({"name": OWN_RULES, "lark_grammar": rules}, origin)
 
 
 def of_gbnf(text: str, origin: str) -> Grammar:
-    """Allows the texts of a grammar in GBNF or Lark. The check converts the grammar later, as that may take long."""
+    """Returns a grammar from GBNF or Lark. The check converts the text later, because that may take long."""
     if len(text) > _MAX_GBNF_BYTES:
         raise ParameterError(origin, f"the grammar has {len(text)} characters; the limit is {_MAX_GBNF_BYTES}")
     return _defined({GBNF: text}, origin)
@@ -87,7 +87,7 @@ def has_schemas_only(definition: str) -> bool:
 
 
 def lazy(grammar: Grammar, triggers: Sequence[str]) -> Grammar:
-    """Makes a grammar apply after the first trigger. The grammar must allow a text that begins with the trigger."""
+    """Returns a grammar that applies after the first trigger. It must allow a text that begins with the trigger."""
     if not 0 < len(triggers) <= MAX_TRIGGERS or not all(
         0 < len(text.encode()) <= MAX_TRIGGER_BYTES for text in triggers
     ):

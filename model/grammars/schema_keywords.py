@@ -46,14 +46,15 @@ def normal_types(given: Any) -> tuple[list[str], bool]:
 
 
 def as_list(given: Any) -> list[Any] | None:
-    """Reads a list. PHP writes a list as an object if indices are missing."""
+    """Returns a list, or None for other values. Accepts objects with numbers as keys, which PHP may write for a
+    list."""
     if isinstance(given, Mapping) and all(isinstance(key, str) and key.isdigit() for key in given):
         return [*given.values()]
     return given if isinstance(given, list) else None
 
 
 def as_object(given: Any) -> Mapping[str, Any]:
-    """Reads an object. PHP writes an empty object as a list."""
+    """Returns an object, or {} for other values, because PHP writes an empty object as a list."""
     return given if isinstance(given, Mapping) else {}
 
 

@@ -142,8 +142,8 @@ def _numbers(model: ModelFile) -> tuple[int, ...]:
 
 
 def adapted(program: Program, model: ModelFile) -> Program:
-    """Adds the adapters' steps to the program. They follow each run of MatMul steps with the same input, and change the
-    results of these steps. Raises ModelFileError if an adapter's shapes do not fit the program's products."""
+    """Adds the adapters' steps to the program. The new steps follow each run of MatMul steps with the same input, and
+    change the results of this run. Raises ModelFileError if an adapter's shapes do not fit the program's products."""
     numbers = _numbers(model)
     return replace(program, steps=tuple(_adapted(program.steps, model, numbers))) if numbers else program
 

@@ -42,7 +42,7 @@ _NEUTRAL_VALUES = {
     "swiglu_clamp_shexp": (0,),
 }
 """Keys that change the arithmetic of some architectures, with the values that change nothing. An architecture that does
-not read such a key refuses all other values of it."""
+not read such a key refuses files with another value."""
 
 
 LATENT_KEYS = ("attention.key_length_mla", "attention.value_length_mla")
@@ -65,9 +65,9 @@ class RopeScaling(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RopeParameters:
-    """The rotary embedding, which rotates the first `dimension_count` channels of a head. Only YaRN uses
-    `extrapolation_factor`, `beta_fast`, `beta_slow`, `log_multiplier` and `truncated`. YaRN divides cos and sin by 1 +
-    0.1 * log_multiplier * ln(factor). If `truncated`, YaRN's ramp begins and ends at whole channel pairs."""
+    """RoPE of the first `dimension_count` channels of a head. Only YaRN uses `extrapolation_factor`, `beta_fast`,
+    `beta_slow`, `log_multiplier` and `truncated`. YaRN divides cos and sin by 1 + 0.1 * log_multiplier * ln(factor). If
+    `truncated`, YaRN's ramp begins and ends at whole channel pairs."""
 
     dimension_count: int
     frequency_base: float
@@ -101,7 +101,7 @@ class Hyperparameters:
     expert_used_count: int
     expert_feed_forward_length: int
     vocabulary_size: int
-    sliding_window: int | None  # Number of positions that a token sees, including its own. None without a window.
+    sliding_window: int | None  # Window size in tokens, with the token itself. None without a sliding window.
 
     @property
     def query_width(self) -> int:

@@ -11,7 +11,7 @@ KV_GROUP_CHANNELS = 32
 """The number of channels of a key or value that share one scale. Only KV types with scales use this number."""
 
 KV_VALUE_CHANNELS = 16
-"""The number of lanes in which kernels sum values. A stored value is padded to a multiple of this number."""
+"""The number of channels that kernels sum at a time. Stored values are padded to a multiple of this number."""
 
 
 class KvType(StrEnum):

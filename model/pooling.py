@@ -34,7 +34,7 @@ class Pooling(StrEnum):
 _BY_NUMBER = (Pooling.NONE, Pooling.MEAN, Pooling.CLS, Pooling.LAST, Pooling.RANK)
 
 DEFAULT = Pooling.LAST
-"""The default pooling of causal models, because only the last token has seen the whole prompt."""
+"""The default pooling of causal models, because only the last token attends to the whole prompt."""
 
 
 _CLASSIFIER = frozenset({"cls.weight", "cls.output.weight"})

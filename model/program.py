@@ -172,7 +172,7 @@ class Program:
 
     @property
     def kv_memory(self) -> tuple[KvLayer, ...]:
-        """All states, and the first attention of each layer that stores keys and values."""
+        """All states, and for each layer its first attention step that stores keys and values."""
         kept: list[KvLayer] = []
         layers: set[int] = set()
         for step in self.steps:
@@ -199,8 +199,8 @@ class Program:
 
     @property
     def rope_sections(self) -> int:
-        """The number of position sections that rotations use, such as 3 for time, height and width. 0 means that a
-        token has only one position."""
+        """The number of position sections that RoPE uses, such as 3 for time, height and width. 0 means that a token
+        has only one position."""
         sections = (step.sections for step in self.steps if isinstance(step, Rope) and step.sections is not None)
         return max((max(each) + 1 for each in sections), default=0)
 

@@ -30,9 +30,9 @@ def new_file(path: Path, size_bytes: int, advice: str = "") -> Iterator[BinaryIO
 @contextmanager
 def new_files(paths: Sequence[Path], size_bytes: int, advice: str = "") -> Iterator[Opened]:
     """Yields a function that opens the files, which must be in the same folder. If the block ends without an error, the
-    files get their names, the first file last. Otherwise, they are deleted. Files that killed processes left are reused
-    or deleted. Raises UsageError if disk space is short (with `advice` appended) or if another process writes the
-    files."""
+    files get their names, the first file last. Otherwise, they are deleted. Partial files of killed processes are
+    reused or deleted. Raises UsageError if disk space is short (with `advice` appended) or if another process writes
+    the files."""
     first = paths[0]
     for path in paths:
         _check_place(path)
@@ -118,8 +118,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _clear(paths: Sequence[Path]) -> None:
-    """Deletes hidden files that killed processes left, of `paths[1:]` and of this model with another number of
-    parts."""
+    """Deletes partial files of killed processes: those of `paths[1:]`, and parts of this model with another count."""
     for path in paths[1:]:
         hidden_name(path).unlink(missing_ok=True)
     mine = _PART.fullmatch(paths[0].name)

@@ -98,7 +98,6 @@ class ModelFile:
         return value
 
     def metadata_strings(self, key: str) -> Sequence[str]:
-        """Returns an array of text, which is decoded on first use. Raises ModelFileError if the key is missing."""
         value = self._value(key, None)
         if not isinstance(value, LazyStrings):
             raise self.error(key, f"expected an array of text, found {kind_of(value)}")

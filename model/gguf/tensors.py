@@ -105,7 +105,7 @@ class Tensor:
 
     @property
     def place(self) -> tuple[object, ...]:
-        """A key that differs from the keys of all other byte ranges in the file."""
+        """A key that identifies the tensor's bytes in the file."""
         place = self.offset, self.n_bytes, self.shape
         if self.stride_bytes:
             return (*place, "stride", self.stride_bytes)
@@ -115,7 +115,7 @@ class Tensor:
 
     @property
     def source(self) -> tuple[object, ...]:
-        """A key that differs from the keys of all other files and of earlier versions of the file."""
+        """A key that identifies the present version of the tensor's file."""
         if self.content is not None:
             return (self.content,)
         return self.path, self.file_identity, self.file_identity.changed_ns

@@ -1,4 +1,4 @@
-"""The format in which members of a group send rows: the activation format of all readers, if they have the same."""
+"""The format in which members of a group send rows: the activation format of all readers, if it is the same."""
 
 from __future__ import annotations
 

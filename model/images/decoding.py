@@ -31,7 +31,6 @@ _TURNS: Mapping[int, Transpose] = MappingProxyType(
         8: Transpose.ROTATE_90,
     }
 )
-"""Transformations that make an image upright. The keys are EXIF orientations."""
 
 
 _JPEG = type("_Jpeg", (JpegImageFile,), {"_read_dpi_from_exif": lambda _: None})

@@ -84,7 +84,6 @@ class ImagePreparation:
             preparer.child.close()
 
     async def prepare(self, image: bytes, settings: ImageSettings, owner: str = "") -> ImageTiles:
-        """Prepares an image during its owner's turn. Raises the errors of `turn` and `tiles`."""
         async with self.turn(owner):
             return await self.tiles(image, settings)
 

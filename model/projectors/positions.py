@@ -86,7 +86,7 @@ def _weighted(grid: Float64, read: Taps) -> Float64:
 
 
 def _corner_taps(side: int, size: int) -> list[Taps]:
-    """Bilinear weights with aligned corners: the first and last lines of the result are those of the table."""
+    """Bilinear weights with aligned corners: the first and last lines of the result equal those of the table."""
     return [_linear(number * (side - 1) / (size - 1) if size > 1 else 0.0, side) for number in range(size)]
 
 

@@ -74,7 +74,7 @@ class Projector:
 
     @property
     def is_bidirectional(self) -> bool:
-        """True if rows of the same image see each other in the text model."""
+        """True if rows of the same image attend to each other in the text model."""
         return self.family.bidirectional
 
     @property
@@ -107,7 +107,8 @@ class Projector:
         return most * 3 // 2 if self.family.pads else most
 
     def rows_of(self, height: int, width: int) -> int:
-        """Returns the number of rows of a tile, whose size is in pixels. Raises RequestError for a wrong size."""
+        """Returns the number of rows that a tile of this size in pixels becomes. Raises RequestError for a wrong
+        size."""
         side, size = self.patch_size * self.merge, self.images.image_size
         if self.family.tokens is None and (height, width) != (size, size):
             raise RequestError(

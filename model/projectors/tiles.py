@@ -22,7 +22,7 @@ _PATCHES_AT_ONCE = 1024
 class EncoderInputs:
     """The inputs of an encoder's program for one tile, which is one sequence. `patches` [rows, program.hidden.width] is
     the given hidden state. `rope_positions` [2, rows] has each patch's line and column. `groups` [rows, 2] has, for
-    each row, the rows [start, end) that it sees."""
+    each row, the rows [start, end) that it attends to."""
 
     patches: Float32
     rope_positions: Int32 | None
@@ -103,8 +103,8 @@ class TileReader:
         )
 
     def _with_class_row(self, class_row: Float32, patches: Float32, places: Int32) -> tuple[Float32, Int32, Int32]:
-        """Adds the class row with position 0, and rows of zeros up to a whole merge group. Such a row sees only
-        itself."""
+        """Adds the class row with position 0, and rows of zeros up to a whole merge group. A row of zeros attends only
+        to itself."""
         added, count = self._projector.hyperparameters.merged, len(patches) + 1
         ends = np.maximum(np.arange(count + added - 1) + 1, count)
         starts = np.where(ends > count, ends - 1, 0)

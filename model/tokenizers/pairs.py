@@ -16,8 +16,6 @@ _SEPARATED: Final = ("jina-v1-en", "jina-v2-code", "roberta-bpe")
 
 @dataclass(frozen=True, slots=True)
 class PairForm:
-    """The tokens before the query, between query and document, and after the document."""
-
     first: tuple[int, ...]
     between: tuple[int, ...]
     last: tuple[int, ...]

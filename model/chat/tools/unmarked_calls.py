@@ -37,7 +37,7 @@ class UnmarkedReader:
         self._dropped = tuple(dropped)
 
     def read(self) -> Reading[list[ToolCall]]:
-        """Returns the calls if the answer has nothing else. Otherwise, puts the text back and returns no calls."""
+        """Returns the calls if the answer consists of calls. Otherwise, puts the text back and returns no calls."""
         self._source.record()
         try:
             calls = yield from self._whole()

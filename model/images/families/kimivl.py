@@ -7,7 +7,7 @@ from llamaclust.model.images.families.rounding import up
 from llamaclust.model.images.settings import ImageError, ImageSettings
 
 _MAX_POSITIONS = 512
-"""The number of positions on each side for which the encoder has rotations."""
+"""The number of positions on each side for which the encoder has RoPE frequencies."""
 
 
 def _cut(size: Size, settings: ImageSettings) -> Cut:

@@ -1,5 +1,5 @@
-"""Reads and checks LoRA adapters (GGUF files or PEFT folders), and adds their steps to programs. The tensors of adapter
-i get names of the form `adapter.i.*` in the model. Adapters do not change the model's identity."""
+"""Reads LoRA adapters from GGUF files or PEFT folders, checks them, and adds their steps to programs. In a model,
+adapter 0 has tensors such as `adapter.0.blk.3.attn_q.weight.lora_a`. A model's identity excludes its adapters."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ _PREFIX = "adapter."
 _TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 _NAME = re.compile(r"(?P<weight>blk\.\d+\.\w+\.weight)\.lora_(?P<half>[ab])")
 _MOST = 65504.0
-"""The largest accepted absolute weight. It is finite in F16, so a product with it times 0 is 0."""
+"""The largest accepted absolute weight, which is the largest finite F16 number. A larger weight could become infinite
+in F16, and a product with 0 would then be NaN instead of 0."""
 _READ_BYTES = 1 << 22
 _SAMPLE_BYTES = 4096
-_OTHER = "convert the adapter of this model by llama.cpp's convert_lora_to_gguf.py"
+_OTHER = "convert this model's adapter with llama.cpp's convert_lora_to_gguf.py"
 
 
 def is_adapter(path: Path) -> bool:
@@ -43,7 +44,8 @@ def adapter_files(path: Path) -> tuple[Path, ...]:
 
 
 def read_adapter(path: Path, model: ModelFile) -> ModelFile:
-    """Reads an adapter, and hashes samples of every tensor into its identity. Raises what `read_header` raises."""
+    """Reads an adapter. The adapter's identity is a hash of its header and of the first and last bytes of every tensor.
+    Raises the errors of `read_header`."""
     header = read_peft(path, model) if is_peft(path) else read_header(path)
     hashed = sha256(header.digest)
     for tensor in header.tensors.values():
@@ -54,8 +56,8 @@ def read_adapter(path: Path, model: ModelFile) -> ModelFile:
 
 
 def with_adapters(model: ModelFile, adapters: Mapping[int, ModelFile]) -> ModelFile:
-    """Returns the model with the adapters' tensors added. Raises ModelFileError if an adapter is not LoRA or is for
-    another architecture. `adapted` checks the shapes, and `check_adapter_weights` checks the weights."""
+    """Returns the model with the tensors of its adapters added. Raises ModelFileError if an adapter is not a LoRA
+    adapter or is for another architecture. `adapted` checks shapes, and `check_adapter_weights` checks weights."""
     if not adapters:
         return model
     if max(adapters) >= MAX_ADAPTERS:
@@ -76,7 +78,7 @@ def with_adapters(model: ModelFile, adapters: Mapping[int, ModelFile]) -> ModelF
 
 
 def check_adapter_weights(adapters: Iterable[ModelFile]) -> None:
-    """Reads all weights of the adapters. Raises ModelFileError if a weight is not finite or exceeds `_MOST`."""
+    """Reads all weights of the adapters. Raises ModelFileError if a weight is not finite or is larger than `_MOST`."""
     for tensor in (tensor for adapter in adapters for tensor in adapter.tensors.values()):
         for start in range(0, tensor.n_bytes, _READ_BYTES):
             largest = _largest(tensor, start, min(start + _READ_BYTES, tensor.n_bytes))
@@ -86,7 +88,8 @@ def check_adapter_weights(adapters: Iterable[ModelFile]) -> None:
 
 
 def _largest(tensor: Tensor, start: int, end: int) -> float:
-    """Returns the largest absolute weight, or NaN. Without sign bits, floats compare like integers, with NaN last."""
+    """Returns the largest absolute weight, or NaN. Without sign bits, floats sort like unsigned integers, and NaN sorts
+    last."""
     data = tensor.read_range(start, end)
     match tensor.quant_type:
         case QuantType.F32:
@@ -110,7 +113,7 @@ def _alpha(found: ModelFile, model: ModelFile) -> MetadataValue:
             "general.architecture", f"expected {own!r} like the model, found {shown(architecture)}", _OTHER
         )
     if "adapter.alora.invocation_tokens" in found.metadata:
-        what = "adapters that begin at certain tokens are not supported"
+        what = "adapters that certain tokens activate (aLoRA) are not supported"
         raise found.error("adapter.alora.invocation_tokens", what, "remove it from `adapters`")
     if not found.tensors:
         raise fail_at(found.path, "tensors", "the adapter has no tensors", _OTHER)
@@ -139,8 +142,8 @@ def _numbers(model: ModelFile) -> tuple[int, ...]:
 
 
 def adapted(program: Program, model: ModelFile) -> Program:
-    """Adds the adapters' steps to the program. The steps follow each run of MatMul steps with the same input, and
-    change those steps' results. Raises ModelFileError if an adapter's shapes do not fit the products."""
+    """Adds the adapters' steps to the program. The new steps follow each run of MatMul steps with the same input, and
+    change the results of this run. Raises ModelFileError if an adapter's shapes do not fit the program's products."""
     numbers = _numbers(model)
     return replace(program, steps=tuple(_adapted(program.steps, model, numbers))) if numbers else program
 
@@ -165,7 +168,7 @@ def _adapt(product: MatMul, model: ModelFile, number: int) -> Adapt | None:
     if down is None or up is None:
         present, missing = (up, "lora_a") if down is None else (down, "lora_b")
         assert present is not None
-        raise fail_at(present.path, f"tensor {shown(present.name)}", f"the adapter has no {missing} for it", _OTHER)
+        raise fail_at(present.path, f"tensor {shown(present.name)}", f"it has no matching {missing} tensor", _OTHER)
     rank = down.shape[0]
     for tensor, wanted in ((down, (rank, product.x.width)), (up, (product.out.width, rank))):
         if tensor.shape != wanted:
@@ -176,7 +179,8 @@ def _adapt(product: MatMul, model: ModelFile, number: int) -> Adapt | None:
 
 
 def own_names(names: Iterable[str], number: int | None) -> list[str]:
-    """Returns the weight names in the file of adapter `number`. Returns the model's own names if `number` is None."""
+    """Selects the weights of one file: of adapter `number`, or of the model if None. Returns their names in that
+    file."""
     if number is None:
         return [name for name in names if not name.startswith(_PREFIX)]
     prefix = f"{_PREFIX}{number}."

@@ -1,5 +1,5 @@
-"""Exchanges frames between a process and its child, and ends the child with the process. A frame is a line of JSON. The
-line has an object, or an object and the size of the payload that follows the line, in bytes."""
+"""Exchanges frames between a process and its child process. A frame begins with a line of JSON, which is an object, or
+a list of an object and a number. The number is the size in bytes of a payload that follows the line."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ _SET_PARENT_DEATH_SIGNAL: Final = 1
 
 
 def encoded(frame: Mapping[str, Any], payload: bytes = b"") -> bytes:
-    """Returns an ASCII line and the payload. Raises what `json.dumps` raises: TypeError, ValueError, RecursionError."""
+    """Returns the frame's line, in ASCII, and the payload. Raises TypeError, ValueError or RecursionError like
+    `json.dumps`."""
     return json.dumps([frame, len(payload)] if payload else frame).encode() + b"\n" + payload
 
 
 def decoded(line: bytes) -> tuple[dict[str, Any], int]:
-    """Returns a line's object and the size of its payload in bytes. Raises ValueError if the line is no frame."""
+    """Returns a line's object and the size of its payload in bytes. Raises ValueError if the line is not a frame."""
     values = json.loads(line)
     frame, size = values if isinstance(values, list) and len(values) == 2 else (values, 0)
     if not isinstance(frame, dict) or type(size) is not int or size < 0:
@@ -29,7 +30,7 @@ def decoded(line: bytes) -> tuple[dict[str, Any], int]:
 
 
 def end_with_parent() -> None:
-    """Makes the kernel kill this process when the thread that started it ends. Ignores Ctrl-C."""
+    """Makes Linux kill this process when the thread that started it ends. Makes this process ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)

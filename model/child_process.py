@@ -1,4 +1,5 @@
-"""A child process for untrusted input: start, requests with deadlines, end. The child limits its own resources."""
+"""Runs a child process for untrusted input: starts it, sends requests with deadlines, and ends it. The child process
+limits its own resources (`confinement`)."""
 
 from __future__ import annotations
 
@@ -20,46 +21,48 @@ _Result = TypeVar("_Result")
 _Reply = tuple[dict[str, Any], bytes]
 
 _KEPT_VARIABLES: Final = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ", "LANG", "LC_ALL")
-"""The environment variables that a child gets, for Python's start and for dates. Secrets are not passed on."""
+"""Environment variables that a child process inherits. Python needs them to start and to handle dates. All other
+variables are withheld, because they may hold secrets."""
 _OTHERS_SIGNALS: Final = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 _TIME_SIGNALS: Final = (signal.SIGXCPU, signal.SIGPROF)
 _END_S: Final = 5.0
 
 
 class ChildEndedError(Exception):
-    """The child ended without a reply. The message gives the reason."""
+    """The child process ended without a reply. The message gives the reason."""
 
 
 class ChildKilledError(ChildEndedError):
-    """The child was killed from outside, not because of its work, or it could not be started."""
+    """The child process was killed from outside or could not be started. The request was not the cause."""
 
 
 class ChildLateError(ChildEndedError):
-    """The child did not reply before the deadline, because its work is long or the machine is stalled."""
+    """The child process did not reply before the deadline. The request takes too long, or the machine is stalled."""
 
 
 class ChildUnusableError(ChildEndedError):
-    """The child refused its first frame, or ended while it handled that frame."""
+    """The child process refused its first frame, or ended while it handled that frame."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChildProgram:
-    """The module that a child runs. A first reply with the key "error" makes the child unusable."""
+    """The module that a child process runs, the first frame that it receives, and its limits. If the reply to the first
+    frame has the key "error", the child process is unusable."""
 
     module: str
     first: Callable[[], Mapping[str, Any]]
     start_s: float
-    wall_s: float  # of a request
-    max_line_bytes: int  # of a reply without its payload
-    idle_s: float | None = None  # after which a child without requests ends; None if it never does
+    wall_s: float  # Maximum duration of a request in seconds.
+    max_line_bytes: int  # Maximum size of a reply without its payload.
+    idle_s: float | None = None  # Seconds without a request after which the child is ended. None means never.
 
 
 class BoundedChild:
-    """A child process and the thread that owns it. Linux kills a child when the thread that started it ends. The child
-    starts at the first request, and again after it has ended. Thread-safe."""
+    """A child process and the thread that owns it. The first request starts the child, and a request after its end
+    starts a new child. Linux kills the child when the owning thread ends. Thread-safe."""
 
     def __init__(self, program: ChildProgram, name: str) -> None:
-        self.pid: int | None = None  # of a child that answers requests
+        self.pid: int | None = None  # Process id, or None if no child is ready for requests.
         self.first_reply: Mapping[str, Any] = {}
         self._program = program
         self._process: subprocess.Popen[bytes] | None = None
@@ -73,7 +76,7 @@ class BoundedChild:
         return len(self._work)
 
     def submit(self, work: Callable[[], _Result]) -> Future[_Result]:
-        """Calls `work` on the child's thread, where it may use `request`. Raises DeadlineError after `close`."""
+        """Runs `work` on the owning thread, where `work` may call `request`. Raises DeadlineError after `close`."""
         try:
             future = self._thread.submit(work)
         except RuntimeError:
@@ -88,12 +91,12 @@ class BoundedChild:
     def request_with_payload(
         self, values: Mapping[str, Any], payload: bytes = b"", max_payload_bytes: int = 0
     ) -> tuple[dict[str, Any], bytes]:
-        """Returns the reply and its payload of at most `max_payload_bytes`. Sends the request again if the child was
-        killed from outside. Raises ChildEndedError, and what `encoded` raises."""
+        """Sends a request and returns the reply with its payload. If the child was killed from outside, the request is
+        sent once more to a new child. Raises ChildEndedError, and the errors of `encoded`."""
         frame = encoded(values, payload)
         try:
             return self._request(frame, max_payload_bytes)
-        except ChildKilledError:  # at work or before
+        except ChildKilledError:  # The child was killed during this request or earlier.
             return self._request(frame, max_payload_bytes)
 
     def stop(self) -> None:
@@ -103,12 +106,12 @@ class BoundedChild:
             process.kill()
 
     def close(self) -> None:
-        """Waits until the child has ended. `stop` must be called before. May be called again."""
+        """Waits until the child has ended. `stop` must be called first. A second call of `close` does nothing."""
         self._drop_later()
         self._thread.shutdown(wait=True)
 
     def _drop_later(self) -> None:
-        with suppress(RuntimeError):  # the thread has ended
+        with suppress(RuntimeError):  # A RuntimeError means that the thread has ended.
             self._thread.submit(self._drop)
 
     def _request(self, frame: bytes, max_payload_bytes: int) -> _Reply:
@@ -129,7 +132,7 @@ class BoundedChild:
     def _start(self) -> subprocess.Popen[bytes]:
         first = encoded(self._program.first())
         self._process = process = self._popen()
-        if self._is_stopped:  # `stop` may have seen no process
+        if self._is_stopped:  # `stop` may have run before `_process` was set.
             process.kill()
         try:
             reply, _ = self._exchange(process, first, self._program.start_s)
@@ -151,7 +154,7 @@ class BoundedChild:
                 stderr=subprocess.DEVNULL,
                 env={name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
             )
-        except OSError as error:  # as where no more processes may run
+        except OSError as error:  # For example, the limit on the number of processes is reached.
             raise ChildKilledError(f"its process cannot be started: {error.strerror}") from error
 
     def _exchange(
@@ -211,7 +214,7 @@ def _read_reply(stream: IO[bytes], max_line_bytes: int, max_payload_bytes: int) 
 
 def _check_size(size: int, max_bytes: int) -> None:
     if size > max_bytes:
-        raise ChildEndedError(f"a reply of more than {max_bytes} bytes")
+        raise ChildEndedError(f"its reply has more than {max_bytes} bytes")
 
 
 def _ending(process: subprocess.Popen[bytes]) -> ChildEndedError:
@@ -222,5 +225,5 @@ def _ending(process: subprocess.Popen[bytes]) -> ChildEndedError:
     if -code in _OTHERS_SIGNALS:
         return ChildKilledError(f"its process was killed by {signal.Signals(-code).name}")
     if -code in _TIME_SIGNALS:
-        return ChildEndedError("it used more CPU time than it may")
+        return ChildEndedError("it exceeded its CPU time limit")
     return ChildEndedError("it crashed its process")

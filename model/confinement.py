@@ -1,6 +1,6 @@
-"""A seccomp filter and resource limits for child processes with untrusted input. The filter allows system calls for
-memory, time, open pipes and exit. So a template that escapes from Jinja's sandbox, or an image that takes over a
-decoder, can open no file or socket and start no program. The filter exists for Linux on x86-64 and aarch64."""
+"""A seccomp filter and resource limits for child processes that handle untrusted input. The filter allows only system
+calls for memory, time, open pipes and exit. A template that escapes from Jinja's sandbox, or an image that takes over a
+decoder, cannot open files or sockets or start programs. The filter exists for Linux on x86-64 and aarch64."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from typing import Final
 _SET_NO_NEW_PRIVS: Final = 38
 _SET_SECCOMP: Final = 22
 _MODE_FILTER: Final = 2
-_LOAD: Final = 0x20  # classic BPF: the 32-bit word at an offset of seccomp_data
+_LOAD: Final = 0x20  # Classic BPF: loads the 32-bit word at an offset in `struct seccomp_data`.
 _EQUAL: Final = 0x15
 _RETURN: Final = 0x06
 _NUMBER_AT: Final = 0
 _ARCHITECTURE_AT: Final = 4
-_FIRST_ARGUMENT_AT: Final = 16  # its low half; both architectures are little-endian
+_FIRST_ARGUMENT_AT: Final = 16  # Offset of the argument's low 32 bits. Both architectures are little-endian.
 _ALLOW: Final = 0x7FFF0000
 _REFUSE: Final = 0x00050000 | errno.EPERM
 _MAX_FILES: Final = 16
@@ -31,12 +31,13 @@ _MAX_FILES: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class _Architecture:
-    audit: int  # AUDIT_ARCH_*
+    audit: int  # The kernel's AUDIT_ARCH_* number.
     calls: tuple[int, ...]
-    prlimit: int  # allowed for the process itself only
+    prlimit: int  # Number of the call `prlimit`. A process may change only its own limits.
 
 
 _ARCHITECTURES: Final = {
+    # Names of the allowed system calls, in the order of their numbers:
     # read write close fstat lseek mmap mprotect munmap brk rt_sigaction rt_sigprocmask rt_sigreturn sched_yield mremap
     # madvise getpid exit gettimeofday getrusage times sigaltstack futex restart_syscall clock_gettime clock_getres
     # exit_group getrandom
@@ -63,7 +64,6 @@ class _Program(ctypes.Structure):
 
 
 def limit_resources(memory_bytes: int) -> None:
-    """Limits memory, forbids writing to files, and allows only as many open files as the interpreter needs."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -71,17 +71,17 @@ def limit_resources(memory_bytes: int) -> None:
 
 
 def limit_cpu(seconds: int) -> None:
-    """Allows `seconds` more of CPU time. The system's own limit counts from the start of the process."""
+    """Allows this process `seconds` more seconds of CPU time. The kernel counts from the start of the process."""
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + seconds + 1, hard))
 
 
 def confine() -> str | None:
-    """Makes all system calls outside the filter fail with EPERM. Returns None, or why there is no filter."""
+    """Makes system calls outside the filter fail with EPERM. Returns None, or the reason why there is no filter."""
     machine = os.uname().machine
     architecture = _ARCHITECTURES.get(machine) if sys.platform == "linux" else None
     if architecture is None:
-        return f"no filter of system calls on {sys.platform} {machine}"
+        return f"no system call filter is available on {sys.platform} {machine}"
     code = b"".join(_filter(architecture))
     buffer = ctypes.create_string_buffer(code, len(code))
     program = _Program(len(code) // 8, ctypes.addressof(buffer))
@@ -92,12 +92,12 @@ def confine() -> str | None:
         (_SET_SECCOMP, ctypes.c_ulong(_MODE_FILTER), ctypes.byref(program), zero, zero),
     ):
         if prctl(*arguments) != 0:
-            return f"the kernel takes no filter of system calls: {os.strerror(ctypes.get_errno())}"
+            return f"the kernel refused the system call filter: {os.strerror(ctypes.get_errno())}"
     return None
 
 
 def _filter(architecture: _Architecture) -> Iterable[bytes]:
-    """Yields the filter's BPF instructions. They also refuse the system calls of other architectures (32-bit x86)."""
+    """Yields the filter's BPF instructions. They refuse calls of other architectures too, such as 32-bit x86."""
     refuse, allow = _instruction(_RETURN, _REFUSE), _instruction(_RETURN, _ALLOW)
     yield _instruction(_LOAD, _ARCHITECTURE_AT)
     yield _instruction(_EQUAL, architecture.audit, if_equal=1)

@@ -1,4 +1,4 @@
-"""Costs of steps, layers and models: bytes of weights, KV memory and states, and multiply-accumulates."""
+"""Costs of steps, layers and models: bytes of weights, KV memory and states, and multiply-accumulates (MACs)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ file_bytes = attrgetter("n_bytes")
 
 @dataclass(frozen=True, slots=True)
 class TypedWeights:
-    """The bytes in memory, and the multiply-accumulates for a row, of matrices with one quant type."""
+    """All matrices of one quant type: their bytes in memory, and their multiply-accumulates for one row."""
 
     quant_type: QuantType
     n_bytes: int
@@ -28,7 +28,8 @@ class TypedWeights:
 
 
 def typed_weights(tensors: Mapping[str, Tensor], steps: Iterable[Step], *, experts: bool) -> tuple[TypedWeights, ...]:
-    """Returns, by quant type, the matrices of experts or those outside mixtures. Routers are in neither."""
+    """Sums up matrices by quant type. With `experts`, counts only the matrices of experts, and otherwise only the
+    matrices outside mixtures of experts. Routers are never counted."""
     n_bytes, products = Counter[QuantType](), Counter[QuantType]()
     kind = WeightKind.EXPERTS if experts else WeightKind.MATRIX
     seen = set[str]()
@@ -84,9 +85,10 @@ def all_macs(steps: Iterable[Step]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LayerCost:
-    """The cost of a layer. `weight_bytes` counts memory. `idle_bytes` is the part of it that belongs to experts that a
-    token does not choose, and `idle_share` is their share of all experts. `used_file_bytes` is the size of the other
-    weights in the file. Multiply-accumulates exclude attention, because its cost grows with the context."""
+    """The cost of a layer, or of a part of a layer. `weight_bytes` is the size in memory, and `used_file_bytes` the
+    size in the file of weights that one token reads. `idle_bytes` is the part of `weight_bytes` for experts that a
+    token does not choose, and `idle_share` is their share of all experts. Multiply-accumulates exclude attention,
+    because its cost grows with the context."""
 
     weight_bytes: int
     macs_per_token: int
@@ -95,24 +97,24 @@ class LayerCost:
     idle_share: float = 0.0
     float_macs_per_token: int = 0
     used_file_bytes: int = 0
-    state_bytes: int = 0  # of one sequence's state
-    window: int | None = None  # of its attention
-    window_bytes_per_token: int = 0  # the part of `kv_bytes_per_token` that is freed outside the window
-    kv_source: int | None = None  # another layer whose keys and values this layer reads
-    expert_bytes: int = 0  # the part of `weight_bytes` for router and experts
+    state_bytes: int = 0  # Size of one sequence's state.
+    window: int | None = None  # Window of the layer's attention in tokens. None means no window.
+    window_bytes_per_token: int = 0  # The part of `kv_bytes_per_token` that is freed outside the window.
+    kv_source: int | None = None  # Number of another layer whose keys and values this layer reads.
+    expert_bytes: int = 0  # The part of `weight_bytes` for the router and the experts.
     expert_macs_per_token: int = 0
-    is_joined: bool = False  # no stage begins with it
-    saved_bytes: int = 0  # in a layer's first part, what a stage with all parts saves
-    state_macs_per_token: int = 0  # the part of `float_macs_per_token` for states
-    weights: tuple[TypedWeights, ...] = ()  # the matrices that multiply rows, except those of experts
+    is_joined: bool = False  # True if no stage may begin at this layer or part.
+    saved_bytes: int = 0  # In a layer's first part: bytes that a stage saves if it holds all parts.
+    state_macs_per_token: int = 0  # The part of `float_macs_per_token` that updates states.
+    weights: tuple[TypedWeights, ...] = ()  # Matrices that multiply rows, without those of experts.
     expert_weights: tuple[TypedWeights, ...] = ()
 
     def moved_bytes(self, rows: int, sequences: int) -> float:
         return self.touched_bytes(rows) + 2 * sequences * self.state_bytes
 
     def touched_bytes(self, rows: int) -> float:
-        """Returns the expected bytes of weights that a step of `rows` rows reads. If each row chooses u of E experts
-        evenly and independently, E * (1 - (1 - u / E) ** rows) experts are read."""
+        """Returns the expected number of weight bytes that a step of `rows` rows reads. If each row chooses u of E
+        experts evenly and independently, the step reads E * (1 - (1 - u / E) ** rows) experts."""
         return self.weight_bytes - self._idle_bytes(rows)
 
     def touched_expert_bytes(self, rows: int) -> float:
@@ -126,13 +128,13 @@ class LayerCost:
 
 
 JOINED = LayerCost(0, 0, 0, is_joined=True)
-"""The cost of each later part of a layer that cannot be divided. The layer's first part has the whole cost."""
+"""The cost of the later parts of a layer that cannot be divided. The first part has the layer's whole cost."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCosts:
-    """The costs of a model. The first stage has the embedding and the last stage the head. `tied_bytes` of tensors are
-    counted in both, but a stage with both holds them once."""
+    """The costs of a model. The first stage holds the embedding, and the last stage holds the head. `tied_bytes` is the
+    size of tensors that both need. A stage that is first and last holds these tensors once."""
 
     embedding_bytes: int
     head_bytes: int
@@ -140,11 +142,11 @@ class ModelCosts:
     layers: tuple[LayerCost, ...]
     float_head_macs: int = 0
     head_file_bytes: int = 0
-    hidden_bytes: int = 0  # of one token, as stages send it
-    cut_bytes: int = 0  # the maximum for one token from a stage that ends inside a layer
-    expert_shards: int = 1  # the number of parts in `layers` for each layer
-    nextn_bytes: int = 0  # of an MTP head in the last stage, without its layer
-    nextn_embedding_bytes: int = 0  # of an MTP head in a last stage that is not the first stage too
+    hidden_bytes: int = 0  # Size of one token between two stages.
+    cut_bytes: int = 0  # Maximum size of one token that comes from a stage that ends inside a layer.
+    expert_shards: int = 1  # Number of entries in `layers` for each layer.
+    nextn_bytes: int = 0  # Size of the MTP head's weights outside its layer, in the last stage.
+    nextn_embedding_bytes: int = 0  # Size of the embedding that an MTP head needs in a last stage that is not first.
     head_weights: tuple[TypedWeights, ...] = ()
     tied_bytes: int = 0
 
@@ -155,8 +157,8 @@ class ModelCosts:
 
     @property
     def borders(self) -> tuple[int, ...]:
-        """The layers at which a stage may begin, and the layer count. A stage cannot begin at an `is_joined` part, or
-        between layers that share keys and values."""
+        """Numbers of the layers at which a stage may begin, and the layer count. A stage cannot begin at a part that
+        has `is_joined`, or between two layers of which one reads the keys and values of the other."""
         shared = [(layer.kv_source, number) for number, layer in enumerate(self.layers) if layer.kv_source is not None]
         sources = ((source * self.expert_shards, number) for source, number in shared)
         between = {border for source, number in sources for border in range(source + 1, number + 1)}
@@ -177,7 +179,6 @@ class ModelCosts:
 
 
 def layer_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
-    """Returns the cost of a program with one layer, without its embedding and head."""
     before_head = takewhile(partial(is_before_head, program), program.steps)
     return steps_cost(tensors, replace(program, steps=tuple(step for step in before_head if not step.is_embedding)))
 
@@ -206,6 +207,6 @@ def steps_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
 
 
 def is_before_head(program: Program, step: Step) -> bool:
-    """Returns True for a step before the head. The head begins with the norm of all rows, or with `SelectRows`."""
+    """Returns False for the head's first step, which is the norm of all rows or `SelectRows`."""
     has_norm = program.normed is not None and program.normed != program.hidden
     return not isinstance(step, SelectRows) and not (has_norm and step.out == program.normed)

@@ -1,8 +1,8 @@
-"""Programs of stages that begin or end inside a mixture of experts, so that several workers hold a layer's experts.
-Each layer has as many parts as its experts have shards. The first part has the steps before the experts, the choice of
-experts, and the first shard. The last part has the last shard, the sum, and the steps after it. Each part sends to the
-next the buffers that later steps read, the choice, and the experts' results by rank. The last part adds the results in
-rank order, as a worker with all experts does."""
+"""Makes programs of stages that begin or end inside a mixture of experts, so that several workers can hold one layer's
+experts. The experts are divided into shards, and the layer into as many parts. The first part has the steps before the
+experts, the choice of experts, and the first shard. The last part has the last shard, the sum, and the steps after the
+sum. Each part sends to the next part the buffers that later steps read, the choice, and the experts' results. The last
+part adds the results in the same order as a worker that has all experts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ Build = Callable[[int, int], Program]
 
 
 def divided_program(build: Build, start: int, end: int, shards: int) -> Program:
-    """Returns the program of parts [start, end). Raises UsageError if a layer to divide has too few experts."""
+    """Returns the program of parts [start, end), where each layer has `shards` parts. Raises UsageError if a layer in
+    which the program begins or ends has fewer than `shards` experts."""
     (first, skipped), (last, before) = divmod(start, shards), divmod(end - 1, shards)
     kept, program = before + 1, build(first, last + 1)
     steps, hidden, out, normed = program.steps, program.hidden, program.out, program.normed
@@ -52,7 +53,7 @@ def mixture_of(steps: Sequence[Step], layer: int) -> Moe | None:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """A divided layer. `carried` has the buffers that steps before the experts write and later steps read."""
+    """A layer that is divided. `carried` lists the buffers that steps before the experts write and later steps read."""
 
     mixture: Moe
     carried: tuple[Buffer, ...]

@@ -1,4 +1,4 @@
-"""The hyperparameters of a model, which are read from its metadata and checked for range and consistency."""
+"""Reads a model's hyperparameters from its metadata, and checks their ranges and their consistency."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.values import shown
 
-_MAX_USED_EXPERTS = 256  # of a token: what kernels have room for
+_MAX_USED_EXPERTS = 256  # Kernels have room for this number of experts per token.
 _MAX_WIDTH = 1 << 20
 _MAX_CONTEXT = 1 << 30
 _LEAST_STRETCH = 0.01
@@ -27,7 +27,7 @@ _NEUTRAL_VALUES = {
     "attention.value_scale": (0, 1),
     "attn_logit_softcapping": (0,),
     "embedding_scale": (0, 1),
-    "expert_gating_func": (0, 1),  # 1: softmax
+    "expert_gating_func": (0, 1),  # 1 means softmax.
     "expert_group_count": (0, 1),
     "expert_group_scale": (0, 1),
     "expert_weights_scale": (0, 1),
@@ -41,32 +41,33 @@ _NEUTRAL_VALUES = {
     "swiglu_clamp_exp": (0,),
     "swiglu_clamp_shexp": (0,),
 }
-"""Keys that change the arithmetic of architectures that read them, with the values that change nothing."""
+"""Keys that change the arithmetic of some architectures, with the values that change nothing. An architecture that does
+not read such a key refuses files with another value."""
 
 
 LATENT_KEYS = ("attention.key_length_mla", "attention.value_length_mla")
-"""Keys for the widths of a head's query and value in latent attention. The usual keys have the stored keys' widths."""
+"""Keys for the widths of a head's query and value in latent attention (MLA). The usual keys mean other widths there."""
 
 MAX_LAYERS = 1 << 10
 PROJECTOR_ARCHITECTURE = "clip"
 SHARED_KV_KEY = "attention.shared_kv_layers"
-"""The metadata key for the number of last layers that read the keys and values of earlier layers."""
+"""The metadata key for the number N of shared layers. The last N layers read the keys and values of earlier layers."""
 NEXTN_KEY = "nextn_predict_layers"
-"""The metadata key for the number of last layers that are heads for multi-token prediction (MTP)."""
+"""The metadata key for the number N of MTP layers. The last N layers are heads for multi-token prediction (MTP)."""
 
 
 class RopeScaling(StrEnum):
     NONE = "none"
     LINEAR = "linear"
-    LONGROPE = "longrope"  # linear, beside factors that are tensors
+    LONGROPE = "longrope"  # Linear scaling, and a factor from a tensor for each channel pair.
     YARN = "yarn"
 
 
 @dataclass(frozen=True, slots=True)
 class RopeParameters:
-    """The rotary embedding of a head's first `dimension_count` channels. Only YaRN uses `extrapolation_factor`,
-    `beta_fast`, `beta_slow`, `log_multiplier` and `truncated`. It divides cos and sin by 1 + 0.1 * log_multiplier *
-    ln(factor). If `truncated`, its ramp begins and ends at whole pairs."""
+    """RoPE of the first `dimension_count` channels of a head. Only YaRN uses `extrapolation_factor`, `beta_fast`,
+    `beta_slow`, `log_multiplier` and `truncated`. YaRN divides cos and sin by 1 + 0.1 * log_multiplier * ln(factor). If
+    `truncated`, YaRN's ramp begins and ends at whole channel pairs."""
 
     dimension_count: int
     frequency_base: float
@@ -83,8 +84,8 @@ class RopeParameters:
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
-    """Widths (in channels) and counts of a model. `expert_count` is 0 without experts. Tuples have a number for each
-    layer: 0 KV heads if it has no attention, length 0 if it has no feed-forward network."""
+    """Widths (in channels) and counts of a model. Tuples have one number for each layer. A layer without attention has
+    0 KV heads, and a layer without a feed-forward network has length 0. `expert_count` is 0 without experts."""
 
     architecture: str
     block_count: int
@@ -94,13 +95,13 @@ class Hyperparameters:
     head_count: int
     head_counts_kv: tuple[int, ...]
     key_length: int
-    rms_epsilon: float | None  # None if norms subtract the mean, because their epsilon has another key
+    rms_epsilon: float | None  # None if the norms subtract the mean. Another key has their epsilon.
     rope: RopeParameters
     expert_count: int
     expert_used_count: int
     expert_feed_forward_length: int
     vocabulary_size: int
-    sliding_window: int | None  # positions that a token sees in a window, its own position included
+    sliding_window: int | None  # Window size in tokens, with the token itself. None without a sliding window.
 
     @property
     def query_width(self) -> int:
@@ -120,7 +121,6 @@ def read_architecture(model: ModelFile) -> str:
 
 
 def read_hyperparameters(model: ModelFile) -> Hyperparameters:
-    """Reads `{architecture}.*`. Raises ModelFileError if a key is missing, out of range or contradictory."""
     return hyperparameters_of(ModelKeys(model))
 
 
@@ -154,7 +154,7 @@ def hyperparameters_of(keys: ModelKeys) -> Hyperparameters:
 
 
 class ModelKeys:
-    """Reads a model's own keys, which are named without the architecture, and records which keys were read."""
+    """Reads metadata keys. Callers name them without the architecture's prefix. Records which keys were read."""
 
     def __init__(self, model: ModelFile) -> None:
         self.model = model
@@ -168,7 +168,7 @@ class ModelKeys:
         return self.model.error(self._full(key), what)
 
     def count(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int) -> int:
-        """Reads a whole number. An array with a number for each layer is accepted if all numbers are equal."""
+        """Reads a whole number. An array with one number for each layer is accepted if its numbers are equal."""
         value: Any = self.model.metadata.get(self._recorded(key))
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and len(value):
             if (value != value[0]).any():
@@ -201,7 +201,6 @@ class ModelKeys:
         return tuple(map(int, value))
 
     def reals(self, key: str, layers: int) -> tuple[float, ...]:
-        """Reads a number for each of the first `layers` layers. Numbers may be infinite or NaN."""
         value: Any = self.model.metadata.get(self._recorded(key))
         if value is None:
             raise self.error(key, "missing")
@@ -236,7 +235,7 @@ class ModelKeys:
         return [bool(flag) for flag in value[:layers]]
 
     def refuse_unread(self) -> None:
-        """Raises ModelFileError if there is an unread key that would change the arithmetic."""
+        """Raises ModelFileError if an unread key has a value that would change the arithmetic (`_NEUTRAL_VALUES`)."""
         for key in _NEUTRAL_VALUES.keys() - self._read:
             neutral = _NEUTRAL_VALUES[key]
             value: Any = self.model.metadata.get(self._full(key), neutral[0])
@@ -245,8 +244,9 @@ class ModelKeys:
                 raise self.error(key, f"{shown(str(value))} is not supported")
 
     def windowed_layers(self, layers: int, default_period: int, *, full_first: bool = False) -> list[bool]:
-        """Tells which layers have the sliding window. `attention.sliding_window_pattern` is an array or a period. The
-        last layer of each period (the first if `full_first`) has no window. With a period of 0, all layers have it."""
+        """Returns, for each layer, whether its attention has the sliding window. `attention.sliding_window_pattern` is
+        an array of flags or a period. The last layer of each period (the first if `full_first`) has no window. With a
+        period of 0, all layers have the window."""
         key = "attention.sliding_window_pattern"
         if isinstance(self.model.metadata.get(self._recorded(key)), np.ndarray):
             return self._layer_flags(key, layers)
@@ -344,7 +344,6 @@ def _read_rope(keys: ModelKeys, key_length: int, context_length: int) -> RopePar
 
 
 def _read_factor(keys: ModelKeys) -> float:
-    """Reads the factor that stretches positions (`rope.scale_linear` in older files). 0 means 1."""
     key = "rope.scaling.factor" if keys.has("rope.scaling.factor") else "rope.scale_linear"
     factor = keys.real(key, 1.0, minimum=0.0, maximum=1e6) or 1.0
     if factor < _LEAST_STRETCH:

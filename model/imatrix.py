@@ -1,4 +1,4 @@
-"""Importance matrices in both of llama.cpp's formats: squared inputs of weight matrices, summed by column."""
+"""Importance matrices in both of llama.cpp's formats. They sum the squared inputs of each column of a weight matrix."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ _NUMBER = Struct("<i")
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """The importance of a matrix or of each expert's matrix: sums of squares [experts, columns] of `counts` inputs."""
+    """The importance of a matrix or of each expert's matrix: sums of squares [experts, columns] over `counts`
+    inputs."""
 
     sums: Float32
     counts: Float32
@@ -70,7 +71,7 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
 
 
 def write_imatrix(path: Path, matrix: ImportanceMatrix) -> None:
-    """Writes the old format if the name ends in .dat, otherwise GGUF. A file gets its name when it is complete."""
+    """Writes the old format if the name ends in .dat, otherwise GGUF. The file gets its name when it is complete."""
     if path.suffix == ".dat":
         data = _legacy_bytes(matrix)
         with new_file(path, len(data)) as file:
@@ -110,7 +111,8 @@ def _from_gguf(file: ModelFile) -> ImportanceMatrix:
 
 
 def _from_legacy(path: Path, data: bytes) -> ImportanceMatrix:
-    """Reads the old format: entry count | name, calls, values times calls of each entry | chunk count, text name."""
+    """Reads the old format: the number of entries, for each entry its name, its number of calls, and its means times
+    calls, and then the number of chunks and the name of the text."""
     at = 0
 
     def number() -> int:
@@ -137,7 +139,7 @@ def _from_legacy(path: Path, data: bytes) -> ImportanceMatrix:
         chunks = max(0, number()) if at < len(data) else 0
         datasets = (take(number(), len(data)).decode(errors="replace"),) if at < len(data) else ()
     except UnicodeDecodeError:
-        raise _no_matrix(path, f"a name at byte {at} is not text") from None
+        raise _no_matrix(path, f"the name that ends at byte {at} is not valid UTF-8") from None
     return ImportanceMatrix(entries, chunks, 0, datasets)
 
 

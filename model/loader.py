@@ -47,7 +47,7 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 
 class Model:
-    """An opened model file. Every tensor in the file is part of its architecture's program."""
+    """An opened model file. A file with a tensor that its architecture's program does not read is refused."""
 
     def __init__(
         self,
@@ -81,10 +81,10 @@ class Model:
         adapters: Sequence[Path] = (),
         mmproj: Path | None = None,
     ) -> Model:
-        """Opens a model. Reads only the headers of `path` and `mmproj`, but all bytes of `adapters`. `chat_template` is
+        """Opens a model. Reads all bytes of `adapters`, but only the headers of `path` and `mmproj`. `chat_template` is
         the name or the path of a template that replaces the file's template. `mmproj` is the projector's file. Raises
-        UsageError if there is no such template, and ModelFileError as `open_model`, `with_adapters`,
-        `check_adapter_weights`, `open_projector` and `check_projector` do."""
+        UsageError if the template does not exist. Raises ModelFileError if a file is invalid or does not fit the
+        model."""
         plain = open_model(path)
         numbered = {number: read_adapter(adapter, plain) for number, adapter in enumerate(adapters)}
         check_adapter_weights(numbered.values())
@@ -110,7 +110,7 @@ class Model:
 
     @cached_property
     def widened(self) -> Model:
-        """The model with weights packed as wider tiles, if their types have wider tiles."""
+        """The same model with weights packed as wider tiles, if their quant types have wider tiles (`WIDER_TILES`)."""
         wide = copy(self)
         tensors = self.file.tensors.items()
         wide.file = replace(
@@ -136,9 +136,9 @@ class Model:
         context_tokens: int | None = None,
         expert_shards: int = 1,
     ) -> Program:
-        """Returns the program of layers [start, end). Sequences have at most `context_tokens` tokens, or the model's
-        context length if None. With several `expert_shards`, [start, end) counts parts of layers (see `Program`).
-        Raises UsageError if a layer cannot be divided into so many parts."""
+        """Returns the program of layers [start, end). `context_tokens` is the maximum length of a sequence, and None
+        means the model's context length. With several `expert_shards`, start and end count parts of layers (see
+        `Program`). Raises UsageError if a layer cannot be divided into so many parts."""
 
         def build(first: int, last: int) -> Program:
             return adapted(build_program(self.file, first, last, kv_type, context_tokens), self.file)
@@ -176,12 +176,12 @@ class Model:
 
     @property
     def embedding_width(self) -> int:
-        """The length of an embedding, or the number of a reranker's scores."""
+        """The number of floats in an embedding, or the number of a reranker's scores."""
         return (self._whole.normed or self._whole.hidden).width
 
     @property
     def image_width(self) -> int:
-        """The number of floats in an image's row, which replaces an embedding. 0 if the model reads no images."""
+        """The number of floats in an image row, which replaces a token's embedding. 0 if the model reads no images."""
         return self._whole.given_levels * self.hyperparameters.embedding_length
 
     def check_projector(self, projector: Projector) -> None:
@@ -208,7 +208,6 @@ class Model:
 
     @property
     def hidden_bytes(self) -> int:
-        """The maximum size of a token between two stages, in bytes. 0 if the model has only one layer."""
         return 4 * self.program(0, 1).out.width if self.layer_count > 1 else 0
 
     def tensors_for(self, program: Program) -> dict[str, Tensor]:
@@ -270,7 +269,7 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, built on first use. Raises ModelFileError if the file has no supported tokenizer."""
+        """The tokenizer, created on first use. Raises ModelFileError if the file has no supported tokenizer."""
         with _named(self.file.path):
             return load_tokenizer(self.file.metadata)
 
@@ -296,7 +295,7 @@ class Model:
             raise keys.error("attention.causal", f"{not self.is_causal} is not supported")
 
     def _refuse_unknown_tensors(self) -> None:
-        """Refuses tensors that no step reads. If one is a scale or a norm, every answer would be wrong."""
+        """Raises ModelFileError if no step reads a tensor. An ignored scale or norm would make every answer wrong."""
         known = {*self._whole.weights, *FACTOR_TENSORS, *nextn_tensors(self.file), *idle_kv_tensors(self.file)}
         unknown = set(self.file.tensors) - known
         if (error := unread_adapter_tensor(self.file, unknown)) is not None:

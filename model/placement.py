@@ -1,4 +1,4 @@
-"""Rules that put layers, or all experts of layers, in RAM or on GPUs, like llama.cpp's `-ot PATTERN=DEVICE`."""
+"""Rules that put whole layers, or all experts of a layer, in RAM or on a GPU, like llama.cpp's `-ot PATTERN=DEVICE`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ _POSSIBLE = r"only whole layers ('blk\.3\.') or all experts of a layer ('ffn_.*_
 
 @dataclass(frozen=True, slots=True)
 class PlacementRule:
-    """Puts tensors whose names contain a match on `device`, which is "ram", "gpu" (any GPU) or "cuda:N"."""
+    """Puts tensors on `device` if `pattern` matches a part of their name. Devices are "ram", "gpu" (any) and
+    "cuda:N"."""
 
     pattern: str
     device: str
@@ -51,7 +52,7 @@ class PlacementRule:
 
 
 def read_rules(text: str) -> Iterator[PlacementRule]:
-    """Reads rules in llama.cpp's form PATTERN=DEVICE,PATTERN=DEVICE. Raises ValueError for any other text."""
+    """Reads rules in llama.cpp's form, such as `exps=CPU,attn=CUDA0`. Raises ValueError for any other text."""
     at = 0
     while at < len(text):
         found = _RULE.match(text, at)
@@ -63,7 +64,7 @@ def read_rules(text: str) -> Iterator[PlacementRule]:
 
 @lru_cache(256)
 def _matcher(pattern: str) -> SchemaValidator:
-    """Returns a matcher with linear time and limited size. Raises ValueError if the pattern is invalid."""
+    """Returns a matcher that takes linear time and limited memory. Raises ValueError if the pattern is invalid."""
     try:
         return SchemaValidator(core_schema.str_schema(pattern=pattern, regex_engine="rust-regex"))
     except SchemaError as error:
@@ -92,8 +93,8 @@ def rule_effects(model: Model, rules: Sequence[PlacementRule]) -> tuple[RuleEffe
 
 
 def placement_of(model: Model, rules: Sequence[PlacementRule], cpu_moe: int | None) -> Placement:
-    """Returns the devices of layers. The first rule that matches a tensor applies to it. `cpu_moe` applies to experts
-    without a rule. Raises UsageError if a rule matches no tensor or cannot be obeyed."""
+    """Returns the device of each layer. The first rule that matches a tensor applies to it. `cpu_moe` applies to
+    experts that no rule matches. Raises UsageError if a rule matches no tensor or cannot be obeyed."""
     if not rules:
         return Placement(cpu_moe=cpu_moe)
     decided = {name: rules[index] for name, index in _decided(model, rules).items()}
@@ -121,10 +122,11 @@ def _decided(model: Model, rules: Sequence[PlacementRule]) -> dict[str, int]:
 class _Part:
     what: str
     deciding: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)  # small tensors, on the device of the deciding tensors
+    others: list[str] = field(default_factory=list)  # Small tensors, which follow the deciding tensors.
 
     def place(self, decided: Mapping[str, PlacementRule]) -> tuple[str, PlacementRule] | None:
-        """Returns a tensor and its rule, which decides for all tensors of the part, or None if no rule matches."""
+        """Returns a tensor and the rule that decides for the whole part, or None. Raises UsageError if rules
+        disagree."""
         ruled = [(name, decided[name]) for name in (*self.deciding, *self.others) if name in decided]
         if not ruled:
             return None
@@ -143,12 +145,13 @@ class _Part:
 class _Layer:
     rest: _Part
     experts: _Part
-    vectors: set[str] = field(default_factory=set)  # of the rest, norms and biases
+    vectors: set[str] = field(default_factory=set)  # Norms and biases outside the experts.
 
     def place(self, decided: Mapping[str, PlacementRule]) -> tuple[str | None, bool | None]:
-        """Returns the layer's device, and whether its experts are in RAM. None means that no rule decides."""
+        """Returns the layer's device, and whether its experts are in RAM. Each is None if no rule decides it."""
         broad = {rule for name in self.rest.deciding if (rule := decided.get(name)) is not None}
-        follow = {name for name in self.experts.others if decided.get(name) in broad}  # named by the way
+        # Small tensors of the experts that match a rule for the rest of the layer.
+        follow = {name for name in self.experts.others if decided.get(name) in broad}
         own = {name: rule for name, rule in decided.items() if name not in follow | self._following_vectors(decided)}
         rest, experts = self.rest.place(own), self.experts.place(own)
         if experts is None or experts[1].device == RAM:
@@ -160,7 +163,7 @@ class _Layer:
         return rest[1].device, False
 
     def _following_vectors(self, decided: Mapping[str, PlacementRule]) -> set[str]:
-        """Returns the vectors that a rule for experts matches by accident, as 'ffn_.*' matches ffn_norm."""
+        """Returns the vectors that a rule for experts matches by accident. For example, 'ffn_.*' matches ffn_norm."""
         of_rest = {decided[name] for name in self.rest.deciding if name in decided and name not in self.vectors}
         if any(rule.device == RAM for rule in of_rest):
             return set()

@@ -1,4 +1,4 @@
-"""The pooling of a prompt's hidden states into an embedding, and its key in model files."""
+"""The pooling that makes an embedding from a prompt's hidden states, and its metadata key."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from llamaclust.model.hyperparameters import ModelKeys
 
 
 class Pooling(StrEnum):
-    """The pooled rows: each row, their mean, the first row, the last row, or (in encoders) the first row's scores."""
+    """The rows that make an embedding. NONE gives an embedding for each row. The others use the mean of all rows, the
+    first row (CLS) or the last row. RANK is for rerankers, and an encoder's scores come from its first row."""
 
     NONE = "none"
     MEAN = "mean"
@@ -33,16 +34,16 @@ class Pooling(StrEnum):
 _BY_NUMBER = (Pooling.NONE, Pooling.MEAN, Pooling.CLS, Pooling.LAST, Pooling.RANK)
 
 DEFAULT = Pooling.LAST
-"""The default pooling. With causal attention, only the last token has seen the whole prompt."""
+"""The default pooling of causal models, because only the last token attends to the whole prompt."""
 
 
 _CLASSIFIER = frozenset({"cls.weight", "cls.output.weight"})
-"""Tensors that only rerankers have. Most rerankers have no pooling key, because llama.cpp has an option for it."""
+"""Tensors that only rerankers have. Most rerankers have no pooling key, because llama.cpp has an option instead."""
 
 
 def read_pooling(model: ModelFile, default: Pooling = DEFAULT) -> Pooling:
-    """Returns the file's pooling. Without the key, returns RANK if the file has a classifier, otherwise the default.
-    Raises ModelFileError if the number is unknown."""
+    """Returns the file's pooling. A file without the key has RANK if it has a classifier, and otherwise `default`.
+    Raises ModelFileError if the key's number is unknown."""
     keys = ModelKeys(model)
     if not keys.has("pooling_type") and not _CLASSIFIER.isdisjoint(model.tensors):
         return Pooling.RANK

@@ -1,6 +1,5 @@
-"""A stage as a program: the flat list of typed steps that an architecture emits and every backend runs. Buffers are
-float32 matrices [rows, width]. `SelectRows` keeps only the rows whose logits are needed. Weights have their GGUF tensor
-names, by which a backend looks them up."""
+"""A stage as a program: a flat list of typed steps that an architecture emits and every backend runs. Buffers are
+float32 matrices [rows, width]. Backends look up weights by their GGUF tensor names."""
 
 from __future__ import annotations
 
@@ -88,7 +87,7 @@ __all__ = [
     "Slice",
     "SoftCap",
     "StatePart",
-]  # and the names that are defined here
+]  # The names that this file defines are public too.
 
 LOGITS = "logits"
 
@@ -115,7 +114,7 @@ RowStep = (
     | SigmoidGate
     | Decay
 )
-"""Steps that compute a row of `out` from the same row of other buffers and of the batch, and a vector of weights."""
+"""Steps that compute each row of `out` from the same row of buffers, from the batch, and from vectors of weights."""
 
 FewerRows = MergeRows | MeanRows
 
@@ -124,23 +123,23 @@ StateStep = Convolution | DeltaRule | Scan
 MixtureStep = ExpertChoice | ExpertInner | ExpertDown | ExpertShards | ExpertSum
 
 Across = Exchange | Gather
-"""Steps of which another device, or another member of a group, computes a part."""
+"""Steps that compute a part of their result on another device, or on another member of a group."""
 
 RowsChange = SelectRows | FewerRows
 
 Step = Embed | MatMul | HeadMatMul | Adapt | Attention | StateStep | Moe | MixtureStep | Across | RowsChange | RowStep
 
 KvLayer = Attention | SequenceState
-"""Steps and states with KV memory. A layer has at most one attention and one state of each `StatePart`."""
+"""Steps and states that have KV memory. A layer has a maximum of one attention and one state of each `StatePart`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """The steps of layers [start, end). If layers are divided into `shards`, start and end count their parts (see
-    `expert_shards`). The first stage begins with `Embed`, and other stages receive `hidden`. The last stage ends with
-    the logits in `out` [output rows, vocabulary], and other stages with the hidden state [rows, embedding]. On the last
+    """The steps of layers [start, end). If layers are divided into `shards` parts, start and end count parts (see
+    `expert_shards`). The first stage begins with `Embed`, and other stages receive `hidden`. The last stage writes the
+    logits to `out` [output rows, vocabulary], and other stages write the hidden state [rows, embedding]. On the last
     stage, `normed` is the normed hidden state [rows, embedding] of every row, or a reranker's scores [rows, classes].
-    It is written before `SelectRows`. Encoders and rerankers have no logits."""
+    `normed` is written before `SelectRows`. Encoders and rerankers have no logits."""
 
     start: int
     end: int
@@ -173,7 +172,7 @@ class Program:
 
     @property
     def kv_memory(self) -> tuple[KvLayer, ...]:
-        """The states, and the first attention of each layer that stores keys and values."""
+        """All states, and for each layer its first attention step that stores keys and values."""
         kept: list[KvLayer] = []
         layers: set[int] = set()
         for step in self.steps:
@@ -195,12 +194,13 @@ class Program:
 
     @property
     def rows_together(self) -> int:
-        """The number of a batch's rows that become one row of `out`, apart from `SelectRows`."""
+        """The number of input rows that are merged into one row of `out`. `SelectRows` is not counted."""
         return prod(step.factor for step in self.steps if isinstance(step, FewerRows))
 
     @property
     def rope_sections(self) -> int:
-        """The number of sections that a batch's rope positions need, or 0 if all rotations are by one position."""
+        """The number of position sections that RoPE uses, such as 3 for time, height and width. 0 means that a token
+        has only one position."""
         sections = (step.sections for step in self.steps if isinstance(step, Rope) and step.sections is not None)
         return max((max(each) + 1 for each in sections), default=0)
 
@@ -223,7 +223,7 @@ class Program:
 
     @property
     def window(self) -> int | None:
-        """The largest window of the causal layers, or None. KV memory of positions before the window is released."""
+        """The largest window of causal attention, or None. KV memory of positions outside the window is released."""
         return max((kept.window for kept in self.kv_layers if kept.causal and kept.window is not None), default=None)
 
 
@@ -232,7 +232,7 @@ def weights_of(steps: Iterable[Step]) -> tuple[str, ...]:
 
 
 def read_before_written(steps: Iterable[Step], *results: Buffer | None) -> tuple[Buffer, ...]:
-    """Returns the buffers that these steps read before writing, in order. `results` are read after the steps."""
+    """Returns the buffers that these steps read before writing, in order. `results` are read after all steps."""
     found: dict[str, Buffer] = {}
     written: set[str] = set()
     for step in steps:

@@ -10,7 +10,7 @@ from typing import Any, Final, Self
 
 
 class ActivationFormat(IntEnum):
-    """The format of activations in products with weights: float32, or int8 with one scale for 32 or 256 channels."""
+    """The format of activations in products with weights: float32, or int8 with a scale for each 32 or 256 channels."""
 
     F32 = 1
     Q8_32 = 32
@@ -23,8 +23,8 @@ _CACHE_LINE_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class TypeInfo:
-    """A row of the table. `activation` is None for types without a dot product (integers and ggml's internal types).
-    `tile_extra_bytes` are additional bytes of a block in memory, which make decoding faster."""
+    """A row of the table. `activation` is None for types without a dot product, which are integers and ggml's internal
+    types. In packed weights, a block has `tile_extra_bytes` more bytes, which make decoding faster."""
 
     block_size: int
     block_bytes: int
@@ -36,7 +36,7 @@ class TypeInfo:
         return width // self.block_size * self.block_bytes
 
     def tile_bytes(self, width: int) -> int:
-        """Returns the bytes of one tile (16 rows of packed weights), a multiple of a cache line."""
+        """Returns the bytes of one tile, which is 16 rows of packed weights. The size is a multiple of a cache line."""
         assert width % self.block_size == 0
         blocks = TILE_ROWS * (width // self.block_size)
         return -(-blocks * (self.block_bytes + self.tile_extra_bytes) // _CACHE_LINE_BYTES) * _CACHE_LINE_BYTES
@@ -46,7 +46,8 @@ _F32, _Q8_32, _Q8_256 = ActivationFormat
 
 
 class QuantType(IntEnum):
-    """ggml's types, each with its number in GGUF files and the fields of `info`. A backend may not support all."""
+    """ggml's types. Each member has its number in GGUF files, followed by the fields of `info`. Backends may support
+    only some types."""
 
     info: TypeInfo
 

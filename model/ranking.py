@@ -27,7 +27,8 @@ class PairTemplate:
     text: str
 
     def prompt(self, tokenizer: Tokenizer, query: str, document: str) -> tuple[int, ...]:
-        """Makes a prompt. Only the template's words become control tokens. Raises RequestError if a text has U+FDD0."""
+        """Returns the token ids of a pair's prompt. The query and the document never become control tokens. Raises
+        RequestError if one of them contains U+FDD0."""
         (texts,) = guard_messages([dict(zip(_FIELDS, (query, document), strict=True))], tokenizer)
         rendered = _PLACES.sub(lambda place: str(texts[place[0][1:-1]]), self.text)
         parts = tokenizer.split_special(rendered, parse_special=True)
@@ -36,7 +37,7 @@ class PairTemplate:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The prompts and the score of a reranker. In causal models (`of_last`), the score is the softmax of the first
+    """The prompts and the score of a reranker. In a causal model (`of_last`), the score is the softmax of the first
     class at the last token. In other models, the score is the first class's output at the first token."""
 
     prompts: PairForm | PairTemplate
@@ -54,7 +55,8 @@ class Ranking:
 
 
 def read_ranking(metadata: Mapping[str, Any], tokenizer: Tokenizer, *, of_last: bool) -> Ranking:
-    """Reads the file's pair template, or the form of its special tokens. Raises ModelFileError if it is invalid."""
+    """Reads the file's template for a pair. Without a template, reads the special tokens of a pair. Raises
+    ModelFileError if the template is invalid."""
     text = metadata.get(_KEY)
     if text is None:
         return Ranking(read_pair_form(metadata, tokenizer), of_last)

@@ -1,4 +1,4 @@
-"""Architectures by their GGUF name. Each one appends its layers' steps to a ProgramBuilder."""
+"""Architectures by their names in GGUF files. Each architecture appends the steps of its layers to a ProgramBuilder."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ _RESHAPES: Mapping[str, Callable[[ModelFile], ModelFile]] = MappingProxyType({"k
 def build_program(
     model: ModelFile, start: int, end: int, kv_type: KvType = KvType.F16, context_tokens: int | None = None
 ) -> Program:
-    """Returns the program of layers [start, end). Sequences have at most `context_tokens` tokens, or the model's
-    context length if None. Raises ModelFileError, which names the faulty architecture, key or tensor."""
+    """Returns the program of layers [start, end). `context_tokens` is the maximum length of a sequence, and None means
+    the model's context length. Raises ModelFileError, which names the faulty architecture, key or tensor."""
     keys = ModelKeys(as_programs_read(model))
     builder = EncoderBuilder(keys, hyperparameters_of(keys), start, end, kv_type, context_tokens)
     ARCHITECTURES[keys.architecture](builder)
@@ -108,7 +108,8 @@ def build_program(
 
 
 def as_programs_read(model: ModelFile) -> ModelFile:
-    """Returns the tensors in the shapes that programs expect. Raises ModelFileError for an unsupported architecture."""
+    """Returns the model with tensors in the shapes that programs expect. Raises ModelFileError if the architecture is
+    not supported."""
     check_architecture(model)
     reshape = _RESHAPES.get(read_architecture(model))
     return model if reshape is None else reshape(model)

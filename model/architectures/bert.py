@@ -1,4 +1,4 @@
-"""Encoders for embeddings. bert, nomic-bert* and jina-bert-v* have norms after blocks, modern-bert before blocks."""
+"""Encoders for embeddings. modern-bert has norms before its blocks. All others have norms after their blocks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def bert(builder: EncoderBuilder) -> None:
 
 
 def nomic_bert(builder: EncoderBuilder) -> None:
-    """Nomic Embed 1 and 1.5. They have rotations, one tensor for q, k and v, and a gated feed-forward network."""
+    """Nomic Embed 1 and 1.5. They have RoPE, one tensor for q, k and v, and a gated feed-forward network."""
     table = builder.rope_table()
     builder.use_layer_norms()
     for layer in builder.sentence_layers():
@@ -37,7 +37,7 @@ def nomic_bert(builder: EncoderBuilder) -> None:
 
 
 def nomic_bert_moe(builder: EncoderBuilder) -> None:
-    """Nomic Embed 2: XLM-RoBERTa with rotations. Every n-th layer, from the second on, has experts without gates."""
+    """Nomic Embed 2. It is XLM-RoBERTa with RoPE. Layers 1, n + 1, 2 n + 1, ... have experts without gates."""
     table, every = builder.rope_table(), builder.keys.count("moe_every_n_layers", 0, minimum=0, maximum=1 << 10)
     builder.use_layer_norms()
     for layer in builder.sentence_layers():
@@ -56,7 +56,7 @@ def jina_bert_v2(builder: EncoderBuilder) -> None:
 
 
 def jina_bert_v3(builder: EncoderBuilder) -> None:
-    """Jina Embeddings 3: XLM-RoBERTa with rotations instead of learned positions. Its adapters are separate files."""
+    """Jina Embeddings 3. It is XLM-RoBERTa with RoPE instead of learned positions. Its adapters are separate files."""
     table = builder.rope_table()
     builder.use_layer_norms()
     for layer in builder.sentence_layers():
@@ -65,8 +65,9 @@ def jina_bert_v3(builder: EncoderBuilder) -> None:
 
 
 def modern_bert(builder: EncoderBuilder) -> None:
-    """ModernBERT. Gate and up are one tensor, and the first layer's attention has no norm before it. The first layer
-    and every third layer after it have no window. The other layers have a window, and a rotation with another base."""
+    """ModernBERT. Gate and up are one tensor. The attention of the first layer has no norm before it. The first layer
+    and every third layer after it attend to all tokens. The others have a sliding window, and RoPE with another
+    base."""
     hp, activation = builder.hyperparameters, _activation(builder)
     windowed = builder.keys.windowed_layers(hp.block_count, 3, full_first=True)
     whole = AttentionVariant(RopeStyle.NEOX, builder.rope_table(), causal=False)

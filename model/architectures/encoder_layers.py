@@ -1,4 +1,4 @@
-"""The steps of encoders: sentence embedding, norms after residual sums, and a classifier or dense layers at the end."""
+"""Blocks of encoders: sentence embedding, norms after residual sums, and a classifier or dense layers at the end."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ _TYPES = "token_types.weight"
 
 class EncoderBuilder(ProgramBuilder):
     def sentence_layers(self, *, positions: bool = False, last_norm: bool = False) -> Iterator[int]:
-        """Yields the layers. Before the first layer, it emits the norm of the sum of token embedding, embedding of
-        token type 0 and (if `positions`) learned positions. If `last_norm`, it emits a norm after the last layer."""
+        """Yields the numbers of the stage's layers. Before layer 0, emits the sum of the token embedding, the embedding
+        of token type 0 and (if `positions`) learned positions, and then a norm. If `last_norm`, emits a norm after the
+        last layer."""
         if self.stage.start == 0:
             self._embed_sentence(positions)
         yield from self.stage
@@ -38,9 +39,9 @@ class EncoderBuilder(ProgramBuilder):
         experts: bool = False,
     ) -> None:
         """hidden = norm(hidden + attention), then hidden = norm(hidden + feed-forward network). The network is gated if
-        `gated`, and otherwise down(activation(up)). If `experts`, it is a mixture of ungated experts."""
+        `gated`, and otherwise down(activation(up)). If `experts`, the network is a mixture of ungated experts."""
         prefix = f"blk.{layer}"
-        self._normed = self._hidden  # what products read
+        self._normed = self._hidden  # Products read `_normed`.
         self._attend(layer, variant)
         self._add_and_norm(f"{prefix}.attn_output_norm")
         if experts:
@@ -52,7 +53,6 @@ class EncoderBuilder(ProgramBuilder):
         self._add_and_norm(f"{prefix}.layer_output_norm")
 
     def attention_without_norm(self, layer: int, variant: AttentionVariant) -> None:
-        """hidden += output(attention(rope(q), rope(k), v)), where q, k and v are products of the hidden state."""
         normed, self._normed = self._normed, self._hidden
         self._attend(layer, variant)
         self._normed = normed
@@ -110,7 +110,7 @@ class EncoderBuilder(ProgramBuilder):
             raise self.keys.error(key, "expected 2 (cls); a classifier on the mean of rows is not supported")
 
     def _dense(self, rows: Buffer) -> Buffer:
-        """Emits dense_3(dense_2(row)) for every row before pooling. Dense layers commute with the mean of rows."""
+        """Emits dense_3(dense_2(row)) for every row before pooling, because dense layers commute with the mean."""
         if not any(f"dense_{number}.weight" in self.model.tensors for number in (2, 3)):
             return rows
         inner = Buffer("dense", self.model.tensor("dense_2.weight").shape[0])

@@ -1,4 +1,4 @@
-"""Mixtures of experts: reads a model family's options from the file, and builds the step."""
+"""Mixtures of experts: reads their options from the file, and builds their steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _GATINGS = {1: Gating.SOFTMAX, 2: Gating.SIGMOID, 3: Gating.SOFTMAX_OF_CHOSEN}
 
 @dataclass(frozen=True, slots=True)
 class ExpertsVariant:
-    """Options of a mixture. The shared expert has `shared_width` channels. If `shared_gate`, it has a sigmoid gate."""
+    """Options of a mixture. The shared expert has `shared_width` channels, and 0 means that there is none. If
+    `shared_gate`, a sigmoid gate weights the shared expert's result."""
 
     options: ExpertOptions = USUAL_EXPERTS
     shared_width: int = 0
@@ -31,8 +32,8 @@ def read_experts(
     activation: ActivationFunction | GatedActivation = GatedActivation.SILU_MUL,
     shared_width: int = 0,
 ) -> ExpertsVariant:
-    """Reads the options from the file's keys. `gating` and `normalized` are defaults for missing keys. Raises
-    ModelFileError if the gating function is unknown, or if groups do not divide the experts."""
+    """Reads a mixture's options. `gating` and `normalized` apply if the file lacks their keys. Raises ModelFileError if
+    the gating function is unknown, or if groups do not divide the experts."""
     number = keys.count(_GATING_KEY, 0, minimum=0, maximum=255)
     if number not in (0, *_GATINGS):
         known = ", ".join(f"{key} ({value})" for key, value in _GATINGS.items())
@@ -64,12 +65,12 @@ def expert_step(
     buffers: tuple[Buffer, Buffer],
     routed: Buffer | None = None,
 ) -> Moe:
-    """Returns the step that reads the first of `buffers` and writes the second. The router reads `routed` if it is
-    given. Biases and scales are optional. Gate and up may be one tensor."""
+    """Returns a step that reads the first of `buffers` and writes the second. The router reads `routed` instead if it
+    is given. Biases and scales are optional in the file. Gate and up may be one tensor."""
     (x, out), count, ffn = buffers, hp.expert_count, hp.expert_feed_forward_length
     old = f"{prefix}.ffn_gate.0.weight"
     if tensors.has(old):
-        raise tensors.error(old, "one tensor for each expert is a format of early 2024", "convert the model again")
+        raise tensors.error(old, "one tensor per expert is a format from early 2024", "convert the model again")
 
     fused = tensors.has(f"{prefix}.ffn_gate_up_exps.weight")
     inner = (count, 2 * ffn if fused else ffn, x.width)

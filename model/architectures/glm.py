@@ -1,4 +1,4 @@
-"""GLM: chatglm, glm4. Gate and up are one tensor, and so are q, k and v. Half of a head's channels are rotated."""
+"""GLM: chatglm, glm4. Gate and up are one tensor, and q, k and v are one tensor. RoPE rotates half of a head."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def chatglm(builder: ProgramBuilder) -> None:
 
 
 def glm4(builder: ProgramBuilder) -> None:
-    """GLM 4. In GLM 4.1V, text is rotated by sections, and a head's pairs are stored as two halves."""
+    """GLM 4 and 4.1V. GLM 4.1V has RoPE by sections, and rotates channels half a head apart as a pair."""
     sections = text_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2)
     style = RopeStyle.NORM if sections is None else RopeStyle.NEOX
     _layers(builder, AttentionVariant(style, builder.rope_table(), sections=sections), Norms.BOTH)

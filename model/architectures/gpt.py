@@ -1,4 +1,4 @@
-"""Architectures with norms that subtract the mean and ungated feed-forward networks: gpt2, starcoder2, falcon."""
+"""Architectures whose norms subtract the mean and whose feed-forward networks are ungated: gpt2, starcoder2, falcon."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from llamaclust.model.steps.options import ActivationFunction, RopeStyle
 
 
 def gpt2(builder: ProgramBuilder) -> None:
-    """GPT 2. It has learned positions instead of rotations, and biases everywhere."""
     builder.use_layer_norms()
     for layer in builder.layers(positions=True):
         builder.require(layer, "attn_qkv.bias", "attn_output.bias", "ffn_up.bias", "ffn_down.bias")
@@ -16,7 +15,8 @@ def gpt2(builder: ProgramBuilder) -> None:
 
 
 def starcoder2(builder: ProgramBuilder) -> None:
-    """StarCoder 2. It has biases and, as in training, a window. Channels half a head apart are rotated as a pair."""
+    """StarCoder 2. It has biases and a sliding window, as in training. RoPE pairs channels that are half a head
+    apart."""
     table = builder.rope_table()
     builder.use_layer_norms()
     for layer in builder.layers():
@@ -25,8 +25,8 @@ def starcoder2(builder: ProgramBuilder) -> None:
 
 
 def falcon(builder: ProgramBuilder) -> None:
-    """Falcon 7B, 40B and 180B. They have few KV heads. Attention and feed-forward network are parallel. Both read the
-    hidden state before the layer. In the larger models, attention has its own norm, `attn_norm_2`."""
+    """Falcon 7B, 40B and 180B. Attention and feed-forward network are parallel: both read the hidden state before the
+    layer. In the larger models, attention has a norm of its own, `attn_norm_2`."""
     table = builder.rope_table()
     builder.use_layer_norms()
     for layer in builder.layers():

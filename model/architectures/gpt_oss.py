@@ -11,7 +11,8 @@ _BIASES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp", "ffn_gat
 
 
 def gpt_oss(builder: ProgramBuilder) -> None:
-    """gpt-oss. It has biases, sinks, a window in every other layer, and experts with a clamped SwiGLU."""
+    """gpt-oss. It has biases, attention sinks, a sliding window in every second layer, and experts with a clamped
+    SwiGLU."""
     hp, keys = builder.hyperparameters, builder.keys
     if hp.sliding_window is None:
         raise keys.error("attention.sliding_window", "missing")

@@ -1,4 +1,4 @@
-"""Granite 3, and Granite 4 without states: granite, granitemoe. It is LLaMA with additional factors."""
+"""Granite 3, and Granite 4 without states: granite, granitemoe. Granite is LLaMA with additional factors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MAX_SCALE = 1e6
 
 @dataclass(frozen=True, slots=True)
 class GraniteScales:
-    """Factors of the embedding, of block results before they are added, of logits, and of attention scores."""
+    """Factors of the embedding, of each block's result before it is added, of logits, and of attention scores."""
 
     embedding: float
     residual: float
@@ -32,7 +32,6 @@ class GraniteScales:
 
 
 def granite_attention(builder: ProgramBuilder, scales: GraniteScales) -> AttentionVariant:
-    """Returns the options of attention. There is no rotation if the file's key `rope.scaling.finetuned` is false."""
     table = builder.rope_table() if builder.keys.flag("rope.scaling.finetuned", True) else None
     return AttentionVariant(RopeStyle.NORM, table, scale=scales.scores)
 

@@ -1,4 +1,4 @@
-"""Blocks from which architectures are built. Each weight that a block names is checked against the file."""
+"""Blocks from which architectures are built. The builder checks each weight that a block names against the file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EMBEDDING, _POSITIONS = "token_embd.weight", "position_embd.weight"
 
 
 class HeadNorms(StrEnum):
-    """Norms of q and k, over each head (before or after the rotation) or all heads. Unit norms have no weights."""
+    """Norms of q and k, over each head (before or after RoPE) or over all heads. Unit norms have no weights."""
 
     NONE = "none"
     PER_HEAD = "per head"
@@ -31,7 +31,7 @@ class HeadNorms(StrEnum):
 
 
 class Norms(StrEnum):
-    """The position of a block's norms: before its products, after its products but before the sum, or both."""
+    """The place of a block's norms: before its products, after its products but before the residual sum, or both."""
 
     BEFORE = "before"
     AFTER = "after"
@@ -40,9 +40,9 @@ class Norms(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AttentionVariant:
-    """Options of an attention block. There is no rotation if `table` is None. `scale` is 1 / sqrt(head_dim) by default.
-    `window`, `chunked`, `soft_cap` and `slopes` are described at `Attention`, and `sections` at `Rope`. If `sinks`, the
-    layer has a tensor of sinks. `temperature` has the arguments for a `PositionScale` of queries."""
+    """Options of an attention block. A `table` of None means no RoPE. A `scale` of None means 1 / sqrt(head_dim).
+    `Attention` describes `window`, `chunked`, `soft_cap` and `slopes`, and `Rope` describes `sections`. If `sinks`, the
+    layer has a tensor of attention sinks. `temperature` has the arguments of a `PositionScale` step for queries."""
 
     style: RopeStyle = RopeStyle.NEOX
     table: RopeTable | None = None
@@ -59,7 +59,7 @@ class AttentionVariant:
 
 
 class ProgramBuilder(CheckedTensors):
-    """Builds the program of layers [start, end). Methods append steps in the order of computation."""
+    """Builds the program of layers [start, end). Each method appends steps in the order of computation."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class ProgramBuilder(CheckedTensors):
         self._normed = Buffer("normed", width)
         self._projected = Buffer("projected", width)
         self._last_normed = Buffer("last normed", width)
-        self.given = self.out = self._hidden  # of the stage
+        self.given = self.out = self._hidden  # Buffers that the stage receives and sends.
         self._layer_norm_epsilon: float | None = None
         self._norm_biases = True
         self._residual_scale = 1.0
@@ -96,7 +96,6 @@ class ProgramBuilder(CheckedTensors):
         return Program(start, end, layers, self.given, self.out, tuple(self._steps), normed)
 
     def use_layer_norms(self, *, biases: bool = True) -> None:
-        """Makes all later norms subtract the mean. If `biases`, they also add a bias."""
         self._norm_biases = biases
         self._layer_norm_epsilon = self.keys.real("attention.layer_norm_epsilon", minimum=1e-13, maximum=0.1)
 
@@ -112,9 +111,9 @@ class ProgramBuilder(CheckedTensors):
         may_rank: bool = False,
         logit_factor: float = 1.0,
     ) -> Iterator[int]:
-        """Yields the layers. Emits the embedding before the first layer of the model, and the head after the last. If
-        `positions`, learned positions are added to the embedding. `soft_cap` applies to logits. If `may_rank`, the head
-        is a classifier in files with pooling by rank."""
+        """Yields the numbers of the stage's layers. Emits the embedding before the model's first layer, and the head
+        after its last layer. If `positions`, learned positions are added to the embedding. `soft_cap` limits the
+        logits. If `may_rank`, the head of a file with pooling by rank is a classifier."""
         self._embed(embedding_factor, positions)
         yield from self.stage
         if self.stage.stop == self.hyperparameters.block_count:
@@ -146,7 +145,7 @@ class ProgramBuilder(CheckedTensors):
         self._steps.append(steps.AddPosition(embedded, out, weight))
 
     def _head(self, soft_cap: float | None, factor: float) -> None:
-        """Emits the selection of output rows and their logits. The default for `output.weight` is the embedding."""
+        """Emits the output rows and their logits. A model without `output.weight` uses the embedding's tensor."""
         self.out = Buffer(steps.LOGITS, self.hyperparameters.vocabulary_size)
         selected = Buffer("selected", self._hidden.width)
         self._steps.append(steps.SelectRows(self._last_normed, selected))
@@ -212,7 +211,8 @@ class ProgramBuilder(CheckedTensors):
         self._steps += added
 
     def mix(self, layer: int, mixer: Iterable[steps.Step], *, beside: bool = False) -> None:
-        """hidden += projected, which `mixer` computes. It reads attention's norm if `beside`, otherwise a new norm."""
+        """hidden += projected, a buffer that `mixer` computes. If `beside`, the mixer reads the norm that attention has
+        already computed. Otherwise, a new norm is emitted."""
         if not beside:
             self._norm(f"blk.{layer}.attn_norm", self._hidden)
         self.append(mixer)
@@ -277,7 +277,7 @@ class ProgramBuilder(CheckedTensors):
         norm: str = "ffn_norm",
     ) -> None:
         """hidden += down(activation(gate) * up), where gate and up are products of the normed hidden state. `norm` is
-        the norm's name. If `fused`, gate and up are one tensor, `ffn_up`, and the gate's rows are first."""
+        the norm's name. If `fused`, the tensor `ffn_up` has the rows of gate, followed by the rows of up."""
         prefix = f"blk.{layer}"
         self._norm_before(f"{prefix}.{norm}", norms)
         self._gated_inner(layer, activation, fused=fused)
@@ -311,7 +311,7 @@ class ProgramBuilder(CheckedTensors):
         self._matmul(f"{prefix}.ffn_down", activated, self._projected)
 
     def experts(self, layer: int, variant: ExpertsVariant, *, norm: str = "ffn_norm") -> None:
-        """hidden += the weighted sum of the best experts and the shared expert, from the normed hidden state."""
+        """hidden += the weighted sum of the chosen experts + the shared expert. All read the normed hidden state."""
         self._norm(f"blk.{layer}.{norm}", self._hidden)
         self._mix_experts(f"blk.{layer}", variant)
         self._add_projected()
@@ -339,7 +339,6 @@ class ProgramBuilder(CheckedTensors):
         return rope_table(rope or trained, self.rope_factors(trained, self._context_tokens))
 
     def window_rope_table(self) -> RopeTable:
-        """Returns the rotation of windowed layers, which has another base and no scaling."""
         base = self.keys.real("rope.freq_base_swa", 10000.0, minimum=1.0, maximum=1e12)
         rope = self.hyperparameters.rope
         return self.rope_table(replace(rope, frequency_base=base, scaling=RopeScaling.NONE, factor=1.0))
@@ -354,13 +353,12 @@ class ProgramBuilder(CheckedTensors):
         self._steps.append(steps.LayerNorm(x, out, weight, bias, self._layer_norm_epsilon))
 
     def _rms_norm(self, name: str, x: Buffer, out: Buffer, heads: int = 1) -> None:
-        """Emits an RMS norm. Its tensor may be named without `.weight`, as in files of Falcon H1."""
+        """Emits an RMS norm. Files of Falcon H1 name the norm's tensor without `.weight`."""
         weight = self.vector(name if self.has(name) else f"{name}.weight", x.width // heads)
         self._steps.append(steps.RmsNorm(x, out, weight, self.rms_epsilon, heads))
 
     @property
     def rms_epsilon(self) -> float:
-        """The epsilon of RMS norms. Raises ModelFileError if the file has no such key."""
         epsilon = self.hyperparameters.rms_epsilon
         if epsilon is None:
             epsilon = self.keys.real("attention.layer_norm_rms_epsilon", minimum=1e-13, maximum=0.1)

@@ -1,4 +1,4 @@
-"""LFM2: lfm2, lfm2moe. Layers with KV heads have attention. The others have short convolutions."""
+"""LFM2: lfm2, lfm2moe. Layers with KV heads have attention. The other layers have short convolutions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaclust.model.steps.states import MAX_TAPS
 
 
 def lfm2(builder: ProgramBuilder) -> None:
-    """LFM2. In files with experts, layers from `leading_dense_block_count` on have experts with sigmoid gates."""
+    """LFM2. In models with experts, only the first `leading_dense_block_count` layers are dense."""
     hp, keys, table = builder.hyperparameters, builder.keys, builder.rope_table()
     taps = keys.count("shortconv.l_cache", minimum=2, maximum=MAX_TAPS)
     if hp.embedding_length % KV_BLOCK_TOKENS:

@@ -1,4 +1,4 @@
-"""Rotation frequencies and ALiBi slopes, in decimal arithmetic, so that they do not depend on a machine's libm."""
+"""RoPE frequencies and ALiBi slopes, computed with decimal numbers, because libm differs between machines."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from llamaclust.model.program import RopeTable
 _DIGITS = Context(prec=50)
 MAX_ALIBI_BIAS = 8
 _SECTIONS_KEY = "rope.dimension_sections"
-_LEAST_SECTIONS = 3  # time, height and width
+_LEAST_SECTIONS = 3  # Time, height and width.
 _PI = Decimal("3.14159265358979323846264338327950288419716939937510")
 
 
 @lru_cache(maxsize=64)
 def rope_table(rope: RopeParameters, factors: tuple[float, ...] | None = None) -> RopeTable:
-    """Returns the table: frequency(i) = base^(-2 i / dimensions), divided by factors[i] if given, and then scaled."""
+    """Returns the RoPE table. Pair i has the frequency base^(-2 i / dimensions), divided by factors[i] if there are
+    factors, and then scaled."""
     with localcontext(_DIGITS):
         plain = _plain_frequencies(rope, factors)
         stretched = [frequency / Decimal(rope.factor) for frequency in plain]
@@ -45,8 +46,8 @@ def _plain_frequencies(rope: RopeParameters, factors: tuple[float, ...] | None) 
 
 
 def _yarn_shares(rope: RopeParameters) -> list[Decimal]:
-    """Returns the unscaled share of each pair's frequency: 1 for pairs that turn often within the original context, 0
-    for slow pairs, and a ramp between. (YaRN, arXiv 2309.00071, section 3.2.)"""
+    """Returns the share of the unscaled frequency for each pair. The share is 1 for pairs that turn often within the
+    original context and 0 for slow pairs, with a ramp between them. (YaRN, arXiv 2309.00071, section 3.2.)"""
     if rope.frequency_base <= 1:
         raise ModelFileError(f"metadata rope.freq_base: expected more than 1 with YaRN, found {rope.frequency_base:g}")
     last = Decimal(rope.dimension_count - 1)
@@ -60,14 +61,15 @@ def _yarn_shares(rope: RopeParameters) -> list[Decimal]:
 
 
 def _pair_with_turns(rope: RopeParameters, turns: float) -> Decimal:
-    """Returns the (fractional) index of the pair that makes `turns` turns over the original context."""
+    """Returns the index of the channel pair that makes `turns` turns over the original context. It may be a
+    fraction."""
     per_turn = Decimal(rope.original_context_length) / (Decimal(turns) * 2 * _PI)
     return rope.dimension_count * per_turn.ln() / (2 * Decimal(rope.frequency_base).ln())
 
 
 def yarn_score_scale(rope: RopeParameters, multiplier: float, width: int) -> float:
-    """Returns the factor of scores over `width` channels, as in llama.cpp. It is 1 / sqrt(width), times the square of
-    the rotations' magnitude (see `rope_table`), times the square of 1 + 0.1 * multiplier * ln(factor)."""
+    """Returns the factor of attention scores over `width` channels, as in llama.cpp: 1 / sqrt(width), times the square
+    of RoPE's magnitude (see `rope_table`), times the square of 1 + 0.1 * multiplier * ln(factor)."""
     with localcontext(_DIGITS):
         tenth = Decimal(rope.factor).ln() / 10
         magnitude = Decimal(rope.attention_factor) * (1 + tenth) / (1 + Decimal(rope.log_multiplier) * tenth)
@@ -76,10 +78,11 @@ def yarn_score_scale(rope: RopeParameters, multiplier: float, width: int) -> flo
 
 
 def rope_sections(keys: ModelKeys, pairs: int, *, interleaved: bool) -> tuple[int, ...]:
-    """Returns the section of each pair: time, height or width (0, 1, 2), or the file's fourth section. Sections are
-    runs of pairs. If `interleaved`, they alternate instead, each as often as it has pairs. Pairs without a section are
-    rotated by time. (llama.cpp rotates them by the fourth section. In existing models, these pairs turn very slowly.)
-    Text has the same position in all sections. Raises ModelFileError if sections are missing or have too many pairs."""
+    """Returns the section of each pair: time, height or width (0, 1, 2), or the file's fourth section. The pairs of a
+    section are adjacent, unless `interleaved`. Interleaved sections alternate until they have all their pairs. A pair
+    without a section is rotated by time. (llama.cpp uses the fourth section, but in existing models such pairs turn
+    very slowly.) Text has the same position in all sections. Raises ModelFileError if sections are missing or too
+    long."""
     key = _SECTIONS_KEY
     sections = keys.integers(key)
     if len(sections) < _LEAST_SECTIONS:
@@ -94,7 +97,7 @@ def rope_sections(keys: ModelKeys, pairs: int, *, interleaved: bool) -> tuple[in
 
 
 def text_sections(keys: ModelKeys, pairs: int) -> tuple[int, ...] | None:
-    """Returns the sections as runs of pairs, or None if the model has no sections because it reads no images."""
+    """Returns the section of each pair, or None if the model has no sections because it reads no images."""
     if not keys.has(_SECTIONS_KEY) or not any(keys.integers(_SECTIONS_KEY)):
         return None
     return rope_sections(keys, pairs, interleaved=False)
@@ -102,9 +105,9 @@ def text_sections(keys: ModelKeys, pairs: int) -> tuple[int, ...] | None:
 
 @lru_cache(maxsize=64)
 def alibi_slopes(heads: int) -> tuple[float, ...]:
-    """Returns the ALiBi slope of each head, as float32. Let n be the greatest power of two that is at most `heads`. The
-    first n heads have the slopes 2^(-8 (h + 1) / n). The other heads have the 1st, 3rd, 5th, ... slope that 2 n heads
-    would have. (ALiBi, arXiv 2108.12409, and its authors' code for head counts that are not powers of two.)"""
+    """Returns the ALiBi slope of each head, as float32. Let n be the greatest power of two that is not above `heads`.
+    The first n heads have the slopes 2^(-8 (h + 1) / n). The other heads have the 1st, 3rd, 5th, ... slope of 2 n
+    heads. (ALiBi, arXiv 2108.12409, and its authors' code for head counts that are not powers of two.)"""
     whole = 1 << (heads.bit_length() - 1)
     exponents = [(h + 1, whole) for h in range(whole)] + [(2 * h + 1, 2 * whole) for h in range(heads - whole)]
     with localcontext(_DIGITS):

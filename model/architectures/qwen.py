@@ -1,5 +1,5 @@
-"""Qwen: qwen2, qwen2vl, qwen2moe, qwen3, qwen3moe, qwen3vl, qwen3vlmoe. They are LLaMA, but channels half a head apart
-are a rotated pair. A window in the file is ignored: the models turn it off by a setting that GGUF does not have."""
+"""Qwen: qwen2, qwen2vl, qwen2moe, qwen3, qwen3moe, qwen3vl, qwen3vlmoe. They are LLaMA, but RoPE pairs channels that
+are half a head apart. A sliding window in the file is ignored, because a setting that GGUF lacks turns it off."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ _BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
 
 
 def qwen2(builder: ProgramBuilder) -> None:
-    """Qwen 2 and 2.5. They have biases on q, k and v."""
     _qwen2_layers(builder, AttentionVariant(RopeStyle.NEOX, builder.rope_table()))
 
 
 def qwen2vl(builder: ProgramBuilder) -> None:
-    """The text models of Qwen 2 VL and 2.5 VL. They are Qwen 2 with rotations by sections."""
+    """The text models of Qwen 2 VL and 2.5 VL. They are Qwen 2 with RoPE by sections."""
     sections = rope_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2, interleaved=False)
     _qwen2_layers(builder, AttentionVariant(RopeStyle.NEOX, builder.rope_table(), sections=sections))
 
@@ -32,7 +31,7 @@ def _qwen2_layers(builder: ProgramBuilder, variant: AttentionVariant) -> None:
 
 
 def qwen2moe(builder: ProgramBuilder) -> None:
-    """Qwen 1.5 and 2 with experts. The experts' weights are not normalized, and a sigmoid weights the shared expert."""
+    """Qwen 1.5 and 2 with experts. Weights of experts are not normalized. A sigmoid gate weights the shared expert."""
     shared = builder.keys.count(
         "expert_shared_feed_forward_length", builder.hyperparameters.feed_forward_length, maximum=1 << 20
     )
@@ -45,7 +44,7 @@ def qwen2moe(builder: ProgramBuilder) -> None:
 
 
 def qwen3(builder: ProgramBuilder) -> None:
-    """Qwen 3. Each head of q and k is normed before the rotation. A reranker's head has two rows, `yes` and `no`."""
+    """Qwen 3. Each head of q and k is normed before RoPE. A reranker's head has two rows, `yes` and `no`."""
     variant = _with_head_norms(builder)
     for layer in builder.layers(may_rank=True):
         builder.attention(layer, variant)
@@ -53,7 +52,7 @@ def qwen3(builder: ProgramBuilder) -> None:
 
 
 def qwen3moe(builder: ProgramBuilder) -> None:
-    """Qwen 3 with experts in every layer. The experts' weights are normalized: `norm_topk_prob` is always set."""
+    """Qwen 3 with experts in every layer. The experts' weights are normalized, as if `norm_topk_prob` were set."""
     variant = _with_head_norms(builder)
     for layer in builder.layers():
         builder.attention(layer, variant)
@@ -61,7 +60,8 @@ def qwen3moe(builder: ProgramBuilder) -> None:
 
 
 def qwen3vl(builder: ProgramBuilder) -> None:
-    """The text model of Qwen 3 VL: Qwen 3 with interleaved sections. Its first layers add further rows of images."""
+    """The text model of Qwen 3 VL. It is Qwen 3 with interleaved sections. Its first layers add more rows of each image
+    (DeepStack)."""
     variant, levels = _with_sections(builder), _image_levels(builder)
     for layer in builder.layers(may_rank=True):
         builder.attention(layer, variant)

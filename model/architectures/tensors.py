@@ -1,4 +1,4 @@
-"""The tensors of a model file, as programs name them. Each tensor that is named is checked against the file."""
+"""Checks the tensors that programs name against the model file."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from llamaclust.model.quant_types import QuantType
 
 _FACTORS, _SHORT_FACTORS, _LONG_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 FACTOR_TENSORS = (_FACTORS, _SHORT_FACTORS, _LONG_FACTORS)
-"""Tensors whose values become part of the program instead of its weights."""
+"""Names of tensors whose values become part of the program. No step has them as weights."""
 
 
 class CheckedTensors:
-    """Checks tensors by name. Raises ModelFileError if a tensor is missing or has another shape or type."""
+    """Checks tensors by name. Methods raise ModelFileError if a tensor is missing or has another shape or type."""
 
     def __init__(self, model: ModelFile) -> None:
         self.model = model
@@ -62,8 +62,8 @@ class CheckedTensors:
         return self.vector(name, width) if self.has(name) else None
 
     def rope_factors(self, rope: RopeParameters, context_tokens: int) -> tuple[float, ...] | None:
-        """Returns the divisors of rotation frequencies. They are `rope_freqs` (since Llama 3.1), or otherwise the long
-        or the short factors. The program's context length chooses long or short for all sequences, as in llama.cpp."""
+        """Returns the divisors of RoPE frequencies: `rope_freqs` (since Llama 3.1), or otherwise the long or the short
+        factors. The program's context length selects long or short factors for all sequences, as in llama.cpp."""
         by_context = _LONG_FACTORS if context_tokens > rope.original_context_length else _SHORT_FACTORS
         name = _FACTORS if self.has(_FACTORS) else by_context
         if not self.has(name):
@@ -79,7 +79,7 @@ class CheckedTensors:
 
 
 def nextn_tensors(model: ModelFile) -> Iterator[str]:
-    """Yields the names of MTP heads' tensors, whose layers come after the others and are in no program."""
+    """Yields the names of tensors of MTP heads. Their layers come after all others and are in no program."""
     keys = ModelKeys(model)
     count = keys.count(NEXTN_KEY, 0, minimum=0, maximum=MAX_LAYERS)
     layers = keys.count("block_count", maximum=MAX_LAYERS)
@@ -88,7 +88,7 @@ def nextn_tensors(model: ModelFile) -> Iterator[str]:
 
 
 def idle_kv_tensors(model: ModelFile) -> Iterator[str]:
-    """Yields names of key and value tensors that files may omit: their layers read other layers' keys and values."""
+    """Yields names of tensors that a file may omit, because their layers use other layers' keys and values."""
     keys = ModelKeys(model)
     layers = keys.count("block_count", maximum=MAX_LAYERS)
     shared = keys.count(SHARED_KV_KEY, 0, minimum=0, maximum=layers)

@@ -1,4 +1,4 @@
-"""Rewrites chats that a strict template refuses. Chats that the template renders completely are not changed."""
+"""Rewrites chats that a strict template refuses. A chat that the template renders completely is not changed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ _SHOWN: Final = 64
 
 
 def accepted_forms(messages: Sequence[Message]) -> Iterator[Messages]:
-    """Yields refused messages with more and more changes: later system messages move into user messages, messages of a
-    role are merged, an empty user message is put first, and first system messages move into the first user message."""
+    """Yields the messages with more and more changes. First, later system messages move into user messages. Then,
+    adjacent messages with the same role are merged. Then, an empty user message is put first. Finally, the first system
+    messages move into the first user message."""
     before = [dict(message) for message in messages]
     for change in _CHANGES:
         changed = change(before)
@@ -26,14 +27,14 @@ def accepted_forms(messages: Sequence[Message]) -> Iterator[Messages]:
 
 
 def lacks_system(messages: Sequence[Message], rendered: str) -> bool:
-    """Returns True if the text lacks a system message. Some templates skip messages that others refuse."""
+    """Returns True if a system message is missing from the text, because some templates skip such messages."""
     systems = (_text(message).strip() for message in messages if message["role"] == "system")
     return any(text[:_SHOWN] not in rendered or text[-_SHOWN:] not in rendered for text in systems)
 
 
 def _with_late_systems_joined(messages: Messages) -> Messages:
-    """Appends each later system message to the user message just before it, or otherwise puts it before the next user
-    message. So a system message never comes between tool calls and their results."""
+    """Appends each later system message to the user message just before it. If there is none, puts the system message
+    before the next user message, so that it never comes between tool calls and their results."""
     begin = len([*takewhile(_is_system, messages)])
     joined, waiting = messages[:begin], list[str]()
     for message in messages[begin:]:

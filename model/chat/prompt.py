@@ -1,4 +1,4 @@
-"""Turns messages into token ids. Only the template can produce control tokens. A user's text cannot."""
+"""Converts messages to token ids. Only the template can produce control tokens. The text of a message cannot."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llamaclust.core.errors import RequestError
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 GUARD: Final = "\ufdd0"
-"""A Unicode noncharacter. Inside a control word in a user's text, it hides the word from the tokenizer."""
+"""A Unicode noncharacter. It is inserted into control words of a user's text to hide them from the tokenizer."""
 
 
 def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
@@ -28,7 +28,6 @@ def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) 
 
 
 def _with_texts(value: Any, changed: Callable[[str], str]) -> Any:
-    """Returns a JSON value in which `changed` has replaced each text."""
     if isinstance(value, str):
         return changed(value)
     if isinstance(value, Mapping):
@@ -37,7 +36,7 @@ def _with_texts(value: Any, changed: Callable[[str], str]) -> Any:
 
 
 def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
-    """Returns the token ids of a rendered prompt, including control tokens. BOS comes first if the model needs it."""
+    """Returns the token ids of a rendered prompt, including control tokens. BOS is added if the model needs it."""
     ids = encode_text(tokenizer, rendered)
     if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
         return [tokenizer.bos_id, *ids]
@@ -66,6 +65,6 @@ def _guard_words(text: str, words: Sequence[str]) -> str:
 
 
 def _guard_end(text: str, starts: frozenset[str], longest: int) -> str:
-    """Appends GUARD if a text ends with the beginning of a control word, which the next text could complete."""
+    """Appends GUARD if the text ends with the beginning of a control word, which the next text could complete."""
     ends = (text[-length:] for length in range(1, min(longest, len(text)) + 1))
     return text + GUARD if any(end in starts for end in ends) else text

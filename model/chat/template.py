@@ -1,4 +1,4 @@
-"""Renders chat templates in child processes with limits on time, memory and text length."""
+"""Renders chat templates in child processes that have limits on time, memory and text length."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _KEY: Final = "tokenizer.chat_template"
 TOOL_USE: Final = "tool_use"
 RAG: Final = "rag"
 _MAX_REPLY_SHARE: Final = 6
-"""The maximum number of bytes of JSON for one byte of rendered text."""
+"""The maximum number of bytes that JSON needs for one byte of rendered text."""
 _MOST_PROCESSES = 2
-"""The number of child processes. With two processes, a slow template does not block all other chats."""
+"""The number of child processes. A second process lets other chats continue during a slow render."""
 _CHILD: Final = "llamaclust.model.chat.template_child"
 
 _log = logging.getLogger(__name__)
@@ -43,12 +43,12 @@ Message = Mapping[str, Any]
 
 
 class TemplateRefusalError(RequestError):
-    """A template raised an error for the messages of a request."""
+    """The template raised an error for the messages of a request."""
 
 
 @dataclass(frozen=True, slots=True)
 class TemplateLimits:
-    """Limits of one render. `wait_s` bounds the whole call, including the wait for earlier renders."""
+    """Limits of one render. `wait_s` limits the duration of the whole call, including the wait for earlier renders."""
 
     wall_s: float = 15.0
     cpu_seconds: int = 4
@@ -59,7 +59,7 @@ class TemplateLimits:
 
 
 class ChatTemplate:
-    """A model's chat template and its child processes. The processes start on first use. Thread-safe."""
+    """A model's chat template and its child processes, which start on first use. Thread-safe."""
 
     def __init__(
         self,
@@ -69,8 +69,8 @@ class ChatTemplate:
         limits: TemplateLimits | None = None,
         named: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Creates the template. All renders fail if `source` is None. `named` may have other templates, for chats with
-        tools (TOOL_USE) or documents (RAG)."""
+        """Creates the template. If `source` is None, every render raises RequestError. `named` may have other templates
+        for chats with tools (TOOL_USE) or documents (RAG)."""
         self.source = source
         self.named = {name: ChatTemplate(text, bos_token, eos_token, limits) for name, text in named.items()}
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
@@ -84,7 +84,6 @@ class ChatTemplate:
         self.close()
 
     def close(self) -> None:
-        """Ends the child processes. Renders in progress and waiting renders fail. May be called twice."""
         for template in self.named.values():
             template.close()
         for renderer in self._renderers:
@@ -99,7 +98,7 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any) -> str:
         """Returns the prompt. `extra` has the template's variables (`tools`, `documents`, ...) and `now_s`, the Unix
         time that the template sees. Raises TemplateRefusalError if the template refuses the messages, DeadlineError if
-        the render is late, killed or closed, and RequestError for failures that a retry would repeat."""
+        the render was too slow, killed or closed, and RequestError for failures that a retry would repeat."""
         future = self._submit(messages, add_generation_prompt, extra)
         try:
             return future.result(self._limits.wait_s)
@@ -149,7 +148,7 @@ class _Renderer:
             raise RequestError("the messages are nested too deeply") from None
         except (TypeError, ValueError) as error:
             raise RequestError(f"the messages cannot be written as JSON: {error}") from error
-        except ChildUnusableError as failure:  # it does not compile, or not with what it may use: not tried again
+        except ChildUnusableError as failure:  # The template does not compile within its limits, so no retry helps.
             self._broken = f"the model's chat template cannot be used: {_line(failure)}"
             raise RequestError(self._broken) from None
         except (ChildKilledError, ChildLateError) as failure:
@@ -170,8 +169,8 @@ class _Renderer:
 def load_chat_template(
     metadata: Mapping[str, Any], tokenizer: Tokenizer, limits: TemplateLimits | None = None, chosen: str | None = None
 ) -> ChatTemplate:
-    """Returns the template that the user chose. Without a choice, returns the model file's template, or a suggested
-    template if the file has none. Raises ModelFileError if the file's template is not text."""
+    """Returns the template that the user chose (`chosen`). Without a choice, returns the model file's template, or a
+    built-in template that fits if the file has none. Raises ModelFileError if the file's template is not text."""
     source = _source(metadata, _KEY)
     found = {name: _source(metadata, f"{_KEY}.{name}") for name in (TOOL_USE, RAG)}
     named = {name: text for name, text in found.items() if text} if chosen is None else {}

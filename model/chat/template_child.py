@@ -1,4 +1,4 @@
-"""The child process that renders chat templates, which are untrusted programs. The process is in a sandbox, with little
+"""The child process that renders chat templates, which are untrusted programs. The process is in a sandbox with little
 memory, little CPU time and few system calls. Requests on stdin and replies on stdout are lines of JSON."""
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from llamaclust.model.confinement import confine, limit_cpu, limit_resources
 _MAX_MESSAGE_CHARACTERS: Final = 500
 _LATE_MODULES: Final = ("jinja2.constants", "pprint", "random", "textwrap", "unicodedata", "_strptime")
 _CODECS: Final = ("ascii", "latin-1", "utf-8", "utf-16", "utf-32", "unicode-escape", "raw-unicode-escape", "idna")
-"""Codecs that a template may need. They are loaded early, because a confined process cannot load them."""
+"""Codecs that a template may need. They are loaded at the start, because a confined process cannot load them."""
 
 
 class _GenerationTag(jinja2.ext.Extension):
     """The tag `{% generation %}...{% endgeneration %}`, which marks answers for training. Renders its body."""
 
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares this attribute in the same way
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
@@ -84,7 +84,7 @@ def _clock(now_s: float) -> Callable[[str], str]:
 
 
 def functions_of(tools: Sequence[Mapping[str, Any]] | None) -> str:
-    """Returns `functions`, a variable in old templates: tools as JSON. Built in the child, because it may be long."""
+    """Returns `functions`, a variable of old templates: the tools as JSON. It is built here because it may be long."""
     return json.dumps([tool.get("function", tool) for tool in tools], ensure_ascii=False, indent=4) if tools else ""
 
 
@@ -112,12 +112,11 @@ def _answer(work: Callable[[], str]) -> dict[str, str]:
         return {"error": "the template is nested too deeply"}
     except jinja2.TemplateSyntaxError as error:
         return {"error": f"line {error.lineno}: {error.message}"[:_MAX_MESSAGE_CHARACTERS]}
-    except Exception as error:  # noqa: BLE001 - the border between a template and the process
+    except Exception as error:  # noqa: BLE001 - a template may raise any error
         return {"error": (str(error) or type(error).__name__)[:_MAX_MESSAGE_CHARACTERS]}
 
 
 def _confine() -> str | None:
-    """Loads all modules, codecs and time zone data that templates may need, and then confines the process."""
     for name in _LATE_MODULES:
         importlib.import_module(name)
     for name in _CODECS:
@@ -127,7 +126,6 @@ def _confine() -> str | None:
 
 
 def main() -> None:
-    """Reads the template and its limits, reports whether the template compiles, and renders until stdin ends."""
     end_with_parent()
     unconfined = _confine()
     first = read_frame()

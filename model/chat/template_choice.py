@@ -1,4 +1,4 @@
-"""Chooses chat templates: the user's choice (by name or file), or one that fits a model's metadata and vocabulary."""
+"""Chooses a chat template: the user's choice (a name or a path), or a built-in template that fits the model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MARKS: Final = (
     (("[gMASK]", "sop", "<|user|>"), "chatglm-3"),
     (("<|user|>", "<|assistant|>", "<|end|>"), "phi3"),
 )
-"""Control words and a template's name. A vocabulary that has all words of a row was made for the row's template."""
+"""Each row has control words and a template's name. The template fits a vocabulary that has all words of the row."""
 
 _NAMES: Final = (
     (("linly",), "linly"),
@@ -40,7 +40,7 @@ _NAMES: Final = (
     (("mixtral", "instruct"), "mistral"),
     (("llama2", "chat"), "llama-2"),
 )
-"""Parts of model names (lower case, no separators), each with a template. Names of base models have no such parts."""
+"""Each row has parts of model names (lower case, no separators) and a template's name. Base models lack such parts."""
 
 
 def built_in_names() -> tuple[str, ...]:
@@ -55,8 +55,8 @@ def built_in(name: str) -> str:
 
 
 def chosen_template(choice: str) -> str:
-    """Returns the Jinja text of the built-in template named `choice`, or of the file at the path `choice`. Raises
-    UsageError with the names of built-in templates if there is no such template or file."""
+    """Returns the Jinja text of the built-in template `choice`, or of the file at the path `choice`. Raises UsageError,
+    with the names of built-in templates, if there is neither."""
     names = built_in_names()
     if choice in names:
         return built_in(choice)
@@ -73,7 +73,6 @@ def chosen_template(choice: str) -> str:
 
 
 def suggested_template(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> str | None:
-    """Returns the name of the built-in template that fits a model without a template, or None if none fits."""
     for words, name in _MARKS:
         if all(tokenizer.token_id(word) is not None for word in words):
             return name

@@ -13,12 +13,12 @@ Around = tuple[str, str]
 class TurnFormat:
     """Texts before and after the messages of each role. Messages with other roles are refused."""
 
-    around: dict[str, Around]  # by role
-    prompt: str = ""  # what an answer begins with
+    around: dict[str, Around]  # The keys are roles.
+    prompt: str = ""  # The generation prompt, which comes just before the answer.
     begin: str = ""
-    turn: str = ""  # before the first message, and before each message that follows an assistant's message
-    default_system: str | None = None  # used if no system message comes first
-    trimmed: frozenset[str] = field(default_factory=frozenset)  # roles whose contents are stripped of white space
+    turn: str = ""  # Text before the first message and before each message that follows an assistant's message.
+    default_system: str | None = None  # System message for chats that do not begin with a system message.
+    trimmed: frozenset[str] = field(default_factory=frozenset)  # Roles whose messages are stripped of white space.
 
     @property
     def jinja(self) -> str:

@@ -1,4 +1,4 @@
-"""Reads JSON objects from untrusted files, with limits on size."""
+"""Reads JSON objects from untrusted files, with limits on their size."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, origin: str) -> dict[str, Any]:
-    """Returns a JSON object. Refuses duplicate keys. NaN and infinity become floats, which callers refuse."""
+    """Returns a JSON object. Refuses duplicate keys. NaN and infinity become floats, so callers must check for them."""
     try:
         found = json.loads(decode_text(data), object_pairs_hook=_object, parse_constant=float, parse_int=_whole)
     except (ValueError, RecursionError) as error:

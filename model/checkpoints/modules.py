@@ -1,4 +1,4 @@
-"""Maps module names of Hugging Face to the GGUF names of the layers' matrices."""
+"""Maps Hugging Face's module names to the GGUF names of the matrices in layers."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ _MATRICES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
         "starcoder2": {**_ATTENTION, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
     }
 )
-"""Matrix names by architecture and module. In `PAIRED` architectures, rows of Q and K have another order in GGUF."""
+"""Matrix names by architecture and module. In `PAIRED` architectures, GGUF has another order of the rows of Q and K."""
 PAIRED: Final = frozenset({"granite", "granitehybrid", "granitemoe", "llama", "mistral3", "smollm3"})
-"""Architectures whose GGUF files interleave the two halves of each head's rows in Q and K. The first row of the
-checkpoint's first half comes first, then the first row of the second half, and so on. RoPE then rotates neighbours."""
+"""Architectures whose GGUF files interleave the two halves of each head's rows in Q and K: the first row of the first
+half, the first row of the second half, and so on. Adjacent channels are then rotated as a pair."""
 _MODULE: Final = re.compile(
     r"(model\.|transformer\.|language_model\.model\.|model\.language_model\.)?(layers|h)\.(?P<layer>\d{1,4})\.(?P<module>.+)"
 )

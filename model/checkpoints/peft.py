@@ -26,7 +26,7 @@ _REFUSED: Final = (
     "target_parameters",
 )
 _CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Prefixes of `init_lora_weights` that mean that the base model's matrices were changed."""
+"""Prefixes of values of `init_lora_weights`. These values mean that the base model's matrices were changed."""
 _PLAIN: Final = re.compile(r"[\w.-]+")
 
 
@@ -61,7 +61,7 @@ class PeftSettings:
 
     @classmethod
     def read(cls, folder: Path) -> PeftSettings:
-        """Raises ModelFileError if the file is damaged, or if the adapter computes more than W + factor * B @ A."""
+        """Raises ModelFileError if the file is damaged, or if the adapter is anything but W + factor * B @ A."""
         settings = Settings(read_json(folder / CONFIG), str(folder / CONFIG))
         _check_kind(settings)
         return cls(settings)
@@ -92,7 +92,6 @@ def _check_kind(settings: Settings) -> None:
 
 
 def _pattern(settings: Settings, name: str, module: str, default: float) -> float:
-    """Returns the value of setting `name` for the key that is a suffix of the module's name, or `default`."""
     inner = settings.inner(name)
     strange = next((key for key in inner.values if not _PLAIN.fullmatch(key)), None)
     if strange is not None:

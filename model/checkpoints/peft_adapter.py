@@ -1,4 +1,4 @@
-"""Reads a PEFT folder as if it were a GGUF adapter. Tensors get GGUF names, and their bytes stay in the PEFT file."""
+"""Reads a PEFT folder as if it were a GGUF adapter. Tensors get GGUF names, but their bytes stay in the PEFT file."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def peft_files(path: Path) -> tuple[Path, Path]:
 
 
 def read_peft(path: Path, model: ModelFile) -> Header:
-    """Returns the header that a GGUF file of this adapter would have, with the path of the PEFT weights. Its digest
-    covers the metadata and the header of the weights, but no weights. Raises ModelFileError if the adapter computes
-    anything except W + factor * B @ A on matrices of layers."""
+    """Returns the header that a GGUF file of this adapter would have, with the path of the PEFT weights. The header's
+    digest covers the metadata and the header of the weights, but no weights. Raises ModelFileError unless the adapter
+    is W + factor * B @ A for matrices of layers."""
     _, weights = peft_files(path)
     settings = PeftSettings.read(weights.parent)
     if settings.settings.values.get("modules_to_save"):
@@ -68,7 +68,7 @@ class _Reader:
         self._settings = settings
         self._weights = weights
         self._identity = identity
-        self._alphas: dict[float, str] = {}  # and a module of each
+        self._alphas: dict[float, str] = {}  # Each alpha that occurs, with the name of one module that has it.
 
     def tensor(self, stored: StoredTensor) -> Tensor:
         place = f"tensor {shown(stored.name)}"
@@ -91,7 +91,7 @@ class _Reader:
         )
 
     def alpha(self) -> float:
-        """Returns the modules' alpha as float32 (scale = alpha / rank). Raises ModelFileError if alphas differ."""
+        """Returns the alpha of all modules as float32. Raises ModelFileError if modules have different alphas."""
         if len(self._alphas) > 1:
             one, other = list(self._alphas.items())[:2]
             both = f"{one[0]:g} for {shown(one[1])} and {other[0]:g} for {shown(other[1])}"
@@ -104,13 +104,13 @@ class _Reader:
             raise ModelFileError(f"{origin}: expected a matrix, found shape {list(stored.shape)}; {_MERGE}")
         scaling = self._settings.scaling(module)
         check_rank(scaling, stored.shape[0 if kind == "A" else 1], origin)
-        if np.float32(scaling.plain_alpha) <= 0:  # with 0, GGUF means that factors are not scaled
+        if np.float32(scaling.plain_alpha) <= 0:  # In GGUF, an alpha of 0 means that factors are not scaled.
             what = f"expected more than 0 (also in float32), found {scaling.alpha:g}"
             raise self._settings.settings.error("lora_alpha", what)
         self._alphas.setdefault(scaling.plain_alpha, module)
 
     def _paired_heads(self, name: str, stored: StoredTensor) -> int:
-        """Returns the head count if a head's rows have another order in GGUF than in the PEFT file, otherwise 0."""
+        """Returns the number of heads if GGUF has another order of this matrix's rows than PEFT, and otherwise 0."""
         part = name.rpartition(".")[2]
         if self.architecture not in PAIRED or part not in ("attn_q", "attn_k"):
             return 0

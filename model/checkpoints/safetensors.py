@@ -1,4 +1,4 @@
-"""Reads the headers of safetensors files. A file has the header's length, the header as JSON, and the data."""
+"""Reads the header of safetensors files. A file has the length of the header, the header as JSON, and the data."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ from llamaclust.model.gguf.values import shown
 _MAX_HEADER_BYTES: Final = 100_000_000
 _METADATA: Final = "__metadata__"
 _AS_BYTES: Final = {"F8_E4M3": Storage.U8}
-"""8-bit float types that are read as bytes. Their scales are in other tensors."""
+"""8-bit float types that are read as bytes. The scales of such tensors are in other tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in the bytes [offset, offset + n_bytes) of a file, in row-major order."""
-
     name: str
     storage: Storage
     shape: tuple[int, ...]
@@ -56,7 +54,7 @@ def _stored(file: SourceFile, name: str, said: Any, first: int) -> StoredTensor:
     if not all(type(number) is int and 0 <= number < 1 << 48 for number in (*shape, start, end)):
         raise _bad(file, name, "the tensor's shape and data_offsets must be whole numbers")
     if len(shape) > MAX_DIMENSIONS:
-        raise _bad(file, name, f"the tensor has {len(shape)} dimensions; the most is {MAX_DIMENSIONS}")
+        raise _bad(file, name, f"the tensor has {len(shape)} dimensions; the limit is {MAX_DIMENSIONS}")
     tensor = StoredTensor(name, known[kind], shape or (1,), first + start)
     if end - start != tensor.n_bytes:
         raise _bad(

@@ -43,7 +43,7 @@ class Settings:
         value = self._find(names, default)
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise self.error(names[0], f"expected a number, found {_shown(value)}")
-        if not minimum <= value <= maximum:  # nor is it so for one that is no number
+        if not minimum <= value <= maximum:  # NaN fails this comparison too.
             raise self.error(names[0], f"expected {minimum:g} to {maximum:g}, found {_shown(value)}")
         return float(value)
 

@@ -1,4 +1,4 @@
-"""Writes files that get their names only when all of them are complete."""
+"""Writes files so that they appear under their names only when all of them are complete."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ def new_file(path: Path, size_bytes: int, advice: str = "") -> Iterator[BinaryIO
 
 @contextmanager
 def new_files(paths: Sequence[Path], size_bytes: int, advice: str = "") -> Iterator[Opened]:
-    """Yields a function that opens the files, which are all in one folder. If the block ends without an error, the
-    files get their names, the first file last. Otherwise they are deleted. Leftovers of killed processes are reused or
-    deleted. Raises UsageError if disk space is short (`advice` is appended) or another process writes them."""
+    """Yields a function that opens the files, which must be in the same folder. If the block ends without an error, the
+    files get their names, the first file last. Otherwise, they are deleted. Partial files of killed processes are
+    reused or deleted. Raises UsageError if disk space is short (with `advice` appended) or if another process writes
+    the files."""
     first = paths[0]
     for path in paths:
         _check_place(path)
@@ -67,10 +68,10 @@ def hidden_name(path: Path) -> Path:
 
 def _check_place(path: Path) -> None:
     if not path.parent.is_dir():
-        raise UsageError(f"{path}: the folder does not exist; make it first")
+        raise UsageError(f"{path}: the folder does not exist; create it first")
     if path.is_dir():
         raise UsageError(f"{path}: this is a folder; give the name of a file")
-    if path.exists() and not path.is_file():  # /dev/null, say, would be replaced
+    if path.exists() and not path.is_file():  # Devices such as /dev/null must not be replaced.
         raise UsageError(f"{path}: this is not a regular file; give another name")
 
 
@@ -102,11 +103,11 @@ def _locked(path: Path) -> Iterator[None]:
             with open(part, "ab", opener=_no_links) as file:
                 if not take_lock(file):
                     raise UsageError(f"{path}: another process is writing it; wait for it or give another name")
-                if _is_at(file, part):  # else the process that held the lock has given it its name meanwhile
+                if _is_at(file, part):  # False if the process that held the lock has renamed the file.
                     file.truncate(0)
                     yield
                     return
-    except BaseException:  # an interrupt may come as soon as the file is there
+    except BaseException:  # An interrupt may come just after the file was created.
         with suppress(OSError):
             _delete_unlocked([part])
         raise
@@ -117,7 +118,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _clear(paths: Sequence[Path]) -> None:
-    """Deletes leftovers of killed processes: hidden files of `paths[1:]`, and this model's parts with another count."""
+    """Deletes partial files of killed processes: those of `paths[1:]`, and parts of this model with another count."""
     for path in paths[1:]:
         hidden_name(path).unlink(missing_ok=True)
     mine = _PART.fullmatch(paths[0].name)

@@ -1,4 +1,4 @@
-"""Finds the type of a path's file system, and whether it is remote."""
+"""Finds the type of a path's file system, and whether the file system is remote."""
 
 from __future__ import annotations
 
@@ -29,6 +29,6 @@ def file_system(path: Path, mounts: Iterable[str]) -> str:
     for line in mounts:
         before, _, after = line.partition(" - ")
         point = Path(re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), before.split()[4]))
-        if path.is_relative_to(point) and len(point.parts) >= depth:  # what is mounted later lies over it
+        if path.is_relative_to(point) and len(point.parts) >= depth:  # A later mount hides an earlier one.
             depth, kind = len(point.parts), after.split()[0]
     return kind

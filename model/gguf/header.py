@@ -57,8 +57,8 @@ class Header:
 
 
 class _Cursor:
-    """A position in a file's header. The header is read from front to back in growing chunks. Lengths are checked
-    against the file's size before use. Errors name `place`, the part that is being read."""
+    """A position in the header of a file. The header is read from front to back in growing chunks. Lengths are checked
+    against the file's size before they are used. Errors name `place`, the part of the header that is being read."""
 
     __slots__ = ("_buffer", "_descriptor", "_nested", "_path", "_size_bytes", "place", "position")
 
@@ -69,7 +69,7 @@ class _Cursor:
         self._buffer = bytearray()
         self.place = "header"
         self.position = 0
-        self._nested = 0  # arrays inside arrays, which a hostile file could nest or repeat without end
+        self._nested = 0  # Number of arrays inside arrays, limited because a hostile file may have any number.
 
     @property
     def consumed(self) -> memoryview:
@@ -120,7 +120,7 @@ class _Cursor:
         return self.take(length)
 
     def text(self, max_bytes: int) -> str:
-        """Reads a length and a text of so many bytes. Invalid UTF-8, such as in an author's name, becomes U+FFFD."""
+        """Reads a length and a text of this length. Invalid UTF-8, such as in an author's name, becomes U+FFFD."""
         return str(self._string_bytes(max_bytes), "utf-8", "replace")
 
     def string(self, max_bytes: int) -> str:
@@ -158,7 +158,7 @@ class _Cursor:
         if value_type == BOOL_TYPE:
             byte = self.take(1)[0]
             if byte > 1:
-                raise self.error(f"a truth value must be 0 or 1, not {byte}")
+                raise self.error(f"a Boolean must be 0 or 1, not {byte}")
             return byte == 1
         scalar = _SCALARS.get(value_type)
         if scalar is None:
@@ -191,7 +191,7 @@ class _Cursor:
         if item_type != BOOL_TYPE:
             return values
         if count and values.max() > 1:
-            raise self.error(f"a truth value must be 0 or 1, not {values.max()}")
+            raise self.error(f"a Boolean must be 0 or 1, not {values.max()}")
         return values.view(np.bool_)
 
 
@@ -212,7 +212,7 @@ def read_header(path: Path) -> Header:
 
 
 def raw_metadata(path: Path) -> dict[str, bytes]:
-    """Returns each key's type and value as bytes of the file, for exact copies. Raises what `read_header` raises."""
+    """Returns the bytes of each key's type and value, for exact copies. Raises the errors of `read_header`."""
     with open_regular(path) as descriptor:
         cursor = _Cursor(descriptor, path, FileIdentity.of(descriptor).size_bytes)
         values = {}
@@ -321,7 +321,8 @@ def _check_overlaps(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _digest(cursor: _Cursor, descriptor: int, path: Path, data_start: int) -> bytes:
-    """Returns a SHA-256 over header, size and samples of the weights, which tells a model's fine-tunes apart."""
+    """Returns a SHA-256 over the header, the size and samples of the weights. Fine-tunes of a model have different
+    digests."""
     size_bytes = cursor.position + cursor.remaining_bytes
     hashed = hashlib.sha256(size_bytes.to_bytes(8, "little"))
     with cursor.consumed as header:

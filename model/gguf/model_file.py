@@ -1,4 +1,4 @@
-"""A GGUF model in a file or in several parts: metadata with typed getters, and tensors that are read later."""
+"""A GGUF model in one or several files. Has typed getters for metadata, and tensors that are read later."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class ModelFile:
 
     @property
     def version(self) -> str:
-        """A SHA-256 in hex over the identity and the files' inodes, sizes and times. It changes when the files are
-        rewritten, unless their times were faked. Machines with copies of one disk have the same version."""
+        """A SHA-256 in hex over the identity and the inodes, sizes and times of the files. It changes when a file is
+        rewritten, unless the file's times are faked. Machines that mount the same disk have the same version."""
         files = sorted((found.inode, found.size_bytes, found.modified_ns, found.changed_ns) for _, found in self._files)
         return hashlib.sha256(repr((self.identity, files)).encode()).hexdigest()
 
     @property
     def copy_id(self) -> str:
-        """A hash of the version and (if the file system is local) of this machine. Every copy has a different hash."""
+        """A hash of the version and, on a local file system, of this machine's id. Every copy has a different hash."""
         machine = "" if is_remote(self.path) else machine_id()
         return hashlib.sha256(f"{self.version} {machine}".encode()).hexdigest()
 
@@ -84,7 +84,6 @@ class ModelFile:
     def metadata_float(
         self, key: str, default: float | None = None, *, minimum: float = -math.inf, maximum: float = math.inf
     ) -> float:
-        """Returns a finite number, or `default` if the key is missing. Raises ModelFileError if both are missing."""
         value = self._value(key, default)
         if not isinstance(value, float):
             raise self.error(key, f"expected a decimal number, found {kind_of(value)}")
@@ -99,7 +98,6 @@ class ModelFile:
         return value
 
     def metadata_strings(self, key: str) -> Sequence[str]:
-        """Returns an array of text that is decoded on first use. Raises ModelFileError if the key is missing."""
         value = self._value(key, None)
         if not isinstance(value, LazyStrings):
             raise self.error(key, f"expected an array of text, found {kind_of(value)}")
@@ -113,8 +111,8 @@ class ModelFile:
 
 
 def open_model(path: Path | str) -> ModelFile:
-    """Reads the header of a GGUF file. Reads all parts of a split model if `path` is the first part. Raises
-    ModelFileError with file and place if anything is missing, damaged, hostile or not supported."""
+    """Reads the header of a GGUF file, and of all parts if `path` is the first part of a split model. Raises
+    ModelFileError, which names the file and the place, if anything is missing, damaged, hostile or not supported."""
     first = read_header(Path(path))
     headers = [first, *_other_parts(first)]
     tensors: dict[str, Tensor] = {}
@@ -139,7 +137,7 @@ def open_model(path: Path | str) -> ModelFile:
 def _other_parts(first: Header) -> list[Header]:
     count = _split_number(first, "split.count", default=1, minimum=0)
     name = PART_NAME.fullmatch(first.path.name)
-    if count <= 1:  # llama-gguf-split leaves 0 in a file that it merged
+    if count <= 1:  # llama-gguf-split writes a count of 0 when it merges parts.
         if name and int(name["count"]) > 1:
             said = f"the file says {count}" if "split.count" in first.metadata else "the key is missing"
             raise fail_at(first.path, "split.count", f"{said}, but the file's name says {name['count']} parts", _RENAME)
@@ -163,7 +161,7 @@ def _other_parts(first: Header) -> list[Header]:
 
 
 def _check_alone(part: Header, count: int) -> None:
-    """Raises ModelFileError if another part follows in the same file, as when parts were joined with `cat`."""
+    """Raises ModelFileError if another part follows in the same file, because parts were joined with `cat`."""
     end = max((tensor.offset + tensor.n_bytes for tensor in part.tensors.values()), default=0)
     size_bytes = part.file_identity.size_bytes
     follows = bytearray(min(size_bytes - end, DEFAULT_ALIGNMENT + len(MAGIC)))

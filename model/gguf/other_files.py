@@ -4,21 +4,21 @@ from typing import Final
 
 START_BYTES: Final = 512
 
-_CONVERT: Final = "make a model file of it with `llamaclust model convert`"
+_CONVERT: Final = "convert it with `llamaclust model convert`"
 _AGAIN: Final = "download the .gguf file itself"
 _UNPACK: Final = "unpack it, and give the path of the .gguf file in it"
 
 _KINDS: Final = (
     (b"version https://git-lfs", "a pointer of Git LFS, not the file", "run `git lfs pull`, or download the file"),
-    (b"PK\x03\x04", "a zip archive or a checkpoint of PyTorch", f"{_UNPACK}; of a checkpoint, {_CONVERT}"),
-    (b"\x80\x02", "a checkpoint of PyTorch", _CONVERT),
-    (b"\x89HDF", "a checkpoint of Keras (HDF5)", "get the model as GGUF or safetensors"),
+    (b"PK\x03\x04", "a zip archive or a PyTorch checkpoint", f"{_UNPACK}; for a checkpoint, {_CONVERT}"),
+    (b"\x80\x02", "a PyTorch checkpoint", _CONVERT),
+    (b"\x89HDF", "a Keras checkpoint (HDF5)", "get the model as GGUF or safetensors"),
     (b"\x1f\x8b", "compressed by gzip", _UNPACK),
     (b"\x28\xb5\x2f\xfd", "compressed by zstd", _UNPACK),
     (b"\xfd7zXZ", "compressed by xz", _UNPACK),
     (b"BZh", "compressed by bzip2", _UNPACK),
-    (b"7z\xbc\xaf", "an archive of 7-Zip", _UNPACK),
-    (b"Rar!", "an archive of RAR", _UNPACK),
+    (b"7z\xbc\xaf", "a 7-Zip archive", _UNPACK),
+    (b"Rar!", "a RAR archive", _UNPACK),
     *(
         (magic, "a model in GGML's formats before GGUF", "get the model as GGUF")
         for magic in (b"lmgg", b"fmgg", b"tjgg")
@@ -28,7 +28,6 @@ _PAGES: Final = (b"<!doctype", b"<html", b"<?xml", b"<head")
 
 
 def other_kind(start: bytes) -> tuple[str, str]:
-    """Recognizes files that are not GGUF by their first `START_BYTES` bytes. Returns the kind and advice."""
     for magic, what, advice in _KINDS:
         if start.startswith(magic):
             return what, advice
@@ -37,9 +36,9 @@ def other_kind(start: bytes) -> tuple[str, str]:
     if not any(start):
         return "filled with zeros", f"the download was not finished: {_AGAIN}"
     if start[257:262] == b"ustar":
-        return "an archive of tar", _UNPACK
+        return "a tar archive", _UNPACK
     if start[8:10] == b'{"':
-        return "a file of safetensors", _CONVERT
+        return "a safetensors file", _CONVERT
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text.lower().startswith(_PAGES):
         return "a web page", f"{_AGAIN}, on the Hugging Face hub by /resolve/ in place of /blob/ in its address"

@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 def recommended_sampling(file: ModelFile) -> dict[str, Any]:
-    """Returns values by llama.cpp's names for request fields. Invalid values are logged and omitted."""
+    """Returns values by llama.cpp's names of request fields. Invalid values are logged and omitted."""
     found: dict[str, Any] = {}
     for key, (field, row) in _ROWS.items():
         value = file.metadata.get(_PREFIX + key)
@@ -37,5 +37,5 @@ def _is_of(value: object, kind: type[int] | UnionType) -> TypeGuard[int | float]
 
 
 def _shortest(value: float) -> float:
-    """Returns the shortest decimal that rounds to the same float32. Files store 0.95 as 0.949999988."""
+    """Returns the shortest decimal that rounds to the same float32, because files store 0.95 as 0.949999988."""
     return float(str(np.float32(value)))

@@ -20,13 +20,13 @@ from llamaclust.model.shard_names import named_range
 
 _LAYER = re.compile(r"(adapter\.\d+\.)?blk\.[^.]+(?=\.)")
 _READ_BYTES = 1 << 26
-"""The maximum size of a read call, in bytes. Loading can be interrupted between calls."""
+"""The maximum number of bytes in a read call. Loading can be interrupted between calls."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """The identity of a file whose header was read. `changed_ns` shows changes even if the modification time is faked.
-    It is not compared, because changes of links and permissions change it too."""
+    """The identity of a file. `changed_ns` is the inode's change time (ctime), which cannot be faked like the
+    modification time. Comparisons ignore it, because changes of links and permissions change it too."""
 
     device: int
     inode: int
@@ -45,7 +45,7 @@ class FileIdentity:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[int]:
-    """Yields a read-only descriptor. Raises ModelFileError if the file is not regular: opening a pipe would block."""
+    """Yields a read-only descriptor. Raises ModelFileError if the file is not regular, since a pipe would block."""
     try:
         descriptor = open_descriptor(path)
     except FileNotFoundError:
@@ -77,11 +77,14 @@ def read_exactly(descriptor: int, path: Path, offset: int, buffer: memoryview) -
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of a model file, not yet read. `shape` is row-major, slowest first: GGUF's ne = [k, n] is (n, k).
-    `content` is the SHA-256 of its bytes in hex, if known. `paired_heads` is the count of heads whose halves are
-    interleaved on reading, or 0 for none. `packed_as` is the type of the tiles if it is not `quant_type`
-    (`WIDER_TILES`). `stride_bytes` is the distance in the file between entries of the slowest dimension, or 0 if they
-    are contiguous. `stored` has the rows and columns of matrices that are transposed on reading."""
+    """A tensor of a model file, whose bytes are read later. `shape` is row-major, slowest dimension first: GGUF's ne =
+    [k, n] is (n, k).
+
+    content: the SHA-256 of the tensor's bytes in hex, if known.
+    paired_heads: the number of heads whose halves are interleaved on reading, or 0.
+    packed_as: the type of the packed tiles if it is not `quant_type` (see `WIDER_TILES`).
+    stride_bytes: the distance in the file between entries of the slowest dimension. 0 means that they are contiguous.
+    stored: the rows and columns in the file of matrices that are transposed on reading."""
 
     name: str
     quant_type: QuantType
@@ -102,7 +105,7 @@ class Tensor:
 
     @property
     def place(self) -> tuple[object, ...]:
-        """A key that distinguishes the tensor's bytes from all other bytes in the file."""
+        """A key that identifies the tensor's bytes in the file."""
         place = self.offset, self.n_bytes, self.shape
         if self.stride_bytes:
             return (*place, "stride", self.stride_bytes)
@@ -112,7 +115,7 @@ class Tensor:
 
     @property
     def source(self) -> tuple[object, ...]:
-        """A key that distinguishes the tensor's file from all other files and from its own earlier versions."""
+        """A key that identifies the present version of the tensor's file."""
         if self.content is not None:
             return (self.content,)
         return self.path, self.file_identity, self.file_identity.changed_ns
@@ -123,7 +126,7 @@ class Tensor:
 
     @property
     def layer(self) -> str | None:
-        """The layer's prefix, such as `blk.7`, or `adapter.0.blk.7` for an adapter. None outside the layers."""
+        """The layer's prefix, such as `blk.7`, or `adapter.0.blk.7` in an adapter. None outside the layers."""
         found = _LAYER.match(self.name)
         return None if found is None else found[0]
 
@@ -137,7 +140,7 @@ class Tensor:
 
     @property
     def resident_bytes(self) -> int:
-        """The size in memory in bytes. Vectors are held as float32, and matrices in tiles of sixteen rows."""
+        """The size in memory in bytes. Vectors are held as float32, and matrices as tiles of sixteen rows."""
         if len(self.shape) == 1:
             return 4 * self.shape[0]
         *count, rows, width = self.shape

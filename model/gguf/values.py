@@ -15,7 +15,7 @@ LENGTH = Struct("<Q")
 
 
 class LazyStrings(Sequence[str]):
-    """An array of strings. Until first use, it keeps the file's bytes: a 64-bit length before each string."""
+    """An array of strings. Until first use, it holds the file's bytes, with a 64-bit length before each string."""
 
     __slots__ = ("_count", "_data", "_decoded", "_origin")
 
@@ -39,7 +39,7 @@ class LazyStrings(Sequence[str]):
         return f"LazyStrings({self._origin}, {self._count} strings)"
 
     def decoded(self) -> list[str]:
-        """Returns a cached list of all strings. Do not change it. Raises ModelFileError if a string is not UTF-8."""
+        """Returns a cached list of all strings, not to be changed. Raises ModelFileError if a string is not UTF-8."""
         if self._decoded is not None:
             return self._decoded
         data, unpack = self._data, LENGTH.unpack_from
@@ -60,13 +60,13 @@ MetadataValue = int | float | bool | str | NDArray[Any] | LazyStrings | tuple["M
 
 
 def shown(text: str) -> str:
-    """Makes text from a file safe for a one-line message. Quotes and escapes the text, and cuts it at 64 characters."""
+    """Makes text from a file safe for a one-line message: quotes it, escapes it, and shortens it to 64 characters."""
     return ascii(text if len(text) <= 64 else text[:61] + "...")
 
 
 def kind_of(value: MetadataValue) -> str:
     if isinstance(value, bool):
-        return "a truth value"
+        return "a Boolean"
     if isinstance(value, int):
         return "a whole number"
     if isinstance(value, float):

@@ -22,14 +22,12 @@ _NUMBER_TYPES = {np.dtype(code): number for number, code in NUMBER_FORMATS.items
 
 @dataclass(frozen=True, slots=True)
 class RawValue:
-    """A metadata value as `raw_metadata` returns it: the bytes of its type and value."""
-
     data: bytes
 
 
 WritableValue = MetadataValue | np.generic | Sequence[str] | RawValue
 """A metadata value. A Python int becomes uint32 if it fits, otherwise int32 or a 64-bit type. A float becomes float32.
-NumPy values keep their type. A sequence of text becomes an array of strings, other sequences arrays of arrays."""
+NumPy values keep their type. Sequences of text become arrays of strings, other sequences arrays of arrays."""
 
 Bytes = bytes | bytearray | memoryview
 Produce = Callable[[], Bytes | Iterator[Bytes]]
@@ -37,8 +35,8 @@ Produce = Callable[[], Bytes | Iterator[Bytes]]
 
 @dataclass(frozen=True, slots=True)
 class TensorSource:
-    """A tensor to write. `produce` is called once, when the tensor is written, and returns exactly `n_bytes` bytes.
-    `shape` is row-major, slowest first. Its last number is a multiple of the type's block size."""
+    """A tensor to write. `produce` is called once, when the tensor is written, and must return exactly `n_bytes` bytes.
+    `shape` is row-major, slowest dimension first. The last dimension must be a multiple of the type's block size."""
 
     name: str
     quant_type: QuantType

@@ -1,4 +1,4 @@
-"""Checks grammars before requests are admitted. A hostile grammar can only end a child process with limits."""
+"""Checks grammars before requests are admitted. A hostile grammar can only end a child process that has limits."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _PROCESSES: Final = 2
 _KEPT_VERDICTS: Final = 256
-_KEPT_CHARACTERS: Final = 1 << 16  # of a converted definition
+_KEPT_CHARACTERS: Final = 1 << 16  # Maximum length of a converted definition in the cache.
 
 
 class GuardedGrammarError(ParameterError):
-    """The check of a grammar reached a limit of time or memory. Checks of the grammar's parts might reach it too."""
+    """A grammar's check reached a limit of time or memory. Checks of the grammar's parts may reach the limit too."""
 
 
 class GrammarChecker:
@@ -29,8 +29,8 @@ class GrammarChecker:
         self._has_end = bool(tokenizer.end_of_generation)
         self._limits = limits or CheckLimits()
         self._processes = [CheckerProcess(tokenizer, self._limits) for _ in range(_PROCESSES)]
-        self._turns = Turns(_PROCESSES, most=_PROCESSES - 1)  # one owner's long checks do not delay another owner's
-        self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()  # by the definition's digest, in the order of use
+        self._turns = Turns(_PROCESSES, most=_PROCESSES - 1)  # Long checks of one owner must not delay other owners.
+        self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()  # The keys are digests, least recently used first.
 
     async def check(self, grammar: Grammar, owner: str = "") -> Grammar:
         """Checks a grammar and returns it in the form that workers compile. Owners take turns. Raises ParameterError if
@@ -39,7 +39,7 @@ class GrammarChecker:
             raise ParameterError(grammar.origin, "the model has no end-of-generation token, which grammars need")
         try:
             verdict = await self._verdict(grammar.definition, owner)
-        except CheckGuardError as error:  # no verdict: it is not kept
+        except CheckGuardError as error:  # This is no verdict, so it is not cached.
             raise GuardedGrammarError(grammar.origin, str(error)) from None
         if verdict.reason:
             raise ParameterError(grammar.origin, verdict.reason)

@@ -30,17 +30,18 @@ _TOO_DEEP: Final = "the grammar is nested too deeply"
 
 
 def _checked(definition: str, walk: GrammarWalk) -> dict[str, str]:
-    """Returns the reason why a grammar is refused. If GBNF was converted, returns the new definition."""
     converted = ""
     if definition.startswith(GBNF_START):
         text = json.loads(definition)[GBNF]
         if (work := (rules := text.count("::=")) * len(text)) > MAX_GBNF_WORK:
-            return _reply(f"{rules} rules times {len(text)} characters are {work}; the limit is {MAX_GBNF_WORK}")
+            return _reply(
+                f"it is too large: {rules} rules times {len(text)} characters is {work}; the limit is {MAX_GBNF_WORK}"
+            )
         try:
             lark = any_to_lark(text)
         except RecursionError:
             return _reply(_TOO_DEEP)
-        except Exception as error:  # noqa: BLE001  the converter raises bare ones
+        except Exception as error:  # noqa: BLE001  the converter raises plain Exceptions
             return _reply(str(error))
         converted = definition = json.dumps({"grammars": [{"lark_grammar": lark}]}, ensure_ascii=False)
         if len(definition.encode()) > MAX_GRAMMAR_BYTES:
@@ -65,7 +66,7 @@ def _schemas(definition: str) -> Iterator[Any]:
             yield part["json_schema"]
         text = part.get("lark_grammar", "")
         for mark in re.finditer(r"%json\s*", text):
-            with suppress(ValueError):  # llguidance says what is wrong
+            with suppress(ValueError):  # llguidance reports invalid JSON later.
                 yield decoder.raw_decode(text, mark.end())[0]
 
 
@@ -74,20 +75,20 @@ def _reply(message: str, converted: str = "") -> dict[str, str]:
 
 
 def main() -> None:
-    """Prepares the vocabulary before limits apply. Then checks grammars, with smaller stacks than workers have."""
+    """Builds the vocabulary before limits apply, and then checks grammars. Stacks are smaller than in workers."""
     threading.stack_size(_STACK_BYTES)
     end_with_parent()
     first = read_frame()
     words = [word.encode("latin-1") for word in first["words"]]
     vocabulary = GrammarVocabulary(words, first["ends"], lambda text: vocabulary.native.greedy_tokenize(text))
-    vocabulary.native  # noqa: B018  builds it
+    vocabulary.native  # noqa: B018  the property builds the native tokenizer
     walk = GrammarWalk(vocabulary)
     for kind, bound in ((resource.RLIMIT_AS, first["memory"]), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)):
         resource.setrlimit(kind, (bound, bound))
     write_frame({})
     while True:
         definition = read_frame()["definition"]
-        signal.setitimer(signal.ITIMER_PROF, first["guard_cpu_s"])  # its signal ends the process
+        signal.setitimer(signal.ITIMER_PROF, first["guard_cpu_s"])  # The timer's signal ends the process.
         with ThreadPoolExecutor(1) as small:
             reply = small.submit(_checked, definition, walk).result()
         signal.setitimer(signal.ITIMER_PROF, 0)

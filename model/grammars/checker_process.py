@@ -23,8 +23,8 @@ _MAX_LINE_BYTES: Final = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class CheckLimits:
-    """Limits of a grammar's check. Usually, counts of work refuse a grammar (see matcher.py). `guard_cpu_s` and
-    `memory_bytes` stop other checks. `start_s`, `wall_s` and `wait_s` bound the delays of a slow machine."""
+    """Limits of a grammar's check. Most grammars that are too large reach the limits in matcher.py first. `guard_cpu_s`
+    and `memory_bytes` end all other checks. `start_s`, `wall_s` and `wait_s` limit delays on a slow machine."""
 
     guard_cpu_s: float = 20.0
     memory_bytes: int = 1 << 30
@@ -34,12 +34,12 @@ class CheckLimits:
 
 
 class CheckGuardError(RequestError):
-    """A grammar ended the process that checked it."""
+    """A grammar ended the process that checked it, because it exceeded a limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The result of a check. `reason` is why a grammar is refused, or "". `definition` is its converted form, or ""."""
+    """The result of a check: the reason why the grammar is refused (or ""), and its converted form (or "")."""
 
     reason: str
     definition: str = ""

@@ -1,4 +1,4 @@
-"""Closes JSON schemas. In a closed schema, objects have only their named properties, as in OpenAI's strict mode."""
+"""Closes JSON schemas. Objects in a closed schema have only their named properties, as in OpenAI's strict mode."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ COMBINING: Final = frozenset(("allOf", "if", "dependentSchemas", "dependencies",
 
 
 def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Closes all objects. If several schemas apply to one object, closes none: each would refuse the others' names."""
+    """Closes all objects, or none if several schemas apply to an object, because each would refuse the others'
+    names."""
     try:
         return schema if _combines(schema) else _closed(schema)
-    except RecursionError:  # the schema is too deep for llguidance too
+    except RecursionError:  # The schema is too deep for llguidance too.
         return schema
 
 

@@ -1,4 +1,4 @@
-"""Makes grammars from a request's JSON Schema, regular expression, Lark, GBNF (of llama.cpp) or choices."""
+"""Makes grammars from a request's JSON Schema, regular expression, Lark, GBNF (llama.cpp's format) or choices."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from llamaclust.model.grammars.normal_schema import normal_schema
 
 GUIDANCE = "x-guidance"
 JSON_TEXT = {"whitespace_pattern": r" |\n{1,2}[ \t]{0,20}"}
-"""Options that limit white space in JSON text, as llama.cpp does. A small model might write white space without end."""
+"""Options that limit white space in JSON text, as in llama.cpp. A small model might write white space without end."""
 _MOST_PLACES = 8
 _MAX_GBNF_BYTES = 1 << 17
-"""The maximum size of a GBNF grammar. The converter takes about a second for a single rule of this size."""
+"""The maximum size of a GBNF grammar. Converting one rule of this size takes about a second."""
 GBNF = "gbnf"
 GBNF_START = f'{{"{GBNF}"'
 
 
 OWN_RULES = "own_rules"
-"""The name of grammar parts whose rules were made here. Users cannot give their own grammars this name."""
+"""The name of grammar parts whose rules this package made. A user's grammar cannot have this name."""
 
 
 def of_schema(schema: Mapping[str, Any] | bool, origin: str, *, closes_objects: bool = False) -> Grammar:
-    """Allows the JSON texts that match a schema. Raises ParameterError if a grammar cannot express a keyword."""
+    """Returns a grammar of the JSON texts that match a schema. Raises ParameterError if it cannot express a keyword."""
     try:
         normal = normal_schema(schema, closes_objects=closes_objects)
     except RecursionError:
@@ -42,7 +42,7 @@ def of_object(origin: str) -> Grammar:
 
 
 def of_regex(pattern: str, origin: str) -> Grammar:
-    """Allows the texts that match a whole regular expression (in Rust's syntax, without look-around)."""
+    """Returns a grammar of the texts that match a whole regular expression in Rust's syntax, without look-around."""
     from llguidance import regex_to_lark
 
     return _grammar({"lark_grammar": f"start: /{regex_to_lark(pattern, '')}/"}, origin)
@@ -53,12 +53,12 @@ def of_lark(text: str, origin: str) -> Grammar:
 
 
 def of_calls(rules: str, origin: str) -> Grammar:
-    """Allows the tool calls that `rules` describe. The rules were made here, in llguidance's dialect of Lark."""
+    """Returns a grammar of the tool calls that `rules` describe. This package made the rules, in llguidance's Lark."""
     return _grammar({"name": OWN_RULES, "lark_grammar": rules}, origin)
 
 
 def of_gbnf(text: str, origin: str) -> Grammar:
-    """Allows the texts of a grammar in GBNF or Lark. The check converts it later, because that may take long."""
+    """Returns a grammar from GBNF or Lark. The check converts the text later, because that may take long."""
     if len(text) > _MAX_GBNF_BYTES:
         raise ParameterError(origin, f"the grammar has {len(text)} characters; the limit is {_MAX_GBNF_BYTES}")
     return _defined({GBNF: text}, origin)
@@ -78,16 +78,16 @@ def either(calls: str, other: Grammar) -> Grammar:
 
 
 def has_schemas_only(definition: str) -> bool:
-    """Returns True if the definition has only schemas and rules that were made here, and no rules of a user."""
+    """Returns True if the definition has schemas and rules from this package, but no rules of a user."""
     try:
         parts = json.loads(definition)["grammars"]
         return all("json_schema" in part or part.get("name") == OWN_RULES for part in parts)
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):  # llguidance says what is wrong
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):  # llguidance reports it later.
         return False
 
 
 def lazy(grammar: Grammar, triggers: Sequence[str]) -> Grammar:
-    """Makes a grammar apply from the first trigger on. The grammar must allow a text that begins with the trigger."""
+    """Returns a grammar that applies after the first trigger. It must allow a text that begins with the trigger."""
     if not 0 < len(triggers) <= MAX_TRIGGERS or not all(
         0 < len(text.encode()) <= MAX_TRIGGER_BYTES for text in triggers
     ):
@@ -97,7 +97,7 @@ def lazy(grammar: Grammar, triggers: Sequence[str]) -> Grammar:
 
 
 def quoted(text: str) -> str:
-    """Quotes a text as a terminal of llguidance's Lark, which reads JSON's escapes and needs DEL escaped."""
+    """Quotes a text as a terminal of llguidance's Lark, which uses JSON's escapes but needs DEL escaped too."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -109,7 +109,7 @@ def _defined(whole: Mapping[str, Any], origin: str) -> Grammar:
     try:
         definition = json.dumps(whole, ensure_ascii=False, allow_nan=False)
         size = len(definition.encode())
-    except (ValueError, RecursionError) as error:  # lone surrogates are a ValueError, too
+    except (ValueError, RecursionError) as error:  # A lone surrogate raises ValueError too.
         raise ParameterError(origin, f"the grammar cannot be written as JSON: {error}") from error
     if size > MAX_GRAMMAR_BYTES:
         raise ParameterError(origin, f"the grammar has {size} bytes; the limit is {MAX_GRAMMAR_BYTES}")

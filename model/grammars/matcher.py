@@ -29,8 +29,8 @@ _MAX_FORCED_BYTES = 1 << 13
 def _limits(definition: str) -> LLParserLimits:
     """Returns the limits of checks and of matching. They are equal, so that every machine decides alike. Of 1,232
     public schemas, the largest needs 81 thousand units of lexer fuel to compile, 373 thousand units and 7.6 thousand
-    items in a step, and 2,400 lexer states in an answer. Only users' rules are ambiguous: their time grows at least
-    with the square of the items in a row. Up to 800 items, the time stays below 50 ms."""
+    items in a step, and 2,400 lexer states in an answer. Only users' rules are ambiguous. Their time grows at least
+    with the square of the items in a row, and stays below 50 ms for up to 800 items."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(
@@ -45,7 +45,8 @@ def _limits(definition: str) -> LLParserLimits:
 
 
 def compiled(definition: str, vocabulary: GrammarVocabulary) -> LLMatcher:
-    """Returns the state before the first token. Each answer compiles it again: copies share the lexer's limits."""
+    """Returns the state before the first token. Each answer compiles the grammar, because copies share the lexer's
+    limits."""
     from llguidance import LLMatcher
 
     return LLMatcher(vocabulary.native, definition, log_level=0, limits=_limits(definition))
@@ -57,7 +58,7 @@ def one_line(message: str, most: int = 400) -> str:
 
 
 class TokenRefusedError(RequestError):
-    """The grammar does not allow this token here. The answer may go on after its state is computed again."""
+    """The grammar does not allow a token. The answer may go on after its state is computed again."""
 
 
 class LexerUsedUpError(RequestError):
@@ -66,24 +67,24 @@ class LexerUsedUpError(RequestError):
 
 class GrammarMatcher:
     """The state of one answer, for one thread at a time. Methods release the GIL, and raise RequestError if the grammar
-    cannot be followed. llguidance limits the lexer's work between two computations of allowed tokens. Usual matchers
-    rarely compute these, and raise LexerUsedUpError at the limit. Costly matchers compute them at each token."""
+    cannot be followed. llguidance limits the lexer's work between two computations of allowed tokens. A usual matcher
+    rarely computes them, and raises LexerUsedUpError at the limit. A costly matcher computes them at each token."""
 
     def __init__(self, grammar: Grammar, vocabulary: GrammarVocabulary, *, is_costly: bool = False) -> None:
-        self.position = 0  # tokens taken in
-        self.looked_bytes = 0  # the total length of the forced texts that were computed
+        self.position = 0  # Number of tokens that were taken.
+        self.looked_bytes = 0  # Total bytes of the forced texts that were computed.
         self._is_costly = is_costly
         self._vocabulary = vocabulary
         self._native = compiled(grammar.definition, vocabulary)
         self._check(CANNOT_BE_USED)
         self._ended = False
-        self._following: list[int] | None = None  # tokens that must come next, if they were computed
-        self._allowed: AllowedTokens | None = None  # if they were computed
+        self._following: list[int] | None = None  # Tokens that must come next, or None if they are not computed.
+        self._allowed: AllowedTokens | None = None  # None if not computed.
         self._waiting = _Triggers(grammar.triggers, vocabulary) if grammar.triggers else None
 
     @property
     def is_free(self) -> bool:
-        """True until a trigger has come. Until then, every token is allowed."""
+        """True if the grammar waits for a trigger, so that every token is allowed."""
         return self._waiting is not None
 
     @property
@@ -97,14 +98,14 @@ class GrammarMatcher:
             elif token in self._vocabulary.end_ids:
                 self._ended = True
             elif not self._consumes(token):
-                self.allowed()  # where it fails, this says why
+                self.allowed()  # Raises an error that explains why the grammar failed.
                 if not self._consumes(token):
                     self._check(_TOO_COMPLEX)
                     raise TokenRefusedError(f"token {token} breaks the grammar")
             self._add(token)
 
     def try_take(self, token: int) -> AllowedTokens | None:
-        """Takes in a sampled token and returns None. If it is not allowed, returns the tokens that are allowed."""
+        """Takes a sampled token and returns None. If the token is not allowed, returns the tokens that are allowed."""
         if self._waiting is not None:
             self._await_trigger(token)
         elif not self._allows(token):
@@ -116,7 +117,6 @@ class GrammarMatcher:
         return None
 
     def allowed(self) -> AllowedTokens | None:
-        """Returns the tokens that may come next, or None if all tokens may."""
         if self._waiting is not None:
             return None
         if self._ended:
@@ -140,7 +140,7 @@ class GrammarMatcher:
         return following[0] if following else None
 
     def peek_forced(self) -> list[int]:
-        """Returns tokens that must come next, without taking them in. One computation may not find all of them."""
+        """Returns tokens that must come next, but does not take them. Even more tokens may be forced after them."""
         if self._waiting is not None or self._ended:
             return []
         return self._computed(self._must_follow)[:MAX_FORCED_TOKENS]
@@ -168,7 +168,7 @@ class GrammarMatcher:
         return self._consumes(token)
 
     def _must_follow(self) -> list[int]:
-        """Computes forced tokens once for each token, to save lexer work. Raises RequestError if they are too long."""
+        """Computes forced tokens once per token, to save lexer work. Raises RequestError if they are too long."""
         if self._following is None:
             self._following = self._native.compute_ff_tokens()
             size = sum(len(self._vocabulary.words[token]) for token in self._following)
@@ -218,11 +218,12 @@ class _Triggers:
         self._texts = [text.encode() for text in texts]
         self._longest = max(map(len, self._texts))
         self._vocabulary = vocabulary
-        self._tail = b""  # the newest bytes
-        self._newest: list[tuple[int, int]] = []  # tokens of the tail and their numbers of bytes
+        self._tail = b""  # The last bytes of the answer.
+        self._newest: list[tuple[int, int]] = []  # Tokens of `_tail`, with their lengths in bytes.
 
     def take(self, token: int) -> list[list[int]]:
-        """Takes in a token. For each trigger that ends in it, returns the tokens from the trigger's first byte on."""
+        """Takes a token. For each trigger that ends in it, returns the tokens that begin with the trigger's first
+        byte."""
         word = self._vocabulary.words[token].removeprefix(b"\xff")
         before = len(self._tail)
         self._tail += word
@@ -234,7 +235,6 @@ class _Triggers:
         return found
 
     def _tokens_from(self, place: int) -> list[int]:
-        """Returns the answer's tokens from byte `place` on. If no token begins there, tokenizes the bytes again."""
         start = 0
         for index, (_, length) in enumerate(self._newest):
             if start == place:

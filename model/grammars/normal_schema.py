@@ -24,13 +24,13 @@ from llamaclust.model.grammars.schema_references import MISSING, SchemaReference
 _COMBINED: Final = ("anyOf", "oneOf", "allOf")
 _REFUSED: Final = ("not", "dependentRequired", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef")
 _EVALUATED: Final = frozenset((*_COMBINED, "$ref", "if", "then", "else", "dependentSchemas", "patternProperties"))
-"""Keywords that make `unevaluatedProperties` differ from `additionalProperties` in the same schema."""
+"""Keywords that give `unevaluatedProperties` another meaning than `additionalProperties` in the same schema."""
 
 
 @dataclass(frozen=True, slots=True)
 class NormalSchema:
-    """A schema that allows at least what the given schema allows. `unobeyed` has the places of omitted keywords, such
-    as properties.a.not."""
+    """A schema that allows everything that the original schema allows. `unobeyed` has the places of omitted keywords,
+    such as `properties.a.not`."""
 
     schema: dict[str, Any]
     unobeyed: tuple[str, ...] = ()
@@ -51,10 +51,10 @@ def normal_schema(schema: Any, *, closes_objects: bool = False) -> NormalSchema:
 
 class _Reader:
     def __init__(self, root: Any) -> None:
-        self.unobeyed: dict[str, None] = {}  # places, in order
+        self.unobeyed: dict[str, None] = {}  # Places, in the order of reading.
         self._references = SchemaReferences(root)
-        self._names: dict[int, str] = {}  # of definitions, by the identity of what they define
-        self._waiting: list[tuple[str, Any]] = []  # definitions that are still to be read
+        self._names: dict[int, str] = {}  # Names of definitions. The keys are the ids of the defined schemas.
+        self._waiting: list[tuple[str, Any]] = []  # Definitions that were not read yet.
 
     def definitions(self) -> dict[str, Any]:
         made: dict[str, Any] = {}
@@ -66,11 +66,11 @@ class _Reader:
     def read(self, schema: Any, place: str) -> dict[str, Any] | bool:
         if isinstance(schema, bool):
             return schema
-        if not isinstance(schema, Mapping):  # PHP writes an empty object as a list; anything else is no schema
+        if not isinstance(schema, Mapping):  # An empty list is valid, because PHP writes an empty object so.
             if schema not in (None, []):
                 self._leave_out(place, "")
             return {}
-        if schema.get("not") in (True, {}, []) and "not" in schema:  # zod's never
+        if schema.get("not") in (True, {}, []) and "not" in schema:  # The library zod writes `never` in this form.
             return False
         types, is_known = normal_types(schema.get("type"))
         made: dict[str, Any] = {"type": types[0] if len(types) == 1 else types} if types else {}
@@ -116,7 +116,7 @@ class _Reader:
         if others is not None:
             read = self.read(others, f"{place}.additionalProperties")
             made["additionalProperties"] = True if read == {} else read
-        if patterns and not named and all(map(matches_all, patterns)):  # a record with any names
+        if patterns and not named and all(map(matches_all, patterns)):  # Properties may have any names.
             made["additionalProperties"] = next(iter(patterns.values()))
         elif patterns:
             made["patternProperties"] = patterns
@@ -126,7 +126,7 @@ class _Reader:
         return made | self._property_counts(schema, made, place)
 
     def _name_properties(self, schema: Mapping[str, Any], made: dict[str, Any], place: str) -> None:
-        """Converts `propertyNames` to properties or, if there are no other properties, to a pattern of names."""
+        """Converts `propertyNames` to properties or to a pattern of names. Other properties make this impossible."""
         given = schema.get("propertyNames")
         rule = {} if given is None else self.read(given, f"{place}.propertyNames")
         if rule is True or rule in ({}, {"type": "string"}):
@@ -158,7 +158,7 @@ class _Reader:
 
     def _items(self, schema: Mapping[str, Any], place: str) -> dict[str, Any]:
         first, others = schema.get("prefixItems"), schema.get("items")
-        if isinstance(others, list) and others:  # as in draft 7
+        if isinstance(others, list) and others:  # Draft 7 has this form.
             first, others = others, schema.get("additionalItems")
         made: dict[str, Any] = {}
         if isinstance(first, list) and first:
@@ -216,7 +216,7 @@ class _Reader:
 
 
 def _is_required(part: Any) -> bool:
-    """Returns True if the property itself has `required` (draft 3), as in many handwritten schemas."""
+    """Returns True if the property itself has `required`, as in draft 3 and many handwritten schemas."""
     return isinstance(part, Mapping) and part.get("required") is True
 
 

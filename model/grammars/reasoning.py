@@ -1,5 +1,5 @@
-"""The state of the reasoning in an answer, and the forced tokens that end it after its budget. The state depends only
-on settings and tokens. Tags are found in the answer's bytes, so tokens may split a tag in any way."""
+"""The state of the reasoning in an answer, and the tokens that end the reasoning after its budget. The state depends
+only on settings and tokens. Tags are found in the answer's bytes, so tokens may split a tag in any way."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ _CHARACTER_BYTES: Final = 4
 
 
 class Place(Enum):
-    BEFORE = auto()  # reasoning may begin
+    BEFORE = auto()  # Reasoning may begin.
     INSIDE = auto()
-    BEHIND = auto()  # reasoning is over
+    BEHIND = auto()  # Reasoning is over.
 
 
 class ReasoningScanner:
     def __init__(self, reasoning: Reasoning) -> None:
         self.place = Place.INSIDE if reasoning.is_open else Place.BEFORE
-        self.begun = int(reasoning.is_open)  # how often it began
+        self.begun = int(reasoning.is_open)  # Number of times that reasoning began.
         self.ends = tuple(text.encode() for text in reasoning.ends)
         self._begins = tuple(text.encode() for text in reasoning.begins)
         self._any_end, self._any_begin = _any_of(self.ends), _any_of(self._begins)
         self._repeats = reasoning.repeats
-        self.longest_part = max(_CHARACTER_BYTES, *map(len, self.ends)) - 1  # bytes of what `is_in_part` tells of
+        # Maximum bytes of an incomplete character or end tag (see `is_in_part`).
+        self.longest_part = max(_CHARACTER_BYTES, *map(len, self.ends)) - 1
         self._kept = max(self.longest_part, *map(len, self._begins))
-        self._tail = b""  # the newest bytes after the last tag
+        self._tail = b""  # The last bytes, without any from the last tag or earlier.
 
     @property
     def is_in_part(self) -> bool:
@@ -81,8 +82,8 @@ class ReasoningScanner:
 
 
 class ReasoningState:
-    """The reasoning of one answer. `words` has the bytes of each token. The budget may be exceeded by a few tokens, to
-    complete a character or the tag that ends the reasoning."""
+    """The reasoning of one answer. `words` has the bytes of each token. The reasoning may exceed its budget by a few
+    tokens, to complete a character or the tag that ends the reasoning."""
 
     def __init__(self, reasoning: Reasoning, words: Sequence[bytes]) -> None:
         self._tags = ReasoningScanner(reasoning)
@@ -90,7 +91,7 @@ class ReasoningState:
         self._forced = reasoning.forced
         self._budget = reasoning.budget
         self._left = reasoning.budget or 0
-        self._at: int | None = None  # the next of the forced tokens
+        self._at: int | None = None  # Index of the next forced token. None if none is forced.
         self._check_budget()
 
     @property
@@ -123,7 +124,6 @@ class ReasoningState:
         self._at, self._budget = None, None
 
     def runs_over(self, token: int) -> bool:
-        """Returns True if the token would end the reasoning and has more text after the end."""
         return bool((self._tags.rest_behind_end(self._bytes(token)) or b"").strip(_SPACE))
 
     def _bytes(self, token: int) -> bytes:

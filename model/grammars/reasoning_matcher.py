@@ -15,11 +15,11 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
 
 class ReasoningMatcher:
-    """A matcher of reasoning and, if given, of a grammar. It has the methods of `GrammarMatcher`. The budget counts
-    only if the reasoning delays the grammar, or if the grammar allows the tokens that end the reasoning."""
+    """A matcher of reasoning, and of a grammar if there is one. It has the methods of `GrammarMatcher`. The budget has
+    an effect only if the reasoning delays the grammar, or if the grammar allows the tokens that end the reasoning."""
 
     def __init__(self, reasoning: Reasoning, grammar: GrammarMatcher | None, vocabulary: GrammarVocabulary) -> None:
-        self.position = 0  # tokens taken in
+        self.position = 0  # Number of tokens that were taken.
         self._state = ReasoningState(reasoning, vocabulary.words)
         self._grammar = grammar
         self._delays = reasoning.delays_grammar
@@ -29,12 +29,11 @@ class ReasoningMatcher:
 
     @property
     def is_complete(self) -> bool:
-        """True if only one token, or only the answer's end, is allowed."""
+        """True if only one token, or only the end of the answer, is allowed."""
         grammar = self._ruling
         return self._state.forced is not None or (grammar is not None and grammar.is_complete)
 
     def take(self, tokens: Iterable[int]) -> None:
-        """Takes in the next tokens, sampled or forced. Raises RequestError if a token breaks the grammar."""
         for token in tokens:
             self._forced()
             if (grammar := self._ruling) is not None:
@@ -77,7 +76,7 @@ class ReasoningMatcher:
 
     @property
     def _ruling(self) -> GrammarMatcher | None:
-        """The grammar, or None while reasoning delays it. Reasoning cannot delay a grammar that already applies."""
+        """The grammar, or None while reasoning delays the grammar. A grammar that already applies is not delayed."""
         grammar = self._grammar
         if grammar is None or not self._delays or not self._state.is_inside:
             return grammar
@@ -91,7 +90,7 @@ class ReasoningMatcher:
         return None
 
     def _add(self, token: int) -> None:
-        """Takes in a token. The grammar also gets the token that ends the reasoning, which may contain a trigger."""
+        """Takes a token. The grammar gets the token that ends the reasoning too, because it may contain a trigger."""
         is_delayed = self._grammar is not None and self._ruling is None
         self._state.take(token)
         self.position += 1

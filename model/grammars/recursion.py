@@ -31,7 +31,6 @@ def _targets(schema: Any) -> dict[str, Any]:
 
 
 def _references(schema: Any, read: set[int]) -> Iterator[str]:
-    """Yields the references in a schema. Skips the schema's definitions, and parts that were read before."""
     pending = [schema]
     while pending:
         part = pending.pop()
@@ -47,19 +46,20 @@ def _references(schema: Any, read: set[int]) -> Iterator[str]:
 
 @dataclass(slots=True, eq=False)
 class _Condition:
-    """A condition that is true when `missing` more of the conditions that it uses have become true."""
+    """A condition that becomes true when `missing` more of its prerequisites are true. `users` depend on this
+    condition."""
 
     missing: int
     users: list[_Condition] = field(default_factory=list)
 
 
 class _Conditions:
-    """Finds the parts of a schema that a finite value can match, judged by references only: the least fixed point."""
+    """Finds the parts of a schema that a finite value can match, judged by references only (a least fixed point)."""
 
     def __init__(self, targets: Mapping[str, Any]) -> None:
         self._targets = targets
         self._made: list[_Condition] = []
-        self._of_part: dict[int, _Condition] = {}  # by identity: a part may have many names
+        self._of_part: dict[int, _Condition] = {}  # The keys are ids, because a part may have many names.
         self._unread: list[Mapping[str, Any]] = []
         for target in targets.values():
             self._of(target)
@@ -80,7 +80,7 @@ class _Conditions:
         if not isinstance(schema, Mapping) or "const" in schema or "enum" in schema:
             return self._all(())
         if id(schema) not in self._of_part:
-            self._of_part[id(schema)] = self._condition(1, ())  # what it needs follows
+            self._of_part[id(schema)] = self._condition(1, ())  # The loop in `__init__` adds prerequisites.
             self._unread.append(schema)
         return self._of_part[id(schema)]
 

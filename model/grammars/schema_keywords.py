@@ -34,7 +34,7 @@ MOST_OF_AN_INTEGER: Final = 10**16 - 1
 
 
 def normal_types(given: Any) -> tuple[list[str], bool]:
-    """Returns the types that a value may have (none for any type), and True if all given types are known."""
+    """Returns the allowed types (none means any type), and True if all given types are known."""
     names = [name.lower() for name in given if isinstance(name, str)] if isinstance(given, list) else []
     if isinstance(given, str):
         names = [given.lower()]
@@ -46,14 +46,15 @@ def normal_types(given: Any) -> tuple[list[str], bool]:
 
 
 def as_list(given: Any) -> list[Any] | None:
-    """Reads a list. PHP writes a list as an object if indices are missing."""
+    """Returns a list, or None for other values. Accepts objects with numbers as keys, which PHP may write for a
+    list."""
     if isinstance(given, Mapping) and all(isinstance(key, str) and key.isdigit() for key in given):
         return [*given.values()]
     return given if isinstance(given, list) else None
 
 
 def as_object(given: Any) -> Mapping[str, Any]:
-    """Reads an object. PHP writes an empty object as a list."""
+    """Returns an object, or {} for other values, because PHP writes an empty object as a list."""
     return given if isinstance(given, Mapping) else {}
 
 
@@ -66,7 +67,7 @@ def matches_all(pattern: Any) -> bool:
 
 
 def count(schema: Mapping[str, Any], key: str) -> int | None:
-    """Reads a limit of a length or an item count, such as `minLength`. Returns None if it allows everything."""
+    """Reads a limit of a length or an item count, such as `minLength`. Returns None if the limit allows everything."""
     value = schema.get(key)
     if not _is_number(value) or value < (0 if key.startswith("max") else 1):
         return None
@@ -74,7 +75,7 @@ def count(schema: Mapping[str, Any], key: str) -> int | None:
 
 
 def text_forms(schema: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
-    """Returns `pattern` and `format`. Also returns False if a pattern has look-around and no `format` replaces it."""
+    """Returns `pattern` and `format`, and False if a pattern has look-around and no `format` replaces it."""
     form, pattern = schema.get("format"), schema.get("pattern")
     made: dict[str, str] = {}
     if isinstance(form, str) and (form := _OTHER_FORMATS.get(form, form)) in FORMATS:
@@ -87,7 +88,8 @@ def text_forms(schema: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
 
 
 def bounds(schema: Mapping[str, Any], types: Sequence[str]) -> dict[str, Any]:
-    """Returns a number's limits. Draft 4's Boolean limits become numbers. Integers have at most sixteen digits."""
+    """Returns the limits of a number. Draft 4's Boolean limits become numbers. Integers are limited to sixteen
+    digits."""
     made: dict[str, Any] = {}
     for limit, exclusive, sign in (("minimum", "exclusiveMinimum", -1), ("maximum", "exclusiveMaximum", 1)):
         value, other = schema.get(limit), schema.get(exclusive)
@@ -96,7 +98,7 @@ def bounds(schema: Mapping[str, Any], types: Sequence[str]) -> dict[str, Any]:
         if _is_number(other):
             made[exclusive] = other
         for key in (limit, exclusive):
-            if key in made and sign * made[key] > MOST_OF_AN_INTEGER:  # of 64 bits, or a double: no bound at all
+            if key in made and sign * made[key] > MOST_OF_AN_INTEGER:  # The range of a type, not a real bound.
                 del made[key]
     step = schema.get("multipleOf")
     if _is_number(step) and step > 0:
@@ -120,7 +122,6 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def unusable_numbers(schema: Mapping[str, Any]) -> list[str]:
-    """Returns the keywords whose numbers exceed float64, and `multipleOf` if it is not positive."""
     return [
         key
         for key in _NUMBERS

@@ -7,7 +7,6 @@ from typing import Any, Final
 
 DEFINED: Final = ("properties", "$defs", "definitions")
 _BY_NAME: Final = frozenset((*DEFINED, "patternProperties", "dependentRequired", "dependentSchemas", "dependencies"))
-"""Keywords whose values are objects with arbitrary names as keys."""
 _DATA: Final = frozenset(("const", "enum", "default", "examples"))
 
 

@@ -18,7 +18,7 @@ class SchemaReferences:
 
     def __init__(self, root: Any) -> None:
         self._root = root
-        self._found: dict[str, Any] = {}  # by reference, behind chains
+        self._found: dict[str, Any] = {}  # For each reference, the schema at the end of its chain.
 
     def find(self, reference: str) -> Any:
         """Returns the schema at the end of a chain of references, or MISSING if the chain is broken or circular."""
@@ -36,7 +36,7 @@ class SchemaReferences:
         return found
 
     def target(self, reference: str) -> Any:
-        """Returns the schema that a reference names, or MISSING. The schema may be another reference."""
+        """Returns the schema that a reference names, or MISSING. This schema may be another reference."""
         resource, _, fragment = reference.partition("#")
         base = self._root if not resource else self._identified.get(resource, MISSING)
         if not fragment or base is MISSING:

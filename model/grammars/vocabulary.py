@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 _SPECIAL: Final = b"\xff"
 """llguidance's prefix for the name of a token without text."""
 _SLICES: Final = [r'[^"\\\x00-\x1F\x7F]{1,30}', r'[^"\\\x00-\x1F\x7F]+']
-"""Patterns of text in JSON strings. llguidance finds the allowed tokens of each pattern together. Its default patterns
-take 1.5 times the time and memory."""
+"""Patterns of text in JSON strings. llguidance finds the allowed tokens of a pattern at once. Its default patterns take
+1.5 times the time and memory."""
 _KEPT_TEXTS: Final = 1024
 _KEPT_TAGS: Final = 16
 
@@ -25,7 +25,7 @@ class GrammarVocabulary:
     def __init__(self, words: Sequence[bytes], end_ids: Sequence[int], encode: Callable[[str], list[int]]) -> None:
         self.words = words
         self.end_ids = tuple(end_ids)
-        self.mask_words = (len(words) + 31) // 32  # of 32 bits
+        self.mask_words = (len(words) + 31) // 32  # Number of 32-bit words in a bit mask of all tokens.
         self._encode = encode
         self.may_run_over = lru_cache(_KEPT_TAGS)(partial(may_run_over, words))
         """The function `may_run_over` for these words, cached by tag. The first call takes 0.2 s for 256 Ki tokens."""
@@ -33,7 +33,7 @@ class GrammarVocabulary:
     @cached_property
     def native(self) -> LLTokenizer:
         """llguidance's tokenizer. Building it takes 0.25 s for 256 Ki tokens and blocks other threads."""
-        from llguidance import LLTokenizer  # only here: its import is a fifteenth of a worker's start
+        from llguidance import LLTokenizer  # Imported late, because the import takes a fifteenth of a worker's start.
 
         words = _Words(self.words, self.end_ids, self._encode)
         return LLTokenizer(words, eos_token=list(self.end_ids), slices=_SLICES)  # type: ignore[arg-type]

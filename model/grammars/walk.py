@@ -1,4 +1,4 @@
-"""Follows a grammar for some tokens before a request is admitted, to find failures before a worker does."""
+"""Follows a grammar for some tokens before a request is admitted, so that a worker meets no failures later."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 _CHOICES: Final = 32
 _TOKENS: Final = 512
 _LOOKED_BYTES: Final = 1 << 19
-"""The limit of forced texts in a walk, in bytes. Forced texts of this size take about a third of a second."""
+"""The maximum number of bytes of forced texts in a walk. Computing them takes about a third of a second."""
 _NAMES: Final = 64
 _FIRST: Final = b'{["'
 _PREFERRED: Final = b'"{[],}:'

@@ -1,5 +1,5 @@
-"""Costs of a group's members: the divided parts of each layer, their units, and the gathers. The costs are computed
-from the division itself, so they match the members' programs."""
+"""Costs of a group's members: the divided parts of each layer and the gathers. The costs are computed from the division
+itself, so they match the members' programs."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _SUMS = (
 @dataclass(frozen=True, slots=True)
 class GatherCost:
     """A gather of `lines` lines of `width` channels for each row. Members divide a line into `units`. If portions
-    consist of whole segments, values are sent in `form`, the format of all readers. If `to_leader`, only the leader
-    receives them. If `from_leader`, only the leader sends them, undivided."""
+    consist of whole segments, values are sent in `form`, the format that all readers use. If `to_leader`, only the
+    leader receives the lines. If `from_leader`, only the leader sends the lines, undivided."""
 
     width: int
     units: int
@@ -78,7 +78,7 @@ class PortionCost:
 
 @dataclass(frozen=True, slots=True)
 class DividedLayer:
-    """A layer or the head: the cost that every member has in full, the divided parts, and the gathers of a row."""
+    """A layer or the head: the cost that every member has in full, the divided parts, and the gathers for a row."""
 
     whole: LayerCost
     portions: tuple[PortionCost, ...]
@@ -99,8 +99,8 @@ class DividedLayer:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingCost:
-    """The costs before the first layer. The leader has the token embeddings and sends their rows to the others. Every
-    member has the other tables, such as position embeddings, which take `whole_bytes`."""
+    """The costs before the first layer. The leader has the token embeddings and sends their rows to the other members.
+    Every member has the other tables, such as position embeddings, which take `whole_bytes`."""
 
     whole_bytes: int
     gathers: tuple[GatherCost, ...]

@@ -1,7 +1,8 @@
 """Makes the program of one member of a group, which computes some output rows of every product.
+
 Results of products stay divided, and so do values that are computed from them channel by channel or head by head. For
-all other steps, a `Gather` assembles whole rows. Only the leader has the token embeddings, and it sends their rows. One
-member computes each output, in the order of the undivided program, so that results have the same bits."""
+all other steps, a `Gather` assembles whole rows. Only the leader has the token embeddings, and it sends their rows.
+Exactly one member computes each output, in the order of the undivided program, so results have the same bits."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from llamaclust.model.program import Buffer, Embed, Gather, Program, Slice, Step
 from llamaclust.model.steps.step import Units
 
 LEADER = 0
-"""The member that samples. Only the leader gets the last stage's results and has the token embeddings."""
+"""The number of the member that samples. Only the leader has the token embeddings and gets the last stage's results."""
 
 
 def divide(program: Program, shares: Sequence[float], member: int) -> Program:

@@ -1,5 +1,5 @@
-"""Finds the values of a program that a group's members divide, and their units. Members divide the results of products,
-and the values that are computed from these channel by channel or head by head. Other steps read whole rows."""
+"""Finds the values of a program that members of a group divide, and their units. Members divide the results of
+products, and values that are computed from these channel by channel or head by head. Other steps read whole rows."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from llamaclust.model.program import (
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat
 
 _LEAST_UNITS = {ActivationFormat.Q8_256: 16, ActivationFormat.Q8_32: 8}
-"""The lowest number of segments for a member. With fewer segments, portions could differ much from the shares."""
+"""The minimum number of segments for each member. With fewer segments, portions could differ much from the shares."""
 
 
 def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
-    """Returns the borders of the portions. Each portion has at least one unit and nearly its share of all units."""
+    """Returns the borders of the portions. Each portion has one unit or more, and nearly its share of all units."""
     assert units >= len(shares)
     found, total = [0], sum(shares)
     for i in range(1, len(shares)):
@@ -67,13 +67,14 @@ class _Portion:
 class Gathered:
     buffer: Buffer
     units: int
-    lines: int  # of each row, divided in the same way
+    lines: int  # Number of lines in each row. All lines are divided in the same way.
 
 
 @dataclass(frozen=True, slots=True)
 class DividedStep:
     """A step of the undivided program. Its result is divided into `units`, or whole in every member if `units` is 0.
-    The `gathered` buffers are gathered before it. Members take their columns from the whole rows of `cut` buffers."""
+    The `gathered` buffers are gathered before the step. Members take their columns from the whole rows of `cut`
+    buffers."""
 
     step: Step
     units: int
@@ -101,7 +102,7 @@ class Division:
 
 
 def _units_of(steps: Sequence[Step], members: int) -> list[int]:
-    """Returns the units of each step's result, or 0 if the result stays whole (with fewer units than members, say)."""
+    """Returns the units of each step's result. 0 means that the result stays whole, for example for lack of units."""
     found, current, kept = list[_Portion | None](), dict[str, _Portion | None](), dict[int, _Portion | None]()
     shared = _products_of_shared_keys(steps)
     for at, step in enumerate(steps):
@@ -119,7 +120,7 @@ def _units_of(steps: Sequence[Step], members: int) -> list[int]:
 
 
 def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
-    """Returns the products for an attention's only KV head. Every member computes them: a gather would be slower."""
+    """Returns the products for an attention's only KV head. Every member computes them, as a gather would be slower."""
     found, wanted = set[int](), set[str]()
     for at, step in reversed([*enumerate(steps)]):
         name = step.out.name
@@ -136,8 +137,6 @@ def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
 
 @dataclass(slots=True)
 class _Rows:
-    """The values that are divided after the steps so far. `SelectRows` needs `normed` as whole rows."""
-
     normed: Buffer | None
     _divided: dict[str, Gathered] = field(default_factory=dict)
     _whole: set[str] = field(default_factory=set)
@@ -161,7 +160,6 @@ class _Rows:
 
 
 def _product_units(width: int, members: int) -> int:
-    """Returns a product's units: segments of the next product (quantized before a gather), otherwise tiles."""
     for segment, least in _LEAST_UNITS.items():
         if width % segment == 0 and width // segment >= least * members:
             return width // segment

@@ -17,7 +17,7 @@ from llamaclust.model.images.tiling import tiling_of
 
 
 def _reply_to(image: bytes, settings: ImageSettings, first: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-    """Returns a reply and the tiles' pixels [height, width, 3], one tile after the other."""
+    """Returns a reply and the pixels of the tiles. Each tile is [height, width, 3], and tiles follow one another."""
     try:
         tiling = tiling_of(decode(image, first["max_pixels"]), settings)
         sizes = [tile.size for tile in tiling.tiles]
@@ -39,7 +39,7 @@ def _memory_bytes() -> int:
 def main() -> None:
     end_with_parent()
     warnings.simplefilter("ignore")
-    Image._initialized = 2  # else a call may import all plugins
+    Image._initialized = 2  # Keeps Pillow from importing all plugins during a later call.
     had = _memory_bytes()
     unconfined = confine()
     first = read_frame()

@@ -1,5 +1,5 @@
-"""Decodes an image's bytes with Pillow, and imports only five of its plugins. Only child processes import this module,
-because decoders are native code and images are untrusted."""
+"""Decodes an image's bytes with Pillow, and imports only five of Pillow's plugins. Only child processes import this
+module, because decoders are native code and images are untrusted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ _TURNS: Mapping[int, Transpose] = MappingProxyType(
         8: Transpose.ROTATE_90,
     }
 )
-"""The transformations that make images upright, by orientation."""
 
 
 _JPEG = type("_Jpeg", (JpegImageFile,), {"_read_dpi_from_exif": lambda _: None})
@@ -50,8 +49,8 @@ _FILES: Mapping[ImageFormat, Callable[[BytesIO], Image]] = MappingProxyType(
 
 
 def decode(data: bytes, max_pixels: int) -> Image:
-    """Returns an upright RGB image, or an animation's first frame. Transparent parts become white, as in transformers.
-    Raises ImageError if the bytes cannot be decoded, and MemoryError if the process lacks the memory."""
+    """Returns an upright RGB image, or the first frame of an animation. Transparent parts become white, as in
+    transformers. Raises ImageError if the bytes cannot be decoded, and MemoryError if the process lacks the memory."""
     kind = format_of(data)
     if kind is None:
         *first, last = (each.value for each in ImageFormat)
@@ -66,7 +65,7 @@ def decode(data: bytes, max_pixels: int) -> Image:
         rgb = _rgb(image)
     except (ImageError, MemoryError):
         raise
-    except Exception as error:  # noqa: BLE001  decoders raise any
+    except Exception as error:  # noqa: BLE001  decoders raise exceptions of any type
         what = _NO_HEADER if str(error) == _UNIDENTIFIED else " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"the {kind.value} file cannot be decoded: {what}; send it again, or as PNG") from None
     del image
@@ -95,7 +94,7 @@ def _exif(image: Image) -> bytes:
 
 def _rgb(image: Image) -> Image:
     if image.mode in _DEEP_GRAY:
-        image = image.point(lambda value: value * (1 / 256)).convert("L")  # the high byte
+        image = image.point(lambda value: value * (1 / 256)).convert("L")  # Keeps the high byte.
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
     if image.mode != "RGBA":
@@ -104,7 +103,7 @@ def _rgb(image: Image) -> Image:
 
 
 def _over_white(image: Image) -> Image:
-    """Works strip by strip, so that there is little more in memory than the two images."""
+    """Puts the image on white. Works strip by strip, so that memory holds little more than the two images."""
     out = new("RGB", image.size)
     lines = max(_STRIP_PIXELS // image.width, 1)
     for top in range(0, image.height, lines):

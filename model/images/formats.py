@@ -1,5 +1,5 @@
-"""Facts that are read from an image's bytes before a decoder runs, or for which Pillow would need more plugins: the
-format, the canvas of a WebP file, and the orientation that a camera noted in EXIF."""
+"""Facts that are read from an image's bytes, either before a decoder runs or because Pillow would need more plugins:
+the format, the canvas of a WebP file, and the orientation in a photo's EXIF data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ImageFormat(Enum):
 
 
 def format_of(image: bytes) -> ImageFormat | None:
-    """Returns the format that the first bytes show, or None if it is not supported. Ignores what the sender says."""
+    """Returns the format that the first bytes show, or None if it is not supported. Ignores the declared media type."""
     if image.startswith(b"RIFF") and image[8:12] == b"WEBP":
         return ImageFormat.WEBP
     starts = {
@@ -35,8 +35,8 @@ def format_of(image: bytes) -> ImageFormat | None:
 
 
 def webp_size(image: bytes) -> tuple[int, int]:
-    """Returns the width and height of the canvas, or (0, 0) if the file does not have them. This check comes first,
-    because the decoder allocates the canvas before it returns the size."""
+    """Returns the width and height of the canvas, or (0, 0) if the file does not have them. This check must run before
+    the decoder, because the decoder allocates the canvas before it returns the size."""
     kind, body = image[12:16], image[20:30]
     if len(body) < 10:
         return 0, 0

@@ -31,7 +31,7 @@ from llamaclust.model.images.settings import CHANNELS, MAX_IMAGE_BYTES, ImageSet
 _CHILD: Final = "llamaclust.model.images.child"
 _PROCESSES: Final = 3
 _MOST_OF_AN_OWNER: Final = 2
-"""The maximum number of images that are prepared at a time for one owner."""
+"""The maximum number of images that are prepared for one owner at the same time."""
 _MAX_LINE_BYTES: Final = 1 << 16
 _MAX_ERROR_CHARACTERS: Final = 300
 
@@ -40,8 +40,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """Limits of one image. `memory_bytes` is what a child process may add to its memory. `cpu_seconds` and `wall_s`
-    limit its work, and `wait_s` the wait for earlier images. A process without work ends after `idle_s`."""
+    """Limits of one image. A child process may add `memory_bytes` to its memory at the start. `cpu_seconds` and
+    `wall_s` limit its work, and `wait_s` limits the wait for earlier images. An idle process ends after `idle_s`."""
 
     max_bytes: int = MAX_IMAGE_BYTES
     max_pixels: int = 32 << 20
@@ -55,8 +55,8 @@ class ImageLimits:
 
 @dataclass(frozen=True, slots=True)
 class ImageTiles:
-    """The tiles of an image and its place in the prompt. `tiles` are RGB [height, width, 3]. The encoder runs once for
-    each tile. `prompt` has text, which may contain special tokens as text, and rows of the tiles."""
+    """The tiles of an image and its place in the prompt. `tiles` are RGB [height, width, 3], and the encoder runs once
+    for each tile. `prompt` has rows of the tiles, and texts in which special tokens are written as text."""
 
     tiles: tuple[NDArray[np.uint8], ...]
     prompt: tuple[Piece, ...]
@@ -78,14 +78,12 @@ class ImagePreparation:
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
-        """Ends the child processes. Images in progress and waiting images fail. May be called again."""
         for preparer in self._preparers:
             preparer.child.stop()
         for preparer in self._preparers:
             preparer.child.close()
 
     async def prepare(self, image: bytes, settings: ImageSettings, owner: str = "") -> ImageTiles:
-        """Prepares an image during its owner's turn. Raises what `turn` and `tiles` raise."""
         async with self.turn(owner):
             return await self.tiles(image, settings)
 
@@ -103,7 +101,8 @@ class ImagePreparation:
 
     async def tiles(self, image: bytes, settings: ImageSettings) -> ImageTiles:
         """Prepares an image. The caller must have a turn. Raises RequestError if the image is refused, which a retry
-        would repeat, and DeadlineError if the work is late, killed or closed. Cancellation waits for the work's end."""
+        would repeat, and DeadlineError if the work is late, killed or closed. If cancelled, waits until the work has
+        ended."""
         most = self._limits.max_bytes
         if len(image) > most:
             raise RequestError(f"the image has {len(image)} bytes; the limit is {most}: send a smaller image")
@@ -150,7 +149,7 @@ class _Preparer:
 
 
 def _tiles(reply: dict[str, Any], pixels: bytes, settings: ImageSettings) -> ImageTiles:
-    """Converts a reply. Raises RequestError if its parts do not match: an image may have taken over the child."""
+    """Converts a reply. Raises RequestError if its parts do not match, as an image may have taken over the child."""
     try:
         sizes = [(int(width), int(height)) for width, height in reply["sizes"]]
         columns, rows = int(reply["columns"]), int(reply["rows"])

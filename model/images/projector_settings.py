@@ -15,14 +15,14 @@ _LOW_SIDE: Final = 512
 
 
 def settings_of(projector: Projector) -> ImageSettings:
-    """Returns a projector's settings. Defaults for numbers that the file lacks come from llama.cpp's `clip.cpp`. Only
-    Llama 4's 16 tiles come from transformers (llama.cpp has 9)."""
+    """Returns a projector's settings. Numbers that the file lacks have the defaults of llama.cpp's `clip.cpp`, except
+    that Llama 4 has the 16 tiles of transformers (llama.cpp has 9)."""
     basic = ImageSettings(projector.name, projector.patch_size, projector.merge)
     return FAMILIES[projector.name].complete(basic, projector.images)
 
 
 def low_detail(settings: ImageSettings) -> ImageSettings:
-    """Returns the settings for OpenAI's `detail: low`: no tiles, and at most 512 x 512 pixels if the size is free."""
+    """Returns the settings for OpenAI's `detail: low`: no tiles, and up to 512 x 512 pixels if the size is free."""
     most = max(_LOW_SIDE // settings.side, 1) ** 2 * settings.side**2
     return replace(
         settings,

@@ -1,6 +1,5 @@
-"""The text around an image's rows in a prompt. It is llama.cpp's text, because GGUF files are used with it.
-transformers differs only for Gemma 3 (two line ends before and after the image) and Kimi-VL (a file name after the
-start)."""
+"""The text around an image's rows in a prompt. It is llama.cpp's text, because GGUF files are used with this text.
+transformers differs for Gemma 3 (two line breaks around the image) and for Kimi-VL (a file name after the start)."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from llamaclust.model.images.settings import ImageSettings
 
 
 def prompt_of(settings: ImageSettings, sizes: Sequence[tuple[int, int]], columns: int, rows: int) -> tuple[Piece, ...]:
-    """Returns an image's pieces. `sizes` are tiles' (width, height) in pixels. Adjacent texts are joined."""
+    """Returns the texts and rows of an image in the prompt. `sizes` are the (width, height) of tiles in pixels."""
     side = settings.side
     grid = Grid([(width // side, height // side) for width, height in sizes], columns, rows)
     pieces: list[Piece] = []

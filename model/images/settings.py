@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Final
 
 MAX_IMAGE_BYTES: Final = 20 << 20
-"""The maximum size of an image file in bytes."""
 CHANNELS: Final = 3
-"""The bytes of one pixel in a tile."""
+"""The number of bytes of one pixel in a tile."""
 _ROUNDING: Final = 2
-"""The factor by which a tile may exceed its limit after rounding up and padding."""
+"""The factor by which a tile may exceed its limit because of rounding up and padding."""
 
 
 class ImageError(ValueError):
@@ -22,11 +21,12 @@ class ImageError(ValueError):
 @dataclass(frozen=True, slots=True)
 class ImageSettings:
     """The numbers of one projector. A limit that the family does not use is 0.
+
     projector: the projector's type in GGUF files (`clip.projector_type`), which is the family's name.
     patch_size, merge: a row of the encoder's result has merge x merge patches of patch_size x patch_size pixels.
     image_size: the side of a tile in pixels, if all tiles have the same size.
     longest_edge: for idefics3, the image's edge before it is cut. For pixtral, the maximum side in pixels.
-    min_pixels, max_pixels: limits of a tile, if its size is free.
+    min_pixels, max_pixels: limits of a tile of free size.
     min_tiles, max_tiles: limits of an image, without the overview."""
 
     projector: str
@@ -41,26 +41,23 @@ class ImageSettings:
 
     @property
     def side(self) -> int:
-        """The side of the square that becomes one row, in pixels."""
         return self.patch_size * self.merge
 
     @property
     def max_tile_bytes(self) -> int:
-        """An upper limit of the bytes of an image's tiles. Tiles that fit an encoder stay below the limit."""
         edge = self.image_size or self.longest_edge + self.side
         tiles_a_side = -(-self.longest_edge // self.image_size) if self.image_size else 0
-        tiles = max(self.max_tiles, tiles_a_side**2) + 1  # an overview
+        tiles = max(self.max_tiles, tiles_a_side**2) + 1  # The last tile is the overview.
         return tiles * max(edge**2, self.max_pixels) * CHANNELS * _ROUNDING
 
     def digest(self, image: bytes, projector_identity: str) -> bytes:
-        """Returns the SHA-256 that identifies the rows of an image with these bytes."""
+        """Returns a SHA-256 that identifies the rows of an image with these bytes."""
         settings = repr(sorted(asdict(self).items()))
         head = f"{len(projector_identity)} {projector_identity} {settings} "
         return hashlib.sha256(head.encode() + image).digest()
 
 
 def check_tiles(sizes: Sequence[tuple[int, int]], settings: ImageSettings) -> None:
-    """Raises ImageError if tiles are much larger than an encoder's limits."""
     n_bytes = sum(width * height for width, height in sizes) * CHANNELS
     if n_bytes > settings.max_tile_bytes:
         what = f"the image's tiles have {n_bytes} bytes; the limit is {settings.max_tile_bytes}"

@@ -22,7 +22,6 @@ class Tiling:
 
 
 def tiling_of(image: Image, settings: ImageSettings) -> Tiling:
-    """Cuts an RGB image into tiles. Raises ImageError if the family does not support the image's shape."""
     cut = FAMILIES[settings.projector].cut(image.size, settings)
     resampling = Resampling[cut.filter.value]
     result = image

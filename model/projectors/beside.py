@@ -14,15 +14,14 @@ from llamaclust.model.hyperparameters import PROJECTOR_ARCHITECTURE
 from llamaclust.model.projectors.projector import Projector, open_projector
 
 _PREFIX = "mmproj"
-"""The prefix of projector files' names, in upper or lower case."""
 _MOST_FILES = 32
 _MOST_SHOWN = 4
 
 
 @dataclass(frozen=True, slots=True)
 class ProjectorsBeside:
-    """The projectors in a model file's folder. `fitting` has the projectors that can be used with the model. `problems`
-    says why the others cannot. It is empty if the folder has several models, because the others may belong to these."""
+    """The projectors in a model file's folder. `fitting` can be used with the model. `problems` says why the others
+    cannot. It is empty if the folder has several models, because the other projectors may belong to these models."""
 
     fitting: tuple[Projector, ...]
     problems: tuple[str, ...]
@@ -47,7 +46,7 @@ def is_named_projector(path: PurePath) -> bool:
 
 
 def projectors_beside(model: Path, check: Callable[[Projector], None]) -> ProjectorsBeside:
-    """Opens the projectors in a model's folder. `check` raises ModelFileError if a projector does not fit the model."""
+    """Opens the projectors in a model's folder. `check` must raise ModelFileError if one does not fit the model."""
     fitting, problems = [], []
     for path in _files(model):
         try:

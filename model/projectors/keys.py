@@ -1,4 +1,4 @@
-"""The numbers of a projector file, which are read from its metadata and checked for range and consistency."""
+"""Reads a projector's numbers from its metadata, and checks their ranges and their consistency."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ _MAX_IMAGE_SIZE = 1 << 14
 _MAX_PATCH_SIZE = 1 << 8
 _MAX_MERGE = 8
 _MAX_TILES = 1 << 8
-_MAX_PIXELS = 1 << 28  # of an image, as files have it
+_MAX_PIXELS = 1 << 28  # Maximum of the pixel limits that a file may have.
 _COLOURS = 3
 _WINDOW_PIXELS = 112
-"""The default side of a window, in pixels, as in llama.cpp."""
 
 _UNSUPPORTED = (
     "vision.feature_layer",
@@ -31,7 +30,7 @@ _UNSUPPORTED = (
     "vision.mm_patch_merge_type",
     "vision.wa_layer_indexes",
 )
-"""Keys that change the arithmetic. No supported family has them."""
+"""Keys that change the arithmetic. No supported family has these keys."""
 
 Colours = tuple[float, float, float]
 
@@ -40,8 +39,8 @@ Colours = tuple[float, float, float]
 class ImageNumbers:
     """The numbers by which images are prepared. A colour c, 0 to 255, becomes (c / 255 - mean) / deviation.
     `image_size` is a tile's side in pixels, or the side for which learned positions were trained. `longest_edge` is an
-    image's edge before it is cut, or 0 if the file has none. Other limits are 0 if there is none. `max_pixels` is at
-    most what an encoder can read as one tile (MAX_TILE_PATCHES, MAX_TILE_PIXELS), even if the file has more."""
+    image's edge before it is cut, or 0 if the file has none. Other limits are 0 if there is none. `max_pixels` is
+    limited to the tiles that an encoder can read (MAX_TILE_PATCHES, MAX_TILE_PIXELS), even if the file has more."""
 
     image_size: int
     longest_edge: int
@@ -65,7 +64,6 @@ def family_name(keys: ModelKeys) -> str:
 
 
 def projector_keys(file: ModelFile) -> ModelKeys:
-    """Returns a projector's keys. Raises ModelFileError if the file is not a projector."""
     found = read_architecture(file)
     if found != PROJECTOR_ARCHITECTURE:
         what = f"{shown(found)}, but a projector has {PROJECTOR_ARCHITECTURE!r}"
@@ -111,16 +109,14 @@ def read_image_numbers(keys: ModelKeys, family: VisionFamily, hp: VisionHyperpar
     max_pixels = keys.count("vision.image_max_pixels", most * row_pixels, minimum=0, maximum=_MAX_PIXELS)
     max_pixels = min(max_pixels, tile_pixels)
     if min_pixels > max_pixels:
-        raise keys.error(
-            "vision.image_min_pixels", f"expected at most {max_pixels} (image_max_pixels), found {min_pixels}"
-        )
+        raise keys.error("vision.image_min_pixels", f"found {min_pixels}; the limit is {max_pixels} (image_max_pixels)")
     image_size = keys.count("vision.image_size", minimum=1 if family.tokens is None else 0, maximum=_MAX_IMAGE_SIZE)
     side = hp.merge * hp.patch_size
     if family.tokens is None and image_size % side:
         what = f"expected a multiple of {side} (patches of {hp.patch_size}, groups of {hp.merge}), found {image_size}"
         raise keys.error("vision.image_size", what)
     if image_size**2 > tile_pixels:
-        what = f"{image_size} pixels; a tile of at most {tile_pixels} pixels (patches of {hp.patch_size}) is supported"
+        what = f"{image_size} x {image_size} pixels; the limit is {tile_pixels} pixels for patches of {hp.patch_size}"
         raise keys.error("vision.image_size", what)
     return ImageNumbers(
         image_size=image_size,

@@ -1,4 +1,4 @@
-"""The order of a tile's patches in an encoder. Merge groups are contiguous, and so are windows of merge groups."""
+"""The order of a tile's patches in an encoder. Merge groups are contiguous, and windows of merge groups are too."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ class PatchOrder:
 
 
 def in_groups(height: int, width: int, merge: int) -> PatchOrder:
-    """Orders height x width patches by groups of merge x merge patches."""
     return PatchOrder(_grouped(height, width, merge).reshape(-1))
 
 
 def in_windows(height: int, width: int, merge: int, side: int) -> PatchOrder:
-    """Orders patches by windows of at most side x side groups, line by line, and within windows by groups."""
+    """Orders patches by windows of up to side x side groups, line by line, and within windows by groups."""
     groups = _grouped(height, width, merge)
     lines, columns = height // merge, width // merge
     parts = [

@@ -26,7 +26,6 @@ _READ = (QuantType.F32, QuantType.F16, QuantType.BF16, QuantType.Q8_0)
 
 
 def check_readable(tensor: Tensor) -> None:
-    """Raises ModelFileError if `read_floats` cannot read the tensor's type."""
     if tensor.quant_type not in _READ:
         known = ", ".join(kind.name for kind in _READ)
         what = f"type {tensor.quant_type.name} is not supported; supported: {known}"
@@ -69,7 +68,6 @@ def interpolated(table: Float32, height: int, width: int, rule: Positions) -> Fl
 
 
 def interpolation_bytes(side: int, channels: int) -> int:
-    """Returns the maximum bytes that `interpolated` allocates in addition to its result."""
     return 8 * channels * (side * side + 2 * _LINES_AT_ONCE * side + 2 * _LINES_AT_ONCE)
 
 
@@ -88,7 +86,7 @@ def _weighted(grid: Float64, read: Taps) -> Float64:
 
 
 def _corner_taps(side: int, size: int) -> list[Taps]:
-    """Linear weights. The first and last places of the result are the first and last of the table."""
+    """Bilinear weights with aligned corners: the first and last lines of the result equal those of the table."""
     return [_linear(number * (side - 1) / (size - 1) if size > 1 else 0.0, side) for number in range(size)]
 
 
@@ -99,7 +97,7 @@ def _linear(place: float, side: int) -> Taps:
 
 
 def _cubic_taps(side: int, size: int) -> list[Taps]:
-    """Cubic weights at the middle of places. Places beyond the border have the border's values."""
+    """Bicubic weights with half-pixel centers. Outside the table, the values of its border are repeated."""
     return [_cubic((number + 0.5) * side / size - 0.5, side) for number in range(size)]
 
 
@@ -118,14 +116,14 @@ def _cubic_weight(x: float) -> float:
 
 
 def _antialiased_taps(side: int, size: int) -> list[Taps]:
-    """Linear weights at the middle of places, as wide as a place of the result. Their sum is 1."""
+    """Bilinear weights with half-pixel centers, widened if the table is reduced. The sum of the weights is 1."""
     return [_antialiased((number + 0.5) * side / size - 0.5, side, max(side / size, 1.0)) for number in range(size)]
 
 
 def _antialiased(place: float, side: int, support: float) -> Taps:
     weights = [max(0.0, 1.0 - abs(index - place) / support) for index in range(side)]
     total = 0.0
-    for weight in weights:  # `sum` rounds differently from Python 3.12 on
+    for weight in weights:  # The function `sum` rounds differently since Python 3.12.
         total += weight
     return tuple((index, weight / total) for index, weight in enumerate(weights) if weight > 0)
 

@@ -40,9 +40,9 @@ _DEEPSTACK_KEY = "n_deepstack_layers"
 
 @dataclass(frozen=True, slots=True)
 class Projector:
-    """An opened projector file. `width` is the channel count of a row for the text model. `levels` is the number of
-    such rows that each position has, one after the other: 1, or more if there are rows for the text model's first
-    layers (deepstack). `file` has the tensors in the program's shapes, `plain` in the file's shapes."""
+    """An opened projector file. `width` is the number of channels of a row for the text model. Each position has
+    `levels` such rows, one after the other: 1, or more if there are rows for the text model's first layers (DeepStack).
+    `file` has the tensors in the program's shapes, and `plain` has them in the file's shapes."""
 
     name: str
     file: ModelFile
@@ -58,7 +58,6 @@ class Projector:
 
     @property
     def identity(self) -> str:
-        """Hex digits that identify the file's contents."""
         return self.file.identity
 
     @property
@@ -71,27 +70,25 @@ class Projector:
 
     @property
     def merge(self) -> int:
-        """The side of a merge group in patches. A group becomes one row."""
         return self.hyperparameters.merge
 
     @property
     def is_bidirectional(self) -> bool:
-        """True if the rows of an image see each other in the text model."""
+        """True if rows of the same image attend to each other in the text model."""
         return self.family.bidirectional
 
     @property
     def read_names(self) -> tuple[str, ...]:
-        """The names of all tensors that an encoder reads: the program's tensors, and the tensors for its inputs."""
         return (*self.program.weights, *_read_for_inputs(self))
 
     @property
     def most_patches(self) -> int:
-        """The maximum patch count of a tile, without rows that are added to the patches."""
+        """The maximum number of patches of a tile. The class row and rows of zeros are not counted."""
         return self.max_tile_pixels // self.patch_size**2
 
     @property
     def most_program_rows(self) -> int:
-        """The maximum row count of the program's input: a tile's patches, and with a class row one more merge group."""
+        """The maximum number of input rows: a tile's patches, and one more merge group if there is a class row."""
         return self.most_patches + (0 if self.family.class_place is None else self.hyperparameters.merged)
 
     @property
@@ -100,18 +97,17 @@ class Projector:
 
     @property
     def max_rows(self) -> int:
-        """The maximum row count of a tile in the text model."""
         return self.most_patches // self.hyperparameters.merged
 
     @property
     def max_tile_pixels(self) -> int:
-        """The maximum pixel count of a tile. Kimi-VL's reference limits pixels before it rounds down to patches and
-        pads to whole merge groups. Padding adds less than half, because sides have at most 511 patches."""
+        """The maximum number of pixels of a tile. Kimi-VL's reference limits pixels before it rounds down to patches
+        and pads to whole merge groups. Padding adds less than half, because sides have a maximum of 511 patches."""
         most = max(self.images.max_pixels, self.images.image_size**2)
         return most * 3 // 2 if self.family.pads else most
 
     def rows_of(self, height: int, width: int) -> int:
-        """Returns the row count of a tile, whose height and width are in pixels. Raises RequestError for a wrong
+        """Returns the number of rows that a tile of this size in pixels becomes. Raises RequestError for a wrong
         size."""
         side, size = self.patch_size * self.merge, self.images.image_size
         if self.family.tokens is None and (height, width) != (size, size):
@@ -125,7 +121,7 @@ class Projector:
         return height * width // (side * side)
 
     def check_text_model(self, model: ModelFile, hyperparameters: Hyperparameters) -> None:
-        """Raises ModelFileError if the text model's width, or its count of layers with image rows, differs."""
+        """Raises ModelFileError if the text model has another width, or another number of layers with image rows."""
         found, path = hyperparameters.embedding_length, self.file.path
         advice = f"give the projector of {model.path.name}"
         if found != self.width:
@@ -138,8 +134,8 @@ class Projector:
 
 
 def open_projector(path: Path | str) -> Projector:
-    """Reads the header of a projector file. Raises ModelFileError with file and place if the file is damaged, hostile,
-    not a projector, or not supported."""
+    """Reads the header of a projector file. Raises ModelFileError, which names the file and the place, if the file is
+    damaged, hostile, not a projector, or not supported."""
     return projector_of(open_model(path))
 
 
@@ -159,13 +155,11 @@ def projector_of(opened: ModelFile) -> Projector:
 
 
 def encoder_program(file: ModelFile, family: VisionFamily, hyperparameters: VisionHyperparameters) -> Program:
-    """Returns the program that computes a tile's rows from its patches (see `TileReader`)."""
     builder = VisionBuilder(file, hyperparameters)
     return builder.program(family.emit(builder))
 
 
 def _as_program_reads(file: ModelFile, family: VisionFamily, hp: VisionHyperparameters) -> ModelFile:
-    """Reshapes convolutions to matrices, and transposes tensors whose numbers have another order in the file."""
     tensors = dict(file.tensors)
     for name in (PATCH_WEIGHT, SECOND_PATCH_WEIGHT):
         if name in tensors:
@@ -207,7 +201,7 @@ def _check_levels(keys: ModelKeys, projector: Projector) -> None:
 
 
 def _check_tensors(projector: Projector) -> None:
-    """Refuses tensors that no step reads. If one is a scale or a norm, every row would be wrong."""
+    """Raises ModelFileError if no step reads a tensor. An ignored scale or norm would make every row wrong."""
     known = {*projector.program.weights, *projector.family.unread, *_read_for_inputs(projector)}
     unknown = {name for name in projector.file.tensors if name not in known and not name.startswith(_AUDIO)}
     if unknown:
@@ -216,7 +210,6 @@ def _check_tensors(projector: Projector) -> None:
 
 
 def _read_for_inputs(projector: Projector) -> Iterator[str]:
-    """Checks the tensors that `TileReader` reads, and yields their names."""
     family, hp = projector.family, projector.hyperparameters
     tensors = CheckedTensors(projector.file)
     wanted: dict[str, tuple[int, ...]] = {}
@@ -237,7 +230,8 @@ def _table_shape(projector: Projector) -> tuple[int, ...]:
     family, hp = projector.family, projector.hyperparameters
     found = projector.file.tensor(POSITIONS).shape
     if family.positions is Positions.AXES:
-        most = projector.images.max_pixels // (hp.merge * hp.patch_size**2)  # patches in a line, if there are few lines
+        # The maximum number of patches in a line. The tile then has only one line of merge groups.
+        most = projector.images.max_pixels // (hp.merge * hp.patch_size**2)
         return 2, max(found[-2], most) if len(found) > 1 else most
     side = projector.images.image_size // hp.patch_size
     if family.positions is not Positions.TABLE and len(found) == 2:

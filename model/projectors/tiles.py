@@ -1,4 +1,4 @@
-"""The inputs of an encoder: a tile's patches in the program's order, and their places."""
+"""The inputs of an encoder: a tile's patches in the program's order, and their lines and columns."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _PATCHES_AT_ONCE = 1024
 @dataclass(frozen=True, slots=True)
 class EncoderInputs:
     """The inputs of an encoder's program for one tile, which is one sequence. `patches` [rows, program.hidden.width] is
-    the given hidden state. `rope_positions` [2, rows] has each patch's line and column. `groups` [rows, 2] has the rows
-    that see each other, as in a batch."""
+    the given hidden state. `rope_positions` [2, rows] has each patch's line and column. `groups` [rows, 2] has, for
+    each row, the rows [start, end) that it attends to."""
 
     patches: Float32
     rope_positions: Int32 | None
@@ -31,7 +31,7 @@ class EncoderInputs:
     merged_rows: int
 
     def in_lines(self, rows: Float32) -> Float32:
-        """Returns a copy of the program's result: rows for the text model [merged rows, width], line by line."""
+        """Returns a copy of the result's rows for the text model [merged rows, width], line by line."""
         kept = rows[: self.merged_rows]
         if self.order.places is None:
             return kept.copy()
@@ -46,7 +46,7 @@ def input_bytes(projector: Projector) -> int:
     pixel_bytes = CHANNELS * hp.patch_size**2 * (rows + _PATCHES_AT_ONCE)
     floats = (rows + _PATCHES_AT_ONCE) * (width + hp.added_width) + _PATCHES_AT_ONCE * width
     if projector.family.class_place is not None:
-        floats += rows * width  # copied with the class row
+        floats += rows * width  # The patches are copied to append the class row.
     if projector.family.positions is Positions.NONE:
         return pixel_bytes + 4 * floats
     side = isqrt(projector.file.tensor(POSITIONS).shape[0])
@@ -60,7 +60,7 @@ class TileReader:
         self._projector = projector
         family, file = projector.family, projector.file
         self._table = None if family.positions is Positions.NONE else read_floats(file.tensor(POSITIONS))
-        self._class_row: Float32 | None = None  # [1, channels], the input of the class row
+        self._class_row: Float32 | None = None  # Input of the class row [1, channels].
         if family.class_place is not None:
             self._set_class_row(family.class_place)
         numbers = projector.images
@@ -103,8 +103,8 @@ class TileReader:
         )
 
     def _with_class_row(self, class_row: Float32, patches: Float32, places: Int32) -> tuple[Float32, Int32, Int32]:
-        """Adds the class row with position 0, and rows of zeros up to a whole merge group. Zeros see only
-        themselves."""
+        """Adds the class row with position 0, and rows of zeros up to a whole merge group. A row of zeros attends only
+        to itself."""
         added, count = self._projector.hyperparameters.merged, len(patches) + 1
         ends = np.maximum(np.arange(count + added - 1) + 1, count)
         starts = np.where(ends > count, ends - 1, 0)

@@ -1,4 +1,4 @@
-"""Steps that another device, or another member of a group, computes in part."""
+"""Steps of which another device, or another member of a group, computes a part."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Exchange(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class Gather(StepFacts):
-    """out = the columns of all members. `x` has this member's columns, or is None without columns. A row has `lines`
-    lines of equal width. Member i has columns [borders[i], borders[i + 1]) of each line. If given, only member `to`
-    gets the rows."""
+    """out = the columns of all members. `x` has this member's columns, or is None if it has none. A row has `lines`
+    lines of equal width. Member i has the columns [borders[i], borders[i + 1]) of each line. If `to` is set, only
+    member `to` gets the rows."""
 
     x: Buffer | None
     out: Buffer

@@ -1,4 +1,4 @@
-"""Attention, and the rotation of its queries and keys."""
+"""Attention, and RoPE of its queries and keys."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPAN_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class RopeTable:
-    """The rotation by angle(position, i) = position * frequencies[i], in float64. `scale` multiplies cos and sin."""
+    """RoPE by the angle position * frequencies[i] for pair i, in float64. `scale` multiplies cos and sin."""
 
     frequencies: tuple[float, ...]
     scale: float = 1.0
@@ -25,7 +25,7 @@ class RopeTable:
 @dataclass(frozen=True, slots=True)
 class Rope(StepFacts):
     """Rotates the first 2 * len(table.frequencies) channels of each head of x in place, by the row's position. If the
-    batch has positions by section, and `sections` is given, pair i is rotated by section sections[i]."""
+    batch has positions by section and `sections` is given, pair i is rotated by the position in section sections[i]."""
 
     x: Buffer
     heads: int
@@ -49,20 +49,24 @@ class Rope(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class Attention(StepFacts):
-    """Rounds k and v to the KV type, stores them at the rows' positions in KV memory of `layer`, and computes out. q
-    and out are [rows, heads * head_dim]. k and v are [rows, kv_heads * head_dim]. Query head h reads KV head h //
-    (heads / kv_heads). A row sees its own position and all earlier positions of its sequence. With a `window`, it sees
-    only the last `window` positions. If `chunked`, it sees only those from the last multiple of `window` on. scores =
-    (q . k) * scale. With `soft_cap`, scores are then soft_cap * tanh(scores / soft_cap). `slopes`, one for each query
-    head, add -slope * distance.
-    If v is None, attention is latent. There is one KV head, and its values are the first channels of its keys, which
-    are stored once. out is [rows, heads * value_dim]. There is no window, and no slopes. If not `causal`, a row sees
-    all of its sequence, which is in one microbatch. With a `window`, it sees the positions at most window // 2 before
-    and after its own. `sinks` [heads] has a score for each query head that enters the softmax without a value. If
-    `shares_kv`, an earlier step has stored the keys and values of `layer`, and k and v are not read. A later step that
-    is not causal may overwrite them, so only steps of the same run may read them.
-    If the batch has groups, a row of causal attention also sees the later positions of its group. If attention is
-    `grouped`, it is not causal and has no window, and a row sees exactly its group."""
+    """Rounds k and v to the KV type, stores them at the rows' positions in KV memory of `layer`, and computes out.
+
+    q and out are [rows, heads * head_dim]. k and v are [rows, kv_heads * head_dim]. Query head h reads KV head h //
+    (heads / kv_heads). scores = (q . k) * scale. With `soft_cap`, scores are then soft_cap * tanh(scores / soft_cap).
+    `slopes` (one for each query head) add -slope * distance. `sinks` [heads] has a score for each query head that
+    enters the softmax without a value.
+
+    A row attends to its own position and all earlier positions of its sequence. With a `window`, it attends only to the
+    last `window` positions. If `chunked`, it attends only to positions since the last multiple of `window`. If not
+    `causal`, it attends to all of its sequence, which must be in one microbatch, or with a `window` to the positions up
+    to window // 2 before and after its own. If the batch has groups, a row of causal attention attends to the later
+    positions of its group too. If `grouped`, attention is not causal, has no window, and a row attends to exactly its
+    group.
+
+    If v is None, attention is latent. There is one KV head, whose values are the first channels of its keys, which are
+    stored once. out is [rows, heads * value_dim]. There is no window, and there are no slopes. If `shares_kv`, an
+    earlier step has stored the keys and values of `layer`, and k and v are not read. A later step that is not causal
+    may overwrite them, so only steps of the same run may read them."""
 
     q: Buffer
     k: Buffer
@@ -104,7 +108,6 @@ class Attention(StepFacts):
 
     @property
     def division(self) -> DivisionRule:
-        """Keys and values are not divided if there is only one KV head, as in latent attention."""
         if self.kv_heads == 1:
             return DivisionRule((self.q,), self.heads)
         return DivisionRule(self.reads, self.kv_heads, has_part=True)

@@ -12,17 +12,19 @@ from llamaclust.model.steps.step import Buffer, DivisionRule, StepFacts, StepWei
 
 @dataclass(frozen=True, slots=True)
 class Moe(StepFacts):
-    """A mixture of experts. weights = gating(router @ x + router_bias), of which the `used` best are chosen. The lower
-    id wins ties. If `normalized`, the chosen weights are divided by their sum (at least LEAST_WEIGHT_SUM). Then they
-    are multiplied by `scale` and by `expert_scales` [experts]. out = the sum in rank order of weight *
-    down_e(activation(gate_e(x), up_e(x))), with the experts' biases. Without a gate, the activation is a function of
-    up_e(x) only.
-    Experts are chosen by weights + `selection_bias`. With several `groups`, only experts in the best `used_groups`
-    groups are candidates. The best groups have the greatest sums of their two best experts. The lower group wins ties.
-    If `routed` is given, the router reads it instead of x.
+    """A mixture of experts. weights = gating(router @ x + router_bias). The `used` experts with the greatest weights
+    are chosen, and the lower id wins ties. If `normalized`, the chosen weights are divided by their sum (or by
+    LEAST_WEIGHT_SUM if that is greater). Then they are multiplied by `scale` and by `expert_scales` [experts]. out =
+    the sum in rank order of weight * down_e(activation(gate_e(x), up_e(x))), with the experts' biases. Without a gate,
+    the activation is a function of up_e(x) only. If `routed` is given, the router reads it instead of x.
+
+    If there is a `selection_bias`, experts are chosen by weights + `selection_bias`. With several `groups`, only
+    experts in the best `used_groups` groups are candidates. The best groups have the greatest sums of their two best
+    experts. The lower group wins ties.
+
     router is [experts, width of x or routed]. gate and up are [experts, ffn, x.width]. down is [experts, out.width,
     ffn]. Biases are [experts], and [experts, ffn or out.width]. If `fused`, up is [experts, 2 * ffn, x.width], with the
-    rows of gate before those of up."""
+    rows of gate first."""
 
     x: Buffer
     out: Buffer
@@ -125,7 +127,7 @@ def _rows_of(name: str | None, rows: range) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class ExpertChoice(StepFacts):
-    """Chooses experts: out [2 * used] = the ids of the best experts, followed by their weights."""
+    """Chooses experts: out [2 * used] = the ids of the chosen experts, followed by their weights."""
 
     mixture: Moe
     out: Buffer
@@ -145,10 +147,9 @@ class ExpertChoice(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertShards(StepFacts):
-    """Computes the chosen experts in `shards`, which are consecutive ranges of ids. Results are stored at their
-    experts' ranks, before weights multiply them. Other results are copied from the end of `given`, or are 0. out = the
-    results [used * width of the mixture's out]. For a next stage, out = the `carried` buffers, the choice and the
-    results."""
+    """Computes the chosen experts in `shards`, which are consecutive ranges of ids. Each result is stored at its
+    expert's rank, without its weight. Other results are copied from the end of `given`, or are 0. out = the results
+    [used * width of the mixture's out]. For a next stage, out = the `carried` buffers, the choice and the results."""
 
     mixture: Moe
     choice: Buffer
@@ -213,8 +214,8 @@ class ExpertInner(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertDown(StepFacts):
-    """Computes the experts' down products, which are multiplied by weights later: out [used * width of the mixture's
-    out] = down_e(x_e) by rank. x is [used * ffn_width]."""
+    """Computes the experts' down products: out [used * width of the mixture's out] = down_e(x_e) by rank. x is [used *
+    ffn_width]. `ExpertSum` multiplies the results by their weights."""
 
     mixture: Moe
     choice: Buffer

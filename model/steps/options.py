@@ -1,4 +1,4 @@
-"""Options of steps: rotations, activations, gatings."""
+"""Options of steps: RoPE, activations and gatings."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from enum import StrEnum
 
 
 class RopeStyle(StrEnum):
-    """The pairs of a head's channels that rotate together. NORM: (2i, 2i + 1). NEOX: (i, i + rotated channels / 2)."""
+    """The pairs of a head's channels that RoPE rotates. NORM: (2i, 2i + 1). NEOX: (i, i + rotated channels / 2)."""
 
     NORM = "norm"
     NEOX = "neox"
 
 
 class ActivationFunction(StrEnum):
-    """Activation functions, whose values are kernel names. silu: x / (1 + exp(-x)). gelu_erf: x * (1 + erf(x /
-    sqrt(2))) / 2. gelu_tanh: x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2. gelu_quick: x / (1 + exp(-1.702
-    x)). sigmoid: 1 / (1 + exp(-x)). relu_squared: max(x, 0)^2."""
+    """Activation functions. Their values are kernel names.
+
+    silu: x / (1 + exp(-x)). sigmoid: 1 / (1 + exp(-x)). gelu_quick: x / (1 + exp(-1.702 x)).
+    gelu_erf: x * (1 + erf(x / sqrt(2))) / 2. relu_squared: max(x, 0)^2.
+    gelu_tanh: x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2."""
 
     SILU = "silu"
     GELU_ERF = "gelu_erf"
@@ -27,8 +29,8 @@ class ActivationFunction(StrEnum):
 
 
 class Gating(StrEnum):
-    """The way to compute experts' weights from a router's logits. SOFTMAX and SIGMOID are applied to all logits, before
-    the choice. SOFTMAX_OF_CHOSEN chooses by logits, and applies the softmax to the chosen logits."""
+    """The function that converts a router's logits to experts' weights. SOFTMAX and SIGMOID apply to all logits, before
+    experts are chosen. SOFTMAX_OF_CHOSEN chooses experts by logits, and applies the softmax to the chosen logits."""
 
     SOFTMAX = "softmax"
     SIGMOID = "sigmoid"

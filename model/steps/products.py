@@ -1,4 +1,4 @@
-"""Products of rows with weight matrices, and what adapters add to the products."""
+"""Products of rows with weight matrices, and the changes that adapters make to these products."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class HeadMatMul(UnaryStep):
 @dataclass(frozen=True, slots=True)
 class Adapt(UnaryStep):
     """out += scale * (x @ down^T) @ up^T. down is [rank, x.width]. up is [out.width, rank]. `scale` is `factor` times
-    the batch's scale of this adapter for the row. A row with scale 0 is not changed."""
+    the scale that the batch has for this adapter and row. A row with scale 0 is not changed."""
 
     adapter: int
     down: str

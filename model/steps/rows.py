@@ -169,7 +169,7 @@ class SoftCap(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class Slice(UnaryStep):
-    """out = channels [start, start + out.width) of x, or of each of the `heads` equal parts of x."""
+    """out = the channels [start, start + out.width) of x, or of each of the `heads` equal parts of x."""
 
     start: int
     heads: int = 1
@@ -181,7 +181,7 @@ class Slice(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class Join(BinaryStep):
-    """out = the channels of x, then those of y, for each of `heads` equal parts. out must not be x or y."""
+    """out = the channels of x, followed by those of y, for each of `heads` equal parts. out must not be x or y."""
 
     heads: int = 1
 
@@ -205,7 +205,7 @@ class ScaleByWeight(UnaryStep):
 @dataclass(frozen=True, slots=True)
 class Mix(BinaryStep):
     """out_i = y_i + the sum over j of (coefficients[i, j] + offset) * x_j. x_j, y_i and out_i are parts of a row, with
-    `width` channels each. Without coefficients, every part of x is added unchanged. Parts of y before `first` are
+    `width` channels each. Without coefficients, every part of x is added unchanged. The first `first` parts of y are
     copied. coefficients is [rows, parts of out * parts of x]. out may be y, but must not be x or coefficients."""
 
     width: int
@@ -234,7 +234,7 @@ class GaussianTopK(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class SigmoidGate(BinaryStep):
-    """out = y * 1 / (1 + exp(-x . weight)). A row has a single gate. weight is [x.width]. out may be y."""
+    """out = y * 1 / (1 + exp(-x . weight)). A row has only one gate. weight is [x.width]. out may be y."""
 
     weight: str
 
@@ -254,8 +254,8 @@ class SelectRows(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class GivenRows(UnaryStep):
-    """out[r] = part `level` of the row that the batch gives for r, or, if `adds`, that part plus x[r]. Other rows are
-    copied. A given row has one part as wide as x for each level. out may be x."""
+    """out[r] = part `level` of the row that the batch gives for r. If `adds`, x[r] is added. Rows that the batch does
+    not give are copied from x. A given row has one part as wide as x for each level. out may be x."""
 
     level: int = 0
     adds: bool = False

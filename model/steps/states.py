@@ -11,9 +11,9 @@ from llamaclust.model.steps.step import Buffer, StepFacts, StepWeight, UnaryStep
 MAX_TAPS = 16
 MAX_KEY_CHANNELS = 256
 MAX_STATE_FLOATS = 1 << 26
-"""The maximum number of floats in one state of a layer. The limits here are limits of the kernels."""
+"""The maximum number of floats in one state of a layer. All limits in this file are limits of the kernels."""
 VALUE_CHANNELS = 16
-"""The channel count of a delta rule's value must be a multiple of this number."""
+"""The number of channels of a delta rule's value must be a multiple of this number."""
 MAX_HEADS = 1 << 10
 
 
@@ -26,9 +26,9 @@ class StatePart(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SequenceState:
-    """A layer's memory of a sequence: `floats` float32 numbers. They are 0 at the sequence's beginning, and each row
-    updates them in order. A state block holds the state after some position, so that other sequences with the same
-    tokens can continue there. Without state blocks, each KV block holds the state after its last computed position."""
+    """A layer's memory of a sequence: `floats` float32 numbers. They are 0 at the beginning of the sequence, and each
+    row updates them in order. A state block holds the state after some position, so that sequences with the same tokens
+    can continue there. Without state blocks, each KV block holds the state after its last computed position."""
 
     layer: int
     part: StatePart
@@ -42,8 +42,8 @@ class SequenceState:
 @dataclass(frozen=True, slots=True)
 class Convolution(UnaryStep):
     """out[r, c] = the sum over taps t of weight[c, t] * x[p + t - (taps - 1), c] (+ bias[c]). p is the position of row
-    r in its sequence. x is 0 at positions before the beginning. The state is the last taps - 1 rows of x. weight is
-    [x.width, taps]. out must not be x."""
+    r in its sequence. x is 0 at negative positions. The state is the last taps - 1 rows of x. weight is [x.width,
+    taps]. out must not be x."""
 
     weight: str
     taps: int
@@ -84,8 +84,8 @@ class Decay(UnaryStep):
 @dataclass(frozen=True, slots=True)
 class DeltaRule(StepFacts):
     """A gated delta rule. Each head has a state [key channels, value channels], which each row reads and updates:
-    decayed = state * decay; delta = (v - decayed^T @ k) * beta; state' = decayed + k @ delta^T; out = state'^T @ q. q
-    and k are [rows, key_heads * key channels]. v and out are [rows, heads * value channels]. beta is [rows, heads].
+    decayed = state * decay; delta = (v - decayed^T @ k) * beta; state' = decayed + k @ delta^T; out = state'^T @ q.
+    q and k are [rows, key_heads * key channels]. v and out are [rows, heads * value channels]. beta is [rows, heads].
     decay is [rows, heads] or [rows, heads * key channels]. Head h has key head h % key_heads if `tiled`, and otherwise
     key head h // (heads / key_heads)."""
 
@@ -123,8 +123,8 @@ class Scan(StepFacts):
     """Mamba 2's selective state space (Dao and Gu, 2024). Each head has a state [state size, channels]:
     step = ln(1 + exp(dt + bias)); state' = state * exp(step * decay) + b @ (x * step)^T; out = state'^T @ c + x * skip.
     x [rows, out.width + 2 * groups * state size] has the channels of all heads, then b of all groups, then c of all
-    groups. A group is a run of consecutive heads. dt is [rows, heads]. bias is [heads]. decay (negative in models) and
-    skip are [heads, 1]. out is [rows, heads * channels]."""
+    groups. Consecutive heads form a group. dt is [rows, heads]. bias is [heads]. decay (negative in models) and skip
+    are [heads, 1]. out is [rows, heads * channels]."""
 
     x: Buffer
     dt: Buffer

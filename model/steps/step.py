@@ -18,8 +18,8 @@ class Buffer:
 
 
 class WeightKind(Enum):
-    """The use of a weight. NUMBERS are added to rows or scale rows. Rows are multiplied by a MATRIX, by a mixture's
-    ROUTER, or by EXPERTS, which has a matrix for each expert."""
+    """The use of a weight. NUMBERS are vectors that are added to rows or multiply their channels. Rows are multiplied
+    by a MATRIX, by a mixture's ROUTER, or by EXPERTS, which has a matrix for each expert."""
 
     NUMBERS = auto()
     MATRIX = auto()
@@ -29,7 +29,7 @@ class WeightKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class StepWeight:
-    """A tensor that a step reads. A -1 in `shape` stands for any row count. A row uses `used` of `experts` matrices."""
+    """A tensor that a step reads. -1 in `shape` means any number of rows. A row uses `used` of `experts` matrices."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,10 +48,9 @@ def optional_weight(name: str | None, *shape: int) -> tuple[StepWeight, ...]:
 
 @dataclass(frozen=True, slots=True)
 class DivisionRule:
-    """The rule by which members divide a step's result. They divide the `rows` rows of a product's weights, or follow
-    the portions of the buffers in `reads`, in whole heads if there are `heads`. They read other buffers whole. All
-    `lines` lines of a row are divided in the same way. If `has_part`, each member has a part of weights or KV
-    memory."""
+    """The rule by which members divide a step's result. They divide the `rows` rows of a product's weights, or use the
+    portions of the buffers in `reads`, in whole heads if there are `heads`. They read other buffers whole. All `lines`
+    lines of a row are divided in the same way. If `has_part`, each member holds a part of weights or KV memory."""
 
     reads: tuple[Buffer, ...] = ()
     heads: int = 0
@@ -85,7 +84,7 @@ class Units:
 
 
 class StepFacts(ABC):
-    """The properties that all kinds of steps have. Every kind also has a buffer `out`."""
+    """The properties that all kinds of steps have. Every kind has a buffer `out` too."""
 
     __slots__ = ()
 
@@ -105,7 +104,7 @@ class StepFacts(ABC):
 
     @property
     def state_macs(self) -> int:
-        """The multiply-accumulates of a row with its sequence's state, in float32."""
+        """The multiply-accumulates of one row with its sequence's state, in float32."""
         return 0
 
     @property

@@ -14,13 +14,15 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary, key, read_flag, read_strings
 
 _HOLDING_CHARACTERS: Final = 2048
-"""The maximum text length for `encode`, which holds the GIL. Longer texts are encoded by a method that releases it."""
+"""The maximum length of a text for the library's `encode`, which holds the GIL. Longer texts are encoded as a batch,
+which releases the GIL."""
 
 _NEVER_FROM_TEXT: Final = frozenset({TokenType.CONTROL, TokenType.UNKNOWN, TokenType.UNUSED})
 
 
 def stand_ins() -> dict[str, bytes]:
-    """Returns the byte of each of GPT-2's letters. Printable Latin-1 stands for itself. Others begin at U+0100."""
+    """Returns GPT-2's letters and their bytes. Printable Latin-1 letters stand for themselves. Others start at
+    U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     pairs = [(chr(byte), byte) for byte in printable] + [(chr(256 + i), byte) for i, byte in enumerate(others)]
@@ -31,7 +33,7 @@ _BYTE_OF: Final = stand_ins()
 _LATIN_1: Final = dict.fromkeys(range(0x80, 0x100), "\uffff") | {
     ord(letter): byte.decode("latin-1") for letter, byte in _BYTE_OF.items()
 }
-"""Maps letters of words to the Latin-1 characters of their bytes. Maps other letters to one outside Latin-1."""
+"""Maps letters of words to the Latin-1 characters of their bytes, and other letters to U+FFFF, which is no Latin-1."""
 
 
 class BytePairTokenizer(Tokenizer):
@@ -56,7 +58,7 @@ class BytePairTokenizer(Tokenizer):
     def word_bytes(self, word: str) -> bytes:
         try:
             return word.translate(_LATIN_1).encode("latin-1")
-        except UnicodeEncodeError:  # letters that stand for no byte
+        except UnicodeEncodeError:  # The word has letters that do not represent bytes.
             return b"".join(_BYTE_OF.get(character) or character.encode() for character in word)
 
 
@@ -75,7 +77,8 @@ def splitter(kind: PreTokenizer) -> Any:
 
 
 def merge_model(vocabulary: Vocabulary, merges: list[str], **options: bool) -> models.BPE:
-    """Returns the library's model, without control tokens (text must not become one) and merges of missing words."""
+    """Returns the library's model, without control tokens (text must not become one) and without merges of missing
+    words."""
     types = vocabulary.types
     words = {word: i for i, word in enumerate(vocabulary.words) if types[i] not in _NEVER_FROM_TEXT}
     return models.BPE(vocab=words, merges=_known_pairs(merges, words), **options)

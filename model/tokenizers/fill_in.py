@@ -45,8 +45,8 @@ class FillInTokens:
     prefix: int
     suffix: int
     middle: int
-    repository: int | None  # before a project's name
-    file: int | None  # before a file's name
+    repository: int | None  # The token that precedes a project's name.
+    file: int | None  # The token that precedes a file's name.
 
 
 def find_fill_in(ids: Mapping[str, int], id_of_key: Callable[[str], int | None]) -> FillInTokens | None:

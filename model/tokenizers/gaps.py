@@ -24,12 +24,11 @@ class OtherFile:
 class Gap:
     prefix: str
     suffix: str
-    begun: str = ""  # the answer's beginning, in which control words become tokens
-    files: tuple[OtherFile, ...] | None = None  # if None, the prompt has no file marks either
+    begun: str = ""  # The beginning of the answer. Control words in it become control tokens.
+    files: tuple[OtherFile, ...] | None = None  # None means no files and no tokens that mark files.
 
     @property
     def characters(self) -> int:
-        """The length of the texts that are always in the prompt."""
         return len(self.prefix) + len(self.suffix) + len(self.begun)
 
 
@@ -51,7 +50,6 @@ def fill_in_prompt(tokenizer: Tokenizer, tokens: FillInTokens, gap: Gap, room: i
 
 
 def _files(tokenizer: Tokenizer, tokens: FillInTokens, files: tuple[OtherFile, ...], room: int) -> list[int]:
-    """Returns the last `room` tokens of all files. Starts at the end, so that no text is tokenized in vain."""
     parts: list[list[int]] = []
     left = room
     for mark, text in _file_parts(tokens, files):

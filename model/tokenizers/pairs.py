@@ -16,8 +16,6 @@ _SEPARATED: Final = ("jina-v1-en", "jina-v2-code", "roberta-bpe")
 
 @dataclass(frozen=True, slots=True)
 class PairForm:
-    """The tokens before the query, between query and document, and after the document."""
-
     first: tuple[int, ...]
     between: tuple[int, ...]
     last: tuple[int, ...]
@@ -33,7 +31,7 @@ class PairForm:
 def read_pair_form(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> PairForm:
     kind, size = metadata.get("tokenizer.ggml.model"), tokenizer.vocabulary_size
     is_word_pieces = kind == "bert"
-    separator = read_token_id(metadata, "seperator_token_id", size)  # spelt so in the format
+    separator = read_token_id(metadata, "seperator_token_id", size)  # GGUF misspells the key.
     if separator is None and is_word_pieces:
         separator = tokenizer.eos_id
     end = read_token_id(metadata, "eos_token_id", size)

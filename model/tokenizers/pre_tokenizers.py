@@ -1,4 +1,4 @@
-"""Pre-tokenizers, which split text into words before byte pairs are merged, by the name in `tokenizer.ggml.pre`. The
+"""Pre-tokenizers, which split text into words before byte pairs are merged. `tokenizer.ggml.pre` has their names. The
 expressions are those of the models' own tokenizers. Each expression splits the pieces of the previous expression."""
 
 from __future__ import annotations
@@ -55,14 +55,16 @@ _DEEPSEEK_LETTER_RANGES: Final = (
     "FB13-FB17 FF21-FF3A FF41-FF5A 10400-1044F 104B0-104D3 104D8-104FB 10C80-10CB2 10CC0-10CF2 118A0-118DF "
     "1E900-1E943"
 )
-"""The cased letters in DeepSeek's tokenizer, as code points. Normalization of this file would merge some letters."""
+"""The cased letters in DeepSeek's tokenizer, as code points, because Unicode normalization of this file would merge
+some letters."""
 _DEEPSEEK_LETTERS: Final = rf"\s?[{_ranges(_DEEPSEEK_LETTER_RANGES)}]+"
 _DEEPSEEK_MARKS: Final = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"
 
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
-    """Expressions that split text. If `ignore_merges`, words in the vocabulary stay whole. `add_bos` is a default."""
+    """Expressions that split text. If `ignore_merges`, words in the vocabulary stay whole. `add_bos` is the default if
+    the file has no such flag."""
 
     expressions: tuple[str, ...]
     ignore_merges: bool = False

@@ -38,7 +38,6 @@ class SentencePieceTokenizer(Tokenizer):
         self._processor = _processor(model)
 
     def _use_unigrams(self, model: Any, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
-        """Leaves normalization and user-defined words to the library, as the model's authors do."""
         self._user_defined = []
         self._special = [(text, token_id) for text, token_id in self._special if self.is_control(token_id)]
         if not np.isfinite(vocabulary.scores or [0.0]).all():
@@ -62,7 +61,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _charsmap(metadata: Mapping[str, Any]) -> bytes:
-    """Returns the character map for normalization. Checks it, because older versions of the library do not."""
+    """Returns the character map for normalization. Checks the map, because older versions of the library do not."""
     value = metadata.get(_CHARSMAP)
     if value is None:
         return b""
@@ -74,7 +73,7 @@ def _charsmap(metadata: Mapping[str, Any]) -> bytes:
 
 
 def _processor(model: Any) -> Any:
-    sentencepiece.set_min_log_level(2)  # what is wrong comes as an exception
+    sentencepiece.set_min_log_level(2)  # Errors come as exceptions, so the log is not needed.
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(model.SerializeToString())
@@ -104,7 +103,7 @@ def _model_proto(vocabulary: Vocabulary) -> Any:
 
 
 def _piece_types(vocabulary: Vocabulary, unknown: int, byte_fallback: bool) -> bytes:
-    """Returns SentencePiece's types (GGUF's numbers). Only one piece may be unknown; others become control pieces."""
+    """Returns SentencePiece's types (GGUF's numbers). Only one piece may be unknown. Others become control pieces."""
     changed = {TokenType.UNDEFINED: TokenType.UNUSED, TokenType.UNKNOWN: TokenType.CONTROL}
     if not byte_fallback:
         changed[TokenType.BYTE] = TokenType.CONTROL
@@ -115,7 +114,7 @@ def _piece_types(vocabulary: Vocabulary, unknown: int, byte_fallback: bool) -> b
 
 
 def check_charsmap(data: bytes, origin: str) -> None:
-    """Checks SentencePiece's precompiled character map. It has a trie's length, the trie as a double array
+    """Checks SentencePiece's precompiled character map. It has the trie's length, the trie as a double array
     (darts-clone), and the leaves' texts, which end with zero bytes. Raises ModelFileError if the trie leads outside the
     map."""
     if not data:

@@ -18,7 +18,7 @@ _LINES: Final = r"[^\n]+|\n+"
 
 
 class SpacedBytePairTokenizer(Tokenizer):
-    """Merges by rank within lines and runs of line ends. BOS always comes first, even if an early file denies it."""
+    """Merges by rank within lines and runs of line breaks. BOS comes first, although some early files deny it."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         super().__init__(

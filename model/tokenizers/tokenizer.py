@@ -16,7 +16,7 @@ _NOT_SPELLED = frozenset((*_CONTROL, TokenType.USER_DEFINED, TokenType.BYTE))
 
 class Tokenizer(ABC):
     """A model's tokenizer. Thread-safe. Ids outside the vocabulary raise RequestError. `longest_word` is in characters.
-    `end_of_generation` has the file's eos, eot and eom tokens, and words known to have the same meaning."""
+    `end_of_generation` has the file's eos, eot and eom tokens, and words that are known to have the same meaning."""
 
     def __init__(self, vocabulary: Vocabulary, *, add_bos: bool, add_eos: bool, add_space_prefix: bool) -> None:
         self.vocabulary = vocabulary
@@ -52,14 +52,14 @@ class Tokenizer(ABC):
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """Returns token ids. If `add_special`, BOS and EOS are added if the model needs them. If `parse_special`,
-        control words become control tokens. Never set `parse_special` for a user's text."""
+        control words become control tokens. Callers must never set `parse_special` for a user's text."""
         parts = self.split_special(text, parse_special)
         first = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
         last = [self.eos_id] if add_special and self.add_eos and self.eos_id is not None else []
         return [*first, *self.encode_parts(parts), *last]
 
     def split_special(self, text: str, parse_special: bool) -> list[str | int]:
-        """Splits a text into plain text and ids of special tokens. User-defined words are always split off."""
+        """Splits a text into plain text and ids of special tokens. User-defined words always become ids."""
         return _split(_without_surrogates(text), self._special if parse_special else self._user_defined)
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
@@ -93,7 +93,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_plain(self, text: str, after_special: bool) -> list[int]:
-        """Returns ids of text without special tokens. `after_special` is also True at the start of a prompt."""
+        """Returns the ids of text without special tokens. `after_special` is True at the start of a prompt too."""
 
     @abstractmethod
     def word_bytes(self, word: str) -> bytes:
@@ -116,7 +116,7 @@ class Tokenizer(ABC):
 
 class Detokenizer:
     """The text of a stream of tokens, without incomplete characters. If `text_start`, the stream is a whole text, and
-    its leading space is removed. Otherwise the stream continues a text. Control tokens in `shown` are not skipped."""
+    its leading space is removed. Otherwise, the stream continues a text. Control tokens in `shown` are not skipped."""
 
     def __init__(
         self,

@@ -64,7 +64,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     types = _read_types(metadata, len(words))
     ends = _end_of_generation(metadata, ids, types)
     fill_in = find_fill_in(ids, partial(read_token_id, metadata, count=len(words)))
-    if fill_in is not None:  # whatever the file says, because these words in a text must not become the tokens
+    if fill_in is not None:  # These words in a user's text must not become the tokens, whatever type the file says.
         for token_id in (fill_in.prefix, fill_in.suffix, fill_in.middle):
             types[token_id] = TokenType.CONTROL
     _check_byte_words(words, types)
@@ -82,7 +82,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
 
 
 def read_token_id(metadata: Mapping[str, Any], name: str, count: int) -> int | None:
-    """Reads a token id. Returns None if it is missing or not in the vocabulary (files have 2^32 - 1 for no token)."""
+    """Reads a token id. Returns None if it is missing or outside the vocabulary (2^32 - 1 means no token)."""
     value = metadata.get(key(name))
     if value is None:
         return None
@@ -94,7 +94,7 @@ def read_token_id(metadata: Mapping[str, Any], name: str, count: int) -> int | N
 def read_flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
     value = metadata.get(key(name), default)
     if not isinstance(value, bool):
-        raise ModelFileError(f"{key(name)} is not a truth value")
+        raise ModelFileError(f"{key(name)} is not a Boolean")
     return value
 
 
@@ -147,7 +147,7 @@ def _read_types(metadata: Mapping[str, Any], count: int) -> bytearray:
 
 
 def _end_of_generation(metadata: Mapping[str, Any], ids: Mapping[str, int], types: bytearray) -> frozenset[int]:
-    """Returns the ids that end a generation. Also corrects the types of known words in `types`."""
+    """Returns the ids that end a generation. Changes `types` where the types of known words are wrong."""
     padding = {ids[text] for text in _PADDING_TEXTS if text in ids and types[ids[text]] == TokenType.CONTROL}
     by_text = {ids[text] for text in END_OF_GENERATION_TEXTS if text in ids}
     for token_id in by_text:

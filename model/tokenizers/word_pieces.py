@@ -14,7 +14,8 @@ from llamaclust.model.tokenizers.vocabulary import Vocabulary, key, read_flag, r
 _BEGIN: Final = "▁"
 _CLS, _SEP, _UNKNOWN = 101, 102, 100
 _LONGEST_WORD: Final = 256
-"""The maximum average of characters for each token of a prompt. A longer word is not text, nor are so many blanks."""
+"""The maximum number of characters for each token of a prompt, on average. Longer words or runs of blanks are not
+text."""
 _MOST_CHARACTERS: Final = 1 << 18
 """The maximum length of a text. Python takes about 25 microseconds for each character of a long word."""
 _HAN: Final = (
@@ -30,12 +31,13 @@ _HAN: Final = (
 
 
 class WordPieceTokenizer(Tokenizer):
-    """Lowers case and strips accents, unless the file forbids it. A word without a spelling is one unknown token."""
+    """Converts to lower case and strips accents, unless the file forbids it. A word without a spelling becomes one
+    unknown token."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         size = len(vocabulary)
         begin = _named(metadata, ("bos_token_id", "cls_token_id"), size, _CLS)
-        end = _named(metadata, ("seperator_token_id", "eos_token_id"), size, _SEP)  # spelt so in the format
+        end = _named(metadata, ("seperator_token_id", "eos_token_id"), size, _SEP)  # GGUF misspells the key.
         super().__init__(
             replace(vocabulary, bos_id=begin, eos_id=end),
             add_bos=read_flag(metadata, "add_bos_token", True),

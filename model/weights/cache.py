@@ -1,5 +1,5 @@
 """The folder of fetched weights, which a machine's processes share. It has tensors by SHA-256, and manifests of models.
-A file gets its name when it is complete, checked and on disk."""
+A file gets its name only when it is complete, checked and on disk."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _HASH = re.compile("[0-9a-f]{64}")
 class WeightCache(DiskCache):
     suffixes = (WHOLE, UNFINISHED, KNOWN, MAKING)
     content, limit = "weights", "LLAMACLUST_WEIGHTS_SIZE"
-    free_bytes = 0  # a load cannot do without them
-    modified_ns = _MODIFIED_NS  # their digests are not computed at each start
+    free_bytes = 0  # No disk space is left free, because a load needs the weights.
+    modified_ns = _MODIFIED_NS  # Reveals changed files, because no start computes digests again.
 
     def prepare(self) -> None:
         with self._errors():
@@ -75,7 +75,6 @@ class WeightCache(DiskCache):
         return content if _HASH.fullmatch(content) and self.find(content) is not None else None
 
     def keep_manifest(self, key: str, data: bytes) -> str:
-        """Writes a manifest for `key` and returns its SHA-256. Raises LlamaclustError if that fails."""
         content = sha256(data).hexdigest()
         self._write(self.place(content).name, data)
         self.remember_manifest(key, content)
@@ -97,7 +96,7 @@ class WeightCache(DiskCache):
         self.prepare()
         path = self.path / f"{secrets.token_hex(8)}{_LEASE}"
         with ExitStack() as stack:
-            with self._errors(), self.locked():  # a lease without a lock is of a process that is gone
+            with self._errors(), self.locked():  # A lease without a lock belongs to a process that has ended.
                 lease = stack.enter_context(open_own(path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
                 stack.callback(path.unlink, missing_ok=True)
                 take_lock(lease.fileno())
@@ -136,7 +135,7 @@ class WeightCache(DiskCache):
             while True:
                 file = stack.enter_context(open_own(path, os.O_RDWR | os.O_CREAT))
                 fcntl.flock(file, fcntl.LOCK_EX)
-                with suppress(FileNotFoundError):  # else its last holder has deleted it
+                with suppress(FileNotFoundError):  # The last holder deletes the file.
                     if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
                         break
                 file.close()
@@ -145,8 +144,9 @@ class WeightCache(DiskCache):
 
 
 class WeightPart:
-    """A tensor that one process at a time writes into the cache, in pieces. It gets its name after a check. Writing can
-    be resumed. Methods block, and any thread may call them. If `resumed`, some of `done_bytes` existed before."""
+    """A tensor that one process at a time writes into the cache, in pieces. The file gets its name after a check.
+    Writing can be resumed. Methods block, and any thread may call them. If `resumed`, some of `done_bytes` existed
+    earlier."""
 
     def __init__(self, cache: WeightCache, content: str, n_bytes: int, file: FileIO) -> None:
         self._cache = cache
@@ -170,10 +170,10 @@ class WeightPart:
             raise LlamaclustError(f"{path}: cannot be written: {error.strerror}") from error
         try:
             is_ours = take_lock(file.fileno()) and os.fstat(file.fileno()).st_ino == path.stat().st_ino
-            if is_ours and cache.find(content) is not None:  # finished just before that file was made
+            if is_ours and cache.find(content) is not None:  # Another process finished just before the open.
                 path.unlink()
                 is_ours = False
-        except OSError:  # finished, or deleted, after it was opened
+        except OSError:  # Another process finished or deleted the file after the open.
             is_ours = False
         if not is_ours:
             file.close()

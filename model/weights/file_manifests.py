@@ -27,11 +27,11 @@ class FileManifest:
 
 
 class FileManifests:
-    """The manifests that a process knows. Without a cache, each process makes all of them, and keeps no bytes."""
+    """The manifests that a process knows. Without a cache, each process computes all of them and keeps only digests."""
 
     def __init__(self, cache: WeightCache | None = None) -> None:
         self.cache = cache
-        self._known: dict[str, FileManifest] = {}  # by version of the file
+        self._known: dict[str, FileManifest] = {}  # The keys are versions of files.
 
     def of(
         self,
@@ -39,8 +39,8 @@ class FileManifests:
         begin: Callable[[int], None] = lambda total: None,
         add: Callable[[int], None] = lambda n: None,
     ) -> FileManifest:
-        """Returns the manifest of a file. If it is unknown, reads all bytes of the file. `begin` gets their number, and
-        `add` the size of each piece, from several threads. Raises ModelFileError if the file changes during this."""
+        """Returns the manifest of a file. If it is unknown, reads all bytes of the file. `begin` gets their number.
+        `add` gets the size of each piece, from several threads. Raises ModelFileError if the file changes meanwhile."""
         version = file.version
         if (known := self._known.get(version)) is None:
             known = self._known[version] = self._made(file, begin, add)
@@ -70,7 +70,6 @@ def _manifest_of(data: bytes) -> FileManifest:
 
 
 def _settle(file: ModelFile) -> None:
-    """Waits until another change would show in the file's times, a tenth of a second at most."""
     age_ns = time.time_ns() - file.changed_ns
     if 0 <= age_ns < _SETTLED_NS:
         time.sleep((_SETTLED_NS - age_ns) / 1e9)

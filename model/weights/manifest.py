@@ -39,7 +39,7 @@ class TensorRecord:
     name: str
     quant_type: QuantType
     shape: tuple[int, ...]
-    content: str  # SHA-256 of its bytes, in hex
+    content: str  # SHA-256 of the tensor's bytes, in hex.
 
     @property
     def n_bytes(self) -> int:
@@ -67,8 +67,8 @@ class Manifest:
 def make_manifest(
     file: ModelFile, progress: Callable[[int], None] = lambda n_bytes: None, threads: int | None = None
 ) -> bytes:
-    """Reads all bytes of the model, about a gigabyte per second and thread. `progress` gets the size of each piece,
-    from several threads. Raises ModelFileError as `Tensor.read` does."""
+    """Reads all bytes of the model, about a gigabyte per second and thread. `progress` gets the size of each piece, and
+    is called by several threads. Raises the errors of `Tensor.read`."""
     tensors = list(file.tensors.values())
     with ThreadPoolExecutor(threads or os.cpu_count() or 1, "hash-weights") as pool:
         contents = list(pool.map(partial(content_of, progress=progress), tensors))

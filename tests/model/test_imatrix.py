@@ -52,7 +52,7 @@ def _legacy(count: int = 1, length: int = 4, calls: int = 1, values: int = 2, da
         (_legacy(data=pack("<ff", 1, float("nan"))), "not numbers"),
         (_legacy(data=pack("<ff", 1, float("inf"))), "not numbers"),
         (_legacy(data=pack("<ff", 1, -1)), "negative"),
-        (pack("<ii", 1, 4) + b"\xff\xff\xff\xff" + pack("<ii", 1, 2) + bytes(8), "is not text"),
+        (pack("<ii", 1, 4) + b"\xff\xff\xff\xff" + pack("<ii", 1, 2) + bytes(8), "is not valid UTF-8"),
         (b"GGUF", "the file ends at byte 4"),
     ],
 )

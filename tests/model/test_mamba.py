@@ -92,7 +92,7 @@ def test_rotations_are_those_of_the_file(models: dict[str, Model]) -> None:
                 key: 1 << 14 if key != "ssm__state_size" else 1 << 12
                 for key in ("ssm__inner_size", "ssm__time_step_rank", "ssm__group_count", "ssm__state_size")
             },
-            "ssm.group_count': 16384 groups of 4096 numbers need 134234112 channels .* 4 taps, the most is 22369621",
+            "ssm.group_count': 16384 groups of 4096 numbers need 134234112 channels .* 4 taps, the limit is 22369621",
         ),
         ({"attention__head_count_kv": 2}, "blk.0.attn_q.weight.*missing"),
         ({"attention__head_count_kv": np.array([2, 0, 2, 0, 2], np.int32)}, "blk.0.attn_q.weight.*missing"),

@@ -159,7 +159,7 @@ BAD: dict[str, tuple[Arrays, dict[str, Any], str]] = {
         {},
         "cannot change this module",
     ),
-    "a half": (factors(halves="A"), {}, "the adapter has no lora_b for it"),
+    "a half": (factors(halves="A"), {}, "it has no matching lora_b tensor"),
     "heads": (
         factors("self_attn.q_proj", rows=65),
         {},

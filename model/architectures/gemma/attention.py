@@ -1,4 +1,4 @@
-"""Attention of Gemma 3n and 4. Scores are not scaled. The last layers read the keys and values of earlier layers."""
+"""Attention of Gemma 3n and 4. Scores are not scaled. The last layers use the keys and values of earlier layers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class LayerKind:
 
 
 def shared_kv_sources(keys: ModelKeys, windowed: Sequence[bool]) -> list[int]:
-    """Returns, for each layer, the layer whose keys and values it reads. Layers without own keys and values read those
-    of the last layer before them with the same kind of window. Raises ModelFileError if there is no such layer."""
+    """Returns, for each layer, the layer whose keys and values it reads. A layer without keys and values reads those of
+    the last layer before it that has the same kind of window. Raises ModelFileError if there is no such layer."""
     layers = len(windowed)
     first = layers - keys.count(SHARED_KV_KEY, 0, minimum=0, maximum=layers - 1)
     last = {windowed[layer]: layer for layer in range(first)}
@@ -35,7 +35,8 @@ def shared_kv_sources(keys: ModelKeys, windowed: Sequence[bool]) -> list[int]:
 def attention(
     builder: ProgramBuilder, layer: int, source: int, kind: LayerKind, buffers: tuple[Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """Yields steps that read the first buffer, and keys and values of layer `source`, and write the second buffer."""
+    """Yields steps that read the first buffer, and the keys and values of layer `source`, and write the second
+    buffer."""
     hp, prefix, (normed, projected) = builder.hyperparameters, f"blk.{layer}", buffers
     kv_heads, shares_kv = builder.kv_heads(layer), source != layer
     query, out = (Buffer(name, hp.head_count * kind.head_dim) for name in ("query", "attended"))

@@ -1,5 +1,5 @@
-"""Gemma: gemma, gemma2, gemma3, gemma-embedding. The token embedding is scaled, and its tensor is also the head. The
-gate's activation is GELU. In GGUF files, norm weights already include the 1 that the original models add."""
+"""Gemma: gemma, gemma2, gemma3, gemma-embedding. The token embedding is scaled, and its tensor is used for the head
+too. The gate's activation is GELU. In GGUF files, norm weights already include the 1 that the original models add."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def gemma(builder: ProgramBuilder) -> None:
 
 
 def gemma2(builder: ProgramBuilder) -> None:
-    """Gemma 2. It has norms before and after blocks, soft caps, and a window in every other layer."""
+    """Gemma 2. It has norms before and after blocks, soft caps, and a sliding window in every second layer."""
     hp, keys = builder.hyperparameters, builder.keys
     scale = _scale(hp, _GEMMA2_27B_LAYERS)
     cap = keys.real("attn_logit_softcapping", 50.0, minimum=1e-3, maximum=_MAX_CAP)
@@ -37,8 +37,8 @@ def gemma2(builder: ProgramBuilder) -> None:
 
 
 def gemma3(builder: ProgramBuilder) -> None:
-    """Gemma 3, text only. It is Gemma 2 with norms of q and k instead of soft caps. Five of six layers have a window.
-    Their rotation has another base and no scaling."""
+    """Gemma 3, text only. It is Gemma 2 with norms of q and k instead of soft caps. Five of six layers have a sliding
+    window, and RoPE with another base and without scaling."""
     hp = builder.hyperparameters
     final_cap = builder.keys.real("final_logit_softcapping", 0.0, minimum=0.0, maximum=_MAX_CAP)
     variants = _windowed_variants(builder, _scale(hp, _GEMMA3_27B_LAYERS))
@@ -47,7 +47,7 @@ def gemma3(builder: ProgramBuilder) -> None:
 
 
 def gemma_embedding(builder: EncoderBuilder) -> None:
-    """EmbeddingGemma: Gemma 3 as an encoder with dense layers. Half of a window lies on each side of a token."""
+    """EmbeddingGemma. It is Gemma 3 as an encoder with dense layers. A token is in the middle of its sliding window."""
     hp = builder.hyperparameters
     if hp.sliding_window is None:
         raise builder.keys.error("attention.sliding_window", "missing or 0, but the architecture has windows")
@@ -70,6 +70,7 @@ def _normed_layer(builder: ProgramBuilder, layer: int, variant: AttentionVariant
 
 
 def _scale(hp: Hyperparameters, layers_27b: int) -> float:
-    """Returns the factor of scores. The 27B models divide by width / heads channels, which no key states."""
+    """Returns the factor of attention scores. It is 1 / sqrt(width / heads) in the 27B models, although no key says
+    so."""
     channels = hp.embedding_length // hp.head_count if hp.block_count == layers_27b else hp.key_length
     return 1 / math.sqrt(channels)

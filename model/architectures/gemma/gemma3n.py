@@ -1,5 +1,5 @@
 """Gemma 3n. A row has several copies of the hidden state. Each layer computes one copy and corrects the others (AltUp).
-A low-rank branch (Laurel) is parallel to attention. Activations are sparse. Layers have inputs, and share KV memory."""
+A low-rank branch (Laurel) is parallel to attention. Activations are sparse. Layers have inputs and share KV memory."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ _PERIOD = 5
 _MAX_CAP = 1e6
 _MAX_COPIES = 16
 _MAX_RANK = 1 << 14
-_MAX_SPARSITY = 16.0  # standard deviations
+_MAX_SPARSITY = 16.0  # In standard deviations.
 _LEAST_SQUARE = 1e-5
-"""The lower bound of a projected copy's mean square."""
 
 
 def gemma3n(builder: ProgramBuilder) -> None:
-    """Gemma 3n, text only. A stage sends rows with all copies, followed by the inputs of later layers."""
+    """Gemma 3n, text only. Each row that a stage sends has all copies, followed by the inputs of later layers."""
     hp, keys = builder.hyperparameters, builder.keys
     for key in ("attention.sliding_window", "embedding_length_per_layer_input", SHARED_KV_KEY):
-        keys.count(key, minimum=0 if key == SHARED_KV_KEY else 1, maximum=1 << 30)  # files without it are not known
+        keys.count(key, minimum=0 if key == SHARED_KV_KEY else 1, maximum=1 << 30)  # All known files have this key.
     final_cap = keys.real("final_logit_softcapping", 30.0, minimum=1e-3, maximum=_MAX_CAP)
     copies = _Copies.of(builder)
     inputs = LayerInputs.of(builder, copies.all)
@@ -64,7 +63,7 @@ def _sparsity(keys: ModelKeys, layers: int) -> tuple[float | None, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Copies:
-    """The copies of the hidden state, which lie next to each other in a row. Layers compute copy number `active`."""
+    """The copies of the hidden state. They are adjacent in a row. Layers compute copy number `active`."""
 
     builder: ProgramBuilder
     count: int
@@ -88,7 +87,7 @@ class _Copies:
         return Buffer("hidden", self.width)
 
     def begin(self) -> Iterator[ir.Step]:
-        """copies = the embedding, followed by its projections, which are scaled to the embedding's magnitude."""
+        """copies = the embedding, followed by its projections. Projections are scaled to the embedding's magnitude."""
         repeated = self._hidden
         for count in range(2, self.count):
             more = Buffer(f"embedding {count} times", count * self.width)
@@ -100,7 +99,7 @@ class _Copies:
         yield ir.Join(self._hidden, projected, self.all)
 
     def merge(self) -> Iterator[ir.Step]:
-        """hidden = the mean of copy 0 and the projections of the others, scaled to copy 0's magnitude."""
+        """hidden = the mean of copy 0 and the other copies' projections, which are scaled to copy 0's magnitude."""
         others, projected = (Buffer(name, self.all.width - self.width) for name in ("other copies", "projected copies"))
         yield ir.Slice(self.all, self._hidden, 0)
         yield ir.Slice(self.all, others, self.width)
@@ -119,7 +118,7 @@ class _Layer:
     builder: ProgramBuilder
     layer: int
     kind: LayerKind
-    source: int  # the layer whose keys and values it reads
+    source: int  # Number of the layer whose keys and values this layer reads.
     sparsity: float | None
     copies: _Copies
     inputs: LayerInputs
@@ -182,7 +181,7 @@ class _Layer:
         yield ir.Scale(result, result, 1 / math.sqrt(2))
 
     def _feed_forward(self, result: Buffer) -> Iterator[ir.Step]:
-        """result += norm(down(gelu(gate) * up)), from the normed result. Sparse layers keep only the greatest gates."""
+        """result += norm(down(gelu(gate) * up)), from the normed result. In sparse layers, low gate values become 0."""
         normed, width = self._buffer("normed"), self.builder.hyperparameters.feed_forward_lengths[self.layer]
         gate, up, projected = Buffer("gate", width), Buffer("up", width), self._buffer("projected")
         yield self._norm("ffn_norm", result, normed)
@@ -197,7 +196,7 @@ class _Layer:
         yield ir.Add(result, projected, result)
 
     def _add_input(self, active: Buffer) -> Iterator[ir.Step]:
-        """Adds the layer's input, gated by the active copy, to all copies except the first."""
+        """Adds the layer's input to all copies except the first. The active copy gates the input."""
         projected, copies = self._buffer("projected"), self.copies.all
         scale = self.builder.vector(f"blk.{self.layer}.altup_correct_scale.weight", active.width)
         yield ir.Slice(copies, active, self.copies.active * active.width)

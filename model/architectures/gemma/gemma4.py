@@ -1,5 +1,5 @@
-"""Gemma 4. Layers with and without a window have different heads and rotations. Experts are parallel to a feed-forward
-network. The E models have inputs for each layer, and layers that read other layers' keys and values."""
+"""Gemma 4. Layers with a sliding window differ from other layers in head size and RoPE. Experts are parallel to a
+feed-forward network. The E models have layer inputs, and layers that use the keys and values of other layers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ _MAX_HEAD = 1 << 12
 
 
 def gemma4(builder: ProgramBuilder) -> None:
-    """Gemma 4. Values are normed without weights, and may be the same as the keys. A layer's output may be scaled."""
+    """Gemma 4. Values are normed without weights. A layer may use its keys as values. A layer's output may be
+    scaled."""
     hp, keys = builder.hyperparameters, builder.keys
     if hp.sliding_window is None:
         raise keys.error("attention.sliding_window", "missing")
@@ -45,7 +46,8 @@ def gemma4(builder: ProgramBuilder) -> None:
 
 
 def _kinds(builder: ProgramBuilder, window: int) -> tuple[LayerKind, LayerKind]:
-    """Returns the kinds of layers without and with a window. Only the first kind has the file's rotation factors."""
+    """Returns the kinds of layers without and with a sliding window. The file's RoPE factors apply only without a
+    window."""
     hp, keys = builder.hyperparameters, builder.keys
     head_dim = keys.count("attention.key_length_swa", hp.key_length, maximum=_MAX_HEAD)
     value_length = keys.count("attention.value_length_swa", head_dim, maximum=_MAX_HEAD)
@@ -75,7 +77,7 @@ class _Layer:
     layer: int
     kind: LayerKind
     experts: ExpertsVariant
-    source: int  # the layer whose keys and values it reads
+    source: int  # Number of the layer whose keys and values this layer reads.
     inputs: LayerInputs | None
 
     @property
@@ -117,7 +119,7 @@ class _Layer:
 
     def _mixture(self, hidden: Buffer, projected: Buffer) -> Iterator[ir.Step]:
         """projected = feed-forward network + experts, each with its own norms. The router reads the hidden state after
-        a different norm, whose weight is divided by the square root of the width."""
+        another norm. The weight of this norm is divided by the square root of the width."""
         normed, mixed, routed = map(self._buffer, ("normed", "mixed", "routed"))
         yield from self._feed_forward(hidden, projected)
         yield self._norm("post_ffw_norm_1", projected, projected)

@@ -14,14 +14,14 @@ _MAX_INPUT = 1 << 12
 
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
-    """Inputs of layers. A row has `width` input channels for each layer. The first stage computes them from the row's
-    token. A stage sends the inputs of later layers after the hidden state (`carried`)."""
+    """The inputs of layers. A row has `width` input channels for each layer, which the first stage computes from the
+    row's token. A stage sends the inputs of later layers after the hidden state (`carried`)."""
 
     builder: ProgramBuilder
     width: int
-    first: int  # layer of the stage
+    first: int  # Number of the stage's first layer.
     end: int
-    carried: Buffer  # the hidden state between two layers
+    carried: Buffer  # Buffer with the hidden state between two layers.
 
     @classmethod
     def of(cls, builder: ProgramBuilder, carried: Buffer) -> LayerInputs | None:

@@ -1,6 +1,6 @@
 """Latent attention (MLA). Keys and values are products of one short vector, and KV memory stores only this vector. The
-products are applied to queries and results instead (the absorbed form). Prefill does this too, so that bits do not
-depend on chunk sizes. (DeepSeek-V2, arXiv 2405.04434, section 2.1.)"""
+matrices of keys and values multiply queries and results instead (the absorbed form). Prefill uses the absorbed form
+too, so that results do not depend on chunk sizes. (DeepSeek-V2, arXiv 2405.04434, section 2.1.)"""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from llamaclust.model.steps.options import RopeStyle
 
 @dataclass(frozen=True, slots=True)
 class LatentVariant:
-    """Widths are in channels. A key is the `latent` vector and then the `rotated` part. A head has a `query`, which
-    includes its rotated part, and a `value`. `query_rank` is the width of the latent query, or 0 if there is none. If
-    `table` is None, nothing is rotated. `temperature` has the factor and the length of a `PositionScale`."""
+    """Widths are in channels. A key is the `latent` vector, followed by the `rotated` part. A head has a `query`, which
+    includes a rotated part, and a `value`. `query_rank` is the width of the latent query, and 0 means that there is
+    none. A `table` of None means no RoPE. `temperature` has the factor and the length of a `PositionScale` step."""
 
     latent: int
     rotated: int
@@ -65,7 +65,7 @@ class LatentAttention:
         yield ir.Add(hidden, projected, hidden)
 
     def _queries(self, normed: Buffer, query: Buffer) -> Iterator[ir.Step]:
-        """query = for each head, the plain part times the keys' matrix, followed by the rotated part."""
+        """query = for each head, the plain part times the matrix of keys, followed by the rotated part."""
         variant, heads = self.variant, self.heads
         x, name = normed, "attn_q"
         if variant.query_rank:
@@ -77,7 +77,7 @@ class LatentAttention:
             Buffer("plain query", whole.width - heads * variant.rotated),
             Buffer("rotated query", heads * variant.rotated),
         )
-        absorbed = Buffer("by head", heads * variant.latent)  # that of the results, later
+        absorbed = Buffer("by head", heads * variant.latent)  # The attention's results overwrite this buffer later.
         yield self._product(name, x, whole)
         yield ir.Slice(whole, plain, 0, heads)
         yield ir.Slice(whole, rotated, plain.width // heads, heads)

@@ -18,14 +18,14 @@ _GLM_FLASH_LAYERS, _GLM_FLASH_VOCABULARY = (47, 48), 154880
 
 
 def deepseek2(builder: ProgramBuilder) -> None:
-    """DeepSeek 2. Dense layers are followed by layers with grouped experts and shared experts. The magnitude of scaled
-    rotations depends only on `yarn_log_multiplier`, as in the original code."""
+    """DeepSeek 2. The first layers are dense. The other layers have groups of experts, and shared experts. The
+    magnitude of scaled RoPE depends only on `yarn_log_multiplier`, as in the original code."""
     multiplier = _log_multiplier(builder)
     _latent_layers(builder, multiplier, 1.0 if multiplier else 0.0)
 
 
 def mistral4(builder: ProgramBuilder) -> None:
-    """Mistral Small 4: DeepSeek 2, except that rotations have another magnitude."""
+    """Mistral Small 4. It is DeepSeek 2 with another magnitude of RoPE."""
     multiplier = _log_multiplier(builder)
     _latent_layers(builder, multiplier, multiplier)
 
@@ -79,13 +79,13 @@ def _query_rank(builder: ProgramBuilder) -> int:
 
 
 def _log_multiplier(builder: ProgramBuilder) -> float:
-    """Returns the multiplier. The file stores a tenth of the multiplier as float32."""
+    """Returns the multiplier. The file stores a tenth of the multiplier, as float32."""
     tenth = builder.keys.real("rope.scaling.yarn_log_multiplier", 0.0, minimum=0.0, maximum=_MAX_SCALE)
     return float(np.float32(tenth) / np.float32(0.1))
 
 
 def _gating(builder: ProgramBuilder) -> Gating:
-    """Returns the default gating. GLM-4.7-Flash is recognized by its size, as in llama.cpp."""
+    """Returns the gating of files without the key. GLM-4.7-Flash is recognized by its size, as in llama.cpp."""
     hp = builder.hyperparameters
     is_glm = hp.block_count in _GLM_FLASH_LAYERS and hp.vocabulary_size == _GLM_FLASH_VOCABULARY
     return Gating.SIGMOID if is_glm else Gating.SOFTMAX

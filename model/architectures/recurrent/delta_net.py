@@ -55,8 +55,8 @@ def read_delta_net(keys: ModelKeys, *, tiled: bool) -> DeltaNet:
 
 
 def delta_net(builder: ProgramBuilder, layer: int, net: DeltaNet) -> Iterator[ir.Step]:
-    """hidden += output(norm(delta rule) * silu(z)). The rule's q, k and v are products of the normed hidden state that
-    were convolved. z, decay and beta are products of the normed hidden state."""
+    """hidden += output(norm(delta rule) * silu(z)). z, decay and beta are products of the normed hidden state. The
+    delta rule's q, k and v are convolved products of the normed hidden state."""
     prefix, width, epsilon = f"blk.{layer}", builder.hyperparameters.embedding_length, builder.rms_epsilon
     hidden, normed, projected = (Buffer(name, width) for name in ("hidden", "normed", "projected"))
     q, k = (Buffer(f"delta {name}", net.key_width) for name in ("q", "k"))
@@ -80,7 +80,7 @@ def delta_net(builder: ProgramBuilder, layer: int, net: DeltaNet) -> Iterator[ir
 
 
 def unit_lengths(q: Buffer, k: Buffer, heads: int, epsilon: float) -> Iterator[ir.Step]:
-    """Scales each head of q and k to length 1, and divides q by the square root of its channel count."""
+    """Scales each head of q and k to length 1. Then divides q by the square root of the head's channel count."""
     channels = k.width // heads
     for x, factor in ((q, 1 / channels), (k, 1 / math.sqrt(channels))):
         yield ir.RmsNorm(x, x, None, epsilon / channels, heads)
@@ -90,7 +90,8 @@ def unit_lengths(q: Buffer, k: Buffer, heads: int, epsilon: float) -> Iterator[i
 def _products(
     builder: ProgramBuilder, prefix: str, net: DeltaNet, buffers: tuple[Buffer, Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """Computes z, and q, k and v side by side, from x. In files of 2025 they are one product, grouped by key head."""
+    """Computes z and a buffer with q, k and v from x. Files from 2025 have one product for all four, grouped by key
+    head."""
     x, mixed, z = buffers
     if not builder.has(f"{prefix}.ssm_in.weight"):
         yield builder.product(f"{prefix}.attn_qkv", x, mixed)

@@ -1,4 +1,4 @@
-"""Falcon H1: falcon-h1. In each layer, attention and Mamba 2 are parallel. Both read the same normed hidden state."""
+"""Falcon H1: falcon-h1. In each layer, attention and Mamba 2 are parallel. They read the same normed hidden state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention whose result is multiplied by the sigmoid of a gate. One product computes queries and gate."""
+"""Attention with a gate, whose sigmoid multiplies the result. One product computes the queries and the gate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Granite 4 with states: granitehybrid. Layers with KV heads have attention, and the others have Mamba 2."""
+"""Granite 4 with states: granitehybrid. Layers with KV heads have attention. The other layers have Mamba 2."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ _CONVOLUTIONS = (".ssm_conv1d_q.weight", ".ssm_conv1d_k.weight", ".ssm_conv1d_v.
 
 
 def without_ones(file: ModelFile) -> ModelFile:
-    """Reshapes convolutions to [channels, taps] and decays to [heads], by removing size-1 dimensions."""
+    """Removes dimensions of size 1: convolutions get the shape [channels, taps], and decays get the shape [heads]."""
     reshaped = {}
     for name, tensor in file.tensors.items():
         if name.endswith((*_CONVOLUTIONS, ".ssm_a")):
@@ -45,7 +45,8 @@ def without_ones(file: ModelFile) -> ModelFile:
 
 
 def kimi_linear(builder: ProgramBuilder) -> None:
-    """Kimi Linear. Layers with KV heads have latent attention. Layers after the dense layers have experts."""
+    """Kimi Linear. Layers with KV heads have latent attention, and the others have delta nets. Dense layers come first,
+    and all later layers have experts."""
     hp, keys = builder.hyperparameters, builder.keys
     latent = latent_variant(builder, 0.0, 0.0)
     latent = replace(latent, table=None, scale=1 / math.sqrt(latent.query))
@@ -73,7 +74,7 @@ def kimi_linear(builder: ProgramBuilder) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _KimiDelta:
-    """The steps of one layer: hidden += output(norm(delta rule) * sigmoid(gate)), from the normed hidden state."""
+    """The steps of a delta net: hidden += output(norm(delta rule) * sigmoid(gate)), from the normed hidden state."""
 
     builder: ProgramBuilder
     layer: int

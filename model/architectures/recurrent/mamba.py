@@ -1,4 +1,4 @@
-"""The block of Mamba 2. Hybrid models have it instead of attention, or parallel to attention."""
+"""The block of Mamba 2. Hybrid models have this block instead of attention, or parallel to attention."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _MAX_HEADS, _MAX_WIDTH, _MAX_STATE_SIZE = 1 << 14, 1 << 20, 1 << 12
 
 @dataclass(frozen=True, slots=True)
 class MambaShape:
-    """The shape of a block. `inner` is the channel count of all `heads` together. Heads are divided into `groups`. The
-    heads of a group share an input matrix and an output matrix, with `state_size` numbers per row."""
+    """The shape of a block. `inner` is the number of channels of all `heads`. Heads are divided into `groups`. The
+    heads of a group share an input matrix and an output matrix, which have `state_size` numbers per row."""
 
     taps: int
     inner: int
@@ -44,7 +44,7 @@ class MambaShape:
                 f"{self.groups} groups of {self.state_size} numbers need {self.convolved} channels of the convolution"
             )
             most = MAX_STATE_FLOATS // (self.taps - 1)
-            return "ssm.group_count", f"{what}; with {self.taps} taps, the most is {most}"
+            return "ssm.group_count", f"{what}; with {self.taps} taps, the limit is {most}"
         if self.inner % KV_BLOCK_TOKENS or self.convolved % KV_BLOCK_TOKENS:
             what = f"{self.inner} and {self.convolved} channels of the convolution"
             return "ssm.inner_size", f"expected multiples of {KV_BLOCK_TOKENS}, found {what}"
@@ -52,7 +52,6 @@ class MambaShape:
 
 
 def read_mamba_shape(keys: ModelKeys) -> MambaShape:
-    """Reads the shape. Raises ModelFileError for numbers that do not divide each other or are too large."""
     inner = keys.count("ssm.inner_size", maximum=_MAX_WIDTH)
     heads = keys.count("ssm.time_step_rank", maximum=_MAX_HEADS)
     groups = keys.count("ssm.group_count", maximum=_MAX_HEADS)

@@ -1,5 +1,5 @@
-"""Nemotron H and Nemotron 3: nemotron_h, nemotron_h_moe. Each layer is a single block. It is a feed-forward network or
-experts if the layer has a feed-forward width, otherwise attention if it has KV heads, and otherwise Mamba 2."""
+"""Nemotron H and Nemotron 3: nemotron_h, nemotron_h_moe. Each layer is one block: a feed-forward network or experts if
+the layer has a feed-forward width, otherwise attention if the layer has KV heads, and otherwise Mamba 2."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAX_WIDTH = 1 << 20
 
 
 def nemotron_h(builder: ProgramBuilder) -> None:
-    """Nemotron H. It has no rotations, and its feed-forward networks and experts have no gates."""
+    """Nemotron H. It has no RoPE. Its feed-forward networks and experts have no gates."""
     hp, keys = builder.hyperparameters, builder.keys
     shape, experts = read_mamba_shape(keys), None
     latent_width = keys.count("moe_latent_size", 0, minimum=0, maximum=_MAX_WIDTH)
@@ -43,7 +43,7 @@ def nemotron_h(builder: ProgramBuilder) -> None:
 
 
 def _experts(builder: ProgramBuilder, layer: int, variant: ExpertsVariant, latent_width: int) -> Iterator[ir.Step]:
-    """projected = the weighted sum of the best experts + the shared expert, from the normed hidden state. With a
+    """projected = the weighted sum of the chosen experts + the shared expert, from the normed hidden state. With a
     `latent_width`, a product narrows the experts' input and another widens their sum. The router reads all channels."""
     prefix, hp = f"blk.{layer}", builder.hyperparameters
     normed, projected = (Buffer(name, hp.embedding_length) for name in ("normed", "projected"))

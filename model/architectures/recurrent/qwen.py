@@ -18,7 +18,7 @@ _MAX_WIDTH, _MAX_PERIOD = 1 << 20, 1 << 10
 
 
 def qwen3next(builder: ProgramBuilder) -> None:
-    """Qwen 3 Next. Every layer has experts and a gated shared expert. A key head's value heads are adjacent."""
+    """Qwen 3 Next. Layers have experts and a gated shared expert. Value heads with the same key head are adjacent."""
     experts = _experts(builder)
     _layers(builder, lambda layer: builder.experts(layer, experts, norm=_FEED_FORWARD_NORM), tiled=False)
 
@@ -34,7 +34,7 @@ def qwen35moe(builder: ProgramBuilder) -> None:
 
 def _layers(builder: ProgramBuilder, feed_forward: Callable[[int], None], *, tiled: bool) -> None:
     net, table, sections = read_delta_net(builder.keys, tiled=tiled), builder.rope_table(), None
-    if tiled:  # those that read images
+    if tiled:  # These models read images.
         sections = rope_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2, interleaved=True)
     recurrent = _recurrent_layers(builder)
     for layer in builder.layers():
@@ -46,7 +46,7 @@ def _layers(builder: ProgramBuilder, feed_forward: Callable[[int], None], *, til
 
 
 def _recurrent_layers(builder: ProgramBuilder) -> list[bool]:
-    """Returns whether layers are recurrent, by the file's flags or period. An MTP head is not recurrent."""
+    """Returns which layers are recurrent, by the file's flags or its period. The MTP head is not recurrent."""
     keys, layers = builder.keys, read_block_count(builder.keys)
     period = keys.count("full_attention_interval", 4, maximum=_MAX_PERIOD)
     flags = keys.flags("attention.recurrent_layers", layers)

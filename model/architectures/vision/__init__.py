@@ -1,4 +1,4 @@
-"""Image encoders, keyed by the projector's name in GGUF files."""
+"""Image encoders by the projector's name in GGUF files."""
 
 from __future__ import annotations
 

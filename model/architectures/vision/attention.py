@@ -8,8 +8,8 @@ from llamaclust.model.steps.options import RopeStyle
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """The rotation of queries and keys. Pair i of a head is rotated by the position in section sections[i]. If `split`,
-    each half of a head is rotated by `table` like a complete head, and each half has half of `sections`."""
+    """RoPE of queries and keys. Pair i of a head is rotated by the position in section sections[i]. If `split`, each
+    half of a head has half of `sections`, and `table` applies to it like to a complete head."""
 
     style: RopeStyle
     table: RopeTable
@@ -19,8 +19,8 @@ class Rotation:
 
 @dataclass(frozen=True, slots=True)
 class VisionAttention:
-    """Options of an attention block. If `grouped`, a row sees only its own window. `scale` is 1 / sqrt(head_dim) by
-    default. If `unit_values`, each head's values have an RMS norm without weights."""
+    """Options of an attention block. If `grouped`, a patch attends only to its own window. A `scale` of None means 1 /
+    sqrt(head_dim). If `unit_values`, each head's values have an RMS norm without weights."""
 
     rotation: Rotation | None = None
     grouped: bool = False

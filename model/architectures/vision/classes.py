@@ -1,6 +1,6 @@
 """Encoders with a class embedding, which is one row for the whole tile: InternVL and Llama 4. The input has the rows of
-the patches, then the class row, then rows of zeros that fill up the last merge group. Rows of zeros see only
-themselves, so attention is in groups. The result of the last merge group is not used."""
+the patches, the class row, and rows of zeros that fill up the last merge group. Attention is in groups, because rows of
+zeros must attend only to themselves. The result of the last merge group is not used."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from llamaclust.model.program import Buffer
 from llamaclust.model.steps.options import ActivationFunction, RopeStyle
 
 _ROPE_BASE = 10000.0
-_PROJECTOR_EPSILON = 1e-5  # PyTorch's own
+_PROJECTOR_EPSILON = 1e-5  # PyTorch's default.
 _LARGE = (3200, 45)
-"""The width and layer count of InternViT 6B, which has RMS norms. Files do not tell the kind of norm."""
+"""The width and layer count of InternViT 6B, which has RMS norms. Files do not state the kind of norm."""
 
 
 def internvl(builder: VisionBuilder) -> Buffer:
@@ -32,7 +32,7 @@ def internvl(builder: VisionBuilder) -> Buffer:
 
 
 def llama4(builder: VisionBuilder) -> Buffer:
-    """Llama 4. Rotations are by a patch's place, counted from 1. The projector has three products."""
+    """Llama 4. RoPE uses a patch's line and column, counted from 1. The projector has three products."""
     hp = builder.hyperparameters
     rotation = halves(hp.head_dim, _ROPE_BASE, RopeStyle.NORM, (WIDTH, HEIGHT))
     builder.embed(bias=False)

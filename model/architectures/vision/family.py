@@ -1,4 +1,4 @@
-"""Facts about a family of encoders that are neither in its files nor in its program."""
+"""Facts about families of encoders. Neither the files nor the programs contain these facts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from llamaclust.model.steps.options import ActivationFunction
 
 
 class Positions(Enum):
-    """The learned positions that are added to patches. NONE: there are none. TABLE: a table has a row for each patch of
-    a tile of fixed size. BILINEAR_CORNERS, ANTIALIASED and BICUBIC: a square table is interpolated to the tile's size.
-    BILINEAR_CORNERS keeps the corners in place. ANTIALIASED has wider weights if the tile is smaller than the table.
-    BICUBIC has PyTorch's kernel (a = -0.75). AXES: there is a table for columns and a table for lines."""
+    """The learned positions that are added to patches. NONE means that there are none. TABLE is a table with a row for
+    each patch of a tile of fixed size. The next three are square tables, interpolated to the tile's size.
+    BILINEAR_CORNERS keeps the corners in place, ANTIALIASED has wider weights if the tile is smaller than the table,
+    and BICUBIC has PyTorch's kernel (a = -0.75). AXES has a table for columns and a table for lines."""
 
     NONE = auto()
     TABLE = auto()
@@ -28,20 +28,21 @@ class Positions(Enum):
 @dataclass(frozen=True, slots=True)
 class VisionFamily:
     """A family of encoders. `emit` appends the steps to a builder and returns the buffer with the result.
+
     merge_key, merge: the key for the side of a merge group in patches, and its default. The key is required if None.
     gelu, plain: the activations of files with `use_gelu`, and of files with neither `use_gelu` nor `use_silu`.
-    turns, windows: the program has rotations by height and width, or attention in windows.
-    bidirectional: in the text model, an image's rows see each other.
-    sections: the text model rotates an image's rows by their line and column (M-RoPE).
-    tokens: the lowest and highest row count of an image whose size is free. If None, all tiles have the file's size.
+    turns, windows: the program has RoPE by height and width, or attention in windows.
+    bidirectional: rows of the same image attend to each other in the text model.
+    sections: the text model's RoPE uses the line and column of an image's rows (M-RoPE).
+    tokens: minimum and maximum number of rows of an image of free size. If None, all tiles have the file's size.
     class_place: the index of the class row in the table of positions (see `classes`). If None, there is no class row.
-    first_place: the position of the first line and column in rotations. The class row has position 0.
-    pads: images whose size is free are padded to whole merge groups.
+    first_place: the position of the first line and column in RoPE. The class row has position 0.
+    pads: images of free size are padded to whole merge groups.
     signed: a normalized colour c becomes 2 c - 1.
-    transposed: tensors that files store in another order, and whether they are convolutions of a merge group, with the
-        shape [out, channels, height, width].
+    transposed: tensors that files store in another order. True marks a convolution of a merge group, whose shape is
+        [out, channels, height, width].
     as_row: vectors that the program reads as matrices of one row.
-    unread: tensors that llama.cpp needs and that the text model also has."""
+    unread: tensors that llama.cpp needs and that the text model has too."""
 
     emit: Callable[[VisionBuilder], Buffer]
     merge_key: str = "vision.projector.scale_factor"

@@ -17,8 +17,9 @@ STANDARD_BIAS, STANDARD_SCALE = "v.std_bias", "v.std_scale"
 
 
 def gemma4v(builder: VisionBuilder) -> Buffer:
-    """The first half of each head is rotated by the column and the second half by the line. Scores are not scaled. The
-    mean of each group of patches is scaled, standardized if the file has the tensors for it, and normed."""
+    """Emits the encoder. The first half of each head is rotated by the column, and the second half by the line. Scores
+    are not scaled. The mean of each group of patches is scaled, standardized if the file has tensors for it, and
+    normed."""
     builder.rms = True
     hp = builder.hyperparameters
     each = frequencies(hp.head_dim // 2, _ROPE_BASE)
@@ -40,7 +41,6 @@ def gemma4v(builder: VisionBuilder) -> Buffer:
 
 
 def _standardize(builder: VisionBuilder, x: Buffer) -> None:
-    """x = (x - bias) * scale. The difference is computed as -(-x + bias)."""
     negative, shifted = Buffer("negative", x.width), Buffer("shifted", x.width)
     bias = builder.floats(STANDARD_BIAS, (1, x.width))
     builder.append(

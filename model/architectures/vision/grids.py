@@ -1,4 +1,4 @@
-"""Encoders with interpolated tables of positions and with rotations: GLM-4V, Kimi VL."""
+"""Encoders with interpolated tables of positions and with RoPE: GLM-4V, Kimi VL."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from llamaclust.model.program import Buffer, RopeTable
 from llamaclust.model.steps.options import ActivationFunction, RopeStyle
 
 _ROPE_BASE = 10000.0
-_MERGER_EPSILON = 1e-5  # PyTorch's own
+_MERGER_EPSILON = 1e-5  # PyTorch's default.
 _MERGER = "mm.patch_merger"
 
 
 def glm4v(builder: VisionBuilder) -> Buffer:
-    """GLM-4.1V and later. Patches are normed before positions are added. A convolution merges them near the end."""
+    """GLM-4.1V and later. Patches are normed before positions are added. A convolution merges patches near the end."""
     builder.rms = True
     hp = builder.hyperparameters
     rotation = halves(hp.head_dim, _ROPE_BASE, RopeStyle.NEOX, (HEIGHT, WIDTH))

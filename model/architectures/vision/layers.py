@@ -1,4 +1,4 @@
-"""Blocks from which image encoders are built. Each weight that a block names is checked against the file."""
+"""Blocks from which image encoders are built. The builder checks each weight that a block names against the file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ _PLAIN = VisionAttention()
 @dataclass(frozen=True, slots=True)
 class VisionHyperparameters:
     """Widths and counts of an encoder. `patch_size` is in pixels. A square of `merge` x `merge` patches becomes one row
-    for the text model. `added_width` channels follow a patch's pixels in the input and are added to its embedding."""
+    for the text model. In the input, a patch's pixels are followed by `added_width` channels, which are added to its
+    embedding."""
 
     block_count: int
     embedding_length: int
@@ -43,8 +44,8 @@ class VisionHyperparameters:
 
 
 class VisionBuilder(CheckedTensors):
-    """Builds the program of an encoder, which reads the patches of one tile and returns rows for a text model. Methods
-    append steps in the order of computation. If `rms`, norms do not subtract the mean."""
+    """Builds the program of an encoder, which reads the patches of one tile and writes rows for a text model. Each
+    method appends steps in the order of computation. If `rms`, norms do not subtract the mean."""
 
     def __init__(self, model: ModelFile, hyperparameters: VisionHyperparameters) -> None:
         super().__init__(model)
@@ -57,7 +58,7 @@ class VisionBuilder(CheckedTensors):
         self._pixels = Buffer("pixels", pixels) if hp.added_width else self._patches
 
     def program(self, out: Buffer) -> Program:
-        """Returns the program. It reads rows and returns rows, like a stage that is neither first nor last."""
+        """Returns a program that reads rows and writes rows, like a stage that is neither first nor last."""
         layers = self.hyperparameters.block_count
         return Program(1, layers + 1, layers + 2, self._patches, out, tuple(self._steps))
 
@@ -65,7 +66,7 @@ class VisionBuilder(CheckedTensors):
         self._steps += added
 
     def embed(self, *, bias: bool = True, norm: str | None = None) -> None:
-        """hidden = embedded patches, plus the bias, normed if `norm` is a name, plus the added channels."""
+        """hidden = embedded patches + bias, normed if `norm` is a name, + added channels."""
         hp, embedded = self.hyperparameters, self.hidden
         if hp.added_width:
             self.append(steps.Slice(self._patches, self._pixels, 0))
@@ -79,7 +80,7 @@ class VisionBuilder(CheckedTensors):
             self.norm("v.pre_ln", self.hidden, self.hidden)
 
     def _embed_pixels(self, embedded: Buffer, has_bias: bool) -> None:
-        """Files may have a weight for each of a video's two frames. An image stands for both frames."""
+        """Embeds the pixels. Files may have a weight for each of two video frames. An image stands for both frames."""
         shape = (embedded.width, self._pixels.width)
         bias = self.vector(PATCH_BIAS, embedded.width) if has_bias else None
         self.append(steps.MatMul(self._pixels, embedded, self.weight(PATCH_WEIGHT, shape), bias))
@@ -91,7 +92,6 @@ class VisionBuilder(CheckedTensors):
             )
 
     def attention(self, layer: int, variant: VisionAttention = _PLAIN) -> None:
-        """hidden += output(attention(rope(q), rope(k), v)). q, k and v are products of the normed hidden state."""
         hp, prefix = self.hyperparameters, f"v.blk.{layer}"
         query, key, value, attended, projected = (
             Buffer(name, hp.embedding_length) for name in ("query", "key", "value", "attended", "projected")
@@ -112,7 +112,7 @@ class VisionBuilder(CheckedTensors):
         hp = self.hyperparameters
         return steps.Attention(
             *buffers,
-            layer=1,  # of KV memory, which all layers share
+            layer=1,  # All layers share one KV memory.
             heads=hp.head_count,
             kv_heads=hp.head_count,
             head_dim=hp.head_dim,
@@ -151,7 +151,7 @@ class VisionBuilder(CheckedTensors):
 
     def feed_forward(self, layer: int, *, out: Buffer | None = None) -> None:
         """hidden += down(activation(up)), or down(activation(gate) * up) if the file has a gate. If `out` is given, the
-        sum is written to it and it becomes the hidden state."""
+        sum is written to `out`, which becomes the hidden state."""
         prefix, activation = f"v.blk.{layer}", self.hyperparameters.activation
         normed = self._normed(f"{prefix}.ln2")
         up_name, down_name = self._inner_names(prefix)
@@ -171,7 +171,8 @@ class VisionBuilder(CheckedTensors):
         self._add(projected, f"{prefix}.ls2", f"{prefix}.ffn_post_norm", out)
 
     def _inner_names(self, prefix: str) -> tuple[str, str]:
-        """Returns the names of the up and down tensors. They are exchanged in files from before April 2025."""
+        """Returns the names of the up and down tensors. In files from before April 2025, the two names are
+        exchanged."""
         names = f"{prefix}.ffn_up", f"{prefix}.ffn_down"
         down = self.model.tensor(f"{names[1]}.weight")
         return names[::-1] if down.shape[-1] == self.hyperparameters.embedding_length else names
@@ -191,7 +192,7 @@ class VisionBuilder(CheckedTensors):
         self.hidden = out
 
     def norm(self, name: str, x: Buffer, out: Buffer, heads: int = 1, epsilon: float | None = None) -> None:
-        """out = the norm of x, or of each of its `heads` parts if the weight is only as wide as one part."""
+        """out = the norm of x. If the weight is only as wide as one of x's `heads` parts, each part is normed."""
         epsilon = epsilon or self.hyperparameters.epsilon
         if self.rms:
             parts = heads if self.model.tensor(f"{name}.weight").shape == (x.width // heads,) else 1
@@ -210,7 +211,6 @@ class VisionBuilder(CheckedTensors):
         return merged
 
     def perceptron(self, x: Buffer, names: Sequence[str], activation: ActivationFunction, out: str) -> Buffer:
-        """Returns the buffer with second(activation(first(x))), named `out`."""
         first, second = names
         inner, result = Buffer(f"{out} inner", self.width(first)), Buffer(out, self.width(second))
         self.append(self.product(first, x, inner))

@@ -1,4 +1,4 @@
-"""The encoder of Pixtral, Mistral Small 3.1 and later models. It has RMS norms, gates, and rotations."""
+"""The encoder of Pixtral, Mistral Small 3.1 and later models. It has RMS norms, gates, and RoPE."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ _MERGER = "mm.patch_merger"
 
 
 def pixtral(builder: VisionBuilder) -> Buffer:
-    """Rows of Q and K are permuted in files: adjacent channels are a rotated pair. Newer models merge patches."""
+    """Emits the encoder. Rows of Q and K are permuted, so that RoPE pairs adjacent channels. Newer models merge
+    patches."""
     builder.rms = True
     hp = builder.hyperparameters
     rotation = alternating(hp.head_dim, _ROPE_BASE, RopeStyle.NORM, (HEIGHT, WIDTH))

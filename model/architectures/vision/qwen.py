@@ -1,4 +1,4 @@
-"""The encoders of Qwen 2.5 VL and Qwen 3 VL. They have rotations by a patch's place, and a merger of 2 x 2 patches."""
+"""The encoders of Qwen 2.5 VL and Qwen 3 VL. They have RoPE by line and column, and merge 2 x 2 patches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MERGER = ("mm.0", "mm.2")
 
 
 def qwen25vl(builder: VisionBuilder) -> Buffer:
-    """Qwen 2.5 VL. It has RMS norms and gates. All layers except every `n_wa_pattern`-th have windows."""
+    """Qwen 2.5 VL. It has RMS norms and gates. All layers have windows, except every `n_wa_pattern`-th layer."""
     builder.rms = True
     layers = builder.hyperparameters.block_count
     period = ModelKeys(builder.model).count("vision.n_wa_pattern", minimum=0, maximum=1 << 10)
@@ -31,8 +31,8 @@ def qwen25vl(builder: VisionBuilder) -> Buffer:
 
 
 def qwen3vl(builder: VisionBuilder) -> Buffer:
-    """Qwen 3 VL. Norms subtract the mean, and positions are interpolated. Results of some layers are merged into
-    further rows for the text model's first layers (deepstack)."""
+    """Qwen 3 VL. Norms subtract the mean, and positions are interpolated. The results of some layers become more rows
+    of the image, which the first layers of the text model add (DeepStack)."""
     layers = builder.hyperparameters.block_count
     kept: list[tuple[int, Buffer]] = []
     rotation = _rotation(builder)
@@ -67,8 +67,8 @@ def _joined(builder: VisionBuilder, rows: Buffer, level: Buffer) -> Buffer:
 
 
 def _merged(builder: VisionBuilder, parts: list[Buffer]) -> Iterator[Buffer]:
-    """Merges the rows of several buffers. All are joined before, because a program merges rows only once. The caller
-    must append the steps that read a result before it takes the next result, which is in the same buffer."""
+    """Merges the rows of several buffers, and yields one result for each. They are joined first, because a program
+    merges rows only once. All results are in one buffer, so the caller must use each before it takes the next."""
     if len(parts) == 1:
         yield builder.merge(parts[0])
         return

@@ -1,4 +1,4 @@
-"""Rotations of queries and keys by a patch's place in its tile."""
+"""RoPE of queries and keys by a patch's line and column in its tile."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from llamaclust.model.program import RopeTable
 from llamaclust.model.steps.options import RopeStyle
 
 HEIGHT, WIDTH = 0, 1
-"""The sections of a batch's rope positions in an image encoder."""
+"""The two sections of a patch's rope positions."""
 
 
 def halves(head_dim: int, base: float, style: RopeStyle, sections: tuple[int, int]) -> Rotation:
-    """Returns a rotation by two sections. The first half of the pairs is rotated by the first section, the second half
-    by the second. Both halves have the frequencies base^(-4 i / head_dim)."""
+    """Returns RoPE by two sections. The first half of the pairs is rotated by the first section, and the second half by
+    the second section. Both halves have the frequencies base^(-4 i / head_dim)."""
     half = frequencies(head_dim // 2, base)
     return Rotation(style, RopeTable(half + half), _sections(len(half), sections))
 
 
 def alternating(head_dim: int, base: float, style: RopeStyle, sections: tuple[int, int]) -> Rotation:
-    """Returns a rotation like `halves`, with the frequencies base^(-2 i / head_dim): even i first, then odd i."""
+    """Returns RoPE like `halves`, with the frequencies base^(-2 i / head_dim): first for even i, then for odd i."""
     whole = frequencies(head_dim, base)
     half = len(whole) // 2
     return Rotation(style, RopeTable(whole[::2] + whole[1::2]), _sections(half, sections))

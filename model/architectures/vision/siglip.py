@@ -1,4 +1,4 @@
-"""Encoders with SigLIP's layers: learned positions, norms with a mean before blocks, and attention to all patches."""
+"""Encoders with SigLIP's layers: learned positions, LayerNorm before blocks, and attention to all patches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from llamaclust.model.program import Buffer
 from llamaclust.model.steps.options import ActivationFunction
 
 _PROJECTION, _SOFT_NORM, _INPUT_NORM = "mm.input_projection", "mm.soft_emb_norm", "mm.input_norm"
-_INPUT_NORM_EPSILON = 1e-5  # PyTorch's own
+_INPUT_NORM_EPSILON = 1e-5  # PyTorch's default.
 
 
 def idefics3(builder: VisionBuilder) -> Buffer:
@@ -33,7 +33,7 @@ def gemma3(builder: VisionBuilder) -> Buffer:
 
 
 def lfm2(builder: VisionBuilder) -> Buffer:
-    """LFM2-VL (SigLIP 2). Positions are interpolated, patches are grouped, and some models norm the groups."""
+    """LFM2-VL (SigLIP 2). Positions are interpolated and patches are grouped. Some models norm the groups."""
     _layers(builder)
     merged = builder.merge(builder.hidden)
     if builder.has(f"{_INPUT_NORM}.weight"):

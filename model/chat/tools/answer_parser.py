@@ -1,4 +1,4 @@
-"""Parses answers while their text arrives, and emits events. Events do not depend on how the text is split."""
+"""Parses an answer while its text arrives, and emits events. How the text is split does not change the events."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ class AnswerParser:
         begun: str = "",
         reads_unmarked: bool = False,
     ) -> None:
-        """Reads calls only if there are `tools`. Unless `splits_reasoning`, reasoning stays in the content with its
-        markers. `begun` is the part of the answer that is in the prompt. It makes no events, except for a call that it
-        leaves open. If `reads_unmarked`, an answer that consists of calls without markers is read as calls."""
+        """Creates a parser. It reads calls only if there are `tools`. Unless `splits_reasoning`, reasoning stays in the
+        content with its markers. `begun` is the part of the answer that is in the prompt. It makes no events, except
+        those of a call that is still open. If `reads_unmarked`, an answer that consists of calls without markers is
+        read as calls."""
         self._form = form
         self._source = TextSource()
         self._sink = CallSink(tools, most_calls)
@@ -63,7 +64,7 @@ class AnswerParser:
 
     def end(self) -> list[AnswerEvent]:
         if self._sink.calls and not self._sink.is_open and self._content.is_cut:
-            self._source.drop_beginning(self._triggers)  # of a further call that the answer's limit cut
+            self._source.drop_beginning(self._triggers)  # The answer's limit may have cut another call.
         self._source.end()
         return self._advance()
 
@@ -91,7 +92,7 @@ class AnswerParser:
         self._reasoning.end()
 
     def _next(self) -> Reading[bool]:
-        """Reads content up to a marker, and what the marker begins. Returns False at the end of the answer."""
+        """Reads content up to a marker, and the call or reasoning after it. Returns False at the end of the answer."""
         if (yield from self._unmarked_calls()):
             return True
         tags = self._tags
@@ -137,7 +138,6 @@ class AnswerParser:
             yield from self._call(marker)
 
     def _call(self, trigger: str) -> Reading[None]:
-        """Reads the calls after a trigger. If there are no calls, the trigger and the text after it are content."""
         assert self._frame is not None and self._form.calls is not None
         self._source.record()
         lines = self._frame.lines
@@ -150,7 +150,7 @@ class AnswerParser:
         text = self._source.recorded()
         if not is_call:
             is_cut = self._sink.calls > 0 and not (yield from self._source.ahead())
-            self._content.push("" if is_cut else trigger + text)  # a further call that the answer's limit cut is none
+            self._content.push("" if is_cut else trigger + text)  # The answer's limit may have cut another call.
             return
         self._content.cut()
         yield from self._call_ends()

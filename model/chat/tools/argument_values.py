@@ -1,4 +1,4 @@
-"""Converts an argument's plain text to JSON, with the type in the tool's schema."""
+"""Converts the plain text of an argument to JSON of the type in the tool's schema."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ STRING: Final = frozenset({"string"})
 _UNIONS: Final = ("anyOf", "oneOf", "allOf")
 _MAX_DEPTH: Final = 8
 _MAX_LITERAL_CHARACTERS: Final = 1 << 14
-"""The maximum length of a text that Python's parser reads. The parser needs 100 times the text's memory."""
+"""The maximum length of a text that Python's parser reads. The parser needs 100 times as much memory as the text."""
 _CONSTANTS: Final = {"True": "true", "False": "false", "None": "null"}
 
 
 def arguments_object(text: str) -> dict[str, Any] | None:
-    """Parses a call's complete arguments. Returns None if they are not a JSON object or exceed float64."""
+    """Parses a call's arguments. Returns None if they are not a JSON object, or if a number exceeds float64."""
     try:
         value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError):
@@ -34,7 +34,7 @@ def property_schema(schema: Schema, key: str) -> Schema:
 
 
 def types_of(schema: Schema, depth: int = 0) -> frozenset[str]:
-    """Returns the JSON types that a value may have. An empty set means that the schema does not restrict types."""
+    """Returns the JSON types that the schema allows for a value. An empty set means any type."""
     declared = schema.get("type")
     if isinstance(declared, str):
         return frozenset({declared})
@@ -69,8 +69,8 @@ def type_name(value: Any) -> str:
 
 
 def json_of(text: str, types: frozenset[str]) -> str:
-    """Returns the text itself if it is JSON of one of the types, and otherwise a JSON string. An empty set of types
-    stands for any type. Python's True, False and None are understood."""
+    """Returns the text itself if it is JSON of one of the types, and otherwise returns it as a JSON string. An empty
+    set of types means any type. Python's True, False and None are converted."""
     if types == STRING:
         return string(text)
     bare = text.strip()

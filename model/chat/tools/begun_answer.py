@@ -1,4 +1,4 @@
-"""The part of an answer that the prompt contains: reasoning that has begun, or an assistant message to continue."""
+"""The part of an answer that the prompt already has: opened reasoning, or the beginning of an assistant message."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from llamaclust.model.chat.tools.tool_format import ChannelCalls, ToolFormat
 
 
 def opened_reasoning(form: ToolFormat, prompt: str) -> str:
-    """Returns the reasoning tag at the end of the prompt, or "" if the answer does not begin with reasoning."""
+    """Returns the open reasoning tag at the end of the prompt, or "" if the answer does not begin with reasoning."""
     tags = form.reasoning
     if tags is None or not prompt.rstrip().endswith(tags.begin):
         return ""
@@ -19,7 +19,6 @@ def ended_reasoning(form: ToolFormat, prompt: str) -> str:
 
 
 def continuation(form: ToolFormat, prompt: str, reasoning: str, content: str, *, in_reasoning: bool) -> str:
-    """Returns the text to append to a generation prompt, so that the model continues a message."""
     if isinstance(form.calls, ChannelCalls):
         return _channel_continuation(form.calls, reasoning, content, in_reasoning=in_reasoning)
     tags = form.reasoning

@@ -13,14 +13,14 @@ Tools = Mapping[str, Schema]
 
 
 class CallSink:
-    """Collects the events of tool calls and numbers the calls. Calls that the prompt has completed are not counted."""
+    """Collects the events of tool calls and numbers the calls. Calls that are complete in the prompt have no number."""
 
     def __init__(self, tools: Tools, most_calls: int | None) -> None:
         self.tools = tools
         self._most_calls = most_calls
         self._events: list[AnswerEvent] = []
         self._calls = 0
-        self._prompt_calls = 0  # of these, those that the prompt has completed
+        self._prompt_calls = 0  # Number of calls that are complete in the prompt.
         self.is_open = False
 
     @property
@@ -35,7 +35,7 @@ class CallSink:
         self._events.append(event)
 
     def drop_begun(self) -> None:
-        """Drops the events of the prompt's text. Keeps the events of an open call, which the answer continues."""
+        """Drops the events of the prompt's text, except those of an open call, which the answer continues."""
         of_call = (event for event in self.take_events() if isinstance(event, CallBegun | ArgumentText))
         self._prompt_calls = self._calls
         if self.is_open:

@@ -1,4 +1,4 @@
-"""Reads answers that consist of messages. A message's header marks it as reasoning, content or a tool call."""
+"""Reads answers that consist of messages. The header of a message marks reasoning, content or a tool call."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from llamaclust.model.chat.tools.tool_format import ChannelCalls
 @dataclass(frozen=True, slots=True)
 class _Texts:
     content: TextRun
-    reasoning: TextRun | None  # None: reasoning stays in the content, with its markers
+    reasoning: TextRun | None  # None means that reasoning stays in the content with its markers.
 
 
 class ChannelReader:
-    """Reads a whole answer. The first message has begun in the prompt."""
+    """Reads a whole answer. The header of its first message begins in the prompt."""
 
     def __init__(
         self, source: TextSource, sink: CallSink, calls: ChannelCalls, content: TextRun, reasoning: TextRun | None

@@ -41,7 +41,7 @@ def template_messages(form: ToolFormat, messages: Sequence[Message], tools: Sequ
 def _with_ids(messages: Sequence[Message], length: int) -> list[Message]:
     """Gives calls ids of `length` characters. A result without an id belongs to the first open call of its name."""
     made: list[Message] = []
-    waiting: list[tuple[str, str]] = []  # ids and names of calls without results
+    waiting: list[tuple[str, str]] = []  # Ids and names of calls without results.
     calls = 0
     for message in messages:
         if given := message.get("tool_calls"):
@@ -102,7 +102,7 @@ def _arguments(function: Message) -> Any:
 
 
 def _add_result(form: ToolFormat, adapted: list[dict[str, Any]], message: Message, names: Mapping[str, str]) -> None:
-    """Adds a tool's result. If the template has no tool role, adjacent results together become a user message."""
+    """Adds a tool's result. For a template without a tool role, adjacent results are joined to one user message."""
     name = message.get("name") or names.get(str(message.get("tool_call_id", "")))
     named = {} if name is None else {"name": name}
     if form.takes_tool_role:

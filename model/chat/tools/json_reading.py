@@ -19,7 +19,7 @@ Sink = Callable[[str], None]
 
 
 def raw_value(source: TextSource, sink: Sink) -> Reading[None]:
-    """Passes the text of a JSON value to `sink` while it arrives. The value ends where the text is not JSON."""
+    """Passes the text of a JSON value to `sink` while the text arrives. The value ends at text that is not JSON."""
     first = yield from source.ahead()
     if first == '"':
         yield from _raw_string(source, sink)

@@ -1,4 +1,4 @@
-"""Formats for templates whose output does not reveal their format. Marks in a template's text identify the format."""
+"""Formats for templates whose output does not reveal their format. Texts in the template identify the format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llamaclust.model.chat.tools.tool_format import (
 )
 
 GENERIC_CALLS: Final = ObjectCalls(Frame(call_begin="<tool_call>", call_end="</tool_call>"))
-"""The format of Hermes and Qwen. The prompt asks for this format if the template has none."""
+"""The format of Hermes and Qwen. If the template has no tool calls, the prompt tells the model to use this format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ SHOWN_CALLS: Final = (
     ),
     (("functools[",), ObjectCalls(Frame("functools"), is_list=True)),
 )
-"""Call formats that a template only explains in its text. Such a template does not render the calls of messages."""
+"""Call formats that a template only explains in words. Such a template does not render the calls of messages."""
 
 KNOWN_REASONING: Final = (
     ReasoningTags("<think>", ("</think>",)),
@@ -186,4 +186,4 @@ KNOWN_REASONING: Final = (
     ReasoningTags("<thinking>", ("</thinking>",)),
     ReasoningTags("<reasoning>", ("</reasoning>",)),
 )
-"""Reasoning tags to search for in the text of templates that do not render reasoning."""
+"""Reasoning tags that are searched for in the source of templates that do not render reasoning."""

@@ -1,4 +1,4 @@
-"""Readers of tool calls that begin with the tool's name. A JSON object or arguments between markers follow."""
+"""Readers of tool calls that begin with the tool's name, followed by a JSON object or by arguments between markers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class TaggedReader:
         if not _NAME.fullmatch(name):
             return False
         yield from skip_lines(self._source, self._name_end)
-        yield from self._source.word(self._first_markers, MAX_NAME_CHARACTERS)  # attributes of the call
+        yield from self._source.word(self._first_markers, MAX_NAME_CHARACTERS)  # Skips attributes of the call.
         self._sink.begin(name)
         written = 0
         while (yield from self._argument(name, written)):
@@ -122,7 +122,6 @@ def lines_of(marker: str) -> tuple[str, ...]:
 
 
 def skip_lines(source: TextSource, lines: tuple[str, ...]) -> Reading[None]:
-    """Takes the lines of a marker and the white space around the lines. Each line may be missing."""
     yield from source.skip_space()
     for line in lines:
         yield from source.take_literal((line,))

@@ -15,12 +15,12 @@ _NAME: Final = re.compile(r"[\w.\-/]+")
 _KEY: Final = re.compile(r"\w+")
 _PLAIN: Final = re.compile(r"""[^"'(){}\[\],\\]+""")
 _GEMMA_KEY: Final = re.compile(r"(?<![^\s{}\[\],:\"])([^\s{}\[\],:\"]++)\s*+:")
-"""Matches a whole key. Possessive quantifiers scan a long word only once."""
+"""Matches a whole key. Possessive quantifiers make sure that a long word is scanned only once."""
 _MAX_DEPTH: Final = 64
 
 
 class NotatedReader:
-    """Reads calls, and emits an argument only when its value is complete."""
+    """Reads calls. An argument is emitted only when its value is complete."""
 
     def __init__(self, source: TextSource, sink: CallSink, calls: NotatedCalls) -> None:
         self._source = source
@@ -76,7 +76,6 @@ class NotatedReader:
             self._sink.argument("}" if written else "{}")
 
     def _python_value(self) -> Reading[str]:
-        """Returns the text of a literal. It ends before a comma or the bracket that closes the arguments."""
         text, depth = "", 0
         while character := (yield from self._source.ahead()):
             if depth == 0 and character in ",)":
@@ -135,7 +134,7 @@ class NotatedReader:
 
 
 class _Elements:
-    """Converts a call's elements to JSON. Content is text if it has no inner elements or may be a string."""
+    """Converts a call's elements to JSON. Content is text if it has no inner elements, or if it may be a string."""
 
     def __init__(self, text: str, mark: str) -> None:
         self._text = text

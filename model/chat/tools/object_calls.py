@@ -1,4 +1,4 @@
-"""Reads tool calls that are JSON objects with a name, arguments and perhaps an id, in any order."""
+"""Reads tool calls that are JSON objects. They have a name, arguments and perhaps an id, in any order."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _OTHER_KEYS: Final = ("type", "function", "index")
 class _Call:
     name: str = ""
     call_id: str = ""
-    held: list[str] = field(default_factory=list)  # arguments before the name
+    held: list[str] = field(default_factory=list)  # Arguments that came before the name.
     has_arguments: bool = False
 
 
 class ObjectReader:
-    """Reads the template's keys and other common keys, because models do not always write the template's keys."""
+    """Reads the template's keys and other common keys, because models do not always follow the template."""
 
     def __init__(self, source: TextSource, sink: CallSink, calls: ObjectCalls, *, is_bare: bool) -> None:
-        """Creates a reader. A bare object, which no marker precedes, is a call only if it names a known tool."""
+        """Creates a reader. A bare object has no marker before it, and is a call only if it names a known tool."""
         self._source = source
         self._sink = sink
         self._calls = calls
         self._is_bare = is_bare
 
     def read(self) -> Reading[bool]:
-        """Returns True if there was a call. Without a call, no event has been emitted."""
+        """Returns True if there was a call. Emits no event if there was none."""
         yield from self._source.skip_space()
         first = yield from self._source.ahead()
         if first == "[":

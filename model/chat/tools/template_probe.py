@@ -1,4 +1,4 @@
-"""Renders a chat template with sentinel values, and compares the texts to learn how it writes reasoning and calls."""
+"""Renders a chat template with marker texts such as `Zqcontent9`, to learn how it writes reasoning and calls."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from llamaclust.model.chat.tools.tool_format import ReasoningTags
 
 Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message], bool, Mapping[str, Any]], str]
-"""Renders messages, with a generation prompt if the flag is set. The mapping has variables. May raise RequestError."""
+"""Renders messages. The flag adds a generation prompt, and the mapping has variables. May raise RequestError."""
 
 NAMES: Final = ("zqfirsttool", "zqsecondtool")
 KEYS: Final = ("zqfirstkey", "zqsecondkey")
 VALUES: Final = ("Zqfirstvalue", "Zqsecondvalue")
 NUMBER: Final = 70613
-CALL_IDS: Final = ("zqcall001", "zqcall002")  # nine characters, as Mistral's templates require
-OTHER_CALL_ID: Final = "call_zq0123456789abcdef01234567"  # as OpenAI's API has them
+CALL_IDS: Final = ("zqcall001", "zqcall002")  # Mistral's templates require nine characters.
+OTHER_CALL_ID: Final = "call_zq0123456789abcdef01234567"  # OpenAI's API has ids of this form.
 CONTENT: Final = "Zqcontent9"
 REASONING: Final = "Zqreasoning8"
 RESULT: Final = "Zqresult7"
@@ -35,7 +35,7 @@ _FIRST_MARKUP: Final = re.compile(r"\s*(<[^<>\s]+>|\[[^\[\]]+\])")
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A template, the form of arguments that it takes, and its reasoning tags, which are removed from call texts."""
+    """A template, the form of arguments that it takes, and its reasoning tags. `call_text` removes empty reasoning."""
 
     render: Render
     text_arguments: bool = False

@@ -11,14 +11,14 @@ _MAX_HELD: Final = 64
 
 
 class TextRun:
-    """A run of text. White space at its end is held back until the text after it is known."""
+    """A run of text. White space at the end of the run is held back until more text or a marker follows."""
 
     def __init__(self, put: Callable[[AnswerEvent], None], event: Callable[[str], AnswerEvent]) -> None:
         self._put = put
         self._event = event
         self._held = ""
         self._skips_space = False
-        self.has_begun = False  # something other than white space was there
+        self.has_begun = False  # True after text other than white space.
 
     def push(self, text: str) -> None:
         text = self._held + text
@@ -36,7 +36,7 @@ class TextRun:
         return self._skips_space
 
     def cut(self) -> None:
-        """Marks the place of a marker. The white space before and after the marker is dropped."""
+        """Marks the place of a marker. White space before and after this place is dropped."""
         self._held = ""
         self._skips_space = True
 

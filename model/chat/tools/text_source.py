@@ -13,7 +13,7 @@ _SPACE: Final = re.compile(r"\s+")
 
 
 class Markers:
-    """Texts to search for. The leftmost match is found. If two texts match at its place, the longer text is found."""
+    """Texts to search for. The leftmost match is found, and if several texts match there, the longest."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts = tuple(sorted({text for text in texts if text}, key=len, reverse=True))
@@ -71,7 +71,6 @@ class TextSource:
         return text
 
     def ahead(self, count: int = 1) -> Reading[str]:
-        """Returns the next `count` characters without taking them. Returns fewer only at the end of the text."""
         while len(self._text) - self._at < count and not self._is_ended:
             yield
         return self._text[self._at : self._at + count]
@@ -83,12 +82,10 @@ class TextSource:
             self.take(found.end() - self._at)
 
     def take_match(self, pattern: re.Pattern[str]) -> str:
-        """Takes and returns the pattern's match at the current position, or "". Does not wait for more text."""
         found = pattern.match(self._text, self._at)
         return self.take(found.end() - self._at) if found else ""
 
     def take_literal(self, literals: Sequence[str]) -> Reading[str]:
-        """Takes and returns the longest literal that comes next, or "" if none comes next."""
         candidates = sorted(literals, key=len, reverse=True)
         while True:
             text = self._text[self._at : self._at + len(candidates[0])] if candidates else ""
@@ -96,7 +93,7 @@ class TextSource:
                 if text.startswith(literal):
                     return self.take(len(literal))
                 if literal.startswith(text) and not self._is_ended:
-                    break  # a longer one may still come
+                    break  # More text may complete this literal.
             else:
                 return ""
             yield

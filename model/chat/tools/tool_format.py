@@ -1,4 +1,4 @@
-"""The format of a model's reasoning and tool calls, as data for parser, grammar and template probe."""
+"""The format of a model's reasoning and tool calls. Parser, grammar and template probe use it as data."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _BETWEEN_TAGS: Final = re.compile(r"\n|(?<=[>`])(?=<)")
 
 @dataclass(frozen=True, slots=True)
 class ReasoningTags:
-    """The tags around reasoning. Reasoning ends at the first tag of `ends` in the text. `ends[0]` is the usual tag."""
+    """The tags around reasoning. Any tag in `ends` ends the reasoning. `ends[0]` is the usual tag."""
 
     begin: str
     ends: tuple[str, ...]
-    repeats: bool = False  # reasoning may also follow content
+    repeats: bool = False  # True if reasoning may follow content too.
 
     @property
     def end(self) -> str:
@@ -25,8 +25,8 @@ class ReasoningTags:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Texts around calls: `section_begin`, then for each call `call_begin`, the call and `call_end`, and then
-    `section_end`. They have no white space at their ends, and may be empty. `call_begin` may have several lines."""
+    """Texts around calls. `section_begin` and `section_end` enclose all calls, and `call_begin` and `call_end` enclose
+    each call. The texts have no white space at their ends and may be empty. `call_begin` may have several lines."""
 
     section_begin: str = ""
     call_begin: str = ""
@@ -40,7 +40,7 @@ class Frame:
 
     @property
     def triggers(self) -> tuple[str, ...]:
-        """The markers that begin calls: the first line, and lines that look like markup, because models skip lines."""
+        """The first line, and lines that look like markup. Each can begin calls, because models may skip lines."""
         lines = self.lines
         return tuple(line for place, line in enumerate(lines) if place == 0 or line[0] in "<[]")
 
@@ -58,9 +58,9 @@ class ObjectCalls:
     name_key: str = "name"
     arguments_key: str = "arguments"
     id_key: str = ""
-    wrapper_key: str = ""  # the object is the value of this key
+    wrapper_key: str = ""  # Key of an outer object that has the call as its value.
     is_list: bool = False
-    name_is_key: bool = False  # {NAME: ARGUMENTS}
+    name_is_key: bool = False  # True for calls of the form {NAME: ARGUMENTS}.
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +69,14 @@ class NamedCalls:
 
     frame: Frame
     name_end: str = ""
-    id_begin: str = ""  # empty if there is no id
-    has_name_in_id: bool = False  # functions.NAME:0 stands in place of the name
+    id_begin: str = ""  # Empty if there is no id.
+    has_name_in_id: bool = False  # True if `functions.NAME:0` replaces the name.
 
 
 @dataclass(frozen=True, slots=True)
 class TaggedCalls:
-    """Calls of a name and arguments, with markers around each key and value. If `value_begin` is set, it follows an
-    attribute, which is `string_attribute` for strings and another text for other values."""
+    """Calls with a name and arguments that have markers around each key and value. If `value_begin` is set, an
+    attribute precedes it. The attribute is `string_attribute` for strings and another text for other values."""
 
     frame: Frame
     name_end: str
@@ -85,15 +85,15 @@ class TaggedCalls:
     value_end: str
     value_begin: str = ""
     string_attribute: str = ""
-    value_indent: str = ""  # white space before a value, which is no part of it, such as a line break
-    value_dedent: str = ""  # white space after a value
-    has_cdata: bool = False  # values may be CDATA sections
+    value_indent: str = ""  # White space, such as a line break, that the format adds before a value.
+    value_dedent: str = ""  # White space that the format adds after a value.
+    has_cdata: bool = False  # True if values may be CDATA sections.
 
 
 class Notation(Enum):
-    PYTHON = auto()  # NAME(key="text", other=1), also in a list
+    PYTHON = auto()  # NAME(key="text", other=1), single or in a list.
     GEMMA = auto()  # NAME{key:<|"|>text<|"|>,other:1}
-    ELEMENTS = auto()  # an element for each key, nested for objects and lists
+    ELEMENTS = auto()  # An element for each key. Objects and lists have nested elements.
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,19 +107,20 @@ class NotatedCalls:
 
 @dataclass(frozen=True, slots=True)
 class ChannelCalls:
-    """An answer that consists of messages. A message's header names a recipient or channel. The regular expression
-    `recipient` finds a tool's name, `reasoning` finds reasoning, and `ignored` finds recipients that are no tools."""
+    """An answer that consists of messages. The header of a message names a recipient or a channel. In headers, the
+    regular expression `recipient` finds a tool's name, `reasoning` finds reasoning, and `ignored` finds other
+    recipients."""
 
-    message_begin: str  # before a header; the prompt ends with the first one
+    message_begin: str  # Text before a header. A generation prompt ends with this text.
     header_end: str
     message_ends: tuple[str, ...]
     recipient: str
     reasoning: str
     ignored: str
-    content_header: str  # the text after message_begin in a prompt that begins the content
+    content_header: str  # Header of content, without `header_end`.
     reasoning_header: str
-    call_header: str  # with {name}
-    calls: TaggedCalls | None = None  # the body of a call; arguments are JSON if None
+    call_header: str  # Header of a call. Contains {name}.
+    calls: TaggedCalls | None = None  # Format of a call's body. None means that the body is JSON.
 
 
 Calls = ObjectCalls | NamedCalls | TaggedCalls | NotatedCalls | ChannelCalls
@@ -131,14 +132,14 @@ class ToolFormat:
 
     calls: Calls | None = None
     reasoning: ReasoningTags | None = None
-    dropped: tuple[str, ...] = ()  # markers around content, which are removed
-    calls_end_reasoning: bool = False  # a call may begin before the reasoning's end marker
-    takes_tools: bool = False  # the template shows `tools` to the model
-    takes_text_arguments: bool = False  # the template needs the arguments of calls as JSON text, not as an object
+    dropped: tuple[str, ...] = ()  # Markers around content. They are removed.
+    calls_end_reasoning: bool = False  # True if a call may begin before the reasoning's end tag.
+    takes_tools: bool = False  # True if the template shows `tools` to the model.
+    takes_text_arguments: bool = False  # True if the template needs arguments as JSON text, not as an object.
     takes_tool_role: bool = True
-    takes_call_messages: bool = True  # messages with `tool_calls`
+    takes_call_messages: bool = True  # True if the template renders messages with `tool_calls`.
     takes_system_role: bool = True
-    call_id_length: int = 0  # the template takes only call ids with so many letters and digits; 0 for any id
+    call_id_length: int = 0  # Number of letters and digits that a call id must have. 0 means any id.
 
     @property
     def knows_reasoning(self) -> bool:

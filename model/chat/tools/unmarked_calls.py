@@ -1,4 +1,4 @@
-"""Reads answers that consist of calls without the format's markers: JSON objects, perhaps in a code fence."""
+"""Reads answers that consist of calls without the format's markers. They are JSON objects, perhaps in a code fence."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class _NoCallError(Exception):
 
 
 class UnmarkedReader:
-    """Reads calls, and holds an answer back only as long as it may consist of calls."""
+    """Reads calls. Holds an answer back only as long as the answer may consist of calls."""
 
     def __init__(self, source: TextSource, tools: Tools, calls: Calls | None, dropped: Iterable[str]) -> None:
-        """Creates a reader of the usual keys and those of `calls`. The markers in `dropped` may follow the calls."""
+        """Creates a reader of the usual keys and the keys of `calls`. The markers in `dropped` may follow the calls."""
         self._source = source
         self._tools = tools
         form = calls if isinstance(calls, ObjectCalls) else None
@@ -37,7 +37,7 @@ class UnmarkedReader:
         self._dropped = tuple(dropped)
 
     def read(self) -> Reading[list[ToolCall]]:
-        """Returns the calls if the rest of the answer has nothing else. Otherwise puts the text back."""
+        """Returns the calls if the answer consists of calls. Otherwise, puts the text back and returns no calls."""
         self._source.record()
         try:
             calls = yield from self._whole()

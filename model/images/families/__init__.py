@@ -1,4 +1,4 @@
-"""Rules for preparing images, keyed by the projector's name in GGUF files."""
+"""Rules for preparing images, by the projector's name in GGUF files."""
 
 from __future__ import annotations
 

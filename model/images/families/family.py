@@ -17,8 +17,6 @@ Size = tuple[int, int]
 
 
 class Filter(Enum):
-    """A filter for resizing. Values are Pillow's names."""
-
     BILINEAR = "BILINEAR"
     BICUBIC = "BICUBIC"
     LANCZOS = "LANCZOS"
@@ -27,6 +25,7 @@ class Filter(Enum):
 @dataclass(frozen=True, slots=True)
 class Cut:
     """The tiles of an image.
+
     resizes: sizes to which the image is resized, one after the other.
     canvas: the size of a black canvas. The resized image is put into its upper left corner.
     tile: the side of the tiles into which the result is cut, line by line. If 0, the result is the only tile.
@@ -51,7 +50,8 @@ class TileRows:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The columns and lines of each tile in rows, and the columns and rows of tiles (0 if the image is not cut)."""
+    """The grid of an image. `tiles` has the columns and lines of each tile, counted in rows of the encoder's result.
+    `columns` and `rows` count tiles. They are 0 if the image is not cut."""
 
     tiles: Sequence[tuple[int, int]]
     columns: int
@@ -66,7 +66,6 @@ class Grid:
         return self.of(len(self.tiles) - 1)
 
     def cells(self) -> Iterator[tuple[int, int]]:
-        """Yields the row and column of each tile except the overview."""
         for row in range(self.rows):
             for column in range(self.columns):
                 yield row, column
@@ -81,7 +80,9 @@ Layout = Callable[[Grid], Iterator[Piece]]
 
 @dataclass(frozen=True, slots=True)
 class ImageFamily:
-    """complete: adds numbers to settings, from the projector's file or the family's defaults.
+    """The rules of an encoder family.
+
+    complete: adds numbers to settings, from the projector's file or the family's defaults.
     cut: returns the tiles of an image of a given size. Raises ImageError if the family does not support its shape.
     layout: yields the text and the rows of an image in a prompt."""
 
@@ -99,7 +100,6 @@ def free(settings: ImageSettings, numbers: ImageNumbers) -> ImageSettings:
 
 
 def whole(rule: Callable[[Size, ImageSettings], Size], kind: Filter) -> CutRule:
-    """Returns the rule of a family with one tile, whose size `rule` computes."""
 
     def cut(size: Size, settings: ImageSettings) -> Cut:
         return Cut(kind, (rule(size, settings),))
@@ -108,7 +108,6 @@ def whole(rule: Callable[[Size, ImageSettings], Size], kind: Filter) -> CutRule:
 
 
 def between(start: str, end: str) -> Layout:
-    """Returns a layout with all tiles between two texts."""
 
     def layout(grid: Grid) -> Iterator[Piece]:
         yield start

@@ -8,7 +8,6 @@ from llamaclust.model.images.settings import ImageSettings
 
 
 def _resized(size: Size, settings: ImageSettings) -> Size:
-    """Returns the new size. Images smaller than the square of one row are enlarged to that square first."""
     width, height = size
     side = settings.side
     if min(size) < side:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def tiled(settings: ImageSettings, numbers: ImageNumbers, side: int, tiles: tuple[int, int]) -> ImageSettings:
-    """Adds the side of a tile, and the tile limits of the file. The default for the limits is `tiles`."""
+    """Adds the side of a tile, and the tile limits of the file. If the file has no limits, they are `tiles`."""
     least, most = numbers.min_tiles or tiles[0], numbers.max_tiles or tiles[1]
     return replace(settings, image_size=side, min_tiles=min(least, most), max_tiles=most)
 
@@ -33,7 +33,6 @@ def closest_grid(size: Size, settings: ImageSettings) -> tuple[int, int]:
 
 
 def grids(least: int, most: int) -> list[tuple[int, int]]:
-    """Returns all grids of `least` to `most` tiles. Grids with fewer tiles come first."""
     numbers = range(1, most + 1)
     return sorted((grid for grid in product(numbers, numbers) if least <= area(grid) <= most), key=area)
 

@@ -7,7 +7,7 @@ from llamaclust.model.images.families.rounding import up
 from llamaclust.model.images.settings import ImageError, ImageSettings
 
 _MAX_POSITIONS = 512
-"""The number of positions on each side for which the encoder has rotations."""
+"""The number of positions on each side for which the encoder has RoPE frequencies."""
 
 
 def _cut(size: Size, settings: ImageSettings) -> Cut:
@@ -16,7 +16,6 @@ def _cut(size: Size, settings: ImageSettings) -> Cut:
 
 
 def _resized(size: Size, settings: ImageSettings) -> Size:
-    """Returns the new size. An image is resized only if it has more patches than the limit."""
     width, height = size
     patch = settings.patch_size
     patches = (width // patch) * (height // patch)

@@ -32,8 +32,8 @@ def _cut(size: Size, settings: ImageSettings) -> Cut:
 
 
 def _grid(size: Size, tile: int, most: int) -> tuple[int, int]:
-    """Returns the grid that enlarges the image least. If all grids reduce it, returns the grid that reduces it least.
-    Ties go to the smallest area. The reference computes scales in single precision."""
+    """Returns the grid that enlarges the image least. If all grids reduce the image, returns the grid that reduces it
+    least. Among equal grids, the smallest area is chosen. transformers computes scales in single precision."""
     every = grids(1, most)
     scales = {grid: min(_single(grid[0] * tile / size[0]), _single(grid[1] * tile / size[1])) for grid in every}
     larger = [scale for scale in scales.values() if scale >= 1]
@@ -42,7 +42,7 @@ def _grid(size: Size, tile: int, most: int) -> tuple[int, int]:
 
 
 def _resized(size: Size, canvas: Size, tile: int) -> Size:
-    """Returns a size that fits into the canvas. The image is only enlarged up to a tile's side."""
+    """Returns a size that fits into the canvas. The image is enlarged only up to a tile's side."""
     targets = [min(max(length, tile), most) for length, most in zip(size, canvas, strict=True)]
     are_single = [most < max(length, tile) for length, most in zip(size, canvas, strict=True)]
     wide, tall = (

@@ -16,12 +16,11 @@ if TYPE_CHECKING:
 
 
 def _complete(settings: ImageSettings, numbers: ImageNumbers) -> ImageSettings:
-    """Limits the longest edge to the image size, because the encoder has no rotations beyond it."""
+    """Limits the longest edge to the image size, because the encoder has no RoPE for larger images."""
     return replace(settings, longest_edge=min(numbers.longest_edge or numbers.image_size, numbers.image_size))
 
 
 def _resized(size: Size, settings: ImageSettings) -> Size:
-    """Returns the new size. The longest edge limits both sides, which are rounded up to multiples of a row's side."""
     width, height = size
     ratio = max(height / settings.longest_edge, width / settings.longest_edge)
     if ratio > 1:

@@ -1,4 +1,4 @@
-"""Sizes that are multiples of a row's side, with about the image's aspect."""
+"""Sizes whose sides are multiples of a row's side, with about the image's aspect."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _MAX_ASPECT = 200
 
 
 def smart_resized(size: Size, settings: ImageSettings) -> Size:
-    """Returns the size of transformers' `smart_resize`: rounded, and within the limits of pixels."""
+    """Returns the size that transformers' `smart_resize` returns: rounded, and within the limits of pixels."""
     width, height = size
     if max(size) / min(size) > _MAX_ASPECT:
-        what = f"the longer side is more than {_MAX_ASPECT} times the shorter one"
+        what = f"the longer side is more than {_MAX_ASPECT} times the shorter side"
         raise ImageError(f"it has {width} x {height} pixels: {what}; send a part of the image")
     side = settings.side
     rounded = (round(width / side) * side, round(height / side) * side)

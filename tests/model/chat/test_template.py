@@ -146,7 +146,7 @@ def test_a_template_that_overruns_its_limit_where_it_is_compiled_is_remembered()
     with ChatTemplate("{{ 7**100000000 }}", "", "", TemplateLimits(cpu_seconds=1)) as template:
         for most_s in (30.0, 0.9):  # a second of CPU time, then none
             start = time.monotonic()
-            with pytest.raises(RequestError, match="cannot be used: it used more CPU time"):
+            with pytest.raises(RequestError, match="cannot be used: it exceeded its CPU time limit"):
                 template.render(HELLO)
             assert time.monotonic() - start < most_s
 
@@ -328,7 +328,7 @@ print("works:", len(bytearray(1 << 24)) >> 20)
 
 def test_a_confined_process_opens_nothing_and_starts_nothing() -> None:
     run = subprocess.run([sys.executable, "-c", CONFINED], capture_output=True, text=True, check=False)
-    if "the kernel takes no filter" in run.stderr or "no filter of system calls on" in run.stderr:
+    if "the kernel refused the system call filter" in run.stderr or "no system call filter is available" in run.stderr:
         pytest.skip(run.stderr.strip())
     assert (run.stdout, run.stderr, run.returncode) == ("works: 16\n", "", 0)
 

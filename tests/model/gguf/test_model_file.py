@@ -138,7 +138,7 @@ def test_getters_refuse_missing_wrong_and_out_of_bounds_values(tmp_path: Path) -
     for call, message in (
         (lambda: model.metadata_int("absent"), "missing"),
         (lambda: model.metadata_int("n", maximum=4), "expected 0 to 4, found 5"),
-        (lambda: model.metadata_int("b"), "expected a whole number, found a truth value"),
+        (lambda: model.metadata_int("b"), "expected a whole number, found a Boolean"),
         (lambda: model.metadata_float("f"), "nan"),
         (lambda: model.metadata_float("n"), "expected a decimal number, found a whole number"),
         (lambda: model.metadata_str("n"), "expected text"),

@@ -44,7 +44,7 @@ FILES = {
     "error": (b'{"error": "Access to model x is restricted"}', "text in JSON", "download"),
     "safetensors": (_safetensors(), "safetensors", "model convert"),
     "zip": (_zip(), "a zip archive", "unpack"),
-    "tar": (_tar(), "an archive of tar", "unpack"),
+    "tar": (_tar(), "a tar archive", "unpack"),
     "gzip": (gzip.compress(b"GGUF"), "compressed by gzip", "unpack"),
     "pickle": (b"\x80\x02}q\x00.", "PyTorch", "model convert"),
     "ggml": (b"tjgg\x03\x00\x00\x00", "before GGUF", "as GGUF"),

@@ -190,7 +190,7 @@ async def test_a_picture_that_takes_long_is_ended_holds_up_no_other_and_its_chil
         await until(lambda: preparation._preparers[0].child.load == 1)
         assert not (await one_tile(preparation, BLACK)).any()
         assert not late.done()
-        with pytest.raises(RequestError, match=r"refused: it used more CPU time than it may; the limit is 1 s"):
+        with pytest.raises(RequestError, match=r"refused: it exceeded its CPU time limit; the limit is 1 s"):
             await late
         assert [preparer.child.pid is None for preparer in preparation._preparers] == [True, False, True]
         assert not (await one_tile(preparation, BLACK)).any()
@@ -255,9 +255,9 @@ WHOLE = b'"columns": 0, "rows": 0'
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        (b"[", "a reply of more than 65536 bytes"),
+        (b"[", "its reply has more than 65536 bytes"),
         (b"[" * 60000 + b"\n", "its reply cannot be decoded"),
-        (b'[{"sizes": [[28, 28]], %s}, 100000000]\n0' % WHOLE, "a reply of more than 4704 bytes"),
+        (b'[{"sizes": [[28, 28]], %s}, 100000000]\n0' % WHOLE, "its reply has more than 4704 bytes"),
         (b'[{"sizes": [[28, 28]], %s}, 3]\nabc\n' % WHOLE, "a damaged reply"),
         (b'{"sizes": [[Infinity, 28]], %s}\n' % WHOLE, "a damaged reply"),
         (b'{"error": "%s"}\n' % (b"a" * 60000), "a{300}$"),

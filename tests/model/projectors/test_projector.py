@@ -118,7 +118,7 @@ def test_up_and_down_may_be_exchanged(tmp_path: Path) -> None:
             "qwen2.5vl_merger",
             {"vision.image_min_pixels": 1 << 20},
             "",
-            "expected at most 262144 (image_max_pixels), found 1048576",
+            "found 1048576; the limit is 262144 (image_max_pixels)",
         ),
         ("qwen3vl_merger", {}, "v.position_embd.weight", "v.position_embd.weight': missing"),
         ("qwen3vl_merger", {}, "v.deepstack.1.norm.weight", "v.deepstack.1.norm.weight': missing"),

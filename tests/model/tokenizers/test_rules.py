@@ -159,7 +159,7 @@ def test_unknown_token_ids_are_refused() -> None:
         (bpe(merges=["ab"]), "'ab' is not two words"),
         (bpe() | {"tokenizer.ggml.merges": None}, "merges is missing"),
         (bpe(bos_token_id="x"), "bos_token_id is not a whole number"),
-        (bpe(add_bos_token=1), "add_bos_token is not a truth value"),
+        (bpe(add_bos_token=1), "add_bos_token is not a Boolean"),
         (spm({"<0x1>": BYTE}), "not <0xNN>"),
         (spm({"a": 1}, scores_extra=1) | {"tokenizer.ggml.scores": np.zeros(3, np.float32)}, "must be an array of 260"),
     ],

@@ -171,7 +171,7 @@ def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
         ({"shape": [320, 63]}, r"bytes for shape \[320, 63\] of F32, found"),
         ({"shape": [-320, -64]}, "must be whole numbers"),
         ({"shape": [1 << 47, 1 << 47]}, "bytes for shape"),
-        ({"shape": [1 << 47] * 100_000}, "100000 dimensions; the most is 5"),
+        ({"shape": [1 << 47] * 100_000}, "100000 dimensions; the limit is 5"),
         ({"data_offsets": [4, 81924]}, "expected at byte 0 of the data, found at 4"),
         ({"data_offsets": [0, 1 << 50]}, "must be whole numbers"),
         ({"data_offsets": None}, "not complete"),
@@ -323,7 +323,7 @@ def test_shapes_of_very_many_dimensions_are_refused_at_once(tmp_path: Path) -> N
     entry = {"dtype": "F32", "shape": [(1 << 47) - 1] * 200_000, "data_offsets": [0, 4]}
     text = json.dumps({"a": entry}).encode()
     (model / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
-    refused(model, "200000 dimensions; the most is 5")
+    refused(model, "200000 dimensions; the limit is 5")
     (model / "model.safetensors").unlink()
     one = b"\x8a\x06" + ((1 << 47) - 1).to_bytes(6, "little")
     storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x01tQ"

@@ -29,19 +29,19 @@ _ID: Final = r'/"[a-zA-Z0-9_-]{1,40}"/'
 _JSON_PART: Final = re.compile(r'"(?:[^"\\]|\\.)*"|\s+|.')
 _ANY_KEY: Final = r'/[^<>"=\s]{1,64}/'
 _OPTIONS: Final = {**JSON_TEXT, "coerce_one_of": True}
-"""Options for schemas. `oneOf` is read as `anyOf`, as in llama.cpp, because alternatives rarely overlap."""
+"""Options for schemas. `oneOf` is treated like `anyOf`, as in llama.cpp, because alternatives rarely overlap."""
 
 
 class CallStart(Enum):
-    TRIGGER = auto()  # calls start where the model writes their first marker
-    ANSWER = auto()  # calls start with the answer, or after reasoning
-    THOUGHT = auto()  # calls start after reasoning that has begun in the prompt
-    ALTERNATIVE = auto()  # calls start with the answer's first token, but the answer may have another form instead
+    TRIGGER = auto()  # Calls start where the model writes their first marker.
+    ANSWER = auto()  # Calls start with the answer, or after reasoning.
+    THOUGHT = auto()  # Calls start after reasoning that begins in the prompt.
+    ALTERNATIVE = auto()  # Calls start with the answer's first token, but the answer may have another form instead.
 
 
 @dataclass(frozen=True, slots=True)
 class CallGrammar:
-    """Lark rules for calls. They apply from the first trigger on, or to the whole answer if there is no trigger."""
+    """Lark rules for calls. They begin at the first trigger, or apply to the whole answer if there is no trigger."""
 
     lark: str
     triggers: tuple[str, ...] = ()
@@ -50,7 +50,7 @@ class CallGrammar:
 def call_grammar(
     form: ToolFormat, tools: Tools, split: Split, start: CallStart, *, is_parallel: bool
 ) -> CallGrammar | None:
-    """Returns the grammar, or None if no marker begins calls. `arguments_schema` has made the schemas in `tools`."""
+    """Returns the grammar, or None if no marker begins calls. `tools` has schemas from `arguments_schema`."""
     rules = LarkRules(split)
     calls = form.calls
     if calls is None or not tools:
@@ -92,7 +92,6 @@ def _section(rules: LarkRules, calls: FramedCalls, tools: Tools, *, is_parallel:
 
 
 def _marker(rules: LarkRules, text: str) -> str:
-    """Returns the rule of a marker. White space may separate the marker's lines and follow the marker."""
     lines = [rules.literal(line.strip()) for line in text.split("\n") if line.strip()]
     opens_name = text.rstrip().endswith(("=", '"', ":", "."))
     return f" {SPACE} ".join(lines) + ("" if opens_name or not lines else f" {SPACE}")

@@ -15,12 +15,12 @@ _TAG: Final = re.compile(r"[^/<>\s][^<>]*")
 
 
 class _FreeValue(Exception):
-    """Any value is allowed. The value may contain its own tag, so a closing tag does not mark its end."""
+    """The schema allows any value. Such a value may contain its own tag, so a closing tag does not mark its end."""
 
 
 class ElementValues:
-    """Builds rules for a call's arguments. `mark` precedes each tag. If the schema allows anything for one value, all
-    arguments of the call are unconstrained."""
+    """Builds rules for a call's arguments. `mark` precedes each tag. If the schema allows any value for one argument,
+    all arguments of the call are unconstrained."""
 
     def __init__(self, rules: LarkRules, mark: str) -> None:
         self._rules = rules

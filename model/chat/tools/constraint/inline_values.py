@@ -1,4 +1,4 @@
-"""Builds grammar rules for argument values within a line, in Python's or Gemma's notation."""
+"""Builds grammar rules for argument values in Python's or Gemma's notation."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class InlineValues(ABC):
     @property
     @abstractmethod
     def any_key(self) -> str:
-        """The rule for any key of an object, including the separator after the key."""
+        """The rule for any key of an object and the separator after the key."""
 
     @abstractmethod
     def key(self, key: str) -> str:
-        """Returns the rule for a key and the separator after it, or "" if the notation cannot write the key."""
+        """Returns the rule for a key and the separator after it. Returns "" if the notation cannot write the key."""
 
     @abstractmethod
     def constant(self, value: Any) -> str:
@@ -92,7 +92,8 @@ class InlineValues(ABC):
         return f"{self.text} | {whole_number} | {words} | {_list_of(name)} | {members}"
 
     def _sequence(self, members: Sequence[tuple[str, bool]]) -> str:
-        first, behind = "", ""  # the rules of the members from one on: of those that begin, and that follow others
+        # `first` is the rule of the last members if they begin the object, `behind` if other members precede them.
+        first, behind = "", ""
         for member, is_needed in reversed(members):
             alone, following = joined(member, behind), f"{_COMMA} {member}"
             if is_needed:
@@ -124,8 +125,6 @@ class PythonValues(InlineValues):
 
 
 class PythonArguments(PythonValues):
-    """Arguments of a call such as key="text", other=1."""
-
     def __init__(self, rules: LarkRules) -> None:
         super().__init__(rules)
         self._values = PythonValues(rules)
@@ -145,7 +144,7 @@ class PythonArguments(PythonValues):
 
 
 class GemmaValues(InlineValues):
-    """Values such as <|"|>text<|"|>, 1, true, null, [1,2], {key:1}. Gemma's template sorts the keys of objects."""
+    """Values such as <|"|>text<|"|>, 1, true, null, [1,2] and {key:1}. Gemma's template sorts the keys of objects."""
 
     def __init__(self, rules: LarkRules, mark: str) -> None:
         super().__init__(rules)

@@ -19,7 +19,7 @@ _TEXT: Final = "/(?s:.*)/"
 class LarkRules:
     split: Split
     rules: list[str] = field(default_factory=list)
-    names: dict[str, str] = field(default_factory=dict)  # of rules, by attributes and body
+    names: dict[str, str] = field(default_factory=dict)  # Names of rules. The keys are attributes and bodies.
 
     def literal(self, text: str) -> str:
         pieces = (quoted(piece) if isinstance(piece, str) else f"<[{piece}]>" for piece in self.split(text) if piece)
@@ -40,7 +40,6 @@ class LarkRules:
         return self.names[text]
 
     def recursive(self, body: Callable[[str], str]) -> str:
-        """Adds a rule and returns its name. The rule's body may contain the rule's own name."""
         name = f"n{len(self.rules)}"
         self.rules.append("")
         place = len(self.rules) - 1

@@ -1,4 +1,4 @@
-"""The parts of a schema that notations other than JSON enforce: types, bounds, enumerations, properties."""
+"""The parts of a schema that notations other than JSON enforce: types, bounds, enumerations and properties."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from llamaclust.model.chat.tools.argument_values import types_of
 from llamaclust.model.chat.tools.call_sink import Schema
 
 MAX_DEPTH: Final = 16
-"""The maximum nesting depth of schemas. Deeper values are not constrained."""
 _BOUNDS: Final = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _COMBINED: Final = frozenset(("$ref", "allOf", "not", "if"))
 
@@ -38,7 +37,7 @@ def number(kind: str, schema: Schema) -> str:
 
 
 def properties(schema: Schema) -> list[tuple[str, Any, bool]] | None:
-    """Returns (name, schema, is required) for each property, required ones first. Returns None for open objects."""
+    """Returns (name, schema, is required) of each property, required ones first. Returns None for open objects."""
     named, required = schema.get("properties"), schema.get("required")
     if not isinstance(named, Mapping) or schema.get("additionalProperties") is not False:
         return None

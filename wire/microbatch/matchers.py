@@ -19,7 +19,7 @@ from llamaclust.wire.microbatch.codec import MAX_INPUTS_BYTES
 @dataclass(frozen=True, slots=True)
 class _Start:
     key: int
-    grammar: int | None  # index among the message's
+    grammar: int | None  # Index in the grammars of the message.
     tokens: Annotated[tuple[Annotated[int, Integer(0, MAX_VOCABULARY - 1)], ...], Size(0, MAX_CONTEXT_TOKENS)]
     reasoning: Reasoning | None
     may_force: bool

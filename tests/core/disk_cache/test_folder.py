@@ -70,7 +70,7 @@ def test_only_secret_files_are_refused_where_others_may_read(make: Make, kind: s
     user = make()
     user.cache.path.chmod(0o755)
     if kind == "kv":
-        with pytest.raises(PermissionError, match=r"others may enter it \(mode 755\)"):
+        with pytest.raises(PermissionError, match=r"other users may enter the folder \(mode 755\)"):
             user.cache.create()
     else:
         user.cache.create()

@@ -73,7 +73,6 @@ class ContextLengthError(ParameterError):
     """A prompt is longer than the context. The message has OpenAI's words, because clients look for these words."""
 
     def __init__(self, has: str, prompt_tokens: int, context_length: int, param: str = "prompt") -> None:
-        """`prompt_tokens` is a lower bound if the prompt was not tokenized."""
         reason = f"{has}, but this model's maximum context length is {context_length} tokens; shorten it"
         super().__init__(param, reason, "context_length_exceeded")
         self.prompt_tokens = prompt_tokens

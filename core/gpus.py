@@ -53,7 +53,7 @@ def ranges(layers: Sequence[int]) -> str:
 
 
 def cache_room(left_bytes: int, limit_bytes: int | None) -> int:
-    """Returns a GPU's expert cache size in bytes, rounded down to whole units. `limit_bytes` None means no limit."""
+    """Returns the size in bytes of a GPU's expert cache, in whole driver units. `limit_bytes` None means no limit."""
     most = left_bytes if limit_bytes is None else min(left_bytes, limit_bytes)
     return max(0, most // _UNIT_BYTES * _UNIT_BYTES)
 
@@ -86,7 +86,6 @@ class Placement:
     cpu_moe: int | None = 0  # Number of first layers with experts in RAM, or None for no rule.
 
     def experts_in_ram(self, layer: int) -> bool | None:
-        """Returns True if a layer on a GPU keeps its experts in RAM, or None if no rule decides this."""
         said = self.experts[layer] if self.experts else None
         if said is not None or self.cpu_moe is None:
             return said

@@ -77,7 +77,7 @@ class _Memory(logging.Handler):
 
 
 class FileShortage(logging.Filter):
-    """Suppresses tracebacks about exhausted file descriptors. Logs their number every `wait_s` seconds instead."""
+    """Replaces tracebacks about missing file descriptors by a line with their number, every `wait_s` seconds."""
 
     def __init__(self, log: logging.Logger, wait_s: float = 5.0) -> None:
         super().__init__()

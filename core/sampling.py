@@ -36,7 +36,8 @@ AllowedTokens: TypeAlias = "NDArray[np.uint32]"
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Sampling parameters. The defaults choose greedily. docs/internals/numerics.md states the order of the steps."""
+    """Sampling parameters. The defaults choose the most probable token. Steps are in the order of
+    docs/internals/numerics.md."""
 
     temperature: float = number(
         (0.0, 100.0),
@@ -110,8 +111,6 @@ PARAMS: Final = rows_of(SamplingParams)
 
 @dataclass(frozen=True, slots=True)
 class _Windows:
-    """The number of last tokens that penalties count, and the number that DRY searches. -1 means all tokens."""
-
     repeat_last_n: int = number(
         (-1, MAX_CONTEXT_TOKENS),
         -1,
@@ -202,7 +201,6 @@ class SampleTask:
     matcher: MatcherRow | None = None  # Set if the answer has a grammar or a reasoning budget.
 
     def next(self) -> SampleTask:
-        """Returns the task for the next row of the chunk, whose input is a drafted token."""
         matcher = None if self.matcher is None else replace(self.matcher, position=self.matcher.position + 1)
         return SampleTask(
             self.params,

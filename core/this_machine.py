@@ -47,7 +47,7 @@ class InterfaceAddress:
 
 
 def interface_addresses() -> list[InterfaceAddress]:
-    """Returns this machine's lasting addresses, except link-local addresses (fe80::/10), sorted by `rank`."""
+    """Returns this machine's addresses, sorted by `rank`, without link-local (fe80::/10) and temporary addresses."""
     import ifaddr  # Imported here because the import takes as long as a whole command.
 
     default, passing = {source_host(host, family) for host, family in _ELSEWHERE}, _passing_hosts()

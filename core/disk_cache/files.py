@@ -127,7 +127,7 @@ def remove(path: Path) -> None:
 
 
 def delete(path: Path) -> int:
-    """Deletes a file or an empty directory. Returns the size, or 0 for anything but a regular file. Raises OSError."""
+    """Deletes a file or an empty directory. Returns the size of a regular file, or else 0. Raises OSError."""
     found = path.lstat()
     if stat.S_ISDIR(found.st_mode):
         path.rmdir()

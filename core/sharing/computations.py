@@ -34,7 +34,7 @@ class _Shared(Generic[_Value]):
         self.claim: asyncio.Task[None] | None = None  # Claim in whose turn the task began.
 
     async def claim_turn(self, owner: str, turn: AbstractAsyncContextManager[None], begin: Callable[[], None]) -> None:
-        """Begins the computation unless it has begun in another turn. Holds the turn until the computation ends."""
+        """Begins the computation if no other turn has begun it. Holds the turn until the computation ends."""
         async with turn:
             if self.task is None:
                 self.claim = asyncio.current_task()
@@ -46,8 +46,9 @@ class _Shared(Generic[_Value]):
 
 
 class SharedComputations(Generic[_Value]):
-    """Values by key. A computation begins when the first of its callers gets a turn. All callers get the same result or
-    error. When the last caller has left, the computation is cancelled or its value is closed."""
+    """Computes each value once for all callers with the same key. The computation begins when the first caller gets its
+    turn, and all callers get its result or error. When the last caller has left, the computation is cancelled or its
+    value is closed."""
 
     def __init__(self, close: Callable[[bytes, _Value], None] = lambda key, value: None) -> None:
         self._close = close

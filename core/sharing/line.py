@@ -68,7 +68,6 @@ class Place:
         return self._line.is_open(self)
 
     async def enter(self) -> None:
-        """Waits until this place is first in the line."""
         await self._line.enter(self)
 
     def __enter__(self) -> Self:

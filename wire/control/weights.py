@@ -27,7 +27,7 @@ class WeightSources:
 
 @dataclass(frozen=True, slots=True)
 class AddWeightSource:
-    """Tells running loads of this manifest's weights about a new source, or about a source's new address."""
+    """Tells loads that fetch weights of this manifest about a new source, or about a source's new address."""
 
     manifest: Digest
     source: WeightSource

@@ -51,7 +51,6 @@ def starts_out(starts: Iterable[MatcherStart]) -> sampling_proto.MatcherStarts:
 
 
 def starts_in(data: bytes) -> tuple[MatcherStart, ...]:
-    """Decodes the starts. Raises ProtocolError if a start is out of bounds or its grammar is not in the message."""
     message = read(_Starts, parse(sampling_proto.MatcherStarts, data, MAX_INPUTS_BYTES))
     found = []
     for start in message.starts:

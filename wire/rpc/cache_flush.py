@@ -49,7 +49,6 @@ class CacheFlush:
         sleep(_REST_S)
 
     async def sweep_in_turns(self) -> None:
-        """Reads the buffer in pieces on the event loop's thread, so that other tasks can run between two pieces."""
         for piece in np.array_split(self._memory, self._memory.nbytes // _TURN_BYTES):
             piece.max()
             await asyncio.sleep(0)

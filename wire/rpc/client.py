@@ -57,7 +57,6 @@ class UnreachableError(StreamBrokenError):
 
 
 def _options(answer_s: float) -> tuple[tuple[str, int], ...]:
-    """Returns options that close a channel if sent bytes or pings are not acknowledged within `answer_s` seconds."""
     pings = {
         "grpc.keepalive_time_ms": int(200 * answer_s),
         "grpc.keepalive_timeout_ms": int(1000 * answer_s),
@@ -143,8 +142,6 @@ class ClientStream:
 
 
 class UnixClientStream(ClientStream):
-    """A stream on a Unix socket. Received messages wait in a buffer, and one system call sends several messages."""
-
     _call: UnixCall
 
     async def write(self, *messages: bytes) -> None:

@@ -80,7 +80,6 @@ class ServerStream:
         self._begun = await self._piece()
 
     async def read(self) -> bytes | None:
-        """Reads a message. Returns None if the peer has ended the stream. Raises StreamBrokenError or ProtocolError."""
         return await read_message(self._piece, self._most_bytes)
 
     async def _piece(self) -> Any:

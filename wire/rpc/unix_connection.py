@@ -39,8 +39,6 @@ class EndedError(aio.BaseError, grpc.RpcError):
 
 
 class _LargeFrame:
-    """A frame that is larger than the receive buffer. Its content is received into separate memory."""
-
     __slots__ = ("_filled", "_size", "content", "kind")
 
     def __init__(self, kind: FrameKind, size: int, first: memoryview) -> None:

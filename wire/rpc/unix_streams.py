@@ -69,7 +69,6 @@ class UnixCall:
         self._connection.abort()
 
     async def code(self) -> grpc.StatusCode:
-        """Returns the stream's status. The status is known once `read` or `write` has failed."""
         return grpc.StatusCode.UNKNOWN if self._status is None else self._status[0]
 
     async def details(self) -> str:

@@ -21,7 +21,6 @@ class NewKey:
 
     @property
     def request(self) -> bytes:
-        """A certificate request (DER) with an empty subject, because the name is sent separately."""
         builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.DER)
 

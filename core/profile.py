@@ -34,7 +34,7 @@ StepTimes = Annotated[tuple[StepTime, ...], Size(0, 16)]
 
 
 def at_rows(times: StepTimes, rows: int) -> StepTime:
-    """Interpolates between measured numbers of rows, and extrapolates outside them. `times` must not be empty."""
+    """Returns the step time for `rows` rows, interpolated or extrapolated from `times`, which must not be empty."""
     if len(times) == 1:
         return times[0]
     index = next((i for i in range(1, len(times) - 1) if rows <= times[i].rows), len(times) - 1)

@@ -40,8 +40,8 @@ class Place:
 
 
 class CoordinatorSearch:
-    """Searches for a coordinator. An address that does not answer does not delay others. The search fails if all
-    addresses refuse, unless it `discovers` more addresses or `stays` to wait for the next coordinator."""
+    """Searches for a coordinator at several addresses at once. The search fails if all addresses refuse the worker,
+    unless more addresses may be announced (`discovers`) or the worker waits for the next coordinator (`stays`)."""
 
     def __init__(self, addresses: Sequence[str], *, discovers: bool = False, stays: bool = False) -> None:
         self.limit_s: float | None = None
@@ -56,8 +56,7 @@ class CoordinatorSearch:
         self._logged: dict[str, float] = {}
 
     def admitted(self, address: str, limit_s: float) -> None:
-        """Forgets failures. Drops announced addresses that failed, except `address`, which may not be announced
-        again."""
+        """Records an admission at `address`. Forgets failures, and drops other announced addresses that have failed."""
         self.limit_s = limit_s
         self._begun_s, self._error, self._logged = None, None, {}
         self._places = [

@@ -70,7 +70,7 @@ class OwnAddress:
         return address
 
     def at_link_port(self, port: int) -> str:
-        """Returns HOST:PORT for links. Address translation must keep `port` unchanged."""
+        """Returns the address for links, HOST:PORT. A router that translates addresses must not change `port`."""
         return f"{_host_of(self.at_port(port))}:{port}"
 
     async def changed(self) -> WorkerError:

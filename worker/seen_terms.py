@@ -33,7 +33,8 @@ class SeenTerms:
         return self._largest.get(self.last, SeenTerm())
 
     def enter(self, cluster: ClusterKey, term: int, proof: TermProof) -> None:
-        """Records an admission. Raises WorkerError if the term is too small, or if another cluster is awaited."""
+        """Records an admission. Raises WorkerError for a superseded term, or if the worker waits for another
+        cluster."""
         if self.is_awaited and cluster != self.last:
             raise WorkerError(f"expected a coordinator of cluster {self.last.name!r}, found one of {cluster.name!r}")
         # Set even if `see` raises, so that the next attempt can tell a superseded coordinator the term.

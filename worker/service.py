@@ -138,7 +138,8 @@ class StageService:
         return bool(self._kept or self._kept_encoders)
 
     async def take_kept(self, order: Load, file_version: str | None) -> StageRunner | None:
-        """Returns a kept stage that fits the order, and frees others. `file_version` is None if there is no file."""
+        """Returns a stage that an earlier membership has kept and that fits the order, or None. Frees all other kept
+        stages. `file_version` is None if there is no file."""
         runner = None
         while self._kept:
             streams = self._kept.pop()

@@ -30,7 +30,7 @@ class DeviceShare:
 def device_shares(
     device: Device, model: Model, held: Sequence[DeviceLayers], limits: StageLimits, portion: Portion | None = None
 ) -> dict[str, DeviceShare]:
-    """Returns the memory by device name. Experts in RAM count for the CPU. Copies of them on a GPU do not count."""
+    """Returns the memory that layers need on each device, by device name. Experts in RAM count only for the CPU."""
     found: dict[str, list[DeviceShare]] = {}
     for part in held:
         backend, layers = (

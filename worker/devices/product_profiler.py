@@ -47,7 +47,8 @@ def _of_type(quant_type: QuantType, threads: int, feature_level: str, flush: Cac
     for rows in ROWS:
         x = source.standard_normal((rows, _COLUMNS), np.float32)
         used = matrices if rows <= _FEW_ROWS else matrices[:1]
-        ways = (False, True) if rows == 1 else (False,)  # A stage uses the way that is faster with its weights.
+        # Two ways of prefetching, of which a stage uses the faster one.
+        ways = (False, True) if rows == 1 else (False,)
         products = [partial(_native.matmul_seconds, feature_level, used, x, threads, near) for near in ways]
         seconds = min(_median_s(product, flush if rows <= _FEW_ROWS else None) for product in products)
         yield ProductTime(int(quant_type), rows, seconds / sum(matrix.bytes for matrix in used))

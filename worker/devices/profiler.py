@@ -122,8 +122,8 @@ class _Part:
 
 
 def try_stages(device: ProfiledDevice, model: Model) -> tuple[StepTime, ...]:
-    """Measures step times. Returns () if memory is short, or if the model is too small or its layers share KV
-    memory."""
+    """Measures a model's step times. Returns () if memory is short, or if the model is too small or shares KV memory
+    between layers."""
     costs = model.costs(KvType(device.size.limits.kv_type)).layers
     first = _first_tried(costs)
     sizes = [layer.weight_bytes for layer in costs[first:]]
@@ -209,7 +209,7 @@ def _moved_bytes(layers: Sequence[LayerCost], rows: int) -> float:
 
 
 def _first_tried(costs: Sequence[LayerCost]) -> int:
-    """Skips leading layers without experts in a mixture of experts, because most layers have experts."""
+    """Returns the first layer to measure. In a mixture-of-experts model, it is the first layer with experts."""
     first = next((number for number, layer in enumerate(costs) if layer.idle_bytes), 0)
     return first if len(costs) - first >= _LEAST_LAYERS else 0
 

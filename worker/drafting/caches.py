@@ -18,7 +18,7 @@ class SequenceCache:
     settled: int = 0  # Number of first tokens that are known to be the sequence's.
 
     def keep(self, tokens: Sequence[int], length: int) -> None:
-        """Keeps leading tokens that equal the sequence's. Drops its last token, whose logits must be computed."""
+        """Keeps cached tokens that equal `tokens`, but not the last of `tokens`, whose logits must be computed."""
         end = min(len(self.tokens), length - 1)
         place = min(self.settled, end)
         while place < end and self.tokens[place] == tokens[place]:

@@ -82,7 +82,7 @@ class EncoderStreams:
         return self._turn.locked()
 
     def end(self) -> None:
-        """Ends all streams. A later epoch may use the encoder."""
+        """Ends all streams, but keeps the encoder loaded for a later epoch."""
         for task in self._serving:
             task.cancel()
 

@@ -17,7 +17,8 @@ _REMEMBERED_RUNS = 64
 
 
 class BandChoice:
-    """The leader's choice in one epoch. Runs whose row counts have the same bit length share their measurements."""
+    """Chooses the number of bands in one epoch. Runs with similar numbers of rows (equal bit length) share
+    measurements."""
 
     def __init__(self) -> None:
         self._alike: dict[int, _SimilarRuns] = {}

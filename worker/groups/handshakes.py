@@ -29,7 +29,7 @@ class _Claim:
 
 
 class Handshakes:
-    """Takes connections while its context lasts. The end closes all connections whose handshake is not complete."""
+    """Performs handshakes while its context lasts, and then closes connections whose handshake is incomplete."""
 
     def __init__(self, prove: Callable[[socket.socket], Awaitable[Link]], failed: Callable[[LinkError], None]) -> None:
         self._prove, self._failed = prove, failed

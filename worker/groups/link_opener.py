@@ -94,7 +94,7 @@ class LinkOpener:
             raise MemberLostError(f"{late}{reason}", worker=member.worker) from late
 
     async def _connect(self, place: int) -> Link:
-        """Retries until the member accepts, because the member may not know the group yet."""
+        """Connects to a member. Retries until the member accepts, because it may not know the group yet."""
         loop = asyncio.get_running_loop()
         own, theirs = self._hello(self._order.member, place), self._hello(place, self._order.member)
         while True:
@@ -132,7 +132,7 @@ class LinkOpener:
         worker = self._order.members[place].worker
         tls = self._tls(worker, accepts=place > self._order.member)
 
-        def opened() -> Link:  # Link closes the connection. If the thread never starts, `connection` closes it.
+        def opened() -> Link:  # `Link` owns the connection. If the thread never starts, `connection` still owns it.
             return Link(connection.detach(), f"worker {worker}", tls, says, hears, _HANDSHAKE_S)
 
         return await self._in_thread(opened)

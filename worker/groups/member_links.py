@@ -30,7 +30,7 @@ def _retrieved(opening: asyncio.Task[None]) -> None:
 
 
 class MemberLinks:
-    """Opens a stage's links. Reports to the coordinator if the links end without a call of `close`."""
+    """The links of a stage. Reports to the coordinator if the links break before `close` is called."""
 
     def __init__(self, epoch: int, order: GroupOrder, opener: LinkOpener, deadlines: Deadlines, report: Report) -> None:
         self._epoch, self._order, self._opener, self._report = epoch, order, opener, report

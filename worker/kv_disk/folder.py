@@ -10,7 +10,8 @@ _SUFFIX = ".kv"
 
 
 class KvFolder(DiskCache):
-    """KV files. A name begins with a digest of everything that the content depends on: model, KV type, arithmetic."""
+    """A folder of KV files. A file's name begins with a digest of all that determines the content, such as the
+    model."""
 
     suffixes = (_SUFFIX,)
     content, limit = "KV memory", "kv_disk"

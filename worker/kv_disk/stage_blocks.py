@@ -103,7 +103,7 @@ class StageBlocks:
         return False
 
     def _cover(self, key: bytes, kv: KvLayers) -> list[_Place]:
-        """Returns places that together have all layers of a block, or [] if a layer is missing."""
+        """Returns places in files that together hold all layers of a block, or [] if a layer is missing."""
         layer, end = self._start, self._start + len(kv)
         chosen: list[_Place] = []
         places = [place for place in self._places.get(key, ()) if _fits(place[0], self._start, kv)]

@@ -157,7 +157,8 @@ class _Held:
         self._answers.append(answer)
 
     def before(self, expected_ns: float) -> None:
-        """Passes on answers that would wait too long during the next job, which takes about `expected_ns`."""
+        """Hands results to the event loop if they would wait too long during the next job, which takes about
+        `expected_ns`."""
         if self._answers and perf_counter_ns() + expected_ns > self._until_ns:
             self.hand_back()
 

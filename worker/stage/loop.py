@@ -76,7 +76,8 @@ class Answer:
 
 
 class StageLoop:
-    """The loop of one epoch. A failed microbatch gets an answer. LinkError and MemberFailedError end the loop."""
+    """Computes one epoch's microbatches. A failed microbatch gets an answer, but LinkError and MemberFailedError end
+    the loop."""
 
     def __init__(self, epoch: int, runner: StageRunner, context: StageContext, deadlines: Deadlines) -> None:
         self.runner = runner

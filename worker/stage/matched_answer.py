@@ -86,7 +86,8 @@ class MatchedAnswer:
             self.fail(error)
 
     def _make_matcher(self, vocabulary: GrammarVocabulary) -> None:
-        """Makes the matcher. Forces tokens only at an answer's start, because later tokens come with the one before."""
+        """Makes the matcher. Forces tokens only at an answer's start, because `take` returns all later forced
+        tokens."""
         matcher, tokens = answer_matcher(self._start, vocabulary, is_costly=self._is_costly), self._tokens
         self._excess_ns = 0
         for place in range(0, len(tokens), _TOKENS_AT_ONCE):

@@ -176,7 +176,7 @@ class StageMatchers:
             return self._changes[max(changes)] if changes else self._answers.get(key)
 
     def _admit(self, number: int) -> None:
-        """Applies all changes up to this step in order. Steps without rows and failed steps do not call `begin`."""
+        """Applies the changes of this step, and of earlier steps that failed or had no rows, in order."""
         for change in list(self._changes):
             if change[0] <= number:
                 if (answer := self._changes.pop(change)) is None:

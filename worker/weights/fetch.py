@@ -264,7 +264,8 @@ class WeightFetch:
 
 
 async def _in_thread(function: Callable[..., _Value], *arguments: object) -> _Value:
-    """Waits for the thread even if cancelled, because it uses the file. Closes a part that the thread has opened."""
+    """Runs `function` on a thread. Waits for the thread even if cancelled, because it uses the file. Closes a part that
+    the thread has opened."""
     working = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
     try:
         return await asyncio.shield(working)

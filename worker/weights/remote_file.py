@@ -21,7 +21,8 @@ from llamaclust.worker.weights.weights import Weights, key_of
 
 
 class RemoteFile:
-    """Keeps fetched weights while its context lasts. Raises LlamaclustError if there is no cache."""
+    """A file on other machines. The cache keeps its fetched weights while the context lasts. Raises LlamaclustError if
+    there is no cache."""
 
     def __init__(
         self,

@@ -79,7 +79,8 @@ class Weights:
     def __init__(
         self, cache: WeightCache | None = None, model_dir: Path | None = None, models_dir: Path | None = None
     ) -> None:
-        """`model_dir` has files with other paths on the coordinator. `models_dir` has one folder per model."""
+        """`model_dir` has model files whose paths differ on the coordinator's machine. `models_dir` has one folder for
+        each downloaded model."""
         self.cache = cache
         self.received_bytes = 0
         self._model_dir = model_dir

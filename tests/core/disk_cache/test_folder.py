@@ -47,7 +47,7 @@ REFUSED = {
     "another user": (as_another_user, r"belongs to another user \(id \d+\)"),
     "link": (as_link, "is a symbolic link; set LLAMACLUST_HOME to use another disk"),
     "file": (as_file, "Not a directory"),
-    "writable": (for_writing, r"others may (write there|enter it) \(mode 770\)"),
+    "writable": (for_writing, r"other users may (write to|enter) the folder \(mode 770\)"),
 }
 
 

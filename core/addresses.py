@@ -6,12 +6,12 @@ import re
 from llamaclust.core.errors import UsageError
 
 ANYWHERE = ("0.0.0.0", "::")
-"""Wildcard hosts. A listener on such a host accepts connections to every address of the machine."""
+"""Wildcard hosts. A listener on a wildcard host accepts connections to every address of the machine."""
 
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]{2,60}(?:%[^\]\s]{1,32})?\]|[A-Za-z0-9._-]{1,255}):(\d{1,5})", re.ASCII)
 _MOST_SHOWN = 64
 JOIN_PORT = 7100
-LASTING = "give a host name, an address of IPv4, or one of IPv6 that does not begin with fe80"
+LASTING = "give a host name, an IPv4 address, or an IPv6 address that does not begin with fe80"
 
 
 class AddressError(UsageError, ValueError):
@@ -19,7 +19,7 @@ class AddressError(UsageError, ValueError):
 
 
 def split_address(value: object, example: str = "127.0.0.1:8080 or [::1]:8080") -> tuple[str, int]:
-    """Splits HOST:PORT. Raises AddressError for other forms and link-local hosts. The error's text shows `example`."""
+    """Splits HOST:PORT. Raises AddressError for other text or a link-local host. The error shows `example`."""
     match = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
     if match is None or int(match[2]) > 65535:
         shown = "an empty value" if value is None else repr(value)[:_MOST_SHOWN]
@@ -35,7 +35,7 @@ def joined_address(host: str, port: int) -> str:
 
 
 def bounded_host(host: str) -> str:
-    """Maps a host to the network whose connections are counted together: an IPv4 address or an IPv6 /64 network."""
+    """Returns the network to which a host's connections are counted: an IPv4 address or an IPv6 /64 network."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_MAX_DOUBLINGS = 64  # failures can go on for hours; a float ends at 2 ** 1024
+_MAX_DOUBLINGS = 64  # Failures can continue for hours, but a float cannot exceed 2 ** 1024.
 
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """Pauses that grow with each failure: first_s, first_s * factor, first_s * factor ** 2, ... up to max_s seconds."""
+    """Pauses between attempts, in seconds: first_s, first_s * factor, first_s * factor ** 2, and so on up to max_s."""
 
     first_s: float
     max_s: float

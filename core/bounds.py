@@ -1,5 +1,5 @@
-"""Bounds on the fields of messages from peers. Each check returns the value, or raises a ProtocolError that names the
-field and the bound. Dataclasses declare bounds in `Annotated`, and wire/codec.py checks every field that it decodes."""
+"""Bounds on the fields of messages from peers. A check returns the value, or raises a ProtocolError that names the
+field and the bound. Dataclasses declare bounds in `Annotated`. wire/codec.py checks every field that it decodes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from llamaclust.core.errors import ProtocolError
 MAX_TEXT = 4096
 MAX_ONE_LINE = 1000
 MAX_GPUS = 16
-MAX_STAGES_HELD = 1024  # by one worker
+MAX_STAGES_HELD = 1024  # Maximum number of stages on one worker.
 MAX_LAYERS = 1 << 16
-MAX_PERMIT = 4096  # characters
+MAX_PERMIT = 4096  # Maximum number of characters.
 UINT64 = (1 << 64) - 1
 LOCAL: Final = {"is_local": True}
-"""The metadata of a dataclass field that is not sent. A receiver gives it its default."""
+"""Metadata of a dataclass field that is not sent. The receiver uses the field's default value."""
 _GREATEST = sys.float_info.max
 
 NAME = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
-"""The pattern for the names of workers and clusters. Every such name is also a safe file name."""
+"""A regular expression for the names of workers and clusters. Every such name is also a safe file name."""
 
 
 def bounded(what: str, value: int, low: int, high: int) -> int:
@@ -34,13 +34,15 @@ def bounded(what: str, value: int, low: int, high: int) -> int:
 
 
 def finite(what: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
-    if not max(low, -_GREATEST) <= value <= min(high, _GREATEST):  # an int may be larger; NaN is within no bounds
+    # An int may be larger than every float. NaN fails every comparison.
+    if not max(low, -_GREATEST) <= value <= min(high, _GREATEST):
         raise ProtocolError(f"{what} is {value}, must be a finite number within {low}..{high}")
     return value
 
 
 def line(what: str, value: str, most: int = MAX_TEXT) -> str:
-    """Folds each run of white space into one space and drops control characters, so that terminals show it safely."""
+    """Replaces runs of white space by one space and drops control characters, so that terminals show the text
+    safely."""
     if value.isalnum() and len(value) <= most:
         return value
     bounded(f"length of {what}", len(value), 0, most)
@@ -49,12 +51,12 @@ def line(what: str, value: str, most: int = MAX_TEXT) -> str:
 
 def path(what: str, value: str) -> str:
     if "\0" in value or not value:
-        raise ProtocolError(f"{what} is empty or holds a zero byte")
+        raise ProtocolError(f"{what} is empty or contains a zero byte")
     return value
 
 
 def one_line(text: str, most: int = MAX_ONE_LINE) -> str:
-    """Puts a text from this process on one line and shortens it, so that a receiver's `line` accepts it."""
+    """Puts a text on one line and shortens it, so that the function `line` of a receiver accepts it."""
     folded = " ".join(text.split())
     return folded if len(folded) <= most else folded[: most - 3] + "..."
 
@@ -62,19 +64,19 @@ def one_line(text: str, most: int = MAX_ONE_LINE) -> str:
 def worker_name(_: str, value: str) -> str:
     if not re.fullmatch(NAME, value):
         raise ProtocolError(
-            f"worker name {value[:80]!r} must be 1 to 63 letters, digits or, but not first or last, '_', '.', '-'"
+            f"worker name {value[:80]!r} must be 1 to 63 letters, digits or '_.-', with a letter or digit at both ends"
         )
     return value
 
 
 def log_line(what: str, value: str, most: int) -> str:
-    """Drops control characters, which could move a terminal's cursor, but keeps indentation."""
+    """Drops control characters, because they could move a terminal's cursor. Keeps indentation."""
     bounded(f"length of {what}", len(value), 0, most)
     return "".join(c if c.isprintable() else " " if c.isspace() else "" for c in value)
 
 
 def fitted_log_line(text: str, most: int) -> str:
-    text = text.encode("utf-8", "backslashreplace").decode()  # protobuf refuses lone surrogates
+    text = text.encode("utf-8", "backslashreplace").decode()  # protobuf refuses lone surrogates.
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
@@ -101,7 +103,7 @@ def _sha256(what: str, value: str) -> str:
 
 
 class Bound:
-    """The bound of one field. `check` runs after decoding. `fit` shortens a long text before encoding."""
+    """The bound of one field. `check` runs after decoding. `fit` runs before encoding and shortens long text."""
 
     def __init__(self, check: Callable[..., Any], *limits: Any, fit: Callable[..., Any] | None = None) -> None:
         self._check = check
@@ -119,17 +121,17 @@ Integer = partial(Bound, bounded)
 Real = partial(Bound, finite)
 Size = partial(Bound, _size)
 Text = partial(Bound, _text)
-"""Bounds that take the arguments (low, high). `Size` counts items or bytes. `Text` counts bytes of UTF-8."""
+"""Bounds with the arguments (low, high). `Size` counts items or bytes, and `Text` counts the bytes of UTF-8 text."""
 Line = partial(Bound, line)
 LogLine = partial(Bound, log_line, fit=fitted_log_line)
-"""Bounds for texts. The argument is the largest allowed number of characters."""
+"""Bounds for text. The argument is the maximum number of characters."""
 Choice = partial(Bound, _choice)
 
 Address = Annotated[str, Line(512)]
 DeviceName = Annotated[str, Line(64)]
 Digest = Annotated[str, Bound(_sha256)]
 MemoryBytes = Annotated[int, Integer(0, 1 << 50)]
-"""A size in bytes. The bound is so low that floats hold sums of sizes exactly."""
+"""A size in bytes. The bound is low enough for floats to hold sums of sizes exactly."""
 ModelId = Annotated[str, Line(128)]
 ModelPath = Annotated[str, Bound(path)]
 Rate = Annotated[float, Real(1.0, 1e18)]

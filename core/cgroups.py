@@ -1,4 +1,4 @@
-"""Resource limits from this process's control group and all its ancestors (cgroup versions 1 and 2)."""
+"""Resource limits that control groups set for this process (cgroup versions 1 and 2). Ancestors' limits count too."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 _ROOT = Path("/")
 _UNLIMITED_BYTES = 1 << 60
-"""A limit of this size or more counts as no limit. Version 1 states a number near 2^63 if there is no limit."""
+"""A limit of this size or more counts as no limit, because version 1 states a number near 2^63 if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryGroup:
-    """A control group with a memory limit. `used_bytes` counts mapped files but no other part of the page cache."""
+    """A control group with a memory limit. `used_bytes` includes mapped files, but not the rest of the page cache."""
 
     path: Path
     limit_bytes: int
@@ -28,7 +28,7 @@ class MemoryGroup:
 
 
 def memory_groups(root: Path = _ROOT) -> list[MemoryGroup]:
-    """Returns the control groups that have a memory limit, innermost first. The folder `root` contains proc and sys."""
+    """Returns the control groups that limit this process's memory, innermost first. `root` contains proc and sys."""
     version_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_{}_file", "total_mapped_file")
     version_2 = ("memory.max", "memory.current", "{}_file", "file_mapped")
     groups = []
@@ -45,18 +45,19 @@ def memory_groups(root: Path = _ROOT) -> list[MemoryGroup]:
 
 
 def cpu_quota(root: Path = _ROOT) -> float | None:
-    """Returns how many CPUs the control groups allow this process to use, or None if there is no limit."""
+    """Returns the number of CPUs that control groups allow this process to use, or None without a limit."""
     quotas = []
     for folder, version in _folders(root, "cpu"):
         files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version == 1 else ("cpu.max",)
         figures = " ".join(read_text(folder / file) for file in files).split()
-        if len(figures) == 2 and all(figure.isdigit() for figure in figures):  # else "max", or -1
+        # Without a limit, the first figure is "max" or -1.
+        if len(figures) == 2 and all(figure.isdigit() for figure in figures):
             quotas.append(int(figures[0]) / int(figures[1]))
     return min(quotas, default=None)
 
 
 def _folders(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
-    """Yields (folder, version) for this process's group and its ancestors, innermost first. Folders may be missing."""
+    """Yields (folder, cgroup version) for this process's group and its ancestors, innermost first."""
     for line in read_text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
@@ -73,7 +74,8 @@ def is_memory_limited() -> bool:
 
 
 def drop_cached_pages(descriptor: int, offset: int = 0, n_bytes: int = 0) -> None:
-    """Drops part of a file from the page cache if a control group limits memory. 0 bytes means the rest of the file."""
+    """Drops bytes of a file from the page cache if a control group limits memory. `n_bytes` 0 means the rest of the
+    file."""
     if is_memory_limited():
         os.posix_fadvise(descriptor, offset, n_bytes, os.POSIX_FADV_DONTNEED)
 

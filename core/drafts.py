@@ -1,4 +1,4 @@
-"""Orders to a draft model, and its replies. A draft model generates drafts: tokens that a larger model may accept."""
+"""Orders to a draft model, and its replies. A draft is a list of tokens that the larger model may accept or reject."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from dataclasses import dataclass
 from llamaclust.core.sampling import SampleTask
 
 MOST_ORDERS = 8
-"""The largest number of orders in one call of the draft model. One pass over its weights serves all of them."""
+"""Maximum number of orders in one call of the draft model. All of them share one pass over the model's weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class DraftOrder:
-    key: int  # of the sequence
-    tokens: Sequence[int]  # they may grow meanwhile, and do not change
-    length: int
-    most: int  # drafted tokens; 0: the model only takes in tokens that it does not have yet
-    task: SampleTask  # how the first one is chosen
+    key: int  # Identifies the sequence.
+    tokens: Sequence[int]  # The sequence's tokens. More may be appended while the draft is computed.
+    length: int  # Number of tokens to use.
+    most: int  # Maximum number of tokens to draft. 0 only prefills tokens that the model lacks.
+    task: SampleTask  # Sampling task for the first drafted token.
 
 
 @dataclass(frozen=True, slots=True)
 class DraftReply:
     key: int
-    length: int  # as in the order
-    is_draft: bool  # else tokens were only to be taken in
+    length: int  # The order's `length`.
+    is_draft: bool  # False if the order only asked for a prefill.
     tokens: tuple[int, ...]
-    taken_in: int  # tokens of the sequence of which the model has keys and values
+    taken_in: int  # Number of the sequence's tokens whose keys and values the model holds.
 
 
 @dataclass(frozen=True, slots=True)
 class DraftReplies:
     replies: tuple[DraftReply, ...]
-    rows: int = 0  # that only took in tokens
+    rows: int = 0  # Number of rows that were only prefilled.
     rows_ns: int = 0
-    steps: int = 0  # in which each order that was drafted for got a token
+    steps: int = 0  # Number of steps. Each step drafts one token for each unfinished order.
     steps_ns: int = 0

@@ -1,4 +1,4 @@
-"""Epoch numbers. Each one combines the term of the coordinator that opened the epoch with a count within that term."""
+"""Epoch numbers. A number combines a coordinator's term with a count of the epochs that were opened in this term."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ MAX_TERM = (1 << 32) - 1
 
 
 def epoch_number(term: int, count: int) -> int:
-    """Returns the 64-bit number of a term's epoch `count`. The number is greater than all numbers of smaller terms."""
+    """Returns the 64-bit number of epoch `count` in a term. It is greater than all numbers of smaller terms."""
     return term << _TERM_SHIFT | count
 
 

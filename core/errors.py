@@ -1,4 +1,4 @@
-"""Errors whose messages are for the user. Each class has an exit code and an HTTP status."""
+"""Errors whose messages are for the user. Each class has an exit code, an HTTP status and an API error code."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ from typing import Self
 
 
 class LlamaclustError(Exception):
-    """The base class of errors for the user. The message is one line that says what is wrong, where, and what to do."""
+    """Base class of errors for the user. The message is one line that states the fault, its place, and what to do."""
 
     exit_code = 1
     http_status = 500
     code = "internal_error"
 
     def __init__(self, *message: str, worker: str | None = None) -> None:
-        """`worker` names the worker that caused the error, if it is known."""
         super().__init__(*message)
         self.worker = worker
 
     def __copy__(self) -> Self:
-        """Returns an equal error without a traceback, for an error that is stored and raised for each reader."""
+        """Returns an equal error without a traceback, for an error that is stored and raised several times."""
         twin = type(self).__new__(type(self), *self.args)
         twin.__dict__.update(self.__dict__)
         return twin
@@ -33,26 +32,26 @@ class UsageError(LlamaclustError):
 
 
 class RefusedError(UsageError):
-    """The coordinator refused a worker and would refuse it again."""
+    """The coordinator refused a worker. Another attempt would be refused too."""
 
 
 class ModelFileError(UsageError):
-    """A model file is damaged, hostile, incomplete or not supported. The message names the file and the place in it."""
+    """A model file is damaged, incomplete or not supported. The message names the file and the place of the fault."""
 
     code = "model_file_error"
 
 
 class InsufficientMemoryError(LlamaclustError):
-    """A plan or a load needs more memory than is available. The message states how many MiB are missing."""
+    """A plan or a load needs more memory than is available. The message states the missing memory in MiB."""
 
     exit_code = 3
     http_status = 507
     code = "insufficient_memory"
     missing_bytes: float | None = None
     problem: str | None = None
-    """A planning error's message without the advice. Other errors have None here."""
+    """Message of a planning error without the advice. None for other errors."""
     fitting_context: int | None = None
-    """The longest context, in tokens, for which a plan would fit. None if there is no such context."""
+    """Maximum context in tokens for which a plan would fit, or None if there is none."""
 
 
 class RequestError(LlamaclustError):
@@ -71,10 +70,9 @@ class ParameterError(RequestError):
 
 
 class ContextLengthError(ParameterError):
-    """A prompt does not fit into the context. The message has OpenAI's wording, which clients recognize."""
+    """A prompt is longer than the context. The message has OpenAI's words, because clients look for these words."""
 
     def __init__(self, has: str, prompt_tokens: int, context_length: int, param: str = "prompt") -> None:
-        """`prompt_tokens` is a lower bound if the prompt was not tokenized."""
         reason = f"{has}, but this model's maximum context length is {context_length} tokens; shorten it"
         super().__init__(param, reason, "context_length_exceeded")
         self.prompt_tokens = prompt_tokens
@@ -82,14 +80,14 @@ class ContextLengthError(ParameterError):
 
 
 class RequestFailedError(LlamaclustError):
-    """A request's computation failed repeatedly, finally alone in a microbatch. The client should not send it again."""
+    """A request's computation failed several times, finally alone in a microbatch. Clients should not repeat it."""
 
     http_status = 422
     code = "request_failed"
 
 
 class RequestCancelledError(LlamaclustError):
-    """The client cancelled a request or did not come back for it in time."""
+    """The client cancelled a request, or did not fetch its answer in time."""
 
     http_status = 410
     code = "request_cancelled"
@@ -110,7 +108,7 @@ class QueueFullError(LlamaclustError):
 
 
 class ProtocolError(LlamaclustError):
-    """A frame or message from a peer breaks the protocol: it is too large, out of bounds, or from another version."""
+    """A peer's frame or message is invalid: it is too large, has a value out of bounds, or has another version."""
 
     http_status = 502
     code = "protocol_error"
@@ -124,7 +122,7 @@ class WorkerError(LlamaclustError):
 
 
 class ClusterStartingError(LlamaclustError):
-    """The cluster does not serve requests yet. `awaited` says what the start is waiting for, if that is known."""
+    """The cluster does not serve requests yet. `awaited` states what the cluster is waiting for, if that is known."""
 
     http_status = 503
     code = "cluster_starting"
@@ -145,7 +143,7 @@ class SupersededError(ClusterStoppingError):
 
 
 class DeviceLostError(WorkerError):
-    """A device stopped working, such as a GPU that fell off its bus. The device's worker ends."""
+    """A device, for example a GPU, stopped working. The device's worker process ends."""
 
 
 class NetworkPartitionError(WorkerError):
@@ -160,7 +158,7 @@ class DeadlineError(LlamaclustError):
 
 
 class LoadCancelledError(WorkerError):
-    """A load was cancelled because it is not needed any more."""
+    """A load was cancelled because it is no longer needed."""
 
 
 class StalledError(DeadlineError):
@@ -168,4 +166,4 @@ class StalledError(DeadlineError):
 
 
 class DownloadError(LlamaclustError):
-    """A download failed. The message says what was downloaded, from where, and what to do."""
+    """A download failed. The message states what was downloaded, from where, and what to do."""

@@ -18,22 +18,22 @@ _UNIT_BYTES = 2 << 20
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    device: DeviceName  # "cuda:N"
-    name: Annotated[str, Line(255)]  # as its driver reports it
+    device: DeviceName  # "cuda:N".
+    name: Annotated[str, Line(255)]  # Name that the driver reports.
     total_bytes: MemoryBytes
-    free_bytes: MemoryBytes  # what the worker may still take of it, its cap considered
-    uuid: Annotated[str, Line(64)] = ""  # the same for all workers that use it; "": unknown
+    free_bytes: MemoryBytes  # Memory that the worker may still take, within its cap.
+    uuid: Annotated[str, Line(64)] = ""  # Equal for all workers that use the GPU, or "" if unknown.
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceLayers:
     """The layers [start, end) of a stage that are on one of the worker's devices."""
 
-    device: DeviceName  # "cpu" | "cuda:N"
+    device: DeviceName  # "cpu" or "cuda:N".
     start: int
     end: Annotated[int, Integer(1, MAX_LAYERS)]
-    cpu_moe: Annotated[tuple[int, ...], Size(0, MAX_LAYERS)] = ()  # of a GPU's layers, those with experts in RAM
-    # for copies of these experts; layers with more or less of it are the same
+    cpu_moe: Annotated[tuple[int, ...], Size(0, MAX_LAYERS)] = ()  # Layers on a GPU whose experts are in RAM.
+    # Size of the GPU's cache for copies of these experts. Placements that differ only in this size are equal.
     experts_cache_bytes: MemoryBytes = field(default=0, compare=False)
 
     def check(self) -> None:
@@ -53,13 +53,13 @@ def ranges(layers: Sequence[int]) -> str:
 
 
 def cache_room(left_bytes: int, limit_bytes: int | None) -> int:
-    """Returns a GPU's expert cache size in bytes, rounded down to whole units. `limit_bytes` None means no limit."""
+    """Returns the size in bytes of a GPU's expert cache, in whole driver units. `limit_bytes` None means no limit."""
     most = left_bytes if limit_bytes is None else min(left_bytes, limit_bytes)
     return max(0, most // _UNIT_BYTES * _UNIT_BYTES)
 
 
 def placed(devices: Sequence[DeviceLayers]) -> str:
-    """Formats a placement as '16 of 32 layers on GPUs: [0, 16) cpu, [16, 32) cuda:0, experts of [16, 20) cpu'."""
+    """Formats a placement like '16 of 32 layers on GPUs: [0, 16) cpu, [16, 32) cuda:0, experts of [16, 20) cpu'."""
     counts = {part.device: part.end - part.start for part in devices}
     on_gpus = sum(count for device, count in counts.items() if device != "cpu")
     where = ", ".join(f"[{part.start}, {part.end}) {part.device}" for part in devices)
@@ -79,22 +79,21 @@ RAM, ANY_GPU = "ram", "gpu"
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The user's rules for placing layers on a worker with GPUs. Each tuple is empty or has an entry for each layer."""
+    """The user's rules for placing layers on a worker with GPUs. Each tuple is empty or has one entry per layer."""
 
-    layers: tuple[str | None, ...] = ()  # "ram", "gpu": any one, "cuda:N"; None: open
-    experts: tuple[bool | None, ...] = ()  # of layers on a GPU, whether in RAM; None: by `cpu_moe`
-    cpu_moe: int | None = 0  # so many first layers have their experts in RAM, others on the GPU; None: open
+    layers: tuple[str | None, ...] = ()  # "ram", "gpu" (any GPU), "cuda:N", or None for no rule.
+    experts: tuple[bool | None, ...] = ()  # True keeps a GPU layer's experts in RAM. None applies `cpu_moe`.
+    cpu_moe: int | None = 0  # Number of first layers with experts in RAM, or None for no rule.
 
     def experts_in_ram(self, layer: int) -> bool | None:
-        """Returns whether a layer on a GPU keeps its experts in RAM. Returns None if no rule decides this."""
         said = self.experts[layer] if self.experts else None
         if said is not None or self.cpu_moe is None:
             return said
         return layer < self.cpu_moe
 
     def devices_of(self, layer: int, gpus: Sequence[str]) -> range:
-        """Returns the devices that may hold a layer: 0 is RAM, 1 is the first GPU. A rule that names a missing GPU
-        allows all devices here, and `check` refuses it."""
+        """Returns the devices that may hold a layer: 0 is RAM, 1 is the first GPU. All devices may hold a layer whose
+        rule names a missing GPU, because `check` reports that."""
         said = self.layers[layer] if self.layers else None
         if said is None or self.missing(gpus, layer, layer + 1):
             return range(len(gpus) + 1)
@@ -107,7 +106,7 @@ class Placement:
         return next((said for said in self.layers[start:end] if said not in known), None)
 
     def check(self, gpus: Sequence[str], start: int, end: int) -> None:
-        """Raises UsageError if the rules break a stage's order: layers in RAM first, then those on each GPU in turn."""
+        """Raises UsageError if the rules break a stage's order: layers in RAM come first, then each GPU's layers."""
         if not gpus:
             return
         missing = self.missing(gpus, start, end)
@@ -128,7 +127,7 @@ class Placement:
                 first_open = layer
 
     def check_obeyed(self, devices: Sequence[DeviceLayers]) -> None:
-        """Raises UsageError if a layer is not where its rule says, because the layer shares other layers' KV memory."""
+        """Raises UsageError if a layer is not where its rule says, because it shares KV memory with other layers."""
         for part in devices if self.layers else ():
             allowed = (None, RAM) if part.device == "cpu" else (None, ANY_GPU, part.device)
             for layer in range(part.start, part.end):
@@ -138,4 +137,4 @@ class Placement:
 
 
 NO_RULES = Placement()
-_ORDER = "of a worker's layers, the first are in RAM, the next on its first GPU; experts of any layer can be in RAM"
+_ORDER = "a worker's first layers must be in RAM, and its last layers on GPUs in order; any experts may be in RAM"

@@ -1,4 +1,4 @@
-"""Limits for the whole program: the arithmetic's version, sizes of batches and contexts, and a stage's capacity."""
+"""Limits of the whole program: the version of the arithmetic, maximum sizes, and the limits of one stage's buffers."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from llamaclust.core.bounds import Choice, Integer
 from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
 
 NUMERICS_VERSION = 6
-"""The version of the rules in docs/internals/numerics.md. The handshake refuses workers with another version."""
+"""Version of the rules in docs/internals/numerics.md. The handshake refuses workers with another version."""
 
 MAX_SEQUENCES = 1024
 MAX_BATCH_TOKENS = 8192
 MAX_TOP_LOGPROBS = 128
-MAX_EMBEDDING_BYTES = 1 << 24  # of hidden states in the result of one microbatch
-MAX_GIVEN_BYTES = 3 << 23  # of rows of images in one microbatch
-MAX_TILE_PIXELS = 1 << 23  # of a tile, which an encoder of images takes at once
+MAX_EMBEDDING_BYTES = 1 << 24  # Maximum size of hidden states in one result.
+MAX_GIVEN_BYTES = 3 << 23  # Maximum size of image rows in one microbatch.
+MAX_TILE_PIXELS = 1 << 23  # Maximum size of a tile. An image encoder computes one tile at a time.
 MAX_TILE_PATCHES = 1 << 14
-MAX_BODY_BYTES = 1 << 24  # of a request to the API
+MAX_BODY_BYTES = 1 << 24  # Maximum size of an HTTP request's body.
 MAX_KV_BLOCKS = 1 << 26
-MAX_EXPERT_SHARDS = 64  # of a layer
-MAX_GROUP_MEMBERS = 16  # workers that hold a stage together
-MAX_SHARE = 10_000  # of a member of a group, relative to the others
+MAX_EXPERT_SHARDS = 64  # Maximum number of shards of one layer.
+MAX_GROUP_MEMBERS = 16  # Maximum number of workers that compute a stage together.
+MAX_SHARE = 10_000  # Maximum share of one member of a group.
 GROUP_ID_BYTES = 16
-MAX_ADAPTERS = 16  # of LoRA, of a model
+MAX_ADAPTERS = 16  # Maximum number of LoRA adapters of a model.
 MAX_ADAPTER_RANK = 1024
-MAX_ADAPTER_SCALE = 1000.0  # positive or negative
+MAX_ADAPTER_SCALE = 1000.0  # Maximum absolute value.
 
 AdapterScales = tuple[tuple[int, float], ...]
-"""Pairs (adapter number, scale) for a sequence's LoRA adapters, in ascending order of number. No scale is 0."""
+"""Pairs (adapter number, scale) of a sequence's LoRA adapters, in ascending order of number. No scale is 0."""
 
 KV_TYPES = ("f16", "q8_0", "int8")
-"""The names in `model.kv_type.KvType`, repeated because `core` must not import `model`."""
+"""The names in `model.kv_type.KvType`. They are repeated here because `core` must not import `model`."""
 
 
 def max_embedded_rows(width: int) -> int:
@@ -41,7 +41,7 @@ def max_embedded_rows(width: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StageLimits:
-    """Bounds of a stage's buffers, fixed when the stage is loaded. A `run` that exceeds one fails an assertion."""
+    """The limits for which a loaded stage has allocated its buffers. `run` asserts that no limit is exceeded."""
 
     max_batch_tokens: Annotated[int, Integer(1, MAX_BATCH_TOKENS)]
     max_outputs: Annotated[int, Integer(1, MAX_BATCH_TOKENS)]
@@ -49,20 +49,20 @@ class StageLimits:
     max_context_tokens: Annotated[int, Integer(1, MAX_CONTEXT_TOKENS)]
     kv_blocks: Annotated[int, Integer(1, MAX_KV_BLOCKS)]
     kv_type: Annotated[str, Choice(KV_TYPES)] = "f16"
-    # of layers with a window, which then keep no more than that; 0: they are as all others
+    # KV blocks of sliding-window layers, which then free blocks outside the window. 0 treats them like other layers.
     window_blocks: Annotated[int, Integer(0, MAX_KV_BLOCKS)] = 0
-    # of states of sequences; 0: each KV block has a copy of the state behind the last of its positions computed
+    # State blocks of sequences. 0 means that each KV block holds the state after its last computed position.
     state_blocks: Annotated[int, Integer(0, MAX_KV_BLOCKS)] = 0
-    # start and end of stages count parts of layers, so many for each: the experts of a layer are on several workers
+    # Number of shards into which each layer's experts are divided. Stages' start and end count shards.
     expert_shards: Annotated[int, Integer(1, MAX_EXPERT_SHARDS)] = 1
-    nextn: bool = False  # the last stage also holds the model's head for multi-token prediction (MTP)
-    wide_tiles: bool = False  # weights of some types lie in tiles of another, which are larger and quicker to decode
+    nextn: bool = False  # The last stage also has the model's head for multi-token prediction (MTP).
+    wide_tiles: bool = False  # Weights of some quant types are stored in larger tiles, which are faster to decode.
 
     def places(self, start: int, end: int) -> tuple[float, float]:
         return layer_place(start, self.expert_shards), layer_place(end, self.expert_shards)
 
     def gives_up(self, window: int | None) -> bool:
-        """True if layers with this window free KV blocks that have left the window. Such layers have own blocks."""
+        """True if layers with this window free KV blocks outside the window. Such layers have their own blocks."""
         return window is not None and self.window_blocks > 0
 
     def layer_blocks(self, window: int | None) -> int:

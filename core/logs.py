@@ -1,4 +1,4 @@
-"""Formats log lines as text for people or as logfmt or JSON for programs, and parses such lines."""
+"""Formats log lines as text for people, or as logfmt or JSON for programs. Also parses such lines."""
 
 from __future__ import annotations
 
@@ -20,20 +20,18 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.:/@+-]+")
 
 _OWN = "llamaclust"
 _KEPT_LINES = 1000
-_KEPT_CHARACTERS = 2000  # of each
+_KEPT_CHARACTERS = 2000  # Maximum number of characters of a kept line.
 
 FIELDS = ("request", "reason", "prompt_tokens", "tokens", "ttft_ms", "seconds")
 
 
 class LogFormat(StrEnum):
-    TEXT = "text"  # time, level, message
-    LOGFMT = "logfmt"  # key=value
-    JSON = "json"  # an object a line
+    TEXT = "text"  # Time, level and message.
+    LOGFMT = "logfmt"  # Pairs key=value.
+    JSON = "json"  # One JSON object per line.
 
 
 class _Fields(logging.Formatter):
-    """Formats a record as one line: time, level, cluster and worker (if known), message, and other fields."""
-
     def __init__(self, form: LogFormat, where: Mapping[str, str]) -> None:
         super().__init__()
         self._is_json = form is LogFormat.JSON
@@ -60,12 +58,10 @@ def _quoted(value: object) -> str:
 
 
 class _Memory(logging.Handler):
-    """Keeps the last log lines, and the last warning or error from this project's own loggers."""
-
     def __init__(self) -> None:
         super().__init__()
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
-        self.count = 0  # also those that are kept no more
+        self.count = 0  # Number of all lines, including lines that are no longer kept.
         self.trouble = ""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -76,12 +72,12 @@ class _Memory(logging.Handler):
             for line in self.format(record).splitlines():
                 self.lines.append(line[:_KEPT_CHARACTERS])
                 self.count += 1
-        except Exception:  # noqa: BLE001  as every handler does
+        except Exception:  # noqa: BLE001  every handler of `logging` does this
             self.handleError(record)
 
 
 class FileShortage(logging.Filter):
-    """Replaces tracebacks about exhausted file descriptors. One line every `wait_s` seconds counts them instead."""
+    """Replaces tracebacks about missing file descriptors by a line with their number, every `wait_s` seconds."""
 
     def __init__(self, log: logging.Logger, wait_s: float = 5.0) -> None:
         super().__init__()
@@ -118,7 +114,7 @@ def start_logging(form: LogFormat, **where: str) -> None:
     handler.setFormatter(plain if form is LogFormat.TEXT else _Fields(form, where))
     _memory.setFormatter(handler.formatter)
     logging.basicConfig(level=logging.INFO, handlers=[handler, _memory])
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Otherwise httpx logs a line for each request.
     count_file_shortages()
 
 
@@ -152,7 +148,8 @@ def read_line(line: str) -> tuple[str, str] | None:
     if not isinstance(level, str) or not isinstance(message, str):
         return None
     error = fields.get("error")
-    last = str(error).strip().rpartition("\n")[2] if error else message  # of a traceback, what it ends with
+    # The last line of a traceback contains the error.
+    last = str(error).strip().rpartition("\n")[2] if error else message
     return level.upper(), last
 
 

@@ -12,11 +12,11 @@ from threading import get_native_id
 _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 _MANY_FILES = 1 << 16
 _SERVERS = 2
-"""The largest number of servers in one process: one for the API and one for the cluster's members."""
+"""Maximum number of servers in one process: one for the API, and one for the cluster's members."""
 _SWITCH_INTERVAL_S = 0.0005
 _LOWEST_PRIORITY = 19
 _COLLECT_EVERY = 20_000
-"""The number of allocations between two garbage collections. Python's default is 700."""
+"""Number of allocations between two garbage collections. Python's default is 700."""
 
 
 def open_standard_streams() -> None:
@@ -40,7 +40,7 @@ def allow_many_files() -> None:
 
 
 def connections_of_server() -> int:
-    """Returns one server's connection limit. All servers together leave a quarter of the file descriptors free."""
+    """Returns a server's maximum number of connections. Servers leave a quarter of the file descriptors free."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return (_MANY_FILES if files == resource.RLIM_INFINITY else files) * 3 // 4 // _SERVERS
 
@@ -51,12 +51,12 @@ def share_interpreter() -> None:
 
 
 def collect_rarely() -> None:
-    """Makes garbage collection rare, since it takes a tenth of the start-up time and few objects are in cycles."""
+    """Makes garbage collection rare, because it takes a tenth of the start-up time and few objects form cycles."""
     gc.set_threshold(_COLLECT_EVERY)
 
 
 def lower_priority(niceness: int) -> None:
-    """Lowers the priority of the calling thread, and of threads that it starts later, if the system allows this."""
+    """Lowers the priority of the calling thread, and of threads that it starts later, if the system allows it."""
     if sys.platform == "linux" and niceness:
         with suppress(OSError):
             thread = os.PRIO_PROCESS, get_native_id()

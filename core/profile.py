@@ -16,8 +16,8 @@ _Seconds = Annotated[float, Real(0.0, 3600.0)]
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """The parts of a step's time, which is stage_s + layers_byte_s * bytes, plus head_s on the last stage. `bytes`
-    counts the weights and the KV or recurrent state that the step reads. Only chosen experts count."""
+    """The time of a step with `rows` rows: stage_s + layers_byte_s * bytes, plus head_s on the last stage. `bytes`
+    counts the weights and the KV memory or recurrent state that the step reads, without unused experts."""
 
     rows: Annotated[int, Integer(1, 1 << 16)]
     stage_s: _Seconds
@@ -34,7 +34,7 @@ StepTimes = Annotated[tuple[StepTime, ...], Size(0, 16)]
 
 
 def at_rows(times: StepTimes, rows: int) -> StepTime:
-    """Interpolates between measured row counts and extrapolates outside them. `times` must not be empty."""
+    """Returns the step time for `rows` rows, interpolated or extrapolated from `times`, which must not be empty."""
     if len(times) == 1:
         return times[0]
     index = next((i for i in range(1, len(times) - 1) if rows <= times[i].rows), len(times) - 1)
@@ -43,9 +43,9 @@ def at_rows(times: StepTimes, rows: int) -> StepTime:
 
 @dataclass(frozen=True, slots=True)
 class ProductTime:
-    """The time of a matrix product per byte of its weights in memory, for weights of one quant type."""
+    """The time of a matrix product per byte of its weights, for weights of one quant type."""
 
-    quant_type: Annotated[int, Integer(0, 255)]  # ggml's number
+    quant_type: Annotated[int, Integer(0, 255)]  # Number of the quant type in ggml.
     rows: Annotated[int, Integer(1, 1 << 16)]
     byte_s: Annotated[float, Real(0.0, 1.0)]
 
@@ -55,16 +55,16 @@ ProductTimes = Annotated[tuple[ProductTime, ...], Size(0, 1 << 10)]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    read_bytes_s: Rate  # of weights
+    read_bytes_s: Rate  # Bytes of weights read per second.
     int8_macs_s: Rate
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
-    """The speed of one device. `isolated` fields were measured while the machine's other workers were idle. Other
-    fields were measured while those workers computed. An empty `isolated` field means that both speeds are equal."""
+    """The speed of one device. Fields named `isolated` were measured while the machine's other workers were idle, and
+    all other fields while those workers computed. If an `isolated` field is empty, both speeds are equal."""
 
-    read_bytes_s: Rate  # of weights
+    read_bytes_s: Rate  # Bytes of weights read per second.
     int8_macs_s: Rate
     concurrent: StepTimes = ()
     isolated: StepTimes = ()
@@ -94,7 +94,7 @@ class DeviceProfile:
 
     def step_times(self, *, concurrent: bool) -> StepTimes:
         """Returns the step times on a busy (`concurrent`) or an idle machine. Returns () if only products were measured
-        on the idle machine, because they predict its speed better than steps on a busy machine."""
+        on the idle machine, because these predict its speed better than steps on the busy machine."""
         if concurrent or self.isolated:
             return self.concurrent if concurrent else self.isolated
         return () if self.isolated_products else self.concurrent
@@ -116,7 +116,8 @@ class DeviceProfile:
 @dataclass(frozen=True, slots=True)
 class Profile:
     cpu: DeviceProfile
-    gpus: Annotated[tuple[DeviceProfile, ...], Size(0, MAX_GPUS)] = ()  # in the order of its registration
+    # GPUs in the order of the worker's registration.
+    gpus: Annotated[tuple[DeviceProfile, ...], Size(0, MAX_GPUS)] = ()
 
     def with_other_products(self, known: Profile) -> Profile:
         return replace(self, cpu=self.cpu.with_other_products(known.cpu))

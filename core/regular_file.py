@@ -1,4 +1,4 @@
-"""Reads and writes single files safely: opening never blocks on a pipe, texts are decoded, and writes are atomic."""
+"""Reads and writes single files safely. Opening a file never blocks on a pipe, and a write is atomic."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _JSON_BYTES = 16 << 20
-"""The size of the largest accepted JSON file. Measured profiles take a few KiB for each machine."""
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 
 
@@ -25,33 +24,33 @@ def decode_text(data: bytes) -> str:
         text = data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
         line = error.object.count("\n".encode(encoding), 0, error.start) + 1
-        place = f"byte {len(mark) + error.start}, line {line}"
-        raise ValueError(f"not {encoding.upper()} text at {place}; save it as UTF-8") from None
+        place = f"byte {len(mark) + error.start} in line {line}"
+        raise ValueError(f"{place} is not {encoding.upper()} text; save the file as UTF-8") from None
     if (zero := text.find("\0")) >= 0:
-        place = f"byte {len(mark) + len(text[:zero].encode(encoding))}, line {text.count(chr(10), 0, zero) + 1}"
-        raise ValueError(f"not text: a zero byte at {place}; save it as UTF-8")
+        place = f"byte {len(mark) + len(text[:zero].encode(encoding))} in line {text.count(chr(10), 0, zero) + 1}"
+        raise ValueError(f"this is not text, because {place} is zero; save the file as UTF-8")
     return text
 
 
 def read_given(path: Path, most_bytes: int) -> bytes:
-    """Reads up to `most_bytes` from a file, or from a pipe such as `<(...)`. Raises OSError if a pipe has no writer."""
+    """Reads up to `most_bytes` from a file or from a pipe such as `<(...)`. Raises OSError if a pipe has no writer."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         first = b""
         if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
-            with suppress(BlockingIOError):  # a process has it open, and writes later
+            with suppress(BlockingIOError):  # A process has opened the pipe and will write later.
                 if not (first := os.read(descriptor, most_bytes)):
-                    raise OSError(errno.EPIPE, "a pipe that no process writes to")
+                    raise OSError(errno.EPIPE, "no process writes to this pipe")
         os.set_blocking(descriptor, True)
         return first + file.read(most_bytes - len(first))
 
 
 class NotRegularError(OSError):
-    """The path is not a regular file, but a directory, a pipe or a device, for example."""
+    """The path is not a regular file, but for example a directory, a pipe or a device."""
 
 
 def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Opens a regular file, or creates it with mode 0600. Raises OSError. Never waits for a pipe's writer."""
+    """Opens a regular file, or creates it with mode 0600. Raises OSError. Never waits for a writer of a pipe."""
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
@@ -63,7 +62,7 @@ def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def open_regular(path: Path, *, follows_links: bool = True, is_writable: bool = False) -> BinaryIO:
-    """Opens a regular file. Raises OSError for any other file, and for a link if `follows_links` is False."""
+    """Opens a regular file. Raises OSError for any other file, and for a link unless `follows_links`."""
     flags = (os.O_RDWR if is_writable else os.O_RDONLY) | (0 if follows_links else os.O_NOFOLLOW)
     file: BinaryIO = os.fdopen(open_descriptor(path, flags), "r+b" if is_writable else "rb")
     return file
@@ -73,12 +72,12 @@ def read_bytes(path: Path, most_bytes: int, *, follows_links: bool = True) -> by
     with open_regular(path, follows_links=follows_links) as file:
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
-        raise ValueError(f"larger than {most_bytes >> 20} MiB")
+        raise ValueError(f"the file is larger than {most_bytes >> 20} MiB")
     return data
 
 
 def file_version(path: Path) -> tuple[int, ...]:
-    """Returns numbers that change whenever the file changes. Returns () if there is no file."""
+    """Returns numbers that differ after any change of the file. Returns () if there is no file."""
     try:
         found = path.stat()
     except OSError:
@@ -94,11 +93,11 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(read_text(path, _JSON_BYTES))
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("the JSON is nested too deeply") from None
 
 
 def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
-    """Writes a file of mode 0600 atomically. If `is_synced`, it survives power failures. Errors leave no file."""
+    """Writes a file of mode 0600 atomically. If `is_synced`, it survives a power failure. Errors leave no file."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:
@@ -129,7 +128,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def take_lock(file: BinaryIO | int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Locks a file without waiting. Returns False if another process or another descriptor holds the lock."""
+    """Locks a file without waiting. Returns False if another process or another file descriptor holds the lock."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""Samplers that a request names explicitly, and the order of all samplers (rules: docs/internals/numerics.md)."""
+"""Samplers that a request names, and the order of all samplers. The rules are in docs/internals/numerics.md."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class SamplerName(StrEnum):
 
 
 SAMPLERS = tuple(SamplerName)
-"""All samplers. A sampler's index is its number in messages and in kernels."""
+"""All samplers. Messages and kernels use a sampler's index as its number."""
 
 PLAIN_ORDER = (SamplerName.PENALTIES, SamplerName.TOP_K, SamplerName.TOP_P, SamplerName.MIN_P, SamplerName.TEMPERATURE)
-"""The order of samplers for a request without a chain. A chain with this order gives the same tokens."""
+"""The order of samplers without a chain. A chain with this order chooses the same tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplerChain:
-    """The samplers to run, in `order`, and their settings. Settings of samplers outside `order` have no effect."""
+    """The samplers to run, in `order`, and their settings. Settings of other samplers have no effect."""
 
-    order: tuple[SamplerName, ...] = PLAIN_ORDER  # each once at most
+    order: tuple[SamplerName, ...] = PLAIN_ORDER  # Each sampler may occur once.
     top_n_sigma: float = number(
         (-1.0, 100.0),
         -1.0,
@@ -89,7 +89,7 @@ class SamplerChain:
     )
     mirostat_tau: float = number((0.0, 100.0), 5.0, "Mirostat's target surprise in bits.", gguf="mirostat_tau")
     mirostat_eta: float = number((0.0, 100.0), 0.1, "Mirostat's learning rate.", gguf="mirostat_eta")
-    unpenalized: tuple[int, ...] = ()  # ids that penalties leave alone (the line break)
+    unpenalized: tuple[int, ...] = ()  # Token ids that penalties do not change (the line break).
 
     @property
     def needs_history(self) -> bool:

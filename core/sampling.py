@@ -24,19 +24,20 @@ from llamaclust.core.sampling_bounds import (
     rows_of,
 )
 
-if TYPE_CHECKING:  # clients do not wait for it
+if TYPE_CHECKING:  # The import is slow, and clients do not need it.
     import numpy as np
     from numpy.typing import NDArray
 
 NOT_FINITE = "the logits are not finite numbers"
 
 AllowedTokens: TypeAlias = "NDArray[np.uint32]"
-"""One bit for each token, lowest bit first. A set bit allows the token. Shape: [vocabulary / 32, rounded up]."""
+"""One bit for each token, lowest bit first, in an array [vocabulary / 32, rounded up]. A set bit allows the token."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Sampling parameters. The defaults are greedy. docs/internals/numerics.md states the order of the steps."""
+    """Sampling parameters. The defaults choose the most probable token. Steps are in the order of
+    docs/internals/numerics.md."""
 
     temperature: float = number(
         (0.0, 100.0),
@@ -87,8 +88,9 @@ class SamplingParams:
     presence_penalty: float = number(
         (-MAX_PENALTY, MAX_PENALTY), 0.0, "Subtracted from a token's logit if it occurred; 0 for off."
     )
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit), ids ascending
-    chain: SamplerChain | None = None  # more samplers, or another order
+    # Pairs (token id, number added to the token's logit), in ascending order of id.
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    chain: SamplerChain | None = None  # More samplers, or another order of samplers.
 
     @property
     def needs_history(self) -> bool:
@@ -96,7 +98,7 @@ class SamplingParams:
 
     @property
     def needs_state(self) -> bool:
-        """Returns whether a choice needs more than the earlier tokens. Mirostat needs the last result's mu."""
+        """True if a choice depends on more than the earlier tokens. Mirostat depends on `mu` in the last result."""
         return self.chain is not None and self.chain.mirostat != 0
 
     @property
@@ -109,8 +111,6 @@ PARAMS: Final = rows_of(SamplingParams)
 
 @dataclass(frozen=True, slots=True)
 class _Windows:
-    """The number of last tokens that penalties count, and the number that DRY searches. -1 means all tokens."""
-
     repeat_last_n: int = number(
         (-1, MAX_CONTEXT_TOKENS),
         -1,
@@ -126,7 +126,7 @@ class _Windows:
 
 
 SAMPLING_TABLE: Final[Mapping[str, SamplingField]] = {**PARAMS, **rows_of(_Windows), **CHAIN}
-"""All numeric sampling parameters of a request. Their names are OpenAI's, or else vLLM's or llama.cpp's."""
+"""All numeric sampling parameters of a request, by OpenAI's names, or else by vLLM's or llama.cpp's names."""
 
 MAIN_NUMBERS: Final = ("temperature", "top_k", "top_p", "min_p")
 """The parameters that a chat always shows. Their defaults are llama.cpp's."""
@@ -137,46 +137,48 @@ Tags: TypeAlias = tuple[Annotated[str, Text(1, MAX_TRIGGER_BYTES)], ...]
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A grammar in llguidance's JSON. It covers the whole answer or, with `triggers`, the text after a trigger."""
+    """A grammar in llguidance's JSON. It covers the whole answer or, with `triggers`, only text after a trigger."""
 
     definition: Annotated[str, Text(1, MAX_GRAMMAR_BYTES)]
     triggers: Annotated[Tags, Size(0, MAX_TRIGGERS)] = ()
-    origin: str = field(default="grammar", compare=False, metadata=LOCAL)  # the request's field, for messages
+    origin: str = field(default="grammar", compare=False, metadata=LOCAL)  # Field of the request, for error messages.
 
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """Tags around reasoning text. Any of `begins` opens it, and any of `ends` closes it. After `budget` tokens of
-    reasoning, the tokens in `forced` end it."""
+    """Tags around reasoning text. Any of `begins` opens reasoning, and any of `ends` closes it. When the reasoning has
+    taken `budget` tokens, the tokens in `forced` end it."""
 
     begins: Annotated[Tags, Size(1, MAX_TRIGGERS)]
     ends: Annotated[Tags, Size(1, MAX_TRIGGERS)]
     forced: Annotated[
         tuple[Annotated[int, Integer(0, MAX_VOCABULARY - 1)], ...], Size(0, MAX_REASONING_END_TOKENS)
     ] = ()
-    budget: Annotated[int, Integer(0, MAX_CONTEXT_TOKENS)] | None = None  # None: no limit
-    is_open: bool = False  # the prompt has begun it
-    repeats: bool = False  # it may also stand behind content
-    delays_grammar: bool = False  # the answer's grammar does not apply to it
+    # Maximum number of tokens, or None for no limit.
+    budget: Annotated[int, Integer(0, MAX_CONTEXT_TOKENS)] | None = None
+    is_open: bool = False  # True if the prompt has opened the reasoning.
+    repeats: bool = False  # True if reasoning may also follow content.
+    delays_grammar: bool = False  # True if the answer's grammar does not apply to the reasoning.
 
 
 @dataclass(frozen=True, slots=True)
 class MatcherStart:
-    """The values from which the last stage creates an answer's matcher. They alone determine the matcher's state."""
+    """The values from which the last stage creates an answer's matcher. The matcher's state depends on nothing else."""
 
-    key: int  # of the answer, within an epoch
+    key: int  # Identifies the answer within an epoch.
     grammar: Grammar | None
-    tokens: tuple[int, ...] = ()  # of the answer, so far
+    tokens: tuple[int, ...] = ()  # The answer's tokens so far.
     reasoning: Reasoning | None = None
-    may_force: bool = False  # tokens that must follow a sampled one are wanted with it
-    drafts_forced: bool = False  # or as a draft, and computed like all others
+    may_force: bool = False  # Tokens that must follow a sampled token are returned together with it.
+    drafts_forced: bool = False  # Tokens that must follow are returned as a draft, which is computed like any draft.
 
 
 @dataclass(frozen=True, slots=True)
 class MatcherRow:
-    key: int  # of the answer, within an epoch
-    position: int  # tokens of the answer before the one to be sampled
-    drafted: int | None = None  # the last of these, where the row counts only if that is the one before; set by a stage
+    key: int  # Identifies the answer within an epoch.
+    position: int  # Number of the answer's tokens before the token to sample.
+    # Drafted token before this row. The row counts only if the previous row chose this token. Set by a stage.
+    drafted: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,21 +186,21 @@ class SampleTask:
     """A token to sample from an output row. The random draw depends only on `seed`, `choice` and `position`."""
 
     params: SamplingParams
-    seed: int  # 64 bits, unsigned
-    choice: int  # index among a request's n choices
-    position: int  # absolute position of the token to be chosen
-    history: Sequence[int] = ()  # tokens that penalties and DRY look at, oldest first; empty where there are none
-    suppressed: tuple[int, ...] = ()  # ids that may not be chosen (min_tokens)
+    seed: int  # Unsigned, 64 bits.
+    choice: int  # Index of the choice among the request's `n` choices.
+    position: int  # Position of the token to choose in the whole sequence.
+    # Tokens for penalties and DRY, oldest first. Empty if there are no penalties and no DRY.
+    history: Sequence[int] = ()
+    suppressed: tuple[int, ...] = ()  # Token ids that must not be chosen (min_tokens).
     top_logprobs: int = 0
-    history_rows: int = 0  # so many newest tokens of its chunk, up to the row's own, follow in the history
-    penalty_window: int | None = None  # newest tokens of the history that penalties count; None: all
-    dry_window: int | None = None  # and that DRY looks at
-    breakers: tuple[tuple[int, ...], ...] = ()  # token sequences that DRY does not look beyond
-    mu: float = 0.0  # of Mirostat, from the token before
-    matcher: MatcherRow | None = None  # of an answer with a grammar or a budget of reasoning
+    history_rows: int = 0  # Number of the chunk's last tokens, up to this row's own token, that follow `history`.
+    penalty_window: int | None = None  # Number of last tokens of the history that penalties count, or None for all.
+    dry_window: int | None = None  # Number of last tokens of the history that DRY searches, or None for all.
+    breakers: tuple[tuple[int, ...], ...] = ()  # Token sequences that end DRY's search for repetitions.
+    mu: float = 0.0  # Mirostat's state after the previous token.
+    matcher: MatcherRow | None = None  # Set if the answer has a grammar or a reasoning budget.
 
     def next(self) -> SampleTask:
-        """Returns the task for the chunk's next row, whose input is a drafted token."""
         matcher = None if self.matcher is None else replace(self.matcher, position=self.matcher.position + 1)
         return SampleTask(
             self.params,
@@ -217,13 +219,14 @@ class SampleTask:
         )
 
     def is_next_to(self, before: SampleTask) -> bool:
-        is_near = self.position == before.position + 1 and self.seed == before.seed  # most are told apart by these
+        # Cheap tests that tell most tasks apart.
+        is_near = self.position == before.position + 1 and self.seed == before.seed
         return is_near and self == before.next()
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreTask:
-    """Requests the logprob of a given token after an output row, for perplexity or echo."""
+    """Requests the logprob of a given token after an output row. Perplexity and `echo` need it."""
 
     token: int
     top_logprobs: int = 0
@@ -236,12 +239,12 @@ _SECOND_DRAW = 1 << 31
 
 
 def second_draw(task: RowTask) -> RowTask:
-    """Returns the task with an independent random draw. It serves a row whose first token the grammar refused."""
+    """Returns the task with an independent random draw, for a row whose first token the grammar refused."""
     return replace(task, choice=task.choice + _SECOND_DRAW) if isinstance(task, SampleTask) else task
 
 
 class TopLogprobs(Sequence[tuple[int, float]]):
-    """Pairs (token, float32 logprob), best first. They are packed bytes, since a long answer has a million pairs."""
+    """Pairs (token, float32 logprob), best first, stored as packed bytes because a long answer has a million pairs."""
 
     __slots__ = ("packed",)
     _PAIR: Final = struct.Struct("=if")
@@ -280,16 +283,17 @@ class TopLogprobs(Sequence[tuple[int, float]]):
 
 @dataclass(frozen=True, slots=True)
 class RowResult:
-    """A chosen or scored token. Logprobs are float32 log-softmax values of the raw logits."""
+    """A chosen or scored token. Logprobs are the float32 log-softmax of the raw logits."""
 
     token: int
     logprob: float
-    top_logprobs: Sequence[tuple[int, float]] = ()  # (token, logprob), best first
-    failure: str | None = None  # why this row has no answer (logits not finite); then token is -1, logprob NaN
-    mu: float | None = None  # of Mirostat, for the next token
-    forced: tuple[int, ...] = ()  # tokens that must follow it, and are taken in
-    is_deferred: bool = False  # the row is to be computed again; then token is -1, logprob NaN
-    forced_draft: tuple[int, ...] = ()  # tokens that must follow it, as a draft
-    drafted: tuple[int, ...] = ()  # tokens that may follow it, by an MTP head
-    is_request_fault: bool = False  # the request is the failure's cause: every worker would fail so
-    matcher_ns: int = field(default=0, compare=False)  # processor time of its matcher, where it is worth telling
+    top_logprobs: Sequence[tuple[int, float]] = ()  # Pairs (token, logprob), best first.
+    # Reason why the row has no answer, such as logits that are not finite. `token` is then -1 and `logprob` NaN.
+    failure: str | None = None
+    mu: float | None = None  # Mirostat's state for the next token.
+    forced: tuple[int, ...] = ()  # Tokens that must follow `token`. The matcher has accepted them already.
+    is_deferred: bool = False  # True if the row must be computed again. `token` is then -1 and `logprob` NaN.
+    forced_draft: tuple[int, ...] = ()  # Tokens that must follow `token`, returned as a draft.
+    drafted: tuple[int, ...] = ()  # Tokens that an MTP head drafted after `token`.
+    is_request_fault: bool = False  # True if the request itself causes the failure, so that every worker would fail.
+    matcher_ns: int = field(default=0, compare=False)  # CPU time of the row's matcher, or 0 if it was short.

@@ -8,30 +8,32 @@ from enum import Enum, auto
 from typing import Any, Final
 
 MAX_VOCABULARY = 1 << 20
-MAX_CONTEXT_TOKENS = 1 << 20  # that a sequence has, and penalties look back at
+MAX_CONTEXT_TOKENS = 1 << 20  # Maximum number of tokens in a sequence, and in the windows of penalties.
 MAX_TOP_K = (1 << 31) - 1
 MAX_PENALTY = 1000.0
-MAX_BIAS = 1e9  # added to a logit: a token that is never chosen, or always
+MAX_BIAS = 1e9  # Maximum number added to a logit. It makes a token certain or impossible.
 
 MAX_LOGIT_BIASES = 1024
 MAX_MU = 1e12
-MAX_BREAKERS = 1 << 16  # token sequences of one request that DRY does not look beyond
-MAX_BREAKER_TOKENS = 64  # tokens of each
-MAX_BREAKERS_TOKENS = 1 << 15  # tokens of all of them: those that matter go to the last stage with every token
+MAX_BREAKERS = 1 << 16  # Maximum number of one request's token sequences that end DRY's search.
+MAX_BREAKER_TOKENS = 64  # Maximum number of tokens in one such sequence.
+# Maximum number of tokens in all such sequences together. They may be sent to the last stage at each token.
+MAX_BREAKERS_TOKENS = 1 << 15
 MAX_GRAMMAR_BYTES = 1 << 20
-MAX_GBNF_WORK = 1 << 25  # rules times characters: the time to convert them, about a second
+# Maximum product of the numbers of rules and characters. Such a grammar takes about a second to convert.
+MAX_GBNF_WORK = 1 << 25
 MAX_TRIGGERS = 64
 MAX_TRIGGER_BYTES = 1024
-MAX_FORCED_TOKENS = 64  # that one output row may add to the sampled one
-MAX_DRAFTED_TOKENS = 32  # that an MTP head adds likewise
-MAX_MATCHER_NS = 60_000_000_000  # processor time of a row's matcher; answers are given up long before
-MAX_REASONING_END_TOKENS = 1 << 14  # that end reasoning whose budget is used up
+MAX_FORCED_TOKENS = 64  # Maximum number of forced tokens that follow one sampled token.
+MAX_DRAFTED_TOKENS = 32  # Maximum number of tokens that an MTP head drafts after one sampled token.
+MAX_MATCHER_NS = 60_000_000_000  # Maximum CPU time of a row's matcher. Answers fail long before.
+MAX_REASONING_END_TOKENS = 1 << 14  # Maximum number of tokens that end reasoning when its budget is used up.
 
 _ROW: Final = "row"
 
 
 class Dialect(Enum):
-    OPENAI = auto()  # Anthropic's API too
+    OPENAI = auto()  # Used for Anthropic's API too.
     LLAMACPP = auto()
     OLLAMA = auto()
 
@@ -42,13 +44,13 @@ class SamplingField:
 
     low: float
     high: float
-    default: float  # of requests that leave it out; if it is a whole number, the field takes no other
-    doc: str  # one sentence
-    placeholder: str  # of the command-line option
-    llamacpp: float  # default in llama.cpp's API
+    default: float  # Value if a request omits the parameter. If it is an int, only ints are accepted.
+    doc: str  # One sentence for people.
+    placeholder: str  # Placeholder in the help of the command-line option.
+    llamacpp: float  # Default in llama.cpp's API.
     ollama: float
-    llamacpp_name: str  # name in llama.cpp's and Ollama's APIs and of the option; empty: the same
-    gguf: str  # key below `general.sampling.` in model files; empty: none
+    llamacpp_name: str  # Name of the option and in llama.cpp's and Ollama's APIs, or "" if it is the same.
+    gguf: str  # Key after `general.sampling.` in model files, or "" if there is none.
 
     @property
     def is_whole(self) -> bool:
@@ -74,7 +76,7 @@ def number(
     gguf: str = "",
 ) -> Any:
     """Declares a dataclass attribute and its row in the sampling table. The attribute's default is `neutral` if given,
-    otherwise `default`. The APIs of llama.cpp and Ollama use `default` unless `llamacpp` or `ollama` is given."""
+    otherwise `default`. `llamacpp` and `ollama` replace `default` in the APIs of llama.cpp and Ollama."""
     own = [default if value is None else value for value in (llamacpp, ollama)]
     row = SamplingField(*bounds, default, doc, placeholder, own[0], own[1], llamacpp_name, gguf)
     return field(default=default if neutral is None else neutral, metadata={_ROW: row})

@@ -1,4 +1,4 @@
-"""This machine: its network addresses, its identity, its processes, and the clock since boot."""
+"""This machine: its network addresses, its identity, its processes, and the time since boot."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from pathlib import Path
 from llamaclust.core.addresses import ANYWHERE, is_link_local, is_loopback
 
 _START = 19
-"""The index of the start time in the list that `process_fields` returns. The time is field 22 of /proc/PID/stat."""
+"""Index of the process's start time in the result of `process_fields`. It is field 22 of /proc/PID/stat."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _IPV6_ADDRESSES = Path("/proc/thread-self/net/if_inet6")
 _PASSING = 0x01 | 0x08 | 0x20 | 0x40
 """Flags of IPv6 addresses that do not last: temporary, duplicate, deprecated, tentative (Linux, if_addr.h)."""
 _ELSEWHERE = (("192.0.2.1", socket.AF_INET), ("2001:db8::1", socket.AF_INET6))
-"""Documentation addresses (RFC 5737, RFC 3849). Packets to them would take the default route."""
+"""Addresses for documentation (RFC 5737, RFC 3849). Packets to them would take the default route."""
 _ADDR_PREFERENCES, _PREFER_PUBLIC = 72, 0x2
 """IPV6_ADDR_PREFERENCES and IPV6_PREFER_SRC_PUBLIC (Linux, RFC 5014)."""
 _VIRTUAL = re.compile(
     r"(docker|podman|virbr|lxcbr|lxdbr|incusbr|vnet|veth|cni|flannel|cali|vxlan|kube|tun|tap|utun|wg|tailscale|zt"
     r"|nebula|ipsec|gre|sit|ip6tnl|vmnet|vboxnet|dummy)[0-9a-z._-]*|br-[0-9a-f]{12}"
 )
-"""Interface names of container bridges and tunnels. Other machines cannot reach this machine through them."""
+"""Interface names of container bridges and tunnels, through which other machines cannot reach this machine."""
 
 
 @dataclass(frozen=True, slots=True)
 class InterfaceAddress:
     interface: str
     host: str
-    is_default: bool = False  # the default route's source
+    is_default: bool = False  # True if the default route sends from this address.
 
     @property
     def is_virtual(self) -> bool:
@@ -42,13 +42,13 @@ class InterfaceAddress:
 
     @property
     def rank(self) -> tuple[bool, bool, bool, bool]:
-        """A sort key. Addresses that other machines are more likely to reach come first."""
+        """Sort key. An address that other machines are more likely to reach has a smaller key."""
         return is_loopback(self.host), self.is_virtual, not self.is_default, ":" in self.host
 
 
 def interface_addresses() -> list[InterfaceAddress]:
-    """Returns the lasting addresses except link-local ones (fe80::/10). Addresses are sorted by `rank`."""
-    import ifaddr  # only here: its import takes as long as a command's own
+    """Returns this machine's addresses, sorted by `rank`, without link-local (fe80::/10) and temporary addresses."""
+    import ifaddr  # Imported here because the import takes as long as a whole command.
 
     default, passing = {source_host(host, family) for host, family in _ELSEWHERE}, _passing_hosts()
     found = [
@@ -65,7 +65,7 @@ def own_addresses() -> list[str]:
 
 
 def network_addresses() -> list[str]:
-    """Returns the hosts by which other machines probably reach this machine, or else its best addresses."""
+    """Returns the addresses with the best rank, at which other machines probably reach this machine."""
     return list(dict.fromkeys(address.host for address in _of_networks(interface_addresses())))
 
 
@@ -82,23 +82,22 @@ def _of_networks(addresses: list[InterfaceAddress]) -> list[InterfaceAddress]:
 
 
 def reachable_host(host: str) -> str:
-    """Returns the host by which others reach a listener on `host`. A wildcard becomes this machine's best address."""
+    """Returns the host at which others reach a listener on `host`. A wildcard becomes this machine's best address."""
     return next(iter(own_addresses()), host) if host in ANYWHERE else host
 
 
 def source_host(host: str, family: socket.AddressFamily, port: int = 9) -> str | None:
-    """Returns the lasting source address of packets from this machine to a host, or None if there is no route."""
+    """Returns the source address of packets from this machine to a host, or None if there is no route."""
     with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
         if family == socket.AF_INET6:
-            with suppress(OSError):  # not Linux
+            with suppress(OSError):  # Only Linux has this option.
                 probe.setsockopt(socket.IPPROTO_IPV6, _ADDR_PREFERENCES, _PREFER_PUBLIC)
-        probe.connect((host, port))  # sends nothing
+        probe.connect((host, port))  # Connecting a UDP socket sends nothing.
         return str(probe.getsockname()[0])
     return None
 
 
 def _passing_hosts() -> set[str]:
-    """Returns IPv6 addresses that the system will replace, such as those of privacy extensions."""
     return {host for host, flags in _ipv6_flags() if flags & _PASSING}
 
 
@@ -123,7 +122,7 @@ def boot_s() -> float:
 
 
 def process_fields(pid: int | str) -> list[str]:
-    """Returns the fields of /proc/PID/stat after the process's name. Returns [] if there is no such process."""
+    """Returns the fields of /proc/PID/stat that follow the process's name, or [] if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
@@ -131,6 +130,6 @@ def process_fields(pid: int | str) -> list[str]:
 
 
 def start_ticks(pid: int) -> int | None:
-    """Returns when a process started, in clock ticks after boot, to tell reused pids apart. None if it has ended."""
+    """Returns a process's start time in clock ticks since boot. It tells reused pids apart. None if it has ended."""
     fields = process_fields(pid)
     return int(fields[_START]) if fields else None

@@ -1,6 +1,6 @@
-"""Encodes dataclasses as protobuf messages and decodes them. Fields have the same names in both. `X | None` becomes an
-`optional` field, `tuple[X, ...]` a repeated field, and a dataclass a nested message. Decoding checks the bounds in
-`Annotated` types (core/bounds.py) and calls each dataclass's `check`, which tests several fields together."""
+"""Encodes dataclasses as protobuf messages with the same field names, and decodes them. `X | None` becomes `optional`,
+`tuple[X, ...]` becomes `repeated`, and a dataclass becomes a nested message. Decoding checks the bounds in `Annotated`
+types (core/bounds.py), and then calls the dataclass's `check` method."""
 
 from __future__ import annotations
 
@@ -16,34 +16,35 @@ from google.protobuf.message import DecodeError, Message
 from llamaclust.core.bounds import LOCAL, Bound
 from llamaclust.core.errors import ProtocolError
 
-PROTOCOL_VERSION = 6  # other versions are refused at the handshake
+PROTOCOL_VERSION = 6  # The handshake refuses a peer with another version.
 
 _Message = TypeVar("_Message", bound=Message)
 _Value = TypeVar("_Value")
 
 
 def parse(kind: type[_Message], data: bytes, most_bytes: int) -> _Message:
-    """Parses a protobuf message. Raises ProtocolError if `data` exceeds `most_bytes` or is not a `kind` message."""
+    """Parses a message of type `kind`. Raises ProtocolError if `data` is damaged or longer than `most_bytes`."""
     if len(data) > most_bytes:
         raise ProtocolError(f"{kind.__name__}: the message has {len(data)} bytes; the limit is {most_bytes}")
     message = None
-    with suppress(DecodeError):  # whose traceback would keep the bytes in memory
+    # The traceback of a DecodeError would keep `data` in memory, so the error is raised below.
+    with suppress(DecodeError):
         message = kind.FromString(data)
     if message is None:
         raise ProtocolError(f"{kind.__name__}: the message is damaged and cannot be decoded")
-    message.DiscardUnknownFields()  # of another version; nothing of a peer's is kept that is not checked
+    message.DiscardUnknownFields()  # Fields of a newer version have not been checked, so they are dropped.
     return message
 
 
 @dataclass(frozen=True, slots=True)
 class _Field:
     name: str
-    label: str  # in errors
+    label: str  # Names the message and the field in errors.
     nested: type | None
     is_repeated: bool
     is_optional: bool
-    bounds: tuple[Bound, ...]  # of each item
-    sizes: tuple[Bound, ...]  # of a repeated field
+    bounds: tuple[Bound, ...]  # Bounds of each value.
+    sizes: tuple[Bound, ...]  # Bounds on the length of a repeated field.
 
     def write(self, value: Any, record: Any) -> None:
         if self.nested is None:
@@ -130,7 +131,7 @@ def read(kind: type[_Value], record: Any) -> _Value:
 
 
 class Envelope(Generic[_Value]):
-    """Encodes protobuf messages with a `oneof kind`, where class `PeerUnreachable` is the field `peer_unreachable`."""
+    """Encodes and decodes messages with a `oneof kind`. Class `PeerUnreachable` is field `peer_unreachable`."""
 
     def __init__(self, record: type[Message], union: Any, most_bytes: int) -> None:
         self._record = record
@@ -147,7 +148,7 @@ class Envelope(Generic[_Value]):
         return record.SerializeToString()
 
     def decode(self, data: bytes) -> _Value:
-        """Raises ProtocolError if `data` is the wrong message, is of an unknown kind, or has a field out of bounds."""
+        """Raises ProtocolError if `data` is damaged, has an unknown kind, or has a field that is out of bounds."""
         record: Any = parse(self._record, data, self._most_bytes)
         name = record.WhichOneof("kind")
         if name is None:

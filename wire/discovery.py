@@ -1,6 +1,6 @@
 """Announces and finds coordinators with multicast DNS and DNS service discovery (RFC 6762, RFC 6763), on IPv4 and IPv6.
-A cluster's id is the first part of the CA hash in join tokens. Enrolment verifies the coordinator, so a false
-announcement only costs a connection."""
+A cluster's id is the first part of the CA hash in join tokens. A false announcement costs only one connection, because
+enrolment verifies the coordinator."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _NO_MULTICAST = "::1"
 
 @asynccontextmanager
 async def announced(name: str, cluster: str, address: str) -> AsyncIterator[None]:
-    """Announces a cluster at `address` (HOST:PORT) on the local network. Raises UsageError without multicast."""
+    """Announces a cluster at `address` (HOST:PORT) by multicast DNS. Raises UsageError if multicast is impossible."""
     hosts, port = _announced_hosts(address), split_address(address)[1]
 
     def info() -> AsyncServiceInfo:
@@ -68,7 +68,7 @@ async def announced(name: str, cluster: str, address: str) -> AsyncIterator[None
 
 @asynccontextmanager
 async def browsing(cluster: str, found: Callable[[str], None], other: Callable[[str], None]) -> AsyncIterator[None]:
-    """Calls `found` with each address (HOST:PORT) of the given cluster, and `other` with other clusters' names."""
+    """Calls `found` with each address (HOST:PORT) of `cluster`, and `other` with the name of each other cluster."""
     async with _multicast(_browsed()) as service:
         browser = _Browser(service.zeroconf, cluster, found, other)
         listening = AsyncServiceBrowser(service.zeroconf, [SERVICE], handlers=[browser.changed])
@@ -82,7 +82,7 @@ async def browsing(cluster: str, found: Callable[[str], None], other: Callable[[
 
 
 class _Browser:
-    """Looks up at most 16 names at a time, and only those with the cluster's id, since there may be many others."""
+    """Looks up announced names that contain the cluster's id. At most 16 look-ups run at a time."""
 
     def __init__(
         self, zeroconf: Zeroconf, cluster: str, found: Callable[[str], None], other: Callable[[str], None]
@@ -95,7 +95,7 @@ class _Browser:
         self._look_ups = TaskSet()
 
     def changed(self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
-        """Handles a change of a name. zeroconf passes the arguments by keyword."""
+        """Handles a change that zeroconf reports. zeroconf passes the arguments by keyword."""
         del zeroconf
         if state_change is ServiceStateChange.Removed:
             return
@@ -111,7 +111,7 @@ class _Browser:
             self._other(match[1])
 
     async def _look_up(self, service_type: str, name: str) -> None:
-        with contextlib.suppress(Error):  # also for a name of another type
+        with contextlib.suppress(Error):  # zeroconf raises an Error for a name of another service type.
             info = AsyncServiceInfo(service_type, name)
             if await info.async_request(self._zeroconf, _ANSWER_MS):
                 self._answered(info)
@@ -132,7 +132,7 @@ def _announced() -> list[str]:
 
 
 def _browsed() -> list[str]:
-    """Returns the addresses to listen on. They include loopback, since a cluster here may be announced only there."""
+    """Returns this machine's addresses with loopback, because a cluster on this machine may be announced only there."""
     return [host for host in own_addresses() if host != _NO_MULTICAST]
 
 
@@ -145,8 +145,8 @@ def _announced_hosts(address: str) -> Callable[[], list[str]]:
         if hosts == [_NO_MULTICAST]:
             raise ValueError
     except ValueError:
-        why = f"multicast DNS needs an address with multicast, which {host} does not have"
-        raise UsageError(f"join.discover: {why}; set join.listen to 0.0.0.0:PORT or to an address") from None
+        why = f"multicast DNS needs an address with multicast, and {host} has none"
+        raise UsageError(f"join.discover: {why}; set join.listen to 0.0.0.0:PORT or another address") from None
     return lambda: hosts
 
 
@@ -173,7 +173,7 @@ def _version(hosts: Sequence[str]) -> IPVersion:
 async def _following(
     service: AsyncZeroconf, hosts: Callable[[], list[str]], renew: Callable[[], Awaitable[None]] | None = None
 ) -> AsyncIterator[None]:
-    """Keeps the service on the interfaces with the addresses `hosts()`. Calls `renew` when these addresses change."""
+    """Keeps `service` on the addresses that `hosts` returns. Calls `renew` after these addresses have changed."""
     tasks = TaskSet()
     tasks.start(_follow(service, hosts, renew))
     try:
@@ -197,7 +197,7 @@ async def _follow(
                 if renew is not None:
                     await renew()
         except (DeadlineError, Error, OSError, RuntimeError) as error:
-            _log.warning("multicast DNS at changed addresses: %s; it is tried again", error)
+            _log.warning("multicast DNS cannot use this machine's new addresses: %s; trying again", error)
             continue
         _log.info("multicast DNS is at %s", ", ".join(now))
         known = now
@@ -206,7 +206,7 @@ async def _follow(
 @asynccontextmanager
 async def _ending() -> AsyncIterator[None]:
     try:
-        async with deadline("the end of multicast DNS", _END_S):
+        async with deadline("stopping multicast DNS", _END_S):
             yield
     except DeadlineError as error:
         _log.warning("%s", error)

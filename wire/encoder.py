@@ -1,4 +1,5 @@
-"""Messages of an Encode stream: tiles of images, and the rows that the encoder computes from them, in frames.
+"""Messages of an Encode stream. A request is an image tile. The answer is frames with the rows that the encoder
+computes from the tile.
 
 request   height u32 | width u32 | uint8 [height, width, 3]                 little-endian
 answer    1 | bytes of the float32 rows: FRAME_BYTES of them, fewer only in the last frame of a tile
@@ -35,15 +36,15 @@ def encode_tile(tile: NDArray[np.uint8]) -> bytes:
 
 
 def decode_tile(data: bytes) -> NDArray[np.uint8]:
-    """Returns a view of `data`, [height, width, 3]. Raises ProtocolError if the tile is empty or `data` has another
-    length than the tile's height and width require."""
+    """Returns a view of `data`, [height, width, 3]. Raises ProtocolError if the tile is empty, or if `data` is not as
+    long as the tile's height and width require."""
     if len(data) < _SIZE.size:
-        raise ProtocolError(f"a tile: {len(data)} bytes, its size needs {_SIZE.size}")
+        raise ProtocolError(f"an image tile has {len(data)} bytes; its size alone takes {_SIZE.size}")
     height, width = _SIZE.unpack_from(data)
     bounded("pixels of a tile", height * width, 1, MAX_TILE_PIXELS)
     due = tile_bytes(height * width)
     if len(data) != due:
-        raise ProtocolError(f"a tile of {width} x {height} pixels: {len(data)} bytes, {due} expected")
+        raise ProtocolError(f"an image tile of {width} x {height} pixels has {len(data)} bytes; expected {due}")
     return np.frombuffer(data, np.uint8, offset=_SIZE.size).reshape(height, width, _COLOURS)
 
 
@@ -58,8 +59,6 @@ def encode_refusal(why: str) -> bytes:
 
 
 class RowsReader:
-    """Collects the frames with one tile's rows, [count, width]."""
-
     def __init__(self, count: int, width: int) -> None:
         self._rows = np.empty((count, width), "<f4")
         self._left = self._rows.reshape(-1).view(np.uint8)
@@ -73,17 +72,17 @@ class RowsReader:
         return self._rows.astype(np.float32, copy=False)
 
     def take(self, frame: bytes) -> None:
-        """Takes the next frame. Raises RequestError if the encoder refuses the tile. Raises ProtocolError if the frame
-        is not the expected one or contains numbers that are not finite."""
+        """Stores the rows in the next frame. Raises RequestError if the encoder refuses the tile. Raises ProtocolError
+        if the frame has a wrong kind or size, or contains numbers that are not finite."""
         if frame[:1] == _REFUSED and len(frame) <= _MAX_LINE_BYTES:
             raise RequestError(line("reason", frame[1:].decode("utf-8", "replace")) or "the encoder refused the tile")
         if frame == COMPUTING and len(self._left) == self._rows.nbytes:
             return
         due = min(FRAME_BYTES, len(self._left))
         if frame[:1] != _ROWS or len(frame) != due + 1:
-            raise ProtocolError(f"a frame of rows: {len(frame)} bytes, {due + 1} expected")
+            raise ProtocolError(f"a frame of an image tile's rows has {len(frame)} bytes; expected {due + 1}")
         data = np.frombuffer(frame, np.uint8, offset=1)
         if not np.isfinite(data.view("<f4")).all():
-            raise ProtocolError("rows of a tile are not finite numbers")
+            raise ProtocolError("an image tile's rows contain numbers that are not finite")
         self._left[:due] = data
         self._left = self._left[due:]

@@ -12,12 +12,14 @@ _BACKLOG = 128
 
 
 def listener(host: str, port: int, cure: str) -> socket.socket:
-    """Opens a non-blocking listening TCP socket. A host in `ANYWHERE` means all addresses, both IPv4 and IPv6."""
+    """Opens a non-blocking listening TCP socket. A host in ANYWHERE means all IPv4 and IPv6 addresses. Raises
+    UsageError, whose text ends with `cure`, if the port cannot be opened."""
     is_anywhere = host in ANYWHERE and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if is_anywhere or ":" in host else socket.AF_INET
     try:
         with ExitStack() as undo:
-            # with the protocol by name: only then asyncio sends each part of a reply at once (TCP_NODELAY)
+            # asyncio sets TCP_NODELAY, so that each part of a reply is sent at once, only if the protocol is named
+            # here.
             opened = undo.enter_context(socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP))
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
@@ -32,7 +34,8 @@ def listener(host: str, port: int, cure: str) -> socket.socket:
 
 
 def listening_host(opened: socket.socket) -> str:
-    """Returns a host by which this machine reaches a listener. For all addresses it is 0.0.0.0, which needs no IPv6."""
+    """Returns a host at which this machine reaches a listener. For a listener on all addresses, the host is 0.0.0.0,
+    because 0.0.0.0 also works without IPv6."""
     host = str(opened.getsockname()[0])
     takes_both = host == "::" and not opened.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
     return ANYWHERE[0] if takes_both else host

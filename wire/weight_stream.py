@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from llamaclust.core.bounds import line, one_line
 from llamaclust.core.errors import ProtocolError
 
-FRAME_BYTES = 1 << 18  # a link of 100 kbit/s brings one within a deadline of 30 s; a fast one does not feel it
+FRAME_BYTES = 1 << 18  # A link of 100 kbit/s transfers such a frame within the deadline of 30 s.
 
 _ASKED = struct.Struct("<32sQQ")
 ASKED_BYTES = _ASKED.size
@@ -48,7 +48,7 @@ def decode_range(data: bytes) -> WeightRange:
 
 
 def frames_of(data: memoryview) -> Iterator[bytes]:
-    """Yields the frames of a range, or of a part whose length is a multiple of FRAME_BYTES."""
+    """Yields the frames of a range. `data` may be a part of the range if its length is a multiple of FRAME_BYTES."""
     for start in range(0, len(data), FRAME_BYTES):
         yield b"".join((_BYTES, data[start : start + FRAME_BYTES]))
 
@@ -58,7 +58,8 @@ def encode_missing(why: str) -> bytes:
 
 
 def decode_frame(data: bytes, left_bytes: int) -> memoryview:
-    """Returns a frame's bytes; `left_bytes` are still expected. Raises WeightsNotFoundError if the peer has none."""
+    """Returns the weights in a frame. `left_bytes` is the number of bytes still expected. Raises WeightsNotFoundError
+    if the peer does not have the bytes, and ProtocolError if the frame has a wrong size."""
     if data[:1] == _MISSING and len(data) <= _MAX_LINE_BYTES:
         raise WeightsNotFoundError(
             one_line(line("reason", data[1:].decode("utf-8", "replace")), _MAX_LINE)

@@ -1,1 +1,1 @@
-"""A worker process, with its layers, KV memory and gRPC services."""
+"""A worker process with its layers, its KV memory and its gRPC services."""

@@ -1,4 +1,4 @@
-"""`python -m llamaclust.worker --name NAME` is the worker process of launchers. Settings come on standard input."""
+"""Worker process, started by launchers as `python -m llamaclust.worker --name NAME` with settings on standard input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llamaclust.worker.settings import WorkerSettings
 def main() -> None:
     collect_rarely()
     settings = WorkerSettings.from_json(sys.stdin.buffer.read())
-    assert sys.argv[1:] == ["--name", settings.name], "the name is there for lists of processes"
+    assert sys.argv[1:] == ["--name", settings.name], "the name is an argument so that `ps` shows it"
     tune_grpc()
     from llamaclust.worker.main import end_process, run_worker
 

@@ -1,4 +1,4 @@
-"""Finds a worker's coordinator. Tries all known addresses at the same time, each with its own backoff."""
+"""Finds a worker's coordinator. Tries all known addresses at the same time, each with its own pauses after failures."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _log = logging.getLogger(__name__)
 
 _BACKOFF = Backoff(0.2, 5.0)
 _STAGGER_S = 0.25
-"""The pause in seconds between the first attempts at two addresses (RFC 8305, section 5)."""
+"""Seconds between the first attempts at two addresses (RFC 8305, section 5)."""
 _LOG_EVERY_S = 60.0
 _IDLE_LOG_S = 3600.0
-"""The seconds between log lines of a worker that waits for the next cluster, perhaps for days."""
+"""Seconds between two log lines of a worker that waits, perhaps for days, for the next cluster."""
 _MOST_LOGGED = 16
 _MOST_FOUND = 64
 _FALSE_AFTER = 3
-"""The failures after which an announced address may be replaced by a new address."""
+"""Number of failures after which a new address may replace an announced address."""
 
 _Result = TypeVar("_Result")
 
@@ -31,8 +31,8 @@ _Result = TypeVar("_Result")
 class Place:
     address: str
     failures: int = 0
-    is_refused: bool = False  # the last one failed for a reason that another attempt does not change
-    is_found: bool = False  # announced, and not given by the user
+    is_refused: bool = False  # The last attempt failed for a reason that another attempt does not change.
+    is_found: bool = False  # True if the address was announced and not given by the user.
 
     @property
     def pause_s(self) -> float:
@@ -40,24 +40,23 @@ class Place:
 
 
 class CoordinatorSearch:
-    """Searches for a coordinator. An address without an answer does not delay the others. The search fails if all known
-    addresses refuse, unless it `discovers` more addresses or `stays` for the next coordinator."""
+    """Searches for a coordinator at several addresses at once. The search fails if all addresses refuse the worker,
+    unless more addresses may be announced (`discovers`) or the worker waits for the next coordinator (`stays`)."""
 
     def __init__(self, addresses: Sequence[str], *, discovers: bool = False, stays: bool = False) -> None:
         self.limit_s: float | None = None
-        """The seconds within which a lost coordinator must return. None (no limit) if the worker was never a member."""
+        """Seconds within which a lost coordinator must return. None (no limit) if the worker was never a member."""
         self._places = [Place(address) for address in addresses]
         self._discovers = discovers
         self._stays = stays
         self._has_more = asyncio.Event()
-        self._trying: dict[Place, asyncio.Task[Any]] = {}  # referenced until they have ended
-        self._begun_s: float | None = None  # the first failure since an admission
-        self._error: LlamaclustError | None = None  # the last one
+        self._trying: dict[Place, asyncio.Task[Any]] = {}  # Keeps a reference to each running attempt.
+        self._begun_s: float | None = None  # Time of the first failure since an admission.
+        self._error: LlamaclustError | None = None
         self._logged: dict[str, float] = {}
 
     def admitted(self, address: str, limit_s: float) -> None:
-        """Forgets failures. Drops announced addresses that failed, except `address`, in case it is not announced
-        again."""
+        """Records an admission at `address`. Forgets failures, and drops other announced addresses that have failed."""
         self.limit_s = limit_s
         self._begun_s, self._error, self._logged = None, None, {}
         self._places = [
@@ -72,8 +71,8 @@ class CoordinatorSearch:
             place.failures, place.is_refused = 0, False
 
     def add(self, address: str) -> None:
-        """Adds an announced address. Announcements may be false, so at most 64 announced addresses are tried at a time.
-        A new address replaces an address that has failed often."""
+        """Adds an announced address. At most 64 are kept, because announcements may be false. A new address replaces an
+        address that has failed often."""
         if any(place.address == address for place in self._places):
             return
         found = [place for place in self._places if place.is_found]
@@ -91,7 +90,8 @@ class CoordinatorSearch:
         return True
 
     async def reached(self, attempt: Callable[[str], Awaitable[_Result]]) -> tuple[Place, _Result]:
-        """Returns the first success. Raises the errors of `failed`, and WorkerError if no attempt succeeds in time."""
+        """Tries all addresses until an attempt succeeds, and returns its place and result. Raises the errors of
+        `failed`, or WorkerError if no attempt succeeds in time."""
         self._trying = {}
         try:
             async with asyncio.timeout_at(self._end_s):
@@ -119,7 +119,7 @@ class CoordinatorSearch:
                 more.cancel()
             if not done:
                 _log.info("no coordinator of the token's cluster is announced yet; still looking")
-            if ended := done & {*self._trying.values()}:  # not those that were dropped
+            if ended := done & {*self._trying.values()}:  # Attempts at dropped addresses do not count.
                 return ended
 
     def failed(self, place: Place, error: LlamaclustError) -> None:
@@ -129,7 +129,7 @@ class CoordinatorSearch:
         now_s, self._error = asyncio.get_running_loop().time(), error
         if self._begun_s is None:
             self._begun_s = now_s
-        # one of several addresses may be another program's by now, whatever that answers
+        # An address may belong to another program by now, so its refusal counts only if all addresses refuse.
         is_refused = not self._discovers and all(each.is_refused for each in self._places)
         is_final = not self._stays and (isinstance(error, RefusedError) or is_refused)
         if self.limit_s is None and is_final:

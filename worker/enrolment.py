@@ -1,4 +1,4 @@
-"""A worker's enrolment. It checks the CA against its token, proves that it has the token, and gets a certificate."""
+"""A worker's enrolment. The worker checks the CA, proves that it has the token, and gets a certificate."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from llamaclust.wire.security.token import JoinToken
 _CONNECT_S = 10.0
 _EXCHANGE_S = 20.0
 _STAGGER_S = 0.25
-"""The seconds before the next address of a name is tried. A machine that is gone does not answer."""
+"""Seconds before the next address of a name is tried, because a machine that is gone does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Enrolled:
     identity: Identity
-    reached: tuple[str, int]  # the IP address that enrolled, and the port of its service
+    reached: tuple[str, int]  # (IP address of the coordinator, port of its service).
 
 
 async def enrol(host: str, port: int, token: JoinToken, name: str) -> Enrolled:
-    """Raises UsageError if another attempt would fail too, and else WorkerError, ProtocolError or DeadlineError."""
+    """Enrols a worker. Raises UsageError if another attempt would fail too, and otherwise WorkerError, ProtocolError or
+    DeadlineError."""
     where = joined_address(host, port)
     async with deadline(f"enrolling at {where}", _EXCHANGE_S):
         authority = await pinned(host, port, token, where)
@@ -72,7 +73,7 @@ async def speaks_tls(host: str, port: int) -> bool:
 
 
 async def pinned(host: str, port: int, token: JoinToken, where: str) -> bytes:
-    """Returns the coordinator's CA certificate (DER) if the token has its hash. Sends no secret."""
+    """Returns the coordinator's CA certificate (DER) after comparing it with the token's hash. Sends no secret."""
     async with _connected(host, port, None, "") as (reader, _):
         challenge = await _challenge(reader)
     if ca_hash(challenge.ca_certificate) != token.ca_hash:
@@ -106,8 +107,8 @@ def _granted(data: bytes | None, where: str) -> enrolment.Grant:
 
 
 def _context(authority: bytes | None) -> ssl.SSLContext:
-    """`authority` is the CA certificate (DER) that must have issued the server's certificate. If it is None, any server
-    is accepted, because the token's hash later verifies the CA certificate that the server sends."""
+    """Returns a TLS context. `authority` is the CA certificate (DER) that must have issued the server's certificate.
+    None accepts any server, because the token's hash then verifies the CA certificate that the server sends."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     if authority is None:
@@ -122,7 +123,7 @@ def _context(authority: bytes | None) -> ssl.SSLContext:
 
 
 def _reason(error: OSError) -> str:
-    """Returns the system's error text. asyncio replaces this text by one with the address."""
+    """Returns the system's error text. asyncio replaces that text by one with the address."""
     if error.errno is not None and str(error.strerror).startswith("Connect call failed"):
         return os.strerror(error.errno)
     return error.strerror or str(error)

@@ -62,17 +62,17 @@ def _span(order: Load) -> str:
 
 
 class Loads:
-    """Loads and unloads stages during one membership. Each order holds the worker's `exclusive` lock."""
+    """Loads and unloads stages during one membership. Each operation holds the worker's `exclusive` lock."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._worker = session.worker
         self._exclusive = session.worker.exclusive
-        self._loading: dict[int, asyncio.Task[Loaded]] = {}  # by epoch
+        self._loading: dict[int, asyncio.Task[Loaded]] = {}
         self._has_ended = False
 
     def end(self) -> None:
-        """Cancels all loads. No further stage of this membership's epochs is added to the service."""
+        """Cancels all loads. No stage of this membership is added to the service afterwards."""
         self._has_ended = True
         for loading in self._loading.values():
             loading.cancel()
@@ -131,7 +131,8 @@ class Loads:
         received_bytes = weights.received_bytes
         if self._worker.kv_disk is not None:
             _check_kv_disk(order)
-            await self._worker.kv_disk.idle()  # a kept stage's KV memory serves again
+            # Waits for jobs that still use a kept stage's KV memory, because the stage will be used again.
+            await self._worker.kv_disk.idle()
         held = await service.clear(order.model_id) if order.exclusive else []
         try:
             memory, encoder_bytes = await self._add(order, links)
@@ -193,7 +194,7 @@ class Loads:
         return EncoderStreams(encoder, self._worker.compute.apart(ENCODER_NICENESS))
 
     async def _beside_last_tiles(self, load: Callable[[], Awaitable[_Value]]) -> _Value:
-        """Loads while ended encoders may still compute a tile. If memory is short, waits for them and loads again."""
+        """Awaits `load`. If memory is short, waits until ended encoders have freed memory, and awaits `load` again."""
         try:
             return await load()
         except InsufficientMemoryError:

@@ -32,7 +32,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def run_worker(settings: WorkerSettings) -> int:
-    """Returns the exit code for `end_process`. Raises UsageError if the user is the cause."""
+    """Runs a worker and returns an exit code for `end_process`. Logs errors, except that it raises a UsageError of a
+    static worker."""
     start_logging(settings.log_format, cluster=settings.cluster, worker=settings.name)
     allow_many_files()
     request_slices(USUAL_SLICE_NS)
@@ -50,7 +51,7 @@ def run_worker(settings: WorkerSettings) -> int:
             raise
         _log.error("%s", error)
         return error.exit_code
-    except Exception:  # noqa: BLE001  the border of the process
+    except Exception:  # noqa: BLE001  any error must reach the log
         _log.exception("the worker failed")
         return 1
 
@@ -69,7 +70,7 @@ def _set_parent_death_signal(parent_pid: int) -> None:
         if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent_pid:
-        raise SystemExit(f"the process that started this worker ({parent_pid}) is gone")
+        raise SystemExit(f"the process that started this worker (pid {parent_pid}) has ended")
 
 
 async def _until_signal(settings: WorkerSettings) -> int:

@@ -50,7 +50,7 @@ class Renewal:
         """Renews the certificate after two thirds of its life, until the stream ends. Repeats unanswered requests."""
         from llamaclust.wire.security.certificates import NewKey
 
-        with contextlib.suppress(WorkerError):  # of the stream, which its reader reports
+        with contextlib.suppress(WorkerError):  # The stream's reader reports this error.
             while True:
                 await until_renewal(self._identity)
                 self._key = NewKey()
@@ -92,7 +92,7 @@ class Member:
     async def join(
         self, coordinator: Peer, registration: messages.Register, join_s: float, *, wait_for_ready: bool = True
     ) -> None:
-        """Raises RefusedError if the coordinator refuses, and DeadlineError if it does not answer."""
+        """Joins the coordinator. Raises RefusedError if it refuses, and DeadlineError if it does not answer."""
         self._stream = coordinator.open(JOIN, wait_for_ready=wait_for_ready)
         async with deadline(f"joining the coordinator at {coordinator.address}", join_s):
             await self._stream.opened()
@@ -103,8 +103,8 @@ class Member:
         if not isinstance(answer, messages.Admitted):
             raise ProtocolError(f"the coordinator answered {type(answer).__name__} to a registration")
         if answer.protocol_version != PROTOCOL_VERSION:
-            versions = f"{answer.protocol_version}, this worker {PROTOCOL_VERSION}"
-            raise UsageError(f"the coordinator speaks protocol {versions}")
+            versions = f"{answer.protocol_version}, but this worker speaks version {PROTOCOL_VERSION}"
+            raise UsageError(f"the coordinator speaks protocol version {versions}; install the same version on both")
         cluster = ClusterKey(self._authority, answer.cluster)
         self._worker.terms.enter(cluster, answer.term, answer.term_proof)
         self._deadlines = answer.deadlines
@@ -127,7 +127,8 @@ class Member:
         return self._deadlines.coordinator_s
 
     async def serve(self) -> str:
-        """Returns the reason if the coordinator ends the membership. Raises WorkerError if the stream is lost."""
+        """Obeys the coordinator until it ends the membership, and returns its reason. Raises WorkerError if the
+        connection is lost."""
         coordinator = "" if self._stream is None else self._stream.address
         session = Session(self._worker, self._credentials, self._deadlines, Counters(), self.send, coordinator)
         loads = Loads(session)
@@ -152,7 +153,7 @@ class Member:
         self, message: messages.CoordinatorMessage, session: Session, loads: Loads, requests: Requests
     ) -> None:
         match message:
-            case messages.Admitted():  # again: its term has grown
+            case messages.Admitted():  # The worker is admitted again because the coordinator's term has grown.
                 self._worker.terms.see(message.term, message.term_proof)
             case messages.Load():
                 self._tasks.start(loads.load(message))
@@ -200,15 +201,15 @@ class Member:
                 )
                 await session.send(heartbeat)
                 last_ns, busy_ns = now_ns, total_ns
-        except DeviceLostError as error:  # the free memory of its GPUs is read
+        except DeviceLostError as error:  # Raised while the free memory of GPUs is read.
             self._worker.compute.give_up(error)
         except WorkerError:
             return
 
     async def send(self, message: messages.WorkerMessage) -> None:
-        """Completes the write even if the caller is cancelled. Otherwise gRPC would end the stream."""
+        """Sends a message. Completes the write even if the caller is cancelled, because gRPC would end the stream."""
         writing = asyncio.create_task(self._write(message))
-        writing.add_done_callback(_retrieved)  # its caller may be gone
+        writing.add_done_callback(_retrieved)  # The caller may have been cancelled.
         await asyncio.shield(writing)
 
     async def _write(self, message: messages.WorkerMessage) -> None:

@@ -1,4 +1,4 @@
-"""The address at which a worker serves its stages. Each membership determines and watches it."""
+"""The address at which a worker serves its stages. Each membership determines the address and watches for changes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from llamaclust.worker.settings import WorkerSettings
 _RESOLVE_S = 10.0
 _LOOK_S = 1.0
 _LOOKS = 3
-"""The successive checks that must find the same new address. Interfaces come and go while a machine wakes."""
+"""Number of consecutive checks that must find the same new address. Interfaces change while a machine wakes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    host: str  # an IP address
+    host: str  # IP address of the coordinator.
     family: socket.AddressFamily
     port: int
 
@@ -48,9 +48,10 @@ class Route:
 @dataclass(frozen=True, slots=True)
 class OwnAddress:
     listen: str
-    advertised: str  # HOST, or HOST:PORT
+    advertised: str  # "HOST" or "HOST:PORT".
     route: Route
-    own_host: str | None  # what `route` decided of the two; None: nothing
+    # This machine's address on `route`, or None if neither `listen` nor `advertised` depends on it.
+    own_host: str | None
 
     @classmethod
     async def find(cls, settings: WorkerSettings, coordinator: str) -> OwnAddress:
@@ -69,11 +70,11 @@ class OwnAddress:
         return address
 
     def at_link_port(self, port: int) -> str:
-        """Returns HOST:PORT for links. Address translation must keep `port` unchanged."""
+        """Returns the address for links, HOST:PORT. A router that translates addresses must not change `port`."""
         return f"{_host_of(self.at_port(port))}:{port}"
 
     async def changed(self) -> WorkerError:
-        """Returns an error once this machine's address on the route has been different for some seconds."""
+        """Returns an error when this machine's address on the route has been different for some seconds."""
         now, looks = self.own_host, 0
         while True:
             await asyncio.sleep(_LOOK_S)
@@ -83,7 +84,6 @@ class OwnAddress:
                 return WorkerError(f"this machine's address changed from {self.own_host} to {now}")
 
     def _host_now(self) -> str | None:
-        """Returns this machine's present address on the route, or the old address if none is found or needed."""
         found = source_host(self.route.host, self.route.family, self.route.port)
         return self.own_host if self.own_host is None or found is None else found
 

@@ -10,7 +10,7 @@ from time import monotonic
 from llamaclust.worker.service import StageService
 
 IDLE_S = 10.0
-"""The seconds without an order after which a member is idle."""
+"""Seconds without an order after which a member is idle."""
 _PERIOD_S = 1.0
 
 
@@ -18,14 +18,13 @@ _PERIOD_S = 1.0
 class Readiness:
     """Shows a member as ready if it is idle, or if it holds layers and loads none. Evictions wait until it is ready."""
 
-    file: Path | None = None  # None: not wanted
+    file: Path | None = None  # None if no file is wanted.
 
     def __post_init__(self) -> None:
-        """Removes the ready file, because a killed process may have left it behind."""
+        """Removes the file, because a killed process may have left it behind."""
         self._show(False)
 
     async def follow(self, exclusive: asyncio.Lock, service: StageService) -> None:
-        """Updates the file during a membership. Loads and measurements hold `exclusive`."""
         if self.file is None:
             return
         busy_at = monotonic()

@@ -56,12 +56,12 @@ class Requests:
         worker = self._session.worker
         if worker.kv_disk is None:
             raise ProtocolError(
-                "the coordinator requested KV memory on disk, but this worker keeps none there (kv_disk)"
+                "the coordinator requested KV memory on disk, but this worker was started without kv_disk"
             )
         return await worker.kv_disk.answer(request, worker.service.stage(request.epoch).runner)
 
     async def _profile_in_thread(self, request: profiles.ProfileWorker) -> profiles.WorkerProfile:
-        """Waits for the thread even if cancelled. Otherwise the next measurement would run at the same time."""
+        """Waits for the thread even if cancelled, so that the next measurement cannot run at the same time."""
         measuring = asyncio.ensure_future(asyncio.to_thread(self._profile, request))
         try:
             return await asyncio.shield(measuring)
@@ -75,7 +75,7 @@ class Requests:
             path = request.model_path
             file = worker.weights.open_file(path, request.model_id) if path else None
             model = None if file is None else Model(file)
-        except ModelFileError:  # reported when its layers are to be loaded
+        except ModelFileError:  # The load of the file's layers will report this error.
             model = None
         with model or nullcontext():
             profile = worker.device.measure(model, request.quant_types)
@@ -103,7 +103,7 @@ class Requests:
         return replace(await progress.during(finding, progressed, _REPORT_S), request_id=request.request_id)
 
     async def _probe(self, request: messages.ProbePeer) -> messages.ProbeResult:
-        """Probes with a new connection. The stage's own connection may outlast the link, or may be broken."""
+        """Probes with a new connection, because the stage's own connection may outlast the link, or may be broken."""
         peer = self._session.peer(request.address, request.worker)
         reason = ""
         try:

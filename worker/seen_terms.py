@@ -1,4 +1,4 @@
-"""The largest coordinator terms that this process has seen, by cluster. A token may admit it to several clusters."""
+"""The largest coordinator terms that this process has seen, by cluster. One token may admit it to several clusters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MOST_CLUSTERS = 64
 
 @dataclass(frozen=True, slots=True)
 class ClusterKey:
-    authority: str  # the id of its certificate authority; "": it is insecure
+    authority: str  # Id of the cluster's certificate authority, or "" if the cluster is insecure.
     name: str
 
 
@@ -25,7 +25,7 @@ class SeenTerm:
 @dataclass(slots=True)
 class SeenTerms:
     last: ClusterKey = ClusterKey("", "")
-    is_awaited: bool = False  # only a coordinator of `last` may admit the worker
+    is_awaited: bool = False  # True if only a coordinator of `last` may admit the worker.
     _largest: dict[ClusterKey, SeenTerm] = field(default_factory=dict)
 
     @property
@@ -33,21 +33,23 @@ class SeenTerms:
         return self._largest.get(self.last, SeenTerm())
 
     def enter(self, cluster: ClusterKey, term: int, proof: TermProof) -> None:
-        """Records an admission. Raises WorkerError if the term is too small, or if another cluster is awaited."""
+        """Records an admission. Raises WorkerError for a superseded term, or if the worker waits for another
+        cluster."""
         if self.is_awaited and cluster != self.last:
             raise WorkerError(f"expected a coordinator of cluster {self.last.name!r}, found one of {cluster.name!r}")
-        self.last = cluster  # its coordinator is told the term at the next attempt where this one is superseded
+        # Set even if `see` raises, so that the next attempt can tell a superseded coordinator the term.
+        self.last = cluster
         self.see(term, proof)
         self.is_awaited = True
 
     def see(self, term: int, proof: TermProof | None = None) -> None:
-        """Records a term of the last cluster. Raises WorkerError if it is smaller than a term seen before."""
+        """Records a term of the last cluster. Raises WorkerError if an earlier term was larger."""
         largest = self.largest
         if term < largest.value:
             seen = f"this worker has seen a newer one (term {largest.value})"
             raise WorkerError(f"the coordinator of term {term} is superseded: {seen}")
         if proof is not None or term > largest.value:
-            self._largest.pop(self.last, None)  # the newest are kept
+            self._largest.pop(self.last, None)  # Moves the cluster to the end, so that it is forgotten last.
             self._largest[self.last] = SeenTerm(term, proof or TermProof())
         while len(self._largest) > _MOST_CLUSTERS:
             del self._largest[next(iter(self._largest))]
@@ -57,6 +59,6 @@ class SeenTerms:
         self.is_awaited = False
 
     def end(self) -> None:
-        """Forgets the last cluster's terms, because it has ended. A new cluster of the same name begins again."""
+        """Forgets the terms of the last cluster, which has ended. A new cluster of that name may have smaller terms."""
         self.is_awaited = False
         self._largest.pop(self.last, None)

@@ -1,4 +1,4 @@
-"""A worker's Stage service. It finds the stage or image encoder that a stream belongs to."""
+"""A worker's Stage service. It finds the stage or the image encoder to which a stream belongs."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from llamaclust.worker.stage.streams import StageStreams
 _log = logging.getLogger(__name__)
 
 _TILE_S = 30.0
-"""The longest time in seconds that a load waits for the memory of an encoder that computes its last tile."""
+"""Maximum number of seconds that a load waits for the memory of an encoder that computes its last tile."""
 
 LoadedStage = StageStreams | FollowingStage
 
 
 class StageService:
-    """The loaded stages and image encoders by epoch. A model may have two of each at the same time."""
+    """The loaded stages and image encoders by epoch. During a move, two epochs of a model are loaded."""
 
     def __init__(self, worker: str) -> None:
         self._worker = worker
@@ -39,8 +39,8 @@ class StageService:
         self._encoders: dict[int, EncoderStreams] = {}
         self._kept: list[LoadedStage] = []
         self._kept_encoders: list[EncoderStreams] = []
-        self._ending = set[asyncio.Future[None]]()  # encoders that are freed once their tile in progress is computed
-        self._ended = CacheCounts()  # of stages that were freed
+        self._ending = set[asyncio.Future[None]]()  # Encoders that are freed when their tile in progress is computed.
+        self._ended = CacheCounts()
 
     @property
     def handlers(self) -> Mapping[str, Handler]:
@@ -66,14 +66,13 @@ class StageService:
             self._encoders[streams.epoch] = encoder
 
     async def remove(self, epoch: int) -> None:
-        """Frees an epoch's stage. Frees its encoder after a tile in progress (see `last_tiles`)."""
+        """Frees an epoch's stage. Frees its encoder when a tile in progress is computed (see `last_tiles`)."""
         if (encoder := self._encoders.pop(epoch, None)) is not None:
             await self.free_encoder(encoder)
         if (streams := self._stages.pop(epoch, None)) is not None:
             await self._close(streams)
 
     async def free_encoder(self, encoder: EncoderStreams) -> None:
-        """Frees an encoder, but does not wait for a tile in progress."""
         is_computing, freed = encoder.is_computing, encoder.close()
         self._ending.add(freed)
         freed.add_done_callback(self._ending.discard)
@@ -81,7 +80,7 @@ class StageService:
             await asyncio.wait((freed,))
 
     async def last_tiles(self) -> bool:
-        """Waits at most `_TILE_S` until ended encoders have freed their memory. Returns False if there were none."""
+        """Waits up to `_TILE_S` until ended encoders have freed their memory. Returns False if there are none."""
         ending = tuple(self._ending)
         if ending:
             _log.info("waiting for the memory of an ended encoder, which computes its last tile")
@@ -139,7 +138,8 @@ class StageService:
         return bool(self._kept or self._kept_encoders)
 
     async def take_kept(self, order: Load, file_version: str | None) -> StageRunner | None:
-        """Returns a kept stage that fits the order, and frees the others. `file_version` is None without a file."""
+        """Returns a stage that an earlier membership has kept and that fits the order, or None. Frees all other kept
+        stages. `file_version` is None if there is no file."""
         runner = None
         while self._kept:
             streams = self._kept.pop()
@@ -160,8 +160,7 @@ class StageService:
         return found
 
     async def clear(self, model_id: str) -> list[object]:
-        """Frees all stages of a model except kept stages. Keeps its encoders for the next epoch's load. The returned
-        list keeps the weights in memory."""
+        """Frees a model's stages, but keeps its encoders. The returned list keeps the stages' weights in memory."""
         freed = {epoch: streams for epoch, streams in self._stages.items() if streams.runner.model_id == model_id}
         weights = [streams.runner.weights for streams in (*freed.values(), *self._kept)]
         for epoch in freed:

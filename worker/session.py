@@ -26,7 +26,7 @@ class Session:
     deadlines: Deadlines
     counters: Counters
     send: Callable[[WorkerMessage], Awaitable[None]]
-    coordinator: str = ""  # where it was joined
+    coordinator: str = ""  # Address at which the worker joined the coordinator.
 
     async def answer(
         self, work: Awaitable[WorkerMessage], failed: Callable[[Failure], WorkerMessage], what: str
@@ -34,7 +34,7 @@ class Session:
         """Sends the result of `work`, or its failure. Sends nothing if a device was lost, because the process ends."""
         try:
             answer = await work
-        except Exception as error:  # noqa: BLE001  a border: the answer reports it, the worker stays
+        except Exception as error:  # noqa: BLE001  the answer reports any error
             _log.error("%s: %s", what, error)
             if isinstance(error, DeviceLostError):
                 self.worker.compute.give_up(error)
@@ -44,7 +44,7 @@ class Session:
             kind = type(error) if known else LlamaclustError
             answer = failed(Failure(kind.__name__, one_line(text)))
         if isinstance(answer, LoadFailed):
-            gc.collect()  # a future and its error hold each other, and what was loaded until then
+            gc.collect()  # A future and its error refer to each other, and keep in memory what was loaded.
         await self.send(answer)
 
     def peer(self, address: str, worker: str | None) -> Peer:

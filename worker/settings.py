@@ -12,45 +12,47 @@ from llamaclust.core.logs import LogFormat
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
-    """One worker's settings. The worker ends with its parent, `parent_pid`. A `static` worker enrols at `join` and
-    `standbys` with its join token. It is insecure without a token, and needs no `join` with `discover`."""
+    """One worker's settings. A `static` worker enrols at `join` or `standbys` with its join token, or without a token
+    joins an insecure cluster. All other workers have a parent process and end with it."""
 
     name: str
-    join: str = ""  # gRPC target of the coordinator; set when a launcher knows it
-    standbys: tuple[str, ...] = ()  # HOST:PORT; only of a static worker
-    discover: bool = False  # by multicast DNS, besides `join` and `standbys`; only of a static worker with a token
+    join: str = ""  # gRPC target of the coordinator. Set as soon as a launcher knows it.
+    standbys: tuple[str, ...] = ()  # HOST:PORT of standby coordinators, for a static worker.
+    discover: bool = False  # True to find coordinators by multicast DNS too. Needs a static worker with a token.
     token_file: Path | None = None
-    token: str = field(default="", repr=False)  # in place of a file
-    listen: str = ""  # gRPC target of this worker's Stage service; port 0: any free one
-    link_port: int | None = None  # for links of groups; None: beside that of `listen`, if it has one
-    device: str = "cpu"  # "cpu" | "reference" | "cuda:N", or several of these with commas between
-    threads: int | None = None  # None: one a core
-    numa_node: int | None = None  # the only one whose cores and memory are used; None: all
-    memory_bytes: int | None = None  # cap on weights, KV memory and workspace in RAM; None: what is free
-    mlock: bool = False  # packed weights are locked in RAM
-    feature_level: str = ""  # "": the best there is
-    join_s: float = 60.0  # how long to wait for the coordinator
+    token: str = field(default="", repr=False)  # The token itself, instead of `token_file`.
+    listen: str = ""  # gRPC target of this worker's Stage service. Port 0 means any free port.
+    link_port: int | None = None  # Port for links of groups. None derives it from the port of `listen`.
+    device: str = "cpu"  # "cpu", "reference" or "cuda:N", or several GPUs like "cuda:0,cuda:1".
+    threads: int | None = None  # None means one thread per core.
+    numa_node: int | None = None  # The only NUMA node to use, or None for all nodes.
+    memory_bytes: int | None = None  # Maximum of weights, KV memory and workspace in RAM, or None for all free memory.
+    mlock: bool = False
+    feature_level: str = ""  # "" means the best.
+    join_s: float = 60.0  # Seconds to wait for the coordinator.
     parent_pid: int | None = None
-    packed_cache_dir: Path | None = None  # cache of packed weights; None: none
-    packed_cache_bytes: int = 0  # its size
-    weights_dir: Path | None = None  # cache of weights fetched from other workers; None: none are fetched
-    weights_bytes: int = 0  # its size
-    kernels_dir: Path | None = None  # cache of compiled GPU kernels; None: none
-    kv_disk_dir: Path | None = None  # folder for KV memory on disk
-    kv_disk_bytes: int | None = None  # its size; None: KV memory is not kept on disk
+    packed_cache_dir: Path | None = None  # Cache of packed weights, or None for no cache.
+    packed_cache_bytes: int = 0  # Maximum size of that cache.
+    weights_dir: Path | None = None  # Cache of weights fetched from other workers, or None to fetch no weights.
+    weights_bytes: int = 0  # Maximum size of that cache.
+    kernels_dir: Path | None = None  # Cache of compiled GPU kernels, or None for no cache.
+    kv_disk_dir: Path | None = None
+    kv_disk_bytes: int | None = None  # Maximum size of that folder, or None to keep no KV memory on disk.
     static: bool = False
-    stays: bool = False  # after the end of a cluster, for the next one; only of a static worker
-    advertise: str = ""  # HOST or HOST:PORT by which others reach it; "": as it listens
+    stays: bool = False  # True if a static worker waits for the next cluster when its cluster ends.
+    # HOST or HOST:PORT at which other machines reach this worker, or "" for the address of `listen`.
+    advertise: str = ""
     log_format: LogFormat = LogFormat.TEXT
-    cluster: str = ""  # its name, for the log; "": unknown
-    ready_file: Path | None = None  # exists while the worker has settled; None: not wanted
-    model_dir: Path | None = None  # folder of model files that are not where the coordinator has them
-    models_dir: Path | None = None  # where this machine's downloaded models are, each in a folder of its own
-    gpu_layers: int | None = None  # of a stage on GPUs, its last ones; None: as many as fit
-    gpu_memory_bytes: int | None = None  # cap on what is taken of each GPU; None: what is free there
+    cluster: str = ""  # Name of the cluster in the log, or "" if unknown.
+    ready_file: Path | None = None  # File that exists while the worker is ready, or None for no file.
+    # Folder of model files that have another path here than on the coordinator's machine.
+    model_dir: Path | None = None
+    models_dir: Path | None = None  # Folder of downloaded models, each in a folder of its own.
+    gpu_layers: int | None = None  # Number of a stage's last layers on GPUs, or None for as many as fit.
+    gpu_memory_bytes: int | None = None  # Maximum memory of each GPU, or None for all free memory.
 
     def to_json(self) -> str:
-        """Returns JSON with the secret token. It is for a pipe, and must not be logged."""
+        """Returns JSON that contains the secret token. It is for a pipe and must not be logged."""
         return json.dumps(asdict(self), default=str)
 
     @classmethod

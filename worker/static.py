@@ -1,4 +1,4 @@
-"""A worker of a static cluster. It joins, and rejoins with its weights after its coordinator was lost."""
+"""A worker of a static cluster. It joins a coordinator, and joins again with its weights if that is lost."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _OPEN_S = 10.0
 _GRACE_S = 0.5
 _STEP_S = 10.0
 _COORDINATOR_S = 20.0
-"""A coordinator counts as gone after half of these seconds without an answer."""
+"""A coordinator counts as lost after half of these seconds without an answer."""
 
 
 async def run_static_worker(settings: WorkerSettings) -> str:
@@ -53,7 +53,7 @@ async def run_static_worker(settings: WorkerSettings) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Reached:
-    target: str  # of the Coordinator service
+    target: str  # gRPC target of the Coordinator service.
     credentials: Identity | Insecure
 
 
@@ -61,7 +61,8 @@ class _StaticWorker:
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
         file = settings.token_file
-        self._token = JoinToken.parse(settings.token) if file is None else JoinToken.read(file)  # None: insecure
+        # None for an insecure cluster.
+        self._token = JoinToken.parse(settings.token) if file is None else JoinToken.read(file)
         self._worker = Worker.open(settings)
         given = tuple(filter(None, (settings.join, *settings.standbys)))
         self._search = CoordinatorSearch(given, discovers=settings.discover, stays=settings.stays)
@@ -91,7 +92,7 @@ class _StaticWorker:
                 self._worker.terms.end()
             except DeviceLostError:
                 raise
-            except WorkerError as error:  # the coordinator has not come back
+            except WorkerError as error:  # The coordinator has not returned in time.
                 if not self._settings.stays:
                     raise
                 reason = str(error)
@@ -105,7 +106,7 @@ class _StaticWorker:
 
     async def _run_cluster(self) -> str:
         while True:
-            await self._worker.compute.idle(_STEP_S)  # DeviceLostError where a step of the last membership hangs
+            await self._worker.compute.idle(_STEP_S)  # Raises DeviceLostError if a step of the last membership hangs.
             place, reached = await self._search.reached(self._reach)
             try:
                 return await self._run_membership(place.address, reached)
@@ -127,15 +128,15 @@ class _StaticWorker:
 
     async def _reach(self, address: str) -> _Reached:
         host, port = split_address(address)
-        route = await Route.to(host, port)  # before anything else: a name that is not found is said so
+        route = await Route.to(host, port)  # Resolves the name first, so that an unknown name is reported.
         if self._token is None:
             if self._settings.standbys and not await is_open(host, port, _OPEN_S):
                 raise WorkerError(f"{address} cannot be reached")
             return _Reached(address, Insecure())
-        if (given := self._settings.token_file) is not None and given.is_file():  # it may hold another one by now
+        if (given := self._settings.token_file) is not None and given.is_file():  # The file may contain a new token.
             self._token = JoinToken.read(given)
         enrolled = await enrol(host, port, self._token, self._settings.name)
-        reached, service_port = enrolled.reached  # a name may stand for a coordinator and its standby
+        reached, service_port = enrolled.reached  # One name may have the addresses of a coordinator and its standby.
         target = joined_address(route.host if is_link_local(reached) else reached, service_port)
         return _Reached(target, enrolled.identity)
 
@@ -170,7 +171,7 @@ class _StaticWorker:
     async def _listen(self, own: OwnAddress, credentials: Credentials) -> None:
         if self._server is None or own.listen != self._listens_at:
             await self._stop_server()
-            with short_slices():  # gRPC's threads
+            with short_slices():  # gRPC's threads inherit the short time slices.
                 self._server = await Server.start(own.listen, credentials, self._worker.handlers)
             self._listens_at = own.listen
         self._address = own.at_port(self._server.port)
@@ -179,7 +180,6 @@ class _StaticWorker:
         self._link_address = own.at_link_port(split_address(links.address)[1]) if links.address else ""
 
     def _registration(self) -> Register:
-        """Counts the memory of kept stages as free."""
         kept = self._worker.service.kept_bytes
         now = self._worker.device.registration(self._settings.name, self._address, self._link_address)
         free, machine = now.free_memory_bytes + kept["cpu"], now.machine_free_bytes + kept["cpu"]
@@ -210,4 +210,5 @@ async def _served(member: Member, own: OwnAddress) -> str:
     finally:
         for task in (serving, watching):
             task.cancel()
-        await asyncio.gather(serving, watching, return_exceptions=True)  # what serves ends before weights are kept
+        # Waits until serving has ended, before weights are kept.
+        await asyncio.gather(serving, watching, return_exceptions=True)

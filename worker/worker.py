@@ -35,13 +35,15 @@ class Worker:
     weights: Weights
     readiness: Readiness = field(default_factory=Readiness)
     terms: SeenTerms = field(default_factory=SeenTerms)
-    kv_disk: KvDisk | None = None  # None: KV memory is not kept on disk
+    kv_disk: KvDisk | None = None  # None if KV memory is not kept on disk.
     links: LinkListener = field(default_factory=LinkListener)
-    exclusive: asyncio.Lock = field(default_factory=asyncio.Lock)  # held by what needs the machine for itself
+    # Held by loads and measurements, which need the whole machine.
+    exclusive: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @classmethod
     def open(cls, settings: WorkerSettings) -> Worker:
-        """Raises UsageError if this machine lacks the device, or if `kv_disk` does not work with it."""
+        """Opens the device and the caches. Raises UsageError if this machine lacks the device, or if KV memory of this
+        device cannot be kept on disk."""
         kv_disk = _open_kv_disk(settings)
         device, service = Device.open(settings), StageService(settings.name)
         for line in read_cores().lines(device.threads):
@@ -54,7 +56,7 @@ class Worker:
         return {**self.service.handlers, **self.weights.giver.handlers}
 
     async def accept_links(self, stages: str, port: int | None, credentials: Credentials) -> None:
-        """Makes `links` listen at an address derived from `stages`. Raises UsageError if the user's `port` is taken."""
+        """Makes `links` listen at an address derived from `stages`. Raises UsageError if the given `port` is in use."""
         if isinstance(credentials, Identity) and not tls_library():
             _log.info(
                 "this worker takes part in no group: links need OpenSSL, but this llamaclust was built without it"
@@ -64,7 +66,7 @@ class Worker:
         try:
             await self.links.listen(address, or_any_port=port is None)
         except OSError as error:
-            reason = (error.strerror or str(error)).partition(" (while")[0]  # Python adds the address once more
+            reason = (error.strerror or str(error)).partition(" (while")[0]  # Python's text repeats the address.
             why = f"links of groups cannot be accepted at {address}: {reason}"
             if port is not None:
                 raise UsageError(f"{why}; free the port, or choose another port with --link-port N") from error

@@ -1,1 +1,1 @@
-"""A cache on disk: the folder, and the functions that open, write and lock its files."""
+"""A cache on disk, and functions that open, write and lock its files."""

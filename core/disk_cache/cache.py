@@ -1,5 +1,5 @@
-"""A cache folder for one user's files, with bounded size. Every file can be computed again, and complete files never
-change. One process writes at a time. Readers need no lock. A file's access time records its last use."""
+"""A folder of one user's cached files, with a limited size. Every file can be made again, and a complete file never
+changes. One process writes at a time. Readers need no lock. A file's access time is the time of its last use."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from llamaclust.core.sizes import MIB, mib
 _log = logging.getLogger(__name__)
 
 _FREE_SHARE = 20
-"""The cache leaves 1/20 of the disk free, or `free_bytes` if that is less."""
+"""The cache leaves 1/20 of the disk free, or `free_bytes` if that is smaller."""
 
 _LOCK = "lock"
 NEVER_NS = 1 << 63
 
 
 class NoRoomError(OSError):
-    """The cache's limit or the disk leaves no room for a file."""
+    """The cache's limit or the free space on the disk is too small for a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,33 +47,34 @@ class Cleared:
 
 @dataclass(frozen=True, slots=True)
 class DiskCache:
-    """A cache of the files in `path` whose names end with one of `suffixes`. Other files there are left alone."""
+    """A cache of the files in `path` whose names end with one of `suffixes`. Other files there are not touched."""
 
     path: Path
     most_bytes: int
 
     suffixes: ClassVar[tuple[str, ...]]
-    content: ClassVar[str]  # for messages
-    limit: ClassVar[str]  # the setting of `most_bytes`, for messages
+    content: ClassVar[str]  # Names the content in messages.
+    limit: ClassVar[str]  # Names the setting that decides `most_bytes` in messages.
     most_files: ClassVar[int] = 1 << 16
     free_bytes: ClassVar[int] = 2 << 30
-    is_secret: ClassVar[bool] = False  # others may not even read
-    is_synced: ClassVar[bool] = True  # a file is on the disk when it gets its name
-    modified_ns: ClassVar[int | None] = None  # of all files, if set: one that was changed later is damaged
+    is_secret: ClassVar[bool] = False  # Other users must not be able to read the files.
+    is_synced: ClassVar[bool] = True  # A file is flushed to the disk before it gets its name.
+    # Modification time of all intact files, or None. A file with another time is damaged.
+    modified_ns: ClassVar[int | None] = None
 
     def create(self) -> None:
-        """Creates the folder. Raises OSError, for example if `path` is a link or if other users could write there."""
+        """Creates the folder. Raises OSError, for example if `path` is a link or if other users could write to it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
             self.path.mkdir(mode=0o700)
         mode = stat.S_IMODE(self._check_owner().st_mode)
         if mode & (0o077 if self.is_secret else 0o022):
-            what = "others may enter it" if self.is_secret else "others may write there"
+            what = "other users may enter the folder" if self.is_secret else "other users may write to the folder"
             raise PermissionError(errno.EPERM, f"{what} (mode {mode:o})", str(self.path))
 
     def open(self, name: str, *, is_use: bool = True) -> FileIO | None:
-        """Opens a file and, if `is_use`, marks it used. Returns None if the file is absent. A changed or foreign file
-        is deleted and counts as absent. Raises an OSError that contains the path."""
+        """Opens a file, and marks it as used if `is_use`. Returns None if the file is absent. Deletes a file that was
+        changed or belongs to another user, and returns None. Raises an OSError that contains the path."""
         path = self.path / name
         try:
             file = files.open_own(path)
@@ -105,8 +106,8 @@ class DiskCache:
         kept: Container[str] = (),
         writing: Writing | None = None,
     ) -> None:
-        """Writes a file unless it exists. Makes room by deleting files that are not in `kept` and were last used before
-        `since_ns`. Raises NoRoomError, BusyError, StoppedError or another OSError, and removes the partial file."""
+        """Writes a file unless it exists. To make room, deletes files that were last used before `since_ns` and are not
+        in `kept`. Raises NoRoomError, BusyError, StoppedError or another OSError. Leaves no incomplete file."""
         n_bytes, writing = sum(map(len, parts)), writing or Writing()
         with self.locked(writing):
             if not self._has(name, n_bytes):
@@ -115,7 +116,7 @@ class DiskCache:
 
     @contextmanager
     def locked(self, writing: Writing | None = None) -> Iterator[None]:
-        """Holds the writers' lock and deletes temporary files of killed writers. Raises `files.locked`'s errors."""
+        """Holds the writers' lock and deletes temporary files of killed writers. Raises BusyError or StoppedError."""
         with files.locked(self.path / _LOCK, writing or Writing()):
             for file in self.files(files.TEMPORARY):
                 files.remove(file.path)
@@ -126,12 +127,13 @@ class DiskCache:
         files.remove(self.path / name)
 
     def files(self, *suffixes: str) -> list[CachedFile]:
-        """Returns the files with these suffixes (by default the cache's own), least recently used first."""
+        """Returns the files with these suffixes (default: the cache's own), the least recently used file first."""
         found = []
         with suppress(FileNotFoundError), os.scandir(self.path) as entries:
             for entry in entries:
                 if entry.name.endswith(suffixes or self.suffixes):
-                    with suppress(FileNotFoundError):  # deleting needs no lock
+                    # Another process may delete the file meanwhile, because deleting needs no lock.
+                    with suppress(FileNotFoundError):
                         status = entry.stat(follow_symlinks=False)
                         if stat.S_ISREG(status.st_mode):
                             found.append(CachedFile(Path(entry.path), status.st_size, files.used_ns(status)))
@@ -145,7 +147,7 @@ class DiskCache:
         return sorted(path for path in self._names(_LOCK) if path.is_symlink() or not path.is_file())
 
     def clear(self) -> Cleared:
-        """Deletes the files. Raises OSError, or BusyError if a load needs them or another process keeps writing."""
+        """Deletes the files. Raises OSError, or BusyError if a load uses them or another process is writing."""
         if not os.path.lexists(self.path):
             return Cleared()
         self._check_owner()
@@ -155,7 +157,7 @@ class DiskCache:
         count, size_bytes, left = 0, 0, []
         with files.locked(lock, Writing()):
             if self._needed_since_ns() != NEVER_NS:
-                raise BusyError(errno.EAGAIN, "a load is using it; try again later")
+                raise BusyError(errno.EAGAIN, "a load is using the cache; try again later")
             for path in sorted(self._names()):
                 try:
                     size_bytes += files.delete(path)
@@ -167,7 +169,7 @@ class DiskCache:
         return Cleared(count, size_bytes, tuple(left))
 
     def _needed_since_ns(self) -> int:
-        """Returns a time. The cache keeps all files used at or after this time. The caller must hold the lock."""
+        """Returns a time in ns. Files used at or after that time must be kept. The caller holds the lock."""
         return NEVER_NS
 
     def _make_room(self, n_bytes: int, since_ns: int = NEVER_NS, kept: Container[str] = ()) -> None:

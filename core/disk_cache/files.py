@@ -1,4 +1,4 @@
-"""Files that several processes of a user share. Opening never blocks, and files are written entirely or not at all."""
+"""Files that several processes of one user share. Opening never blocks. A file is written entirely or not at all."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from llamaclust.core.cgroups import drop_cached_pages
 from llamaclust.core.regular_file import NotRegularError, open_descriptor, take_lock
 
 TEMPORARY = ".tmp"
-"""The suffix of files that are being written. A killed process may leave such a file."""
+"""The suffix of files that are being written. A process that is killed may leave such a file."""
 
 _WRITE_BYTES = 1 << 21
-"""The size and alignment of writes. Some file systems use huge pages for such writes (ext4 since Linux 6.16)."""
+"""The size and alignment of writes. Some file systems then use huge pages (ext4 since Linux 6.16)."""
 
 _LOCK_WAIT_S = 10.0
 
@@ -28,7 +28,7 @@ _NOT_A_FILE = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EISDIR)
 
 
 class ForeignFileError(OSError):
-    """The path is not a regular file (it may be a link, a pipe or a directory), or another user owns the file."""
+    """The path is a link, a pipe, a directory or another file that is not regular, or another user owns the file."""
 
 
 class BusyError(OSError):
@@ -36,13 +36,13 @@ class BusyError(OSError):
 
 
 class StoppedError(Exception):
-    """The write was stopped."""
+    """Another thread stopped the write."""
 
 
 class Writing:
     def __init__(self) -> None:
         self.is_stopped = False
-        self.waits = False  # for the lock
+        self.waits = False  # True while the writer waits for the lock.
         self.unfinished: Path | None = None
 
 
@@ -62,7 +62,7 @@ def open_own(path: Path, flags: int = os.O_RDONLY) -> FileIO:
 
 @contextmanager
 def locked(path: Path, writing: Writing) -> Iterator[None]:
-    """Locks the file `path`, creating it if needed. Raises BusyError after `_LOCK_WAIT_S` s, or StoppedError."""
+    """Locks the file `path`, which may not exist yet. Raises BusyError after `_LOCK_WAIT_S` s, or StoppedError."""
     with open_own(path, os.O_RDWR | os.O_CREAT) as file:
         deadline, writing.waits = time.monotonic() + _LOCK_WAIT_S, True
         while not take_lock(file.fileno()):
@@ -79,7 +79,7 @@ def locked(path: Path, writing: Writing) -> Iterator[None]:
 def write_whole(
     path: Path, parts: Sequence[bytes | memoryview], writing: Writing, modified_ns: int | None, *, is_synced: bool
 ) -> None:
-    """Writes a file entirely or not at all. The caller must hold the folder's lock. Raises OSError or StoppedError."""
+    """Writes a file entirely or not at all. The caller holds the folder's lock. Raises OSError or StoppedError."""
     made = path.with_name(f"{path.name}{TEMPORARY}")
     try:
         file = open_own(made, os.O_RDWR | os.O_CREAT | os.O_EXCL)
@@ -114,7 +114,7 @@ def used_ns(status: os.stat_result) -> int:
 
 
 def mark_used(descriptor: int) -> os.stat_result:
-    """Sets the access time to now, as the kernel's own time lags by milliseconds. Returns the earlier status."""
+    """Sets the access time to now, because the kernel's own time lags by milliseconds. Returns the previous status."""
     found = os.fstat(descriptor)
     with suppress(OSError):
         os.utime(descriptor, ns=(time.time_ns(), found.st_mtime_ns))
@@ -127,7 +127,7 @@ def remove(path: Path) -> None:
 
 
 def delete(path: Path) -> int:
-    """Deletes a file or an empty directory. Returns a regular file's size, or 0 for anything else. Raises OSError."""
+    """Deletes a file or an empty directory. Returns the size of a regular file, or else 0. Raises OSError."""
     found = path.lstat()
     if stat.S_ISDIR(found.st_mode):
         path.rmdir()

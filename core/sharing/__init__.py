@@ -1,2 +1,2 @@
-"""Fair sharing of scarce resources among owners. `turns` shares concurrent places, `shares` and `line` share units of
-room, and `computations` shares values that several callers need."""
+"""Fair sharing among owners. `turns` shares places for concurrent work, `shares` and `line` share units of room, and
+`computations` shares computed values."""

@@ -1,4 +1,4 @@
-"""Values that are computed once for all simultaneous callers. Each caller has its own turn and its own deadline."""
+"""Values that are computed once for all callers that wait at the same time. Each caller has its own deadline."""
 
 from __future__ import annotations
 
@@ -10,20 +10,17 @@ from typing import Any, Generic, TypeVar
 _Value = TypeVar("_Value")
 
 Owners = Sequence[str]
-"""The owners of all callers that use a value now. The value is computed during the first owner's turn. The owners
-change as callers come and leave."""
+"""The owners of the callers that use a value now. The list changes as callers come and leave. The value is computed in
+the turn of the first owner."""
 Compute = Callable[[Owners], Coroutine[Any, Any, _Value]]
 
 
 class Lease(Generic[_Value]):
-    """A caller's use of a value, which lasts until `release`."""
-
     def __init__(self, value: _Value, release: Callable[[], None]) -> None:
         self.value = value
         self._release: Callable[[], None] | None = release
 
     def release(self) -> None:
-        """Ends the use. Further calls do nothing."""
         release, self._release = self._release, None
         if release is not None:
             release()
@@ -33,11 +30,11 @@ class _Shared(Generic[_Value]):
     def __init__(self) -> None:
         self.result: asyncio.Future[_Value] = asyncio.get_running_loop().create_future()
         self.owners: list[str] = []
-        self.task: asyncio.Task[_Value] | None = None  # None: no caller had a turn yet
-        self.claim: asyncio.Task[None] | None = None  # in whose turn the task began
+        self.task: asyncio.Task[_Value] | None = None  # None until a caller gets its turn.
+        self.claim: asyncio.Task[None] | None = None  # Claim in whose turn the task began.
 
     async def claim_turn(self, owner: str, turn: AbstractAsyncContextManager[None], begin: Callable[[], None]) -> None:
-        """Begins the computation unless it has begun in another turn. Holds the turn until the computation ends."""
+        """Begins the computation if no other turn has begun it. Holds the turn until the computation ends."""
         async with turn:
             if self.task is None:
                 self.claim = asyncio.current_task()
@@ -49,8 +46,9 @@ class _Shared(Generic[_Value]):
 
 
 class SharedComputations(Generic[_Value]):
-    """Shared values by key. A computation begins when the first of its callers gets a turn, and all callers get its
-    result or error. When no caller is left, the computation is cancelled or its value is closed."""
+    """Computes each value once for all callers with the same key. The computation begins when the first caller gets its
+    turn, and all callers get its result or error. When the last caller has left, the computation is cancelled or its
+    value is closed."""
 
     def __init__(self, close: Callable[[bytes, _Value], None] = lambda key, value: None) -> None:
         self._close = close
@@ -63,7 +61,6 @@ class SharedComputations(Generic[_Value]):
         return key in self._shared
 
     def put(self, key: bytes, owner: str, value: _Value) -> Lease[_Value]:
-        """Adds a value that is already known. Returns the first caller's lease."""
         assert key not in self._shared
         self._shared[key] = shared = _Shared[_Value]()
         shared.result.set_result(value)
@@ -72,8 +69,8 @@ class SharedComputations(Generic[_Value]):
     async def take(
         self, key: bytes, owner: str, turn: AbstractAsyncContextManager[None], compute: Compute[_Value]
     ) -> Lease[_Value]:
-        """Waits for a value and returns a lease for it. Raises the computation's error, or this caller's own error if
-        `turn` fails before the value is known."""
+        """Waits for a value and returns a lease. Raises the computation's error, or the caller's own error if `turn`
+        fails before the value is known."""
         shared = self._shared.get(key)
         if shared is None:
             shared = self._shared[key] = _Shared()
@@ -85,7 +82,7 @@ class SharedComputations(Generic[_Value]):
                 claim.add_done_callback(_retrieved)
                 await asyncio.wait((shared.result, claim), return_when=asyncio.FIRST_COMPLETED)
                 if not shared.result.done():
-                    await claim  # raises
+                    await claim  # Raises the error of the turn.
             lease.value = shared.result.result()
         except BaseException:
             lease.release()
@@ -112,7 +109,7 @@ class SharedComputations(Generic[_Value]):
             shared.result.cancel()
         elif error is not None:
             shared.result.set_exception(error)
-            shared.result.exception()  # else it is logged if all callers have left
+            shared.result.exception()  # Otherwise asyncio logs the error if all callers have left.
         else:
             shared.result.set_result(task.result())
             if shared.owners:
@@ -138,4 +135,4 @@ class SharedComputations(Generic[_Value]):
 
 def _retrieved(claim: asyncio.Task[None]) -> None:
     if not claim.cancelled():
-        claim.exception()  # else it is logged if its caller has left
+        claim.exception()  # Otherwise asyncio logs the error if the caller has left.

@@ -1,4 +1,4 @@
-"""A line of requests that wait for room. One request is first, and only this request may take room until it leaves."""
+"""A queue of requests that wait for room. The first request alone may take room until it leaves the queue."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Self
 
 
 class Line:
-    """A line of requests that wait for room and hold none. The next to be first is the request whose owner holds the
-    least room. On a tie, the longest wait decides. Not thread-safe: use it in one event loop."""
+    """A queue of requests that wait for room and hold none. When the first request leaves, the request whose owner
+    holds the least room becomes the first. On a tie, the longest wait decides. Not thread-safe."""
 
     def __init__(self, held: Counter[str]) -> None:
-        """`held` counts the room that each owner holds now."""
         self._held = held
         self._first: Place | None = None
         self._waiting: list[Place] = []
@@ -32,11 +31,10 @@ class Line:
         return self._first is place
 
     def is_open(self, place: Place) -> bool:
-        """Returns whether a place may take room, because no other place is first."""
+        """True if no other place is first, so that this place may take room."""
         return self._first in (None, place)
 
     async def enter(self, place: Place) -> None:
-        """Waits until the place is first in the line."""
         if self._first is None:
             self._first = place
         if self._first is not place:
@@ -54,7 +52,7 @@ class Line:
 
 
 class Place:
-    """A request's place, which is outside the line until `enter`. Leaving the context leaves the line."""
+    """A request's place. It enters the line with `enter`, and leaves the line with its context."""
 
     def __init__(self, line: Line, owner: str) -> None:
         self.owner = owner
@@ -70,7 +68,6 @@ class Place:
         return self._line.is_open(self)
 
     async def enter(self) -> None:
-        """Waits until this place is first in the line."""
         await self._line.enter(self)
 
     def __enter__(self) -> Self:

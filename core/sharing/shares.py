@@ -8,15 +8,15 @@ from contextlib import contextmanager
 
 
 def fits(own: int, held: int, room: int, more: int = 1) -> bool:
-    """Returns whether an owner with `own` of all `held` units may take `more`. A single owner may have up to `room`
-    units. With several owners, each may have half of what the others' units leave of 2 * `room` units."""
+    """Returns True if an owner with `own` of all `held` units may take `more`. A single owner may hold up to `room`
+    units. Of several owners, each may hold half of 2 * `room` minus the units of the other owners."""
     return not more or own + more <= min(room, 2 * room - held - more + 1)
 
 
 class Shares:
     def __init__(self, room: int) -> None:
         self.room = room
-        self.held = Counter[str]()  # by owner
+        self.held = Counter[str]()  # Units held by each owner.
 
     def fits(self, owner: str, more: int = 1) -> bool:
         return fits(self.held[owner], self.held.total(), self.room, more)

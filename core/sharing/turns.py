@@ -9,14 +9,15 @@ from contextlib import asynccontextmanager
 
 
 class Turns:
-    """Shares concurrent places among owners. A freed place goes to the waiting owner with the fewest places. The owner
-    that freed it loses a tie. An owner has at most `most` places (None means no limit). For one event loop."""
+    """Shares concurrent places among owners. A free place goes to the waiting owner with the fewest places, on a tie
+    not to the owner that freed it. An owner has at most `most` places (None: no limit). Not thread-safe."""
 
     def __init__(self, places: int, most: int | None = None) -> None:
         self._free = places
         self._most = places if most is None else most
-        self._taken: Counter[str] = Counter()  # places, by owner
-        self._waiting: dict[str, deque[asyncio.Event]] = {}  # by owner, the next one first
+        self._taken: Counter[str] = Counter()  # Number of places held by each owner.
+        # Events of each owner's waiting turns. The next turn comes first.
+        self._waiting: dict[str, deque[asyncio.Event]] = {}
 
     @asynccontextmanager
     async def turn(self, owner: str) -> AsyncIterator[None]:

@@ -310,7 +310,7 @@ def test_mistakes_get_one_line(here: Here, arguments: Sequence[str], code: int, 
     ("content", "words"),
     [
         (b"{", "is not JSON: Expecting property name"),
-        (b'"\xff"', "not UTF-8 text at byte 1, line 1"),
+        (b'"\xff"', "byte 1 in line 1 is not UTF-8 text"),
         (b"[" * 100_000, "is nested too deeply"),
     ],
 )

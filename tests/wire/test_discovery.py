@@ -156,7 +156,7 @@ async def test_the_end_does_not_wait_for_ever(
         with pytest.raises(UsageError, match="why it ends"):
             async with browsing(CLUSTER, Found(), Found()):
                 raise UsageError("why it ends")
-    assert caplog.messages == ["the end of multicast DNS took longer than 2 s"]
+    assert caplog.messages == ["stopping multicast DNS took longer than 2 s"]
 
 
 @pytest.mark.parametrize("address", ["coordinator.example:7100", "[::1]:7100"])

@@ -53,7 +53,7 @@ def test_frames_of_a_tile_in_progress_precede_its_rows() -> None:
     rows = np.ones((4, FRAME_BYTES // 8), np.float32)
     first, *others = row_frames(rows)
     reader = read(RowsReader(*rows.shape), COMPUTING, COMPUTING, first)
-    with pytest.raises(ProtocolError, match="a frame of rows: 1 bytes"):
+    with pytest.raises(ProtocolError, match="a frame of an image tile's rows has 1 bytes"):
         reader.take(COMPUTING)
     np.testing.assert_array_equal(read(reader, *others).rows, rows)
 
@@ -66,10 +66,10 @@ def test_the_largest_tile_fits_into_a_message() -> None:
 @pytest.mark.parametrize(
     ("data", "error"),
     [
-        (b"", "a tile: 0 bytes, its size needs 8"),
-        (struct.pack("<II", 3, 5), "a tile of 5 x 3 pixels: 8 bytes, 53 expected"),
-        (encode_tile(TILE)[:-1], "a tile of 5 x 3 pixels: 52 bytes, 53 expected"),
-        (encode_tile(TILE) + b"0", "a tile of 5 x 3 pixels: 54 bytes, 53 expected"),
+        (b"", "an image tile has 0 bytes; its size alone takes 8"),
+        (struct.pack("<II", 3, 5), "an image tile of 5 x 3 pixels has 8 bytes; expected 53"),
+        (encode_tile(TILE)[:-1], "an image tile of 5 x 3 pixels has 52 bytes; expected 53"),
+        (encode_tile(TILE) + b"0", "an image tile of 5 x 3 pixels has 54 bytes; expected 53"),
         (struct.pack("<II", 0, 5), "pixels of a tile is 0"),
         (struct.pack("<II", 1 << 31, 1 << 31), "pixels of a tile is 4611686018427387904"),
         (struct.pack("<II", 2049, MAX_TILE_PIXELS // 2048), "pixels of a tile is"),
@@ -84,20 +84,20 @@ def test_damaged_tiles_are_refused(data: bytes, error: str) -> None:
     "frame", [b"", b"\x01", b"\x01" + bytes(47), b"\x01" + bytes(49), b"\x02" + bytes(48), b"\x00" + bytes(4096)]
 )
 def test_other_frames_than_the_one_that_is_due_are_refused(frame: bytes) -> None:
-    with pytest.raises(ProtocolError, match=r"a frame of rows: .* bytes, 49 expected"):
+    with pytest.raises(ProtocolError, match=r"a frame of an image tile's rows has .* bytes; expected 49"):
         RowsReader(3, 4).take(frame)
 
 
 def test_rows_that_are_not_finite_are_refused() -> None:
     rows = np.ones((3, 4), np.float32)
     rows[1, 2] = np.nan
-    with pytest.raises(ProtocolError, match="rows of a tile are not finite numbers"):
+    with pytest.raises(ProtocolError, match="rows contain numbers that are not finite"):
         read(RowsReader(3, 4), *row_frames(rows))
 
 
 def test_nothing_follows_the_last_frame() -> None:
     reader = read(RowsReader(3, 4), b"\x01" + bytes(48))
-    with pytest.raises(ProtocolError, match="a frame of rows: 2 bytes, 1 expected"):
+    with pytest.raises(ProtocolError, match="a frame of an image tile's rows has 2 bytes; expected 1"):
         reader.take(b"\x01\x01")
 
 

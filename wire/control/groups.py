@@ -1,4 +1,5 @@
-"""Control messages to and from groups, whose members each compute a part of every layer: orders and fault reports."""
+"""Control messages about groups: orders to form a group, and reports of faults. The members of a group compute a stage
+together, each a part of every layer."""
 
 from __future__ import annotations
 
@@ -19,11 +20,11 @@ class GroupMember:
 
 @dataclass(frozen=True, slots=True)
 class GroupOrder:
-    """The workers that compute a stage together. The first member leads the group and has the stage's streams."""
+    """Names the workers that compute a stage together. The first member, the leader, serves the stage's streams."""
 
-    group_id: bytes  # random, known to the members alone
+    group_id: bytes  # Random bytes that only the members know.
     members: Annotated[tuple[GroupMember, ...], Size(2, MAX_GROUP_MEMBERS)]
-    member: int  # which of them this worker is
+    member: int  # Index of this worker in `members`.
 
     @property
     def shares(self) -> tuple[int, ...]:
@@ -34,7 +35,7 @@ class GroupOrder:
         bounded("member", self.member, 0, len(self.members) - 1)
         names = [member.worker for member in self.members]
         if len({*names}) < len(names):
-            raise ProtocolError(f"the group {', '.join(names)} contains a worker twice")
+            raise ProtocolError(f"the group {', '.join(names)} contains a worker twice; members must differ")
 
 
 _Seconds = Annotated[float, Real(0.0, 1e9)]
@@ -43,13 +44,13 @@ _Seconds = Annotated[float, Real(0.0, 1e9)]
 @dataclass(frozen=True, slots=True)
 class GroupCounters:
     gathers: int = 0
-    waited_s: _Seconds = 0.0  # that gathers have waited for the rows of others
+    waited_s: _Seconds = 0.0  # Seconds that gathers spent waiting for the rows of other members.
     waited_for_s: Annotated[tuple[_Seconds, ...], Size(0, MAX_GROUP_MEMBERS)] = ()
-    """`waited_s` divided among the members. Each wait counts for the member that was ready last."""
-    sent_bytes: int = 0  # between the members, with headers
+    """The share of `waited_s` for each member. A wait counts for the member that was ready last."""
+    sent_bytes: int = 0  # Bytes sent to other members, including headers.
     received_bytes: int = 0
-    one_row_steps: int = 0  # microbatches of one row
-    one_row_waited_s: _Seconds = 0.0  # of the waits, those of these
+    one_row_steps: int = 0  # Number of microbatches with one row.
+    one_row_waited_s: _Seconds = 0.0  # Part of `waited_s` that fell into microbatches with one row.
 
 
 FAULTS = ("late", "closed", "wrong", "failed")
@@ -57,9 +58,9 @@ FAULTS = ("late", "closed", "wrong", "failed")
 
 @dataclass(frozen=True, slots=True)
 class GroupFault:
-    """Reports that a member has ended an epoch because it failed or because another member is at fault."""
+    """Reports that a member has ended an epoch, because it failed itself or because another member is at fault."""
 
     epoch: Annotated[int, Integer(0, UINT64 - 1)]
-    worker: WorkerName  # at fault, as far as the member knows
+    worker: WorkerName  # Name of the member at fault, as far as the sender knows.
     kind: Annotated[str, Choice(FAULTS)]
     reason: Reason

@@ -1,4 +1,4 @@
-"""Control messages about KV blocks on disk. Each block is named by a key of its content. `KvDone` answers requests."""
+"""Control messages about KV blocks on disk. A key identifies a block by its content. A worker answers with `KvDone`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def split_keys(keys: bytes) -> list[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class FindKv:
-    """Asks how many leading blocks are on disk, up to the first missing block."""
+    """Requests the number of blocks on disk, counted from the first key until a block is missing."""
 
     epoch: _Epoch
     keys: _Keys
@@ -39,21 +39,22 @@ class FindKv:
 
 @dataclass(frozen=True, slots=True)
 class RestoreKv:
-    """Orders a worker to read blocks from disk, in order, up to the first missing or damaged block."""
+    """Orders a worker to read the blocks of `keys` from disk, in order, until a block is missing or damaged."""
 
     epoch: _Epoch
     keys: _Keys
-    blocks: _Blocks  # one for each key
+    blocks: _Blocks  # Numbers of the KV blocks to fill, one for each key.
     request_id: int = 0
 
     def check(self) -> None:
         if len(self.keys) != len(self.blocks) * KEY_BYTES:
-            raise ProtocolError(f"keys of {len(self.keys)} bytes for {len(self.blocks)} KV blocks")
+            raise ProtocolError(f"RestoreKv has keys of {len(self.keys)} bytes for {len(self.blocks)} KV blocks")
 
 
 @dataclass(frozen=True, slots=True)
 class SaveKv:
-    """Orders a worker to write `blocks` to disk under the last `keys`. Blocks of the earlier keys are not deleted."""
+    """Orders a worker to write `blocks` to disk under the last of `keys`. The worker may delete other files to make
+    room, but not files with blocks of the earlier keys."""
 
     epoch: _Epoch
     keys: _Keys
@@ -62,12 +63,12 @@ class SaveKv:
 
     def check(self) -> None:
         if len(self.keys) < len(self.blocks) * KEY_BYTES:
-            raise ProtocolError(f"keys of {len(self.keys)} bytes for {len(self.blocks)} KV blocks")
+            raise ProtocolError(f"SaveKv has keys of only {len(self.keys)} bytes for {len(self.blocks)} KV blocks")
 
 
 @dataclass(frozen=True, slots=True)
 class KvDone:
-    """The number of leading blocks that were found, restored or saved."""
+    """Answers a request with the number of leading blocks that were found, restored or saved."""
 
     blocks: Annotated[int, Integer(0, MAX_KEYS)]
     request_id: int = 0

@@ -7,7 +7,7 @@ from llamaclust.core.bounds import LogLine, Size
 
 _Line = LogLine(2000)
 _MAX_LINES = 1000
-_MAX_BYTES = 1 << 17  # of all lines as UTF-8: little else is in such a message
+_MAX_BYTES = 1 << 17  # Maximum size of a message's lines, encoded as UTF-8.
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +18,11 @@ class GetLog:
 @dataclass(frozen=True, slots=True)
 class LogTail:
     lines: Annotated[tuple[Annotated[str, _Line], ...], Size(0, _MAX_LINES)]
-    before: int  # number of lines before them
+    before: int  # Number of earlier lines, which are not in the message.
     request_id: int = 0
 
     @classmethod
     def bounded(cls, lines: tuple[str, ...], before: int, request_id: int = 0) -> LogTail:
-        """Keeps as many of the last lines as one message can hold."""
         kept: list[str] = []
         left = _MAX_BYTES
         for line in map(_Line.fit, reversed(lines[-_MAX_LINES:])):

@@ -1,5 +1,5 @@
-"""Control messages between workers and their coordinator: membership, requests, loads, heartbeats. A new message needs
-a dataclass here, a place in a union at the end of this file, and a proto message with the same names."""
+"""Control messages between workers and their coordinator, for membership, requests, loads and heartbeats. A new message
+needs a dataclass here, a place in a union at the end of this file, and a proto message with the same names."""
 
 from __future__ import annotations
 
@@ -55,47 +55,51 @@ class Register:
     name: WorkerName
     pid: int
     host: Annotated[str, Line(255)]
-    address: Address  # of its Stage service
-    device: Annotated[str, Line(255)]  # "cpu" | "cuda:N", or several of the latter with commas between
+    address: Address  # Address of the worker's Stage service.
+    device: Annotated[str, Line(255)]  # For example "cpu", "cuda:0", or "cuda:0,cuda:1" for two GPUs.
     threads: Annotated[int, Integer(1, 1 << 16)]
     feature_level: Annotated[str, Line(64)]
     total_memory_bytes: MemoryBytes
-    free_memory_bytes: MemoryBytes  # what its stages may take, its cap considered
-    fingerprint: Annotated[str, Line(512)]  # equal for machines with equal profiles
-    machine_free_bytes: MemoryBytes = 0  # what all processes of its machine may still take together; 0: unknown
-    log: Annotated[str, Line(4096)] = ""  # path of its log on its machine, for people; "": the launcher knows
-    gpus: Annotated[tuple[Gpu, ...], Size(0, MAX_GPUS)] = ()  # beside its processor
-    gpu_layers: int | None = None  # of a stage, on its GPUs; None: as many as fit
-    largest_term: Term = 0  # that its process has seen of `cluster`
-    machine: Annotated[str, Line(64)] = ""  # boot id of its kernel: host names may be equal on several machines
-    memory_group: Annotated[str, Line(64)] = ""  # the control group that limits its memory most; "": none does
-    kv_disk_bytes: MemoryBytes = 0  # what KV memory may take on its disk; 0: none is kept there
-    term_proof: TermProof = field(default_factory=TermProof)  # that a coordinator had the largest term
-    cluster: Annotated[str, Line(255)] = ""  # that its process was a member of last; "": of none
-    is_awaited: bool = False  # it waits for a coordinator of `cluster`, and may not join another one
-    link_address: Address = ""  # where it accepts links of members of a group; "": it takes no part in groups
+    free_memory_bytes: MemoryBytes  # Memory that stages may take, within the worker's cap.
+    fingerprint: Annotated[str, Line(512)]  # Machines with equal fingerprints have equal profiles.
+    # Memory that all processes of the machine may still take together, or 0 if unknown.
+    machine_free_bytes: MemoryBytes = 0
+    log: Annotated[str, Line(4096)] = ""  # Place of the log on the worker's machine, or "" if the launcher knows it.
+    gpus: Annotated[tuple[Gpu, ...], Size(0, MAX_GPUS)] = ()  # GPUs that the worker uses in addition to its processor.
+    gpu_layers: int | None = None  # Number of a stage's layers on GPUs, or None for as many as fit.
+    largest_term: Term = 0  # Largest term of `cluster` that the process has seen.
+    # The kernel's boot id, because several machines may have the same host name.
+    machine: Annotated[str, Line(64)] = ""
+    # Id of the control group with the least free memory, or "" if no group limits memory.
+    memory_group: Annotated[str, Line(64)] = ""
+    kv_disk_bytes: MemoryBytes = 0  # Maximum size of KV memory on disk, or 0 if none is kept on disk.
+    term_proof: TermProof = field(default_factory=TermProof)  # Proof that a coordinator had `largest_term`.
+    cluster: Annotated[str, Line(255)] = ""  # Cluster of the last membership, or "" if there was none.
+    is_awaited: bool = False  # The worker waits for a coordinator of `cluster` and cannot join another cluster.
+    link_address: Address = ""  # Address for links of groups, or "" if the worker takes part in no group.
     protocol_version: int = PROTOCOL_VERSION
     numerics_version: int = NUMERICS_VERSION
 
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    heartbeat_s: _Timeout = 1.0  # between heartbeats
-    sampling_inputs_s: _Timeout = 30.0  # a last stage waits so long for a microbatch's sampling inputs
-    forward_s: _Timeout = 30.0  # a stage waits so long for the next one to connect or to take a frame
-    coordinator_s: Annotated[float, Real(0.0, 30 * 86400.0)] = 0.0  # a worker waits so long for a lost coordinator
-    peer_s: _Timeout = 5.0  # without an answer for so long, another worker is unreachable
+    heartbeat_s: _Timeout = 1.0  # Seconds between heartbeats.
+    sampling_inputs_s: _Timeout = 30.0  # Maximum wait of a last stage for a microbatch's sampling inputs.
+    forward_s: _Timeout = 30.0  # Maximum wait of a stage until the next stage connects or accepts a frame.
+    coordinator_s: Annotated[float, Real(0.0, 30 * 86400.0)] = 0.0  # Maximum wait for a lost coordinator.
+    peer_s: _Timeout = 5.0  # Seconds without an answer until another worker counts as unreachable.
 
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """The answer to Register. The coordinator sends it again when the coordinator's term grows."""
+    """Accepts a worker's registration. The coordinator sends this message again each time its term grows."""
 
     deadlines: Deadlines
     protocol_version: int = PROTOCOL_VERSION
     cluster: Annotated[str, Line(255)] = ""
-    term: Term = 0  # the coordinator's
-    term_proof: TermProof = field(default_factory=TermProof)  # for other coordinators
+    term: Term = 0  # The coordinator's term.
+    # Proof of `term`, which the worker shows to other coordinators.
+    term_proof: TermProof = field(default_factory=TermProof)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,7 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error. `kind` is the error's class in llamaclust.core.errors, and `message` is its text on one line."""
+    """Describes an error. `kind` is the name of the error's class in llamaclust.core.errors. `message` is one line."""
 
     kind: Annotated[str, Line(64)]
     message: Reason
@@ -125,18 +129,21 @@ class Load:
     start: int
     end: Annotated[int, Integer(1, MAX_LAYERS)]
     limits: StageLimits
-    next_address: Address | None  # of the stage after this one; None: this is the last
-    first_address: Address | None = None  # for the last: of the first stage; None: this is the first
-    next_worker: WorkerName | None = None  # at next_address
+    next_address: Address | None  # Address of the next stage, or None if this stage is the last.
+    first_address: Address | None = None  # Address of the first stage. Set only for the last of several stages.
+    next_worker: WorkerName | None = None  # Name of the worker at `next_address`.
     first_worker: WorkerName | None = None
-    previous_worker: WorkerName | None = None  # which alone may open FORWARD; None: this is the first
-    last_worker: WorkerName | None = None  # for the first of several: alone may open SAMPLED_TOKENS
-    exclusive: bool = False  # stages of other epochs are freed first; weights that this one needs as well stay
-    weights: WeightSources | None = None  # None: the file must be there, and its bytes are not compared
-    devices: Annotated[tuple[DeviceLayers, ...], Size(0, MAX_GPUS + 1)] = ()  # in order; (): the processor alone
+    previous_worker: WorkerName | None = None  # The only worker that may open FORWARD, or None for the first stage.
+    # The only worker that may open SAMPLED_TOKENS. Set only for the first of several stages.
+    last_worker: WorkerName | None = None
+    # The model's other stages are freed before the load, except weights that this stage also needs.
+    exclusive: bool = False
+    weights: WeightSources | None = None  # None if the file must be on this machine and its bytes are not compared.
+    # Devices in the order of their layers, or () for the processor alone.
+    devices: Annotated[tuple[DeviceLayers, ...], Size(0, MAX_GPUS + 1)] = ()
     adapters: AdapterFiles = ()
-    group: GroupOrder | None = None  # that holds the stage together; None: this worker alone
-    encoder: EncoderFile | None = None  # None: another worker has the encoder of images, or the model has none
+    group: GroupOrder | None = None  # Group that computes the stage, or None if this worker computes it alone.
+    encoder: EncoderFile | None = None  # None if another worker runs the image encoder or the model has none.
 
     def check(self) -> None:
         bounded("start", self.start, 0, self.end - 1)
@@ -167,8 +174,9 @@ class Loaded:
     weight_bytes: int
     kv_bytes: int
     workspace_bytes: int
-    fetched_bytes: int = 0  # from other workers
-    encoder_bytes: MemoryBytes = 0  # of the encoder of images, apart from the bytes above; 0: it has none
+    fetched_bytes: int = 0  # Bytes received from other workers.
+    # Memory of the image encoder, which the sizes above do not include, or 0 if there is none.
+    encoder_bytes: MemoryBytes = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,33 +208,34 @@ class UnloadFailed:
 @dataclass(frozen=True, slots=True)
 class StageProgress:
     epoch: int
-    received: int  # microbatches
-    sent: int = 0  # of these, their answers, at least in part
-    awaits_tokens: bool = False  # the last of these waits for sampled tokens, which the last stage sends
-    group: GroupCounters | None = None  # None: the worker holds the stage alone, or its links are not open
+    received: int  # Number of microbatches received.
+    sent: int = 0  # Number of microbatches for which at least a part of the answer was sent.
+    awaits_tokens: bool = False  # The newest microbatch waits for sampled tokens from the last stage.
+    group: GroupCounters | None = None  # None if the stage has no group or the group's links are not open.
 
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    busy: Annotated[float, Real(0.0, 1.0)]  # share of the last interval spent computing
+    busy: Annotated[float, Real(0.0, 1.0)]  # Share of the last interval that the worker spent computing.
     microbatches: int
     tokens: int
     resident_bytes: MemoryBytes
     free_memory_bytes: MemoryBytes
-    received_bytes: int = 0  # of microbatches, from stages before its own
-    sent_bytes: int = 0  # of microbatches and results
-    weight_bytes_sent: int = 0  # to other workers
-    weight_bytes_received: int = 0  # from other workers
-    last_error: Reason = ""  # last warning or error of its log since it joined
-    gpu_free_bytes: Annotated[tuple[MemoryBytes, ...], Size(0, MAX_GPUS)] = ()  # in the order of its registration
-    computing_s: Annotated[float, Real(0.0, 1e9)] = 0.0  # since the present step began; 0: none is computed
+    received_bytes: int = 0  # Bytes of microbatches received from earlier stages.
+    sent_bytes: int = 0  # Bytes of microbatches and results that were sent.
+    weight_bytes_sent: int = 0  # Bytes of weights sent to other workers.
+    weight_bytes_received: int = 0  # Bytes of weights received from other workers.
+    last_error: Reason = ""  # Last warning or error that the worker logged since it joined.
+    # Free bytes of each GPU, in the order of `Register.gpus`.
+    gpu_free_bytes: Annotated[tuple[MemoryBytes, ...], Size(0, MAX_GPUS)] = ()
+    computing_s: Annotated[float, Real(0.0, 1e9)] = 0.0  # Seconds since the current step began, or 0 if no step runs.
     kv_disk_written_bytes: int = 0
     kv_disk_read_bytes: int = 0
     kv_disk_used_bytes: MemoryBytes = 0
-    experts_cache_hits: int = 0  # experts of layers that microbatches used, of which GPUs had copies
+    experts_cache_hits: int = 0  # Number of times that a used expert was in a GPU's cache.
     experts_cache_misses: int = 0
-    experts_cache_copied_bytes: int = 0  # to GPUs
-    experts_cache_used_bytes: MemoryBytes = 0  # of experts that are there
+    experts_cache_copied_bytes: int = 0  # Bytes of experts copied to GPUs.
+    experts_cache_used_bytes: MemoryBytes = 0  # Bytes of experts that are in GPUs' caches now.
     stages: Annotated[tuple[StageProgress, ...], Size(0, MAX_STAGES_HELD)] = ()
 
 
@@ -252,7 +261,7 @@ class RenewalFailed:
 
 @dataclass(frozen=True, slots=True)
 class PeerUnreachable:
-    """Reports that the connection to another worker's stage failed to open, broke, or stopped transferring data."""
+    """Reports that a connection to another worker's stage could not be opened, broke, or stopped transferring data."""
 
     epoch: int
     worker: WorkerName
@@ -262,15 +271,15 @@ class PeerUnreachable:
 @dataclass(frozen=True, slots=True)
 class ProbePeer:
     worker: WorkerName
-    address: Address  # of its Stage service
+    address: Address  # Address of the Stage service of `worker`.
     request_id: int = 0
-    permit: Permit = ""  # the coordinator's, for this link
+    permit: Permit = ""  # The coordinator's permit to measure this link.
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
     worker: WorkerName
-    reason: Reason = ""  # why it cannot be reached
+    reason: Reason = ""  # Reason why the worker cannot be reached, or "" if it can be reached.
     request_id: int = 0
 
 
@@ -298,7 +307,7 @@ WorkerMessage = (
 WorkerRequest = (
     ProfileWorker | ProfileLinks | FindWeights | ProbePeer | GetLog | FindKv | RestoreKv | SaveKv | SetAdapters
 )
-"""Requests to workers. The coordinator numbers them from 1, and each answer has its request's `request_id`."""
+"""Requests to workers. The coordinator numbers requests from 1, and an answer has the `request_id` of its request."""
 CoordinatorMessage = (
     Admitted
     | Rejected

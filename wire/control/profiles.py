@@ -22,12 +22,12 @@ from llamaclust.core.profile import Profile
 Permit = Annotated[str, Line(MAX_PERMIT)]
 
 QuantTypes = Annotated[tuple[Annotated[int, Integer(0, 255)], ...], Size(0, 256)]
-"""Quant types, as ggml's numbers."""
+"""Numbers of quant types in ggml, for example 12 for Q4_K."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileWorker:
-    """Orders a worker to measure its machine, products with weights of these quant types, and a model's steps."""
+    """Orders a worker to measure its machine, matrix products for each of `quant_types`, and a model's steps."""
 
     model_path: ModelPath | None = None
     model_id: ModelId = ""
@@ -37,19 +37,20 @@ class ProfileWorker:
 
 @dataclass(frozen=True, slots=True)
 class WorkerProfile:
-    """The answer to ProfileWorker. Step times are absent if the model file or enough memory is missing."""
+    """Answers ProfileWorker. The profile has no step times if the model's file is missing or memory is short."""
 
     profile: Profile
     request_id: int = 0
-    kept_bytes: MemoryBytes = 0  # of memory, that its process has taken to measure and keeps: modules, stacks
+    # Memory that the measurement took and the process keeps, for example for modules and stacks.
+    kept_bytes: MemoryBytes = 0
 
 
 @dataclass(frozen=True, slots=True)
 class LinkEnd:
     worker: WorkerName
-    address: Address  # of its Stage service
-    permit: Permit = ""  # the coordinator's, for this link
-    link_address: Address = ""  # where it accepts links of members of a group; "": it does not
+    address: Address  # Address of the worker's Stage service.
+    permit: Permit = ""  # The coordinator's permit to measure this link.
+    link_address: Address = ""  # Address for links of groups, or "" if the worker takes part in no group.
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +61,15 @@ class ProfileLinks:
 
 @dataclass(frozen=True, slots=True)
 class LinkProfile:
-    round_trip_s: Annotated[float, Real(0.0, 86400.0)]  # of a token's hidden state and a short answer
-    bytes_s: Annotated[float, Real(1e-3, 1e18)]  # of a stream of large messages
-    network_s: Annotated[float, Real(0.0, 86400.0)] | None = None  # of the round trip, without the programs at its ends
+    round_trip_s: Annotated[float, Real(0.0, 86400.0)]  # Round trip of one token's hidden state and a short answer.
+    bytes_s: Annotated[float, Real(1e-3, 1e18)]  # Throughput of large messages, in bytes per second.
+    # Round trip between the two kernels, without the programs, or None if it is unknown.
+    network_s: Annotated[float, Real(0.0, 86400.0)] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LinkProfiles:
-    """The answer to ProfileLinks, with one profile for each of the request's `ends` in the same order."""
+    """Answers ProfileLinks. `links` has one profile for each of the request's `ends`, in the same order."""
 
     links: Annotated[tuple[LinkProfile, ...], Size(0, 1 << 12)]
     request_id: int = 0

@@ -1,4 +1,4 @@
-"""Control messages about the weights of models, adapters and projectors: where workers find them, what a stage uses."""
+"""Control messages about the weights of models, adapters and image projectors, and about where workers find them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from llamaclust.core.limits import MAX_ADAPTERS
 
 @dataclass(frozen=True, slots=True)
 class WeightSource:
-    """A process that may have weights: a worker, or the coordinator at the address where the receiver joined."""
+    """A process that may have weights: a worker at `address`, or the coordinator that the receiver has joined."""
 
     address: Address = ""
-    worker: WorkerName | None = None  # None: the coordinator
+    worker: WorkerName | None = None  # None for the coordinator.
 
 
 @dataclass(frozen=True, slots=True)
 class WeightSources:
     manifest: Digest
     manifest_bytes: Annotated[int, Integer(1, 1 << 26)]
-    sources: Annotated[tuple[WeightSource, ...], Size(0, 256)]  # best first
+    sources: Annotated[tuple[WeightSource, ...], Size(0, 256)]  # The best source comes first.
 
 
 @dataclass(frozen=True, slots=True)
 class AddWeightSource:
-    """Gives a new source, or a source's new address, to running loads that fetch weights listed in this manifest."""
+    """Tells loads that fetch weights of this manifest about a new source, or about a source's new address."""
 
     manifest: Digest
     source: WeightSource
@@ -36,9 +36,9 @@ class AddWeightSource:
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
     number: Annotated[int, Integer(0, MAX_ADAPTERS - 1)]
-    path: ModelPath  # on the coordinator's machine
+    path: ModelPath  # Path on the coordinator's machine.
     adapter_id: ModelId
-    weights: WeightSources | None = None  # as in Load
+    weights: WeightSources | None = None  # None has the same meaning as in `Load`.
 
 
 AdapterFiles = Annotated[tuple[AdapterFile, ...], Size(0, MAX_ADAPTERS)]
@@ -46,19 +46,19 @@ AdapterFiles = Annotated[tuple[AdapterFile, ...], Size(0, MAX_ADAPTERS)]
 
 @dataclass(frozen=True, slots=True)
 class EncoderFile:
-    path: ModelPath  # on the coordinator's machine
+    path: ModelPath  # Path on the coordinator's machine.
     file_id: ModelId
-    weights: WeightSources | None = None  # as in Load
+    weights: WeightSources | None = None  # None has the same meaning as in `Load`.
 
 
 @dataclass(frozen=True, slots=True)
 class FindWeights:
     model_path: ModelPath
     model_id: ModelId
-    describe: bool = False  # make the manifest if there is none yet
+    describe: bool = False  # True to make the manifest if there is none yet.
     request_id: int = 0
     adapter: AdapterFile | None = None
-    encoder: EncoderFile | None = None  # None, and no adapter: the model
+    encoder: EncoderFile | None = None  # If both `adapter` and `encoder` are None, the model is wanted.
 
     def check(self) -> None:
         if self.adapter is not None and self.encoder is not None:
@@ -80,11 +80,11 @@ class FindWeights:
 @dataclass(frozen=True, slots=True)
 class WeightsFound:
     has_file: bool
-    manifest: Digest | None = None  # of what it has; None: nothing
+    manifest: Digest | None = None  # SHA-256 of the manifest that the worker has, or None if it has none.
     manifest_bytes: Annotated[int, Integer(0, 1 << 26)] = 0
     request_id: int = 0
-    gives: bool = False  # the manifest and the tensors that it has
-    file: Digest | None = None  # tells the file from all others, and from what it was before a change
+    gives: bool = False  # True if the worker can send the manifest and its tensors.
+    file: Digest | None = None  # Identifies the file and its present version.
 
     def check(self) -> None:
         bounded("manifest_bytes", self.manifest_bytes, int(self.manifest is not None), 1 << 26)

@@ -1,4 +1,5 @@
-"""Frames of the stream between stages: a microbatch's header bytes, timings so far, and the hidden state or a failure.
+"""Frames of the stream between stages. A frame contains a microbatch's header, the timings of the stages so far, and
+the hidden state or a failure.
 
     0  "LCST" | version u8 | kind u8 | timings u16 | header bytes u32 | body bytes u32      little-endian
     16 timings, four u64 each: queue ns, compute ns, wire ns, rows
@@ -26,7 +27,7 @@ _TIMING_BYTES = 32
 
 
 def most_frame_bytes(rows: int, width: int) -> int:
-    """Returns a frame's largest size in bytes, for `rows` rows of `width` floats. The first stage has width 0."""
+    """Returns the maximum size in bytes of a frame with `rows` rows of `width` floats. The first stage has width 0."""
     return _PREFIX.size + MAX_STAGES * _TIMING_BYTES + MAX_MICROBATCH_BYTES + max(rows * width * 4, 4 * MAX_TEXT)
 
 

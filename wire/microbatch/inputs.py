@@ -17,7 +17,7 @@ from llamaclust.wire.microbatch.matchers import starts_out
 from llamaclust.wire.microbatch.messages import SamplingInputs
 
 PREPARE_MATCHERS: Final = b""
-"""An empty message instead of sampling inputs. It announces answers with a matcher and belongs to no epoch."""
+"""An empty message that is sent instead of sampling inputs. It announces that answers with a matcher will follow."""
 
 _TASK = Struct("<iiQIIIIiiIIII")
 _CHAINED = Struct("<dIIII")
@@ -45,7 +45,7 @@ def encode_inputs(inputs: SamplingInputs) -> bytes:
 
 
 class _Tasks:
-    """The arrays of a message. Equal parameters are stored once, and so is a token list that several tasks share."""
+    """Builds a message's arrays. Equal parameters, and token lists that several tasks share, are stored once."""
 
     def __init__(self) -> None:
         self.params: dict[bytes, int] = {}
@@ -54,7 +54,8 @@ class _Tasks:
         self.chained: list[bytes] = []
         self.breakers = array("I")
         self.matcher_rows: list[bytes] = []
-        self._written: dict[int, tuple[int, int]] = {}  # by id, first and number of tokens
+        # (index of the first token, number of tokens) of each stored list, by the list's id().
+        self._written: dict[int, tuple[int, int]] = {}
 
     def add(self, row: int, task: RowTask) -> None:
         if not isinstance(task, SampleTask):
@@ -74,7 +75,6 @@ class _Tasks:
             self.matcher_rows.append(_MATCHER_ROW.pack(row, task.matcher.key, task.matcher.position))
 
     def _place(self, tokens: Sequence[int]) -> tuple[int, int]:
-        """Returns the tokens' place and count. Copies an `array("i")` in a single step, because histories are long."""
         if not tokens:
             return 0, 0
         if (found := self._written.get(id(tokens))) is None:

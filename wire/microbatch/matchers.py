@@ -19,7 +19,7 @@ from llamaclust.wire.microbatch.codec import MAX_INPUTS_BYTES
 @dataclass(frozen=True, slots=True)
 class _Start:
     key: int
-    grammar: int | None  # index among the message's
+    grammar: int | None  # Index in the grammars of the message.
     tokens: Annotated[tuple[Annotated[int, Integer(0, MAX_VOCABULARY - 1)], ...], Size(0, MAX_CONTEXT_TOKENS)]
     reasoning: Reasoning | None
     may_force: bool
@@ -51,7 +51,6 @@ def starts_out(starts: Iterable[MatcherStart]) -> sampling_proto.MatcherStarts:
 
 
 def starts_in(data: bytes) -> tuple[MatcherStart, ...]:
-    """Decodes the starts. Raises ProtocolError if a start is out of bounds or its grammar is not in the message."""
     message = read(_Starts, parse(sampling_proto.MatcherStarts, data, MAX_INPUTS_BYTES))
     found = []
     for start in message.starts:

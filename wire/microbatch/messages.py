@@ -10,26 +10,26 @@ from llamaclust.core.sampling import MatcherStart, RowResult, RowTask
 
 @dataclass(frozen=True, slots=True)
 class ImageRows:
-    """Data for a chunk's image rows. Ranges [first, end) of the chunk's rows are in ascending order."""
+    """The image rows of a chunk. `given` and `groups` are ascending ranges [first, end) of the chunk's rows."""
 
-    given: tuple[tuple[int, int], ...] = ()  # rows whose embedding is given
-    values: bytes = b""  # these embeddings: float32, little endian [given rows, levels * embedding]
-    groups: tuple[tuple[int, int], ...] = ()  # rows that see each other both ways
-    rope_positions: bytes = b""  # int32, little endian [rows of the chunk, sections]; empty: the rows' positions
+    given: tuple[tuple[int, int], ...] = ()  # Rows whose embeddings are in `values`.
+    values: bytes = b""  # float32, little endian [given rows, levels * embedding].
+    groups: tuple[tuple[int, int], ...] = ()  # Rows that attend to each other in both directions.
+    # int32, little endian [rows of the chunk, sections], or empty if they equal the rows' positions.
+    rope_positions: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Consecutive tokens of one sequence to compute now: one token in decode, more in prefill.
 
-    tokens[i] is at `position` + i. `table` lists the sequence's KV blocks, which hold 16 tokens each, from the first
-    token on. It stores runs of consecutive ids as (start, count, start, count, ...). `window_table` lists the blocks of
-    layers with a sliding window, from block number `window_start` on, if these layers have their own blocks. The last
-    `outputs` rows are sampled or scored. If `depends_on` is set, `tokens` is (0,). The only token is then the one
-    sampled at that row, which is unknown when the chunk is sent. The result has the normed hidden state of the
-    `embedded` rows [first, end). An MTP head reads `next_token`, the token after the chunk's last token, if known. It
-    drafts `drafts` tokens after the last chosen token. If `checked`, the first stage whose hidden state for the chunk
-    is not finite fails the microbatch."""
+    tokens[i] has position `position` + i. `table` lists all KV blocks of the sequence, of 16 tokens each, as runs of
+    consecutive ids: (start, count, start, count, ...). `window_table` lists the blocks of sliding-window layers if
+    these layers have their own blocks. The list begins with the sequence's block number `window_start`. The last
+    `outputs` rows are sampled or scored. If `depends_on` is set, `tokens` is (0,), and the stage replaces 0 by the
+    token sampled at that row. The result has the normed hidden states of the `embedded` rows [first, end). An MTP
+    head reads `next_token`, the token after the chunk, and drafts `drafts` tokens. If `checked`, the first stage whose
+    hidden state for the chunk is not finite fails the microbatch."""
 
     tokens: tuple[int, ...]
     position: int
@@ -40,8 +40,9 @@ class Chunk:
     window_start: int = 0
     embedded: tuple[int, int] = (0, 0)
     adapters: AdapterScales = ()
-    state_from: int | None = None  # the block of the state that the first row reads, where states have their own
-    state_to: tuple[int, ...] = ()  # (rows, block, rows, block, ...): blocks that get the state behind so many rows
+    state_from: int | None = None  # State block that the first row reads, if states have their own blocks.
+    # (rows, block, rows, block, ...). Each block receives the state after this number of rows.
+    state_to: tuple[int, ...] = ()
     next_token: int | None = None
     drafts: int = 0
     checked: bool = False
@@ -58,7 +59,8 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """A unit of work. Every stage runs an epoch's microbatches in the order of `number`, from 0 on without gaps."""
+    """A unit of work. Every stage runs an epoch's microbatches in order of `number`, which counts from 0 without
+    gaps."""
 
     model_id: str
     epoch: int
@@ -76,30 +78,31 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True)
 class SamplingInputs:
-    """The last stage's tasks for a microbatch, one for each output row. The stage first drops `released` matchers."""
+    """Tasks for the last stage, one per output row of a microbatch. The stage first drops the `released` matchers."""
 
     epoch: int
     number: int
     tasks: tuple[RowTask, ...]
-    released: tuple[int, ...] = ()  # keys of answers that have ended, or wait
-    starts: tuple[MatcherStart, ...] = ()  # of answers whose rows are in this microbatch or in later ones
+    released: tuple[int, ...] = ()  # Keys of answers that have ended or wait.
+    # Matchers for answers whose rows are in this microbatch or in later microbatches.
+    starts: tuple[MatcherStart, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """The tokens of a microbatch's output rows. The last stage sends them to the first stage for dependent chunks."""
+    """Tokens of a microbatch's output rows, which the last stage sends to the first stage for dependent chunks."""
 
     number: int
-    tokens: tuple[int, ...]  # 0 for a row without an answer; none where the microbatch failed
+    tokens: tuple[int, ...]  # Contains 0 for a row without an answer. Empty if the microbatch failed.
 
 
 @dataclass(frozen=True, slots=True)
 class StageTiming:
     """One stage's times for one microbatch, in nanoseconds on the worker's monotonic clock."""
 
-    queue_ns: int  # received, with the tokens it follows, until started
+    queue_ns: int  # Time between the arrival of the microbatch with its sampled tokens and its start.
     compute_ns: int
-    wire_ns: int  # serializing and handing the previous frame to the network
+    wire_ns: int  # Time to serialize the previous frame and to hand it to the network.
     rows: int
 
 
@@ -108,7 +111,7 @@ class Result:
     epoch: int
     number: int
     rows: tuple[RowResult, ...] = ()
-    timings: tuple[StageTiming, ...] = field(default=())  # first stage first
-    failure: str | None = None  # one line: worker, layers, what happened
-    embeddings: bytes = b""  # normed hidden state of the embedded rows, in row order: float32, little endian
-    drafting_ns: int = 0  # of the last stage, for tokens that its head drafted, beside its compute_ns
+    timings: tuple[StageTiming, ...] = field(default=())  # The first stage comes first.
+    failure: str | None = None  # One line that names the worker, its layers and the fault.
+    embeddings: bytes = b""  # Normed hidden states of the embedded rows in row order. float32, little endian.
+    drafting_ns: int = 0  # Time in which the last stage's MTP head drafted. Not included in `compute_ns`.

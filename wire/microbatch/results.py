@@ -36,7 +36,7 @@ _ROW_BYTES = 4 * (2 * MAX_FORCED_TOKENS + MAX_DRAFTED_TOKENS) + 4 * MAX_ONE_LINE
 
 
 def most_result_bytes(rows: int, top_logprobs: int, *, embeds: bool) -> int:
-    """Returns a result's largest size in bytes, for `rows` output rows. `top_logprobs` is the sum over all rows."""
+    """Returns the maximum size in bytes of a result with `rows` rows and, in total, `top_logprobs` top logprobs."""
     embedded = limits.MAX_EMBEDDING_BYTES if embeds else 0
     return (rows + 1) * _ROW_BYTES + top_logprobs * _TOP.size + MAX_STAGES * _TIMING.size + embedded
 
@@ -85,7 +85,6 @@ def _rows(message: sampling_proto.Result) -> list[RowResult]:
 
 
 def _tops(message: sampling_proto.Result, rows: int) -> list[Sequence[tuple[int, float]]]:
-    """Decodes and checks the top logprobs of all rows in one pass, since a result may have thousands of them."""
     pairs, counts = message.top_logprobs, _numbers("top_counts", message.top_counts, _INT)
     bounded("top_counts", len(counts), rows, rows)
     bounded("top_logprobs", min(counts), 0, limits.MAX_TOP_LOGPROBS)

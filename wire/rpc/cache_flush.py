@@ -1,4 +1,4 @@
-"""Empties CPU caches before measurements, because in a cluster other processes read weights between two tokens."""
+"""Empties CPU caches before measurements. Caches are also cold in a cluster, where processes run between two tokens."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-BYTES = 64 << 20  # more than what lies near a core, and all caches of most processors
+BYTES = 64 << 20  # Larger than a core's own caches, and than all caches of most processors.
 _MOST_BYTES = 1 << 30
 _LEVELS = "/sys/devices/system/cpu/cpu0/cache"
 _TURN_BYTES = 1 << 20
-_REST_S = 0.0005  # threads that spin for work sleep by then
+_REST_S = 0.0005  # Pause after which threads that spin for work are asleep.
 
 
 def largest_cache_bytes(levels: Path = Path(_LEVELS)) -> int:
-    """Returns the size of the first core's largest cache as stated by Linux, limited to [BYTES, `_MOST_BYTES`]."""
+    """Returns the size of the largest CPU cache as Linux states it, but at least BYTES and at most `_MOST_BYTES`."""
     sizes = [BYTES]
     for size in levels.glob("index*/size"):
         with suppress(OSError, ValueError):
@@ -29,7 +29,7 @@ def largest_cache_bytes(levels: Path = Path(_LEVELS)) -> int:
 
 
 class CacheFlush:
-    """A buffer of BYTES bytes. Reading it evicts everything else from caches that are not larger than the buffer."""
+    """A large buffer. Reading the buffer evicts all other data from caches that are not larger than the buffer."""
 
     _shared: ClassVar[WeakValueDictionary[int, CacheFlush]] = WeakValueDictionary()
     _making: ClassVar[Lock] = Lock()
@@ -49,7 +49,6 @@ class CacheFlush:
         sleep(_REST_S)
 
     async def sweep_in_turns(self) -> None:
-        """Sweeps on the event loop's thread in pieces. Other tasks run between the pieces."""
         for piece in np.array_split(self._memory, self._memory.nbytes // _TURN_BYTES):
             piece.max()
             await asyncio.sleep(0)

@@ -1,5 +1,5 @@
-"""The client side of streams: channel options, identities of both ends, and errors of broken streams. Only this file
-creates channels, and only `server.py` creates servers. Streams carry bytes, which the codecs decode."""
+"""The client side of streams, with channel options, the identities of both ends, and errors of broken streams. Only
+this file creates channels, and only `server.py` creates servers. Streams carry bytes, which the codecs decode."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EPOCH_KEY = "llamaclust-epoch"
 PERMIT_KEY = "llamaclust-permit"
 ACCEPTED_KEY = "llamaclust-accepted"
 ROOT_CAUSE_KEY = "llamaclust-root-cause"
-"""The key in a stream's trailing metadata that names the worker at fault, if it is not the peer."""
+"""The key of trailing metadata that contains the name of the worker at fault, if that worker is not the peer."""
 
 OPTIONS = (
     ("grpc.max_receive_message_length", PIECE_BYTES),
@@ -45,7 +45,7 @@ _TRANSPORT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.Statu
 _TRYING = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING)
 _CONNECT_S = 20.0
 _LONGEST_NAME = 63
-_LEAST_ANSWER_S = 1.0  # a lossy link, or a crowded machine, may need so long for an answer
+_LEAST_ANSWER_S = 1.0  # An answer may take this long on a lossy link or a busy machine.
 
 
 class StreamBrokenError(WorkerError):
@@ -57,7 +57,6 @@ class UnreachableError(StreamBrokenError):
 
 
 def _options(answer_s: float) -> tuple[tuple[str, int], ...]:
-    """Returns options for a channel that closes if sent bytes or pings are unacknowledged for `answer_s` seconds."""
     pings = {
         "grpc.keepalive_time_ms": int(200 * answer_s),
         "grpc.keepalive_timeout_ms": int(1000 * answer_s),
@@ -67,7 +66,7 @@ def _options(answer_s: float) -> tuple[tuple[str, int], ...]:
 
 
 class ClientStream:
-    """This process's end of a bidirectional stream that it opened. Errors carry the peer's name, `worker`, if given."""
+    """A bidirectional stream that this process opened. Errors carry `worker`, the name of the peer, if it is given."""
 
     _call: Any
 
@@ -90,16 +89,16 @@ class ClientStream:
                 await self._result(self._call.write(piece))
 
     def try_write(self, *messages: bytes) -> bool:
-        """Sends all messages if no waiting is needed, and otherwise none. Must not be called while `write` runs."""
+        """Sends all messages if that needs no waiting, or else returns False. Must not be called while `write` runs."""
         return False
 
     @property
     def has_message(self) -> bool:
-        """Returns whether `read` is known to return at once."""
+        """True if `read` is known to return at once."""
         return False
 
     async def read(self) -> bytes | None:
-        """Reads a message. Returns None if the peer has ended the stream. Raises ProtocolError for large messages."""
+        """Reads a message, or returns None after the stream's end. Raises ProtocolError if the message is too large."""
         try:
             return await read_message(self._read_piece, self._most_bytes)
         except ProtocolError as error:
@@ -113,8 +112,8 @@ class ClientStream:
         await self._result(self._call.done_writing())
 
     async def _result(self, operation: Awaitable[Any]) -> Any:
-        """Awaits `operation`. Raises StreamBrokenError for gRPC's errors, and for a cancellation that came from gRPC.
-        If a task cancels a stream or is cancelled while it writes, gRPC cancels all tasks that wait for the stream."""
+        """Awaits `operation`. Raises StreamBrokenError for errors from gRPC and for a cancellation by gRPC. If one task
+        cancels a stream, or is cancelled while it writes, gRPC cancels all tasks that wait for the stream."""
         try:
             return await operation
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
@@ -134,7 +133,8 @@ class ClientStream:
         if code in _TRANSPORT:
             kind = UnreachableError if code is grpc.StatusCode.UNAVAILABLE else StreamBrokenError
             return kind(f"connection to {self.address} lost ({details or code.name})", worker=self._worker)
-        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:  # gRPC refused a message of the peer before it was received
+        # gRPC refused a message from the peer because of the message's size.
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
             return StreamBrokenError(f"{self.address}: {details}", worker=self._worker)
         named = dict(await self._call.trailing_metadata() or ()).get(ROOT_CAUSE_KEY)
         worker = self._worker if named is None else str(named)[:_LONGEST_NAME]
@@ -142,8 +142,6 @@ class ClientStream:
 
 
 class UnixClientStream(ClientStream):
-    """A stream on a Unix socket. Its buffer holds waiting messages, and one system call sends several of them."""
-
     _call: UnixCall
 
     async def write(self, *messages: bytes) -> None:
@@ -151,7 +149,6 @@ class UnixClientStream(ClientStream):
             await self._result(self._call.write(*messages))
 
     async def read(self) -> bytes | None:
-        """Reads a whole message. The connection ends if a message is too large."""
         data: Any = await self._result(self._call.read())
         return None if data is _EOF else data
 
@@ -164,8 +161,8 @@ class UnixClientStream(ClientStream):
 
 
 class Peer:
-    """A channel to one process, which must show the certificate of `principal` if the cluster uses certificates. A
-    broken connection is noticed within `patience_s` seconds even if nothing is sent. None leaves this to gRPC."""
+    """Connections to one process, which must show the certificate of `principal` if the cluster uses certificates. A
+    broken connection is noticed within `patience_s` seconds even if nothing is sent. None means gRPC's own limits."""
 
     def __init__(
         self,
@@ -197,7 +194,8 @@ class Peer:
         permit: str | None = None,
         reply_bytes: int | None = None,
     ) -> ClientStream:
-        """Opens a stream. `wait_for_ready` waits for the server. `reply_bytes` lowers the method's limit on replies."""
+        """Opens a stream. With `wait_for_ready`, the stream waits until the server runs instead of failing.
+        `reply_bytes` lowers the method's limit on the size of a reply."""
         most_bytes = METHODS[method].reply_bytes if reply_bytes is None else reply_bytes
         metadata = [] if permit is None else [(PERMIT_KEY, permit)]
         if isinstance(self._credentials, ClusterToken):
@@ -213,7 +211,7 @@ class Peer:
         return ClientStream(call, self.address, self.worker, most_bytes)
 
     async def connected(self) -> None:
-        """Waits until the newest streams are connected or have failed. Raises UnreachableError after a deadline."""
+        """Waits until open streams are connected or have failed. Raises UnreachableError after a deadline."""
         try:
             async with deadline(f"connection to {self.address}", self._answer_s):
                 if self.address.startswith(PREFIX):
@@ -227,7 +225,7 @@ class Peer:
             raise UnreachableError(str(error), worker=self.worker) from error
 
     def _channel(self) -> Any:
-        """Returns a channel with this process's current certificate. A channel keeps its certificate until it ends."""
+        """Returns a channel that uses this process's current certificate. A new certificate needs a new channel."""
         if not isinstance(self._credentials, Identity):
             if not self._channels:
                 self._channels.append(aio.insecure_channel(self.address, options=self._options))

@@ -1,4 +1,4 @@
-"""Named deadlines. Each await has its own deadline, so that the error names what did not arrive in time."""
+"""Deadlines with names. Each await has its own deadline, so that the error says what did not arrive in time."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any, Self
 from llamaclust.core.errors import DeadlineError
 
 
-class deadline:  # noqa: N801  reads as a statement, like asyncio.timeout
-    """Cancels its block after `seconds`. Raises a DeadlineError that names `what` and carries the awaited `worker`."""
+class deadline:  # noqa: N801  is used like the function asyncio.timeout
+    """Cancels the body of the `async with` statement after `seconds` seconds. Raises a DeadlineError whose text begins
+    with `what` and whose `worker` is the awaited worker."""
 
     __slots__ = ("_limit", "_seconds", "_what", "_worker")
 
@@ -37,9 +38,9 @@ class deadline:  # noqa: N801  reads as a statement, like asyncio.timeout
             raise DeadlineError(f"{self._what} took longer than {self._seconds:g} s", worker=self._worker) from late
 
 
-class recurring_deadline:  # noqa: N801  reads as a statement
+class recurring_deadline:  # noqa: N801  is used like `deadline`
     """A cheap deadline for each pass of a loop. Use `async with` around the loop and `with` around each pass. A pass
-    that takes longer than `seconds` ends the loop with a DeadlineError, at most an eighth of `seconds` late."""
+    that takes longer than `seconds` ends the loop with a DeadlineError. The error may come `seconds` / 8 late."""
 
     __slots__ = ("_begun_s", "_deadline", "_loop", "_seconds", "_timer")
 

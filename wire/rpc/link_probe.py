@@ -16,16 +16,16 @@ from llamaclust.wire.rpc.server import ServerStream
 _SERVE_S = 60.0
 _MEASURE_S = 20.0
 _ANSWER = b"here"
-PING_BYTES = 8192  # about what one token's hidden state takes
+PING_BYTES = 8192  # Approximate size of one token's hidden state.
 _WARM_UP, _PINGS = 3, 12
-_BETWEEN_S = 0.002  # the other side is ready by then
+_BETWEEN_S = 0.002  # Pause in which the other side becomes ready again.
 _FIRST_BYTES, _MOST_BYTES = 1 << 16, 1 << 25
 _LONG_ENOUGH_S = 0.1
 _MOST_MESSAGES = 256
 
 
 async def serve_echo(stream: ServerStream) -> None:
-    """Answers each message with a short one. Flushes caches after pings: a stage's caches are cold between tokens."""
+    """Answers each message. Flushes caches after each ping, because a stage's caches are cold between two tokens."""
     await stream.accept()
     caches: CacheFlush | None = None
     async with deadline("a measurement of a link", _SERVE_S):
@@ -40,7 +40,7 @@ async def serve_echo(stream: ServerStream) -> None:
 
 
 async def measure_link(peer: Peer, permit: str = "") -> LinkProfile:
-    """Measures a link, which takes seconds. Raises StreamBrokenError if it fails, and DeadlineError if it is silent."""
+    """Measures a link in a few seconds. Raises StreamBrokenError, or DeadlineError if no answer comes."""
     stream = peer.open(ECHO, permit=permit or None)
     try:
         async with deadline(f"measuring the link to {peer.address}", _MEASURE_S):
@@ -52,7 +52,7 @@ async def measure_link(peer: Peer, permit: str = "") -> LinkProfile:
 
 
 async def try_link(peer: Peer, seconds: float, permit: str = "") -> None:
-    """Sends 64 KiB and waits for an answer. Raises StreamBrokenError, or DeadlineError if the link is too slow."""
+    """Sends 64 KiB and waits for the answer. Raises StreamBrokenError, or DeadlineError after `seconds` seconds."""
     stream = peer.open(ECHO, permit=permit or None)
     try:
         async with deadline(f"an answer from {peer.address}", seconds):

@@ -1,4 +1,4 @@
-"""The table of all RPC methods: their allowed callers, their limits on open streams, and their message sizes."""
+"""The table of all RPC methods, with their allowed callers, their limits on open streams, and their message sizes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ ECHO = "/llamaclust.v1.Stage/Echo"
 FETCH = "/llamaclust.v1.Weights/Fetch"
 
 PIECE_BYTES = 1 << 20
-"""The size of the largest gRPC message. A longer message is sent in pieces, and the last piece is shorter or empty."""
+"""The maximum size of a gRPC message. A longer message is sent in pieces, of which the last is shorter or empty."""
 PROBE_BYTES = 1 << 19
 
 
 class Callers(Enum):
-    """The members that may open a method's streams. Links without certificates cannot tell members apart."""
+    """The members that may open a method's streams. Without certificates, all members are treated alike."""
 
     MEMBERS = "any member"
     COORDINATOR = "the coordinator"
@@ -37,13 +37,14 @@ class Callers(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """Limits of one method. `streams` limits a process's open streams, and `streams_of_caller` limits a caller's."""
+    """The limits of one method. `streams` is the maximum number of open streams in a process, and `streams_of_caller`
+    the maximum number from one caller."""
 
     callers: Callers
     streams: int
     streams_of_caller: int
-    request_bytes: int  # of a message to the server
-    reply_bytes: int  # of a message to the caller
+    request_bytes: int  # Maximum size of a message to the server.
+    reply_bytes: int  # Maximum size of a message to the caller.
 
 
 METHODS: Mapping[str, Method] = {

@@ -1,4 +1,4 @@
-"""Measures the network round trip to a process: the time until the kernel at the other end accepts a connection."""
+"""Measures a network round trip as the time until the kernel at the other end accepts a connection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sends long messages on gRPC streams in pieces, so that a receiver can limit how many bytes it accepts."""
+"""Sends long messages on gRPC streams in pieces, so that a receiver can limit the number of bytes that it accepts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _EOF: Any = aio.EOF  # type: ignore[attr-defined]
 
 
 def pieces_of(message: bytes) -> Iterator[bytes]:
-    """Yields pieces of PIECE_BYTES. The last piece is shorter and may be empty."""
+    """Yields the message in pieces of PIECE_BYTES bytes. The last piece is shorter and may be empty."""
     if len(message) < PIECE_BYTES:
         yield message
         return
@@ -23,7 +23,8 @@ def pieces_of(message: bytes) -> Iterator[bytes]:
 
 
 async def read_message(read: Callable[[], Awaitable[Any]], most_bytes: int) -> bytes | None:
-    """Reads a message. Returns None at the end. Drops long or incomplete messages and raises ProtocolError."""
+    """Reads a message, or returns None at the end of the stream. Raises ProtocolError if the message is too long or
+    incomplete. The error does not keep the message's bytes in memory."""
     data: Any = await read()
     if data is _EOF:
         return None
@@ -46,7 +47,6 @@ async def read_message(read: Callable[[], Awaitable[Any]], most_bytes: int) -> b
 
 
 def whole(data: bytes, most_bytes: int) -> bytes:
-    """Returns `data`. Drops the data and raises ProtocolError if it is too large."""
     if (size := len(data)) > most_bytes:
         del data
         raise too_large(size, most_bytes)

@@ -1,5 +1,5 @@
-"""Logs refused peers in a limited number of lines, so that connection attempts cannot fill a disk. It also counts
-connections that end before they show a certificate, since gRPC refuses such connections silently."""
+"""Logs refused peers in a limited number of lines, so that connection attempts cannot fill a disk. Counts connections
+that end before they show a certificate, because gRPC refuses such connections without a report."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from contextlib import contextmanager
 from llamaclust.core.bounds import one_line
 from llamaclust.wire.rpc.silent_connections import MAX_SILENT_OF_HOST, SilentConnections
 
-HANDSHAKE_S = 10.0  # what a handshake may take
+HANDSHAKE_S = 10.0  # Maximum duration of a handshake.
 _REMEMBERED = 4096
-_TOLD_S = 0.5  # after the handshake's limit: a call needs a moment to come
-_LOOK_S = 0.25  # between two looks at connections that show no certificate
+_TOLD_S = 0.5  # Additional time after HANDSHAKE_S in which a call may arrive.
+_LOOK_S = 0.25  # Interval between two checks for connections that have shown no certificate.
 _MOST = 20
 _SECONDS = 60.0
 
 
 class RefusalLog:
-    """Logs at most 20 lines a minute. The next line states how many lines were omitted."""
+    """Logs at most 20 lines a minute, with at least `apart_s` seconds between two lines. Counts omitted lines."""
 
     def __init__(self, log: logging.Logger, apart_s: float = 0.0) -> None:
-        """`apart_s` is the shortest time between two lines, in seconds."""
         self._log = log
         self._apart_s = apart_s
         self._told_at_s: deque[float] = deque(maxlen=_MOST)
@@ -45,24 +44,25 @@ class RefusalLog:
 
 
 class Handshakes:
-    """The handshakes of one server. A connection that makes no call in time counts as refused."""
+    """Watches the TLS handshakes of one server. A connection on which no call arrives in time is logged as refused."""
 
     def __init__(self, address: str, limit_s: float, refusals: RefusalLog) -> None:
         self._address = address
         self._due_s = limit_s + _TOLD_S
         self._refusals = refusals
         self._loop = asyncio.get_running_loop()
-        self._calls = Counter[str]()  # under way, by caller
-        self._callers: OrderedDict[str, None] = OrderedDict()  # without one; the last to end is the last
+        self._calls = Counter[str]()  # Number of calls in progress, by caller.
+        # Earlier callers without a call in progress, in the order in which their calls ended.
+        self._callers: OrderedDict[str, None] = OrderedDict()
         self._begun = self._due = self._answered = self._told = 0
         self._is_closed = False
         self._silent = SilentConnections()
         self._closing: asyncio.Task[None] | None = None
-        self.port = 0  # once it listens
+        self.port = 0  # Set when the server listens.
 
     def begun(self) -> None:
-        """Counts a handshake. gRPC's threads call this method."""
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the log
+        """Counts a handshake. Called by gRPC's threads."""
+        with contextlib.suppress(RuntimeError):  # The event loop has ended, and no more lines are logged.
             self._loop.call_soon_threadsafe(self._count)
 
     def _count(self) -> None:
@@ -80,7 +80,8 @@ class Handshakes:
         try:
             while (self._is_crowded or left > MAX_SILENT_OF_HOST) and not self._is_closed:
                 await asyncio.sleep(_LOOK_S)
-                with contextlib.suppress(OSError):  # no descriptor was free: the next look may find one
+                # No file descriptor was free. The next pass of the loop tries again.
+                with contextlib.suppress(OSError):
                     callers = frozenset((*self._calls, *self._callers))
                     count, left = await asyncio.to_thread(self._silent.close_excess, self.port, callers)
                     closed += count
@@ -91,7 +92,7 @@ class Handshakes:
 
     @contextmanager
     def call(self, caller: str) -> Iterator[None]:
-        """Registers a call from `caller`, which is gRPC's name for the peer, and remembers the name for some time."""
+        """Counts a call in progress. `caller` is gRPC's name for the peer, which is remembered for some time."""
         if caller not in self._calls and caller not in self._callers:
             self._answered += 1
         self._callers.pop(caller, None)

@@ -1,5 +1,5 @@
-"""Time slices of threads. Threads that only forward messages request short slices, so that they soon run on cores where
-other threads compute. Those other threads keep normal slices. Needs Linux 6.12. Figures: benchmarks/run.py split."""
+"""Time slices of threads. A thread that only forwards messages requests short slices, so that it does not wait long for
+a core on which other threads compute. Needs Linux 6.12. `benchmarks/run.py split` measures the effect."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from contextlib import contextmanager
 USUAL_SLICE_NS = 0
 SHORT_SLICE_NS = 100_000
 
-_CALLS = {"x86_64": (314, 315), "aarch64": (274, 275)}  # sched_setattr, sched_getattr
+_CALLS = {"x86_64": (314, 315), "aarch64": (274, 275)}  # Numbers of the system calls sched_setattr and sched_getattr.
 _ATTRIBUTES = struct.Struct("=IIQiIQQQ")  # struct sched_attr: size, policy, flags, nice, priority, runtime, ...
 
 
 def request_slices(slice_ns: int) -> None:
-    """Sets the time slice of this thread, and of threads and processes that it starts later."""
+    """Sets the time slice of the calling thread, and of threads and processes that it starts later."""
     attributes = _attributes(0)
     if attributes is not None:
         size, policy, flags, nice, priority, _, deadline, period = attributes
@@ -36,7 +36,6 @@ def short_slices() -> Iterator[None]:
 
 
 def _attributes(thread_id: int) -> tuple[int, ...] | None:
-    """Returns the thread's scheduling attributes. Returns None if they are unavailable or not of policy SCHED_OTHER."""
     buffer = ctypes.create_string_buffer(_ATTRIBUTES.size)
     if not _call(1, thread_id, buffer, _ATTRIBUTES.size, 0):
         return None

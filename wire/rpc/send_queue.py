@@ -18,7 +18,7 @@ class Sink(Writable, Protocol):
 
 class SendQueue:
     def __init__(self, stream: Sink, what: str, seconds: float) -> None:
-        """`what` names a message in errors. `seconds` limits the time for sending one message."""
+        """`what` names a message in errors. Sending one message may take `seconds` seconds."""
         self._stream = stream
         self._what = what
         self._seconds = seconds
@@ -26,13 +26,13 @@ class SendQueue:
         self._is_writing = False
 
     def put(self, *messages: bytes) -> None:
-        """Sends the messages at once if no others wait and the stream accepts them. Otherwise, queues the messages."""
+        """Sends the messages at once if the queue is empty and the stream accepts them. Otherwise queues them."""
         if self._is_writing or not self._waiting.empty() or not self._stream.try_write(*messages):
             for data in messages:
                 self._waiting.put_nowait(data)
 
     async def run(self) -> NoReturn:
-        """Sends queued messages. Raises the stream's error, or DeadlineError if the network accepts none in time."""
+        """Sends queued messages. Raises the stream's error, or DeadlineError if one message takes too long."""
         async with recurring_deadline(self._what, self._seconds) as limit:
             while True:
                 data = await self._waiting.get()

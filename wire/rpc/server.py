@@ -1,4 +1,4 @@
-"""The server side of streams. Callers are checked before anything is read, and errors become status codes."""
+"""The server side of streams. Callers are checked before their messages are read. Errors become gRPC status codes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _CODES: tuple[tuple[type[LlamaclustError], grpc.StatusCode], ...] = (
 
 @contextmanager
 def _peer_here() -> Iterator[None]:
-    """Turns undocumented gRPC errors, which occur after the peer or the server has gone, into StreamBrokenError."""
+    """Raises StreamBrokenError for the undocumented errors that gRPC raises after the peer or the server has gone."""
     try:
         yield
     except aio.BaseError as error:
@@ -54,14 +54,14 @@ def _peer_here() -> Iterator[None]:
 
 
 class ServerStream:
-    """This process's end of a stream that a peer opened. `peer` is the identity in the peer's certificate, if any."""
+    """A stream that a peer opened. `peer` is the identity in the peer's certificate, or None without certificates."""
 
     _context: Any
 
     def __init__(self, context: Any, most_bytes: int, peer: Principal | None = None) -> None:
         self._context = context
         self._most_bytes = most_bytes
-        self._begun: Any = None  # the first piece of the next message, if it was waited for
+        self._begun: Any = None  # First piece of the next message, if `begin` has received it.
         self.peer = peer
 
     @property
@@ -76,11 +76,10 @@ class ServerStream:
             await self._context.send_initial_metadata(((ACCEPTED_KEY, "yes"),))
 
     async def begin(self) -> None:
-        """Waits for the first piece of the next message or for the stream's end. `read` then returns the message."""
+        """Waits until the next message begins to arrive or the stream ends. The next `read` returns that message."""
         self._begun = await self._piece()
 
     async def read(self) -> bytes | None:
-        """Reads a message. Returns None if the peer has ended the stream. Raises StreamBrokenError or ProtocolError."""
         return await read_message(self._piece, self._most_bytes)
 
     async def _piece(self) -> Any:
@@ -95,7 +94,7 @@ class ServerStream:
 
     @property
     def is_local(self) -> bool:
-        """Returns whether the peer is on this machine. Its messages then arrive even if no task reads."""
+        """True if the peer is on this machine. Messages of such a peer arrive even if no task reads."""
         return False
 
     @property
@@ -103,7 +102,6 @@ class ServerStream:
         return False
 
     async def write(self, *messages: bytes) -> None:
-        """Waits until the network has accepted the messages. Raises StreamBrokenError if the peer has gone."""
         with _peer_here():
             for data in messages:
                 for piece in pieces_of(data):
@@ -145,8 +143,8 @@ class _Places:
 
     @contextmanager
     def taken(self, caller: Principal | None) -> Iterator[None]:
-        """Counts an open stream. Raises ProtocolError if too many streams are open, in total or from one caller. A
-        caller without a certificate counts only in total."""
+        """Counts an open stream while its context lasts. Raises ProtocolError if too many streams are open, either in
+        total or from one caller. Streams without a certificate count only in total."""
         method, total = self._method, self._open.total()
         if total >= method.streams or (caller is not None and self._open[caller] >= method.streams_of_caller):
             of_caller = "" if caller is None else f" ({self._open[caller]} of {caller})"
@@ -156,7 +154,7 @@ class _Places:
             yield
         finally:
             self._open[caller] -= 1
-            self._open += Counter()  # forgets callers without streams
+            self._open += Counter()  # Removes callers without open streams.
 
 
 class _Entry:
@@ -164,19 +162,19 @@ class _Entry:
         self._credentials = credentials
         self._handshakes = handshakes
         self._refusals = refusals
-        self._calls = set[asyncio.Task[Any]]()  # under way
+        self._calls = set[asyncio.Task[Any]]()  # Tasks of calls in progress.
 
     @contextmanager
     def call(self, context: Any) -> Iterator[None]:
         task = asyncio.current_task()
         assert task is not None
         self._calls.add(task)
-        task.add_done_callback(self._calls.discard)  # gRPC's: it goes on after the handler
+        task.add_done_callback(self._calls.discard)  # The task belongs to gRPC and continues after the handler.
         with self._handshakes.call(context.peer()) if isinstance(self._credentials, Identity) else nullcontext():
             yield
 
     async def ended(self) -> None:
-        """Waits until cancelled calls have ended. gRPC prints tracebacks for calls that end with the event loop."""
+        """Waits for the end of cancelled calls. Otherwise gRPC prints a traceback for each when the event loop ends."""
         if self._calls:
             await asyncio.wait(self._calls, timeout=_CALLS_END_S)
         await asyncio.sleep(0)
@@ -193,11 +191,11 @@ class _Entry:
         except UsageError as error:
             self._refusals.tell(f"a call from {context.peer()}: {error}")
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, one_line(str(error)))
-            raise AssertionError from error  # abort raises
+            raise AssertionError from error  # Not reached, because `abort` raises.
         return None
 
     def check(self, callers: Callers, caller: Principal | None, context: Any) -> None:
-        """Raises ProtocolError if `caller` may not call the method. Stages' handlers check neighbours themselves."""
+        """Raises ProtocolError if `callers` excludes `caller`. Does not check neighbours, because stages check them."""
         if caller is None or callers in (Callers.MEMBERS, Callers.NEIGHBOUR) or caller == COORDINATOR:
             return
         if callers is Callers.COORDINATOR:
@@ -226,7 +224,7 @@ def _guarded(name: str, handler: Handler, entry: _Entry) -> Serve:
         except LlamaclustError as error:
             code = next(code for kind, code in _CODES if isinstance(error, kind))
             await _end(context, code, str(error), error.worker)
-        except Exception as error:  # noqa: BLE001  a border: the process serves on
+        except Exception as error:  # noqa: BLE001  one failed stream must not stop the server
             _log.exception("a stream failed")
             await _end(context, grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
 
@@ -234,7 +232,6 @@ def _guarded(name: str, handler: Handler, entry: _Entry) -> Serve:
 
 
 async def _end(context: Any, code: grpc.StatusCode, why: str, attributed: str | None = None) -> None:
-    """Ends a stream with an error, unless the peer or the server has gone. `attributed` is the worker at fault."""
     try:
         await context.abort(code, one_line(why), () if attributed is None else ((ROOT_CAUSE_KEY, attributed),))
     except aio.AbortError:
@@ -244,7 +241,7 @@ async def _end(context: Any, code: grpc.StatusCode, why: str, attributed: str | 
 
 
 async def _started(server: Any) -> None:
-    """Starts the server. Completes a cancelled start before stopping the server, because gRPC breaks otherwise."""
+    """Starts the server. A cancelled start is completed before the server stops, because gRPC breaks otherwise."""
     starting = asyncio.ensure_future(server.start())
     try:
         await asyncio.shield(starting)

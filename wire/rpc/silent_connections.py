@@ -1,5 +1,5 @@
-"""Limits the connections to a port that have not shown a certificate, in total and for each host. The oldest are closed
-first. gRPC has no such limit, but it notices when this module shuts a connection down."""
+"""Limits the number of connections to a port that have not shown a certificate, in total and for each host. The oldest
+connections are closed first. gRPC has no such limit, but it notices when this module shuts a connection down."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _Caller = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class _Silent:
-    descriptor: int  # another file's by now, where the connection has ended
+    descriptor: int  # May belong to another file by now, if the connection has ended.
     caller: _Caller
     looks: int
 
@@ -38,9 +38,9 @@ class SilentConnections:
         self._looks: dict[_Caller, int] = {}
 
     def close_excess(self, port: int, callers: Container[str]) -> tuple[int, int]:
-        """Closes connections beyond the limits. It closes only connections that an earlier call saw too, so that new
-        ones have time to show a certificate. `callers` contains gRPC's names of peers with calls. Returns the counts of
-        closed and remaining connections. Raises OSError if fewer than two file descriptors are free."""
+        """Closes connections beyond the limits. Spares connections that no earlier call saw, so that new connections
+        have time to show a certificate. `callers` contains gRPC's names of peers that have made a call. Returns the
+        numbers of closed and of remaining connections. Raises OSError if fewer than two file descriptors are free."""
         silent = sorted(self._silent(port, callers), key=lambda connection: -connection.looks)
         self._looks = {connection.caller: connection.looks for connection in silent}
         of_host, closed = Counter(connection.host for connection in silent), 0
@@ -64,13 +64,12 @@ class SilentConnections:
 
 @contextmanager
 def _connection(descriptor: int) -> Iterator[socket.socket | None]:
-    """Yields a copy of the socket with this file descriptor. Yields None if the descriptor is not a socket."""
     try:
         copy = os.dup(descriptor) if stat.S_ISSOCK(os.fstat(descriptor).st_mode) else None
     except OSError as error:
         if error.errno != errno.EBADF:
             raise
-        copy = None  # the descriptor was closed meanwhile
+        copy = None  # The descriptor has been closed since it was listed.
     if copy is None:
         yield None
         return
@@ -79,7 +78,7 @@ def _connection(descriptor: int) -> Iterator[socket.socket | None]:
 
 
 def _caller_of(connection: socket.socket, port: int) -> _Caller | None:
-    with suppress(OSError):  # not connected
+    with suppress(OSError):  # The socket is not connected.
         is_ours = connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getsockname()[1] == port
         if is_ours:
             host, from_port = connection.getpeername()[:2]
@@ -88,7 +87,7 @@ def _caller_of(connection: socket.socket, port: int) -> _Caller | None:
 
 
 def _shut_down(silent: _Silent, port: int) -> None:
-    with _connection(silent.descriptor) as connection, suppress(OSError):  # it has ended
+    with _connection(silent.descriptor) as connection, suppress(OSError):  # The connection has ended.
         if connection is not None and _caller_of(connection, port) == silent.caller:
             connection.shutdown(socket.SHUT_RDWR)
 

@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 
 class TaskSet:
-    """Keeps references to tasks, since the event loop's are weak. Logs errors of tasks that nothing awaits."""
+    """Keeps references to tasks, because the event loop itself keeps only weak references. Logs the errors of tasks."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -31,9 +31,9 @@ class TaskSet:
             _log.error("a background task failed", exc_info=error)
 
     async def join(self) -> None:
-        """Waits until all tasks have ended, with or without errors. The caller sets a deadline."""
+        """Waits until all tasks have ended, with or without errors. The caller should set a deadline."""
         while self._tasks:
-            await asyncio.wait(self._tasks)  # unlike gather, it leaves them alone where it is cancelled
+            await asyncio.wait(self._tasks)  # Unlike gather, wait does not cancel the tasks when it is cancelled.
 
     def cancel(self) -> None:
         for task in tuple(self._tasks):

@@ -1,4 +1,4 @@
-"""Frames on a Unix socket in both directions: u32 length | u8 kind | content, little-endian."""
+"""Frames on a Unix socket, in both directions. A frame is: u32 length | u8 kind | content, little-endian."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from grpc import aio
 _HEAD = struct.Struct("<IB")
 _MOST_CONTROL_BYTES = 1 << 16
 _MOST_UNREAD_BYTES = 1 << 22
-"""The connection receives nothing more while this many bytes of messages are unread, so that the sender waits."""
+"""The connection stops receiving while more than this number of bytes of messages are unread. The sender then waits."""
 _MESSAGE_BYTES = 64
 """The memory that a message takes in addition to its content, in bytes."""
 _PIECE_BYTES = 1 << 18
@@ -27,11 +27,11 @@ _BUFFER_BYTES = 1 << 16
 
 
 class FrameKind(IntEnum):
-    CALL = 1  # JSON: method, metadata
-    ACCEPTED = 2  # JSON: metadata
+    CALL = 1  # Content is JSON: [method, metadata].
+    ACCEPTED = 2  # Content is JSON: metadata.
     MESSAGE = 3
-    END = 4  # no more messages come
-    STATUS = 5  # JSON: name of a code, details, metadata
+    END = 4  # The sender will send no more messages.
+    STATUS = 5  # Content is JSON: [name of the status code, details, metadata].
 
 
 class EndedError(aio.BaseError, grpc.RpcError):
@@ -39,8 +39,6 @@ class EndedError(aio.BaseError, grpc.RpcError):
 
 
 class _LargeFrame:
-    """A frame that is larger than the receive buffer. Its parts are received into separate memory."""
-
     __slots__ = ("_filled", "_size", "content", "kind")
 
     def __init__(self, kind: FrameKind, size: int, first: memoryview) -> None:
@@ -51,7 +49,7 @@ class _LargeFrame:
 
     @property
     def free(self) -> memoryview:
-        """The memory for the next bytes. It grows as bytes arrive, because the frame's stated size may be wrong."""
+        """The memory for the next bytes. It grows as bytes arrive, because the size stated by the peer may be wrong."""
         if self._filled == len(self.content):
             self.content.extend(bytes(min(max(self._filled, _PIECE_BYTES), self._size - self._filled)))
         return memoryview(self.content)[self._filled :]
@@ -73,8 +71,9 @@ def _pieces(messages: tuple[bytes, ...]) -> Iterator[bytes | memoryview]:
 
 
 class UnixConnection(asyncio.BufferedProtocol):
-    """Sends and receives frames. Calls `on_control` with each frame that is no message, and `on_lost` at the end. A
-    message above `most_bytes` ends the connection. With `awaits_call`, a CALL must be first, within `CALL_S`."""
+    """Sends and receives frames. Calls `on_control` with each frame other than MESSAGE and END, and `on_lost` when the
+    connection ends. A message longer than `most_bytes` ends the connection. With `awaits_call`, the peer must send a
+    CALL frame first, within CALL_S seconds."""
 
     def __init__(
         self,
@@ -85,22 +84,22 @@ class UnixConnection(asyncio.BufferedProtocol):
         awaits_call: bool = False,
     ) -> None:
         self.most_bytes = most_bytes
-        self.refusal: str | None = None  # of a message that was too large
+        self.refusal: str | None = None  # Error text if a received message was too large.
         self._awaits_call = awaits_call
         self._on_control = on_control
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
         self._writable = asyncio.Event()
-        self._is_sending = False  # a large message, in pieces
-        self._behind = bytearray()  # small frames for after it
-        self._is_closing = False  # after what was sent
+        self._is_sending = False  # True while a large message is being sent in pieces.
+        self._behind = bytearray()  # Small frames to send after the large message.
+        self._is_closing = False  # True if the connection closes when everything has been sent.
         self._messages: deque[bytes] = deque()
         self._unread_bytes = 0
         self._reader: asyncio.Future[None] | None = None
-        self._is_complete = False  # no more messages come
+        self._is_complete = False  # True if no more messages will come.
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
         self._filled = 0
-        self._large: _LargeFrame | None = None  # that is being received
+        self._large: _LargeFrame | None = None  # Large frame that is being received.
 
     @property
     def has_message(self) -> bool:
@@ -120,7 +119,8 @@ class UnixConnection(asyncio.BufferedProtocol):
         return data
 
     def post(self, kind: FrameKind, data: bytes = b"") -> None:
-        """Sends a small frame without waiting, but after a large message in progress. Raises EndedError at the end."""
+        """Sends a small frame without waiting. While a large message is being sent, the frame is queued. Raises
+        EndedError if the connection has ended."""
         frame = _HEAD.pack(len(data), kind) + data
         if self._is_sending:
             self._behind += frame
@@ -133,7 +133,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         self._transport.write(data)
 
     def try_send(self, *messages: bytes) -> bool:
-        """Sends small messages with one system call if nothing else is being sent. Returns False if it sent nothing."""
+        """Sends small messages with one system call. Returns False if it sent nothing because it would have to wait."""
         transport = self._transport
         if transport is None or transport.is_closing() or self._is_sending or not self._writable.is_set():
             return False
@@ -143,7 +143,8 @@ class UnixConnection(asyncio.BufferedProtocol):
         return True
 
     async def send(self, *messages: bytes) -> None:
-        """Waits until the system has nearly all bytes. One call at a time. A cancelled call may end the connection."""
+        """Sends messages and waits until the operating system has accepted nearly all bytes. Only one call may run at a
+        time. A cancelled call may end the connection."""
         if sum(map(len, messages)) > _PIECE_BYTES:
             await self._send_in_pieces(messages)
             return
@@ -212,7 +213,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         """Receives frames that arrived before the end, because the event loop stops reading after a failed write."""
         assert self._transport is not None
         descriptor = self._transport.get_extra_info("socket").fileno()
-        with suppress(OSError):  # there is no more
+        with suppress(OSError):  # Nothing more can be read.
             while self._unread_bytes <= _MOST_UNREAD_BYTES and (count := os.readv(descriptor, [self.get_buffer(-1)])):
                 self.buffer_updated(count)
 
@@ -223,7 +224,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         self._writable.set()
 
     def eof_received(self) -> bool:
-        return False  # ends say so in a frame
+        return False  # Closes the transport. A regular end was announced by a frame before.
 
     def get_buffer(self, _: int) -> memoryview:
         return self._buffer[self._filled :] if self._large is None else self._large.free

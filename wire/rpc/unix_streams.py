@@ -1,6 +1,6 @@
-"""Streams on Unix sockets, each on its own connection. They have the parts of gRPC's interface that `client.py` and
-`server.py` use. They exist because gRPC's thread switches take as long as a small stage's computation of a token. A
-caller sends CALL, messages and perhaps END. The other side sends ACCEPTED, messages and finally STATUS."""
+"""Streams on Unix sockets, each on its own connection, with those parts of gRPC's interface that `client.py` and
+`server.py` use. gRPC's own thread switches take as long as a small stage needs to compute a token. A caller sends CALL,
+messages and perhaps END. The other side sends ACCEPTED, messages and finally STATUS."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _RETRY_S = 0.02
 
 
 class UnixCall:
-    """A stream that this process opens, with the interface of gRPC's calls. Its constructor starts connecting."""
+    """A stream that this process opens, with the interface of gRPC's calls. The constructor starts to connect."""
 
     def __init__(self, path: str, method: str, metadata: Metadata, most_bytes: int, *, wait_for_ready: bool) -> None:
         self._connection = UnixConnection(self._control, self._lost, most_bytes)
@@ -69,7 +69,6 @@ class UnixCall:
         self._connection.abort()
 
     async def code(self) -> grpc.StatusCode:
-        """Returns the status, which is known after `read` or `write` has failed."""
         return grpc.StatusCode.UNKNOWN if self._status is None else self._status[0]
 
     async def details(self) -> str:
@@ -89,7 +88,7 @@ class UnixCall:
                     self._end(grpc.StatusCode.UNAVAILABLE, str(error))
                     return
                 await asyncio.sleep(_RETRY_S)
-        with suppress(EndedError):  # `_lost` says so
+        with suppress(EndedError):  # `_lost` reports the end.
             self._connection.post(FrameKind.CALL, json.dumps(call).encode())
 
     def _control(self, kind: FrameKind, content: bytes) -> None:
@@ -126,7 +125,7 @@ class UnixContext:
 
     def __init__(self, server: UnixServer) -> None:
         self.connection = UnixConnection(self._control, self._lost, 0, awaits_call=True)
-        self.task: asyncio.Task[None] | None = None  # from the call on
+        self.task: asyncio.Task[None] | None = None  # Set when the call arrives.
         self._server = server
         self._metadata: Metadata = ()
         self._is_over = False

@@ -1,4 +1,4 @@
-"""Makes and reads keys, certificate requests and certificates as bytes. It uses `cryptography` (ECDSA on P-256)."""
+"""Makes and reads keys, certificate requests and certificates, with the `cryptography` library (ECDSA on P-256)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ class NewKey:
 
     @property
     def request(self) -> bytes:
-        """Returns a certificate request (DER) with an empty subject. The name is sent separately."""
         builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.DER)
 
@@ -63,7 +62,8 @@ def sign(pair: KeyPair, statement: bytes) -> bytes:
 
 
 def has_signed(host: str, certificate: bytes, statement: bytes, signature: bytes, ca: bytes) -> bool:
-    """Returns whether the certificate's key signed `statement` and the CA issued it for `host` only. Ignores expiry."""
+    """Returns True if the certificate's key signed `statement` and the CA issued the certificate for `host` only. Does
+    not check whether the certificate has expired."""
     try:
         loaded = x509.load_pem_x509_certificate(certificate)
         loaded.verify_directly_issued_by(x509.load_pem_x509_certificate(ca))

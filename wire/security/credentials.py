@@ -1,5 +1,5 @@
-"""Credentials of a cluster's processes: a token on one machine, certificates between machines, or none. Host names in
-certificates end with `<cluster>.llamaclust` and begin with `coordinator` or `<name>.worker`."""
+"""Credentials of a cluster's processes: a token on one machine, certificates between machines, or none. The host names
+in certificates are `coordinator.<cluster>.llamaclust` and `<name>.worker.<cluster>.llamaclust`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DOMAIN = "llamaclust"
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    worker: str | None  # a worker's name; None: the coordinator
+    worker: str | None  # A worker's name, or None for the coordinator.
 
     def __str__(self) -> str:
         return "the coordinator" if self.worker is None else f"worker {self.worker}"
@@ -24,7 +24,7 @@ class Principal:
     def host(self, cluster: str) -> str:
         if self.worker is None:
             return f"coordinator.{cluster}.{_DOMAIN}"
-        # one name, one label, whatever becomes of capitals on the way: host names are compared without them
+        # Capital letters are escaped because host names are compared without regard to case.
         label = re.sub(r"[^a-z0-9.-]", lambda match: f"_{ord(match[0]):02x}", self.worker)
         return f"{label}.worker.{cluster}.{_DOMAIN}"
 
@@ -33,7 +33,6 @@ COORDINATOR = Principal(None)
 
 
 def principal_of(host: str, cluster: str) -> Principal | None:
-    """Returns the identity for a certificate's host name, or None if the name is unknown or from another cluster."""
     if host == COORDINATOR.host(cluster):
         return COORDINATOR
     label = host.removesuffix(Principal("").host(cluster))
@@ -50,7 +49,7 @@ MAX_SKEW_S = 300.0
 class KeyPair:
     private_key: bytes = field(repr=False)
     certificate: bytes
-    made_at_s: float  # seconds since 1970, as this machine counts them
+    made_at_s: float  # Seconds since 1970 by this machine's clock.
     ends_at_s: float
 
     @property
@@ -59,16 +58,16 @@ class KeyPair:
 
     @property
     def renewal_in_s(self) -> float:
-        """Seconds until two thirds of a certificate's life are over, or 0 if the clock is before the life's start."""
+        """Seconds until two thirds of the certificate's life are over. 0 if the clock was set to before that life."""
         age_s = time.time() - self.made_at_s
         return 0.0 if age_s < -MAX_SKEW_S else max(0.0, self.life_s * 2 / 3 - age_s)
 
 
 @dataclass(slots=True, eq=False)
 class Identity:
-    """The certificate that this process shows, and the CA that it accepts. Replacing `pair` breaks no connection."""
+    """This process's certificate, and the CA that it trusts. Replacing `pair` does not end open connections."""
 
-    ca: bytes  # its certificate, PEM
+    ca: bytes  # The CA's certificate, PEM.
     cluster: str
     principal: Principal
     pair: KeyPair
@@ -76,7 +75,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Insecure:
-    """The user's choice of unprotected links, which anybody can read, change and open."""
+    """Stands for links without protection, if the user chose that. Anybody can read, change and open such links."""
 
 
 Credentials = ClusterToken | Identity | Insecure

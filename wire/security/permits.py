@@ -1,4 +1,4 @@
-"""Permits to measure links. The coordinator signs one for a caller and a worker. The caller shows it to the worker."""
+"""Permits to measure links. The coordinator signs a permit for one worker, which shows it to the other worker."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def permit(credentials: Credentials, caller: str, worker: str) -> str:
 
 
 def is_permitted(credentials: Credentials, caller: Principal, shown: str) -> bool:
-    """Returns whether `shown` permits `caller` to measure its link here. Permits end with the signer's certificate."""
+    """Returns True if `shown` permits `caller` to measure its link to this worker, and the permit has not expired."""
     if not isinstance(credentials, Identity):
         return True
     from llamaclust.wire.security.certificates import ends_at_s, has_signed

@@ -6,7 +6,8 @@ from pathlib import Path
 
 
 def server_context(pem: bytes, minimum: ssl.TLSVersion) -> ssl.SSLContext:
-    """Returns a TLS context with the certificates and private key in `pem`. Python reads them only from files."""
+    """Returns a TLS context with the certificates and the private key in `pem`. Writes `pem` to a temporary file,
+    because Python can load a key only from a file."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = minimum
     context.options |= ssl.OP_NO_RENEGOTIATION

@@ -11,14 +11,14 @@ from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Ident
 
 @dataclass(frozen=True, slots=True)
 class TermProof:
-    """A coordinator's signature of its term. Empty if members have no certificates."""
+    """A coordinator's signature of its term. Both fields are empty if members have no certificates."""
 
     certificate: Annotated[bytes, Size(0, 4096)] = b""  # PEM
     signature: Annotated[bytes, Size(0, 128)] = b""
 
 
 def prove_term(credentials: Credentials, term: int, name: str) -> TermProof:
-    """Signs the coordinator's term together with the cluster's name, since clusters may share a CA."""
+    """Signs the coordinator's term together with the cluster's name, because several clusters may share a CA."""
     if not isinstance(credentials, Identity):
         return TermProof()
     from llamaclust.wire.security.certificates import sign
@@ -27,7 +27,7 @@ def prove_term(credentials: Credentials, term: int, name: str) -> TermProof:
 
 
 def is_term_proven(credentials: Credentials, term: int, proof: TermProof, name: str) -> bool:
-    """Returns whether a coordinator of this cluster signed the term. Without certificates, trusts every member."""
+    """Returns True if a coordinator of this cluster signed the term, or if members have no certificates."""
     if not isinstance(credentials, Identity):
         return True
     from llamaclust.wire.security.certificates import has_signed

@@ -1,4 +1,4 @@
-"""Mutual TLS for gRPC. Each side shows a certificate from the cluster's CA and checks the name in the other side's."""
+"""Mutual TLS for gRPC. Each side shows a certificate from the cluster's CA and checks the other side's name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def channel_credentials(identity: Identity) -> Any:
 
 
 def server_credentials(identity: Identity, on_handshake: Callable[[], None]) -> Any:
-    """Returns credentials that show a renewed pair in later handshakes. Any thread may call `on_handshake`."""
+    """Returns credentials that use the newest certificate in each handshake. Any thread may call `on_handshake`."""
     shown = identity.pair
 
     def configuration(pair: KeyPair) -> Any:
@@ -30,7 +30,7 @@ def server_credentials(identity: Identity, on_handshake: Callable[[], None]) -> 
         nonlocal shown
         on_handshake()
         if identity.pair is shown:
-            return None  # as before
+            return None  # None keeps the previous certificate.
         shown = identity.pair
         return configuration(shown)
 
@@ -38,8 +38,8 @@ def server_credentials(identity: Identity, on_handshake: Callable[[], None]) -> 
 
 
 def peer_principal(auth_context: Mapping[str, Iterable[bytes]], identity: Identity) -> Principal:
-    """Returns the identity in the peer's certificate. Raises UsageError if the certificate is not a member's or has
-    expired. TLS does not check the expiry in resumed sessions."""
+    """Returns the identity in the peer's certificate. Raises UsageError if the certificate does not name a member or
+    has expired. The expiry is checked here because TLS does not check it in resumed sessions."""
     from llamaclust.wire.security.certificates import ends_at_s
 
     names = [name.decode("ascii", "replace") for name in auth_context.get("x509_subject_alternative_name", ())]

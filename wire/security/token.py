@@ -15,7 +15,7 @@ from llamaclust.core.regular_file import decode_text, open_regular
 
 _LEAST_CHARACTERS = 32
 _MOST_CHARACTERS = 1024
-_MOST_BYTES = 2 * _MOST_CHARACTERS + 2  # in UTF-16
+_MOST_BYTES = 2 * _MOST_CHARACTERS + 2  # UTF-16 has two bytes for each character, and begins with a mark of two bytes.
 _JOIN_TOKEN = re.compile(r"lc1\.([0-9a-f]{64})\.([A-Za-z0-9_-]{32,128})")
 
 
@@ -35,7 +35,7 @@ class ClusterToken:
     def read(cls, path: Path) -> ClusterToken:
         value = read_private(path)
         if not (len(value) >= _LEAST_CHARACTERS and value.isascii() and value.isprintable()):
-            raise UsageError(f"token file {path}: must hold one line of {_LEAST_CHARACTERS} or more printable letters")
+            raise UsageError(f"token file {path}: expected one line of at least {_LEAST_CHARACTERS} printable letters")
         return cls(value)
 
     def matches(self, given: str | bytes | None) -> bool:
@@ -72,7 +72,7 @@ class JoinToken:
 
 
 def read_private(path: Path) -> str:
-    """Returns a secret file's content, stripped. Raises UsageError if the file is unreadable or others can read it."""
+    """Returns a secret file's text, stripped. Raises UsageError if it is unreadable or other users can read it."""
     try:
         with open_regular(path) as file:
             mode = os.fstat(file.fileno()).st_mode

@@ -16,16 +16,16 @@ from llamaclust.worker.devices import nvidia
 
 
 class GpuBackend(ExchangingBackend, Protocol):
-    device: str  # "cuda:N"
+    device: str  # "cuda:N".
 
     @property
     def free_bytes(self) -> int:
-        """The bytes that this worker may still take, within its cap."""
+        """Bytes that this worker may still take, within its cap."""
 
     def gpu(self) -> Gpu: ...
 
     def measure(self) -> DeviceProfile:
-        """Measures the kernels. Blocks for a moment."""
+        """Measures the kernels. Blocks for a short time."""
 
     def limits(self) -> DeviceProfile:
         """Returns upper bounds on the GPU's speed."""
@@ -44,7 +44,7 @@ def open_processor(
     *,
     mlock: bool = False,
 ) -> Backend:
-    """Raises UsageError if this machine lacks the device or feature level. `mlock` locks packed weights in RAM."""
+    """Opens a processor's backend. Raises UsageError if this machine lacks the device or feature level."""
     if device == "cpu" or gpu_names(device):
         from llamaclust.kernels.cpu.backend import CpuBackend
 
@@ -53,7 +53,7 @@ def open_processor(
         from llamaclust.kernels.reference.backend import ReferenceBackend
 
         return ReferenceBackend()
-    raise UsageError(f"device {device!r}: only cpu, cuda:N and reference are supported")
+    raise UsageError(f"device {device!r} is not supported; use cpu, cuda:N or reference")
 
 
 def open_gpu(
@@ -65,7 +65,7 @@ def open_gpu(
     *,
     graphs: bool = True,
 ) -> GpuBackend:
-    """Opens the GPU "cuda:N". `threads` CPU threads pack its weights. Raises UsageError that says what is missing."""
+    """Opens the GPU "cuda:N". `threads` CPU threads pack its weights. Raises UsageError that states what is missing."""
     from llamaclust.kernels.cuda.backend import CudaBackend
     from llamaclust.kernels.cuda.runtime.cupy_device import CupyDevice
     from llamaclust.kernels.cuda.runtime.device import Device
@@ -75,5 +75,5 @@ def open_gpu(
     except UsageError as error:
         known = nvidia.advice()
         raise UsageError(f"{error}; {known}" if known else str(error)) from error
-    # A device is given none but its own buffers.
+    # CudaBackend passes a device only the device's own buffers, so the types agree.
     return CudaBackend(name, cast(Device, device), threads, packed_cache, graphs=graphs)

@@ -1,4 +1,4 @@
-"""The processor cores that this process may use, as Linux lists them: hardware threads, core kinds and NUMA nodes."""
+"""The CPU cores that this process may use, as Linux lists them, with hardware threads, core kinds and NUMA nodes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from llamaclust.core.errors import UsageError
 _ROOT = Path("/")
 _SYSTEM = "sys/devices/system"
 _EFFICIENCY_PMUS = ("cpu_atom", "cpu_lowpower")
-"""Performance counters that only the efficiency cores of Intel processors have."""
+"""Performance counters that only the efficiency cores of Intel CPUs have."""
 _PERFORMANCE_SHARE = 0.75
-"""An ARM core counts as a performance core if it has at least this share of the largest `cpu_capacity`."""
+"""An ARM core counts as a performance core if its `cpu_capacity` is at least this share of the largest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Core:
-    hardware_threads: tuple[int, ...]  # those that this process may use
+    hardware_threads: tuple[int, ...]  # Hardware threads that this process may use.
     is_efficiency: bool = False
     node: int = 0
 
@@ -36,7 +36,7 @@ class Cores:
 
     @property
     def count(self) -> int:
-        """The best number of compute threads. It is one per core, but at most the quota, rounded up."""
+        """The best number of compute threads: one per core, but not more than the quota, rounded up."""
         return max(1, len(self.cores) if self.quota is None else min(len(self.cores), math.ceil(self.quota)))
 
     @property
@@ -108,7 +108,7 @@ def physical_cores(root: Path = _ROOT, affinity: Iterable[int] | None = None) ->
 
 
 def bind_to_node(node: int, root: Path = _ROOT) -> None:
-    """Restricts this thread, and threads that it starts, to one NUMA node. Linux then prefers this node's memory."""
+    """Binds this thread, and threads that it starts, to one NUMA node. Linux then prefers the memory of this node."""
     os.sched_setaffinity(0, read_cores(root).on_node(node).hardware_threads)
 
 

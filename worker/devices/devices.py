@@ -34,7 +34,7 @@ _REFERENCE = "reference"
 class Device:
     kind: str
     threads: int
-    feature_level: str  # as asked for; "" is the best there is
+    feature_level: str  # The requested feature level, or "" for the best.
     memory_cap_bytes: int | None
     backend: Backend
     gpus: tuple[GpuBackend, ...] = ()
@@ -62,7 +62,6 @@ class Device:
 
     @property
     def free_memory_bytes(self) -> int:
-        """The bytes of RAM that this process may still take, within its cap."""
         available = system_info.available_memory_bytes()
         if self.memory_cap_bytes is None:
             return available
@@ -85,7 +84,7 @@ class Device:
         return next((gpu.free_bytes for gpu in self.gpus if gpu.device == name), self.free_memory_bytes)
 
     def backend_for(self, held: Iterable[DeviceLayers], *, apart: bool = False) -> Backend:
-        """Returns one backend for one or several devices. `apart` gives CPU backends their own threads."""
+        """Returns one backend for one or several devices. `apart` gives CPU backends threads of their own."""
         parts = [BackendLayers(self._backend_for(part), part.start, part.end) for part in held]
         if apart:
             parts = [replace(part, backend=_apart(part.backend)) for part in parts]
@@ -97,7 +96,7 @@ class Device:
         gpu = next((gpu for gpu in self.gpus if gpu.device == part.device), None)
         if gpu is None:
             raise ProtocolError(f"a load has experts in RAM for {part.device}, which this worker does not have")
-        experts = cast(ExpertsBackend, self.backend)  # beside GPUs it is a CPU's
+        experts = cast(ExpertsBackend, self.backend)  # A worker with GPUs has a CPU backend here.
         return SplitExpertsBackend(gpu, experts, part.cpu_moe, part.experts_cache_bytes)
 
     def measure(self, model: Model | None = None, quant_types: Iterable[int] = ()) -> Profile:
@@ -161,7 +160,7 @@ def gpus_of(device: str, gpu_memory_bytes: int | None) -> tuple[Gpu, ...]:
 def fingerprint(
     kind: str, threads: int, feature_level: str, gpus: tuple[Gpu, ...] = (), numa_node: int | None = None
 ) -> str:
-    """Returns this machine's fingerprint with a device. Level "" is the best. Raises UsageError without the device."""
+    """Returns a text that is equal for machines of equal speed. Raises UsageError if this machine lacks the device."""
     level = backends.open_processor(kind, 1, feature_level).feature_level
     cores = read_cores() if numa_node is None else read_cores().on_node(numa_node)
     return _fingerprint(kind, threads, level, gpus, len(cores.hardware_threads))

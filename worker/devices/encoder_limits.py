@@ -1,4 +1,4 @@
-"""The limits for which an image encoder is loaded, and the memory that it takes."""
+"""The limits with which an image encoder is loaded, and the memory that it takes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.model.projectors.projector import Projector
 
 ENCODER_NICENESS = 5
-"""The niceness of the encoder's threads, added to the worker's niceness. If a stage and the encoder both want a core,
-Linux gives the stage three times as much time. With 10 it would give nine times as much, and images would be late."""
+"""Niceness of the encoder's threads relative to the worker's threads. With 5, Linux gives a stage three times as much
+time as the encoder on a shared core. With 10, it would be nine times as much, and images would be late."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderMemory:
-    """An encoder's memory in bytes. The workspace includes KV memory, a tile's patches, and the tile's rows."""
+    """Memory of an encoder in bytes. The workspace includes KV memory and the patches and rows of one tile."""
 
     weight_bytes: int
     workspace_bytes: int
@@ -30,7 +30,7 @@ class EncoderMemory:
 
 
 def encoder_limits(projector: Projector) -> StageLimits:
-    """Returns the limits of a stage that runs one tile at a time. They exceed the limits of a text model's stages."""
+    """Returns the limits of a stage that runs one tile at a time. They may exceed the limits of text models."""
     rows = projector.most_program_rows
     return StageLimits(
         max_batch_tokens=rows,

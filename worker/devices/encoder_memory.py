@@ -1,4 +1,4 @@
-"""Computes the memory that an image encoder takes on a worker. Nothing is loaded."""
+"""Computes the memory of an image encoder without loading it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ _FLOAT_BYTES = 4
 
 
 def encoder_bytes(projector: Projector, threads: int) -> EncoderMemory:
-    """Returns the memory of an encoder on `threads` processor threads. Workers with GPUs also run encoders on the
-    processor. Raises ModelFileError if the projector has no kernels."""
+    """Returns the memory of an encoder, which always runs on the CPU. Raises ModelFileError if it has no kernels."""
     from llamaclust.kernels.cpu.backend import workspace_bytes
 
     program, tensors, limits = projector.program, projector.tensors, encoder_limits(projector)
@@ -31,8 +30,8 @@ def _input_bytes(projector: Projector) -> int:
 
 
 def _tile_bytes(projector: Projector) -> int:
-    """Returns the bytes for preparing a tile's patches, or the bytes of its patches and rows if these are more. The
-    rows take one more byte per number, which tells whether the number is finite."""
+    """Returns the larger of two sizes: the bytes to prepare a tile's patches, and the bytes of its patches and rows.
+    Each number of the rows takes one more byte, which tells whether the number is finite."""
     program, rows = projector.program, projector.most_program_rows
     patches = _FLOAT_BYTES * rows * program.hidden.width
     merged = (_FLOAT_BYTES + 1) * (rows // program.rows_together) * program.out.width

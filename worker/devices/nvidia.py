@@ -8,8 +8,8 @@ _SERVICE = "a systemd unit needs DeviceAllow=char-nvidia* rw, without PrivateDev
 
 
 def advice(root: Path = Path("/")) -> str:
-    """Returns advice if a GPU's device file is missing or cannot be opened, or else "". `root` is the root folder."""
-    if (root / "dev/dxg").exists():  # Windows has the driver, and another device
+    """Returns advice if a device file of a GPU is missing or cannot be opened, or else ""."""
+    if (root / "dev/dxg").exists():  # Windows (WSL) provides the driver and another device file.
         return ""
     control, memory = root / "dev/nvidiactl", root / "dev/nvidia-uvm"
     if not control.exists():

@@ -1,5 +1,5 @@
 """Measures matrix products by quant type on this CPU, for plans of models whose steps cannot be measured. Flushes
-caches before products of few rows, because in a cluster caches are cold between two tokens."""
+caches before products with few rows, because caches are cold between two tokens of a cluster."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from llamaclust.wire.rpc.cache_flush import BYTES as SWEEP_BYTES
 from llamaclust.wire.rpc.cache_flush import CacheFlush, largest_cache_bytes
 
 ROWS: Final = (1, 4, 8, 32, 128)
-"""Row counts of the activations: one token, then drafts and a few sequences, then prompts."""
+"""Numbers of rows: 1 for a token, a few for drafts and several sequences, many for prompts."""
 _FEW_ROWS: Final = 8
 _WEIGHT_ROWS, _COLUMNS = 8192, 2048
-_LEAST_BYTES: Final = 96 << 20  # memory is not equally fast everywhere
-_MOST_BYTES: Final = 160 << 20  # of float32, with activations and results
+_LEAST_BYTES: Final = 96 << 20  # Many bytes, because some parts of memory are faster than others.
+_MOST_BYTES: Final = 160 << 20  # Maximum size of the float32 weights, activations and results.
 _TRIES: Final = 5
 _ENOUGH_S: Final = 0.3
-"""The seconds for all tries of one product with one way of prefetching, including cache flushes."""
+"""Seconds for all attempts at one product with one way of prefetching, including cache flushes."""
 
 
 def measure_products(
     quant_types: Iterable[int], threads: int, feature_level: str, free_bytes: int
 ) -> tuple[ProductTime, ...]:
-    """Returns () if memory is short. Blocks for tens of ms per quant type, at most `_ENOUGH_S` per row count."""
+    """Measures products with weights of each quant type, for tens of ms per type. Returns () if memory is short."""
     known = sorted({QuantType(number) for number in quant_types if number in QUANTIZED_TYPES})
     flush_bytes = min(largest_cache_bytes(), free_bytes - _MOST_BYTES)
     if not known or flush_bytes < SWEEP_BYTES:
@@ -47,7 +47,8 @@ def _of_type(quant_type: QuantType, threads: int, feature_level: str, flush: Cac
     for rows in ROWS:
         x = source.standard_normal((rows, _COLUMNS), np.float32)
         used = matrices if rows <= _FEW_ROWS else matrices[:1]
-        ways = (False, True) if rows == 1 else (False,)  # a process takes the one that is faster with its weights
+        # Two ways of prefetching, of which a stage uses the faster one.
+        ways = (False, True) if rows == 1 else (False,)
         products = [partial(_native.matmul_seconds, feature_level, used, x, threads, near) for near in ways]
         seconds = min(_median_s(product, flush if rows <= _FEW_ROWS else None) for product in products)
         yield ProductTime(int(quant_type), rows, seconds / sum(matrix.bytes for matrix in used))
@@ -64,7 +65,6 @@ def _median_s(product_s: Callable[[], float], flush: CacheFlush | None) -> float
 
 
 def _matrices(quant_type: QuantType, feature_level: str) -> list[_native.PackedMatrix]:
-    """Fills matrices with copies of one tile of random weights, which use most points of a quant type's grid."""
     weights = np.random.default_rng(0).standard_normal((TILE_ROWS, _COLUMNS), np.float32)
     tile_bytes = quant_type.info.tile_bytes(_COLUMNS)
     n_bytes = tile_bytes * (_WEIGHT_ROWS // TILE_ROWS)

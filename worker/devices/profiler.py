@@ -1,6 +1,6 @@
-"""Measures a model's step times on this worker, with three stages: one layer, several layers, and the last layer with
-the output head. Flushes caches before each measured step. In a cluster, other processes run between two steps, so
-weights come from memory and Python's code is cold. Rows differ, so that they choose different experts."""
+"""Measures a model's step times on this worker with three stages: one layer, several layers, and the last layer with
+the output head. Flushes caches before each step, because in a cluster other processes run between two steps. The rows
+of a step differ, so that they choose different experts."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from llamaclust.worker.devices.backends import GpuBackend
 
 _DECODE_ROWS = (1, 8)
-_ENOUGH_S = 2.0  # of steps at so many rows: large layers on a slow machine are tried less often, and in the end once
-_CONTEXT = 256  # tokens before those of a decode step, and before a prompt's row in the mean
+_ENOUGH_S = 2.0  # Seconds of steps with the same number of rows, after which no more steps are measured.
+_CONTEXT = 256  # Number of tokens before a decode step, and on average before a row of a prompt.
 _BLOCKS = (_CONTEXT + 16) // 16
 _LEAST_LAYERS = 3
-_LEAST_BYTES = 32 << 20  # of layers that are tried: fewer stay in caches, and differ by less than a machine's speed
+_LEAST_BYTES = 32 << 20  # Minimum size of the measured layers. Smaller layers stay in caches.
 _EPOCH = 1
 
 Sweep = Callable[[], None]
@@ -50,8 +50,9 @@ Sweep = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class ProfileSize:
-    layers_bytes: int  # that a token touches of the layers tried together, where more than two are not above that
-    tries: Mapping[int, int]  # at so many rows so many steps; few of sequences that decode, many of one prompt
+    layers_bytes: int  # Bytes that a token reads from the stage of several layers, which has two layers at least.
+    # Number of steps to measure, by number of rows. Few rows are sequences in decode, many rows are one prompt.
+    tries: Mapping[int, int]
 
     @property
     def limits(self) -> StageLimits:
@@ -67,11 +68,11 @@ class ProfileSize:
 
 PROCESSOR = ProfileSize(96 << 20, {1: 15, 8: 7, 128: 3})
 GPU = ProfileSize(1 << 30, {1: 9, 8: 5, 128: 3, 512: 3})
-"""A GPU reads ten times as fast as a processor, and gains more from many rows."""
+"""A GPU reads about ten times as fast as a CPU, and gains more from many rows."""
 
 
 _PROMPT_ROWS = 512
-"""The rows of one more try for mixtures of experts. Their prompt cost does not follow from fewer rows."""
+"""Number of rows of an additional measurement for mixtures of experts, whose prompt cost few rows do not show."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,23 +80,24 @@ class ProfiledDevice:
     backend: Backend
     threads: int
     feature_level: str
-    free_bytes: int  # of its memory
-    place: int = 0  # workers of other places try other layers
+    free_bytes: int
+    place: int = 0  # Workers with different numbers measure different layers.
     size: ProfileSize = PROCESSOR
-    own_cache: Callable[[], AbstractContextManager[Sweep]] | None = None  # beside the processor's
+    # Flushes the device's own cache. The CPU's caches are flushed too.
+    own_cache: Callable[[], AbstractContextManager[Sweep]] | None = None
 
     @classmethod
     def gpu(cls, gpu: GpuBackend, threads: int, feature_level: str) -> ProfiledDevice:
-        free_bytes = gpu.free_bytes * 3 // 4  # the rest is for what makes its cache cold
+        free_bytes = gpu.free_bytes * 3 // 4  # The rest is for the buffer that flushes the cache.
         return cls(gpu, threads, feature_level, free_bytes, size=GPU, own_cache=gpu.cache_flush)
 
     def apart(self) -> Backend:
-        """Returns a CPU backend with its own threads, because threads adapt to similar steps."""
+        """Returns a CPU backend with threads of its own, because threads adapt to steps that are alike."""
         return self.backend.apart() if isinstance(self.backend, HasThreads) else self.backend
 
     @contextmanager
     def cold(self, most_bytes: int, left_bytes: int) -> Iterator[Sweep]:
-        """Yields a function that flushes caches. On a CPU, its buffer takes at most `most_bytes` and `left_bytes`."""
+        """Yields a function that flushes caches. A CPU's buffer takes at most `most_bytes` and at most `left_bytes`."""
         if self.own_cache is None:
             yield CacheFlush(min(largest_cache_bytes(), most_bytes, left_bytes)).sweep
             return
@@ -114,12 +116,14 @@ class ProfiledDevice:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    layers_bytes: Mapping[int, float]  # weights that so many rows touch, and states; without embedding and head
+    # Bytes of weights and states that a step reads, by number of rows. Embedding and head do not count.
+    layers_bytes: Mapping[int, float]
     seconds: Mapping[int, float]
 
 
 def try_stages(device: ProfiledDevice, model: Model) -> tuple[StepTime, ...]:
-    """Returns () if memory is short, or if the model is too small or shares KV memory between layers."""
+    """Measures a model's step times. Returns () if memory is short, or if the model is too small or shares KV memory
+    between layers."""
     costs = model.costs(KvType(device.size.limits.kv_type)).layers
     first = _first_tried(costs)
     sizes = [layer.weight_bytes for layer in costs[first:]]
@@ -137,7 +141,7 @@ def try_stages(device: ProfiledDevice, model: Model) -> tuple[StepTime, ...]:
     left = [device.left_bytes(model, start, end) for start, end in ranges]
     if sum(sizes[:some]) < _LEAST_BYTES or min(left) < SWEEP_BYTES:
         return ()
-    read_bytes = max(SWEEP_BYTES, int(_moved_bytes(costs, 1)))  # by all stages, for a token
+    read_bytes = max(SWEEP_BYTES, int(_moved_bytes(costs, 1)))  # Bytes that all stages read for one token.
     left_together = sum(left) - (len(left) - 1) * device.free_bytes
     together = left_together >= SWEEP_BYTES
     with device.cold(read_bytes, left_together if together else min(left)) as sweep:
@@ -154,7 +158,7 @@ class _Measurement:
     sweep: Sweep
 
     def parts(self, ranges: Sequence[tuple[int, int]]) -> list[_Part]:
-        """Measures stages of these layers in turns, so that changes of the machine's speed affect all alike."""
+        """Measures the stages in turns, so that changes of the machine's speed affect all stages alike."""
         device, model = self.device, self.model
         limits, options = device.size.limits, StageOptions(device.feature_level, device.threads)
         with ExitStack() as opened:
@@ -174,7 +178,7 @@ class _Measurement:
         ]
 
     async def _taken_s(self, runners: Sequence[StageRunner], rows: int, tries: int) -> list[float]:
-        """Returns each stage's median seconds. The first step has cold caches, and counts only if no other step ran."""
+        """Returns each stage's median time per step, in seconds. Ignores the first step if there are others."""
         vocabulary = self.model.hyperparameters.vocabulary_size
         with closing(Compute()) as compute:
             context = StageContext("profile", compute, Counters())
@@ -205,25 +209,25 @@ def _moved_bytes(layers: Sequence[LayerCost], rows: int) -> float:
 
 
 def _first_tried(costs: Sequence[LayerCost]) -> int:
-    """Skips leading layers without experts in a mixture-of-experts model, because most layers have experts."""
+    """Returns the first layer to measure. In a mixture-of-experts model, it is the first layer with experts."""
     first = next((number for number, layer in enumerate(costs) if layer.idle_bytes), 0)
     return first if len(costs) - first >= _LEAST_LAYERS else 0
 
 
 def _ranges(layers: int, some: int, place: int) -> list[tuple[int, int]]:
-    """Returns ranges of one layer, of `some` layers, and of the last layer. `place` shifts their start."""
     start = place * some % (layers - some)
     return [(start, start + 1), (start, start + some), (layers - 1, layers)]
 
 
 def _step_times(one: _Part, some: _Part, last: _Part) -> Iterator[StepTime]:
-    heads: list[tuple[int, float]] = []  # (rows, seconds)
+    heads: list[tuple[int, float]] = []
     for rows in one.seconds:
         stage_s, byte_s = _line(*((part.layers_bytes[rows], part.seconds[rows]) for part in (one, some)))
         if rows in _DECODE_ROWS:
             head_s = max(0.0, last.seconds[rows] - stage_s - byte_s * last.layers_bytes[rows])
             heads.append((rows, head_s))
-        else:  # the last layer's prompts have no outputs: on a line through those of few rows
+        else:
+            # A prompt has no outputs in the last layer, so its head time is extrapolated from few rows.
             (low, low_s), (high, high_s) = heads
             head_s = high_s + (rows - high) / (high - low) * max(0.0, high_s - low_s)
         yield StepTime(rows, stage_s, byte_s, head_s)
@@ -238,7 +242,7 @@ def _line(few: tuple[float, float], many: tuple[float, float]) -> tuple[float, f
 
 
 def _task(runner: StageRunner, vocabulary: int, rows: int, number: int) -> tuple[bytes, bytes]:
-    """Returns a frame and its sampling inputs. Few rows are one token per sequence, and many rows are one prompt."""
+    """Returns a frame and its sampling inputs. Few rows are one token per sequence. Many rows are one prompt."""
     program, source = runner.program, np.random.default_rng(number)
     tokens = source.integers(vocabulary, size=rows).tolist()
     if rows in _DECODE_ROWS:

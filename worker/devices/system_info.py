@@ -1,4 +1,4 @@
-"""The operating system's figures for this machine and process. Only Linux has all of them."""
+"""The operating system's figures for this machine and process. Only Linux provides all of them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from llamaclust.core.cgroups import memory_groups, read_text
 from llamaclust.core.sizes import MIB
 
 LOADING_BYTES = 16 * MIB
-"""The most bytes that loading any stage takes for modules, threads and metadata. 6 to 15 MiB were measured."""
+"""Maximum number of bytes that loading a stage takes for modules, threads and metadata. 6 to 15 MiB were measured."""
 
 _ROOT = Path("/")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 def total_memory_bytes(root: Path = _ROOT) -> int:
-    """Returns the machine's memory, or the limit of this process's control groups if it is smaller."""
+    """Returns the machine's memory, or the limit of this process's control groups if that is smaller."""
     machine = os.sysconf("SC_PHYS_PAGES") * _PAGE_BYTES
     return min([machine, *(group.limit_bytes for group in memory_groups(root))])
 
 
 def available_memory_bytes(root: Path = _ROOT) -> int:
-    """Returns the bytes that can be taken without swapping. Unlike MemAvailable, counts mapped files as used."""
+    """Returns the bytes that can be taken without swapping. Counts mapped files as used, unlike MemAvailable."""
     figures = _figures(root / "proc/meminfo")
     available = figures.get("MemAvailable", os.sysconf("SC_AVPHYS_PAGES") * _PAGE_BYTES)
     mapped = max(
@@ -40,7 +40,7 @@ def _figures(path: Path) -> dict[str, int]:
 
 
 def memory_group(root: Path = _ROOT) -> str:
-    """Returns an id of the control group that limits this process's memory most, or "" if no group limits it."""
+    """Returns an id of the control group with the least free memory, or "" if no group limits this process."""
     tightest = min(memory_groups(root), key=lambda group: group.free_bytes, default=None)
     if tightest is None:
         return ""

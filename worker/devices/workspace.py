@@ -1,4 +1,4 @@
-"""Computes a stage's memory on a device that need not exist. Nothing is opened or loaded."""
+"""Computes a stage's memory on a device that this machine need not have. Opens and loads nothing."""
 
 from __future__ import annotations
 

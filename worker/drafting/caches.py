@@ -11,14 +11,14 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(slots=True)
 class SequenceCache:
-    """One sequence's cache. It has the sequence's tokens, and then drafted tokens, which may be rejected."""
+    """The KV cache of one sequence: the sequence's tokens, followed by drafted tokens, which may be rejected."""
 
     tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
-    settled: int = 0  # first tokens that are known to be the sequence's
+    settled: int = 0  # Number of first tokens that are known to be the sequence's.
 
     def keep(self, tokens: Sequence[int], length: int) -> None:
-        """Keeps leading tokens that equal the sequence's, except its last token, whose logits must be computed."""
+        """Keeps cached tokens that equal `tokens`, but not the last of `tokens`, whose logits must be computed."""
         end = min(len(self.tokens), length - 1)
         place = min(self.settled, end)
         while place < end and self.tokens[place] == tokens[place]:
@@ -36,14 +36,12 @@ class SequenceCache:
 
 
 class SequenceCaches:
-    """All sequences' caches. The sequences that were drafted least recently lose their KV blocks first."""
-
     def __init__(self, blocks: int) -> None:
         self._free = list(range(blocks - 1, -1, -1))
         self._caches: OrderedDict[int, SequenceCache] = OrderedDict()
 
     def of(self, order: DraftOrder, rows: int, kept: Collection[int]) -> SequenceCache | None:
-        """Returns a cache with blocks for `rows` rows. Returns None if that would need blocks of `kept` sequences."""
+        """Returns a cache with blocks for `rows` rows, or None if that would take blocks from `kept` sequences."""
         cache = self._caches.setdefault(order.key, SequenceCache())
         self._caches.move_to_end(order.key)
         wanted = -(-rows // KV_BLOCK_TOKENS) - len(cache.blocks)

@@ -14,7 +14,7 @@ from llamaclust.worker.stage.stage_runner import StageRunner
 
 MOST_ROWS = 256
 _MOST_BESIDE = 8
-"""The most tokens of a sequence that the drafting step prefills. If there are more, steps before it prefill them."""
+"""Maximum number of tokens per sequence that the first drafting step prefills. Earlier steps prefill more tokens."""
 
 
 class ModelDrafter:
@@ -24,8 +24,8 @@ class ModelDrafter:
         self._caches = SequenceCaches(stage.limits.kv_blocks)
 
     def draft(self, orders: Sequence[DraftOrder]) -> DraftReplies:
-        """Drafts tokens. An order gets no draft if memory is short, or if its tokens are too many or unknown. A draft
-        ends before logits that are not finite. `taken_in` is then 0, so that the sequence gets no more drafts."""
+        """Drafts tokens. An order gets no draft if memory is short, or if its tokens are too many or unknown. Logits
+        that are not finite end a draft and set `taken_in` to 0, so that the sequence gets no more drafts."""
         kept = {order.key for order in orders}
         drafting: list[_Drafting] = []
         replies = {order.key: DraftReply(order.key, order.length, order.most > 0, (), 0) for order in orders}
@@ -97,7 +97,7 @@ class _Drafting:
         return Chunk(tokens, start, self.cache.table, 1)
 
     def take(self, row: RowResult) -> None:
-        if row.failure is not None:  # it has no token
+        if row.failure is not None:
             self.has_failed = True
             return
         self.drafted.append(row.token)

@@ -1,4 +1,4 @@
-"""The streams of one loaded encoder. A separate thread computes tiles in order of arrival."""
+"""The streams of one loaded encoder. A thread of its own computes tiles in the order of arrival."""
 
 from __future__ import annotations
 
@@ -18,22 +18,21 @@ from llamaclust.worker.encoder.tile_encoder import TileEncoder
 from llamaclust.worker.stage.compute import Compute
 
 _BEGIN_S = 15.0
-"""The longest time in seconds until the first bytes of the next tile arrive."""
+"""Maximum number of seconds until the first bytes of the next tile arrive."""
 _TILE_S = 120.0
 _FRAME_S = 30.0
 _COMPUTING_S = 5.0
-"""The longest time between frames while a tile waits or is computed. The other side waits `_FRAME_S` for a frame."""
+"""Maximum number of seconds between two frames while a tile waits. The other side waits `_FRAME_S` for a frame."""
 
 
 class EncoderStreams:
-    """An encoder, which serves one epoch at a time. The number of open streams (see `wire.rpc.methods`) limits how many
-    tiles wait."""
+    """Serves the streams of an encoder for one epoch at a time. Each open stream has at most one tile that waits."""
 
     def __init__(self, encoder: TileEncoder, compute: Compute) -> None:
-        """`compute` must be the encoder's own, so that no step of a stage waits for a tile."""
+        """`compute` must not be shared with a stage, so that no step waits for a tile."""
         self.encoder = encoder
         self._compute = compute
-        self._turn = asyncio.Lock()  # held while a tile is computed, also after its stream was cancelled
+        self._turn = asyncio.Lock()  # Held while a tile is computed, even after its stream was cancelled.
         self._serving = set[asyncio.Task[object]]()
 
     async def serve(self, stream: ServerStream) -> None:
@@ -60,7 +59,6 @@ class EncoderStreams:
                     await stream.write(frame)
 
     async def _computed(self, stream: ServerStream, tile: NDArray[np.uint8]) -> Iterable[bytes]:
-        """Regularly tells the other side that the tile waits or is computed."""
         answering = asyncio.create_task(self._answer(tile))
         try:
             while not (await asyncio.wait((answering,), timeout=_COMPUTING_S))[0]:
@@ -84,12 +82,12 @@ class EncoderStreams:
         return self._turn.locked()
 
     def end(self) -> None:
-        """Ends all streams. A later epoch may use the encoder."""
+        """Ends all streams, but keeps the encoder loaded for a later epoch."""
         for task in self._serving:
             task.cancel()
 
     def close(self) -> asyncio.Future[None]:
-        """Ends all streams. Memory is free once the future is done. A tile in progress is computed to its end first."""
+        """Ends all streams. The memory is free when the returned future is done, after a tile in progress."""
         self.end()
         freed = self._compute.queue(self.encoder.close)
         self._compute.close()

@@ -1,4 +1,4 @@
-"""A loaded image encoder. It computes the rows of one tile at a time, without network."""
+"""A loaded image encoder, which computes the rows of one tile at a time. It does not use the network."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from llamaclust.worker.devices.encoder_limits import EncoderMemory, encoder_limi
 
 
 class TileEncoder:
-    """A loaded encoder. `memory` is what was planned. `manifest` identifies the file's bytes on all workers, and is
-    None if the files were not compared."""
+    """A loaded encoder. `memory` is the planned memory. `manifest` is None if the file's bytes were not compared."""
 
     def __init__(
         self, backend: Backend, projector: Projector, memory: EncoderMemory, manifest: str | None, progress: Progress
     ) -> None:
-        """Loads weights, which may take a long time."""
         self.projector = projector
         self.manifest = manifest
         self.memory = memory
@@ -37,21 +35,20 @@ class TileEncoder:
 
     @property
     def reserved_bytes(self) -> int:
-        """The bytes that the encoder may take in addition to the memory taken by its load."""
+        """Bytes that the encoder may still take after its load."""
         return self.memory.workspace_bytes - self._stage.workspace_bytes
 
     @property
     def weights(self) -> object:
-        """An object that keeps the weights in memory while it is referenced."""
         return self._stage.weights
 
     def rows(self, tile: NDArray[np.uint8]) -> Float32:
-        """Returns the rows of a tile [height, width, 3] for the text model, [rows, levels * width]. Raises RequestError
-        if the encoder does not take tiles of this size, or if rows are not finite."""
+        """Returns a tile's rows for the text model, [rows, levels * width]. `tile` is [height, width, 3]. Raises
+        RequestError if the encoder does not accept this size, or if a number is not finite."""
         inputs = self._reader.inputs(tile)
         rows = inputs.in_lines(self._stage.run(self._batch(inputs), inputs.patches))
         if not np.isfinite(rows).all():
-            text = f"the encoder's rows of a tile of {tile.shape[1]} x {tile.shape[0]} pixels are not finite numbers"
+            text = f"the encoder's numbers for a tile of {tile.shape[1]} x {tile.shape[0]} pixels are not finite"
             raise RequestError(f"{text}; the projector {self.projector.file.path.name} may be damaged")
         return rows
 

@@ -1,1 +1,1 @@
-"""Links between a group's members: listening, opening, verification and gathers."""
+"""Links between the members of a group: listening, opening, verification and gathers."""

@@ -1,5 +1,5 @@
-"""Chooses into how many bands a group divides a prompt's rows, from the waits of earlier gathers. More bands hide more
-of a slow network, but the weights are decoded again for each band."""
+"""Chooses the number of bands into which a group divides a prompt's rows, from the waits of earlier gathers. More bands
+hide more of a slow network's delays, but weights are decoded again for each band."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from dataclasses import dataclass, field
 from llamaclust.kernels.gathers import LEAST_BANDED_ROWS, LEAST_ROWS_OF_BAND, MOST_BANDS
 
 _DECODED_ROWS = 8
-"""Computing this many rows takes about as long as decoding the weights."""
+"""Computing this number of rows takes about as long as decoding the weights."""
 _MANY_ROWS = 256
-"""Runs of at least this many rows begin with two bands instead of one."""
+"""Runs with at least this number of rows begin with two bands instead of one."""
 _MUCH, _LITTLE = 0.04, 0.01
-"""Shares of a run's time spent in gathers. More bands are tried above `_MUCH`, and fewer below `_LITTLE`."""
+"""Shares of a run's time spent in gathers. Above `_MUCH` more bands are tried, and below `_LITTLE` fewer."""
 _REMEMBERED_RUNS = 64
 
 
 class BandChoice:
-    """The leader's choice for an epoch. Runs share measurements if their row counts have the same bit length."""
+    """Chooses the number of bands in one epoch. Runs with similar numbers of rows (equal bit length) share
+    measurements."""
 
     def __init__(self) -> None:
         self._alike: dict[int, _SimilarRuns] = {}
@@ -39,14 +40,15 @@ class BandChoice:
 class _SimilarRuns:
     most: int
     bands: int
-    _waited: dict[int, float] = field(default_factory=dict)  # by number of bands, the share of the last runs
+    # Mean share of time that the last runs waited, by number of bands.
+    _waited: dict[int, float] = field(default_factory=dict)
     _count: int = 0
 
     def add(self, rows: int, waited_share: float) -> None:
         before = self._waited.get(self.bands, waited_share)
         self._waited[self.bands] = (before + waited_share) / 2
         self._count += 1
-        if self._count % _REMEMBERED_RUNS == 0:  # the network may be another one by now
+        if self._count % _REMEMBERED_RUNS == 0:  # The network may have changed since.
             self._waited = {self.bands: self._waited[self.bands]}
         self.bands = self._next(rows)
 

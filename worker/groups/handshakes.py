@@ -14,22 +14,22 @@ from llamaclust.kernels._native import Link, LinkError
 from llamaclust.worker.groups.callers import caller_of, of_the_most
 
 MOST_HANDSHAKES = 8
-"""The most concurrent handshakes for one place of a group. Each handshake takes a thread."""
+"""Maximum number of concurrent handshakes for one place of a group. Each takes a thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Claim:
     host: str
-    connection: socket.socket  # a copy, for the descriptor is the handshake's
+    connection: socket.socket  # A copy, because the handshake owns the original descriptor.
 
     def end(self) -> None:
-        with suppress(OSError):  # the other end was faster
+        with suppress(OSError):  # The other end has closed the connection.
             self.connection.shutdown(socket.SHUT_RDWR)
         self.connection.close()
 
 
 class Handshakes:
-    """Takes connections while its context lasts. Then closes all connections whose handshake is not complete."""
+    """Performs handshakes while its context lasts, and then closes connections whose handshake is incomplete."""
 
     def __init__(self, prove: Callable[[socket.socket], Awaitable[Link]], failed: Callable[[LinkError], None]) -> None:
         self._prove, self._failed = prove, failed
@@ -37,8 +37,8 @@ class Handshakes:
         self._proven: asyncio.LifoQueue[Link] = asyncio.LifoQueue()
 
     def take(self, connection: socket.socket) -> None:
-        """Begins a handshake. If there are too many, ends a random handshake of the host that has the most. The oldest
-        handshake might always be the real member's. Raises OSError if no descriptor is free."""
+        """Begins a handshake. If too many are in progress, ends a random one of the host that has the most, because the
+        oldest may be the real member's. Raises OSError if no file descriptor is free."""
         claim = _Claim(caller_of(connection), connection.dup())
         if len(self._claims) >= MOST_HANDSHAKES:
             crowd = of_the_most({task: each.host for task, each in self._claims.items()})
@@ -48,7 +48,7 @@ class Handshakes:
         task.add_done_callback(self._ended)
 
     async def proven(self) -> Link:
-        """Returns the newest proven connection, because the member has given up older connections."""
+        """Returns the newest proven connection, because the member has given up its older connections."""
         return await self._proven.get()
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""Opens a member's links to the other members of its group, as the coordinator ordered."""
+"""Opens a member's links to the other members of its group, as ordered by the coordinator."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llamaclust.worker.groups.listener import Hello, LinkListener
 OPEN_S = 30.0
 ANSWER_S = 2.5
 _CONNECT_S = 4.0
-"""The seconds for each address of a host. One address may never answer while another address does."""
+"""Seconds for an attempt at one of a host's addresses. Another address may answer even if this one never does."""
 _HANDSHAKE_S = 5.0
 _RETRY_S = 0.1
 
@@ -32,11 +32,11 @@ _Result = TypeVar("_Result")
 
 
 class MemberLostError(LlamaclustError):
-    """A member of a group cannot be reached, or another process is in its place. `worker` names the member."""
+    """A member of a group cannot be reached, or another process has its place. `worker` names the member."""
 
 
 class LinkOpener:
-    """Opens a member's links, once. Of two members, the member with the higher place connects to the other."""
+    """Opens a member's links once. Of two members, the one with the higher place connects to the other."""
 
     def __init__(self, order: GroupOrder, credentials: Credentials, listener: LinkListener) -> None:
         self._order, self._credentials, self._listener = order, credentials, listener
@@ -44,13 +44,14 @@ class LinkOpener:
             check_address(order.members[place].address, credentials)
         if isinstance(credentials, Identity) and not tls_library():
             raise UsageError("groups over several machines need OpenSSL, but this llamaclust was built without it")
-        self._failures: dict[int, str] = {}  # the last one of each place
+        self._failures: dict[int, str] = {}
         self._linked: set[int] = set()
-        self._unreached_s: dict[int, float] = {}  # since when there is no connection to that place
-        self._threads = ThreadPoolExecutor(MOST_HANDSHAKES * len(order.members), "links")  # no other work delays one
+        self._unreached_s: dict[int, float] = {}  # Time since which there is no connection to a place.
+        # Separate threads, so that no other work delays a handshake.
+        self._threads = ThreadPoolExecutor(MOST_HANDSHAKES * len(order.members), "links")
 
     async def open(self, gather_s: float, seconds: float = OPEN_S, answer_s: float = ANSWER_S) -> Links:
-        """Raises MemberLostError if a member is not linked in time. Can be called once. `Links` explains `answer_s`."""
+        """Opens the links to all other members. Raises MemberLostError after `seconds` seconds. Can be called once."""
         tasks = {place: asyncio.create_task(self._link(place, seconds)) for place in self._peers()}
         try:
             await asyncio.gather(*tasks.values())
@@ -71,7 +72,7 @@ class LinkOpener:
         return member.worker, f"no link to worker {member.worker} at {member.address}: {reason}"
 
     def unreached(self, seconds: float) -> Iterator[tuple[str, str]]:
-        """Yields (worker, reason) for each member that has accepted no connection for `seconds`."""
+        """Yields (worker, reason) for each member that has accepted no connection for `seconds` seconds."""
         now_s = asyncio.get_running_loop().time()
         for place, since_s in self._unreached_s.items():
             if now_s - since_s >= seconds:
@@ -93,7 +94,7 @@ class LinkOpener:
             raise MemberLostError(f"{late}{reason}", worker=member.worker) from late
 
     async def _connect(self, place: int) -> Link:
-        """Retries until the member accepts, because the member may not know the group yet."""
+        """Connects to a member. Retries until the member accepts, because it may not know the group yet."""
         loop = asyncio.get_running_loop()
         own, theirs = self._hello(self._order.member, place), self._hello(place, self._order.member)
         while True:
@@ -103,12 +104,13 @@ class LinkOpener:
                     self._unreached_s.pop(place, None)
                     await loop.sock_sendall(connection, own)
                     return await self._shaken(connection, place, own, theirs)
-            except (OSError, DeadlineError) as error:  # LinkError is one of the first
+            except (OSError, DeadlineError) as error:  # LinkError is an OSError.
                 self._failures[place] = str(error)
             await asyncio.sleep(_RETRY_S)
 
     async def _accept(self, place: int) -> Link:
-        """Sends this member's hello only on the chosen connection. On all others, the member retries."""
+        """Links to a member that connects. Sends this member's hello only on the connection that it chooses, because
+        the other member tries again if it gets no hello."""
         own, theirs = self._hello(self._order.member, place), self._hello(place, self._order.member)
 
         def failed(error: LinkError) -> None:
@@ -130,7 +132,7 @@ class LinkOpener:
         worker = self._order.members[place].worker
         tls = self._tls(worker, accepts=place > self._order.member)
 
-        def opened() -> Link:  # which closes the connection in the end, and not before it has begun
+        def opened() -> Link:  # `Link` owns the connection. If the thread never starts, `connection` still owns it.
             return Link(connection.detach(), f"worker {worker}", tls, says, hears, _HANDSHAKE_S)
 
         return await self._in_thread(opened)
@@ -149,7 +151,6 @@ class LinkOpener:
         return TlsSettings(own.ca, own.pair.certificate, own.pair.private_key, host, accepts)
 
     async def _connection_to(self, address: str) -> socket.socket:
-        """Tries all addresses. Raises the last address's OSError or DeadlineError. The caller limits the total time."""
         if address.startswith(PREFIX):
             path = address.removeprefix(PREFIX)
             return await _connected(socket.AF_UNIX, path, path)

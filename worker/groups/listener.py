@@ -1,6 +1,6 @@
 """Accepts connections of other members, and passes each to the group that expects it. A connection begins with an
-unencrypted hello: 8 bytes of version, the group's 16-byte id, and the places of sender and receiver. Only members know
-the random id, so strangers cannot use up handshakes. A certificate proves who the sender is."""
+unencrypted hello: 8 bytes of version, the group's 16-byte id, and the places of sender and receiver. The id is random
+and only members know it, so strangers cannot use up handshakes. A certificate proves who the sender is."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _HELLO = struct.Struct("<8s16sII")
 _VERSION = b"lcgroup2"
 HELLO_S = 5.0
 _MOST_SILENT = 64
-"""The most connections without a hello. With more, the host with the most such connections loses its oldest one."""
+"""Maximum number of connections without a hello. Beyond that, the host with the most of them loses its oldest one."""
 _BACKLOG = 128
 SOCKET_ENDING = ".l"
 LINK_PORTS = 1000
-"""The distance from the port for stages to the port for links. The ports between may belong to other workers."""
+"""Distance from the port for stages to the port for links. The ports between them may belong to other workers."""
 _LAST_PORT = 65535
 _RETRY_S = 0.1
 
@@ -47,8 +47,8 @@ class Hello:
 
 
 def link_address(stages: str, port: int | None) -> str:
-    """Returns the address for links, on the host of the address for stages. With `port` 0, it has any free port. With
-    None, its port is `LINK_PORTS` above the port for stages, or any free port if that port is 0."""
+    """Returns the address for links, which has the host of the address for stages. If `port` is None, the port is
+    `LINK_PORTS` above the port for stages. Port 0 means any free port, for stages as well."""
     if stages.startswith(PREFIX):
         return f"{stages}{SOCKET_ENDING}"
     host, stage_port = split_address(stages)
@@ -63,17 +63,18 @@ Take = Callable[[socket.socket], None]
 
 class LinkListener:
     def __init__(self) -> None:
-        self.address = ""  # where it listens; "": it does not
-        self.refusals = RefusalLog(_log)  # of who knows a hello
+        self.address = ""  # Address at which it listens, or "" if it does not listen.
+        self.refusals = RefusalLog(_log)  # Logs connections that sent an expected hello.
         self._strangers = RefusalLog(_log, apart_s=1.0)
         self._requested = ""
         self._listening: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
-        self._silent: dict[asyncio.Task[None], str] = {}  # hosts; the oldest first
+        # Hosts of the connections without a hello. The oldest comes first.
+        self._silent: dict[asyncio.Task[None], str] = {}
         self._expected: dict[bytes, Take] = {}
 
     async def listen(self, address: str, *, or_any_port: bool = False) -> None:
-        """Listens only at HOST:PORT or unix:PATH. `or_any_port` allows another port if it is taken. Raises OSError."""
+        """Listens at HOST:PORT or unix:PATH. `or_any_port` allows another port if PORT is in use. Raises OSError."""
         if self.address and address == self._requested:
             return
         await self.stop()
@@ -102,7 +103,8 @@ class LinkListener:
         await asyncio.wait(tasks)
         self._listening.close()
         if self.address.startswith(PREFIX):
-            with suppress(FileNotFoundError):  # with the folder of a cluster that has ended
+            # The socket may have been deleted with the folder of a cluster that has ended.
+            with suppress(FileNotFoundError):
                 os.unlink(self.address.removeprefix(PREFIX))  # noqa: PTH108  Path would count as waiting
         self.address, self._listening, self._accepting = "", None, None
 
@@ -119,7 +121,7 @@ class LinkListener:
         while True:
             try:
                 connection, _ = await loop.sock_accept(listening)
-            except OSError as error:  # of the connection, or of this process's open files
+            except OSError as error:  # The connection has failed, or this process has too many open files.
                 self.refusals.tell(f"a connection to {self.address}: {error.strerror}")
                 await asyncio.sleep(_RETRY_S)
                 continue
@@ -128,7 +130,7 @@ class LinkListener:
     async def _receive(self, connection: socket.socket) -> None:
         try:
             host = caller_of(connection)
-        except OSError:  # it has gone
+        except OSError:  # The connection has gone.
             connection.close()
             return
         if len(self._silent) >= _MOST_SILENT:
@@ -139,7 +141,7 @@ class LinkListener:
         task = asyncio.create_task(self._hand_on(connection, host))
         self._silent[task] = host
         task.add_done_callback(self._silent.pop)
-        await asyncio.sleep(0)  # it begins: accepting alone would give others no turn
+        await asyncio.sleep(0)  # Lets other tasks run. A loop that only accepts would block them.
 
     async def _hand_on(self, connection: socket.socket, host: str) -> None:
         is_taken = False
@@ -149,7 +151,8 @@ class LinkListener:
             if (take := self._expected.get(hello)) is not None:
                 take(connection)
                 is_taken = True
-            elif hello and not hello.startswith(_VERSION):  # else a probe, or of a group that is not known yet
+            # Other connections are probes, or belong to a group that is not known yet.
+            elif hello and not hello.startswith(_VERSION):
                 self._strangers.tell(f"a connection from {host} to {self.address}: no hello of a member")
         except (DeadlineError, OSError) as error:
             self._strangers.tell(f"a connection from {host} to {self.address}: {error}")
@@ -168,9 +171,10 @@ def _listening_socket(address: str) -> socket.socket:
             raise
         return listening
     host, port = split_address(address)
-    if host in ANYWHERE and socket.has_dualstack_ipv6():  # all addresses of both, as for gRPC
+    if host in ANYWHERE and socket.has_dualstack_ipv6():  # All IPv4 and IPv6 addresses, like gRPC.
         return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
-    family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]  # gRPC has looked it up before
+    # gRPC has resolved the same host before.
+    family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     return socket.create_server(place, family=family)
 
 

@@ -14,11 +14,11 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.groups.link_opener import LinkOpener, MemberLostError
 
 _LOADS_S = 86400.0
-"""The deadline for opening links. Others may load for hours. The coordinator unloads this stage to end the wait."""
+"""Time limit for opening links while members load. The coordinator unloads this stage to end the wait earlier."""
 
 _MOST_PAUSE_S = 60.0
-"""The longest pause in seconds between two reports about a member that cannot be reached."""
-_LEAST_ANSWER_S = 1.0  # of a lossy link, or a crowded machine
+"""Maximum pause in seconds between two reports about a member that cannot be reached."""
+_LEAST_ANSWER_S = 1.0  # An answer may take this long on a lossy link or a busy machine.
 
 Fault = GroupFault | PeerUnreachable
 Report = Callable[[Fault], Awaitable[None]]
@@ -30,7 +30,7 @@ def _retrieved(opening: asyncio.Task[None]) -> None:
 
 
 class MemberLinks:
-    """Opens a stage's links. Reports to the coordinator if the links end without a call of `close`."""
+    """The links of a stage. Reports to the coordinator if the links break before `close` is called."""
 
     def __init__(self, epoch: int, order: GroupOrder, opener: LinkOpener, deadlines: Deadlines, report: Report) -> None:
         self._epoch, self._order, self._opener, self._report = epoch, order, opener, report
@@ -39,7 +39,7 @@ class MemberLinks:
         self._links: Links | None = None
         self._is_closed = False
         self._opening: asyncio.Task[None] | None = None
-        self._one_row = 0, 0.0  # steps, and what their gathers have waited
+        self._one_row = 0, 0.0  # (number of steps with one row, seconds that their gathers waited).
 
     def open(self, on_open: Callable[[Links], None]) -> None:
         self._opening = asyncio.create_task(self._open_or_give_up(on_open))
@@ -70,14 +70,14 @@ class MemberLinks:
             on_open(self._links)
 
     async def opened(self, seconds: float) -> None:
-        """Waits until the links are open. Raises WorkerError that names a member missing after `seconds`."""
+        """Waits until the links are open. Raises WorkerError if a member is still missing after `seconds` seconds."""
         assert self._opening is not None
         try:
             async with deadline("the links of a group", seconds):
                 await asyncio.shield(self._opening)
         except DeadlineError as late:
             if (missing := self._opener.missing) is None:
-                raise  # they are about to be opened
+                raise  # All members are linked, and the links are about to open.
             worker, reason = missing
             raise WorkerError(f"{reason}, after {seconds:g} s", worker=worker) from late
 
@@ -93,7 +93,7 @@ class MemberLinks:
 
     @contextmanager
     def step(self, rows: int) -> Iterator[None]:
-        """Counts the waits of one-row (decode) steps. Only one thread may use it at a time."""
+        """Counts the waits of steps with one row (decode). Only one thread may use it at a time."""
         assert self._links is not None, "no step begins before the links are open"
         begun_s = self._links.counters().waited_s
         yield
@@ -102,7 +102,7 @@ class MemberLinks:
             self._one_row = steps + 1, waited_s + self._links.counters().waited_s - begun_s
 
     def close(self) -> None:
-        """Closes the links, and ends a gather in progress on another thread."""
+        """Closes the links. This also ends a gather in progress on another thread."""
         self._is_closed = True
         if self._opening is not None:
             self._opening.cancel()
@@ -111,11 +111,12 @@ class MemberLinks:
 
     @property
     def computing_s(self) -> float:
-        """The seconds since this member last waited for another. 0.0 while it waits, and before the first step."""
+        """Seconds since this member last waited for another. 0.0 while it waits, and before the first step."""
         return 0.0 if self._links is None else self._links.computing_s
 
     def fault(self, error: Exception) -> Fault:
-        """Returns the report of an error that ended this member's part. A ProtocolError is the leader's fault."""
+        """Returns the report to the coordinator about an error that ended this member's part. For a ProtocolError, the
+        report names the leader."""
         if isinstance(error, LinkError) and error.place >= 0:
             worker = self._order.members[error.place].worker
             if error.kind == "unreachable":
@@ -135,7 +136,7 @@ class MemberLinks:
         return error
 
     async def give_up(self, error: Exception) -> Fault:
-        """Reports an error. After a LinkError the links stay open, so that others can read which member is at fault."""
+        """Reports an error. Links stay open after a LinkError, so that other members can read who is at fault."""
         fault = self.fault(error)
         await self._tell(fault)
         if not isinstance(error, LinkError):

@@ -1,1 +1,1 @@
-"""Full KV blocks on disk, named by their content, for restarts and for long shared prompts."""
+"""Full KV blocks on disk, named by their content, for restarts and for long prompts that requests share."""

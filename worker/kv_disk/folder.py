@@ -10,13 +10,14 @@ _SUFFIX = ".kv"
 
 
 class KvFolder(DiskCache):
-    """KV files. Their names begin with a digest of all that the content depends on: model, KV type, arithmetic."""
+    """A folder of KV files. A file's name begins with a digest of all that determines the content, such as the
+    model."""
 
     suffixes = (_SUFFIX,)
     content, limit = "KV memory", "kv_disk"
     most_files = 1 << 13
-    is_secret = True  # prompts can be approximated from it
-    is_synced = False  # digests show what a power failure has damaged
+    is_secret = True  # Prompts can be reconstructed roughly from the content.
+    is_synced = False  # A file that a power failure damages is found by its digests.
 
     def names(self, content: str) -> set[str]:
         return {path.name for path in self.path.glob(f"{content}-*{_SUFFIX}")}
@@ -25,7 +26,7 @@ class KvFolder(DiskCache):
         return f"{content}-{uuid4().hex}{_SUFFIX}"
 
     def mark_used(self, names: Sequence[str]) -> None:
-        """Marks files as used. The first file is marked last, because later files are useless without it."""
+        """Marks files as used, the first file last, because later files are useless without the first."""
         for name in reversed(names):
             with suppress(OSError):
                 file = self.open(name)

@@ -22,18 +22,19 @@ _log = logging.getLogger(__name__)
 
 
 class KvDisk:
-    """One process's KV memory on disk. One thread reads blocks. Another thread, of low priority, writes them."""
+    """One process's KV memory on disk. One thread reads blocks. Another thread, with low priority, writes blocks."""
 
     def __init__(self, folder: KvFolder) -> None:
         self.folder = folder
         self.traffic = KvTraffic()
-        self._is_reported = False  # that the folder cannot be used
+        self._is_reported = False  # True if the log says that the folder cannot be used.
         self._stages: WeakKeyDictionary[StageRunner, StageBlocks] = WeakKeyDictionary()
         self._reader = ThreadPoolExecutor(1, "read-kv")
         self._writer = ThreadPoolExecutor(1, "write-kv", initializer=partial(lower_priority, _LOW_PRIORITY))
 
     async def answer(self, request: FindKv | RestoreKv | SaveKv, runner: StageRunner) -> KvDone:
-        """Raises ProtocolError if the stage lacks a KV block. Reports 0 blocks if the folder cannot be used."""
+        """Finds, restores or saves blocks as requested. Raises ProtocolError if the stage has no such block. The answer
+        is 0 blocks if the folder cannot be used."""
         thread = self._writer if isinstance(request, SaveKv) else self._reader
         done = await asyncio.get_running_loop().run_in_executor(thread, self._done, request, runner)
         return KvDone(done, request.request_id)
@@ -54,7 +55,6 @@ class KvDisk:
         return blocks.save(keys, request.blocks, kv)
 
     def _blocks_of(self, runner: StageRunner) -> StageBlocks | None:
-        """Returns None if the folder cannot be used, or if the weights' bytes were not verified."""
         if runner.kv_content is None:
             return None
         if (known := self._stages.get(runner)) is None:

@@ -1,4 +1,4 @@
-"""Files of KV memory. A file has full blocks of the layers [start, end), with a digest for each layer of each block.
+"""Files of KV memory. A file has full blocks of the layers [start, end), and a digest for each layer of each block.
 
     0   "LCKV" | version u32 | start u32 | end u32 | blocks u32
     20  bytes of a block in each layer, u32 [end - start]           little-endian
@@ -28,19 +28,19 @@ from llamaclust.wire.control.kv_disk import KEY_BYTES, MAX_KEYS
 _MAGIC, _VERSION = b"LCKV", 1
 _PREFIX = struct.Struct("<4s4I")
 _DIGEST_BYTES = 32
-_MOST_BUFFERS = 512  # of one system call
+_MOST_BUFFERS = 512  # Maximum number of buffers in one system call.
 
 KvLayers = Sequence[Sequence[NDArray[np.uint8]]]
 """A stage's KV memory. Each layer has parts (keys, values, states), which are arrays [KV blocks, bytes]."""
 
 
 class DamagedError(Exception):
-    """The file's header is damaged, or does not match the file."""
+    """The file's header is damaged, or differs from the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class KvFile:
-    """A file's header. `layer_bytes` has a block's size, with all parts, in each of the layers [start, end)."""
+    """A file's header. `layer_bytes[i]` is the size of one block in layer start + i, with keys, values and states."""
 
     name: str
     start: int
@@ -62,7 +62,8 @@ class KvFile:
 
     @classmethod
     def read(cls, name: str, file: FileIO) -> KvFile:
-        """Raises OSError, and raises DamagedError if the header is damaged or does not match the file's size."""
+        """Reads a header. Raises OSError, or DamagedError if the header is damaged or does not match the file's
+        size."""
         prefix = _read(file, 0, _PREFIX.size)
         magic, version, start, end, blocks = _PREFIX.unpack(prefix)
         if (magic, version) != (_MAGIC, _VERSION) or not (start < end <= MAX_LAYERS and 0 < blocks <= MAX_KEYS):
@@ -88,8 +89,8 @@ class KvFile:
         return [header, *(part[block].data for block in blocks for layer in kv for part in layer)]
 
     def restore(self, file: FileIO, index: int, kv: KvLayers, first_layer: int, block: int) -> int:
-        """Reads the file's block `index` into block `block` of `kv`, which begins with layer `first_layer`. Returns the
-        number of bytes read. Raises DamagedError and OSError."""
+        """Reads block `index` of the file into block `block` of `kv`, whose first layer is `first_layer`. Returns the
+        number of bytes read. Raises DamagedError or OSError."""
         count = len(self.layer_bytes)
         layers = range(max(self.start, first_layer), min(self.end, first_layer + len(kv)))
         targets = [_block(kv[layer - first_layer], block) for layer in layers]

@@ -1,4 +1,4 @@
-"""Finds, reads and writes one stage's blocks on disk by key, outside the computing thread."""
+"""Finds, reads and writes the blocks of one stage on disk by key, outside the computing thread."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _Place = tuple[KvFile, int]
 class KvTraffic:
     written_bytes: int = 0
     read_bytes: int = 0
-    used_bytes: int = 0  # of the folder, when it was last looked at
+    used_bytes: int = 0  # Size of the folder at the last check.
 
 
 class StageBlocks:
-    """Blocks of the layers from `start` on, in files of `content`. Processes with other stages share these files."""
+    """A stage's blocks on disk. `content` is the digest in the names of its files, and `start` is its first layer."""
 
     def __init__(self, folder: KvFolder, content: str, start: int, traffic: KvTraffic) -> None:
         self._folder = folder
@@ -32,21 +32,20 @@ class StageBlocks:
         self._start = start
         self._traffic = traffic
         self._lock = Lock()
-        self._files: dict[str, KvFile] = {}  # by name
+        self._files: dict[str, KvFile] = {}
         self._places: dict[bytes, list[_Place]] = {}
-        self._unreadable: set[str] = set()  # names that were logged
-        self._is_reported = False  # that nothing can be written
+        self._unreadable: set[str] = set()  # Names of unreadable files that are in the log.
+        self._is_reported = False  # True if the log says that nothing can be written.
         traffic.used_bytes = folder.used_bytes
 
     def find(self, keys: Sequence[bytes], kv: KvLayers) -> int:
-        """Counts the leading blocks that are on disk, up to the first block that is missing."""
         with self._lock:
             self._refresh()
             return next((index for index, key in enumerate(keys) if not self._cover(key, kv)), len(keys))
 
     def restore(self, keys: Sequence[bytes], blocks: Sequence[int], kv: KvLayers) -> int:
         """Reads blocks until one is missing or damaged, and returns their number. Deletes damaged files."""
-        used: dict[str, None] = {}  # in order
+        used: dict[str, None] = {}
         done = 0
         for key, block in zip(keys, blocks, strict=True):
             with self._lock:
@@ -59,8 +58,8 @@ class StageBlocks:
         return done
 
     def save(self, keys: Sequence[bytes], blocks: Sequence[int], kv: KvLayers) -> int:
-        """Writes the missing blocks, and returns the number of blocks on disk. The last of `keys` belong to `blocks`.
-        Does not delete files with blocks of the earlier keys to make room."""
+        """Writes missing blocks, and returns the number of blocks on disk. The last of `keys` belong to `blocks`. Files
+        with blocks of the earlier keys are not deleted to make room."""
         with self._lock:
             self._refresh()
             own = zip(keys[-len(blocks) :], blocks, strict=True)
@@ -104,7 +103,7 @@ class StageBlocks:
         return False
 
     def _cover(self, key: bytes, kv: KvLayers) -> list[_Place]:
-        """Returns places that together have all layers of a block. Returns [] if a layer is missing."""
+        """Returns places in files that together hold all layers of a block, or [] if a layer is missing."""
         layer, end = self._start, self._start + len(kv)
         chosen: list[_Place] = []
         places = [place for place in self._places.get(key, ()) if _fits(place[0], self._start, kv)]
@@ -128,7 +127,8 @@ class StageBlocks:
                         self._learn(KvFile.read(name, file))
             except DamagedError as error:
                 self._folder.drop(name, str(error))
-            except OSError as error:  # of a bad sector, or for want of descriptors: the other files serve
+            # For example a bad sector, or too few file descriptors. The other files can still be used.
+            except OSError as error:
                 if name not in self._unreadable:
                     _log.warning("%s", error)
                     self._unreadable.add(name)

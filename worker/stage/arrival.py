@@ -1,4 +1,4 @@
-"""A microbatch as a stage receives it. Native code reads and checks it for all backends."""
+"""A microbatch as a stage receives it. Native code decodes and checks it for all backends."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def frame_reader(program: Program, limits: StageLimits, model: Model, vocabulary
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A microbatch received at `received_ns`. Sending the previous answer took `wire_ns`."""
+    """A microbatch received at `received_ns`. Sending the previous answer took `wire_ns` nanoseconds."""
 
     data: bytes
     frame: MicrobatchFrame
     received_ns: int
     wire_ns: int
-    newest_dependency: int | None  # the last microbatch that it follows
+    newest_dependency: int | None  # Number of the newest microbatch whose tokens this one needs.
 
     @classmethod
     def read(cls, data: bytes, reader: FrameReader, received_ns: int, wire_ns: int) -> Arrival:
@@ -64,7 +64,7 @@ class Arrival:
 
     @property
     def has_groups(self) -> bool:
-        """True if rows see later rows of the batch. Bands of rows would compute these too late."""
+        """True if rows attend to later rows. Such rows must not be divided into bands."""
         *_, groups, _ = self.frame.arrays
         return groups is not None
 

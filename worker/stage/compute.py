@@ -17,46 +17,47 @@ from llamaclust.core.process_settings import lower_priority
 from llamaclust.wire.rpc.deadlines import deadline
 
 INLINE_NS = 200_000_000
-"""The longest job on the event loop, which delays heartbeats and orders. Two thread switches take 0.1 to 0.3 ms."""
+"""Maximum duration of a job on the event loop, which delays heartbeats. Two thread switches take 0.1 to 0.3 ms."""
 
 _Answer = TypeVar("_Answer")
 _HOLD_NS = 8_000_000
-"""The longest time for which results of short jobs are held. Passing them to the event loop takes cores from jobs."""
+"""Maximum time for which results of short jobs are held back. Passing each to the event loop would slow down jobs."""
 
 _Entry = tuple[Callable[[], Any], "asyncio.Future[Any]", float, float]
 _WATCH_S = 1.0
 _HUNG_TIMES, _HUNG_LEAST_S = 20, 30.0
-"""Both are far above delays from other programs on the GPU, from capturing a CUDA graph, or from longer contexts."""
+"""A step counts as hung after these limits, which are far above any delay by other programs or longer contexts."""
 
 
 def step_limit_s(last_ns: int | None, *, on_gpus: bool) -> float:
     """Returns the seconds after which a step counts as hung, from the time of the last similar step. Returns infinity
-    without such a step, because kernels may be compiled, and for weights in RAM, which may be read from disk again."""
+    for the first such step, which may compile kernels, and for weights in RAM, which may be read from disk again."""
     return _HUNG_LEAST_S + _HUNG_TIMES * last_ns / 1e9 if on_gpus and last_ns is not None else inf
 
 
 class Compute:
-    """Runs the jobs of all stages one at a time, in order of arrival. Native calls release the GIL."""
+    """Runs the jobs of all stages one at a time, in the order of arrival. Native calls release the GIL."""
 
     def __init__(self, *, inline: bool = True, niceness: int = 0) -> None:
         self._loop = asyncio.get_running_loop()
         self._inline_ns = INLINE_NS if inline else 0
         self._queue: SimpleQueue[_Entry | None] = SimpleQueue()
         self._queued = 0
-        self._present: tuple[int, float] | None = None  # when the thread's job began (perf_counter_ns), its limit_s
+        # (perf_counter_ns at the start of the thread's job, the job's limit_s).
+        self._present: tuple[int, float] | None = None
         self._lost: asyncio.Future[None] = self._loop.create_future()
         threading.Thread(target=self._work, args=(niceness,), name="compute", daemon=True).start()
 
     async def run(self, job: Callable[[], _Answer], *, expected_ns: int = INLINE_NS, limit_s: float = inf) -> _Answer:
-        """Returns the job's result or raises its error. A job that has begun runs to its end even if cancelled. A job
-        with a limit never runs on the event loop, because the loop watches the limit."""
+        """Runs `job` and returns its result. A job that has begun runs to its end even if the caller is cancelled. A
+        job with a limit always runs on the thread, because the event loop watches the limit."""
         if expected_ns < self._inline_ns and limit_s == inf and self._queued == 0:
             return job()
         return await asyncio.shield(self.queue(job, limit_s=limit_s))
 
     def apart(self, niceness: int = 0) -> Compute:
-        """Returns another Compute for the same devices, which never uses the event loop. If either loses a device, the
-        other has lost it too. `niceness` lowers the priority of the new thread."""
+        """Returns another Compute for the same devices, which never uses the event loop. A device that one of them
+        loses counts as lost for both. `niceness` lowers the new thread's priority."""
         twin = Compute(inline=False, niceness=niceness)
         twin._lost = self._lost
         return twin
@@ -67,19 +68,19 @@ class Compute:
         return 0.0 if present is None else (perf_counter_ns() - present[0]) / 1e9
 
     async def idle(self, deadline_s: float) -> None:
-        """Waits until earlier jobs have ended. Raises DeviceLostError if one does not end in time."""
+        """Waits until earlier jobs have ended. Raises DeviceLostError if a job does not end in time."""
         try:
             async with deadline("the end of a step", deadline_s):
                 await self.run(lambda: None)
         except DeadlineError as error:
-            text = f"a step has been computed for {self.computing_s:.0f} s and does not end: this process ends"
+            text = f"a step has run for {self.computing_s:.0f} s and does not end, so this worker process ends"
             raise DeviceLostError(text) from error
 
     def queue(
         self, job: Callable[[], _Answer], *, limit_s: float = inf, expected_ns: float = inf
     ) -> asyncio.Future[_Answer]:
         """Runs `job` on the thread after earlier jobs. If it takes longer than `limit_s`, the device counts as lost
-        (see `while_able`). Before the job, passes on earlier results that cannot wait for `expected_ns`."""
+        (see `while_able`). Results of earlier jobs that cannot wait for `expected_ns` are passed on first."""
         answer: asyncio.Future[_Answer] = self._loop.create_future()
         answer.add_done_callback(self._settled)
         self._queued += 1
@@ -95,7 +96,8 @@ class Compute:
             self._lost.set_exception(error)
 
     async def while_able(self, life: Coroutine[None, None, _Answer]) -> _Answer:
-        """Returns the result of `life`. Raises DeviceLostError if a device is lost or does not end a job in time."""
+        """Awaits `life` and returns its result. Raises DeviceLostError if a device is lost or a job exceeds its
+        limit."""
         living, watching = asyncio.create_task(life), asyncio.create_task(self._watch())
         try:
             await asyncio.wait((living, self._lost), return_when=asyncio.FIRST_COMPLETED)
@@ -113,14 +115,14 @@ class Compute:
                 continue
             begun_ns, limit_s = present
             if (taken_s := (perf_counter_ns() - begun_ns) / 1e9) > limit_s:
-                text = f"a step has been computed for {taken_s:.0f} s, and the limit is {limit_s:.0f} s: the GPU hangs"
-                self._lose(DeviceLostError(f"{text}; this process ends"))
+                text = f"the GPU hangs: a step has run for {taken_s:.0f} s, but the limit is {limit_s:.0f} s"
+                self._lose(DeviceLostError(f"{text}; this worker process ends"))
                 return
 
     def _settled(self, answer: asyncio.Future[Any]) -> None:
         self._queued -= 1
         if not answer.cancelled():
-            answer.exception()  # retrieved: its caller may be gone
+            answer.exception()  # Marks the error as retrieved, because the caller may have been cancelled.
 
     def close(self) -> None:
         self._queue.put(None)
@@ -138,7 +140,7 @@ class Compute:
             self._present = perf_counter_ns(), limit_s
             try:
                 held.add(partial(answer.set_result, job()))
-            except Exception as error:  # noqa: BLE001  a border between threads: the other side raises it
+            except Exception as error:  # noqa: BLE001  the error is raised in the caller's task
                 held.add(partial(answer.set_exception, error))
             self._present = None
 
@@ -155,7 +157,8 @@ class _Held:
         self._answers.append(answer)
 
     def before(self, expected_ns: float) -> None:
-        """Passes on answers that would wait too long during the next job, which takes about `expected_ns`."""
+        """Hands results to the event loop if they would wait too long during the next job, which takes about
+        `expected_ns`."""
         if self._answers and perf_counter_ns() + expected_ns > self._until_ns:
             self.hand_back()
 
@@ -164,12 +167,13 @@ class _Held:
         try:
             if answers:
                 self._loop.call_soon_threadsafe(_call_all, answers)
-        except RuntimeError:  # the loop is closed: the process is about to end
+        except RuntimeError:  # The event loop is closed, and the process is about to end.
             return False
         return True
 
 
 def _call_all(answers: list[Callable[[], None]]) -> None:
     for answer in answers:
-        with suppress(asyncio.InvalidStateError):  # a cancelled one: the others are still awaited
+        # A cancelled future must not keep the other answers from their callers.
+        with suppress(asyncio.InvalidStateError):
             answer()

@@ -1,4 +1,4 @@
-"""Microbatch inputs from other streams: sampling inputs for the last stage, and sampled tokens for the first."""
+"""Inputs of microbatches from other streams: sampling inputs for the last stage, and sampled tokens for the first."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from llamaclust.wire.microbatch.messages import SampledTokens
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.stage.step_inputs import StepInputs
 
-MOST_IN_FLIGHT = 2 * MAX_STAGES + 4  # microbatches: no coordinator has more
+MOST_IN_FLIGHT = 2 * MAX_STAGES + 4  # Maximum number of microbatches in flight.
 _TOKENS_S = 600.0
-"""The longest time in seconds that a microbatch waits for tokens. A coordinator without a result gives up earlier."""
+"""Maximum number of seconds that a microbatch waits for tokens. The coordinator gives up earlier."""
 
 
 def read_sampled_tokens(data: bytes) -> SampledTokens:
@@ -27,10 +27,9 @@ def read_sampled_tokens(data: bytes) -> SampledTokens:
 
 
 class SampledTokensBox:
-    """The sampled tokens of an epoch's newest microbatches."""
-
     def __init__(self) -> None:
-        self._came: dict[int, tuple[SampledTokens, int]] = {}  # with its perf_counter_ns, by ascending number
+        # (tokens, perf_counter_ns of their arrival), by ascending microbatch number.
+        self._came: dict[int, tuple[SampledTokens, int]] = {}
 
     def __contains__(self, number: object) -> bool:
         return number in self._came
@@ -44,11 +43,11 @@ class SampledTokensBox:
             del self._came[next(iter(self._came))]
 
     def came_ns(self, number: int | None) -> int:
-        """Returns the perf_counter_ns time at which a microbatch's tokens came, or 0 if they have not come."""
         return self._came[number][1] if number in self._came else 0
 
     def fill(self, frame: _native.MicrobatchFrame) -> list[SampledTokens]:
-        """Fills in and returns the tokens that the frame depends on. Raises WorkerError if one is unknown."""
+        """Fills the sampled tokens that the frame depends on into the frame, and returns them. Raises WorkerError if a
+        token is unknown."""
         followed = []
         for number in frame.depends_on:
             sampled = self._came[number][0] if number in self._came else SampledTokens(number, ())
@@ -61,7 +60,7 @@ class SampledTokensBox:
 
 
 class Dependencies:
-    """One epoch's dependencies. One microbatch waits at a time, in number order."""
+    """Inputs from other streams that one epoch's microbatches wait for. Only one microbatch waits at a time."""
 
     def __init__(self, epoch: int, inputs_s: float) -> None:
         self.tokens = SampledTokensBox()
@@ -74,7 +73,8 @@ class Dependencies:
         self._broken: LlamaclustError | None = None
 
     def put_inputs(self, inputs: StepInputs) -> None:
-        """Raises ProtocolError if inputs are out of order or too many. Drops inputs of a finished microbatch."""
+        """Adds sampling inputs, or drops them if their microbatch has ended. Raises ProtocolError if they are out of
+        order or too many."""
         found, expected = (inputs.tasks.epoch, inputs.tasks.number), (self._epoch, self._next_put)
         if found != expected:
             raise ProtocolError(f"sampling inputs: expected {place_text(expected)}, found {place_text(found)}")
@@ -96,12 +96,12 @@ class Dependencies:
         self._came.set()
 
     async def inputs(self, number: int) -> StepInputs:
-        """Returns a microbatch's sampling inputs. Raises DeadlineError if they do not come, or the error of `fail`."""
+        """Returns a microbatch's sampling inputs. Raises DeadlineError, or the error that was passed to `fail`."""
         await self._wait("sampling inputs", number, self._inputs, self._inputs_s)
         return self._inputs[number]
 
     async def known(self, number: int | None) -> None:
-        """Waits for a microbatch's tokens. Raises DeadlineError if they do not come, or the error of `fail`."""
+        """Waits for a microbatch's tokens. Raises DeadlineError, or the error that was passed to `fail`."""
         if number is not None and number not in self.tokens:
             self.awaits_tokens = True
             try:

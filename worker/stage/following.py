@@ -1,4 +1,4 @@
-"""A member of a group that does not lead. Its thread computes its portion of each announced step."""
+"""A member of a group, but not its leader. A thread computes the member's portion of each step that is announced."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llamaclust.worker.stage.stage_runner import StageRunner
 
 _log = logging.getLogger(__name__)
 
-_TOKENS_BYTES = 1 << 20  # beside a frame
+_TOKENS_BYTES = 1 << 20  # Maximum size of the sampled tokens that precede the frame.
 _STEP_S = 60.0
 
 
@@ -36,16 +36,16 @@ class FollowingStage:
         links: MemberLinks,
         give_up: Callable[[DeviceLostError], None],
     ) -> None:
-        """`give_up` is called when a device is lost, from any thread."""
+        """`give_up` is called when a device is lost. The call may come from any thread."""
         self.epoch = epoch
         self.runner = runner
         self._counters = counters
         self._member_links = links
         self._give_up = give_up
         self._loop = asyncio.get_running_loop()
-        self._links: Links | None = None  # once they are open
+        self._links: Links | None = None
         self._steps = 0
-        self._ended: asyncio.Future[None] | None = None  # of the thread
+        self._ended: asyncio.Future[None] | None = None  # Done when the thread has ended.
         self._reporting: asyncio.Task[Fault] | None = None
         program, rows = runner.program, runner.limits.max_batch_tokens
         self._most_bytes = most_frame_bytes(rows, 0 if program.is_first else program.hidden.width) + _TOKENS_BYTES
@@ -57,7 +57,7 @@ class FollowingStage:
 
     @property
     def computing_s(self) -> float:
-        """The seconds since this member last waited for another member in its step. 0.0 if there is no thread."""
+        """Seconds since this member last waited for another member, or 0.0 if its thread has ended."""
         is_at_work = self._ended is not None and not self._ended.done()
         return self._member_links.computing_s if is_at_work else 0.0
 
@@ -71,10 +71,10 @@ class FollowingStage:
         try:
             while True:
                 self._step(links.receive_step(self.epoch, self._steps, self._most_bytes))
-        except Exception as error:  # noqa: BLE001  a border between threads: the event loop reports it
+        except Exception as error:  # noqa: BLE001  the event loop reports the error
             if isinstance(error, DeviceLostError):
                 self._give_up(error)
-            with suppress(RuntimeError):  # the loop is closed: the process is about to end
+            with suppress(RuntimeError):  # The event loop is closed, and the process is about to end.
                 self._loop.call_soon_threadsafe(self._stopped, error)
 
     def _stopped(self, error: Exception) -> None:
@@ -99,7 +99,7 @@ class FollowingStage:
                 self.runner.run_frame(arrival.frame)
         except DeviceLostError:
             raise
-        except WorkerError as error:  # the leader has it too, and answers that the microbatch failed
+        except WorkerError as error:  # The leader raises the same error, and answers that the microbatch failed.
             _log.error("microbatch %d: %s", arrival.frame.number, error)
         self._counters.busy_ns += perf_counter_ns() - begun_ns
         self._counters.microbatches += 1
@@ -110,14 +110,14 @@ class FollowingStage:
         self._member_links.close()
 
     async def release(self) -> StageRunner:
-        """Returns the portion after the current step. Raises DeviceLostError if the step does not end."""
+        """Waits for the current step and returns the runner. Raises DeviceLostError if the step does not end."""
         self.close_links()
         if self._ended is not None:
             try:
                 async with deadline("the end of a group's step", _STEP_S):
                     await asyncio.shield(self._ended)
             except DeadlineError as late:
-                lost = DeviceLostError(f"{late}: this process ends")
+                lost = DeviceLostError(f"{late}; this worker process ends")
                 self._give_up(lost)
                 raise lost from late
         if self._reporting is not None:

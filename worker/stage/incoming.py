@@ -1,4 +1,4 @@
-"""Receives a stream's microbatches. Each is received while the previous one is computed."""
+"""Receives a stream's microbatches. A microbatch is received while the previous microbatch is computed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Incoming:
             self._reading = asyncio.create_task(self._stream.read())
 
     async def next(self, sending: asyncio.Future[None]) -> bytes | None:
-        """Returns None once the other side has ended the stream. Raises an error of `sending` at once."""
+        """Returns the next message, or None at the stream's end. Raises an error of `sending` at once."""
         if sending.done():
             sending.result()
         if self._reading is None and (sending.done() or self._stream.has_message):

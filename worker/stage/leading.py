@@ -1,4 +1,4 @@
-"""The leader of a group. It has the stage's streams, and announces each step before it computes its own portion."""
+"""The leader of a group. It has the stage's streams, and announces each step before computing its own portion."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _LENGTH = struct.Struct("<I")
 
 
 class MemberFailedError(LlamaclustError):
-    """A member failed during a step that the other members continue. It can no longer join their gathers."""
+    """A member failed during a step that other members continue, and can no longer take part in their gathers."""
 
 
 class Leader:
-    """Announces one epoch's steps to the group once links are open. Only one thread may use it at a time."""
+    """Announces the steps of one epoch when the group's links are open. Only one thread may use it at a time."""
 
     def __init__(self, epoch: int, links: MemberLinks, gather_by: Callable[[Gatherer], None]) -> None:
         self._epoch = epoch
@@ -48,8 +48,8 @@ class Leader:
     ) -> Iterator[None]:
         """Announces a microbatch and the tokens that it depends on. The body of the `with` statement computes the step.
         `checked` is the stage's program if the step is computed again because numbers were not finite. Raises LinkError
-        if a member does not take the step, or computes such numbers again. Passes on a WorkerError, because all members
-        raise it. Raises MemberFailedError after any other error."""
+        if a link fails or a member computes such numbers again. Raises a WorkerError unchanged, because all members
+        raise the same error. Raises MemberFailedError for any other error."""
         assert self._links is not None, "a stream is accepted when the links are open"
         rows = arrival.frame.rows
         is_whole = rows >= LEAST_BANDED_ROWS and arrival.has_groups
@@ -87,7 +87,7 @@ class Leader:
 
 
 def encode_step(frame: bytes, followed: Sequence[SampledTokens], bands: int) -> bytes:
-    """Encodes a step: the band count, the count of token messages, each message after its length, and the frame."""
+    """Encodes a step: number of bands, number of token messages, each of these after its length, and the frame."""
     parts = [_LENGTH.pack(bands), _LENGTH.pack(len(followed))]
     for sampled in followed:
         tokens = encode_sampled_tokens(sampled)
@@ -99,7 +99,7 @@ def decode_step(data: bytes) -> tuple[bytes, SampledTokensBox, int]:
     box, at = SampledTokensBox(), 2 * _LENGTH.size
     bands = _number(data, 0, MOST_BANDS)
     if bands == 0:
-        raise ProtocolError("a step's message has no band of rows")
+        raise ProtocolError("a step's message divides its rows into 0 bands; expected at least 1")
     for _ in range(_number(data, _LENGTH.size, MOST_IN_FLIGHT)):
         begin = at + _LENGTH.size
         at = begin + _number(data, at, len(data))

@@ -1,5 +1,5 @@
-"""A loaded stage's loop. It receives, computes and answers microbatches in number order. Answers are frames for the
-next stage. The last stage sends results to the coordinator, and tokens to the first stage."""
+"""The loop of a loaded stage. It receives, computes and answers microbatches in the order of their numbers. An answer
+is a frame for the next stage. The last stage sends results to the coordinator, and tokens to the first stage."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from llamaclust.worker.stage.step_inputs import StepInputs
 _log = logging.getLogger(__name__)
 
 _DIRECT_BYTES = 1 << 16
-"""The largest answer that is sent before the next step. A larger answer must wait until the other side reads."""
+"""Maximum size of an answer that is sent before the next step. A larger answer must wait until the other side reads."""
 
 _RESULT_DELAY_S = 0.001
-"""The seconds by which a result follows tokens to a first stage here. The coordinator may take its core for 0.7 ms."""
+"""Seconds by which a result follows tokens to a first stage here. The coordinator may take its core for 0.7 ms."""
 _MIN_ROUND_S = 0.004
 
 _Value = TypeVar("_Value")
 _Kind = tuple[str, int, int]
-"""A job's name, and the bit lengths of its row count and of its count of attended keys."""
+"""(name of the job, bit length of its number of rows, bit length of its number of attended keys)."""
 
 
 def _kind(job: str, arrival: Arrival) -> _Kind:
@@ -66,7 +66,7 @@ class StageContext:
     worker: str
     compute: Compute
     counters: Counters
-    leader: Leader | None = None  # of the group that holds the stage; None: this worker holds it alone
+    leader: Leader | None = None  # Leader of the stage's group, or None without a group.
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,8 @@ class Answer:
 
 
 class StageLoop:
-    """One epoch's loop. A failed microbatch gets an answer. LinkError and MemberFailedError end the loop."""
+    """Computes one epoch's microbatches. A failed microbatch gets an answer, but LinkError and MemberFailedError end
+    the loop."""
 
     def __init__(self, epoch: int, runner: StageRunner, context: StageContext, deadlines: Deadlines) -> None:
         self.runner = runner
@@ -93,13 +94,13 @@ class StageLoop:
         self._last_result_ns = 0
         self._received = self._sent = 0
         self._has_ended = False
-        self._taken_ns: dict[_Kind, int] = {}  # of the last job of a kind
+        self._taken_ns: dict[_Kind, int] = {}  # Duration of the last job of each kind.
 
     async def run(
         self, stream: ServerStream, outlet: Writable, to_first: Writable | None = None, receiver: str | None = None
     ) -> None:
-        """Serves a stream. Computes one microbatch while it receives the next. `outlet` takes the answers, and
-        `to_first` takes the sampled tokens. Errors in sending name `receiver`."""
+        """Serves a stream. Computes a microbatch while it receives the next. `outlet` takes the answers, and `to_first`
+        takes the sampled tokens. Errors in sending name the worker `receiver`."""
         incoming = Incoming(stream)
         sending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         sending.set_result(None)
@@ -109,13 +110,14 @@ class StageLoop:
                 send = partial(self._send, outlet, to_first, limit)
                 is_local = stream.is_local
                 for number in count():
-                    is_close = incoming.is_there  # to the one before
+                    is_close = incoming.is_there  # True if the microbatch came soon after the previous one.
                     if (data := await incoming.next(sending)) is None:
                         break
                     arrival = self.receive(data, number)
                     if is_close:
                         incoming.prepare()
-                        await asyncio.sleep(0)  # it and sending begin before a short computation takes the event loop
+                        # Lets receiving and sending begin before a short computation takes the event loop.
+                        await asyncio.sleep(0)
                     answer = await self.compute(arrival)
                     if answer.done():
                         await sending
@@ -154,8 +156,8 @@ class StageLoop:
         self.runner.matchers.receive(inputs)
 
     async def compute(self, arrival: Arrival) -> asyncio.Future[Answer]:
-        """Returns when the next microbatch may begin. The answer is done by then, unless the thread still computes a
-        whole model's step that was sent ahead. This method or the answer raises ProtocolError."""
+        """Computes a microbatch. Returns when the next microbatch may begin, possibly before the answer is done. Raises
+        ProtocolError, directly or as the answer's error."""
         program = self.runner.program
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:
@@ -181,7 +183,6 @@ class StageLoop:
         return inputs
 
     def _whole_step(self, kind: _Kind, arrival: Arrival, inputs: StepInputs) -> Answer:
-        """Computes a step in one job, which saves the two thread switches of `_step` (0.1 to 0.3 ms each)."""
         started_ns = perf_counter_ns()
         try:
             queue_ns = started_ns - max(arrival.received_ns, self._tokens.came_ns(arrival.newest_dependency))
@@ -192,7 +193,7 @@ class StageLoop:
             return self._failure(arrival, error)
 
     async def _step(self, arrival: Arrival) -> Answer:
-        """Runs the last stage's layers before it awaits its inputs. Making a prompt's matcher can take 50 ms."""
+        """Runs a last stage's layers before it waits for sampling inputs. Making a prompt's matcher can take 50 ms."""
         program = self.runner.program
         if program.is_first and not program.is_last:
             await self.dependencies.known(arrival.newest_dependency)
@@ -208,7 +209,7 @@ class StageLoop:
         return self._result(arrival, outputs, queue_ns, compute_ns + finish_ns)
 
     def _run_layers(self, arrival: Arrival) -> Logits:
-        """Fills in tokens on the first stage, as later stages read none. Raises WorkerError if a token is unknown."""
+        """Runs the layers. The first stage fills in sampled tokens. Raises WorkerError if a token is unknown."""
         runner, frame = self.runner, arrival.frame
         followed = self._tokens.fill(frame) if runner.program.is_first else []
         if self._leader is None:
@@ -225,8 +226,6 @@ class StageLoop:
         return step_limit_s(self._taken_ns.get(kind), on_gpus=self.runner.is_on_gpus)
 
     async def _timed(self, kind: _Kind, job: Callable[[], _Value]) -> tuple[_Value, int, int]:
-        """Returns the job's result, start and duration. The next similar job is expected to take as long."""
-
         def timed() -> tuple[_Value, int, int]:
             begun_ns = perf_counter_ns()
             value = job()
@@ -261,7 +260,8 @@ class StageLoop:
         if isinstance(error, DeviceLostError):
             self._compute.give_up(error)
         if isinstance(error, LlamaclustError):
-            if not self._has_ended:  # else it lacks what one before it would have had
+            # After an error that ended the loop, later microbatches fail for lack of earlier results.
+            if not self._has_ended:
                 _log.error("microbatch %d: %s", arrival.frame.number, error)
             return self._failed(arrival, f"{self._where}: {error}")
         _log.error("microbatch %d failed", arrival.frame.number, exc_info=error)
@@ -296,5 +296,5 @@ class StageLoop:
         with limit:
             await outlet.write(*[answer.data for answer in answers])
         self._counters.sent_bytes += sum(len(answer.data) for answer in answers)
-        computed_ns = self._counters.busy_ns - busy_ns  # meanwhile, on the event loop
+        computed_ns = self._counters.busy_ns - busy_ns  # Computing time on the event loop while the answers were sent.
         self._wire_ns = max(0, perf_counter_ns() - begun_ns - computed_ns)

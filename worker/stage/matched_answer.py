@@ -1,4 +1,4 @@
-"""One answer at the last stage, and the matcher that follows the answer's tokens."""
+"""One answer at the last stage, and the matcher that follows its tokens."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from llamaclust.model.grammars.reasoning_matcher import ReasoningMatcher, answer
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
 _DRAFTED_NS: Final = 200_000_000
-"""The CPU time of a step's matchers after which drafted rows are deferred."""
+"""CPU time of a step's matchers after which drafted rows are deferred."""
 _STEP_NS: Final = 500_000_000
-"""The CPU time after which other rows are deferred too. The coordinator then sends fewer slow answers at once."""
+"""CPU time after which all other rows are deferred too. The coordinator then sends fewer slow answers at once."""
 _TOLD_NS: Final = 1_000_000
-"""Rows that take at least this CPU time are reported to the coordinator."""
+"""CPU time of a row from which on the coordinator is told the time."""
 _READY_S: Final = 60.0
-"""The deadline for making a matcher. It takes a fraction of a second, unless the machine is very busy."""
+"""Time limit for making a matcher, which takes a fraction of a second unless the machine is very busy."""
 _TOKEN_NS: Final = 50_000_000
-"""The CPU time allowed per token. Large schemas take at most a tenth of it."""
+"""CPU time allowed per token. Large schemas take at most a tenth of it."""
 _GUARD_NS: Final = 2_000_000_000
-"""The CPU time that an answer may take beyond its tokens' time. It helps if work limits (see matcher.py) fail."""
+"""CPU time that an answer may take beyond the time of its tokens. It counts if the work limits in matcher.py fail."""
 _TOKENS_AT_ONCE: Final = 64
 
 DEFERRED: Final = RowResult(-1, nan, is_deferred=True)
@@ -49,23 +49,24 @@ class MatcherTime:
 
 
 class MatchedAnswer:
-    """An answer. The thread that makes its matcher owns the answer until `ready` is done. Then the stage owns it."""
+    """An answer with a matcher. The thread that makes the matcher owns the answer until `ready` is done. Then the stage
+    owns the answer."""
 
     def __init__(self, start: MatcherStart) -> None:
         self.ready: Future[None] = Future()
-        self.is_released = False  # its rows are worth no matcher that is still to be made
-        self._due: int | None = None  # position of a row that was deferred
-        self._begun_s: float | None = None  # the making of its matcher
-        self._failed: RowResult | None = None  # why it cannot be followed
+        self.is_released = False  # True if no matcher needs to be made any more.
+        self._due: int | None = None  # Position of a deferred row that must come again.
+        self._begun_s: float | None = None
+        self._failed: RowResult | None = None  # Result of all further rows after a failure.
         self._start = start
-        self._tokens = list(start.tokens)  # that the matcher has taken in
+        self._tokens = list(start.tokens)  # Tokens that the matcher has accepted.
         self._matcher: GrammarMatcher | ReasoningMatcher | None = None
-        self._forced: list[int] = []  # the newest of its tokens: those that had to follow
-        self.is_refused = False  # the row's token: it is sampled again
-        self._is_costly = False  # its matcher, see GrammarMatcher
-        self._excess_ns = 0  # of a processor, beyond what its tokens may take
-        self._row_ns = _TOLD_NS  # of a processor, for the newest row: slow until one was looked at
-        self._held = 0  # times in a row that its step had no time left
+        self._forced: list[int] = []  # The last of `_tokens`, if they had to follow a sampled token.
+        self.is_refused = False  # True if the row's token was refused and is sampled again.
+        self._is_costly = False
+        self._excess_ns = 0  # CPU time beyond what the tokens may take.
+        self._row_ns = _TOLD_NS  # CPU time of the newest row. The first row counts as slow.
+        self._held = 0  # Number of consecutive steps that had no time left for the answer.
 
     # -- the thread that makes matchers ----------------------------------------------------------------------------
 
@@ -81,25 +82,26 @@ class MatchedAnswer:
             except LexerUsedUpError:
                 self._is_costly = True
                 self._make_matcher(vocabulary)
-        except Exception as error:  # noqa: BLE001  a border: one answer fails
+        except Exception as error:  # noqa: BLE001  only this answer fails
             self.fail(error)
 
     def _make_matcher(self, vocabulary: GrammarVocabulary) -> None:
-        """Forces tokens only at an answer's beginning. Later tokens come with the token before, or are sampled."""
+        """Makes the matcher. Forces tokens only at an answer's start, because `take` returns all later forced
+        tokens."""
         matcher, tokens = answer_matcher(self._start, vocabulary, is_costly=self._is_costly), self._tokens
         self._excess_ns = 0
         for place in range(0, len(tokens), _TOKENS_AT_ONCE):
             began_ns = thread_time_ns()
             matcher.take(tokens[place : place + _TOKENS_AT_ONCE])
             self._charge(thread_time_ns() - began_ns, _TOKENS_AT_ONCE)
-            if self.is_released or self._failed is not None:  # it was late
+            if self.is_released or self._failed is not None:  # The answer was released or failed meanwhile.
                 return
         began_ns = thread_time_ns()
         if self._start.may_force and not tokens:
             self._forced = matcher.forced()
             self._tokens += self._forced
         if not self._forced:
-            matcher.allowed()  # mostly wanted for the first row
+            matcher.allowed()  # Computed in advance, because the first row will probably need it.
         self._charge(thread_time_ns() - began_ns, len(self._forced) + 1)
         self._matcher = matcher
 
@@ -114,8 +116,9 @@ class MatchedAnswer:
         return self._due is not None
 
     def begin(self, row: MatcherRow) -> bool:
-        """Returns False if the row is deferred, because the matcher is not ready or an earlier row was deferred. Raises
-        ProtocolError if the position is wrong. Rows sent before forced tokens were known repeat these tokens."""
+        """Begins a row. Returns False if the row is deferred, because the matcher is not ready or an earlier row was
+        deferred. Raises ProtocolError for a wrong position. Rows sent before forced tokens were known repeat these
+        tokens."""
         if self._due is not None and row.position > self._due:
             return False
         is_ready = self.ready.done() and self._matcher is not None
@@ -138,7 +141,7 @@ class MatchedAnswer:
 
     @property
     def turn(self) -> tuple[bool, int]:
-        """The sort key within a step. Slow answers come last, and among them those deferred most often come first."""
+        """Sort key in a step. Slow answers come last. Among slow answers, the most often deferred come first."""
         return self._is_slow, -self._held
 
     @property
@@ -171,7 +174,7 @@ class MatchedAnswer:
                     return allowed
             except LexerUsedUpError:
                 return self._defer()
-            except Exception as error:  # noqa: BLE001  a border: one answer fails
+            except Exception as error:  # noqa: BLE001  only this answer fails
                 self.fail(error)
         if self._failed is not None:
             return self._failed
@@ -180,7 +183,6 @@ class MatchedAnswer:
         return replace(result, forced=tuple(self._forced), matcher_ns=self._row_ns if self._is_slow else 0)
 
     def with_forced_draft(self, result: RowResult, time: MatcherTime) -> RowResult:
-        """Adds tokens that must follow to the answer's last counted row, if they are wanted as a draft."""
         if not self._start.drafts_forced or self._failed is not None or self._matcher is None or not time.may_draft:
             return result
         began_ns = thread_time_ns()
@@ -188,10 +190,10 @@ class MatchedAnswer:
             forced = self._matcher.peek_forced()
             taken_ns = thread_time_ns() - began_ns
             time.taken_ns += taken_ns
-            self._charge(taken_ns, 0)  # its row's token was counted when it was taken in
+            self._charge(taken_ns, 0)  # The row's token was charged when the matcher accepted it.
         except RequestError:
-            return result  # the next row comes upon it, and makes the matcher again
-        except Exception as error:  # noqa: BLE001  a border: one answer fails, at its next row
+            return result  # The next row raises the same error and makes the matcher again.
+        except Exception as error:  # noqa: BLE001  only this answer fails, at its next row
             self.fail(error)
             return result
         if not forced and taken_ns < _TOLD_NS:
@@ -200,7 +202,7 @@ class MatchedAnswer:
         return replace(result, forced_draft=tuple(forced), matcher_ns=row_ns if row_ns >= _TOLD_NS else 0)
 
     def fail(self, error: Exception) -> None:
-        """Fails the answer. The request is at fault only for a RequestError that is not a TokenRefusedError."""
+        """Fails the answer. A RequestError, except TokenRefusedError, counts as the request's own fault."""
         message = str(error)
         is_fault = isinstance(error, RequestError) and not isinstance(error, TokenRefusedError)
         if not isinstance(error, LlamaclustError):

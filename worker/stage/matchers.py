@@ -1,7 +1,7 @@
-"""Matchers of a last stage's answers, for grammars and reasoning budgets. A thread makes them when sampling inputs
-arrive. If a row's matcher is not ready, the row is deferred, and the coordinator sends it again. A row is first sampled
-without its grammar. If the grammar refuses the token, the row is sampled again from the allowed tokens. A step's rows
-share a bounded CPU time. A matcher's state depends only on grammar and tokens, so answers can change pipelines."""
+"""Matchers of a last stage's answers, for grammars and reasoning budgets. A thread makes matchers when sampling inputs
+arrive. A row whose matcher is not ready is deferred, and the coordinator sends it again. A row is first sampled without
+its grammar. If the grammar refuses the token, the row is sampled again from the allowed tokens. The rows of a step
+share a limited CPU time. A matcher depends only on grammar and tokens, so answers can change pipelines."""
 
 from __future__ import annotations
 
@@ -21,25 +21,27 @@ from llamaclust.worker.stage.matched_answer import DEFERRED, MatchedAnswer, Matc
 from llamaclust.worker.stage.step_inputs import StepInputs
 
 _ALONE_S: Final = 0.05
-"""The longest wait in seconds for matchers if all rows need matchers. Deferred rows would only come again."""
+"""Maximum wait in seconds for matchers if every row needs a matcher. Deferred rows would only be sent again."""
 _FIRST_S: Final = 0.01
-"""The longest wait in seconds for rows that have not been deferred yet, if other rows are ready."""
+"""Maximum wait in seconds for rows that have not been deferred yet, if other rows are ready."""
 
 
 class StageMatchers:
-    """One epoch's matchers. The event loop uses `receive` and `ready`, and the computing thread `begin` and `take`."""
+    """The matchers of one epoch. The event loop uses `receive` and `ready`, the computing thread `begin` and `take`."""
 
     def __init__(self, vocabulary: Callable[[], GrammarVocabulary], most: int) -> None:
         """`vocabulary` is called for the first matcher. At most `most` answers are kept."""
         self._read_vocabulary = vocabulary
         self._vocabulary: GrammarVocabulary | None = None
         self._most = most
-        self._lock = Lock()  # of the two below: a step that begins applies the changes to the answers
-        self._answers: dict[int, MatchedAnswer] = {}  # by key
-        self._changes: dict[tuple[int, int], MatchedAnswer | None] = {}  # by microbatch and key; None: a release
-        self._rows: dict[MatchedAnswer, deque[tuple[int, MatcherRow]]] = {}  # of the step, with their places
-        self._deferred: list[int] = []  # of the step: places of rows that are to be computed again
-        self._last: dict[MatchedAnswer, int] = {}  # of the step: places of the last rows that count
+        self._lock = Lock()  # Protects `_answers` and `_changes`.
+        self._answers: dict[int, MatchedAnswer] = {}
+        # Changes that later steps apply, by (microbatch, key). None releases the answer.
+        self._changes: dict[tuple[int, int], MatchedAnswer | None] = {}
+        # Rows of the current step and their places.
+        self._rows: dict[MatchedAnswer, deque[tuple[int, MatcherRow]]] = {}
+        self._deferred: list[int] = []  # Places of the step's rows that must be computed again.
+        self._last: dict[MatchedAnswer, int] = {}  # Place of each answer's last counted row in the step.
         self._time = MatcherTime()
         self._thread = ThreadPoolExecutor(1, "matchers")
 
@@ -55,11 +57,11 @@ class StageMatchers:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def prepare(self) -> None:
-        """Reads the vocabulary before an answer needs it, because a large one takes most of a second."""
+        """Reads the vocabulary before an answer needs it, because a large vocabulary takes most of a second."""
         self._thread.submit(self._prepare)
 
     def receive(self, inputs: StepInputs) -> None:
-        """Drops the matchers of released answers, and starts new ones. Raises ProtocolError if too many start."""
+        """Drops the matchers of released answers, and starts new matchers. Raises ProtocolError if too many start."""
         number = inputs.tasks.number
         for key in inputs.tasks.released:
             if (answer := self._find(number, key)) is not None:
@@ -78,7 +80,7 @@ class StageMatchers:
             self._make(answer)
 
     async def ready(self, tasks: SamplingTasks) -> None:
-        """Waits until the step's matchers are ready, or until its other rows cannot wait longer."""
+        """Waits until the step's matchers are ready, or until the step's other rows should not wait longer."""
         making, timeout_s = self._awaited(tasks)
         if making:
             await asyncio.wait(list(map(asyncio.wrap_future, making)), timeout=timeout_s)
@@ -95,8 +97,8 @@ class StageMatchers:
         return [answer.ready for answer in (late if is_alone else first)], _ALONE_S if is_alone else _FIRST_S
 
     def begin(self, tasks: SamplingTasks) -> list[int]:
-        """Returns the places of rows whose answer may only end. `tasks` must be complete, because only then are rows
-        marked as drafted. Raises ProtocolError if a row has no matcher."""
+        """Begins a step. Returns the places of rows whose answer can only end. `tasks` must be complete, so that
+        drafted rows are marked. Raises ProtocolError if a row has no matcher."""
         with self._lock:
             self._admit(tasks.number)
         self._rows, self._deferred, self._last = {}, [], {}
@@ -116,19 +118,19 @@ class StageMatchers:
                 complete += [place] if answer.is_complete else []
             else:
                 self._deferred.append(place)
-                self._rows[answer] = deque(maxlen=0)  # its drafted rows do not count either
+                self._rows[answer] = deque(maxlen=0)  # The answer's drafted rows are deferred too.
         self._rows = dict(sorted(self._rows.items(), key=lambda item: item[0].turn))
         self._time = MatcherTime()
         return complete
 
     def take(self, results: list[RowResult]) -> dict[int, AllowedTokens]:
-        """Feeds the step's results to the matchers, and replaces some results. Returns the allowed tokens, by place, of
-        rows whose token was refused. The caller samples these rows again, and repeats the call until it returns {}. A
-        drafted row counts only if the row before it chose its token."""
+        """Feeds the step's results to the matchers, and replaces some of the results. Returns the allowed tokens of
+        rows whose token was refused, by place. The caller samples these rows again and calls `take` until it returns
+        {}. A drafted row counts only if the previous row chose its token."""
         for place in self._deferred:
             results[place] = DEFERRED
         refused: dict[int, AllowedTokens] = {}
-        for is_drafted in (False, True):  # no answer waits for drafted rows of others
+        for is_drafted in (False, True):  # No answer waits for the drafted rows of another answer.
             for answer, rows in self._rows.items():
                 while rows and (rows[0][1].drafted is not None) is is_drafted and rows[0][0] not in refused:
                     self._take_first(answer, rows, results, refused)
@@ -155,7 +157,7 @@ class StageMatchers:
         rows.popleft()
         if taken is DEFERRED:
             rows.clear()
-            self._last.pop(answer, None)  # its matcher may be made again by now
+            self._last.pop(answer, None)  # The answer's matcher may be in the making again.
         else:
             self._last[answer] = place
 
@@ -174,7 +176,7 @@ class StageMatchers:
             return self._changes[max(changes)] if changes else self._answers.get(key)
 
     def _admit(self, number: int) -> None:
-        """Applies all changes up to this step in order, because steps without rows or with a failure do not begin."""
+        """Applies the changes of this step, and of earlier steps that failed or had no rows, in order."""
         for change in list(self._changes):
             if change[0] <= number:
                 if (answer := self._changes.pop(change)) is None:
@@ -190,5 +192,5 @@ class StageMatchers:
     def _prepare(self) -> GrammarVocabulary:
         if self._vocabulary is None:
             self._vocabulary = self._read_vocabulary()
-            self._vocabulary.native  # noqa: B018  builds it
+            self._vocabulary.native  # noqa: B018  builds the native vocabulary
         return self._vocabulary

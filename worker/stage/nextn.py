@@ -1,5 +1,5 @@
 """A multi-token prediction (MTP) head, which drafts after the last stage's layers. It keeps keys and values of all rows
-that counted, in blocks with the layers' ids. Wrong keys or values make drafts worse, but change no answer."""
+that counted, in blocks with the layers' block ids. Wrong keys or values make drafts worse, but change no answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llamaclust.model.loader import Model
 
 Normed = Callable[[Int32], Float32]
-"""Returns the normed hidden states [rows, embedding] of these rows in the stage's last run."""
+"""Returns the normed hidden states [rows, embedding] of the given rows in the stage's last run."""
 
 
 def nextn_program_of(model: Model, limits: StageLimits) -> Program:
@@ -36,15 +36,13 @@ def nextn_limits(limits: StageLimits) -> StageLimits:
 
 @dataclass(slots=True)
 class _Taken:
-    """A chunk's rows that count, each with the token that follows it."""
-
     tables: Int32  # [blocks]
-    end: int  # positions that they hold
-    first_row: int  # in the microbatch
-    position: int  # of its first row; then of the row before the next drafted token
-    tokens: tuple[int, ...]  # behind the rows
-    output: int = -1  # index of the result whose token is the last of these; -1: it was not sampled
-    most: int = 0  # tokens to draft
+    end: int  # Number of positions in these blocks.
+    first_row: int  # Index of the first row in the microbatch.
+    position: int  # Position of the first row, and later of the row that drafts the next token.
+    tokens: tuple[int, ...]  # The token after each row.
+    output: int = -1  # Index of the result that chose the last token, or -1 if that token was not sampled.
+    most: int = 0
     drafted: list[int] = field(default_factory=list)
 
     @property
@@ -53,8 +51,6 @@ class _Taken:
 
 
 class NextnDrafter:
-    """Drafts after the stage's run, one call at a time."""
-
     def __init__(
         self, backend: Backend, model: Model, limits: StageLimits, sampler: Sampler, progress: Progress
     ) -> None:
@@ -109,7 +105,7 @@ class NextnDrafter:
         return lines, self._stage.run(batch, np.ascontiguousarray(hidden))
 
     def _choose(self, drafting: Sequence[_Taken], logits: Float32, tasks: SamplingTasks, later: int) -> None:
-        """Chooses the tokens `later` positions ahead, with their random draws. Logits that are not finite end a
+        """Chooses the tokens `later` positions ahead with their random draws. Logits that are not finite end a
         draft."""
         if not drafting:
             return
@@ -147,8 +143,8 @@ def _taken(frame: MicrobatchFrame, outcomes: RowOutcomes, tasks: SamplingTasks) 
 def following(
     tokens: tuple[int, ...], next_token: int | None, chosen: Sequence[int], scored: Sequence[bool]
 ) -> tuple[tuple[int, ...], int | None]:
-    """Returns the tokens after the chunk's leading rows that count, and the index of the output row that chose the last
-    of these tokens, or None. A drafted row counts if the row before it chose its token."""
+    """Returns the tokens that follow the chunk's leading counted rows, and the index of the output row that chose the
+    last of these tokens, or None. A drafted row counts if the previous row chose its token."""
     for index, (token, is_scored) in enumerate(zip(chosen, scored, strict=True)):
         place = len(tokens) - len(chosen) + index
         if is_scored:

@@ -1,4 +1,4 @@
-"""One loaded stage. It computes hidden states or row results from microbatches, one call at a time, without network."""
+"""One loaded stage, which computes hidden states or row results from microbatches, one call at a time."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class StageMemory:
     weight_bytes: int
     kv_bytes: int
     workspace_bytes: int
-    held_weight_bytes: int = 0  # of the weights, what was in memory already
+    held_weight_bytes: int = 0  # Bytes of the weights that were already in memory.
 
     @property
     def parts(self) -> dict[str, int]:
@@ -106,7 +106,8 @@ def portion_of(order: Load) -> Portion | None:
 
 
 def model_program(model: Model, start: int, end: int, limits: StageLimits, portion: Portion | None = None) -> Program:
-    """Raises UsageError if the model lacks these layers, or if the layers cannot be divided into these portions."""
+    """Returns the program of the layers [start, end). Raises UsageError if the model lacks these layers, or if they
+    cannot be divided into these portions."""
     shards = limits.expert_shards
     if not 0 <= start < end <= model.layer_count * shards:
         raise UsageError(
@@ -119,7 +120,8 @@ def model_program(model: Model, start: int, end: int, limits: StageLimits, porti
 def kv_content(model: Model, manifest: str, limits: StageLimits) -> str:
     """Returns a digest of all that KV memory depends on, except tokens. All splits of a model have the same digest."""
     whole = model_program(model, 0, model.layer_count, replace(limits, expert_shards=1)).steps
-    steps = tuple(step for step in whole if not isinstance(step, Adapt))  # keys of KV blocks have the adapters
+    # The keys of KV blocks depend on the adapters.
+    steps = tuple(step for step in whole if not isinstance(step, Adapt))
     return sha256(repr((NUMERICS_VERSION, manifest, limits.kv_type, steps)).encode()).hexdigest()
 
 
@@ -154,11 +156,11 @@ class StageOptions:
 
     feature_level: str = ""
     threads: int = 1
-    devices: tuple[DeviceLayers, ...] = ()  # of a worker with several, which of the layers they hold
-    progress: Progress | None = None  # called with weight bytes as they are loaded
-    nextn_backend: Backend | None = None  # of an MTP head; None: that of the layers
-    manifest: str | None = None  # of the model's bytes on all workers of the epoch; None: they were not compared
-    portion: Portion | None = None  # that a member of a group computes; None: the whole stage
+    devices: tuple[DeviceLayers, ...] = ()  # Layers on each device, if the worker has several devices.
+    progress: Progress | None = None  # Called with numbers of weight bytes as they are loaded.
+    nextn_backend: Backend | None = None  # Backend of an MTP head, or None for the layers' backend.
+    manifest: str | None = None  # Hash of the model's manifest on all workers, or None if files were not compared.
+    portion: Portion | None = None  # Portion of a group's member, or None for the whole stage.
 
 
 class StageRunner:
@@ -192,7 +194,7 @@ class StageRunner:
         self._gatherer: Gatherer | None = None
         self._native_stage = self._stage if isinstance(self._stage, RunsFrames) else None
         self._ranking = self._stage if isinstance(self._stage, RanksLogits) and self._stage.ranks_logits else None
-        self._frame: MicrobatchFrame | None = None  # of the last run
+        self._frame: MicrobatchFrame | None = None
         self._nextn: NextnDrafter | None = None
         if limits.nextn and self._sampler is not None:
             self._nextn = NextnDrafter(options.nextn_backend or backend, model, limits, self._sampler, progress)
@@ -213,7 +215,7 @@ class StageRunner:
         return model_program(model, self.program.start, self.program.end, self.limits, self.portion)
 
     def adapt(self, model: Model, free_bytes: int, progress: Progress) -> None:
-        """Replaces the adapters from the next run on. Keeps KV memory. Raises UsageError or InsufficientMemoryError."""
+        """Replaces the adapters for later runs. Keeps KV memory. Raises UsageError or InsufficientMemoryError."""
         program, backend = self.program_of(model), self._backend
         if not isinstance(backend, SharesKv):
             raise UsageError("adapters can be computed on processors only")
@@ -228,7 +230,7 @@ class StageRunner:
         self._newest = stage
 
     def settle(self) -> None:
-        """Frees the former adapters' memory. Must not be called while a run's result is awaited."""
+        """Frees the former adapters' memory. Must not be called while a run's result is still needed."""
         if (stage := self._newest) is self._stage:
             return
         if self._gatherer is not None and isinstance(stage, GathersRows):
@@ -237,8 +239,8 @@ class StageRunner:
         self._native_stage = stage if isinstance(stage, RunsFrames) else None
 
     def run(self, microbatch: Microbatch, hidden: Float32 | None) -> Float32:
-        """Returns hidden states [rows, embedding], or the last stage's logits [outputs, vocabulary], valid until the
-        next run. `hidden` is None for a first stage. Raises ProtocolError if the microbatch is invalid."""
+        """Returns hidden states [rows, embedding], or the last stage's logits [outputs, vocabulary]. They are valid
+        until the next run. `hidden` is None for a first stage. Raises ProtocolError if the microbatch is invalid."""
         self.settle()
         self._frame = frame = self.read(microbatch, hidden)
         return self._stage.run(batch_of(frame), frame.hidden)
@@ -267,7 +269,7 @@ class StageRunner:
         return row_results(self.finish_step(logits, StepInputs.read(encode_inputs(inputs))).rows)
 
     def finish_step(self, logits: Logits, inputs: StepInputs) -> StepOutputs:
-        """Samples, scores and drafts. Raises ProtocolError if tasks do not fit, or if too many rows are embedded."""
+        """Samples, scores and drafts. Raises ProtocolError if tasks do not fit or too many rows are embedded."""
         rows = self.sample(logits, inputs)
         embeddings = self.embeddings()
         if self._nextn is None:
@@ -277,7 +279,6 @@ class StageRunner:
         return StepOutputs(rows, embeddings, perf_counter_ns() - begun_ns)
 
     def embeddings(self) -> bytes:
-        """Returns the embedded rows' normed hidden states. Raises ProtocolError if they do not fit into a `Result`."""
         rows = self._last.embedded_rows
         if not len(rows):
             return b""
@@ -320,7 +321,7 @@ class StageRunner:
 
     @property
     def is_on_gpus(self) -> bool:
-        """True if all weights are in GPU memory, and no step waits for another worker."""
+        """True if all weights are in GPU memory and no step waits for another worker."""
         in_vram = (part.device.startswith(CUDA) and not part.cpu_moe for part in self.devices)
         return bool(self.devices) and all(in_vram) and self._nextn is None and self.portion is None
 

@@ -1,4 +1,4 @@
-"""The last stage's sampling inputs. Native code reads and checks everything except the matchers' starts."""
+"""Sampling inputs at the last stage. Native code reads and checks everything except the matchers' starts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _reader() -> InputsReader:
 @dataclass(frozen=True, slots=True)
 class StepInputs:
     tasks: SamplingTasks
-    starts: tuple[MatcherStart, ...]  # of answers whose rows are in this microbatch or in later ones
+    starts: tuple[MatcherStart, ...]  # Matchers for answers whose rows are in this microbatch or in later microbatches.
 
     @classmethod
     def read(cls, data: bytes) -> StepInputs:

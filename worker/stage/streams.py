@@ -60,11 +60,11 @@ def _check_caller(stream: ServerStream, expected: Principal) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    on_lost: Callable[[Peer, str], Awaitable[None]]  # called with a neighbour that cannot be reached and why
-    next: Peer | None = None  # None: this is the last
-    first: Peer | None = None  # of the last stage, which receives the sampled tokens; None: this is the first
-    previous_worker: str | None = None  # opens FORWARD; None: this is the first stage, where the coordinator does
-    last_worker: str | None = None  # of the first of several stages: opens SAMPLED_TOKENS
+    on_lost: Callable[[Peer, str], Awaitable[None]]  # Called with an unreachable neighbour and the reason.
+    next: Peer | None = None  # The next stage, or None for the last stage.
+    first: Peer | None = None  # Receiver of the last stage's sampled tokens, or None if this stage is the first.
+    previous_worker: str | None = None  # Opens FORWARD. None for the first stage, whose FORWARD the coordinator opens.
+    last_worker: str | None = None  # Opens SAMPLED_TOKENS at the first of several stages.
 
 
 class StageStreams:
@@ -77,7 +77,7 @@ class StageStreams:
         neighbours: Neighbours,
         links: MemberLinks | None = None,
     ) -> None:
-        """`links` is set for a group's leader. The leader's context must have its own `compute`."""
+        """`links` is set for the leader of a group. Its context must have its own `compute`."""
         self.epoch = epoch
         self._links = links
         self.runner = runner
@@ -95,7 +95,7 @@ class StageStreams:
 
     @property
     def computing_s(self) -> float:
-        """The seconds since a group's leader last waited for a member in its step. 0.0 for other stages."""
+        """Seconds since the step of a group's leader last waited for a member. 0.0 for other stages."""
         return 0.0 if self._links is None else min(self._compute.computing_s, self._links.computing_s)
 
     async def sample(self, stream: ServerStream) -> None:
@@ -130,7 +130,7 @@ class StageStreams:
             self._loop.dependencies.fail(WorkerError("the last stage stopped sending tokens"))
 
     async def forward(self, stream: ServerStream) -> None:
-        """Serves the stream of the previous stage or coordinator, once the streams to later stages are open."""
+        """Serves the stream of the previous stage or the coordinator when the streams to later stages are open."""
         _check_caller(stream, Principal(self._neighbours.previous_worker))
         if self._forwarding is not None:
             raise ProtocolError(f"a second stream of microbatches was opened for epoch {epoch_text(self.epoch)}")
@@ -172,7 +172,8 @@ class StageStreams:
         try:
             await stage.connected()
             await self._opened(stream, stage, which)
-            await incoming.accept()  # before anything can cancel this: gRPC breaks where that happens within
+            # Accepts before anything can cancel this task, because gRPC breaks if it is cancelled while accepting.
+            await incoming.accept()
             await _while_open(stream, which, use(stream))
         except UnreachableError as error:
             await self._neighbours.on_lost(stage, str(error))
@@ -185,7 +186,7 @@ class StageStreams:
             await stream.opened()
 
     async def settle(self) -> None:
-        """Frees former adapters' memory if no microbatch is in flight. Otherwise the next run frees it."""
+        """Frees the former adapters' memory if no microbatch is in flight. Otherwise the next run does."""
         progress = self._loop.progress
         if progress.received == progress.sent:
             await self._compute.run(self.runner.settle)

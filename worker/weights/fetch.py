@@ -18,8 +18,8 @@ from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, WeightsNotFo
 
 _log = logging.getLogger(__name__)
 
-_LANES = 2  # streams to each source: one can be answered while the other's bytes are checked and written
-_MOST_SOURCES = 4  # asked at the same time; others take the place of those that fail
+_LANES = 2  # Streams to each source. One can transfer while the other's bytes are checked and written.
+_MOST_SOURCES = 4  # Sources in use for one tensor. Others replace sources that fail.
 _WRITE_BYTES = 8 * FRAME_BYTES
 _MOST_MIXED = 2
 _LOOK_S = 0.05
@@ -32,8 +32,8 @@ _Value = TypeVar("_Value")
 @dataclass(frozen=True, slots=True)
 class Patience:
     connect_s: float = 10.0
-    frame_s: float = 30.0  # for one frame
-    source_s: float = 30.0  # for anything at all from a source that fails again and again
+    frame_s: float = 30.0
+    source_s: float = 30.0  # Seconds without data until a source that keeps failing is given up.
 
 
 class DamagedError(LlamaclustError):
@@ -52,9 +52,9 @@ class WantedWeights:
 @dataclass(slots=True, eq=False)
 class _Item:
     wanted: WantedWeights
-    there_bytes: int  # as far as it was told
-    lacking: set[str] = field(default_factory=set)  # sources that do not have it, or are not believed
-    mixed: int = 0  # times that it was wrong and more than one source, or an earlier load, may be the cause
+    there_bytes: int  # Number of fetched bytes that were reported.
+    lacking: set[str] = field(default_factory=set)  # Names of sources without the weights or with wrong bytes.
+    mixed: int = 0  # Number of times that bytes from several sources, or from an earlier load, had a wrong hash.
     not_before_s: float = 0.0
     is_active: bool = False
 
@@ -63,9 +63,9 @@ class _Item:
 class _Source:
     name: str
     peer: Peer
-    given_up: str | None = None  # why
+    given_up: str | None = None  # Reason why the source was given up.
     failed_since_s: float | None = None
-    failures: int = 0  # since then
+    failures: int = 0  # Number of failures since then.
     lanes: list[asyncio.Task[None]] = field(default_factory=list)
 
     def give_up(self, error: LlamaclustError) -> None:
@@ -79,7 +79,6 @@ class _Source:
         self.failed_since_s, self.failures = None, 0
 
     async def rest(self, error: LlamaclustError, limit_s: float) -> None:
-        """Pauses after a failure. Gives the source up if it has failed for `limit_s` seconds."""
         now_s = asyncio.get_running_loop().time()
         if self.failed_since_s is None:
             self.failed_since_s = now_s
@@ -93,7 +92,7 @@ class _Source:
 
 
 class WeightFetch:
-    """Fetches weights once. `sources` are pairs (name, peer), and the best comes first."""
+    """Fetches weights once. `sources` are pairs (name, peer), the best source first."""
 
     def __init__(
         self,
@@ -103,7 +102,8 @@ class WeightFetch:
         on_others_bytes: OnBytes,
         patience: Patience = Patience(),
     ) -> None:
-        """`on_bytes` gets counts of bytes fetched here. `on_others_bytes` gets counts of bytes others have cached."""
+        """`on_bytes` gets the number of bytes fetched here, `on_others_bytes` the number that other processes
+        cached."""
         self._cache = cache
         self._sources = [_Source(name, peer) for name, peer in sources]
         self._on_bytes = on_bytes
@@ -113,7 +113,6 @@ class WeightFetch:
         self._lanes: asyncio.TaskGroup | None = None
 
     def renew(self, name: str, peer: Peer) -> None:
-        """Replaces or adds a source. The source is tried again even if it failed before."""
         _log.info("weights are requested from %s at %s", name, peer.address)
         runs = any(not lane.done() for source in self._sources for lane in source.lanes)
         renewed, names = _Source(name, peer), [source.name for source in self._sources]
@@ -128,8 +127,8 @@ class WeightFetch:
             self._begin(renewed, self._lanes)
 
     async def run(self, wanted: Sequence[WantedWeights]) -> None:
-        """Fetches all wanted weights to the cache, which the caller holds `in_use`. Raises WorkerError if some weights
-        are on no source."""
+        """Fetches all wanted weights into the cache. The caller must hold the cache `in_use`. Raises WorkerError if no
+        source has some of the weights."""
         by_content = {weights.content: weights for weights in wanted}
         largest_first = sorted(by_content.values(), key=lambda weights: -weights.n_bytes)
         self._items = [_Item(weights, self._cache.part_bytes(weights.content)) for weights in largest_first]
@@ -203,7 +202,7 @@ class WeightFetch:
     async def _get(self, item: _Item, source: _Source, stream: ClientStream) -> None:
         """Fetches the missing rest of a tensor. A ProtocolError or DamagedError is this source's fault."""
         wanted = item.wanted
-        if self._cache.find(wanted.content) is not None:  # another process has fetched it
+        if self._cache.find(wanted.content) is not None:  # Another process has fetched the weights.
             self._others_brought(item, wanted.n_bytes)
             self._items.remove(item)
             return
@@ -254,7 +253,7 @@ class WeightFetch:
                     full, frames = frames, []
                     await _in_thread(part.write, full)
         except LlamaclustError:
-            part.write(frames)  # to be resumed after them
+            part.write(frames)  # The next attempt resumes after these bytes.
             raise
         await _in_thread(part.write, frames)
 
@@ -265,7 +264,8 @@ class WeightFetch:
 
 
 async def _in_thread(function: Callable[..., _Value], *arguments: object) -> _Value:
-    """Waits for the thread even if cancelled, because it uses the file. Closes a part that the thread has opened."""
+    """Runs `function` on a thread. Waits for the thread even if cancelled, because it uses the file. Closes a part that
+    the thread has opened."""
     working = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
     try:
         return await asyncio.shield(working)

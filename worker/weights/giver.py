@@ -21,12 +21,12 @@ _FRAME_S = 30.0
 
 
 class WeightGiver:
-    """A process's Weights service. It has at most one piece of a file in memory per stream."""
+    """The Weights service of a process. It holds at most one piece of a file in memory per stream."""
 
     def __init__(self, cache: WeightCache | None) -> None:
         self.sent_bytes = 0
         self._cache = cache
-        self._tensors: dict[str, Tensor] = {}  # of files, by SHA-256
+        self._tensors: dict[str, Tensor] = {}  # Tensors of files, by SHA-256.
 
     @property
     def handlers(self) -> Mapping[str, Handler]:

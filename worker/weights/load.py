@@ -1,4 +1,4 @@
-"""Loads a stage, adapters or an encoder as the coordinator ordered, from local files or from other workers."""
+"""Loads a stage, adapters or an encoder as the coordinator orders, from local files or from other workers."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ _Value = TypeVar("_Value")
 async def load_stage(
     order: Load, device: Device, report: Report, weights: Weights, reach: Reach, reserved_bytes: int = 0
 ) -> StageRunner:
-    """Loads a stage into the free memory minus `reserved_bytes`. Raises ModelFileError, InsufficientMemoryError, and
-    the errors of `RemoteFile` if this machine has no file."""
+    """Loads a stage. `reserved_bytes` of the free memory must stay free. Raises ModelFileError or
+    InsufficientMemoryError, or the errors of `RemoteFile` if this machine has no file."""
     files = _Files(weights, reach, Progress())
     return await _reported(order.epoch, files.progress, report, _load(order, device, files, reserved_bytes))
 
@@ -110,7 +110,7 @@ async def _load(order: Load, device: Device, files: _Files, reserved_bytes: int)
 async def load_adapters(
     wanted: Sequence[AdapterFile], runner: StageRunner, device: Device, weights: Weights, reach: Reach
 ) -> None:
-    """Replaces the stage's adapters from the next microbatch on. Raises the errors of `load_stage`."""
+    """Replaces the stage's adapters for later microbatches. Raises the errors of `load_stage`."""
     async with _Files(weights, reach, Progress()) as files:
         adapters = await files.open_adapters(wanted, runner.model.plain)
         names = runner.program_of(runner.model.adapted_by(_files_of(adapters))).weights
@@ -125,7 +125,7 @@ async def load_adapters(
 @dataclass(slots=True)
 class _Opened:
     file: ModelFile
-    number: int | None = None  # of an adapter
+    number: int | None = None  # Number of the adapter, or None for another file.
     remote: RemoteFile | None = None
 
     def missing_bytes(self, names: Iterable[str]) -> int:
@@ -178,7 +178,7 @@ class _Files(AsyncExitStack):
         return _Opened(await remote.outline(), remote=remote)
 
     def _here(self, read: Callable[[], ModelFile | None], path: str, known: WeightSources | None) -> ModelFile | None:
-        """Returns this machine's file. Returns None if it is missing or wrong and the weights can be fetched."""
+        """Returns this machine's file, or None if it is missing or wrong and the weights can be fetched."""
         try:
             file = read()
             if file is not None and known is not None:
@@ -202,7 +202,8 @@ class _Files(AsyncExitStack):
 
 
 async def _in_thread(work: Callable[[], _Value], progress: Progress) -> _Value:
-    """Waits for the thread even if cancelled, because it holds memory until it next reports progress."""
+    """Runs `work` on a thread. Waits for the thread even if cancelled, because it holds memory until its next report of
+    progress."""
     running = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(running)
@@ -231,7 +232,8 @@ def _planned(order: Load, device: Device, model: Model, reserved_bytes: int) -> 
 
 
 def _runner(order: Load, device: Device, model: Model, progress: Progress) -> StageRunner:
-    portion = portion_of(order)  # two epochs of a group may not wait for each other's steps
+    # A group's stage gets its own threads, because two epochs of a group must not wait for each other's steps.
+    portion = portion_of(order)
     backend = device.backend_for(device.layers(order), apart=portion is not None)
     manifest = None if order.weights is None else order.weights.manifest
     options = StageOptions(

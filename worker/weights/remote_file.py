@@ -21,7 +21,8 @@ from llamaclust.worker.weights.weights import Weights, key_of
 
 
 class RemoteFile:
-    """Keeps fetched weights while its context lasts. Raises LlamaclustError if there is no cache."""
+    """A file on other machines. The cache keeps its fetched weights while the context lasts. Raises LlamaclustError if
+    there is no cache."""
 
     def __init__(
         self,
@@ -32,7 +33,7 @@ class RemoteFile:
         sources: Mapping[str | None, Peer],
         on_bytes: Callable[[int], None],
     ) -> None:
-        """`path` is for messages. `sources` are by worker name (None for the coordinator), and the best comes first."""
+        """`path` is for messages. `sources` are by worker name (None for the coordinator), the best source first."""
         if weights.cache is None:
             raise LlamaclustError(
                 f"{path}: there is no such file on this machine, and LLAMACLUST_WEIGHTS_SIZE=0 forbids fetching it"
@@ -43,7 +44,7 @@ class RemoteFile:
         self.known = known
         self._weights = weights
         self._sources = dict(sources)
-        self._left: list[Peer] = []  # where sources were before
+        self._left: list[Peer] = []  # Peers of sources that have a new address.
         self._fetch_now: WeightFetch | None = None
         self._on_bytes = on_bytes
         self._manifest: Manifest | None = None
@@ -78,7 +79,7 @@ class RemoteFile:
             )
         self._cache.remember_manifest(key_of(self._identity), content)
         self._manifest = manifest
-        await self._fetch(self._wanted(FACTOR_TENSORS))  # which programs are made of
+        await self._fetch(self._wanted(FACTOR_TENSORS))  # Programs contain the values of these tensors.
         return await asyncio.to_thread(self._file)
 
     def missing_bytes(self, names: Iterable[str]) -> int:
@@ -86,7 +87,6 @@ class RemoteFile:
         return self._missing_bytes(self._missing(wanted.values()))
 
     async def complete(self, names: Iterable[str]) -> ModelFile:
-        """Fetches the named tensors that the file has, and returns the file."""
         wanted = self._wanted(names)
         await self._fetch(wanted)
         if await asyncio.to_thread(self._missing, wanted):

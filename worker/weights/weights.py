@@ -39,17 +39,16 @@ _Value = TypeVar("_Value")
 
 
 class Progress:
-    """Counts finished bytes of a total. Several threads count, and the event loop reports."""
+    """Counts finished bytes of a total. Any thread may call `add` and `cancel`."""
 
     def __init__(self) -> None:
-        self.total_bytes = 0  # 0: not known yet
+        self.total_bytes = 0  # 0 until the total is known.
         self.done_bytes = 0
-        self.weight_bytes = 0  # of a load, as reported for all of that; 0: the total is
+        self.weight_bytes = 0  # Weight bytes of a load, to which reports are scaled, or 0 to report `total_bytes`.
         self._is_cancelled = False
         self._lock = Lock()
 
     def cancel(self) -> None:
-        """Makes `add` raise LoadCancelledError from now on, in every thread."""
         self._is_cancelled = True
 
     def add(self, n_bytes: int) -> None:
@@ -75,19 +74,21 @@ Reach = Callable[[WeightSource], Peer]
 
 
 class Weights:
-    """One worker's weights. Without a `cache`, weights are neither fetched nor sent."""
+    """The weights of one worker. Without a `cache`, weights are neither fetched nor sent."""
 
     def __init__(
         self, cache: WeightCache | None = None, model_dir: Path | None = None, models_dir: Path | None = None
     ) -> None:
-        """`model_dir` has files that are elsewhere on the coordinator. `models_dir` has one folder per model."""
+        """`model_dir` has model files whose paths differ on the coordinator's machine. `models_dir` has one folder for
+        each downloaded model."""
         self.cache = cache
         self.received_bytes = 0
         self._model_dir = model_dir
         self._models_dir = models_dir
         self.giver = WeightGiver(cache)
         self._manifests = FileManifests(cache)
-        self.fetching: list[RemoteFile] = []  # which new sources are reported to
+        # Files in the process of being fetched, to which new sources are reported.
+        self.fetching: list[RemoteFile] = []
 
     def add_source(self, update: AddWeightSource, reach: Reach) -> None:
         for file in self.fetching:
@@ -95,17 +96,18 @@ class Weights:
                 file.renew(update.source, reach(update.source))
 
     def open_file(self, model_path: str, model_id: str) -> ModelFile | None:
-        """Returns None if the model's places have no file. Raises ModelFileError if they only have other files."""
+        """Opens the model's file. Returns None if no place has a file, and raises ModelFileError if no file there is
+        the right one."""
         places = [place for place in self.places(model_path) if place.is_file()]
         return _chosen(lambda place: as_programs_read(open_model(place)), places, model_id)
 
     def open_adapter(self, wanted: AdapterFile, plain: ModelFile) -> ModelFile | None:
-        """Opens an adapter like `open_file`. Only reads headers and samples, as the coordinator checked all weights."""
+        """Opens an adapter like `open_file`, but reads only headers and samples. The coordinator has checked all
+        weights."""
         places = [place for place in self.places(wanted.path) if is_adapter(place)]
         return _chosen(partial(read_adapter, model=plain), places, wanted.adapter_id)
 
     def open_projector_file(self, wanted: EncoderFile) -> ModelFile | None:
-        """Opens a projector file like `open_file`. `projector_of` reads and checks its contents."""
         return _chosen(open_model, [place for place in self.places(wanted.path) if place.is_file()], wanted.file_id)
 
     def places(self, model_path: str) -> list[Path]:
@@ -115,7 +117,7 @@ class Weights:
         return [*dict.fromkeys((path, *own, *downloaded))]
 
     def locate(self, wanted: FindWeights, progress: Progress | None = None) -> WeightsFound:
-        """Finds weights. If requested, reads the whole file to make its manifest. `progress` counts the bytes read."""
+        """Finds weights. Reads the whole file to make its manifest if requested. `progress` counts the bytes read."""
         try:
             file = self._wanted(wanted)
         except ModelFileError as error:
@@ -143,7 +145,6 @@ class Weights:
         return self._manifests.of(file, begin, progress.add)
 
     def version_of(self, wanted: FindWeights) -> str | None:
-        """Returns the version of this machine's file. Returns None if it has no file, or only other files."""
         try:
             file = self._wanted(wanted)
         except ModelFileError:
@@ -160,7 +161,7 @@ class Weights:
 def _downloaded(models_dir: Path | None, name: str) -> list[Path]:
     try:
         folders = [] if models_dir is None else sorted(models_dir.iterdir())
-    except OSError:  # nothing was downloaded
+    except OSError:  # Nothing was downloaded.
         return []
     return [folder / name for folder in folders]
 
@@ -186,5 +187,4 @@ def weight_cache(settings: WorkerSettings) -> WeightCache | None:
 
 
 def key_of(file_id: str) -> str:
-    """Returns the cache key of a manifest, for a model or adapter whose file is not on this machine."""
     return sha256(f"model {file_id}, manifest {MANIFEST_VERSION}".encode()).hexdigest()

@@ -153,7 +153,7 @@ def test_names_of_files_end_before_punctuation(tmp_path: Path, monkeypatch: pyte
     ("content", "words"),
     [
         (None, "@file: No such file"),
-        (b"a\n\xff", "not UTF-8 text at byte 2, line 2"),
+        (b"a\n\xff", "byte 2 in line 2 is not UTF-8 text"),
         (b"a\0b", "not text"),
         (b"x" * (1 << 20) + b"x", "larger than 1 MiB"),
     ],

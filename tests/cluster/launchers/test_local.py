@@ -218,7 +218,7 @@ def test_a_worker_whose_parent_has_gone_before_it_looks_does_not_start(tmp_path:
     ClusterToken.create(tmp_path / "token")
     done = ended(without_coordinator(tmp_path, parent_pid=1))
     assert done.returncode == 1
-    assert "the process that started this worker (1) is gone" in done.stderr
+    assert "the process that started this worker (pid 1) has ended" in done.stderr
 
 
 def test_a_run_directory_too_deep_for_sockets_moves(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ REFUSED = {
     "another user": (as_another_user, r"belongs to another user \(id \d+\)"),
     "link": (as_link, "is a symbolic link; set LLAMACLUST_HOME to use another disk"),
     "file": (as_file, "Not a directory"),
-    "writable": (for_writing, r"others may (write there|enter it) \(mode 770\)"),
+    "writable": (for_writing, r"other users may (write to|enter) the folder \(mode 770\)"),
 }
 
 
@@ -70,7 +70,7 @@ def test_only_secret_files_are_refused_where_others_may_read(make: Make, kind: s
     user = make()
     user.cache.path.chmod(0o755)
     if kind == "kv":
-        with pytest.raises(PermissionError, match=r"others may enter it \(mode 755\)"):
+        with pytest.raises(PermissionError, match=r"other users may enter the folder \(mode 755\)"):
             user.cache.create()
     else:
         user.cache.create()

@@ -88,5 +88,5 @@ def test_rows_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     path = build_projector(tmp_path / "p.gguf", "idefics3")
     encoder = loaded(open_projector(path))
     encoder._reader._normalized[:] = np.inf
-    with pytest.raises(RequestError, match="rows of a tile of 32 x 32 pixels are not finite numbers; the projector p"):
+    with pytest.raises(RequestError, match="for a tile of 32 x 32 pixels are not finite; the projector p"):
         encoder.rows(tile_of("idefics3"))

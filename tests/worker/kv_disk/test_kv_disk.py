@@ -41,6 +41,6 @@ async def test_a_folder_that_others_may_enter_is_logged_once(tmp_path: Path, cap
 
     assert [await saved() for _ in range(3)] == [0, 0, 0]
     (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("llamaclust")]
-    assert line == f"KV memory is not kept on disk: {folder}: others may enter it (mode 755)"
+    assert line == f"KV memory is not kept on disk: {folder}: other users may enter the folder (mode 755)"
     folder.chmod(0o700)
     assert await saved() == 1

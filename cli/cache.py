@@ -53,7 +53,7 @@ def list_layers(as_json: Json = False) -> None:
         why = "still being written, or left by a killed process; the next write to the cache deletes leftovers"
         print(f"{_mib(_total(unfinished))}  {len(unfinished):4} unfinished  ({why})")
     for path in strange:
-        print(f"not a regular file, remove it: {printable(str(path))}")
+        print(f"{printable(str(path))}: not a regular file; remove it")
     print(f"{_mib(_total(_files(packed)))} of {packed.most_bytes / MIB:,.2f} in {packed.path}")
     if fetched or begun:
         used = f"{_mib(_total([*fetched, *begun]))} of {weights.most_bytes / MIB:,.2f} in {weights.path}"

@@ -100,7 +100,7 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
 def split(
     model: LocalModel,
     prefix: Annotated[
-        Path | None, Argument(metavar="PREFIX", help="Beginning of the parts' names. Default: MODEL without .gguf.")
+        Path | None, Argument(metavar="PREFIX", help="Prefix of the parts' names. Default: MODEL without .gguf.")
     ] = None,
     max_size: Annotated[
         str | None,

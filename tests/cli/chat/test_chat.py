@@ -330,7 +330,7 @@ async def test_reasoning_is_apart_from_the_answer(color: str, shown: str, tmp_pa
         async with scripted("<think>Hm.", chat_template=template) as (url, _):
             ended = await command("chat", "--endpoint", url, piped=b"Hello\n")
     assert (ended.code, ended.out) == (0, "\n")
-    assert ended.err.startswith("(no answer: it ended within its reasoning")
+    assert ended.err.startswith("(no answer: generation ended within the reasoning")
 
 
 def test_colors_are_off_where_the_user_or_the_terminal_wants_none(monkeypatch: pytest.MonkeyPatch) -> None:

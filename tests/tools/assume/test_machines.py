@@ -71,7 +71,7 @@ def test_machines_without_a_bandwidth_have_ddr4_in_two_channels() -> None:
     assumed = parse_machines("16GB + 8GB@DDR3x1 + 8GB@25GB/s")
     assert [rates.read_bytes_s(machine.cpu) for machine in assumed.machines] == [40e9, 10e9, 25e9]
     lines = [line for line in rates.assumptions(assumed) if line.startswith("memory is read at ")]
-    assert lines[0].startswith("memory is read at 40 GB/s, DDR4 in two channels (none given; say @DDR3, ")
+    assert lines[0].startswith("memory is read at 40 GB/s, DDR4 in two channels (none given; add @DDR3, ")
     assert lines[1:] == ["memory is read at 10 GB/s, DDR3 in one channel"]
 
 

@@ -111,8 +111,6 @@ def plan_assumed(
 
 @dataclass(frozen=True, slots=True)
 class ShapePlan:
-    """The plan of a known shape with advice, or the problem that prevents a plan."""
-
     name: str
     model: AssumedModel
     plan: Plan | None
@@ -135,7 +133,6 @@ class ShapePlan:
         return title, size, f"yes, on {_machines(used)}{alone}", *speeds, self._best_help()
 
     def _best_help(self) -> str:
-        """Returns the first advice that speeds up a single request, or else the first advice."""
         if self.alone is not None and self.plan is not None and self.alone.is_better(prediction_of(self.plan)):
             return f"use {self.alone.machine} alone: {shown_speed(1 / self.alone.prediction.token_s)} tok/s"
         return next((text for text in self.helps if "tok/s" in text), "".join(self.helps[:1]))

@@ -193,7 +193,6 @@ def _integer(digits: str | None) -> int | None:
 
 
 def _computing(reader: _Reader) -> Device:
-    """Reads the threads, or the operations per second, of a device. The caller adds the device's memory."""
     begun = reader.at
     if (threads := reader.take(_THREADS)) is not None:
         count = int(threads["threads"])

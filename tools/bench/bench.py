@@ -149,7 +149,7 @@ class BenchReport:
 
 
 class Runner(Protocol):
-    """The operations to measure. Each operation returns its duration in seconds."""
+    """Operations to measure. They return seconds."""
 
     def prefill(self) -> Awaitable[float]: ...
     def decode(self) -> Awaitable[float]: ...
@@ -161,7 +161,7 @@ _Measure = Callable[[Runner], Coroutine[None, None, _Runs]]
 
 
 class _StageRunner:
-    """Runs one stage in this process. The operations block the event loop."""
+    """Runs one stage. Blocks the event loop."""
 
     def __init__(self, stage: BenchStage, task: BenchTask) -> None:
         self._stage = stage

@@ -292,7 +292,7 @@ def test_endings_are_chosen_alike_on_two_workers(tiny: Path, tasks: Path, capsys
         ((), "there is no text to evaluate: give -f TEXT"),
         (("--kl-divergence",), "--kl-divergence needs --kl-divergence-base FILE"),
         (("--kl-divergence", "--kl-divergence-base", "TEXT"), "not a file of logits"),
-        (("--kl-divergence", "--kl-divergence-base", "LOGITS"), "are for 37 tokens, but the model has 320"),
+        (("--kl-divergence", "--kl-divergence-base", "LOGITS"), "vocabulary has 37 tokens, but the model's has 320"),
         (("--kl-divergence", "--kl-divergence-base", "x", "-c", "32"), "remove -c"),
         (("-f", "TEXT", "-c", "16", "--kl-divergence-base", "x", "--workers", "2"), "in this process"),
         (("--kl-divergence", "--kl-divergence-base", "LOGITS", "--endpoint", "http://a"), "in this process"),

@@ -1,5 +1,5 @@
-"""A restricted interpreter for the pickle of a PyTorch state dict. It builds numbers, text, lists, dicts and references
-to tensors. It refuses all other names, and runs no code from the pickle."""
+"""A restricted interpreter for the pickle of a PyTorch state dict. The interpreter builds numbers, text, lists, dicts
+and references to tensors. It refuses everything else, and runs no code from the pickle."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class StorageRef:
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """A tensor, as a view of a storage. Offset and strides count elements."""
+    """A tensor as a view of a storage. Offset and strides are numbers of elements."""
 
     storage: StorageRef
     offset: int
@@ -230,7 +230,6 @@ def _shape(value: Any) -> tuple[Any, ...]:
 
 
 def _parameter(arguments: tuple[Any, ...]) -> TensorRef:
-    """Returns the tensor among the arguments (tensor, requires_grad, hooks)."""
     if not arguments or not isinstance(arguments[0], TensorRef):
         raise _Refused("the pickle makes a parameter of something that is not a tensor")
     return arguments[0]
@@ -245,7 +244,7 @@ def _ordered_dict(arguments: tuple[Any, ...]) -> dict[str | int, Any]:
     if len(pairs) < len(arguments[0]) or not all(isinstance(key, str) for key, _ in pairs):
         raise _Refused("the pickle makes a dict of something that is not a list of names and values")
     found = dict(pairs)
-    arguments[0].clear()  # a small pickle could make any number of dicts of one list
+    arguments[0].clear()  # Without this, a small pickle could make many dicts from one list.
     return found
 
 

@@ -1,4 +1,4 @@
-"""Files of torch.save: ZIP archives with a pickle, and uncompressed tensor data that is read in place."""
+"""Reads files of torch.save: ZIP archives with a pickle, and with uncompressed tensor data that is read in place."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _check_apart(file: SourceFile, members: dict[str, _Member]) -> None:
 
 
 class _Window(io.RawIOBase):
-    """The file as `zipfile` reads it. Reads are limited to the largest allowed directory of members."""
+    """The file object through which `zipfile` reads the list of members. A single read is limited to 64 MiB."""
 
     def __init__(self, file: SourceFile) -> None:
         self._file = file

@@ -45,7 +45,7 @@ def build(page: Page) -> None:
 
 
 def _dense_module(page: Page, layer: int) -> str:
-    """Returns the name of a dense module: `mlp` as published, or the experts' name as transformers writes it."""
+    """Returns the name of a dense module. Published checkpoints and checkpoints of transformers differ in the name."""
     return _MIXTURE if page.has(f"model.layers.{layer}.{_MIXTURE}.gate_proj.weight") else "mlp"
 
 
@@ -65,7 +65,7 @@ def _net(page: Page) -> Settings:
 
 
 def _attends(page: Page) -> list[bool]:
-    """Returns True for each layer with attention, by the config's list (counted from 1) or by its layer types."""
+    """Returns, for each layer, True if the layer has attention. The setting `full_attn_layers` counts layers from 1."""
     settings = page.settings
     listed: Any = settings.inner("linear_attn_config").values.get("full_attn_layers")
     if isinstance(listed, list):

@@ -153,7 +153,7 @@ def test_what_are_no_logprobs_is_refused(step: float, least: float, tmp_path: Pa
     data[at : at + 8] = struct.pack("<ff", step, least)
     (tmp_path / "x").write_bytes(data)
     assert kept.logprobs(0, 0, 1).shape == (1, VOCABULARY)
-    with pytest.raises(UsageError, match="chunk 0 holds values that are not logprobs"):
+    with pytest.raises(UsageError, match="chunk 0 has values that are not logprobs"):
         kept.logprobs(0, 0, 3)
 
 

@@ -37,7 +37,6 @@ class Alone:
 
 
 def fastest_alone(cluster: AssumedCluster, model: AssumedModel) -> Alone | None:
-    """Returns the fastest machine that can hold the whole model, or None if no machine can."""
     found = list[Alone]()
     for machine in dict.fromkeys(cluster.assumed.machines):
         plan = cluster.with_one(machine).fitting_plan(model)

@@ -144,8 +144,6 @@ def _group(reader: _Reader) -> _Group:
 
 
 def _named_gpus(reader: _Reader, *, is_first: bool) -> _Group | None:
-    """Reads a group that names a GPU. Returns None if the group has another form, or if it is the first group and its
-    name is unknown."""
     begun = reader.at
     before, at = reader.take(_COUNT_OF_GPUS), reader.at
     named = reader.take(_GPU_NAME)

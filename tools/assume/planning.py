@@ -79,7 +79,6 @@ class AssumedCluster:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of memory of all processors and GPUs that weights, KV memory and workspaces may take."""
         machines = self.assumed.machines
         gpus = [gpu.memory_bytes - rates.GPU_RESERVED_BYTES for machine in machines for gpu in machine.gpus]
         return sum(max(0, n_bytes) for n_bytes in (*gpus, *map(room_bytes, machines)))

@@ -70,8 +70,7 @@ def round_trip_s(network: Network) -> float:
 
 
 def links_of(network: Network, names: list[str]) -> Links:
-    """Returns the links between all machines, and between the coordinator and all machines except the first, on which
-    the coordinator runs."""
+    """Returns the links between all machines. The coordinator runs on the first machine and has links to the others."""
     one_way_s = round_trip_s(network) / 2
     link = Link(one_way_s + HOP_S, 8 / (NETWORK_SHARE * bits_s(network)), one_way_s)
     pairs = {frozenset((one, other)) for one in names for other in names if one != other}

@@ -177,8 +177,7 @@ class _StageRunner:
 
 
 def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
-    """Runs a benchmark. Raises UsageError if the tokens exceed the model's context length, or if there are more workers
-    than layers."""
+    """Runs a benchmark. Raises UsageError for more tokens than the context holds, or more workers than layers."""
     with closing(Model.open(task.model)) as model:
         trained = model.hyperparameters.context_length
         if task.context > trained:

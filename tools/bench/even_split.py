@@ -16,8 +16,7 @@ _SHARPNESS = 8
 
 
 def even_split(costs: ModelCosts, workers: int) -> list[tuple[int, int]]:
-    """Returns half-open layer ranges that make the slowest stage as fast as possible. The last stage also computes the
-    head."""
+    """Returns half-open layer ranges that make the slowest stage as fast as possible. The last stage has the head."""
     times = [_time(layer.macs_per_token, layer.used_file_bytes) for layer in costs.layers]
     head = _time(0, costs.head_file_bytes)
     until = np.concatenate(([0.0], np.cumsum(times))) / (sum(times) + head)

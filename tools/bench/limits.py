@@ -101,8 +101,7 @@ class Limits:
 
 
 class GpuLimits:
-    """Measures a GPU's memory bandwidth and 8-bit peak. The 8-bit peak is used for float weights, too. The methods
-    block the event loop."""
+    """Measures a GPU's bandwidth and its 8-bit peak, which is used for float weights, too. The methods block."""
 
     def __init__(self, gpu: GpuBackend) -> None:
         self._gpu = gpu

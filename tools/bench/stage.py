@@ -80,8 +80,7 @@ class BenchStage:
 
     @contextmanager
     def without_copies(self) -> Iterator[None]:
-        """Waits until experts that are being copied to GPUs have arrived. Then computes all experts in RAM until the
-        context ends."""
+        """Waits until running copies of experts to GPUs end. Within the context, all experts are computed in RAM."""
         stages = self._runner.split_stages
         caches = [stage.cache for stage in stages]
         for stage, cache in zip(stages, caches, strict=True):
@@ -98,8 +97,7 @@ class BenchStage:
         self._runner.close()
 
     def _chunks(self, tokens: int) -> Iterator[tuple[int, int]]:
-        """Yields (first token, number of tokens) of each chunk into which the scheduler would divide a prompt if it
-        were the only request."""
+        """Yields (first token, number of tokens) of the chunks that the scheduler would make of a single prompt."""
         start = 0
         while start < tokens:
             rows = min(chunk_rows(self._settings, self._times, tokens, tokens - start, 0, alone=True), tokens - start)

@@ -35,8 +35,7 @@ _ALIKE = {"memory_bandwidth_gb_s": 20.0, "int8_gmac_s": 300.0}
 async def temporary_cluster(
     model: Path, workers: int, threads: int | None, context_length: int, max_sequences: int, kv_type: KvType
 ) -> AsyncIterator[Cluster]:
-    """Runs the model on `workers` workers with `threads` threads each. Raises UsageError if there are more workers than
-    layers."""
+    """Runs the model on workers with `threads` threads each. Raises UsageError for more workers than layers."""
     names = [f"w{index}" for index in range(1, workers + 1)]
     with closing(Model.open(model)) as opened:
         if workers > opened.layer_count:
@@ -67,7 +66,6 @@ async def temporary_cluster(
 def cluster_service(
     model: Path, workers: int, threads: int | None, context_length: int, kv_type: KvType
 ) -> OpenService:
-    """Returns a function that starts a temporary cluster and yields its text service. ServiceClient takes it."""
 
     @asynccontextmanager
     async def open_service() -> AsyncIterator[TextService]:
@@ -81,8 +79,6 @@ def cluster_service(
 
 
 class ClusterRunner:
-    """A `Runner` for a cluster. Each measurement has new random prompts."""
-
     def __init__(self, cluster: Cluster, task: BenchTask) -> None:
         self._engine = cluster.engine
         self._vocabulary = cluster.model.hyperparameters.vocabulary_size

@@ -49,8 +49,7 @@ class Injector:
 
     @property
     def held(self) -> frozenset[str]:
-        """Targets of faults that have not ended. A target is a worker's name, or the cluster's name if the coordinator
-        is the target."""
+        """Targets of faults that have not ended. For the coordinator, the target is the cluster's name."""
         return self._stops.names | self._disks.names | self._drains.names | self._links.names | self._failing
 
     def targets(self) -> Targets:

@@ -33,8 +33,7 @@ class Process:
         return bool(fields) and int(fields[_START]) == self.start_time and fields[_STATE] not in ("Z", "X")
 
     def send(self, number: signal.Signals) -> bool:
-        """Sends a signal. Returns False if the process has ended. Because of the pidfd, no later process with the same
-        id can get the signal."""
+        """Sends a signal. Returns False if the process has ended. A pidfd excludes later processes with the same id."""
         with suppress(ProcessLookupError):
             descriptor = os.pidfd_open(self.pid)
             try:
@@ -72,8 +71,7 @@ class Process:
 
 
 def local_worker(worker: Mapping[str, Any], coordinator_pid: int) -> Process | None:
-    """Returns the process of a worker that the coordinator started on this machine, or None. `worker` is an entry in
-    the response to `GET /cluster`."""
+    """Returns the process of a worker that the coordinator started here. `worker` comes from `GET /cluster`."""
     process = _own_process(worker["pid"])
     if process is None or not _is_command(_command_line(process.pid), ["-m", "llamaclust.worker", "--name"], worker):
         return None

@@ -141,8 +141,7 @@ def _suffices(kind: FaultKind, targets: Targets) -> bool:
 
 @asynccontextmanager
 async def _load(streams: Streams) -> AsyncIterator[None]:
-    """Repeats requests until the context ends. Then waits until the running requests have finished, except after an
-    exception."""
+    """Repeats requests until the context ends. Without an exception, running requests then finish."""
     done = asyncio.Event()
     async with meanwhile(streams.repeat(number, done) for number in streams.expected) as tasks:
         yield

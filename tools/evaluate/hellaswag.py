@@ -98,7 +98,6 @@ def _task(path: Path, tokenizer: Tokenizer, lines: Sequence[str], line: int) -> 
 
 
 def measure_hellaswag(client: TextClient, tasks: Sequence[Task], on_task: Callable[[Accuracy], None]) -> Accuracy:
-    """Scores the tasks. `on_task` is called after each task with the accuracy so far."""
     value = Accuracy()
     with ThreadPoolExecutor(AT_ONCE, "hellaswag") as pool:
         try:

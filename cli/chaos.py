@@ -72,8 +72,8 @@ def chaos(
 
 
 def _run(settings: ChaosSettings) -> bool:
-    """Runs the test and prints its verdict. Returns True if faults occurred and every answer was intact. A test that
-    Ctrl-C or an error ended has a verdict, too, if at least one fault or one answer was counted."""
+    """Runs the test and prints its verdict. Returns True if faults occurred and every answer was intact. The verdict is
+    printed even if Ctrl-C or an error ended the test, provided that a fault or an answer was counted."""
     from llamaclust.tools.chaos.run import run_chaos
     from llamaclust.tools.chaos.tally import Tally
 

@@ -43,7 +43,6 @@ _IDLE_S = 1.5
 _FILE_S, _TAIL_S = 0.05, 0.5
 """Seconds between two reads of a followed log. _FILE_S is for a file here, _TAIL_S for a log that a worker sends."""
 _PIECE = 1 << 16
-"""Maximum number of characters that one read of a log returns."""
 _COORDINATOR = "coordinator"
 
 

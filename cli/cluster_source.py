@@ -79,7 +79,6 @@ def mmproj_override(choice: str | None) -> list[str]:
 
 
 def _cluster_name(text: str) -> str:
-    """Returns a valid cluster name made from a text, as a JSON string."""
     name = re.sub(r"[^a-z0-9_.-]+", "-", text.lower(), flags=re.ASCII)[:_MAX_NAME].strip("_.-")
     return json.dumps(name or "default")
 

@@ -57,7 +57,6 @@ WITHOUT_ARGUMENT = {
     "down": "`llamaclust down --cluster {0}`",
     "worker": "`llamaclust worker --join {0}`",
 }
-"""Maps each command without arguments to advice for a user who gave an argument."""
 _MOST_SHOWN = 100
 
 

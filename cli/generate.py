@@ -240,7 +240,6 @@ def given_or_piped(prompt: str | None) -> str:
 
 
 def _answer(client: TextClient, prompt: str, images: Sequence[dict[str, Any]], options: Any) -> ChunkStream:
-    """Completes the prompt. If images are given, sends images and prompt as a chat message instead."""
     from llamaclust.cluster.client.session import ChatSession
 
     if not images:

@@ -62,7 +62,8 @@ def end_at_once(code: int) -> NoReturn:
 
 
 Held = Callable[[], AbstractContextManager[None]]
-"""Returns a context manager. If a signal arrives within the context, the process exits at the context's end."""
+"""Returns a context manager. A signal that arrives within the context does not end the process until the context
+ends."""
 
 
 @contextmanager
@@ -166,5 +167,4 @@ def ends_in_one_line() -> Iterator[None]:
 
 
 def ends_workers_cleanly(workers: int) -> AbstractContextManager[None]:
-    """Returns a context in which SIGTERM and SIGHUP run cleanup if there are several workers."""
     return signals_as_interrupts(signal.SIGTERM, signal.SIGHUP) if workers > 1 else nullcontext()

@@ -216,7 +216,6 @@ class ClusterView:
 
 
 def _log_event(event: events.Event) -> None:
-    """Logs an event, except progress of loading and failed starts."""
     match event:
         case (
             events.WorkerLoading() | events.WorkerReading() | events.StartFailed()

@@ -212,7 +212,6 @@ def _model(model: State) -> str:
 
 
 def _quarantine_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields a line for each quarantined worker: a worker that plans avoid because it failed."""
     for worker in workers:
         if quarantine := worker.get("quarantine"):
             pause = f"no layers for {quarantine['left_s']:.0f} s if the others suffice"

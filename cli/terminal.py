@@ -41,7 +41,6 @@ def printable(text: str) -> str:
 
 
 def printable_values(value: Any) -> Any:
-    """Applies `printable` to all strings in a JSON value, including keys."""
     if isinstance(value, dict):
         return {printable(key): printable_values(each) for key, each in value.items()}
     if isinstance(value, list):

@@ -76,7 +76,6 @@ def run_cluster(
 
 
 def _models(config: ClusterConfig, progress: Progress) -> list[Path]:
-    """Returns the path of each model's file. Downloads missing models, and projectors that the cluster file names."""
     for own in config.of_each_model():
         if own.mmproj not in (None, OFF):
             _model(own.mmproj, progress)
@@ -191,7 +190,6 @@ def run_detached(config: ClusterConfig, arguments: list[str], lan_key: str | Non
 
 
 def _spawn(arguments: list[str], log: Path) -> tuple[int, subprocess.Popen[bytes]]:
-    """Starts the process. Returns the file descriptor of the pipe from which to read its events, and the process."""
     reading, writing = os.pipe()
     to_log = open_log(log, anew=True)
     try:

@@ -45,8 +45,6 @@ class ProjectorInfo:
 
 @dataclass(frozen=True, slots=True)
 class ProjectorBeside:
-    """A model's default projector and the memory of its encoder, or the reason why the model uses no projector."""
-
     path: Path | None = None
     info: ProjectorInfo | None = None
     weight_bytes: int = 0

@@ -34,7 +34,6 @@ class AnswerScreen:
 
     @property
     def hides_all(self) -> bool:
-        """True if the answer has no text except reasoning, and the reasoning is not shown."""
         return self._is_empty and self._has_hidden_reasoning
 
     def show(self, chunk: TextChunk) -> None:

@@ -47,7 +47,7 @@ _ALL_REASONING: Final = (
 )
 _EXITS: Final = ("/exit", "/quit", "/bye")
 _HISTORY: Final = ".chat_history"
-"""Name of the file of typed lines in the state directory."""
+"""Name of the file, in the state directory, that keeps typed lines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,6 @@ def _given(name: str, command: str) -> str:
 
 
 def _shown(content: Any) -> str:
-    """Returns the text of a message's content, with `[image]` in place of each image."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):

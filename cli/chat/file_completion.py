@@ -24,7 +24,6 @@ def completed_file(word: str, number: int) -> str | None:
 
 @lru_cache(maxsize=1)
 def _completions(word: str) -> tuple[str, ...]:
-    """Returns the paths of files and folders that begin with the path in `word`. A folder's path ends with a slash."""
     folder, slash, start = word.removeprefix(_MARK).rpartition("/")
     found: list[str] = []
     with suppress(OSError, ValueError):

@@ -24,13 +24,11 @@ _MORE: dict[str, tuple[Any, str, str]] = {
     "json_schema": (Path, "FILE", "JSON schema file that the answer must match."),
     "grammar": (Path, "FILE", "Grammar file (GBNF or Lark) that the answer must match."),
 }
-"""The type, placeholder and help text of each request field that is not in the sampling table."""
 _NUMBERS = [name for name in SAMPLING_TABLE if name != "repeat_last_n"]
 _NAMES = {
     "dry_sequence_breakers": ("--dry-sequence-breaker",),
     "draft_max": ("--draft-max", "--spec-draft-n-max"),
 }
-"""Option names of the fields that have an alias or an option with another name."""
 
 
 def _json_of(path: Path) -> Any:

@@ -89,7 +89,6 @@ def merge_lora(
 
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows progress on standard error. SIGTERM and SIGHUP run cleanup before the process ends."""
     from llamaclust.cli.interrupts import signals_as_interrupts
     from llamaclust.cli.progress import shown_progress
 

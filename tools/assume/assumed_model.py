@@ -130,7 +130,6 @@ def assumed_model(spec: str) -> AssumedModel:
 
 
 def shape_model(name: str, shape: ModelShape, mix: str | None = None) -> AssumedModel:
-    """Returns the model of a named shape. `mix` is a key of MIXES, or None for the shape's usual mix."""
     return AssumedModel(shape.title, _file_of(name, shape), None, IN_CATALOG.get(name, name)).quantized(
         mix or shape.mix
     )
@@ -197,7 +196,6 @@ def _mix(text: str) -> str | None:
 
 
 def _split(spec: str) -> tuple[str, str | None]:
-    """Splits a text at its last colon into model and mix. The mix is None if the text after the colon is not a mix."""
     name, colon, last = spec.rpartition(":")
     if colon and (mix := _mix(last)) is not None:
         return name, mix

@@ -1,4 +1,4 @@
-"""Values that describe machines."""
+"""Dataclasses that describe machines and the network between them."""
 
 from __future__ import annotations
 

@@ -85,7 +85,6 @@ _LONG_CONTEXT: Final = 262144
 
 @lru_cache(maxsize=1)
 def public_shapes() -> Mapping[str, ModelShape]:
-    """Returns the known shapes. Keys are catalog names without a quantization."""
     shapes = dict(_MIXTURES)
     for shape, names in _LIKE.items():
         for name in names:

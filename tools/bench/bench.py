@@ -149,8 +149,6 @@ class BenchReport:
 
 
 class Runner(Protocol):
-    """Operations to measure. They return seconds."""
-
     def prefill(self) -> Awaitable[float]: ...
     def decode(self) -> Awaitable[float]: ...
 
@@ -161,8 +159,6 @@ _Measure = Callable[[Runner], Coroutine[None, None, _Runs]]
 
 
 class _StageRunner:
-    """Runs one stage. Blocks the event loop."""
-
     def __init__(self, stage: BenchStage, task: BenchTask) -> None:
         self._stage = stage
         self._task = task
@@ -177,7 +173,8 @@ class _StageRunner:
 
 
 def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
-    """Runs a benchmark. Raises UsageError for more tokens than the context holds, or more workers than layers."""
+    """Runs a benchmark. Raises UsageError if the task has more tokens than the context of the model, or more workers
+    than the model has layers."""
     with closing(Model.open(task.model)) as model:
         trained = model.hyperparameters.context_length
         if task.context > trained:

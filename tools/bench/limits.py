@@ -101,7 +101,8 @@ class Limits:
 
 
 class GpuLimits:
-    """Measures a GPU's bandwidth and its 8-bit peak, which is used for float weights, too. The methods block."""
+    """Measures a GPU's memory bandwidth and its peak of 8-bit multiply-adds. The peak is used for float weights, too.
+    The methods block the event loop."""
 
     def __init__(self, gpu: GpuBackend) -> None:
         self._gpu = gpu

@@ -80,7 +80,8 @@ class BenchStage:
 
     @contextmanager
     def without_copies(self) -> Iterator[None]:
-        """Waits until running copies of experts to GPUs end. Within the context, all experts are computed in RAM."""
+        """Waits until experts that are being copied to GPUs have arrived. After that, all experts are computed in RAM
+        until the context ends."""
         stages = self._runner.split_stages
         caches = [stage.cache for stage in stages]
         for stage, cache in zip(stages, caches, strict=True):

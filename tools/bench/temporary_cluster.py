@@ -35,7 +35,8 @@ _ALIKE = {"memory_bandwidth_gb_s": 20.0, "int8_gmac_s": 300.0}
 async def temporary_cluster(
     model: Path, workers: int, threads: int | None, context_length: int, max_sequences: int, kv_type: KvType
 ) -> AsyncIterator[Cluster]:
-    """Runs the model on workers with `threads` threads each. Raises UsageError for more workers than layers."""
+    """Runs the model on `workers` workers with `threads` threads each. Raises UsageError if there are more workers than
+    layers."""
     names = [f"w{index}" for index in range(1, workers + 1)]
     with closing(Model.open(model)) as opened:
         if workers > opened.layer_count:

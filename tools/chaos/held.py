@@ -46,7 +46,6 @@ class FullDisks:
         return before is not None
 
     def make_room(self, name: str) -> None:
-        """Lifts the limits. The target stays in `names` until `end` is called."""
         process, before = self._limits[name]
         for writer in (process, *process.children()):
             writer.limit_files(before)

@@ -49,7 +49,6 @@ class Injector:
 
     @property
     def held(self) -> frozenset[str]:
-        """Targets of faults that have not ended. For the coordinator, the target is the cluster's name."""
         return self._stops.names | self._disks.names | self._drains.names | self._links.names | self._failing
 
     def targets(self) -> Targets:

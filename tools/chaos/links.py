@@ -17,8 +17,6 @@ _PRIORITY = -310
 
 
 class Disturbance(StrEnum):
-    """The fate of a link's packets, in nftables' syntax."""
-
     CUT = "drop"
     SLOW = "limit rate over 100 kbytes/second burst 100 kbytes drop"
 
@@ -67,7 +65,6 @@ class WorkerLink:
 
 
 def worker_links(addresses: Mapping[str, Sequence[str]], coordinator_ports: frozenset[int]) -> dict[str, WorkerLink]:
-    """Returns the links of workers with network addresses. The workers connect to `coordinator_ports`."""
     in_network = {name: [each for each in own if not each.startswith(_UNIX)] for name, own in addresses.items()}
     found = {name: _resolve(own) for name, own in in_network.items()}
     known = {name: link for name, link in found.items() if link.hosts and coordinator_ports}

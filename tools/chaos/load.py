@@ -34,7 +34,8 @@ _TOP_EVERY, _TOP = 7, 5
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """Requests by number. The number determines prompt, sampling, choices, logprobs, and whether it is a chat."""
+    """A source of requests. The number of a request determines its prompt, its sampling parameters, the number of
+    choices, its logprobs, and if it is a chat."""
 
     tokens: int = _TOKENS
     longest: int = max(_LENGTHS)  # Number of words in the longest prompt.
@@ -57,7 +58,6 @@ class Requests:
 
 
 async def fitting_requests(client: AsyncClient, context_tokens: int) -> Requests:
-    """Returns requests that fit the context. If the model has a chat template, some of the requests are chats."""
     tokens = max(1, min(_TOKENS, context_tokens // 3))
     word_tokens = max([len(await client.tokenize(f" {word}", add_special=False)) for word in _WORDS])
     longest = max(1, (context_tokens - tokens - _TEMPLATE_TOKENS) // word_tokens)

@@ -33,7 +33,8 @@ class Process:
         return bool(fields) and int(fields[_START]) == self.start_time and fields[_STATE] not in ("Z", "X")
 
     def send(self, number: signal.Signals) -> bool:
-        """Sends a signal. Returns False if the process has ended. A pidfd excludes later processes with the same id."""
+        """Sends a signal. Returns False if the process has ended. A pidfd makes sure that no later process with the
+        same id gets the signal."""
         with suppress(ProcessLookupError):
             descriptor = os.pidfd_open(self.pid)
             try:

@@ -141,7 +141,8 @@ def _suffices(kind: FaultKind, targets: Targets) -> bool:
 
 @asynccontextmanager
 async def _load(streams: Streams) -> AsyncIterator[None]:
-    """Repeats requests until the context ends. Without an exception, running requests then finish."""
+    """Repeats requests until the context ends. Then, unless an exception occurred, waits until the running requests
+    have finished."""
     done = asyncio.Event()
     async with meanwhile(streams.repeat(number, done) for number in streams.expected) as tasks:
         yield

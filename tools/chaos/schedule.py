@@ -52,7 +52,6 @@ class FaultKind(StrEnum):
 
     @property
     def needs_another_worker(self) -> bool:
-        """True if the fault must not hit the last worker that serves."""
         return self in (FaultKind.STOP, FaultKind.DRAIN, FaultKind.PARTITION, FaultKind.FAILS, FaultKind.MUTE)
 
     @property

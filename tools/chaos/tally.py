@@ -47,7 +47,8 @@ class Comparison:
 
 @dataclass(slots=True)
 class Pauses:
-    """The longest pause without any token after each fault. Pauses count until the next fault, and for 30 s at most."""
+    """The longest pause without any token after each fault. A pause counts if it begins before the next fault, and at
+    most 30 s after the fault."""
 
     _last_s: float | None = None
     _open: list[tuple[float, FaultKind]] = field(default_factory=list)  # Time and kind of faults since the last token.

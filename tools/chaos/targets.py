@@ -18,7 +18,8 @@ _GONE = ("left", "lost")
 
 @dataclass(frozen=True, slots=True)
 class Permissions:
-    """The allowed faults. `coordinator` and `joined_workers` allow kills even if llamaclust restarts nothing."""
+    """The allowed faults. `coordinator` and `joined_workers` allow kills after which another program must restart the
+    process."""
 
     coordinator: bool = False
     joined_workers: bool = False

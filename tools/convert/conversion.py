@@ -92,7 +92,6 @@ def _file_type(outputs: Sequence[Output], kind: QuantType) -> int:
 
 
 def _check_replaceable(path: Path) -> None:
-    """Raises UsageError if the path is a file but not a model file, for example a file of the checkpoint."""
     if not path.is_file():
         return
     with path.open("rb") as file:

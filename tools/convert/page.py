@@ -76,7 +76,7 @@ class Page:
             self.put(f"{name}.bias", self.take(f"{source}.bias", shape[0]))
 
     def leave(self, *prefixes: str) -> bool:
-        """Drops tensors by prefix. Returns False if there is no such tensor."""
+        """Drops all tensors whose names begin with a prefix. Returns False if there is no such tensor."""
         found = [name for name in self._left if name.startswith(prefixes)]
         for name in found:
             del self._left[name]

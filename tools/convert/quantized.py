@@ -207,7 +207,8 @@ def _scaled_experts(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -
 
 
 def _all_numbers() -> Array:
-    """Returns the E4M3 number of each byte: sign, 4 exponent bits (bias 7), 3 fraction bits. Seven ones mean NaN."""
+    """Returns the E4M3 number of each of the 256 bytes: a sign bit, 4 exponent bits with bias 7, and 3 fraction bits.
+    If all bits after the sign are set, the number is NaN."""
     byte = np.arange(256)
     exponent, fraction = byte >> 3 & 15, byte & 7
     size = np.where(exponent == 0, np.ldexp(fraction, -9), np.ldexp(8.0 + fraction, exponent - 10))

@@ -94,7 +94,6 @@ def alpha_rotation(page: Page, dimensions: int) -> bool:
 
 
 def rotating_channels(page: Page, default_share: float = 1.0) -> int:
-    """Returns the number of channels of a head that rotate. A configuration may state the number as a share."""
     said = _parameters(page.settings)
     share = said.real("partial_rotary_factor", default=default_share, maximum=1.0)
     channels = int(share * page.head_width)
@@ -205,7 +204,6 @@ def _dynamic(page: Page, said: Settings) -> None:
 
 
 def _llama3(page: Page, said: Settings, theta: float, dimensions: int) -> None:
-    """Divides low frequencies by `factor`, keeps high frequencies, and interpolates between them."""
     defaults = dict(zip(_LLAMA3, (8.0, 1.0, 4.0, 8192.0), strict=True))
     factor, low, high, original = (said.real(name, default=defaults[name], minimum=1e-3) for name in _LLAMA3)
     if low >= high:

@@ -53,7 +53,8 @@ def write_stream(
     threads: int,
     check: Callable[[], None],
 ) -> None:
-    """Writes a file. Raises UsageError at once if the disk lacks space. `check` runs before the file gets its name."""
+    """Writes a file. Raises UsageError before writing if the disk lacks space. `check` is called at the end, before the
+    file gets its name."""
     header = header_bytes(
         metadata, [TensorSource(output.name, output.quant_type, output.tensor.shape, bytes) for output in outputs]
     )

@@ -139,7 +139,6 @@ def _read_shape(path: Path, file: BinaryIO) -> LogitsShape:
 
 
 def _coded(logits: Float32) -> tuple[Float32, Float32, NDArray[np.uint16]]:
-    """Returns `step` [rows], `least` [rows], and a uint16 for each logit."""
     most = logits.max(axis=1)
     least = np.maximum(logits.min(axis=1), most - np.float32(_SPREAD))
     step = (most - least) / np.float32(_LEVELS)

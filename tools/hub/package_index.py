@@ -30,8 +30,6 @@ _PAGE_LIMIT_BYTES = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class PipSettings:
-    """pip's settings on this machine: addresses of simple indexes, other places with wheels, and certificates."""
-
     index_urls: tuple[str, ...]
     find_links: tuple[str, ...]
     certificates: str | None

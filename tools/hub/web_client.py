@@ -68,8 +68,6 @@ class _Connections:
 
 
 class _Watch:
-    """Receives httpcore's trace events, and starts and stops a timer for the headers and for the body of a reply."""
-
     def __init__(self, connections: _Connections, deadlines_s: Mapping[str, float]) -> None:
         self._connections, self._deadlines_s = connections, deadlines_s
         self._timer: Timer | None = None

@@ -93,7 +93,7 @@ VALUES = frozenset({Part.V, Part.QKV, Part.KV_B})
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A tensor's position among the `count` tensors of its part. `query_share` counts the query heads of a KV head."""
+    """A tensor's position among the `count` tensors of its part. `query_share` query heads share a KV head."""
 
     index: int
     count: int
@@ -135,7 +135,8 @@ When = Callable[[Place], bool]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rule of the named mixes. A tensor gets `quant_type` if `when` is True for its place."""
+    """A rule. A tensor gets `quant_type` if the mix is one of `mixes`, which are separated by spaces, and if `when` is
+    True for the tensor's place."""
 
     mixes: str
     quant_type: Q

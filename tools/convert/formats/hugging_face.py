@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json, and weights as safetensors or PyTorch files, whole or in shards."""
+"""Reads Hugging Face folders: config.json, and weights as safetensors or PyTorch files, whole or in shards."""
 
 from __future__ import annotations
 

@@ -99,7 +99,6 @@ def _joined(name: str, parts: list[Lazy], width: int) -> Lazy:
 
 
 def _settings(params: Settings, width: int, tensors: dict[str, Lazy], context_length: int | None) -> dict[str, Any]:
-    """Returns settings under Hugging Face's names. Values that params.json lacks come from tensor shapes."""
     heads = params.count("n_heads", maximum=MAX_HEADS)
     values: dict[str, Any] = {
         "hidden_size": width,
@@ -175,7 +174,6 @@ def _meta_name(name: str, path: Path) -> str:
 def _tencent_settings(
     said: Settings, tensors: Mapping[str, Lazy], path: Path, context_length: int | None
 ) -> dict[str, Any]:
-    """Returns settings under Hugging Face's names. The number of KV heads follows from the rows of K."""
     width, heads = said.count("hidden_size", "emb_size"), said.count("heads_num", maximum=MAX_HEADS)
     key = tensors.get("layers.0.attention.wk.weight")
     if key is None:

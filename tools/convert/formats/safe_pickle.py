@@ -121,7 +121,6 @@ class _Machine:
         return self._memo[place]
 
     def set_items(self, values: tuple[Any, ...], target: Any = None) -> Any:
-        """Puts keys and values into `target`, or into the dict on top of the stack if `target` is None."""
         target = self._stack.pop() if target is None else target
         if not isinstance(target, dict) or len(values) % 2:
             raise _Refused("the pickle puts items into something that is not a dict")

@@ -77,7 +77,6 @@ def feed_forward(page: Page, layer: int, width: int, *, source: str = "mlp", suf
 
 
 def experts(page: Page, place: str, count: int, width: int, names: tuple[str, str, str], prefix: str) -> None:
-    """Stacks the experts' matrices into one tensor per part. `names` are the modules of gate, up and down."""
     shapes = ((width, page.width), (width, page.width), (page.width, width))
     for part, name, shape in zip(("gate", "up", "down"), names, shapes, strict=True):
         found = [page.take(f"{prefix}.{number}.{name}.weight", *shape) for number in range(count)]

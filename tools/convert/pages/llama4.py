@@ -72,7 +72,8 @@ def _check_attention(page: Page, count: int) -> None:
 
 
 def _chunks(page: Page) -> None:
-    """Writes the metadata of chunks, except for chunks of Scout and Maverick, whose published files lack it."""
+    """Writes the metadata of chunks. It is omitted for the chunks of Scout and Maverick, because the published files of
+    these models lack it."""
     settings, rotated = page.settings, _rotated(page)
     kinds = ["chunked_attention" if flag else "full_attention" for flag in rotated]
     if settings.has("layer_types") and settings.values["layer_types"] != kinds:
@@ -85,7 +86,8 @@ def _chunks(page: Page) -> None:
 
 
 def _rotated(page: Page) -> list[bool]:
-    """Returns, for each layer, True if the layer rotates. Without a list, only the last of each interval does not."""
+    """Returns, for each layer, True if the layer rotates channels. Without a list in the configuration, all layers
+    rotate except the last layer of each interval."""
     settings = page.settings
     listed = settings.values.get("no_rope_layers")
     if not listed:

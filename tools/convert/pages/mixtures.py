@@ -39,7 +39,6 @@ def granite_expert_keys(page: Page, shared: int) -> None:
 
 
 def granite_experts(page: Page, layer: int, shared: int) -> None:
-    """Copies the experts. Gate and up are one matrix, in which the rows of gate come first."""
     place, source, hidden = f"blk.{layer}", f"model.layers.{layer}.block_sparse_moe", page.width
     count = page.settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)
     width = decoder.feed_forward_width(page)
@@ -178,7 +177,8 @@ def _bailing_experts(page: Page, layer: int) -> None:
 
 
 def build_minimax(page: Page) -> None:
-    """MiniMax M2. Norms of Q and K extend over all heads. The first channels of a head rotate. Experts use sigmoid."""
+    """MiniMax M2. The norms of Q and K extend over all heads. The first channels of a head rotate. All layers have
+    experts, which are chosen with a sigmoid."""
     settings, width, hidden = page.settings, decoder.feed_forward_width(page), page.width
     count = settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)
     for name, usual in (("scoring_func", "sigmoid"), ("qk_norm_type", "per_layer")):

@@ -11,7 +11,6 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT
 
 _PERIOD = 4
 _BASE = 500000.0
-"""Base of the rotation for OLMo 3 configurations that do not state the base."""
 
 
 def build(page: Page) -> None:

@@ -38,7 +38,6 @@ def build(page: Page) -> None:
 
 
 def _picture_keys(page: Page) -> None:
-    """Writes metadata for programs that read images: rotation sections, and the number of layers that images affect."""
     page.key("rope.dimension_sections", np.array(sections(page.settings, page.head_width // 2), np.int32))
     if page.settings.has("deepstack_layers"):
         page.key("n_deepstack_layers", page.settings.count("deepstack_layers", minimum=0, maximum=MAX_LAYERS))

@@ -164,7 +164,6 @@ def _layer(page: Page, place: str, source: str, net: _DeltaNet | None, has_exper
 
 
 def _attention(page: Page, place: str, source: str) -> None:
-    """Copies attention. Queries and their gates alternate head by head in one matrix, as in GGUF."""
     query, key = page.heads * page.head_width, page.kv_heads * page.head_width
     for part, rows in (("q", 2 * query), ("k", key), ("v", key)):
         page.copy(f"{place}.attn_{part}", f"{source}.{part}_proj", rows, page.width, bias=None)

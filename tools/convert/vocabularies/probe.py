@@ -38,7 +38,6 @@ def recognised(pre_tokenizer: Any, ignore_merges: bool, adds_bos: bool) -> str |
 
 
 def cut(pre_tokenizer: Any) -> Pieces:
-    """Returns the pieces of the probe text, in the alphabet of byte-level BPE."""
     return tuple(piece for piece, _ in pre_tokenizer.pre_tokenize_str(PROBE))
 
 

@@ -32,7 +32,8 @@ def read_words(
     files: SourceFiles, place: Path, rows: int, behind: Sequence[str] = (), names: Sequence[str] = NAMES
 ) -> Words:
     """Reads the vocabulary from a file or a Hugging Face folder, and fits it to an embedding of `rows` rows. `behind`
-    are control words to append to SentencePiece vocabularies. `names` are names of tokenizer files, best first."""
+    are control words to append to SentencePiece vocabularies. `names` are names of tokenizer files, in order of
+    preference."""
     path = _find(place, names) if place.is_dir() else place
     words = _read(files.open(path))
     if words.kind == "llama":

@@ -64,7 +64,6 @@ def _kind(path: Path, model: Any) -> str:
 
 
 def _normalization(words: Words, model: Any) -> None:
-    """Reads settings that only Unigram files have. Other files in the folder may override the flags for BOS and EOS."""
     words.flags |= {
         "remove_extra_whitespaces": model.normalizer_spec.remove_extra_whitespaces,
         "add_bos_token": 0 <= model.trainer_spec.bos_id < len(words.texts),

@@ -99,7 +99,8 @@ def _byte_level(path: Path, texts: list[str], merges: list[tuple[str, str]], sai
 
 
 def _pre_tokenizer_name(library: Any, said: dict[str, Any]) -> str | None:
-    """Returns the pre-tokenizer's name, or None. If merges produce every word, `ignore_merges` need not match."""
+    """Returns the name of the pre-tokenizer, or None if it is unknown. If merges produce every word, `ignore_merges`
+    makes no difference, so its value need not match."""
     ignores_merges, has_bos = said["model"].get("ignore_merges") is True, _template_ends(said)[0] is not None
     name = recognised(library.pre_tokenizer, ignores_merges, has_bos)
     if name is not None:

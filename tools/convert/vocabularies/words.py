@@ -55,7 +55,8 @@ class Words:
             self.scores[token_id] = ADDED_SCORE
 
     def fit(self, rows: int) -> None:
-        """Adds or drops unused words until there are `rows` words. Raises ModelFileError if the numbers differ much."""
+        """Adds or drops unused words until there are `rows` words. Raises ModelFileError if the numbers differ so much
+        that the vocabulary must belong to another model."""
         while len(self.texts) > rows and self.types[-1] is TokenType.UNUSED:
             self._drop()
         count = len(self.texts)

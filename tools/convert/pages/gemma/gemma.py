@@ -44,7 +44,6 @@ def build(page: Page) -> None:
 
 
 def _window(page: Page) -> None:
-    """Writes the window's size. Also writes which layers have a window, if they differ from the published models."""
     settings = page.settings
     page.key("attention.sliding_window", settings.count("sliding_window", maximum=MAX_CONTEXT))
     usual = _PERIODS[page.architecture]

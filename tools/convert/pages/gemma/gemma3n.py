@@ -85,7 +85,8 @@ def _keys(page: Page, widths: list[int], copies: int, inputs: int) -> int:
 
 
 def _sparsity(page: Page) -> list[float]:
-    """Returns each layer's threshold of activations, in standard deviations above the mean. With -inf, all pass."""
+    """Returns each layer's threshold of activations, in standard deviations above the mean. If the threshold is -inf,
+    all activations pass."""
     name, sparse = "activation_sparsity_pattern", _SPARSE_LAYERS if page.layers > _SPARSE_LAYERS else 0
     shares = page.settings.values.get(name)
     if shares is None:
@@ -98,7 +99,6 @@ def _sparsity(page: Page) -> list[float]:
 
 
 def _table(page: Page, width: int) -> None:
-    """Writes the table of inputs per layer. Tokens that the table lacks get the inputs of token 0."""
     words = page.settings.count("vocab_size_per_layer_input", default=_TABLE_WORDS, maximum=MAX_WORDS)
     table = page.take("model.embed_tokens_per_layer.weight", words, width)
     tokens = np.arange(page.words, dtype=np.int64)

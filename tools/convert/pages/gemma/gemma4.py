@@ -135,7 +135,6 @@ def _keys(page: Page, form: _Form, widths: list[int]) -> None:
 
 
 def _rotation(page: Page, form: _Form) -> None:
-    """Writes the rotation of layers without a window. Frequency factors leave some pairs of channels unrotated."""
     settings = page.settings
     said = settings.inner("rope_parameters").inner("full_attention")
     usual = 1.0 if settings.inner("rope_parameters").has("full_attention") else _SHARE

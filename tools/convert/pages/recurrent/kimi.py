@@ -45,7 +45,6 @@ def build(page: Page) -> None:
 
 
 def _dense_module(page: Page, layer: int) -> str:
-    """Returns the name of a dense module. Published checkpoints and checkpoints of transformers differ in the name."""
     return _MIXTURE if page.has(f"model.layers.{layer}.{_MIXTURE}.gate_proj.weight") else "mlp"
 
 

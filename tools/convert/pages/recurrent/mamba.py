@@ -35,7 +35,6 @@ class Mamba:
 
     @property
     def matrices(self) -> int:
-        """Number of channels of all groups' input matrices. The output matrices have as many channels."""
         return self.groups * self.state_size
 
     @property

@@ -247,7 +247,7 @@ class Gpus:
         name = "--override-tensor"
         rules = [rule for text in self.override_tensors for rule in option_value(name, list, read_rules(text))]
         if rules and self.parsed[0] == "cpu":
-            raise UsageError(f"{name}: is for models on a GPU: give --device cuda:0 as well")
+            raise UsageError(f"{name} is for models on a GPU: give --device cuda:0 as well")
         if len(rules) > MAX_RULES:
             raise UsageError(f"{name}: {len(rules)} rules exceed the limit of {MAX_RULES}")
         return tuple(rules)
@@ -261,7 +261,7 @@ class Gpus:
             raise UsageError("--cpu-moe and --n-cpu-moe: give one of them")
         wanted = MAX_LAYERS if self.all_cpu_moe else self.n_cpu_moe
         if wanted is not None and self.parsed[0] == "cpu":
-            raise UsageError(f"{name}: is for models on a GPU: give --device cuda:0 as well")
+            raise UsageError(f"{name} is for models on a GPU: give --device cuda:0 as well")
         return wanted
 
     @property
@@ -276,7 +276,7 @@ class Gpus:
         memory = None if self.gpu_memory is None else option_value("--gpu-memory", parse_size, self.gpu_memory)
         for name, given in (("--gpu-layers", layers), ("--gpu-memory", memory)):
             if device == "cpu" and given is not None:
-                raise UsageError(f"{name}: is for workers with a GPU: give --device cuda:0 as well")
+                raise UsageError(f"{name} is for workers with a GPU: give --device cuda:0 as well")
         return device, layers, memory
 
 

@@ -278,7 +278,7 @@ def _shown_by_thread(view: ClusterView) -> Iterator[events.Report]:
 
 
 def joined_text(joined: events.WorkerJoined) -> str:
-    missing = f"; still missing: {', '.join(joined.missing)}" if joined.missing else "; all are there"
+    missing = f"; still missing: {', '.join(joined.missing)}" if joined.missing else "; all workers have joined"
     return f"worker {joined.worker} on {printable(joined.host)} has joined{missing}"
 
 

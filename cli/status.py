@@ -214,7 +214,7 @@ def _model(model: State) -> str:
 def _quarantine_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
     for worker in workers:
         if quarantine := worker.get("quarantine"):
-            pause = f"no layers for {quarantine['left_s']:.0f} s if the others suffice"
+            pause = f"gets no layers for {quarantine['left_s']:.0f} s if the others suffice"
             reason = quarantine["reason"]
             yield f"{worker['name']}: {pause}: it failed {quarantine['failures']} times, last: {reason}"
 
@@ -231,7 +231,7 @@ def group_lines(groups: Iterable[dict[str, Any]]) -> Iterator[str]:
         layers, time = "[{}, {})".format(*group["layers"]), _number(group["gathers_ms"])
         gathers = f"{time} ms/token in gathers (predicted {_number(group['predicted_gathers_ms'])})"
         slowest = group["waits_most_for"]
-        waits = f", {slowest} is waited for most" if slowest else ""
+        waits = f", slowest member {slowest}" if slowest else ""
         yield f"{group_name(group)}: layers {layers} in shares {shares}, {gathers}{waits}"
 
 

@@ -108,7 +108,7 @@ def list_models(
         return
     if wanted and not stored and not entries:
         hints = filter(None, (no_file_hint(name) for name in SHAPES if wanted.lower() in name))
-        print("\n".join(hints) or f"no name and no properties contain {printable(wanted)}")
+        print("\n".join(hints) or f"no model has a name or properties that contain {printable(wanted)}")
         return
     for model in stored:
         print(f"{model.name:32} {gigabytes(model.size_bytes):>10}  {model.path}")

@@ -121,9 +121,9 @@ def _cores(config: ClusterConfig) -> str:
     on_node = {name: "" if node is None else f" on NUMA node {node}" for name, node in nodes.items()}
     text = f"  threads: {', '.join(f'{name} {count}{on_node[name]}' for name, count in threads.items())}, for {cores}"
     if sum(threads.values()) > cores.count:
-        text += "; more threads than that are slower"
+        text += "; more threads than cores are slower"
     if len(cores.nodes) > 1 and not any(on_node.values()):
-        text += f"; {len(cores.nodes)} NUMA nodes: as many workers without threads, one on each, are faster"
+        text += f"; {len(cores.nodes)} NUMA nodes: one worker on each node, without `threads`, is faster"
     return text
 
 

@@ -86,7 +86,7 @@ def print_bench(task: BenchTask, as_json: bool) -> None:
         _note(f"{threads} threads shared {physical_cores()} cores: one thread per core is faster")
     load = report.other_load
     if load is not None and load.is_much and not as_json:
-        _note(f"{load.text} meanwhile: on an idle machine the figures are higher")
+        _note(f"{load.text} meanwhile: the figures would be higher on an idle machine")
 
 
 def _note(text: str) -> None:

@@ -188,7 +188,7 @@ class Injector:
         try:
             before, _ = await asyncio.to_thread(self._status)
         except LlamaclustError as error:
-            self._show(f"the coordinator is not killed: {error}")
+            self._show(f"the coordinator is not killed, because its state is unknown: {error}")
             return False
         if not process.send(signal.SIGKILL):
             return False
@@ -198,7 +198,7 @@ class Injector:
                 f"the API moved from {before.api} to {after.api}: set a port in `listen` of the cluster file"
             )
         if not self._permissions.coordinator and not self._folder.has_standby:
-            self._show("no standby is left: the coordinator is not killed again")
+            self._show("no standby is left, so the coordinator is not killed again")
         return True
 
     async def _successor(self, killed: Process) -> ClusterRecord:

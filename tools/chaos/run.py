@@ -171,7 +171,7 @@ async def _one_fault(schedule: Schedule, injector: Injector, tally: Tally, begun
     try:
         targets = await asyncio.to_thread(injector.targets)
     except LlamaclustError as error:
-        view.line(f"no status: {error}")
+        view.line(f"no fault, because the cluster's status is unknown: {error}")
         return
     now_s = time.monotonic()
     fault = schedule.next_fault(now_s, targets.names, injector.held)

@@ -160,7 +160,7 @@ def _read_adapter(files: SourceFiles, folder: Path) -> _Adapter:
         elif (saved := _SAVED.fullmatch(plain)) and "original_module" not in plain:
             replaced[f"{saved['module']}.{saved['kind']}"] = tensor
         elif not saved:
-            raise ModelFileError(f"{tensor.origin}: this is neither a LoRA factor nor a weight")
+            raise ModelFileError(f"{tensor.origin}: the tensor is neither a LoRA factor nor a weight")
     factors = {f"{module}.weight": _factors(module, pair, settings) for module, pair in halves.items()}
     return _Adapter(weights, factors, replaced)
 

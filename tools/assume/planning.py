@@ -30,7 +30,7 @@ KEYS = (
     "prefill_chunk",
 )
 _LOADED = 0.95
-"""At least this share of a file is loaded. The rest may be layers for multi-token prediction, which are not loaded."""
+"""Minimum share of a file that is loaded. The rest may be layers for multi-token prediction, which are not loaded."""
 
 
 @dataclass(frozen=True, slots=True)

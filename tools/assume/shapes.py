@@ -39,7 +39,7 @@ class ModelShape:
     is_tied: bool = False  # True if the embedding is also the output matrix.
     has_nextn: bool = False  # True if the file has an additional MTP layer, which is not loaded.
     mix: str = "Q4_K_M"
-    keys: Mapping[str, Scalar | str] = field(default_factory=dict)  # Without the architecture's prefix.
+    keys: Mapping[str, Scalar | str] = field(default_factory=dict)  # Keys lack the architecture's prefix.
     arrays: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def size(self, name: str) -> int:

@@ -198,7 +198,7 @@ def _ranks(said: dict[str, Any], path: Path, count: int) -> dict[bytes, int]:
 def _pre_tokenizer(path: Path, pattern: str) -> str:
     try:
         split = pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
-    except Exception as error:  # noqa: BLE001 - the library has no class of its own
+    except Exception as error:  # noqa: BLE001 - The library raises plain Exception.
         raise ModelFileError(f"{path}: invalid pattern: {shown(str(error))}") from None
     whole = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     name = recognised(whole, ignore_merges=True, adds_bos=True)

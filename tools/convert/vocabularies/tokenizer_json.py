@@ -119,7 +119,7 @@ def _merges_reach_words(library: Any, said: dict[str, Any]) -> bool:
 def _library(path: Path) -> Any:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 - the library has no class of its own
+    except Exception as error:  # noqa: BLE001 - The library raises plain Exception.
         raise ModelFileError(f"{path}: not usable as a tokenizer: {' '.join(str(error).split())[:160]}") from None
     if tokenizer.pre_tokenizer is None:
         raise ModelFileError(f"{path}: BPE without a pre-tokenizer and without bytes as words is not supported")

@@ -53,9 +53,7 @@ def worker(
     ] = "",
     advertise: Annotated[
         str,
-        Option(
-            metavar="HOST[:PORT]", help="Address announced to other members, for machines behind address translation."
-        ),
+        Option(metavar="HOST[:PORT]", help="Address announced to other members, for machines behind NAT."),
     ] = "",
     link_port: Annotated[
         int | None,

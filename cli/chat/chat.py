@@ -23,24 +23,22 @@ from llamaclust.core.errors import LlamaclustError, UsageError
 
 _HELP: Final = '''\
 /again        answer the last message again
-/undo         take back the last message and its answer
+/undo         remove the last message and its answer
 /history      print the conversation
 /system TEXT  set the system message; without TEXT, remove it
 /stats        show token counts and speed of the last answer
 /save FILE    write the conversation to FILE
 /load FILE    continue the conversation in FILE
-/clear        forget the conversation, keep the system message
+/clear        forget the conversation, but keep the system message
 /help, /?     show this help
 /exit         leave, like /quit, /bye and Ctrl-D
 @FILE         in a message, insert the text or image in FILE; quote a name with spaces: @"MY FILE" (Tab completes)
 A line that ends with \\ continues on the next line. """ begins and ends a message of several lines.
 Such a message is sent unchanged, and so is a line that begins with a space. Ctrl-C interrupts an answer.'''
 _DROPPED: Final = (
-    "(the conversation exceeds the model's context: from now on the oldest turns are left out; /clear begins anew)"
+    "(the conversation exceeds the model's context, so its oldest turns are no longer sent; /clear starts a new one)"
 )
-_DROPPED_IMAGES: Final = (
-    "(the conversation has too many images for a request: from now on the oldest images are left out)"
-)
+_DROPPED_IMAGES: Final = "(the conversation has too many images for a request, so its oldest images are no longer sent)"
 _ALL_REASONING: Final = (
     "(no answer: generation ended within the reasoning, which only a terminal shows; raise -n or set "
     "--reasoning-budget)"

@@ -130,7 +130,7 @@ def split(
 def merge(
     model: Annotated[Path, Argument(metavar="FIRST", parser=model_file, help="First part, NAME-00001-of-0000N.gguf.")],
     out: Annotated[
-        Path | None, Argument(metavar="OUT", help="Output file. Default: NAME.gguf beside the parts.")
+        Path | None, Argument(metavar="OUT", help="Output file. Default: NAME.gguf in the parts' folder.")
     ] = None,
     dry_run: DryRun = False,
 ) -> None:

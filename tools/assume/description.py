@@ -127,7 +127,7 @@ def _group(reader: _Reader) -> _Group:
     memory_at = reader.at
     memory = reader.take(_MEMORY)
     if memory is None:
-        raise reader.error("memory as 16GB, or machines as 3x16GB", memory_at)
+        raise reader.error("memory such as 16GB, or machines such as 3x16GB", memory_at)
     behind = reader.take(_COUNT_BEHIND)
     if before is not None and behind is not None:
         raise reader.error("the number of machines once, before or after the memory", begun)
@@ -137,7 +137,7 @@ def _group(reader: _Reader) -> _Group:
     if not count or not memory_bytes:
         raise reader.error("numbers above 0", begun)
     if memory_bytes > MAX_MEMORY_TIB * 1024 * _GIB:
-        raise reader.error(f"{MAX_MEMORY_TIB} TB of memory at most", memory_at)
+        raise reader.error(f"at most {MAX_MEMORY_TIB} TB of memory", memory_at)
     bandwidth = None if _TOPS.match(reader.text, reader.at) else _bandwidth(reader)
     device = replace(_computing(reader), memory_bytes=memory_bytes, bandwidth=bandwidth)
     return _Group(begun, count, device, reader.take(_GPU) is not None)
@@ -207,7 +207,7 @@ def _computing(reader: _Reader) -> Device:
 def _add(groups: list[list[Machine]], group: _Group, reader: _Reader) -> None:
     if not group.is_gpu:
         if sum(map(len, groups)) + group.count > MAX_MACHINES:
-            raise reader.error(f"{MAX_MACHINES} machines at most", group.begun)
+            raise reader.error(f"at most {MAX_MACHINES} machines", group.begun)
         groups.append([Machine(group.device)] * group.count)
         return
     if not groups:

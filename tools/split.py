@@ -48,8 +48,8 @@ class Part:
 
 
 def plan_split(model: ModelFile, prefix: Path, rules: SplitRules) -> list[Part]:
-    """Returns the parts PREFIX-00001-of-0000N.gguf. Raises UsageError if the model is already split or the rules
-    cannot be kept."""
+    """Returns the parts PREFIX-00001-of-0000N.gguf. Raises UsageError if the model is already split, if a tensor is
+    larger than a part may be, or if there are too many parts."""
     if len(model.parts) > 1:
         raise UsageError(f"{model.path}: is already split; merge it first with `llamaclust model merge`")
     alignment = _alignment(model)

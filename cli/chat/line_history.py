@@ -12,7 +12,7 @@ from llamaclust.core.regular_file import read_text, write_text
 
 _LINES: Final = 1000
 _CHARACTERS: Final = 4096
-"""The maximum length of a kept line. A longer line was probably pasted, not typed."""
+"""Maximum number of characters in a kept line. A longer line was probably pasted, not typed."""
 _MOST_BYTES: Final = 64 << 20
 
 

@@ -43,7 +43,7 @@ class BenchTask:
     repeats: int = 5
     workers: int = 1
     kv_type: KvType = KvType.F16
-    device: str = "cpu"  # The device "cuda:N" needs `workers` to be 1.
+    device: str = "cpu"  # A GPU, such as "cuda:0", is possible only if `workers` is 1.
 
     @property
     def threads_each(self) -> int:

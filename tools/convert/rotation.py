@@ -196,7 +196,7 @@ def _growth(factor: float, share: float = 1.0) -> float:
 
 
 def _dynamic(page: Page, said: Settings) -> None:
-    """Adds only a note, since frequencies change only beyond the trained context length."""
+    """Adds a note. No metadata is written, because this scaling has no effect within the trained context length."""
     if said.has("alpha"):
         raise said.error("alpha", "a stretch of all texts by alpha is not supported")
     context = page.metadata[f"{page.architecture}.context_length"]

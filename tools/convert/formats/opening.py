@@ -16,7 +16,7 @@ _ZIP = b"PK\x03\x04"
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """Options for data that a checkpoint may lack: tokenizer, configuration, context length."""
+    """The user's options for data that a checkpoint may lack: tokenizer, configuration and context length."""
 
     tokenizer: Path | None = None
     config: Path | None = None

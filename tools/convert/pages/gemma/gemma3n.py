@@ -1,5 +1,5 @@
-"""Gemma 3n: copies of the hidden state, a low-rank branch parallel to attention, sparse activations, inputs per layer,
-and last layers that use other layers' keys and values."""
+"""Gemma 3n. It has copies of the hidden state, a low-rank branch parallel to attention, sparse activations, and inputs
+per layer. Its last layers use the keys and values of other layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kimi Linear: delta nets with a decay for each channel, and latent attention without rotation."""
+"""Kimi Linear. A layer has a delta net with a decay for each channel, or latent attention without rotation."""
 
 from __future__ import annotations
 

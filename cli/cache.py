@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def list_layers(as_json: Json = False) -> None:
     """List the packed weights of each model, the weights fetched from other workers, KV memory on disk and GPU kernels.
 
-    In the list, a part is a layer, the embedding or the output matrix."""
+    A part of a model is a layer, the embedding or the output matrix."""
     from llamaclust.core.disk_cache.files import TEMPORARY
     from llamaclust.model.weights.cache import UNFINISHED, WHOLE
 
@@ -53,7 +53,7 @@ def list_layers(as_json: Json = False) -> None:
         why = "still being written, or left by a killed process; the next write to the cache deletes leftovers"
         print(f"{_mib(_total(unfinished))}  {len(unfinished):4} unfinished  ({why})")
     for path in strange:
-        print(f"not a regular file, remove it: {printable(str(path))}")
+        print(f"{printable(str(path))}: not a regular file; remove it")
     print(f"{_mib(_total(_files(packed)))} of {packed.most_bytes / MIB:,.2f} in {packed.path}")
     if fetched or begun:
         used = f"{_mib(_total([*fetched, *begun]))} of {weights.most_bytes / MIB:,.2f} in {weights.path}"

@@ -27,7 +27,7 @@ def chaos(
         float, Option(metavar="M", min=0.01, max=10_000.0, help="Minutes during which faults are injected.")
     ] = 1.0,
     seed: Annotated[
-        int | None, Option(metavar="N", min=0, help="Seed of the faults and their times. Default: random.")
+        int | None, Option(metavar="N", min=0, help="Seed for choosing the faults and their times. Default: random.")
     ] = None,
     faults: Annotated[
         str | None,
@@ -49,7 +49,7 @@ def chaos(
     yes: Annotated[bool, Option("--yes", "-y", help="Run even if other clients have active requests.")] = False,
     cluster: Cluster = None,
 ) -> None:
-    """Test a running cluster of your own: disturb its workers and coordinator under load, and check every answer."""
+    """Test your own running cluster: inject faults into its workers and coordinator under load; check every answer."""
     with ends_at_once():
         from llamaclust.cluster.config.environment import environment
         from llamaclust.tools.chaos.run import ChaosSettings
@@ -72,8 +72,8 @@ def chaos(
 
 
 def _run(settings: ChaosSettings) -> bool:
-    """Runs the test. Returns True if faults occurred and every answer was intact. Once a fault or an answer was
-    counted, the verdict is printed even if Ctrl-C or an error ends the test."""
+    """Runs the test and prints its verdict. Returns True if faults occurred and every answer was intact. The verdict is
+    printed even if Ctrl-C or an error ended the test, provided that a fault or an answer was counted."""
     from llamaclust.tools.chaos.run import run_chaos
     from llamaclust.tools.chaos.tally import Tally
 
@@ -93,7 +93,8 @@ def _run(settings: ChaosSettings) -> bool:
 
 
 class ChaosView:
-    """Prints lines on standard error. Progress is a status line on a terminal, else a line every five seconds."""
+    """Prints notices and progress on standard error. A terminal shows progress in a status line. Elsewhere, a line of
+    progress is printed every five seconds."""
 
     def __init__(self) -> None:
         from rich.console import Console

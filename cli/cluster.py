@@ -41,9 +41,8 @@ _KILL_S = 10.0
 _STOP_S = 60.0
 _IDLE_S = 1.5
 _FILE_S, _TAIL_S = 0.05, 0.5
-"""Seconds between two reads of a followed log: first for a file on this machine, then for a log that a worker sends."""
+"""Seconds between two reads of a followed log. _FILE_S is for a file here, _TAIL_S for a log that a worker sends."""
 _PIECE = 1 << 16
-"""The number of characters of a log that one read returns."""
 _COORDINATOR = "coordinator"
 
 
@@ -97,7 +96,7 @@ def down(
         raise UsageError("--all and --cluster: choose one")
     clusters = _all_running() if every else [_running(cluster)]
     failures: list[LlamaclustError] = []
-    for step in (_signal_end, _await_end):  # all get the signal before the first one is waited for
+    for step in (_signal_end, _await_end):  # All clusters get the signal before the command waits for any of them.
         for each in [*clusters]:
             try:
                 step(*each)
@@ -120,12 +119,12 @@ def _await_end(folder: ClusterDir, record: ClusterRecord) -> None:
         print(f"{record.name}: {what}", file=sys.stderr)
     if not folder.ends_within(_STOP_S):
         print(f"{record.name} has not ended within {_STOP_S:.0f} s: it is killed now", file=sys.stderr)
-        folder.mark_stopped()  # else a standby would take over
+        folder.mark_stopped()  # This keeps a standby from taking over.
         folder.forget_record()
         record.signal(signal.SIGKILL)
         if not folder.ends_within(_KILL_S):
             folder.write_record(record)
-            raise LlamaclustError(f"cluster {record.name} (pid {record.pid}) does not end; look at it with `ps`")
+            raise LlamaclustError(f"cluster {record.name} (pid {record.pid}) does not end; inspect it with `ps`")
     if left := left_unanswered(folder.journal):
         print(f"{record.name}: {left}", file=sys.stderr)
     print(f"{record.name} is stopped", file=sys.stderr)
@@ -146,7 +145,7 @@ def status(
 
     one = cluster or endpoint or api_key_file or ca_file or watch
     if every and one:
-        raise UsageError("--all: shows all clusters once; remove all other options except --json")
+        raise UsageError("--all shows all clusters once: remove all other options except --json")
     if every or not (one or as_json):
         several = _all_running()
         if every or len(several) > 1:
@@ -176,7 +175,7 @@ def logs(
     follow: Annotated[bool, Option("-f", "--follow", help="Keep printing new lines until Ctrl-C.")] = False,
     cluster: Cluster = None,
 ) -> None:
-    """Print the log of a worker in a running cluster, or in an ended cluster that --cluster names."""
+    """Print the log of a worker. The cluster must be running, unless --cluster names it."""
     folder, record = _running_or_last(cluster)
     if record is not None and not record.is_local and worker != _COORDINATOR:
         _print_tail(record, _worker_name(worker), follow)
@@ -193,7 +192,8 @@ def logs(
         _print_rest(file)
         while follow:
             time.sleep(_FILE_S)
-            if os.fstat(file.fileno()).st_size < file.tell():  # its end was moved to another file
+            # A log that became shorter was emptied, because it had become too large.
+            if os.fstat(file.fileno()).st_size < file.tell():
                 file.seek(0)
             _print_rest(file)
 
@@ -212,8 +212,8 @@ def _print_rest(file: TextIO) -> None:
 
 
 def _print_tail(record: ClusterRecord, worker: str, follow: bool) -> None:
-    """Prints the last lines of a worker's log, and then new lines if `follow` is True. A log that became shorter
-    belongs to a new process, so it is printed from its first line."""
+    """Prints the last lines of a worker's log and, if `follow` is True, new lines. If the log became shorter, a new
+    process writes it, so it is printed from its first line."""
     printed = 0
     with _api(record) as api:
         while True:
@@ -259,7 +259,7 @@ def plan(
         from llamaclust.cli.plans.assumed_plan import show_assumed_plan
 
         if source is not None or workers is not None or mmproj is not None:
-            raise UsageError("--assume: describes the machines: remove FILE, --workers and --mmproj")
+            raise UsageError("--assume describes the machines: remove FILE, --workers and --mmproj")
         show_assumed_plan(assume, model, overrides, as_json, acceptances)
         return
     from llamaclust.cli.plans.plan import show_plan
@@ -298,7 +298,7 @@ def _all_running() -> list[tuple[ClusterDir, ClusterRecord]]:
 
 
 def _running_or_last(name: str | None) -> tuple[ClusterDir, ClusterRecord | None]:
-    """Returns a cluster's folder, and its record if the cluster runs. Without a name, finds running clusters only."""
+    """Returns a cluster's folder and, if the cluster runs, its record. Without a name, finds only running clusters."""
     from llamaclust.cluster.config.environment import environment
     from llamaclust.cluster.state.clusters import running_clusters
     from llamaclust.cluster.state.directory import ClusterDir

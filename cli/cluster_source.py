@@ -18,8 +18,8 @@ _MAX_NAME = 63
 def cluster_source(
     source: str | None, workers: int | None, overrides: Sequence[str], *, discover: bool = False
 ) -> tuple[Path | None, list[str]]:
-    """Returns the path of the cluster file, or None, and the KEY=VALUE overrides. If `source` is a model, there is no
-    file, and the overrides name the cluster after the model. The model's workers are processes on this machine or, with
+    """Returns the path of the cluster file and KEY=VALUE overrides. If `source` is a model, the path is None and the
+    overrides describe a cluster that has the model's name. Its workers are processes on this machine or, with
     `discover`, any workers that find the cluster. Raises UsageError if a model is neither a file nor a known name, and
     if --workers is given with a cluster file."""
     if source is not None and not _is_model(source):
@@ -47,7 +47,7 @@ def _is_folder(source: str) -> bool:
 def _is_there(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # a name that is too long, or none
+    except (OSError, ValueError):  # The name is too long or contains a null character.
         return False
 
 
@@ -72,7 +72,6 @@ def _served(spec: str) -> list[str]:
 
 
 def mmproj_override(choice: str | None) -> list[str]:
-    """Returns the override for the projector given on the command line, or an empty list if none was given."""
     if choice is None:
         return []
     is_path = choice.endswith(".gguf") and not choice.startswith(_remote_prefixes())
@@ -80,7 +79,6 @@ def mmproj_override(choice: str | None) -> list[str]:
 
 
 def _cluster_name(text: str) -> str:
-    """Returns a valid cluster name made from a text, as a JSON string."""
     name = re.sub(r"[^a-z0-9_.-]+", "-", text.lower(), flags=re.ASCII)[:_MAX_NAME].strip("_.-")
     return json.dumps(name or "default")
 

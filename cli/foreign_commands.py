@@ -57,14 +57,13 @@ WITHOUT_ARGUMENT = {
     "down": "`llamaclust down --cluster {0}`",
     "worker": "`llamaclust worker --join {0}`",
 }
-"""Maps each command without arguments to advice for a user who gave an argument."""
 _MOST_SHOWN = 100
 
 
 def instead_of(group: str, words: Sequence[str], commands: Mapping[str, object]) -> str | None:
-    """Returns advice about an unknown command in a group, or None if there is no advice. `words` are the command and
-    its arguments; `commands` are the group's commands. The advice names the equivalent of another program's command, or
-    the command of that name in a subgroup."""
+    """Returns advice about an unknown command, or None if there is no advice. `words` are the unknown command and its
+    arguments. `commands` are the known commands of `group`. If another program has the command, the advice names the
+    equivalent. If a subgroup has a command of that name, the advice names that command."""
     word, *more = words
     known = _COMMANDS.get(group, {}).get(word)
     if known is None:

@@ -88,7 +88,7 @@ def generate(
 ) -> None:
     """Complete PROMPT and stream the text."""
     if mmproj is not None and not image:
-        raise UsageError("--mmproj: is for images: give --image FILE, too")
+        raise UsageError("--mmproj is for images: give --image FILE, too")
     from llamaclust.cluster.client.message_images import image_part
     from llamaclust.cluster.front.text.answer import join
 
@@ -240,12 +240,12 @@ def given_or_piped(prompt: str | None) -> str:
 
 
 def _answer(client: TextClient, prompt: str, images: Sequence[dict[str, Any]], options: Any) -> ChunkStream:
-    """Completes the prompt, or sends it with images as a chat message. Both requests must accept the options."""
     from llamaclust.cluster.client.session import ChatSession
 
     if not images:
         return client.generate(prompt, stream=True, **options)
-    return ChatSession(client).send([*images, prompt], stream=True, **options)  # images first, as llama.cpp has them
+    # Images come before the text, as in llama.cpp.
+    return ChatSession(client).send([*images, prompt], stream=True, **options)
 
 
 def _print_stream(chunks: ChunkStream) -> None:
@@ -257,7 +257,7 @@ def _print_stream(chunks: ChunkStream) -> None:
 
 
 def reply_json(reply: Answer) -> dict[str, object]:
-    """Converts a reply to JSON. Logprobs have nine significant digits, which restore the float32 exactly."""
+    """Converts a reply to JSON. Logprobs have nine significant digits, which suffice to restore a float32 exactly."""
     timings = reply.timings
     return {
         "text": reply.text,
@@ -288,11 +288,11 @@ class Target:
     chat_template: str | None = None
     gpus: Gpus = NO_GPUS
     ca_file: Path | None = None
-    served: str | None = None  # model or adapter of the cluster; None: its first model
-    draft: str | None = None  # draft model of `model`
-    mtp: bool = False  # its own head for multi-token prediction drafts
-    reads_images: bool = False  # `model` does
-    mmproj: str | None = None  # the projector of `model`; None: the only one beside it
+    served: str | None = None  # Model or adapter that the cluster serves. None selects the first model.
+    draft: str | None = None  # Draft model for speculative decoding with `model`.
+    mtp: bool = False  # True if the MTP head of `model` drafts tokens.
+    reads_images: bool = False  # True if prompts for `model` may contain images.
+    mmproj: str | None = None  # Projector of `model`. None selects the only projector in the model's folder.
 
     def check_drafts(self, most: int | None) -> None:
         """Raises UsageError if --model-draft or --mtp is given although `most` forbids drafts. `most` is the maximum
@@ -384,7 +384,7 @@ class Target:
 
 
 def connect(endpoint: str, api_key_file: Path | None, ca_file: Path | None = None, model: str | None = None) -> Client:
-    """Returns a client with the first API key of `api_key_file`, if given. Raises UsageError if there is no key."""
+    """Returns a client that uses the first key of `api_key_file`, if given. Raises UsageError if there is no key."""
     from llamaclust.cluster.client.http import Client
     from llamaclust.cluster.state.api_keys import first_key
 

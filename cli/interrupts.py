@@ -14,7 +14,7 @@ from llamaclust.cli.terminal import print_error
 from llamaclust.core.errors import LlamaclustError
 
 _REPEAT_S = 0.01
-"""Seconds after which a signal's handler is called again because a destructor discarded its exception."""
+"""Seconds until a signal's handler is called again, if a destructor discarded the exception of the first call."""
 
 
 _FIRST_PROCESS = 1
@@ -31,7 +31,8 @@ def _end_by_signal(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def obey_signals() -> None:
-    """Lets SIGTERM and SIGHUP end this process if it is the first process in a container. Must precede slow imports."""
+    """Lets SIGTERM and SIGHUP end this process if it is the first process in a container. Call it before slow
+    imports, because the kernel drops these signals until then."""
     for number in (signal.SIGTERM, signal.SIGHUP) if os.getpid() == _FIRST_PROCESS else ():
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end_by_signal)
@@ -39,9 +40,10 @@ def obey_signals() -> None:
 
 @contextmanager
 def ends_at_once() -> Iterator[None]:
-    """Lets Ctrl-C end the process without KeyboardInterrupt. Use it around imports and the like, where the exception
-    would print a traceback or be swallowed by a library."""
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as in a shell's background
+    """Lets Ctrl-C end the process without KeyboardInterrupt. Use it around imports, where KeyboardInterrupt would
+    print a traceback or be swallowed by a library."""
+    # A process in a shell's background ignores SIGINT, and must go on doing so.
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
     signal.signal(signal.SIGINT, unhandled())
@@ -60,7 +62,8 @@ def end_at_once(code: int) -> NoReturn:
 
 
 Held = Callable[[], AbstractContextManager[None]]
-"""Returns a context manager. A signal that arrives within the context takes effect at the context's end."""
+"""Returns a context manager. A signal that arrives within the context does not end the process until the context
+ends."""
 
 
 @contextmanager
@@ -91,7 +94,8 @@ def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameTy
         yield
     finally:
         sys.unraisablehook = usual_hook
-        if not received:  # else the process ends, and another signal must not change its code
+        # If a signal was received, the process ends, and a second signal must not change its exit code.
+        if not received:
             for number in handled:
                 signal.signal(number, unhandled())
 
@@ -99,7 +103,7 @@ def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameTy
 @contextmanager
 def exits_on_signals(*numbers: signal.Signals) -> Iterator[Held]:
     """Turns the first of the given signals into SystemExit, so that cleanup runs. The exit code is 128 plus the
-    signal's number, as in a shell. Yields a `Held`, which defers the exit."""
+    signal's number, as in a shell. Yields a `Held`: code that runs in its context is not interrupted."""
     holds = False
     received: list[int] = []
 
@@ -132,7 +136,7 @@ def signals_as_interrupts(*numbers: signal.Signals) -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         received.append(number)
         usual = signal.getsignal(signal.SIGINT)
-        if not callable(usual):  # ignored, as in a shell's background
+        if not callable(usual):  # SIGINT is ignored, because the process runs in a shell's background.
             raise KeyboardInterrupt
         usual(signal.SIGINT, frame)
 
@@ -163,5 +167,4 @@ def ends_in_one_line() -> Iterator[None]:
 
 
 def ends_workers_cleanly(workers: int) -> AbstractContextManager[None]:
-    """Returns a context in which SIGTERM and SIGHUP run cleanup if there are several workers."""
     return signals_as_interrupts(signal.SIGTERM, signal.SIGHUP) if workers > 1 else nullcontext()

@@ -39,7 +39,7 @@ def add(
 
 
 def list_keys(file: File = None) -> None:
-    """List the names of API keys, without the keys. The first key may do more than the others."""
+    """List the names of API keys, without the keys. The first key has more permissions than the others."""
     from llamaclust.cluster.state.api_keys import named_keys
 
     path = key_file(file)
@@ -62,7 +62,6 @@ def remove(
 
 
 def key_file(given: Path | None = None) -> Path:
-    """Returns the absolute path of the given file, or of the default file in the state directory."""
     from llamaclust.cluster.config.environment import environment
     from llamaclust.cluster.state.api_keys import FILE_NAME
 

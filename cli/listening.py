@@ -20,13 +20,13 @@ _OWNER, _KEY_NAME = "owner", "lan"
 
 
 def listen_overrides(file: Path | None, overrides: list[str], port: int | None, *, lan: bool) -> list[str]:
-    """Returns --port and --lan as overrides of the cluster file. --port replaces the port. --lan makes an API on
-    loopback listen at all addresses. --lan also sets the default file of API keys, and allows this machine's names as
-    hosts, unless the cluster file sets these keys."""
+    """Returns the KEY=VALUE overrides for --port and --lan. --port replaces the port. --lan makes an API on loopback
+    listen at all addresses. --lan also sets the default file of API keys and allows this machine's names as hosts,
+    unless the cluster file sets `api_keys_file` or `allowed_hosts`."""
     values = cluster_document(file, overrides).values
     listen = values.get("listen", ClusterConfig.model_fields["listen"].default)
     more = []
-    with suppress(AddressError):  # the check of the whole file names its place
+    with suppress(AddressError):  # The later check of the whole cluster file reports an invalid address.
         host, given = split_address(listen)
         wanted = joined_address(ANYWHERE[0] if lan and is_loopback(host) else host, given if port is None else port)
         more.append(f"listen={json.dumps(wanted)}")
@@ -38,14 +38,14 @@ def listen_overrides(file: Path | None, overrides: list[str], port: int | None, 
 
 
 def _own_names() -> list[str]:
-    """Returns this machine's names on the network: its host name and its multicast DNS name."""
     name = socket.gethostname().partition(".")[0].lower()
     return [name, f"{name}.local"] if _HOST_NAME.fullmatch(name) else []
 
 
 def lan_key(path: Path) -> str:
-    """Returns the API key named `lan` on a terminal, and a description of the key's place elsewhere. If the file has no
-    keys, adds the key `owner` and then `lan`, since the first key of a file may do more than the others."""
+    """Returns the API key named `lan` if standard error is a terminal, and otherwise a text that tells where the key
+    is. If the file has no keys, adds the keys `owner` and `lan`. A file's first key has more permissions than the
+    others, so it must not be `lan`."""
     keys = named_keys(path) or [add_key(path, name) for name in (_OWNER, _KEY_NAME)]
     own = next((each for each in keys if each.name == _KEY_NAME), None)
     if own is None:

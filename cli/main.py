@@ -48,14 +48,13 @@ def main() -> None:
 
 
 def _end_output() -> None:
-    """Discards buffered output, since writing it at exit might fail again."""
+    """Discards buffered output, since the interpreter would write it at exit and might fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explain(error: Any) -> None:
-    """Prints one line about a wrong command line, unless help was printed instead."""
     words = " ".join(error.format_message().split())
-    if words:
+    if words:  # There is no message if help was printed instead.
         command = error.ctx.command_path if error.ctx else "llamaclust"
         print_error(f"{words.rstrip('.')}; see `{command} --help`")
 

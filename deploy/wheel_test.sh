@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Installs a wheel in a new virtual environment, without a compiler, and runs the demo there: two workers answer a question.
-# Arguments: the wheel, and the Python that makes the environment. Prints the seconds that each step took. The model comes from
-# this machine's cache if it is there.
+# Usage: deploy/wheel_test.sh WHEEL [PYTHON]
+# Installs a wheel in a new virtual environment, without a compiler, and runs the demo there: two workers answer a
+# question. PYTHON creates the environment. Prints the seconds of each step. If this machine has the model in its cache,
+# the demo uses that copy.
 set -euo pipefail
 wheel=$(realpath "${1:?usage: deploy/wheel_test.sh WHEEL [PYTHON]}")
 root=$(realpath "$(dirname "$0")/..")
@@ -12,7 +13,7 @@ export LLAMACLUST_HOME=$folder/home LLAMACLUST_STATE_DIR=$folder/state CC=false 
 mkdir "$LLAMACLUST_HOME"
 [ ! -d "$models" ] || ln -s "$models" "$LLAMACLUST_HOME/models"
 
-cd "$folder" # no module of the source tree is imported
+cd "$folder" # In this folder, Python cannot import modules of the source tree.
 SECONDS=0
 "${2:-python3}" -m venv venv
 venv/bin/python -m pip --disable-pip-version-check install -q -c "$root/constraints.txt" "$wheel"

@@ -1,6 +1,6 @@
-"""The demo: starts a cluster of two workers, sends a prompt, shows the status, stops the cluster.
+"""Starts a cluster of two workers, sends a prompt, shows the status and stops the cluster.
 
-It prints every command that it runs.
+Prints every command that it runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DEADLINE_S = 600
 
 
 def run(*arguments: str, question: str | None = None) -> str:
-    """Runs one llamaclust command, shows it and what it prints, and returns what it printed."""
+    """Runs a llamaclust command. Prints the command and its output, and returns the output."""
     typed = shlex.join(("llamaclust", *arguments))
     print(f"\n$ {f'echo {shlex.quote(question)} | ' if question else ''}{typed}", flush=True)
     done = subprocess.run(
@@ -44,7 +44,7 @@ def main() -> None:
         run("down", "--cluster", NAME)
     if "Paris" not in answer:
         raise SystemExit("the answer is wrong: please report this with the output above")
-    # Logs of a demo that failed stay, and what was measured of the machine.
+    # The logs of a failed demo are kept. The measurements of the machine are kept in any case.
     shutil.rmtree(environment().state_dir / NAME, ignore_errors=True)
     print("\nThe answer came through both workers. Start your own cluster with `.venv/bin/llamaclust up`.")
 

@@ -1,4 +1,4 @@
-"""Writes an adapter of random weights, to try adapters with: python examples/random_adapter.py MODEL OUT."""
+"""Writes a LoRA adapter with random weights, for trials. Usage: python examples/random_adapter.py MODEL OUT."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ RANK = 4
 ALPHA = 8.0
 PARTS = (".attn_q.", ".attn_v.", ".ffn_up.")
 GAIN = 0.2
-"""Deviation of what the adapter adds to a product of normal numbers."""
+"""Standard deviation of the values that the adapter adds, if its input has standard deviation 1."""
 
 
 def write_adapter(model: Path, out: Path) -> None:
-    """Of the matrices whose names have one of PARTS."""
+    """Writes an adapter for the matrices whose names contain one of PARTS."""
     file, random = open_model(model), np.random.default_rng(1)
     sources = []
     for tensor in file.tensors.values():

@@ -1,5 +1,6 @@
 #!/bin/sh
-# usage: proto/generate.sh [PYTHON]: regenerates the stubs beside the .proto files with pinned tools in a throw-away environment.
+# Usage: proto/generate.sh [PYTHON]
+# Regenerates the stubs in this folder from the .proto files, with pinned tools in a temporary virtual environment.
 set -eu
 python="${1:-python3}"
 cd "$(dirname "$0")/.."

@@ -20,5 +20,5 @@ def in_background(work: Callable[[], _Result]) -> Future[_Result]:
 def _run(work: Callable[[], _Result], done: Future[_Result]) -> None:
     try:
         done.set_result(work())
-    except BaseException as error:  # noqa: BLE001  the border of the thread
+    except BaseException as error:  # noqa: BLE001  The future passes the exception on.
         done.set_exception(error)

@@ -1,4 +1,4 @@
-"""Computes a model's memory use, and how much of the model fits: layers, or tokens of context."""
+"""Computes the memory that a model needs, and the number of layers or tokens of context that fit."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from llamaclust.worker.stage.stage_runner import model_program
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Bytes in memory of one CPU worker, and the part of the model that fits into `available_bytes`."""
+    """Bytes of memory of one CPU worker, and the part of the model that fits into `available_bytes`."""
 
     available_bytes: int
-    weight_bytes: int  # packed for the kernels: not those of the file
+    weight_bytes: int  # Size of the weights as packed for the kernels, which differs from their size in the file.
     layer_bytes: tuple[int, ...]
-    kv_bytes_per_token: dict[str, int]  # by KV type, over all layers
-    state_bytes: int  # of a state of the sequence, over all layers
+    kv_bytes_per_token: dict[str, int]  # Bytes of all layers, by KV type.
+    state_bytes: int  # Bytes of one sequence's recurrent state in all layers.
     workspace_bytes: int
-    context_length: int  # the model's own, 4096 at most; what the following reckon with
-    total_bytes: int  # as a plan has it where memory suffices, with KV memory for `kv_tokens`, without an encoder
+    context_length: int  # Context length for the following values: the model's, but at most 4096.
+    total_bytes: int  # Memory of all layers with KV memory for `kv_tokens` tokens, without an image encoder.
     kv_tokens: int
-    least_bytes: int  # with KV memory for one sequence
-    layers: int  # from the first on, with the embedding; all of them: with the head too
-    most_context: int  # with all layers; 0 where they do not fit
+    least_bytes: int  # Memory of all layers with KV memory for one sequence.
+    layers: int  # Number of layers that fit, counted from the first. The embedding is included.
+    most_context: int  # Longest context that fits with all layers. 0 if the layers do not fit.
 
     @property
     def is_whole(self) -> bool:
@@ -47,8 +47,8 @@ class Fit:
 
 
 def fit(path: Path, available_bytes: int, threads: int, context_length: int | None = None) -> Fit:
-    """Plans one worker with the defaults of a cluster file. Reads only headers. Limits `context_length` to the model's
-    own. Raises ModelFileError if the model cannot run here."""
+    """Computes the memory of one worker with the defaults of a cluster file. Reads only headers of the model file.
+    `context_length` is limited to the model's own. Raises ModelFileError if the model cannot run here."""
     model, _ = open_with_projector(path, None)
     with model:
         config = ClusterConfig.model_validate({"model": str(path), "workers": [{"name": "a"}]})

@@ -1,4 +1,4 @@
-"""Figures of a model file: parameters, bits per weight, bytes per layer and per type."""
+"""Describes a model file: parameters, bits per weight, bytes per layer and per type."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def describe(model: ModelFile) -> ModelInfo:
 
 
 def shown_metadata(model: ModelFile, shown_items: int = 8) -> dict[str, Any]:
-    """Returns metadata for JSON. Arrays longer than `shown_items` become their type and length."""
+    """Returns metadata for JSON. An array longer than `shown_items` is replaced by its type and length."""
     return {key: _shown_value(value, shown_items) for key, value in model.metadata.items()}
 
 
@@ -92,7 +92,7 @@ def _share(name: str, tensors: list[Tensor]) -> Share:
 
 def _shown_value(value: MetadataValue, shown_items: int) -> Any:
     if isinstance(value, float) and not isfinite(value):
-        return str(value)  # JSON has no such numbers
+        return str(value)  # JSON has no infinity and no NaN.
     if isinstance(value, bool | int | float | str):
         return value
     if len(value) <= shown_items:

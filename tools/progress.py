@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int | None], None]
-"""Receives the step, the finished amount (bytes or pieces), and the total or None if unknown."""
+"""Receives the name of a step, the finished amount (bytes or pieces), and the total, or None if it is unknown."""
 
 
 def silent(what: str, done: int, total: int | None) -> None:

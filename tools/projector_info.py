@@ -1,4 +1,4 @@
-"""Figures of a projector file for `model info`."""
+"""Describes a projector file for `model info`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from llamaclust.worker.devices.encoder_memory import encoder_bytes
 
 @dataclass(frozen=True, slots=True)
 class ProjectorInfo:
-    """A projector's figures. `width` is the number of channels in a row. `image_size` is the side of a tile in pixels,
-    or 0 if tiles may have any size up to `max_pixels`."""
+    """Sizes of a projector. `width` is the number of channels in a row. `image_size` is the side of a tile in pixels,
+    or 0 if tiles may have any size up to `max_pixels` pixels."""
 
     name: str
     width: int
@@ -45,8 +45,6 @@ class ProjectorInfo:
 
 @dataclass(frozen=True, slots=True)
 class ProjectorBeside:
-    """A model's default projector with the RAM of its encoder, or the reason why the model uses no projector."""
-
     path: Path | None = None
     info: ProjectorInfo | None = None
     weight_bytes: int = 0

@@ -1,4 +1,4 @@
-"""Splits a model file, and merges parts, without changing tensors. llama.cpp reads our parts, and we read its parts."""
+"""Splits a model file into parts, and merges parts. Tensors are unchanged. The format of parts is llama.cpp's."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _SPLIT_KEYS: Final = re.compile(r"split\.(no|count|tensors\.count)")
 
 @dataclass(frozen=True, slots=True)
 class SplitRules:
-    """The limit of a part's tensors: `most_bytes`, or `most_tensors` if `most_bytes` is None."""
+    """Limits of a part. If `most_bytes` is None, `most_tensors` limits the number of tensors."""
 
     most_bytes: int | None = None
     most_tensors: int = DEFAULT_TENSORS
-    no_tensor_first: bool = False  # the first part has metadata alone
+    no_tensor_first: bool = False  # True if the first part has only metadata.
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,8 @@ class Part:
 
 
 def plan_split(model: ModelFile, prefix: Path, rules: SplitRules) -> list[Part]:
-    """Returns the parts PREFIX-00001-of-0000N.gguf. Raises UsageError if that is impossible."""
+    """Returns the parts PREFIX-00001-of-0000N.gguf. Raises UsageError if the model is already split, if a tensor is
+    larger than a part may be, or if there are too many parts."""
     if len(model.parts) > 1:
         raise UsageError(f"{model.path}: is already split; merge it first with `llamaclust model merge`")
     alignment = _alignment(model)
@@ -73,15 +74,15 @@ def plan_split(model: ModelFile, prefix: Path, rules: SplitRules) -> list[Part]:
 
 
 def plan_merge(model: ModelFile, out: Path) -> Part:
-    """Returns the single file of a split model. Raises UsageError if it is already one file."""
+    """Returns the file into which to merge a split model. Raises UsageError if the model is already one file."""
     if len(model.parts) == 1:
-        raise UsageError(f"{model.path}: is already one file")
+        raise UsageError(f"{model.path}: is already one file, so there is nothing to merge")
     return Part(out, _whole_metadata(model), tuple(model.tensors.values()), _alignment(model))
 
 
 def write_parts(parts: Sequence[Part], progress: Progress) -> None:
-    """Writes all files or none. The files get their names when all are complete, the first file last. Raises UsageError
-    if a file exists or the disk has too little room. `progress` receives file names and bytes of tensors."""
+    """Writes all files or none. The files get their names when all of them are complete, and the first file is named
+    last. Raises UsageError if a file exists or the disk lacks space. `progress` receives file names and bytes."""
     for part in parts:
         if part.path.exists():
             raise UsageError(f"{part.path}: already exists; delete it or choose another name")
@@ -104,7 +105,7 @@ def _source(tensor: Tensor, on_read: Callable[[int], None]) -> TensorSource:
 
 
 def _whole_metadata(model: ModelFile) -> dict[str, WritableValue]:
-    """Returns all metadata without a split's keys. The alignment becomes a number for the writer."""
+    """Returns all metadata except the keys of a split. The writer needs the alignment as a number."""
     raw: dict[str, WritableValue] = {
         key: RawValue(data) for key, data in raw_metadata(model.path).items() if not _SPLIT_KEYS.fullmatch(key)
     }

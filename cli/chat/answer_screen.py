@@ -34,7 +34,6 @@ class AnswerScreen:
 
     @property
     def hides_all(self) -> bool:
-        """True if the answer consists only of reasoning that is not shown."""
         return self._is_empty and self._has_hidden_reasoning
 
     def show(self, chunk: TextChunk) -> None:
@@ -75,8 +74,8 @@ class AnswerScreen:
 
 
 def _markdown_screen() -> MarkdownScreen | None:
-    """Returns a Markdown screen, or None if standard output is not a terminal that can render Markdown."""
-    from llamaclust.cli.chat.markdown import MarkdownScreen  # only here: rich's parser takes a part of the start
+    # This import would slow the start of every command, because it loads rich's Markdown parser.
+    from llamaclust.cli.chat.markdown import MarkdownScreen
 
     screen = MarkdownScreen()
     return screen if sys.stdout.isatty() and screen.can_render else None

@@ -23,41 +23,38 @@ from llamaclust.core.errors import LlamaclustError, UsageError
 
 _HELP: Final = '''\
 /again        answer the last message again
-/undo         take back the last message and its answer
+/undo         remove the last message and its answer
 /history      print the conversation
 /system TEXT  set the system message; without TEXT, remove it
 /stats        show token counts and speed of the last answer
 /save FILE    write the conversation to FILE
 /load FILE    continue the conversation in FILE
-/clear        forget the conversation, keep the system message
+/clear        forget the conversation, but keep the system message
 /help, /?     show this help
 /exit         leave, like /quit, /bye and Ctrl-D
 @FILE         in a message, insert the text or image in FILE; quote a name with spaces: @"MY FILE" (Tab completes)
 A line that ends with \\ continues on the next line. """ begins and ends a message of several lines.
 Such a message is sent unchanged, and so is a line that begins with a space. Ctrl-C interrupts an answer.'''
 _DROPPED: Final = (
-    "(the conversation exceeds the model's context: from now on the oldest turns are left out; /clear begins anew)"
+    "(the conversation exceeds the model's context, so its oldest turns are no longer sent; /clear starts a new one)"
 )
-_DROPPED_IMAGES: Final = (
-    "(the conversation has too many images for a request: from now on the oldest images are left out)"
-)
+_DROPPED_IMAGES: Final = "(the conversation has too many images for a request, so its oldest images are no longer sent)"
 _ALL_REASONING: Final = (
-    "(no answer: it ended within its reasoning, which only a terminal shows; raise -n or set --reasoning-budget)"
+    "(no answer: generation ended within the reasoning, which only a terminal shows; raise -n or set "
+    "--reasoning-budget)"
 )
 _EXITS: Final = ("/exit", "/quit", "/bye")
 _HISTORY: Final = ".chat_history"
-"""The name of the file in the state directory that keeps typed lines."""
+"""Name of the file, in the state directory, that keeps typed lines."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatSettings:
-    """Settings of the display, and the file that keeps the conversation."""
-
     is_colored: bool = False
-    renders_markdown: bool = False  # on a terminal with colors
-    shows_stats: bool = False  # after each answer
-    takes_commands: bool = False  # of piped input, too
-    file: Path | None = None  # has the conversation after each answer and command
+    renders_markdown: bool = False  # Has an effect only on a terminal with colors.
+    shows_stats: bool = False  # Prints token counts and speed after each answer.
+    takes_commands: bool = False  # Obeys commands and @FILE in piped input. Typed input may always contain them.
+    file: Path | None = None  # The conversation is saved to this file after each answer and each command.
 
 
 class Chat:
@@ -66,7 +63,8 @@ class Chat:
     def __init__(self, session: ChatSession, settings: ChatSettings) -> None:
         self._session = session
         self._settings = settings
-        self._timings: Timings | None = None  # of the last answer in the conversation, once it is complete
+        # Timings of the conversation's last answer, or None if this session did not complete that answer.
+        self._timings: Timings | None = None
         self._commands: dict[str, Callable[[str], None]] = {
             "/again": lambda rest: self._show(session.regenerate(stream=True)),
             "/undo": lambda rest: self._undo(),
@@ -81,8 +79,8 @@ class Chat:
         }
 
     def run(self) -> None:
-        """Runs until /exit or the end of the input. On a terminal, an error ends only the current turn. If input is
-        piped, an error ends the chat."""
+        """Reads and answers entries until /exit or the end of the input. On a terminal, an error ends only the current
+        turn. If input is piped, an error ends the chat."""
         is_terminal = sys.stdin.isatty()
         settings = self._settings
         history = environment().state_dir / _HISTORY
@@ -115,7 +113,7 @@ class Chat:
             return
         try:
             self._act(entry, name, rest.strip())
-        finally:  # what came of an answer that failed
+        finally:  # The received part of a failed answer is saved, too.
             if self._settings.file is not None:
                 self._session.save(self._settings.file)
 
@@ -182,7 +180,7 @@ class Chat:
     def _save(self, name: str) -> None:
         path = Path(expand_home(_given(name, "/save")))
         if path.is_file() and not is_conversation(path):
-            raise UsageError(f"/save: {name} exists and is not a conversation; remove it, or give another name")
+            raise UsageError(f"/save: {name} exists and is not a conversation; remove the file, or give another name")
         self._session.save(path)
         _print_notice(f"saved {len(self._session.messages)} messages to {name}")
 
@@ -199,7 +197,6 @@ def _given(name: str, command: str) -> str:
 
 
 def _shown(content: Any) -> str:
-    """Returns the text of a message's content, with `[image]` in place of each image."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):

@@ -15,7 +15,7 @@ _QUOTES: Final = '"""'
 _FIRST_PROMPT: Final = "> "
 _NEXT_PROMPT: Final = ". "
 _BRIGHT: Final = ("\001\033[1;32m\002", "\001\033[0m\002")
-"""Escape codes around a colored prompt. Control characters tell readline that the codes take no space."""
+"""Escape codes before and after a colored prompt. The characters 1 and 2 tell readline that the codes take no space."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class Entries:
     """Reads entries from standard input. On a terminal, readline lets the user edit a line and recall earlier lines."""
 
     def __init__(self, history: Path, *, is_colored: bool, takes_commands: bool) -> None:
-        """The file `history` keeps earlier lines. If `takes_commands` is False, piped lines are literal, since somebody
-        else may have written them."""
+        """`history` is the file of earlier lines. If `takes_commands` is False, piped lines are sent as messages and
+        never run as commands, since somebody else may have written the lines."""
         self._is_terminal = sys.stdin.isatty()
         self._is_literal = not (self._is_terminal or takes_commands)
         self._edits = self._is_terminal and sys.stdout.isatty()

@@ -14,8 +14,8 @@ _MOST_NAMES: Final = 1000
 
 
 def completed_file(word: str, number: int) -> str | None:
-    """Returns the completion `number` of a word for readline, or None after the last completion. Names with spaces are
-    not completed, because readline ends a word at a space."""
+    """Returns completion number `number` of a word, counted from 0, or None if there are fewer completions. Readline
+    calls this function. Names with spaces are not completed, because readline ends a word at a space."""
     if number == 0:
         _completions.cache_clear()
     found = _completions(word) if word.startswith(_MARK) else ()
@@ -24,7 +24,6 @@ def completed_file(word: str, number: int) -> str | None:
 
 @lru_cache(maxsize=1)
 def _completions(word: str) -> tuple[str, ...]:
-    """Returns the paths of files and folders that begin with the path in `word`. A folder's path ends with a slash."""
     folder, slash, start = word.removeprefix(_MARK).rpartition("/")
     found: list[str] = []
     with suppress(OSError, ValueError):

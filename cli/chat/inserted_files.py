@@ -47,7 +47,8 @@ def _inserted(name: str) -> str | dict[str, Any]:
         path = Path(expand_home(name))
         with open_regular(path) as file:
             head = file.read(_HEAD_BYTES)
-        if b"\0" in head and format_of(head) is not None:  # a text may begin like a BMP file
+        # A text may begin with the same letters as a BMP file, but a text has no zero bytes.
+        if b"\0" in head and format_of(head) is not None:
             return image_part(path)
         return read_text(path, _MOST_BYTES).removesuffix("\n")
     except (OSError, ValueError) as error:

@@ -12,13 +12,13 @@ from llamaclust.core.regular_file import read_text, write_text
 
 _LINES: Final = 1000
 _CHARACTERS: Final = 4096
-"""The maximum length of a kept line. A longer line was probably pasted, not typed."""
+"""Maximum number of characters in a kept line. A longer line was probably pasted, not typed."""
 _MOST_BYTES: Final = 64 << 20
 
 
 class LineHistory:
-    """Enables readline's keys in input(), and appends typed lines to a file that concurrent chats share. A file that
-    cannot be read or written is ignored."""
+    """Enables line editing in input() by readline, and appends typed lines to a file that concurrent chats share. A
+    file that cannot be read or written is ignored."""
 
     def __init__(self, path: Path) -> None:
         """Raises ImportError if Python was built without readline."""
@@ -34,7 +34,7 @@ class LineHistory:
             self._add(line)
 
     def add(self, line: str) -> None:
-        """Writes the line to the file at once, since closing the terminal ends the process."""
+        """Appends the line to the file at once, since closing the terminal would end the process without cleanup."""
         if not line.strip() or len(line) > _CHARACTERS:
             return
         self._add(line)

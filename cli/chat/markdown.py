@@ -15,7 +15,7 @@ from rich.text import Text
 _FENCE: Final = re.compile(r" {0,3}(`{3,}|~{3,})")
 _PARSER: Final = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
 """A parser that treats HTML tags as text, because rich would omit them."""
-_CODE_THEME: Final = "ansi_dark"  # the terminal's own colours
+_CODE_THEME: Final = "ansi_dark"  # This theme uses the terminal's own colors.
 
 
 class MarkdownScreen:
@@ -23,7 +23,7 @@ class MarkdownScreen:
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
-        self._open = ""  # the block that is not complete
+        self._open = ""  # Text of the block that is not complete yet.
         self._live: Live | None = None
         self._has_rendered = False
 
@@ -44,7 +44,6 @@ class MarkdownScreen:
         self._open = ""
 
     def _show(self, text: str) -> None:
-        """Shows as many of the last lines as fit on the terminal."""
         if self._live is None:
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._live.start()

@@ -24,13 +24,11 @@ _MORE: dict[str, tuple[Any, str, str]] = {
     "json_schema": (Path, "FILE", "JSON schema file that the answer must match."),
     "grammar": (Path, "FILE", "Grammar file (GBNF or Lark) that the answer must match."),
 }
-"""The type, placeholder and help text of each request field that is not in the sampling table."""
 _NUMBERS = [name for name in SAMPLING_TABLE if name != "repeat_last_n"]
 _NAMES = {
     "dry_sequence_breakers": ("--dry-sequence-breaker",),
     "draft_max": ("--draft-max", "--spec-draft-n-max"),
 }
-"""Option names of the fields that have an alias or an option with another name."""
 
 
 def _json_of(path: Path) -> Any:
@@ -44,13 +42,12 @@ def _json_of(path: Path) -> Any:
 
 
 _FILES: dict[str, Callable[[Path], Any]] = {"json_schema": _json_of, "grammar": text_of}
-"""Functions that read the file of an option whose value is a path."""
 
 
 def with_samplers(*, recommended: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Returns a decorator that adds sampling options to a command. The command gets an argument `more`, which maps
-    request fields to the values that the user gave. A number of `MAIN_NUMBERS` that the user did not give comes from
-    the model's file if `recommended` is True. Otherwise `more` contains its default."""
+    request fields to values. If the user omits an option of `MAIN_NUMBERS`, `more` contains its default value. If
+    `recommended` is True, `more` lacks that field instead, so that the model file's recommendation applies."""
     added = {name: _number_option(name, recommended) for name in _NUMBERS} | {name: _option(name) for name in _MORE}
 
     def add(command: Callable[..., None]) -> Callable[..., None]:

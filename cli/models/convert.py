@@ -89,7 +89,6 @@ def merge_lora(
 
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows progress on standard error. SIGTERM and SIGHUP run cleanup before the process ends."""
     from llamaclust.cli.interrupts import signals_as_interrupts
     from llamaclust.cli.progress import shown_progress
 
@@ -100,7 +99,7 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
 def split(
     model: LocalModel,
     prefix: Annotated[
-        Path | None, Argument(metavar="PREFIX", help="Beginning of the parts' names. Default: MODEL without .gguf.")
+        Path | None, Argument(metavar="PREFIX", help="Prefix of the parts' names. Default: MODEL without .gguf.")
     ] = None,
     max_size: Annotated[
         str | None,
@@ -131,7 +130,7 @@ def split(
 def merge(
     model: Annotated[Path, Argument(metavar="FIRST", parser=model_file, help="First part, NAME-00001-of-0000N.gguf.")],
     out: Annotated[
-        Path | None, Argument(metavar="OUT", help="Output file. Default: NAME.gguf beside the parts.")
+        Path | None, Argument(metavar="OUT", help="Output file. Default: NAME.gguf in the parts' folder.")
     ] = None,
     dry_run: DryRun = False,
 ) -> None:

@@ -69,7 +69,7 @@ def pull(
 
 
 def _check_known(model: str) -> None:
-    """Raises UsageError if the model cannot be pulled. The message explains names that only `plan --assume` knows."""
+    """Raises UsageError if the model cannot be pulled. If only `plan --assume` knows the name, the error says so."""
     from llamaclust.tools.assume.public_shapes import no_file_hint
     from llamaclust.tools.hub.pull import check_known
 
@@ -108,7 +108,7 @@ def list_models(
         return
     if wanted and not stored and not entries:
         hints = filter(None, (no_file_hint(name) for name in SHAPES if wanted.lower() in name))
-        print("\n".join(hints) or f"no name and no properties contain {printable(wanted)}")
+        print("\n".join(hints) or f"no model has a name or properties that contain {printable(wanted)}")
         return
     for model in stored:
         print(f"{model.name:32} {gigabytes(model.size_bytes):>10}  {model.path}")
@@ -136,7 +136,7 @@ def info(
         str | None,
         Option("--memory", metavar="SIZE", help="Memory for the calculation, e.g. 8GiB. Default: free memory."),
     ] = None,
-    threads: Annotated[int, Option("--threads", "-t", metavar="N", min=1, max=1024, help="Compute threads.")] = 1,
+    threads: Annotated[int, Option("--threads", "-t", metavar="N", min=1, max=1024, help="Number of threads.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Show metadata, parameters, bits per weight, bytes per type and layer, and what fits in memory.
@@ -267,7 +267,7 @@ def perplexity(
     model: LocalModel,
     text: Annotated[Path | None, Option("-f", "--file", metavar="TEXT", help="Text to evaluate (UTF-8).")] = None,
     context: Annotated[
-        int | None, Option("-c", "--context", metavar="N", min=4, help="Tokens per chunk. Default: 512.")
+        int | None, Option("-c", "--context", metavar="N", min=4, help="Number of tokens in a chunk. Default: 512.")
     ] = None,
     chunks: Chunks = None,
     base: Annotated[

@@ -31,8 +31,6 @@ _CONTEXT: Final = 512
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Options that choose the measurement."""
-
     text: Path | None
     context: int | None
     chunks: int | None
@@ -46,7 +44,7 @@ class Evaluation:
         if self.tasks is not None and self.hellaswag is None:
             raise UsageError("--tasks is for --hellaswag")
         if self.compare and self.base is None:
-            raise UsageError("--kl-divergence needs --kl-divergence-base FILE, the logits to compare with")
+            raise UsageError("--kl-divergence needs --kl-divergence-base FILE, a file of logits to compare with")
         given = {"-f": self.text, "-c": self.context, "--chunks": self.chunks, "--kl-divergence-base": self.base}
         if self.hellaswag is not None:
             self._refuse(given, "--hellaswag reads whole tasks from its own FILE")
@@ -65,7 +63,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The place where the model runs: this process, worker processes of this machine, or a running cluster."""
+    """The place where the model runs: this process, worker processes on this machine, or a running cluster."""
 
     model: Path
     threads: int | None
@@ -91,7 +89,7 @@ class Source:
     def local(self, context: int, sequences: int = 1) -> LocalClient:
         """Loads the model in this process. Raises UsageError if options place the model elsewhere."""
         if self.endpoint is not None or self.workers > 1:
-            raise UsageError("logits are those of a model in this process: remove --endpoint and --workers")
+            raise UsageError("logits need a model in this process: remove --endpoint and --workers")
         self._check_no_endpoint()
         from llamaclust.cluster.client.local import LocalClient
         from llamaclust.cluster.launchers.in_process import LocalSettings

@@ -22,7 +22,7 @@ Out = Annotated[
         metavar="OUT",
         default_factory=list,
         show_default=False,
-        help="Output file. Default: MODEL-TYPE.gguf beside MODEL, or in this folder for a downloaded model.",
+        help="Output file. Default: MODEL-TYPE.gguf next to MODEL, or in this folder for a downloaded model.",
     ),
 ]
 Type = Annotated[str, Argument(metavar="TYPE", help="Type of the output, e.g. Q4_K_M or Q8_0.")]
@@ -62,7 +62,7 @@ def quantize(
     dry_run: Annotated[bool, Option("--dry-run", help="Only show types and sizes.")] = False,
     threads: Threads = None,
 ) -> None:
-    """Write a model file in a smaller type. Each tensor gets the type that llama-quantize gives it."""
+    """Write a copy of MODEL with smaller quant types. Each tensor gets the type that llama-quantize would give it."""
     from llamaclust.cli.progress import shown_progress
     from llamaclust.model.gguf.atomic_file import part_paths
     from llamaclust.model.gguf.model_file import open_model
@@ -108,7 +108,7 @@ def imatrix(
         Path,
         Option("-o", "--output", metavar="FILE", help="Output file: GGUF, or the old format if the name ends in .dat."),
     ],
-    context: Annotated[int, Option("-c", "--context", metavar="N", min=4, help="Tokens per chunk.")] = 512,
+    context: Annotated[int, Option("-c", "--context", metavar="N", min=4, help="Number of tokens in a chunk.")] = 512,
     chunks: Chunks = None,
     process_output: Annotated[bool, Option("--process-output", help="Include output.weight.")] = False,
     threads: Threads = None,

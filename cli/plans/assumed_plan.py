@@ -20,13 +20,13 @@ def show_assumed_plan(
     as_json: bool,
     acceptances: Sequence[float] | None = None,
 ) -> None:
-    """Prints the plan for a model or, if `model` is None, a table of plans for all named shapes. The gain of
-    speculation is predicted for each share of accepted drafts in `acceptances`. Raises UsageError if `machines` is
+    """Prints the plan for a model. If `model` is None, prints a table of plans for all known models. `acceptances` are
+    shares of accepted draft tokens for which the gain of speculation is predicted. Raises UsageError if `machines` is
     None, and the errors of `plan_assumed`."""
     if machines is None:
         raise UsageError(f"--model needs --assume MACHINES, for example --assume {EXAMPLE!r}")
     if acceptances is not None and model is None:
-        raise UsageError("--acceptance needs --model MODEL: the table of all shapes shows no gain of speculation")
+        raise UsageError("--acceptance needs --model MODEL: the table of all models shows no gain of speculation")
     found = _planned(machines, model, overrides, USUAL_ACCEPTANCES if acceptances is None else acceptances)
     print(json.dumps(found.json()) if as_json else "\n".join(found.lines()))
 

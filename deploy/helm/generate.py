@@ -1,5 +1,5 @@
-"""Generates parts of the chart: README.md from the comments of values.yaml, the `config` part of values.schema.json
-from the cluster file's classes. Run after a change of either; tests compare."""
+"""Generates README.md of the chart from the comments in values.yaml, and the `config` part of values.schema.json from
+the cluster file's classes. Run it after a change of the comments or the classes. Tests fail if the files are old."""
 
 from __future__ import annotations
 
@@ -32,22 +32,20 @@ OWNED = (
     "allowed_hosts",
     "state_dir",
 )
-"""Keys of the cluster file that the chart sets itself."""
+"""Keys of the cluster file that the chart sets, so users cannot set them below `config`."""
 _COMMENT = re.compile(r"^ *# -- (.*)$")
 _LONGEST_DEFAULT = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """One value of the chart."""
-
-    name: str  # with dots
+    name: str  # Path of the value, such as image.repository.
     default: Any
     meaning: str
 
 
 def values(text: str) -> Iterator[Value]:
-    """Every value that has a comment; ValueError for one without."""
+    """Yields all values in the text of values.yaml. Raises ValueError if a value has no comment."""
     lines = text.splitlines()
     yield from _below(yaml.compose(text), "", lines)
 
@@ -72,7 +70,7 @@ def _shown(default: Any) -> str:
 
 
 def readme() -> str:
-    """README.md: README.md.in with the table of values in its place."""
+    """Returns the text of README.md: README.md.in, with the table of values in place of @VALUES@."""
     rows = [
         f"| `{value.name}` | {_shown(value.default)} | {value.meaning} |"
         for value in values((CHART / "values.yaml").read_text())
@@ -82,7 +80,7 @@ def readme() -> str:
 
 
 def _named_by(part: Any, definitions: dict[str, Any]) -> dict[str, Any]:
-    """The definitions that a part of a schema refers to, and those that they do."""
+    """Returns the definitions to which a part of a schema refers, directly or through other definitions."""
     found: dict[str, Any] = {}
     for name in re.findall(r'"#/\$defs/(\w+)"', json.dumps(part)):
         found |= {name: definitions[name]} | _named_by(definitions[name], definitions)
@@ -90,7 +88,7 @@ def _named_by(part: Any, definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def schema() -> str:
-    """values.schema.json with the cluster file's keys of today below `config`."""
+    """Returns the text of values.schema.json, with the cluster file's current keys below `config`."""
     ours = json.loads((CHART / "values.schema.json").read_text())
     cluster = ClusterConfig.model_json_schema()
     keys = {key: part for key, part in cluster["properties"].items() if key not in OWNED}

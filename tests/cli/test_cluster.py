@@ -165,7 +165,7 @@ def test_plan_json_says_what_a_start_would_do(line: CommandLine, cluster: Cluste
     many = line.run("plan", line.cluster_file("good.gguf"), "--set", "workers.a.threads=999").out
     on_node = line.run("plan", line.cluster_file("good.gguf"), "--set", "workers.b.numa_node=0").out
     assert f"  threads: a 1, b 1 on NUMA node 0, for {read_cores()}" in on_node and "? ms/token" not in on_node
-    assert f"  threads: a 999, b 1, for {read_cores()}; more threads than that" in many
+    assert f"  threads: a 999, b 1, for {read_cores()}; more threads than cores" in many
 
 
 def test_plans_of_measured_workers_predict_gains_of_speculation(line: CommandLine, cluster: Cluster) -> None:

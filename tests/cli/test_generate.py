@@ -367,7 +367,7 @@ def test_generate_reads_images(here: Here, seeing: Path) -> None:
 def test_generate_refuses_images_that_nothing_reads(here: Here, seeing: Path) -> None:
     red, model = str(seeing.with_name("red.png")), ("--model", str(seeing), "-t", "1")
     unused = here("generate", "x", "--mmproj", red, *model)
-    assert unused == Ended(2, "", "error: --mmproj: is for images: give --image FILE, too\n")
+    assert unused == Ended(2, "", "error: --mmproj is for images: give --image FILE, too\n")
     no_image = here("generate", "x", "--image", str(seeing), *model)
     assert no_image.code == 2 and "not an image" in no_image.err
     without = here("generate", "x", "--image", red, *model)

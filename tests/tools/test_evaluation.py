@@ -153,7 +153,7 @@ def test_what_are_no_logprobs_is_refused(step: float, least: float, tmp_path: Pa
     data[at : at + 8] = struct.pack("<ff", step, least)
     (tmp_path / "x").write_bytes(data)
     assert kept.logprobs(0, 0, 1).shape == (1, VOCABULARY)
-    with pytest.raises(UsageError, match="chunk 0 holds values that are not logprobs"):
+    with pytest.raises(UsageError, match="chunk 0 has values that are not logprobs"):
         kept.logprobs(0, 0, 3)
 
 
@@ -292,7 +292,7 @@ def test_endings_are_chosen_alike_on_two_workers(tiny: Path, tasks: Path, capsys
         ((), "there is no text to evaluate: give -f TEXT"),
         (("--kl-divergence",), "--kl-divergence needs --kl-divergence-base FILE"),
         (("--kl-divergence", "--kl-divergence-base", "TEXT"), "not a file of logits"),
-        (("--kl-divergence", "--kl-divergence-base", "LOGITS"), "are for 37 tokens, but the model has 320"),
+        (("--kl-divergence", "--kl-divergence-base", "LOGITS"), "vocabulary has 37 tokens, but the model's has 320"),
         (("--kl-divergence", "--kl-divergence-base", "x", "-c", "32"), "remove -c"),
         (("-f", "TEXT", "-c", "16", "--kl-divergence-base", "x", "--workers", "2"), "in this process"),
         (("--kl-divergence", "--kl-divergence-base", "LOGITS", "--endpoint", "http://a"), "in this process"),

@@ -1,4 +1,4 @@
-"""Finds changes of described machines, or of the model, with which the model fits or runs faster."""
+"""Finds changes with which a model fits or runs faster: more machines, a better network, or a smaller quantization."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from llamaclust.tools.assume.planning import AssumedCluster, prediction_of, room
 _GIB = 1 << 30
 _SMALLER_MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K", "IQ2_M", "IQ2_XXS")
 _FEW_BITS = 3.0
-"""The number of bits per weight below which answers become clearly worse."""
+"""Answers become clearly worse below this number of bits per weight."""
 _FURTHER = 3
-"""The maximum number of machines to try beyond the number whose memory suffices."""
+"""Maximum number of machines to try beyond the number whose memory suffices."""
 _NETWORKS = ((1.0, 1.0), (1.0, 0.3), (1.0, 0.1), (2.5, 0.1), (10.0, 0.1), (10.0, 0.05), (25.0, 0.03))
-"""Networks that are tried for groups of machines, as (Gbit/s, round trip in ms), slowest first."""
+"""Networks to try for groups of machines, slowest first. Each network is (Gbit/s, round trip in ms)."""
 _WORTH_DECODE, _WORTH_PROMPT = 0.95, 0.9
-"""A change is mentioned if the time of a token, or of a prompt, falls below this share of the current time."""
+"""A change is mentioned only if the time of a token, or of a prompt, falls below this share of the current time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +32,11 @@ class Alone:
     prediction: Prediction
 
     def is_better(self, together: Prediction) -> bool:
-        """True if this machine decodes one request at least 0.95 times as fast as all machines together."""
+        """True if this machine alone decodes one request faster than all machines together, or at most 5% slower."""
         return self.prediction.token_s < 1.05 * together.token_s
 
 
 def fastest_alone(cluster: AssumedCluster, model: AssumedModel) -> Alone | None:
-    """Returns the machine that decodes fastest by itself and can hold the whole model, or None."""
     found = list[Alone]()
     for machine in dict.fromkeys(cluster.assumed.machines):
         plan = cluster.with_one(machine).fitting_plan(model)
@@ -47,8 +46,9 @@ def fastest_alone(cluster: AssumedCluster, model: AssumedModel) -> Alone | None:
 
 
 def what_fits(cluster: AssumedCluster, model: AssumedModel, error: InsufficientMemoryError) -> Iterator[str]:
-    """Yields the largest quantization that fits, preferably from the catalog. Then yields how many more machines like
-    the last machine would suffice. A layer's experts are not divided, since that would take many searches."""
+    """Yields the largest quantization that fits, preferably from the catalog. Then yields the number of further
+    machines, equal to the last machine, that would suffice. All experts of a layer stay on one machine in these plans,
+    since dividing the experts would take many searches."""
     for smaller in _smaller(model):
         if cluster.fitting_plan(smaller) is not None:
             yield f"{smaller.mix}, {gigabytes(smaller.file.size_bytes)}{_remark(smaller)}"
@@ -81,7 +81,7 @@ def what_helps(cluster: AssumedCluster, model: AssumedModel, plan: Plan) -> Iter
 
 
 def _what_groups_need(cluster: AssumedCluster, model: AssumedModel, plan: Plan) -> Iterator[str]:
-    """Yields the slowest network that makes groups of machines faster. Yields nothing if `plan` has groups."""
+    """Yields the slowest network with which groups of machines would be faster. Yields nothing if `plan` has groups."""
     assumed, now = cluster.assumed, prediction_of(plan)
     is_grouped = any(stage.shares for stage in plan.stages)
     if len(assumed.machines) < 2 or is_grouped or any(text.startswith("groups=") for text in cluster.overrides):
@@ -95,12 +95,11 @@ def _what_groups_need(cluster: AssumedCluster, model: AssumedModel, plan: Plan) 
             shown = (
                 f"{(network.bits_s or 0) / 1e9:g} Gbit/s and a round trip of {1e3 * (network.round_trip_s or 0):g} ms"
             )
-            yield f"groups of machines, from {shown} on: {shown_speed(1 / then.token_s)} tok/s"
+            yield f"groups of machines, with {shown} or better: {shown_speed(1 / then.token_s)} tok/s"
             return
 
 
 def _better_networks(now: Network) -> Iterator[Network]:
-    """Yields networks, slowest first, that are better than `now` in bandwidth or round trip, and worse in neither."""
     bits_s, round_trip_s = rates.bits_s(now), rates.round_trip_s(now)
     for gbit_s, most_ms in _NETWORKS:
         better = Network(max(bits_s, 1e9 * gbit_s), min(round_trip_s, 1e-3 * most_ms))
@@ -122,7 +121,8 @@ def _changes(cluster: AssumedCluster, model: AssumedModel) -> Iterator[tuple[str
 
 
 def _smaller(model: AssumedModel) -> Iterator[AssumedModel]:
-    """Yields the model in smaller mixes: first the catalog's, then by falling size. Yields nothing for MXFP4 models."""
+    """Yields the model in smaller quantizations. Quantizations in the catalog come first, and larger ones come before
+    smaller ones. Yields nothing for MXFP4 models."""
     if model.has_mxfp4:
         return
     mixes = (model.quantized(mix) for mix in _SMALLER_MIXES)

@@ -1,4 +1,5 @@
-"""Models without weights. Tensors have the exact sizes of a named shape or a file, in one of `quantize`'s mixes."""
+"""Models without weights. Their tensors have the exact sizes of a known model or a file. A mix, such as Q4_K_M, gives
+each tensor the type that `model quantize` would choose."""
 
 from __future__ import annotations
 
@@ -51,15 +52,15 @@ _MIXES: Final = {
 }
 
 
-@dataclass(frozen=True)  # without slots: it keeps the model that it opened
+@dataclass(frozen=True)  # No slots, because cached_property stores the opened model in the instance.
 class AssumedModel:
-    """A model to plan for described machines. `mix` is None if the tensors keep the file's types."""
+    """A model to plan for described machines. `mix` is None if the tensors keep the types of the file."""
 
     title: str
     file: ModelFile
     mix: str | None
-    catalog_name: str = ""  # without a quantization; empty where the catalog does not have it
-    has_file: bool = False  # a projector may be beside it
+    catalog_name: str = ""  # Name without a quantization. Empty if the catalog lacks the model.
+    has_file: bool = False  # True if the model has a file. The file's folder may hold a projector.
 
     @cached_property
     def opened(self) -> Model:
@@ -83,7 +84,7 @@ class AssumedModel:
 
     @property
     def lacks_encoder(self) -> bool:
-        """True if the model reads images, but its encoder is unknown until the model is downloaded."""
+        """True if the model reads images, but its image encoder is unknown until the model is downloaded."""
         model = public_models().get(self.catalog_name)
         return not self.has_file and model is not None and bool(model.mmproj)
 
@@ -110,14 +111,14 @@ class AssumedModel:
 
 
 def assumed_model(spec: str) -> AssumedModel:
-    """Finds a model by SHAPE[:MIX], catalog name or path. Raises UsageError with the choices if it is unknown."""
+    """Finds a model by SHAPE[:MIX], catalog name or path. Raises UsageError with similar names if it is unknown."""
     name, mix = _split(spec)
     if (shape := SHAPES.get(name.lower())) is not None:
         return shape_model(name.lower(), shape, mix)
     entry = _catalog_entry(spec)
     if entry is not None and not _is_downloaded(entry):
         return _catalog_model(entry, spec, mix)
-    if mix is None or _quantization_of(spec) is not None:  # a file of the catalog in a quantization of its own
+    if mix is None or _quantization_of(spec) is not None:  # The catalog has a file in this quantization.
         name, mix = spec, None
     try:
         path = resolve_model(name)
@@ -129,14 +130,14 @@ def assumed_model(spec: str) -> AssumedModel:
 
 
 def shape_model(name: str, shape: ModelShape, mix: str | None = None) -> AssumedModel:
-    """Returns the model of a named shape. `mix` is a key of MIXES, or None for the shape's usual mix."""
     return AssumedModel(shape.title, _file_of(name, shape), None, IN_CATALOG.get(name, name)).quantized(
         mix or shape.mix
     )
 
 
 def with_file_size(entry: CatalogEntry) -> CatalogEntry:
-    """Adds the file size that follows from the model's shape, if the entry has none and the shape is known."""
+    """Returns the entry with a file size computed from the model's shape, if the entry lacks a size and the shape is
+    known. Otherwise returns the entry unchanged."""
     plain, _, quantization = entry.name.partition(":")
     shape, mix = public_shapes().get(plain), _mix(quantization)
     if shape is None or mix is None or entry.size_bytes is not None:
@@ -157,7 +158,7 @@ def _quantization_of(spec: str) -> CatalogEntry | None:
     except UsageError:
         if _split(spec)[1] is None:
             raise
-        return None  # a model of the catalog, which has others
+        return None  # The catalog has this model, but only in other quantizations.
 
 
 def _is_downloaded(entry: CatalogEntry) -> bool:
@@ -178,7 +179,6 @@ def _catalog_model(entry: CatalogEntry, spec: str, mix: str | None) -> AssumedMo
 
 
 def _unknown_error(name: str, error: UsageError) -> UsageError:
-    """Returns an error that lists the nearest names or, for a path or an address, states the fault."""
     if "/" in name or ":" in name or name.endswith(".gguf"):
         return UsageError(f"--model: {error}")
     near = nearest_names(name, _known_names())
@@ -196,7 +196,6 @@ def _mix(text: str) -> str | None:
 
 
 def _split(spec: str) -> tuple[str, str | None]:
-    """Splits a text at its last colon into model and mix. The mix is None if the text after the colon is not a mix."""
     name, colon, last = spec.rpartition(":")
     if colon and (mix := _mix(last)) is not None:
         return name, mix
@@ -206,7 +205,8 @@ def _split(spec: str) -> tuple[str, str | None]:
 
 
 def _file_of(name: str, shape: ModelShape) -> ModelFile:
-    """Makes a file with F16 matrices and other tensors in F32. Experts are MXFP4 if they were published as MXFP4."""
+    """Returns a model file without data. Matrices are F16, or MXFP4 if a model's experts were published as MXFP4. Other
+    tensors are F32."""
     path = Path(name)
     tensors = {name: _tensor(path, name, _source_type(shape, name, sizes), sizes) for name, sizes in shape.tensors()}
     return ModelFile(

@@ -1,4 +1,4 @@
-"""Plans one model, or all named shapes, on described machines, with speed, advice and missing memory."""
+"""Plans one model, or all known shapes, on described machines. Adds predicted speed, advice and missing memory."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class AssumedPlan:
     model: AssumedModel
     assumed: AssumedMachines
     plan: Plan
-    alone: Alone | None  # one machine that would do; None where none does, or the plan has one only
+    alone: Alone | None  # The fastest machine that could hold the model alone, if the plan has several stages.
     helps: tuple[str, ...]
-    acceptances: tuple[float, ...]  # for which the gain of speculation is predicted
+    acceptances: tuple[float, ...]  # Shares of accepted drafts for which the gain of speculation is predicted.
 
     def json(self) -> dict[str, Any]:
         return plan_json(self.plan, self.acceptances) | {
@@ -90,8 +90,8 @@ def _speeds(prediction: Prediction) -> str:
 def plan_assumed(
     machines: str, spec: str, overrides: Sequence[str], acceptances: Sequence[float] = USUAL_ACCEPTANCES
 ) -> AssumedPlan:
-    """Plans a model on described machines. Raises UsageError if an argument is wrong, and InsufficientMemoryError with
-    the missing MiB and what would fit."""
+    """Plans a model on described machines. Raises UsageError if an argument is wrong. Raises InsufficientMemoryError if
+    the model does not fit. That error states the missing MiB, and what would fit."""
     cluster = AssumedCluster.of(parse_machines(machines), overrides)
     model = assumed_model(spec)
     try:
@@ -111,14 +111,12 @@ def plan_assumed(
 
 @dataclass(frozen=True, slots=True)
 class ShapePlan:
-    """The plan of a named shape with advice, or the problem that prevents a plan."""
-
     name: str
     model: AssumedModel
     plan: Plan | None
     problem: str
     helps: tuple[str, ...]
-    alone: Alone | None = None  # the fastest machine that would do by itself, where the plan has several
+    alone: Alone | None = None  # The fastest machine that could hold the model alone, if the plan has several stages.
 
     @property
     def fits_alone(self) -> bool:
@@ -135,7 +133,6 @@ class ShapePlan:
         return title, size, f"yes, on {_machines(used)}{alone}", *speeds, self._best_help()
 
     def _best_help(self) -> str:
-        """Returns the first advice that speeds up tokens of one request, or else the first advice."""
         if self.alone is not None and self.plan is not None and self.alone.is_better(prediction_of(self.plan)):
             return f"use {self.alone.machine} alone: {shown_speed(1 / self.alone.prediction.token_s)} tok/s"
         return next((text for text in self.helps if "tok/s" in text), "".join(self.helps[:1]))
@@ -176,7 +173,7 @@ class Survey:
             yield "  ".join(aligned).rstrip()
         prompts = {plan.plan.prompt_tokens for plan in self.plans if plan.plan is not None}
         yield from (f"  first token: after a prompt of {tokens} tokens" for tokens in sorted(prompts))
-        yield "  the whole plan: --model NAME[:QUANTIZATION], also with a name of `llamaclust model list` or a file"
+        yield "  for a whole plan, add --model NAME[:QUANTIZATION]; NAME may be in `llamaclust model list`, or a file"
         yield from (f"  assumed: {text}" for text in rates.assumptions(self.assumed))
 
 
@@ -189,7 +186,7 @@ def plan_shapes(machines: str, overrides: Sequence[str], planned: Callable[[str]
         model = assumed_model(name)
         try:
             plans.append(_shape_plan(cluster, name, model))
-        except UsageError as error:  # of this model, unless all have it
+        except UsageError as error:  # The fault concerns this model, unless all models have it.
             errors.append(error)
             plans.append(ShapePlan(name, model, None, "no", (str(error),)))
     if len(errors) == len(plans):

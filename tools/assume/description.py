@@ -50,7 +50,7 @@ _GPU = _pattern(r"gpus?(?![a-z])")
 _LINK = _pattern(rf"(?P<rate>{_NUMBER})\s*(?P<unit>[MG])(?:bit(?:/s)?|bps|be)(?![a-z])")
 _ROUND_TRIP = _pattern(rf"(?P<time>{_NUMBER})\s*(?P<unit>ms|us|µs)(?![a-z])")
 _TERAOPS_MACS = 0.5e12
-"""Multiply-accumulates (MACs) per 10^12 operations. A MAC counts as two operations."""
+"""Multiply-accumulates (MACs) in 10^12 operations. A MAC counts as two operations."""
 _BANDWIDTH = "the bandwidth of reading memory as @25GB/s, or the kind of memory as @DDR3, @DDR4 or @DDR5"
 _GPU_BANDWIDTH = "the bandwidth of a GPU's memory, as in 12GB@360GB/s gpu (in GB/s), or a GPU's name, as in rtx3060"
 _SHOWN = 30
@@ -90,18 +90,19 @@ class _Reader:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Equal machines, or equal GPUs of each machine in the previous group."""
+    """Several equal machines. If `is_gpu` is True, equal GPUs that each machine of the previous group has."""
 
-    begun: int  # in the text
+    begun: int  # Position in the text where the group begins.
     count: int
     device: Device
     is_gpu: bool
 
 
 def parse_machines(text: str) -> AssumedMachines:
-    """Parses groups of machines, `[Nx]MEMORY[@BANDWIDTH][/THREADS or @TOPS]`, joined by `+`, then `, SPEED[, ROUND
-    TRIP]` of the network. A group that ends with ` gpu`, or is `[Nx]NAME`, adds N GPUs to each machine of the previous
-    group. Raises UsageError with the place of the mistake."""
+    """Parses text such as "2x16GB@40GB/s/8 + rtx3090 + 8GB, 1Gbit, 0.3ms". Groups of machines are joined by `+`, and
+    have the form `[Nx]MEMORY[@BANDWIDTH][/THREADS or @TOPS]`. A group that ends with ` gpu`, or has the form
+    `[Nx]NAME`, adds N GPUs to each machine of the previous group. The speed and the round trip of the network may
+    follow. Raises UsageError with the position of the mistake."""
     reader = _Reader(text)
     groups: list[list[Machine]] = []
     while True:
@@ -126,7 +127,7 @@ def _group(reader: _Reader) -> _Group:
     memory_at = reader.at
     memory = reader.take(_MEMORY)
     if memory is None:
-        raise reader.error("memory as 16GB, or machines as 3x16GB", memory_at)
+        raise reader.error("memory such as 16GB, or machines such as 3x16GB", memory_at)
     behind = reader.take(_COUNT_BEHIND)
     if before is not None and behind is not None:
         raise reader.error("the number of machines once, before or after the memory", begun)
@@ -136,14 +137,13 @@ def _group(reader: _Reader) -> _Group:
     if not count or not memory_bytes:
         raise reader.error("numbers above 0", begun)
     if memory_bytes > MAX_MEMORY_TIB * 1024 * _GIB:
-        raise reader.error(f"{MAX_MEMORY_TIB} TB of memory at most", memory_at)
+        raise reader.error(f"at most {MAX_MEMORY_TIB} TB of memory", memory_at)
     bandwidth = None if _TOPS.match(reader.text, reader.at) else _bandwidth(reader)
     device = replace(_computing(reader), memory_bytes=memory_bytes, bandwidth=bandwidth)
     return _Group(begun, count, device, reader.take(_GPU) is not None)
 
 
 def _named_gpus(reader: _Reader, *, is_first: bool) -> _Group | None:
-    """Reads named GPUs. Returns None for other groups, and for an unknown name in the first group."""
     begun = reader.at
     before, at = reader.take(_COUNT_OF_GPUS), reader.at
     named = reader.take(_GPU_NAME)
@@ -191,7 +191,6 @@ def _integer(digits: str | None) -> int | None:
 
 
 def _computing(reader: _Reader) -> Device:
-    """Reads a device's threads or operations per second. The caller adds its memory."""
     begun = reader.at
     if (threads := reader.take(_THREADS)) is not None:
         count = int(threads["threads"])
@@ -208,7 +207,7 @@ def _computing(reader: _Reader) -> Device:
 def _add(groups: list[list[Machine]], group: _Group, reader: _Reader) -> None:
     if not group.is_gpu:
         if sum(map(len, groups)) + group.count > MAX_MACHINES:
-            raise reader.error(f"{MAX_MACHINES} machines at most", group.begun)
+            raise reader.error(f"at most {MAX_MACHINES} machines", group.begun)
         groups.append([Machine(group.device)] * group.count)
         return
     if not groups:

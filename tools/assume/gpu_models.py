@@ -11,18 +11,18 @@ from typing import Final
 
 _GIB: Final = 1 << 30
 _MATRIX_UNITS: Final = 75
-"""The lowest compute capability (7.5) with matrix units for bytes. Older GPUs multiply only four bytes at a time."""
+"""Compute capability 7.5, the lowest with matrix units for bytes. Older GPUs multiply only four bytes at a time."""
 _MAKERS: Final = re.compile(r"^(?:nvidia|geforce|tesla|quadro)+|gpu$")
 
 
 @dataclass(frozen=True, slots=True)
 class GpuModel:
-    """A GPU product. `tops` counts dense 8-bit operations, two for a multiply-accumulate."""
+    """A GPU product. `tops` is 10^12 dense 8-bit operations per second. A multiply-accumulate counts as two."""
 
-    memory_gib: float  # without what error correction takes where it is on by default
+    memory_gib: float  # Memory without the part that error correction takes, if error correction is on by default.
     bandwidth_gb_s: float
     tops: float
-    compute_capability: int  # 75 is 7.5
+    compute_capability: int  # 75 stands for 7.5.
 
     @property
     def memory_bytes(self) -> int:

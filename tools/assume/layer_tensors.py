@@ -1,4 +1,5 @@
-"""Lists the layer tensors of each architecture: GGUF's name, and names of sizes that `ModelShape.size` resolves."""
+"""Lists the tensors in a layer of each architecture. A tensor has GGUF's name, and names of its sizes, which
+`ModelShape.size` resolves."""
 
 from __future__ import annotations
 

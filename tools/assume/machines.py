@@ -1,4 +1,4 @@
-"""Values that describe machines."""
+"""Dataclasses that describe machines and the network between them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MAX_MACHINES: Final = 64
 MAX_GPUS_EACH: Final = 8
 MAX_THREADS: Final = 1024
 MAX_MEMORY_TIB: Final = 1024
-"""The maximum memory of a processor or a GPU, so that the bytes of all machines together fit into 64 bits."""
+"""Maximum memory of a processor or a GPU. It is limited so that the bytes of all machines together fit in 64 bits."""
 MAX_CHANNELS: Final = 24
 EXAMPLE: Final = "3x16GB@40GB/s,1Gbit"
 GPU_EXAMPLE: Final = "64GB@60GB/s + rtx3090"
@@ -21,17 +21,17 @@ class Ddr:
 
     generation: int  # 3, 4 or 5
     channels: int | None = None
-    megatransfers_s: int | None = None  # of a channel of 8 bytes
+    megatransfers_s: int | None = None  # Million transfers per second. Each transfers 8 bytes on one channel.
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
     memory_bytes: int
-    bandwidth: float | Ddr | None = None  # bytes a second
+    bandwidth: float | Ddr | None = None  # Bytes per second, or the kind of memory.
     macs_s: float | None = None
     threads: int | None = None
-    gpu_name: str = ""  # a GPU's name, see `gpu_models`
-    has_matrix_units: bool = True  # of a GPU, for bytes
+    gpu_name: str = ""  # A key of `gpu_models.GPU_MODELS`, or empty.
+    has_matrix_units: bool = True  # False for a GPU without matrix units for bytes.
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ KEYS = (
     "prefill_chunk",
 )
 _LOADED = 0.95
-"""The smallest share of a file that is loaded. Layers for multi-token prediction are not loaded."""
+"""Minimum share of a file that is loaded. The rest may be layers for multi-token prediction, which are not loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,8 @@ class AssumedCluster:
         return AssumedCluster(replace(self.assumed, machines=(machine,)), overrides)
 
     def plan(self, model: AssumedModel, *, max_expert_shards: int = MAX_EXPERT_SHARDS) -> Plan:
-        """Plans a model. Raises UsageError for a bad override or GPU, and InsufficientMemoryError if it does not
-        fit."""
+        """Plans a model. Raises UsageError for a bad override, or if a GPU cannot run the model. Raises
+        InsufficientMemoryError if the model does not fit."""
         workers = {f"m{number}": machine for number, machine in enumerate(self.assumed.machines, 1)}
         resources = ClusterResources(
             workers={name: _resources(name, machine) for name, machine in workers.items()},
@@ -79,7 +79,6 @@ class AssumedCluster:
 
     @property
     def memory_bytes(self) -> int:
-        """The bytes of all processors and GPUs that are free for weights, KV memory and workspaces."""
         machines = self.assumed.machines
         gpus = [gpu.memory_bytes - rates.GPU_RESERVED_BYTES for machine in machines for gpu in machine.gpus]
         return sum(max(0, n_bytes) for n_bytes in (*gpus, *map(room_bytes, machines)))
@@ -99,7 +98,7 @@ class AssumedCluster:
 
 
 def prediction_of(plan: Plan) -> Prediction:
-    assert plan.prediction is not None  # all devices have profiles
+    assert plan.prediction is not None  # There is a prediction, because all devices have profiles.
     return plan.prediction
 
 

@@ -85,7 +85,6 @@ _LONG_CONTEXT: Final = 262144
 
 @lru_cache(maxsize=1)
 def public_shapes() -> Mapping[str, ModelShape]:
-    """Returns the known shapes. Keys are catalog names without a quantization."""
     shapes = dict(_MIXTURES)
     for shape, names in _LIKE.items():
         for name in names:
@@ -98,7 +97,7 @@ def public_shapes() -> Mapping[str, ModelShape]:
 
 
 def no_file_hint(name: str) -> str | None:
-    """Returns advice on what to pull instead of a named shape that the catalog lacks. Returns None for other names."""
+    """Returns advice about a name that `plan --assume` knows and the catalog lacks. Returns None for other names."""
     plain = name.lower().partition(":")[0]
     if plain not in SHAPES or plain in _LIKE:
         return None

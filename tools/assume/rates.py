@@ -1,5 +1,6 @@
-"""Assumptions about machines that were not measured: defaults, and shares of hardware limits that kernels reach.
-Sources: cluster/planner/product_times.py (processors), docs/gpu.md (GPUs), benchmarks/notebook.md (costs of a hop)."""
+"""Assumptions about machines that were not measured: default values, and the shares of hardware limits that kernels
+reach. Sources: cluster/planner/product_times.py for processors, docs/gpu.md for GPUs, benchmarks/notebook.md for the
+costs of a message between stages."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ _GIB: Final = 1 << 30
 GPU_DECODE_SHARE: Final = 0.80
 GPU_PREFILL_SHARE: Final = 0.35
 OLD_GPU_PREFILL_SHARE: Final = 0.15
-"""The prefill share of GPUs without matrix units for bytes. It is low because threads exchange operands."""
+"""Share for GPUs without matrix units for bytes. It is low because the threads exchange operands."""
 CHANNEL_BYTES_S: Final = {3: 10e9, 4: 20e9, 5: 30e9}
 CHANNELS: Final = 2
 DEFAULT_MEMORY: Final = Ddr(4)
@@ -30,9 +31,9 @@ GPU_MACS_S: Final = 50e12
 NETWORK_BITS_S: Final = 1e9
 NETWORK_SHARE: Final = 0.94
 ROUND_TRIP_S: Final = 0.1e-3
-"""The round trip in seconds through a switch, between threads that poll their sockets."""
+"""Seconds of a round trip through a switch, between threads that poll their sockets."""
 HOP_S: Final = 0.3e-3
-"""The seconds that both processes add to a message between stages: thread wake-ups and Python."""
+"""Seconds that both processes add to a message between stages: thread wake-ups and Python code."""
 
 
 def read_bytes_s(device: Device) -> float:
@@ -69,7 +70,7 @@ def round_trip_s(network: Network) -> float:
 
 
 def links_of(network: Network, names: list[str]) -> Links:
-    """Returns links between all machines, and from the coordinator, which runs on the first machine, to the others."""
+    """Returns the links between all machines. The coordinator runs on the first machine and has links to the others."""
     one_way_s = round_trip_s(network) / 2
     link = Link(one_way_s + HOP_S, 8 / (NETWORK_SHARE * bits_s(network)), one_way_s)
     pairs = {frozenset((one, other)) for one in names for other in names if one != other}
@@ -90,7 +91,7 @@ def assumptions(assumed: AssumedMachines) -> Iterator[str]:
     if any(cpu.macs_s is None for cpu in cpus):
         default = "" if all(cpu.threads for cpu in cpus if cpu.macs_s is None) else f"{THREADS} threads a machine, "
         peak = f"{THREAD_MACS_S / 1e9:.0f} GMAC/s a thread"
-        yield f"{default}{peak} (AVX2 at 3 GHz; say /THREADS or @TOPS where you know better)"
+        yield f"{default}{peak} (AVX2 at 3 GHz; give /THREADS or @TOPS if you know better)"
         if any(cpu.macs_s is None and _is_old(cpu) for cpu in cpus):
             yield "DDR3 machines before 2013 have no AVX2: several times slower prefill than predicted"
     yield f"{SYSTEM_BYTES // _GIB} GiB of each machine are left to its system and the program"
@@ -98,7 +99,7 @@ def assumptions(assumed: AssumedMachines) -> Iterator[str]:
         yield (
             f"GPUs, not measured yet: decode at {GPU_DECODE_SHARE:.2f} of their bandwidth, "
             f"prefill at {GPU_PREFILL_SHARE:.2f} of the 8-bit peak, "
-            f"{2 * GPU_MACS_S / 1e12:.0f} TOPS unless @TOPS says; {GPU_RESERVED_BYTES >> 20} MiB left to the driver; "
+            f"{2 * GPU_MACS_S / 1e12:.0f} TOPS without @TOPS; {GPU_RESERVED_BYTES >> 20} MiB left to the driver; "
             f"{1e6 * LAUNCHES_S:.0f} µs a layer to launch kernels, "
             f"{1e6 * EXCHANGE_S:.0f} µs more where its experts are in RAM, at {1e-9 / EXCHANGE_BYTE_S:.0f} GB/s"
         )
@@ -129,7 +130,7 @@ def _memories(cpus: Sequence[Device]) -> Iterator[str]:
         channels = {1: "one channel", 2: "two channels"}.get(memory.channels or CHANNELS, f"{memory.channels} channels")
         speed = "" if memory.megatransfers_s is None else f"-{memory.megatransfers_s}"
         known = f"{_modules_bytes_s(memory) / 1e9:g} GB/s, DDR{memory.generation}{speed} in {channels}"
-        advice = "" if kind else " (none given; say @DDR3, @DDR5, @DDR4x1 for one channel, or @25GB/s)"
+        advice = "" if kind else " (none given; add @DDR3, @DDR5, @DDR4x1 for one channel, or @25GB/s)"
         yield f"memory is read at {known}{advice}"
 
 

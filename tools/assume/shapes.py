@@ -13,7 +13,7 @@ Scalar = int | float | bool
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """The shape of a public model. `ffn` is the width of layers without experts, and `mix` is the usual mix."""
+    """The shape of a public model. `ffn` is the width of layers without experts. `mix` is the usual quantization."""
 
     architecture: str
     title: str
@@ -30,16 +30,16 @@ class ModelShape:
     used: int = 0
     expert_ffn: int = 0
     shared_ffn: int = 0
-    leading_layers: int = 0  # without experts
-    period: int = 0  # of layers, whose last one differs
-    delta_heads: int = 0  # of a gated delta net
+    leading_layers: int = 0  # Number of layers without experts at the start.
+    period: int = 0  # If not 0, the last of every `period` layers has other tensors.
+    delta_heads: int = 0  # Number of heads in layers with a gated delta net.
     delta_key_heads: int = 0
     delta_dim: int = 0
     delta_taps: int = 4
-    is_tied: bool = False  # its head is the embedding
-    has_nextn: bool = False  # the file holds a layer more, which predicts further tokens and is not loaded
+    is_tied: bool = False  # True if the embedding is also the output matrix.
+    has_nextn: bool = False  # True if the file has an additional MTP layer, which is not loaded.
     mix: str = "Q4_K_M"
-    keys: Mapping[str, Scalar | str] = field(default_factory=dict)  # further ones, without the architecture's name
+    keys: Mapping[str, Scalar | str] = field(default_factory=dict)  # Keys lack the architecture's prefix.
     arrays: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def size(self, name: str) -> int:

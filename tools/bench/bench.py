@@ -32,18 +32,18 @@ OnStep = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class BenchTask:
-    """The parameters of a benchmark. Prefill and decode are measured separately. Decode follows `depth` tokens."""
+    """The parameters of a benchmark. Prefill and decode are measured separately. Decode begins after `depth` tokens."""
 
     model: Path
-    threads: int | None  # of each worker; None: the cores, shared out
+    threads: int | None  # Threads of each worker. None divides the cores among the workers.
     prompt: int = 512
     generate: int = 128
-    batch: int = 1  # sequences
+    batch: int = 1  # Number of concurrent sequences.
     depth: int = 0
     repeats: int = 5
     workers: int = 1
     kv_type: KvType = KvType.F16
-    device: str = "cpu"  # or "cuda:N", in this process
+    device: str = "cpu"  # A GPU, such as "cuda:0", is possible only if `workers` is 1.
 
     @property
     def threads_each(self) -> int:
@@ -60,13 +60,13 @@ class BenchTask:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The work of a prefill and of a decode step: multiply-adds (MACs) with weights, and bytes read. Weights count with
-    their size in the file, even if packed tiles are larger. The embedding, experts that no token chose, and KV memory
-    outside a sliding window are not counted. A recurrent state counts as read once."""
+    """The work of a prefill and of a decode step: multiply-adds (MACs) with weights, and bytes read. A weight counts
+    with its size in the file, even if its packed tiles are larger. The embedding, experts that no token chose, and KV
+    memory outside a sliding window are not counted. A recurrent state counts as read once."""
 
     prefill_macs: int
-    float_share: float  # of them, those by float weights
-    decode_bytes: float  # a step, all sequences together, with the keys and values of a step in the mean
+    float_share: float  # Share of `prefill_macs` with float weights.
+    decode_bytes: float  # Bytes read in a step for all sequences, with the mean size of keys and values.
 
     @classmethod
     def of(cls, model: Model, task: BenchTask) -> Work:
@@ -86,7 +86,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """The measurements of all repeats. Properties are medians over the repeats. A GB is 10^9 bytes."""
+    """The measurements of all repeats. The properties are medians over the repeats. A GB is 10^9 bytes."""
 
     task: BenchTask
     quant_type: str
@@ -96,7 +96,7 @@ class BenchReport:
     decodes: tuple[Pair, ...]  # GB/s
     machine: MachineLimits
     other_load: OtherLoad | None = None
-    gpu: str = ""  # its name; "": none
+    gpu: str = ""  # Name of the GPU. Empty if there is none.
 
     @property
     def prefill_gmac_s(self) -> float:
@@ -149,8 +149,6 @@ class BenchReport:
 
 
 class Runner(Protocol):
-    """The operations to measure. Each returns its seconds."""
-
     def prefill(self) -> Awaitable[float]: ...
     def decode(self) -> Awaitable[float]: ...
 
@@ -161,8 +159,6 @@ _Measure = Callable[[Runner], Coroutine[None, None, _Runs]]
 
 
 class _StageRunner:
-    """Runs one stage in this process. Its operations block the event loop."""
-
     def __init__(self, stage: BenchStage, task: BenchTask) -> None:
         self._stage = stage
         self._task = task
@@ -177,7 +173,8 @@ class _StageRunner:
 
 
 def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
-    """Runs a benchmark. Raises UsageError if tokens exceed the model's context, or workers outnumber its layers."""
+    """Runs a benchmark. Raises UsageError if the task has more tokens than the context of the model, or more workers
+    than the model has layers."""
     with closing(Model.open(task.model)) as model:
         trained = model.hyperparameters.context_length
         if task.context > trained:
@@ -228,7 +225,8 @@ async def _cluster_runs(task: BenchTask, on_step: OnStep, measure: _Measure) -> 
 async def _measure(
     task: BenchTask, work: Work, on_step: OnStep, runner: Runner, limits: GpuLimits | Limits | None = None
 ) -> _Runs:
-    """Alternates decode and prefill, so that changes of the machine affect both. Default `limits` are the CPU's."""
+    """Measures decode and prefill alternately, so that changes of the machine's speed affect both. If `limits` is None,
+    the limits of the processor are measured."""
     on_step("warming up")
     threads = min(task.threads_each * task.workers, physical_cores())
     limits = limits or await Limits.open(threads, work.float_share)

@@ -1,4 +1,4 @@
-"""Divides a model's layers among equal workers. Pure."""
+"""Divides a model's layers among equal workers."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from numpy.typing import NDArray
 from llamaclust.model.costs import ModelCosts
 
 _PROMPT_TOKENS, _STEPS = 512, 16
-"""The work of a sequence in the planner's `throughput`. Eight concurrent answers of 128 tokens cost 16 steps each."""
+"""Work of one sequence, as in the planner's `throughput`. Eight concurrent answers share 128 steps, 16 for each."""
 _MACS_PER_BYTE = 15.0
-"""This many multiply-adds take about as long as reading one byte."""
+"""Number of multiply-adds that take about as long as reading one byte."""
 _SHARPNESS = 8
-"""The exponent of stage times. It is large, so that the slowest stage decides, and the most even of equal cuts wins."""
+"""Exponent of stage times in the sum to minimize. It is large, so that the slowest stage dominates the sum."""
 
 
 def even_split(costs: ModelCosts, workers: int) -> list[tuple[int, int]]:
-    """Returns half-open layer ranges that make the slowest stage as fast as possible. The last range has the head."""
+    """Returns half-open layer ranges that make the slowest stage as fast as possible. The last stage has the head."""
     times = [_time(layer.macs_per_token, layer.used_file_bytes) for layer in costs.layers]
     head = _time(0, costs.head_file_bytes)
     until = np.concatenate(([0.0], np.cumsum(times))) / (sum(times) + head)
     head /= sum(times) + head
     layers = len(times)
     assert 1 <= workers <= layers
-    best: NDArray[np.float64] = np.where(np.arange(layers + 1) == 0, 0.0, np.inf)  # of layers [0, end), so many stages
+    # best[end] is the minimum sum for layers [0, end), divided into the number of stages reached so far.
+    best: NDArray[np.float64] = np.where(np.arange(layers + 1) == 0, 0.0, np.inf)
     starts: list[list[int]] = []
     for stage in range(1, workers + 1):
         of_last = head if stage == workers else 0.0

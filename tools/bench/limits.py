@@ -68,8 +68,8 @@ class MachineLimits:
 
 
 class Limits:
-    """Measures the limits with `threads` daemon threads. Holds a read buffer of up to 1 GiB. `float_share` is the share
-    of a prefill's multiply-adds with float weights."""
+    """Measures the processor's limits with `threads` daemon threads. Holds a read buffer of up to 1 GiB. `float_share`
+    is the share of a prefill's multiply-adds that have float weights."""
 
     def __init__(self, probe: probes.ReadProbe, threads: int, float_share: float) -> None:
         self._probe, self._threads, self._float_share = probe, threads, float_share
@@ -101,7 +101,8 @@ class Limits:
 
 
 class GpuLimits:
-    """Measures a GPU's memory bandwidth and 8-bit peak, which also stands for float weights. Calls block."""
+    """Measures a GPU's memory bandwidth and its peak of 8-bit multiply-adds. The peak is used for float weights, too.
+    The methods block the event loop."""
 
     def __init__(self, gpu: GpuBackend) -> None:
         self._gpu = gpu
@@ -124,7 +125,8 @@ class GpuLimits:
 
 
 async def paired(run: Callable[[], Awaitable[float]], work: float, limit: Callable[[], Awaitable[float]]) -> Pair:
-    """Measures a run between two limits. `run` returns the seconds of `work` units, and `limit` 10^9 units a second."""
+    """Measures the limit, then a run, then the limit again. `run` does `work` units of work and returns the seconds.
+    `limit` returns 10^9 units per second."""
     before = await limit()
     seconds = await run()
     return Pair(work / seconds / 1e9, before, await limit())

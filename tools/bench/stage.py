@@ -34,7 +34,7 @@ def _capacity(batch: int, context: int, kv_type: KvType) -> Capacity:
 
 
 class BenchStage:
-    """A loaded stage with sequences of random tokens, as many and as long as its limits allow."""
+    """A loaded stage, and as many sequences of random tokens as the stage's limits allow."""
 
     def __init__(self, model: Model, runner: StageRunner) -> None:
         limits = runner.limits
@@ -80,7 +80,8 @@ class BenchStage:
 
     @contextmanager
     def without_copies(self) -> Iterator[None]:
-        """Waits for copies to GPUs in progress, and then computes all experts in RAM until the context ends."""
+        """Waits until experts that are being copied to GPUs have arrived. After that, all experts are computed in RAM
+        until the context ends."""
         stages = self._runner.split_stages
         caches = [stage.cache for stage in stages]
         for stage, cache in zip(stages, caches, strict=True):
@@ -97,7 +98,7 @@ class BenchStage:
         self._runner.close()
 
     def _chunks(self, tokens: int) -> Iterator[tuple[int, int]]:
-        """Yields (first token, rows) of the chunks into which the scheduler would cut a lone prompt."""
+        """Yields (first token, number of tokens) of the chunks that the scheduler would make of a single prompt."""
         start = 0
         while start < tokens:
             rows = min(chunk_rows(self._settings, self._times, tokens, tokens - start, 0, alone=True), tokens - start)

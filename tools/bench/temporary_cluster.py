@@ -1,4 +1,4 @@
-"""A temporary cluster of local workers for one measurement, and the speed that its engine reaches."""
+"""Starts a temporary cluster of local workers, and measures its speed."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ if TYPE_CHECKING:
 
 _SEED = 20_240_601
 _ALIKE = {"memory_bandwidth_gb_s": 20.0, "int8_gmac_s": 300.0}
-"""Assumed speeds of the workers, which share one machine. With these speeds, nothing is measured at the start."""
+"""Assumed speeds of each worker. A cluster that knows the speeds measures nothing at its start."""
 
 
 @asynccontextmanager
 async def temporary_cluster(
     model: Path, workers: int, threads: int | None, context_length: int, max_sequences: int, kv_type: KvType
 ) -> AsyncIterator[Cluster]:
-    """Runs the model on `workers` workers of `threads` threads. Raises UsageError if workers outnumber layers."""
+    """Runs the model on `workers` workers with `threads` threads each. Raises UsageError if there are more workers than
+    layers."""
     names = [f"w{index}" for index in range(1, workers + 1)]
     with closing(Model.open(model)) as opened:
         if workers > opened.layer_count:
@@ -66,7 +67,6 @@ async def temporary_cluster(
 def cluster_service(
     model: Path, workers: int, threads: int | None, context_length: int, kv_type: KvType
 ) -> OpenService:
-    """Returns a function that opens a temporary cluster's text service, for a ServiceClient."""
 
     @asynccontextmanager
     async def open_service() -> AsyncIterator[TextService]:
@@ -80,8 +80,6 @@ def cluster_service(
 
 
 class ClusterRunner:
-    """A `Runner` that measures a cluster. Each measurement has new random prompts."""
-
     def __init__(self, cluster: Cluster, task: BenchTask) -> None:
         self._engine = cluster.engine
         self._vocabulary = cluster.model.hyperparameters.vocabulary_size
@@ -95,7 +93,8 @@ class ClusterRunner:
         return (perf_counter_ns() - started_ns) / 1e9
 
     async def decode(self) -> float:
-        """Returns the decode seconds after all sequences have their first token, scaled to all generated tokens."""
+        """Measures from the time at which all sequences have their first token until the last token. Returns these
+        seconds, scaled to the number of all generated tokens."""
         requests = (self._token_times(self._task.depth + 1, self._task.generate + 1) for _ in range(self._task.batch))
         times = await asyncio.gather(*requests)
         start_ns, end_ns = max(each[0] for each in times), max(each[-1] for each in times)

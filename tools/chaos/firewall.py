@@ -14,7 +14,7 @@ _CAP_NET_ADMIN = 12
 
 
 class FirewallError(LlamaclustError):
-    """Packets cannot be filtered on this machine. The message says why in one line."""
+    """Packets cannot be filtered on this machine. The message has one line and states the cause."""
 
 
 class Firewall:

@@ -25,16 +25,15 @@ class Stops:
         return False
 
     def end(self, name: str) -> None:
-        """Continues the process. Does nothing if another process has replaced it."""
         if process := self._processes.pop(name, None):
             process.send(signal.SIGCONT)
 
 
 class FullDisks:
-    """Coordinators whose disk appears full, by target. The disk also appears full to workers that they start."""
+    """Coordinators whose disk appears full, by target. Workers that such a coordinator starts see a full disk, too."""
 
     def __init__(self) -> None:
-        self._limits: dict[str, tuple[Process, int]] = {}  # of files, before
+        self._limits: dict[str, tuple[Process, int]] = {}  # Previous limit of file sizes, by target.
 
     @property
     def names(self) -> frozenset[str]:
@@ -47,7 +46,6 @@ class FullDisks:
         return before is not None
 
     def make_room(self, name: str) -> None:
-        """Lifts the limits. The target stays listed until `end`."""
         process, before = self._limits[name]
         for writer in (process, *process.children()):
             writer.limit_files(before)
@@ -59,11 +57,11 @@ class FullDisks:
 
 
 class DisturbedLinks:
-    """The disturbed links of each worker. The kernel ends each disturbance when its time is up."""
+    """Workers with a disturbed link. The kernel ends a disturbance after its time, even if `end` is not called."""
 
     def __init__(self, firewall: Firewall | None) -> None:
         self._firewall = firewall
-        self._labels: dict[str, str] = {}  # of rules
+        self._labels: dict[str, str] = {}  # Label of the nftables rules, by worker.
         self._serial = 0
 
     @property

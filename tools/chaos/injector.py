@@ -27,7 +27,8 @@ _RETURN_S = 120.0
 _UNDRAIN_S = 30.0
 _POLL_S = 0.1
 _JOURNAL_S = 6.0
-"""Seconds after a full disk until the journal has all open requests. If the coordinator ends sooner, some are lost."""
+"""Seconds after a full disk until the journal has all open requests again. If the coordinator ended sooner, requests
+would be lost."""
 
 Show = Callable[[str], None]
 
@@ -43,12 +44,11 @@ class Injector:
         self._show = show
         self._stops, self._disks, self._drains = Stops(), FullDisks(), Drains(state_dir, name)
         self._links = DisturbedLinks(firewall)
-        self._failing: set[str] = set()  # workers whose faults end by themselves
+        self._failing: set[str] = set()  # Workers with a fault that ends by itself.
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def held(self) -> frozenset[str]:
-        """The targets of faults that have not ended: worker names, or the cluster's name for its coordinator."""
         return self._stops.names | self._disks.names | self._drains.names | self._links.names | self._failing
 
     def targets(self) -> Targets:
@@ -60,8 +60,9 @@ class Injector:
         return find_running(self._state_dir, self._name)[0]
 
     async def inject(self, fault: Fault, targets: Targets) -> bool:
-        """Injects a fault. Returns False if the fault did not take place. Lasting faults continue in the background,
-        but a stop of the coordinator is awaited. A kill of the coordinator returns when another coordinator serves."""
+        """Injects a fault. Returns False if the fault did not take place. Lasting faults continue in the background.
+        If the fault stops the coordinator, waits until the coordinator continues. If the fault kills the coordinator,
+        waits until another coordinator serves."""
         match fault.kind:
             case FaultKind.KILL:
                 return targets.workers[fault.target].send(signal.SIGKILL)
@@ -120,7 +121,6 @@ class Injector:
         return is_stopped
 
     def _begin_within(self, fault: Fault, process: Process, number: signal.Signals) -> bool:
-        """Begins a fault within a process. Returns False if the process has ended or does not handle the signal."""
         if not process.catches(number) or not process.send(number):
             return False
         self._failing.add(fault.target)
@@ -188,7 +188,7 @@ class Injector:
         try:
             before, _ = await asyncio.to_thread(self._status)
         except LlamaclustError as error:
-            self._show(f"the coordinator is not killed: {error}")
+            self._show(f"the coordinator is not killed, because its state is unknown: {error}")
             return False
         if not process.send(signal.SIGKILL):
             return False
@@ -198,7 +198,7 @@ class Injector:
                 f"the API moved from {before.api} to {after.api}: set a port in `listen` of the cluster file"
             )
         if not self._permissions.coordinator and not self._folder.has_standby:
-            self._show("no standby is left: the coordinator is not killed again")
+            self._show("no standby is left, so the coordinator is not killed again")
         return True
 
     async def _successor(self, killed: Process) -> ClusterRecord:
@@ -217,18 +217,17 @@ class Injector:
 class Drains:
     def __init__(self, state_dir: Path, cluster: str) -> None:
         self._state_dir, self._cluster = state_dir, cluster
-        self._workers: dict[str, threading.Lock] = {}  # of each, held by its request to drain
+        self._workers: dict[str, threading.Lock] = {}  # A lock for each worker, held by the request to drain it.
 
     @property
     def names(self) -> frozenset[str]:
         return frozenset(self._workers)
 
     def add(self, name: str) -> None:
-        """Announces a drain, so that `end` can be called before `begin`."""
+        """Announces a drain. After that, `end` can be called before `begin`."""
         self._workers[name] = threading.Lock()
 
     def begin(self, name: str) -> None:
-        """Drains the worker, unless `end` was called first."""
         lock = self._workers.get(name)
         if lock is None:
             return
@@ -238,7 +237,7 @@ class Drains:
                     api.drain(name)
 
     def end(self, name: str) -> str:
-        """Undrains the worker. Retries while no coordinator answers. Returns why the worker stays drained, or ""."""
+        """Undrains the worker. Retries for 30 s if no coordinator answers. Returns "", or a message if that failed."""
         with self._workers.get(name, threading.Lock()):
             return self._undrain(name)
 
@@ -252,7 +251,7 @@ class Drains:
             except LlamaclustError as error:
                 if time.monotonic() > end_s:
                     self._workers.pop(name, None)
-                    return f"worker {name} stays drained ({error}): `llamaclust undrain {name}`"
+                    return f"worker {name} stays drained ({error}): run `llamaclust undrain {name}`"
                 time.sleep(_POLL_S)
         return ""
 

@@ -1,4 +1,4 @@
-"""The network links of workers, and nftables rules that disturb a link. Rules match only the cluster's addresses."""
+"""The network links of workers, and nftables rules that disturb them. The rules match only the cluster's addresses."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from llamaclust.tools.chaos.processes import is_here
 
 _UNIX = "unix:"
 _PRIORITY = -310
-"""The priority of the rules, which precede connection tracking and other programs' rules."""
+"""Priority of the rules. With this priority, they run before connection tracking and other programs' rules."""
 
 
 class Disturbance(StrEnum):
-    """The fate of a link's packets, in nftables' syntax."""
-
     CUT = "drop"
     SLOW = "limit rate over 100 kbytes/second burst 100 kbytes drop"
 
@@ -28,12 +26,13 @@ class WorkerLink:
     """A worker's link to the members on this machine. `own_ports` are the local ports to which the worker connects. For
     a worker on this machine, `own_ports` is empty, since its connections look like those of other processes."""
 
-    hosts: frozenset[str]  # IP addresses
-    ports: frozenset[int]  # for stages, and for links of groups
+    hosts: frozenset[str]  # IP addresses of the worker.
+    ports: frozenset[int]  # The worker's ports for stages and for links of groups.
     own_ports: frozenset[int] = frozenset()
 
     def commands(self, table: str, label: str, disturbance: Disturbance, hold_s: float) -> str:
-        """Returns nft commands for a disturbance. The kernel ends it, since rules match sets of ports that expire."""
+        """Returns nft commands for a disturbance. The kernel ends the disturbance after `hold_s` seconds, because the
+        rules match sets of ports whose elements expire."""
         lifetime = f"timeout {max(1, round(hold_s * 1000))}ms"
         lines = []
         for name, ports in (("port", self.ports), ("own", self.own_ports)):
@@ -53,7 +52,7 @@ class WorkerLink:
     def _matches(self, hook: str, port: str, own: str) -> Iterator[str]:
         for host in sorted(self.hosts):
             family = "ip6" if ":" in host else "ip"
-            if not self.own_ports:  # packets on this machine are dropped where they arrive, in both directions
+            if not self.own_ports:  # Within this machine, packets of both directions pass the hook `input`.
                 if hook == "input":
                     yield f"{family} daddr {host} tcp dport {port}"
                     yield f"{family} saddr {host} tcp sport {port}"
@@ -66,7 +65,6 @@ class WorkerLink:
 
 
 def worker_links(addresses: Mapping[str, Sequence[str]], coordinator_ports: frozenset[int]) -> dict[str, WorkerLink]:
-    """Returns the links of workers with network addresses. The workers connect to `coordinator_ports`."""
     in_network = {name: [each for each in own if not each.startswith(_UNIX)] for name, own in addresses.items()}
     found = {name: _resolve(own) for name, own in in_network.items()}
     known = {name: link for name, link in found.items() if link.hosts and coordinator_ports}

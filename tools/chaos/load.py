@@ -28,16 +28,17 @@ _MIXED: tuple[tuple[int, int, dict[str, Any]], ...] = (
     (11, 7, {"mirostat": 2}),
     (13, 8, {"dry_multiplier": 0.8}),
 )
-"""Entries (divisor, remainder, fields). A request gets the fields if its number modulo divisor is the remainder."""
+"""Entries (divisor, remainder, fields). A request gets the fields if its number modulo the divisor is the remainder."""
 _TOP_EVERY, _TOP = 7, 5
 
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """Numbered requests: greedy or sampled, several choices, logprobs, short or long prompts, chats or completions."""
+    """A source of requests. The number of a request determines its prompt, its sampling parameters, the number of
+    choices, its logprobs, and if it is a chat."""
 
     tokens: int = _TOKENS
-    longest: int = max(_LENGTHS)  # prompt, in words
+    longest: int = max(_LENGTHS)  # Number of words in the longest prompt.
     with_chats: bool = True
 
     def path_and_body(self, number: int) -> tuple[str, dict[str, Any]]:
@@ -57,7 +58,6 @@ class Requests:
 
 
 async def fitting_requests(client: AsyncClient, context_tokens: int) -> Requests:
-    """Returns requests that fit the context. Some are chats if the model has a chat template."""
     tokens = max(1, min(_TOKENS, context_tokens // 3))
     word_tokens = max([len(await client.tokenize(f" {word}", add_special=False)) for word in _WORDS])
     longest = max(1, (context_tokens - tokens - _TEMPLATE_TOKENS) // word_tokens)
@@ -75,14 +75,15 @@ class Streams:
     tally: Tally
     expected: dict[int, Received] = field(default_factory=dict)
     last_token_s: float = 0.0
-    received: int = 0  # tokens
+    received: int = 0  # Number of tokens received so far.
 
     async def undisturbed(self, count: int) -> None:
         answers = await asyncio.gather(*(self._answer(number) for number in range(count)))
         self.expected = dict(enumerate(answers))
 
     async def repeat(self, number: int, until: asyncio.Event) -> None:
-        """Repeats a request and compares the answers. Retries a refused request for up to two minutes."""
+        """Sends the same request again and again, and compares each answer with the undisturbed answer. A refused
+        request is retried for up to two minutes."""
         refused_s: float | None = None
         while not until.is_set():
             received = Received()

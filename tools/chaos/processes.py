@@ -1,4 +1,4 @@
-"""The processes of a cluster. No other process gets signals. Process id and start time identify a process."""
+"""Finds the processes of a cluster, and sends signals to them only. Process id and start time identify a process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llamaclust.core.addresses import AddressError, split_address
 from llamaclust.core.this_machine import process_fields
 
 _PROC = Path("/proc")
-_STATE, _PARENT, _START = 0, 1, 19  # fields of /proc/PID/stat after the name
+_STATE, _PARENT, _START = 0, 1, 19  # Indexes of fields in /proc/PID/stat, counted after the process name.
 _LISTENING = "0A"
 
 
@@ -25,7 +25,7 @@ class Process:
     """A process of this user. A later process with the same id has another start time."""
 
     pid: int
-    start_time: int  # in clock ticks since the machine started
+    start_time: int  # Clock ticks from the machine's start to the process's start.
 
     @property
     def is_running(self) -> bool:
@@ -33,7 +33,8 @@ class Process:
         return bool(fields) and int(fields[_START]) == self.start_time and fields[_STATE] not in ("Z", "X")
 
     def send(self, number: signal.Signals) -> bool:
-        """Sends a signal. Returns False if the process has ended. A pidfd keeps the signal from any other process."""
+        """Sends a signal. Returns False if the process has ended. A pidfd makes sure that no later process with the
+        same id gets the signal."""
         with suppress(ProcessLookupError):
             descriptor = os.pidfd_open(self.pid)
             try:
@@ -45,7 +46,7 @@ class Process:
         return False
 
     def catches(self, number: signal.Signals) -> bool:
-        """True if the process handles the signal. A signal without a handler would end the process."""
+        """Returns True if the process handles the signal, which would otherwise end the process."""
         with suppress(OSError):
             lines = (_PROC / str(self.pid) / "status").read_text().splitlines()
             caught = next((line for line in lines if line.startswith("SigCgt:")), "SigCgt: 0")
@@ -53,8 +54,8 @@ class Process:
         return False
 
     def limit_files(self, most_bytes: int) -> int | None:
-        """Limits the size of files that the process and its later children write. The hard limit caps `most_bytes`.
-        Returns the previous limit, or None if the process has ended."""
+        """Limits the size of files that the process, and processes that it starts later, can write. The limit does not
+        exceed the process's hard limit. Returns the previous limit, or None if the process has ended."""
         if not self.is_running:
             return None
         with suppress(ProcessLookupError):
@@ -80,14 +81,14 @@ def local_worker(worker: Mapping[str, Any], coordinator_pid: int) -> Process | N
 
 
 def joined_worker(worker: Mapping[str, Any]) -> Process | None:
-    """Returns the process of a worker that joined by itself. The process must listen on the worker's port at an address
-    of this machine, since a worker elsewhere may have the same process id and port."""
+    """Returns the process of a worker that joined by itself, or None if the worker runs on another machine. Such a
+    worker may have the same process id and port, so the worker's address must be an address of this machine."""
     process = _own_process(worker["pid"])
     if process is None:
         return None
     words = _command_line(process.pid)
     is_worker = "worker" in words and any(Path(word).name == "llamaclust" for word in words[: words.index("worker")])
-    with suppress(AddressError):  # such as a Unix socket
+    with suppress(AddressError):  # The address may be a Unix socket.
         host, port = split_address(worker["address"])
         if is_worker and port in listening_ports(process.pid) and is_here(host):
             return process
@@ -95,7 +96,8 @@ def joined_worker(worker: Mapping[str, Any]) -> Process | None:
 
 
 def coordinator(pid: int, start_ticks: int) -> Process | None:
-    """Returns the coordinator's process, or None if the id belongs to another process, as in another container."""
+    """Returns the coordinator's process. Returns None if the id belongs to another process, which is possible if the
+    coordinator runs in another container."""
     process = _own_process(pid)
     if process is None or process.start_time != start_ticks:
         return None

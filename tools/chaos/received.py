@@ -1,4 +1,4 @@
-"""The answers to one streamed request, as a client received them. Pure."""
+"""The answers to one streamed request, as a client received them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from llamaclust.core.sampling import RowResult
 
 Answer = list[tuple[int, bytes]]
-"""The tokens of an answer: the id, and the bits of the logprob (float32) followed by the top logprobs as JSON."""
+"""Tokens of an answer. The bytes of a token are its logprob as float32, followed by its top logprobs as JSON."""
 
 
 def answer_rows(rows: Iterable[RowResult]) -> Answer:
@@ -21,7 +21,7 @@ def answer_rows(rows: Iterable[RowResult]) -> Answer:
 @dataclass(slots=True)
 class Received:
     choices: dict[int, Answer] = field(default_factory=dict)
-    misplaced: int = 0  # events that were duplicated or skipped
+    misplaced: int = 0  # Number of events that were duplicated or skipped.
     _events: int = 0
 
     def add(self, event_id: str, event: Mapping[str, Any]) -> int:
@@ -37,7 +37,8 @@ class Received:
 
 
 def event_number(event_id: str) -> int:
-    """Returns the number of events so far: the id `REQUEST:3-5` means 3 events of one choice and 5 of another."""
+    """Returns the number of events so far. For example, the id `REQUEST:3-5` stands for 8 events, 3 of the first choice
+    and 5 of the second."""
     return sum(map(int, event_id.rpartition(":")[2].split("-")))
 
 

@@ -28,16 +28,16 @@ from llamaclust.tools.chaos.worker_faults import PRELOAD
 
 _SHOW_S = 1.0
 _FINISH_S = 180.0
-"""The longest wait in seconds for the last answers after the last fault."""
+"""Maximum number of seconds to wait for the last answers after the last fault."""
 _NOT_HERE = "has no coordinator of this user on this machine"
 _LINK = "a network link to this machine (workers of `launcher: local` have Unix sockets)"
 _NOT_PRELOADED = f"needs two connected workers, one of them on this machine and started with PYTHONPATH={PRELOAD}"
 _IMPOSSIBLE = {
-    FaultKind.KILL: "has no workers here that it restarts itself; give --kill-joined if something does",
+    FaultKind.KILL: "restarts no workers on this machine; give --kill-joined if another program restarts them",
     FaultKind.STOP: "needs two connected workers, one of them on this machine",
     FaultKind.DRAIN: "needs two connected workers",
     FaultKind.COORDINATOR_KILL: (
-        "has no standby (`llamaclust up FILE --standby`); give --coordinator if something restarts it"
+        "has no standby (`llamaclust up FILE --standby`); give --coordinator if another program restarts it"
     ),
     FaultKind.COORDINATOR_STOP: _NOT_HERE,
     FaultKind.DISK_FULL: _NOT_HERE,
@@ -51,13 +51,13 @@ _IMPOSSIBLE = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChaosSettings:
     state_dir: Path
-    cluster: str | None  # the only one
+    cluster: str | None  # None for the only running cluster.
     seed: int
     duration_s: float
     streams: int
     permissions: Permissions
-    required: frozenset[FaultKind]  # an error where one of them is not possible
-    with_other_requests: bool  # those of other clients may be disturbed
+    required: frozenset[FaultKind]  # If one of these kinds is not possible, the test does not start.
+    with_other_requests: bool  # True if requests of other clients may be disturbed.
 
 
 class View(Protocol):
@@ -67,7 +67,7 @@ class View(Protocol):
 
 
 async def run_chaos(settings: ChaosSettings, tally: Tally, view: View) -> None:
-    """Runs the test and fills the tally. Always undoes lasting faults. Raises UsageError if nothing can be hit."""
+    """Runs the test and fills the tally. Always undoes lasting faults. Raises UsageError if no fault is possible."""
     folder, record = find_running(settings.state_dir, settings.cluster)
     status, context_tokens = _idle_status(settings, record)
     targets = find_targets(record, status, settings.permissions, has_standby=folder.has_standby)
@@ -107,7 +107,6 @@ def _idle_status(settings: ChaosSettings, record: ClusterRecord) -> tuple[dict[s
 
 @contextmanager
 def _firewall(settings: ChaosSettings, targets: Targets, view: View) -> Iterator[Firewall | None]:
-    """Yields a firewall, or None if no link can be disturbed. Tells the user what is missing."""
     kinds = [kind for kind in FaultKind if kind.is_of_link and targets.names[kind]]
     try:
         firewall = Firewall() if kinds else None
@@ -129,21 +128,21 @@ def _announce(settings: ChaosSettings, cluster: str, targets: Targets, view: Vie
         if kind in settings.required and kind not in kinds:
             raise UsageError(f"--faults {kind.option}: {cluster} {_IMPOSSIBLE[kind]}")
     if not kinds:
-        raise UsageError(f"{cluster}: nothing here can be disturbed")
+        raise UsageError(f"{cluster}: no kind of fault is possible from this machine")
     streams = counted(settings.streams, "stream")
     view.line(f"{cluster}: {settings.duration_s / 60:g} min of faults under {streams}, seed {settings.seed}:")
     view.line("  " + "; ".join(f"{kind.value} ({', '.join(targets.names[kind])})" for kind in kinds))
 
 
 def _suffices(kind: FaultKind, targets: Targets) -> bool:
-    """True if the kind has a target. A kind that spares the last worker needs a second connected worker."""
     least = 2 if kind.needs_another_worker else 1
     return len(targets.names[kind]) >= 1 and targets.connected >= least
 
 
 @asynccontextmanager
 async def _load(streams: Streams) -> AsyncIterator[None]:
-    """Repeats requests until the context ends. Then running requests finish, except after an exception."""
+    """Repeats requests until the context ends. Then, unless an exception occurred, waits until the running requests
+    have finished."""
     done = asyncio.Event()
     async with meanwhile(streams.repeat(number, done) for number in streams.expected) as tasks:
         yield
@@ -172,7 +171,7 @@ async def _one_fault(schedule: Schedule, injector: Injector, tally: Tally, begun
     try:
         targets = await asyncio.to_thread(injector.targets)
     except LlamaclustError as error:
-        view.line(f"no status: {error}")
+        view.line(f"no fault, because the cluster's status is unknown: {error}")
         return
     now_s = time.monotonic()
     fault = schedule.next_fault(now_s, targets.names, injector.held)

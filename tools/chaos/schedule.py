@@ -1,5 +1,5 @@
-"""Draws the order and times of faults from a seed. Pure: no clock, no processes. Each fault takes the same number of
-draws, so that a seed gives equal faults for clusters in equal states."""
+"""Draws the order and times of faults from a seed, without a clock and without processes. Each fault takes the same
+number of draws, so that a seed gives the same faults for clusters in the same states."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from llamaclust.tools.chaos.worker_faults import FAILING_S, MUTE_S
 
 _BETWEEN_S = (0.5, 3.0)
 _LOST_S = (0.1, 10.0)
-"""Seconds below and above `timeouts.worker`, drawn log-uniformly: a worker is late, or counts as lost."""
+"""Minimum and maximum seconds, drawn log-uniformly. They are below and above `timeouts.worker`, so that a worker is
+sometimes late and sometimes counts as lost."""
 _DRAINED_S = (0.5, 5.0)
 _COORDINATOR_STOPPED_S = (0.1, 4.0)
-"""Durations in seconds, below `timeouts.worker` but longer than many heartbeats."""
+"""Minimum and maximum seconds. They are below `timeouts.worker`, but can span many heartbeats."""
 _FULL_S = (0.5, 5.0)
 _SLOW_S = (0.5, 8.0)
 _LOSSES = 5
 _WITHIN_S = 75.0
-"""Seconds during which a worker is lost at most `_LOSSES` times. Launchers restart a worker six times a minute."""
+"""Seconds in which a worker may be lost `_LOSSES` times. Launchers restart a worker up to six times a minute."""
 
 
 class FaultKind(StrEnum):
@@ -51,7 +52,6 @@ class FaultKind(StrEnum):
 
     @property
     def needs_another_worker(self) -> bool:
-        """True if the fault must not hit the last worker that serves."""
         return self in (FaultKind.STOP, FaultKind.DRAIN, FaultKind.PARTITION, FaultKind.FAILS, FaultKind.MUTE)
 
     @property
@@ -60,7 +60,7 @@ class FaultKind(StrEnum):
 
 
 def fault_kinds(text: str | None = None) -> frozenset[FaultKind]:
-    """Parses a list of kinds such as `kill,stop`. None means all kinds. Raises UsageError if a kind is unknown."""
+    """Parses a list of kinds such as `kill,stop`. None stands for all kinds. Raises UsageError for an unknown kind."""
     kinds = {kind.option: kind for kind in FaultKind}
     names = list(kinds) if text is None else [name.strip() for name in text.split(",")]
     if unknown := [name for name in names if name not in kinds]:
@@ -92,7 +92,8 @@ _HOLDS_S = {
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault of a worker, or of the coordinator if `target` is the cluster's name. `hold_s` is 0 for a kill."""
+    """A fault. `target` is a worker's name, or the cluster's name for a fault of the coordinator. `hold_s` is the
+    duration in seconds, or 0 for a kill."""
 
     kind: FaultKind
     target: str
@@ -114,8 +115,8 @@ class Schedule:
     def next_fault(
         self, now_s: float, targets: Mapping[FaultKind, Sequence[str]], held: Iterable[str] = ()
     ) -> Fault | None:
-        """Draws a fault for a target that is not in `held`. Returns None if there is no such target. The last worker
-        that is not in `held` is only killed or slowed."""
+        """Draws a fault for a target that is not in `held`. Returns None if there is no such target. If only one worker
+        is not in `held`, that worker can be killed, or its link slowed, but no other fault is drawn for it."""
         kind_draw, target_draw, hold_draw = (self._source.random() for _ in range(3))
         able = {kind: names for kind in FaultKind if (names := self._able(kind, now_s, targets, frozenset(held)))}
         if not able:

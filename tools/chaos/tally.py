@@ -1,4 +1,4 @@
-"""The results of a run: comparisons with undisturbed answers, and pauses after faults. Pure."""
+"""The results of a run: comparisons with undisturbed answers, and pauses after faults."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llamaclust.tools.chaos.received import Answer, Received
 from llamaclust.tools.chaos.schedule import FaultKind
 
 _WATCH_S = 30.0
-"""A gap between tokens belongs to a fault if it begins within this time after the fault."""
+"""A pause between tokens belongs to a fault if the pause begins within this time after the fault."""
 
 
 @dataclass(slots=True)
@@ -20,8 +20,8 @@ class Comparison:
     answers: int = 0
     tokens: int = 0
     lost: int = 0
-    changed: int = 0  # in their id or a bit of their logprobs, and those beyond the undisturbed answer
-    misplaced: int = 0  # events that were duplicated or skipped
+    changed: int = 0  # Tokens with another id or other logprob bits, and tokens after the undisturbed answer's end.
+    misplaced: int = 0  # Number of events that were duplicated or skipped.
 
     def add(self, expected: Answer, answer: Answer) -> None:
         self.answers += 1
@@ -47,12 +47,13 @@ class Comparison:
 
 @dataclass(slots=True)
 class Pauses:
-    """The longest time without any token after each fault, until the next fault or for 30 s."""
+    """The longest pause without any token after each fault. A pause counts if it begins before the next fault, and at
+    most 30 s after the fault."""
 
     _last_s: float | None = None
-    _open: list[tuple[float, FaultKind]] = field(default_factory=list)  # since the last token, and the fault before it
+    _open: list[tuple[float, FaultKind]] = field(default_factory=list)  # Time and kind of faults since the last token.
     _longest: list[tuple[FaultKind, float]] = field(default_factory=list)
-    _latest: tuple[float, int] | None = None  # the last fault that was followed by a token: when, its place
+    _latest: tuple[float, int] | None = None  # Time of the last fault before a token, and its index in `_longest`.
 
     def fault(self, kind: FaultKind, now_s: float) -> None:
         self._open.append((now_s, kind))
@@ -82,7 +83,7 @@ class Tally:
     faults: Counter[FaultKind] = field(default_factory=Counter)
     compared: Comparison = field(default_factory=Comparison)
     pauses: Pauses = field(default_factory=Pauses)
-    errors: Counter[str] = field(default_factory=Counter)  # that ended an answer
+    errors: Counter[str] = field(default_factory=Counter)  # Number of answers that ended with each error.
 
     @property
     def is_success(self) -> bool:

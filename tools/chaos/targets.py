@@ -1,4 +1,4 @@
-"""The parts of a running cluster that faults may hit."""
+"""The workers, coordinator and links of a running cluster for which faults are possible."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ _GONE = ("left", "lost")
 
 @dataclass(frozen=True, slots=True)
 class Permissions:
-    """Allowed faults. `coordinator` and `joined_workers` allow kills after which a restart is not certain."""
+    """The allowed faults. `coordinator` and `joined_workers` allow kills after which another program must restart the
+    process."""
 
     coordinator: bool = False
     joined_workers: bool = False
@@ -34,7 +35,7 @@ class Targets:
     workers: Mapping[str, Process] = field(default_factory=dict)
     coordinator: Process | None = None
     links: Mapping[str, WorkerLink] = field(default_factory=dict)
-    connected: int = 0  # workers that the user has not drained
+    connected: int = 0  # Number of connected workers that are not drained.
 
 
 def find_targets(
@@ -68,7 +69,7 @@ def find_targets(
 
 
 def _links(record: ClusterRecord, workers: Sequence[Mapping[str, Any]], coordinator: Process) -> dict[str, WorkerLink]:
-    """Returns the links of workers, or {} in another network namespace. API clients' links are never targets."""
+    """Returns the links of workers, or {} in another network namespace. Links of API clients are never targets."""
     if not processes.is_in_our_network(coordinator.pid):
         return {}
     own_ports = processes.listening_ports(coordinator.pid) - {int(record.api.rpartition(":")[2])}

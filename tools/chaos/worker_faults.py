@@ -1,5 +1,5 @@
-"""Faults within a worker process for a few seconds after a signal: steps fail, or stages send nothing. The faults exist
-only in workers that start with `PRELOAD` in PYTHONPATH."""
+"""Faults in a worker process. After a signal, steps fail, or stages send nothing, for a few seconds. Only workers that
+start with `PRELOAD` in PYTHONPATH have these faults."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from typing import Any
 PRELOAD = Path(__file__).parent / "preload"
 FAILING, MUTE = signal.SIGUSR1, signal.SIGUSR2
 FAILING_S, MUTE_S = 2.0, 6.0
-"""Durations of the faults. FAILING_S allows several failures. MUTE_S is enough for a worker to count as lost."""
+"""Durations of the faults in seconds. FAILING_S allows several failures. After MUTE_S, a worker counts as lost."""
 _LOOK_S = 0.01
 
 Active = Callable[[], bool]
 
 
 def break_steps(is_active: Active) -> None:
-    """Makes this process's stages, and its part of every group step, fail while `is_active()`."""
-    from llamaclust.worker.stage.following import FollowingStage  # not where faults are only begun
+    """Lets all steps of this process's stages fail while `is_active()` is True, including steps of groups."""
+    # The process that only sends signals must not import the worker.
+    from llamaclust.worker.stage.following import FollowingStage
     from llamaclust.worker.stage.loop import StageLoop
 
     run_layers, follow = StageLoop._run_layers, FollowingStage._step
@@ -40,7 +41,7 @@ def break_steps(is_active: Active) -> None:
 
 
 def silence(is_active: Active) -> None:
-    """Stops this process's stages from sending, and delays its part of every group step, while `is_active()`."""
+    """Prevents this process's stages from sending while `is_active()` is True, and delays their steps in groups."""
     from llamaclust.worker.stage.following import FollowingStage
     from llamaclust.worker.stage.loop import StageLoop
 

@@ -1,4 +1,4 @@
-"""Converts a checkpoint to a GGUF file with a reader, a page, a vocabulary and a writer."""
+"""Converts a checkpoint to a GGUF file: reads tensors, renames them, adds the vocabulary, and writes the file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llamaclust.tools.convert.stream import OUTPUT_TYPES, OnProgress, Output, wr
 from llamaclust.tools.convert.vocabularies.families import vocabulary_of
 
 FILE_TYPES: Final = {QuantType.F32: 0, QuantType.F16: 1, QuantType.Q8_0: 7, QuantType.BF16: 32}
-"""llama.cpp's number for `general.file_type`, by the type of most weights."""
+"""Values of the GGUF key `general.file_type`, as llama.cpp defines them, by the type of most weights."""
 _MXFP4_EXPERTS: Final = 38
 _QUANTIZATION_VERSION: Final = 2
 _EXACT: Final = re.compile(
@@ -35,8 +35,6 @@ _MOST_THREADS: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """The written file. `notes` are for the user."""
-
     path: Path
     architecture: str
     tensors: int
@@ -45,16 +43,17 @@ class Converted:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    path: Path | None  # None: NAME-TYPE.gguf in the current folder
-    type_name: str  # of OUTPUT_TYPES
-    name: str | None = None  # of the model; None: the checkpoint's
+    path: Path | None  # None for NAME-TYPE.gguf in the current folder.
+    type_name: str  # A key of OUTPUT_TYPES.
+    name: str | None = None  # Name of the model. None for the checkpoint's name.
 
 
 def convert(
     source: Path, out: Path | None, type_name: str, hints: Hints, on_progress: OnProgress, name: str | None
 ) -> Converted:
-    """Writes the checkpoint at `source` to `out`, by default NAME-TYPE.gguf in this folder. Raises ModelFileError for a
-    bad checkpoint, and UsageError for a bad option or a full disk. Leaves no file after an error."""
+    """Converts the checkpoint at `source` and writes it to `out`, or to NAME-TYPE.gguf in this folder if `out` is None.
+    Raises ModelFileError for a bad checkpoint, and UsageError for a bad option or a full disk. After an error, no file
+    is left."""
     with SourceFiles() as files:
         return write_converted(
             files, open_checkpoint(files, source, hints), Target(out, type_name, name), hints, on_progress
@@ -93,7 +92,6 @@ def _file_type(outputs: Sequence[Output], kind: QuantType) -> int:
 
 
 def _check_replaceable(path: Path) -> None:
-    """Raises UsageError if the path is a file but not a model file, for example a file of the checkpoint."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -107,8 +105,8 @@ def thread_count() -> int:
 
 
 def output_type(name: str, tensor: Lazy, wanted: QuantType) -> QuantType:
-    """Returns the packed type if there is one, F32 for vectors and `_EXACT` tensors, F16 if a row is not a whole number
-    of blocks, and otherwise `wanted`."""
+    """Returns the type in which a tensor is written. A packed tensor keeps its type. A vector or `_EXACT` tensor gets
+    F32. Another tensor gets `wanted`, or F16 if its rows are not a whole number of blocks."""
     if tensor.packed is not None:
         return tensor.packed
     if len(tensor.shape) == 1 or _EXACT.fullmatch(name):

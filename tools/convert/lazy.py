@@ -1,4 +1,4 @@
-"""Lazy tensors. Each has a shape, a storage type, and a function that reads and transforms rows."""
+"""Lazy tensors. A lazy tensor has a shape, a storage type, and a function that reads and transforms rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Rows = Callable[[int, int], Array]
 
 _MAX_LOGARITHM = 88.0
 _WASTE = 4
-"""Permuted rows are read as one range if the range has at most this many times as many rows."""
+"""Permuted rows are read as one range, unless the range has more than _WASTE times as many rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +131,8 @@ def decay(logarithms: Lazy) -> Lazy:
 
     def change(values: NDArray[np.float32]) -> NDArray[np.float32]:
         if (values > _MAX_LOGARITHM).any():
-            what = f"{np.nanmax(values):g} is too large a logarithm of a decay"
-            raise ModelFileError(f"{logarithms.origin}: {what}; the most is {_MAX_LOGARITHM:g}")
+            what = f"the logarithm of a decay is {np.nanmax(values):g}"
+            raise ModelFileError(f"{logarithms.origin}: {what}; the limit is {_MAX_LOGARITHM:g}")
         return -np.exp(values)
 
     return mapped(logarithms, change)
@@ -145,7 +145,7 @@ def scaled(tensor: Lazy, factors: NDArray[np.float32]) -> Lazy:
     def read(start: int, end: int) -> Array:
         values, factors = as_floats(tensor.read(start, end), tensor.storage), by_row[start:end]
         try:
-            with np.errstate(over="raise", invalid="ignore"):  # the type that is written decides on infinity
+            with np.errstate(over="raise", invalid="ignore"):  # Infinity is checked when the output type is known.
                 return values * factors
         except FloatingPointError:
             what = f"weights of up to {np.nanmax(np.abs(values)):g} times {factors.max():g} do not fit float32"
@@ -195,7 +195,7 @@ def part_of_each(tensor: Lazy, start: int, end: int) -> Lazy:
 
 
 def strided(tensor: Lazy, axis: int, start: int, step: int) -> Lazy:
-    """Takes every `step`th position along `axis`, beginning at `start`. `axis` must not be 0."""
+    """Takes the positions `start`, `start + step`, ... along `axis`, which must not be 0."""
     index = (*[slice(None)] * axis, slice(start, None, step))
     size = len(range(start, tensor.shape[axis], step))
     shape = (*tensor.shape[:axis], size, *tensor.shape[axis + 1 :])
@@ -211,7 +211,7 @@ def exchanged(tensor: Lazy) -> Lazy:
 
 
 def transposed(tensor: Lazy, recent: Recent) -> Lazy:
-    """Transposes a matrix, which is read whole and kept in `recent`."""
+    """Transposes a matrix. The whole matrix is read at once and kept in `recent`."""
 
     def read(start: int, end: int) -> Array:
         whole = recent.get(tensor, tensor.all)
@@ -227,7 +227,7 @@ def _alike(tensors: Sequence[Lazy]) -> Sequence[Lazy]:
 
 
 class Recent:
-    """A cache of the last two results, for threads that need parts of the same result."""
+    """A thread-safe cache of the last two results, for threads that need different parts of the same result."""
 
     def __init__(self) -> None:
         self._lock = Lock()

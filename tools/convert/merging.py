@@ -1,5 +1,5 @@
-"""Merges a PEFT adapter (LoRA) into its base checkpoint: low-rank factors change matrices, and whole tensors replace
-the base's. The result is a GGUF file or a Hugging Face folder."""
+"""Merges a PEFT adapter (LoRA) into its base checkpoint. Low-rank factors change matrices of the base. Whole tensors of
+the adapter replace tensors of the base. The result is a GGUF file or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -48,12 +48,10 @@ def merge_adapter(
     base: Path, adapter: Path, out: Path, type_name: str, hints: Hints, on_progress: OnProgress
 ) -> Converted:
     """Writes the base to `out`, with W + scale * B @ A in place of each matrix W that the adapter changes. `out` is a
-    GGUF file if its name ends in .gguf, otherwise a folder. The adapter's tokenizer takes precedence over the base's.
-    Raises ModelFileError if adapter and base do not match."""
+    GGUF file if its name ends in .gguf, and otherwise a folder. If the adapter has a tokenizer, it replaces the base's
+    tokenizer. Raises ModelFileError if adapter and base do not match."""
     if not (base / CONFIG).is_file():
-        raise ModelFileError(
-            f"{base}: {CONFIG} is missing: the base must be a folder of Hugging Face's form that is not quantized"
-        )
+        raise ModelFileError(f"{base}: {CONFIG} is missing: the base must be a folder in Hugging Face's format")
     with SourceFiles() as files:
         found = read_folder(files, base)
         tensors = _merged(found.tensors, _read_adapter(files, adapter))
@@ -89,7 +87,7 @@ def _write_folder(
                 shutil.copyfile(source, out / name)
         torch_type = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}[type_name]
         values = {**whole.settings.values, "torch_dtype": torch_type}
-        values.pop("quantization_config", None)  # weights are unpacked on the way
+        values.pop("quantization_config", None)  # The written weights are not quantized.
         made.append(out / CONFIG)
         made[-1].write_text(json.dumps(values, indent=2) + "\n")
     except BaseException:
@@ -151,7 +149,7 @@ def _read_adapter(files: SourceFiles, folder: Path) -> _Adapter:
     settings = PeftSettings.read(folder)
     weights = next((folder / name for name in _NAMES if (folder / name).is_file()), None)
     if weights is None:
-        raise ModelFileError(f"{folder}: has no weights: neither {' nor '.join(_NAMES)} is there")
+        raise ModelFileError(f"{folder}: has no weights: expected {' or '.join(_NAMES)}")
     halves: dict[str, dict[str, Lazy]] = {}
     replaced = {}
     for name, tensor in read_weight_file(files, weights).items():
@@ -162,13 +160,13 @@ def _read_adapter(files: SourceFiles, folder: Path) -> _Adapter:
         elif (saved := _SAVED.fullmatch(plain)) and "original_module" not in plain:
             replaced[f"{saved['module']}.{saved['kind']}"] = tensor
         elif not saved:
-            raise ModelFileError(f"{tensor.origin}: this is neither a LoRA factor nor a weight")
+            raise ModelFileError(f"{tensor.origin}: the tensor is neither a LoRA factor nor a weight")
     factors = {f"{module}.weight": _factors(module, pair, settings) for module, pair in halves.items()}
     return _Adapter(weights, factors, replaced)
 
 
 def _factors(module: str, pair: Mapping[str, Lazy], settings: PeftSettings) -> _Factors:
-    """Reads a module's factors. The change is transposed for an embedding or with `fan_in_fan_out`."""
+    """Reads a module's factors. Their product is transposed for an embedding, and if `fan_in_fan_out` is set."""
     kinds = set(pair)
     if kinds not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
         origin = next(iter(pair.values())).origin
@@ -201,7 +199,7 @@ def _merged(tensors: Mapping[str, Lazy], adapter: _Adapter) -> dict[str, Lazy]:
 
 
 def _replacement(tensor: Lazy, base: Lazy | None, name: str) -> Lazy:
-    """Checks a tensor that replaces a tensor of the base. The new tensor may have more rows, for added tokens."""
+    """Checks a tensor that replaces a tensor of the base. The number of rows may differ, because of added tokens."""
     if base is None and not name.startswith("lm_head"):
         raise ModelFileError(
             f"{tensor.origin}: the base has no tensor {shown(name)}: the adapter belongs to another model"

@@ -1,5 +1,5 @@
-"""The interface of `pages/`. A page takes tensors by their checkpoint names, states their shapes and assigns GGUF
-names. A left-over tensor is an error, since the result may need it (for example a scale)."""
+"""The interface of `pages/`. A page converts one architecture. It takes tensors by their names in the checkpoint,
+states their shapes, and gives them GGUF's names. A tensor that no page takes is an error, since it may be needed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from llamaclust.tools.convert.settings import MAX_HEADS, MAX_LAYERS, MAX_WORDS, 
 _NOT_NEEDED: Final = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias|rope\.freqs)"
 )
-"""Tables and masks that follow from the settings, so no page needs them."""
+"""Names of tables and masks that no page needs, because they follow from the settings."""
 
 
 class Page:
-    """Metadata and tensors of one architecture. `vocabulary_rules` is the architecture whose vocabulary rules apply."""
+    """Metadata and tensors to write. `vocabulary_rules` is the architecture whose vocabulary rules apply."""
 
     def __init__(self, checkpoint: Checkpoint, architecture: str) -> None:
         self.settings = checkpoint.settings
@@ -76,14 +76,13 @@ class Page:
             self.put(f"{name}.bias", self.take(f"{source}.bias", shape[0]))
 
     def leave(self, *prefixes: str) -> bool:
-        """Drops tensors whose names begin with a prefix. Returns False if there is no such tensor."""
+        """Drops all tensors whose names begin with a prefix. Returns False if there is no such tensor."""
         found = [name for name in self._left if name.startswith(prefixes)]
         for name in found:
             del self._left[name]
         return bool(found)
 
     def finish(self) -> None:
-        """Raises ModelFileError if a tensor that may be needed was not taken."""
         left = [name for name in self._left if not _NOT_NEEDED.fullmatch(name)]
         if left:
             others = len(left) - 1
@@ -136,7 +135,8 @@ class Page:
 
 
 def neighbours(tensor: Lazy, heads: int) -> Lazy:
-    """Permutes rows of Q or K to rotate neighbouring channels. The checkpoint rotates the two halves of a head."""
+    """Permutes the rows of Q or K. The checkpoint rotates channel i of a head with channel i of the head's second half.
+    In the result, these two channels are neighbours."""
     width = tensor.shape[0] // heads
     order = np.arange(tensor.shape[0], dtype=np.int64).reshape(heads, 2, width // 2).swapaxes(1, 2)
     return gathered(tensor, order.reshape(-1))

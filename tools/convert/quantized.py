@@ -1,4 +1,4 @@
-"""Quantized checkpoints (four-bit GPTQ and AWQ, eight-bit floats), dequantized as they are read."""
+"""Dequantizes quantized checkpoints (four-bit GPTQ and AWQ, eight-bit floats) while they are read."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from llamaclust.tools.convert.lazy import Array, Lazy, Recent
 
 _EIGHT_BIT_METHODS: Final = ("fp8", "compressed-tensors")
 KEPT_METHOD: Final = "mxfp4"
-"""The quantization method whose blocks exist in GGUF. Pages copy these blocks unchanged."""
+"""A quantization method whose blocks exist in GGUF. Pages copy the blocks unchanged."""
 _SCALES: Final = ("_scale_inv", "_scale")
-"""Name suffixes of scales. All scales multiply the weights, even `_scale_inv`."""
+"""Name suffixes of scales. All scales multiply the weights, even scales named `_scale_inv`."""
 _NOT_NEEDED: Final = ("input_scale", "activation_scale")
-"""Scales of activations, which are useless because activations are not quantized."""
+"""Names of scales of activations. They are not needed, because activations are not quantized."""
 _ONE: Final = (1, 1)
 
 _EIGHT: Final = 8
 _SHIFTS: Final = np.arange(0, 32, 4, dtype=np.uint32)
 _AWQ_ORDER: Final = np.array([0, 4, 1, 5, 2, 6, 3, 7])
-"""The positions of AWQ's eight outputs in an int32."""
+"""Position in an int32 of each of the eight outputs that AWQ packs into it."""
 
 
 def dequantized(tensors: Mapping[str, Lazy], settings: Settings, recent: Recent) -> Mapping[str, Lazy]:
@@ -58,8 +58,8 @@ def _is_part(name: str, tensors: Mapping[str, Lazy]) -> bool:
 
 
 def _four_bit(stem: str, tensors: Mapping[str, Lazy], recent: Recent, *, is_awq: bool, zero_offset: int) -> Lazy:
-    """Unpacks a weight to [outputs, inputs]. GPTQ packs weights along inputs and zeros along outputs, and stores zeros
-    minus `zero_offset` (1, or 0 in version 2). AWQ packs weights and zeros along outputs, in its own order."""
+    """Unpacks a weight to [outputs, inputs]. GPTQ packs weights along inputs and zeros along outputs. It subtracts
+    `zero_offset` (1, or 0 in version 2) from zeros. AWQ packs weights and zeros along outputs, in its own order."""
     weight = tensors[f"{stem}.qweight"]
     if len(weight.shape) != 2:
         raise ModelFileError(f"{weight.origin}: expected a matrix, found shape {list(weight.shape)}")
@@ -87,7 +87,7 @@ def _four_bit(stem: str, tensors: Mapping[str, Lazy], recent: Recent, *, is_awq:
 
 
 def _beside(stem: str, tensors: Mapping[str, Lazy], inputs: int, outputs: int) -> tuple[Lazy, Lazy, Lazy | None]:
-    """Returns zeros and scales per group of inputs, and each input's group (None if groups are contiguous)."""
+    """Returns zeros and scales of groups of inputs, and the group of each input, or None if groups are contiguous."""
     weight = tensors[f"{stem}.qweight"]
     missing = next((part for part in ("qzeros", "scales") if f"{stem}.{part}" not in tensors), None)
     if missing is not None:
@@ -141,7 +141,6 @@ def _eight_bit(tensors: Mapping[str, Lazy], said: Settings) -> dict[str, Lazy]:
 
 
 def _is_scale(name: str, tensors: Mapping[str, Lazy]) -> bool:
-    """True for scales of weights or activations, named after a parameter or next to a module's `weight`."""
     stem, _, part = name.rpartition(".")
     ends = (*_SCALES, *(f"_{end}" for end in _NOT_NEEDED))
     behind = any(name.endswith(end) and name.removesuffix(end) in tensors for end in ends)
@@ -177,7 +176,7 @@ def _scaled(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
         first = start // height
         each = scales.floats().reshape(shape)[first : -(-end // height)]
         rows_of = np.arange(start, end) // height - first
-        with np.errstate(over="ignore", invalid="ignore"):  # the type that is written decides what may be
+        with np.errstate(over="ignore", invalid="ignore"):  # The writer checks values against the output type.
             values: Array = E4M3[tensor.read(start, end)] * np.repeat(each, width, axis=1)[rows_of, :columns]
         return values
 
@@ -200,7 +199,7 @@ def _scaled_experts(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -
     def read(start: int, end: int) -> Array:
         each = np.broadcast_to(scales.floats().reshape(shape), (count, *shape[1:]))[start:end]
         spread = each.repeat(height, axis=1)[:, :rows].repeat(width, axis=2)[:, :, :columns]
-        with np.errstate(over="ignore", invalid="ignore"):  # the type that is written decides what may be
+        with np.errstate(over="ignore", invalid="ignore"):  # The writer checks values against the output type.
             values: Array = E4M3[tensor.read(start, end)] * spread
         return values
 
@@ -208,7 +207,8 @@ def _scaled_experts(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -
 
 
 def _all_numbers() -> Array:
-    """Returns all E4M3 numbers by byte: 4 exponent bits with bias 7, 3 fraction bits. All seven bits set mean NaN."""
+    """Returns the E4M3 number of each of the 256 bytes: a sign bit, 4 exponent bits with bias 7, and 3 fraction bits.
+    If all bits after the sign are set, the number is NaN."""
     byte = np.arange(256)
     exponent, fraction = byte >> 3 & 15, byte & 7
     size = np.where(exponent == 0, np.ldexp(fraction, -9), np.ldexp(8.0 + fraction, exponent - 10))

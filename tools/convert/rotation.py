@@ -16,7 +16,7 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT
 _LEAST_TURNS: Final = 1e-3
 _HUNYUAN_ALPHA: Final = 1000
 _HUNYUAN_CONTEXT: Final = 1 << 18
-"""The context length for alpha 1000 in the authors' report. Some configurations state an eighth of it."""
+"""Context length of models with alpha 1000 by the authors' report. Some configurations state an eighth of it."""
 _LLAMA3: Final = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -28,8 +28,9 @@ def rotation(
     says_dimensions: bool = True,
     log_multiplier: bool = False,
 ) -> None:
-    """Writes keys and tensors of factors, for heads with `dimensions` rotating channels. `base` is the default base.
-    With `log_multiplier`, GGUF has a key for the divisor of YaRN's magnitude. Unknown kinds raise ModelFileError."""
+    """Writes the metadata of the rotation and its tensors of factors. A head has `dimensions` channels that rotate.
+    `base` is used if the configuration states no base. If `log_multiplier` is True, the architecture has a key for the
+    divisor of YaRN's magnitude. Raises ModelFileError for an unknown kind of scaling."""
     said = _parameters(page.settings)
     theta = _base(said, base or 10000.0)
     page.key("rope.freq_base", theta)
@@ -52,8 +53,8 @@ def rotation(
 
 
 def latent_rotation(page: Page, dimensions: int) -> None:
-    """Writes the rotation of latent attention. GGUF derives YaRN's magnitude only from `yarn_log_multiplier`, which
-    here is a tenth of its value elsewhere. `mscale` and `mscale_all_dim` must therefore be equal."""
+    """Writes the rotation of latent attention. GGUF derives YaRN's magnitude only from `yarn_log_multiplier`, so
+    `mscale` and `mscale_all_dim` must be equal. For latent attention, the key has a tenth of its usual value."""
     said = _parameters(page.settings)
     page.key("rope.freq_base", _base(said, 10000.0))
     page.key("rope.dimension_count", dimensions)
@@ -74,7 +75,7 @@ def latent_rotation(page: Page, dimensions: int) -> None:
 
 
 def alpha_rotation(page: Page, dimensions: int) -> bool:
-    """Writes a rotation whose base grows with `alpha` (type dynamic). Returns False if there is no `alpha`."""
+    """Writes a rotation of type dynamic, whose base grows with `alpha`. Returns False if there is no `alpha`."""
     said = _parameters(page.settings)
     alpha = said.real("alpha", default=0.0, maximum=1e6)
     if said.text("rope_type", "type", default="default").lower() != "dynamic" or not alpha:
@@ -93,18 +94,17 @@ def alpha_rotation(page: Page, dimensions: int) -> bool:
 
 
 def rotating_channels(page: Page, default_share: float = 1.0) -> int:
-    """Returns the number of a head's rotating channels, which a configuration may state as a share."""
     said = _parameters(page.settings)
     share = said.real("partial_rotary_factor", default=default_share, maximum=1.0)
     channels = int(share * page.head_width)
     if channels < 2 or channels % 2:
-        what = f"expected 2 channels or more and an even number, found {channels} ({share:g} of {page.head_width})"
+        what = f"expected an even number of 2 or more channels, found {channels} ({share:g} of {page.head_width})"
         raise said.error("partial_rotary_factor", what)
     return channels
 
 
 def sections(settings: Settings, pairs: int) -> list[int]:
-    """Returns how many channel pairs rotate by each of an image's four coordinates. In text, these are equal."""
+    """Returns the number of channel pairs that rotate by each of an image's four coordinates."""
     listed = _parameters(settings).values.get("mrope_section")
     if listed is None:
         return [(pairs + 2 - number) // 3 for number in range(3)] + [0]
@@ -118,7 +118,8 @@ def sections(settings: Settings, pairs: int) -> list[int]:
 
 
 def position_scale(page: Page) -> int:
-    """Writes how queries grow with the logarithm of the position. Returns positions per step, or 0 without growth."""
+    """Writes the growth of queries with the logarithm of their position. Returns the number of positions between two
+    steps of growth, or 0 without growth."""
     said = _parameters(page.settings)
     growth = said.real("llama_4_scaling_beta", default=0.0, maximum=1e3)
     if not growth:
@@ -137,7 +138,7 @@ def local_base(settings: Settings, default: float = 10000.0) -> float:
 
 
 def _parameters(settings: Settings) -> Settings:
-    """Returns all settings of the rotation, which older configurations state as separate keys."""
+    """Returns all settings of the rotation. Older configurations state some of them outside the inner object."""
     inner = settings.inner("rope_parameters", "rope_scaling")
     inner = inner.inner("full_attention") if inner.has("full_attention") else inner
     outer = ("rope_theta", "rotary_emb_base", "original_max_position_embeddings", "partial_rotary_factor")
@@ -195,7 +196,7 @@ def _growth(factor: float, share: float = 1.0) -> float:
 
 
 def _dynamic(page: Page, said: Settings) -> None:
-    """Adds only a note, since frequencies change only beyond the trained context length."""
+    """Adds a note. No metadata is written, because this scaling has no effect within the trained context length."""
     if said.has("alpha"):
         raise said.error("alpha", "a stretch of all texts by alpha is not supported")
     context = page.metadata[f"{page.architecture}.context_length"]
@@ -203,7 +204,6 @@ def _dynamic(page: Page, said: Settings) -> None:
 
 
 def _llama3(page: Page, said: Settings, theta: float, dimensions: int) -> None:
-    """Divides low frequencies by `factor`, keeps high frequencies, and interpolates between them."""
     defaults = dict(zip(_LLAMA3, (8.0, 1.0, 4.0, 8192.0), strict=True))
     factor, low, high, original = (said.real(name, default=defaults[name], minimum=1e-3) for name in _LLAMA3)
     if low >= high:

@@ -17,8 +17,8 @@ MAX_CAP: Final = 1e6
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint. `tensors` have their original names. `family` selects the page: it is Hugging Face's class, or our
-    own name for another format. `vocabulary` is the tokenizer's file or folder."""
+    """A checkpoint. `family` is Hugging Face's class, such as LlamaForCausalLM, or "Meta" for other formats. `tensors`
+    have their original names. `vocabulary` is the file or folder of the tokenizer."""
 
     family: str
     settings: Settings

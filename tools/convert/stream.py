@@ -1,4 +1,4 @@
-"""Writes GGUF files as a stream: threads read and convert ranges of rows, and the ranges are written in order."""
+"""Writes GGUF files as a stream. Threads read and convert ranges of rows. The ranges are written in order."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def write_stream(
     threads: int,
     check: Callable[[], None],
 ) -> None:
-    """Writes a file. Raises UsageError first if the disk is too small. `check` runs before the file gets its name."""
+    """Writes a file. Raises UsageError before writing if the disk lacks space. `check` is called at the end, before the
+    file gets its name."""
     header = header_bytes(
         metadata, [TensorSource(output.name, output.quant_type, output.tensor.shape, bytes) for output in outputs]
     )
@@ -82,7 +83,7 @@ def write_pieces(
 
 
 def _begin_writing(file: BinaryIO, start: int, count: int) -> None:
-    """Starts to write a range to disk while the next pieces are converted, and drops its pages from the cache."""
+    """Starts to write a range to disk while the next pieces are converted, and to drop it from the page cache."""
     file.flush()
     os.posix_fadvise(file.fileno(), start, count, os.POSIX_FADV_DONTNEED)
 

@@ -1,4 +1,4 @@
-"""Measures HellaSwag: which of four endings is the most likely? Tasks have the format of llama.cpp's `--hellaswag`."""
+"""Measures HellaSwag: how often the right one of four endings is the likeliest. Tasks have llama.cpp's format."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ _NORMAL_95: Final = 1.95996398454
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A context's tokens, followed by each of its endings. All sequences begin with the same `shared` tokens."""
+    """A task. `endings` are four token sequences, each the context followed by an ending. The first `shared` tokens of
+    all sequences are equal. `right` is the index of the right ending."""
 
     endings: tuple[tuple[int, ...], ...]
     shared: int
@@ -32,7 +33,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Counts of tasks whose right ending is the likeliest: by total logprob (`right`), or by mean logprob as in
+    """Number of tasks whose right ending is the likeliest: by the sum of logprobs (`right`), or by their mean as in
     llama.cpp (`right_norm`)."""
 
     tasks: int = 0
@@ -97,7 +98,6 @@ def _task(path: Path, tokenizer: Tokenizer, lines: Sequence[str], line: int) -> 
 
 
 def measure_hellaswag(client: TextClient, tasks: Sequence[Task], on_task: Callable[[Accuracy], None]) -> Accuracy:
-    """Scores the tasks. `on_task` gets the accuracy so far. The result does not depend on where the model runs."""
     value = Accuracy()
     with ThreadPoolExecutor(AT_ONCE, "hellaswag") as pool:
         try:

@@ -17,7 +17,7 @@ from llamaclust.tools.evaluate.perplexity import MOST_NLL
 Float64 = NDArray[np.float64]
 
 _ROWS_AT_ONCE: Final = 16
-"""The number of positions whose logits and intermediate values fit a core's cache."""
+"""Number of positions whose logits and intermediate values fit in the cache of a core."""
 _LEAST_LOGPROB: Final = -16.0
 _FEW: Final = 10
 _QUANTILES: Final = (1.0, 0.999, 0.99, 0.95, 0.9, 0.5, 0.1, 0.05, 0.01, 0.001, 0.0)
@@ -37,10 +37,10 @@ class Estimate:
         return cls(mean, math.sqrt(spread / (values.size - 1)) if spread > 0 and values.size > _FEW else 0.0)
 
     def exp(self) -> Estimate:
-        """Returns the estimate of e^value. Raises LlamaclustError if it is too large."""
+        """Returns the estimate of e^value. Raises LlamaclustError if the value is too large for a float."""
         if self.value > MOST_NLL:
             raise LlamaclustError(
-                f"a model gives the text almost no chance: {self.value:.4g} nats per token; check model and text"
+                f"the text is almost impossible for a model: {self.value:.4g} nats per token; check model and text"
             )
         return Estimate(math.exp(self.value), math.exp(self.value) * self.stderr)
 
@@ -49,10 +49,10 @@ class Estimate:
 class Scores:
     """Statistics of each token, float64 [tokens]."""
 
-    nll: Float64  # what the model gives the token, as negative logprob
-    base_nll: Float64
-    kld: Float64  # sum over the vocabulary of p_base * (log p_base - log p)
-    same_top: Float64  # 1 where both think the same token the likeliest
+    nll: Float64  # Negative logprob of the token by the model.
+    base_nll: Float64  # Negative logprob of the token by the base.
+    kld: Float64  # Sum over the vocabulary of p_base * (log p_base - log p).
+    same_top: Float64  # 1 if model and base have the same likeliest token, else 0.
 
     @property
     def p_difference(self) -> Float64:
@@ -60,7 +60,7 @@ class Scores:
 
 
 def compare(logits: Float32, base: Float32, tokens: Sequence[int]) -> Scores:
-    """Compares logits of a model with logprobs of the base, both [rows, vocabulary], for the actual tokens [rows]."""
+    """Compares a model's logits with the base's logprobs, both [rows, vocabulary], for the actual tokens [rows]."""
     parts = [
         _compare(logits[at : at + _ROWS_AT_ONCE], base[at : at + _ROWS_AT_ONCE], tokens[at : at + _ROWS_AT_ONCE])
         for at in range(0, len(tokens), _ROWS_AT_ONCE)
@@ -86,7 +86,7 @@ def _compare(logits: Float32, base: Float32, tokens: Sequence[int]) -> Scores:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Figures over all compared tokens. A ratio above 1 means that the model predicts worse than the base."""
+    """Statistics of all compared tokens. A ratio above 1 means that the model predicts worse than the base."""
 
     scores: Scores
     chunks: int

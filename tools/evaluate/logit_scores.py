@@ -1,4 +1,4 @@
-"""Scores a model in this process. Its logits are written to a file, or compared with another model's file."""
+"""Scores a model in this process. Writes its logits to a file, or compares them with the logits in another file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def measure_divergence(
     shape = base.shape
     if shape.vocabulary != client.vocabulary_size:
         raise UsageError(
-            f"{base.path}: its logits are for {shape.vocabulary} tokens, but the model has {client.vocabulary_size}"
+            f"{base.path}: its vocabulary has {shape.vocabulary} tokens, but the model's has {client.vocabulary_size}"
         )
     parts: list[Scores] = []
     for number, tokens in enumerate(base.chunks[:chunks]):

@@ -1,8 +1,9 @@
-"""Files of one model's logits over a text, for comparison with another model. The format is llama.cpp's
-(`llama-perplexity --kl-divergence-base`): both programs read each other's files. All numbers are little-endian. The
-file begins with `_logits_`; uint32 tokens of a chunk; int32 vocabulary; int32 chunks; int32 tokens [chunks, context].
-Each chunk and position in [context // 2, context - 1) then has float32 step, float32 least and uint16 [vocabulary, made
-even]. A token's logprob is its uint16 times step, plus least. Logprobs 16 or more below the likeliest become least."""
+"""Reads and writes files of a model's logits over a text, for comparison with another model. The format is llama.cpp's
+(`llama-perplexity --kl-divergence-base`). All numbers are little-endian. The file begins with `_logits_`, the uint32
+number of tokens in a chunk, the int32 vocabulary size, the int32 number of chunks, and int32 tokens [chunks, context].
+For each chunk and each position in [context // 2, context - 1), a row follows: float32 step, float32 least, and uint16
+[vocabulary], padded to an even number. A token's logprob is its uint16 times step, plus least. Logprobs that are 16 or
+more below the highest logprob of the row are stored as least."""
 
 from __future__ import annotations
 
@@ -28,13 +29,13 @@ _SPREAD: Final = 16.0
 _LEVELS: Final = 65535
 _LEAST: Final = -100.0
 _MOST: Final = 0.1
-"""Bounds of logprobs in a file. Logprobs reach 16 below the likeliest, which is at least log(1 / vocabulary)."""
+"""Bounds of valid logprobs in a file. A stored logprob is at most 16 below the highest logprob of its row."""
 _MOST_TOKENS: Final = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
 class LogitsShape:
-    context: int  # tokens of a chunk
+    context: int  # Number of tokens in a chunk.
     vocabulary: int
     chunks: int
 
@@ -44,7 +45,7 @@ class LogitsShape:
 
     @property
     def rows(self) -> int:
-        """The number of positions of a chunk whose logits are kept. Each position has a following token."""
+        """Number of positions in a chunk whose logits are stored. A token follows each of these positions."""
         return self.context - 1 - self.first
 
     @property
@@ -68,7 +69,6 @@ class LogitsWriter:
         file.write(np.array(chunks, "<i4").tobytes())
 
     def add(self, logits: Float32) -> None:
-        """Writes rows of logits [rows, vocabulary]."""
         rows, vocabulary = logits.shape
         packed = np.zeros((rows, self._row_numbers), "<u2")
         step, least, numbers = _coded(logits)
@@ -79,15 +79,13 @@ class LogitsWriter:
 
 @contextmanager
 def writing(path: Path, shape: LogitsShape, chunks: Sequence[Sequence[int]]) -> Iterator[LogitsWriter]:
-    """Yields a writer. The file gets its name when it is complete. Raises UsageError if the disk has no room."""
+    """Yields a writer. The file gets its name when it is complete. Raises UsageError if the disk lacks space."""
     with new_file(path, shape.total_bytes, advice="; take fewer --chunks") as file:
         yield LogitsWriter(file, shape, chunks)
 
 
 @dataclass(frozen=True, slots=True)
 class LogitsFile:
-    """A file of logits. Tokens are read when the file is opened, and logprobs on demand."""
-
     path: Path
     shape: LogitsShape
     chunks: tuple[tuple[int, ...], ...]
@@ -102,13 +100,11 @@ class LogitsFile:
         except OSError as error:
             raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
         if not (tokens.min() >= 0 and tokens.max() < shape.vocabulary):
-            raise UsageError(
-                f"{path}: holds a token outside its vocabulary of {shape.vocabulary}; create the file again"
-            )
+            raise UsageError(f"{path}: has a token outside its vocabulary of {shape.vocabulary}; create the file again")
         return cls(path, shape, tuple(tuple(chunk) for chunk in tokens.reshape(shape.chunks, -1).tolist()))
 
     def logprobs(self, chunk: int, start: int, end: int) -> Float32:
-        """Returns logprobs [end - start, vocabulary] of kept rows [start, end) of a chunk."""
+        """Returns the stored logprobs [end - start, vocabulary] of rows [start, end) of a chunk."""
         shape = self.shape
         with self.path.open("rb") as file:
             file.seek(shape.head_bytes + (chunk * shape.rows + start) * shape.row_bytes)
@@ -119,7 +115,7 @@ class LogitsFile:
         scale = np.ascontiguousarray(numbers[:, :4]).view("<f4").astype(np.float32)
         step, least = scale.T.astype(np.float64)
         if not ((step >= 0) & (least > _LEAST) & (least + _LEVELS * step < _MOST)).all():
-            raise UsageError(f"{self.path}: chunk {chunk} holds values that are not logprobs; create the file again")
+            raise UsageError(f"{self.path}: chunk {chunk} has values that are not logprobs; create the file again")
         logprobs = numbers[:, 4 : 4 + shape.vocabulary].astype(np.float32)
         logprobs *= scale[:, :1]
         logprobs += scale[:, 1:]
@@ -143,7 +139,6 @@ def _read_shape(path: Path, file: BinaryIO) -> LogitsShape:
 
 
 def _coded(logits: Float32) -> tuple[Float32, Float32, NDArray[np.uint16]]:
-    """Returns `step` [rows], `least` [rows], and a uint16 for each logit."""
     most = logits.max(axis=1)
     least = np.maximum(logits.min(axis=1), most - np.float32(_SPREAD))
     step = (most - least) / np.float32(_LEVELS)

@@ -1,4 +1,4 @@
-"""Measures perplexity by llama.cpp's convention: a text is cut into chunks, and the second half of each is scored."""
+"""Measures perplexity as llama.cpp does: a text is cut into chunks, and the second half of each chunk is scored."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Perplexity:
 
 
 class Accumulator:
-    """Sums the tokens' values in float64 and in order, so that equal logprobs give equal digits."""
+    """Sums logprobs in float64 and in the order of tokens, so that equal logprobs give equal results."""
 
     def __init__(self) -> None:
         self._chunks = 0
@@ -49,11 +49,11 @@ class Accumulator:
 
     @property
     def result(self) -> Perplexity:
-        """The perplexity so far. Raises LlamaclustError if the model gives the text almost no probability."""
+        """The perplexity so far. Raises LlamaclustError if the probability of the text is too small for a float."""
         mean = self._sum / self._tokens
         if mean > MOST_NLL:
             raise LlamaclustError(
-                f"the model gives the text almost no chance: {mean:.4g} nats per token; check the model and the text"
+                f"the text is almost impossible for the model: {mean:.4g} nats per token; check the model and the text"
             )
         variance = self._squares / self._tokens - mean * mean
         error = math.sqrt(max(0.0, variance) / max(1, self._tokens - 1))
@@ -72,7 +72,8 @@ def read_text(path: Path) -> str:
 
 
 def cut(tokenizer: Tokenizer, text: str, context: int, most: int | None) -> list[tuple[int, ...]]:
-    """Returns the first `most` chunks of `context` tokens, changed by `begun`. Raises UsageError for a short text."""
+    """Returns the first `most` chunks of `context` tokens, or all chunks if `most` is None. If the model needs BOS, a
+    chunk's first token becomes BOS. Raises UsageError if the text is shorter than a chunk."""
     ids = tokenizer.encode(text)
     if len(ids) < context:
         raise UsageError(
@@ -87,7 +88,7 @@ def begun(tokenizer: Tokenizer, chunk: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def measure(client: TextClient, chunks: Sequence[tuple[int, ...]], on_chunk: OnChunk) -> Perplexity:
-    """Scores tokens [context / 2 + 1, context) of each chunk. `on_chunk` gets the perplexity so far."""
+    """Scores tokens [context / 2 + 1, context) of each chunk. `on_chunk` is called with the perplexity so far."""
     sums = Accumulator()
     for chunk in chunks:
         reply = client.generate(chunk, max_tokens=0, score_from=len(chunk) // 2 + 1)
@@ -97,7 +98,8 @@ def measure(client: TextClient, chunks: Sequence[tuple[int, ...]], on_chunk: OnC
 
 
 def check_same_model(client: TextClient, tokenizer: Tokenizer, text: str) -> None:
-    """Raises UsageError if the server and the model file tokenize the text differently."""
     sample = text[:_CHECKED_CHARACTERS]
     if client.tokenize(sample, add_special=False) != tokenizer.encode(sample, add_special=False, parse_special=True):
-        raise UsageError("the server's model is not the model of the file: they tokenize the text differently")
+        raise UsageError(
+            "the server's model is not the model of the file: their tokenizers differ; give the same model"
+        )

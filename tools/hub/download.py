@@ -1,4 +1,4 @@
-"""Downloads one file over HTTP into a partial file, with resumption, retries and a deadline."""
+"""Downloads one file over HTTP into a partial file. A download can be resumed, is retried, and has a deadline."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from llamaclust.tools.progress import Progress
 _COUNT = re.compile("[0-9]{1,18}")
 _DISK_RESERVE_BYTES = 1 << 26
 _LARGE_BYTES = 1 << 26
-"""The number of missing bytes from which on several connections are worth their set-up."""
+"""A download of at least this many bytes uses several connections."""
 _CONNECTIONS = 4
 _PIECE_BYTES = 8 << 20
 _AHEAD = 6
-"""The maximum number of pieces in memory or in transfer. Other pieces continue while one piece is slow."""
+"""Maximum number of pieces in memory or in transfer. It exceeds _CONNECTIONS, so that a slow piece delays no other."""
 RETRY_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Limits of a download: attempts without progress, first and longest pause, and total time."""
+    """Limits of a download: number of attempts without progress, pauses between attempts, and total time."""
 
     tries: int = 6
     first_pause_s: float = 0.5
@@ -50,23 +50,23 @@ PATIENCE = Patience()
 
 
 class _TryAgain(Exception):
-    """A failure that may pass, such as a lost connection or a busy server."""
+    """A failure after which another attempt may succeed, such as a lost connection or a busy server."""
 
 
 @dataclass(frozen=True, slots=True)
 class Download:
     url: str
-    sha256: str | None  # checked at the end; None: unknown
-    headers: Mapping[str, str] = field(default_factory=dict)  # sent to that server only
-    room_bytes: int = 0  # to stay free on the disk beyond the file itself
+    sha256: str | None  # Checked at the end. None if the hash is unknown.
+    headers: Mapping[str, str] = field(default_factory=dict)  # Headers for the server of `url` only.
+    room_bytes: int = 0  # Bytes that must stay free on the disk in addition to the file.
 
 
 def fetch(
     client: httpx.Client, wanted: Download, partial: Path, progress: Progress, patience: Patience = PATIENCE
 ) -> None:
-    """Downloads a file into `partial`, or resumes an earlier attempt. Uses several connections if the server supports
-    ranges. Raises DownloadError if the server refuses, the disk is too small, `patience` is exhausted or the hash is
-    wrong. Deletes a file with a wrong hash, but keeps an incomplete file."""
+    """Downloads a file into `partial`, or resumes an earlier download. Uses several connections if the server supports
+    ranges. Raises DownloadError if the server refuses, the disk lacks space, `patience` is exhausted or the hash is
+    wrong. A file with a wrong hash is deleted. An incomplete file is kept."""
     transfer = _Transfer(client, wanted, partial, progress, time.monotonic() + patience.deadline_s)
     resumed = transfer.size_bytes > 0
     transfer.run(patience)
@@ -77,7 +77,7 @@ def fetch(
         raise DownloadError(
             f"{wanted.url}: the SHA-256 is not {wanted.sha256}; the download is deleted, check the address"
         )
-    progress("the resumed file has a wrong hash, starting anew", 0, None)
+    progress("the resumed file has a wrong hash, downloading it again", 0, None)
     fetch(client, wanted, partial, progress, patience)
 
 
@@ -94,7 +94,7 @@ def check_room(directory: Path, needed_bytes: int, what: str) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed_bytes + _DISK_RESERVE_BYTES:
         needed = (needed_bytes + _DISK_RESERVE_BYTES) >> 20
-        raise DownloadError(f"{what} needs {needed} MiB on the disk of {directory}, {free >> 20} MiB are free")
+        raise DownloadError(f"{what} needs {needed} MiB on the disk of {directory}, but {free >> 20} MiB are free")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,15 +105,16 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class RangeSource:
-    """A large file whose ranges come over several connections. A validator in `headers` keeps them to one version."""
+    """A large file whose ranges are requested over several connections. A validator in `headers`, such as If-Range with
+    an ETag, makes sure that all ranges have the same version."""
 
     client: httpx.Client
     url: str
     headers: Mapping[str, str]
-    deadline: float  # of time.monotonic()
+    deadline: float  # A value of time.monotonic().
 
     def pieces(self, start: int, end: int) -> Iterator[Piece]:
-        """Yields bytes [start, end) in order. A piece with a failure is the last piece."""
+        """Yields the bytes [start, end) in order, in pieces. If a piece has a failure, it is the last piece."""
         stop = Event()
         ranges = iter([(at, min(at + _PIECE_BYTES, end)) for at in range(start, end, _PIECE_BYTES)])
         with ThreadPoolExecutor(_CONNECTIONS, "download") as pool:
@@ -161,7 +162,7 @@ class _Transfer:
     wanted: Download
     path: Path
     progress: Progress
-    deadline: float  # of time.monotonic()
+    deadline: float  # A value of time.monotonic().
 
     @property
     def note(self) -> Path:
@@ -220,7 +221,7 @@ class _Transfer:
         return self._append_ranges(start, total)
 
     def _validator(self) -> str | None:
-        """Returns the stored ETag or date. Without a validator, a resumed file may mix two versions."""
+        """Returns the stored ETag or date. Without it, a resumed file could mix two versions."""
         try:
             said = json.loads(self.note.read_text(encoding="utf-8"))
             return str(said["validator"]) if said["url"] == self.wanted.url else None
@@ -241,7 +242,8 @@ class _Transfer:
         return headers | ({"If-Range": validator} if validator else {})
 
     def _resume_headers(self) -> dict[str, str]:
-        """Returns request headers. They have a range if a validator or hash ensures that the file is still the same."""
+        """Returns request headers. They ask for the missing range only if a validator or a hash can reveal that the
+        file has changed."""
         headers = self._range_headers()
         if self.size_bytes and ("If-Range" in headers or self.is_checked):
             return headers | {"Range": f"bytes={self.size_bytes}-"}
@@ -249,7 +251,6 @@ class _Transfer:
         return headers
 
     def _is_for_ranges(self, response: httpx.Response, rest: int) -> bool:
-        """True if several connections are worth their set-up, and a validator or hash ensures that pieces match."""
         gives = response.status_code == httpx.codes.PARTIAL_CONTENT or response.headers.get("accept-ranges") == "bytes"
         return rest >= _LARGE_BYTES and gives and (self.is_checked or self._validator() is not None)
 

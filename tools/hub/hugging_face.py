@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub or a mirror: a file's size and hash before its download, and the access token."""
+"""Finds files on the Hugging Face hub or a mirror: their names, and a file's size and hash before its download."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LISTING_BYTES: Final = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """The address of a file's bytes, and what is known about them. `headers` are for this server only."""
+    """The address of a file, with its hash and size if known. `headers` are for this server only."""
 
     url: str
     sha256: str | None = None
@@ -39,8 +39,9 @@ class RemoteFile:
 
 
 def find_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile, patience: Patience) -> RemoteFile:
-    """Requests the file's size and SHA-256 from the hub, and pins its commit. Raises DownloadError if the hub refuses,
-    and UsageError if other users may read the token file or the token must not be sent to the mirror."""
+    """Requests the file's size and SHA-256 from the hub. The returned address names the file's commit. Raises
+    DownloadError if the hub refuses. Raises UsageError if other users can read the token file, or if the token would be
+    sent to an address without TLS."""
     headers = _headers(settings)
     url = source.url(settings.endpoint)
     response = _head(client, url, headers, patience)
@@ -55,8 +56,8 @@ def find_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile, pa
 
 
 def files_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile) -> list[str]:
-    """Returns the paths of all files in the repository of `source`, with a single attempt. Raises DownloadError if the
-    hub does not list the files, and the UsageErrors of `find_on_hub`."""
+    """Returns the paths of all files in the repository of `source`. There is a single attempt. Raises DownloadError if
+    the hub does not list the files, and UsageError as `find_on_hub` does."""
     url, headers, body = source.repository_url(settings.endpoint), _headers(settings), bytearray()
     try:
         with client.stream("GET", url, headers=headers) as response:
@@ -102,7 +103,7 @@ def _token_of_file(settings: HubSettings) -> str | None:
 
 
 def _head(client: httpx.Client, url: str, headers: Mapping[str, str], patience: Patience) -> httpx.Response:
-    """Returns the hub's own reply. Follows redirects only within the hub, as for renamed repositories."""
+    """Returns the hub's reply. Follows redirects within the hub, which renamed repositories have, but no others."""
     place = url
     for failures in range(patience.tries):
         tries_left = patience.tries - failures - 1
@@ -137,7 +138,7 @@ def _origin(url: str) -> tuple[str, str | None, int | None] | None:
         parts = urlsplit(url)
         return parts.scheme, parts.hostname, parts.port
     except ValueError:
-        return None  # no address to follow
+        return None  # The redirect has no valid address.
 
 
 def _refusal(response: httpx.Response, source: HubFile, has_token: bool) -> str:

@@ -1,4 +1,4 @@
-"""Finds a package's wheel on the index that pip uses on this machine. No address is built in."""
+"""Finds a package's wheel on the index that pip uses on this machine. The addresses come from pip's settings."""
 
 from __future__ import annotations
 
@@ -30,20 +30,19 @@ _PAGE_LIMIT_BYTES = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class PipSettings:
-    """pip's settings on this machine: addresses of simple indexes, other places with wheels, certificates."""
-
     index_urls: tuple[str, ...]
     find_links: tuple[str, ...]
     certificates: str | None
 
     def tls_context(self) -> ssl.SSLContext | None:
-        """Trusts pip's certificate bundle if one is set. Raises UsageError if the bundle cannot be read."""
+        """Returns a context that trusts pip's certificate bundle, or None if no bundle is set. Raises UsageError if the
+        bundle cannot be read."""
         return authorities(Path(self.certificates)) if self.certificates else None
 
 
 @dataclass(frozen=True, slots=True)
 class WheelLink:
-    """A wheel's address, and its SHA-256 in lower-case hex if the index has it."""
+    """A wheel's address, and its SHA-256 in lower-case hex if the index states the hash."""
 
     url: str
     sha256: str | None
@@ -54,7 +53,7 @@ class WheelLink:
 
 
 def pip_settings() -> PipSettings:
-    """Runs pip, so that its mirrors, proxy certificates and offline wheel folders take effect."""
+    """Asks pip for its settings, so that pip's mirrors, proxy certificates and offline wheel folders take effect."""
     listed = _run_pip("config", "list")
     settings = _effective_settings(listed.splitlines())
     indexes = [] if settings.get("no-index", "").lower() in ("1", "true", "yes", "on") else [_index_url()]
@@ -64,7 +63,7 @@ def pip_settings() -> PipSettings:
 
 
 def find_wheel(client: httpx.Client, settings: PipSettings, wanted: PackageFile) -> WheelLink:
-    """Returns a wheel of the package, preferably for all platforms. Raises DownloadError if there is none."""
+    """Returns a wheel of the package, preferably one for all platforms. Raises DownloadError if no wheel is found."""
     problems: list[str] = []
     pages = (f"{url.rstrip('/')}/{_normalized(wanted.package)}/" for url in settings.index_urls)
     for place in (*settings.find_links, *pages):
@@ -93,7 +92,7 @@ def _run_pip(*arguments: str) -> str:
 
 
 def _effective_settings(lines: Iterable[str]) -> Mapping[str, str]:
-    """Parses `pip config list`. The command's section overrides the general one; the environment overrides all."""
+    """Parses `pip config list`. The section `download` overrides `global`, and the environment overrides both."""
     rank = {"global": 0, "download": 1, ":env:": 2}
     found: list[tuple[int, str, str]] = []
     for line in lines:
@@ -105,7 +104,7 @@ def _effective_settings(lines: Iterable[str]) -> Mapping[str, str]:
 
 
 def _index_url() -> str:
-    """Returns the index address in pip's help, which reflects pip's files, environment and default."""
+    """Returns the index address that pip's help shows. It reflects pip's files, environment and default."""
     match = _DEFAULT_INDEX.search(" ".join(_run_pip("download", "--help").split()))
     if match is None:
         raise DownloadError("pip's help names no package index; set one: pip config set global.index-url URL")
@@ -155,7 +154,9 @@ def _web_links(client: httpx.Client, url: str) -> Iterator[WheelLink]:
         kind = response.headers.get("content-type", "").partition(";")[0].strip()
     is_json = kind.endswith("json")
     links = _json_links(page, final_url) if is_json else _html_links(page.decode("utf-8", "replace"), final_url)
-    yield from (link for link in links if urlsplit(link.url).scheme in ("http", "https"))  # no file of this machine
+    yield from (
+        link for link in links if urlsplit(link.url).scheme in ("http", "https")
+    )  # A web page must not name local files.
 
 
 def _read_page(response: httpx.Response) -> bytes:
@@ -201,6 +202,6 @@ def _is_wheel_of(file_name: str, wanted: PackageFile) -> bool:
 
 
 def _shown(url: str) -> str:
-    """Removes the user name and the password from an address."""
+    """Removes user name and password from an address."""
     parts = urlsplit(url)
     return url if "@" not in parts.netloc else url.replace(parts.netloc, parts.netloc.rpartition("@")[2])

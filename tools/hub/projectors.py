@@ -8,12 +8,12 @@ from typing import Final
 from llamaclust.model.projectors.beside import is_named_projector
 
 _TYPES: Final = tuple(re.compile(rf"(?<![a-z0-9]){name}$") for name in ("f16", "q8_0", "bf16", "f32"))
-"""Ends of file names without the suffix, in order of preference. F16 has the accuracy of the checkpoints."""
+"""Ends of file names (without .gguf) in order of preference. F16 is as accurate as the checkpoints."""
 
 
 def projector_in(files: Iterable[str], model: str) -> str | None:
-    """Returns the path of the projector for the model at the path `model`, or None. The projector is in the model's
-    folder, or else in the nearest folder above. `files` are all paths in the repository."""
+    """Returns the path of the projector for the model at the path `model`, or None. `files` are all paths in the
+    repository. The projector is searched in the model's folder first, and then in the folders above."""
     place = PurePosixPath(model)
     folders = [*place.parents]
     paths = (PurePosixPath(file) for file in files if is_named_projector(PurePosixPath(file)))

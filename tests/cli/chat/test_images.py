@@ -49,7 +49,7 @@ async def test_dropped_images_are_told_once(tmp_path: Path, monkeypatch: pytest.
     lines = "".join(f"What is {f'@{file} ' * images}?\n" for images in (40, 40, 1)).encode()
     async with scripted("Red", vision=vision) as (url, _):
         ended = await command("chat", "--commands", "--endpoint", url, piped=lines)
-    assert ended.code == 0 and ended.err.count("from now on the oldest images are left out") == 1, ended.err
+    assert ended.code == 0 and ended.err.count("its oldest images are no longer sent") == 1, ended.err
     assert len(vision.images) == 40 + 64 + 64
 
 

@@ -50,7 +50,7 @@ def test_three_workers_joined_before_and_after_give_the_single_workers_bits(
         assert [worker["layers"] for worker in status["workers"]] == [[0, 2], [2, 4], [4, 6]]
         assert {worker["address"].rpartition(":")[0] for worker in status["workers"]} == {"127.0.0.1"}
         assert not status["insecure"]
-        assert coordinator.err.read_text().count("all are there") == 1
+        assert coordinator.err.read_text().count("all workers have joined") == 1
         log = logs_of(line, "b")
         assert "waiting for the coordinator" in log and "layers [2, 4) are loaded" in log
         assert log in early.err.read_text()
@@ -334,7 +334,7 @@ BAD_OPTIONS = {
     ): "--device: 'cpu' cannot be combined with GPUs",
     ("--join", "h:1", "--device", "[cuda:0, cuda]"): "name each GPU once",
     ("--join", "h:1", "--device", "cuda", "--gpu-layers", "all"): "--gpu-layers: 'all' is not a number of layers",
-    ("--join", "h:1", "--gpu-memory", "2GiB"): "--gpu-memory: is for workers with a GPU",
+    ("--join", "h:1", "--gpu-memory", "2GiB"): "--gpu-memory is for workers with a GPU",
     ("--join", "h:1", "--insecure", "--token-file", "f"): "--insecure and --token-file: choose one",
     ("--join", "h:1"): "--token-file: give the token's file, since there is no",
     (): "--join: give the address that `llamaclust up` prints, or set LLAMACLUST_JOIN",

@@ -251,7 +251,7 @@ def test_rules_that_cannot_be(shim: None, mixture: Path, device: str, rules: str
 def test_rules_on_the_command_line(shim: None, request: pytest.FixtureRequest, mixture: Path) -> None:
     given = Gpus(("cuda:0",), override_tensors=["exps=CPU,attn=CUDA0", "x=gpu"]).placement
     assert list(map(str, given)) == ["'exps=ram'", "'attn=cuda:0'", "'x=gpu'"]
-    with pytest.raises(UsageError, match="--override-tensor: is for models on a GPU: give --device cuda:0 as well"):
+    with pytest.raises(UsageError, match="--override-tensor is for models on a GPU: give --device cuda:0 as well"):
         assert Gpus(override_tensors=["exps=CPU"]).placement
     with pytest.raises(UsageError, match="--override-tensor: 'exps' is not a rule; write"):
         assert Gpus(("cuda:0",), override_tensors=["exps"]).placement
@@ -269,7 +269,7 @@ def test_experts_of_models_that_have_none(shim: None, model: Path, mixture: Path
         answered(model, replace(settings("cuda:0"), cpu_moe=1))
     with pytest.raises(UsageError, match="cpu_moe is for GPUs: set device to cuda:0 as well"):
         answered(mixture, replace(settings(), cpu_moe=1))
-    with pytest.raises(UsageError, match="--cpu-moe: is for models on a GPU: give --device cuda:0 as well"):
+    with pytest.raises(UsageError, match="--cpu-moe is for models on a GPU: give --device cuda:0 as well"):
         assert Gpus(all_cpu_moe=True).cpu_moe
     with pytest.raises(UsageError, match="--cpu-moe and --n-cpu-moe: give one of them"):
         assert Gpus(("cuda:0",), all_cpu_moe=True, n_cpu_moe=1).cpu_moe
@@ -341,7 +341,7 @@ def test_generate_on_the_command_line(shim: None, request: pytest.FixtureRequest
         both = [json.loads(one.out) for one in (alone, gpu)]
         assert both[0]["token_ids"] == both[1]["token_ids"] and both[0]["logprobs"] == both[1]["logprobs"]
         assert "set device to" not in (done := line.run(*words, "-ngl", "3")).error and done.code == 2
-        assert "--gpu-layers: is for workers with a GPU: give --device cuda:0 as well" in done.error
+        assert "--gpu-layers is for workers with a GPU: give --device cuda:0 as well" in done.error
         assert "--device is for --model" in line.run("generate", "x", "--device", "cuda:0").error
 
 

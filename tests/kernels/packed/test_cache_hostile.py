@@ -160,7 +160,7 @@ def test_clear_deletes_what_it_can_and_names_the_rest(
     listed = CliRunner().invoke(app, ["model", "cache", "list"])
     assert listed.exit_code == 0
     for name in ("lock", "a.tmp", "b.tiles", "c.json", "d.json"):
-        assert f"not a regular file, remove it: {folder.path / name}\n" in listed.output
+        assert f"{folder.path / name}: not a regular file; remove it\n" in listed.output
     result = CliRunner().invoke(app, ["model", "cache", "clear"])
     assert str(result.exception) == f"{folder.path}: cannot be deleted: {folder.path / 'd.json'}: directory not empty"
     assert sorted(path.name for path in folder.path.iterdir()) == ["d.json", "lock"]

@@ -212,7 +212,7 @@ def test_members_have_memory_for_what_they_load(machines: str, model: str) -> No
 def test_the_network_that_groups_need_is_named(network: str, model: str) -> None:
     found = plan_assumed(f"2x16GB@40GB/s,{network}", model, ())
     assert all(len(members) == 1 for members in found.plan.chain)
-    (text,) = (text for text in found.helps if text.startswith("groups of machines, from "))
+    (text,) = (text for text in found.helps if text.startswith("groups of machines, with "))
     gbit, ms, speed = re.findall(r"[\d.]+", text)
     better = plan_assumed(f"2x16GB@40GB/s,{gbit}Gbit,{ms}ms", model, ())
     assert len(better.plan.chain) == 1 and 1 / token_s(better) == pytest.approx(float(speed), rel=0.05)

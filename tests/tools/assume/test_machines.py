@@ -71,7 +71,7 @@ def test_machines_without_a_bandwidth_have_ddr4_in_two_channels() -> None:
     assumed = parse_machines("16GB + 8GB@DDR3x1 + 8GB@25GB/s")
     assert [rates.read_bytes_s(machine.cpu) for machine in assumed.machines] == [40e9, 10e9, 25e9]
     lines = [line for line in rates.assumptions(assumed) if line.startswith("memory is read at ")]
-    assert lines[0].startswith("memory is read at 40 GB/s, DDR4 in two channels (none given; say @DDR3, ")
+    assert lines[0].startswith("memory is read at 40 GB/s, DDR4 in two channels (none given; add @DDR3, ")
     assert lines[1:] == ["memory is read at 10 GB/s, DDR3 in one channel"]
 
 
@@ -159,9 +159,9 @@ def test_random_descriptions_are_read_back() -> None:
 @pytest.mark.parametrize(
     ("text", "place", "what"),
     [
-        ("", 1, "expected memory as 16GB, or machines as 3x16GB, found the end"),
-        ("three computers", 1, "expected memory as 16GB, or machines as 3x16GB, found 'three computers'"),
-        ("3x16", 3, "expected memory as 16GB, or machines as 3x16GB, found '16'"),
+        ("", 1, "expected memory such as 16GB, or machines such as 3x16GB, found the end"),
+        ("three computers", 1, "expected memory such as 16GB, or machines such as 3x16GB, found 'three computers'"),
+        ("3x16", 3, "expected memory such as 16GB, or machines such as 3x16GB, found '16'"),
         ("3x16GB@40GB/s+", 15, "expected memory"),
         ("3x16GB@40", 7, "expected the bandwidth of reading memory as @25GB/s, or the kind of memory as @DDR3"),
         ("3x16GB@40GB/s + 16GB@25GB, 1Gbit", 21, "the bandwidth of reading memory as @25GB/s"),
@@ -183,10 +183,10 @@ def test_random_descriptions_are_read_back() -> None:
         ("16GB@40GB/s/0", 12, "1 to 1024 threads a machine"),
         ("16GB@40GB/s/9999", 12, "expected 1 to 1024 threads a machine, found '/9999'"),
         ("0GB@40GB/s", 1, "above 0"),
-        ("999999999TB@40GB/s", 1, "1024 TB of memory at most, found '999999999TB@"),
-        ("16GB@40GB/s+1025TB@900GB/s gpu", 13, "1024 TB of memory at most, found '1025TB@"),
-        ("60x16GB@40GB/s+5x16GB@40GB/s", 16, "64 machines at most, found '5x16GB@40GB/s'"),
-        ("9999x16GB@40GB/s", 1, "64 machines at most"),
+        ("999999999TB@40GB/s", 1, "at most 1024 TB of memory, found '999999999TB@"),
+        ("16GB@40GB/s+1025TB@900GB/s gpu", 13, "at most 1024 TB of memory, found '1025TB@"),
+        ("60x16GB@40GB/s+5x16GB@40GB/s", 16, "at most 64 machines, found '5x16GB@40GB/s'"),
+        ("9999x16GB@40GB/s", 1, "at most 64 machines"),
         ("24GB@900GB/s gpu", 1, "machine of a GPU"),
         ("16GB + 24GB gpu", 8, "the bandwidth of a GPU's memory"),
         ("16GB@40GB/s+24GB@900GB/s/8 gpu", 13, "no threads"),

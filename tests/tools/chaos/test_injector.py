@@ -68,7 +68,7 @@ def test_a_coordinator_without_status_is_not_killed(tmp_path: Path, monkeypatch:
     injector = Injector(tmp_path, "tiny", Permissions(True, False), lines.append)
     targets: Any = SimpleNamespace(coordinator=SimpleNamespace(send=pytest.fail))
     assert not asyncio.run(injector.inject(Fault(FaultKind.COORDINATOR_KILL, "tiny", 0.0), targets))
-    assert lines == ["the coordinator is not killed: tiny does not answer"]
+    assert lines == ["the coordinator is not killed, because its state is unknown: tiny does not answer"]
 
 
 @pytest.mark.parametrize("allowed", [False, True], ids=["standbys alone", "whatever restarts it"])
@@ -87,4 +87,4 @@ async def test_a_kill_of_the_coordinator_that_takes_the_last_standby_is_said(
     injector = Injector(tmp_path, "tiny", Permissions(allowed, False), lines.append)
     targets: Any = SimpleNamespace(coordinator=SimpleNamespace(send=lambda number: True))
     assert await injector.inject(Fault(FaultKind.COORDINATOR_KILL, "tiny", 0.0), targets)
-    assert lines == ([] if allowed else ["no standby is left: the coordinator is not killed again"])
+    assert lines == ([] if allowed else ["no standby is left, so the coordinator is not killed again"])

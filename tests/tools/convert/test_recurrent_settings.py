@@ -195,7 +195,7 @@ def test_decays_that_no_float32_holds(name: str, tmp_path: Path) -> None:
         if is_possible:
             assert converted_checkpoint(folder, config, tensors)
             continue
-        with pytest.raises(ModelFileError, match=r"A_log.*: 200 is too large a logarithm of a decay; the most is 88"):
+        with pytest.raises(ModelFileError, match=r"A_log.*: the logarithm of a decay is 200; the limit is 88"):
             converted_checkpoint(folder, config, tensors)
         assert not list(folder.glob("*.gguf"))
 

@@ -89,7 +89,7 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
         (
             "Glm4MoeForCausalLM",
             {"partial_rotary_factor": 0},
-            "expected 2 channels or more and an even number, found 0 .0 of 16.",
+            "expected an even number of 2 or more channels, found 0 .0 of 16.",
         ),
         ("Glm4MoeForCausalLM", {"partial_rotary_factor": 1e-9}, "an even number, found 0 .1e-09 of 16."),
         ("Glm4MoeForCausalLM", {"partial_rotary_factor": 0.33}, "an even number, found 5 .0.33 of 16."),

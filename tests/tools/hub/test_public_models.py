@@ -159,7 +159,7 @@ def test_the_list_finds_models_by_their_properties(hub: Server) -> None:
     stored, _, *others = run("list", "Images").stdout.splitlines()
     assert stored.startswith("qwen3-vl-4b-instruct-q4_k_m ") and len(others) > 5
     assert all("chat with images" in line for line in others)
-    assert run("list", "zzz").stdout == "no name and no properties contain zzz\n"
+    assert run("list", "zzz").stdout == "no model has a name or properties that contain zzz\n"
 
 
 def test_up_pulls_the_model_of_a_cluster_file(hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

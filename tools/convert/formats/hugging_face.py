@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json, and weights as safetensors or PyTorch files, whole or in shards."""
+"""Reads Hugging Face folders: config.json, and weights as safetensors or PyTorch files, whole or in shards."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def read_weights(files: SourceFiles, folder: Path) -> dict[str, Lazy]:
     shards = sorted(path for path in folder.iterdir() if _SHARD.fullmatch(path.name))
     if not shards:
         names = " or ".join(f"{stem}.{suffix}" for stem, suffix in _STEMS)
-        raise ModelFileError(f"{folder}: has no weights: neither {names} nor their shards are there")
+        raise ModelFileError(f"{folder}: has no weights: expected {names}, or shards of one of them")
     return _all_shards(files, shards)
 
 

@@ -1,4 +1,4 @@
-"""llama2.c files: a header, then weights in a fixed order. Weights are float32, or in version 2 int8 with scales."""
+"""Reads llama2.c files: a header, then weights in a fixed order. Version 2 has int8 weights with scales."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _NUMBERS: Final = {
     "vocab_size": MAX_WORDS,
     "max_position_embeddings": MAX_CONTEXT,
 }
-"""The seven numbers of the header in their order, under Hugging Face's names, with upper bounds."""
+"""The seven numbers of the header in their order, with Hugging Face's names and upper bounds."""
 
 _Place = tuple[str, tuple[int, ...]]
 
@@ -47,8 +47,8 @@ class _Header:
     words: int
     context: int
     tied: bool
-    version: int = 0  # 0: the first form
-    group: int = 0  # weights that share a scale, in version 2
+    version: int = 0  # 0 for files without a version.
+    group: int = 0  # Number of weights that share a scale in version 2.
 
     @property
     def values(self) -> dict[str, object]:
@@ -107,7 +107,7 @@ def _read_header(file: SourceFile) -> _Header:
 
 
 def _old_header(file: SourceFile) -> _Header | None:
-    """Reads the legacy header. A negative vocabulary size means an output matrix apart from the embedding."""
+    """Reads a header without a version. If the vocabulary size is negative, the file has a separate output matrix."""
     *numbers, words, context = unpack("<7i", file.read(0, _OLD_HEADER))
     return _checked((*numbers, abs(words), context), tied=words > 0)
 
@@ -129,7 +129,7 @@ def _layers(name: str, whole: Lazy, layers: int) -> dict[str, Lazy]:
 def _quantized(
     file: SourceFile, header: _Header, name: str, shape: tuple[int, ...], at: int
 ) -> tuple[dict[str, Lazy], int]:
-    """Reads a matrix of each layer in version 2's form (numbers, then scales). Also returns the next offset."""
+    """Reads one matrix of every layer from version 2: int8 numbers, then scales. Also returns the next offset."""
     layers = header.layers if "{}" in name else 1
     shape = (shape[0] // layers, shape[1])
     count = prod(shape)
@@ -162,7 +162,7 @@ def _old_order(header: _Header) -> Iterator[_Place]:
     attention_norm, feed_forward_norm, last_norm = _norms(header)
     embedding, *matrices = _matrices(header)
     yield from (embedding, attention_norm, *matrices[:4], feed_forward_norm, *matrices[4:], last_norm)
-    yield "", (header.context, header.width // header.heads)  # two tables of rotation
+    yield "", (header.context, header.width // header.heads)  # Skips the cosines and sines of the rotation.
     if not header.tied:
         yield "output.weight", (header.words, header.width)
 

@@ -1,5 +1,5 @@
-"""Meta's folders: params.json, tokenizer.model, and files consolidated.NN.pth, each with a part of every matrix. The
-tensors of TencentPretrain's LLaMA checkpoints (a PyTorch file and a JSON configuration) get Meta's names."""
+"""Reads Meta's folders: params.json, tokenizer.model, and files consolidated.NN.pth, each with a part of every matrix.
+Also reads TencentPretrain's LLaMA checkpoints (a PyTorch file and a JSON configuration), with Meta's tensor names."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _TENCENT_SETTINGS: Final = {
 
 
 def read_meta(files: SourceFiles, folder: Path, context_length: int | None) -> Checkpoint:
-    """Reads a folder in Meta's form. `context_length` comes from the user, because params.json may lack it."""
+    """Reads a folder in Meta's format. The user can give `context_length`, because params.json may lack it."""
     path = folder / PARAMS
     params = Settings(read_json(path), str(path))
     width = params.count("dim")
@@ -88,7 +88,7 @@ def _joined(name: str, parts: list[Lazy], width: int) -> Lazy:
     stem = name.removesuffix(".weight")
     first = parts[0]
     if len(parts) == 1 or not (_ROWS.fullmatch(stem) or _COLUMNS.fullmatch(stem) or stem == _EMBEDDING):
-        return first  # a norm, which every part has whole
+        return first  # The tensor is a norm, and every part has all of it.
     strange = next((part for part in parts if part.shape != first.shape or len(part.shape) != 2), None)
     if strange is not None:
         raise ModelFileError(
@@ -99,7 +99,6 @@ def _joined(name: str, parts: list[Lazy], width: int) -> Lazy:
 
 
 def _settings(params: Settings, width: int, tensors: dict[str, Lazy], context_length: int | None) -> dict[str, Any]:
-    """Returns settings under Hugging Face's names. Values that params.json lacks come from tensor shapes."""
     heads = params.count("n_heads", maximum=MAX_HEADS)
     values: dict[str, Any] = {
         "hidden_size": width,
@@ -125,7 +124,8 @@ def _rows(tensors: dict[str, Lazy], name: str, params: Settings) -> int:
 
 
 def _context(params: Settings, values: dict[str, Any]) -> int:
-    """Returns the trained context length, or derives it from settings that reveal Code Llama, 3.1, 3, 2 or 1."""
+    """Returns the context length. If params.json lacks it, other settings tell Code Llama and Llama 3.1, 3, 2 and 1
+    apart."""
     if params.has("max_seq_len"):
         return params.count("max_seq_len", maximum=MAX_CONTEXT)
     if "rope_scaling" in values:
@@ -147,7 +147,7 @@ def is_tencent_pretrain(tensors: Mapping[str, Lazy]) -> bool:
 def read_tencent_pretrain(
     files: SourceFiles, path: Path, tensors: Mapping[str, Lazy], config: Path | None, context_length: int | None
 ) -> Checkpoint:
-    """Reads TencentPretrain's checkpoint. `config` is its configuration, such as models/llama/7b_config.json."""
+    """Reads a TencentPretrain checkpoint. `config` is TencentPretrain's file, such as models/llama/7b_config.json."""
     place = config or path.with_suffix(".json")
     if not place.is_file():
         raise ModelFileError(
@@ -174,7 +174,6 @@ def _meta_name(name: str, path: Path) -> str:
 def _tencent_settings(
     said: Settings, tensors: Mapping[str, Lazy], path: Path, context_length: int | None
 ) -> dict[str, Any]:
-    """Returns settings under Hugging Face's names. The number of KV heads follows from the rows of K."""
     width, heads = said.count("hidden_size", "emb_size"), said.count("heads_num", maximum=MAX_HEADS)
     key = tensors.get("layers.0.attention.wk.weight")
     if key is None:

@@ -16,7 +16,7 @@ _ZIP = b"PK\x03\x04"
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """Options for data that a checkpoint may lack: tokenizer, configuration, context length."""
+    """The user's options for data that a checkpoint may lack: tokenizer, configuration and context length."""
 
     tokenizer: Path | None = None
     config: Path | None = None
@@ -37,12 +37,12 @@ def open_checkpoint(files: SourceFiles, path: Path, hints: Hints) -> Checkpoint:
     if not path.is_dir():
         return _file(files, path, hints)
     if (path / hugging_face.CONFIG).is_file():
-        hints.check("a folder of Hugging Face's form")
+        hints.check("a folder in Hugging Face's format")
         return hugging_face.read_folder(files, path)
     if (path / meta.PARAMS).is_file():
-        hints.check("a folder of Meta's form", context_length=True)
+        hints.check("a folder in Meta's format", context_length=True)
         return meta.read_meta(files, path, hints.context_length)
-    what = f"neither {hugging_face.CONFIG} (Hugging Face's form) nor {meta.PARAMS} (Meta's)"
+    what = f"neither {hugging_face.CONFIG} (Hugging Face's format) nor {meta.PARAMS} (Meta's format)"
     raise ModelFileError(f"{path}: not a checkpoint: {what} is in the folder")
 
 
@@ -52,11 +52,11 @@ def _file(files: SourceFiles, path: Path, hints: Hints) -> Checkpoint:
         tensors = hugging_face.read_weight_file(files, path)
         if meta.is_tencent_pretrain(tensors):
             return meta.read_tencent_pretrain(files, path, tensors, hints.config, hints.context_length)
-        raise file.error("weights of PyTorch without their folder: give the folder that has config.json or params.json")
+        raise file.error("PyTorch weights without their folder: give the folder that has config.json or params.json")
     if path.suffix == ".safetensors":
         raise file.error("weights without their folder: give the folder that has config.json")
     if is_llama2c(file):
-        hints.check("a file of llama2.c's")
+        hints.check("a llama2.c file")
         return read_llama2c(files, path)
     if file.size_bytes >= 4 and file.read(0, 4) == b"GGUF":
         raise file.error(

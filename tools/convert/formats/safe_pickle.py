@@ -1,5 +1,5 @@
-"""A restricted interpreter for the pickle of a PyTorch state dict. It builds numbers, text, lists, dicts and references
-to tensors. It refuses all other names, and runs no code from the pickle."""
+"""A restricted interpreter for the pickle of a PyTorch state dict. The interpreter builds numbers, text, lists, dicts
+and references to tensors. It refuses everything else, and runs no code from the pickle."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class StorageRef:
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """A tensor, as a view of a storage. Offset and strides count elements."""
+    """A tensor as a view of a storage. Offset and strides are numbers of elements."""
 
     storage: StorageRef
     offset: int
@@ -121,7 +121,6 @@ class _Machine:
         return self._memo[place]
 
     def set_items(self, values: tuple[Any, ...], target: Any = None) -> Any:
-        """Puts keys and values into `target`, or into the dict on top of the stack if `target` is None."""
         target = self._stack.pop() if target is None else target
         if not isinstance(target, dict) or len(values) % 2:
             raise _Refused("the pickle puts items into something that is not a dict")
@@ -230,7 +229,6 @@ def _shape(value: Any) -> tuple[Any, ...]:
 
 
 def _parameter(arguments: tuple[Any, ...]) -> TensorRef:
-    """Returns the tensor among the arguments (tensor, requires_grad, hooks)."""
     if not arguments or not isinstance(arguments[0], TensorRef):
         raise _Refused("the pickle makes a parameter of something that is not a tensor")
     return arguments[0]
@@ -245,7 +243,7 @@ def _ordered_dict(arguments: tuple[Any, ...]) -> dict[str | int, Any]:
     if len(pairs) < len(arguments[0]) or not all(isinstance(key, str) for key, _ in pairs):
         raise _Refused("the pickle makes a dict of something that is not a list of names and values")
     found = dict(pairs)
-    arguments[0].clear()  # a small pickle could make any number of dicts of one list
+    arguments[0].clear()  # Without this, a small pickle could make many dicts from one list.
     return found
 
 

@@ -1,4 +1,4 @@
-"""Files of a checkpoint. Each is opened once, read with pread, and checked for changes at the end."""
+"""Files of a checkpoint. Each file is opened once, read with pread, and checked for changes at the end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llamaclust.tools.convert.lazy import Array, Lazy, Recent
 
 
 class SourceFiles:
-    """Open files, which are closed when the `with` block ends. `recent` caches tensors that are read whole."""
+    """Open files of a checkpoint. They are closed when the `with` block ends. `recent` caches whole tensors."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()

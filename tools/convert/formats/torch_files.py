@@ -1,4 +1,4 @@
-"""Files of torch.save: ZIP archives with a pickle, and uncompressed tensor data that is read in place."""
+"""Reads files of torch.save: ZIP archives with a pickle, and with uncompressed tensor data that is read in place."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _named_tensors(found: Any, file: SourceFile) -> dict[str, TensorRef]:
         raise file.error(f"expected names and tensors, found {type(found).__name__}")
     tensors = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, TensorRef)}
     if not tensors:
-        raise file.error("there is no tensor with a name")
+        raise file.error("the file has no tensor with a name")
     return tensors
 
 
@@ -104,7 +104,7 @@ def _members(file: SourceFile) -> dict[str, _Member]:
     for entry in listed:
         place = f"member {shown(entry.filename)}"
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-            raise file.error(f"{place} is compressed or encrypted: torch.save did not write it, and it is not unpacked")
+            raise file.error(f"{place} is compressed or encrypted, which is not supported: torch.save did not write it")
         if entry.file_size != entry.compress_size or entry.header_offset + entry.file_size > file.size_bytes:
             raise file.error(f"{place} claims {entry.file_size} bytes, but the file has {file.size_bytes}")
         if entry.filename in members:
@@ -134,7 +134,7 @@ def _check_apart(file: SourceFile, members: dict[str, _Member]) -> None:
 
 
 class _Window(io.RawIOBase):
-    """The file as `zipfile` reads it. Reads are limited to the largest allowed directory of members."""
+    """The file object through which `zipfile` reads the list of members. A single read is limited to 64 MiB."""
 
     def __init__(self, file: SourceFile) -> None:
         self._file = file

@@ -1,4 +1,5 @@
-"""Maps a checkpoint's architecture to GGUF's name and a page. Multimodal checkpoints yield only the text model."""
+"""Maps a checkpoint's architecture to GGUF's name and to the function that builds its page. Only the text model of a
+multimodal checkpoint is converted."""
 
 from __future__ import annotations
 

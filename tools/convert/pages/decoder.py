@@ -1,4 +1,4 @@
-"""Writes metadata of all architectures, and tensors of architectures that derive from Hugging Face's LLaMA."""
+"""Writes the metadata that all architectures have, and the tensors of architectures derived from LLaMA."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT
 
 SILU: Final = ("silu", "swish")
 GELU: Final = ("gelu_pytorch_tanh", "gelu_new", "gelu")
-"""Names of GELU in configurations. Its tanh and erf forms count as equal, as in llama.cpp."""
+"""Names of GELU in configurations. The tanh and erf forms of GELU count as equal, as in llama.cpp."""
 
 
 def activation(page: Page, names: Sequence[str], *keys: str) -> None:
@@ -77,7 +77,6 @@ def feed_forward(page: Page, layer: int, width: int, *, source: str = "mlp", suf
 
 
 def experts(page: Page, place: str, count: int, width: int, names: tuple[str, str, str], prefix: str) -> None:
-    """Stacks the experts' matrices into one tensor per part. `names` are the modules of gate, up and down."""
     shapes = ((width, page.width), (width, page.width), (page.width, width))
     for part, name, shape in zip(("gate", "up", "down"), names, shapes, strict=True):
         found = [page.take(f"{prefix}.{number}.{name}.weight", *shape) for number in range(count)]
@@ -90,7 +89,7 @@ def feed_forward_width(page: Page) -> int:
 
 
 def windowed_layers(page: Page, period: int) -> list[bool]:
-    """Returns True for each layer with a window: by `layer_types`, or else for all layers except every `period`th."""
+    """Returns, for each layer, True if it has a window. Without `layer_types`, every `period`th layer has no window."""
     listed = page.settings.values.get("layer_types")
     if not isinstance(listed, list):
         return [(layer + 1) % period != 0 for layer in range(page.layers)]
@@ -102,7 +101,6 @@ def windowed_layers(page: Page, period: int) -> list[bool]:
 
 
 def layer_kinds(page: Page, name: str, kinds: Mapping[str, str]) -> list[str]:
-    """Returns `kinds[entry]` for each layer's entry in the list of the setting `name`."""
     listed = page.settings.values.get(name)
     if not isinstance(listed, list) or not all(isinstance(kind, str) and kind in kinds for kind in listed):
         raise page.settings.error(name, f"expected a list of {', '.join(kinds)}")
@@ -122,7 +120,7 @@ def numbered_layers(page: Page, name: str, listed: Sequence[Any], first: int = 0
 
 
 def refuse(page: Page, *names: str) -> None:
-    """Raises ModelFileError if one of these flags is set, since the architecture cannot express it."""
+    """Raises ModelFileError if one of these flags is set, because the architecture cannot express it."""
     for name in names:
         if page.settings.flag(name):
             raise page.settings.error(name, f"true is not supported by {page.architecture}")

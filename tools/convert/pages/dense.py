@@ -1,4 +1,4 @@
-"""Dense models that each differ from LLaMA in details: seed_oss, ernie4_5, exaone4, granite, cohere2."""
+"""Dense models that differ from LLaMA in details: seed_oss, ernie4_5, exaone4, granite, cohere2."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _plain(page: Page, base: float) -> None:
 
 
 def build_exaone4(page: Page) -> None:
-    """EXAONE 4 has norms only after blocks. With a window, every fourth layer has neither window nor rotation."""
+    """EXAONE 4 has norms only after blocks. If it has a window, every fourth layer has neither window nor rotation."""
     settings, hidden = page.settings, page.width
     width = decoder.feed_forward_width(page)
     decoder.usual_keys(page, width)
@@ -98,8 +98,8 @@ def build_exaone4(page: Page) -> None:
 
 
 def build_cohere2(page: Page) -> None:
-    """Command R7B and Command A. Norms subtract the mean; attention and feed-forward are parallel. Three of four layers
-    have a window and rotate neighbouring channels, as in the checkpoint."""
+    """Command R7B and Command A. Norms subtract the mean. Attention and the feed-forward network are parallel. Three of
+    four layers have a window and rotate neighbouring channels, as in the checkpoint."""
     settings, hidden = page.settings, page.width
     width = decoder.feed_forward_width(page)
     if settings.real("rotary_pct", default=1.0) != 1:

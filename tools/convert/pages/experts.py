@@ -1,4 +1,4 @@
-"""Parts that pages of mixture-of-experts models share: keys, matrices, dense layers, MTP layers."""
+"""Functions that pages of mixture-of-experts models share, for metadata, matrices, dense layers and MTP layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from llamaclust.tools.convert.settings import MAX_LAYERS
 
 MAX_EXPERTS: Final = 1 << 10
 PARTS: Final = ("gate_proj", "up_proj", "down_proj")
-"""The modules of gate, up and down, as most checkpoints call them."""
 SOFTMAX, SIGMOID = 1, 2
 NO_PREDICTIONS: Final = "layers that predict further tokens are not written"
 
@@ -23,7 +22,6 @@ def expert_keys(page: Page, count: int, used: int, width: int) -> None:
 
 
 def weight_keys(page: Page, gating: int, *, normalized: bool) -> None:
-    """Writes the keys of expert weights. `normalized` is the default for configurations without the setting."""
     settings = page.settings
     page.key("expert_gating_func", gating)
     page.key("expert_weights_scale", settings.real("routed_scaling_factor", default=1.0, minimum=1e-6, maximum=1e6))
@@ -31,7 +29,8 @@ def weight_keys(page: Page, gating: int, *, normalized: bool) -> None:
 
 
 def group_keys(page: Page, count: int, chosen: int) -> None:
-    """Writes the keys of expert groups. The model uses groups whose two best experts have the highest sums."""
+    """Writes the metadata of expert groups. The model chooses experts from the groups with the highest scores. The
+    score of a group is the sum of the scores of its two best experts."""
     settings = page.settings
     groups = settings.count("n_group", "num_expert_group", default=1, maximum=count)
     used = settings.count("topk_group", default=1, maximum=groups)
@@ -46,7 +45,8 @@ def group_keys(page: Page, count: int, chosen: int) -> None:
 
 
 def matrices(page: Page, place: str, source: str, count: int, width: int, names: tuple[str, str, str] = PARTS) -> None:
-    """Writes the expert matrices. `source` has a tensor per expert and part, or one for all with gate above up."""
+    """Writes the expert matrices. `source` has a tensor for each expert and part, or one tensor for all experts, in
+    which the rows of gate come before the rows of up."""
     if not page.has(f"{source}.gate_up_proj"):
         decoder.experts(page, place, count, width, names, source)
         return
@@ -57,7 +57,8 @@ def matrices(page: Page, place: str, source: str, count: int, width: int, names:
 
 
 def column_matrices(page: Page, place: str, source: str, count: int, width: int) -> None:
-    """Writes the expert matrices. `source` has one transposed tensor for all experts, with gate to the left of up."""
+    """Writes the expert matrices. `source` has one transposed tensor for all experts, in which the columns of gate come
+    before the columns of up."""
     both = exchanged(page.take(f"{source}.gate_up_proj", count, page.width, 2 * width))
     page.put(f"{place}.ffn_gate_exps.weight", part_of_each(both, 0, width))
     page.put(f"{place}.ffn_up_exps.weight", part_of_each(both, width, 2 * width))
@@ -79,7 +80,6 @@ def leading_dense(page: Page) -> int:
 
 
 def further_layers(page: Page) -> int:
-    """Returns the number of layers for multi-token prediction, or 0 if their tensors are missing."""
     count = page.settings.count("num_nextn_predict_layers", default=0, minimum=0, maximum=MAX_LAYERS)
     return count if count and page.has(f"model.layers.{page.layers}.eh_proj.weight") else 0
 
@@ -93,7 +93,6 @@ def leave_further_layers(page: Page) -> None:
 
 
 def prediction(page: Page, layer: int) -> None:
-    """Copies an MTP layer's own tensors. Embedding and head are missing if the layer uses the model's."""
     place, source, hidden = f"blk.{layer}.nextn", f"model.layers.{layer}", page.width
     page.copy(f"{place}.eh_proj", f"{source}.eh_proj", hidden, 2 * hidden)
     page.copy(f"{place}.enorm", f"{source}.enorm", hidden)

@@ -31,7 +31,7 @@ def build(page: Page) -> None:
 
 
 def _kv_heads(page: Page) -> int:
-    """Returns the number of KV heads. With `multi_query` the number is 1, and settings of newer files are ignored."""
+    """Returns the number of KV heads. If `multi_query` is set, the number is 1 and newer settings are ignored."""
     settings = page.settings
     large = settings.flag("new_decoder_architecture", default=settings.has("n_head_kv"))
     if not large and not settings.flag("parallel_attn", default=True):
@@ -42,7 +42,7 @@ def _kv_heads(page: Page) -> int:
 
 
 def _layer(page: Page, place: str, source: str, kv_heads: int, feed_forward: int) -> None:
-    """Copies a layer. The 40B model has two norms; GGUF calls the feed-forward network's norm `attn_norm`."""
+    """Copies a layer. The 40B model has two norms, and GGUF calls the norm of the feed-forward network `attn_norm`."""
     width, attention = page.width, f"{source}.self_attention"
     if page.has(f"{source}.ln_attn.weight"):
         page.copy(f"{place}.attn_norm", f"{source}.ln_mlp", width, bias=True)

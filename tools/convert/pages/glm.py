@@ -27,7 +27,6 @@ def build(page: Page) -> None:
 
 
 def build_chatglm(page: Page) -> None:
-    """Builds the authors' form, in which Q, K and V are one matrix."""
     settings, width = page.settings, page.width
     feed_forward = settings.count("ffn_hidden_size")
     head = settings.count("kv_channels", default=max(1, width // page.heads), maximum=1 << 12)

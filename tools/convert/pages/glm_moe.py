@@ -9,7 +9,6 @@ from llamaclust.tools.convert.settings import MAX_LAYERS
 
 
 def build(page: Page) -> None:
-    """Builds leading dense layers, then layers with experts and a shared expert, then multi-token prediction layers."""
     settings, width = page.settings, decoder.feed_forward_width(page)
     if settings.count("n_group", default=1) != 1:
         raise settings.error(

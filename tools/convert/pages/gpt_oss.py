@@ -1,4 +1,4 @@
-"""gpt-oss. Experts are floats or MXFP4 blocks, whose bits are kept. Rows of gate and up alternate."""
+"""gpt-oss. Experts are floats or MXFP4 blocks. The bits of the blocks are kept. Rows of gate and up alternate."""
 
 from __future__ import annotations
 

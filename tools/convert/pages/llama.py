@@ -43,7 +43,7 @@ def build(page: Page) -> None:
 
 
 def build_smollm3(page: Page) -> None:
-    """SmolLM 3. Every fourth layer has no rotation; GGUF has no key for another pattern. Its window is never used."""
+    """SmolLM 3. Every fourth layer has no rotation, and GGUF cannot express another pattern. No window is used."""
     settings = page.settings
     if settings.flag("use_sliding_window"):
         raise settings.error("use_sliding_window", "true is not supported")
@@ -86,7 +86,7 @@ def _layers(page: Page, width: int) -> None:
 
 
 def build_meta(page: Page) -> None:
-    """LLaMA under Meta's names, also from llama2.c and TencentPretrain. Q and K need no permutation."""
+    """LLaMA with Meta's tensor names, which llama2.c and TencentPretrain get, too. Q and K need no permutation."""
     width, hidden = decoder.feed_forward_width(page), page.width
     decoder.usual_keys(page, width)
     page.key("vocab_size", page.words)
@@ -131,7 +131,7 @@ def build_internlm2(page: Page) -> None:
 
 
 def _internlm2_attention(page: Page, place: str, source: str) -> None:
-    """Splits groups of several query heads, a key head and a value head."""
+    """Splits a matrix whose rows form groups of several query heads, a key head and a value head."""
     head, shared = page.head_width, page.heads // page.kv_heads
     group = (shared + 2) * head
     packed = page.take(f"{source}.wqkv.weight", page.kv_heads * group, page.width)

@@ -1,4 +1,4 @@
-"""The text model of Llama 4. Three of four layers rotate neighbouring pairs (as in the checkpoint) and attend to a
+"""The text model of Llama 4. Three of four layers rotate neighbouring channels, as in the checkpoint, and attend to a
 chunk of positions. Every layer, or every second layer, has experts."""
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _step(page: Page) -> int:
 
 
 def _check_attention(page: Page, count: int) -> None:
-    """Raises ModelFileError for unusual norms of Q and K or scales of queries, for which GGUF has no keys."""
+    """Raises ModelFileError for norms of Q and K, and for scales of queries, that GGUF cannot express."""
     settings = page.settings
     has_norms = settings.flag("use_qk_norm", default=True)
     if has_norms != (count != _MAVERICK_EXPERTS):
@@ -72,7 +72,8 @@ def _check_attention(page: Page, count: int) -> None:
 
 
 def _chunks(page: Page) -> None:
-    """Writes the keys of chunks, except for chunks as in Scout and Maverick, whose published files lack the keys."""
+    """Writes the metadata of chunks. It is omitted for the chunks of Scout and Maverick, because the published files of
+    these models lack it."""
     settings, rotated = page.settings, _rotated(page)
     kinds = ["chunked_attention" if flag else "full_attention" for flag in rotated]
     if settings.has("layer_types") and settings.values["layer_types"] != kinds:
@@ -85,7 +86,8 @@ def _chunks(page: Page) -> None:
 
 
 def _rotated(page: Page) -> list[bool]:
-    """Returns True for each layer that rotates. Without a list, all layers rotate except the last of each interval."""
+    """Returns, for each layer, True if the layer rotates channels. Without a list in the configuration, all layers
+    rotate except the last layer of each interval."""
     settings = page.settings
     listed = settings.values.get("no_rope_layers")
     if not listed:

@@ -1,4 +1,4 @@
-"""Mixture-of-experts models with their own pages: granitemoe, ernie4_5-moe, bailingmoe2, minimax-m2."""
+"""Mixture-of-experts models: granitemoe, ernie4_5-moe, bailingmoe2, minimax-m2."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ def build_granite(page: Page) -> None:
 
 
 def granite_expert_keys(page: Page, shared: int) -> None:
-    """Writes the keys of experts. `shared` is the width of the shared expert, or 0 if there is no shared expert."""
     count = page.settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)
     page.key("expert_count", count)
     page.key("expert_used_count", page.settings.count("num_experts_per_tok", maximum=count))
@@ -40,7 +39,6 @@ def granite_expert_keys(page: Page, shared: int) -> None:
 
 
 def granite_experts(page: Page, layer: int, shared: int) -> None:
-    """Copies the experts. Gate and up are one matrix, with gate above up."""
     place, source, hidden = f"blk.{layer}", f"model.layers.{layer}.block_sparse_moe", page.width
     count = page.settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)
     width = decoder.feed_forward_width(page)
@@ -54,7 +52,6 @@ def granite_experts(page: Page, layer: int, shared: int) -> None:
 
 
 def granite_feed_forward(page: Page, layer: int, width: int, suffix: str = "") -> None:
-    """Copies the shared expert, or the feed-forward network of a layer without experts."""
     place, source = f"blk.{layer}", f"model.layers.{layer}.shared_mlp"
     whole = page.take(f"{source}.input_linear.weight", 2 * width, page.width)
     page.put(f"{place}.ffn_gate{suffix}.weight", rows(whole, 0, width))
@@ -117,8 +114,8 @@ def _ernie_experts(page: Page, layer: int) -> None:
 
 
 def build_bailing(page: Page) -> None:
-    """Ling and Ring 2.0. Q, K and V are one matrix; half of each head rotates. Dense layers come first, then layers
-    with grouped sigmoid experts and shared experts. Layers for multi-token prediction are omitted."""
+    """Ling and Ring 2.0. Q, K and V are one matrix. Half of each head rotates. Dense layers come first, then layers
+    with grouped sigmoid experts and shared experts. MTP layers are omitted."""
     settings, width, hidden = page.settings, decoder.feed_forward_width(page), page.width
     for name, wanted in (("use_bias", False), ("use_qkv_bias", False), ("use_qk_norm", True)):
         if settings.flag(name, default=wanted) is not wanted:
@@ -180,7 +177,8 @@ def _bailing_experts(page: Page, layer: int) -> None:
 
 
 def build_minimax(page: Page) -> None:
-    """MiniMax M2. Q and K are normed over all heads, whose first channels rotate. All layers have sigmoid experts."""
+    """MiniMax M2. The norms of Q and K extend over all heads. The first channels of a head rotate. All layers have
+    experts, which are chosen with a sigmoid."""
     settings, width, hidden = page.settings, decoder.feed_forward_width(page), page.width
     count = settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)
     for name, usual in (("scoring_func", "sigmoid"), ("qk_norm_type", "per_layer")):

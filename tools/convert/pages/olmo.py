@@ -11,7 +11,6 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT
 
 _PERIOD = 4
 _BASE = 500000.0
-"""The base of the rotation for OLMo 3 configurations that lack it."""
 
 
 def build(page: Page) -> None:
@@ -19,7 +18,7 @@ def build(page: Page) -> None:
 
 
 def build_olmo3(page: Page) -> None:
-    """OLMo 3 is OLMo 2 with a window in three of four layers. These layers have the same rotation, but unstretched."""
+    """OLMo 3 is OLMo 2 with a window in three of four layers. In these layers, the rotation is not stretched."""
     settings = page.settings
     _build(page, _BASE)
     base = page.metadata["olmo2.rope.freq_base"]

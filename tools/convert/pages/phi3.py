@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4: Q, K and V are one matrix, gate and up another."""
+"""Phi-3 and Phi-4. Q, K and V are one matrix, and gate and up are another matrix."""
 
 from __future__ import annotations
 

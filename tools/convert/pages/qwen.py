@@ -38,7 +38,6 @@ def build(page: Page) -> None:
 
 
 def _picture_keys(page: Page) -> None:
-    """Writes keys for programs with vision: rotation sections, and the number of layers that images affect."""
     page.key("rope.dimension_sections", np.array(sections(page.settings, page.head_width // 2), np.int32))
     if page.settings.has("deepstack_layers"):
         page.key("n_deepstack_layers", page.settings.count("deepstack_layers", minimum=0, maximum=MAX_LAYERS))
@@ -76,6 +75,6 @@ def _experts(page: Page, layer: int, count: int) -> None:
 
 
 def _has_columns_first(page: Page, source: str, count: int, width: int) -> bool:
-    """True for Qwen 3 VL's published form. transformers writes another form. One of the two matrices may be square."""
+    """Returns True for the form of Qwen 3 VL's published checkpoints. transformers writes another form."""
     both, down = page.shape(f"{source}.gate_up_proj"), page.shape(f"{source}.down_proj")
     return both == (count, page.width, 2 * width) and down == (count, width, page.width)

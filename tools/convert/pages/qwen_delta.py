@@ -1,5 +1,5 @@
-"""Qwen3-Next and Qwen 3.5: most layers have a gated delta net, the others gated attention. Norms multiply by the stored
-weight plus one, except those of the delta net."""
+"""Qwen3-Next and Qwen 3.5. Most layers have a gated delta net. The others have gated attention. All norms except the
+delta net's multiply by the stored weight plus one."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _PREDICTION = (
 
 @dataclass(frozen=True, slots=True)
 class _DeltaNet:
-    """Sizes of a delta net. Checkpoints pair value head j with key head j // (heads // key_heads). If `tiled`, GGUF
-    pairs it with key head j % key_heads."""
+    """Sizes of a delta net. In a checkpoint, value head j belongs to key head j // (heads // key_heads). If `tiled`,
+    value head j of the GGUF file belongs to key head j % key_heads."""
 
     key_heads: int
     heads: int
@@ -50,7 +50,7 @@ class _DeltaNet:
         return 2 * self.keys + self.values
 
     def order(self, width: int) -> NDArray[np.int64]:
-        """Returns the checkpoint's row of each GGUF row. A value head has `width` rows."""
+        """Returns, for each row in GGUF, the row in the checkpoint. A value head has `width` rows."""
         numbers = np.arange(self.heads * width, dtype=np.int64)
         if not self.tiled:
             return numbers
@@ -107,7 +107,7 @@ def _recurrent(page: Page) -> list[bool]:
 
 
 def _further_layers(page: Page) -> int:
-    """Returns the number of MTP layers. Qwen3-Next has one, but its configuration does not say so."""
+    """Returns the number of MTP layers. The configuration of Qwen3-Next does not state its one MTP layer."""
     if not page.has("mtp.fc.weight"):
         return 0
     return page.settings.count("mtp_num_hidden_layers", default=1, maximum=MAX_LAYERS)
@@ -164,7 +164,6 @@ def _layer(page: Page, place: str, source: str, net: _DeltaNet | None, has_exper
 
 
 def _attention(page: Page, place: str, source: str) -> None:
-    """Copies attention. Queries and their gates are one matrix, head by head, as in GGUF."""
     query, key = page.heads * page.head_width, page.kv_heads * page.head_width
     for part, rows in (("q", 2 * query), ("k", key), ("v", key)):
         page.copy(f"{place}.attn_{part}", f"{source}.{part}_proj", rows, page.width, bias=None)
@@ -195,7 +194,8 @@ def _delta_net(page: Page, place: str, source: str, net: _DeltaNet) -> None:
 
 
 def _grouped_products(page: Page, place: str, source: str, net: _DeltaNet) -> None:
-    """Splits rows grouped by key head (q, k, v, gates) into one tensor of all q, k and v, and one of all gates."""
+    """Splits a matrix with a group of rows (q, k, v, gates) for each key head. One tensor gets q, k and v, and another
+    gets the gates."""
     shared = net.values // net.key_heads
     group = 2 * net.width + 2 * shared
     whole = page.take(f"{source}.in_proj_qkvz.weight", net.key_heads * group, page.width)

@@ -1,4 +1,4 @@
-"""The text model of a multimodal checkpoint: its settings, and its tensors under a text-only model's names."""
+"""Extracts the text model of a multimodal checkpoint: settings, and tensors with the names of a text-only model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from llamaclust.tools.convert.settings import Checkpoint
 
 @dataclass(frozen=True, slots=True)
 class TextPart:
-    """`families` maps a `model_type` to the text model's class. `defaults` are for settings that authors omit."""
+    """The text model. `families` maps a `model_type` to its class. `defaults` replace settings that authors omit."""
 
     families: Mapping[str, str]
-    usual_type: str  # where the settings name none
+    usual_type: str  # Default of the setting `model_type`.
     defaults: Mapping[str, Any] | None = None
 
 
@@ -91,8 +91,8 @@ _PICTURES: Final = tuple(
 
 
 def text_part(checkpoint: Checkpoint) -> Checkpoint:
-    """Returns a multimodal checkpoint's text model, or another checkpoint unchanged. Raises ModelFileError if the text
-    model is of an unknown kind."""
+    """Returns the text model of a multimodal checkpoint. Returns any other checkpoint unchanged. Raises ModelFileError
+    if the kind of the text model is unknown."""
     part = MULTIMODAL.get(checkpoint.family)
     if part is None:
         return checkpoint
@@ -104,7 +104,7 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
             "model_type", f"{shown(said)} in a {checkpoint.family} cannot be converted; supported: {known}"
         )
     values = {**(part.defaults or {}), **inner.values}
-    values.pop("tie_word_embeddings", None)  # a head in the checkpoint is the head
+    values.pop("tie_word_embeddings", None)  # If the checkpoint has a head, the head is used.
     added = checkpoint.settings.inner("vision_config").values.get("deepstack_visual_indexes")
     if isinstance(added, list):
         values["deepstack_layers"] = len(added)

@@ -1,4 +1,4 @@
-"""Vocabulary data that some architectures' files lack: token roles, kinds, flags."""
+"""Adds data that the vocabulary files of some architectures lack: roles and types of tokens, and flags."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _GLM_PARTS: Final = {
     "glm4": {"eot": _CHATGLM_TURN},
     "glm4moe": {"bos": "[gMASK]", "eot": _CHATGLM_TURN, "eom": "<|observation|>", "unknown": "<|endoftext|>"},
 }
-"""Roles of tokens that the models' own files do not give."""
+"""Roles of tokens that the files of the models do not state."""
 _HUNYUAN_BOS: Final = {"hunyuan-dense": "<|startoftext|>", "hunyuan-moe": "<|bos|>"}
-"""The BOS tokens of vocabularies with ranks. The configurations next to them name other ids."""
+"""BOS tokens of vocabularies in tiktoken's format. The configurations in the same folder name other ids."""
 _GEMMA4: Final = "gemma4"
 _GEMMA4_VISIBLE: Final = frozenset(
     {
@@ -36,7 +36,7 @@ _LIBRARY_FILE: Final = "tokenizer.json"
 
 
 def vocabulary_of(architecture: str, files: SourceFiles, place: Path, rows: int) -> Words:
-    """Reads an architecture's vocabulary at `place`, for `rows` embedding rows. Raises ModelFileError on a mismatch."""
+    """Reads the vocabulary at `place`. Raises ModelFileError if it does not fit an embedding of `rows` rows."""
     behind = _CHATGLM_WORDS if architecture == "chatglm" else ()
     names = (_LIBRARY_FILE,) if architecture == _GEMMA4 else NAMES
     words = read_words(files, place, rows, behind, names)
@@ -55,7 +55,7 @@ def vocabulary_of(architecture: str, files: SourceFiles, place: Path, rows: int)
 
 
 def _become_gemma4(words: Words) -> None:
-    """Changes the vocabulary to BPE with tokenizer.json's merges, which SentencePiece's scores would lose."""
+    """Changes the vocabulary to BPE with the merges of tokenizer.json. SentencePiece's scores cannot express them."""
     if not words.merges:
         raise ModelFileError(f"{words.origin}: has no merges; gemma4 needs the merges of {_LIBRARY_FILE}")
     if words.flags["add_space_prefix"]:

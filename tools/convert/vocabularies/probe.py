@@ -1,4 +1,4 @@
-"""Recognizes a tokenizer.json's pre-tokenizer by its output for a text instead of its name."""
+"""Recognizes the pre-tokenizer of a tokenizer.json by the way it splits a probe text."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ PROBE: Final = (
     "function(x){return x*2;}//comment\n\n\n    indented\n\tmore\n if(a&&b||!c) <tag attr='v'/> http://a.b/c?d=e&f=1 "
     "x\n/y \n//z !\n/a (\n) .\r\n/ end  "
 )
-"""Covers scripts with and without spaces and case, single and repeated digits, marks, all spaces, line ends."""
+"""The probe text has scripts with and without spaces and case, digits, combining marks, all spaces and line ends."""
 
 Pieces = tuple[str, ...]
 
 
 def recognised(pre_tokenizer: Any, ignore_merges: bool, adds_bos: bool) -> str | None:
-    """Returns the name of a known pre-tokenizer with the same pieces and `ignore_merges`, or None. If several match,
-    prefers a pre-tokenizer with the same BOS."""
+    """Returns the name of a known pre-tokenizer that splits the probe text into the same pieces and has the same
+    `ignore_merges`, or None. If several do, prefers one whose `add_bos` equals `adds_bos`."""
     found = cut(pre_tokenizer)
     alike = [name for name, pieces in _known().items() if pieces == found]
     kinds = known_pre_tokenizers()
@@ -38,7 +38,6 @@ def recognised(pre_tokenizer: Any, ignore_merges: bool, adds_bos: bool) -> str |
 
 
 def cut(pre_tokenizer: Any) -> Pieces:
-    """Returns the pieces of the probe text, in the alphabet of byte-level BPE."""
     return tuple(piece for piece, _ in pre_tokenizer.pre_tokenize_str(PROBE))
 
 

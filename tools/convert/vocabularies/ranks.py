@@ -1,4 +1,4 @@
-"""Byte strings with ranks: tiktoken files (Llama 3, GLM-4, Qwen, Hunyuan, Kimi), and Mistral's tekken.json."""
+"""Reads byte strings with ranks: tiktoken files (Llama 3, GLM-4, Qwen, Hunyuan, Kimi), and Mistral's tekken.json."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from llamaclust.tools.convert.vocabularies.probe import recognised
 from llamaclust.tools.convert.vocabularies.words import Words
 
 _MOST_WORDS: Final = 1 << 20
-_MOST_BYTES: Final = 1 << 10  # of a word: Llama 3's longest has 128
-_MOST_PAIRS: Final = 1 << 26  # sum of squares of lengths, which finding merges takes; Llama 3 has 1 << 23
+_MOST_BYTES: Final = 1 << 10  # Maximum bytes of a word. The longest word of Llama 3 has 128.
+# Maximum sum of squared word lengths, which bounds the time to find merges. Llama 3 has 1 << 23.
+_MOST_PAIRS: Final = 1 << 26
 _LLAMA3_WORDS: Final = 128_000
 _GLM4_WORDS: Final = 151_329
 _KIMI_WORDS: Final = 163_584
@@ -44,13 +45,13 @@ _BEHIND: Final = {
     "qwen2": (_QWEN_SPECIAL, {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}),
     "hunyuan": (_HUNYUAN_SPECIAL, {"bos": "<|startoftext|>", "eos": "<|eos|>", "padding": "<|pad|>"}),
 }
-"""Control tokens after the words, and their roles. Other models list them in tokenizer_config.json."""
+"""Control tokens that follow the words, and roles of some of them. Other models list them in tokenizer_config.json."""
 _OLD_SPECIAL: Final = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
     *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]"),
     *("[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
 )
-"""Special tokens for versions of tekken.json before 7, which do not list them."""
+"""Special tokens of tekken.json files that do not list them. Their version is below 7."""
 _PARTS: Final = {"unknown": "<unk>", "bos": "<s>", "eos": "</s>", "padding": "<pad>"}
 
 
@@ -63,7 +64,7 @@ def is_ranks(data: bytes) -> bool:
 
 
 def read_ranks(path: Path, data: bytes) -> Words:
-    """Reads words and merges. Adds the control tokens that the model's own program appends."""
+    """Reads words and merges of a tiktoken file. Adds the control tokens that the model's own program appends."""
     ranks = _parse(path, data)
     texts = spelled(ranks)
     pre = _model_of(path, len(texts))
@@ -83,7 +84,7 @@ def spelled(ranks: Mapping[bytes, int]) -> list[str]:
 
 
 def merges_of(ranks: Mapping[bytes, int], path: Path) -> list[str]:
-    """Returns the merges that produce the words, by rank. Raises ModelFileError for a word without merges."""
+    """Returns the merges that produce the words, in order of rank. Raises ModelFileError for a word without merges."""
     pairs = (_split(word, ranks, path) for word in sorted(ranks, key=ranks.__getitem__) if len(word) > 1)
     return [f"{_spell(left)} {_spell(right)}" for left, right in pairs]
 
@@ -109,7 +110,7 @@ def _parse(path: Path, data: bytes) -> dict[bytes, int]:
         try:
             ranks[base64.b64decode(word, validate=True)] = int(rank)
         except ValueError:
-            raise ModelFileError(f"{path}: line {number} is not a word in base64 and its rank") from None
+            raise ModelFileError(f"{path}: line {number} is not a word in base64, a space and a rank") from None
     check_ranks(path, ranks)
     return ranks
 
@@ -117,7 +118,7 @@ def _parse(path: Path, data: bytes) -> dict[bytes, int]:
 def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
     """Raises ModelFileError if ranks do not count from 0, a byte is not a word, or a size is out of bounds."""
     if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) > _MOST_WORDS:
-        raise ModelFileError(f"{path}: the {len(ranks)} ranks are not the numbers from 0 on, each once")
+        raise ModelFileError(f"{path}: the {len(ranks)} ranks do not count from 0 without gaps")
     if max(map(len, ranks)) > _MOST_BYTES:
         raise ModelFileError(f"{path}: a word has {max(map(len, ranks))} bytes; the limit is {_MOST_BYTES}")
     if sum(len(word) ** 2 for word in ranks) > _MOST_PAIRS:
@@ -160,7 +161,7 @@ def read_tekken(path: Path) -> Words:
 
 
 def _special(said: dict[str, Any], path: Path, count: int) -> list[str]:
-    """Returns the special tokens by id. They precede all words. A token without text gets a number."""
+    """Returns the texts of special tokens by id. They precede all words. A token without a text gets a placeholder."""
     texts = [f"<SPECIAL_{number}>" for number in range(count)]
     listed = said.get("special_tokens")
     if listed is None:
@@ -176,7 +177,7 @@ def _special(said: dict[str, Any], path: Path, count: int) -> list[str]:
 
 
 def _ranks(said: dict[str, Any], path: Path, count: int) -> dict[bytes, int]:
-    """Returns the words of ranks below `count`. The file may have more words than the model."""
+    """Returns the words with ranks below `count`. The file may have more words than the model."""
     ranks: dict[bytes, int] = {}
     for entry in _objects(said.get("vocab"), path, "vocab"):
         rank, word = entry.get("rank"), entry.get("token_bytes")
@@ -197,7 +198,7 @@ def _ranks(said: dict[str, Any], path: Path, count: int) -> dict[bytes, int]:
 def _pre_tokenizer(path: Path, pattern: str) -> str:
     try:
         split = pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
-    except Exception as error:  # noqa: BLE001 - the library has no class of its own
+    except Exception as error:  # noqa: BLE001 - The library raises plain Exception.
         raise ModelFileError(f"{path}: invalid pattern: {shown(str(error))}") from None
     whole = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     name = recognised(whole, ignore_merges=True, adds_bos=True)

@@ -22,7 +22,7 @@ _RANKS: Final = ("qwen.tiktoken", "hy.tiktoken", "tiktoken.model")
 NAMES: Final = ("tokenizer.model", "tokenizer.json", *_RANKS, _TEKKEN, "tokenizer.bin")
 _MAX_BYTES: Final = 1 << 28
 _PARTS: Final = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
-"""Names of roles in Hugging Face's files and in GGUF. The spelling "seperator" is GGUF's."""
+"""Maps names of roles in Hugging Face's files to names in GGUF, which spells "seperator" like this."""
 _ENDS: Final = ("eot", "eom")
 _NUMBER: Final = re.compile("[0-9]{1,9}")
 _MAX_TEMPLATE_BYTES: Final = 1 << 22
@@ -31,8 +31,9 @@ _MAX_TEMPLATE_BYTES: Final = 1 << 22
 def read_words(
     files: SourceFiles, place: Path, rows: int, behind: Sequence[str] = (), names: Sequence[str] = NAMES
 ) -> Words:
-    """Reads the vocabulary from a file or a Hugging Face folder, for an embedding of `rows` rows. `behind` are control
-    words to append to a SentencePiece vocabulary. `names` are files to look for, best first."""
+    """Reads the vocabulary from a file or a Hugging Face folder, and fits it to an embedding of `rows` rows. `behind`
+    are control words to append to SentencePiece vocabularies. `names` are names of tokenizer files, in order of
+    preference."""
     path = _find(place, names) if place.is_dir() else place
     words = _read(files.open(path))
     if words.kind == "llama":
@@ -92,7 +93,7 @@ def _read_special(words: Words, folder: Path, config: dict[str, Any], rows: int)
 
 
 def _read_parts(words: Words, said: dict[str, Any], named: dict[str, Any], config: dict[str, Any]) -> None:
-    """Reads the ids of roles. The tokenizer's own files take precedence over the model's configuration."""
+    """Reads the ids of roles. The tokenizer's files take precedence over the model's configuration."""
     places = {text: token_id for token_id, text in enumerate(words.texts)}
     for short, name in _PARTS.items():
         text = _content(said.get(f"{short}_token")) or _content(named.get(f"{short}_token"))
@@ -105,7 +106,8 @@ def _read_parts(words: Words, said: dict[str, Any], named: dict[str, Any], confi
 
 
 def _read_ends(words: Words, config: dict[str, Any], rows: int) -> None:
-    """Gives free roles to tokens other than EOS that end an answer. Later tokens come first, since chats use them."""
+    """Gives the roles EOT and EOM, if they are free, to tokens other than EOS that end an answer. The configuration's
+    last tokens come first, since chats use them."""
     listed = config.get("eos_token_id")
     said = [config.get("eod_token_id"), *(listed if isinstance(listed, list) else ())]
     ends = dict.fromkeys(end for end in reversed(said) if type(end) is int and 0 <= end < rows)

@@ -1,4 +1,4 @@
-"""SentencePiece's own files (pieces with scores and types), and llama2.c's tokenizer.bin with LLaMA's pieces."""
+"""Reads SentencePiece model files, and llama2.c's tokenizer.bin, which has LLaMA's SentencePiece pieces."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PROTO: Any = sentencepiece_model_pb2
 _ENTRY: Final = Struct("<fI")
 _LONGEST: Final = 1 << 16
 _BYTE: Final = re.compile(r"<0x[0-9A-F]{2}>")
-"""A byte token's name. Files of 2023 have the character with the byte's code instead."""
+"""Matches the name of a byte token. Files of 2023 have the character with the byte's code instead."""
 _FIRST: Final = (("<unk>", TokenType.UNKNOWN), ("<s>", TokenType.CONTROL), ("</s>", TokenType.CONTROL))
 
 
@@ -38,7 +38,7 @@ def read_sentence_piece(path: Path, data: bytes) -> Words:
         pre="default",
         origin=path,
         texts=[piece.piece for piece in model.pieces],
-        types=[TokenType(piece.type) for piece in model.pieces],  # GGUF's numbers are SentencePiece's own
+        types=[TokenType(piece.type) for piece in model.pieces],  # GGUF has SentencePiece's numbers.
         scores=[piece.score for piece in model.pieces],
     )
     words.flags["add_space_prefix"] = model.normalizer_spec.add_dummy_prefix
@@ -64,7 +64,6 @@ def _kind(path: Path, model: Any) -> str:
 
 
 def _normalization(words: Words, model: Any) -> None:
-    """Reads settings that only Unigram files have. Other files may override the flags for BOS and EOS."""
     words.flags |= {
         "remove_extra_whitespaces": model.normalizer_spec.remove_extra_whitespaces,
         "add_bos_token": 0 <= model.trainer_spec.bos_id < len(words.texts),
@@ -75,7 +74,7 @@ def _normalization(words: Words, model: Any) -> None:
 
 
 def read_llama2c_words(path: Path, data: bytes) -> Words:
-    """Reads a number, then the score, length and bytes of each word."""
+    """Reads tokenizer.bin. The file has one number, and then the score, length and bytes of each word."""
     texts: list[str] = []
     types: list[TokenType] = []
     scores: list[float] = []

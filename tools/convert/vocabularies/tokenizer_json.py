@@ -1,4 +1,4 @@
-"""Hugging Face's tokenizer.json: byte-level BPE, or SentencePiece's BPE and Unigram as the library writes them."""
+"""Reads Hugging Face's tokenizer.json: byte-level BPE, or SentencePiece's BPE or Unigram in the library's format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llamaclust.tools.convert.vocabularies.probe import PROBE, recognised
 from llamaclust.tools.convert.vocabularies.words import Words
 
 _HARMLESS: Final = ("NFC", "NFKC")
-"""Normalizers that do not change usual text. GGUF has no key for them."""
+"""Normalizers that are ignored, because they do not change usual text and GGUF has no key for them."""
 _TEXTS: Final = ("a", " a", "  a  b ", " ", "a \n b", "\n a\t", *PROBE.splitlines())
 _BYTES: Final = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
@@ -47,7 +47,7 @@ def _merged(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
 
 
 def _texts(model: dict[str, Any], path: Path) -> list[str]:
-    """Returns words by id. Ids without a word belong to added tokens and get placeholders."""
+    """Returns the words by id. An id without a word belongs to an added token, and gets a placeholder."""
     if model.get("type", "BPE") != "BPE":
         raise ModelFileError(
             f"{path}: a tokenizer of kind {shown(str(model.get('type')))} is not supported; supported: BPE, Unigram"
@@ -99,7 +99,8 @@ def _byte_level(path: Path, texts: list[str], merges: list[tuple[str, str]], sai
 
 
 def _pre_tokenizer_name(library: Any, said: dict[str, Any]) -> str | None:
-    """Returns the pre-tokenizer's name, or None. Its `ignore_merges` may differ if merges reach every word."""
+    """Returns the name of the pre-tokenizer, or None if it is unknown. If merges produce every word, `ignore_merges`
+    makes no difference, so its value need not match."""
     ignores_merges, has_bos = said["model"].get("ignore_merges") is True, _template_ends(said)[0] is not None
     name = recognised(library.pre_tokenizer, ignores_merges, has_bos)
     if name is not None:
@@ -118,7 +119,7 @@ def _merges_reach_words(library: Any, said: dict[str, Any]) -> bool:
 def _library(path: Path) -> Any:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 - the library has no class of its own
+    except Exception as error:  # noqa: BLE001 - The library raises plain Exception.
         raise ModelFileError(f"{path}: not usable as a tokenizer: {' '.join(str(error).split())[:160]}") from None
     if tokenizer.pre_tokenizer is None:
         raise ModelFileError(f"{path}: BPE without a pre-tokenizer and without bytes as words is not supported")
@@ -126,7 +127,7 @@ def _library(path: Path) -> Any:
 
 
 def _sentence_pieces(path: Path, texts: list[str], merges: list[tuple[str, str]], said: dict[str, Any]) -> Words:
-    """Makes scores from merges, which have the order of SentencePiece's scores, best first."""
+    """Computes SentencePiece's scores from the order of merges. The first merge has the best score."""
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)

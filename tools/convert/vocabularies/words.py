@@ -33,15 +33,15 @@ class Words:
     scores: list[float] | None = None
     merges: list[str] | None = None
     ids: dict[str, int] = field(default_factory=dict)
-    """Ids of special tokens by role: bos, eos, eot, unknown, padding, ..."""
+    """Ids of special tokens, by role: bos, eos, eot, unknown, padding, ..."""
     flags: dict[str, bool] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
-    """The checkpoint's tokens, other than EOS, that end an answer. Some may have no role."""
+    """Ids of tokens, other than EOS, that end an answer. Some of these tokens may have no role."""
     template: str | None = None
     charsmap: bytes = b""
 
     def add(self, token_id: int, text: str, special: bool) -> None:
-        """Adds a token, or marks a word as control or user-defined. Does not change the unknown token."""
+        """Adds a token, or marks an existing word as control or user-defined. Does not change the unknown token."""
         if token_id == self.ids.get("unknown"):
             return
         if not 0 <= token_id < MAX_WORDS:
@@ -55,7 +55,8 @@ class Words:
             self.scores[token_id] = ADDED_SCORE
 
     def fit(self, rows: int) -> None:
-        """Adds or drops unused words to match the embedding. Raises ModelFileError for another model's vocabulary."""
+        """Adds or drops unused words until there are `rows` words. Raises ModelFileError if the numbers differ so much
+        that the vocabulary must belong to another model."""
         while len(self.texts) > rows and self.types[-1] is TokenType.UNUSED:
             self._drop()
         count = len(self.texts)
@@ -71,7 +72,7 @@ class Words:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A note on end-of-answer tokens without a GGUF key, except those that programs recognize by their text."""
+        """A note on tokens that end an answer, but have no GGUF key and are not recognized by their text."""
         written = self.ids.values()
         left = [shown(self.texts[end]) for end in self.ends if end not in written and not self._ends_by_text(end)]
         if not left:
@@ -119,6 +120,6 @@ class Words:
 
 
 def _looks_special(text: str) -> bool:
-    """True for texts in the form of control tokens, which some tokenizers do not mark."""
+    """Returns True for text in the form of a control token, since some tokenizers do not mark control tokens."""
     marks = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
     return text in _MARKED_CONTROL or any(text.startswith(left) and text.endswith(right) for left, right in marks)

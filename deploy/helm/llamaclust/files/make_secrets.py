@@ -1,5 +1,5 @@
-"""Makes the Secrets of a release that are absent. A Job runs it in the image, before an installation and each upgrade;
-so keys are in no manifest, and Helm keeps none in its history."""
+"""Creates the missing Secrets of a release. A Job runs this program in the image before an installation and before each
+upgrade. Therefore no manifest contains keys, and Helm keeps no keys in its history."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _NOT_FOUND, _CONFLICT = 404, 409
 
 @dataclass(frozen=True, slots=True)
 class SecretStore:
-    """Secrets of one namespace, as Kubernetes' API has them."""
+    """The Secrets of one namespace, through the Kubernetes API."""
 
     api: str
-    account: Path  # folder with the account's token and the API's ca.crt
+    account: Path  # Folder with the service account's token and the API's ca.crt.
     namespace: str
     labels: dict[str, str]
 
     def read(self, name: str) -> dict[str, str] | None:
-        """None: there is none."""
+        """Returns the decoded data of a Secret, or None if the Secret does not exist."""
         try:
             data = self._call(f"/{name}", None)["data"]
         except HTTPError as error:
@@ -46,7 +46,7 @@ class SecretStore:
         return {key: base64.b64decode(value).decode() for key, value in data.items()}
 
     def create(self, name: str, data: dict[str, str]) -> bool:
-        """False: there is one, which stays as it is."""
+        """Creates a Secret. Returns False if the Secret exists, and leaves it unchanged."""
         secret = {
             "apiVersion": "v1",
             "kind": "Secret",
@@ -75,7 +75,7 @@ class SecretStore:
 
 
 def make_trust(store: SecretStore, authority: str, join: str) -> None:
-    """The authority's key for the coordinator, and the join token that names the authority for the workers."""
+    """Creates two Secrets: the certificate authority's key for the coordinator, and the join token for workers."""
     kept = store.read(authority)
     if kept is not None:
         certificate = x509.load_pem_x509_certificate(kept["ca.crt"].encode())

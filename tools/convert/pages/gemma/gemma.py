@@ -44,7 +44,6 @@ def build(page: Page) -> None:
 
 
 def _window(page: Page) -> None:
-    """Writes the window's size. Also writes which layers have a window, if the published models differ."""
     settings = page.settings
     page.key("attention.sliding_window", settings.count("sliding_window", maximum=MAX_CONTEXT))
     usual = _PERIODS[page.architecture]
@@ -70,7 +69,7 @@ def _caps(page: Page) -> None:
 
 
 def _check_scale(page: Page) -> None:
-    """Raises ModelFileError for an unusual scale of scores, which readers infer from the number of layers."""
+    """Raises ModelFileError for an unusual scale of scores. Programs infer the scale from the number of layers."""
     settings, name = page.settings, "query_pre_attn_scalar"
     whole = page.layers == _LAYERS_27B[page.architecture]
     wanted = page.width // page.heads if whole else page.head_width

@@ -1,5 +1,5 @@
-"""Gemma 3n: copies of the hidden state, a low-rank branch parallel to attention, sparse activations, inputs per layer,
-and last layers that use other layers' keys and values."""
+"""Gemma 3n. It has copies of the hidden state, a low-rank branch parallel to attention, sparse activations, and inputs
+per layer. Its last layers use the keys and values of other layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llamaclust.tools.convert.rotation import local_base, rotation
 from llamaclust.tools.convert.settings import MAX_CAP, MAX_CONTEXT, MAX_WORDS
 
 _PERIOD = 5
-_SPARSE_LAYERS, _SPARSITY = 10, 0.95  # of configurations that say nothing
+_SPARSE_LAYERS, _SPARSITY = 10, 0.95  # Defaults for configurations without the setting.
 _TABLE_WORDS = 262144
 _MAX_COPIES = 16
 _MAX_INPUT = 1 << 12
@@ -85,7 +85,8 @@ def _keys(page: Page, widths: list[int], copies: int, inputs: int) -> int:
 
 
 def _sparsity(page: Page) -> list[float]:
-    """Returns each layer's threshold of activations, in standard deviations above the mean. -inf passes all of them."""
+    """Returns each layer's threshold of activations, in standard deviations above the mean. If the threshold is -inf,
+    all activations pass."""
     name, sparse = "activation_sparsity_pattern", _SPARSE_LAYERS if page.layers > _SPARSE_LAYERS else 0
     shares = page.settings.values.get(name)
     if shares is None:
@@ -98,7 +99,6 @@ def _sparsity(page: Page) -> list[float]:
 
 
 def _table(page: Page, width: int) -> None:
-    """Writes the table of inputs per layer. Tokens beyond the table use the inputs of token 0."""
     words = page.settings.count("vocab_size_per_layer_input", default=_TABLE_WORDS, maximum=MAX_WORDS)
     table = page.take("model.embed_tokens_per_layer.weight", words, width)
     tokens = np.arange(page.words, dtype=np.int64)

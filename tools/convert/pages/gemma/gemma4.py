@@ -1,5 +1,5 @@
-"""Gemma 4. Layers with a window have other heads than the rest. Experts are parallel to the feed-forward network. There
-are inputs per layer, and the last layers use other layers' keys and values."""
+"""Gemma 4. Layers with a window and layers without a window have different heads. Experts are parallel to the
+feed-forward network. There are inputs per layer, and the last layers use other layers' keys and values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llamaclust.tools.convert.rotation import local_base
 from llamaclust.tools.convert.settings import MAX_CAP, MAX_CONTEXT
 
 _PERIOD = 6
-_BASE, _SHARE = 1e6, 0.25  # of configurations without the object
+_BASE, _SHARE = 1e6, 0.25  # Defaults for configurations that do not state the rotation.
 _FULL_HEAD = 512
 _MAX_HEAD = 1 << 12
 _MAX_INPUT = 1 << 12
@@ -85,7 +85,6 @@ def _read_form(page: Page) -> _Form:
 
 
 def _heads(page: Page, windowed: list[bool], alike: bool) -> tuple[_Heads, _Heads]:
-    """Reads the heads of layers with a window, and of other layers, from two keys or from an object per layer."""
     settings = page.settings
     part = _Heads(page.head_width, page.kv_heads)
     if not settings.has("per_layer_config"):
@@ -132,11 +131,10 @@ def _keys(page: Page, form: _Form, widths: list[int]) -> None:
     page.key("attention.shared_kv_layers", page.layers - form.own)
     page.key("embedding_length_per_layer_input", form.inputs)
     cap = "final_logit_softcapping"
-    page.key(cap, settings.real(cap, default=0.0, maximum=MAX_CAP))  # 0: none
+    page.key(cap, settings.real(cap, default=0.0, maximum=MAX_CAP))  # 0 stands for no cap.
 
 
 def _rotation(page: Page, form: _Form) -> None:
-    """Writes the rotation of layers without a window. Frequency factors leave some pairs of channels unrotated."""
     settings = page.settings
     said = settings.inner("rope_parameters").inner("full_attention")
     usual = 1.0 if settings.inner("rope_parameters").has("full_attention") else _SHARE
@@ -168,7 +166,7 @@ def _attention(page: Page, layer: int, form: _Form) -> None:
     page.copy(f"{place}.attn_q_norm", f"{attention}.q_norm", heads.width)
     page.copy(f"{place}.attn_output", f"{attention}.o_proj", page.width, query)
     page.copy(f"{place}.post_attention_norm", f"{source}.post_attention_layernorm", page.width)
-    is_idle = layer >= form.own  # checkpoints of the authors may have what these layers do not use
+    is_idle = layer >= form.own  # The authors' checkpoints may have weights that such a layer does not use.
     if not is_idle or page.has(f"{attention}.k_proj.weight"):
         page.copy(f"{place}.attn_k", f"{attention}.k_proj", key, page.width)
         page.copy(f"{place}.attn_k_norm", f"{attention}.k_norm", heads.width)
@@ -195,7 +193,7 @@ def _expert_keys(page: Page) -> int:
 
 
 def _experts(page: Page, layer: int, count: int) -> None:
-    """Copies the experts. An expert's gate and up are one matrix, as in GGUF. A scale multiplies the output."""
+    """Copies the experts. Gate and up of an expert are one matrix, as in GGUF. A scale multiplies the output."""
     place, source, hidden = f"blk.{layer}", f"model.layers.{layer}", page.width
     width = page.settings.count("moe_intermediate_size", "expert_intermediate_size")
     for name, norm in (

@@ -6,7 +6,6 @@ from llamaclust.tools.convert.page import Page
 
 
 def projected_inputs(page: Page, width: int) -> None:
-    """Copies the projection from the embedding to the inputs of all layers, each of `width` channels."""
     page.copy("per_layer_model_proj", "model.per_layer_model_projection", page.layers * width, page.width)
     page.copy("per_layer_proj_norm", "model.per_layer_projection_norm", width)
 

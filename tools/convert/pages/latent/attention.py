@@ -51,7 +51,7 @@ def read_latent(page: Page) -> Latent:
 
 
 def latent_keys(page: Page, latent: Latent) -> None:
-    """Writes the keys of latent attention: one KV head, whose values are the latent part of its keys."""
+    """Writes the metadata of latent attention. There is one KV head, and values are the latent part of the keys."""
     page.key("attention.head_count_kv", 1)
     page.key("attention.key_length", latent.rank + latent.rotated)
     page.key("attention.value_length", latent.rank)

@@ -15,7 +15,8 @@ _GLM = "glm4moe"
 
 @dataclass(frozen=True, slots=True)
 class _Mixture:
-    """The gating of experts. `has_bias` biases the choice. `has_groups` groups experts and normalizes weights."""
+    """The gating of experts. If `has_bias`, a bias affects the choice. If `has_groups`, experts are chosen by groups,
+    and the weights of chosen experts are normalized."""
 
     name: str
     number: int
@@ -29,12 +30,12 @@ _MISTRAL4 = _Mixture("softmax", experts.SOFTMAX, has_bias=False)
 
 
 def build_v2(page: Page) -> None:
-    """DeepSeek V2 and V2.5. The full models choose groups by their best expert, for which GGUF has no key."""
+    """DeepSeek V2 and V2.5. The full models choose groups by their best expert. GGUF cannot express that."""
     settings = page.settings
     method = settings.text("topk_method", default="greedy")
     if method != "greedy" and settings.count("n_group", default=1) != 1:
         raise settings.error(
-            "topk_method", f"{shown(method)}: groups of experts chosen by their best one are not supported"
+            "topk_method", f"{shown(method)}: a choice of groups by their best expert is not supported"
         )
     if settings.flag("norm_topk_prob"):
         raise settings.error("norm_topk_prob", "true is not supported by DeepSeek V2")

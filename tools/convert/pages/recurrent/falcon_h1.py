@@ -1,4 +1,4 @@
-"""Falcon-H1: each layer has attention parallel to Mamba 2. GGUF's weights include the model's multipliers."""
+"""Falcon-H1. Each layer has attention parallel to Mamba 2. The model's multipliers are included in GGUF's weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def build(page: Page) -> None:
     for layer in range(page.layers):
         place, source = f"blk.{layer}", f"model.layers.{layer}"
         page.copy(f"{place}.attn_norm", f"{source}.input_layernorm", page.width)
-        page.put(f"{place}.ffn_norm", page.take(f"{source}.pre_ff_layernorm.weight", page.width))  # llama.cpp's name
+        # The GGUF name of this norm is llama.cpp's.
+        page.put(f"{place}.ffn_norm", page.take(f"{source}.pre_ff_layernorm.weight", page.width))
         decoder.attention(page, layer)
         write_mamba(page, place, f"{source}.mamba", mamba, has_norm=has_norm)
         decoder.feed_forward(page, layer, width, source="feed_forward")
@@ -40,7 +41,7 @@ def build(page: Page) -> None:
 
 
 def _ends(page: Page) -> None:
-    """Copies embedding and output matrix. Their multipliers differ even if the checkpoint shares one matrix."""
+    """Copies embedding and output matrix. They have different multipliers even if the checkpoint has one matrix."""
     embedding = page.take("model.embed_tokens.weight", page.words, page.width)
     head = embedding
     if not page.settings.flag("tie_word_embeddings"):
@@ -71,7 +72,7 @@ def _multiply(page: Page, mamba: Mamba) -> None:
 
 
 def _product_factors(page: Page, mamba: Mamba) -> NDArray[np.float32]:
-    """Returns a factor for each row of `ssm_in`: gate, x, input matrices, output matrices, time steps."""
+    """Returns a factor for each row of `ssm_in`. Its rows are gate, x, input matrices, output matrices, time steps."""
     parts = (mamba.inner, mamba.inner, mamba.matrices, mamba.matrices, mamba.heads)
     factors = _factors(page, "ssm_multipliers", len(parts))
     return np.repeat(np.array(factors, np.float32) * np.float32(_factor(page, "ssm_in_multiplier")), parts)

@@ -1,4 +1,4 @@
-"""Kimi Linear: delta nets with a decay for each channel, and latent attention without rotation."""
+"""Kimi Linear. A layer has a delta net with a decay for each channel, or latent attention without rotation."""
 
 from __future__ import annotations
 
@@ -45,7 +45,6 @@ def build(page: Page) -> None:
 
 
 def _dense_module(page: Page, layer: int) -> str:
-    """Returns the name of a dense module: `mlp` as published, or the experts' name as transformers writes it."""
     return _MIXTURE if page.has(f"model.layers.{layer}.{_MIXTURE}.gate_proj.weight") else "mlp"
 
 
@@ -65,7 +64,7 @@ def _net(page: Page) -> Settings:
 
 
 def _attends(page: Page) -> list[bool]:
-    """Returns True for each layer with attention, by the config's list (counted from 1) or by its layer types."""
+    """Returns, for each layer, True if the layer has attention. The setting `full_attn_layers` counts layers from 1."""
     settings = page.settings
     listed: Any = settings.inner("linear_attn_config").values.get("full_attn_layers")
     if isinstance(listed, list):

@@ -1,4 +1,4 @@
-"""LFM2, dense and MoE: short convolutions in most layers, attention in the others. Tensor names are LFM2's own."""
+"""LFM2, dense and MoE. Most layers have short convolutions, and the others have attention."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _kinds(page: Page) -> list[str]:
 
 
 def _adjusted_width(page: Page) -> int:
-    """Returns the configured width. If the model adjusts it, returns two thirds of it, times a factor, rounded up."""
+    """Returns the configured width, or two thirds of the width, times a factor, rounded up, if the model adjusts it."""
     settings = page.settings
     width = settings.count("block_ff_dim", "intermediate_size")
     if not settings.flag("block_auto_adjust_ff_dim", default=True):

@@ -16,12 +16,12 @@ _NAMES = MappingProxyType(
     {"ssm.inner_size": "mamba_d_head", "ssm.state_size": "mamba_d_state", "ssm.group_count": "mamba_n_groups"}
 )
 _ALL_STEPS = ([0, math.inf], [0, {"__float__": "Infinity"}])
-"""Limits of time steps that have no effect, and the form in which transformers writes these limits."""
+"""Limits of time steps that have no effect: as numbers, and as transformers writes infinity."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mamba:
-    """Sizes of a Mamba 2 block. A group's heads share input and output matrices with `state_size` numbers per row."""
+    """Sizes of a Mamba 2 block. Heads of a group share input and output matrices of `state_size` numbers per row."""
 
     heads: int
     head_width: int
@@ -35,7 +35,6 @@ class Mamba:
 
     @property
     def matrices(self) -> int:
-        """The number of channels in all groups' input matrices, and also in all their output matrices."""
         return self.groups * self.state_size
 
     @property
@@ -77,7 +76,7 @@ def mamba_keys(page: Page, mamba: Mamba) -> None:
 
 
 def write_mamba(page: Page, place: str, source: str, mamba: Mamba, *, has_norm: bool = True) -> None:
-    """Copies all tensors. The checkpoint stores decays as logarithms of their absolute values."""
+    """Copies all tensors of a block. The checkpoint stores the logarithms of the decays' absolute values."""
     page.copy(f"{place}.ssm_in", f"{source}.in_proj", mamba.products, page.width)
     page.put(f"{place}.ssm_conv1d.weight", joined(page.take(f"{source}.conv1d.weight", mamba.convolved, 1, mamba.taps)))
     if page.has(f"{source}.conv1d.bias"):

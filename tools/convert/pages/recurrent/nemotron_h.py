@@ -24,7 +24,7 @@ _KINDS = MappingProxyType(
 )
 _LETTERS = MappingProxyType({"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"})
 _RELU_SQUARED = ("relu2",)
-_HEAD = 128  # of configurations that name no width
+_HEAD = 128  # Default for configurations without a head width.
 
 
 def build(page: Page) -> None:
@@ -52,7 +52,7 @@ def build(page: Page) -> None:
 
 
 def _kinds(page: Page) -> list[str]:
-    """Returns each layer's kind, given by names or letters. Sets the number of layers, which some files omit."""
+    """Returns each layer's kind, which settings give as names or letters. Adds the number of layers to the settings."""
     settings = page.settings
     values = dict(settings.values)
     listed = next((values[name] for name in ("layers_block_type", "layer_types") if settings.has(name)), None)
@@ -105,7 +105,7 @@ def _layer(page: Page, place: str, source: str, kind: str, mamba: Mamba) -> None
 
 
 def _attention(page: Page, place: str, source: str) -> None:
-    """Copies attention. Rows of Q and K are paired as in llama.cpp's conversion, although nothing rotates."""
+    """Copies attention. Rows of Q and K are permuted as in llama.cpp's conversion, although no channels rotate."""
     query, key = page.heads * page.head_width, page.kv_heads * page.head_width
     for part, heads in (("q", page.heads), ("k", page.kv_heads)):
         found = page.take(f"{source}.{part}_proj.weight", heads * page.head_width, page.width)
@@ -120,7 +120,7 @@ def _feed_forward(page: Page, place: str, source: str, width: int, suffix: str =
 
 
 def _experts(page: Page, place: str, source: str) -> None:
-    """Copies the experts. They read the hidden state, or its projection to fewer channels (`moe_latent_size`)."""
+    """Copies the experts. Their input is the hidden state, or its projection to `moe_latent_size` channels."""
     settings, hidden = page.settings, page.width
     count, width = (
         settings.count("n_routed_experts", maximum=experts.MAX_EXPERTS),

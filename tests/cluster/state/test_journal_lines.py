@@ -55,7 +55,7 @@ async def test_damage_before_the_last_line_is_logged(
         lines[line] = b"x" + lines[line][1:]
     path.write_bytes(b"".join(lines))
     assert len(read_journal(path, NOW)) == 3 - (line in (1, 2, 3))
-    named = f"{path}: 1 damaged lines are skipped, the first is line {(line or 0) + 1}"
+    named = f"{path}: 1 damaged lines were skipped; the first of them is line {(line or 0) + 1}"
     assert (named in caplog.text) is is_named and bool(caplog.records) is is_named
 
 

@@ -102,7 +102,7 @@ def test_too_little_memory_is_exit_3_and_the_missing_mib(line: CommandLine, comm
     ("arguments", "says"),
     [
         (("up", "--port", "65536"), "--port"),
-        (("up", "--set", "workers"), "write it as KEY=VALUE"),
+        (("up", "--set", "workers"), "must be KEY=VALUE"),
         (("status", "--cluster", "../.."), "no cluster is running"),
         (("logs", "../../keys", "--cluster", "tiny"), "no log"),
         (("generate", "hello"), "no cluster is running"),

@@ -369,7 +369,7 @@ def cluster_document(path: Path | None, overrides: Sequence[str] = ()) -> Docume
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ClusterConfig:
     """Reads a cluster file, applies KEY=VALUE overrides and checks all values. If `path` is None, reads the demo
-    cluster. Raises UsageError that names the key, the mistake and what to do."""
+    cluster. Raises UsageError with the place, the mistake and what to do."""
     document = cluster_document(path, overrides)
     try:
         return ClusterConfig.model_validate(document.values)

@@ -80,7 +80,7 @@ class WorkerConfig(Section):
     memory_bandwidth_gb_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
     """Read bandwidth of RAM in GB/s, for plans. By default, the worker measures it when it starts."""
     int8_gmac_s: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = None
-    """Integer multiply-accumulates in GMAC/s, for plans. By default, the worker measures them when it starts."""
+    """Speed of integer multiply-accumulates in GMAC/s, for plans. By default, the worker measures it when it starts."""
 
     @model_validator(mode="after")
     def _check_speeds(self) -> Self:

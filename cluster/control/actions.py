@@ -43,7 +43,8 @@ class ActionRunner:
     _registry: Registry
     _partitions: PartitionTracker
     _report: Report
-    ending: TaskSet  # Ending processes of lost workers. A load waits for them, because it needs their memory.
+    # Tasks that end the processes of lost workers. A load waits for these tasks, because it needs the memory.
+    ending: TaskSet
     epoch: Epoch | None = field(default=None, init=False)  # Epoch that serves, or that served before it was lost.
     retiring: Epoch | None = field(default=None, init=False)  # Epoch that served before a move and still has sequences.
     engine: Engine | None = field(default=None, init=False)  # None until the first epoch serves.
@@ -234,7 +235,6 @@ class ActionRunner:
         self.observed.post(seen.Signal.RETIRING_FREED)
 
     async def _sleep(self, *, gives_way: bool) -> None:
-        """Frees the model's stages. If a request has arrived meanwhile, posts WAKE_REQUESTED instead."""
         assert self.engine is not None
         if not self.engine.sleep(gives_way=gives_way):
             self.observed.post(seen.Signal.WAKE_REQUESTED)
@@ -259,7 +259,7 @@ class ActionRunner:
     def _fail_requests(self, reason: str) -> None:
         loss = self.observed.state.loss
         assert self.engine is not None and loss is not None
-        # The lost worker's own error comes first, even if others reported earlier that they cannot reach this worker.
+        # The lost worker's error is preferred to errors of workers that could not reach it.
         lost = None if self.epoch is None else self.epoch.root_cause
         error = loss.error if lost is None else lost.error
         self.engine.give_up(WorkerError(reason if error is None else f"{error}; {reason}"))

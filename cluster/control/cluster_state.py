@@ -62,8 +62,8 @@ class Planning:
 
 @dataclass(frozen=True, slots=True)
 class Expulsion:
-    """Removes a worker that counts as lost. If `stays` is true, the worker stays connected, but gets no layers of this
-    model for `pause_s` seconds."""
+    """A worker that will count as lost. If `stays` is true, the worker stays connected instead, but gets no layers of
+    this model for `pause_s` seconds."""
 
     worker: Incarnation
     reason: str
@@ -136,7 +136,6 @@ class ClusterState:
 
     @property
     def lacks_memory(self) -> bool:
-        """True if the model waits to be loaded, but has no plan because other models use the memory."""
         is_waiting = self.is_wanted and self.loss is not None and self.is_planned
         return is_waiting and self.planning is not None and self.planning.lacks_memory
 

@@ -66,7 +66,7 @@ async def load_stages(
     `is_exclusive` is set, because the next epoch can then use their weights."""
     handles = tuple(workers[stage.worker] for stage in loads.stages)
     timeout_s = loads.progress_timeout_s
-    # Keys of blocks on disk are derived from the model's content.
+    # Copies of the file must be equal if KV blocks are kept on disk, because the blocks' keys depend on the content.
     keeps_kv = all(handle.registration.kv_disk_bytes for handle in handles)
     names = [handle.name for handle in handles]
     request = FindWeights(loads.model.path, loads.model.model_id)

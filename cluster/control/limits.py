@@ -51,7 +51,7 @@ def check_distinct(models: Iterable[tuple[str, str]]) -> None:
 
 
 def check_plan(config: ClusterConfig, model: Model) -> None:
-    """Raises UsageError for mistakes that no workers could make valid, such as a context that is too long."""
+    """Raises UsageError for mistakes that do not depend on the workers, such as a context that is too long."""
     context_length(config, model)
     _check_frames(config, model)
     _check_kv_disk(config, model)

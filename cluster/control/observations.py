@@ -81,7 +81,7 @@ class Planned:
     inputs: PlanInputs
     plan: Plan | None = None
     error: LlamaclustError | None = None
-    # Prediction for the serving plan with the same profiles and links. None if there is none.
+    # New prediction for the serving plan, by the same profiles and links as for `plan`. None if there is none.
     served: Prediction | None = None
     is_beside: bool = False  # True if other models use memory of these workers.
 

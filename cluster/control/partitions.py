@@ -36,7 +36,7 @@ class _Partition:
 
 @dataclass(slots=True, eq=False)
 class PartitionTracker:
-    """A context manager that probes broken links. Plans do not use a link that is broken in one direction only."""
+    """A context manager that probes broken links. If a link is broken in one direction, plans avoid both directions."""
 
     _workers: Callable[[], Mapping[str, WorkerHandle]]  # Returns the connected workers by name.
     _heartbeat_timeout_s: float
@@ -44,7 +44,7 @@ class PartitionTracker:
     _on_change: Callable[[Pairs], None]  # Is called with all broken pairs after each change.
     _ports: ClosedPorts
     _partitions: dict[Pair, _Partition] = field(default_factory=dict, init=False)
-    # Time of the repair, and number of failed probes before.
+    # Time of the last repair, and number of failed probes before the repair.
     _healed: dict[Pair, tuple[float, int]] = field(default_factory=dict, init=False)
     _pending: dict[_Direction, asyncio.Task[None]] = field(default_factory=dict, init=False)
     _probing: dict[Pair, asyncio.Task[None]] = field(default_factory=dict, init=False)

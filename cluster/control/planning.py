@@ -63,7 +63,7 @@ _MOST_PARTS = 512
 @dataclass(frozen=True, slots=True)
 class ClusterResources:
     workers: Mapping[str, WorkerResources]
-    # Profiles by worker. If a worker has no profile, its layers are planned by its memory.
+    # Profiles by worker. Plans consider only the memory of a worker without a profile.
     profiles: Mapping[str, Profile]
     links: Links = UNKNOWN
     partitions: Pairs = frozenset()  # Pairs of workers that cannot reach each other.
@@ -71,9 +71,10 @@ class ClusterResources:
     """Free bytes of this machine when its workers held no layers. None if each worker reports its own free bytes."""
     held: Mapping[tuple[str, str], int] = field(default_factory=dict)
     row_bytes: int = 0
-    """Bytes that `free_bytes` leaves for image rows. A plan without an image encoder may use them."""
+    """Bytes that are reserved for image rows, in addition to `free_bytes`. A plan without an image encoder may use
+    them."""
     encodes: bool = True
-    """True if a worker must hold the image encoder of a model that has one."""
+    """True if a worker must hold the image encoder. Ignored if the model has none."""
 
 
 def plan_cluster(
@@ -102,8 +103,6 @@ def plan_text_at_least(config: ClusterConfig, model: Model, resources: ClusterRe
 
 
 def _in_wide_tiles(config: ClusterConfig, model: Model, resources: ClusterResources, own: Plan) -> Plan | None:
-    """Returns a plan with wider tiles, or None if it is not clearly faster or leaves less than half of the KV
-    blocks."""
     has_gpus = any(worker.gpus for worker in resources.workers.values())
     if not config.wide_tiles or not model.has_wider_tiles or own.expert_shards > 1 or has_gpus:
         return None
@@ -143,8 +142,8 @@ def _plan_in_own_tiles(
 
 
 def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources, most: int) -> Iterator[int]:
-    """Yields the numbers of shards, up to `most`, to divide experts into if whole layers do not fit. Yields nothing if
-    the user wants experts on GPUs, because shards are always in RAM."""
+    """Yields numbers of shards, up to `most`, that each layer's experts can be divided into if whole layers do not fit.
+    Yields nothing if the user wants experts on GPUs, because shards are always in RAM."""
     on_gpus = says_placement(config) or any(worker.gpu_layers for worker in resources.workers.values())
     if (
         most < 2
@@ -323,7 +322,7 @@ class ClusterPlanner:
     profiles: WorkerProfiles
     free_bytes: int | None = None  # Same as in `ClusterResources`.
     row_bytes: int = 0  # Same as in `ClusterResources`.
-    encodes: bool = True  # False if images are refused, because the image encoder did not fit at the start.
+    encodes: bool = True  # False if the model reads only text, because its image encoder did not fit at the start.
     links: Links = UNKNOWN
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
     _thread: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "planner"), init=False)

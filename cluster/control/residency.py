@@ -214,7 +214,6 @@ class Residency:
             resident.serving_since_s = None
 
     def _longest_serving(self, resident: Resident) -> Resident | None:
-        """Returns the model that has served longest. Returns None if its turn is not over or nothing waits."""
         waiting = resident.observed.state.loss
         if resident.is_idle or waiting is None:
             return None

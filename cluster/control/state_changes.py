@@ -99,15 +99,14 @@ def _pool_changed(pool: PoolState, observation: seen.PoolObservation) -> PoolSta
 
 
 def _awake(state: ClusterState) -> ClusterState:
-    """Marks the model as wanted. If it is asleep, its pipeline counts as lost, so that the model is loaded."""
     if state.is_asleep:
         state = replace(state, loss=PipelineLoss(state.tick.now_s, is_closed=True))
     return replace(state, is_wanted=True, has_given_way=False, is_unloaded=False)
 
 
 def _attribute(state: ClusterState) -> ClusterState:
-    """Finds the cause of a pipeline's failure, which is a request or a worker. A lost worker comes first. Otherwise, a
-    worker that broke the protocol is expelled."""
+    """Decides which request or worker caused the pipeline's failure. If no worker is lost, a worker that broke the
+    protocol is expelled."""
     loss, serving = state.loss, state.serving
     assert loss is not None and loss.error is not None and serving is not None
     if loss.causes:
@@ -125,7 +124,7 @@ def _attribute(state: ClusterState) -> ClusterState:
 
 
 def _worker_failed(state: ClusterState, worker: Incarnation, reason: str, requests: frozenset[int]) -> ClusterState:
-    """Records a failure of a serving worker. Reports it only if the worker becomes quarantined."""
+    """Records a failure of a serving worker. Adds an expulsion, which is reported, if this begins a quarantine."""
     (name, _), now_s, before = worker, state.tick.now_s, state.pool.quarantine
     is_repeated = state.loss is not None and state.loss.is_repeated
     quarantine = before.failed(name, reason, requests, now_s, is_repeated=is_repeated)

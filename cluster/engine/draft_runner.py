@@ -14,7 +14,7 @@ from llamaclust.core.errors import DeadlineError, LlamaclustError
 
 _DEADLINE_S = 30
 _SLICE_S = 1.0
-"""The deadline is counted in parts of this length. If the whole process pauses, at most one part is used up."""
+"""The deadline is counted in parts of this many seconds. If the whole process pauses, this uses up at most one part."""
 
 _log = logging.getLogger(__name__)
 

@@ -1,5 +1,5 @@
-"""Encodes image tiles on the running pipeline. If the pipeline is lost, the next pipeline encodes them to the same
-bits."""
+"""Encodes image tiles on the running pipeline. If it is lost, the next pipeline encodes the tile with the same
+result."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _AttemptError(Exception):
 @dataclass(frozen=True, slots=True, eq=False)
 class _Serving:
     encoder: PipelineEncoder
-    # Ends when the pipeline is lost, with its failure, or with None if another model needs the memory.
+    # Completed when the pipeline ends: with its failure, or with None if another model needs the memory.
     lost: asyncio.Future[LlamaclustError | None]
 
 
@@ -62,7 +62,8 @@ class Encoder:
         self._running: asyncio.Task[NDArray[np.float32]] | None = None
         self._loop = asyncio.get_running_loop()
         self._present: _Serving | None = None
-        self._serving: asyncio.Future[_Serving] = self._loop.create_future()  # Pending while no tile may begin.
+        # Current encoder. The future is pending while no tile may begin.
+        self._serving: asyncio.Future[_Serving] = self._loop.create_future()
 
     def serve(self, encoder: PipelineEncoder) -> None:
         """Uses `encoder` from now on. A tile in progress stays with the old encoder."""
@@ -71,7 +72,7 @@ class Encoder:
         self._serving.set_result(self._present)
 
     def lose(self, error: LlamaclustError | None) -> None:
-        """Stops the tile in progress, which the next encoder will encode again. `error` is the pipeline's failure."""
+        """Stops the tile in progress. The next encoder encodes it again. `error` is the pipeline's failure, if any."""
         self.pause()
         if self._present is not None:
             self._present.lost.set_result(error)
@@ -84,7 +85,7 @@ class Encoder:
         self._serving.exception()  # Reading the exception avoids asyncio's warning if no tile waits.
 
     def pause(self) -> None:
-        """Begins no other tile until `serve` is called."""
+        """Lets no further tile begin until `serve` is called."""
         if self._serving.done():
             self._serving = self._loop.create_future()
 
@@ -95,7 +96,8 @@ class Encoder:
 
     @asynccontextmanager
     async def turn(self, owner: str) -> AsyncIterator[None]:
-        """Waits for the client's turn to encode an image. Raises DeadlineError if turn and encoding take too long."""
+        """Waits for the client's turn to encode an image, and holds the turn while the context is open. Raises
+        DeadlineError if waiting and encoding together exceed the time limit."""
         with self._announced():
             async with deadline("encoding an image (timeouts.request)", self._deadline_s), self._images.turn(owner):
                 yield

@@ -39,8 +39,8 @@ _log = logging.getLogger(__name__)
 
 
 def _done_ns(results: Sequence[Result], now_ns: int) -> list[int]:
-    """Estimates when each result was computed. The last one was computed at `now_ns`. Each other one was computed
-    before the next microbatch began on its fastest stage."""
+    """Estimates when each result was computed: the last one at `now_ns`, and each other one earlier than its successor
+    by the successor's shortest stage time."""
     ends = [now_ns]
     for result in reversed(results[1:]):
         ends.append(ends[-1] - min((timing.compute_ns for timing in result.timings), default=0))
@@ -77,7 +77,7 @@ class Engine:
         owner: EngineOwner | None = None,
         projector: Projector | None = None,
     ) -> None:
-        # The end of the previous lane while its sequences move to the new one.
+        # Moves the previous lane's sequences to the current lane. None if there is only one lane.
         self.retirement: Retirement | None = None
         self.metrics = Metrics(pipeline.stages, lambda: self.counts, monotonic_ns)
         self.waterfalls = Waterfalls()

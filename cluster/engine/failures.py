@@ -53,7 +53,8 @@ def stage_error(result: Result, stages: Sequence[StageInfo]) -> WorkerError:
 def failure_of(
     error: LlamaclustError, scheduler: Scheduler, stages: Sequence[StageInfo], microbatch: int | None
 ) -> PipelineFailure:
-    """Describes the failure of `microbatch`. If `microbatch` is None, all microbatches in flight failed."""
+    """Describes the failure of `microbatch`, or of all microbatches in flight if it is None. The last stage is at fault
+    for invalid results."""
     if isinstance(error, ProtocolError) and error.worker is None:
         error.worker = stages[-1].worker
     slices = scheduler.in_flight.slices(microbatch)

@@ -26,7 +26,7 @@ _LEAST_BLOCKS = 8
 _MOST_BLOCKS = 4096
 """Maximum number of blocks of a prompt to save or restore. It must not exceed wire.control.kv_disk.MAX_KEYS."""
 _SAVED_TOGETHER = 32
-"""Number of blocks that each stage writes into one file. They stay allocated until they are written."""
+"""Number of blocks that each stage writes into one file. The blocks stay allocated until they are written."""
 _MOST_SAVES = 8
 """Maximum number of prompts that wait to be saved. Further prompts are not saved."""
 
@@ -132,7 +132,8 @@ class KvDisk:
         return restored
 
     async def _in_flight_returned(self) -> None:
-        """Waits until all microbatches in flight have returned, which may still use released or shared blocks."""
+        """Waits until all microbatches in flight have returned. They may still use released blocks or fill shared
+        blocks."""
         newest = self._scheduler.in_flight.newest
         if newest is not None:
             returned: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -165,7 +166,7 @@ class KvDisk:
             start += saved
 
     async def _saved(self, disks: KvDisks, keys: Items[bytes], start: int) -> int:
-        """Saves blocks beginning with number `start`. Returns their number, or 0 unless all stages saved all blocks."""
+        """Saves the blocks of keys[start:]. Returns how many were saved, or 0 unless all stages saved all of them."""
         transfer = self._transfers.begin_save(keys, start)
         if transfer is None:
             return 0

@@ -49,7 +49,8 @@ class KvDisks(Protocol):
         ...
 
     async def save(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
-        """Writes `blocks`, which belong to the last of `keys`. Returns how many of them all stages have on disk."""
+        """Writes `blocks`, whose keys are the last ones in `keys`. Returns how many of these blocks all stages have on
+        disk."""
         ...
 
 

@@ -24,7 +24,8 @@ _LEAST_LEFT = 32
 
 @dataclass(frozen=True, slots=True)
 class _PreCopy:
-    """A copy of an old lane's sequence. The new lane computes the copy to fill its prefix cache for the sequence."""
+    """A copy of an old lane's sequence. The new lane computes it, so that its prefix cache has the sequence's KV
+    blocks."""
 
     key: int
     of: Sequence
@@ -135,7 +136,6 @@ class Retirement:
         self.new.launch_soon()
 
     def _copied(self, pre_copy: _PreCopy) -> None:
-        """Moves the copied sequence. If the sequence has meanwhile generated many tokens, copies these tokens first."""
         sequence = pre_copy.of
         tail = len(sequence.tokens) - pre_copy.tokens
         if _TAIL_TOKENS < tail < pre_copy.tail and self._can_copy(sequence):

@@ -1,4 +1,4 @@
-"""Measures a cluster's recent speed. The figures are the same that a plan predicts."""
+"""Measures a cluster's recent speed in the same figures that a plan predicts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class MeasuredSpeed:
 
 class RecentSums:
     def __init__(self) -> None:
-        self._seconds: deque[tuple[int, int, int]] = deque(maxlen=_WINDOW_S + 1)  # Second, first sum and second sum.
+        # Whole second of the clock, and the two sums of this second.
+        self._seconds: deque[tuple[int, int, int]] = deque(maxlen=_WINDOW_S + 1)
 
     def add(self, now_ns: int, one: int, other: int) -> None:
         second = now_ns // 1_000_000_000
@@ -45,7 +46,7 @@ class RecentSums:
         return sum(one for one, _ in recent), sum(other for _, other in recent)
 
     def rates(self, now_ns: int, since_ns: int) -> tuple[float, float]:
-        """Returns the fraction of time and the rows per second. The two sums must be of nanoseconds and of rows."""
+        """Returns the fraction of time and the rows per second, if the sums are nanoseconds and rows."""
         ns, rows = self.sums(now_ns)
         span_s = max((now_ns - max(_first_second(now_ns) * 1_000_000_000, since_ns)) / 1e9, 1e-3)
         return min(1.0, ns / 1e9 / span_s), rows / span_s
@@ -61,7 +62,9 @@ class SpeedMeter:
         self._sampled = RecentSums()
         self._drafted = RecentSums()
         self._drafts = DraftCounts()
-        self._first_tokens: deque[tuple[float, int]] = deque(maxlen=_REQUESTS)  # (ms, prompt tokens)
+        self._first_tokens: deque[tuple[float, int]] = deque(
+            maxlen=_REQUESTS
+        )  # Time to first token in ms, and number of computed prompt tokens.
         self._token_ms: deque[float] = deque(maxlen=_REQUESTS)
 
     def sampled(self, tokens: int, now_ns: int) -> None:

@@ -1,4 +1,4 @@
-"""Loads and unloads LoRA adapters for clients while a model is served, and records which the next start must load."""
+"""Loads and unloads LoRA adapters for clients while a model is served, and records them for the next start."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """A model with its configuration. `model` has the cluster file's adapters. `adapted` and `adapters` have these, and
-    the adapters that clients loaded before the last stop."""
+    """A model with its configuration. `model` has the cluster file's adapters. `adapted` and `adapters` also have the
+    adapters that clients loaded before the last stop."""
 
     config: ClusterConfig
     model: Model
@@ -39,7 +39,7 @@ class OpenedModel:
     async def restore(
         cls, config: ClusterConfig, model: Model, record: AdapterRecord, *, names: set[str], report: Report
     ) -> OpenedModel:
-        """Opens the recorded adapters. Skips and reports those whose file has changed or whose name is in `names`."""
+        """Opens the recorded adapters. Skips and reports those with a changed file or with a name in `names`."""
         first = [ServedAdapter(adapter.name, str(adapter.path), adapter.scale) for adapter in config.adapters]
         adapters, adapted = ServedAdapters(first), model
         folder = config.api.adapter_folder

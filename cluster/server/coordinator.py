@@ -121,7 +121,7 @@ async def open_cluster(
         adapter_record = AdapterRecord(folder.adapters)
         names = fixed_names(own for own, _ in models)
         opened = [await OpenedModel.restore(*of, adapter_record, names=names, report=report) for of in models]
-        # The launcher is stopped after the registry, which has then told the workers to end.
+        # The registry closes first and tells the workers to end, so they have ended when the launcher stops.
         await stack.enter_async_context(launcher)
         await stack.enter_async_context(registry)
         await launcher.start(worker_settings(config), registry.address, registry.process_exited)
@@ -171,7 +171,7 @@ async def _measured(
     workers = registry.present
     for planner in planners:
         if not (folder.has_requests and planner.profiles.estimate(workers)):
-            # Otherwise, the old coordinator's requests would wait for the measurement.
+            # Requests of the last coordinator do not wait for a measurement if speeds can be estimated.
             await planner.profiles.measure(workers, workers)
     first, free_bytes = planners[0], launcher.free_memory_bytes()
     meter = link_meter(first.config, first.profiles.of(workers), launcher, folder, report)

@@ -22,7 +22,7 @@ _COUNTERS = {
     "worker_experts_cache_misses": ("experts_cache_misses", "Experts that a microbatch did not find in a GPU's cache"),
     "worker_experts_cache_copied_bytes": ("experts_cache_copied_bytes", "Bytes of experts copied to a worker's GPUs"),
 }
-"""Name of the heartbeat's field, and help text, by name of the counter."""
+"""Maps the name of each counter to a field of the heartbeat and a help text."""
 _GAUGES = {
     "worker_busy_ratio": ("busy", "Share of the last heartbeat interval that a worker spent computing"),
     "worker_resident_memory_bytes": ("resident_bytes", "Resident memory of a worker's process"),

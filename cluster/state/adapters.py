@@ -53,11 +53,10 @@ class ServedAdapters:
     """The adapters of a model. An adapter's number does not change when other adapters are added or removed."""
 
     first: Sequence[ServedAdapter] = ()  # Adapters of the cluster file, numbered from 0.
-    # Scales for requests that choose no adapter. Clients can change this value, but an admitted request keeps its
-    # scales.
+    # Scales for requests that choose no adapter. They can change, but an admitted request keeps its scales.
     default: AdapterScales = ()
     _present: dict[int, ServedAdapter] = field(init=False)
-    # Time of loading by adapter number, for adapters that this process has loaded.
+    # Loading time (monotonic ns) of each adapter that was loaded after the start, by adapter number.
     _since_ns: dict[int, int] = field(default_factory=dict)
     # Number, name and removal time (ns) of each removed adapter.
     _past: deque[tuple[int, str, int]] = field(default_factory=partial(deque, maxlen=_PAST))
@@ -120,7 +119,8 @@ class ServedAdapters:
         self._uses.subtract(number for number, _ in scales)
 
     def marks(self, numbers: Collection[int]) -> tuple[str, ...]:
-        """Returns the number, content and name of each listed adapter that a client loaded. Answers depend on them."""
+        """Describes each adapter in `numbers` that a client loaded, by its number, file digest and name. A request is
+        restored only if the marks of its adapters are the same."""
         return tuple(
             f"{number} {adapter.content} {adapter.name}" for number, adapter in self.loaded if number in numbers
         )

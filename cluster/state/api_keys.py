@@ -33,7 +33,7 @@ class NamedKey:
 
 
 def read_api_keys(path: Path | None) -> tuple[str, ...]:
-    """Reads the keys of a file. Raises UsageError if the file is invalid or other users may read it."""
+    """Reads the keys of a file. Raises UsageError if the file is invalid or other users can read it."""
     if path is None:
         return ()
     keys = _keys_of(path)

@@ -17,7 +17,7 @@ from llamaclust.core.epochs import MAX_TERM, epoch_number
 from llamaclust.core.errors import LlamaclustError, SupersededError
 
 _MAX_EXCEEDED = MAX_TERM >> 1
-"""Largest term that a coordinator accepts from a worker. The limit keeps a worker from using up all terms."""
+"""Larger terms that workers report count as this term. Otherwise, one worker could use up all terms."""
 _log = logging.getLogger(__name__)
 
 
@@ -46,7 +46,7 @@ class ControlRecord:
 
     @classmethod
     def begin(cls, path: Path) -> ControlRecord:
-        """Begins a larger term than the last coordinator's. Raises LlamaclustError if the file cannot be written."""
+        """Begins a term that is larger than the last coordinator's term. Raises LlamaclustError if writing fails."""
         last = _Written(0, frozenset())
         try:
             last = read_as(path, _WRITTEN)
@@ -68,7 +68,8 @@ class ControlRecord:
 
     async def admits(self, seen_term: int) -> bool:
         """Returns False if a worker has seen a larger term, because then a newer coordinator exists. Before its first
-        epoch, the coordinator takes a larger term instead: the last coordinator's record must have been lost."""
+        epoch, this coordinator takes a still larger term and returns True: the last coordinator's record must have been
+        lost."""
         seen_term = min(seen_term, _MAX_EXCEEDED)
         if seen_term and seen_term >= self.term and not self._epochs:
             self.term = seen_term + 1
@@ -95,8 +96,7 @@ class ControlRecord:
     def _write(self, term: int, drained: frozenset[str]) -> None:
         if newer := self.newer_term():
             raise SupersededError(f"{self.path}: a newer coordinator (term {newer}) owns the cluster")
-        # This process must not take its own term in the file for a newer coordinator's term, even if writing fails
-        # halfway.
+        # This process must not mistake its own term in the file for a newer coordinator's, even if writing fails.
         before, self._written_term = self._written_term, term
         try:
             if self.path is not None:

@@ -1,5 +1,5 @@
-"""Defines the events that a coordinator reports. If it is detached, its command reads them from a pipe as JSON
-lines."""
+"""Defines the events that a coordinator reports. A detached coordinator sends them to the command that started it, as
+JSON lines through a pipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class AwaitingWorkers:
     """Instructions for starting workers on other machines, as lines of text."""
 
     lines: tuple[str, ...]
-    missing: tuple[str, ...] = ("workers",)  # Descriptions of the missing workers.
+    missing: tuple[str, ...] = ("workers",)  # Descriptions of the workers that have not joined yet.
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +33,13 @@ class Waiting:
 @dataclass(frozen=True, slots=True)
 class Measuring:
     workers: tuple[str, ...]
-    what: str  # Name of the property that is measured.
+    what: str  # Description of the measurements.
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLoading:
     worker: str
-    start: float  # First layer of the range that is loaded. A fraction means a part of a layer.
+    start: float  # First layer that is loaded. A fraction means a part of a layer.
     end: float
     done_bytes: int
     total_bytes: int

@@ -37,7 +37,7 @@ _SENT_BYTES = 16 << 20
 """Maximum total size of requests whose replies were sent. If the size is larger, the oldest of them are removed."""
 
 _LONG_BYTES = 1 << 16
-"""Size from which a request's body is encoded on a thread."""
+"""Minimum size of a body for which a thread encodes the request."""
 
 _Step: TypeAlias = "Callable[[], asyncio.Future[bytes] | None]"
 """A change of the contents. If the function returns a future, the next change waits until the future is done."""
@@ -47,7 +47,8 @@ _log = logging.getLogger(__name__)
 
 class Journal:
     def __init__(self, path: Path, record: ControlRecord, sent_s: float) -> None:
-        """Keeps a request for `sent_s` seconds after its reply was sent. `record` tells who owns the file."""
+        """Keeps a request for `sent_s` seconds after its reply was sent. `record` tells whether a newer coordinator
+        owns the file."""
         self._sent_s = sent_s
         self._contents = _Contents()
         self._writer = _Writer(JournalFile(path, record), self._contents)
@@ -102,7 +103,8 @@ class Journal:
             self._steps.take(partial(self._enter_sent, request_id))
 
     def completed(self, request_id: str, limit_s: float) -> None:
-        """Marks a background reply as computed. A later coordinator computes it again for readers until `limit_s`."""
+        """Marks a background reply as computed. Until `limit_s` seconds after its admission, a restarted coordinator
+        can compute it again for its reader."""
         self._add(Change(request_id, is_sent=True, limit_s=limit_s))
 
     def end(self, request_id: str) -> None:
@@ -113,7 +115,7 @@ class Journal:
             self._steps.take(self._end_sent)
 
     def stop_in_order(self) -> None:
-        """Reduces each number of restarts without a new token by one, because an orderly stop is not a failure."""
+        """Reduces the counts of `begin_restored` by one, because an orderly stop is not a failed attempt."""
         for request_id, times in self._without_progress.items():
             self._add(Change(request_id, restores=times - 1))
         self._without_progress.clear()

@@ -25,8 +25,8 @@ from llamaclust.core.sampling import RowResult
 from llamaclust.core.this_machine import boot_s, machine_id
 
 _MAX_LINE_BYTES = 64 << 20
-"""Maximum length of a line. Lines of the largest bodies are shorter. Longer lines are damaged and are read in
-pieces."""
+"""Maximum number of bytes of a line. Requests with the largest bodies need less. A longer line is damaged, and is read
+in pieces to save memory."""
 _ROW = Struct("<id")
 """Binary format of a token id and its logprob. Decimal numbers would take several times as long to read."""
 _CHECKSUM = b"%08x "
@@ -43,7 +43,7 @@ _Messages = Annotated[Sequence[Mapping[str, Any]], BeforeValidator(json.loads)]
 
 @dataclass(frozen=True, slots=True)
 class Instant:
-    """A time that other processes can compare by seconds since boot or, on another machine, by Unix time."""
+    """A time that processes can compare: on the same machine by seconds since boot, otherwise by Unix time."""
 
     unix_s: float
     boot_s: float
@@ -54,7 +54,8 @@ class Instant:
         return cls(time.time(), boot_s(), machine_id())
 
     def passed_s(self, until: Instant) -> float:
-        """Returns the seconds from this time to `until`, at least 0 between machines, because clocks may differ."""
+        """Returns the seconds from this time to `until`. Between machines, whose clocks may differ, returns at
+        least 0."""
         if self.machine == until.machine:
             return until.boot_s - self.boot_s
         return max(0.0, until.unix_s - self.unix_s)
@@ -108,7 +109,6 @@ class RequestContext:
 
     @property
     def is_complete(self) -> bool:
-        """True for a background request whose whole reply was computed. Its client may not have read the reply."""
         return self.is_background and self.is_sent
 
     @property
@@ -208,7 +208,6 @@ _PARTS: dict[str, Callable[[Any], Iterator[bytes]]] = {
     "images": _image_parts,
     "earlier": _message_parts,
 }
-"""Encoders of fields that may be large. An encoder yields the field's JSON in several parts."""
 
 
 _HEAD = b"llamaclust journal 4"
@@ -217,7 +216,8 @@ HEAD_LINE = _line(_HEAD)
 
 
 def read_journal(path: Path, now: Instant) -> list[RequestContext]:
-    """Returns the open requests. Raises OSError, and ValueError if another version of llamaclust wrote the file."""
+    """Returns the open requests whose time limit has not passed. Raises OSError if the file cannot be read, and
+    ValueError if another version of llamaclust wrote it."""
     requests: dict[str, RequestContext] = {}
     for record in _records(path):
         if isinstance(record, RequestContext):
@@ -231,7 +231,7 @@ def read_journal(path: Path, now: Instant) -> list[RequestContext]:
 
 
 def _records(path: Path) -> Iterator[Record]:
-    damaged, number = [], 0  # Line numbers.
+    damaged, number = [], 0  # Numbers of the damaged lines, and number of the last line.
     try:
         file = open_regular(path)
     except FileNotFoundError:

@@ -19,11 +19,11 @@ class Owed:
 
 
 def owing_stage(number: int, progress: Sequence[StageProgress | None]) -> int:
-    """Returns the index of the stage that delays a microbatch. This is the last stage that the microbatch has reached.
-    If the first stage waits for sampled tokens, it is the last stage, which must send them."""
+    """Returns the index of the stage that delays a microbatch. This is the last stage that received the microbatch or
+    was sent it. If the first stage waits for sampled tokens, it is the last stage, which must send them."""
     last, first, stage = len(progress) - 1, progress[0], 0
     for place, at in enumerate(progress):
-        if at is None:  # The stage may have sent the microbatch on.
+        if at is None:  # A stage without a report may have passed the microbatch on.
             continue
         if at.received <= number:
             break

@@ -85,7 +85,7 @@ class Quarantine:
         return replace(self, records={**records, name: record})
 
     def _kept(self, now_s: float) -> dict[str, FailureRecord]:
-        """Returns the newest records, fewer than `_MOST_RECORDS`. Workers may join under ever new names."""
+        """Returns fewer than `_MOST_RECORDS` of the newest records, because workers may join under ever new names."""
         kept = [(name, record) for name, record in self.records.items() if not record.is_forgotten(now_s)]
         return dict(kept[-(_MOST_RECORDS - 1) :])
 
@@ -110,7 +110,8 @@ class Quarantine:
         return frozenset(name for name, record in self.records.items() if record.end_s > now_s)
 
     def retry_at_s(self, names: Collection[str]) -> float:
-        """Returns the earliest time to load a plan with these workers. Earlier attempts would fail requests."""
+        """Returns the earliest time to load a plan with these workers. Earlier attempts would use up requests'
+        retries."""
         return max((self.records[name].retry_at_s for name in names if name in self.records), default=0.0)
 
     def worst_first(self, names: Collection[str]) -> list[str]:

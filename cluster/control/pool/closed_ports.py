@@ -21,7 +21,7 @@ _BACKOFF = Backoff(first_s=1.0, max_s=120.0, factor=1.5)
 class ClosedPorts:
     _report: Report
     _on_change: Callable[[], None]
-    # Workers that cannot connect, by the worker that owns the port.
+    # Workers that cannot connect to a link port, by the worker that owns the port.
     _callers: dict[WorkerHandle, set[WorkerHandle]] = field(default_factory=dict, init=False)
     _tasks: TaskSet = field(default_factory=TaskSet, init=False)
 
@@ -66,7 +66,8 @@ def _opens_links(caller: WorkerHandle, other: WorkerHandle, epoch: int) -> bool:
 
 
 async def _connects(caller: WorkerHandle, other: WorkerHandle) -> bool | None:
-    """Returns True if the link port accepts connections, and None if the other worker cannot be reached at all."""
+    """Returns True if the link port accepts connections, and False if only this port is closed. Returns None if the
+    other worker cannot be reached at all."""
     try:
         return (await profile_link(caller, other)).network_s is not None
     except LlamaclustError:

@@ -38,7 +38,7 @@ def no_groups(config: ClusterConfig, model: Model) -> str:
 
 
 def group_problems(config: ClusterConfig, model: Model) -> Iterator[str]:
-    """Yields the reasons why workers cannot form groups. The texts end so that advice can follow."""
+    """Yields the reasons why workers cannot form groups. A text may end with ";" or "or", so that advice can follow."""
     if model.has_states:
         yield "layers of this model have states, which groups do not divide yet;"
     if any(worker.kv_disk is not None for worker in config.workers):

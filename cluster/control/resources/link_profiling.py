@@ -57,7 +57,7 @@ async def measure_links(
     *,
     anew: bool = False,
 ) -> Links:
-    """Measures and stores the links between all workers and the coordinator. Reports failures instead of raising."""
+    """Measures and stores the links between all workers and the coordinator. Reports failures, and raises no error."""
     registered = {name: worker.registration for name, worker in workers.items()}
     for name, address in _unreachable_by_others({name: own.address for name, own in registered.items()}).items():
         what = "start it with --join and an address that other machines can reach, or with --advertise"
@@ -117,7 +117,6 @@ def _read(state_dir: Path) -> dict[str, Link]:
 
 
 def _disjoint(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:
-    """Picks pairs to measure at the same time. No two of these pairs share a worker or a key."""
     disjoint: list[Pair] = []
     taken: set[str] = set()
     for pair in pairs:

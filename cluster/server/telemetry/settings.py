@@ -30,7 +30,8 @@ _SAMPLERS: Final = {
     "parentbased_always_off": (0.0, True),
     "parentbased_traceidratio": (None, True),
 }
-"""The ratio and "obeys the parent" of each sampler. If the ratio is None, it is read from OTEL_TRACES_SAMPLER_ARG."""
+"""Maps a sampler to its ratio, and to True if it obeys a parent's decision. A ratio of None means that
+OTEL_TRACES_SAMPLER_ARG has the ratio."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,7 +141,7 @@ class KvDisk:
             await returned
 
     def _failed(self, error: LlamaclustError) -> None:
-        _log.warning("KV memory on disk: %s", error)
+        _log.warning("KV blocks could not be saved to disk or restored: %s", error)
         if isinstance(error, DeadlineError):
             self._lane.disk_hangs(error)
 

@@ -26,7 +26,7 @@ _COUNTERS = {
 _GAUGES = {
     "worker_busy_ratio": ("busy", "Share of the last heartbeat interval that a worker spent computing"),
     "worker_resident_memory_bytes": ("resident_bytes", "Resident memory of a worker's process"),
-    "worker_free_memory_bytes": ("free_memory_bytes", "Memory that a worker's process may still take"),
+    "worker_free_memory_bytes": ("free_memory_bytes", "Memory that a worker's process can still allocate"),
     "worker_kv_disk_bytes": ("kv_disk_used_bytes", "KV memory on disk in a worker's folder, which workers may share"),
     "worker_experts_cache_bytes": ("experts_cache_used_bytes", "Bytes of copies of experts on a worker's GPUs"),
 }
@@ -95,7 +95,7 @@ def _of_groups(workers: Mapping[str, WorkerHandle], models: Mapping[str, str]) -
 def _of_devices(workers: Mapping[str, WorkerHandle]) -> Iterator[Metric]:
     layers = _gauge("worker_layers", "Layers of all models on a worker's CPU and GPUs", "worker", "device")
     total = _gauge("worker_gpu_memory_bytes", "Memory of a worker's GPU", "worker", "gpu")
-    free = _gauge("worker_gpu_free_memory_bytes", "Memory of its GPU that a worker may still take", "worker", "gpu")
+    free = _gauge("worker_gpu_free_memory_bytes", "Memory of its GPU that a worker can still allocate", "worker", "gpu")
     for name, worker in workers.items():
         counts: Counter[str] = Counter()
         for part in worker.device_layers:

@@ -173,7 +173,7 @@ def to_line(record: Record) -> bytes:
     line = _line(*pieces, b"}")
     if len(line) >= _MAX_LINE_BYTES:  # A reader would take a line of this length for a longer line.
         what = f"the request, with the chat that it continues, takes {len(line)} bytes in the journal"
-        raise RequestError(f"{what}, at most {_MAX_LINE_BYTES - 1} are possible: send less at once")
+        raise RequestError(f"{what}; the limit is {_MAX_LINE_BYTES - 1}: send a shorter request")
     return line
 
 

@@ -51,7 +51,7 @@ class Newcomers:
             async with deadline(f"worker {worker.name}: measurement", _MEASURE_S):
                 for runner in self._runners:
                     await runner.planner.profiles.measure([worker.name], self._registry.present)
-            self._report(Notice(f"worker {worker.name} is measured"))
+            self._report(Notice(f"worker {worker.name} has been measured"))
         except LlamaclustError as error:
             self._report(Notice(f"worker {worker.name} is used without measurements: {error}"))
         self._observe(worker)

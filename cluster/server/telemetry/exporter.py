@@ -137,7 +137,7 @@ class Exporter:
         try:
             yield
         except Exception:  # noqa: BLE001  telemetry must not fail
-            _log.exception("telemetry: an error in an export of %s", signal)
+            _log.exception("telemetry: %s could not be exported", signal)
             self._counts.count(signal, count, is_taken=False)
 
     def _send_spans(self) -> None:

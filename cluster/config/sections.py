@@ -134,7 +134,8 @@ class Lease(Section):
     namespace: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", examples=["default"])] = "default"
     """Namespace of the Lease."""
     duration: Duration = 15.0
-    """Time without renewal until another coordinator takes the Lease, at least 1 s. The holder stops after 2/3."""
+    """Time without a renewal until another coordinator can take the Lease. At least 1 s. The holder stops after two
+    thirds of this time."""
     api: Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+$", examples=[_KUBERNETES])] = _KUBERNETES
     """URL of the Kubernetes API server."""
     account: FilePath = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -233,7 +234,7 @@ class PlanEntry(Section):
     ) = None
     """Relative shares of the group's members, in the order of `workers`. By default, all shares are equal."""
     layers: Layers
-    """Half-open range of layers. [0, 12] means layers 0 to 11. 4.5 is a bound after half of layer 4's experts."""
+    """Half-open range of layers. [0, 12] means layers 0 to 11. A bound of 4.5 is after half of layer 4's experts."""
 
     @property
     def names(self) -> tuple[str, ...]:

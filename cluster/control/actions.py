@@ -245,7 +245,7 @@ class ActionRunner:
         why = "it is another model's turn, and its requests wait" if gives_way else "a request wakes it"
         self._report(Notice(f"model {self.planner.config.model_name} sleeps: {why}"))
         self.observed.post(seen.Signal.ASLEEP)
-        # Requests have arrived while the stages were freed.
+        # Requests may have arrived while the stages were freed.
         if not (self.observed.state.has_given_way or self.engine.requests.are_empty):
             self.observed.post(seen.Signal.WAKE_REQUESTED)
 

@@ -1,1 +1,1 @@
-"""Runs requests: connects the scheduler with the pipeline of stages that compute."""
+"""Runs requests. The engine connects the scheduler with the pipeline of stages that compute."""

@@ -160,7 +160,7 @@ class Engine:
 
     def begin(self, request: GenerationRequest, sink: Sink) -> SubmittedRequest:
         """Queues a request. Raises RequestError if it is invalid, QueueFullError if the queue is full, and WorkerError
-        if the engine refuses requests. While draining, further answers of open API requests are accepted."""
+        if the engine refuses requests. A draining engine still accepts further sequences of open API requests."""
         if self._phase in (_Phase.GIVEN_UP, _Phase.CLOSED):
             raise WorkerError(str(self.error or _STOPPING))
         sequence = self.scheduler.add(request, monotonic_ns())

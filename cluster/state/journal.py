@@ -81,7 +81,7 @@ class Journal:
         return on_disk
 
     def answer(self, request_id: str, choice: ChoiceKey, start: int, rows: Sequence[RowResult]) -> None:
-        """Records tokens of an answer, beginning with token number `start`. They are soon written, but not synced."""
+        """Records tokens of an answer, beginning with token number `start`. They are written soon, but not synced."""
         self._add(Change.answered(request_id, choice, start, rows))
 
     async def begin_restored(self, times: Mapping[str, int]) -> None:

@@ -30,7 +30,7 @@ class WorkerOperations:
     _runners: Sequence[ActionRunner]
     _partitions: PartitionTracker
     _report: Report
-    # Number of requests to undrain, by worker name.
+    # Number of undrain requests so far, by worker name.
     _undrained: Counter[str] = field(default_factory=Counter, init=False)
     _drained: set[str] = field(init=False)
     _recording: TaskSet = field(default_factory=TaskSet, init=False)

@@ -1,4 +1,4 @@
-"""Runs the image encoder of an epoch, which is on one of the epoch's workers."""
+"""Calls the image encoder of an epoch, which runs on one of the epoch's workers."""
 
 from __future__ import annotations
 

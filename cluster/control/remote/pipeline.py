@@ -88,7 +88,7 @@ class RemotePipeline:
         self._due_bytes: deque[int] = deque()  # Maximum result bytes of each microbatch in flight.
 
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
-        """Queues microbatches. The number in flight is limited by the engine, which also limits the send queues."""
+        """Queues microbatches. The engine limits how many are in flight, and thereby the lengths of the send queues."""
         self._due_bytes.extend(map(_most_bytes, scheduled))
         self._microbatches.put(*(encode_hidden(encode_microbatch(each.microbatch)) for each in scheduled))
         self._inputs.put(*(encode_inputs(each.inputs) for each in scheduled))

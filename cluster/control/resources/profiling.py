@@ -40,7 +40,7 @@ class WorkerProfiles:
         self._state_dir = state_dir
         self._report = report
         self._limit_s = config.timeouts.load
-        # Workers in other processes would count as other programs.
+        # Workers that are not child processes would count as other programs.
         self._has_own_processes = config.launcher_facts.is_local
         self._known = {} if anew else read_profiles(state_dir)  # Profiles by `measurement_key`.
         self._loads = {} if anew else read_other_loads(state_dir)  # Loads by `measurement_key`.

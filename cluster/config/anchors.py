@@ -1,4 +1,4 @@
-"""Makes relative paths in a cluster file absolute. A relative path starts at the cluster file's folder."""
+"""Makes relative paths in a cluster file absolute. They are relative to the cluster file's folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds models by catalog name, and files in the models directory. Nothing here downloads a model."""
+"""Finds models by their catalog names, and model files in the models directory. This module downloads nothing."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from llamaclust.model.gguf.model_file import PART_NAME
 _NEAREST = 3
 _LISTED = 10
 _PROJECTOR = "mmproj"
-"""Word in a projector's file name. A projector is the image encoder of a vision model."""
+"""Word in the file name of a projector, which is the image encoder of a vision model."""
 _NO_PROJECTOR = ".no-projector"
-"""Name of an empty file in a model's folder. It records that the model's repository has no projector."""
+"""Name of an empty file that marks a model's folder. It means that the model's repository has no projector."""
 _LONGEST_NAME = 200
 _REPOSITORY: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """A catalog model. Bundled models have `size_bytes` and `sha256`. Other models have the estimate `about_bytes`."""
+    """A model of the catalog. Bundled models have `size_bytes` and `sha256`. Others have only the estimate
+    `about_bytes`."""
 
     name: str
     source: str
@@ -41,7 +42,7 @@ class CatalogEntry:
     licence: str
     summary: str
     about_bytes: int = 0
-    projector: str | None = None  # source of the model's projector
+    projector: str | None = None  # Source of the model's projector, as for `source`.
 
     @property
     def directory(self) -> str:
@@ -54,7 +55,7 @@ class CatalogEntry:
 
     @property
     def terms(self) -> str | None:
-        """The web address of the licence, or None if a user need not accept the licence."""
+        """Web address of the licence. None if users need not accept the licence."""
         return terms_of(self.licence)
 
 
@@ -84,12 +85,12 @@ class WantedFile:
 
     @property
     def is_there(self) -> bool:
-        """True if the file has been downloaded. A download gets this name only after its hash has been checked."""
+        """True if the file has been downloaded. A file gets this name only after its hash was checked."""
         return self.path.is_file() and self.size_bytes in (None, self.path.stat().st_size)
 
     @property
     def may_have_projector(self) -> bool:
-        """True if the file's repository may have a projector that nobody has looked for yet."""
+        """True if it is not known yet whether the file's repository has a projector."""
         if not isinstance(self.source, HubFile) or self.projector is not None or _is_projector(self.path):
             return False
         return not self.no_projector.exists() and not any(map(_is_projector, self.path.parent.glob("[!.]*.gguf")))
@@ -99,14 +100,14 @@ class WantedFile:
         return self.path.with_name(_NO_PROJECTOR)
 
     def parts(self) -> list[WantedFile]:
-        """Returns all files of the model, which may be split. Raises UsageError if this file is a later part."""
+        """Returns all parts of the model's file. Raises UsageError if this file is a later part of a split file."""
         match = PART_NAME.fullmatch(self.source.file_name)
         if match is None:
             return [self]
         number, count = int(match["number"]), int(match["count"])
         paths = part_paths(self.path, count)
         if number != 1:
-            raise UsageError(f"{self.spec}: part {number} of {count}; give the first part, {paths[0].name}")
+            raise UsageError(f"{self.spec}: this is part {number} of {count}; give the first part, {paths[0].name}")
         unknown = replace(self, size_bytes=None, sha256=None, projector=None)
         return [self, *(replace(unknown, source=self.source.named(path.name), path=path) for path in paths[1:])]
 
@@ -119,7 +120,7 @@ class StoredModel:
 
 
 def find_entry(name: str) -> CatalogEntry | None:
-    """Finds a model by NAME or NAME:QUANTIZATION, ignoring case. Raises UsageError if the quantization is unknown."""
+    """Finds a model by NAME or NAME:QUANTIZATION, in any case. Raises UsageError if the quantization is unknown."""
     if name.lower() in CATALOG:
         return CATALOG[name.lower()]
     plain, _, wanted = name.lower().partition(":")
@@ -144,13 +145,13 @@ def catalog_names() -> list[str]:
 
 
 def nearest_names(name: str, names: Iterable[str]) -> str:
-    """Returns ", did you mean A or B?" to append to a message. Returns an empty text if no known name is similar."""
+    """Returns text such as ", did you mean A or B?" for the end of a message, or "" if no name is similar."""
     near = near_names(name, names)
     return f", did you mean {' or '.join(near)}?" if near else ""
 
 
 def near_names(name: str, names: Iterable[str]) -> list[str]:
-    """Returns up to three known names that begin with `name`. If none does, returns up to three similar names."""
+    """Returns up to three names that begin with `name`, or else up to three similar names."""
     known, text = list(dict.fromkeys(names)), name[:_LONGEST_NAME].lower().replace(":", "-")
     near = [each for each in known if text and each.startswith(text)][:_NEAREST]
     return near or difflib.get_close_matches(text, known, n=_NEAREST, cutoff=0.5)
@@ -161,8 +162,7 @@ def _billions(count: float) -> str:
 
 
 def locate(spec: str, models_dir: Path | None = None) -> Path | WantedFile:
-    """Finds a model. Returns a local model's path or a remote model's file to download. Raises UsageError if there is
-    no such model."""
+    """Finds a model. Returns a local model's path, or the file to download. Raises UsageError if there is none."""
     entry = find_entry(spec) or next((known for known in CATALOG.values() if known.source == spec), None)
     source = parse_source(entry.source if entry else spec)
     if isinstance(source, Path):
@@ -188,15 +188,14 @@ def _wanted_projector(entry: CatalogEntry, directory: Path) -> WantedFile | None
 
 
 def resolve_model(spec: str, models_dir: Path | None = None) -> Path:
-    """Returns the path of a model's file. Raises UsageError if the model is unknown or not downloaded yet."""
+    """Returns the path of a model's file. Raises UsageError if the model is unknown or is not downloaded yet."""
     path = stored_model(spec, models_dir)
     if path is None:
-        raise UsageError(f"{spec}: not downloaded yet; run: llamaclust model pull {spec}")
+        raise UsageError(f"{spec}: the model is not downloaded yet; run: llamaclust model pull {spec}")
     return path
 
 
 def stored_model(spec: str, models_dir: Path | None = None) -> Path | None:
-    """Returns a model's file, or None if it is not downloaded. Raises UsageError if the model is unknown."""
     found = locate(spec, models_dir)
     if isinstance(found, Path):
         return found
@@ -204,14 +203,14 @@ def stored_model(spec: str, models_dir: Path | None = None) -> Path | None:
 
 
 def lacks_projector(spec: str, models_dir: Path | None = None) -> bool:
-    """Returns True if nobody has looked for a projector in the model's repository. Always False for catalog models."""
+    """Returns True if it is unknown whether the model's repository has a projector. False for catalog models."""
     found = locate(spec, models_dir)
     return isinstance(found, WantedFile) and found.may_have_projector and find_entry(spec) is None
 
 
 def made_beside(source: Path, name: str) -> Path:
-    """Returns a path in `source`'s folder, or in the current folder if `source` was downloaded. `model rm` deletes a
-    downloaded model's whole folder."""
+    """Returns a path for a file made from `source`: in the same folder, or in the current folder if `source` was
+    downloaded. `model rm` deletes a downloaded model's whole folder."""
     return Path(name) if environment().models_dir in source.parents else source.with_name(name)
 
 
@@ -223,13 +222,13 @@ def stored_models(models_dir: Path | None = None) -> list[StoredModel]:
 
 
 def remove_model(spec: str, models_dir: Path | None = None) -> Path:
-    """Deletes a downloaded model's folder. Returns the folder's path. Raises UsageError if nothing was downloaded."""
+    """Deletes a downloaded model's folder and returns its path. Raises UsageError if the model is not downloaded."""
     root = models_dir or environment().models_dir
     directory = _stored_directory(spec, root)
     if not directory.is_dir():
         names = sorted({model.name for model in stored_models(root)})
         raise UsageError(
-            f"{spec}: not downloaded{nearest_names(spec, names)}; `llamaclust model list` shows downloaded models"
+            f"{spec}: not downloaded yet{nearest_names(spec, names)}; `llamaclust model list` shows downloaded models"
         )
     shutil.rmtree(directory)
     return directory
@@ -241,7 +240,7 @@ def _stored_directory(spec: str, root: Path) -> Path:
     found = locate(spec, root)
     if isinstance(found, WantedFile):
         return found.path.parent
-    raise UsageError(f"{spec}: not in the models directory; delete the file yourself")
+    raise UsageError(f"{spec}: the file is not in the models directory; delete it yourself")
 
 
 def _is_projector(path: Path) -> bool:
@@ -274,7 +273,7 @@ def _existing(spec: str, path: Path, models_dir: Path | None) -> Path:
         is_there, is_folder = path.exists(), path.is_dir()
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
-            raise UsageError(f"{name}: cannot read it: {error.strerror}") from error
+            raise UsageError(f"{name}: cannot be read: {error.strerror}") from error
         is_there = is_folder = False
     stored = {model.name: model.path for model in stored_models(models_dir)}
     if spec in stored:
@@ -288,16 +287,16 @@ def _existing(spec: str, path: Path, models_dir: Path | None) -> Path:
     if not spec:
         raise UsageError("the model's name is empty; `llamaclust model list` shows the known names")
     hint = nearest_names(spec, [*catalog_names(), *stored])
-    raise UsageError(f"{name}: neither a file nor a known model{hint}; `llamaclust model list` shows the known ones")
+    raise UsageError(f"{name}: neither a file nor a known model{hint}; `llamaclust model list` shows the known names")
 
 
 def _only_model(name: str, folder: Path) -> Path:
-    """Returns the first file of the folder's only model. Raises UsageError if there are no models or several."""
+    """Returns the first part of the only model in the folder. Raises UsageError if there is no model, or several."""
     try:
         models = list(_models(folder))
         has_checkpoint = any(folder.glob("*.safetensors"))
     except OSError as error:
-        raise UsageError(f"{name}: cannot read it: {error.strerror}") from error
+        raise UsageError(f"{name}: cannot be read: {error.strerror}") from error
     if len(models) > 1:
         models = [path for path in models if not _is_beside_a_model(path)] or models
     if len(models) == 1:
@@ -305,13 +304,13 @@ def _only_model(name: str, folder: Path) -> Path:
     if models:
         more = f" and {len(models) - _LISTED} more" if len(models) > _LISTED else ""
         listed = ", ".join(path.name for path in models[:_LISTED])
-        raise UsageError(f"{name}: a folder with {len(models)} models; give one of {listed}{more}")
+        raise UsageError(f"{name}: the folder has {len(models)} models; give one of {listed}{more}")
     advice = f"run: llamaclust model convert {name}" if has_checkpoint else "give the path of a .gguf file"
-    raise UsageError(f"{name}: a folder without a model (.gguf); {advice}")
+    raise UsageError(f"{name}: the folder has no model (.gguf file); {advice}")
 
 
 def _is_beside_a_model(path: Path) -> bool:
-    """Returns True for a GGUF file that accompanies a model: a vision encoder, an adapter or an importance matrix."""
+    """Returns True if a GGUF file is not a model, but a vision encoder, an adapter or an importance matrix."""
     from llamaclust.model.gguf.header import read_header
 
     if _is_projector(path):

@@ -61,43 +61,44 @@ SCHEMA_ADDRESS = "https://json-schema.org/draft/2020-12/schema"
 
 
 class ClusterConfig(Section):
-    """A cluster of llamaclust: one model or several on one or more workers, and their HTTP API."""
+    """A cluster: one or several models, the workers that run them, and the HTTP API."""
 
-    model_config = ConfigDict(defer_build=False)  # its validator includes those of its sections
+    # The validator is built at once, because it includes the validators of all sections.
+    model_config = ConfigDict(defer_build=False)
 
     name: Name = "default"
-    """Name of the cluster. It must be unique on its machine."""
+    """Name of the cluster. Two clusters on a machine cannot have the same name."""
     model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)]
-    """The model: a catalog name, a .gguf file (the first if split), hf:REPO/FILE or pypi:PACKAGE==VERSION/FILE."""
+    """The model: a catalog name, a .gguf file (the first part if split), hf:REPO/FILE or pypi:PACKAGE==VERSION/FILE."""
     models: Annotated[tuple[ModelEntry, ...], Field(max_length=MAX_MODELS, strict=False)] = ()
-    """Several models, instead of `model`. The first is loaded at the start, the others when a request names them."""
+    """Several models, instead of `model`. The first is loaded at the start, and others when requests name them."""
     max_loaded_models: Annotated[int | None, Field(ge=1, le=MAX_MODELS), OrAuto()] = None
-    """Maximum number of `models` that are loaded at the same time. If auto, as many as fit in memory."""
+    """Maximum number of `models` that are loaded at the same time. auto loads as many as fit in memory."""
     load_on_demand: bool = True
-    """Set false to load models only by `POST /models/load`, and not at the start or by a request."""
+    """Set false to load models only by `POST /models/load`, and never at the start or for other requests."""
     chat_template: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     """Name of a built-in chat template, or path of a Jinja file. Defaults to the model's own template."""
     mmproj: Mmproj = None
-    """Projector of a vision model, given like `model`. auto uses the only projector in its folder. off uses none."""
+    """Projector (image encoder), given like `model`. auto uses the only projector in its folder. off uses none."""
     adapters: Annotated[tuple[AdapterConfig, ...], Field(max_length=MAX_ADAPTERS, strict=False)] = ()
-    """LoRA adapters that requests may use, numbered in this order. Workers with GPUs do not support adapters."""
+    """LoRA adapters that requests can use, numbered in this order. Workers with GPUs do not support adapters."""
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] = 4096
     """Maximum number of tokens in a sequence, including its prompt and its answer."""
     launcher: LauncherName = "local"
     """Launcher of the workers. local starts processes on this machine, ray uses Ray, and mpi uses mpirun. With static,
-    users run `llamaclust worker` on each machine."""
+    you run `llamaclust worker` on each machine."""
     join: Join = Join()
-    """Addresses at which remote workers join."""
+    """Addresses that workers on other machines use to join the cluster."""
     ray: Ray = Ray()
     """The Ray cluster that starts the workers."""
     insecure: bool = False
-    """Set true for a static cluster without encryption or authentication. Any client that reaches it is trusted."""
+    """Set true for a static cluster without encryption or authentication. Everyone who can connect is trusted."""
     listen: Address = "127.0.0.1:8080"
-    """HOST:PORT of the HTTP API. Port 0 means any free port."""
+    """HOST:PORT that the HTTP API listens on. Port 0 chooses any free port."""
     listen_also: tuple[Address, ...] = Field(default=(), max_length=16, strict=False)
-    """Further HOST:PORT addresses of the HTTP API."""
+    """Further HOST:PORT addresses that the HTTP API listens on."""
     listen_tls: Annotated[ListenTls | None, OrWord("self-signed")] = None
-    """HTTPS for the API, instead of plain HTTP. Give self-signed, or the files of a certificate and its key."""
+    """HTTPS instead of plain HTTP for the API. Give self-signed, or a section with the files of a certificate."""
     workers: Annotated[
         tuple[WorkerConfig, ...],
         Field(min_length=1, max_length=MAX_WORKERS, strict=False),
@@ -105,50 +106,50 @@ class ClusterConfig(Section):
     ]
     """The workers, in the order of their layers. A static cluster also accepts a number of workers to wait for."""
     plan: Annotated[tuple[PlanEntry, ...] | None, Field(min_length=1, max_length=256, strict=False), OrAuto()] = None
-    """Layers of each worker. If auto, the planner chooses them."""
+    """Layers of each worker. auto lets the planner choose them."""
     objective: Literal["latency", "throughput"] = "latency"
-    """Objective of an automatic plan: latency for one fast request, or throughput for many requests."""
+    """Goal of an automatic plan: latency makes one request fast, throughput serves many requests together."""
     groups: LargestGroup = None
     """Groups in automatic plans. auto uses groups where they are faster. off uses none. A number limits their size."""
     wire: Annotated[Literal["f32"], BeforeValidator(check_wire_type)] = "f32"
-    """Type of the activations that workers exchange. f32 is exact."""
+    """Number type of the activations that workers send to each other. f32 is exact."""
     cpu_moe: CpuMoe = None
-    """Number of layers, from the first, that keep their experts in RAM, or all. auto chooses the fastest number."""
+    """Number of layers, from the first, whose experts stay in RAM, or all. auto chooses the fastest number."""
     experts_cache: Annotated[Size | Literal[0] | None, OrAuto()] = None
-    """Maximum memory on each GPU for copies of often used experts from RAM. auto uses all free memory, 0 uses none."""
+    """Maximum memory on each GPU for copies of experts in RAM. auto uses all free memory. 0 uses none."""
     placement: Placements = ()
-    """Rules that put tensors in RAM or on GPUs, like llama.cpp's `-ot`. A tensor's first matching rule decides."""
+    """Rules that place tensors in RAM or on GPUs, like llama.cpp's `-ot`. A tensor's first matching rule is used."""
     kv_type: Annotated[KvType, Field(strict=False)] = KvType.F16
-    """Type of keys and values in KV memory. q8_0 takes about half as much memory as f16, but answers differ slightly.
-    int8 is stored like q8_0. Attention is then computed in 8-bit integers, which is faster after long prompts."""
+    """Number type of keys and values in KV memory. q8_0 needs about half the memory of f16, but answers differ
+    slightly. int8 is stored like q8_0, and attention uses 8-bit integers, which is faster after long prompts."""
     kv_memory: Annotated[Size | None, OrAuto()] = None
-    """Maximum KV memory of each worker. If auto, up to half of the memory that weights and workspace leave free."""
+    """Maximum KV memory of each worker. auto uses up to half of the memory that weights and workspace leave free."""
     max_sequences: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] = 32
     """Maximum number of sequences that are decoded together. Further sequences wait."""
     max_waiting: Annotated[int, Field(ge=0, le=100_000)] = 256
     """Maximum number of waiting requests. Further requests are answered with status 429."""
     prefill_chunk: Annotated[Annotated[int, Field(ge=1, le=MAX_BATCH_TOKENS // 2)] | None, OrAuto()] = None
-    """Maximum number of prompt tokens in a microbatch. If auto, it is chosen from measured stage times."""
+    """Maximum number of prompt tokens in a microbatch. auto chooses it from measured stage times."""
     prefix_cache: bool = True
-    """Sharing of KV memory by requests whose prompts begin with the same tokens. Set false to turn it off."""
+    """Set false to turn off the prefix cache, which shares KV memory between prompts with the same beginning."""
     wide_tiles: bool = True
-    """Wider storage of some weights, which takes memory but makes decoding clearly faster. Set false to turn it off."""
+    """Set false to save memory by storing some weights in a narrower form. Decoding is then clearly slower."""
     speculative: Annotated[Speculative | None, OrSwitch()] = Speculative()
-    """Speculative decoding, which is used where it is faster. Answers stay the same. Give auto, off or keys."""
+    """Speculative decoding, which does not change answers. Give auto (use it where it is faster), off or a section."""
     allowed_hosts: tuple[str, ...] = Field(default=(), max_length=64, strict=False)
-    """Host names that clients may use for the API, in addition to this machine's names. Other names are refused."""
+    """Host names that clients may use for the API, besides this machine's names. Other names are refused."""
     allowed_origins: tuple[Origin, ...] = Field(default=(), max_length=64, strict=False)
-    """Origins of web pages that may use the API, such as https://chat.example. By default, no web page may."""
+    """Origins of web pages that may call the API, such as https://chat.example. The default allows no web page."""
     api_keys_file: FilePath | None = None
-    """File with one API key per line and mode 0600. It is required if the API's address is not a loopback address."""
+    """File with one API key per line and mode 0600. It is required if `listen` is not a loopback address."""
     api: Api = Api()
-    """Paths, model names and fields of the HTTP API."""
+    """Paths, model names and request fields of the HTTP API."""
     state_dir: FilePath = Field(default_factory=lambda: environment().state_dir)
-    """Folder of records and credentials. Defaults to $LLAMACLUST_STATE_DIR or ~/.local/state/llamaclust."""
+    """Folder for records and credentials. Defaults to $LLAMACLUST_STATE_DIR or ~/.local/state/llamaclust."""
     lease: Lease | None = None
-    """Kubernetes Lease as the lock for coordinators that share `state_dir`. By default, they lock a file there."""
+    """Kubernetes Lease that decides which of several coordinators serves. The default is a lock in `state_dir`."""
     telemetry: Annotated[Telemetry | None, OrWord("otlp")] = None
-    """OpenTelemetry export. Give otlp to use the OTEL_* variables, or give keys. By default, nothing is exported."""
+    """OpenTelemetry export. Give otlp to use the OTEL_* variables, or a section. By default, nothing is exported."""
     timeouts: Timeouts = Timeouts()
     """Time limits for requests, workers and connections."""
 
@@ -177,7 +178,7 @@ class ClusterConfig(Section):
         return tuple(map(split_address, (self.listen, *self.listen_also)))
 
     def of_each_model(self) -> tuple[ClusterConfig, ...]:
-        """Returns one configuration for each model. Keys that a model sets replace the cluster's keys."""
+        """Returns one configuration for each model. A key that a model sets replaces the cluster's key."""
         return tuple(map(self._of_model, self.models)) or (self,)
 
     def _of_model(self, entry: ModelEntry) -> ClusterConfig:
@@ -339,7 +340,7 @@ class ClusterConfig(Section):
 
 
 _THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "numa_node", "memory", "mlock", "kv_disk")
-"""Worker keys that a static cluster's file must not have. `llamaclust worker` has options for them."""
+"""Keys that a static cluster's file must not set for a worker. `llamaclust worker` has options for them."""
 _OF_ONE_MODEL = ("chat_template", "mmproj", "context_length", "kv_memory", "adapters", "placement", "plan")
 _FOR_ONE_MODEL = {
     **dict.fromkeys(("model_name", "aliases"), "give `name` and `aliases` in the entries of `models`"),
@@ -347,7 +348,7 @@ _FOR_ONE_MODEL = {
     "tags": "with `models`, there are no tags; remove it",
     "pull": "with `models`, use `llamaclust model pull`, and list each model in the cluster file",
 }
-"""Keys of `api` that are refused together with `models`. The values say what to do instead."""
+"""Keys of `api` that are refused if `models` is set, with the advice for the error message."""
 
 
 def _as_option(worker: WorkerConfig, key: str) -> str:
@@ -360,15 +361,15 @@ def _as_option(worker: WorkerConfig, key: str) -> str:
 
 
 def cluster_document(path: Path | None, overrides: Sequence[str] = ()) -> Document:
-    """Reads a cluster file and applies overrides. The values are not checked. Raises UsageError if the file cannot be
+    """Reads a cluster file and applies overrides. Does not check the values. Raises UsageError if the file cannot be
     read or an override is invalid."""
     document = _demo() if path is None else anchored(read_document(path), path.absolute().parent)
     return override(document, overrides)
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ClusterConfig:
-    """Reads a cluster file, applies KEY=VALUE overrides and checks the values. Without a file, reads the demo cluster.
-    Raises UsageError with the place, the mistake and what to do."""
+    """Reads a cluster file, applies KEY=VALUE overrides and checks all values. If `path` is None, reads the demo
+    cluster. Raises UsageError with the place, the mistake and what to do."""
     document = cluster_document(path, overrides)
     try:
         return ClusterConfig.model_validate(document.values)
@@ -376,11 +377,11 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ClusterConf
         raise UsageError(explain(error, document, _schema())) from error
 
 
-_schema = cache(ClusterConfig.model_json_schema)  # for messages
+_schema = cache(ClusterConfig.model_json_schema)  # Error messages use this schema.
 
 
 def json_schema() -> str:
-    """Returns the text of deploy/cluster.schema.json."""
+    """Returns the JSON schema that deploy/cluster.schema.json contains."""
     schema = {"$schema": SCHEMA_ADDRESS, **ClusterConfig.model_json_schema()}
     schema["required"].remove("model")
     schema["anyOf"] = [{"required": ["model"]}, {"required": ["models"]}]
@@ -389,7 +390,7 @@ def json_schema() -> str:
 
 def _demo() -> Document:
     values = {"name": "demo", "model": DEMO_MODEL, "workers": [{"name": "a"}, {"name": "b"}]}
-    values["objective"] = "throughput"  # one request alone would be faster on one of them
+    values["objective"] = "throughput"  # A single request would be faster on one of the two workers.
     return Document("the demo cluster", values, {})
 
 

@@ -1,4 +1,4 @@
-"""Reads cluster files and applies KEY=VALUE overrides. The YAML reader limits the input and records key lines."""
+"""Reads cluster files and applies KEY=VALUE overrides. The YAML reader limits its input and records line numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llamaclust.core.regular_file import decode_text, read_given
 MAX_FILE_BYTES = 1 << 20
 MAX_DEPTH = 16
 MAX_NODES = 20_000
-"""Maximum count of keys and values in a cluster file. Reading more would take seconds."""
+"""Maximum number of keys and values in a cluster file. Reading more of them would take seconds."""
 _MOST_SHOWN = 100
 _TEXT = "tag:yaml.org,2002:str"
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
@@ -28,21 +28,21 @@ Place = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """The values of a cluster file after overrides. `origins` maps each key and item to FILE:LINE or an option."""
+    """A cluster file's values after overrides. `origins` maps each key and item to FILE:LINE or to an option."""
 
     name: str
     values: dict[str, Any]
     origins: dict[Place, str]
 
     def where(self, place: Place) -> str:
-        """Returns the origin of a value, or of the nearest enclosing section if the value's origin is unknown."""
+        """Returns the origin of a value, or of the nearest section around it if its own origin is unknown."""
         while place and place not in self.origins:
             place = place[:-1]
         return self.origins[place] if place else self.name
 
 
 _SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")
-"""Matches surrogate pairs. JSON escapes a character above U+FFFF as a pair, which YAML reads as two characters."""
+"""Matches surrogate pairs. In JSON, a character above U+FFFF is a pair, which YAML reads as two characters."""
 
 
 def _joined(pair: re.Match[str]) -> str:
@@ -50,8 +50,8 @@ def _joined(pair: re.Match[str]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe YAML loader with additional limits. It refuses aliases because they multiply values, and tags because they
-    create other types. It also refuses duplicate keys, deep nesting and very many values."""
+    """A safe YAML loader with more limits. It refuses aliases, because they multiply values, and tags, because they
+    create other types. It also refuses duplicate keys, deep nesting and too many values."""
 
     depth = 0
     nodes = 0
@@ -65,7 +65,7 @@ class _Loader(yaml.SafeLoader):
             raise self._refusal(f"nested deeper than {MAX_DEPTH} levels")
         self.nodes += 1
         if self.nodes > MAX_NODES:
-            raise self._refusal(f"more than {MAX_NODES} keys and values")
+            raise self._refusal(f"there are more than {MAX_NODES} keys and values")
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -77,7 +77,7 @@ class _Loader(yaml.SafeLoader):
         return yaml.MarkedYAMLError(None, None, why, self._event().start_mark)
 
     def _event(self) -> Any:
-        parser: Any = self  # its methods are untyped
+        parser: Any = self  # The parser's methods have no types.
         return parser.peek_event()
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -94,7 +94,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
-        """Refuses YAML 1.1's number forms, such as 0777, 0x1F, 10:20 and 1_000. Adds the line number to errors."""
+        """Refuses YAML 1.1's other forms of numbers: 0777, 0x1F, 10:20 and 1_000. Adds the line to errors."""
         if node.tag in _NUMBERS and not _DECIMAL.fullmatch(node.value):
             what = f"{node.value[:60]!r} is not a decimal number; write it in decimal digits, or put it in quotes"
             raise yaml.MarkedYAMLError(None, None, what, node.start_mark)
@@ -106,7 +106,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, name: str) -> tuple[Any, dict[Place, int]]:
-    """Parses YAML. Returns the value and the line number of each key and item. Raises UsageError for invalid YAML."""
+    """Parses YAML. Returns the value and the line of each key and item. Raises UsageError if the YAML is invalid."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -139,7 +139,7 @@ def read_document(path: Path) -> Document:
     except OSError as error:
         raise UsageError(f"{path}: cannot read the cluster file: {error.strerror or error}") from error
     if len(data) > MAX_FILE_BYTES:
-        raise UsageError(f"{path}: larger than {MAX_FILE_BYTES >> 10} KiB; this is not a cluster file")
+        raise UsageError(f"{path}: the file is larger than {MAX_FILE_BYTES >> 10} KiB, so it is not a cluster file")
     try:
         text = decode_text(data)
     except ValueError as error:
@@ -151,12 +151,12 @@ def read_document(path: Path) -> Document:
 
 
 def override(document: Document, overrides: Sequence[str]) -> Document:
-    """Applies KEY=VALUE overrides. Dots in KEY separate nested keys. A list item's key is its number or its `name`."""
+    """Applies KEY=VALUE overrides. In KEY, dots separate nested keys; a list item's key is its number or `name`."""
     for text in overrides:
         key, separator, value = text.partition("=")
         option = f"--set {' '.join(text.split())[:_MOST_SHOWN]}"
         if not separator or not key.strip():
-            raise UsageError(f"{option}: write it as KEY=VALUE, for instance timeouts.request=60s")
+            raise UsageError(f"{option}: must be KEY=VALUE, for example timeouts.request=60s")
         parsed, _ = parse_yaml(value, option)
         place = _place(document.values, tuple(key.strip().split(".")), option)
         around = {at: origin for at, origin in document.origins.items() if at[: len(place)] != place}
@@ -192,4 +192,4 @@ def _item(items: list[Any], key: str, text: str) -> int:
         if key == str(index) or (isinstance(item, dict) and item.get("name") == key):
             return index
     names = [str(item.get("name", index)) if isinstance(item, dict) else str(index) for index, item in enumerate(items)]
-    raise UsageError(f"{text}: no item {key[:_MOST_SHOWN]!r}; there are {', '.join(names) or 'none'}")
+    raise UsageError(f"{text}: there is no item {key[:_MOST_SHOWN]!r}; the items are {', '.join(names) or 'none'}")

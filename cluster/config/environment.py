@@ -24,14 +24,16 @@ _TRUST_VARIABLES = ("SSLKEYLOGFILE", "SSL_CERT_FILE", "SSL_CERT_DIR")
 class Environment:
     """Values of the LLAMACLUST_* variables. An empty variable counts as not set."""
 
-    state_dir: Path  # LLAMACLUST_STATE_DIR; else $XDG_STATE_HOME/llamaclust or ~/.local/state/llamaclust
-    home: Path  # LLAMACLUST_HOME: models and caches; else $XDG_CACHE_HOME/llamaclust or ~/.cache/llamaclust
-    packed_cache_bytes: int  # LLAMACLUST_CACHE_SIZE: what packed layers may take on disk; 0: none are kept
-    weights_bytes: int  # LLAMACLUST_WEIGHTS_SIZE: what weights fetched from other workers may take; 0: none are fetched
-    feature_level: str | None  # LLAMACLUST_FEATURE_LEVEL: level of the kernels; None: the best available
-    log_format: LogFormat  # LLAMACLUST_LOG: form of log lines
-    has_colors: bool = True  # without NO_COLOR, on a terminal that is not `dumb`
-    join: tuple[str, ...] = ()  # LLAMACLUST_JOIN: coordinators for a worker to join, as HOST:PORT,HOST:PORT
+    state_dir: Path  # LLAMACLUST_STATE_DIR. Default: $XDG_STATE_HOME/llamaclust or ~/.local/state/llamaclust.
+    home: Path  # LLAMACLUST_HOME, with models and caches. Default: $XDG_CACHE_HOME/llamaclust or ~/.cache/llamaclust.
+    packed_cache_bytes: int  # LLAMACLUST_CACHE_SIZE, the maximum bytes of packed layers on disk. 0 keeps none.
+    # LLAMACLUST_WEIGHTS_SIZE, the maximum bytes of weights fetched from other workers. 0 fetches none.
+    weights_bytes: int
+    # LLAMACLUST_FEATURE_LEVEL, the instruction set of the kernels. None chooses the best one.
+    feature_level: str | None
+    log_format: LogFormat  # LLAMACLUST_LOG, the format of log lines.
+    has_colors: bool = True  # False if NO_COLOR is set or the terminal has no colors.
+    join: tuple[str, ...] = ()  # LLAMACLUST_JOIN, the coordinators that a worker joins, as HOST:PORT,HOST:PORT.
 
     @property
     def models_dir(self) -> Path:
@@ -55,14 +57,14 @@ class Environment:
 
 
 def environment(variables: Mapping[str, str] | None = None) -> Environment:
-    """Reads the LLAMACLUST_* variables, by default from this process. Raises UsageError if a value is invalid."""
+    """Reads the LLAMACLUST_* variables (default: from this process). Raises UsageError if a value is invalid."""
     variables = os.environ if variables is None else variables
     level = variables.get("LLAMACLUST_FEATURE_LEVEL") or None
     if level is not None and level not in FEATURE_LEVELS:
-        raise UsageError(f"LLAMACLUST_FEATURE_LEVEL={level}: not one of {', '.join(FEATURE_LEVELS)}")
+        raise UsageError(f"LLAMACLUST_FEATURE_LEVEL={level}: must be one of {', '.join(FEATURE_LEVELS)}")
     form = variables.get("LLAMACLUST_LOG") or LogFormat.TEXT
     if form not in set(LogFormat):
-        raise UsageError(f"LLAMACLUST_LOG={form}: not one of {', '.join(LogFormat)}")
+        raise UsageError(f"LLAMACLUST_LOG={form}: must be one of {', '.join(LogFormat)}")
     return Environment(
         state_dir=_folder(variables, "LLAMACLUST_STATE_DIR", "XDG_STATE_HOME", "~/.local/state"),
         home=_folder(variables, "LLAMACLUST_HOME", "XDG_CACHE_HOME", "~/.cache"),
@@ -77,11 +79,11 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
 
 @dataclass(frozen=True, slots=True)
 class HubSettings:
-    """Values of the HF_* variables. Hugging Face's own programs use the same variables."""
+    """Values of the HF_* variables, which Hugging Face's own programs use too."""
 
-    endpoint: str  # HF_ENDPOINT: the hub or a mirror, without a trailing slash
-    token: str | None  # HF_TOKEN
-    token_file: Path  # HF_TOKEN_PATH; else `token` in $HF_HOME or ~/.cache/huggingface
+    endpoint: str  # HF_ENDPOINT, the address of the hub or of a mirror, without a slash at the end.
+    token: str | None  # HF_TOKEN.
+    token_file: Path  # HF_TOKEN_PATH. Default: the file `token` in $HF_HOME or ~/.cache/huggingface.
     token_file_named: bool
 
 
@@ -89,7 +91,7 @@ def hub_settings(variables: Mapping[str, str] | None = None) -> HubSettings:
     variables = os.environ if variables is None else variables
     endpoint = (variables.get("HF_ENDPOINT") or _HUB).rstrip("/")
     if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", endpoint):
-        raise UsageError(f"HF_ENDPOINT={endpoint}: not an address like {_HUB}")
+        raise UsageError(f"HF_ENDPOINT={endpoint}: must be an address like {_HUB}")
     named = variables.get("HF_TOKEN_PATH")
     try:
         file = expand_home(named) if named else expand_home(variables.get("HF_HOME") or "~/.cache/huggingface")
@@ -100,14 +102,14 @@ def hub_settings(variables: Mapping[str, str] | None = None) -> HubSettings:
 
 
 def proxy_variables(variables: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Returns the proxy variables that are not empty. Lower-case names take precedence over upper-case names."""
+    """Returns the proxy variables that are not empty. If both exist, http_proxy takes precedence over HTTP_PROXY."""
     variables = os.environ if variables is None else variables
     by_effect = {name.lower(): name for name in sorted(variables) if name.lower() in _PROXY_VARIABLES}
     return {name: variables[name] for name in by_effect.values() if variables[name]}
 
 
 def trust_variables(variables: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Returns the variables that change which certificates OpenSSL and httpx load."""
+    """Returns the variables that change which certificates OpenSSL and httpx trust."""
     variables = os.environ if variables is None else variables
     return {name: variables[name] for name in _TRUST_VARIABLES if variables.get(name)}
 

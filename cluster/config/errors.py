@@ -15,7 +15,7 @@ Schema = Mapping[str, Any]
 
 
 class PlaceError(ValueError):
-    """A mistake that depends on several values. `place` is the path of the value to change, relative to the section."""
+    """A mistake that involves several values. `place` is the path of the value to change, relative to the section."""
 
     def __init__(self, place: Place, message: str) -> None:
         super().__init__(message)
@@ -23,7 +23,7 @@ class PlaceError(ValueError):
 
 
 def explain(error: ValidationError, document: Document, schema: Schema) -> str:
-    """Describes the first mistake. Unknown keys come first, because such a key may be a misspelt required key."""
+    """Describes the first mistake. Unknown keys come first, because an unknown key may be a misspelt required key."""
     details = error.errors(include_url=False)
     first: Any = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
     reason = first.get("ctx", {}).get("error")
@@ -34,7 +34,8 @@ def explain(error: ValidationError, document: Document, schema: Schema) -> str:
 def _what(detail: Any, place: Place, schema: Schema) -> str:
     match detail["type"]:
         case "extra_forbidden":
-            sections = _alternatives(_schema_at(schema, place[:-1]), schema)  # of an optional one, null as well
+            # The schema of an optional section has null as an alternative.
+            sections = _alternatives(_schema_at(schema, place[:-1]), schema)
             known = [key for section in sections for key in section.get("properties", ())]
             meant = _deeper(str(place[-1]), schema) if len(place) == 1 else ""
             return f"unknown key {shown(place[-1])}{_within(place[:-1])}{meant or hint(str(place[-1]), known)}"
@@ -48,7 +49,7 @@ def _what(detail: Any, place: Place, schema: Schema) -> str:
 
 
 def _deeper(key: str, schema: Schema) -> str:
-    """Names the section that has the key `key`. Returns an empty text unless exactly one section has the key."""
+    """Names the section that has the key. Returns "" unless exactly one section has the key."""
     within = []
     for name, section in schema["properties"].items():
         for option in _alternatives(section, schema):
@@ -65,7 +66,7 @@ def _deeper(key: str, schema: Schema) -> str:
 
 
 def hint(word: str, known: Sequence[str]) -> str:
-    """Suggests the most similar known word. If no known word is similar, lists all known words."""
+    """Suggests the most similar known word. If none is similar, lists all known words."""
     near = get_close_matches(word[:100], known, 1, 0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 

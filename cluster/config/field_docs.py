@@ -1,5 +1,5 @@
-"""Copies the docstrings of fields into JSON schemas. The source is read only when a schema is built. Pydantic's
-`use_attribute_docstrings` reads the source at each import, which takes a tenth of the coordinator's startup time."""
+"""Copies the docstrings of fields into JSON schemas. The source code is read when a schema is built. Pydantic's option
+`use_attribute_docstrings` reads it at each import, which takes a tenth of the coordinator's startup time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Properties in which launchers differ. Other modules read these properties and never compare launcher names."""
+"""Lists the properties in which launchers differ. Other modules use these properties instead of launcher names."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ LauncherName = Literal["local", "static", "ray", "mpi"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LauncherFacts:
-    is_local: bool = False  # workers are processes of the coordinator on its machine
-    starts_workers: bool = True  # otherwise users start workers, with their own settings
-    workers_outlive: bool = False  # workers wait for a lost coordinator
-    is_one_program: bool = False  # mpirun starts coordinator and workers together, and binds them to cores
-    uses_ray: bool = False  # Ray reserves CPUs and GPUs for each worker
+    is_local: bool = False  # Workers are child processes of the coordinator.
+    starts_workers: bool = True  # False if users start the workers, with their own settings.
+    workers_outlive: bool = False  # Workers keep running while their coordinator is lost.
+    is_one_program: bool = False  # mpirun starts coordinator and workers together, and binds them to cores.
+    uses_ray: bool = False  # Ray reserves CPUs and GPUs for each worker.
 
 
 LAUNCHERS: Mapping[LauncherName, LauncherFacts] = {

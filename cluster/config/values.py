@@ -1,4 +1,4 @@
-"""Types and parsers of the values in a cluster file, such as sizes, durations, addresses and layer ranges."""
+"""Defines types and parsers of values in a cluster file, such as sizes, durations, addresses and layer ranges."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_SECONDS = 30 * 86_400
 _SIZE = r"(\d{1,15}(?:\.\d{1,6})?) ?(B|[kKMGT]B?|[KMGT]iB?)"
 _SIZE_POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _LEAST_WITHOUT_UNIT = 1 << 20
-"""Smallest size that is accepted without a unit. The user of a smaller number probably meant another unit."""
+"""Minimum size that is accepted without a unit. The user of a smaller number probably meant another unit than bytes."""
 _DURATION = r"(\d{1,15}(?:\.\d{1,6})?) ?(ms|s|min|h)"
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
 
@@ -56,7 +56,6 @@ def shown(value: object) -> str:
 
 
 def tagged(name: str) -> str:
-    """Returns a model's name with Ollama's default tag appended if the name has no tag."""
     return name if ":" in name.rpartition("/")[2] else name + TAG
 
 
@@ -77,7 +76,7 @@ def parse_size(value: object) -> int:
         value = int(value)
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else None
     if number is not None and 0 < number < _LEAST_WITHOUT_UNIT:
-        raise ValueError(f"{shown(value)} has no unit; write {value}GiB or {value}MiB, or bytes from 1048576 on")
+        raise ValueError(f"{shown(value)} has no unit: write {value}GiB, {value}MiB, or at least 1048576 bytes")
     size = number if isinstance(number, int) else _with_unit(value)
     if not 0 < size <= MAX_BYTES:
         raise ValueError(f"{shown(value)} is not a possible size; give 1B to 1024TiB")
@@ -152,7 +151,6 @@ def check_wire_type(value: object) -> object:
 
 
 def parse_device(value: object) -> str:
-    """Parses `cpu`, or GPUs such as `cuda:0,cuda:1`. Raises ValueError if the value is invalid."""
     if value == "cpu":
         return "cpu"
     given = re.sub(r"^\[(.*)\]$", r"\1", value.strip()).split(",") if isinstance(value, str) else value
@@ -183,8 +181,9 @@ def parse_gpu_layers(value: str) -> int | None:
 
 
 def parse_origin(value: object) -> str:
-    """Parses the origin of a web page. `*` allows all pages, `null` allows local files and sandboxed pages, and
-    `localhost` allows pages from servers on the browser's machine. Raises ValueError if the origin is invalid."""
+    """Parses the origin of a web page, such as https://chat.example. `*` allows all pages, `null` allows local files
+    and sandboxed pages, and `localhost` allows pages from servers on the browser's machine. Raises ValueError if it is
+    invalid."""
     given = value.lower().removesuffix("/") if isinstance(value, str) else ""
     if given in ("*", "null", "localhost"):
         return given
@@ -204,7 +203,7 @@ def parse_ray_address(value: object) -> object:
 
 
 class OrAuto:
-    """Marks an optional field. In a cluster file and in the JSON schema, `auto` is written instead of null."""
+    """Marks an optional field. In the cluster file and in the JSON schema, `auto` stands for None."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         read: Callable[[Any], Any] = lambda value: None if value == "auto" else value  # noqa: E731
@@ -217,7 +216,7 @@ class OrAuto:
 
 
 class OrWord:
-    """Marks a field that also accepts `word`, which stands for `value`: by default, a section without keys."""
+    """Marks a field that also accepts `word`. The word stands for `value`, by default a section without keys."""
 
     def __init__(self, word: str, value: Any = MappingProxyType({})) -> None:
         self._word = word
@@ -240,7 +239,7 @@ def switched(value: object) -> bool | None:
 
 
 class OrOff:
-    """Marks a field that also accepts `off` and false, which both stand for `value`."""
+    """Marks a field that also accepts `off` and false, which stand for `value`."""
 
     def __init__(self, value: object) -> None:
         self._value = value
@@ -255,8 +254,8 @@ class OrOff:
 
 
 class OrSwitch:
-    """Marks an optional section that also accepts a switch. `auto`, `on` and true mean a section without keys.
-    `off` and false mean no section."""
+    """Marks an optional section that also accepts a switch. `auto`, `on` and true stand for a section without keys.
+    `off` and false stand for no section."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_before_validator_function(self._read, handler(source))
@@ -274,7 +273,7 @@ class OrSwitch:
 
 
 class OrText:
-    """Marks a list of sections that also accepts texts as items. It changes only the JSON schema."""
+    """Marks a list of sections whose items can also be texts. It changes only the JSON schema."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         json = handler(schema)
@@ -282,7 +281,7 @@ class OrText:
 
 
 class OrCount:
-    """Marks a list that also accepts a number N, which stands for N sections of `kind` with placeholder names."""
+    """Marks a list that also accepts a number N, which stands for N sections of `kind` with generated names."""
 
     def __init__(self, kind: type[BaseModel], most: int) -> None:
         self._kind = kind

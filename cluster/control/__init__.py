@@ -1,1 +1,1 @@
-"""The control loop: plans, loads and opens epochs, and recovers from failures."""
+"""Runs the control loop of each model: makes plans, loads them, and recovers from failures."""

@@ -35,7 +35,7 @@ _ENDING_S = 30.0
 
 @dataclass(eq=False)
 class ActionRunner:
-    """Owns the serving epoch and the retiring epoch. Posts each action's result as an observation."""
+    """Executes the supervisor's actions for one model. Posts the result of each action as an observation."""
 
     observed: Observed
     epochs: Epochs
@@ -43,13 +43,14 @@ class ActionRunner:
     _registry: Registry
     _partitions: PartitionTracker
     _report: Report
-    ending: TaskSet  # processes of lost workers, whose memory loads need
-    epoch: Epoch | None = field(default=None, init=False)  # the epoch that serves, or served until it was lost
-    retiring: Epoch | None = field(default=None, init=False)  # the epoch that served before and still has sequences
-    engine: Engine | None = field(default=None, init=False)  # None: at a start
-    plan: Plan | None = field(default=None, init=False)  # the plan that serves, or served last
+    # Tasks that end the processes of lost workers. A load waits for these tasks, because it needs the memory.
+    ending: TaskSet
+    epoch: Epoch | None = field(default=None, init=False)  # Epoch that serves, or that served before it was lost.
+    retiring: Epoch | None = field(default=None, init=False)  # Epoch that served before a move and still has sequences.
+    engine: Engine | None = field(default=None, init=False)  # None until the first epoch serves.
+    plan: Plan | None = field(default=None, init=False)  # Plan of the epoch that serves or that served last.
     recoveries: int = field(default=0, init=False)
-    watching: TaskSet = field(default_factory=TaskSet, init=False)  # the epoch that retires
+    watching: TaskSet = field(default_factory=TaskSet, init=False)  # Tasks that wait for the end of the retiring epoch.
     _loaded: Epoch | None = field(default=None, init=False)
 
     @property
@@ -61,7 +62,8 @@ class ActionRunner:
         return not self.observed.state.is_wanted
 
     async def set_adapters(self, model: Model) -> None:
-        """Waits for a serving epoch and gives it exactly the adapters of `model`. Keeps former adapters on an error."""
+        """Waits until an epoch serves, and gives it exactly the adapters of `model`. An error keeps the old
+        adapters."""
         async with deadline(f"the change of adapters of {self.planner.config.model_name}", ADAPTERS_S):
             await self.observed.until(lambda state: state.loss is None or not state.is_wanted)
             await self.epochs.set_adapters(model)
@@ -115,8 +117,8 @@ class ActionRunner:
             self._registry.fence(self._registry.workers[name], expulsion.reason)
 
     async def _make_plan(self, inputs: seen.PlanInputs) -> None:
-        """Plans without the quarantined workers. If the other workers do not suffice, admits quarantined workers one by
-        one. Workers with the fewest failures come first."""
+        """Plans without quarantined workers. If there is no such plan, tries again with one more quarantined worker at
+        a time, beginning with the worker that failed least often."""
         present = self._registry.present
         usable = {name: present[name] for name, _ in inputs.workers if name in present}
         excluded = self.observed.state.pool.quarantine.worst_first(inputs.quarantined & usable.keys())
@@ -148,8 +150,7 @@ class ActionRunner:
         self.planner.ledger.enter(self.epochs.model_id, plans)
 
     async def _load(self, plan: Plan, *, is_exclusive: bool) -> None:
-        """Loads the plan's stages. An error of any worker counts as a failed load. Posts MEMORY_TAKEN if other models
-        have taken the planned memory."""
+        """Loads the plan's stages. Fails if any worker fails. Posts MEMORY_TAKEN if other models took the memory."""
         serving = () if is_exclusive or self.epoch is None else (self.epoch.plan,)
         async with self.planner.ledger.lock:
             is_reserved = self.planner.ledger.reserve(self.epochs.model_id, (*serving, plan))
@@ -189,8 +190,6 @@ class ActionRunner:
                 )
 
     async def _serve(self) -> None:
-        """Lets the engine continue on the loaded epoch. Frees an older epoch's layers, at once or after it has
-        retired."""
         old, epoch, loss = self.epoch, self._loaded, self.observed.state.loss
         assert epoch is not None
         if (text := images_text(self.plan, epoch.plan)) is not None:
@@ -222,7 +221,6 @@ class ActionRunner:
         self._notice(recovered_text(seconds, requests))
 
     async def _observe(self, retirement: Retirement, retiring: Epoch | None) -> None:
-        """Posts RETIRING_EMPTY when the retirement ends, unless it ended because the pipeline was lost."""
         await retirement.ended.wait()
         if retirement.error is not None:
             self._notice(f"requests of the previous epoch are computed again: {retirement.error}")
@@ -237,7 +235,6 @@ class ActionRunner:
         self.observed.post(seen.Signal.RETIRING_FREED)
 
     async def _sleep(self, *, gives_way: bool) -> None:
-        """Frees the model's stages. Posts WAKE_REQUESTED instead if a request has arrived in the meantime."""
         assert self.engine is not None
         if not self.engine.sleep(gives_way=gives_way):
             self.observed.post(seen.Signal.WAKE_REQUESTED)
@@ -248,24 +245,24 @@ class ActionRunner:
         why = "it is another model's turn, and its requests wait" if gives_way else "a request wakes it"
         self._report(Notice(f"model {self.planner.config.model_name} sleeps: {why}"))
         self.observed.post(seen.Signal.ASLEEP)
-        if not (self.observed.state.has_given_way or self.engine.requests.are_empty):  # some came in the meantime
+        # Requests may have arrived while the stages were freed.
+        if not (self.observed.state.has_given_way or self.engine.requests.are_empty):
             self.observed.post(seen.Signal.WAKE_REQUESTED)
 
     async def _free_others(self, epoch: Epoch | None) -> None:
         try:
             await self.epochs.free_others(epoch)
         except LlamaclustError as error:
-            self._notice(f"could not free layers that are no longer needed: {error}")
+            self._notice(f"layers that are no longer needed could not be freed: {error}")
         self._enter(*(() if epoch is None else (epoch.plan,)))
 
     def _fail_requests(self, reason: str) -> None:
         loss = self.observed.state.loss
         assert self.engine is not None and loss is not None
-        lost = (
-            None if self.epoch is None else self.epoch.root_cause
-        )  # even if others reported sooner that they cannot reach the worker
+        # The lost worker's error is preferred to errors of workers that could not reach it.
+        lost = None if self.epoch is None else self.epoch.root_cause
         error = loss.error if lost is None else lost.error
         self.engine.give_up(WorkerError(reason if error is None else f"{error}; {reason}"))
         self.observed.post(seen.RequestsFailed(reason))
-        if not self.observed.state.is_alone:  # the next request tries again
+        if not self.observed.state.is_alone:  # The next request starts another attempt.
             self.observed.post(seen.Signal.SLEEP_REQUESTED)

@@ -1,4 +1,4 @@
-"""The immutable state from which the supervisor decides its next action."""
+"""Defines the immutable state that the supervisor's decisions depend on."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
 
 @dataclass(frozen=True, slots=True)
 class PoolState:
-    """The present workers, and the facts that decide which workers a plan may use."""
+    """The connected workers, and the facts that decide which of them a plan can use."""
 
-    present: Mapping[str, int] = field(default_factory=dict)  # number of the join by worker, in the order of joining
+    # Number of the join by worker name, in the order of the joins.
+    present: Mapping[str, int] = field(default_factory=dict)
     drained: frozenset[str] = frozenset()
     partitions: Pairs = frozenset()
     links: int = 0
@@ -43,25 +44,26 @@ class PoolState:
 
 @dataclass(frozen=True, slots=True)
 class Planning:
-    """The newest plan, or the error that prevented a plan. `rejected` is the error of the plan's failed load. This load
-    is not repeated."""
+    """The newest plan, or the error that prevented one. A plan that failed to load has the error `rejected` and is not
+    loaded again."""
 
     inputs: PlanInputs
     plan: Plan | None = None
     error: LlamaclustError | None = None
     rejected: LlamaclustError | None = None
-    is_noticed: bool = False  # operators were informed
-    is_beside: bool = False  # other models hold memory of these workers
+    is_noticed: bool = False  # True if operators were told about the error.
+    is_beside: bool = False  # True if other models use memory of these workers.
 
     @property
     def lacks_memory(self) -> bool:
-        """True if planning failed because other models hold the workers' memory."""
+        """True if there was no plan because other models use the workers' memory."""
         return self.is_beside and isinstance(self.error, InsufficientMemoryError)
 
 
 @dataclass(frozen=True, slots=True)
 class Expulsion:
-    """A worker that counts as lost. If `stays`, it remains a member, but gets no layers of this model for `pause_s`."""
+    """A worker that will count as lost. If `stays` is true, the worker stays connected instead, but gets no layers of
+    this model for `pause_s` seconds."""
 
     worker: Incarnation
     reason: str
@@ -72,14 +74,14 @@ class Expulsion:
 @dataclass(frozen=True, slots=True)
 class Loading:
     failures: int = 0
-    error: LlamaclustError | None = None  # error of the last counted load
+    error: LlamaclustError | None = None  # Error of the last load that counted as a failure.
     retry_at_s: float = 0.0
-    is_loaded: bool = False  # a new epoch is ready to serve
+    is_loaded: bool = False  # True if a new epoch is loaded but does not serve yet.
 
 
 @dataclass(frozen=True, slots=True)
 class Retiring:
-    """The epoch that served before a move. Its stages are freed once its sequences have ended or have moved."""
+    """The epoch that served before a move. Its stages are freed when its sequences have ended or moved."""
 
     workers: tuple[Incarnation, ...]
     is_empty: bool = False
@@ -87,15 +89,15 @@ class Retiring:
 
 @dataclass(frozen=True, slots=True)
 class PipelineLoss:
-    """A time without a serving pipeline. It begins at the start or with a loss, and ends when a pipeline serves."""
+    """A time without a pipeline. It begins at the start or with a loss, and ends when a pipeline serves."""
 
     since_s: float
     error: LlamaclustError | None = None
-    requests: frozenset[int] = frozenset()  # keys of requests in flight
-    causes: frozenset[int] = frozenset()  # keys of requests that were the cause
-    is_repeated: bool = False  # the worker has failed to compute the same rows before
+    requests: frozenset[int] = frozenset()  # Keys of the requests that were in flight.
+    causes: frozenset[int] = frozenset()  # Keys of the requests that caused the loss.
+    is_repeated: bool = False  # True if the worker failed to compute the same rows before.
     is_closed: bool = False
-    failed_because: str | None = None  # requests were failed for this reason
+    failed_because: str | None = None  # Reason why the waiting requests were failed. None if they still wait.
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ class Waits:
 @dataclass(frozen=True, slots=True)
 class ClusterState:
     waits: Waits
-    worker_count: int  # number of workers in the cluster file
+    worker_count: int  # Number of workers in the cluster file.
     tick: seen.Tick
     loss: PipelineLoss | None
     pool: PoolState = field(default_factory=PoolState)
@@ -117,12 +119,12 @@ class ClusterState:
     retiring: Retiring | None = None
     expulsions: tuple[Expulsion, ...] = ()
     is_acting: bool = False
-    waits_for: str = ""  # the last notice
-    is_start: bool = True  # no epoch has served yet; False if the model is loaded on demand
-    is_wanted: bool = True  # the model is to be loaded
-    has_given_way: bool = False  # the model is not wanted, although it may have requests
-    is_unloaded: bool = False  # the stages are freed, and the model has not been wanted since then
-    is_alone: bool = True  # no other model is served by the workers
+    waits_for: str = ""  # Text of the last notice.
+    is_start: bool = True  # True until an epoch has served. False from the beginning if the model is loaded on demand.
+    is_wanted: bool = True  # True if the model should be loaded.
+    has_given_way: bool = False  # True if the model was unloaded for another model. It may then have waiting requests.
+    is_unloaded: bool = False  # True if the stages were freed and the model has not been wanted since.
+    is_alone: bool = True  # True if the workers serve no other model.
 
     @property
     def inputs(self) -> PlanInputs:
@@ -134,7 +136,6 @@ class ClusterState:
 
     @property
     def lacks_memory(self) -> bool:
-        """True if the model waits to be loaded, but could not be planned because other models hold memory."""
         is_waiting = self.is_wanted and self.loss is not None and self.is_planned
         return is_waiting and self.planning is not None and self.planning.lacks_memory
 
@@ -156,7 +157,7 @@ class ClusterState:
         return self.loss.since_s + self.wait_s
 
     def is_freed(self, name: str) -> bool:
-        """True if the drained worker holds no layers, and no running action or earlier plan can give it layers."""
+        """True if a drained worker holds no layers and no action or plan in progress can give it layers."""
         serving, retiring, planning = self.serving, self.retiring, self.planning
         holders = [*(serving.workers if serving else ()), *(retiring.workers if retiring else ())]
         usable = () if planning is None else planning.inputs.workers

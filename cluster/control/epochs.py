@@ -1,4 +1,4 @@
-"""Opens epochs, and frees the stages of older epochs. An epoch is one plan's loaded and connected stages."""
+"""Opens epochs and frees the stages of older epochs. An epoch is the set of loaded, connected stages of one plan."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 
 class StageLoadError(Exception):
-    """A load failed. `suspects` are the workers that may have caused it, and is empty if the cause is unknown."""
+    """A load failed. `suspects` are the workers that may have caused the failure, if any are known."""
 
     def __init__(self, error: LlamaclustError, suspects: tuple[Suspect, ...]) -> None:
         super().__init__(str(error))
@@ -60,13 +60,14 @@ class StageLoadError(Exception):
 async def load_stages(
     loads: StageLoads, workers: Mapping[str, WorkerHandle], report: Report | None = None
 ) -> tuple[WorkerHandle, ...]:
-    """Loads all stages, and returns their workers in the order of the stages. Raises StageLoadError after all workers
-    have answered. A suspect's error is StalledError if the worker hangs. It is DeadlineError if the worker stopped the
-    load on request and holds other models' stages. After a failure, the loaded stages are freed, unless `is_exclusive`
-    is set, because the next epoch may then need their weights."""
+    """Loads all stages and returns their workers in the order of the stages. Raises StageLoadError after all workers
+    have answered. A suspect's error is StalledError if the worker hangs. It is DeadlineError if the worker could still
+    stop the load and holds other models' stages. Stages that were loaded are freed after a failure, unless
+    `is_exclusive` is set, because the next epoch can then use their weights."""
     handles = tuple(workers[stage.worker] for stage in loads.stages)
     timeout_s = loads.progress_timeout_s
-    keeps_kv = all(handle.registration.kv_disk_bytes for handle in handles)  # keys depend on the model's bytes
+    # Copies of the file must be equal if KV blocks are kept on disk, because the blocks' keys depend on the content.
+    keeps_kv = all(handle.registration.kv_disk_bytes for handle in handles)
     names = [handle.name for handle in handles]
     request = FindWeights(loads.model.path, loads.model.model_id)
     wanted = WantedBytes(request, loads.own, keeps_kv, loads.links, timeout_s)
@@ -75,7 +76,7 @@ async def load_stages(
     encoders = await encoder_files(loads.encoder, loads.encoding, workers, report)
 
     lost = tuple(Suspect(handle.name, handle.error) for handle in handles if handle.loss is not None)
-    if lost:  # at once: the other loads would be in vain
+    if lost:  # Raising the error now avoids loads that would be useless.
         raise StageLoadError(lost[0].error, lost)
 
     try:
@@ -119,7 +120,6 @@ async def _gives_up(worker: WorkerHandle, epoch: int) -> bool:
 
 
 def _suspects(handles: Sequence[WorkerHandle], answers: Sequence[Loaded | BaseException]) -> tuple[Suspect, ...]:
-    """Returns the workers whose load failed. Raises any error that is not a LlamaclustError, because it is a bug."""
     suspects = []
     for handle, answer in zip(handles, answers, strict=True):
         if isinstance(answer, LlamaclustError):
@@ -140,7 +140,6 @@ async def _all(work: Iterable[Awaitable[None]]) -> None:
 
 
 async def _discard(epoch: int, workers: Iterable[WorkerHandle]) -> None:
-    """Frees the stages of an epoch whose load failed. Only logs errors, because the load's error is raised."""
     try:
         await unload_stages(epoch, workers)
     except LlamaclustError as error:
@@ -151,7 +150,7 @@ async def _unload(worker: WorkerHandle, epoch: int) -> None:
     try:
         await worker.unload(epoch)
     except WorkerError:
-        if worker.loss is None:  # a lost worker holds nothing
+        if worker.loss is None:  # The memory of a lost worker is free in any case.
             raise
 
 
@@ -159,9 +158,9 @@ async def _unload(worker: WorkerHandle, epoch: int) -> None:
 class Epoch:
     number: int
     plan: Plan
-    workers: tuple[WorkerHandle, ...]  # in the order of their stages
+    workers: tuple[WorkerHandle, ...]  # Workers in the order of their stages.
     pipeline: RemotePipeline
-    settings: SchedulerSettings  # settings with which the stages were loaded
+    settings: SchedulerSettings  # Settings that the stages were loaded with.
 
     @property
     def root_cause(self) -> WorkerHandle | None:
@@ -173,7 +172,7 @@ class Epoch:
         return tuple(worker for worker, stage in held if stage.member == 0)
 
     def stage_of(self, worker: WorkerHandle) -> int | None:
-        """Returns the index of the worker's stage, or None without a stage. A group's members have the same index."""
+        """Returns the index of the worker's stage, or None without a stage. Group members have the same index."""
         if worker not in self.workers:
             return None
         return sum(stage.member == 0 for stage in self.plan.stages[: self.workers.index(worker) + 1]) - 1
@@ -184,13 +183,13 @@ class Epoch:
 
 @dataclass(frozen=True, slots=True)
 class EpochWorkers:
-    """The workers that all models' epochs share. Callers hold the lock `turn` while they load or free stages."""
+    """The workers that all models share. Callers hold the lock `turn` while they load or free stages."""
 
     registry: Registry
     credentials: Credentials
     record: ControlRecord
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    manifests: FileManifests = field(default_factory=FileManifests)  # manifests of the coordinator's copies of models
+    manifests: FileManifests = field(default_factory=FileManifests)  # Manifests of the coordinator's own model files.
 
 
 def _stage_info(stage: StagePlan, expert_shards: int) -> StageInfo:
@@ -212,7 +211,7 @@ async def _refresh(worker: WorkerHandle, ledger: MemoryLedger) -> None:
 
 
 class Epochs:
-    """Opens and frees one model's epochs. Each epoch has a number that is unique in the cluster."""
+    """Opens and frees the epochs of one model. The number of an epoch is unique in the cluster."""
 
     def __init__(
         self, config: ClusterConfig, model: Model, workers: EpochWorkers, speculation: SpeculationSettings | None
@@ -220,8 +219,9 @@ class Epochs:
         self._config = config
         self._speculation = speculation
         self._model = model
-        self.adapters = model.adapter_digests  # digests that all epochs share, as adapters change
-        self._numbers: set[int] = set()  # numbers of all epochs of the model
+        # All epochs share this mapping, which changes when adapters are loaded or unloaded.
+        self.adapters = model.adapter_digests
+        self._numbers: set[int] = set()  # Numbers of all epochs of this model.
         self._registry = workers.registry
         self._credentials = workers.credentials
         self._record = workers.record
@@ -257,8 +257,9 @@ class Epochs:
         return scheduler_settings(self._config, self._model, plan, self._speculation, self.adapters)
 
     async def set_adapters(self, model: Model) -> None:
-        """Gives all present and later stages exactly the adapters of `model`. On failure, restores the former adapters
-        and raises the first error after all workers have answered. Raises WorkerError if the model has no stages."""
+        """Gives all current and later stages exactly the adapters of `model`. Raises WorkerError if the model is not
+        loaded. If any worker fails, restores the old adapters and raises the first error after all workers have
+        answered."""
         async with self._turn:
             try:
                 await self._set_adapters(model)
@@ -284,7 +285,7 @@ class Epochs:
 
     @property
     def held_layers(self) -> dict[str, tuple[float, float]]:
-        """Layers of the model's newest stage on each worker, by worker name. Workers without a stage are absent."""
+        """The layers of the model's newest stage on each worker, by worker name. Workers without a stage are absent."""
         workers = self._registry.present
         newest = {name: max(held) for name, worker in workers.items() if (held := self._numbers & set(worker.stages))}
         return {name: workers[name].layers_of(epoch) for name, epoch in newest.items()}
@@ -304,7 +305,7 @@ class Epochs:
             await announce_source(worker, self._registry.present.values(), request)
 
     async def open(self, plan: Plan, links: Links, *, is_exclusive: bool, report: Report | None = None) -> Epoch:
-        """Loads and connects the plan's stages, and passes progress to `report`. Raises StageLoadError."""
+        """Loads and connects the stages of `plan`, and reports progress to `report`. Raises StageLoadError."""
         async with self._turn:
             return await self._open(plan, links, is_exclusive=is_exclusive, report=report)
 
@@ -345,7 +346,7 @@ class Epochs:
     async def free_others(self, epoch: Epoch | None) -> None:
         workers, kept = tuple(self._registry.present.values()), set() if epoch is None else {epoch.number}
         numbers = {number for worker in workers for number in worker.stages if number in self._numbers} - kept
-        if not numbers:  # does not wait for another model's load
+        if not numbers:  # Without this check, the method would wait for another model's load.
             return
         async with self._turn:
             await _all(unload_stages(number, workers) for number in numbers)

@@ -1,4 +1,4 @@
-"""Computes the scheduler's limits and each stage's limits from the cluster file, the model and the plan."""
+"""Computes the limits of the scheduler and of each stage from the cluster file, the model and the plan."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def context_length(config: ClusterConfig, model: Model) -> int:
     trained = model.hyperparameters.context_length
     if "context_length" in config.model_fields_set and config.context_length > trained:
         asked = f"context_length: {config.context_length}"
-        raise UsageError(f"{asked}: the model was made for {trained} tokens; set {trained} or less")
+        raise UsageError(f"{asked}: the model was trained for {trained} tokens; set {trained} or less")
     return min(config.context_length, trained)
 
 
@@ -51,7 +51,7 @@ def check_distinct(models: Iterable[tuple[str, str]]) -> None:
 
 
 def check_plan(config: ClusterConfig, model: Model) -> None:
-    """Raises UsageError for mistakes that do not depend on workers, such as a context that is too long."""
+    """Raises UsageError for mistakes that do not depend on the workers, such as a context that is too long."""
     context_length(config, model)
     _check_frames(config, model)
     _check_kv_disk(config, model)
@@ -80,7 +80,6 @@ def _check_frames(config: ClusterConfig, model: Model) -> None:
 
 
 def says_placement(config: ClusterConfig) -> bool:
-    """True if the user states which layers or experts are on GPUs."""
     numbers = [config.cpu_moe, *(worker.cpu_moe for worker in config.workers)]
     return bool(config.placement) or any(number is not None for number in numbers)
 
@@ -106,7 +105,7 @@ def check_division(config: ClusterConfig, model: Model, expert_shards: int) -> N
 
 
 def check_parts_on_gpus(config: ClusterConfig, expert_shards: int, gpus: Mapping[str, Sequence[str]]) -> None:
-    """Raises UsageError if the manual plan divides layers on workers with GPUs. `gpus` has GPU names by worker."""
+    """Raises UsageError if the manual plan divides layers of a worker that has GPUs. `gpus` has GPU names by worker."""
     for entry in config.plan or () if expert_shards > 1 else ():
         for name in entry.names:
             if devices := gpus.get(name):
@@ -136,7 +135,7 @@ def _check_mtp(config: ClusterConfig, model: Model) -> None:
 
 
 def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:
-    """Returns the assignments of the cluster file's `plan`, or none without it. Borders are in parts of layers."""
+    """Returns the assignments in the cluster file's `plan`, or an empty tuple. Bounds count parts of layers."""
     shards = manual_shards(config)
     parts = ((entry, *entry.layers) for entry in config.plan or ())
     return tuple(
@@ -145,7 +144,6 @@ def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:
 
 
 def manual_shards(config: ClusterConfig) -> int:
-    """Returns the number of shards into which the cluster file's `plan` divides each layer's experts."""
     places = (place for entry in config.plan or () for place in entry.layers)
     return max((Fraction(place).denominator for place in places), default=1)
 
@@ -169,7 +167,7 @@ def max_batch_tokens(config: ClusterConfig, projector: Projector | None) -> int:
 
 
 def kv_tokens(config: ClusterConfig) -> int | None:
-    """Returns the tokens for which KV memory is planned, enough for one or two users. None if max_sequences is set."""
+    """Returns the number of tokens to plan KV memory for, enough for one or two users. None if max_sequences is set."""
     return None if "max_sequences" in config.model_fields_set else _KV_TOKENS
 
 
@@ -178,7 +176,6 @@ def uses_mtp(config: ClusterConfig) -> bool:
 
 
 def unused_mtp(config: ClusterConfig, model: Model) -> str | None:
-    """Returns a hint that the model's MTP head is not loaded, or None if the model has none or nothing drafts."""
     if config.speculative is None or config.speculative.mtp or not has_nextn(model):
         return None
     use = "`speculative: {mtp: true}` drafts with it"
@@ -186,7 +183,7 @@ def unused_mtp(config: ClusterConfig, model: Model) -> str | None:
 
 
 def model_costs(config: ClusterConfig, model: Model, expert_shards: int = 1) -> ModelCosts:
-    """Returns the model's costs, with the MTP head if it drafts. Raises UsageError if the model has no such head."""
+    """Returns the model's costs, with the MTP head if it is used. Raises UsageError if it is wanted but missing."""
     return capacity_of(config, config.context_length).costs(model, expert_shards)
 
 
@@ -200,7 +197,6 @@ def _blocks(plan: Plan) -> BlockCounts:
 
 
 def speculation_settings(config: ClusterConfig, draft_model: DraftModel | None) -> SpeculationSettings | None:
-    """Returns the speculation settings that all pipelines of a model share, or None if nothing drafts."""
     given = config.speculative
     if given is None:
         return None
@@ -215,8 +211,8 @@ def scheduler_settings(
     speculation: SpeculationSettings | None,
     adapters: Mapping[int, str] | None = None,
 ) -> SchedulerSettings:
-    """Returns the scheduler's limits, which equal the loaded stages' limits. `adapters` has digests by number, and
-    defaults to the model's adapters."""
+    """Returns the scheduler's limits, which match those of the loaded stages. `adapters` (digests by number) defaults
+    to the model's adapters."""
     capacity = capacity_of(config, plan.context_length, model.projector)
     settings = capacity.scheduler_settings(model, _blocks(plan), speculation)
     return settings if adapters is None else replace(settings, adapters=adapters)

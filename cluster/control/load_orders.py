@@ -1,4 +1,4 @@
-"""Makes the orders to load an epoch's stages. An order has a worker's layers, and the workers it is connected to."""
+"""Makes the orders to load the stages of an epoch. An order names a worker's layers and the workers to connect to."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from llamaclust.wire.control.weights import AdapterFile, EncoderFile, WeightSour
 
 @dataclass(frozen=True, slots=True)
 class StageLoads:
-    """An epoch's stages, with one entry for each member of a group. If `is_exclusive` is set, the model's other stages
-    are freed first, except weights that are needed again. `links` decides in which order weight sources are tried."""
+    """The stages of an epoch, with one entry per member of a group. If `is_exclusive` is set, the model's other stages
+    are freed first, except for weights that are used again. `links` decides the order in which weight sources are
+    tried."""
 
     epoch: int
     stages: Sequence[StageInfo]
@@ -30,13 +31,13 @@ class StageLoads:
     is_exclusive: bool = False
     links: Links = UNKNOWN
     progress_timeout_s: float = PROGRESS_TIMEOUT_S
-    own: OwnCopy | None = None  # the coordinator's copy of the file
+    own: OwnCopy | None = None  # The coordinator's own copy of the model file.
     adapters: Mapping[int, WantedBytes] = field(default_factory=dict)
-    encoder: WantedBytes | None = None  # the projector, for the stage with `encoder_bytes`; None: the model has none
+    # The projector, for stages with `encoder_bytes`. None if the model has no projector.
+    encoder: WantedBytes | None = None
 
     @property
     def encoding(self) -> list[str]:
-        """The names of the workers that load the image encoder."""
         return [stage.worker for stage in self.stages if stage.encoder_bytes]
 
 
@@ -47,7 +48,7 @@ def load_orders(
     adapters: Mapping[str, tuple[AdapterFile, ...]],
     encoders: Mapping[str, EncoderFile],
 ) -> list[Load]:
-    """Returns each worker's load order. Raises WorkerError if a group member accepts no links."""
+    """Returns the load order of each worker. Raises WorkerError if a group member accepts no links."""
     groups = _group_orders(loads.stages, handles)
     return [
         replace(
@@ -101,6 +102,6 @@ def _group_orders(stages: Sequence[StageInfo], handles: Sequence[WorkerHandle]) 
 
 def _group_member(handle: WorkerHandle, share: int) -> GroupMember:
     if not handle.registration.link_address:
-        text = f"worker {handle.name} cannot be in a group: it accepts no links; see its log"
+        text = f"worker {handle.name} cannot be in a group: it accepts no links (see its log)"
         raise WorkerError(f"{text}, or give it layers of its own in the plan", worker=handle.name)
     return GroupMember(handle.name, handle.registration.link_address, share)

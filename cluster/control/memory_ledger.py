@@ -1,4 +1,4 @@
-"""Records how much of the workers' memory each model's plans take. A new plan uses only the rest."""
+"""Records how much of the workers' memory each model's plans use. A new plan can only use the rest."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.wire.control.messages import Load
 
 MemoryUse = Counter[tuple[str, str]]
-"""Byte counts by (worker, device)."""
+"""Numbers of bytes by worker and device."""
 
 
 class ModelLimitError(InsufficientMemoryError):
-    """A model cannot be planned because `max_loaded_models` other models already hold memory."""
+    """A model cannot be planned because `max_loaded_models` other models are loaded."""
 
     def __init__(self, most: int) -> None:
         loaded = "1 model is" if most == 1 else f"{most} models are"
@@ -25,16 +25,17 @@ class ModelLimitError(InsufficientMemoryError):
 
 
 class MemoryLedger:
-    """One cluster's ledger. Callers hold `lock` from the start of planning until the plan is entered."""
+    """Records the memory of one cluster. A caller holds `lock` from the start of planning until the plan is entered."""
 
     def __init__(self, max_models: int | None = None) -> None:
         self.lock = asyncio.Lock()
         self._max_models = max_models
-        self._plans: dict[str, tuple[Plan, ...]] = {}  # plans by model id
-        self._beside: dict[str, MemoryUse] = {}  # what other models held at each model's newest plan
+        self._plans: dict[str, tuple[Plan, ...]] = {}  # Plans by model id.
+        # Memory of other models when the newest plan of a model was made, by model id.
+        self._beside: dict[str, MemoryUse] = {}
 
     def enter(self, model_id: str, plans: Iterable[Plan]) -> None:
-        """Replaces a model's plans, whether they are loaded or about to be. A model without plans holds no memory."""
+        """Replaces a model's plans, which are loaded or will be loaded next. A model without plans uses no memory."""
         self._plans[model_id] = tuple(plans)
 
     def copy(self) -> MemoryLedger:
@@ -48,12 +49,11 @@ class MemoryLedger:
             raise ModelLimitError(self._max_models)
 
     def planned(self, model_id: str) -> None:
-        """Records what other models hold while this model is planned. `reserve` compares it with what they hold
-        later."""
+        """Records other models' memory while this model is planned. `reserve` compares it with their later memory."""
         self._beside[model_id] = self.beside(model_id)
 
     def reserve(self, model_id: str, plans: tuple[Plan, ...]) -> bool:
-        """Enters plans before a load. Returns False if other models took memory after the newest plan was made."""
+        """Enters plans before a load. Returns False if other models have taken memory since the newest plan."""
         is_entered = _total(plans) <= _total(self._plans.get(model_id, ()))
         fits = is_entered or self.beside(model_id) <= self._beside.get(model_id, MemoryUse())
         if fits:
@@ -64,7 +64,7 @@ class MemoryLedger:
         return _total(plan for name, plans in self._plans.items() if name != model_id for plan in plans)
 
     def loaded(self, worker: WorkerHandle) -> dict[str, int]:
-        """Returns the bytes planned for the worker's loaded stages, by device."""
+        """Returns the number of bytes planned for the loaded stages of a worker, by device."""
         held = [order for order, _ in worker.stages.values()]
         orders = {
             (o.model_id, _way(o.limits), o.start, o.end, o.devices, _portion(o), o.encoder is not None) for o in held

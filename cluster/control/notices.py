@@ -18,8 +18,8 @@ def lost_text(error: LlamaclustError, requests: Mapping[str, int]) -> str:
 
 
 def moving_text(plan: Plan, held: Mapping[str, tuple[float, float]]) -> str:
-    """Describes the new plan, and how many layers each worker must load. For a group, only states the shares, because
-    its members may hold other portions of the same layers."""
+    """Describes a new plan and the number of layers that each worker must load. A group's description only has the
+    shares, because its members may already hold other portions of the same layers."""
     parts, shards = [], plan.expert_shards
     for stage in plan.leaders:
         name, layers = stage_name(plan, stage), layer_span(stage.start, stage.end, shards)
@@ -31,7 +31,6 @@ def moving_text(plan: Plan, held: Mapping[str, tuple[float, float]]) -> str:
 
 
 def images_text(before: Plan | None, plan: Plan) -> str | None:
-    """Returns a notice if images are now refused or read again, or None if nothing has changed."""
     if bool(plan.no_images) == (before is not None and bool(before.no_images)):
         return None
     return refused_images(plan.no_images) if plan.no_images else "images are read again"

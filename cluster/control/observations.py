@@ -1,4 +1,4 @@
-"""The supervisor's observations. They are plain values in one queue, in the order in which they happened."""
+"""Defines the supervisor's observations. They are plain values that enter one queue in the order of the events."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.core.errors import LlamaclustError
 
 Incarnation = tuple[str, int]
-"""A worker's name, and the unique number of its join."""
+"""Name of a worker, and the unique number of its join."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanInputs:
-    """The values that a plan depends on. When they change, a new plan is due."""
+    """The values that a plan depends on. A new plan is made when they change."""
 
-    workers: tuple[Incarnation, ...] = ()  # workers that may hold layers
+    workers: tuple[Incarnation, ...] = ()  # Workers that may hold layers.
     quarantined: frozenset[str] = frozenset()
     partitions: Pairs = frozenset()
-    links: int = 0  # number of times that links have changed
-    memory: int = 0  # number of times that other models freed or took memory
+    links: int = 0  # Number of times that link measurements have changed.
+    memory: int = 0  # Number of times that other models have freed or taken memory.
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSeen:
-    """A worker is a member. If `join` is unchanged, the membership is too."""
+    """A worker is connected. A different `join` means that it has joined again."""
 
     name: str
     join: int
@@ -39,7 +39,7 @@ class WorkerLost:
 
 @dataclass(frozen=True, slots=True)
 class PartitionsChanged:
-    """All pairs of live workers that cannot reach each other now."""
+    """All pairs of connected workers that currently cannot reach each other."""
 
     pairs: Pairs
 
@@ -56,9 +56,9 @@ class UndrainRequested:
 
 @dataclass(frozen=True, slots=True)
 class PipelineLost:
-    """The pipeline failed. `error` names the worker at fault, if it is known. `requests` has the keys of requests in
-    flight. `causes` has the keys of requests that caused the failure and end. `is_repeated` means that the worker has
-    failed on the same rows before."""
+    """The pipeline failed. `error` names the worker that caused the failure, if it is known. `requests` are the keys of
+    the requests in flight, and `causes` are the keys of the requests that caused the failure. `is_repeated` means that
+    the worker failed to compute the same rows before."""
 
     error: LlamaclustError
     requests: frozenset[int] = frozenset()
@@ -73,8 +73,6 @@ class RowsFailed:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """The event loop's time, observed before each decision."""
-
     now_s: float
 
 
@@ -83,8 +81,9 @@ class Planned:
     inputs: PlanInputs
     plan: Plan | None = None
     error: LlamaclustError | None = None
-    served: Prediction | None = None  # for the serving plan, by the same profiles and links; None: unknown
-    is_beside: bool = False  # other models hold memory of these workers
+    # New prediction for the serving plan, by the same profiles and links as for `plan`. None if there is none.
+    served: Prediction | None = None
+    is_beside: bool = False  # True if other models use memory of these workers.
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +94,7 @@ class Suspect:
 
 @dataclass(frozen=True, slots=True)
 class EpochLoadFailed:
-    """An epoch's load failed. `file_is_absent` means that no present worker has the model's file, and some need it."""
+    """Loading an epoch failed. `file_is_absent` means that no worker has the model's file, but some need it."""
 
     error: LlamaclustError
     is_exclusive: bool
@@ -117,20 +116,20 @@ class Noticed:
 
 
 class Signal(Enum):
-    LINKS_CHANGED = auto()  # links were measured again, with other results
-    EPOCH_LOADED = auto()  # the planned epoch is loaded and connected
-    EPOCH_SERVING = auto()  # the engine runs on the loaded epoch
-    PIPELINE_CLOSED = auto()  # the lost pipeline is closed, and its workers' reports are confirmed or dropped
-    RETIRING_EMPTY = auto()  # no sequence runs on the epoch before the serving one any more
-    RETIRING_FREED = auto()  # the retired epoch's stages are freed
-    WORKERS_EXPELLED = auto()  # the workers of the last `Expel` count as lost
-    WAKE_REQUESTED = auto()  # the model is to be loaded
-    SLEEP_REQUESTED = auto()  # the model is to be unloaded, unless it has requests
-    TURN_ENDED = auto()  # the model is to be unloaded for another one; its requests wait
-    ASLEEP = auto()  # the model's stages are freed
-    MEMORY_FREED = auto()  # by another model
-    MEMORY_TAKEN = auto()  # by another model, since the newest plan was made
-    ACTION_ENDED = auto()  # the next action may begin
+    LINKS_CHANGED = auto()  # The links were measured again, with other results.
+    EPOCH_LOADED = auto()  # The planned epoch is loaded and connected.
+    EPOCH_SERVING = auto()  # The engine runs on the loaded epoch.
+    PIPELINE_CLOSED = auto()  # The lost pipeline is closed. Reports of its workers have been confirmed or dropped.
+    RETIRING_EMPTY = auto()  # No sequence uses the retiring epoch any longer.
+    RETIRING_FREED = auto()  # The stages of the retired epoch have been freed.
+    WORKERS_EXPELLED = auto()  # The workers named by the last `Expel` count as lost.
+    WAKE_REQUESTED = auto()  # The model should be loaded.
+    SLEEP_REQUESTED = auto()  # The model should be unloaded if it has no requests.
+    TURN_ENDED = auto()  # The model should be unloaded for another model, while its requests wait.
+    ASLEEP = auto()  # The model's stages have been freed.
+    MEMORY_FREED = auto()  # Another model has freed memory.
+    MEMORY_TAKEN = auto()  # Another model has taken memory since the newest plan was made.
+    ACTION_ENDED = auto()  # The next action can begin.
 
 
 PoolObservation = WorkerSeen | WorkerLost | PartitionsChanged | DrainRequested | UndrainRequested

@@ -1,4 +1,4 @@
-"""The queue of observations, and the state that results from them."""
+"""Owns the queue of observations, and the state that results from them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaclust.cluster.control.state_changes import observe
 
 
 class Observed:
-    """The state and its queue. `settled` is set while the supervisor has nothing left to do."""
+    """The supervisor's state and its queue of observations. `settled` is set while the supervisor has nothing to do."""
 
     def __init__(self, state: ClusterState) -> None:
         self.state = state
@@ -58,7 +58,7 @@ class Observed:
         self.state = replace(self.state, is_acting=True)
 
     async def next(self, until_s: float | None) -> Observation | None:
-        """Returns the next observation, or None if none comes before `until_s` on the event loop's clock."""
+        """Returns the next observation, or None if none has come when the event loop's clock reaches `until_s`."""
         if not self._queue.empty():
             return self._queue.get_nowait()
         with suppress(TimeoutError):

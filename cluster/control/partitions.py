@@ -1,4 +1,4 @@
-"""Tracks pairs of live workers that cannot reach each other, and probes each pair until it can."""
+"""Tracks pairs of connected workers that cannot reach each other. Probes each pair until its link works again."""
 
 from __future__ import annotations
 
@@ -20,30 +20,32 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 _BACKOFF = Backoff(first_s=1.0, max_s=120.0, factor=1.5)
 _MEMORY_S = 600.0
-"""The seconds for which a repair is remembered. If the pair fails again before, its probes become less frequent."""
+"""Seconds for which a repaired link is remembered. If it breaks again in this time, it is probed less often."""
 _MAX_PROBES = 256
-"""The most links to probe at once. If there are more, only the links of workers with a broken link are probed."""
+"""Maximum number of links to probe at once. If there are more links, only those of affected workers are probed."""
 
 _Direction = tuple[WorkerHandle, WorkerHandle]
 
 
 @dataclass(slots=True)
 class _Partition:
-    probes: int  # failed probes, including those before the last recovery
-    callers: dict[str, str] = field(default_factory=dict)  # workers that could not reach the other one
+    probes: int  # Number of failed probes, including probes before the last repair.
+    # The other worker, by the name of the worker that could not reach it.
+    callers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
 class PartitionTracker:
-    """A context manager that probes partitions. If a link fails in one direction, plans avoid both directions."""
+    """A context manager that probes broken links. If a link is broken in one direction, plans avoid both directions."""
 
-    _workers: Callable[[], Mapping[str, WorkerHandle]]  # present workers by name
+    _workers: Callable[[], Mapping[str, WorkerHandle]]  # Returns the connected workers by name.
     _heartbeat_timeout_s: float
     _report: Report
-    _on_change: Callable[[Pairs], None]  # gets the new pairs
+    _on_change: Callable[[Pairs], None]  # Is called with all broken pairs after each change.
     _ports: ClosedPorts
     _partitions: dict[Pair, _Partition] = field(default_factory=dict, init=False)
-    _healed: dict[Pair, tuple[float, int]] = field(default_factory=dict, init=False)  # (when, probes that had failed)
+    # Time of the last repair, and number of failed probes before the repair.
+    _healed: dict[Pair, tuple[float, int]] = field(default_factory=dict, init=False)
     _pending: dict[_Direction, asyncio.Task[None]] = field(default_factory=dict, init=False)
     _probing: dict[Pair, asyncio.Task[None]] = field(default_factory=dict, init=False)
     _tasks: TaskSet = field(default_factory=TaskSet, init=False)
@@ -67,7 +69,7 @@ class PartitionTracker:
             pending.add_done_callback(lambda done: self._pending.pop((caller, other)))
 
     async def settled(self) -> None:
-        """Returns once every report so far is confirmed or dropped. Does not wait for later reports."""
+        """Waits until every report that has arrived so far is confirmed or dropped."""
         if self._pending:
             await asyncio.wait(tuple(self._pending.values()))
 
@@ -109,7 +111,7 @@ class PartitionTracker:
         return bool(why) and await self._confirm(caller, other, why)
 
     async def _confirm(self, caller: WorkerHandle, other: WorkerHandle, why: str) -> bool:
-        """Records the partition and returns True if it is new. Returns False if a worker, and not the link, failed."""
+        """Records a broken link, and returns True if it is new. Returns False if a worker, not the link, has failed."""
         if not await other.is_responsive() or caller.loss is not None:
             return False
         pair = frozenset((caller.name, other.name))

@@ -1,4 +1,4 @@
-"""Makes plans from a cluster's state, for a running cluster and for `llamaclust plan`."""
+"""Makes plans from the state of a cluster, both for running clusters and for `llamaclust plan`."""
 
 from __future__ import annotations
 
@@ -57,37 +57,39 @@ from llamaclust.wire.microbatch.codec import MAX_STAGES
 MakeClusterPlan = Callable[[ClusterConfig, Model, "ClusterResources"], Plan]
 _NO_DIVIDED_MIXTURES = "the experts of layers are divided among workers"
 _MOST_PARTS = 512
-"""The most parts (layers times shards) of a divided model. The planning time grows with the square of the count."""
+"""Maximum number of parts (layers times shards) of a model. Planning time grows with the square of this number."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterResources:
     workers: Mapping[str, WorkerResources]
-    profiles: Mapping[str, Profile]  # by worker; workers without one are planned by their memory alone
+    # Profiles by worker. Plans consider only the memory of a worker without a profile.
+    profiles: Mapping[str, Profile]
     links: Links = UNKNOWN
-    partitions: Pairs = frozenset()  # pairs of workers that cannot reach each other
+    partitions: Pairs = frozenset()  # Pairs of workers that cannot reach each other.
     free_bytes: int | None = None
-    """The machine's free bytes before workers held layers, for all its workers. None if workers report their own."""
+    """Free bytes of this machine when its workers held no layers. None if each worker reports its own free bytes."""
     held: Mapping[tuple[str, str], int] = field(default_factory=dict)
     row_bytes: int = 0
-    """Bytes reserved for image rows, in addition to `free_bytes`. A plan without an encoder may use them."""
+    """Bytes that are reserved for image rows, in addition to `free_bytes`. A plan without an image encoder may use
+    them."""
     encodes: bool = True
-    """True if a worker of the plan must hold the model's image encoder. Ignored if the model has none."""
+    """True if a worker must hold the image encoder. Ignored if the model has none."""
 
 
 def plan_cluster(
     config: ClusterConfig, model: Model, resources: ClusterResources, *, max_expert_shards: int = MAX_EXPERT_SHARDS
 ) -> Plan:
-    """Plans for the workers in `resources`. Workers that `config` names come first, in its order, and other workers
-    follow by name. Raises InsufficientMemoryError with the missing MiB, UsageError if a manual plan is wrong, and
-    NetworkPartitionError if partitions prevent a plan."""
+    """Makes a plan. Workers named in `config` come first, in its order; others follow by name. Raises
+    InsufficientMemoryError with the missing MiB, UsageError if a manual plan is invalid, and NetworkPartitionError if
+    broken links prevent a plan."""
     plan = _plan_in_own_tiles(config, model, resources, max_expert_shards)
     return _in_wide_tiles(config, model, resources, plan) or plan
 
 
 def plan_text_at_least(config: ClusterConfig, model: Model, resources: ClusterResources) -> Plan:
-    """Plans like `plan_cluster`. If only the image encoder does not fit, returns a plan without it, whose `no_images`
-    has the reason."""
+    """Plans like `plan_cluster`. If only the image encoder does not fit, returns a plan without it, and gives the
+    reason in `no_images`."""
     try:
         return plan_cluster(config, model, resources)
     except InsufficientMemoryError as error:
@@ -101,7 +103,6 @@ def plan_text_at_least(config: ClusterConfig, model: Model, resources: ClusterRe
 
 
 def _in_wide_tiles(config: ClusterConfig, model: Model, resources: ClusterResources, own: Plan) -> Plan | None:
-    """Returns a plan with wider tiles, or None unless it is clearly faster and keeps at least half of the KV blocks."""
     has_gpus = any(worker.gpus for worker in resources.workers.values())
     if not config.wide_tiles or not model.has_wider_tiles or own.expert_shards > 1 or has_gpus:
         return None
@@ -141,8 +142,8 @@ def _plan_in_own_tiles(
 
 
 def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources, most: int) -> Iterator[int]:
-    """Yields the shard counts, up to `most`, into which experts may be divided if whole layers do not fit. Yields none
-    if the user wants experts on GPUs, because shards are always in RAM."""
+    """Yields numbers of shards, up to `most`, that each layer's experts can be divided into if whole layers do not fit.
+    Yields nothing if the user wants experts on GPUs, because shards are always in RAM."""
     on_gpus = says_placement(config) or any(worker.gpu_layers for worker in resources.workers.values())
     if (
         most < 2
@@ -171,7 +172,6 @@ def _have_room(config: ClusterConfig, model: Model, resources: ClusterResources)
 
 
 def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResources, expert_shards: int) -> Plan:
-    """Returns a plan whose stages end after whole layers or shards of experts. Raises the errors of `plan_cluster`."""
     check_division(config, model, expert_shards)
     length, facts = context_length(config, model), _worker_facts(config, resources)
     if config.plan is not None:
@@ -218,7 +218,7 @@ def _unused_gpus(facts: Iterable[WorkerFacts]) -> tuple[UnusedGpu, ...]:
 
 
 def predict_served(config: ClusterConfig, model: Model, resources: ClusterResources, plan: Plan) -> Prediction | None:
-    """Predicts an earlier plan's speed from the present profiles and links. Returns None if that is impossible."""
+    """Predicts the speed of an earlier plan from current profiles and links. Returns None if that is not possible."""
     if plan.wide_tiles:
         model, resources = _widened(config, model, resources)
     costs = StageCosts.of(model_costs(config, model, plan.expert_shards))
@@ -320,13 +320,13 @@ class ClusterPlanner:
     config: ClusterConfig
     model: Model
     profiles: WorkerProfiles
-    free_bytes: int | None = None  # see `ClusterResources`
-    row_bytes: int = 0  # likewise
-    encodes: bool = True  # likewise; False: the model reads text only, because its encoder did not fit at the start
+    free_bytes: int | None = None  # Same as in `ClusterResources`.
+    row_bytes: int = 0  # Same as in `ClusterResources`.
+    encodes: bool = True  # False if the model reads only text, because its image encoder did not fit at the start.
     links: Links = UNKNOWN
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
     _thread: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "planner"), init=False)
-    """A separate thread, so that planning during a recovery does not wait for other work."""
+    """Planning has its own thread, so that a recovery does not wait for other work."""
 
     @property
     def reads_images(self) -> bool:
@@ -344,10 +344,9 @@ class ClusterPlanner:
         *,
         needs_images: bool = False,
     ) -> Plan:
-        """Plans in the planner's thread, because planning many workers and layers takes seconds. Omits the image
-        encoder if it does not fit, unless `needs_images` is set or other models hold memory that they will free. Raises
-        the errors of `plan_cluster`, ModelLimitError if too many models are loaded, and WorkerError if no worker is
-        present or a manual plan's worker is absent."""
+        """Plans in a thread, because large plans take seconds. Without `needs_images`, omits an image encoder that does
+        not fit, unless other models hold memory. Raises the errors of `plan_cluster`, ModelLimitError if too many
+        models are loaded, and WorkerError if there are no workers or a manual plan's worker is absent."""
         (beside or self.ledger).check_count(self.model.model_id)
         planned = (name for entry in self.config.plan or () for name in entry.names)
         missing = [name for name in planned if name not in workers]

@@ -1,5 +1,5 @@
-"""Decides on the supervisor's next action from the observed state, in pure functions. A start, a loss, a second loss
-during a recovery, a drain and a better plan all take the same steps."""
+"""Decides the supervisor's next action from the observed state, by pure functions. The same steps handle a start, a
+loss, another loss during a recovery, a drain, and a better plan."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ from llamaclust.core.sizes import mib
 
 @dataclass(frozen=True, slots=True)
 class MakePlan:
-    """Makes a plan, without the quarantined workers if the other workers suffice."""
-
     inputs: PlanInputs
 
 
 @dataclass(frozen=True, slots=True)
 class LoadEpoch:
-    """Loads a plan's stages. If `is_exclusive` is set, the workers first free their other stages of the model."""
+    """Loads a plan's stages. If `is_exclusive` is set, workers first free the model's other stages."""
 
     plan: Plan
     is_exclusive: bool
@@ -30,43 +28,43 @@ class LoadEpoch:
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """Lets the engine continue on the loaded epoch. If an older epoch serves, it begins to retire."""
+    """Lets the engine continue with the loaded epoch. An older epoch that still serves begins to retire."""
 
 
 @dataclass(frozen=True, slots=True)
 class FreeRetired:
-    """Frees the retired epoch's stages. No sequence uses them any more."""
+    """Frees the stages of the retired epoch, which no sequence uses any longer."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClosePipeline:
-    """Closes the lost pipeline and a retiring pipeline, so that the failure can be attributed."""
+    """Closes the lost pipeline and any retiring pipeline, so that the cause of the failure can be found."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sleep:
-    """Frees the model's stages if it has no requests. With `gives_way`, frees them anyway, and the requests wait."""
+    """Frees the model's stages if it has no requests, or in any case if `gives_way` is set. Requests then wait."""
 
     gives_way: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Expel:
-    """Counts workers as lost. A worker with `stays` remains a member, but gets no layers of this model."""
+    """Marks workers as lost. A worker whose expulsion has `stays` stays connected, but gets no layers of this model."""
 
     expulsions: tuple[Expulsion, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class FailRequests:
-    """Fails the requests. Their error states `reason` and the cause of the loss."""
+    """Fails all requests with an error that gives `reason` and the cause of the loss."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Interrupt:
-    """Ends a working pipeline, because its layers and the new plan's layers do not fit in memory together."""
+    """Stops a working pipeline, because its layers and the new plan's layers do not fit into memory together."""
 
     error: LlamaclustError
 
@@ -83,7 +81,7 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Waits for an observation, at most until `until_s`. `is_settled` means that nothing is left to do."""
+    """Waits for an observation, at most until `until_s`. `is_settled` means that there is nothing to do."""
 
     until_s: float | None
     is_settled: bool = False
@@ -131,7 +129,6 @@ def _end_pipeline(state: ClusterState) -> Action | None:
 
 
 def _recover(state: ClusterState) -> Action | None:
-    """Returns the next step toward a pipeline of the present workers, or None if a pipeline serves."""
     loss, planning, loading = state.loss, state.planning, state.loading
     if loss is None:
         return None
@@ -154,8 +151,8 @@ def _recover(state: ClusterState) -> Action | None:
 
 
 def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
-    """Reports once why the model cannot be planned. After a time, aborts a start, or fails the requests of a running
-    cluster, which then waits on."""
+    """Reports once why there is no plan. When the time is over, aborts a start, or fails the requests of a running
+    cluster. The cluster then continues to wait."""
     loss = state.loss
     assert loss is not None and state.planning is not None
     is_link = isinstance(why, NetworkPartitionError)
@@ -178,7 +175,7 @@ def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
 
 
 def _wait_for_memory(state: ClusterState, why: LlamaclustError) -> Action:
-    """Waits until other models free memory after their turns. `timeouts.request` limits the wait."""
+    """Waits until other models free memory when their turns end. `timeouts.request` limits the time."""
     missing_bytes = why.missing_bytes if isinstance(why, InsufficientMemoryError) else None
     missing = "" if missing_bytes is None else f" ({mib(missing_bytes)} MiB)"
     text = f"waiting for memory that other models hold{missing}: they give way after their turns"
@@ -194,7 +191,7 @@ def _absent_workers(state: ClusterState) -> str:
 
 
 def _improve(state: ClusterState) -> Action:
-    """Moves layers to a better plan while the old plan serves. Only one move runs at a time, to save memory."""
+    """Moves layers to a better plan while the old plan serves. To save memory, one move runs at a time."""
     serving, planning = state.serving, state.planning
     assert serving is not None and planning is not None
     must_move = any(name in state.pool.drained for name, _ in serving.workers)

@@ -1,5 +1,5 @@
 """Decides which models are awake. A request wakes a model. A model sleeps after a time without requests, or when
-another model needs its memory. Models with requests take turns if they do not fit in memory together."""
+another model needs its memory. If models with requests do not fit into memory together, they take turns."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 _LOOK_S = 1.0
 _TURN_S = 30.0
-"""The shortest turn of a model in seconds. After its turn, the model may have to give way to another model. Its own
-requests are then computed again."""
+"""Minimum seconds of a model's turn. Afterwards, another model may need the memory. The model's requests are then
+computed again at its next turn."""
 _MOST_TURNS = 16
-"""The longest turn, in units of `_TURN_S`. Turns double while they are too short for a request."""
+"""Maximum length of a turn, in units of `_TURN_S`. Turns become longer while they are too short for a request."""
 
 
 def _now_s() -> float:
@@ -28,20 +28,20 @@ def _now_s() -> float:
 
 @dataclass(eq=False, slots=True)
 class Resident:
-    """A model that is awake or asleep. `usual_s` is how many seconds it stays awake without requests. If `usual_s` is
-    None, the model stays awake until its memory is needed."""
+    """A model that is awake or asleep. `usual_s` is the number of seconds that it stays awake without requests. If
+    `usual_s` is None, it stays awake until another model needs its memory."""
 
     name: str
     observed: Observed
     engine: Engine
     usual_s: float | None
-    keep_alive_s: float | None = field(init=False)  # the same limit after its last request
+    keep_alive_s: float | None = field(init=False)  # Seconds that the model stays awake after its last request.
     idle_since_s: float = field(default_factory=_now_s)
     serving_since_s: float | None = None
-    gives_way: bool = False  # requests do not wake it
-    turns: int = 1  # length of the next turn, in units of `_TURN_S`
-    is_explicit: bool = False  # requests do not load the model
-    _interrupted: frozenset[int] = frozenset()  # unfinished requests at the end of the last turn
+    gives_way: bool = False  # True if requests do not wake the model, because another model has its turn.
+    turns: int = 1  # Length of the next turn, in units of `_TURN_S`.
+    is_explicit: bool = False  # True while a command loads the model. It then stays awake without requests.
+    _interrupted: frozenset[int] = frozenset()  # Keys of the requests that were unfinished when the last turn ended.
     _users: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -62,7 +62,7 @@ class Resident:
 
     @property
     def is_leaving(self) -> bool:
-        """True if the model is awake but about to sleep, because its idle time has run out or its memory is needed."""
+        """True if the model will sleep soon, because its idle time is over or another model needs its memory."""
         return not self.observed.state.is_wanted or (self.is_idle and self.expires_in_s == 0)
 
     @property
@@ -72,7 +72,7 @@ class Resident:
         return max(0.0, self.idle_since_s + self.keep_alive_s - _now_s())
 
     def enter(self) -> None:
-        """Counts a request that the engine does not have yet, and wakes the model."""
+        """Counts a request that has not reached the engine yet, and wakes the model."""
         self._users += 1
         self.wake()
 
@@ -82,7 +82,7 @@ class Resident:
         self._changed.set()
 
     def keep(self, seconds: float | None) -> None:
-        """Sets how long the model stays awake without requests. The next request restores the usual time."""
+        """Sets the seconds that the model stays awake without requests. The next request restores `usual_s`."""
         self.keep_alive_s = seconds
         self._changed.set()
 
@@ -93,7 +93,8 @@ class Resident:
         self._stay_awake()
 
     def _stay_awake(self) -> None:
-        if not self.gives_way:  # even if awake: another model may just have put it to sleep
+        # This is done even if the model is awake, because another model may just have put it to sleep.
+        if not self.gives_way:
             self.observed.post(Signal.WAKE_REQUESTED)
 
     def load(self) -> None:
@@ -101,7 +102,7 @@ class Resident:
         self.wake()
 
     async def sleep(self) -> None:
-        """Puts the model to sleep, unless it has requests."""
+        """Puts the model to sleep if it has no requests."""
         if self._users:
             return
         self.is_explicit = False
@@ -110,8 +111,8 @@ class Resident:
         await self.observed.until(lambda state: state.is_asleep or state.is_wanted)
 
     async def give_way(self) -> None:
-        """Puts the model to sleep. At its next turn, its requests are computed again. An image tile that has begun is
-        computed to its end first, because a tile may take longer than a turn."""
+        """Puts the model to sleep although it has requests, which are computed again at its next turn. An image tile in
+        progress is finished first, because a tile may take longer than a turn."""
         found = frozenset(self.engine.requests.keys)
         self.turns = min(2 * self.turns, _MOST_TURNS) if found & self._interrupted else 1
         self._interrupted, self.gives_way = found, True
@@ -134,12 +135,11 @@ class Resident:
         requests = self.engine.requests
         while not self.is_idle:
             await self._changes(requests.wait_any() if requests.are_empty else requests.wait_empty())
-            if not self.is_idle:  # it may have been idle for a moment, and put to sleep
+            if not self.is_idle:  # The model may have been idle for a moment and put to sleep.
                 self._stay_awake()
         self.idle_since_s = _now_s()
 
     async def _changes(self, waiting: Coroutine[Any, Any, Any], timeout_s: float | None = None) -> bool:
-        """Waits for `waiting` or for a change of this resident. Returns False if neither came before the timeout."""
         self._changed.clear()
         waits = [asyncio.create_task(waiting), asyncio.create_task(self._changed.wait())]
         try:
@@ -151,11 +151,12 @@ class Resident:
 
 
 class Residency:
-    """A cluster's models. Decides which models are awake while this context manager is entered."""
+    """The models of a cluster. Decides which models are awake while this context manager is open."""
 
     def __init__(self, residents: Mapping[str, Resident]) -> None:
-        self.residents = residents  # by name
-        self._idle = asyncio.Event()  # replaced when a model has no more requests
+        self.residents = residents  # Models by name.
+        # This event is set, and replaced by a new one, when a model has no requests any longer.
+        self._idle = asyncio.Event()
         self._tasks = TaskSet()
 
     async def __aenter__(self) -> Residency:
@@ -173,14 +174,15 @@ class Residency:
             await resident.requested()
             resident.wake()
             await resident.idle()
-            if resident.engine.state is EngineState.REFUSING:  # the next request tries again
+            if resident.engine.state is EngineState.REFUSING:  # The next request starts another attempt.
                 await resident.sleep()
             self._idle.set()
             self._idle = asyncio.Event()
 
     async def _make_room(self, resident: Resident) -> None:
-        """Puts other models to sleep while `resident` lacks memory. Begins with the model that has been idle longest.
-        If none is idle, takes models whose turn is over. These are loaded again once memory suffices."""
+        """Puts other models to sleep while `resident` lacks memory. Models without requests come first, beginning with
+        the one that has been idle longest, then models whose turn is over. The latter are loaded again when there is
+        memory."""
         while True:
             await resident.observed.until(lambda state: state.lacks_memory)
             giving_way: list[Resident] = []
@@ -198,7 +200,7 @@ class Residency:
             elif (sleeper := self._longest_serving(resident)) is not None:
                 giving_way.append(sleeper)
                 await sleeper.give_way()
-            else:  # a move may free memory as well
+            else:  # Memory may also become free by a move.
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_LOOK_S):
                         await idle.wait()
@@ -212,7 +214,6 @@ class Residency:
             resident.serving_since_s = None
 
     def _longest_serving(self, resident: Resident) -> Resident | None:
-        """Returns the model that has served longest. None unless its turn is over and requests wait for `resident`."""
         waiting = resident.observed.state.loss
         if resident.is_idle or waiting is None:
             return None
@@ -231,7 +232,7 @@ class Residency:
 
 
 async def _plan_again(observed: Observed) -> None:
-    """Requests a plan for the present free memory. Returns once the plan is made, or once none is needed."""
+    """Requests a plan for the memory that is free now. Returns when the plan is made or is no longer needed."""
     before = observed.state.pool.memory
     observed.post(Signal.MEMORY_FREED)
     await observed.until(

@@ -1,4 +1,4 @@
-"""The epoch that serves, and the decision whether a move to another plan is worthwhile."""
+"""Describes the epoch that serves, and decides whether another plan is worth a move."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.core.gpus import DeviceLayers
 
 _CLEARLY_BETTER = 0.95
-"""A plan must be better by this factor, because measurements of equal workers differ slightly."""
+"""Factor by which a plan must be better, because measurements of equal workers differ slightly."""
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
     plan: Plan
-    workers: tuple[Incarnation, ...]  # in the order of their stages
+    workers: tuple[Incarnation, ...]  # Workers in the order of their stages.
 
     def is_worth_keeping(self, plan: Plan) -> bool:
-        """True if a move to the plan would gain nothing. Images count more than layers and times."""
+        """True if a move to `plan` would gain nothing. Support for images counts more than layers and times."""
         if self.plan.has_encoder != plan.has_encoder:
             return self.plan.has_encoder
         return self.has_layers_as(plan) or self.is_as_good_as(plan)
@@ -28,11 +28,11 @@ class Serving:
         return _layers(self.plan) == _layers(plan) and self.plan.wide_tiles == plan.wide_tiles
 
     def predicted(self, prediction: Prediction | None) -> Serving:
-        """Replaces the prediction. A prediction from outdated links may be too good to compare a new plan with."""
+        """Replaces the prediction. Predictions from outdated links cannot be compared with those of a new plan."""
         return replace(self, plan=replace(self.plan, prediction=prediction))
 
     def is_as_good_as(self, plan: Plan) -> bool:
-        """True if the plan has the same stages and shares, and its prediction is not clearly better."""
+        """True if `plan` has the same stages and shares, and its prediction is not clearly better."""
         served, new = self.plan.prediction, plan.prediction
         if served is None or new is None or _parts(self.plan) != _parts(plan):
             return False
@@ -51,7 +51,7 @@ def is_clearly_faster(plan: Plan, other: Plan) -> bool:
 
 
 _Part = tuple[Fraction, Fraction, tuple[int, ...], int]
-"""Start and end in layers, the group's shares, and the member's index in the group."""
+"""Start and end in layers, shares of the group, and index of the member in the group."""
 
 
 def _parts(plan: Plan) -> list[_Part]:

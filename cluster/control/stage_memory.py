@@ -1,4 +1,4 @@
-"""Computes how much memory a stage will take on a worker, without a load. Uses the worker's own code."""
+"""Computes the memory that a stage will use on a worker, by the worker's own code."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from llamaclust.worker.stage.stage_runner import model_program
 class _Known:
     workspaces: dict[tuple[StageLimits, StagePlace], int] = field(default_factory=dict)
     roundings: dict[tuple[str, bool], Counts] = field(default_factory=dict)
-    encoders: dict[int, Mapping[str, int]] = field(default_factory=dict)  # by threads
+    encoders: dict[int, Mapping[str, int]] = field(default_factory=dict)  # Encoder memory by number of threads.
 
 
 _known: MutableMapping[Model, _Known] = WeakKeyDictionary()
 
 
 def workspace_of(model: Model, limits: StageLimits) -> Workspace:
-    """Returns the workspace of stages with these limits. For a place without layers, returns the workspace of the
-    largest stage there."""
+    """Returns the workspace of stages with these limits. If a place has no layers yet, this is the workspace of the
+    largest possible stage."""
     known = _known.setdefault(model, _Known()).workspaces
 
     def bytes_at(place: StagePlace) -> int:
@@ -47,7 +47,7 @@ def workspace_of(model: Model, limits: StageLimits) -> Workspace:
 
 
 def _largest_stages(model: Model, limits: StageLimits, place: StagePlace) -> Iterator[tuple[int, int, StageLimits]]:
-    """Yields stages with their limits. One of them takes the largest workspace at the place."""
+    """Yields stages with their limits. One of these stages needs the largest workspace of all."""
     yield 0, model.layer_count if place.is_last else max(1, model.layer_count - 1), replace(limits, expert_shards=1)
     if limits.expert_shards > 1:
         for parts in _divided_stages(model, limits.expert_shards, place):
@@ -55,7 +55,7 @@ def _largest_stages(model: Model, limits: StageLimits, place: StagePlace) -> Ite
 
 
 def _divided_stages(model: Model, shards: int, place: StagePlace) -> Iterator[tuple[int, int]]:
-    """Yields stages, in parts of layers, that begin or end inside a layer. One of them takes the largest workspace."""
+    """Yields stages that begin or end inside a layer, as ranges of parts. One of them needs the largest workspace."""
     layers = [layer for layer in range(model.layer_count) if model.is_divisible(layer, shards)]
     half = shards // 2
     if not layers:
@@ -75,7 +75,7 @@ def _divided_stages(model: Model, shards: int, place: StagePlace) -> Iterator[tu
 
 
 def rounding_of(model: Model, *, experts: bool = True) -> Rounding:
-    """Returns the bytes that rounding adds to weights, as sums over layers, including the embedding and the head."""
+    """Returns the bytes that rounding adds to weights, as sums over layers. They include the embedding and the head."""
     known = _known.setdefault(model, _Known()).roundings
 
     def table(device: str) -> Counts:
@@ -89,7 +89,7 @@ def rounding_of(model: Model, *, experts: bool = True) -> Rounding:
 
 
 def encoder_of(model: Model) -> EncoderParts | None:
-    """Returns the image encoder's RAM as a function of the thread count, or None if the model has no encoder."""
+    """Returns the image encoder's memory as a function of the number of threads. None if the model has no encoder."""
     projector = model.projector
     if projector is None:
         return None

@@ -1,4 +1,4 @@
-"""Applies each observation to the state from which the supervisor decides, in pure functions."""
+"""Applies observations to the supervisor's state, by pure functions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def observe(state: ClusterState, observation: seen.Observation) -> ClusterState:
         case seen.Planned(inputs, plan, error, served, is_beside):
             serving = state.serving and state.serving.predicted(served)
             if loss is not None and plan is not None and planning is not None and planning.lacks_memory:
-                loss = replace(loss, since_s=state.tick.now_s)  # the wait for other models is no recovery
+                # The time of waiting for other models does not count as recovery.
+                loss = replace(loss, since_s=state.tick.now_s)
             planning = Planning(inputs, plan, error, is_beside=is_beside)
             return replace(state, planning=planning, serving=serving, loss=loss)
         case seen.EpochLoadFailed():
@@ -98,15 +99,14 @@ def _pool_changed(pool: PoolState, observation: seen.PoolObservation) -> PoolSta
 
 
 def _awake(state: ClusterState) -> ClusterState:
-    """Marks the model as wanted. A sleeping model's pipeline counts as lost from now on, so that it is loaded."""
     if state.is_asleep:
         state = replace(state, loss=PipelineLoss(state.tick.now_s, is_closed=True))
     return replace(state, is_wanted=True, has_given_way=False, is_unloaded=False)
 
 
 def _attribute(state: ClusterState) -> ClusterState:
-    """Finds the worker or request that made the pipeline fail. A lost worker is the cause. If no worker is lost, a
-    worker that broke the protocol is expelled."""
+    """Decides which request or worker caused the pipeline's failure. If no worker is lost, a worker that broke the
+    protocol is expelled."""
     loss, serving = state.loss, state.serving
     assert loss is not None and loss.error is not None and serving is not None
     if loss.causes:
@@ -124,7 +124,7 @@ def _attribute(state: ClusterState) -> ClusterState:
 
 
 def _worker_failed(state: ClusterState, worker: Incarnation, reason: str, requests: frozenset[int]) -> ClusterState:
-    """Records a serving worker's failure. Adds a notice only if a quarantine begins."""
+    """Records a failure of a serving worker. Adds an expulsion, which is reported, if this begins a quarantine."""
     (name, _), now_s, before = worker, state.tick.now_s, state.pool.quarantine
     is_repeated = state.loss is not None and state.loss.is_repeated
     quarantine = before.failed(name, reason, requests, now_s, is_repeated=is_repeated)
@@ -137,13 +137,14 @@ def _worker_failed(state: ClusterState, worker: Incarnation, reason: str, reques
 
 
 def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterState:
-    """Repeats a failed load after a pause. Makes a new plan if the plan is outdated, or if a worker had less memory
-    than it reported. Expels workers that hang or fail repeatedly."""
+    """Decides what follows a failed load. The load is repeated after a pause. If the plan is outdated or a worker has
+    less memory than it reported, a new plan is made. Workers that hang or fail repeatedly are expelled."""
     planning = state.planning
     assert planning is not None and planning.plan is not None
     stalled = [suspect for suspect in failed.suspects if isinstance(suspect.error, StalledError)]
     hanging = {suspect.name: f"it hangs: {suspect.error}" for suspect in stalled}
-    serving = () if state.serving is None else state.serving.workers  # whose loss is one of the pipeline
+    # If such a worker is lost, the pipeline is lost too.
+    serving = () if state.serving is None else state.serving.workers
     for worker in planning.inputs.workers:
         is_lost = worker not in state.pool.usable and worker not in serving
         if is_lost and (error := failed.error_of(worker[0])) is not None:
@@ -152,7 +153,8 @@ def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterSt
         return _expel(state, planning.inputs, hanging)
     if not failed.is_exclusive:
         return state if state.loss else _move_failed(state, planning, failed)
-    if failed.file_is_absent and not (state.is_start and state.is_whole):  # even if the holder was lost meanwhile
+    # This is checked even if the worker with the file was lost meanwhile.
+    if failed.file_is_absent and not (state.is_start and state.is_whole):
         return replace(state, planning=replace(planning, inputs=state.inputs, rejected=failed.error))
     if state.is_start and (damaged := _damaged(state, failed)):
         return _expel(state, planning.inputs, damaged, stays=True)
@@ -192,7 +194,7 @@ def _unfit(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:
 
 
 def _exclude(state: ClusterState, inputs: PlanInputs, reasons: Mapping[str, str]) -> ClusterState:
-    """Expels workers. If the cluster serves other models too, only excludes them from this model's plans."""
+    """Expels workers. If the cluster serves other models too, the workers only get no layers of this model."""
     if state.is_alone:
         return _expel(state, inputs, reasons)
     excluded = state.inputs.quarantined
@@ -216,7 +218,8 @@ def _expel(state: ClusterState, inputs: PlanInputs, reasons: Mapping[str, str], 
 def _serving(state: ClusterState) -> ClusterState:
     planning, loss = state.planning, state.loss
     assert planning is not None and planning.plan is not None
-    if loss is not None and loss.error is not None and not loss.is_closed:  # the new plan was loaded before that
+    # The pipeline was lost after the new plan was loaded.
+    if loss is not None and loss.error is not None and not loss.is_closed:
         state = _attribute(state)
     names = [stage.worker for stage in planning.plan.stages]
     joins = dict(planning.inputs.workers)

@@ -1,5 +1,5 @@
-"""Keeps a pipeline ready for a model's engine, in a loop. An observation changes the state, `reconcile` decides on an
-action, and the action's result is another observation. Observations are also applied while an action runs."""
+"""Keeps a pipeline ready for the engine of a model. In a loop, observations change the state, `reconcile` decides on an
+action, and the result of the action is another observation. Observations also arrive while an action runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llamaclust.cluster.state.events import Notice, Report
 
 
 class Supervisor:
-    """One model's control loop. `start` opens the first epoch, and `run` keeps an epoch serving."""
+    """Runs the control loop of one model. `start` opens the first epoch, and `run` keeps an epoch serving."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Supervisor:
         report: Report,
         is_asleep: bool = False,
     ) -> None:
-        """Adds the model to the pool. If `is_asleep` is set, the first request loads the model, and not the start."""
+        """Adds the model to the pool. If `is_asleep` is set, the model is loaded when the first request comes."""
         now_s, workers = asyncio.get_running_loop().time(), pool.workers
         usable = PoolState(drained=workers.record.drained)
         waits = Waits(recovery_s=config.timeouts.recovery, start_s=max(config.timeouts.recovery, workers.start_s))
@@ -128,7 +128,7 @@ class Supervisor:
             if observation is seen.Signal.ACTION_ENDED:
                 assert self._action is not None
                 ended, self._action = self._action, None
-                ended.result()  # the task's error is a bug
+                ended.result()  # An error of the task is a bug.
 
     def _act(self, action: Action | None) -> float | None:
         match action:

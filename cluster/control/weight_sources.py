@@ -1,4 +1,4 @@
-"""Finds sources of models, adapters and projectors for workers that lack a file or have different bytes."""
+"""Finds workers that can send a model, adapter or projector to workers that lack the file or have another version."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class ModelReference:
 
 @dataclass(frozen=True, slots=True)
 class WantedBytes:
-    """A model, adapter or projector to load. `own` is the coordinator's copy, if workers' copies are to be compared
-    with it. If `is_compared` is set, copies are compared even if all workers have the same file."""
+    """A file to load: a model, an adapter or a projector. `own` is the coordinator's copy if it takes part in the
+    comparison of copies. If `is_compared` is set, copies are compared even if all workers read the same file."""
 
     request: FindWeights
     own: OwnCopy | None = None
@@ -57,7 +57,7 @@ async def weight_sources(
     loading: Collection[str], workers: Mapping[str, WorkerHandle], wanted: WantedBytes, report: Report | None = None
 ) -> dict[str, WeightSources]:
     """Returns the manifest and the sources of the weights for each worker in `loading` that has the file or a source.
-    Returns an empty mapping if all workers have the same file."""
+    Returns an empty mapping if all these workers read the same file."""
     members = {name: worker for name, worker in workers.items() if worker.loss is None}
     found = await _find(members.values(), lambda worker: find_weights(worker, wanted.request))
     if not _are_compared(wanted, [found[name] for name in loading if name in found]):
@@ -108,7 +108,6 @@ async def adapter_files(
 async def encoder_files(
     wanted: WantedBytes | None, loading: Collection[str], workers: Mapping[str, WorkerHandle], report: Report | None
 ) -> dict[str, EncoderFile]:
-    """Returns the projector's file for each worker in `loading`. Returns an empty mapping without a projector."""
     if wanted is None or not loading:
         return {}
     sources = await weight_sources(loading, workers, wanted, report)
@@ -140,7 +139,7 @@ async def announce_source(newcomer: WorkerHandle, workers: Collection[WorkerHand
         source = WeightSource(newcomer.registration.address, newcomer.name)
         for worker in fetching:
             if weights.manifest is not None and weights.manifest in _fetched(worker):
-                with suppress(WorkerError, DeadlineError):  # the worker is lost, or will be
+                with suppress(WorkerError, DeadlineError):  # The worker is lost or will count as lost soon.
                     async with deadline(f"announcing a source to worker {worker.name}", _ANNOUNCE_S):
                         await worker.channel.send(AddWeightSource(weights.manifest, source))
 
@@ -167,7 +166,7 @@ def nearest_first(
 
 
 def is_file_absent(workers: Mapping[str, WorkerHandle], model_id: str) -> bool:
-    """True if no present worker is known to have the model's file. Loads must then wait."""
+    """True if no connected worker is known to have the model's file. Loads must then wait."""
     found = [
         worker.weights_found.get((model_id, True)) or worker.weights_found.get((model_id, False))
         for worker in workers.values()
@@ -199,8 +198,8 @@ def _sources(
     coordinator: Sequence[WeightSource],
     links: Links,
 ) -> tuple[WeightSource, ...]:
-    """Lists a worker's sources: workers with the file, then the coordinator if it offers its copy, then other workers,
-    which may have fetched the weights by then. `place` rotates equal sources."""
+    """Lists the sources for a worker: workers with the file, the coordinator if it gives its copy, and other workers,
+    which may have fetched the weights meanwhile. `place` varies the order of equally near sources."""
     machines = {name: worker.registration.machine for name, worker in members.items()}
     with_file = [name for name, weights in described.items() if weights.has_file]
     others = [name for name in members if name not in with_file] if described or coordinator else []

@@ -1,1 +1,1 @@
-"""Runs requests. Its engine connects the scheduler with the pipeline that computes."""
+"""Runs requests. The engine connects the scheduler with the pipeline of stages that compute."""

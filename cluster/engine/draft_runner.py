@@ -1,4 +1,4 @@
-"""Passes the scheduler's orders to a lane's draft model, one batch after another."""
+"""Sends the scheduler's orders to a draft model, one batch at a time."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from llamaclust.core.errors import DeadlineError, LlamaclustError
 
 _DEADLINE_S = 30
 _SLICE_S = 1.0
-"""The seconds of one part of the deadline. If the whole process pauses, the pause uses up at most one part."""
+"""The deadline is counted in parts of this many seconds. If the whole process pauses, this uses up at most one part."""
 
 _log = logging.getLogger(__name__)
 
 
 class DraftRunner:
-    """Runs a draft model. Any failure disables the model, and sequences that wait for its drafts continue without."""
+    """Runs a draft model. If the model fails, it is disabled, and waiting sequences continue without drafts."""
 
     def __init__(self, scheduler: Scheduler, drafted: Callable[[], None]) -> None:
         self._scheduler = scheduler
@@ -35,7 +35,7 @@ class DraftRunner:
             begun_ns = monotonic_ns()
             try:
                 drafting = drafts.model.draft(orders)
-            except Exception as error:  # noqa: BLE001  a border, as below
+            except Exception as error:  # noqa: BLE001  answers do not depend on drafts
                 self._lose(drafts, error)
                 self._drafted()
             else:
@@ -45,7 +45,7 @@ class DraftRunner:
         try:
             replies = await _in_time(drafting)
             drafts.drafted(replies, monotonic_ns() - begun_ns, self._scheduler.by_key)
-        except Exception as error:  # noqa: BLE001  a border: answers do not depend on drafts
+        except Exception as error:  # noqa: BLE001  answers do not depend on drafts
             self._lose(drafts, error)
         finally:
             self._task = None
@@ -62,7 +62,6 @@ class DraftRunner:
 
 
 async def _in_time(drafting: Awaitable[DraftReplies]) -> DraftReplies:
-    """Raises DeadlineError if the model does not answer in time. A pause of the whole process hardly counts."""
     awaited = asyncio.ensure_future(drafting)
     try:
         for _ in range(round(_DEADLINE_S / _SLICE_S)):
@@ -70,4 +69,4 @@ async def _in_time(drafting: Awaitable[DraftReplies]) -> DraftReplies:
                 return awaited.result()
     finally:
         awaited.cancel()
-    raise DeadlineError(f"no draft within {_DEADLINE_S} s")
+    raise DeadlineError(f"the draft model did not answer within {_DEADLINE_S} s")

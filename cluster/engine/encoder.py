@@ -1,4 +1,5 @@
-"""Encodes image tiles on the pipeline that serves. After a loss, another pipeline encodes them with equal bits."""
+"""Encodes image tiles on the running pipeline. If it is lost, the next pipeline encodes the tile with the same
+result."""
 
 from __future__ import annotations
 
@@ -25,11 +26,12 @@ _log = logging.getLogger(__name__)
 
 _BACKOFF = Backoff(0.05, 1.0)
 _LAST_TILE_S = 120.0
-"""The deadline in seconds for the tile in progress when its model gives way. A slower tile is computed again later."""
+"""Maximum seconds to wait for the tile in progress before another model is loaded. The tile is then encoded again
+later."""
 
 
 class _AttemptError(Exception):
-    """A tile was not encoded. `is_strike` means that the tile may be the cause, because it ran at the failed worker."""
+    """A tile could not be encoded. `is_strike` is true if the tile itself may have caused the failure."""
 
     def __init__(self, cause: LlamaclustError, *, is_strike: bool) -> None:
         super().__init__(str(cause))
@@ -40,17 +42,18 @@ class _AttemptError(Exception):
 @dataclass(frozen=True, slots=True, eq=False)
 class _Serving:
     encoder: PipelineEncoder
-    lost: asyncio.Future[LlamaclustError | None]  # the failure of its pipeline; None: it was given up
+    # Completed when the pipeline ends: with its failure, or with None if another model needs the memory.
+    lost: asyncio.Future[LlamaclustError | None]
 
 
 class Encoder:
-    """Sends one tile at a time to the present pipeline's encoder. Owners take turns, tile by tile. Each owner encodes
-    one image at a time, in the order of the calls."""
+    """Encodes one image tile at a time. API clients take turns, tile by tile. A client's images are encoded in
+    order."""
 
     def __init__(
         self, projector: Projector, deadline_s: float, announced: Callable[[], AbstractContextManager[None]]
     ) -> None:
-        """Enters `announced()` while an image waits or is encoded."""
+        """Creates an encoder. It enters the context `announced()` while an image waits or is encoded."""
         self._projector = projector
         self._announced = announced
         self._deadline_s = deadline_s
@@ -59,50 +62,50 @@ class Encoder:
         self._running: asyncio.Task[NDArray[np.float32]] | None = None
         self._loop = asyncio.get_running_loop()
         self._present: _Serving | None = None
-        self._serving: asyncio.Future[_Serving] = self._loop.create_future()  # pending while no tile may begin
+        # Current encoder. The future is pending while no tile may begin.
+        self._serving: asyncio.Future[_Serving] = self._loop.create_future()
 
     def serve(self, encoder: PipelineEncoder) -> None:
-        """Replaces the encoder. A tile in progress is finished by the encoder that has it."""
+        """Uses `encoder` from now on. A tile in progress stays with the old encoder."""
         self.pause()
         self._present = _Serving(encoder, self._loop.create_future())
         self._serving.set_result(self._present)
 
     def lose(self, error: LlamaclustError | None) -> None:
-        """Ends the tile in progress. Tiles wait for the next encoder. `error` is the pipeline's failure, if any."""
+        """Stops the tile in progress. The next encoder encodes it again. `error` is the pipeline's failure, if any."""
         self.pause()
         if self._present is not None:
             self._present.lost.set_result(error)
             self._present = None
 
     def end(self, error: LlamaclustError) -> None:
-        """Refuses tiles with this error until an encoder serves again."""
+        """Makes tiles fail with this error until `serve` is called."""
         self.lose(error)
         self._serving.set_exception(error)
-        self._serving.exception()  # retrieved: there may be no tiles
+        self._serving.exception()  # Reading the exception avoids asyncio's warning if no tile waits.
 
     def pause(self) -> None:
-        """Starts no further tile until an encoder serves again."""
+        """Lets no further tile begin until `serve` is called."""
         if self._serving.done():
             self._serving = self._loop.create_future()
 
     async def wait_idle(self) -> None:
-        """Waits for the tile in progress, but not beyond its deadline: a hung worker must not delay other models."""
+        """Waits for the tile in progress, at most 120 s, because a worker that hangs must not delay other models."""
         if self._running is not None and not (await asyncio.wait((self._running,), timeout=_LAST_TILE_S))[0]:
-            _log.warning("an image tile takes longer than %g s: other models no longer wait for it", _LAST_TILE_S)
+            _log.warning("an image tile has taken longer than %g s; other models no longer wait for it", _LAST_TILE_S)
 
     @asynccontextmanager
     async def turn(self, owner: str) -> AsyncIterator[None]:
-        """Enters an owner's turn for one image. Raises DeadlineError if waiting and encoding take longer than a request
-        may take."""
+        """Waits for the client's turn to encode an image, and holds the turn while the context is open. Raises
+        DeadlineError if waiting and encoding together exceed the time limit."""
         with self._announced():
             async with deadline("encoding an image (timeouts.request)", self._deadline_s), self._images.turn(owner):
                 yield
 
     async def encode(self, tiles: Sequence[NDArray[np.uint8]], owners: Owners) -> list[NDArray[np.float32]]:
-        """Takes tiles [height, width, 3], and returns each tile's rows [rows, levels * width]. The caller must be in
-        `turn`. Each tile takes its turn for the first owner. Waits until a pipeline serves. Raises RequestError if the
-        encoder refuses a tile, RequestFailedError if the worker fails repeatedly on the same tile, and WorkerError if
-        requests are refused."""
+        """Encodes tiles [height, width, 3] as rows [rows, levels * width]. The caller must have entered `turn`. Waits
+        until a pipeline serves. Raises RequestError if the encoder refuses a tile, RequestFailedError if a worker
+        failed too often with the same tile, and WorkerError if no pipeline is expected."""
         tasks = [self._task(tile) for tile in tiles]
         return [await self._encoded(task, owners) for task in tasks]
 
@@ -119,9 +122,9 @@ class Encoder:
             except _AttemptError as failed:
                 strikes += failed.is_strike
                 if strikes == MAX_STRIKES:
-                    what = f"the image encoder failed {strikes} times on the same tile, most recently: {failed}"
+                    what = f"the image encoder failed {strikes} times on the same tile, the last time with: {failed}"
                     raise RequestFailedError(what) from failed.cause
-                _log.warning("an image tile was not encoded and will be tried again: %s", failed)
+                _log.warning("an image tile could not be encoded and will be tried again: %s", failed)
             await asyncio.sleep(_BACKOFF.pause_s(attempts))
             attempts += 1
 
@@ -143,8 +146,6 @@ class Encoder:
             await asyncio.gather(working, return_exceptions=True)
 
     def _is_strike(self, serving: _Serving, error: LlamaclustError) -> bool:
-        """True if the encoder or its worker failed. False if the pipeline was given up, was replaced, or was lost
-        because of another worker."""
         if isinstance(error, EncoderUnreachableError):
             return False
         if serving.lost.done():

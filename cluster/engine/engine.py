@@ -1,4 +1,4 @@
-"""Runs requests on a pipeline. Sends the microbatches that the scheduler makes, and processes their results."""
+"""Runs requests on a pipeline. Sends the scheduler's microbatches to the pipeline, and processes their results."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ _log = logging.getLogger(__name__)
 
 
 def _done_ns(results: Sequence[Result], now_ns: int) -> list[int]:
-    """Estimates when each result was computed. The last result was computed at `now_ns`. Each earlier result was
-    computed before the next microbatch began on its fastest stage."""
+    """Estimates when each result was computed: the last one at `now_ns`, and each other one earlier than its successor
+    by the successor's shortest stage time."""
     ends = [now_ns]
     for result in reversed(results[1:]):
         ends.append(ends[-1] - min((timing.compute_ns for timing in result.timings), default=0))
@@ -49,26 +49,25 @@ def _done_ns(results: Sequence[Result], now_ns: int) -> list[int]:
 
 class EngineState(StrEnum):
     READY = "ready"
-    ASLEEP = "asleep"  # the model is not loaded: requests are accepted, and wake it
-    RECOVERING = "recovering"  # the pipeline is lost: requests are accepted, and wait
-    DRAINING = "draining"  # accepted requests are served to their end; the API refuses others
-    REFUSING = "refusing"  # the pipeline is lost and requests are refused, until workers are back
-    DOWN = "down"  # requests are refused for good
+    ASLEEP = "asleep"  # The model is not loaded. A request is accepted and causes the model to be loaded.
+    RECOVERING = "recovering"  # The pipeline was lost. Requests are accepted, and wait for the next pipeline.
+    DRAINING = "draining"  # Accepted requests are computed to their ends. The API refuses other requests.
+    REFUSING = "refusing"  # The pipeline was lost. Requests are refused until workers have connected again.
+    DOWN = "down"  # Requests are refused until the process ends.
 
 
 class _Phase(Enum):
     RUNNING = auto()
-    ASLEEP = auto()  # until `resume`
-    LOST = auto()  # until `resume` or `give_up`
-    GIVEN_UP = auto()  # until `resume`
+    ASLEEP = auto()  # This phase lasts until `resume` is called.
+    LOST = auto()  # This phase lasts until `resume` or `give_up` is called.
+    GIVEN_UP = auto()  # This phase lasts until `resume` is called.
     CLOSED = auto()
 
 
 class Engine:
-    """Runs requests while this context manager is open. The pipelines' owner closes the pipelines after the engine.
-    Without an `owner`, a lost pipeline closes the engine. With an owner, requests wait until the owner calls `resume`
-    with another pipeline, or `give_up`. If a pipeline has no stages, the model is not loaded, and the engine sleeps
-    until `resume`. If `projector` is given, `encoder` encodes images on the pipeline."""
+    """Runs requests while this context manager is open. A pipeline without stages means that the model is not loaded.
+    If there is an owner, requests wait after the loss of a pipeline until the owner calls `resume` or `give_up`.
+    Otherwise, a loss ends the engine. The owner closes pipelines after the engine."""
 
     def __init__(
         self,
@@ -78,11 +77,12 @@ class Engine:
         owner: EngineOwner | None = None,
         projector: Projector | None = None,
     ) -> None:
-        self.retirement: Retirement | None = None  # the lane before the present one retires
+        # Moves the previous lane's sequences to the current lane. None if there is only one lane.
+        self.retirement: Retirement | None = None
         self.metrics = Metrics(pipeline.stages, lambda: self.counts, monotonic_ns)
         self.waterfalls = Waterfalls()
         self.requests = OpenRequests(self.metrics, self.waterfalls)
-        self.error: LlamaclustError | None = None  # why it is down or recovering
+        self.error: LlamaclustError | None = None  # The reason why the engine is down or recovering.
         self._phase = _Phase.RUNNING if pipeline.stages else _Phase.ASLEEP
         if self._phase is _Phase.ASLEEP:
             self.waterfalls.unloaded(monotonic_ns())
@@ -94,7 +94,7 @@ class Engine:
         self._encode_by(pipeline)
         scheduler = Scheduler(settings, pipeline.epoch, len(pipeline.stages))
         self._lane = Lane(pipeline, scheduler, self, self.deadlines)
-        self._ended = scheduler.counts.totals  # counts of earlier lanes
+        self._ended = scheduler.counts.totals  # Counts of ended lanes.
 
     def _encode_by(self, pipeline: Pipeline) -> None:
         if self.encoder is None:
@@ -159,8 +159,8 @@ class Engine:
         return RequestStream(partial(self.begin, request))
 
     def begin(self, request: GenerationRequest, sink: Sink) -> SubmittedRequest:
-        """Queues a request. Raises RequestError if it is invalid, QueueFullError if too many wait, and WorkerError if
-        the engine is down. A draining engine accepts further choices of open API requests. The API refuses others."""
+        """Queues a request. Raises RequestError if it is invalid, QueueFullError if the queue is full, and WorkerError
+        if the engine refuses requests. A draining engine still accepts further sequences of open API requests."""
         if self._phase in (_Phase.GIVEN_UP, _Phase.CLOSED):
             raise WorkerError(str(self.error or _STOPPING))
         sequence = self.scheduler.add(request, monotonic_ns())
@@ -204,7 +204,7 @@ class Engine:
                 completed.append(self._complete(lane, result, done_ns))
             else:
                 lane.launch()
-        finally:  # what came before a result that breaks the protocol counts
+        finally:  # Results that came before an invalid result are still counted.
             tokens = sum(self.requests.deliver(key, updates) for each in completed for key, updates in each.updated)
             self.metrics.sampled(tokens, now_ns)
             self.metrics.drafted(lane.scheduler.drafts - drafts, now_ns)
@@ -285,7 +285,6 @@ class Engine:
                 self._end_retirement()
 
     def _end_retirement(self, error: LlamaclustError | None = None) -> None:
-        """Ends a retirement in progress. Sequences that are left on the old lane are computed again."""
         if self.retirement is not None:
             ended, self.retirement = self.retirement, None
             self._ended += ended.end(error)
@@ -300,7 +299,6 @@ class Engine:
         self._lose(self._lane, error)
 
     def _lose(self, lane: Lane, error: BaseException, microbatch: int | None = None) -> None:
-        """Handles a pipeline's failure. The requests in flight (in `microbatch`, if it is known) may be the cause."""
         if self._phase is not _Phase.RUNNING or self._owner is None or not isinstance(error, LlamaclustError):
             self.interrupt(error)
             return
@@ -329,13 +327,13 @@ class Engine:
         self._owner.pipeline_lost(failure)
 
     async def finish_tile(self) -> None:
-        """Waits for the image tile in progress. No other tile begins until `resume`."""
+        """Waits for the image tile in progress. Other tiles wait until `resume` is called."""
         if self.encoder is not None:
             self.encoder.pause()
             await self.encoder.wait_idle()
 
     def sleep(self, *, gives_way: bool = False) -> bool:
-        """Gives up the pipeline until `resume`. Without `gives_way`, returns False instead if a request is open."""
+        """Stops using the pipeline until `resume`. Returns False if requests are open and `gives_way` is false."""
         if self._phase is _Phase.CLOSED or not (gives_way or self.requests.are_empty):
             return False
         self._lane.stop()

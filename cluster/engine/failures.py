@@ -1,4 +1,4 @@
-"""A pipeline's failures, as its owner receives them: the worker at fault, and the requests in flight."""
+"""Describes a pipeline's failure to its owner: the worker that caused it, and the requests that were in flight."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from llamaclust.wire.microbatch.messages import Result
 
 
 class EngineOwner(Protocol):
-    """The owner of an engine's pipelines. After a loss, requests wait until the owner provides another pipeline."""
+    """Owns the pipelines of an engine. After a loss, requests wait until the owner provides another pipeline."""
 
     def pipeline_lost(self, failure: PipelineFailure) -> None: ...
 
     @property
     def may_suspect_workers(self) -> bool:
-        """True if a worker without results for some rows may be suspected, because other workers can replace it."""
+        """True if other workers could replace a worker whose results lack rows."""
         ...
 
     def rows_failed(self, key: int) -> None:
-        """Reports that a request has ended. Its rows had no result on the suspected worker, nor on another worker."""
+        """Reports that a request has failed, because two workers computed no valid result for the same rows."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineFailure:
-    """A pipeline's failure. `error` names the worker at fault, if it is known."""
+    """The failure of a pipeline. `error` names the worker that caused it, if that is known."""
 
     error: LlamaclustError
-    requests: frozenset[int] = frozenset()  # keys of those in flight
-    is_repeated: bool = False  # the worker has failed to compute the same rows before
-    ended: Mapping[int, LlamaclustError] = field(default_factory=dict)  # by key, requests that end, and why
+    requests: frozenset[int] = frozenset()  # Keys of the requests that were in flight.
+    is_repeated: bool = False  # True if the worker failed to compute the same rows before.
+    # Errors of the requests that end because of this failure, by key.
+    ended: Mapping[int, LlamaclustError] = field(default_factory=dict)
 
     @property
     def causes(self) -> frozenset[int]:
@@ -44,7 +45,7 @@ class PipelineFailure:
 
 
 def stage_error(result: Result, stages: Sequence[StageInfo]) -> WorkerError:
-    """Returns a failed microbatch's error. The stage that failed is the first stage without timings."""
+    """Returns a failed microbatch's error. The first stage without timings is the stage that failed."""
     assert result.failure is not None
     return WorkerError(result.failure, worker=stages[min(len(result.timings), len(stages) - 1)].worker)
 
@@ -52,7 +53,8 @@ def stage_error(result: Result, stages: Sequence[StageInfo]) -> WorkerError:
 def failure_of(
     error: LlamaclustError, scheduler: Scheduler, stages: Sequence[StageInfo], microbatch: int | None
 ) -> PipelineFailure:
-    """Returns the failure of `microbatch`, or of all in flight if None. Invalid results are the last stage's fault."""
+    """Describes the failure of `microbatch`, or of all microbatches in flight if it is None. The last stage is at fault
+    for invalid results."""
     if isinstance(error, ProtocolError) and error.worker is None:
         error.worker = stages[-1].worker
     slices = scheduler.in_flight.slices(microbatch)
@@ -69,8 +71,8 @@ def row_failure(faults: Sequence[RowFault], stages: Sequence[StageInfo]) -> Pipe
 
 
 def _ending(struck: StruckOut, error: LlamaclustError, *, stages: int) -> LlamaclustError:
-    """Returns the error that ends a request. A worker is the cause if all failures were at this worker. The request is
-    the cause otherwise, or if there is only one stage and results came between the failures."""
+    """Returns the error for a request that has failed too often. A worker is named as the cause if all failures were at
+    this worker, unless it is the only stage and computed other results in between."""
     what = f"request {struck.sequence.request.request_id}: the pipeline failed {MAX_STRIKES} times"
     (worker, *others) = struck.workers
     if worker is None or others or (stages == 1 and struck.has_results):

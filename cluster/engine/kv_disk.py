@@ -1,5 +1,5 @@
-"""Stores an engine's KV memory on disk. Prompts are written after their first token, and read before they run. Blocks
-are read and written only while no microbatch in flight uses them, so stages never wait for the disk."""
+"""Saves KV blocks of prompts to disk after the first token of the answer, and restores them before a prompt is
+computed. A block is read or written while no microbatch in flight uses it, so stages never wait for a disk."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _LEAST_BLOCKS = 8
-"""The fewest blocks worth reading from disk. Computing fewer blocks is about as fast."""
+"""Minimum number of blocks to restore. Computing fewer blocks takes about the same time."""
 _MOST_BLOCKS = 4096
-"""The most blocks of a prompt that are read or written. wire.control.kv_disk.MAX_KEYS must not be lower."""
+"""Maximum number of blocks of a prompt to save or restore. It must not exceed wire.control.kv_disk.MAX_KEYS."""
 _SAVED_TOGETHER = 32
-"""The blocks that each stage writes together into one file. They stay allocated until they are written."""
+"""Number of blocks that each stage writes into one file. The blocks stay allocated until they are written."""
 _MOST_SAVES = 8
-"""The most prompts that wait to be written. Further prompts are not written."""
+"""Maximum number of prompts that wait to be saved. Further prompts are not saved."""
 
 
 class KvDisk:
-    """Reads and writes one lane's KV memory. Does nothing without disks or prefix cache, or with a sliding window."""
+    """Saves and restores a lane's KV blocks. Does nothing without disks or prefix cache, or with a sliding window."""
 
     def __init__(self, disks: KvDisks | None, scheduler: Scheduler, lane: Lane) -> None:
         settings = scheduler.settings
@@ -41,11 +41,12 @@ class KvDisk:
         self._transfers = scheduler.queues.memory.transfers
         self._lane = lane
         self._tasks: set[asyncio.Task[None]] = set()
-        self._returns: list[tuple[int, asyncio.Future[None]]] = []  # (number of a microbatch, its return)
+        # Pairs of a microbatch number and a future that ends when this microbatch has returned.
+        self._returns: list[tuple[int, asyncio.Future[None]]] = []
         self._saves: asyncio.Queue[list[bytes]] = asyncio.Queue(_MOST_SAVES)
         self._reading = asyncio.Lock()
         self._is_running = False
-        self._pending = 0  # prompts to be read or written
+        self._pending = 0  # Number of prompts that wait to be saved or restored.
 
     @property
     def is_idle(self) -> bool:
@@ -111,7 +112,8 @@ class KvDisk:
         count = await disks.find(sequence.kv.keys[missing.start : missing.stop])
         if count < _LEAST_BLOCKS:
             return 0
-        async with self._reading:  # one after the other: prompts may have the same beginning
+        # Prompts are restored one after another, because several prompts may begin with the same blocks.
+        async with self._reading:
             if sequence not in self._scheduler.queues.restoring:
                 return 0
             return await self._restored_until(disks, sequence, missing.start + count)
@@ -130,7 +132,8 @@ class KvDisk:
         return restored
 
     async def _in_flight_returned(self) -> None:
-        """Waits until all present microbatches have returned. They may use released blocks or fill shared blocks."""
+        """Waits until all microbatches in flight have returned. They may still use released blocks or fill shared
+        blocks."""
         newest = self._scheduler.in_flight.newest
         if newest is not None:
             returned: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -138,7 +141,7 @@ class KvDisk:
             await returned
 
     def _failed(self, error: LlamaclustError) -> None:
-        _log.warning("KV memory on disk: %s", error)
+        _log.warning("KV blocks could not be saved to disk or restored: %s", error)
         if isinstance(error, DeadlineError):
             self._lane.disk_hangs(error)
 
@@ -163,7 +166,7 @@ class KvDisk:
             start += saved
 
     async def _saved(self, disks: KvDisks, keys: Items[bytes], start: int) -> int:
-        """Returns how many blocks from `start` on are now on disk. Returns 0 unless every stage has all of them."""
+        """Saves the blocks of keys[start:]. Returns how many were saved, or 0 unless all stages saved all of them."""
         transfer = self._transfers.begin_save(keys, start)
         if transfer is None:
             return 0

@@ -1,4 +1,4 @@
-"""A lane is one pipeline and the scheduler of the sequences that run on it."""
+"""Runs a lane, which is a pipeline with the scheduler of the sequences that the pipeline computes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Lane:
-    """Sends its scheduler's microbatches between `start` and `stop`. If a result never comes, the pipeline is lost."""
+    """Sends its scheduler's microbatches to the pipeline. If a result is too late, the pipeline counts as lost."""
 
     def __init__(self, pipeline: Pipeline, scheduler: Scheduler, engine: Engine, deadlines: EngineSettings) -> None:
         self.pipeline = pipeline
@@ -64,7 +64,7 @@ class Lane:
         self.launch_soon()
 
     def launch_soon(self) -> None:
-        """Calls `launch` after other callbacks, so that requests that arrive together start together."""
+        """Calls `launch` after the callbacks that are due now, so that requests that arrive together start together."""
         if self._is_running and not self._is_launch_due:
             self._is_launch_due = True
             asyncio.get_running_loop().call_soon(self.launch)
@@ -87,7 +87,7 @@ class Lane:
             return
         try:
             work()
-        except Exception as error:  # noqa: BLE001  a border
+        except Exception as error:  # noqa: BLE001  the engine handles all errors of a lane
             self._engine.lane_lost(self, error)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -102,4 +102,4 @@ class Lane:
             age_s = (monotonic_ns() - sent_ns) / 1e9 if sent_ns is not None else 0.0
             if age_s > self._deadlines.result_s:
                 stages = ", ".join(f"{s.worker} (layers {s.start}-{s.end - 1})" for s in self.pipeline.stages)
-                raise DeadlineError(f"a microbatch has had no result for {age_s:.0f} s from the workers {stages}")
+                raise DeadlineError(f"no result of a microbatch has come for {age_s:.0f} s from the workers {stages}")

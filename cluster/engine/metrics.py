@@ -1,4 +1,4 @@
-"""One engine's Prometheus metrics, and its stages' times for `GET /cluster`."""
+"""Owns an engine's Prometheus metrics, and the stages' times for `GET /cluster`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _RECOVERIES = 16
 _PREFILL_ROWS = 32
-"""The rows from which a microbatch counts as prefill, because arithmetic limits its speed."""
+"""Minimum number of rows of a microbatch that counts as prefill. Arithmetic limits the speed of such microbatches."""
 _TTFT = "time_to_first_token_seconds", "Time from a request's arrival to its first token"
 _TPOT = "time_per_output_token_seconds", "Mean time per generated token of a request"
 _DURATION = "request_duration_seconds", "Time from a request's arrival to its last token"
@@ -37,7 +37,7 @@ _BUCKETS: dict[tuple[str, str], Sequence[float]] = {
     _ROWS: tuple(1 << power for power in range(13)),
     _RECOVERY: (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300),
 }
-"""Bucket bounds by (name, help text). They are OpenTelemetry's bounds, with some lower and higher bounds added."""
+"""Histogram bounds by name and help text. They are OpenTelemetry's bounds, with some lower and higher bounds added."""
 _LABELS: dict[tuple[str, str], Sequence[str]] = {
     _TTFT: ("operation",),
     _TPOT: ("operation",),
@@ -48,35 +48,35 @@ _LABELS: dict[tuple[str, str], Sequence[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class StageReport:
-    """Figures of one stage. Means cover all its microbatches. Shares and rates cover the last ten seconds."""
+    """Figures of one stage. Means are over all its microbatches. Utilization and token rate are over the last 10 s."""
 
     worker: str
-    layers: tuple[float, float]  # half-open, with fractions inside a layer
+    layers: tuple[float, float]  # Half-open range of layers. A fraction means a part of a layer.
     microbatches: int
     rows: int
-    compute_ms: float  # mean of a microbatch
+    compute_ms: float  # Mean time of a microbatch.
     queue_ms: float
     wire_ms: float
-    decode_ms: float | None  # mean of microbatches of one row; None: there was none
-    prefill_ms: float | None  # a row, in microbatches of many rows
-    utilization: float  # share of the time that it computed
+    decode_ms: float | None  # Mean time of a microbatch with one row. None if there was none.
+    prefill_ms: float | None  # Mean time per row of microbatches with many rows. None if there were none.
+    utilization: float  # Fraction of the time in which the stage computed.
     tokens_per_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class EndedRequest:
-    reason: str  # a finish reason or `error`
+    reason: str  # A finish reason, or "error".
     timings: Timings
-    seconds: float  # since it was submitted
+    seconds: float  # Seconds since the request was submitted.
     operation: Operation = Operation.TEXT_COMPLETION
-    is_restored: bool = False  # it began with tokens of an earlier run
+    is_restored: bool = False  # True if an earlier coordinator had computed the first tokens.
 
 
 @dataclass(slots=True)
 class RequestSums:
-    prompt_s: float = 0.0  # from start to first token
-    answer_s: float = 0.0  # from first token to last
-    most_tokens: int = 0  # the most tokens of one request, prompt and answer
+    prompt_s: float = 0.0  # Sum over all requests of the time from start to first token.
+    answer_s: float = 0.0  # Sum over all requests of the time from first to last token.
+    most_tokens: int = 0  # Largest number of prompt and answer tokens of one request.
 
     def add(self, timings: Timings) -> None:
         self.prompt_s += max(0.0, timings.ttft_ms - timings.queue_ms) / 1e3
@@ -140,9 +140,9 @@ class _StageMeter:
 class Metrics(Collector):
     def __init__(self, stages: Sequence[StageInfo], counts: Callable[[], Counts], clock_ns: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
-        self.cluster = CollectorRegistry()  # metrics of the whole cluster, shared by all models
+        self.cluster = CollectorRegistry()  # Metrics of the whole cluster, which all models share.
         self._clock_ns = clock_ns
-        self.recovery_s: deque[float] = deque(maxlen=_RECOVERIES)  # how long the last ones took
+        self.recovery_s: deque[float] = deque(maxlen=_RECOVERIES)  # Seconds that each of the last recoveries took.
         self._meters = [_StageMeter(stage, clock_ns()) for stage in stages]
         self._speed = SpeedMeter(clock_ns())
         self.sums = RequestSums()
@@ -191,7 +191,7 @@ class Metrics(Collector):
             self._histograms[_ROWS].observe(result.timings[0].rows)
 
     def finished(self, request: EndedRequest) -> None:
-        """Counts an ended request. Ignores a restored request's times, because a part of its answer was known."""
+        """Counts an ended request. Ignores the times of a restored request, because a part of its answer was known."""
         timings, operation = request.timings, request.operation
         self._finished.labels(request.reason).inc()
         self._prompt.inc(timings.prompt_tokens)
@@ -221,7 +221,6 @@ class Metrics(Collector):
         return tuple(meter.report(now_ns) for meter in self._meters)
 
     def speed(self) -> MeasuredSpeed:
-        """Returns the speed of the last requests, which may have run on stages that no longer exist."""
         return self._speed.measured(self._clock_ns())
 
     def render(self) -> bytes:

@@ -1,4 +1,4 @@
-"""The metrics of several models as one text. Each sample is labelled with its model."""
+"""Renders the metrics of several models as one text. Each sample has a label with its model's name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Labelled(Collector):
 
 
 def render_all(metrics: Mapping[str, Metrics]) -> bytes:
-    """Returns the text of `GET /metrics`. Metrics of the cluster have no model label."""
+    """Returns the text of `GET /metrics`. Metrics of the whole cluster have no label for a model."""
     registry = CollectorRegistry()
     registry.register(_Labelled(metrics))
     clusters = {id(each.cluster): each.cluster for each in metrics.values()}

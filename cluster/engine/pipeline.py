@@ -1,4 +1,4 @@
-"""The interface between the engine and the stages, which are workers over gRPC or a stage in this process."""
+"""Defines the interface between the engine and the stages, which run on workers or in this process."""
 
 from __future__ import annotations
 
@@ -18,44 +18,45 @@ from llamaclust.wire.microbatch.messages import Result
 
 @dataclass(frozen=True, slots=True)
 class StageInfo:
-    """One stage of a running pipeline, with layers [start, end) on a worker. `devices` are the layers on the worker's
-    GPUs. As in a plan, each member of a group has an entry of its own."""
+    """One stage of a running pipeline: layers [start, end) on a worker, with their places on its GPUs in `devices`. As
+    in a plan, every member of a group has its own entry."""
 
     worker: str
     start: int
     end: int
     devices: tuple[DeviceLayers, ...] = ()
-    expert_shards: int = 1  # start and end count parts of layers, so many for each
-    shares: tuple[int, ...] = ()  # shares of the group's members; (): the worker holds the stage alone
-    member: int = 0  # the member's index in the group; the first one leads
-    encoder_bytes: int = 0  # memory of the encoder of images that the worker loads too; 0: it loads none
+    expert_shards: int = 1  # Number of parts that each layer is divided into. `start` and `end` count such parts.
+    shares: tuple[int, ...] = ()  # Shares of the group's members. Empty if one worker holds the stage alone.
+    member: int = 0  # Index of the member in its group. Member 0 is the leader.
+    encoder_bytes: int = 0  # Bytes of memory of the image encoder that the worker also loads. 0 if it loads none.
 
     @property
     def layers(self) -> tuple[float, float]:
-        """The half-open range of layers. A bound inside a layer whose experts are divided is a fraction."""
+        """The half-open range of layers. A bound is a fraction if it lies inside a layer whose experts are divided."""
         return layer_place(self.start, self.expert_shards), layer_place(self.end, self.expert_shards)
 
 
 class KvDisks(Protocol):
-    """The disks of a pipeline's stages, which store KV blocks by key. Results are the minimum over all stages. Methods
-    raise LlamaclustError if a stage fails, and DeadlineError if a late stage may still use the blocks."""
+    """Stores KV blocks on the disks of all stages. Methods raise LlamaclustError if a stage fails, and DeadlineError if
+    a slow stage may still use the blocks."""
 
     async def find(self, keys: Sequence[bytes]) -> int:
-        """Returns how many leading keys all stages have on disk."""
+        """Returns the number of leading keys whose blocks are on the disks of all stages."""
         ...
 
     async def restore(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
-        """Reads blocks from disk. Returns how many leading blocks all stages have read."""
+        """Reads blocks from disk. Returns the number of leading blocks that all stages have read."""
         ...
 
     async def save(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
-        """Writes `blocks`, which belong to the last of `keys`. Returns how many of them all stages now have on disk."""
+        """Writes `blocks`, whose keys are the last ones in `keys`. Returns how many of these blocks all stages have on
+        disk."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class TileTask:
-    """An image tile, uint8 [height, width, 3]. Its result is float32 [rows, width]."""
+    """An image tile, uint8 [height, width, 3]. Its encoding is float32 [rows, width]."""
 
     tile: NDArray[np.uint8]
     rows: int
@@ -63,23 +64,23 @@ class TileTask:
 
 
 class EncoderUnreachableError(WorkerError):
-    """The image encoder cannot be reached now, and has not received the tile."""
+    """The image encoder cannot be reached, and has not received the tile."""
 
 
 class PipelineEncoder(Protocol):
     @property
     def worker(self) -> str | None:
-        """The name of the encoder's worker. None if the encoder is in this process."""
+        """Name of the worker that runs the encoder. None if the encoder runs in this process."""
         ...
 
     async def rows(self, task: TileTask) -> NDArray[np.float32]:
-        """Returns a tile's rows. Raises RequestError if the encoder refuses the tile, EncoderUnreachableError if it has
-        not received the tile, and another LlamaclustError if it fails."""
+        """Encodes a tile. Raises RequestError if the encoder refuses the tile, EncoderUnreachableError if the encoder
+        has not received it, and another LlamaclustError if encoding fails."""
         ...
 
 
 class Pipeline(Protocol):
-    """A loaded model, divided into stages. It runs microbatches strictly in number order."""
+    """A loaded model, divided into stages. It computes microbatches strictly in the order of their numbers."""
 
     epoch: int
     stages: tuple[StageInfo, ...]
@@ -92,26 +93,26 @@ class Pipeline(Protocol):
 
     @property
     def no_images(self) -> str:
-        """The reason why there is no encoder. It is empty if there is one, or if the model has no projector."""
+        """The reason why images cannot be encoded. Empty if they can be, or if the model has no projector."""
         ...
 
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
-        """Sends microbatches to the first stage, and their sampling inputs to the last stage, without waiting."""
+        """Sends microbatches to the first stage, and their sampling parameters to the last stage. Does not wait."""
         ...
 
     def prepare_matchers(self) -> None:
-        """Tells the last stage that requests with matchers will come. Only the first call has an effect."""
+        """Tells the last stage to expect requests with grammars. Further calls have no effect."""
         ...
 
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
-        """Passes results to `on_results` in number order. Raises LlamaclustError once the pipeline is lost."""
+        """Passes results to `on_results` in number order. Raises LlamaclustError if the pipeline is lost."""
         ...
 
     async def close(self) -> None: ...
 
 
 class NoPipeline:
-    """Takes a pipeline's place while no model is loaded. It is never run."""
+    """Takes the place of a pipeline while no model is loaded."""
 
     epoch = 0
     stages: tuple[StageInfo, ...] = ()
@@ -123,7 +124,7 @@ class NoPipeline:
         raise AssertionError("no pipeline is loaded")
 
     def prepare_matchers(self) -> None:
-        """Does nothing, because there is no stage."""
+        """Does nothing, because there are no stages."""
 
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
         raise AssertionError("no pipeline is loaded")

@@ -1,4 +1,4 @@
-"""Submitted requests. A request's events go to a sink or to a reader, and the request can be aborted."""
+"""Owns the submitted requests that are open. Delivers a request's events to a sink or to a reader."""
 
 from __future__ import annotations
 
@@ -29,11 +29,9 @@ _log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """Receives a request's events on the engine's event loop. Methods must return soon and must not raise."""
+    """Receives the events of one request on the engine's event loop. Methods must return soon and must not raise."""
 
-    def begin(self, request: SubmittedRequest) -> None:
-        """Receives the request once, before its events."""
-        ...
+    def begin(self, request: SubmittedRequest) -> None: ...
 
     def take(self, event: Event) -> None: ...
 
@@ -46,7 +44,7 @@ class SubmittedRequest:
         self.sink = sink
         self.deadline: asyncio.TimerHandle | None = None
         self.abort = abort
-        """Ends the request if it is still open. Its last event is then `Finished` with reason ABORT."""
+        """Ends the request if it is open. Its last event is then `Finished` with reason ABORT."""
 
     @property
     def timings(self) -> Timings:
@@ -72,7 +70,7 @@ class OpenRequests:
         self._metrics = metrics
         self._waterfalls = waterfalls
         self._requests: dict[int, SubmittedRequest] = {}
-        self._announced = 0  # requests that are not open yet
+        self._announced = 0  # Number of requests that are not open yet, but need the model.
         self._empty = asyncio.Event()
         self._empty.set()
         self._present = asyncio.Event()
@@ -99,7 +97,7 @@ class OpenRequests:
 
     @contextmanager
     def announced(self) -> Iterator[None]:
-        """Counts a request that is not open yet, but already needs the model because its images are encoded first."""
+        """Counts a request that is not open yet. It needs the model because its images are encoded first."""
         self._announced += 1
         self._changed()
         try:
@@ -145,7 +143,7 @@ class OpenRequests:
         ended = EndedRequest(str(reason), timings, seconds, request.operation, is_restored=bool(request.answered))
         self._metrics.finished(ended)
         if _log.isEnabledFor(logging.INFO):
-            fields = {  # none of its text
+            fields = {  # The log must not include text of the request.
                 "request": request.request_id,
                 "reason": str(reason),
                 "prompt_tokens": timings.prompt_tokens,
@@ -158,11 +156,12 @@ class OpenRequests:
 
 
 class RequestStream:
-    """One request's events for one reader. The last event is `Finished`, but a failed request raises an exception. The
-    request ends early after `abort` or leaving `async with`, if the reading task is cancelled, or at the deadline."""
+    """Yields the events of a request. The last event is `Finished`, unless the request fails and an error is raised.
+    Leaving `async with` or cancelling the reading task aborts the request."""
 
     def __init__(self, submit: Callable[[Sink], SubmittedRequest]) -> None:
-        self._events: asyncio.Queue[Event | LlamaclustError | None] = asyncio.Queue()  # an error or None ends them
+        # None or an error marks the end of the events.
+        self._events: asyncio.Queue[Event | LlamaclustError | None] = asyncio.Queue()
         self._request = submit(self)
 
     def begin(self, request: SubmittedRequest) -> None:
@@ -198,5 +197,5 @@ class RequestStream:
             raise
         if event is not None and not isinstance(event, LlamaclustError):
             return event
-        self._events.put_nowait(event)  # the end stays
+        self._events.put_nowait(event)  # The mark stays in the queue, so that further calls end too.
         raise StopAsyncIteration if event is None else copy(event)

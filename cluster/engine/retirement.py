@@ -1,4 +1,4 @@
-"""Retires a lane (a pipeline with its scheduler). Its sequences move to another lane without a pause."""
+"""Ends a lane (a pipeline with its scheduler) while its sequences move to another lane without a pause."""
 
 from __future__ import annotations
 
@@ -17,33 +17,35 @@ from llamaclust.core.errors import LlamaclustError
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 _TAIL_TOKENS = 3 * KV_BLOCK_TOKENS
-"""The most tokens that the new lane may lack when a sequence moves. It computes these quickly."""
+"""Maximum number of tokens that the new lane may still have to compute when a sequence moves."""
 _LEAST_LEFT = 32
-"""The fewest tokens that a sequence must have left to generate if it is to move."""
+"""Minimum number of tokens that a sequence must have left to generate. Sequences with fewer tokens do not move."""
 
 
 @dataclass(frozen=True, slots=True)
 class _PreCopy:
-    """A sequence on the new lane that computes an old lane's sequence again, so that the prefix cache has its rows."""
+    """A copy of an old lane's sequence. The new lane computes it, so that its prefix cache has the sequence's KV
+    blocks."""
 
     key: int
     of: Sequence
     tokens: int
-    tail: float  # how many tokens were chosen during the pre-copy before
+    tail: float  # Number of tokens that were generated during the previous pre-copy. Infinite for the first one.
 
 
 class Retirement:
-    """Moves sequences from `old` to `new`. Waiting sequences move at once, and decoding sequences move one by one. The
-    new lane first computes a copy of a decoding sequence, so that only its newest tokens are not cached then."""
+    """Moves sequences from `old` to `new`. Waiting sequences move at once. Decoding sequences move one by one: the new
+    lane first computes a copy, so that all but the newest tokens are in its prefix cache when the sequence moves."""
 
     def __init__(self, old: Lane, new: Lane) -> None:
         self.old = old
         self.new = new
-        self.error: LlamaclustError | None = None  # the error that ended the old pipeline too soon
+        # The error that ended the old pipeline before all sequences had moved.
+        self.error: LlamaclustError | None = None
         self.ended = asyncio.Event()
         self._pre_copy: _PreCopy | None = None
-        self._moving: Sequence | None = None  # the last one that was copied
-        self._staying: set[int] = set()  # keys of sequences that could not be copied
+        self._moving: Sequence | None = None  # The sequence that moved last after a pre-copy.
+        self._staying: set[int] = set()  # Keys of the sequences that could not be copied.
         old.scheduler.is_shared = new.scheduler.is_shared = True
 
     def receive(self, updated: list[tuple[int, list[Update]]]) -> list[tuple[int, list[Update]]]:
@@ -60,7 +62,7 @@ class Retirement:
         return [(key, updates) for key, updates in updated if key != pre_copy.key]
 
     def advance(self) -> None:
-        """Moves the sequences that can move now. Must be called after each change on either lane."""
+        """Moves all sequences that can move now. The engine calls this method after every change on either lane."""
         old = self.old.scheduler
         self._take_over(old.movable)
         if self._pre_copy is not None and not self._is_on_old(self._pre_copy.of):
@@ -81,7 +83,7 @@ class Retirement:
         self._take_over(old.movable)
 
     def end(self, error: LlamaclustError | None) -> Counts:
-        """Ends the old lane and returns its counts. Sequences left on it are computed again on the new lane."""
+        """Stops the old lane and returns its counts. The new lane computes the remaining sequences again."""
         self.error = error
         self.old.stop()
         self._drop_pre_copy()
@@ -100,7 +102,6 @@ class Retirement:
         return sequence in self.old.scheduler.queues.running
 
     def _next(self) -> Sequence | None:
-        """Returns the sequence with the most tokens left to generate, if the new lane has room for its copy."""
         if self._moving is not None and self._moving.phase not in (Phase.DECODE, Phase.FINISHED):
             return None
         movable = [
@@ -135,7 +136,6 @@ class Retirement:
         self.new.launch_soon()
 
     def _copied(self, pre_copy: _PreCopy) -> None:
-        """Moves the sequence. If many tokens have been added meanwhile, first copies these tokens."""
         sequence = pre_copy.of
         tail = len(sequence.tokens) - pre_copy.tokens
         if _TAIL_TOKENS < tail < pre_copy.tail and self._can_copy(sequence):

@@ -1,4 +1,4 @@
-"""Measures a cluster's recent speed, in the same figures that a plan predicts."""
+"""Measures a cluster's recent speed in the same figures that a plan predicts."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ _REQUESTS = 32
 
 @dataclass(frozen=True, slots=True)
 class MeasuredSpeed:
-    """Medians over the last requests (None before the first request), and token counts over the last ten seconds."""
+    """Medians over the last requests (None before the first request), and token counts over the last 10 seconds."""
 
-    token_ms: float | None  # from token to token of a request, whatever else ran
-    ttft_ms: float | None  # from arrival to the first token
-    prompt_tokens: int | None  # computed prompt tokens of the request with the median `ttft_ms`
-    tokens_per_s: float  # tokens of all requests together
-    requests: int  # requests behind the medians
-    drafted_tokens: int  # computed in the last ten seconds
-    accepted_tokens: int  # drafted tokens that are in answers
-    drafts: Mapping[str, Mapping[str, int]]  # by kind, since the start: drafted_tokens and accepted_tokens
+    token_ms: float | None  # Time from one token to the next of the same request, including delays by other requests.
+    ttft_ms: float | None  # Time from a request's arrival to its first token.
+    prompt_tokens: int | None  # Number of computed prompt tokens of the request that has the median `ttft_ms`.
+    tokens_per_s: float  # Tokens of all requests together.
+    requests: int  # Number of requests that the medians are taken from.
+    drafted_tokens: int  # Number of drafted tokens that were computed in the last ten seconds.
+    accepted_tokens: int  # Number of these tokens that became part of answers.
+    drafts: Mapping[str, Mapping[str, int]]  # Drafted and accepted tokens since the start, by kind of draft.
 
 
 class RecentSums:
     def __init__(self) -> None:
-        self._seconds: deque[tuple[int, int, int]] = deque(maxlen=_WINDOW_S + 1)  # (second, of the one, of the other)
+        # Whole second of the clock, and the two sums of this second.
+        self._seconds: deque[tuple[int, int, int]] = deque(maxlen=_WINDOW_S + 1)
 
     def add(self, now_ns: int, one: int, other: int) -> None:
         second = now_ns // 1_000_000_000
@@ -45,7 +46,7 @@ class RecentSums:
         return sum(one for one, _ in recent), sum(other for _, other in recent)
 
     def rates(self, now_ns: int, since_ns: int) -> tuple[float, float]:
-        """Returns (share of time, rows per second) over the window. The sums must be of nanoseconds and of rows."""
+        """Returns the fraction of time and the rows per second, if the sums are nanoseconds and rows."""
         ns, rows = self.sums(now_ns)
         span_s = max((now_ns - max(_first_second(now_ns) * 1_000_000_000, since_ns)) / 1e9, 1e-3)
         return min(1.0, ns / 1e9 / span_s), rows / span_s
@@ -61,7 +62,9 @@ class SpeedMeter:
         self._sampled = RecentSums()
         self._drafted = RecentSums()
         self._drafts = DraftCounts()
-        self._first_tokens: deque[tuple[float, int]] = deque(maxlen=_REQUESTS)  # (ms, prompt tokens)
+        self._first_tokens: deque[tuple[float, int]] = deque(
+            maxlen=_REQUESTS
+        )  # Time to first token in ms, and number of computed prompt tokens.
         self._token_ms: deque[float] = deque(maxlen=_REQUESTS)
 
     def sampled(self, tokens: int, now_ns: int) -> None:

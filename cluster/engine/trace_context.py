@@ -1,4 +1,4 @@
-"""The W3C trace context: the trace that a request's spans belong to, and their parent span."""
+"""Parses the W3C trace context, which names a request's trace and the parent span."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _STATE: Final = re.compile(r"[\x20-\x7e]{0,512}")
 
 @dataclass(frozen=True, slots=True)
 class TraceContext:
-    trace_id: bytes  # 16
-    span_id: bytes  # 8
+    trace_id: bytes  # 16 bytes.
+    span_id: bytes  # 8 bytes.
     is_sampled: bool
-    state: str = ""  # `tracestate`, passed on as it is
+    state: str = ""  # Value of the `tracestate` header, which is passed on unchanged.
 
     @classmethod
     def parse(cls, traceparent: Sequence[str], tracestate: Sequence[str] = ()) -> TraceContext | None:
-        """Returns the trace context from the headers' values. Returns None if `traceparent` is malformed or not given
-        exactly once. Drops a `tracestate` that is malformed or too long."""
+        """Parses the values of the headers. Returns None unless there is exactly one valid `traceparent`. Ignores an
+        invalid `tracestate`."""
         if len(traceparent) != 1 or len(traceparent[0]) > _MAX_CHARACTERS:
             return None
         found = _TRACEPARENT.fullmatch(traceparent[0].strip())
@@ -44,4 +44,4 @@ class TraceContext:
 
 
 current_trace: ContextVar[TraceContext | None] = ContextVar("trace", default=None)
-"""The trace context of the current task's request. None if the request is not traced."""
+"""Trace context of the request that the current task handles. None if the request is not traced."""

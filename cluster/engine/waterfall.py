@@ -1,4 +1,4 @@
-"""Divides a sequence's time into phases, and computation into stages, links and idle time. Callers pass timestamps."""
+"""Divides a sequence's time into phases, and computing phases into times of stages, links and idle time."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _MERGED_FROM, _MOST = 32, 64
 
 
 class PhaseKind(StrEnum):
-    PREPARATION = "preparation"  # chat template, tokens, grammar
-    WAITING = "waiting"  # for its turn, for KV memory, or for KV memory from disk
+    PREPARATION = "preparation"  # Time for the chat template, tokenization and the grammar.
+    WAITING = "waiting"  # Time until the sequence's turn, or until it has KV memory.
     PREFILL = "prefill"
     DECODE = "decode"
-    RECOMPUTATION = "recomputation"  # of tokens that were computed before a loss, a move or a preemption
-    RECOVERY = "recovery"  # from the loss of a worker to the next plan that serves
-    LOADING = "loading"  # of a model that slept or waited for its turn
+    RECOMPUTATION = "recomputation"  # Time for tokens that were computed before a loss, a move or a preemption.
+    RECOVERY = "recovery"  # Time from the loss of a worker until another plan serves.
+    LOADING = "loading"  # Time in which the model was not loaded.
 
 
 _RECOMPUTATION, _PREFILL, _DECODE = PhaseKind.RECOMPUTATION, PhaseKind.PREFILL, PhaseKind.DECODE
@@ -31,7 +31,7 @@ _RECOMPUTATION, _PREFILL, _DECODE = PhaseKind.RECOMPUTATION, PhaseKind.PREFILL, 
 
 @dataclass(slots=True)
 class WaterfallPhase:
-    """A phase of a sequence. `ns` is the phase's whole time. Without computation, its other times are 0."""
+    """A phase of a sequence's time. `ns` is its whole duration. If nothing is computed, the other times are 0."""
 
     kind: PhaseKind
     start_ns: int
@@ -39,9 +39,9 @@ class WaterfallPhase:
     ns: int = 0
     microbatches: int = 0
     tokens: int = 0
-    idle_ns: int = 0  # nothing of the sequence was in flight
-    links_ns: int = 0  # between the stages, and in the coordinator
-    stages_ns: list[float] = field(default_factory=list)  # of each stage: compute, queue, wire
+    idle_ns: int = 0  # Time in which nothing of the sequence was in flight.
+    links_ns: int = 0  # Time on links between stages and in the coordinator.
+    stages_ns: list[float] = field(default_factory=list)  # Compute, queue and wire time of each stage.
 
     def stage_ns(self, stage: int) -> list[float]:
         return self.stages_ns[PARTS * stage : PARTS * (stage + 1)]
@@ -52,14 +52,14 @@ class ComputedMicrobatch:
     stages: tuple[StageInfo, ...]
     sent_ns: int
     done_ns: int
-    stages_ns: Sequence[float]  # of each stage: compute, queue, wire
-    measured_ns: int  # the sum of `stages_ns`
+    stages_ns: Sequence[float]  # Compute, queue and wire time of each stage.
+    measured_ns: int  # Sum of `stages_ns`.
 
     @classmethod
     def of(
         cls, stages: tuple[StageInfo, ...], timings: tuple[StageTiming, ...], sent_ns: int, done_ns: int
     ) -> ComputedMicrobatch:
-        """Converts a result's stage timings. If a stage's timing is missing, all time counts for the links."""
+        """Converts a result's stage timings. If the timings of a stage are missing, all time counts for links."""
         if len(timings) != len(stages):
             return cls((), sent_ns, done_ns, (), 0)
         parts = tuple(ns for timing in timings for ns in (timing.compute_ns, timing.queue_ns, timing.wire_ns))
@@ -73,7 +73,7 @@ class Waterfall:
         self.start_ns = self._at_ns = min(received_ns, arrived_ns)
         self.phases: deque[WaterfallPhase] = deque(maxlen=_MOST)
         self._prompt_length = prompt_length
-        self._reached = 0  # tokens that were computed before
+        self._reached = 0  # Number of tokens that have been computed.
         self.pass_until(arrived_ns, PhaseKind.PREPARATION)
 
     def pass_until(self, now_ns: int, kind: PhaseKind | None = None) -> None:
@@ -89,8 +89,8 @@ class Waterfall:
         self._at_ns = now_ns
 
     def add(self, microbatch: ComputedMicrobatch, chunk: Chunk, drafted: int = 0) -> None:
-        """Adds the time since the last microbatch, in which this microbatch computed the chunk's rows. The last
-        `drafted` rows may be computed again. With several in flight, each begins when the one before it ended."""
+        """Adds the time since the last microbatch. Later microbatches may compute the last `drafted` rows again. If
+        several microbatches are in flight, each counts from the end of the one before it."""
         end = chunk.position + len(chunk.tokens)
         kind = self._kind(chunk.position)
         self._reached = max(self._reached, end - drafted)

@@ -1,4 +1,4 @@
-"""Waterfalls as JSON for `GET /cluster/requests`, in seconds. The times of a phase's parts add up to its time."""
+"""Converts waterfalls to JSON for `GET /cluster/requests`, in seconds. The parts of a phase add up to its time."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from llamaclust.cluster.engine.waterfall import WaterfallPhase
 from llamaclust.cluster.engine.waterfalls import RequestRecord
 
 SHOWN_CHARACTERS = 8
-"""The number of characters shown of a request's id. Anyone who knows a whole id can read or end the reply. Further
-characters are not compared either, so that nobody can find them one by one."""
+"""Number of characters of a request's id that are shown and compared. Whoever knows a whole id can read or end the
+reply, so other users must not be able to find out the rest."""
 
 _ID = re.compile(r"[0-9a-f]{4,}")
 
 
 def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
-    """Returns a request's records. `name` is the request's id or its reply's id, or at least the first 4 characters."""
+    """Returns the records of a request. `name` is the id of the request or of its reply, or at least its first 4
+    characters."""
     if not (found := _ID.findall(name)):
         return []
     beginning = max(found, key=len)[:SHOWN_CHARACTERS]
@@ -26,7 +27,8 @@ def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
 
 
 def summary_json(record: RequestRecord, adapters: Mapping[int, str]) -> dict[str, Any]:
-    """Returns a record without phases. `adapters` has names by number. Adapters unloaded long ago get the name null."""
+    """Converts a record without phases. `adapters` has names by number. An adapter that was unloaded long ago has the
+    name null."""
     timings = record.timings
     return {
         "id": record.request_id[:SHOWN_CHARACTERS],

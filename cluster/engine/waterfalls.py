@@ -1,4 +1,4 @@
-"""Waterfalls of an engine's open requests and of its last ended requests. They have no text and no tokens."""
+"""Owns the waterfalls of an engine's open requests and last ended requests. They contain no text and no tokens."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _EMBEDDED = "embedded"
 @dataclass(frozen=True, slots=True)
 class RequestRecord:
     request_id: str
-    end: str | None  # a finish reason, `embedded` or `error`; None: it has not ended
-    seconds: float  # since its client's request came
+    end: str | None  # A finish reason, "embedded" or "error". None if the request has not ended.
+    seconds: float  # Seconds since the client's HTTP request arrived.
     timings: Timings
     waterfall: Waterfall
     adapters: AdapterScales = ()
 
 
 class SpanSink(Protocol):
-    """Makes spans of traced requests. It is called on the event loop, so it must return at once."""
+    """Creates spans for traced requests. Methods are called on the event loop and must return at once."""
 
     def ended(self, record: RequestRecord, request: GenerationRequest, trace: TraceContext) -> None: ...
 
@@ -39,17 +39,18 @@ class SpanSink(Protocol):
 class _Open:
     sequence: Sequence
     waterfall: Waterfall
-    trace: TraceContext | None  # None: it is not traced
+    trace: TraceContext | None  # None if the request is not traced.
 
 
 class Waterfalls:
-    """Owns the waterfalls. Time without a pipeline counts as loading, or after a loss as recovery."""
+    """Owns waterfalls. Time without a pipeline counts as recovery if the pipeline was lost, or else as loading."""
 
     def __init__(self) -> None:
-        self.spans: SpanSink | None = None  # None: without telemetry
-        self._open: dict[int, _Open] = {}  # by the sequence's key
+        self.spans: SpanSink | None = None  # None if telemetry is off.
+        self._open: dict[int, _Open] = {}  # Open requests by key of the sequence.
         self._ended: deque[RequestRecord] = deque(maxlen=_ENDED)
-        self._idle_kind: PhaseKind | None = None  # the kind of time without a pipeline
+        # Kind of the time while there is no pipeline. None while there is one.
+        self._idle_kind: PhaseKind | None = None
 
     def opened(self, sequence: Sequence) -> None:
         received_ns = sequence.request.received_ns or sequence.usage.arrived_ns
@@ -67,7 +68,7 @@ class Waterfalls:
     def computed(self, slices: Iterable[SequenceSlice], microbatch: ComputedMicrobatch) -> None:
         for taken in slices:
             found = self._open.get(taken.sequence.key)
-            if found is not None:  # neither aborted nor a copy of another sequence
+            if found is not None:  # The sequence may have been aborted, or may be a copy of another lane's sequence.
                 found.waterfall.add(microbatch, taken.chunk, taken.drafted)
 
     def lost(self, now_ns: int) -> None:

@@ -1,1 +1,1 @@
-"""Starts and runs the coordinator process, and reports its status and metrics."""
+"""Runs the coordinator process, and reports its status and metrics."""

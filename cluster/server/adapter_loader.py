@@ -1,4 +1,4 @@
-"""Loads and unloads adapters for clients while a model is served, and records them for the next start."""
+"""Loads and unloads LoRA adapters for clients while a model is served, and records them for the next start."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """A model and its configuration. `model` has only the cluster file's adapters. `adapted` and `adapters` also have
-    those that clients loaded before the start."""
+    """A model with its configuration. `model` has the cluster file's adapters. `adapted` and `adapters` also have the
+    adapters that clients loaded before the last stop."""
 
     config: ClusterConfig
     model: Model
@@ -39,7 +39,7 @@ class OpenedModel:
     async def restore(
         cls, config: ClusterConfig, model: Model, record: AdapterRecord, *, names: set[str], report: Report
     ) -> OpenedModel:
-        """Opens the recorded adapters. Reports an adapter if its file has changed or its name is in `names`."""
+        """Opens the recorded adapters. Skips and reports those with a changed file or with a name in `names`."""
         first = [ServedAdapter(adapter.name, str(adapter.path), adapter.scale) for adapter in config.adapters]
         adapters, adapted = ServedAdapters(first), model
         folder = config.api.adapter_folder
@@ -53,7 +53,7 @@ class OpenedModel:
                 if found.content != adapter.content:
                     raise ModelFileError(f"{adapter.path}: the file has changed since it was loaded")
             except LlamaclustError as error:
-                report(Notice(f"adapter {adapter.name!r} is not loaded again: {error}"))
+                report(Notice(f"adapter {adapter.name!r} could not be loaded again: {error}"))
                 record.keep(config.model_name, number, adapter)
                 continue
             names.add(adapter.name)
@@ -68,9 +68,9 @@ class AdapterLoader:
     _runner: ActionRunner
     _record: AdapterRecord
     _report: Report
-    others: Sequence[AdapterLoader]  # of all models
+    others: Sequence[AdapterLoader]  # Loaders of all models, including this one.
     _turn: asyncio.Lock
-    model: Model = field(init=False)  # with the adapters that it has now
+    model: Model = field(init=False)  # The model with the adapters that are loaded now.
 
     def __post_init__(self) -> None:
         self.model = self.opened.adapted
@@ -86,7 +86,7 @@ class AdapterLoader:
     async def load(self, name: str, path: str) -> None:
         """Loads an adapter, so that requests can use it. Raises ParameterError if the name or path is not allowed,
         HttpError 404 if the file is missing, HttpError 503 if the model is asleep, and ModelFileError or
-        InsufficientMemoryError if loading fails. After an error, nothing has changed."""
+        InsufficientMemoryError if loading fails. If an error is raised, nothing has changed."""
         folder, adapters = self.opened.config.api.adapter_folder, self.adapters
         assert folder is not None
         async with self._turn:
@@ -103,18 +103,18 @@ class AdapterLoader:
         self._report(Notice(f"a client loaded adapter {number} {name!r}: {adapter.path}"))
 
     async def unload(self, name: str) -> None:
-        """Unloads an adapter, which is then not loaded again at the next start. Raises HttpError 404 if it does not
-        exist, HttpError 409 if it is in use, ParameterError if the cluster file names it, and the errors of `load`."""
+        """Unloads an adapter, so that the next start does not load it. Raises HttpError 404 if it does not exist,
+        HttpError 409 if it is in use, ParameterError if the cluster file names it, and the errors of `load`."""
         adapters = self.adapters
         async with self._turn:
             if name not in adapters.names and await self._record.remove(self.name, name):
-                self._report(Notice(f"a client unloaded adapter {name!r}, which was not loaded again at the start"))
+                self._report(Notice(f"a client unloaded adapter {name!r}, which the start could not load"))
                 return
             number = self._unloadable(name)
             self._check_awake()
             adapter, rest = adapters[number], {**self.model.adapters}
             del rest[number]
-            adapters.remove(number)  # requests that come meanwhile get 404
+            adapters.remove(number)  # Requests that arrive from now on get the status 404.
             try:
                 await self._replace(await asyncio.to_thread(self.model.adapted_by, rest), adapters.loaded)
             except BaseException:
@@ -155,7 +155,7 @@ class AdapterLoader:
 
     def _check_name(self, name: str) -> None:
         if name in self.adapters.names:
-            raise ParameterError("lora_name", f"adapter {name!r} is loaded already: unload it first, or choose another")
+            raise ParameterError("lora_name", f"adapter {name!r} is loaded already; unload it, or choose another name")
         taken = fixed_names([other.opened.config for other in self.others])
         taken.update(chain.from_iterable(other.adapters.names for other in self.others))
         if tagged(name) in set(map(tagged, taken)):

@@ -1,5 +1,5 @@
-"""Opens a cluster. This starts and measures the workers, loads the first model, and starts the engines. Everything ends
-when the cluster is closed."""
+"""Opens a cluster: starts and measures the workers, loads the first model, and starts the engines. Closing the cluster
+ends all of them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,6 @@ class ServedModel:
 
     @property
     def plan(self) -> Plan | None:
-        """The plan of the current or last epoch, or None if the model was never loaded."""
         return self.supervisor.plan
 
 
@@ -81,7 +80,7 @@ class Cluster:
     models: tuple[ServedModel, ...]
     residency: Residency
     row_limits: RowLimits
-    metrics: CollectorRegistry  # of no single model
+    metrics: CollectorRegistry  # Metrics that belong to no single model.
 
     @property
     def model(self) -> Model:
@@ -109,20 +108,20 @@ async def open_cluster(
     report: Report = lambda event: None,
     make_planner: type[ClusterPlanner] = ClusterPlanner,
 ) -> AsyncIterator[Cluster]:
-    """Yields a cluster that is ready for requests. The caller must hold the lock of `folder`. Raises
-    InsufficientMemoryError, ModelFileError, WorkerError or DeadlineError. Workers end with the context, or if an error
-    is raised."""
+    """Yields a cluster that can compute requests. The caller must hold the lock of `folder`. Workers end when the
+    context ends or an error is raised. Raises InsufficientMemoryError, ModelFileError, WorkerError or DeadlineError."""
     async with AsyncExitStack() as stack:
         stack.enter_context(short_slices())
         launcher = stack.enter_context(launching(config, folder, report))
         record = ControlRecord.begin(folder.control)
         registry = registry_of(config, launcher, record)
         models = await open_models(stack, config, model_paths, launcher, report)
-        drafts = await drafting(stack, models, report)  # workers' memory is what this leaves
+        # The draft model is loaded first. Workers on this machine get the memory that it leaves.
+        drafts = await drafting(stack, models, report)
         adapter_record = AdapterRecord(folder.adapters)
         names = fixed_names(own for own, _ in models)
         opened = [await OpenedModel.restore(*of, adapter_record, names=names, report=report) for of in models]
-        # workers that got the registry's goodbye have gone when the launcher stops
+        # The registry closes first and tells the workers to end, so they have ended when the launcher stops.
         await stack.enter_async_context(launcher)
         await stack.enter_async_context(registry)
         await launcher.start(worker_settings(config), registry.address, registry.process_exited)
@@ -130,7 +129,7 @@ async def open_cluster(
         profiles = [WorkerProfiles(own, model, state_dir, report) for own, model in models]
         planners = [make_planner(of.config, of.adapted, own) for of, own in zip(opened, profiles, strict=True)]
         named = (asyncio.to_thread(getattr, model, "tokenizer") for _, model in models)
-        # a bad tokenizer is named now
+        # Tokenizers are loaded meanwhile, so that an invalid tokenizer is reported at the start.
         await asyncio.gather(_joined(planners, registry, launcher, record), *named)
         limits = row_limits(drafts.unused_bytes)
         of_rows = row_bytes(limits, (of.model for of in opened))
@@ -166,12 +165,14 @@ async def _measured(
     unused_bytes: int,
     of_rows: int,
 ) -> MeasureLinks | None:
-    """Measures workers and links for the planners. Returns the function that measures links again, or None. On this
-    machine, `unused_bytes` of the free memory are reserved for a draft model, and `of_rows` bytes for image rows."""
+    """Measures workers and links for the planners. Returns a function that measures links again, or None if links are
+    not measured. `unused_bytes` of this machine's free memory are reserved for a draft model, and `of_rows` for image
+    rows."""
     workers = registry.present
     for planner in planners:
         if not (folder.has_requests and planner.profiles.estimate(workers)):
-            await planner.profiles.measure(workers, workers)  # else requests wait for the cluster
+            # Requests of the last coordinator do not wait for a measurement if speeds can be estimated.
+            await planner.profiles.measure(workers, workers)
     first, free_bytes = planners[0], launcher.free_memory_bytes()
     meter = link_meter(first.config, first.profiles.of(workers), launcher, folder, report)
     links = None if meter is None else await meter(registry.present)
@@ -186,12 +187,12 @@ async def _measured(
 async def _choose_images(
     planners: Sequence[ClusterPlanner], workers: Mapping[str, WorkerHandle], report: Report
 ) -> None:
-    """Decides which models read images: those whose encoder fits, or whose projector the user chose. If no model reads
-    images, releases the memory that is reserved for image rows."""
+    """Decides which models can read images. These are the models whose projector the user chose or whose encoder fits
+    into the workers' memory. If there are none, memory reserved for image rows becomes free."""
     for planner in planners:
         if planner.config.mmproj is not None or not planner.reads_images:
             continue
-        with suppress(InsufficientMemoryError, WorkerError):  # the start names it
+        with suppress(InsufficientMemoryError, WorkerError):  # The start reports these errors.
             why = (await _planned(planner, workers)).no_images
             planner.encodes = not why
             if why:
@@ -213,7 +214,8 @@ async def _served(
     adapter_record: AdapterRecord,
     report: Report,
 ) -> tuple[ServedModel, ...]:
-    """Loads the first model if `load_on_demand` is set. Other models sleep. Raises an error if a model cannot fit."""
+    """Loads the first model if `load_on_demand` is set; the other models are loaded when they are needed. Raises an
+    error if a model does not fit."""
     config, workers = planners[0].config, pool.workers
     ledger = MemoryLedger(config.max_loaded_models)
     manifests = FileManifests(weight_cache())
@@ -261,7 +263,6 @@ def _resident(served: ServedModel, entry: ModelEntry | None) -> Resident:
 async def _shortfall(
     planners: Sequence[ClusterPlanner], registry: Registry, drained: frozenset[str]
 ) -> LlamaclustError | None:
-    """Returns an error if the undrained workers cannot hold each model, or None if they can."""
     try:
         for planner in planners:
             await _planned(planner, _undrained(registry, drained))
@@ -291,8 +292,8 @@ async def _supervised(config: ClusterConfig, workers: SupervisedWorkers, report:
 async def _engine(
     config: ClusterConfig, projector: Projector | None, supervisor: Supervisor, sleeping: SchedulerSettings | None
 ) -> AsyncIterator[Engine]:
-    """Yields an engine. The supervisor replaces its lost pipelines. `sleeping` has the settings if the model is not
-    loaded yet."""
+    """Yields a model's engine. The supervisor replaces pipelines that are lost. `sleeping` has the settings of a model
+    that is not loaded yet."""
     deadlines = EngineSettings(request_s=config.timeouts.request)
     async with aclosing(supervisor):
         with named_errors(config):

@@ -1,4 +1,4 @@
-"""Loads a cluster's draft model. All models that have the draft model's tokens share it."""
+"""Loads a cluster's draft model. All models with the draft model's vocabulary share it."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from llamaclust.model.loader import Model
 
 Models = Sequence[tuple[ClusterConfig, Model]]
 _SMALL = 2
-"""Least ratio of a model's size to its draft model's size. A larger draft model would hardly be faster."""
+"""Minimum ratio of a model's size to its draft model's size. A larger draft model would hardly make answers faster."""
 
 
 @dataclass(frozen=True, slots=True)
 class DraftModelMemory:
-    name: str  # of its file
+    name: str  # Name of the draft model's file.
     bytes: int
     models: tuple[str, ...]
-    others: tuple[str, ...]  # models of other tokens, for which it cannot
-    remarks: tuple[str, ...]  # on settings that are obeyed in part, or hardly gain
+    others: tuple[str, ...]  # Names of models with other vocabularies, which cannot use the draft model.
+    remarks: tuple[str, ...]  # Remarks on settings that have only a part of their effect, or that are hardly useful.
 
     @property
     def text(self) -> str:
@@ -44,19 +44,19 @@ class DraftModelMemory:
 
 
 def draft_model_memory(models: Models) -> DraftModelMemory | None:
-    """Returns the draft model's memory, or None if there is no draft model. Raises the errors of `plan_draft_model`."""
+    """Returns the draft model's memory, or None without a draft model. Raises the errors of `plan_draft_model`."""
     plan = _planned(models)
     return None if plan is None else _memory(plan, models)
 
 
 @dataclass(frozen=True, slots=True)
 class Drafting:
-    settings: Sequence[SpeculationSettings | None]  # of each
-    unused_bytes: int = 0  # of this machine's memory: of a draft model that has not written to them yet
+    settings: Sequence[SpeculationSettings | None]  # Settings of each model.
+    unused_bytes: int = 0  # Bytes of this machine's memory that the draft model has allocated but not written yet.
 
 
 async def drafting(stack: AsyncExitStack, models: Models, report: Report) -> Drafting:
-    """Loads the draft model. The stack closes it. Raises the errors of `plan_draft_model` and `open_draft_model`."""
+    """Loads the draft model, which the stack closes. Raises the errors of `plan_draft_model` and `open_draft_model`."""
     for line in filter(None, (unused_mtp(*of) for of in models)):
         report(Notice(line))
     plan = await asyncio.to_thread(_planned, models)
@@ -76,11 +76,11 @@ def _remarks(plan: DraftModelPlan, models: Models) -> Iterator[str]:
     own = models[0][0].speculative
     wanted = None if own is None else own.threads
     if wanted is not None and wanted > plan.device.threads:
-        yield f"draft model: {plan.device.threads} threads instead of {wanted}: this process may use no more cores"
+        yield f"draft model: {plan.device.threads} threads instead of {wanted}: this process can use no more cores"
     target = max((models[at][1] for at in plan.targets), key=_bytes)
     if _bytes(plan.model) * _SMALL > _bytes(target):
         why = f"{mib(_bytes(plan.model))} MiB, and the model has {mib(_bytes(target))} MiB, so drafts hardly gain"
-        yield f"draft model {plan.path.name} is not small: {why}; take a smaller one of the same family"
+        yield f"draft model {plan.path.name} is not small: {why}; use a smaller model of the same family"
 
 
 def _bytes(model: Model) -> int:

@@ -1,4 +1,4 @@
-"""Prepares a cluster's API: its settings, port, certificate and record, and the models that it serves."""
+"""Prepares a cluster's HTTP API: its settings, port, certificate and record, and the models that it serves."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 _MORE_REQUESTS = 64
-"""Further requests of a model, besides running and waiting requests. They are being read, refused or answered."""
+"""Number of HTTP requests per model that may be read, refused or answered besides the running and waiting requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Front:
 
 
 def api_settings(config: ClusterConfig) -> ApiSettings:
-    """Returns the API's settings. Raises UsageError if API keys, default values or folders cannot be used."""
+    """Returns the settings of the API. Raises UsageError if API keys, default values or folders cannot be used."""
     check_defaults(config.api.defaults)
     return ApiSettings(
         listen_host=config.host,
@@ -88,13 +88,13 @@ def api_settings(config: ClusterConfig) -> ApiSettings:
 
 def _existing(folder: Path | None, key: str) -> Path | None:
     if folder is not None and not folder.is_dir():
-        raise UsageError(f"{folder}: the folder of {key} does not exist; make it first")
+        raise UsageError(f"{folder}: the folder of {key} does not exist; create it first")
     return folder
 
 
 @contextmanager
 def open_port(config: ClusterConfig, folder: ClusterDir) -> Iterator[ApiPort]:
-    """Yields the API's port with its certificate. The port is opened before anything else is started."""
+    """Yields the API's port, with its certificate. The port is opened before workers are started."""
     certificate = _certificate(config, folder)
     with (
         nullcontext() if certificate is None else certificate.watched(),
@@ -153,7 +153,7 @@ def ready_event(cluster: Cluster, front: Front) -> Ready:
 
 
 def _collector(telemetry: TelemetrySettings | None) -> str | None:
-    """Returns the scheme, host and port of the collector's URL. Other parts of the URL may contain a secret."""
+    """Returns scheme, host and port of the collector's URL. Other parts of the URL might contain a secret."""
     target = None if telemetry is None else telemetry.traces or telemetry.metrics
     if target is None:
         return None
@@ -175,7 +175,7 @@ BODIES: Final[tuple[type[Body], ...]] = (
 
 
 def check_defaults(defaults: Mapping[str, Any]) -> None:
-    """Raises UsageError if no endpoint has a field, or if all endpoints that have the field refuse its value."""
+    """Raises UsageError if a field exists in no endpoint, or if all endpoints with this field refuse its value."""
     objects = [part for kind in BODIES for part in (kind, *parts_of(kind).values())]
     for given, value in defaults.items():
         having = [(kind, name) for kind in objects if (name := kind.foreign.name(given)) in kind.model_fields]
@@ -192,7 +192,7 @@ def check_defaults(defaults: Mapping[str, Any]) -> None:
 async def api_models(
     cluster: Cluster, settings: ApiSettings, journal: Journal, show: Callable[[ServedModel], Mapping[str, Any]]
 ) -> AsyncIterator[list[ApiModel]]:
-    """Yields all models in order. `show` returns the JSON of `GET /cluster`. The caller must close the journal."""
+    """Yields the served models in order. `show` makes the JSON of `GET /cluster`. The caller closes the journal."""
     residents = cluster.residency.residents
     async with AsyncExitStack() as stack:
         rows, preparation = RowCache(cluster.row_limits), await stack.enter_async_context(ImagePreparation())
@@ -248,12 +248,12 @@ def _settings_of(served: ServedModel, settings: ApiSettings, models: Sequence[Se
 
 
 KEYS = frozenset({"model", "mmproj", "chat_template", "context_length", "wire", "kv_type", "api", "adapters"})
-"""Keys of the cluster file that change answers. In `api`, only `defaults` does."""
+"""Keys of the cluster file that affect answers. In `api`, only the key `defaults` affects them."""
 
 
 def answer_digest(config: ClusterConfig, files: str, chat_template: str | None, context_length: int) -> str:
     """Hashes everything that affects answers. `files` has the identities of the model, its adapters and its projector.
-    `chat_template` is the template's source. `context_length` is the plan's context length."""
+    `chat_template` is the template's source. `context_length` comes from the plan."""
     defaults = json.dumps(config.api.defaults, sort_keys=True, default=str)
     adapters = tuple((adapter.name, adapter.scale) for adapter in config.adapters)
     keys = (files, chat_template, context_length, config.wire, config.kv_type.value, defaults, adapters)

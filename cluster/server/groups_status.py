@@ -1,4 +1,4 @@
-"""Formats a model's groups for `llamaclust status --json`, with their members and gather times."""
+"""Formats a model's groups for `llamaclust status --json`."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def counters_of(handle: WorkerHandle, model_id: str) -> GroupCounters | None:
 def _group(
     order: Load, counters: Mapping[str, GroupCounters | None], predicted: StagePrediction | None
 ) -> dict[str, Any]:
-    """Formats a group. The leader measures its times. Only `waited_for_s` comes from all members, and says how long
-    their gathers waited for a member. A wait counts for the member that was ready last, so the member with the longest
-    waits is probably the cause."""
+    """Formats a group, with times that its leader measured. `waited_for_s` is a sum over all members: the time that
+    gathers waited for a member because it was the last to be ready. The member with the largest value is probably
+    slow."""
     assert order.group is not None, "the order of a leader"
     members = order.group.members
     all_counters = [counted for member in members if (counted := counters.get(member.worker)) is not None]

@@ -1,5 +1,4 @@
-"""Waits for the Kubernetes Lease. The coordinator that holds the Lease serves. Other coordinators answer that they are
-waiting."""
+"""Waits until this coordinator holds a Kubernetes Lease. Meanwhile, its API answers that it is waiting."""
 
 from __future__ import annotations
 
@@ -24,10 +23,10 @@ _log = logging.getLogger(__name__)
 @contextmanager
 def leading(lease: Lease, port: ApiPort, settings: ApiSettings, report: Report) -> Iterator[bool]:
     """Waits for the Lease and holds it while the context is open. Yields False if a signal ended the wait. If the Lease
-    is lost, this process exits at once, because another coordinator may hold the Lease."""
+    is lost, the process exits at once, because another coordinator may have taken the Lease."""
 
     def lost(reason: str) -> None:
-        _log.error("this coordinator ends: it does not hold the Lease %s any more: %s", lease.name, reason)
+        _log.error("this coordinator ends, because it has lost the Lease %s: %s", lease.name, reason)
         logging.shutdown()
         os._exit(1)
 
@@ -61,6 +60,6 @@ async def _take(lock: LeaseLock) -> None:
                 return
         except LlamaclustError as error:
             if str(error) != logged:
-                _log.warning("waiting for the lease: %s", error)
+                _log.warning("the Lease cannot be taken yet: %s", error)
             logged = str(error)
         await asyncio.sleep(lock.retry_s)

@@ -1,4 +1,4 @@
-"""Measures local workers and their links again for `llamaclust measure`."""
+"""Measures local workers and their links for `llamaclust measure`."""
 
 from __future__ import annotations
 
@@ -51,20 +51,20 @@ class MeasuredPart:
 class MeasuredModel:
     name: str
     devices: tuple[MeasuredPart, ...]
-    missing: tuple[str, ...]  # workers that could not be measured, or whose speeds are in the cluster file
-    other_loads: Mapping[str, OtherLoad]  # by worker
+    missing: tuple[str, ...]  # Workers that could not be measured, and workers whose speeds are in the cluster file.
+    other_loads: Mapping[str, OtherLoad]  # Load of other programs during the measurement, by worker.
 
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
     models: tuple[MeasuredModel, ...]
-    links: tuple[MeasuredPart, ...]  # of several workers; none where plans take the usual ones
+    links: tuple[MeasuredPart, ...]  # Measured links between workers. Empty if plans assume default links.
 
 
 async def measure_workers(
     config: ClusterConfig, paths: Sequence[Path], folder: ClusterDir, report: Report
 ) -> Measurements:
-    """Starts and measures the cluster's workers, and stores the results. The caller must hold `folder`'s lock."""
+    """Starts and measures the cluster's workers, and stores the results. The caller holds the lock of `folder`."""
     async with AsyncExitStack() as stack:
         stack.enter_context(short_slices())
         launcher = stack.enter_context(launching(config, folder, report))

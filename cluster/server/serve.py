@@ -57,17 +57,18 @@ _log = logging.getLogger(__name__)
 
 
 def serve(config: ClusterConfig, model_paths: Sequence[Path], report: Report, *, is_standby: bool = False) -> int:
-    """Runs a cluster until SIGINT, SIGTERM or SIGHUP. Running requests are finished first. A second signal ends them.
+    """Runs a cluster until SIGINT, SIGTERM or SIGHUP. Running requests are finished, unless a second signal comes.
 
-    A standby waits until the coordinator with its name ends. If that coordinator was stopped in order, the standby ends
-    too. With a Lease, each coordinator waits for the Lease, and continues the requests of the previous holder. Returns
-    128 + SIGINT if SIGINT interrupted the start, and otherwise 0. Raises UsageError if the name or port is taken or API
-    keys cannot be used, and the errors of `open_cluster`.
+    A standby waits until the coordinator of the same name ends. If a command stopped that coordinator, the standby
+    ends too. With a Lease, each coordinator waits for the Lease, and then continues the requests of the last holder.
+    Returns 128 + SIGINT if SIGINT interrupted the start, and 0 otherwise. Raises UsageError if the name or port is
+    taken or the API keys are invalid, and the errors of `open_cluster`.
     """
     folder = ClusterDir(config.state_dir / config.name)
     settings, telemetry = api_settings(config), resolve_telemetry(config)
     if config.lease is not None:
-        from llamaclust.cluster.server.leadership import leading  # only here, for its HTTP client
+        # This module loads an HTTP client, which is not needed without a Lease.
+        from llamaclust.cluster.server.leadership import leading
 
         with open_port(config, folder) as port, leading(config.lease, port, settings, report) as is_leader:
             if is_leader:
@@ -76,13 +77,13 @@ def serve(config: ClusterConfig, model_paths: Sequence[Path], report: Report, *,
                     return _run(config, model_paths, folder, front)
         return 0
     if is_standby:
-        report(Notice(f"{config.name}: this standby takes over once no coordinator runs"))
+        report(Notice(f"{config.name}: this standby takes over when no other coordinator runs"))
     with folder.locked(is_standby=is_standby) as is_held:
         if not is_held:
-            report(Notice(f"{config.name} was stopped; its standby ends as well"))
+            report(Notice(f"{config.name} was stopped, so this standby ends too"))
             return 0
         if is_standby:
-            report(Notice(f"{config.name}: no coordinator runs, so this standby serves"))
+            report(Notice(f"{config.name}: no other coordinator runs, so this standby serves now"))
         with open_port(config, folder) as port:
             front = Front(port, cluster_record(config, folder, port), settings, telemetry, report)
             return _run(config, model_paths, folder, front)
@@ -139,7 +140,8 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: Front, signals: S
     allow_many_files()
     async with (
         aclosing(Journal(folder.journal, cluster.record, config.timeouts.resume)) as journal,
-        _telemetry(cluster, front) as telemetry,  # around what aborts sequences: these have spans as well
+        # Telemetry ends after the models have aborted their sequences, so that these sequences have spans.
+        _telemetry(cluster, front) as telemetry,
         api_models(cluster, front.settings, journal, partial(cluster_status, cluster, front.record)) as models,
     ):
         app = create_app(models, admission, cluster.pool.operations)
@@ -156,7 +158,7 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: Front, signals: S
                 left = _Inheritance(journal, None if config.lease is None else cluster.registry)
                 engines = [model.engine for model in models]
                 await first_of(_drain(engines, admission, left), _report_requests(models, front.report))
-                server.should_exit = True  # replies that are being written have a moment
+                server.should_exit = True  # The server has some time left for replies that are being written.
                 await _ended(serving)
             finally:
                 server.should_exit = server.force_exit = True
@@ -193,7 +195,7 @@ def _left_requests(path: Path) -> list[RequestContext]:
     try:
         return read_journal(path, Instant.now())
     except (OSError, ValueError, TypeError, KeyError) as error:
-        _log.warning("%s: cannot be read: %s; requests of the last coordinator are lost", path, error)
+        _log.warning("%s: cannot be read: %s; the last coordinator's requests are lost", path, error)
         return []
 
 
@@ -212,19 +214,18 @@ async def _asked(signals: Signals) -> None:
 
 
 async def _ended(serving: asyncio.Task[None]) -> None:
-    with suppress(TimeoutError):  # then it is cancelled
+    with suppress(TimeoutError):  # A server that takes longer is cancelled.
         await asyncio.wait_for(serving, _END_S)
 
 
 @dataclass(frozen=True, slots=True)
 class _Inheritance:
-    """Leaves accepted requests, and workers if there is a Lease, to the next coordinator."""
+    """Leaves accepted requests to the next coordinator. Leaves the workers too if there is a Lease."""
 
     journal: Journal
     registry: Registry | None
 
     def leave(self) -> LlamaclustError:
-        """Leaves the requests to the next coordinator. Returns the error that ends them in this process."""
         self.journal.stop_in_order()
         if self.registry is None:
             self.journal.end_sent()
@@ -236,7 +237,7 @@ class _Inheritance:
 
 
 async def _drain(engines: Sequence[Engine], admission: Admission, left: _Inheritance) -> None:
-    """Refuses new requests, and finishes accepted requests. The next coordinator gets those that take too long."""
+    """Refuses new requests and finishes accepted requests. The next coordinator gets those that exceed 30 s."""
     admission.stop()
     try:
         with suppress(TimeoutError):
@@ -251,7 +252,7 @@ async def _drain(engines: Sequence[Engine], admission: Admission, left: _Inherit
 
 
 class _Server(uvicorn.Server):
-    """An HTTP server that does not handle signals. Sets `answers` when it serves."""
+    """An HTTP server that does not handle signals. It sets `answers` when it accepts connections."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)

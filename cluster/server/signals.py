@@ -10,14 +10,15 @@ class Signals:
     def __init__(self) -> None:
         self.asked = asyncio.Event()
         self.ready = False
-        self.has_interrupted_start = False  # SIGINT came first, before it was ready
+        # True if SIGINT came before the cluster was ready, and no other signal came before.
+        self.has_interrupted_start = False
         task = asyncio.current_task()
         assert task is not None
         self._task = task
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
         loop.add_signal_handler(signal.SIGTERM, self._received)
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup makes a process ignore SIGHUP.
             loop.add_signal_handler(signal.SIGHUP, self._lose_terminal)
 
     def _interrupt(self) -> None:

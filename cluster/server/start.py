@@ -1,4 +1,4 @@
-"""Opens what a cluster needs at its start: model files, launcher, registry, and the link measurement."""
+"""Opens the parts that a cluster needs to start: model files, launcher, registry, and the measurement of links."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ _HEARTBEATS = 5
 async def open_models(
     stack: AsyncExitStack, config: ClusterConfig, paths: Sequence[Path], launcher: Launcher, report: Report
 ) -> list[tuple[ClusterConfig, Model]]:
-    """Opens each model with its own configuration. Reports unused projectors. Raises UsageError if a model cannot run
-    with this configuration on any workers."""
+    """Opens each model with its own configuration, and reports unused projectors. Raises UsageError if a model cannot
+    run with its configuration on any workers."""
     models = []
     for own, path in zip(config.of_each_model(), paths, strict=True):
         adapters = [adapter.path for adapter in own.adapters]
@@ -66,7 +66,7 @@ def named_errors(config: ClusterConfig) -> Iterator[None]:
 
 @contextmanager
 def launching(config: ClusterConfig, folder: ClusterDir, report: Report) -> Iterator[Launcher]:
-    """Yields the launcher that the cluster file names. The caller must hold the lock of `folder`."""
+    """Yields the launcher that the cluster file chooses. The caller must hold the lock of `folder`."""
     match config.launcher:
         case "local":
             with run_directory(folder.path) as run:
@@ -109,8 +109,8 @@ def link_meter(
     *,
     anew: bool = False,
 ) -> MeasureLinks | None:
-    """Returns a function that measures links, or None if default links are assumed. If `anew` is set, the function
-    measures known links again."""
+    """Returns a function that measures links, or None if plans assume default links. If `anew` is set, links with
+    stored measurements are measured again."""
     if config.launcher_facts.is_local and not hops_matter(measured):
         return None
     return partial(

@@ -1,4 +1,4 @@
-"""Formats a cluster as the JSON of `llamaclust status --json` and `GET /cluster`."""
+"""Formats a cluster's status as JSON for `llamaclust status --json` and `GET /cluster`."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _MOST_LISTED = 64
 
 
 def cluster_status(cluster: Cluster, record: ClusterRecord, served: ServedModel | None = None) -> dict[str, Any]:
-    """Returns a model's status, by default the first model's. `status` describes the workers. `plan` has predictions,
-    or null before the first load. `stages` has the measured values. `links` lists the links that a token passes.
-    `sequences` lists running and waiting sequences."""
+    """Returns the status of a model (default: the first). `status` describes the workers. `plan` has predictions, or is
+    null before the first load. `stages` has measured values. `links` lists the links that a token passes, and
+    `sequences` the running and waiting sequences."""
     served = served or cluster.models[0]
     engine, plan = served.engine, served.plan
     sequences = [sequence for scheduler in engine.schedulers for sequence in scheduler.sequences]
@@ -67,7 +67,7 @@ def sequences_json(sequences: Sequence[ScheduledSequence], now_ns: int) -> list[
 
 
 def links_json(plan: Plan, links: Links) -> list[dict[str, Any]]:
-    """Lists the links from the coordinator (named "") through all stages and back. Unmeasured values are null."""
+    """Lists the links from the coordinator (named "") through all stages and back to it. Unmeasured values are null."""
     names = [COORDINATOR, *(stage.worker for stage in plan.leaders), COORDINATOR]
     return [_link(*pair, links.measured.get(frozenset(pair))) for pair in pairwise(names)]
 

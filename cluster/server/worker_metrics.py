@@ -1,4 +1,4 @@
-"""Prometheus metrics of workers, from their last heartbeats. The metrics of stages are in the engine."""
+"""Collects Prometheus metrics of workers from their last heartbeats. Metrics of stages are in the engine."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _COUNTERS = {
     "weight_received_bytes": ("weight_bytes_received", "Bytes of weights fetched from other workers"),
     "worker_kv_disk_written_bytes": ("kv_disk_written_bytes", "Bytes of KV memory that a worker wrote to disk"),
     "worker_kv_disk_read_bytes": ("kv_disk_read_bytes", "Bytes of KV memory that a worker read from disk"),
-    "worker_experts_cache_hits": ("experts_cache_hits", "Uses of experts by microbatches that found a GPU copy"),
-    "worker_experts_cache_misses": ("experts_cache_misses", "Uses of experts by microbatches that found no GPU copy"),
+    "worker_experts_cache_hits": ("experts_cache_hits", "Experts that a microbatch found in a GPU's cache"),
+    "worker_experts_cache_misses": ("experts_cache_misses", "Experts that a microbatch did not find in a GPU's cache"),
     "worker_experts_cache_copied_bytes": ("experts_cache_copied_bytes", "Bytes of experts copied to a worker's GPUs"),
 }
-"""Heartbeat field and help text of each counter."""
+"""Maps the name of each counter to a field of the heartbeat and a help text."""
 _GAUGES = {
     "worker_busy_ratio": ("busy", "Share of the last heartbeat interval that a worker spent computing"),
     "worker_resident_memory_bytes": ("resident_bytes", "Resident memory of a worker's process"),
-    "worker_free_memory_bytes": ("free_memory_bytes", "Memory that a worker's process may still take"),
+    "worker_free_memory_bytes": ("free_memory_bytes", "Memory that a worker's process can still allocate"),
     "worker_kv_disk_bytes": ("kv_disk_used_bytes", "KV memory on disk in a worker's folder, which workers may share"),
     "worker_experts_cache_bytes": ("experts_cache_used_bytes", "Bytes of copies of experts on a worker's GPUs"),
 }
@@ -36,11 +36,10 @@ _GROUP_COUNTERS = {
     "group_sent_bytes": ("sent_bytes", "Bytes that a member of a group sent to the others"),
     "group_received_bytes": ("received_bytes", "Bytes that a member of a group received from the others"),
 }
-"""Field of a member's counters, and help text, of each group counter."""
 
 
 class WorkerMetrics(Collector):
-    """Collects the workers' metrics. A counter starts again at 0 with a worker's process, as Prometheus expects."""
+    """Collects the workers' metrics. A counter starts at 0 when its worker starts again, as Prometheus expects."""
 
     def __init__(
         self, workers: Callable[[], Mapping[str, WorkerHandle]], models: Callable[[], Mapping[str, str]]
@@ -96,7 +95,7 @@ def _of_groups(workers: Mapping[str, WorkerHandle], models: Mapping[str, str]) -
 def _of_devices(workers: Mapping[str, WorkerHandle]) -> Iterator[Metric]:
     layers = _gauge("worker_layers", "Layers of all models on a worker's CPU and GPUs", "worker", "device")
     total = _gauge("worker_gpu_memory_bytes", "Memory of a worker's GPU", "worker", "gpu")
-    free = _gauge("worker_gpu_free_memory_bytes", "Memory of its GPU that a worker may still take", "worker", "gpu")
+    free = _gauge("worker_gpu_free_memory_bytes", "Memory of its GPU that a worker can still allocate", "worker", "gpu")
     for name, worker in workers.items():
         counts: Counter[str] = Counter()
         for part in worker.device_layers:

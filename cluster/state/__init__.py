@@ -1,1 +1,1 @@
-"""Keeps a cluster's files on disk, and defines the events that a coordinator reports."""
+"""Owns the files that a cluster keeps on disk, and the events that a coordinator reports."""

@@ -1,4 +1,4 @@
-"""Keeps track of a served model's LoRA adapters, of the requests that use them, and of adapters that clients loaded."""
+"""Lists a served model's LoRA adapters, counts their requests, and records on disk which adapters clients loaded."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ class AdapterUnloadedError(RequestError):
 
 @dataclass(frozen=True, slots=True)
 class ServedAdapter:
-    """A LoRA adapter by its name for clients. `content` is its file's digest if a client loaded it, or else empty."""
+    """A LoRA adapter with the name that clients use for it. `content` is the digest of the adapter's file if a client
+    loaded the adapter. It is empty if the adapter comes from the cluster file."""
 
     name: str
     path: str
-    scale: float = 1.0  # of requests that name it as their model
+    scale: float = 1.0  # Scale in requests that name the adapter as their model.
     content: str = ""
 
 
@@ -49,13 +50,16 @@ _MODELS = TypeAdapter(dict[str, list[_Loaded]])
 
 @dataclass(slots=True, eq=False)
 class ServedAdapters:
-    """The adapters of a model. An adapter keeps its number when other adapters are added or removed."""
+    """The adapters of a model. An adapter's number does not change when other adapters are added or removed."""
 
-    first: Sequence[ServedAdapter] = ()  # those of the cluster file, numbered from 0
-    default: AdapterScales = ()  # in requests that choose none, as clients set them; a request keeps its admission's
+    first: Sequence[ServedAdapter] = ()  # Adapters of the cluster file, numbered from 0.
+    # Scales for requests that choose no adapter. They can change, but an admitted request keeps its scales.
+    default: AdapterScales = ()
     _present: dict[int, ServedAdapter] = field(init=False)
-    _since_ns: dict[int, int] = field(default_factory=dict)  # of those that came while this process ran
-    _past: deque[tuple[int, str, int]] = field(default_factory=partial(deque, maxlen=_PAST))  # number, name, until (ns)
+    # Loading time (monotonic ns) of each adapter that was loaded after the start, by adapter number.
+    _since_ns: dict[int, int] = field(default_factory=dict)
+    # Number, name and removal time (ns) of each removed adapter.
+    _past: deque[tuple[int, str, int]] = field(default_factory=partial(deque, maxlen=_PAST))
     _uses: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -92,7 +96,6 @@ class ServedAdapters:
         self._since_ns[number] = monotonic_ns()
 
     def remove(self, number: int) -> None:
-        """Removes an adapter that no request uses. Waiting requests that chose the adapter will be refused."""
         assert not self._uses[number]
         self._past.append((number, self._present.pop(number).name, monotonic_ns()))
 
@@ -106,17 +109,18 @@ class ServedAdapters:
         return self._uses[number]
 
     def use(self, scales: AdapterScales, received_ns: int) -> None:
-        """Counts a request that arrived at `received_ns`. Raises AdapterUnloadedError if its adapter was unloaded."""
+        """Counts a request. Raises AdapterUnloadedError if one of its adapters was unloaded after `received_ns`."""
         for number, _ in scales:
             if number not in self._present or 0 < received_ns < self._since_ns.get(number, 0):
-                raise AdapterUnloadedError(f"model: adapter {number} was unloaded meanwhile: send the request again")
+                raise AdapterUnloadedError(f"model: adapter {number} was unloaded meanwhile; send the request again")
         self._uses.update(number for number, _ in scales)
 
     def release(self, scales: AdapterScales) -> None:
         self._uses.subtract(number for number, _ in scales)
 
     def marks(self, numbers: Collection[int]) -> tuple[str, ...]:
-        """Returns the number, content and name of each adapter that a client loaded. They affect answers."""
+        """Describes each adapter in `numbers` that a client loaded, by its number, file digest and name. A request is
+        restored only if the marks of its adapters are the same."""
         return tuple(
             f"{number} {adapter.content} {adapter.name}" for number, adapter in self.loaded if number in numbers
         )
@@ -126,7 +130,7 @@ class ServedAdapters:
 
 
 class AdapterRecord:
-    """Records on disk which adapters clients loaded. An adapter stays in the record if it cannot be loaded again."""
+    """Records on disk which adapters clients loaded. An adapter that cannot be loaded again stays in the record."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -138,17 +142,17 @@ class AdapterRecord:
         except FileNotFoundError:
             pass
         except (OSError, ValueError) as error:
-            _log.warning("%s: cannot be read: %s; adapters that clients loaded are not loaded again", path, error)
+            _log.warning("%s: cannot be read: %s; adapters that clients had loaded will not be loaded", path, error)
 
     def of(self, model: str) -> list[tuple[int, ServedAdapter]]:
         return self._models.get(model, [])
 
     def keep(self, model: str, number: int, adapter: ServedAdapter) -> None:
-        """Keeps an adapter that could not be loaded again. It stays until it is removed or its name is loaded anew."""
+        """Keeps an adapter that could not be loaded again. A client can remove it or load its name again."""
         self._absent.setdefault(model, []).append((number, adapter))
 
     async def remove(self, model: str, name: str) -> bool:
-        """Removes a kept adapter. Returns False if no kept adapter has this name. Raises the errors of `write`."""
+        """Removes a kept adapter. Returns False if none has this name. Raises LlamaclustError if writing fails."""
         absent = self._absent.get(model, [])
         left = [(number, adapter) for number, adapter in absent if adapter.name != name]
         if len(left) == len(absent):
@@ -158,7 +162,7 @@ class AdapterRecord:
         return True
 
     async def write(self, model: str, adapters: Sequence[tuple[int, ServedAdapter]]) -> None:
-        """Writes the record to disk. If writing fails, keeps the old record and raises LlamaclustError."""
+        """Records the loaded adapters of a model. Raises LlamaclustError and keeps the old record if writing fails."""
         names = {adapter.name for _, adapter in adapters}
         absent = [(number, adapter) for number, adapter in self._absent.get(model, []) if adapter.name not in names]
         await self._write(model, adapters, absent)

@@ -1,4 +1,4 @@
-"""Reads the HTTP API's key file, and adds and removes keys by name."""
+"""Reads the HTTP API's key file. Adds and removes keys by name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class NamedKey:
-    """A key in the lines [start, end) of the file. The name is the comment above the key, or else the key's number."""
+    """An API key in lines [start, end) of the key file. Its name is the comment above it or, without one, its
+    number."""
 
     name: str
     key: str = field(repr=False)
@@ -32,16 +33,16 @@ class NamedKey:
 
 
 def read_api_keys(path: Path | None) -> tuple[str, ...]:
-    """Reads the keys of a file. Raises UsageError if the file is invalid or other users may read it."""
+    """Reads the keys of a file. Raises UsageError if the file is invalid or other users can read it."""
     if path is None:
         return ()
     keys = _keys_of(path)
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
-        raise UsageError(f"{path}: other users may read these API keys (mode {mode:04o}): chmod 600 {path}")
+        raise UsageError(f"{path}: other users can read these API keys (mode {mode:04o}); run: chmod 600 {path}")
     bad = next((number for number, key in enumerate(keys, 1) if not _KEY.fullmatch(key)), None)
     if bad is not None:
-        raise UsageError(f"{path}: key {bad} is not 8 to 512 printable ASCII characters without spaces")
+        raise UsageError(f"{path}: key {bad} must be 8 to 512 printable ASCII characters without spaces")
     return tuple(keys)
 
 
@@ -57,9 +58,9 @@ class LiveKeys(Sequence[str]):
             self._version = version
             try:
                 self._keys = read_api_keys(self._path)
-                _log.info("%s: read again, API keys: %d", self._path, len(self._keys))
+                _log.info("%s: API keys were read again: %d", self._path, len(self._keys))
             except UsageError as error:
-                _log.warning("%s; the API keys that were read before stay valid", error)
+                _log.warning("%s; the previous API keys stay valid", error)
         return self._keys
 
     def __getitem__(self, index: Any) -> Any:
@@ -81,14 +82,15 @@ def named_keys(path: Path) -> list[NamedKey]:
 
 
 def add_key(path: Path, name: str | None = None) -> NamedKey:
-    """Adds a new key to a file, which is created if it does not exist. Raises UsageError if the name is taken."""
+    """Adds a new random key to the file, and creates the file if necessary. Raises UsageError if the name is taken."""
     lines = _lines_of(path) if path.exists() else []
     keys = _named(lines)
     names = {each.name for each in keys}
     if name in names:
         raise UsageError(f"{path}: has a key named {name}; choose another name, or `llamaclust keys rm {name}` first")
     chosen = name or next(each for each in (f"key-{n}" for n in range(1, len(keys) + 2)) if each not in names)
-    lines = [line for line in lines if not line.startswith("#") or line.lstrip("# ") != chosen]  # names no key
+    # A comment with this name that is not followed by a key is removed.
+    lines = [line for line in lines if not line.startswith("#") or line.lstrip("# ") != chosen]
     added = NamedKey(chosen, f"lc-{secrets.token_urlsafe(_RANDOM_BYTES)}", len(lines), len(lines) + 2)
     _write(path, [*lines, f"# {chosen}", added.key])
     return added

@@ -1,4 +1,4 @@
-"""Finds this user's running clusters, and the cluster that ended last."""
+"""Finds this user's running clusters and the logs of the cluster that ended last."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def recorded_clusters(state_dir: Path) -> list[ClusterRecord]:
 
 
 def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, ClusterRecord]:
-    """Returns the cluster `name`, or the only running cluster if `name` is None. Raises UsageError if there is none."""
+    """Returns the cluster `name`. If `name` is None, returns the only running cluster. Raises UsageError if no such
+    cluster is running, or if `name` is None and several clusters are running."""
     running = running_clusters(state_dir)
     if name is None and len(running) == 1:
         name = next(iter(running))
@@ -51,7 +52,6 @@ def _folders(state_dir: Path) -> list[ClusterDir]:
 
 
 def _last_ended(state_dir: Path, name: str | None) -> str:
-    """Describes how the last cluster with this name ended. Returns an empty text if no cluster has ended."""
     of_name = [folder for folder in _folders(state_dir) if name in (None, folder.path.name)]
     ended = [folder for folder in of_name if _last_change_s(folder) and not folder.is_running]
     if not ended:
@@ -70,7 +70,7 @@ def _was_killed(folder: ClusterDir) -> bool:
 def _last_change_s(folder: ClusterDir) -> float:
     last_s = 0.0
     for path in (*folder.path.glob("*"), *folder.logs.glob("*")):
-        with suppress(FileNotFoundError):  # temporary files of a cluster that runs
+        with suppress(FileNotFoundError):  # A running cluster may delete a temporary file meanwhile.
             entry = path.lstat()
             last_s = max(last_s, 0.0 if stat.S_ISDIR(entry.st_mode) else entry.st_mtime)
     return last_s

@@ -1,4 +1,4 @@
-"""Records a coordinator's term and its drained workers for the next coordinator."""
+"""Records on disk a coordinator's term and its drained workers, so that the next coordinator can read them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from llamaclust.core.epochs import MAX_TERM, epoch_number
 from llamaclust.core.errors import LlamaclustError, SupersededError
 
 _MAX_EXCEEDED = MAX_TERM >> 1
-"""Largest term that is accepted from a worker. It keeps a worker from using up all terms."""
+"""Larger terms that workers report count as this term. Otherwise, one worker could use up all terms."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _Written:
     term: Annotated[int, Field(ge=0, lt=MAX_TERM)]
-    drained: frozenset[str]  # names of workers
+    drained: frozenset[str]  # Names of drained workers.
 
 
 _WRITTEN = TypeAdapter(_Written)
@@ -32,7 +32,7 @@ _WRITTEN = TypeAdapter(_Written)
 
 @dataclass(slots=True)
 class ControlRecord:
-    """A coordinator's record. A method that changes the record returns when the change is on disk, and raises
+    """A coordinator's term and drained workers. Methods that change them return when the change is on disk. They raise
     SupersededError if a newer coordinator has written the file. If `path` is None, nothing is written."""
 
     path: Path | None = None
@@ -46,7 +46,7 @@ class ControlRecord:
 
     @classmethod
     def begin(cls, path: Path) -> ControlRecord:
-        """Begins a term above the last coordinator's term. Raises LlamaclustError if the file cannot be written."""
+        """Begins a term that is larger than the last coordinator's term. Raises LlamaclustError if writing fails."""
         last = _Written(0, frozenset())
         try:
             last = read_as(path, _WRITTEN)
@@ -56,7 +56,7 @@ class ControlRecord:
             _log.warning("%s: cannot be read: %s; no worker counts as drained", path, error)
         if last.term + 1 >= MAX_TERM:
             what = f"{path}: term {last.term} is the largest term"
-            raise LlamaclustError(f"{what}: remove the file while no coordinator runs")
+            raise LlamaclustError(f"{what}: stop the coordinator and remove this file")
         record = cls(path, last.term + 1, last.drained)
         record._written_term = last.term
         record._write(record.term, record.drained)
@@ -67,8 +67,9 @@ class ControlRecord:
         return epoch_number(self.term, self._epochs)
 
     async def admits(self, seen_term: int) -> bool:
-        """Returns False if a worker has seen a newer term. Before the first epoch, begins a larger term instead,
-        because the last coordinator's record must have been lost. Later, the term of this coordinator cannot change."""
+        """Returns False if a worker has seen a larger term, because then a newer coordinator exists. Before its first
+        epoch, this coordinator takes a still larger term and returns True: the last coordinator's record must have been
+        lost."""
         seen_term = min(seen_term, _MAX_EXCEEDED)
         if seen_term and seen_term >= self.term and not self._epochs:
             self.term = seen_term + 1
@@ -82,7 +83,6 @@ class ControlRecord:
             await self._save(self._written_term)
 
     def newer_term(self) -> int:
-        """Returns the term of a newer coordinator that uses the state directory, or 0 if there is none."""
         try:
             term = 0 if self.path is None else read_as(self.path, _WRITTEN).term
         except (OSError, ValueError):
@@ -96,7 +96,8 @@ class ControlRecord:
     def _write(self, term: int, drained: frozenset[str]) -> None:
         if newer := self.newer_term():
             raise SupersededError(f"{self.path}: a newer coordinator (term {newer}) owns the cluster")
-        before, self._written_term = self._written_term, term  # as soon as the file may have it, it is not a newer one
+        # This process must not mistake its own term in the file for a newer coordinator's, even if writing fails.
+        before, self._written_term = self._written_term, term
         try:
             if self.path is not None:
                 write_private(self.path, _WRITTEN.dump_json(_Written(term, drained)).decode())

@@ -1,5 +1,5 @@
-"""Manages a cluster's files in `<state_dir>/<cluster name>/`, such as its lock, its logs, and the record that `status`
-and `down` read. Only the owner can read these files."""
+"""Owns a cluster's files in `<state_dir>/<cluster name>/`: its lock, its logs, and the record that `status` and `down`
+read. Only the owner can read these files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Value = TypeVar("Value")
 
 ELSEWHERE = ".elsewhere"
 _PROBE_S = 0.05
-"""Pause in seconds before another attempt to lock. A check for a running cluster holds the lock for less time."""
+"""Seconds until a second attempt to lock. A process that checks the lock can make the first attempt fail."""
 _POLL_S = 0.05
 _NOT_A_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
 _STANDBY_LOOK_S = 0.05
@@ -46,12 +46,13 @@ def _own_start_ticks() -> int:
 class ClusterRecord:
     name: str
     pid: int
-    api: str  # http://HOST:PORT, or https://
+    api: str  # http://HOST:PORT or https://HOST:PORT.
     model: str
-    api_keys_file: str | None = None  # where this user's programs find a key, if the API wants one
+    api_keys_file: str | None = None  # File in which this user's programs find a key. None if the API needs no key.
     launcher: LauncherName = "local"
-    api_certificate: str | None = None  # the one that https shows, for this user's programs
-    start_ticks: int = field(default_factory=_own_start_ticks)  # of the process
+    # File with the certificate that the API presents, for this user's programs. None if the API uses plain HTTP.
+    api_certificate: str | None = None
+    start_ticks: int = field(default_factory=_own_start_ticks)  # Start time of the process, in clock ticks since boot.
 
     @property
     def is_local(self) -> bool:
@@ -60,7 +61,7 @@ class ClusterRecord:
     def signal(self, number: signal.Signals) -> None:
         if start_ticks(self.pid) != self.start_ticks:
             what = f"cluster {self.name}: pid {self.pid} of its record is not its coordinator"
-            raise LlamaclustError(f"{what}, which runs in another container or wrote no record: look at it with `ps`")
+            raise LlamaclustError(f"{what}, which may run in another container: search for it with `ps`")
         os.kill(self.pid, number)
 
 
@@ -122,7 +123,6 @@ class ClusterDir:
         return self.path / "standby"
 
     def create(self) -> None:
-        """Creates the folders. Raises UsageError if they cannot be created, or if other users can change them."""
         try:
             self.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
             for folder in (self.path, self.logs):
@@ -138,7 +138,8 @@ class ClusterDir:
     @contextlib.contextmanager
     def locked(self, *, is_standby: bool = False) -> Iterator[bool]:
         """Locks the cluster's name and yields True. Raises UsageError if another process holds the lock. A standby
-        waits for that process instead, and yields False if the process was stopped in order."""
+        waits for the lock instead. It yields False if the holder was stopped by a command, so that the standby must not
+        serve."""
         self.create()
         lock, is_stopped = FileLock(self._lock), False
         if is_standby:
@@ -152,7 +153,7 @@ class ClusterDir:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Marks the cluster as running for the Lease's holder. Takes the file lock unless a hung coordinator has it."""
+        """Marks the cluster as running. The caller holds a Kubernetes Lease, so the file lock is not necessary."""
         self.create()
         self._forget_last()
         lock = FileLock(self._lock)
@@ -184,7 +185,7 @@ class ClusterDir:
         self._stopped.unlink(missing_ok=True)
 
     def _await_end(self, lock: FileLock) -> bool:
-        """Waits for the lock. Returns False if its holder was not stopped in order, so that the standby must serve."""
+        """Waits for the lock. Returns True if its holder was stopped by a command."""
         has_waited, standby = False, FileLock(self._standby)
         try:
             while not self._has_ended(lock):
@@ -195,7 +196,8 @@ class ClusterDir:
                 time.sleep(_STANDBY_LOOK_S)
         finally:
             standby.release()
-        return has_waited and os.access(self._stopped, os.F_OK)  # False also where a file server is away
+        # The result is also False if a file server is unreachable.
+        return has_waited and os.access(self._stopped, os.F_OK)
 
     def _has_ended(self, lock: FileLock) -> bool:
         try:
@@ -213,7 +215,7 @@ class ClusterDir:
                 limit_logs(self.logs)
 
     def _restore(self, lock: FileLock) -> None:
-        """Restores the lock and the record if they were deleted. Otherwise, another cluster could take the name."""
+        """Restores the lock and the record if they were deleted. Otherwise, another cluster could take this name."""
         if not lock.is_held:
             self.create()
             if lock.take():
@@ -246,11 +248,11 @@ class ClusterDir:
         return True
 
     def write_record(self, record: ClusterRecord) -> None:
-        """Writes the record. If the cluster is not in the default state directory, puts a link there."""
+        """Writes the record. If the cluster is not in the default state directory, links the cluster there."""
         write_private(self._record, _RECORD.dump_json(record).decode())
         self._published[:] = [record]
         if self._link is not None:
-            with contextlib.suppress(OSError):  # it serves all the same
+            with contextlib.suppress(OSError):  # The cluster is served even if the link cannot be created.
                 self._link.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._link.unlink(missing_ok=True)
                 self._link.symlink_to(self.path.absolute())
@@ -267,7 +269,7 @@ class ClusterDir:
             return None
 
     def remove_record(self) -> None:
-        """Removes the record when the cluster ends, unless another cluster with the same name has written it."""
+        """Removes the record, unless another cluster of the same name has written it."""
         own, self._published[:] = tuple(self._published), ()
         record = self.read_record()
         if record is None or record in own or not self.is_running:
@@ -286,14 +288,14 @@ class ClusterDir:
 
 
 def open_log(path: Path, *, anew: bool) -> int:
-    """Opens a log for appending. Raises UsageError if it is not a plain file, or if it belongs to another user."""
+    """Opens a log for appending. Raises UsageError if the path is not a regular file or belongs to another user."""
     how = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         descriptor = os.open(path, how, 0o600)
     except OSError as error:
         if error.errno not in _NOT_A_FILE:
             raise
-        raise UsageError(f"{path}: is in the way of a log, which is a plain file: remove it") from error
+        raise UsageError(f"{path}: is not a regular file, but must be a log file: remove it") from error
     try:
         _check_owner(os.fstat(descriptor).st_uid, path)
         if anew:
@@ -318,7 +320,7 @@ def read_values(path: Path, kind: TypeAdapter[dict[str, Value]]) -> dict[str, Va
 
 
 def read_as(path: Path, kind: TypeAdapter[Value]) -> Value:
-    """Reads a JSON file. Raises OSError if the file cannot be read, and a one-line ValueError if it is invalid."""
+    """Reads a JSON file. Raises OSError if the file cannot be read, and ValueError if its content is invalid."""
     try:
         return kind.validate_python(read_json(path))
     except ValidationError as error:
@@ -330,4 +332,4 @@ def write_private(path: Path, text: str, *, is_synced: bool = True) -> None:
         write_text(path, text, is_synced=is_synced)
     except OSError as error:
         what = f"{path}: cannot be written: {error.strerror}"
-        raise LlamaclustError(f"{what}; make room, or set `state_dir:` or LLAMACLUST_STATE_DIR") from error
+        raise LlamaclustError(f"{what}; free disk space, or set `state_dir:` or LLAMACLUST_STATE_DIR") from error

@@ -18,10 +18,10 @@ _CALL_S = 10.0
 
 
 class DiskThread:
-    """Runs one call at a time, with a deadline. A call that hangs does not keep the process alive."""
+    """Runs one call at a time, with a deadline of 10 s. The process can end while a call hangs."""
 
     def __init__(self, name: str) -> None:
-        self.hangs = False  # a call has not returned yet
+        self.hangs = False  # True while a call has not returned.
         self._name = name
 
     async def write(self, path: Path | None, work: Callable[[], None]) -> None:
@@ -31,7 +31,7 @@ class DiskThread:
             raise LlamaclustError(f"{path}: cannot be written: {error.strerror}") from error
 
     async def call(self, work: Callable[[], Value]) -> Value:
-        """Runs `work` on a thread. Raises the errors of `work`, and TimeoutError if this or an earlier call hangs."""
+        """Runs `work` on a thread. Raises its errors, and TimeoutError if this call or an earlier one hangs."""
         if self.hangs:
             raise TimeoutError(errno.ETIMEDOUT, "an earlier write has not returned")
         loop = asyncio.get_running_loop()
@@ -40,7 +40,7 @@ class DiskThread:
         self.hangs = True
         try:
             thread.start()
-        except RuntimeError:  # the system allows no more threads
+        except RuntimeError:  # The system allows no more threads.
             self.hangs = False
             raise
         late = TimeoutError(errno.ETIMEDOUT, f"no answer within {_CALL_S:g} s")
@@ -54,10 +54,10 @@ class DiskThread:
         value, error = None, None
         try:
             value = work()
-        except BaseException as raised:  # noqa: BLE001  the caller's
+        except BaseException as raised:  # noqa: BLE001  the caller handles the error
             error = raised
         self.hangs = False
-        with suppress(RuntimeError):  # the event loop was closed meanwhile
+        with suppress(RuntimeError):  # The event loop may have been closed meanwhile.
             loop.call_soon_threadsafe(_settle, answer, value, error)
 
 

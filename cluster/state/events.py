@@ -1,4 +1,5 @@
-"""Events that a coordinator reports. A detached coordinator sends them to its command as JSON lines in a pipe."""
+"""Defines the events that a coordinator reports. A detached coordinator sends them to the command that started it, as
+JSON lines through a pipe."""
 
 from __future__ import annotations
 
@@ -11,10 +12,10 @@ from typing import Any, get_args
 
 @dataclass(frozen=True, slots=True)
 class AwaitingWorkers:
-    """Instructions to start workers elsewhere. Each entry of `lines` is one line of text."""
+    """Instructions for starting workers on other machines, as lines of text."""
 
     lines: tuple[str, ...]
-    missing: tuple[str, ...] = ("workers",)  # in words
+    missing: tuple[str, ...] = ("workers",)  # Descriptions of the workers that have not joined yet.
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +32,14 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Measuring:
-    """Workers are measuring their machines, which takes some seconds. The next start reuses the results."""
-
     workers: tuple[str, ...]
-    what: str  # is measured
+    what: str  # Description of the measurements.
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLoading:
     worker: str
-    start: float  # of its layers, with fractions inside a layer
+    start: float  # First layer that is loaded. A fraction means a part of a layer.
     end: float
     done_bytes: int
     total_bytes: int
@@ -70,12 +69,12 @@ class Ready:
     api: str
     model: str
     api_keys_file: str | None = None
-    fingerprint: str | None = None  # SHA-256 of the certificate; None: plain HTTP
-    ca_file: str | None = None  # the certificate, where it is the cluster's own
-    use: ModelUse = ModelUse.TEXT  # of the model
-    others: tuple[str, ...] = ()  # further models that generate, and adapters
-    collector: str | None = None  # where telemetry goes; None: it is off
-    loads_on_demand: bool = True  # False: no model is loaded yet, and requests load none
+    fingerprint: str | None = None  # SHA-256 fingerprint of the API's certificate. None if the API uses plain HTTP.
+    ca_file: str | None = None  # File with the certificate if the cluster has made the certificate itself.
+    use: ModelUse = ModelUse.TEXT  # Kind of results that the model computes.
+    others: tuple[str, ...] = ()  # Names of further text models, and of adapters.
+    collector: str | None = None  # Address that telemetry is sent to. None if telemetry is off.
+    loads_on_demand: bool = True  # False if no model is loaded yet and requests do not load one.
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +90,7 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Draining:
-    """The cluster ends when these requests have ended, or after `limit_s`."""
+    """The cluster ends when these requests have ended, but at the latest after `limit_s` seconds."""
 
     requests: int
     limit_s: float
@@ -105,7 +104,6 @@ _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Event)}
 
 
 def awaited(event: Event) -> str | None:
-    """Describes what a start waits for after this event, or returns None if the event does not change it."""
     match event:
         case AwaitingWorkers() | WorkerJoined():
             return ", ".join(event.missing)

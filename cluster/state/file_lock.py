@@ -1,5 +1,5 @@
-"""Locks a file. Other processes can check the lock, and the kernel releases it when its holder ends. The `filelock`
-package cannot check a lock without taking it, and does not detect that a lock file was deleted."""
+"""Locks a file between processes. The kernel releases a lock when the process that holds it ends. The `filelock`
+package is not used: it cannot check a lock without taking it, and does not notice when a lock file is deleted."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ class FileLock:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor: int | None = None
-        self._awaited: int | None = None  # the file whose lock another process had at the last look
+        # Descriptor of the file whose lock another process held when `take_next` was called last.
+        self._awaited: int | None = None
 
     def take(self) -> bool:
-        """Takes the lock. Returns False if another process has the lock. Raises UsageError if the path is a folder."""
+        """Takes the lock. Returns False if another process holds it. Raises UsageError if the path is a folder."""
         descriptor = self._open()
         if not take_lock(descriptor):
             os.close(descriptor)
@@ -26,7 +27,7 @@ class FileLock:
         return self._has_taken(descriptor)
 
     def take_next(self) -> bool:
-        """Takes the lock and returns True if its holder has ended. A deleted lock file does not end the wait."""
+        """Takes the lock if its last holder has ended, even if the lock file was deleted. Returns True on success."""
         if self._awaited is None:
             self._awaited = self._open()
         if not take_lock(self._awaited):
@@ -38,7 +39,7 @@ class FileLock:
         try:
             return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except IsADirectoryError as error:
-            raise UsageError(f"{self._path}: is in the way of a lock, which is a plain file: remove it") from error
+            raise UsageError(f"{self._path}: is a folder, but must be a lock file: remove it") from error
 
     def _has_taken(self, descriptor: int) -> bool:
         if not _is_at(descriptor, self._path):

@@ -1,7 +1,6 @@
-"""Journals admitted requests, so that a restarted coordinator can answer them bit for bit. An answer depends only on
-prompt, parameters and seed. Recorded tokens only save computation. Requests are kept for a while after their replies
-were sent, because clients might not have read the replies. The file is emptied when no request needs it, and rewritten
-when most of it belongs to ended requests."""
+"""Journals admitted requests, so that a restarted coordinator can compute the same answers bit for bit. Prompt,
+parameters and seed determine an answer; recorded tokens only save computation. A request is kept for some time after
+its reply was sent, because the client may not have read all of it."""
 
 from __future__ import annotations
 
@@ -29,37 +28,39 @@ from llamaclust.core.errors import SupersededError
 from llamaclust.core.sampling import RowResult
 
 _PAUSE_S = 0.02
-"""Shortest time between the starts of two writes. Admissions within this time share a write."""
+"""Minimum time between the starts of two writes. All admissions within this time share one write."""
 _LATER_S = 0.1
-"""Delay of lines that need not be on disk soon. An earlier write for an admission includes these lines."""
+"""Delay of lines that need not be on disk soon. An admission may cause an earlier write, which includes these lines."""
 _RETRY_S = 5.0
 _ENDED_BYTES = 4 << 20
 _SENT_BYTES = 16 << 20
-"""Maximum bytes of requests whose replies were sent. Of these requests, the oldest are removed first."""
+"""Maximum total size of requests whose replies were sent. If the size is larger, the oldest of them are removed."""
 
 _LONG_BYTES = 1 << 16
-"""Smallest size of a body for which the request is encoded on a thread."""
+"""Minimum size of a body for which a thread encodes the request."""
 
 _Step: TypeAlias = "Callable[[], asyncio.Future[bytes] | None]"
-"""Changes the contents. The next change waits until the returned future is done."""
+"""A change of the contents. If the function returns a future, the next change waits until the future is done."""
 
 _log = logging.getLogger(__name__)
 
 
 class Journal:
     def __init__(self, path: Path, record: ControlRecord, sent_s: float) -> None:
-        """Keeps requests for `sent_s` seconds after their replies were sent. `record` tells who owns the file."""
+        """Keeps a request for `sent_s` seconds after its reply was sent. `record` tells whether a newer coordinator
+        owns the file."""
         self._sent_s = sent_s
         self._contents = _Contents()
         self._writer = _Writer(JournalFile(path, record), self._contents)
         self._steps = _Steps()
         self._making = ThreadPoolExecutor(1, "journal-lines")
-        self._without_progress: dict[str, int] = {}  # restored requests, and how many times they have been begun so
+        self._without_progress: dict[str, int] = {}  # Number of restarts without a new token, by request id.
 
     async def restore(self, requests: Sequence[RequestContext]) -> None:
-        """Replaces the content of the file with the open requests of an earlier coordinator."""
+        """Replaces the file's content with the open requests of an earlier coordinator."""
         made = [[(each, await self._made(each)) for each in request.records()] for request in requests]
-        for request, records in zip(requests, made, strict=True):  # without a write in between: it would lose some
+        # No write may happen inside this loop, because it would lose requests that are not added yet.
+        for request, records in zip(requests, made, strict=True):
             for record, line in records:
                 self._contents.add(record, line)
             if request.is_complete:
@@ -71,8 +72,8 @@ class Journal:
         await on_disk
 
     def admit(self, request: RequestContext) -> asyncio.Future[None]:
-        """Records a request. The future ends when the record is on disk or cannot be written. It raises RequestError if
-        the record is too long. Raises SupersededError after `seal`."""
+        """Records a request and returns a future that ends when the record is on disk or cannot be written. The future
+        raises RequestError if the record is too long. Raises SupersededError after `seal`."""
         if self._writer.is_sealed:
             raise SupersededError("this coordinator has stopped serving; try again later")
         on_disk: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -80,11 +81,11 @@ class Journal:
         return on_disk
 
     def answer(self, request_id: str, choice: ChoiceKey, start: int, rows: Sequence[RowResult]) -> None:
-        """Records tokens of a choice, beginning with number `start`. They are written soon, but are not synced."""
+        """Records tokens of an answer, beginning with token number `start`. They are written soon, but not synced."""
         self._add(Change.answered(request_id, choice, start, rows))
 
     async def begin_restored(self, times: Mapping[str, int]) -> None:
-        """Records how often each request was restarted without a new token. Returns when the counts are in the file."""
+        """Records each request's number of restarts without a new token. Returns when the file has these numbers."""
         if not self._writer.is_sealed:
             self._without_progress.update(times)
             in_file: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -97,12 +98,13 @@ class Journal:
         self._add(Change(request_id, restores=0))
 
     def sent(self, request_id: str) -> None:
-        """Marks a request whose whole reply was sent. It is kept for a while, unless newer requests need the space."""
+        """Marks a request whose whole reply was sent. The request is kept for some time if there is space."""
         if not self._writer.is_sealed:
             self._steps.take(partial(self._enter_sent, request_id))
 
     def completed(self, request_id: str, limit_s: float) -> None:
-        """Marks a background reply as computed. Until `limit_s`, a later coordinator computes it again on request."""
+        """Marks a background reply as computed. Until `limit_s` seconds after its admission, a restarted coordinator
+        can compute it again for its reader."""
         self._add(Change(request_id, is_sent=True, limit_s=limit_s))
 
     def end(self, request_id: str) -> None:
@@ -113,7 +115,7 @@ class Journal:
             self._steps.take(self._end_sent)
 
     def stop_in_order(self) -> None:
-        """Reduces the restart count of each request without progress by one, because an orderly stop is no failure."""
+        """Reduces the counts of `begin_restored` by one, because an orderly stop is not a failed attempt."""
         for request_id, times in self._without_progress.items():
             self._add(Change(request_id, restores=times - 1))
         self._without_progress.clear()
@@ -122,7 +124,7 @@ class Journal:
         self._writer.is_sealed = True
 
     async def aclose(self) -> None:
-        """Writes pending lines. Ends requests whose replies were sent, unless the journal is sealed."""
+        """Writes pending lines. Removes requests whose replies were sent, unless the journal is sealed."""
         self.end_sent()
         await self._steps.wait_done()
         self._making.shutdown(wait=False)
@@ -145,7 +147,7 @@ class Journal:
     def _admit(self, request: RequestContext, on_disk: asyncio.Future[None], made: Callable[[], bytes]) -> None:
         try:
             line = made()
-        except Exception as error:  # noqa: BLE001  the request's
+        except Exception as error:  # noqa: BLE001  the request fails
             if not on_disk.done():
                 on_disk.set_exception(error)
         else:
@@ -171,7 +173,7 @@ class Journal:
 
 
 class _Steps:
-    """Changes the contents in the order of calls. If a thread encodes a long line, later changes wait for it."""
+    """Changes the contents in the order of calls. While a thread encodes a long line, later changes wait."""
 
     def __init__(self) -> None:
         self._waiting: deque[_Step] = deque()
@@ -198,9 +200,9 @@ class _Steps:
 
 class _Contents:
     def __init__(self) -> None:
-        self.lines: dict[str, bytearray] = {}  # by request
+        self.lines: dict[str, bytearray] = {}  # Lines by request id.
         self.size_bytes = 0
-        self.sent_ids: dict[str, None] = {}  # requests whose whole replies were sent; the oldest first
+        self.sent_ids: dict[str, None] = {}  # Requests whose whole replies were sent, beginning with the oldest.
         self._sent_bytes = 0
 
     @property
@@ -208,7 +210,7 @@ class _Contents:
         return b"".join(self.lines.values())
 
     def add(self, record: Record, line: bytes = b"") -> bytes:
-        """Adds a record and returns its line. Returns an empty line if the record's request is not open."""
+        """Adds a record and returns its line. Returns an empty line if the record's request has already ended."""
         if isinstance(record, RequestContext):
             self.lines[record.id] = bytearray()
         elif record.id not in self.lines:
@@ -246,10 +248,10 @@ class _Writer:
         self._pending: list[bytes] = []
         self._waiting: list[asyncio.Future[None]] = []
         self._is_sync_due = False
-        self._due: asyncio.TimerHandle | None = None  # of the next write
+        self._due: asyncio.TimerHandle | None = None  # Timer of the next write.
         self._writing: asyncio.Task[None] | None = None
-        self._begun_s = -math.inf  # the last write
-        self._failed_s: float | None = None  # when writing failed last; None: the last attempt did not fail
+        self._begun_s = -math.inf  # Start of the last write.
+        self._failed_s: float | None = None  # Time of the last failed write. None if the last write succeeded.
 
     def add(self, lines: bytes) -> None:
         if lines:
@@ -257,8 +259,8 @@ class _Writer:
             self._write_at(asyncio.get_running_loop().time() + _LATER_S)
 
     def write(self, lines: bytes, written: asyncio.Future[None], *, is_synced: bool) -> None:
-        """Adds lines. The future ends when these and all earlier lines are written, or cannot be. `is_synced` also
-        waits for the disk."""
+        """Adds lines. The future ends when these and all earlier lines are written, or writing has failed. With
+        `is_synced`, the lines must also be on disk."""
         self._pending.append(lines)
         self._waiting.append(written)
         self._is_sync_due |= is_synced
@@ -306,7 +308,8 @@ class _Writer:
             self._writing = None
             if self._waiting or self._pending:
                 self._write_at(self._begun_s + (_PAUSE_S if self._waiting else _LATER_S))
-            elif self._failed_s is not None and not self.is_sealed:  # the file lacks open requests, and none may come
+            elif self._failed_s is not None and not self.is_sealed:
+                # Writing is tried again even if no new lines come, because the file lacks open requests.
                 self._write_at(self._failed_s + _RETRY_S)
 
     async def _try(self, data: bytes, *, is_synced: bool) -> None:
@@ -317,7 +320,7 @@ class _Writer:
             if not self.is_sealed:
                 _log.error("%s: %s", path, error)
             self.is_sealed = True
-        except Exception as error:  # noqa: BLE001  requests are served, whatever the cause
+        except Exception as error:  # noqa: BLE001  requests are served in any case
             self._failed_s = asyncio.get_running_loop().time()
             if not has_failed:
                 why = error.strerror if isinstance(error, OSError) else repr(error)
@@ -334,5 +337,5 @@ class _Writer:
         if self._failed_s is None and not is_mostly_ended:
             if await self._thread.call(partial(self._file.append, data, is_synced)):
                 return
-            self._pending.clear()  # what came meanwhile is in the contents
+            self._pending.clear()  # The contents include all pending lines.
         await self._thread.call(partial(self._file.rewrite, self._contents.data))

@@ -1,4 +1,4 @@
-"""Writes the journal's file, which only the newest coordinator may write."""
+"""Writes the journal file. Only the newest coordinator may write it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class JournalFile:
         self._descriptor: int | None = None
 
     def append(self, data: bytes, is_synced: bool) -> bool:
-        """Appends all of `data` or nothing. Returns False if the file is not in place, and must be rewritten."""
+        """Appends all of `data` or nothing. Returns False if the file was deleted; the caller must then rewrite it."""
         descriptor = self._descriptor
         if descriptor is None or not self._is_in_place(descriptor):
             return False
@@ -36,15 +36,15 @@ class JournalFile:
         return True
 
     def rewrite(self, data: bytes) -> None:
-        """Replaces the whole content, or leaves it unchanged if an error is raised. Raises SupersededError if a newer
-        coordinator owns the file."""
+        """Replaces the file's content. The content is unchanged if an error is raised. Raises SupersededError if a
+        newer coordinator owns the file."""
         if not data and self._descriptor is not None and self._is_in_place(self._descriptor):
             os.ftruncate(self._descriptor, 0)
             self.size = 0
             return
         self._check_owner()
-        temporary = self.path.with_name(f".{self.path.name}.new")  # a killed process leaves one at most
-        temporary.unlink(missing_ok=True)  # it may be a pipe or a link
+        temporary = self.path.with_name(f".{self.path.name}.new")  # A killed process leaves at most one temporary file.
+        temporary.unlink(missing_ok=True)  # Another program may have put a pipe or a link there.
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             size = _write_all(descriptor, data, 0)
@@ -66,7 +66,7 @@ class JournalFile:
 
     def _check_owner(self) -> None:
         if newer := self._record.newer_term():
-            raise SupersededError(f"belongs to a newer coordinator (term {newer}); this one no longer writes it")
+            raise SupersededError(f"a newer coordinator (term {newer}) owns this file; this one no longer writes it")
 
     def close(self) -> None:
         if self._descriptor is not None:

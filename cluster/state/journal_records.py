@@ -1,5 +1,5 @@
-"""Encodes and decodes the journal's records. A line has a CRC-32, the record's kind, and its fields as JSON. If a line
-is damaged, the line and its choice's later tokens are skipped."""
+"""Encodes and decodes the journal's records. A line holds a CRC-32, the record's kind, and its fields as JSON. A
+damaged line is skipped, and so are later tokens of the same answer."""
 
 from __future__ import annotations
 
@@ -25,35 +25,37 @@ from llamaclust.core.sampling import RowResult
 from llamaclust.core.this_machine import boot_s, machine_id
 
 _MAX_LINE_BYTES = 64 << 20
-"""Maximum bytes of a line. The largest body needs less. Only this much of a damaged line is held in memory."""
+"""Maximum number of bytes of a line. Requests with the largest bodies need less. A longer line is damaged, and is read
+in pieces to save memory."""
 _ROW = Struct("<id")
-"""Binary format of a token and its logprob. Decimal numbers would take several times as long to read."""
+"""Binary format of a token id and its logprob. Decimal numbers would take several times as long to read."""
 _CHECKSUM = b"%08x "
 _PART_BYTES = 3 << 15
-"""Bytes to encode at a time, while other threads cannot run. They must be a multiple of 3."""
+"""Number of bytes that are encoded at a time, while other threads cannot run. It must be a multiple of 3."""
 _BASE64 = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
 
 _log = logging.getLogger(__name__)
 
 ChoiceKey = tuple[int, int]
 _Messages = Annotated[Sequence[Mapping[str, Any]], BeforeValidator(json.loads)]
-"""Messages as JSON inside JSON. They may have halves of surrogate pairs, which Pydantic refuses."""
+"""Messages as JSON text inside JSON. They may contain unpaired surrogates, which Pydantic would refuse."""
 
 
 @dataclass(frozen=True, slots=True)
 class Instant:
-    """A time that other processes can compare. They use the time since boot, or Unix time on another machine."""
+    """A time that processes can compare: on the same machine by seconds since boot, otherwise by Unix time."""
 
     unix_s: float
     boot_s: float
-    machine: str  # see `machine_id`; another one after each start of the machine
+    machine: str  # Result of `machine_id`, which changes whenever the machine starts.
 
     @classmethod
     def now(cls) -> Instant:
         return cls(time.time(), boot_s(), machine_id())
 
     def passed_s(self, until: Instant) -> float:
-        """Returns the seconds from this time to `until`. Between machines, whose clocks may differ, at least 0."""
+        """Returns the seconds from this time to `until`. Between machines, whose clocks may differ, returns at
+        least 0."""
         if self.machine == until.machine:
             return until.boot_s - self.boot_s
         return max(0.0, until.unix_s - self.unix_s)
@@ -64,33 +66,40 @@ class RequestContext:
     """An admitted request, with all values that are necessary to compute its reply again."""
 
     id: str
-    seed: int  # where the body has none
-    created: int  # Unix time in seconds, part of replies
-    endpoint: str  # path of the POST
-    owner: str = ""  # digest of the API key, others may not read the reply; "": no key was needed
-    client: str = ""  # its share of the machine is used: digest of the API key, or an address where keys are not needed
-    conversation: str = ""  # llama.cpp's X-Conversation-Id: names its newest reply
+    seed: int  # Seed to use if the body has none.
+    created: int  # Unix time in seconds, which replies include.
+    endpoint: str  # Path of the HTTP request.
+    owner: str = ""  # Digest of the API key. Clients with other keys cannot read the reply. "" if no key was needed.
+    # Client whose share of the cluster is used: the digest of its API key, or its address if no key was needed.
+    client: str = ""
+    conversation: str = ""  # llama.cpp's header X-Conversation-Id. It names the newest reply of a conversation.
     idempotency_key: str = ""
-    scales: AdapterScales = ()  # where the body chooses no adapters
-    traceparent: str = ""  # trace context of its spans; "": it is not traced
-    tracestate: str = ""  # which belongs to it
-    body: bytes = b""  # known to the journal alone
+    scales: AdapterScales = ()  # Adapter scales to use if the body chooses no adapters.
+    traceparent: str = ""  # Trace context of the request's spans. "" if the request is not traced.
+    tracestate: str = ""  # Second part of the trace context.
+    body: bytes = b""  # Body of the HTTP request. Only a restored request, or a copy for the journal, has it.
     admitted: Instant = field(default_factory=Instant.now)
-    limit_s: float = 0.0  # from then on; it ends unanswered
-    served: str = ""  # digest of what else answers depend on: the model and its settings
+    limit_s: float = 0.0  # Seconds from admission until the request ends unanswered.
+    served: str = ""  # Digest of the model and its settings, which answers depend on.
     is_streamed: bool = True
-    is_background: bool = False  # its client does not wait for it
-    has_measurements: bool = False  # its stream has other bytes if it is computed again
-    has_grammar: bool | None = None  # its answers obey a grammar; None: that is not decided yet
-    earlier: _Messages = ()  # messages of the stored chat that the request continues
-    adapters: tuple[str, ...] = ()  # marks of the adapters that clients had loaded
-    images: Mapping[str, bytes] = field(default_factory=dict)  # that were fetched, by their URLs
-    image_bytes: int = 0  # of all images; if they are too many, the journal has neither images nor body
+    is_background: bool = False  # True if the client does not wait for the reply.
+    # True if the reply includes measurements such as times, so that its bytes differ when it is computed again.
+    has_measurements: bool = False
+    has_grammar: bool | None = None  # True if answers obey a grammar. None if this is not decided yet.
+    earlier: _Messages = ()  # Messages of the stored chat that the request continues.
+    # Marks of the adapters that clients had loaded, as `ServedAdapters.marks` returns them.
+    adapters: tuple[str, ...] = ()
+    images: Mapping[str, bytes] = field(default_factory=dict)  # Images that were fetched, by URL.
+    image_bytes: int = 0  # Total bytes of all images. If there are too many, the journal has neither images nor body.
     received_ns: int = field(default_factory=time.monotonic_ns, init=False, compare=False)
-    is_restored: bool = field(default=False, init=False, compare=False)  # an earlier coordinator left it
-    answered: dict[ChoiceKey, list[RowResult]] = field(default_factory=dict, init=False)  # tokens of choices so far
-    is_sent: bool = field(default=False, init=False)  # the whole reply was; its client may not have read it
-    restores: int = field(default=0, init=False)  # by coordinators that ended before they added a token
+    # True if an earlier coordinator admitted the request.
+    is_restored: bool = field(default=False, init=False, compare=False)
+    # Computed tokens of each answer.
+    answered: dict[ChoiceKey, list[RowResult]] = field(default_factory=dict, init=False)
+    # True if the whole reply was sent. The client may not have read all of it.
+    is_sent: bool = field(default=False, init=False)
+    # Number of coordinators that began to compute the request but added no token.
+    restores: int = field(default=0, init=False)
 
     __pydantic_config__ = _BASE64
 
@@ -100,7 +109,6 @@ class RequestContext:
 
     @property
     def is_complete(self) -> bool:
-        """True if this is a background request whose whole reply was computed, even if the client has not read it."""
         return self.is_background and self.is_sent
 
     @property
@@ -111,7 +119,7 @@ class RequestContext:
         return self.limit_s - self.admitted.passed_s(now)
 
     def apply(self, change: Change) -> None:
-        """Applies a later record. Skips tokens that do not continue the known tokens."""
+        """Applies a later record of this request. Ignores tokens that do not follow the last known token."""
         self.is_sent |= change.is_sent
         self.limit_s = change.limit_s or self.limit_s
         choice = change.prompt, change.choice
@@ -134,12 +142,12 @@ class Change:
     id: str
     prompt: int = 0
     choice: int = 0
-    start: int = 0  # the number of the first of the tokens
+    start: int = 0  # Number of tokens that were recorded before `rows`.
     rows: bytes = b""
-    restores: int | None = None  # coordinators began to compute it again, so many times without a new token
-    is_sent: bool = False  # the whole reply was; its client may not have read it
-    is_ended: bool = False  # it needs no record any more
-    limit_s: float = 0.0  # a new limit, since its admission; 0: the one of before
+    restores: int | None = None  # Number of restarts without a new token. None if this record does not change it.
+    is_sent: bool = False  # True if the whole reply was sent. The client may not have read all of it.
+    is_ended: bool = False  # True if the request needs no record any longer.
+    limit_s: float = 0.0  # New limit in seconds since admission. 0 if the limit does not change.
 
     __pydantic_config__ = _BASE64
 
@@ -153,8 +161,8 @@ _KINDS: dict[bytes, TypeAdapter[Any]] = {kind.__name__.encode(): TypeAdapter(kin
 
 
 def to_line(record: Record) -> bytes:
-    """Encodes a record as a line. Large fields are encoded in parts, so that other threads can run in between. Raises
-    RequestError if the line is too long."""
+    """Encodes a record as a line. A large field is encoded in several parts, so that other threads can run in between.
+    Raises RequestError if the line is too long."""
     kind = type(record).__name__.encode()
     parts = {name: part for name, part in _PARTS.items() if getattr(record, name, None)}
     other = {each.name for each in fields(record) if not each.init} | parts.keys()
@@ -163,9 +171,9 @@ def to_line(record: Record) -> bytes:
     for name, part in parts.items():
         pieces += (b',"%b":' % name.encode(), *part(getattr(record, name)))
     line = _line(*pieces, b"}")
-    if len(line) >= _MAX_LINE_BYTES:  # a line of just this length would be read as one that is longer
+    if len(line) >= _MAX_LINE_BYTES:  # A reader would take a line of this length for a longer line.
         what = f"the request, with the chat that it continues, takes {len(line)} bytes in the journal"
-        raise RequestError(f"{what}, at most {_MAX_LINE_BYTES - 1} are possible: send less at once")
+        raise RequestError(f"{what}; the limit is {_MAX_LINE_BYTES - 1}: send a shorter request")
     return line
 
 
@@ -200,16 +208,16 @@ _PARTS: dict[str, Callable[[Any], Iterator[bytes]]] = {
     "images": _image_parts,
     "earlier": _message_parts,
 }
-"""Encoders of fields that may be large. They yield JSON in parts."""
 
 
 _HEAD = b"llamaclust journal 4"
 HEAD_LINE = _line(_HEAD)
-"""First line of each journal that is not empty. It has the version of the record format."""
+"""First line of every journal that is not empty. It holds the version of the record format."""
 
 
 def read_journal(path: Path, now: Instant) -> list[RequestContext]:
-    """Returns the open requests whose limit has not passed. Raises OSError, or ValueError for another version."""
+    """Returns the open requests whose time limit has not passed. Raises OSError if the file cannot be read, and
+    ValueError if another version of llamaclust wrote it."""
     requests: dict[str, RequestContext] = {}
     for record in _records(path):
         if isinstance(record, RequestContext):
@@ -223,8 +231,7 @@ def read_journal(path: Path, now: Instant) -> list[RequestContext]:
 
 
 def _records(path: Path) -> Iterator[Record]:
-    """Yields the records of undamaged lines. Logs how many lines are damaged, except for an incomplete last line."""
-    damaged, number = [], 0  # numbers of lines
+    damaged, number = [], 0  # Numbers of the damaged lines, and number of the last line.
     try:
         file = open_regular(path)
     except FileNotFoundError:
@@ -238,7 +245,7 @@ def _records(path: Path) -> Iterator[Record]:
             elif text != _HEAD:
                 damaged.append(number)
     if inner := [line for line in damaged if line < number]:
-        _log.warning("%s: %d damaged lines are skipped, the first is line %d", path, len(inner), inner[0])
+        _log.warning("%s: %d damaged lines were skipped; the first of them is line %d", path, len(inner), inner[0])
 
 
 def _record(text: bytes) -> Record | None:
@@ -250,17 +257,17 @@ def _record(text: bytes) -> Record | None:
 
 
 def _texts(file: BinaryIO) -> Iterator[bytes]:
-    """Yields each line's text without the checksum. Yields an empty text for a damaged line."""
+    """Yields each line without its checksum, or b"" for a damaged line."""
     while line := file.readline(_MAX_LINE_BYTES):
         text = line[len(_CHECKSUM % 0) :].removesuffix(b"\n")
         is_whole = len(line) < _MAX_LINE_BYTES and line.startswith(_CHECKSUM % zlib.crc32(text))
         yield text if is_whole else b""
-        while line and not line.endswith(b"\n"):  # the rest of one that is too long: a client's bytes are no lines
+        # The rest of a line that is too long is skipped. Its bytes come from a client and must not be read as a line.
+        while line and not line.endswith(b"\n"):
             line = file.readline(_MAX_LINE_BYTES)
 
 
 def left_unanswered(journal: Path) -> str:
-    """Describes the requests that a coordinator leaves unanswered. Returns an empty text if there are none."""
     try:
         number = _unanswered(read_journal(journal, Instant.now()))
     except (OSError, ValueError):
@@ -269,7 +276,6 @@ def left_unanswered(journal: Path) -> str:
 
 
 def found_unanswered(requests: Sequence[RequestContext], restored: Sequence[RequestContext]) -> str:
-    """Describes the requests that a start computes again or drops. Returns an empty text if there are none."""
     number = _unanswered(restored)
     dropped = _unanswered(requests) - number
     lines = [f"{_counted(number)} computed again"] if number else []

@@ -1,5 +1,6 @@
-"""Uses a Kubernetes Lease as a lock, by client-go's rules. Machines' clocks are not compared. The Lease has expired if
-a candidate has seen no change for the Lease's duration. A holder that cannot renew the Lease ends before that."""
+"""Uses a Kubernetes Lease as a lock, with the rules of Kubernetes' Go client. The clocks of machines are not compared:
+a candidate takes the Lease if it has seen no change of the Lease for the Lease's duration. A holder that cannot renew
+the Lease ends before that time."""
 
 from __future__ import annotations
 
@@ -21,7 +22,6 @@ from llamaclust.core.errors import LlamaclustError, SupersededError
 from llamaclust.core.this_machine import boot_s
 
 _RENEWED = 2 / 3
-"""Fraction of the duration after which a holder must end if it has not renewed the Lease."""
 _RETRIES = 7.5
 _LOOK_S = 0.1
 _CONFLICT, _NOT_FOUND = 409, 404
@@ -33,9 +33,10 @@ _log = logging.getLogger(__name__)
 class LeaseLock:
     def __init__(self, lease: Lease) -> None:
         self.identity = f"{socket.gethostname()}_{secrets.token_hex(4)}"
-        self.renewed_s: float | None = None  # by `boot_s`; None: not held
+        self.renewed_s: float | None = None  # Time of the last renewal, by `boot_s`. None if the Lease is not held.
         self._lease = lease
-        self._seen: dict[str, Any] | None = None  # the spec that another holder wrote last
+        # Content of the Lease at the last look, while another process held it.
+        self._seen: dict[str, Any] | None = None
         self._seen_s = 0.0
         path = f"/apis/coordination.k8s.io/v1/namespaces/{lease.namespace}/leases/{lease.name}"
         self._url = f"{lease.api}{path}"
@@ -47,7 +48,7 @@ class LeaseLock:
 
     @property
     def is_current(self) -> bool:
-        """True if this process renewed the Lease so recently that no other process can have taken the Lease."""
+        """True if this process renewed the Lease so recently that no other process can have taken it."""
         return self.renewed_s is not None and boot_s() - self.renewed_s < self._lease.duration * _RENEWED
 
     def take(self) -> bool:
@@ -58,12 +59,13 @@ class LeaseLock:
         return self._write(lease, begun_s)
 
     def renew(self) -> None:
-        """Raises SupersededError if another process has the Lease, and LlamaclustError if the API server fails."""
+        """Renews the Lease. Raises SupersededError if another process has it, LlamaclustError if the API server
+        fails."""
         begun_s, lease = boot_s(), self._read()
         holder = _holder(lease)
         if holder not in ("", self.identity):
             raise SupersededError(f"{holder} has the Lease {self._lease.name} now")
-        self._write(lease, begun_s)  # after a conflict, the next attempt sees who has it
+        self._write(lease, begun_s)  # If the write conflicts with another one, the next call sees who holds the Lease.
 
     def release(self) -> None:
         self.renewed_s = None
@@ -97,11 +99,11 @@ class LeaseLock:
     def _read(self) -> dict[str, Any]:
         reply = self._send("GET", None)
         if reply.status_code == _NOT_FOUND:
-            raise LlamaclustError(f"Lease {self._lease.namespace}/{self._lease.name}: there is none; create it")
+            raise LlamaclustError(f"Lease {self._lease.namespace}/{self._lease.name}: does not exist; create it")
         lease = _json(reply)
         spec = lease.get("spec") or {}
         if not isinstance(spec, dict) or any(not isinstance(spec.get(name) or kind(), kind) for name, kind in _FIELDS):
-            raise LlamaclustError(f"Lease {self._lease.name}: the answer of {self._lease.api} is not a Lease")
+            raise LlamaclustError(f"Lease {self._lease.name}: {self._lease.api} did not answer with a Lease")
         return lease
 
     def _put(self, lease: dict[str, Any]) -> bool:
@@ -113,15 +115,17 @@ class LeaseLock:
 
     def _send(self, method: str, content: dict[str, Any] | None) -> httpx.Response:
         try:
-            token = (self._lease.account / "token").read_text().strip()  # the kubelet replaces it now and then
+            # The kubelet replaces the token from time to time.
+            token = (self._lease.account / "token").read_text().strip()
             return self._http.request(method, self._url, json=content, headers={"Authorization": f"Bearer {token}"})
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:  # ValueError: a token that is no text
+        # ValueError: a token that is not text.
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
             raise LlamaclustError(f"Lease {self._lease.name}: {self._lease.api}: {error or repr(error)}") from error
 
 
 @contextmanager
 def held(lock: LeaseLock, lost: Callable[[str], None]) -> Iterator[None]:
-    """Renews the Lease while the context is open, and then releases it. If the Lease is lost, a thread calls `lost`."""
+    """Renews the Lease, and releases it at the end. A thread calls `lost` with a reason if the Lease is lost."""
     end = threading.Event()
     reasons = ["it was not renewed in time"]
 
@@ -134,9 +138,9 @@ def held(lock: LeaseLock, lost: Callable[[str], None]) -> Iterator[None]:
                 return
             except LlamaclustError as error:
                 reasons[0] = str(error)
-                _log.warning("the lease is not renewed: %s", error)
+                _log.warning("the Lease could not be renewed: %s", error)
 
-    def watch() -> None:  # a request to the API server may hang
+    def watch() -> None:  # A separate thread watches because a request to the API server may hang.
         while not end.wait(_LOOK_S):
             if not lock.is_current:
                 lost(reasons[0])

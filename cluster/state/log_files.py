@@ -1,4 +1,4 @@
-"""Limits the size of log files. The processes that write the files keep them open."""
+"""Shortens log files that have become too large. The processes that write them keep them open."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.core.regular_file import open_regular, write_bytes
 MOST_LOG_BYTES = 64 << 20
 _KEPT_BYTES = 1 << 20
 _FORMER = "~.log"
-"""Ending of the name of an older log. A worker's name cannot end like this."""
+"""Ending of an older log's file name. A worker's name cannot end like this, so no other log has such a name."""
 
 
 def limit_logs(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Stores measurements in a state directory, together with the load of other programs that may have disturbed them."""
+"""Stores measured speeds in a state directory. Stores the load of other programs during the measurements too."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from llamaclust.cluster.state.directory import read_values, write_private
 from llamaclust.core.profile import Profile
 from llamaclust.core.this_machine import process_fields
 
-_FILE = ".profiles.json"  # no cluster's name begins with a dot
+_FILE = ".profiles.json"  # The file's name begins with a dot, so it cannot be a cluster's folder.
 _STAT = Path("/proc/stat")
 _PROC = Path("/proc")
 _LEAST_S = 0.1
 _CPU_TIMES = slice(11, 15)
-"""Fields of /proc/PID/stat with the user and system times of a process and its ended children."""
 
 
 @dataclass(frozen=True, slots=True)
 class OtherLoad:
-    """Busy cores among this process's `cores`. Other virtual machines use `stolen`, other programs use `others`."""
+    """Busy cores out of `cores` during a measurement. Other programs used `others`, other virtual machines `stolen`."""
 
     cores: int
     others: float
@@ -60,11 +59,11 @@ def disturbance(loads: Iterable[OtherLoad]) -> str | None:
 
 
 class CpuSeconds(NamedTuple):
-    """Processor seconds since the machine started, on this process's cores. `at` is the time of the reading."""
+    """Processor seconds since boot on the cores of this process. `at` is the time of the reading by perf_counter."""
 
     busy: float
     stolen: float
-    own: float  # of this process and all processes below it
+    own: float  # Seconds of this process and all its descendants.
     at: float
 
 
@@ -115,11 +114,11 @@ def _descendants(pid: str) -> Iterator[str]:
 
 
 def _ticks(pid: str) -> int:
-    return sum(map(int, process_fields(pid)[_CPU_TIMES]))  # 0 if it has ended meanwhile
+    return sum(map(int, process_fields(pid)[_CPU_TIMES]))  # A process that has ended counts 0.
 
 
 def write_profiles(state_dir: Path, profiles: Mapping[str, Profile], load: OtherLoad | None = None) -> None:
-    """Adds profiles to the stored profiles. `load` is the load of other programs during the measurements."""
+    """Adds profiles to the stored profiles. `load` is the load of other programs while they were measured."""
     loads = {key: other for key, other in read_other_loads(state_dir).items() if key not in profiles}
     loads |= {} if load is None else dict.fromkeys(profiles, load)
     values = {key: asdict(profile) for key, profile in ({**read_profiles(state_dir), **profiles}).items()}

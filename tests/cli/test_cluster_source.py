@@ -132,10 +132,10 @@ def test_a_folder_with_one_model_is_that_model(
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], "a folder without a model (.gguf); give the path"),
-        (["m-00002-of-00002.gguf"], "a folder without a model (.gguf); give the path"),
+        ([], "the folder has no model (.gguf file); give the path"),
+        (["m-00002-of-00002.gguf"], "the folder has no model (.gguf file); give the path"),
         (["config.json", "model.safetensors"], "run: llamaclust model convert "),
-        (["a.gguf", "b.gguf"], "a folder with 2 models; give one of a.gguf, b.gguf"),
+        (["a.gguf", "b.gguf"], "the folder has 2 models; give one of a.gguf, b.gguf"),
         ([f"{number:02}.gguf" for number in range(12)], "09.gguf and 2 more"),
     ],
 )
@@ -167,7 +167,7 @@ def test_files_beside_the_model_of_a_folder_are_no_models(
         (tmp_path / name).touch()
     else:
         write_gguf(tmp_path / name, metadata, ())
-    with pytest.raises(UsageError, match=r"a folder with 2 models; give one of m\.gguf, n\.gguf$"):
+    with pytest.raises(UsageError, match=r"the folder has 2 models; give one of m\.gguf, n\.gguf$"):
         described(str(tmp_path))
     (tmp_path / "n.gguf").unlink()
     assert described(str(tmp_path)).model == str(tmp_path / "m.gguf")

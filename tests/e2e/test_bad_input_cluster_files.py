@@ -21,7 +21,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"modle": "x"}, "unknown key 'modle'; did you mean 'model'?"),
     "layers overlap": (by_hand(("a", 0, 3), ("b", 2, 4)), "layers [2, 3) of worker 'b' are assigned twice"),
     "a hole": (by_hand(("a", 0, 1), ("b", 3, 4)), "layers [1, 3) are on no worker"),
-    "context too long": ({"context_length": 4096}, "the model was made for 2048 tokens"),
+    "context too long": ({"context_length": 4096}, "the model was trained for 2048 tokens"),
     "open to everybody": ({"listen": "0.0.0.0:0"}, "set api_keys_file as well"),
     "keys that others may read": ({"api_keys_file": "keys"}, "chmod 600"),
     "keys that are not there": ({"api_keys_file": "no-keys"}, "no-keys: cannot read the API keys"),
@@ -102,7 +102,7 @@ def test_too_little_memory_is_exit_3_and_the_missing_mib(line: CommandLine, comm
     ("arguments", "says"),
     [
         (("up", "--port", "65536"), "--port"),
-        (("up", "--set", "workers"), "write it as KEY=VALUE"),
+        (("up", "--set", "workers"), "must be KEY=VALUE"),
         (("status", "--cluster", "../.."), "no cluster is running"),
         (("logs", "../../keys", "--cluster", "tiny"), "no log"),
         (("generate", "hello"), "no cluster is running"),

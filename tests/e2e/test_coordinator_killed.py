@@ -80,7 +80,7 @@ def test_a_standby_ends_with_a_cluster_that_is_stopped_in_order(line: CommandLin
         assert line.run("down").code == 0
         assert cluster.command.wait().code == 0
         done = standby.wait()
-        assert done.code == 0 and "tiny was stopped; its standby ends as well" in done.err
+        assert done.code == 0 and "tiny was stopped, so this standby ends too" in done.err
 
 
 def test_a_standby_is_not_detached(line: CommandLine, model: Path) -> None:

@@ -135,7 +135,7 @@ def test_the_holder_of_a_lease_that_it_loses_ends_at_once(
         api.change(holderIdentity="another")
         done = cluster.command.wait()
         assert done.code == 1
-        assert "this coordinator ends: it does not hold the Lease brain any more: another has" in done.err
+        assert "this coordinator ends, because it has lost the Lease brain: another has" in done.err
     waiting = line.start("up", line.cluster_file(model, lease=lease_values(api, tmp_path, "3s")))
     waiting.says("waiting for the Lease brain")
     waiting.process.send_signal(signal.SIGTERM)
@@ -155,7 +155,7 @@ def test_down_of_a_coordinator_that_hangs_ends_its_standby(
         down("tiny")
         assert "tiny has not ended within 0 s: it is killed now\n" in capsys.readouterr().err
         ended = standby.wait()
-        assert ended.code == 0 and "tiny was stopped; its standby ends as well" in ended.err
+        assert ended.code == 0 and "tiny was stopped, so this standby ends too" in ended.err
 
 
 _NEVER_READY = """

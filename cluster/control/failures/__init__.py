@@ -1,1 +1,1 @@
-"""Decides which workers caused a failure, and for how long plans exclude them."""
+"""Decides which worker caused a failure, and how long plans exclude workers that failed."""

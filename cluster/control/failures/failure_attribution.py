@@ -1,4 +1,4 @@
-"""Finds the worker that made a pipeline fail. Reports about one failure may arrive in any order."""
+"""Finds the worker that caused the failure of a pipeline. Reports about a failure may arrive in any order."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from llamaclust.core.errors import LlamaclustError, WorkerError
 from llamaclust.wire.control.groups import GroupFault
 
 _ATTRIBUTION_S = 1.0
-"""The seconds to wait until a worker's loss becomes known, which is later than the end of its streams."""
+"""Seconds to wait for the loss of a worker to become known. The streams of a lost worker end earlier."""
 _REPORTS_S = 10.0
-"""The seconds to wait for other group members' reports, which come at their next gather. One report may be wrong."""
+"""Seconds to wait for reports of a group's other members. The first report may be wrong; others come at the next
+gather."""
 
 
 def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
@@ -24,7 +25,8 @@ def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
 
 
 def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | None:
-    """Returns a lost worker that another stage could not reach, or else the worker lost first. None if none is lost."""
+    """Returns the lost worker that another stage could not reach, or else the worker lost first. None if none is
+    lost."""
     unreachable = {worker.unreachable_peer(epoch).name for worker in workers}
     lost = (worker for worker in workers if worker.loss is not None)
     return min(
@@ -35,7 +37,7 @@ def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | No
 
 
 async def has_failed(epoch: int, workers: Sequence[WorkerHandle]) -> None:
-    """Returns once a worker is lost or a group member has reported a failure, which may leave all streams open."""
+    """Waits until a worker is lost or a group member reports a failure. All streams may stay open in both cases."""
     signs: list[Awaitable[object]] = [worker.lost.wait() for worker in workers]
     for members in groups_of(epoch, workers):
         signs += [member.group_faults(epoch).reported.wait() for member in members]
@@ -51,8 +53,8 @@ async def has_failed(epoch: int, workers: Sequence[WorkerHandle]) -> None:
 async def attribute_failure(
     epoch: int, workers: Sequence[WorkerHandle], ended: LlamaclustError | None
 ) -> LlamaclustError:
-    """Returns a lost worker's error if the loss becomes known within a second. Otherwise returns the fault that group
-    members report, or else an error that quotes `ended`."""
+    """Returns the error of a lost worker if the loss becomes known within a second. Otherwise returns the fault that
+    group members report, or an error that quotes `ended`."""
     signs: list[asyncio.Task[bool]] = [asyncio.create_task(worker.lost.wait()) for worker in workers]
     signs += [asyncio.create_task(_is_partitioned(epoch, worker, workers)) for worker in workers]
     signs += [asyncio.create_task(_can_be_judged(epoch, group)) for group in groups_of(epoch, workers)]
@@ -99,7 +101,8 @@ def _cut_members(epoch: int, workers: Sequence[WorkerHandle]) -> tuple[str, str]
 async def _is_cut_off(epoch: int, member: WorkerHandle, members: Sequence[WorkerHandle]) -> None:
     await member.unreachable_peer(epoch).reported.wait()
     if not _is_among(member.unreachable_peer(epoch).name, members):
-        await asyncio.Event().wait()  # the unreachable worker has the next stage, whose stream ends
+        # An unreachable worker outside the group has the next stage. Its stream ends, which is noticed elsewhere.
+        await asyncio.Event().wait()
 
 
 def _is_among(name: str | None, members: Sequence[WorkerHandle]) -> bool:

@@ -1,5 +1,5 @@
-"""Decides which worker made a group fail. Each member reports one fault. A closed link is weak evidence, because the
-member that closed it may have found the fault of another member."""
+"""Decides which member caused a group's failure. Each member reports one fault. A report of a closed link is weak,
+because the member that closed the link may have found a fault of a third member."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _STRONGEST_FIRST = ("failed", "wrong", "late", "closed")
 
 
 def judge(reports: Mapping[str, GroupFault]) -> GroupFault | None:
-    """Returns the report of the strongest kind with the most accusers. Prefers an accused worker without a report."""
+    """Chooses the report of the strongest kind with the most accusers. Prefers accused workers without a report."""
     accusers = Counter((fault.kind, fault.worker) for name, fault in reports.items() if fault.worker != name)
     return min(
         reports.values(),

@@ -1,4 +1,4 @@
-"""Finds which stage owes an overdue result, and for how long. The stage's worker still sends heartbeats."""
+"""Finds the stage that delays an overdue result although its worker sends heartbeats, and measures the delay."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from llamaclust.wire.control.messages import StageProgress
 
 _LOOK_S = 1.0
-"""The longest interval between two heartbeats, in seconds."""
+"""Maximum seconds between two heartbeats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +19,11 @@ class Owed:
 
 
 def owing_stage(number: int, progress: Sequence[StageProgress | None]) -> int:
-    """Returns the index of the stage that delays a due microbatch. It is the last stage that received the microbatch or
-    was sent it. If the first stage waits for sampled tokens, it is the last stage, which has to send them."""
+    """Returns the index of the stage that delays a microbatch. This is the last stage that received the microbatch or
+    was sent it. If the first stage waits for sampled tokens, it is the last stage, which must send them."""
     last, first, stage = len(progress) - 1, progress[0], 0
     for place, at in enumerate(progress):
-        if at is None:  # it may have gone on from there
+        if at is None:  # A stage without a report may have passed the microbatch on.
             continue
         if at.received <= number:
             break
@@ -35,10 +35,11 @@ def owing_stage(number: int, progress: Sequence[StageProgress | None]) -> int:
 
 @dataclass(slots=True)
 class OverdueResults:
-    _waited: dict[Owed, tuple[float, float]] = field(default_factory=dict, init=False)  # seconds, and the last look
+    # Seconds waited, and the time of the last call.
+    _waited: dict[Owed, tuple[float, float]] = field(default_factory=dict, init=False)
 
     def waited_s(self, owed: Owed, now_s: float) -> float:
-        """Returns how long the result has been owed. Adds at most `_LOOK_S`, as this process may have been busy."""
+        """Returns the seconds that the result is late. A call adds at most 1 s, as this process may have been busy."""
         if owed not in self._waited:
             self._waited = {other: waited for other, waited in self._waited.items() if other.epoch != owed.epoch}
         waited_s, last_s = self._waited.get(owed, (0.0, now_s))

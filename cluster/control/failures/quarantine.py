@@ -1,8 +1,9 @@
-"""Quarantine excludes failing workers from plans for a time, if the other workers suffice.
+"""Excludes workers that fail repeatedly from plans for a time, if the other workers suffice.
 
-A single failure may be a request's fault. After a second failure, the worker is excluded for a pause. The pause doubles
-with each further failure. If a request turns out to be the cause, a worker is released if that request was in flight at
-all of the worker's failures."""
+A request may be the cause of a first failure, so a worker is excluded after its second failure. Each further failure
+doubles the time. If a request turns out to be the cause, a worker becomes available again if this request was in
+flight at each of its failures.
+"""
 
 from __future__ import annotations
 
@@ -18,24 +19,25 @@ _FREE = 1
 _REMEMBERED_S = 600.0
 _MOST_RECORDS = 1000
 _PAUSES_REMEMBERED = 10
-"""A worker's failures are forgotten after this multiple of its last pause, but not before `_REMEMBERED_S`."""
+"""Failures are forgotten after this multiple of the last exclusion, but not before `_REMEMBERED_S`."""
 
 
 @dataclass(frozen=True, slots=True)
 class FailureRecord:
-    """A worker's failures. `requests` were in flight at every failure, so one of them may be the cause."""
+    """Failures of a worker. `requests` were in flight at each failure, so one of them may be the cause."""
 
     failures: int
     pause_s: float
     end_s: float
-    reason: str  # reason of the last failure
+    reason: str  # Reason of the last failure.
     requests: frozenset[int] = frozenset()
-    failures_within: int = 0  # failures soon after one another during a quarantine in which the worker was used
-    retry_at_s: float = 0.0  # time until which requests wait for a replacement of the worker
+    # Failures in quick succession during the exclusion, when the worker was used because no other plan was possible.
+    failures_within: int = 0
+    retry_at_s: float = 0.0  # Time until which requests wait for another worker.
 
     def failed_within(self, reason: str, requests: frozenset[int], now_s: float) -> FailureRecord:
-        """Returns the record after a failure during the quarantine. The pause before the next attempt grows. After a
-        long time without a failure it is short again."""
+        """Returns the record after another failure during the exclusion. The pause before the next attempt grows. After
+        a long time without a failure, it is short again."""
         before = self.failures_within
         if before and now_s - self.retry_at_s > _RETRY.pause_s(before - 1):
             before = 0
@@ -57,14 +59,15 @@ class FailureRecord:
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
-    records: Mapping[str, FailureRecord] = field(default_factory=dict)  # by the worker's name, the newest last
-    ignored: int = 0  # requests whose rows have no result on any worker
+    # Records by worker name. The newest record is the last one.
+    records: Mapping[str, FailureRecord] = field(default_factory=dict)
+    ignored: int = 0  # Number of requests whose rows failed on all workers.
     ignored_until_s: float = 0.0
 
     def failed(
         self, name: str, reason: str, requests: frozenset[int], now_s: float, *, is_repeated: bool = False
     ) -> Quarantine:
-        """Adds a serving worker's failure. `is_repeated` means that the worker has failed on the same rows before."""
+        """Adds a serving worker's failure. `is_repeated` means that the worker failed on the same rows before."""
         return self._add(name, reason, requests, now_s, least=_FREE + is_repeated)
 
     def exclude(self, name: str, reason: str, now_s: float) -> Quarantine:
@@ -82,8 +85,7 @@ class Quarantine:
         return replace(self, records={**records, name: record})
 
     def _kept(self, now_s: float) -> dict[str, FailureRecord]:
-        """Returns the newest records that are not forgotten, at most `_MOST_RECORDS` - 1. The number is bounded because
-        workers may join under new names again and again."""
+        """Returns fewer than `_MOST_RECORDS` of the newest records, because workers may join under ever new names."""
         kept = [(name, record) for name, record in self.records.items() if not record.is_forgotten(now_s)]
         return dict(kept[-(_MOST_RECORDS - 1) :])
 
@@ -91,12 +93,11 @@ class Quarantine:
         return replace(self, records={name: record for name, record in self.records.items() if name not in names})
 
     def exonerate(self, requests: frozenset[int]) -> Quarantine:
-        """Releases a worker if one of these requests was in flight at all of its failures, as it was the cause."""
         return self.release([name for name, record in self.records.items() if record.requests & requests])
 
     def exonerate_rows(self, key: int, now_s: float) -> Quarantine:
-        """Releases the workers that failed because of a request whose rows fail on every worker. After that, failing
-        rows exclude no worker for a time, because a client may send such a request repeatedly. The time grows."""
+        """Releases the workers that failed because of a request whose rows fail on every worker. A client may repeat
+        such a request, so failing rows then exclude no worker for a time. This time grows with each such request."""
         released = self.exonerate(frozenset({key}))
         if len(released.records) == len(self.records):
             return self
@@ -109,8 +110,8 @@ class Quarantine:
         return frozenset(name for name, record in self.records.items() if record.end_s > now_s)
 
     def retry_at_s(self, names: Collection[str]) -> float:
-        """Returns the earliest time to load a plan of these workers. If loads failed earlier, they would use up
-        requests' retries."""
+        """Returns the earliest time to load a plan with these workers. Earlier attempts would use up requests'
+        retries."""
         return max((self.records[name].retry_at_s for name in names if name in self.records), default=0.0)
 
     def worst_first(self, names: Collection[str]) -> list[str]:

@@ -1,1 +1,1 @@
-"""A cluster's workers: their events, drains and measurements."""
+"""Manages the workers of a cluster: their events, drains and measurements."""

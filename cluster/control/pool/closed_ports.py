@@ -1,4 +1,4 @@
-"""Finds link ports that a firewall closes to other group members, while the members can reach each other's stages."""
+"""Finds link ports that a firewall closes to group members, although the members can reach each other otherwise."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _BACKOFF = Backoff(first_s=1.0, max_s=120.0, factor=1.5)
 class ClosedPorts:
     _report: Report
     _on_change: Callable[[], None]
-    _callers: dict[WorkerHandle, set[WorkerHandle]] = field(default_factory=dict, init=False)  # by port's worker
+    # Workers that cannot connect to a link port, by the worker that owns the port.
+    _callers: dict[WorkerHandle, set[WorkerHandle]] = field(default_factory=dict, init=False)
     _tasks: TaskSet = field(default_factory=TaskSet, init=False)
 
     def cancel(self) -> None:
         self._tasks.cancel()
 
     async def is_found(self, caller: WorkerHandle, other: WorkerHandle, epoch: int) -> bool:
-        """Returns True if `caller` cannot reach `other` because the link port of `other` is closed."""
         if not _opens_links(caller, other, epoch) or await _connects(caller, other) is not False:
             return False
         callers = self._callers.setdefault(other, set())
@@ -66,7 +66,8 @@ def _opens_links(caller: WorkerHandle, other: WorkerHandle, epoch: int) -> bool:
 
 
 async def _connects(caller: WorkerHandle, other: WorkerHandle) -> bool | None:
-    """Returns True if the link port accepts connections, and None if the other worker cannot be reached at all."""
+    """Returns True if the link port accepts connections, and False if only this port is closed. Returns None if the
+    other worker cannot be reached at all."""
     try:
         return (await profile_link(caller, other)).network_s is not None
     except LlamaclustError:

@@ -1,4 +1,4 @@
-"""Executes operators' requests about workers: drain, undrain, and show the last log lines."""
+"""Executes operators' requests: to drain or undrain a worker, and to show its last log lines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class WorkerOperations:
     _runners: Sequence[ActionRunner]
     _partitions: PartitionTracker
     _report: Report
-    _undrained: Counter[str] = field(default_factory=Counter, init=False)  # requests to undrain, by name
+    # Number of undrain requests so far, by worker name.
+    _undrained: Counter[str] = field(default_factory=Counter, init=False)
     _drained: set[str] = field(init=False)
     _recording: TaskSet = field(default_factory=TaskSet, init=False)
 
@@ -42,13 +43,13 @@ class WorkerOperations:
         return frozenset(self._drained)
 
     async def recorded(self) -> None:
-        """Waits until all drains so far are on disk for the next coordinator, or could not be written."""
+        """Waits until all drains so far have been written to disk, or could not be written."""
         await self._recording.join()
 
     async def drain(self, name: str) -> None:
-        """Moves a worker's layers to other workers, and returns once it holds none. Raises UsageError if no worker has
+        """Moves a worker's layers to other workers, and returns when it holds none. Raises UsageError if no worker has
         this name, InsufficientMemoryError or WorkerError if the other workers do not suffice for all awake models, and
-        WorkerError if the worker is undrained in the meantime."""
+        WorkerError if the worker is undrained meanwhile."""
         self._worker(name)
         undrained = self._undrained[name]
         excluded = self.drained | {name}
@@ -71,8 +72,7 @@ class WorkerOperations:
             raise WorkerError(f"the layers of worker {name} could not be moved: see the log")
 
     async def _plan_all(self, workers: Mapping[str, WorkerHandle]) -> None:
-        """Plans all awake models one after another. Each plan uses the memory that the earlier plans leave. Raises the
-        error of a model that does not fit."""
+        """Plans all awake models one after another, to check that they fit together. Raises an error if they do not."""
         async with (ledger := self._runners[0].planner.ledger).lock:
             scratch = ledger.copy()
             for runner in self._runners:
@@ -83,7 +83,7 @@ class WorkerOperations:
 
     def undrain(self, name: str) -> None:
         """Makes a drained or quarantined worker available again. Raises UsageError if no worker has this name."""
-        if name not in self.drained:  # a worker drained before the coordinator's start may be absent
+        if name not in self.drained:  # A worker that was drained before the coordinator's start may be absent.
             self._worker(name)
         else:
             self._report(Notice(f"worker {name} is no longer drained: plans use it again"))

@@ -1,4 +1,4 @@
-"""Turns the registry's events into observations: workers join, are lost, hang, or cannot reach a neighbour."""
+"""Turns the registry's events into observations: a worker joins, is lost, hangs, or cannot reach a neighbour."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class MembershipWatch:
         self._first_joins = frozenset(registry.joins[name] for name in registry.present)
         for worker in registry.present.values():
             self._newcomers.take(worker)
-        for name in registry.workers.keys() - registry.present.keys():  # lost while machines were measured
+        # These workers were lost while machines were measured.
+        for name in registry.workers.keys() - registry.present.keys():
             self._ending.start(self._launcher.end(name))
         registry.subscribe(self._changed)
 
@@ -57,14 +58,14 @@ class MembershipWatch:
             self._check_steps(worker)
         elif isinstance(event, MemberJoined):
             if self._registry.joins[worker.name] in self._first_joins:
-                return  # only now does the worker know of its admission
+                return  # The worker joined before the start, and has now learned that it was admitted.
             self._report(Notice(f"worker {worker.name} joined (pid {worker.registration.pid})"))
             self._newcomers.joined(worker)
         else:
             self._lost(worker)
 
     def _check_steps(self, worker: WorkerHandle) -> None:
-        """Marks a worker as lost if its step exceeds the limit, or if the result of a worker's stage is overdue."""
+        """Marks a worker as lost if its step takes longer than its limit, or if its stage's result is overdue."""
         computing_s = 0.0 if worker.heartbeat is None else worker.heartbeat.computing_s
         limits_s = self._limits_s(worker)
         limit_s = max(limits_s, default=UNPREDICTED_S)
@@ -88,8 +89,7 @@ class MembershipWatch:
             self._registry.fence(worker, silence_text(number, waited_s, limit_s))
 
     def _turns_s(self, worker: WorkerHandle) -> float:
-        """Sums the step limits of all epochs with work in flight, because a step may wait for the worker's other
-        epochs."""
+        """Sums the limits of all epochs with work in flight, because a step may wait for another epoch's step."""
         due = (served for runner in self._runners for served in _due(runner))
         stages = ((epoch.stage_of(worker), scheduler, epoch.plan) for epoch, scheduler, _ in due)
         return sum(stage_limit_s(scheduler, plan, stage) for stage, scheduler, plan in stages if stage is not None)
@@ -108,7 +108,7 @@ class MembershipWatch:
 
 
 def _computing(epoch: Epoch, stage: int) -> WorkerHandle:
-    """Returns the stage's member that has computed longest, because the other members of its group wait for it."""
+    """Returns the member of the stage that has computed longest, because the group's other members wait for it."""
     members = [worker for worker in epoch.workers if epoch.stage_of(worker) == stage]
     return max(members, key=lambda worker: 0.0 if worker.heartbeat is None else worker.heartbeat.computing_s)
 
@@ -128,7 +128,7 @@ def _served(runner: ActionRunner) -> Iterator[tuple[Epoch, Scheduler]]:
 
 
 def _due(runner: ActionRunner) -> Iterator[tuple[Epoch, Scheduler, int]]:
-    """Yields each epoch with a microbatch in flight, its scheduler, and the number of the next result."""
+    """Yields each epoch that has microbatches in flight, with its scheduler and the number of its next result."""
     if runner.engine is None or not runner.engine.is_running:
         return
     for epoch, scheduler in _served(runner):

@@ -1,4 +1,4 @@
-"""Handles workers that join after the cluster's start. Unknown hardware is measured before it is used."""
+"""Handles workers that join a running cluster. Unknown hardware is measured before plans use it."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Newcomers:
             self._tasks.start(self._measure(worker))
 
     async def _measure(self, worker: WorkerHandle) -> None:
-        """Measures the worker. If the measurement fails, plans consider only the worker's memory."""
+        """Measures the worker. If this fails, plans consider only its memory."""
         try:
             async with deadline(f"worker {worker.name}: measurement", _MEASURE_S):
                 for runner in self._runners:
                     await runner.planner.profiles.measure([worker.name], self._registry.present)
-            self._report(Notice(f"worker {worker.name} is measured"))
+            self._report(Notice(f"worker {worker.name} has been measured"))
         except LlamaclustError as error:
             self._report(Notice(f"worker {worker.name} is used without measurements: {error}"))
         self._observe(worker)

@@ -1,4 +1,4 @@
-"""The workers that all models' control loops share. Each loop observes the workers' events."""
+"""Owns the workers that the control loops of all models share, and passes the workers' events to these loops."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 @dataclass(frozen=True, slots=True)
 class SupervisedWorkers:
-    """A cluster's workers. If `measure_links` is None, known links are kept. At a start, the cluster waits at least
-    `start_s` for workers."""
+    """The parts of a cluster that belong to its workers. If `measure_links` is None, links are not measured again.
+    `start_s` is the minimum time that a start waits for workers."""
 
     registry: Registry
     launcher: Launcher
@@ -35,13 +35,14 @@ class SupervisedWorkers:
 
 
 class WorkerPool:
-    """The pool of a cluster's workers. It must be started after all models have been added to `runners`."""
+    """The workers of a cluster. All models must be added to `runners` before `start` is called."""
 
     def __init__(self, config: ClusterConfig, workers: SupervisedWorkers, report: Report) -> None:
         registry = workers.registry
         self.workers = workers
-        self.runners: list[ActionRunner] = []  # one for each model
-        self.ending = TaskSet()  # processes of lost workers, whose memory loads need
+        self.runners: list[ActionRunner] = []  # One runner for each model.
+        # Tasks that end the processes of lost workers. A load waits for these tasks, because it needs the memory.
+        self.ending = TaskSet()
         self.partitions = PartitionTracker(
             lambda: registry.present,
             config.timeouts.worker,

@@ -1,1 +1,1 @@
-"""The coordinator's side of an epoch's stages: their pipeline, image encoder and KV memory on disk."""
+"""Connects the coordinator with an epoch's stages: their pipeline, image encoder, and KV blocks on disk."""

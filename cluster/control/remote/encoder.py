@@ -1,4 +1,4 @@
-"""An epoch's image encoder, which runs on one of the epoch's workers."""
+"""Calls the image encoder of an epoch, which runs on one of the epoch's workers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from llamaclust.wire.rpc.methods import ENCODE
 
 _OPEN_S = 30.0
 _SEND_S = 120.0
-"""The longest time in seconds for sending one tile of up to 24 MiB."""
+"""Maximum seconds to send a tile, which has up to 24 MiB."""
 _FRAME_S = 30.0
-"""The longest time in seconds between two frames. Frames without rows come while a tile waits or is computed."""
+"""Maximum seconds between two frames. The worker sends empty frames while a tile waits or is computed."""
 
 
 class RemoteEncoder:
-    """Implements `PipelineEncoder`. `peer` is the worker that has the epoch's encoder. The peer's owner closes it."""
+    """Implements `PipelineEncoder` by calls to `peer`, the worker that has the encoder. The caller closes `peer`."""
 
     def __init__(self, epoch: int, peer: Peer) -> None:
         self._epoch = epoch

@@ -12,11 +12,11 @@ from llamaclust.wire.rpc.deadlines import deadline
 _log = logging.getLogger(__name__)
 
 _DISK_S = 60.0
-"""The seconds after which a worker that has not answered counts as hanging because of its disk."""
+"""Seconds after which a worker's disk counts as hanging."""
 
 
 class RemoteKvDisks:
-    """The disks of an epoch's workers as one `KvDisks`. A block counts only if every worker has its part of it."""
+    """Implements `KvDisks` for an epoch's workers. A block counts only if every worker has its part of the block."""
 
     def __init__(self, epoch: int, workers: Sequence[WorkerHandle]) -> None:
         self._epoch = epoch
@@ -32,8 +32,8 @@ class RemoteKvDisks:
         return await self._least(SaveKv(self._epoch, joined(keys), tuple(blocks)), len(blocks))
 
     async def _least(self, request: FindKv | RestoreKv | SaveKv, most: int) -> int:
-        """Sends the request to all workers, and returns the smallest block count that a worker answers. After all have
-        answered, raises the first DeadlineError, or else the first error."""
+        """Sends the request to all workers and returns the smallest of their block counts. After all have answered,
+        raises an error if there is one, preferably a DeadlineError."""
 
         async def done(worker: WorkerHandle) -> int:
             limit = deadline(f"worker {worker.name}: KV memory on its disk (kv_disk)", _DISK_S)

@@ -1,4 +1,4 @@
-"""Compares copies of a model's file on several machines. Decides which version the cluster uses."""
+"""Compares the copies of a model's file on several machines, and decides which version the cluster uses."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _READ_S = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class OwnCopy:
-    """The coordinator's copy of a file. `giver` sends it to workers that have no copy."""
+    """The coordinator's own copy of a file. `giver` sends it to workers that have none."""
 
     file: ModelFile
     manifests: FileManifests = field(default_factory=FileManifests)
     giver: WeightGiver | None = None
 
     async def manifest(self) -> FileManifest:
-        """Returns the file's manifest. Reads the whole file if the manifest is unknown. Raises ModelFileError."""
+        """Returns the file's manifest. If it is unknown, reads the whole file. Raises ModelFileError if that fails."""
         async with deadline(f"reading {self.file.path} on the coordinator's machine", _READ_S):
             return await asyncio.to_thread(self.manifests.of, self.file)
 
@@ -43,8 +43,8 @@ class OwnCopy:
 
 
 def chosen_manifest(found: Mapping[str, WeightsFound], own: FileManifest | None) -> FileManifest | None:
-    """Returns the manifest that most files have. On a tie, prefers the coordinator's file, and then the first worker's
-    file. A file that several workers read counts once. Without any file, counts the manifests that workers remember."""
+    """Returns the manifest that most files have. If several are equally frequent, prefers the coordinator's file, then
+    the first worker's. Workers that share a file count once. If there are no files, counts remembered manifests."""
     known = {weights.manifest: weights.manifest_bytes for weights in found.values() if weights.manifest is not None}
     files = {
         weights.file or name: weights.manifest
@@ -55,7 +55,7 @@ def chosen_manifest(found: Mapping[str, WeightsFound], own: FileManifest | None)
     ordered = ordered or [weights.manifest for weights in found.values() if weights.manifest is not None]
     if not ordered:
         return None
-    ((content, _),) = Counter(ordered).most_common(1)  # the first one of equally many
+    ((content, _),) = Counter(ordered).most_common(1)  # Counter returns the first of several that are equally frequent.
     return own if own is not None and own.content == content else FileManifest(content, known[content])
 
 

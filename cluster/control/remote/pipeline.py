@@ -1,4 +1,4 @@
-"""The pipeline over worker processes. Microbatches go to the first stage, and sampling inputs go to the last stage."""
+"""Runs a pipeline on worker processes. Microbatches go to the first stage, and sampling inputs to the last stage."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ from llamaclust.wire.security.credentials import Credentials, Principal
 
 _OPEN_S = 30.0
 _WRITE_S = 20.0
-"""The time limit of a write. A stage waits longer for inputs and for the next stage (`wire.control.Deadlines`)."""
+"""Maximum seconds for a write. Stages wait longer for inputs and for other stages (`wire.control.Deadlines`)."""
 
 
 class RemotePipeline:
-    """Implements `Pipeline` with the streams of an epoch's stages. The workers' owner loads and unloads the stages."""
+    """Implements `Pipeline` with streams to an epoch's first and last stage. The caller loads and unloads the
+    stages."""
 
     @classmethod
     async def open(
         cls, epoch: int, workers: Sequence[WorkerHandle], credentials: Credentials, no_images: str = ""
     ) -> RemotePipeline:
-        """Opens an epoch's streams. `workers` are in the order of stages, and each group's leader comes first in its
-        group. Raises WorkerError, whose `worker` is the worker at fault if known."""
+        """Opens the streams of an epoch. `workers` are in the order of stages, each group's leader before its other
+        members. Raises WorkerError, whose `worker` is the worker that caused the failure, if it is known."""
         chain = leaders(workers, [stage_of(epoch, worker) for worker in workers])
         ends = (chain[0], chain[-1])
         first, last = (_peer(worker, credentials) for worker in ends)
@@ -84,10 +85,10 @@ class RemotePipeline:
         self._microbatches = SendQueue(forward, "handing out a microbatch", _WRITE_S)
         self._prepares_matchers = False
         self._inputs = SendQueue(sample, "handing out sampling inputs", _WRITE_S)
-        self._due_bytes: deque[int] = deque()  # most bytes of the result of each microbatch in flight
+        self._due_bytes: deque[int] = deque()  # Maximum result bytes of each microbatch in flight.
 
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
-        """Queues microbatches. The engine limits how many are in flight, which also limits the send queues."""
+        """Queues microbatches. The engine limits how many are in flight, and thereby the lengths of the send queues."""
         self._due_bytes.extend(map(_most_bytes, scheduled))
         self._microbatches.put(*(encode_hidden(encode_microbatch(each.microbatch)) for each in scheduled))
         self._inputs.put(*(encode_inputs(each.inputs) for each in scheduled))
@@ -99,7 +100,7 @@ class RemotePipeline:
 
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
         """Runs until a stream ends, a write takes too long or a worker is lost. Raises ProtocolError if a result is
-        invalid, and otherwise an error that names a worker."""
+        invalid, or else an error that names the worker at fault."""
         parts = self._microbatches.run(), self._inputs.run(), self._read_results(on_results), self._watch_forward()
         work = [asyncio.create_task(part) for part in parts]
         failing = asyncio.create_task(has_failed(self.epoch, self._workers))
@@ -139,7 +140,6 @@ class RemotePipeline:
         return result
 
     async def _watch_forward(self) -> None:
-        """Raises WorkerError when the stream ends or brings a message, because the first stage sends nothing back."""
         data = await self._forward.read()
         raise WorkerError(
             "the first stage ended its stream"
@@ -178,7 +178,6 @@ def _most_reply_bytes(worker: WorkerHandle, epoch: int) -> int:
 
 
 def _ending(task: asyncio.Task[None]) -> LlamaclustError:
-    """Returns the error that ended a task. Clears the traceback's frames, because they keep messages in memory."""
     if task.cancelled():
         return WorkerError("a stream was cancelled")
     if (error := task.exception()) is not None:

@@ -1,1 +1,1 @@
-"""The machines' resources: measured speeds of workers and links, and each worker's share of its machine."""
+"""Owns the measured speeds of workers and links, and computes each worker's share of its machine."""

@@ -1,4 +1,4 @@
-"""Finds what prevents groups of workers: features that groups do not support yet."""
+"""Finds features that prevent groups of workers, because groups do not support them yet."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def check_groups(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequenc
 
 
 def largest_group(config: ClusterConfig, model: Model) -> int:
-    """Returns the most workers that an automatic plan may put into a group. Returns 1 if groups are impossible."""
+    """Returns the maximum number of workers in a group of an automatic plan. 1 means that groups are impossible."""
     if config.plan is not None or any(group_problems(config, model)):
         return 1
     return MAX_GROUP_MEMBERS if config.groups is None else config.groups
 
 
 def no_groups(config: ClusterConfig, model: Model) -> str:
-    """Returns why an automatic plan cannot have groups, or an empty text if it can."""
+    """Returns the reason why an automatic plan cannot have groups, or "" if it can."""
     if config.groups == 1:
         return "`groups` is off"
     return next(group_problems(config, model), "").partition(";")[0]
 
 
 def group_problems(config: ClusterConfig, model: Model) -> Iterator[str]:
-    """Yields the reasons why no workers can form a group. After a text that ends with ";", advice may follow."""
+    """Yields the reasons why workers cannot form groups. A text may end with ";" or "or", so that advice can follow."""
     if model.has_states:
         yield "layers of this model have states, which groups do not divide yet;"
     if any(worker.kv_disk is not None for worker in config.workers):

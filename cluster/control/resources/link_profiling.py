@@ -33,19 +33,19 @@ from llamaclust.wire.security.credentials import Credentials, Principal
 if TYPE_CHECKING:
     from llamaclust.cluster.control.actions import ActionRunner
 
-_FILE = ".links.json"  # no cluster's name begins with a dot
+_FILE = ".links.json"  # The file's name begins with a dot, so it cannot be a cluster's folder.
 _LINKS = TypeAdapter(dict[str, Link])
 _UNIX = ", unix"
 _MOST_MACHINES = 16
-"""The most machines for which all pairs are measured. With more machines, this would take minutes."""
+"""Maximum number of machines for which all pairs are measured. With more, the measurement would take minutes."""
 _MOST_KEPT = 2048
-"""The most links that are kept. Links that the present workers do not use are forgotten first."""
+"""Maximum number of links that are kept. Links that no connected worker uses are dropped first."""
 
 Pair = tuple[str, str]
 
 
 def hops_matter(measured: Mapping[str, Profile]) -> bool:
-    """True if several processes share a machine and compute so fast that the time of a hop between them matters."""
+    """True if several processes share a machine, and are so fast that the time of messages between them matters."""
     return len(measured) > 1 and all(profile.cpu.concurrent for profile in measured.values())
 
 
@@ -57,7 +57,7 @@ async def measure_links(
     *,
     anew: bool = False,
 ) -> Links:
-    """Measures the links between all workers and the coordinator, and keeps them. Reports failures, raises none."""
+    """Measures and stores the links between all workers and the coordinator. Reports failures, and raises no error."""
     registered = {name: worker.registration for name, worker in workers.items()}
     for name, address in _unreachable_by_others({name: own.address for name, own in registered.items()}).items():
         what = "start it with --join and an address that other machines can reach, or with --advertise"
@@ -80,8 +80,8 @@ async def measure_links(
 
 
 def _wanted(keys: Mapping[Pair, str], names: Sequence[str]) -> list[Pair]:
-    """Lists the pairs to measure. With few machines, these are all pairs, and otherwise pairs of neighbours or with the
-    coordinator. Plans keep the workers' order unless another order is clearly better."""
+    """Lists the pairs to measure. With few machines, these are all pairs. With more, they are neighbours and pairs with
+    the coordinator, because plans mostly keep the workers' order."""
     if len({key for pair, key in keys.items() if COORDINATOR in pair}) <= _MOST_MACHINES:
         return [*keys]
     neighbours = {frozenset(pair) for pair in pairwise([*names, *names[:1]])}
@@ -96,7 +96,7 @@ def _newest(known: Mapping[str, Link], used: Iterable[str]) -> dict[str, Link]:
 
 
 def _unreachable_by_others(addresses: Mapping[str, str]) -> dict[str, str]:
-    """Returns the loopback addresses, which other machines cannot reach. Returns none if all addresses are loopback."""
+    """Returns loopback addresses, which other machines cannot reach. Returns {} if all addresses are loopback."""
     hosts = {name: split_address(address)[0] for name, address in addresses.items() if not address.startswith("unix:")}
     loopback = {name: addresses[name] for name, host in hosts.items() if is_loopback(host)}
     return {} if len(loopback) == len(addresses) else loopback
@@ -117,7 +117,6 @@ def _read(state_dir: Path) -> dict[str, Link]:
 
 
 def _disjoint(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:
-    """Picks pairs to measure at the same time. No two of them have the same key or share a worker."""
     disjoint: list[Pair] = []
     taken: set[str] = set()
     for pair in pairs:
@@ -128,19 +127,19 @@ def _disjoint(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:
 
 
 class _Place(NamedTuple):
-    """A worker's place. The host name identifies it, because pods keep their names but not their addresses."""
+    """The place of a worker. It has the host name, because pods keep their names but not their addresses."""
 
     machine: str
     host: str
-    way: str = ""  # sockets on disk, or over a network
+    way: str = ""  # Kind of connection: by sockets on disk or by network.
 
     def text(self, fingerprint: str) -> str:
         return f"{self.host} ({self.machine}{self.way}, {fingerprint})"
 
 
 def _places(registered: Mapping[str, Register]) -> dict[str, str]:
-    """Returns a text for each worker's place. Workers with equal texts have equal links. A text has an address only if
-    the workers of a host have several addresses."""
+    """Returns a text for each worker's place. Links between equal places are equal. A text contains an address only if
+    workers of the host use several addresses."""
     ways = {name: own.address.rpartition(":")[0] for name, own in registered.items()}
     found = {name: _Place(own.machine, own.host) for name, own in registered.items()}
     of_place: dict[_Place, set[str]] = {}
@@ -159,7 +158,7 @@ def _way(host: str, count: int) -> str:
 
 
 def _keys(places: Mapping[str, str]) -> dict[Pair, str]:
-    """Returns each pair's key. Pairs of the same two places have equal keys. The coordinator comes first in a pair."""
+    """Returns the key of each pair. Pairs between the same places have equal keys. The coordinator comes first."""
     places = {COORDINATOR: f"coordinator on {socket.gethostname()} ({machine_id()})", **places}
     return {pair: " - ".join(sorted(places[name] for name in pair)) for pair in combinations(places, 2)}
 
@@ -184,7 +183,7 @@ async def _measured(
 
 
 def _link(speed: LinkProfile) -> Link:
-    """Converts a profile. Subtracts the transfer time of a ping's bytes, because plans add this time themselves."""
+    """Converts a profile. Subtracts the transfer time of the ping's bytes, because plans add that time themselves."""
     byte_s = 1 / speed.bytes_s
     network_s = None if speed.network_s is None else speed.network_s / 2
     return Link(max(0.0, speed.round_trip_s - PING_BYTES * byte_s) / 2, byte_s, network_s)
@@ -203,7 +202,7 @@ MeasureLinks = Callable[[Mapping[str, WorkerHandle]], Awaitable[Links]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinkMonitor:
-    """Measures links again when workers join. If `measure` is None, the known links stay."""
+    """Measures links again when workers join. If `measure` is None, the known links are kept."""
 
     _measure: MeasureLinks | None
     _registry: Registry
@@ -227,7 +226,7 @@ class LinkMonitor:
             try:
                 links = await measure(measured)
             except LlamaclustError as error:
-                self._report(Notice(f"links were not measured again: {error}"))
+                self._report(Notice(f"links could not be measured again: {error}"))
                 return
             for runner in self._runners:
                 if runner.planner.update(links):

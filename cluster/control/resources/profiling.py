@@ -1,5 +1,5 @@
-"""Measures workers' profiles, and keeps them for the next start. Workers that share a machine are measured twice: all
-at the same time, and one alone."""
+"""Measures the speeds of workers, and keeps them for the next start. Workers on the same machine are measured twice:
+all of them at the same time, and one alone."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ from llamaclust.wire.control.profiles import ProfileWorker
 
 
 class WorkerProfiles:
-    """Profiles of a cluster's workers. A profile is stated in the cluster file, or was measured on equal hardware under
-    any worker name."""
+    """The speeds of a cluster's workers. They are given in the cluster file or were measured on the same hardware."""
 
     def __init__(
         self, config: ClusterConfig, model: Model, state_dir: Path, report: Report, *, anew: bool = False
@@ -41,17 +40,19 @@ class WorkerProfiles:
         self._state_dir = state_dir
         self._report = report
         self._limit_s = config.timeouts.load
-        self._has_own_processes = config.launcher_facts.is_local  # otherwise workers would count as other programs
-        self._known = {} if anew else read_profiles(state_dir)  # by `measurement_key`
-        self._loads = {} if anew else read_other_loads(state_dir)  # likewise
-        self._used: dict[tuple[str, str], Profile] = {}  # kept by machine and fingerprint, as other workers come and go
+        # Workers that are not child processes would count as other programs.
+        self._has_own_processes = config.launcher_facts.is_local
+        self._known = {} if anew else read_profiles(state_dir)  # Profiles by `measurement_key`.
+        self._loads = {} if anew else read_other_loads(state_dir)  # Loads by `measurement_key`.
+        # Profiles by machine and fingerprint. A worker's profile stays the same when other workers come and go.
+        self._used: dict[tuple[str, str], Profile] = {}
 
     def of(self, workers: Mapping[str, WorkerHandle]) -> dict[str, Profile]:
         found = {name: self._profile(worker, workers) for name, worker in workers.items()}
         return {name: profile for name, profile in found.items() if profile is not None}
 
     async def measure(self, names: Collection[str], workers: Mapping[str, WorkerHandle]) -> None:
-        """Measures the workers that have no known profile, all at the same time. The workers should be idle."""
+        """Measures all workers without a known profile, at the same time. The workers should be idle."""
         known = self.of(workers)
         missing = [name for name in names if name not in known]
         if missing:
@@ -64,7 +65,7 @@ class WorkerProfiles:
         return {name: self._loads[key] for name, key in keys.items() if key in self._loads}
 
     def stored(self, workers: Mapping[str, WorkerHandle]) -> dict[str, Profile]:
-        """Reads profiles from the state directory. Prefers profiles that were measured with this model."""
+        """Reads profiles from the state directory. Profiles that were measured with this model are preferred."""
         known = read_profiles(self._state_dir)
         keys = {
             name: [key for model_id in (self._model_id, "") if (key := _key(worker, workers, model_id)) in known]
@@ -73,7 +74,7 @@ class WorkerProfiles:
         return {name: known[found[0]] for name, found in keys.items() if found}
 
     def estimate(self, workers: Mapping[str, WorkerHandle]) -> bool:
-        """Adopts profiles of equal hardware with another worker count. Returns True if any profile is known."""
+        """Uses profiles of equal hardware with other numbers of workers. Returns True if any profile is known."""
         for worker in workers.values():
             similar = most_similar_key(_key(worker, workers, self._model_id), self._known)
             if similar is not None:
@@ -98,10 +99,11 @@ class WorkerProfiles:
         load = meter.measure() if self._has_own_processes else None
         self._known |= new
         self._loads |= {} if load is None else dict.fromkeys(new, load)
-        kept = {key: profile for key, profile in new.items() if key not in measuring.failed}  # the next start retries
+        # Profiles with failed measurements are not stored, so that the next start measures again.
+        kept = {key: profile for key, profile in new.items() if key not in measuring.failed}
         measured = {name: new[keys[name]].map(DeviceProfile.without_steps) for name in names if keys[name] in new}
         hardware = {_key(workers[name], workers): profile for name, profile in measured.items()}
-        known = read_profiles(self._state_dir)  # may have products of other models by now
+        known = read_profiles(self._state_dir)  # Other models may have stored measured products meanwhile.
         hardware = {key: profile.with_other_products(known.get(key, profile)) for key, profile in hardware.items()}
         busy = {worker.registration.machine for worker in workers.values() if worker.stages}
         if not any(workers[name].registration.machine in busy for name in measured):
@@ -134,11 +136,11 @@ class _Measuring:
     _order: ProfileWorker
     _report: Report
     _limit_s: float
-    _silent: set[str] = field(default_factory=set)  # names of workers that did not answer in time
-    failed: set[str] = field(default_factory=set)  # keys of workers whose steps of the model could not be timed
+    _silent: set[str] = field(default_factory=set)  # Names of workers that did not answer in time.
+    failed: set[str] = field(default_factory=set)  # Keys of workers on which the model's steps could not be timed.
 
     async def profiles(self) -> dict[str, Profile]:
-        """Measures all workers at the same time. Then measures one worker of each key alone on each shared machine."""
+        """Measures all workers at the same time. Then measures one worker of each key alone on shared machines."""
         what = "memory bandwidth, matrix products, steps of the model"
         self._report(Measuring(tuple(self._workers), what))
         concurrent = await self._concurrent()

@@ -1,4 +1,4 @@
-"""Computes each worker's share of its machine's memory and GPUs, and the keys for storing its measurements."""
+"""Computes each worker's share of its machine's memory and GPUs. Makes the keys of stored measurements."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaclust.core.version import VERSION
 
 
 def memory_shares(caps_bytes: Mapping[str, int | None], free_bytes: int) -> dict[str, int]:
-    """Divides `free_bytes` equally, but gives no worker more than its cap. The other workers share what this leaves."""
+    """Divides `free_bytes` equally. A worker with a cap gets at most its cap, and other workers share the rest."""
     shares, left = {}, free_bytes
     caps = sorted((free_bytes if cap is None else cap, name) for name, cap in caps_bytes.items())
     for index, (cap, name) in enumerate(caps):
@@ -25,15 +25,15 @@ def memory_shares(caps_bytes: Mapping[str, int | None], free_bytes: int) -> dict
 @dataclass(frozen=True, slots=True)
 class WorkerResources:
     machine: str
-    free_memory_bytes: int  # memory for this worker
-    machine_free_bytes: int = 0  # memory for all workers of its machine together; 0: unknown
+    free_memory_bytes: int  # Free memory for this worker.
+    machine_free_bytes: int = 0  # Free memory for all workers of the machine together. 0 if it is unknown.
     gpus: tuple[Gpu, ...] = ()
     gpu_layers: int | None = None
-    memory_group: str = ""  # the control group that limits the worker's memory; "": none
+    memory_group: str = ""  # Control group that limits the worker's memory. "" if there is none.
     threads: int = 1
-    accepts_links: bool = False  # accepts links of members of a group
-    is_fresh: bool = False  # the worker reported its free memory again, which limits its share
-    measuring_bytes: int = 0  # bytes taken since `machine_free_bytes` was reported
+    accepts_links: bool = False  # True if members of a group can connect to the worker.
+    is_fresh: bool = False  # True if the worker has reported its free memory again. The report then limits its share.
+    measuring_bytes: int = 0  # Bytes that the worker has taken since it reported `machine_free_bytes`.
 
     @property
     def joins_groups(self) -> bool:
@@ -57,7 +57,7 @@ class WorkerResources:
 
 
 def machine_shares(workers: Mapping[str, WorkerResources]) -> dict[str, int]:
-    """Divides each machine's free memory among its workers. A control group that limits memory counts as a machine."""
+    """Divides each machine's free memory among its workers. A control group with a memory limit counts as a machine."""
     shares: dict[str, int] = {}
     for place in {(worker.machine, worker.memory_group) for worker in workers.values()}:
         here = {name: worker for name, worker in workers.items() if (worker.machine, worker.memory_group) == place}
@@ -68,7 +68,7 @@ def machine_shares(workers: Mapping[str, WorkerResources]) -> dict[str, int]:
 
 
 def share_gpus(workers: Mapping[str, WorkerResources]) -> dict[str, WorkerResources]:
-    """Divides each GPU's free memory among the workers that use it. A UUID identifies a GPU, as names may differ."""
+    """Divides each GPU's free memory among its workers. GPUs are identified by UUID, because their names may differ."""
 
     def identity(worker: WorkerResources, gpu: Gpu) -> str:
         return gpu.uuid or f"{gpu.device} of {worker.machine}"
@@ -89,13 +89,13 @@ _KEY = re.compile(r"(?P<hardware>.*), one of (?P<sharers>\d+) workers with \d+ t
 
 
 def measurement_key(fingerprint: str, sharers: int, threads: int, model_id: str = "") -> str:
-    """Returns the key for storing a measurement. `model_id` is given if the model's steps were timed."""
+    """Returns the key of a stored measurement. `model_id` is given if the steps of this model were timed."""
     profiled = f", model {model_id[:32]}, unit {_STEPS_UNIT}" if model_id else ""
     return f"{fingerprint}, one of {sharers} workers with {threads} threads, program {VERSION}{profiled}"
 
 
 def most_similar_key(key: str, known: Iterable[str]) -> str | None:
-    """Returns `key` if it is known, or else the known key that differs least, and only in the worker count."""
+    """Returns `key` if it is known. Otherwise returns the known key with the nearest number of workers, if any."""
     wanted = _KEY.fullmatch(key)
     assert wanted is not None
     found = [match for other in known if (match := _KEY.fullmatch(other)) is not None]

@@ -1,4 +1,4 @@
-"""Converts records to spans, and sends the spans and the cluster's metrics to a collector, on a thread."""
+"""Sends spans and metrics to a collector. A thread converts and sends them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from llamaclust.core.version import VERSION
 
 _SCOPE: Final = InstrumentationScope(name="llamaclust", version=VERSION)
 _FLUSH_S: Final = 3.0
-"""Seconds to send the remaining data at the end."""
+"""Maximum seconds for sending the remaining data when the exporter is closed."""
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Exporter:
         self._counts = counts
         self._queue: Queue[Record | Sequence[MetricFamilies] | None] = Queue(settings.max_records)
         self._stopping = Event()
-        self._end_s = 0.0  # when the thread gives up what is left
+        self._end_s = 0.0  # Time at which the thread drops the remaining data.
         self._traces, self._metrics = self._client(settings.traces), self._client(settings.metrics)
         self._start_ns = time_ns()
         self._spans: list[Span] = []
@@ -136,8 +136,8 @@ class Exporter:
     def _failure_counted(self, signal: str, count: int) -> Iterator[None]:
         try:
             yield
-        except Exception:  # noqa: BLE001  see above
-            _log.exception("telemetry: an error in an export of %s", signal)
+        except Exception:  # noqa: BLE001  telemetry must not fail
+            _log.exception("telemetry: %s could not be exported", signal)
             self._counts.count(signal, count, is_taken=False)
 
     def _send_spans(self) -> None:

@@ -1,4 +1,4 @@
-"""Sends messages to a collector by OTLP over HTTP, with retries. All calls block."""
+"""Sends messages to a collector by OTLP over HTTP, and repeats failed attempts. All calls block."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from llamaclust.core.errors import UsageError
 from llamaclust.core.version import VERSION
 
 _PAUSES_S: Final = (1.0, 2.0, 4.0)
-"""Seconds between attempts to send a message. If the last message failed too, there is only one attempt."""
+"""Seconds between attempts to send a message. If the previous message failed too, there is only one attempt."""
 _AGAIN: Final = frozenset({429, 502, 503, 504})
-"""Status codes for which OTLP requires retries."""
+"""HTTP status codes after which OTLP requires another attempt."""
 
 _log = logging.getLogger(__name__)
 
 
 class _Outcome(Enum):
     TAKEN = auto()
-    REFUSED = auto()  # this message, whenever it is sent
-    FAILED = auto()  # for now
+    REFUSED = auto()  # The collector would refuse this message at any time.
+    FAILED = auto()  # Another attempt may succeed.
 
 
 class OtlpClient:
     def __init__(self, target: Target, stopping: Event) -> None:
-        """Creates the HTTP client. Setting `stopping` ends retries. Raises UsageError if the URL is invalid."""
+        """Creates the client. Setting `stopping` ends repeated attempts. Raises UsageError if the URL is invalid."""
         self._target = target
         self._stopping = stopping
         self._is_known_absent = False
-        self._error = ""  # of the last attempt that failed
+        self._error = ""  # Error of the last failed attempt.
         trusted = None if target.certificate is None else authorities(Path(target.certificate))
         try:
             url = httpx.URL(target.url)
@@ -70,7 +70,7 @@ class OtlpClient:
             with self._client.stream("POST", self._target.url, content=body, timeout=timeout_s) as reply:
                 status = reply.status_code
                 if reply.headers.get("content-length", "") == "0":
-                    reply.read()  # the connection is used again
+                    reply.read()  # Reading the empty body lets the connection be used again.
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             self._error = f"{type(error).__name__}: {error}"
             return _Outcome.FAILED
@@ -84,6 +84,6 @@ class OtlpClient:
             return
         self._is_known_absent = not self._is_known_absent
         if self._is_known_absent:
-            _log.warning("telemetry: %s refuses messages, which are dropped: %s", self._target.url, self._error)
+            _log.warning("telemetry: %s does not accept messages, which are dropped: %s", self._target.url, self._error)
         else:
             _log.info("telemetry: %s accepts messages again", self._target.url)

@@ -1,4 +1,4 @@
-"""Converts Prometheus metrics to OTLP. Some histograms get names from OpenTelemetry's GenAI conventions."""
+"""Converts Prometheus metrics to OTLP metrics. Some histograms get names from OpenTelemetry's GenAI conventions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records of ended requests, ended sequences and metrics, which are exported. They contain no text, tokens or keys."""
+"""Defines the exported records of HTTP requests, sequences and metrics. They contain no text, tokens or API keys."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from llamaclust.cluster.server.telemetry.trace_sampler import RequestTrace
 
 @dataclass(frozen=True, slots=True)
 class ServedRequest:
-    """An HTTP request. Times are monotonic. `route` is the request's path with placeholders instead of names."""
+    """A finished HTTP request. Times are monotonic. `route` is the path with placeholders instead of names."""
 
     trace: RequestTrace
     method: str
     route: str
     start_ns: int
     end_ns: int
-    status: int | None  # None: its connection ended before a reply
+    status: int | None  # None if the connection ended before a reply.
 
     @property
     def span_count(self) -> int:
@@ -31,7 +31,7 @@ class ServedRequest:
 
 @dataclass(frozen=True, slots=True)
 class EndedSequence:
-    """A sequence of a traced request. `parameters` has the sampling parameters by attribute name."""
+    """A finished sequence of a traced request. `parameters` has the sampling parameters by attribute name."""
 
     trace: TraceContext
     record: RequestRecord
@@ -53,7 +53,7 @@ Record = ServedRequest | EndedSequence
 
 @dataclass(frozen=True, slots=True)
 class MetricFamilies:
-    model: str | None  # None: of the cluster
+    model: str | None  # None for metrics of the whole cluster.
     families: Sequence[Metric]
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Reads the telemetry settings from the cluster file. OpenTelemetry's variables replace missing keys."""
+"""Reads telemetry settings from the cluster file. OpenTelemetry's environment variables replace missing keys."""
 
 from __future__ import annotations
 
@@ -30,28 +30,31 @@ _SAMPLERS: Final = {
     "parentbased_always_off": (0.0, True),
     "parentbased_traceidratio": (None, True),
 }
-"""Maps a sampler's name to (ratio, obeys parent). If the ratio is None, OTEL_TRACES_SAMPLER_ARG has it."""
+"""Maps a sampler to its ratio, and to True if it obeys a parent's decision. A ratio of None means that
+OTEL_TRACES_SAMPLER_ARG has the ratio."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
     url: str
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # may hold a secret
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # Headers may contain a secret.
     timeout_s: float = 10.0
     is_compressed: bool = True
-    certificate: str | None = None  # PEM file of the collector's authority; None: the system's
+    # PEM file with the authority that signed the collector's certificate. None for the system's authorities.
+    certificate: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TelemetrySettings:
-    traces: Target | None  # None: no spans are made
+    traces: Target | None  # None if no spans are sent.
     metrics: Target | None
     resource: Mapping[str, str] = field(default_factory=dict)
     sampler: TraceSampler = field(default_factory=TraceSampler)
-    span_delay_s: float = 5.0  # spans wait so long for others
+    span_delay_s: float = 5.0  # Seconds that a span may wait until it is sent together with others.
     metrics_interval_s: float = 60.0
-    max_records: int = 2048  # ended requests and sequences that wait to become spans; more are dropped
-    max_spans: int = 512  # in one message
+    # Maximum number of ended requests and sequences that wait to be sent. Further ones are dropped.
+    max_records: int = 2048
+    max_spans: int = 512  # Maximum number of spans in a message.
 
     @classmethod
     def resolve(cls, section: Telemetry | None, variables: Mapping[str, str]) -> TelemetrySettings | None:
@@ -114,12 +117,12 @@ def _of_signal(variables: Mapping[str, str], what: str, signal: str) -> tuple[st
 
 
 def _url(section: Telemetry, variables: Mapping[str, str], signal: str) -> str:
-    """Returns the URL for a signal. A signal's own variable has the whole URL. Other settings have a base URL."""
+    """Returns the URL for a signal. The variable of one signal has the whole URL, and other settings a base URL."""
     base = section.endpoint
     if base is None:
         name, value = _of_signal(variables, "ENDPOINT", signal)
         if value and not _URL.fullmatch(value):
-            raise UsageError(f"{name}: not a URL like {_ENDPOINT}, without a user and a password")
+            raise UsageError(f"{name}: must be a URL like {_ENDPOINT}, without user and password")
         if f"_{signal.upper()}_" in name:
             return value
         base = value or _ENDPOINT
@@ -141,9 +144,9 @@ def _headers_of(path: Path | None) -> dict[str, str]:
     except OSError as error:
         raise UsageError(f"telemetry.headers_file: {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"telemetry.headers_file: {path}: not ASCII text") from error
+        raise UsageError(f"telemetry.headers_file: {path}: the file is not ASCII text") from error
     if mode & 0o077:
-        raise UsageError(f"{path}: other users may read these headers (mode {mode:04o}): chmod 600 {path}")
+        raise UsageError(f"{path}: other users can read these headers (mode {mode:04o}); run: chmod 600 {path}")
     numbered = ((number, line.strip()) for number, line in enumerate(lines, 1))
     return dict(_header(line, f"{path}: line {number}") for number, line in numbered if line and line[0] != "#")
 
@@ -151,7 +154,7 @@ def _headers_of(path: Path | None) -> dict[str, str]:
 def _header(pair: str, place: str) -> tuple[str, str]:
     found = _HEADER.fullmatch(pair)
     if found is None:
-        raise UsageError(f"{place} is not a header NAME=VALUE of ASCII characters")
+        raise UsageError(f"{place} must be a header NAME=VALUE in ASCII characters")
     return found[1].lower(), found[2].strip()
 
 
@@ -160,7 +163,7 @@ def _sampler(section: Telemetry, variables: Mapping[str, str]) -> TraceSampler:
         return TraceSampler(section.sample_ratio)
     name = variables.get("OTEL_TRACES_SAMPLER", "parentbased_always_on")
     if name not in _SAMPLERS:
-        raise UsageError(f"OTEL_TRACES_SAMPLER={name}: not one of {', '.join(_SAMPLERS)}")
+        raise UsageError(f"OTEL_TRACES_SAMPLER={name}: must be one of {', '.join(_SAMPLERS)}")
     ratio, obeys_parent = _SAMPLERS[name]
     if ratio is None:
         ratio = _number(variables, "OTEL_TRACES_SAMPLER_ARG", 1.0, least=0.0, most=1.0)
@@ -168,10 +171,9 @@ def _sampler(section: Telemetry, variables: Mapping[str, str]) -> TraceSampler:
 
 
 def _resource(variables: Mapping[str, str]) -> dict[str, str]:
-    """Returns the resource attributes. Raises UsageError if the list is malformed, because entries would be lost."""
     pairs = [pair.partition("=") for pair in variables.get("OTEL_RESOURCE_ATTRIBUTES", "").split(",") if pair.strip()]
     if not all(name.strip() and equals for name, equals, _ in pairs):
-        raise UsageError("OTEL_RESOURCE_ATTRIBUTES: not a list of NAME=VALUE, separated by commas")
+        raise UsageError("OTEL_RESOURCE_ATTRIBUTES: must be a list of NAME=VALUE, separated by commas")
     given = {name.strip(): unquote(value.strip())[:_MAX_RESOURCE_CHARACTERS] for name, _, value in pairs}
     service = variables.get("OTEL_SERVICE_NAME") or given.get("service.name", "llamaclust")
     return {**given, "service.name": service}
@@ -185,7 +187,7 @@ def _number(variables: Mapping[str, str], name: str, default: float, *, least: f
     try:
         number = float(variables.get(name, default))
     except ValueError as error:
-        raise UsageError(f"{name}={variables[name]}: not a number") from error
+        raise UsageError(f"{name}={variables[name]}: must be a number") from error
     if not least <= number <= most:
-        raise UsageError(f"{name}={number:g}: not in [{least:g}, {most:g}]")
+        raise UsageError(f"{name}={number:g}: must be from {least:g} to {most:g}")
     return number

@@ -1,9 +1,10 @@
-"""Converts records to OTLP spans, named by OpenTelemetry's GenAI conventions. The span of an HTTP request contains
-the spans of its sequences. A sequence's span contains its phases, and a computing phase contains its stages.
+"""Converts records to OTLP spans, which are named by OpenTelemetry's GenAI conventions. The span of an HTTP request
+contains the spans of its sequences. A sequence's span contains its phases, and a computing phase contains its
+stages.
 
-Results bring all times to the coordinator, so microbatches carry no trace context. In reality, stages take turns during
-many microbatches. Here, each stage has one span, which is as long as the stage's share of the phase, and which begins
-after the spans of earlier stages.
+Microbatches carry no trace context, because their results bring all times to the coordinator. In reality, stages
+take turns during many microbatches. Here, each stage has one span, whose length is the stage's total time in the
+phase. The spans of a phase's stages follow one after another.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def _any_value(value: Value) -> AnyValue:
 
 
 def spans_of(record: Record, unix_ns: int) -> list[Span]:
-    """Returns a record's spans. `unix_ns` is the Unix time at which the monotonic clock is 0."""
+    """Converts a record to spans. `unix_ns` is the Unix time (ns) at which the monotonic clock was 0."""
     if isinstance(record, ServedRequest):
         return [_request_span(record, unix_ns)]
     return list(_sequence_spans(record, unix_ns))
@@ -101,7 +102,7 @@ def _sequence_attributes(ended: EndedSequence) -> dict[str, Value]:
 
 
 def _phase_spans(phase: WaterfallPhase, sequence: Span, unix_ns: int) -> Iterator[Span]:
-    """Yields the spans of a phase and its stages. A merged phase may overlap the phases that lie between its parts."""
+    """Yields the spans of a phase and its stages. A phase that was merged from several may overlap other phases."""
     attributes: dict[str, Value] = {}
     if phase.microbatches:
         attributes = {

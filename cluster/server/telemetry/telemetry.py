@@ -1,4 +1,4 @@
-"""Exports a coordinator's telemetry: traces of requests and their sequences, and periodic metrics."""
+"""Exports a coordinator's telemetry, which is traces of requests and periodic metrics."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def _check_installed() -> None:
 
 
 def resolve_telemetry(config: ClusterConfig) -> TelemetrySettings | None:
-    """Returns the settings, or None if nothing is exported. Raises UsageError if a value is invalid, or if the library
-    is not installed."""
+    """Returns the settings, or None if nothing is exported. Raises UsageError if a value is invalid or the library is
+    missing."""
     settings = TelemetrySettings.resolve(config.telemetry, otel_variables())
     if settings is not None:
         _check_installed()
@@ -71,8 +71,8 @@ class _ModelSpans:
 async def open_telemetry(
     settings: TelemetrySettings, cluster: str, engines: Mapping[str, Engine], registry: CollectorRegistry
 ) -> AsyncIterator[Telemetry]:
-    """Exports while the context is open. `engines` are by model name. Export counts are added to `registry`, which has
-    the cluster's metrics."""
+    """Exports telemetry while the context is open. `engines` are by model name. `registry` has the cluster's metrics,
+    and also gets counts of exports."""
     from llamaclust.cluster.server.telemetry.exporter import ExportCounts, Exporter
 
     resource = {"service.version": VERSION, "service.instance.id": cluster, **settings.resource}

@@ -25,8 +25,8 @@ class RequestTrace:
 
 @dataclass(frozen=True, slots=True)
 class TraceSampler:
-    """Traces a fraction `ratio` of the requests. If `obeys_parent` is set, a request's trace context decides, and
-    `ratio` is for requests without a trace context."""
+    """Chooses a fraction `ratio` of the requests to trace. If `obeys_parent` is set, the decision in a request's trace
+    context is used instead, if there is one."""
 
     ratio: float = 1.0
     obeys_parent: bool = True

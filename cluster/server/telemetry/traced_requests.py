@@ -1,4 +1,4 @@
-"""Wraps the API's ASGI app. Begins a trace for each request that may compute, and records the request's end."""
+"""Wraps the API's ASGI app. Begins a trace for each request that may compute, and records how the request ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llamaclust.cluster.server.telemetry.trace_sampler import RequestTrace, Trac
 
 
 class TracedRequests:
-    """An ASGI app that calls `ended` for each traced request of a client that has access to the API."""
+    """An ASGI app that calls `ended` for each traced request, unless the client had no access to the API."""
 
     def __init__(self, app: ASGIApp, sampler: TraceSampler, ended: Callable[[ServedRequest], None]) -> None:
         self._app = app
@@ -43,7 +43,7 @@ class TracedRequests:
                 self._ended(ServedRequest(trace, scope["method"], names[0], start_ns, monotonic_ns(), status))
 
     def _begin(self, scope: Scope) -> RequestTrace | None:
-        """Begins a trace. Returns None for probes, pages and status requests, which compute nothing."""
+        """Begins a trace. Returns None for requests that compute nothing: probes, pages and status requests."""
         if scope["type"] != "http" or scope["method"] != "POST":
             return None
         return self._sampler.begin(_values(scope, b"traceparent"), _values(scope, b"tracestate"))

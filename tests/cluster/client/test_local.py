@@ -257,7 +257,7 @@ def test_errors_name_the_field(client: LocalClient) -> None:
     ("level", "settings", "words"),
     [
         ("mmx", LocalSettings(), "feature level 'mmx'"),
-        (None, LocalSettings(context_length=4096), "made for 2048"),
+        (None, LocalSettings(context_length=4096), "trained for 2048"),
         (None, LocalSettings(context_length=-1), "context_length: -1"),
         (None, LocalSettings(max_sequences=0), "max_sequences: 0"),
         (None, LocalSettings(max_sequences=1000), "max_sequences: 1000"),

@@ -201,8 +201,8 @@ def test_overrides(tmp_path: Path) -> None:
     assert (config.timeouts.request, config.workers[1].threads, config.prefill_chunk) == (90.0, 1, 7)
     assert (config.host, config.port) == ("::1", 0)
     assert "unknown key 'thread' in workers[1]" in failure(tmp_path, SMALL, "workers.b.thread=1")
-    assert "no item 'c'; there are a, b" in failure(tmp_path, SMALL, "workers.c.threads=1")
-    assert "write it as KEY=VALUE" in failure(tmp_path, SMALL, "listen")
+    assert "there is no item 'c'; the items are a, b" in failure(tmp_path, SMALL, "workers.c.threads=1")
+    assert "must be KEY=VALUE" in failure(tmp_path, SMALL, "listen")
     assert "has no keys to set" in failure(tmp_path, SMALL, "model.file=1")
 
 
@@ -239,7 +239,7 @@ def test_environment() -> None:
     )
     assert environment({"LLAMACLUST_CACHE_SIZE": "3MiB", "LLAMACLUST_HOME": "/h"}).packed_cache_dir == Path("/h/packed")
     assert environment({"LLAMACLUST_CACHE_SIZE": "4194304"}).packed_cache_bytes == 4 << 20
-    with pytest.raises(UsageError, match="LLAMACLUST_CACHE_SIZE=32 has no unit; write 32GiB or 32MiB, or bytes from"):
+    with pytest.raises(UsageError, match="LLAMACLUST_CACHE_SIZE=32 has no unit: write 32GiB, 32MiB, or at least"):
         environment({"LLAMACLUST_CACHE_SIZE": "32"})
     for digits in ("\uff14\uff10GiB", "\uff14"):  # full-width ones
         with pytest.raises(UsageError, match="is not a size"):
@@ -247,7 +247,7 @@ def test_environment() -> None:
     assert (environment({}).weights_bytes, environment({"LLAMACLUST_WEIGHTS_SIZE": "0"}).weights_bytes) == (64 << 30, 0)
     with pytest.raises(UsageError, match="LLAMACLUST_CACHE_SIZE='much' is not a size; write it like 8GiB"):
         environment({"LLAMACLUST_CACHE_SIZE": "much"})
-    with pytest.raises(UsageError, match="LLAMACLUST_FEATURE_LEVEL=avx3: not one of generic"):
+    with pytest.raises(UsageError, match="LLAMACLUST_FEATURE_LEVEL=avx3: must be one of generic"):
         environment({"LLAMACLUST_FEATURE_LEVEL": "avx3"})
     with pytest.raises(
         UsageError, match="LLAMACLUST_HOME='~no-such-user' begins with a home directory that does not exist"
@@ -260,7 +260,7 @@ def test_values() -> None:
     read = [1, 2000, 3 << 19, 3 * 10**9, 1 << 20, 1 << 20, 24 * 10**9, 24 << 30, 24 << 30, 500 * 10**6]
     assert [parse_size(text) for text in sizes] == read
     for bad in (24, "24", 24.5, (1 << 20) - 1):
-        with pytest.raises(ValueError, match=f"^{bad} has no unit; write {bad}GiB or {bad}MiB"):
+        with pytest.raises(ValueError, match=f"^{bad} has no unit: write {bad}GiB or {bad}MiB"):
             parse_size(bad)
     assert [parse_duration(text) for text in ("250ms", "1.5h", "10min", 3)] == [0.25, 5400.0, 600.0, 3.0]
     assert split_address("[::1]:80") == ("::1", 80)

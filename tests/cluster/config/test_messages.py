@@ -60,7 +60,7 @@ TOP_KEYS = {
         "speculative.shared_answers: 9 tokens are too few for an answer; set 1024 or more, or 0 for none"
     ),
     "speculative: {threads: 3}": (
-        "speculative.threads: these threads are for a draft model: set speculative.model, or remove them"
+        "speculative.threads: is for a draft model: set speculative.model, or remove this key"
     ),
     "speculative: {n_max: 3}": (
         "unknown key 'n_max' in speculative; known: max_window, shared_answers, model, mtp, threads"
@@ -72,7 +72,7 @@ TOP_KEYS = {
     "objective: speed": "objective: 'speed' is not possible; give latency or throughput",
     "kv_memory: 5 pounds": f"kv_memory: '5 pounds' {SIZE}",
     "kv_memory: [1]": f"kv_memory: [1] {SIZE}",
-    "kv_memory: 24": "kv_memory: 24 has no unit; write 24GiB or 24MiB, or bytes from 1048576 on",
+    "kv_memory: 24": "kv_memory: 24 has no unit: write 24GiB, 24MiB, or at least 1048576 bytes",
     "kv_memory: 0": "kv_memory: 0 is not a possible size; give 1B to 1024TiB",
     "listen_tls: true": "listen_tls: true is not possible; give self-signed or keys with values: certificate, key",
     "listen_tls: {certificate: a.pem}": "listen_tls.certificate: certificate and key go together: give key as well",
@@ -252,8 +252,8 @@ def test_mistakes_in_workers_have_their_own_line(tmp_path: Path, worker: str, li
         ),
         ("- a", "FILE: not a cluster file"),
         ("", "FILE: not a cluster file"),
-        ("x" * (MAX_FILE_BYTES + 1), "FILE: larger than 1024 KiB"),
-        (f"model: m\nworkers: [{'1,' * 300_000}]", "FILE:2: not valid YAML: more than 20000 keys"),
+        ("x" * (MAX_FILE_BYTES + 1), "FILE: the file is larger than 1024 KiB"),
+        (f"model: m\nworkers: [{'1,' * 300_000}]", "FILE:2: not valid YAML: there are more than 20000 keys"),
         ("model: m\nname: [", "FILE:2: not valid YAML: while parsing a flow node"),
         ("model: m\n---\nmodel: n", "FILE:2: not valid YAML: expected a single document in the stream, but found"),
     ],
@@ -265,8 +265,8 @@ def test_files_that_are_wrong_as_a_whole(tmp_path: Path, text: str, message: str
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("listen", "--set listen: write it as KEY=VALUE, for instance timeouts.request=60s"),
-        ("workers.a.memory=8", "--set workers.a.memory=8: workers[0].memory: 8 has no unit; write 8GiB or 8MiB, or"),
+        ("listen", "--set listen: must be KEY=VALUE, for example timeouts.request=60s"),
+        ("workers.a.memory=8", "--set workers.a.memory=8: workers[0].memory: 8 has no unit: write 8GiB, 8MiB, or"),
         ("gpu_layers=9", "--set gpu_layers=9: unknown key 'gpu_layers'; it is a key of workers: give it under"),
         ("device=cuda:0", "--set device=cuda:0: unknown key 'device'; it is a key of workers: give it under"),
         ("gpu_memory=9GiB", "--set gpu_memory=9GiB: unknown key 'gpu_memory'; it is a key of workers: give it under"),
@@ -275,7 +275,7 @@ def test_files_that_are_wrong_as_a_whole(tmp_path: Path, text: str, message: str
         ("listen=x", f"--set listen=x: listen: 'x' {ADDRESS}"),
         ("workers.b.threads=x", f"--set workers.b.threads=x: workers[1].threads: 'x' is not possible; {COUNT} 1024"),
         ("workers.b.thread=1", "--set workers.b.thread=1: unknown key 'thread' in workers[1]; did you mean 'threads'?"),
-        ("workers.c.threads=1", "--set workers.c.threads=1: no item 'c'; there are a, b"),
+        ("workers.c.threads=1", "--set workers.c.threads=1: there is no item 'c'; the items are a, b"),
         ("model.file=1", "--set model.file=1: 'm' has no keys to set"),
         ("model=[", "--set model=[:1: not valid YAML"),
         ("na\nme=1", "--set na me=1: unknown key"),

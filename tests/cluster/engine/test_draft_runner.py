@@ -62,7 +62,7 @@ async def test_a_model_that_does_not_answer_is_not_asked_any_more(
     answer = asyncio.get_running_loop().create_future()
     drafts = await run(lambda: answer)
     assert drafts.is_lost and not drafts.replies and answer.cancelled()
-    assert "the draft model failed and is disabled: no draft within 0.02 s" in caplog.text
+    assert "the draft model failed and is disabled: the draft model did not answer within 0.02 s" in caplog.text
 
 
 async def test_a_pause_of_the_process_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

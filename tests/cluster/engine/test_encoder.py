@@ -137,7 +137,7 @@ async def test_a_tile_that_always_fails_ends_the_request_and_not_others(projecto
         asyncio.create_task(encode(encoder, tiles(5), "o")),
     )
     with pytest.raises(
-        RequestFailedError, match=f"failed {MAX_STRIKES} times on the same tile, most recently: worker w1 is lost"
+        RequestFailedError, match=f"failed {MAX_STRIKES} times on the same tile, the last time with: worker w1 is lost"
     ):
         await bad
     check(await good, 5)
@@ -198,7 +198,7 @@ async def test_only_the_loss_of_its_own_worker_counts_against_a_tile(
         encoder.lose(loss)
     encoder.serve(FakeEncoder())
     if is_strike:
-        with pytest.raises(RequestFailedError, match="most recently: the pipeline was lost: worker w1 is lost"):
+        with pytest.raises(RequestFailedError, match="the last time with: the pipeline was lost: worker w1 is lost"):
             await encoding
     else:
         check(await encoding, 1)

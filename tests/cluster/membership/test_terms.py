@@ -329,5 +329,5 @@ def test_the_last_terms_are_taken_and_then_refused_in_one_line(tmp_path: Path, b
     for _ in range(before):
         record = ControlRecord.begin(path)
         assert term_of(record.next_epoch()) == record.term and record.newer_term() == 0
-    with pytest.raises(LlamaclustError, match=rf"term {MAX_TERM - 1} is the largest term: remove the file"):
+    with pytest.raises(LlamaclustError, match=rf"term {MAX_TERM - 1} is the largest term: stop the coordinator"):
         ControlRecord.begin(path)

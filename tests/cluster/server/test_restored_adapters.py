@@ -59,7 +59,7 @@ async def test_an_adapter_that_is_absent_for_a_while_stays_in_the_record(model: 
     away = poet.rename(tmp_path / "poet.gguf")
     opened, told = await restored(config_of(model), model, record)
     away.rename(poet)
-    assert opened.adapters.names == ("clerk",) and "'poet' is not loaded again" in told[0]
+    assert opened.adapters.names == ("clerk",) and "'poet' could not be loaded again" in told[0]
     clerk = opened.adapters.loaded
     await record.write("tiny", [*clerk, (2, ServedAdapter("third", "/third.gguf", content="cc"))])
     opened, told = await restored(config_of(model), model, AdapterRecord(record.path))
@@ -70,6 +70,6 @@ async def test_a_name_of_the_cluster_file_is_not_taken_again(model: Path, tmp_pa
     record = await recorded(model, tmp_path, "poet", "clerk")
     opened, told = await restored(config_of(model, aliases=["poet"]), model, record)
     assert opened.adapters.names == ("clerk",)
-    assert len(told) == 1 and "'poet' is not loaded again: a model or another adapter has its name now" in told[0]
+    assert len(told) == 1 and "'poet' could not be loaded again: a model or another adapter has its name now" in told[0]
     opened, told = await restored(config_of(model), model, AdapterRecord(record.path))
     assert opened.adapters.names == ("poet", "clerk") and not told

@@ -106,7 +106,7 @@ def test_a_draft_model_has_no_more_threads_than_there_are(model: Path, tmp_path:
     beside = planned(load_config(None, [*given, f"speculative={{model: {small}, threads: 1000}}"])).draft_model
     assert beside is not None
     most = len(read_cores().hardware_threads)
-    assert beside.remarks == (f"draft model: {most} threads instead of 1000: this process may use no more cores",)
+    assert beside.remarks == (f"draft model: {most} threads instead of 1000: this process can use no more cores",)
 
 
 async def test_memory_that_drafts_have_not_written_to_is_not_for_workers(

@@ -103,7 +103,7 @@ def test_a_damaged_record_is_left_out(text: str, tmp_path: Path, caplog: pytest.
     path.write_text(text)
     with caplog.at_level(logging.WARNING):
         assert AdapterRecord(path).of("m") == []
-    assert "adapters that clients loaded are not loaded again" in caplog.text
+    assert "adapters that clients had loaded will not be loaded" in caplog.text
 
 
 async def test_a_record_that_cannot_be_written_stays_as_it_was(tmp_path: Path) -> None:

@@ -50,7 +50,10 @@ def test_checks_for_a_running_cluster_disturb_no_process(tmp_path: Path) -> None
 
 def test_a_folder_in_place_of_a_lock_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "home" / "lock").mkdir(parents=True)
-    with pytest.raises(UsageError, match="home/lock: is in the way of a lock"), ClusterDir(tmp_path / "home").locked():
+    with (
+        pytest.raises(UsageError, match="home/lock: is a folder, but must be a lock file"),
+        ClusterDir(tmp_path / "home").locked(),
+    ):
         pass
 
 
@@ -84,7 +87,7 @@ def test_a_log_is_a_plain_file(tmp_path: Path) -> None:
     folder.log_file("b").mkdir()
     os.mkfifo(folder.log_file("c"))
     for name in "abc":
-        with pytest.raises(UsageError, match=rf"{name}\.log: is in the way of a log, which is a plain file"):
+        with pytest.raises(UsageError, match=rf"{name}\.log: is not a regular file, but must be a log file"):
             open_log(folder.log_file(name), anew=True)
     assert victim.read_text() == "precious"
 

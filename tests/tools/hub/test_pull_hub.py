@@ -162,13 +162,13 @@ def test_wrong_bytes_are_deleted(hub: Server, store: Server, tmp_path: Path) -> 
     ],
 )
 def test_what_names_no_file(spec: str) -> None:
-    with pytest.raises(UsageError, match="not of the form hf:OWNER/NAME/FILE"):
+    with pytest.raises(UsageError, match="must have the form hf:OWNER/NAME/FILE"):
         parse_source(spec)
 
 
 @pytest.mark.parametrize("spec", ["http://[::1", "https://[x]/m.gguf"])
 def test_what_is_no_address(spec: str) -> None:
-    with pytest.raises(UsageError, match="not an address"):
+    with pytest.raises(UsageError, match="the address is invalid"):
         parse_source(spec)
 
 

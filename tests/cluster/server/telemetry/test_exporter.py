@@ -199,7 +199,7 @@ async def test_metrics_that_cannot_be_encoded_are_counted_and_the_next_ones_are_
         await until(lambda: running.count("dropped", "metrics") == 1)
         running.exporter.put_metrics([MetricFamilies.of("m", running.registry)])
         await until(lambda: running.count("exported", "metrics") == 1)
-    assert "an error in an export of metrics" in caplog.text and collector.paths == ["/v1/metrics"]
+    assert "telemetry: metrics could not be exported" in caplog.text and collector.paths == ["/v1/metrics"]
 
 
 async def test_spans_that_cannot_be_sent_are_counted_and_the_next_ones_are_sent(

@@ -378,7 +378,7 @@ class Timeouts(Section):
     resume: Duration = 30.0
     """Time that a reply is kept for a client whose connection was lost."""
     idle: Duration = 75.0
-    """Time that a client's idle connection is kept open. A proxy between them should have a shorter idle timeout."""
+    """Time that a client's idle connection is kept open. A proxy in front of the API should time out earlier."""
     coordinator: Duration = 600.0
     """Time that workers on other machines wait for a lost coordinator. They keep their weights meanwhile."""
 

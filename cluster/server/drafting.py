@@ -44,7 +44,7 @@ class DraftModelMemory:
 
 
 def draft_model_memory(models: Models) -> DraftModelMemory | None:
-    """Returns the draft model's memory, or None without a draft model. Raises the errors of `plan_draft_model`."""
+    """Returns the draft model's memory, or None if there is none. Raises the errors of `plan_draft_model`."""
     plan = _planned(models)
     return None if plan is None else _memory(plan, models)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.cluster.scheduler.turns import turn_of
-from llamaclust.core.sampling_bounds import MAX_FORCED_TOKENS
+from llamaclust.core.sampling.bounds import MAX_FORCED_TOKENS
 
 if TYPE_CHECKING:
     from llamaclust.cluster.scheduler.rows.slice import SequenceSlice

@@ -9,7 +9,9 @@ from typing import Any
 
 from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
 from llamaclust.core.limits import AdapterScales
-from llamaclust.core.sampling import Grammar, Reasoning, RowResult, SamplingParams
+from llamaclust.core.sampling.matchers import Grammar, Reasoning
+from llamaclust.core.sampling.params import SamplingParams
+from llamaclust.core.sampling.results import RowResult
 
 
 class FinishReason(StrEnum):

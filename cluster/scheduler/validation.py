@@ -10,12 +10,13 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
-from llamaclust.core import sampling_bounds as bounds
 from llamaclust.core.errors import ContextLengthError, ParameterError
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_TOP_LOGPROBS, AdapterScales
-from llamaclust.core.sampler_chain import CHAIN, SamplerChain
-from llamaclust.core.sampling import PARAMS, SamplingParams
-from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, SamplingField
+from llamaclust.core.sampling import bounds
+from llamaclust.core.sampling.bounds import MAX_CONTEXT_TOKENS
+from llamaclust.core.sampling.fields import SamplingField
+from llamaclust.core.sampling.params import PARAMS, SamplingParams
+from llamaclust.core.sampling.sampler_chain import CHAIN, SamplerChain
 
 NO_TEXT = "is an encoder or reranker, which generates nothing: use /v1/embeddings or /v1/rerank"
 MAX_CHOICES = 128

@@ -7,8 +7,8 @@ from itertools import chain
 
 import numpy as np
 
-from llamaclust.core.sampling import AllowedTokens, MatcherStart, Reasoning
-from llamaclust.core.sampling_bounds import MAX_FORCED_TOKENS
+from llamaclust.core.sampling.bounds import MAX_FORCED_TOKENS
+from llamaclust.core.sampling.matchers import AllowedTokens, MatcherStart, Reasoning
 from llamaclust.model.grammars.matcher import GrammarMatcher
 from llamaclust.model.grammars.reasoning import ReasoningState
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary

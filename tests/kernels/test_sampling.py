@@ -10,7 +10,8 @@ import platform
 import numpy as np
 import pytest
 
-from llamaclust.core.sampling import SampleTask, SamplingParams, ScoreTask
+from llamaclust.core.sampling.params import SamplingParams
+from llamaclust.core.sampling.tasks import SampleTask, ScoreTask
 from llamaclust.kernels import _native
 from llamaclust.kernels.reference import sampling as reference
 from llamaclust.kernels.sampling import Sampler

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from llamaclust.core.limits import AdapterScales
-from llamaclust.core.sampling import MatcherStart, RowResult, RowTask
+from llamaclust.core.sampling.matchers import MatcherStart
+from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampling.tasks import RowTask
 
 
 @dataclass(frozen=True, slots=True)

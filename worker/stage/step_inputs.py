@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from llamaclust.core import limits, sampling_bounds
-from llamaclust.core.sampler_chain import CHAIN
-from llamaclust.core.sampling import PARAMS, MatcherStart
+from llamaclust.core import limits
+from llamaclust.core.sampling import bounds
+from llamaclust.core.sampling.matchers import MatcherStart
+from llamaclust.core.sampling.params import PARAMS
+from llamaclust.core.sampling.sampler_chain import CHAIN
 from llamaclust.kernels._native import InputsReader, SamplingTasks
 from llamaclust.wire.microbatch.codec import MAX_INPUTS_BYTES, MAX_INPUTS_TOKENS, MAX_RELEASED
 from llamaclust.wire.microbatch.matchers import starts_in
@@ -17,16 +19,16 @@ from llamaclust.wire.microbatch.matchers import starts_in
 def _reader() -> InputsReader:
     return InputsReader(
         max_rows=limits.MAX_BATCH_TOKENS,
-        max_context_tokens=sampling_bounds.MAX_CONTEXT_TOKENS,
-        max_vocabulary=sampling_bounds.MAX_VOCABULARY,
+        max_context_tokens=bounds.MAX_CONTEXT_TOKENS,
+        max_vocabulary=bounds.MAX_VOCABULARY,
         max_top_logprobs=limits.MAX_TOP_LOGPROBS,
         max_released=MAX_RELEASED,
-        max_breakers=sampling_bounds.MAX_BREAKERS,
-        max_breaker_tokens=sampling_bounds.MAX_BREAKER_TOKENS,
+        max_breakers=bounds.MAX_BREAKERS,
+        max_breaker_tokens=bounds.MAX_BREAKER_TOKENS,
         max_tokens=MAX_INPUTS_TOKENS,
         max_bytes=MAX_INPUTS_BYTES,
-        max_bias=sampling_bounds.MAX_BIAS,
-        max_mu=sampling_bounds.MAX_MU,
+        max_bias=bounds.MAX_BIAS,
+        max_mu=bounds.MAX_MU,
         params=[(row.low, row.high) for row in PARAMS.values()],
         chain=[(row.low, row.high) for row in CHAIN.values()],
     )

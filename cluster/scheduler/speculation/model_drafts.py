@@ -14,7 +14,7 @@ from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.speculation.costs import MeasuredRounds, counts_to_try
 from llamaclust.cluster.scheduler.speculation.draft_model import DraftModel
 from llamaclust.core.drafts import MOST_ORDERS, DraftOrder, DraftReplies
-from llamaclust.core.sampling import SampleTask
+from llamaclust.core.sampling.tasks import SampleTask
 
 _CLOSE = 64
 """A step waits for the model only if the model has read all but this many tokens of the sequence."""

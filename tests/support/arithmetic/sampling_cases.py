@@ -9,8 +9,10 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from llamaclust.core.sampling import RowResult, SampleTask, SamplingParams
-from llamaclust.core.sampling_bounds import SamplingField
+from llamaclust.core.sampling.fields import SamplingField
+from llamaclust.core.sampling.params import SamplingParams
+from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampling.tasks import SampleTask
 
 Logits = NDArray[np.float32]
 

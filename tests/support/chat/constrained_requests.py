@@ -6,7 +6,8 @@ from random import Random
 from typing import Any
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from llamaclust.core.sampling import Grammar, Reasoning, SamplingParams
+from llamaclust.core.sampling.matchers import Grammar, Reasoning
+from llamaclust.core.sampling.params import SamplingParams
 from llamaclust.model.grammars import definitions
 from support.chat.random_schemas import random_schema
 

@@ -46,8 +46,8 @@ from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.front.text.sharing import TOKENIZING, run_on
 from llamaclust.cluster.scheduler.requests import FinishReason, GenerationRequest, PromptProgress
 from llamaclust.cluster.state.journal_records import RequestContext
-from llamaclust.core import sampling_bounds
 from llamaclust.core.limits import MAX_TOP_LOGPROBS, AdapterScales
+from llamaclust.core.sampling import bounds, fields
 from llamaclust.model.tokenizers.gaps import Gap, OtherFile
 
 _RANDOM_SEEDS: Final = (-1, 0xFFFFFFFF)
@@ -141,7 +141,7 @@ _PROMPTS = {"anyOf": [*_MIXED["anyOf"], {"type": "array", "items": _MIXED}]}
 _PAIRS = {"anyOf": [{"type": "array", "items": {"type": "array"}}, {"type": "object"}]}
 
 
-@sampled(sampling_bounds.Dialect.LLAMACPP)
+@sampled(fields.Dialect.LLAMACPP)
 class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, SpeculativeFields, foreign=LLAMACPP):
     takes_recommended: ClassVar = True
 
@@ -270,7 +270,7 @@ class LlamaCppCompletion(Dialect[LlamaCppBody]):
     async def _biases(self, given: Sequence[tuple[int | str, float]]) -> tuple[tuple[int, float], ...]:
         """Returns pairs of a token id and a bias. The bias of a text applies to each of the text's tokens."""
         tokens = [token for token, _ in given]
-        ids = await self.service.tokenize_all(tokens, "logit_bias", sampling_bounds.MAX_LOGIT_BIASES) if tokens else []
+        ids = await self.service.tokenize_all(tokens, "logit_bias", bounds.MAX_LOGIT_BIASES) if tokens else []
         biases: dict[int, float] = {}
         for part, (_, bias) in zip(ids, given, strict=True):
             biases.update(dict.fromkeys(part, bias))

@@ -33,8 +33,9 @@ from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest
 from llamaclust.cluster.front.tools import media_text
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_TOP_LOGPROBS
-from llamaclust.core.sampling import Grammar
-from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, Dialect
+from llamaclust.core.sampling.bounds import MAX_CONTEXT_TOKENS
+from llamaclust.core.sampling.fields import Dialect
+from llamaclust.core.sampling.matchers import Grammar
 from llamaclust.model.grammars.definitions import of_object, of_schema
 
 _EFFORTS: Final = ("low", "medium", "high", "max")

@@ -1,4 +1,4 @@
-"""Bounds of sampling parameters, and the type of a row in the sampling table."""
+"""The type of a row in the sampling table: a number with its bounds, its defaults by API and its names."""
 
 from __future__ import annotations
 
@@ -6,28 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from enum import Enum, auto
 from typing import Any, Final
-
-MAX_VOCABULARY = 1 << 20
-MAX_CONTEXT_TOKENS = 1 << 20  # Maximum number of tokens in a sequence, and in the windows of penalties.
-MAX_TOP_K = (1 << 31) - 1
-MAX_PENALTY = 1000.0
-MAX_BIAS = 1e9  # Maximum number added to a logit. It makes a token certain or impossible.
-
-MAX_LOGIT_BIASES = 1024
-MAX_MU = 1e12
-MAX_BREAKERS = 1 << 16  # Maximum number of one request's token sequences that end DRY's search.
-MAX_BREAKER_TOKENS = 64  # Maximum number of tokens in one such sequence.
-# Maximum number of tokens in all such sequences together. They may be sent to the last stage at each token.
-MAX_BREAKERS_TOKENS = 1 << 15
-MAX_GRAMMAR_BYTES = 1 << 20
-# Maximum product of the numbers of rules and characters. Such a grammar takes about a second to convert.
-MAX_GBNF_WORK = 1 << 25
-MAX_TRIGGERS = 64
-MAX_TRIGGER_BYTES = 1024
-MAX_FORCED_TOKENS = 64  # Maximum number of forced tokens that follow one sampled token.
-MAX_DRAFTED_TOKENS = 32  # Maximum number of tokens that an MTP head drafts after one sampled token.
-MAX_MATCHER_NS = 60_000_000_000  # Maximum CPU time of a row's matcher. Answers fail long before.
-MAX_REASONING_END_TOKENS = 1 << 14  # Maximum number of tokens that end reasoning when its budget is used up.
 
 _ROW: Final = "row"
 

@@ -1,0 +1,1 @@
+"""Sampling parameters, and the tasks and results of output rows."""

@@ -1,0 +1,71 @@
+"""Tasks of output rows: to sample a token, or to score a given token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from llamaclust.core.sampling.matchers import MatcherRow
+from llamaclust.core.sampling.params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SampleTask:
+    """A token to sample from an output row. The random draw depends only on `seed`, `choice` and `position`."""
+
+    params: SamplingParams
+    seed: int  # Unsigned, 64 bits.
+    choice: int  # Index of the choice among the request's `n` choices.
+    position: int  # Position of the token to choose in the whole sequence.
+    # Tokens for penalties and DRY, oldest first. Empty if there are no penalties and no DRY.
+    history: Sequence[int] = ()
+    suppressed: tuple[int, ...] = ()  # Token ids that must not be chosen (min_tokens).
+    top_logprobs: int = 0
+    history_rows: int = 0  # Number of the chunk's last tokens, up to this row's own token, that follow `history`.
+    penalty_window: int | None = None  # Number of last tokens of the history that penalties count, or None for all.
+    dry_window: int | None = None  # Number of last tokens of the history that DRY searches, or None for all.
+    breakers: tuple[tuple[int, ...], ...] = ()  # Token sequences that end DRY's search for repetitions.
+    mu: float = 0.0  # Mirostat's state after the previous token.
+    matcher: MatcherRow | None = None  # Set if the answer has a grammar or a reasoning budget.
+
+    def next(self) -> SampleTask:
+        matcher = None if self.matcher is None else replace(self.matcher, position=self.matcher.position + 1)
+        return SampleTask(
+            self.params,
+            self.seed,
+            self.choice,
+            self.position + 1,
+            self.history,
+            self.suppressed,
+            self.top_logprobs,
+            self.history_rows + 1 if self.history_rows else 0,
+            self.penalty_window,
+            self.dry_window,
+            self.breakers,
+            self.mu,
+            matcher,
+        )
+
+    def is_next_to(self, before: SampleTask) -> bool:
+        # Cheap tests that tell most tasks apart.
+        is_near = self.position == before.position + 1 and self.seed == before.seed
+        return is_near and self == before.next()
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreTask:
+    """Requests the logprob of a given token after an output row. Perplexity and `echo` need it."""
+
+    token: int
+    top_logprobs: int = 0
+
+
+RowTask = SampleTask | ScoreTask
+
+
+_SECOND_DRAW = 1 << 31
+
+
+def second_draw(task: RowTask) -> RowTask:
+    """Returns the task with an independent random draw, for a row whose first token the grammar refused."""
+    return replace(task, choice=task.choice + _SECOND_DRAW) if isinstance(task, SampleTask) else task

@@ -16,8 +16,9 @@ from llamaclust.core.errors import LlamaclustError, ProtocolError, RefusedError,
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.security import enrolment
+from llamaclust.wire.security.certificate_names import COORDINATOR, Principal
 from llamaclust.wire.security.certificates import NewKey, ca_hash, cluster_id, pem
-from llamaclust.wire.security.credentials import COORDINATOR, Identity, Principal
+from llamaclust.wire.security.credentials import Identity
 from llamaclust.wire.security.token import JoinToken
 
 _CONNECT_S = 10.0

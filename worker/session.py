@@ -12,7 +12,8 @@ from llamaclust.core.errors import DeviceLostError, LlamaclustError
 from llamaclust.wire.control.messages import Deadlines, Failure, LoadFailed, WorkerMessage
 from llamaclust.wire.control.weights import WeightSource
 from llamaclust.wire.rpc.client import Peer
-from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Principal
+from llamaclust.wire.security.certificate_names import COORDINATOR, Principal
+from llamaclust.wire.security.credentials import Credentials
 from llamaclust.worker.stage.counters import Counters
 from llamaclust.worker.worker import Worker
 

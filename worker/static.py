@@ -21,8 +21,9 @@ from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.sched_slice import short_slices
 from llamaclust.wire.rpc.server import Server
+from llamaclust.wire.security.certificate_names import COORDINATOR
 from llamaclust.wire.security.certificates import cluster_id
-from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Identity, Insecure
+from llamaclust.wire.security.credentials import Credentials, Identity, Insecure
 from llamaclust.wire.security.token import JoinToken
 from llamaclust.worker.coordinator_search import CoordinatorSearch
 from llamaclust.worker.devices.system_info import log_place, release_freed_memory

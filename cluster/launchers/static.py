@@ -19,7 +19,8 @@ from llamaclust.core.addresses import ANYWHERE, joined_address, split_address
 from llamaclust.core.sizes import counted
 from llamaclust.core.this_machine import one_of_each_interface
 from llamaclust.model.loader import Model
-from llamaclust.wire.security.credentials import COORDINATOR, Identity, Insecure
+from llamaclust.wire.security.certificate_names import COORDINATOR
+from llamaclust.wire.security.credentials import Identity, Insecure
 from llamaclust.wire.security.renewal import until_renewal
 from llamaclust.worker.settings import WorkerSettings
 

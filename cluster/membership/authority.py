@@ -21,8 +21,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from llamaclust.cluster.state.directory import write_private
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.core.regular_file import read_bytes, sync_folder
+from llamaclust.wire.security.certificate_names import COORDINATOR, Principal
 from llamaclust.wire.security.certificates import NewKey, ca_hash, cluster_id, load_private, private_pem, requested_key
-from llamaclust.wire.security.credentials import COORDINATOR, MAX_SKEW_S, Identity, KeyPair, Principal
+from llamaclust.wire.security.credentials import MAX_SKEW_S, Identity, KeyPair
 from llamaclust.wire.security.token import JoinToken
 
 LIFE = timedelta(hours=24)

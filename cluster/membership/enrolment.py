@@ -21,7 +21,8 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.rejections import RefusalLog
 from llamaclust.wire.rpc.task_set import TaskSet
 from llamaclust.wire.security import enrolment as protocol
-from llamaclust.wire.security.credentials import Identity, Principal
+from llamaclust.wire.security.certificate_names import Principal
+from llamaclust.wire.security.credentials import Identity
 from llamaclust.wire.security.server_context import server_context
 
 MAX_CONNECTIONS = 64

@@ -13,7 +13,8 @@ from llamaclust.core.limits import NUMERICS_VERSION
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control.messages import Deadlines, Register
 from llamaclust.wire.rpc.deadlines import deadline
-from llamaclust.wire.security.credentials import Credentials, Principal, check_address
+from llamaclust.wire.security.certificate_names import Principal
+from llamaclust.wire.security.credentials import Credentials, check_address
 
 HANDSHAKE_S = 10.0
 

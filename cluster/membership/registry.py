@@ -18,7 +18,8 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.methods import JOIN
 from llamaclust.wire.rpc.rejections import RefusalLog
 from llamaclust.wire.rpc.server import Server, ServerStream
-from llamaclust.wire.security.credentials import Credentials, Principal
+from llamaclust.wire.security.certificate_names import Principal
+from llamaclust.wire.security.credentials import Credentials
 from llamaclust.wire.security.terms import is_term_proven, prove_term
 from llamaclust.worker.weights.giver import WeightGiver
 

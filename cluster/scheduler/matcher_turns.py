@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from typing import TYPE_CHECKING
 
+from llamaclust.cluster.scheduler.fairness import turn_of
 from llamaclust.cluster.scheduler.stage_times import StageTimes
-from llamaclust.cluster.scheduler.turns import turn_of
 from llamaclust.core.sampling.bounds import MAX_FORCED_TOKENS
 
 if TYPE_CHECKING:

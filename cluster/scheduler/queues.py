@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from functools import partial
 from operator import attrgetter
 
+from llamaclust.cluster.scheduler.fairness import Running, first_in_turn, gives_way, in_turn, startable, takes_turn
 from llamaclust.cluster.scheduler.kv.memory import RESERVE_BLOCKS, KvMemory
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
-from llamaclust.cluster.scheduler.turns import Running, first_in_turn, gives_way, in_turn, startable, takes_turn
 from llamaclust.core.errors import QueueFullError
 from llamaclust.core.sharing.shares import fits
 

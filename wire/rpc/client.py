@@ -17,7 +17,8 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.methods import METHODS, PIECE_BYTES
 from llamaclust.wire.rpc.pieces import pieces_of, read_message
 from llamaclust.wire.rpc.unix_streams import PREFIX, UnixCall
-from llamaclust.wire.security.credentials import Credentials, Identity, KeyPair, Principal, check_address
+from llamaclust.wire.security.certificate_names import Principal
+from llamaclust.wire.security.credentials import Credentials, Identity, KeyPair, check_address
 from llamaclust.wire.security.token import ClusterToken
 
 TOKEN_KEY = "llamaclust-token"

@@ -28,7 +28,8 @@ from llamaclust.wire.rpc.methods import METHODS, Callers, Method, served_bytes
 from llamaclust.wire.rpc.pieces import pieces_of, read_message
 from llamaclust.wire.rpc.rejections import HANDSHAKE_S, Handshakes, RefusalLog
 from llamaclust.wire.rpc.unix_streams import PREFIX, Serve, UnixContext, UnixServer
-from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Identity, Principal, check_address
+from llamaclust.wire.security.certificate_names import COORDINATOR, Principal
+from llamaclust.wire.security.credentials import Credentials, Identity, check_address
 from llamaclust.wire.security.permits import is_permitted
 from llamaclust.wire.security.token import ClusterToken
 

@@ -1,46 +1,14 @@
-"""Credentials of a cluster's processes: a token on one machine, certificates between machines, or none. The host names
-in certificates are `coordinator.<cluster>.llamaclust` and `<name>.worker.<cluster>.llamaclust`."""
+"""Credentials of a cluster's processes: a token on one machine, certificates between machines, or none."""
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass, field
 
 from llamaclust.core.addresses import is_loopback, split_address
 from llamaclust.core.errors import UsageError
+from llamaclust.wire.security.certificate_names import Principal
 from llamaclust.wire.security.token import ClusterToken
-
-_DOMAIN = "llamaclust"
-
-
-@dataclass(frozen=True, slots=True)
-class Principal:
-    worker: str | None  # A worker's name, or None for the coordinator.
-
-    def __str__(self) -> str:
-        return "the coordinator" if self.worker is None else f"worker {self.worker}"
-
-    def host(self, cluster: str) -> str:
-        if self.worker is None:
-            return f"coordinator.{cluster}.{_DOMAIN}"
-        # Capital letters are escaped because host names are compared without regard to case.
-        label = re.sub(r"[^a-z0-9.-]", lambda match: f"_{ord(match[0]):02x}", self.worker)
-        return f"{label}.worker.{cluster}.{_DOMAIN}"
-
-
-COORDINATOR = Principal(None)
-
-
-def principal_of(host: str, cluster: str) -> Principal | None:
-    if host == COORDINATOR.host(cluster):
-        return COORDINATOR
-    label = host.removesuffix(Principal("").host(cluster))
-    if label == host:
-        return None
-    named = Principal(re.sub(r"_([0-9a-f]{2})", lambda match: chr(int(match[1], 16)), label))
-    return named if named.host(cluster) == host else None
-
 
 MAX_SKEW_S = 300.0
 

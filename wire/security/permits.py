@@ -8,7 +8,8 @@ from base64 import b64decode, b64encode
 
 from llamaclust.core.bounds import MAX_PERMIT
 from llamaclust.core.errors import UsageError
-from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Identity, Principal
+from llamaclust.wire.security.certificate_names import COORDINATOR, Principal
+from llamaclust.wire.security.credentials import Credentials, Identity
 
 
 def permit(credentials: Credentials, caller: str, worker: str) -> str:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from llamaclust.core.bounds import Size
-from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Identity
+from llamaclust.wire.security.certificate_names import COORDINATOR
+from llamaclust.wire.security.credentials import Credentials, Identity
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from typing import Any
 import grpc
 
 from llamaclust.core.errors import UsageError
-from llamaclust.wire.security.credentials import Identity, KeyPair, Principal, principal_of
+from llamaclust.wire.security.certificate_names import Principal, principal_of
+from llamaclust.wire.security.credentials import Identity, KeyPair
 
 TARGET_NAME = "grpc.ssl_target_name_override"
 

@@ -16,7 +16,8 @@ from llamaclust.kernels._native import Link, LinkError, Links, TlsSettings, tls_
 from llamaclust.wire.control.groups import GroupOrder
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.unix_streams import PREFIX
-from llamaclust.wire.security.credentials import Credentials, Identity, Principal, check_address
+from llamaclust.wire.security.certificate_names import Principal
+from llamaclust.wire.security.credentials import Credentials, Identity, check_address
 from llamaclust.worker.groups.handshakes import MOST_HANDSHAKES, Handshakes
 from llamaclust.worker.groups.listener import Hello, LinkListener
 

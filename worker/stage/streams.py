@@ -17,7 +17,7 @@ from llamaclust.wire.rpc.client import ClientStream, Peer, UnreachableError
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.methods import FORWARD, SAMPLED_TOKENS
 from llamaclust.wire.rpc.server import ServerStream
-from llamaclust.wire.security.credentials import Principal
+from llamaclust.wire.security.certificate_names import Principal
 from llamaclust.worker.groups.member_links import MemberLinks
 from llamaclust.worker.stage.dependencies import read_sampled_tokens
 from llamaclust.worker.stage.leading import MemberFailedError

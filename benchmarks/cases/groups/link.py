@@ -21,7 +21,8 @@ from runner.options import positive, zero_or_more
 
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.kernels._native import Link, Links, TlsSettings, tls_library
-from llamaclust.wire.security.credentials import Identity, Principal
+from llamaclust.wire.security.certificate_names import Principal
+from llamaclust.wire.security.credentials import Identity
 
 _DEADLINE_S = 60.0
 _WARM = 200

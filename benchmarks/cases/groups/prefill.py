@@ -32,7 +32,8 @@ from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.model.quant_types import QuantType
-from llamaclust.wire.security.credentials import Identity, Principal
+from llamaclust.wire.security.certificate_names import Principal
+from llamaclust.wire.security.credentials import Identity
 
 SEED = 1
 _DEADLINE_S = 60.0

@@ -25,7 +25,8 @@ from llamaclust.wire.rpc.client import ClientStream, Peer
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.methods import FORWARD, SAMPLE
 from llamaclust.wire.rpc.send_queue import SendQueue
-from llamaclust.wire.security.credentials import Credentials, Principal
+from llamaclust.wire.security.certificate_names import Principal
+from llamaclust.wire.security.credentials import Credentials
 
 _OPEN_S = 30.0
 _WRITE_S = 20.0

@@ -28,7 +28,8 @@ from llamaclust.wire.control.profiles import LinkProfile
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.link_probe import PING_BYTES, measure_link
 from llamaclust.wire.rpc.task_set import TaskSet
-from llamaclust.wire.security.credentials import Credentials, Principal
+from llamaclust.wire.security.certificate_names import Principal
+from llamaclust.wire.security.credentials import Credentials
 
 if TYPE_CHECKING:
     from llamaclust.cluster.control.actions import ActionRunner

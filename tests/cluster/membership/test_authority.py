@@ -12,8 +12,8 @@ from cryptography import x509
 from llamaclust.cluster.membership import authority as module
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.core.errors import UsageError
+from llamaclust.wire.security.certificate_names import COORDINATOR, Principal
 from llamaclust.wire.security.certificates import NewKey, cluster_id
-from llamaclust.wire.security.credentials import COORDINATOR, Principal
 from llamaclust.wire.security.token import JoinToken
 from support.wire.trust import authority
 

@@ -24,8 +24,8 @@ from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError, WorkerError
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.security.certificate_names import Principal
 from llamaclust.wire.security.certificates import NewKey
-from llamaclust.wire.security.credentials import Principal
 from llamaclust.wire.security.enrolment import (
     MAX_ENROLMENT_BYTES,
     Challenge,

@@ -35,8 +35,9 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.methods import ENCODE, FORWARD, JOIN, SAMPLE, SAMPLED_TOKENS
 from llamaclust.wire.rpc.server import Server
 from llamaclust.wire.security import renewal
+from llamaclust.wire.security.certificate_names import COORDINATOR, Principal
 from llamaclust.wire.security.certificates import NewKey
-from llamaclust.wire.security.credentials import COORDINATOR, Identity, Insecure, KeyPair, Principal
+from llamaclust.wire.security.credentials import Identity, Insecure, KeyPair
 from llamaclust.worker.membership import Renewal
 from llamaclust.worker.service import StageService
 from support.clusters.members import ANY, Joined, join, registry, registry_of

@@ -35,7 +35,7 @@ from llamaclust.wire.control.messages import (
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.methods import JOIN
 from llamaclust.wire.rpc.server import Server, ServerStream
-from llamaclust.wire.security.credentials import COORDINATOR
+from llamaclust.wire.security.certificate_names import COORDINATOR
 from llamaclust.wire.security.terms import TermProof, is_term_proven, prove_term
 from llamaclust.worker.loads import Loads
 from llamaclust.worker.membership import Member

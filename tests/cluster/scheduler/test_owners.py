@@ -6,11 +6,11 @@ from random import Random
 
 import pytest
 
+from llamaclust.cluster.scheduler.fairness import startable
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
-from llamaclust.cluster.scheduler.turns import startable
 from llamaclust.cluster.scheduler.usage import Usage
 from llamaclust.core.errors import QueueFullError
 from llamaclust.core.sampling.matchers import Grammar

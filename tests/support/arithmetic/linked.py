@@ -10,7 +10,7 @@ from contextlib import closing
 
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.kernels._native import Link, Links, TlsSettings
-from llamaclust.wire.security.credentials import Principal
+from llamaclust.wire.security.certificate_names import Principal
 
 DEADLINE_S = 60.0
 HEADER = struct.Struct("<QQII")  # epoch, step, number of the gather, bytes

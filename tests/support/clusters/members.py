@@ -18,7 +18,8 @@ from llamaclust.wire.control.messages import (
 from llamaclust.wire.rpc.client import ClientStream, Peer
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.methods import JOIN
-from llamaclust.wire.security.credentials import COORDINATOR, Credentials
+from llamaclust.wire.security.certificate_names import COORDINATOR
+from llamaclust.wire.security.credentials import Credentials
 
 ANY = "127.0.0.1:0"
 

@@ -22,7 +22,8 @@ from llamaclust.wire.rpc.client import ClientStream, Peer
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.methods import FORWARD, SAMPLE
 from llamaclust.wire.rpc.server import Server
-from llamaclust.wire.security.credentials import Credentials, Principal
+from llamaclust.wire.security.certificate_names import Principal
+from llamaclust.wire.security.credentials import Credentials
 from llamaclust.wire.security.token import ClusterToken
 from llamaclust.worker.service import StageService
 from llamaclust.worker.stage.compute import Compute

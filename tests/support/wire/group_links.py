@@ -15,7 +15,8 @@ from llamaclust.cluster.membership.authority import Authority
 from llamaclust.core.limits import GROUP_ID_BYTES
 from llamaclust.kernels._native import Links, tls_library
 from llamaclust.wire.control.groups import GroupMember, GroupOrder
-from llamaclust.wire.security.credentials import Credentials, Principal
+from llamaclust.wire.security.certificate_names import Principal
+from llamaclust.wire.security.credentials import Credentials
 from llamaclust.worker.groups.link_opener import LinkOpener
 from llamaclust.worker.groups.listener import LinkListener
 from support.seed import SEED

@@ -15,7 +15,8 @@ from llamaclust.cluster.membership.join_rules import RefusalReason
 from llamaclust.wire.rpc.client import ClientStream, Peer
 from llamaclust.wire.rpc.methods import JOIN
 from llamaclust.wire.rpc.server import Server, ServerStream
-from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Identity, KeyPair, Principal
+from llamaclust.wire.security.certificate_names import COORDINATOR, Principal
+from llamaclust.wire.security.credentials import Credentials, Identity, KeyPair
 
 A, B = Principal("a"), Principal("b")
 

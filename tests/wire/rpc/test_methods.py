@@ -26,7 +26,8 @@ from llamaclust.wire.rpc.link_probe import PING_BYTES, measure_link, serve_echo,
 from llamaclust.wire.rpc.methods import ECHO, FETCH, FORWARD, JOIN, METHODS, PIECE_BYTES, SAMPLE, served_bytes
 from llamaclust.wire.rpc.pieces import pieces_of, read_message
 from llamaclust.wire.rpc.server import Handler, Server, ServerStream
-from llamaclust.wire.security.credentials import COORDINATOR, Identity, Insecure, Principal
+from llamaclust.wire.security.certificate_names import COORDINATOR, Principal
+from llamaclust.wire.security.credentials import Identity, Insecure
 from llamaclust.wire.security.permits import is_permitted, permit
 from llamaclust.worker.service import StageService
 from llamaclust.worker.weights.weights import Weights

@@ -17,8 +17,9 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.link_probe import measure_link, serve_echo
 from llamaclust.wire.rpc.methods import ECHO, JOIN
 from llamaclust.wire.rpc.server import Server, ServerStream
+from llamaclust.wire.security.certificate_names import COORDINATOR
 from llamaclust.wire.security.certificates import NewKey
-from llamaclust.wire.security.credentials import COORDINATOR, Insecure
+from llamaclust.wire.security.credentials import Insecure
 from llamaclust.wire.security.enrolment import Challenge, Grant, Request, encode_request
 from llamaclust.worker.enrolment import enrol
 from support.clusters.members import join, registry

@@ -18,15 +18,8 @@ from llamaclust.core.errors import UsageError
 from llamaclust.wire.rpc.client import OPTIONS, Peer, StreamBrokenError
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.methods import JOIN
-from llamaclust.wire.security.credentials import (
-    COORDINATOR,
-    Credentials,
-    Identity,
-    Insecure,
-    Principal,
-    check_address,
-    principal_of,
-)
+from llamaclust.wire.security.certificate_names import COORDINATOR, Principal, principal_of
+from llamaclust.wire.security.credentials import Credentials, Identity, Insecure, check_address
 from llamaclust.wire.security.tls import TARGET_NAME, peer_principal
 from llamaclust.wire.security.token import ClusterToken
 from support.wire.trust import A, B, answers, authority, echo, expired, refusals, with_pair

@@ -24,7 +24,8 @@ from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.rejections import Handshakes, RefusalLog
 from llamaclust.wire.rpc.silent_connections import MAX_SILENT_OF_HOST, SilentConnections
-from llamaclust.wire.security.credentials import COORDINATOR, Identity
+from llamaclust.wire.security.certificate_names import COORDINATOR
+from llamaclust.wire.security.credentials import Identity
 from support.clusters.served import until
 from support.wire.trust import A, answers, authority, echo
 

@@ -27,7 +27,7 @@ from llamaclust.model.projectors.projector import open_projector
 from llamaclust.wire.encoder import COMPUTING, encode_tile
 from llamaclust.wire.rpc.client import Peer, StreamBrokenError
 from llamaclust.wire.rpc.methods import ENCODE
-from llamaclust.wire.security.credentials import Principal
+from llamaclust.wire.security.certificate_names import Principal
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.devices.encoder_limits import ENCODER_NICENESS, EncoderMemory
 from llamaclust.worker.encoder.streams import EncoderStreams

@@ -17,7 +17,7 @@ import pytest
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.core.limits import GROUP_ID_BYTES
 from llamaclust.kernels._native import Link, LinkError, TlsSettings
-from llamaclust.wire.security.credentials import Principal
+from llamaclust.wire.security.certificate_names import Principal
 from llamaclust.worker.groups.listener import Hello
 from support.clusters.command_line import Cluster, CommandLine, Running, command_line, eventually
 from support.clusters.static_cluster import (

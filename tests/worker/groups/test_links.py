@@ -19,7 +19,8 @@ from llamaclust.core.addresses import split_address
 from llamaclust.core.errors import UsageError
 from llamaclust.kernels._native import tls_library
 from llamaclust.wire.control.groups import GroupMember, GroupOrder
-from llamaclust.wire.security.credentials import Credentials, Insecure, Principal
+from llamaclust.wire.security.certificate_names import Principal
+from llamaclust.wire.security.credentials import Credentials, Insecure
 from llamaclust.wire.security.token import ClusterToken
 from llamaclust.worker.groups import link_opener
 from llamaclust.worker.groups.link_opener import LinkOpener, MemberLostError

@@ -15,7 +15,8 @@ from llamaclust.cluster.membership.authority import Authority
 from llamaclust.core.addresses import split_address
 from llamaclust.kernels._native import Link, LinkError, TlsSettings
 from llamaclust.wire.control.groups import GroupMember
-from llamaclust.wire.security.credentials import Credentials, Identity, Insecure, Principal
+from llamaclust.wire.security.certificate_names import Principal
+from llamaclust.wire.security.credentials import Credentials, Identity, Insecure
 from llamaclust.worker.groups import link_opener
 from llamaclust.worker.groups.handshakes import MOST_HANDSHAKES
 from llamaclust.worker.groups.link_opener import LinkOpener, MemberLostError

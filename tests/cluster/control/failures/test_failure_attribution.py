@@ -37,7 +37,8 @@ from llamaclust.wire.control.messages import (
 from llamaclust.wire.rpc.client import Peer, StreamBrokenError
 from llamaclust.wire.rpc.methods import ECHO, JOIN
 from llamaclust.wire.rpc.server import Server, ServerStream
-from llamaclust.wire.security.credentials import Insecure, Principal
+from llamaclust.wire.security.certificate_names import Principal
+from llamaclust.wire.security.credentials import Insecure
 from llamaclust.worker.loads import Loads
 from llamaclust.worker.membership import Member
 from llamaclust.worker.readiness import Readiness

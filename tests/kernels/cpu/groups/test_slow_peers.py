@@ -16,7 +16,7 @@ import pytest
 
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.kernels._native import LinkError, Links, tls_library
-from llamaclust.wire.security.credentials import Principal
+from llamaclust.wire.security.certificate_names import Principal
 from support.arithmetic.linked import DEADLINE_S, GREETING, connected, link_to, tls_settings
 
 BORDERS = [0, 32, 48]

@@ -197,15 +197,15 @@ def _serves(held: StageRunner, order: Load, file_version: str | None) -> bool:
     """True if a stage fits an order. The stage may have more KV blocks than the order requests."""
     same_layers = (held.program.start, held.program.end, held.devices) == (order.start, order.end, order.devices)
     same_portion = held.portion == portion_of(order)
-    has, asked = held.limits, order.limits
-    counts = [(getattr(has, name), getattr(asked, name)) for name in _BLOCK_COUNTS]
-    enough = all(there >= wanted for there, wanted in counts)
-    same_groups = all((there > 0) == (wanted > 0) for there, wanted in counts)
+    has, wanted = held.limits, order.limits
+    counts = [(getattr(has, name), getattr(wanted, name)) for name in _BLOCK_COUNTS]
+    enough = all(count >= least for count, least in counts)
+    same_groups = all((count > 0) == (least > 0) for count, least in counts)
     if order.weights is None:
         same_bytes = file_version in (None, held.file_version)
     else:
         same_bytes = held.manifest == order.weights.manifest
-    same_limits = replace(has, **{name: getattr(asked, name) for name in _BLOCK_COUNTS}) == asked
+    same_limits = replace(has, **{name: getattr(wanted, name) for name in _BLOCK_COUNTS}) == wanted
     same_parts = same_layers and same_portion and same_groups
     return held.model_id == order.model_id and same_parts and enough and same_limits and same_bytes
 

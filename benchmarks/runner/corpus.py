@@ -73,8 +73,8 @@ def _continued(model: Model, kind: str, head: str, text: str, least: int) -> Pro
 
 def _quoted(model: Model, draw: random.Random, characters: int) -> Prompt:
     text = _excerpt(draw, "docs/*.md", characters)
-    asked = "Summarize this text. Quote its most important sentences word for word, in quotation marks."
-    return Prompt("quote", _chat(model, f"{asked}\n\n{text}"))
+    question = "Summarize this text. Quote its most important sentences word for word, in quotation marks."
+    return Prompt("quote", _chat(model, f"{question}\n\n{text}"))
 
 
 def _prose(model: Model, draw: random.Random, characters: int) -> Prompt:

@@ -116,16 +116,16 @@ class Session(Generic[WholeT, StreamT]):
         if self._is_answering:
             raise UsageError("this session is still answering: read its stream to the end, or close it")
         start = self._last_turn() if message is None else len(self.messages)
-        asked = self.messages[start] if message is None else dict(message)
+        question = self.messages[start] if message is None else dict(message)
         merged: Options = {**self.options, **options}
         parts: list[TextChunk] = []
         dropped_before, self._is_answering = self.dropped_messages, True
         try:
-            body_bytes = await self._image_bytes([*self._before(start), asked])
-            if message is not None and has_images(asked) and not body_bytes:
+            body_bytes = await self._image_bytes([*self._before(start), question])
+            if message is not None and has_images(question) and not body_bytes:
                 raise UsageError("the model reads text only: send no images, or serve a model with its projector")
             while True:
-                body = self._with_images_that_fit(chat_body([*self._before(start), asked], merged), body_bytes)
+                body = self._with_images_that_fit(chat_body([*self._before(start), question], merged), body_bytes)
                 try:
                     async with aclosing(self._client.chunks(CHAT, body)) as chunks:
                         async for chunk in chunks:
@@ -138,7 +138,7 @@ class Session(Generic[WholeT, StreamT]):
         finally:
             self._is_answering = False
             if any(part.text or part.finish_reason for part in parts):
-                self.messages[start:] = [asked, _message(parts)]
+                self.messages[start:] = [question, _message(parts)]
             else:
                 self.dropped_messages = dropped_before
 

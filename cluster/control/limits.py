@@ -35,8 +35,8 @@ _KV_TOKENS = 8192
 def context_length(config: ClusterConfig, model: Model) -> int:
     trained = model.hyperparameters.context_length
     if "context_length" in config.model_fields_set and config.context_length > trained:
-        asked = f"context_length: {config.context_length}"
-        raise UsageError(f"{asked}: the model was trained for {trained} tokens; set {trained} or less")
+        cause = f"context_length: {config.context_length}"
+        raise UsageError(f"{cause}: the model was trained for {trained} tokens; set {trained} or less")
     return min(config.context_length, trained)
 
 
@@ -73,9 +73,9 @@ def _check_frames(config: ClusterConfig, model: Model) -> None:
         return
     room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // token_bytes
     if (most := max_batch_tokens(config, model.projector)) > room:
-        asked = f"prefill_chunk and max_sequences make microbatches of {most} tokens"
+        cause = f"prefill_chunk and max_sequences make microbatches of {most} tokens"
         raise UsageError(
-            f"{asked}: a message between workers holds {room} tokens of {token_bytes} bytes; lower one of these two"
+            f"{cause}: a message between workers holds {room} tokens of {token_bytes} bytes; lower one of these two"
         )
 
 
@@ -99,9 +99,9 @@ def check_division(config: ClusterConfig, model: Model, expert_shards: int) -> N
     row_bytes = model.costs(config.kv_type, expert_shards).cut_bytes
     room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // max(row_bytes, 1)
     if (most := max_batch_tokens(config, model.projector)) > room:
-        asked = f"prefill_chunk and max_sequences make microbatches of {most} tokens"
+        cause = f"prefill_chunk and max_sequences make microbatches of {most} tokens"
         what = f"a message between parts of a layer holds {room} tokens of {row_bytes} bytes"
-        raise UsageError(f"{asked}: {what}; lower one of these two")
+        raise UsageError(f"{cause}: {what}; lower one of these two")
 
 
 def check_parts_on_gpus(config: ClusterConfig, expert_shards: int, gpus: Mapping[str, Sequence[str]]) -> None:

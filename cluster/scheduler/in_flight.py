@@ -134,8 +134,8 @@ class InFlight:
         is_decode = due.decoding == len(due.slices)
         is_scored = any(taken.is_scored for taken in due.slices)
         elapsed_ns = now_ns - due.begun_ns - result.drafting_ns
-        if asked := sum(taken.chunk.drafts > 0 for taken in due.slices):
-            self._times.mtp.learn(asked, max(len(row.drafted) for row in result.rows), result.drafting_ns)
+        if ordered := sum(taken.chunk.drafts > 0 for taken in due.slices):
+            self._times.mtp.learn(ordered, max(len(row.drafted) for row in result.rows), result.drafting_ns)
         self._times.learn(
             result, is_decode, due.alone, elapsed_ns, was_lookahead=due.is_lookahead, was_scored=is_scored
         )

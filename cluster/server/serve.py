@@ -115,10 +115,10 @@ async def _until_signal(config: ClusterConfig, model_paths: Sequence[Path], fold
             _settle_memory()
             await _answer(cluster, folder, front, signals)
     except asyncio.CancelledError:
-        if not signals.asked.is_set():
+        if not signals.stop_requested.is_set():
             raise
     finally:
-        if signals.asked.is_set():
+        if signals.stop_requested.is_set():
             folder.mark_stopped()
         folder.remove_record()
     return signals.has_interrupted_start
@@ -154,7 +154,7 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: Front, signals: S
                 await asyncio.wait_for(server.answers.wait(), _START_S)
                 signals.ready = True
                 front.report(ready_event(cluster, front))
-                await first_of(_asked(signals), cluster.registry.superseded())
+                await first_of(_stop_requested(signals), cluster.registry.superseded())
                 left = _Inheritance(journal, None if config.lease is None else cluster.registry)
                 engines = [model.engine for model in models]
                 await first_of(_drain(engines, admission, left), _report_requests(models, front.report))
@@ -209,8 +209,8 @@ async def _report_requests(models: Sequence[ApiModel], report: Report) -> None:
         await asyncio.sleep(_LOOK_S)
 
 
-async def _asked(signals: Signals) -> None:
-    await signals.asked.wait()
+async def _stop_requested(signals: Signals) -> None:
+    await signals.stop_requested.wait()
 
 
 async def _ended(serving: asyncio.Task[None]) -> None:

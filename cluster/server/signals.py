@@ -8,7 +8,7 @@ import signal
 
 class Signals:
     def __init__(self) -> None:
-        self.asked = asyncio.Event()
+        self.stop_requested = asyncio.Event()
         self.ready = False
         # True if SIGINT came before the cluster was ready, and no other signal came before.
         self.has_interrupted_start = False
@@ -22,14 +22,14 @@ class Signals:
             loop.add_signal_handler(signal.SIGHUP, self._lose_terminal)
 
     def _interrupt(self) -> None:
-        self.has_interrupted_start |= not (self.ready or self.asked.is_set())
+        self.has_interrupted_start |= not (self.ready or self.stop_requested.is_set())
         self._received()
 
     def _lose_terminal(self) -> None:
-        if not self.asked.is_set():
+        if not self.stop_requested.is_set():
             self._received()
 
     def _received(self) -> None:
-        if not self.ready or self.asked.is_set():
+        if not self.ready or self.stop_requested.is_set():
             self._task.cancel()
-        self.asked.set()
+        self.stop_requested.set()

@@ -176,15 +176,15 @@ class WeightFetch:
         clock = asyncio.get_running_loop().time
         while self._items and source.given_up is None:
             for item in self._items:
-                if not item.is_active and clock() >= item.not_before_s and source in self._asked_for(item):
+                if not item.is_active and clock() >= item.not_before_s and source in self._sources_of(item):
                     item.is_active = True
                     return item
-            if not any(item.is_active or self._asked_for(item) for item in self._items):
+            if not any(item.is_active or self._sources_of(item) for item in self._items):
                 return None
             await asyncio.sleep(_LOOK_S)
         return None
 
-    def _asked_for(self, item: _Item) -> list[_Source]:
+    def _sources_of(self, item: _Item) -> list[_Source]:
         able = [source for source in self._sources if source.given_up is None and source.name not in item.lacking]
         return sorted(able, key=lambda source: source.failed_since_s is not None)[:_MOST_SOURCES]
 

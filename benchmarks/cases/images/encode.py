@@ -104,10 +104,10 @@ async def _theirs(program: Path, projector: Projector, tile: NDArray[np.uint8], 
     pipe, null = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
     process = await asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=pipe, stderr=null)
     assert process.stdin is not None and process.stdout is not None
-    asked, answers = process.stdin, process.stdout
+    requests, answers = process.stdin, process.stdout
 
     async def measure(turn: int) -> Measures:
-        asked.write(b"\n")
+        requests.write(b"\n")
         line = await answers.readline()
         if not line:
             raise LlamaclustError(f"{program} ended with exit status {await process.wait()} and no output")
@@ -116,5 +116,5 @@ async def _theirs(program: Path, projector: Projector, tile: NDArray[np.uint8], 
     try:
         yield measure
     finally:
-        asked.close()
+        requests.close()
         await process.wait()

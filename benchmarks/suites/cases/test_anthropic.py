@@ -45,12 +45,12 @@ def test_events(client: anthropic.Anthropic, model: str) -> None:
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "get_weather"}], ids=["any", "named"])
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 def test_tools(client: anthropic.Anthropic, model: str, choice: Any, streamed: bool) -> None:
-    asked = {"model": model, "messages": HELLO, "max_tokens": 100, "tools": [WEATHER], "tool_choice": choice}
+    body = {"model": model, "messages": HELLO, "max_tokens": 100, "tools": [WEATHER], "tool_choice": choice}
     if streamed:
-        with client.messages.stream(**asked) as stream:
+        with client.messages.stream(**body) as stream:
             reply = stream.get_final_message()
     else:
-        reply = client.messages.create(**asked)
+        reply = client.messages.create(**body)
     calls = [block for block in reply.content if block.type == "tool_use"]
     assert calls and [*calls[0].input] == ["city"]
     assert reply.stop_reason == "tool_use"

@@ -76,9 +76,9 @@ def test_openai_chat_with_two_images(openai_client: openai.OpenAI, model: str) -
 
 
 def test_openai_stream(openai_client: openai.OpenAI, model: str) -> None:
-    asked: Any = {"model": model, "messages": chat(TEXT, image_url(PNG)), "max_tokens": 8}
-    whole = openai_client.chat.completions.create(**asked)
-    chunks = [*openai_client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})]
+    body: Any = {"model": model, "messages": chat(TEXT, image_url(PNG)), "max_tokens": 8}
+    whole = openai_client.chat.completions.create(**body)
+    chunks = [*openai_client.chat.completions.create(**body, stream=True, stream_options={"include_usage": True})]
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content
     assert chunks[-1].usage and whole.usage and chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens
@@ -97,13 +97,13 @@ def response_input(*images: str) -> Any:
 
 
 def test_openai_responses(openai_client: openai.OpenAI, model: str) -> None:
-    asked: Any = {"model": model, "input": response_input(url(PNG), url(WEBP, "webp")), "max_output_tokens": 16}
-    reply = openai_client.responses.create(**asked)
+    body: Any = {"model": model, "input": response_input(url(PNG), url(WEBP, "webp")), "max_output_tokens": 16}
+    reply = openai_client.responses.create(**body)
     assert reply.usage and reply.usage.input_tokens > 2 * LEAST_ROWS and reply.usage.output_tokens > 0
-    with openai_client.responses.stream(**asked) as stream:
+    with openai_client.responses.stream(**body) as stream:
         streamed = [*stream][-1].response
     assert streamed.output_text == reply.output_text
-    counted = openai_client.responses.input_tokens.count(model=model, input=asked["input"])
+    counted = openai_client.responses.input_tokens.count(model=model, input=body["input"])
     assert counted.input_tokens == reply.usage.input_tokens
 
 
@@ -131,11 +131,11 @@ def test_openai_refusals(openai_client: openai.OpenAI, model: str, image: str) -
 
 
 def test_anthropic_messages(anthropic_client: anthropic.Anthropic, model: str) -> None:
-    asked: Any = {"model": model, "messages": chat(block(PNG), "or", block(WEBP, "webp"), TEXT)}
-    reply = anthropic_client.messages.create(**asked, max_tokens=8)
-    with anthropic_client.messages.stream(**asked, max_tokens=8) as stream:
+    body: Any = {"model": model, "messages": chat(block(PNG), "or", block(WEBP, "webp"), TEXT)}
+    reply = anthropic_client.messages.create(**body, max_tokens=8)
+    with anthropic_client.messages.stream(**body, max_tokens=8) as stream:
         assert "".join(stream.text_stream) == "".join(part.text for part in reply.content if part.type == "text")
-    counted = anthropic_client.messages.count_tokens(**asked).input_tokens
+    counted = anthropic_client.messages.count_tokens(**body).input_tokens
     assert counted > 2 * LEAST_ROWS
     assert reply.usage.input_tokens + (reply.usage.cache_read_input_tokens or 0) == counted
 
@@ -148,9 +148,9 @@ def test_anthropic_result_of_a_tool(anthropic_client: anthropic.Anthropic, model
         {"role": "user", "content": [result]},
     ]
     tools: Any = [{"name": "look", "description": "Looks", "input_schema": {"type": "object", "properties": {}}}]
-    asked: Any = {"model": model, "messages": messages, "tools": tools}
-    assert anthropic_client.messages.count_tokens(**asked).input_tokens > LEAST_ROWS
-    assert anthropic_client.messages.create(**asked, max_tokens=4).content
+    body: Any = {"model": model, "messages": messages, "tools": tools}
+    assert anthropic_client.messages.count_tokens(**body).input_tokens > LEAST_ROWS
+    assert anthropic_client.messages.create(**body, max_tokens=4).content
 
 
 @pytest.mark.parametrize(

@@ -18,24 +18,24 @@ PROVIDERS = {"openai": "/v1", "hosted_vllm": "/v1", "lm_studio": "/v1", "anthrop
 
 
 @pytest.fixture(params=PROVIDERS)
-def asked(request: pytest.FixtureRequest, api: str, model: str) -> dict[str, Any]:
+def body(request: pytest.FixtureRequest, api: str, model: str) -> dict[str, Any]:
     images = [{"type": "image_url", "image_url": {"url": url}} for url in (PNG, WEBP)]
     content = [{"type": "text", "text": "What is this?"}, *images]
     server = {"model": f"{request.param}/{model}", "api_base": api + PROVIDERS[request.param], "api_key": "none"}
     return {"messages": [{"role": "user", "content": content}], "max_tokens": 8, "num_retries": 0, **server}
 
 
-def test_chat(asked: dict[str, Any]) -> None:
-    assert litellm.completion(**asked).usage.prompt_tokens > 2 * LEAST_ROWS
+def test_chat(body: dict[str, Any]) -> None:
+    assert litellm.completion(**body).usage.prompt_tokens > 2 * LEAST_ROWS
 
 
-def test_a_stream(asked: dict[str, Any]) -> None:
-    whole = litellm.completion(**asked).choices[0].message.content
-    parts = litellm.completion(**asked, stream=True)
+def test_a_stream(body: dict[str, Any]) -> None:
+    whole = litellm.completion(**body).choices[0].message.content
+    parts = litellm.completion(**body, stream=True)
     assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices) == whole
 
 
-def test_a_refusal(asked: dict[str, Any]) -> None:
-    asked["messages"][0]["content"][1]["image_url"]["url"] = PNG[:90]
+def test_a_refusal(body: dict[str, Any]) -> None:
+    body["messages"][0]["content"][1]["image_url"]["url"] = PNG[:90]
     with pytest.raises(litellm.BadRequestError):
-        litellm.completion(**asked)
+        litellm.completion(**body)

@@ -17,42 +17,42 @@ class City(BaseModel):
 
 
 @pytest.fixture
-def asked(api: str, model: str) -> dict[str, Any]:
+def body(api: str, model: str) -> dict[str, Any]:
     server = {"api_base": f"{api}/v1", "api_key": "none"}
     return {"model": f"openai/{model}", "messages": HELLO, "max_tokens": 8, "num_retries": 0, **server}
 
 
-def test_chat(asked: dict[str, Any]) -> None:
-    assert litellm.completion(**asked).choices[0].message.content
+def test_chat(body: dict[str, Any]) -> None:
+    assert litellm.completion(**body).choices[0].message.content
 
 
-def test_a_stream(asked: dict[str, Any]) -> None:
-    parts = litellm.completion(**asked, stream=True, stream_options={"include_usage": True})
+def test_a_stream(body: dict[str, Any]) -> None:
+    parts = litellm.completion(**body, stream=True, stream_options={"include_usage": True})
     assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
 
 
-async def test_asynchronous_chat(asked: dict[str, Any]) -> None:
-    assert (await litellm.acompletion(**asked)).choices[0].message.content
+async def test_asynchronous_chat(body: dict[str, Any]) -> None:
+    assert (await litellm.acompletion(**body)).choices[0].message.content
 
 
 @pytest.mark.parametrize("provider", ["hosted_vllm", "llamafile", "lm_studio"])
-def test_other_providers(asked: dict[str, Any], model: str, provider: str) -> None:
-    assert litellm.completion(**{**asked, "model": f"{provider}/{model}"}).choices
+def test_other_providers(body: dict[str, Any], model: str, provider: str) -> None:
+    assert litellm.completion(**{**body, "model": f"{provider}/{model}"}).choices
 
 
-def test_text(asked: dict[str, Any], model: str) -> None:
-    del asked["messages"]
-    reply = litellm.text_completion(**{**asked, "model": f"text-completion-openai/{model}"}, prompt="Once")
+def test_text(body: dict[str, Any], model: str) -> None:
+    del body["messages"]
+    reply = litellm.text_completion(**{**body, "model": f"text-completion-openai/{model}"}, prompt="Once")
     assert reply.choices[0].text
 
 
-def test_choices_with_logprobs(asked: dict[str, Any]) -> None:
-    reply = litellm.completion(**asked, n=2, logprobs=True, top_logprobs=3)
+def test_choices_with_logprobs(body: dict[str, Any]) -> None:
+    reply = litellm.completion(**body, n=2, logprobs=True, top_logprobs=3)
     assert len(reply.choices) == 2
 
 
-def test_response_formats(asked: dict[str, Any]) -> None:
-    reply = litellm.completion(**{**asked, "max_tokens": 200}, response_format=City)
+def test_response_formats(body: dict[str, Any]) -> None:
+    reply = litellm.completion(**{**body, "max_tokens": 200}, response_format=City)
     assert City.model_validate_json(reply.choices[0].message.content)
 
 
@@ -67,7 +67,7 @@ def test_responses(api: str, model: str) -> None:
     ).output
 
 
-def test_a_full_context_is_recognised(asked: dict[str, Any]) -> None:
-    asked["messages"] = [{"role": "user", "content": "word " * 5000}]
+def test_a_full_context_is_recognised(body: dict[str, Any]) -> None:
+    body["messages"] = [{"role": "user", "content": "word " * 5000}]
     with pytest.raises(litellm.ContextWindowExceededError):
-        litellm.completion(**asked)
+        litellm.completion(**body)

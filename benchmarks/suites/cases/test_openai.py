@@ -85,8 +85,8 @@ def test_logprobs(client: openai.OpenAI, model: str) -> None:
 
 
 def test_seed_and_several_choices(client: openai.OpenAI, model: str) -> None:
-    asked: dict[str, Any] = {"model": model, "messages": HELLO, "max_tokens": 8, "n": 3, "seed": 7, "temperature": 1.0}
-    first, second = (client.chat.completions.create(**asked) for _ in range(2))
+    body: dict[str, Any] = {"model": model, "messages": HELLO, "max_tokens": 8, "n": 3, "seed": 7, "temperature": 1.0}
+    first, second = (client.chat.completions.create(**body) for _ in range(2))
     assert [choice.message.content for choice in first.choices] == [choice.message.content for choice in second.choices]
     assert len(first.choices) == 3
 
@@ -108,8 +108,8 @@ def test_seed_and_several_choices(client: openai.OpenAI, model: str) -> None:
     ids=lambda hint: "-".join(hint),
 )
 def test_fields(client: openai.OpenAI, model: str, hint: dict[str, Any]) -> None:
-    asked: dict[str, Any] = {"model": model, "messages": HELLO, "max_tokens": 4, **hint}
-    assert client.chat.completions.create(**asked).choices
+    body: dict[str, Any] = {"model": model, "messages": HELLO, "max_tokens": 4, **hint}
+    assert client.chat.completions.create(**body).choices
 
 
 def test_roles_parts_and_names(client: openai.OpenAI, model: str) -> None:
@@ -150,14 +150,14 @@ def test_json_objects(client: openai.OpenAI, model: str) -> None:
 
 @pytest.mark.parametrize("choice", ["none", "auto", "required", NAMED], ids=["none", "auto", "required", "named"])
 def test_tools(client: openai.OpenAI, model: str, choice: Any) -> None:
-    asked: dict[str, Any] = {
+    body: dict[str, Any] = {
         "model": model,
         "messages": HELLO,
         "max_tokens": 100,
         "tools": [WEATHER],
         "tool_choice": choice,
     }
-    message = client.chat.completions.create(**asked).choices[0].message
+    message = client.chat.completions.create(**body).choices[0].message
     if choice in ("required", NAMED):
         assert message.tool_calls
         assert [*json.loads(message.tool_calls[0].function.arguments)] == ["city"]
@@ -166,14 +166,14 @@ def test_tools(client: openai.OpenAI, model: str, choice: Any) -> None:
 
 
 def test_a_stream_of_tools(client: openai.OpenAI, model: str) -> None:
-    asked: dict[str, Any] = {
+    body: dict[str, Any] = {
         "model": model,
         "messages": HELLO,
         "max_tokens": 100,
         "tools": [WEATHER],
         "tool_choice": "required",
     }
-    with client.chat.completions.stream(**asked) as stream:
+    with client.chat.completions.stream(**body) as stream:
         kinds = [event.type for event in stream]
         message = stream.get_final_completion().choices[0].message
     assert "tool_calls.function.arguments.delta" in kinds
@@ -191,7 +191,7 @@ def test_results_of_tools(client: openai.OpenAI, model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "body",
     [
         {"prompt": "Once"},
         {"prompt": ["Once", "Twice"]},
@@ -203,8 +203,8 @@ def test_results_of_tools(client: openai.OpenAI, model: str) -> None:
     ],
     ids=["text", "texts", "tokens", "lists of tokens", "echo", "best of", "logprobs"],
 )
-def test_completions(client: openai.OpenAI, model: str, asked: dict[str, Any]) -> None:
-    assert client.completions.create(model=model, max_tokens=4, **asked).choices
+def test_completions(client: openai.OpenAI, model: str, body: dict[str, Any]) -> None:
+    assert client.completions.create(model=model, max_tokens=4, **body).choices
 
 
 def test_a_stream_of_completions(client: openai.OpenAI, model: str) -> None:
@@ -229,8 +229,8 @@ def test_responses(client: openai.OpenAI, model: str) -> None:
 
 
 def test_a_stream_of_responses(client: openai.OpenAI, model: str) -> None:
-    asked: Any = {"model": model, "input": "Hello", "max_output_tokens": 400, "temperature": 0}
-    with client.responses.stream(**asked) as stream:
+    body: Any = {"model": model, "input": "Hello", "max_output_tokens": 400, "temperature": 0}
+    with client.responses.stream(**body) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_response()
     assert kinds[0] == "response.created" and "response.output_text.delta" in kinds
@@ -252,8 +252,8 @@ def test_parsed_responses(client: openai.OpenAI, model: str) -> None:
 
 
 def test_a_response_in_the_background(client: openai.OpenAI, model: str) -> None:
-    asked: Any = {"model": model, "input": "Hello", "background": True, "max_output_tokens": 16}
-    with client.responses.create(**asked, stream=True) as stream:
+    body: Any = {"model": model, "input": "Hello", "background": True, "max_output_tokens": 16}
+    with client.responses.create(**body, stream=True) as stream:
         first = next(iter(stream))
     events = [*client.responses.retrieve(first.response.id, stream=True, starting_after=first.sequence_number)]
     assert events[0].sequence_number == first.sequence_number + 1
@@ -262,7 +262,7 @@ def test_a_response_in_the_background(client: openai.OpenAI, model: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("asked", "error"),
+    ("body", "error"),
     [
         ({"messages": []}, openai.BadRequestError),
         ({"temperature": -1}, openai.BadRequestError),
@@ -271,9 +271,9 @@ def test_a_response_in_the_background(client: openai.OpenAI, model: str) -> None
     ],
     ids=["no message", "temperature", "context", "role"],
 )
-def test_errors(client: openai.OpenAI, model: str, asked: dict[str, Any], error: type[Exception]) -> None:
+def test_errors(client: openai.OpenAI, model: str, body: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
-        client.chat.completions.create(**{"model": model, "messages": HELLO, **asked})
+        client.chat.completions.create(**{"model": model, "messages": HELLO, **body})
 
 
 def test_an_unknown_path_is_not_found(client: openai.OpenAI) -> None:

@@ -41,8 +41,8 @@ async def test_concurrent_streams(client: ModuleType, api: str, model: str, path
             while time.monotonic() < end:
                 given = {"prompt": f"Tell a story of {stream} foxes and {len(outputs)} hens.", "prompt_len": 12}
                 target = {"api_url": api + path, "model": model, "output_len": _TOKENS, "ignore_eos": True}
-                asked = client.RequestFuncInput(**given, **target)
-                outputs.append(await client.ASYNC_REQUEST_FUNCS[_BACKENDS[path]](asked, session))
+                body = client.RequestFuncInput(**given, **target)
+                outputs.append(await client.ASYNC_REQUEST_FUNCS[_BACKENDS[path]](body, session))
             return outputs
 
         outputs = [output for made in await asyncio.gather(*map(one_by_one, range(streams))) for output in made]

@@ -152,13 +152,13 @@ class Reply:
             return LogContent(self._storage)
         return LogContent(RowStorage.CHUNKS if is_kept else RowStorage.STREAMED, self.timed, self.with_progress)
 
-    def sizes(self, asked: Sequence[CompletionRequest], generations: Sequence[GenerationRequest]) -> list[ReplySize]:
+    def sizes(self, requests: Sequence[CompletionRequest], generations: Sequence[GenerationRequest]) -> list[ReplySize]:
         """Returns an upper bound on the size of each prompt's answers. In a stream, the first prompt's answers are read
         while they are computed, so fewer rows are held."""
         first = MAX_UNREAD_ROWS if self._storage is RowStorage.STREAMED else None
         return [
             ReplySize.of(generation, request.n, self._storage, None if prompt else first)
-            for prompt, (request, generation) in enumerate(zip(asked, generations, strict=True))
+            for prompt, (request, generation) in enumerate(zip(requests, generations, strict=True))
         ]
 
 

@@ -252,7 +252,7 @@ class TextService:
         """Returns the prompt for filling a gap by infill tokens. Raises ContextLengthError if the texts are too
         long."""
         tokens, context = self.tokenizer.vocabulary.fill_in, self.settings.context_length
-        assert tokens is not None, "asked before"
+        assert tokens is not None, "the caller has checked that the tokens are known"
         self._check_characters(gap.characters, "input_prefix")
         room = context - (context // _ANSWER_SHARE if max_new_tokens is None else max_new_tokens)
         threads = tokenizing(gap.characters)

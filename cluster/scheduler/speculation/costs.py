@@ -16,12 +16,12 @@ _REFRESHED = 16
 class MeasuredRounds:
     def __init__(self, times: StageTimes) -> None:
         self._times = times
-        self._asked = 0
+        self._refreshes = 0
         self._stage_ns: dict[tuple[int, bool], list[float] | None] = {}
 
     def refresh(self) -> None:
-        self._asked += 1
-        if self._asked % _REFRESHED == 0:
+        self._refreshes += 1
+        if self._refreshes % _REFRESHED == 0:
             self._stage_ns.clear()
 
     def plain_ns(self, sequences: int, groups: int) -> float:

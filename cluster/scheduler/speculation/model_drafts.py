@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 
 from llamaclust.cluster.scheduler.drafting.drafter import MODEL
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.speculation.costs import MeasuredRounds, counts_to_try
 from llamaclust.cluster.scheduler.speculation.draft_model import DraftModel
+from llamaclust.cluster.scheduler.speculation.retry import Retry
 from llamaclust.core.drafts import MOST_ORDERS, DraftOrder, DraftReplies
 from llamaclust.core.sampling.tasks import SampleTask
 
@@ -21,10 +21,6 @@ _CLOSE = 64
 _WORTH = 2.0
 """Minimum ratio of the time that drafts save to the time for reading the prompt. It is above 1, because an answer may
 end early."""
-_AGAIN = 64
-"""Number of tokens after which a model that did not pay is tried again. It doubles up to `_AGAIN_MOST`."""
-_AGAIN_MOST = 1024
-_DRAFTS = 6
 _HOPEFUL = 0.7
 _MARGIN = 0.05
 
@@ -38,7 +34,7 @@ class ModelDrafts:
         self._awaited: set[int] = set()  # Keys of sequences that wait for a draft.
         self._taken_in: dict[int, int] = {}  # Number of tokens that the model has read, by sequence key.
         self._without_room: set[int] = set()
-        self._retries: dict[int, _Retry] = {}
+        self._retries: dict[int, Retry] = {}
 
     def awaits(self, sequence: Sequence) -> bool:
         return sequence.key in self._awaited
@@ -74,7 +70,7 @@ class ModelDrafts:
         for sequence in sequences:
             if most.get(sequence.key) and self._is_close(sequence):
                 self._awaited.add(sequence.key)
-                self._retry_of(sequence).asked(len(sequence.tokens))
+                self._retry_of(sequence).ordered(len(sequence.tokens))
                 self._orders.append(_order(sequence, min(count, most[sequence.key])))
             else:
                 others.append(sequence)
@@ -119,10 +115,10 @@ class ModelDrafts:
     def _is_due(self, sequence: Sequence) -> bool:
         return self._retry_of(sequence).is_due(len(sequence.tokens))
 
-    def _retry_of(self, sequence: Sequence) -> _Retry:
+    def _retry_of(self, sequence: Sequence) -> Retry:
         retry = self._retries.get(sequence.key)
         if retry is None:
-            retry = self._retries[sequence.key] = _Retry(len(sequence.tokens) + _AGAIN)
+            retry = self._retries[sequence.key] = Retry.after(len(sequence.tokens))
         return retry
 
     def _is_worth(self, sequence: Sequence) -> bool:
@@ -137,26 +133,6 @@ class ModelDrafts:
 
         token_ns = min(round_ns(count) / (1 + _accepted(rate, count)) for count in counts_to_try(_CLOSE // 4))
         return sequence.left * (plain_ns / (1 + _MARGIN) - token_ns) > _WORTH * self._times.take_in_ns(lacking)
-
-
-@dataclass(slots=True)
-class _Retry:
-    again: int  # Sequence length at which the model is tried again.
-    wait: int = _AGAIN
-    left: int = 0  # Number of drafts left in the current retry.
-
-    def is_due(self, tokens: int) -> bool:
-        return self.left > 0 or tokens >= self.again
-
-    def asked(self, tokens: int) -> None:
-        """Counts a draft. A draft outside a retry means that the model pays, which shortens the next wait."""
-        if tokens >= self.again:
-            self.left, self.wait = _DRAFTS, min(2 * self.wait, _AGAIN_MOST)
-        elif self.left:
-            self.left -= 1
-        else:
-            self.wait = _AGAIN
-        self.again = tokens + self.wait
 
 
 def _rate(sequence: Sequence) -> float:

@@ -75,7 +75,7 @@ class Speculation:
         drafting = sequence.drafting
         if (drafts := drafting.drafts) is None:
             return window
-        if window and self._may_chain and sequence.samples_alone and not (drafts.is_of_mtp or drafting.mtp.asked):
+        if window and self._may_chain and sequence.samples_alone and not (drafts.is_of_mtp or drafting.mtp.ordered):
             chain = best_chain(candidate.rate, drafts.length, self._times, min(most_rows, len(candidate.tokens)))
             if chain is not None and chain.speed > speed_of([candidate], [window], self._times, 1):
                 drafts.chain = chain

@@ -282,6 +282,6 @@ def _with_task(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
     last = messages[-1]
     if last["role"] == "user":
         content = last["content"]
-        asked = f"{content}\n\n{_TASK}" if isinstance(content, str) else joined([*parts_of(content), _TASK])
-        return [*messages[:-1], {**last, "content": asked}]
+        task = f"{content}\n\n{_TASK}" if isinstance(content, str) else joined([*parts_of(content), _TASK])
+        return [*messages[:-1], {**last, "content": task}]
     return [*messages, {"role": "user", "content": _TASK}]

@@ -1,0 +1,34 @@
+"""Decides when a source of drafts that did not pay is tried again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_WAIT = 64
+"""Number of tokens from one retry to the next. It doubles up to `_LONGEST_WAIT`."""
+_LONGEST_WAIT = 1024
+_DRAFTS = 6
+
+
+@dataclass(slots=True)
+class Retry:
+    again: int = _WAIT  # Sequence length at which the source is tried again.
+    _wait: int = _WAIT
+    _left: int = 0  # Number of drafts left in the current retry.
+
+    @classmethod
+    def after(cls, tokens: int) -> Retry:
+        return cls(tokens + _WAIT)
+
+    def is_due(self, tokens: int) -> bool:
+        return self._left > 0 or tokens >= self.again
+
+    def ordered(self, tokens: int) -> None:
+        """Counts a draft. A draft outside a retry means that the source pays, which shortens the next wait."""
+        if tokens >= self.again:
+            self._left, self._wait = _DRAFTS, min(2 * self._wait, _LONGEST_WAIT)
+        elif self._left:
+            self._left -= 1
+        else:
+            self._wait = _WAIT
+        self.again = tokens + self._wait

@@ -89,7 +89,7 @@ def unusable_files(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
     for name, (extra, says) in wrong.items():
         files[name] = tiny(folder / f"{name}.gguf", extra=extra), says
     for name, kind in (("no kernels", NO_KERNELS), ("no vector type", QuantType.Q8_0)):
-        files[name] = retyped(good, folder / f"{name}.gguf", kind, kind is not NO_KERNELS), f"type {kind.name}"
+        files[name] = retyped(good, folder / f"{name}.gguf", kind, kind is not NO_KERNELS), kind.name
     return files
 
 

@@ -40,6 +40,10 @@ def test_promises_are_in_each_core() -> None:
     assert CASES.core(51.5, ["a.py::test_slow"]) == {"a.py::test_slow", "b.py::test_one[0]", "b.py::test_two"}
 
 
+def test_the_longest_file_runs_first() -> None:
+    assert CASES.longest_files_first() == tuple(sorted(NODES, key=lambda node: not node.startswith("a.py")))
+
+
 def test_the_nearest_files_run_whole() -> None:
     files = [Path("b.py"), Path("a.py")]
     assert CASES.whole_files(files, 2.0) == files[:1]

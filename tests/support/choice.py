@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 
 from support.paths import TESTS
@@ -55,6 +56,13 @@ class Cases:
 
     def took_s(self, nodes: Iterable[str]) -> float:
         return sum(self.seconds.get(test_of(node), _OTHERS_S) for node in nodes)
+
+    def longest_files_first(self) -> tuple[str, ...]:
+        """Returns the cases by file, so that processes that share the files end at about the same time."""
+        files = defaultdict[str, list[str]](list)
+        for node in self.nodes:
+            files[node.partition("::")[0]].append(node)
+        return tuple(chain.from_iterable(sorted(files.values(), key=self.took_s, reverse=True)))
 
     def core(self, most_s: float, kept: Iterable[str] = ()) -> set[str]:
         """Takes a case of each test, the same one each time: first of `kept`, then the quickest, up to `most_s`."""

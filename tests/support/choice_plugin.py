@@ -63,9 +63,12 @@ class Choice:
         for item in items:
             if (reason := quarantined.get(item.nodeid)) is not None:
                 item.add_marker(pytest.mark.xfail(strict=False, reason=reason))
+        cases = Cases(tuple(item.nodeid for item in items), recorded())
+        if self._output is not None:
+            places = {node: place for place, node in enumerate(cases.longest_files_first())}
+            items.sort(key=lambda item: places[item.nodeid])
         if self._options.core is None:
             return
-        cases = Cases(tuple(item.nodeid for item in items), recorded())
         promises = {test_of(item.nodeid) for item in items if item.get_closest_marker("promise")}
         core = cases.core(self._options.core, promises)
         whole = {*map(str, cases.whole_files(map(Path, self._chains), self._options.most))}

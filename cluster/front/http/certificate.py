@@ -126,8 +126,7 @@ class ServerCertificate:
             thread.join(_END_S)
 
     def look(self) -> None:
-        """Reads changed files when two successive checks find the same version. Warns if the certificate expires
-        soon."""
+        """Reads changed files once they are the same as at the previous check. Warns before the certificate expires."""
         version, last = self._files.version, self._seen
         self._seen = version
         must_wait = version == self._failed and time.monotonic() < self._retry_at_s

@@ -120,8 +120,8 @@ class ReplyCache:
                 pass
 
     def _too_large(self, client: str) -> list[_Entry]:
-        """Returns the replies from which some must be removed. These are the replies of the client if they are too
-        large, those of all clients if all together are too large, and otherwise none."""
+        """Returns the replies of which some must be removed: the client's replies if they exceed the limit of one
+        client, else all replies if they exceed the limit of all clients, else none."""
         held, most = self._held_bytes.held, self._held_bytes.room
         if held[client] > most:
             clients: Collection[str] = (client,)
@@ -173,7 +173,7 @@ class ReplyCache:
 
     def same(self, context: RequestContext, body: bytes) -> KeptReply | None:
         """Returns the reply with the request's idempotency key, or None. Raises HttpError (422) if another request used
-        it."""
+        the key."""
         key = context.idempotency_key
         entry = self._entries.get(self._ids.get((context.owner, _KEY, key), ""))
         if entry is None:

@@ -200,8 +200,7 @@ ShownToken = tuple[int, int, RowResult | None]
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """A prompt that `echo` repeats. `offsets[i]` is the place of token i in `text`. `unscored` tokens have no
-    logprobs."""
+    """A prompt that `echo` repeats. `offsets[i]` is token i's place in `text`. `unscored` tokens have no logprobs."""
 
     text: str = ""
     offsets: Sequence[int] = ()

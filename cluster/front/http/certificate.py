@@ -34,7 +34,7 @@ from llamaclust.wire.security.server_context import server_context
 
 _LOOK_S: Final = 1.0
 _RETRY_S: Final = 60.0
-"""Seconds until the same files are tried again. By then, a clock may be set, or disk space may be free."""
+"""Seconds until unusable files are read again. By then, the clock may be correct, or the disk may have space."""
 _END_S: Final = 1.0
 _MOST_BYTES: Final = 1 << 20
 _WARNING: Final = timedelta(days=7)

@@ -92,7 +92,7 @@ class EventResponse(PartsResponse):
         form: StreamFormat,
         error_fields: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """`error_fields` are added to an error that ends the stream. The caller may change them until then."""
+        """`error_fields` are added to an error that ends the stream. They may be changed while the stream runs."""
         self.media_type = form.value
         super().__init__(parts, close, _HEADERS)
         self._form = form

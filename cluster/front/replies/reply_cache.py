@@ -108,8 +108,8 @@ class ReplyCache:
 
     def grew(self, kept: KeptReply, more_bytes: int) -> None:
         """Counts more bytes of a reply. If the client's replies or all replies together are too large, evicts complete
-        replies that no client reads. If that is not enough, running replies fail. The client that holds the most loses
-        replies first, beginning with unread and then with large replies."""
+        replies that no client reads. If that is not enough, running replies fail, first unread and then large ones. The
+        client that holds the most bytes loses replies first."""
         if (entry := self._entries.get(kept.context.id)) is None:
             return
         self._held_bytes.take(entry.client, more_bytes)

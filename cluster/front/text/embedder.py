@@ -1,5 +1,4 @@
-"""Embeddings and reranking scores. Hidden states are pooled in token order in float64, so chunked prefill changes no
-result."""
+"""Embeddings and reranking scores. Pools hidden states in order in float64, so chunked prefill changes no result."""
 
 from __future__ import annotations
 

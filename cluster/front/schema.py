@@ -149,7 +149,7 @@ def parts_of(kind: type[Body]) -> dict[str, type[Body]]:
 
 
 def read_part(kind: type[AnyBody], value: Any, context: BodyContext | None) -> AnyBody:
-    """Calls `read_fields` in a pydantic validator, which must raise ValueError."""
+    """Calls `read_fields` in a pydantic validator, whose errors must be ValueErrors."""
     try:
         return read_fields(kind, value, context)
     except ParameterError as error:

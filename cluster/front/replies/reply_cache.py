@@ -44,7 +44,7 @@ class ReplyCache:
     def __init__(self, settings: ApiSettings, journal: Journal | None = None) -> None:
         self.settings = settings
         self.journal = journal
-        self._entries: dict[str, _Entry] = {}  # By request id, oldest first.
+        self._entries: dict[str, _Entry] = {}  # Keys are request ids, oldest first.
         self._ids: dict[_Name, str] = {}
         self._held_bytes = Shares(settings.max_kept_bytes)  # Bytes held, by client.
         self._replies = Shares(settings.max_kept_replies)

@@ -211,7 +211,7 @@ class LoopThread(Generic[_Opened]):
 
     def each(self, values: AsyncGenerator[_Value, None]) -> Generator[_Value, None, None]:
         """Yields the values as they arrive. Closes `values` when the generator or the thread ends."""
-        stepping = asyncio.Lock()  # An interrupted step ends before `values` is closed.
+        stepping = asyncio.Lock()  # Makes `close` wait until an interrupted step has ended.
 
         async def step() -> _Value | None:
             async with stepping:

@@ -206,10 +206,10 @@ class ResumableStream:
         self._key = uuid.uuid4().hex
         self._parts: list[bytes] = []  # Pieces of a line that has not ended.
         self._next_id = ""
-        self._was_taken = False  # True if a server that streams has accepted the request.
+        self._was_taken = False  # True once the server has begun a reply that is an event stream.
         self._has_failed = False  # True if the server does not compute the request.
         self._lost_s: float | None = None  # Time at which the connection was lost. None while there is a connection.
-        self._silent_s: float | None = None  # Time at which the first connection since the last event was lost.
+        self._silent_s: float | None = None  # Time of the first lost connection after the last event, or None.
         self._attempts = 0
 
     @property

@@ -109,7 +109,7 @@ class Options(AnswerOptions, total=False):
 class CompletionOptions(AnswerOptions, total=False):
     """Options for completing a prompt without a chat template."""
 
-    # Prompt tokens [max(score_from, 1), end) get logprobs. None (default): no prompt token does.
+    # Index of the first prompt token to get a logprob. Token 0 never gets one. None (default): no prompt token does.
     score_from: int | None
 
 
@@ -167,7 +167,7 @@ class ChunkReader:
 
     def __init__(self) -> None:
         self._prompt: tuple[int, ...] = ()
-        self._scored = 0  # Number of prompt tokens that have a logprob or will have none.
+        self._scored = 0  # Number of prompt tokens whose logprobs have arrived or do not exist.
 
     def read(self, event: Mapping[str, Any]) -> TextChunk:
         try:

@@ -57,9 +57,9 @@ def timeouts(timeout: float, read_s: float) -> httpx.Timeout:
 
 
 def web_options(url: httpx.URL | None, verify: ssl.SSLContext | None = None) -> dict[str, Any]:
-    """Returns httpx's arguments for requests to `url`, or to any server if `url` is None. They use the proxies of the
-    environment, except for this machine. `verify` defaults to the certificates that this machine trusts. Raises
-    UsageError if a variable is unusable."""
+    """Returns httpx's arguments for requests to `url`, or to any server if `url` is None. Requests use the
+    environment's proxies, except requests to this machine. `verify` defaults to the certificates that this machine
+    trusts. Raises UsageError if a variable is unusable."""
     trusted = verify or authorities()
     if url is not None and _is_this_machine(url.host):
         return {"trust_env": False, "verify": trusted}

@@ -1,1 +1,1 @@
-"""Serves clients. Reads requests of all supported APIs, computes answer logs, and shows them in each API's format."""
+"""Serves the HTTP APIs. Reads requests, runs them on the engine, and formats the answers as each API requires."""

@@ -58,7 +58,7 @@ ENDPOINTS: Final[tuple[type[Endpoint[Any]], ...]] = (
     Embed,
     Embeddings,
 )
-"""Each model's endpoints. `_model_routes` makes the endpoints that need more than the model."""
+"""Endpoint classes that need only a model and a path. `_model_routes` adds the other endpoints."""
 _EXPOSED_HEADERS = (IGNORED_HEADER, "Retry-After", "WWW-Authenticate")
 
 
@@ -72,7 +72,7 @@ _CONVERSATION: Final = QueryParameter("conv_id", "string", "the conversation's n
 def create_app(
     models: Sequence[ApiModel], admission: Admission | None = None, workers: WorkerOperations | None = None
 ) -> Starlette:
-    """Makes the app of all models. `admission` can refuse new requests. The caller must close the models' replies."""
+    """Makes the app for all models. `admission` can refuse new requests. The caller must call `Replies.aclose`."""
     router, store = ModelRouter(models), ResponseStore()
     app = Starlette(middleware=_gates(router.settings, admission), routes=[*_routes(router, store, workers)])
     app.router.redirect_slashes = False  # `Paths` removes trailing slashes.
@@ -81,7 +81,7 @@ def create_app(
 
 
 def _gates(settings: ApiSettings, admission: Admission | None) -> list[Middleware]:
-    """Returns the middlewares, outermost first. CORS precedes the gates, so that web pages can read refusals."""
+    """Returns the middlewares, outermost first. CORS precedes `KeyGate`, so that web pages can read error replies."""
     cors = Middleware(
         CORSMiddleware,
         allow_origin_regex=page_origins(settings).pattern,

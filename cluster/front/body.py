@@ -1,5 +1,5 @@
-"""Reads request bodies, and limits their size, time and depth. A header of the reply lists the request's fields that
-had no effect. A request with the header X-Llamaclust-Strict is refused if it has such fields."""
+"""Reads request bodies. Limits their size, their nesting depth, and the time to receive them. A reply header lists the
+body's fields that had no effect. With the request header X-Llamaclust-Strict, such fields are an error."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from llamaclust.core.errors import ParameterError
 
 _READ = "read_body"
 LARGE_BYTES = 1 << 16
-"""Larger bodies are counted, parsed and checked on a thread."""
+"""Bodies with more bytes than this are parsed and checked on a thread."""
 _MOST_OF_A_PLACE = 200
 
 _MOST_VALUES = (1 << 20) + (1 << 16)
-"""Maximum number of JSON values in a body. The token ids of the longest context fit, and are parsed in 0.2 s."""
+"""Maximum number of JSON values in a body, which exceeds the 2**20 token ids of the longest context."""
 _PROMPT_FIELDS = {
     *("prompt", "suffix", "input_prefix", "input_suffix", "input_extra", "context", "content", "tokens"),
     *("messages", "system", "input", "instructions", "query", "documents", "texts", "images"),
@@ -46,9 +46,9 @@ _MOST_FIELD_VALUES = {"tools": 1 << 17}
 _MOST_FIELDS = 1024
 
 _reading = Threads(1, "read-body")
-"""A single thread, because Python parses one body at a time. Meanwhile, the event loop can serve streams."""
+"""Parses large bodies. One thread is enough, because the interpreter lock prevents parallel parsing."""
 _converting = Threads(1, "convert-body")
-"""A separate thread, so that a parsed body does not wait while others are parsed. Fewer bodies are then in memory."""
+"""Converts parsed bodies on a thread of its own. Otherwise, they would wait in memory while new bodies are parsed."""
 
 _Made = TypeVar("_Made")
 _Arguments = ParamSpec("_Arguments")
@@ -90,7 +90,7 @@ def _idle(kind: type[Body], settings: ApiSettings) -> dict[str, Neutral]:
 
 
 async def has_field(data: bytes, name: str) -> bool:
-    """Returns True if the body has this field and it is not null. Raises `parse_object`'s errors for small bodies."""
+    """Returns True if the body has a non-null field `name`. Raises the errors of `parse_object` for small bodies."""
     if len(data) <= LARGE_BYTES:
         return parse_object(data).get(name) is not None
     members = (await run_on(_reading, outline, data)).members

@@ -8,7 +8,7 @@ from operator import ne
 from typing import Any, Final
 
 _Refuses = Callable[[Any, Any], bool]
-"""Returns True if the first field's value is not allowed with the second field's value. None: a field is absent."""
+"""Takes the values of two fields (None if a field is absent). Returns True if they cannot be in one request."""
 
 _GRAMMARS: Final = (
     *("response_format", "json_schema", "grammar", "structured_outputs", "guided_json", "guided_regex"),
@@ -44,7 +44,7 @@ _EXCLUDED: Final[Collection[tuple[str, str, _Refuses]]] = (
     *(("suffix", other, _both) for other in ("raw", "context", "system")),
     *((one, other, _both) for one, other in combinations(_GRAMMARS, 2)),
 )
-"""Pairs of fields that may exclude each other. The predicate is True for conflicting values."""
+"""Pairs of fields, with a predicate that is True if their two values cannot be in one request."""
 _NEEDED: Final[Collection[tuple[str, str, _Refuses]]] = (
     ("stream_options", "stream", _alone),
     ("top_logprobs", "logprobs", _alone),
@@ -53,7 +53,7 @@ _NEEDED: Final[Collection[tuple[str, str, _Refuses]]] = (
     ("score_from", "logprobs", _alone),
     ("tool_choice", "tools", lambda choice, tools: choice not in ("auto", "none") and _is_empty(tools)),
 )
-"""Fields that need a second field. The predicate is True if the second field's value forbids the first field."""
+"""Rows (field, needed field, predicate). The predicate is True if the needed field's value does not suffice."""
 
 
 def usable_defaults(defaults: Mapping[str, Any], given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:

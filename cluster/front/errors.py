@@ -40,7 +40,7 @@ class Failure:
     message: str
     code: str
     param: str | None = None  # Name of the wrong field.
-    numbers: Mapping[str, int] = field(default_factory=dict)  # Numbers for programs, with llama.cpp's names.
+    numbers: Mapping[str, int] = field(default_factory=dict)  # Numbers for programs, such as llama.cpp's `n_ctx`.
 
 
 def failure_of(error: LlamaclustError) -> Failure:

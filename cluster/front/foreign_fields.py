@@ -1,5 +1,5 @@
-"""Fields of other servers' APIs that this server does not implement, for each family of endpoints. A field has no
-effect if its value is neutral. With other values, a refused field would change the answer, and a hint is ignored."""
+"""Fields of other servers' APIs that this server does not implement. Each field has a predicate that is True for values
+that change nothing. With another value, a field in `refused` is an error, and a field in `hints` is ignored."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ _HINTS: Final = {
     **_names("store early_stopping backend_sampling cache_reuse", only(False)),
     "priority": number(0),
 }
-"""Hints of all endpoints. They are not reported. `metadata` is for stored completions, `n_keep` and `n_discard` are for
-context shift, and this server has neither."""
+"""Hints of all endpoints. `metadata` belongs to stored completions, and `n_keep` and `n_discard` to context shift. This
+server has neither feature."""
 
 _SLOTS: Final = _names("id_slot slot_id", anything)
 _NOT_DRAFTED: Final = _names("speculative speculative.n_max", anything)
@@ -101,7 +101,7 @@ MESSAGE: Final = ForeignFields(
     refused=_names("audio function_call", only()),
     hints=_names("id refusal annotations cache_control", anything),
 )
-"""Fields of chat messages. Clients send answers back as messages, with all fields that some server gave them."""
+"""Fields of chat messages. A client may send an answer back as a message, with fields that another server added."""
 
 COMPLETION: Final = ForeignFields(
     refused={**_REFUSED, **_names("suffix prompt_embeds", only()), "n_cmpl": number(1)},
@@ -193,14 +193,14 @@ OLLAMA_OPTIONS: Final = ForeignFields(
     | _OTHER_NAMES
     | _BUDGETS,
 )
-"""Ollama's options. The hints configure how a model is computed. Here, the cluster file does this."""
+"""Ollama's options. The hints configure how a model is computed, which the cluster file decides on this server."""
 
 OLLAMA_GENERATE: Final = ForeignFields(
     refused={**_CHAT_ONLY, **_names("template adapters lora", only())},
     hints=_names("truncate shift", anything),
 )
 OLLAMA: Final = replace(OLLAMA_GENERATE, refused={**OLLAMA_GENERATE.refused, "images": only()})
-"""Fields of Ollama's requests. `truncate` and `shift` have no effect, because nothing is shortened."""
+"""Fields of Ollama's requests. `truncate` and `shift` have no effect, because this server never shortens prompts."""
 
 OLLAMA_MESSAGE: Final = ForeignFields(other_names={"name": "tool_name", "reasoning_content": "thinking"})
 

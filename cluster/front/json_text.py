@@ -21,7 +21,7 @@ from llamaclust.cluster.scheduler.requests import PromptProgress, Timings
 
 
 class DeferredValue(ABC):
-    """A part of a JSON value that takes less memory before it is made. Each rendering makes it again."""
+    """A part of a JSON value that is made only while it is rendered, to save memory."""
 
     __slots__ = ()
 
@@ -70,7 +70,7 @@ _NAME: Final = re.compile(rb'\s*("(?:[^"\\]|\\.)*")\s*:', re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member of the outermost JSON object. `values` counts commas and brackets, so it may be slightly too high."""
+    """A member of the outermost JSON object. `values` is counted from commas and brackets and may be slightly high."""
 
     name: str
     size_bytes: int
@@ -92,7 +92,7 @@ def outline(text: bytes) -> Outline:
     values = depth = border_count = 0
     # Position of each border between members of the outermost object, and number of values before it.
     borders: list[tuple[int, int]] = []
-    is_inside = is_escaped = False  # True inside a string; true after a backslash in it.
+    is_inside = is_escaped = False  # True if the previous block ended inside a string, or with a backslash.
     for start in range(0, len(text), _BLOCK_BYTES):
         part = b"_" * is_escaped + text[start + is_escaped : start + _BLOCK_BYTES]
         part = part.replace(rb"\\", b"__")
@@ -102,7 +102,7 @@ def outline(text: bytes) -> Outline:
         is_inside = bool(inside[-1])
         marks = np.flatnonzero(_IS_MARK[block] & ~inside)
         change = _DEPTH_CHANGE[block[marks]]
-        depths = depth + np.cumsum(change)  # Depth after each mark.
+        depths = depth + np.cumsum(change)  # Nesting depth after each bracket or comma.
         counts = values + np.cumsum(change >= 0)
         is_begin = (change == 1) & (border_count == 0)
         is_border = ((depths == 1) & ((change == 0) | is_begin)) | ((depths == 0) & (change == -1))
@@ -133,7 +133,7 @@ def _name(text: bytes) -> str:
 
 
 _LARGE_ENTRIES = 1024
-"""A thread renders parts of a reply that have more tokens and logprobs than this."""
+"""Values with more numbers and texts than this are rendered on a thread."""
 _GROUP = 16
 """Number of array items to encode at a time. The encoder holds the interpreter lock during this time."""
 _PART_BYTES = 1 << 16

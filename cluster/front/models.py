@@ -69,7 +69,7 @@ def adapter_routes(model: ApiModel) -> Iterator[Route]:
 
 
 class AdapterLoading:
-    """Loads and unloads adapters for clients. If API keys are set, clients need the first key."""
+    """Loads and unloads adapters for clients. If API keys are configured, only the first key may do so."""
 
     def __init__(self, control: AdapterControl, served: str, settings: ApiSettings) -> None:
         self._control = control
@@ -124,8 +124,8 @@ class ApiModel:
 
 @dataclass(frozen=True, slots=True)
 class _Addressed:
-    """The model of a request. `keep` is the number of seconds that the model then stays loaded (None: no change).
-    `unloads` is true if the request unloads the model."""
+    """A request's model. `keep` is the number of seconds that the model stays loaded after the request, or None for no
+    change. `unloads` is true if the request unloads the model."""
 
     model: ApiModel
     keep: float | None = None
@@ -133,7 +133,7 @@ class _Addressed:
 
 
 class ModelRouter:
-    """Finds the model of each request. If only one model is served, it gets all requests and checks names itself."""
+    """Finds the model of each request. A single served model gets all requests, and its endpoints check the name."""
 
     def __init__(self, models: Sequence[ApiModel]) -> None:
         self.models = models
@@ -148,7 +148,7 @@ class ModelRouter:
         return first
 
     def find(self, name: str) -> ApiModel | None:
-        """Returns the model with exactly this name, else the model with this name up to the tag `:latest`, or None."""
+        """Returns the model with this name, or None. Prefers an exact match to one that ignores the tag `:latest`."""
         whole = (model for model in self.models if name in model.names.all)
         return next(whole, None) or next((model for model in self.models if model.names.find(name)), None)
 
@@ -206,7 +206,7 @@ class ModelRouter:
         return _Addressed(model, keep, unloads)
 
     def _check_loaded(self, model: ApiModel, request: Request) -> None:
-        """Raises HttpError (400) if the model is unloaded and has neither open requests nor a reply to this request."""
+        """Raises HttpError (400) if the model is unloaded, has no open requests, and no kept reply fits the request."""
         if not (model.resident.is_asleep and model.resident.is_idle):
             return
         own, key = owner(request.headers, self.settings.api_keys), request.headers.get("idempotency-key", "")

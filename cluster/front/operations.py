@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 _DRAIN_S = 600.0
-"""Maximum seconds for a drain, in which other workers load the layers. A repeated request continues to wait."""
+"""Maximum seconds to wait until other workers have loaded the layers. After a timeout, the same request waits again."""
 _MOST_SEQUENCES = 32
 """Maximum number of sequences to show for one request."""
 
@@ -60,7 +60,7 @@ class Workers:
         return JsonResponse({"worker": name, "drained": True})
 
     async def undrain(self, request: Request) -> Response:
-        """Undrains a worker and answers at once. The worker gets layers again when a move is worth its cost."""
+        """Undrains a worker and answers at once. The planner may move layers to the worker later."""
         name = request.path_params["worker"]
         self._pool.undrain(name)
         return JsonResponse({"worker": name, "drained": False})

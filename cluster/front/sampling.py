@@ -46,7 +46,7 @@ def _token_entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, 
 
 @dataclass(frozen=True, slots=True)
 class Requested:
-    """Marks a field that is copied from a body to the `CompletionRequest`. `name` is its name there, if it differs."""
+    """Marks a body's field that is copied to `CompletionRequest`. `name` is its name there, or "" for the same name."""
 
     name: str = ""
 
@@ -219,7 +219,7 @@ def _declared(name: str, own_name: str, dialect: Dialect) -> tuple[Any, Any]:
         kind = _TOP_K[dialect]
     elif own_name == name:
         kind = Annotated[kind, documented(row.low, row.high)]
-    else:  # The scheduler's error would have the other name.
+    else:  # An error of the scheduler would contain the table's name of the field, not this body's name.
         kind = Annotated[kind, Field(ge=row.low, le=row.high)]
     return kind, Field(row.default_in(dialect), description=row.doc)
 
@@ -274,7 +274,7 @@ class SamplerFields(Body):
         return {name: getattr(self, own_names[name]) for name in names}
 
     def params(self, logit_bias: tuple[tuple[int, float], ...] = ()) -> SamplingParams:
-        """Returns the sampling parameters. Raises ParameterError if a number of the chain is out of bounds."""
+        """Returns the sampling parameters. Raises ParameterError if a number for the samplers is out of bounds."""
         return SamplingParams(**self.numbers(PARAMS), logit_bias=logit_bias, chain=self._chain())
 
     def _chain(self) -> SamplerChain | None:

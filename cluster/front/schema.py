@@ -1,4 +1,4 @@
-"""Request bodies as strict pydantic classes. Errors name the field. Fields that differ by API get a common form."""
+"""Base classes of request bodies, as strict pydantic models, and types of fields that several APIs share."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ class ForeignFields:
 
 
 class BodyContext:
-    """Context for reading a body. Refuses fields that have no effect. `images` is None if the model reads only text."""
+    """Validation context that refuses fields without effect. `images` is None if the model reads only text."""
 
     def __init__(self, images: ImageRules | None = None) -> None:
         self.images = images
 
 
 class Leniency(BodyContext):
-    """A context that collects the names of fields that have no effect, instead of refusing the body."""
+    """Validation context that accepts fields without effect and collects their names in `ignored`."""
 
     def __init__(self, images: ImageRules | None = None) -> None:
         super().__init__(images)
@@ -149,7 +149,7 @@ def parts_of(kind: type[Body]) -> dict[str, type[Body]]:
 
 
 def read_part(kind: type[AnyBody], value: Any, context: BodyContext | None) -> AnyBody:
-    """Calls `read_fields` in a pydantic validator, which must raise ValueError."""
+    """Calls `read_fields` in a pydantic validator, whose errors must be ValueErrors."""
     try:
         return read_fields(kind, value, context)
     except ParameterError as error:
@@ -162,9 +162,9 @@ def read_fields(
     context: BodyContext | None = None,
     idle: Mapping[str, Neutral] = MappingProxyType({}),
 ) -> AnyBody:
-    """Makes a body from fields. Fields in `idle` have no effect with the server's settings. Raises ParameterError if a
-    field is invalid or not supported. Unless `context` is a `Leniency`, it is also raised if a field is unknown or has
-    no effect."""
+    """Makes a body from fields. Raises ParameterError if a field is invalid or not supported. Unless `context` is a
+    `Leniency`, unknown fields and fields without effect are errors too. With the server's settings, fields in `idle`
+    have no effect."""
     foreign, kept = kind.foreign, {name: value for name, value in fields.items() if value is not None}
     for name, is_neutral in {**foreign.refused, **foreign.hints, **idle}.items():
         if name in kept and not is_neutral(kept.pop(name)):
@@ -194,8 +194,8 @@ def _built(kind: type[AnyBody]) -> type[AnyBody]:
 
 
 def _first_error(error: ValidationError, as_sent: Mapping[str, str]) -> ParameterError:
-    """Returns an error in an unknown field, or else the first error. The unknown field may be a misspelt required
-    field. `as_sent` maps fields to the names under which the client sent them."""
+    """Returns the error of an unknown field if there is one, because the field may be a misspelt required field.
+    Otherwise returns the first error. `as_sent` maps fields to the names under which the client sent them."""
     details = error.errors(include_url=False, include_input=False)
     return _parameter_error(min(details, key=lambda detail: detail["type"] != _UNKNOWN), as_sent)
 
@@ -264,7 +264,7 @@ def _prompt(value: Any) -> Prompt:
         return value
     if isinstance(value, list) and set(map(type, value)) <= {int}:
         return tuple(value)
-    raise ValueError("must be a string, a list of token ids, or a list of those")
+    raise ValueError("must be one prompt (a string or a list of token ids) or a list of prompts")
 
 
 def prompt_string(value: dict[str, Any]) -> str:

@@ -22,14 +22,14 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}")
 
 @dataclass(frozen=True, slots=True)
 class ApiSettings:
-    """Settings of the HTTP API. Clients can change only adapters and copies. Durations are in seconds."""
+    """Settings of the HTTP API. Requests can change only `adapters` and `copies`. Durations are in seconds."""
 
     listen_host: str = "127.0.0.1"
-    further_hosts: tuple[str, ...] = ()  # Hosts of the other listening addresses.
+    further_hosts: tuple[str, ...] = ()  # Hosts on which the API listens besides `listen_host`.
     prefix: str = ""  # Prefix of all paths, such as "/llm".
     is_strict: bool = False  # True to refuse fields that are unknown or have no effect.
     strict_model: bool | None = None  # True if requests must name a served model. None: only on OpenAI's paths.
-    can_unload: bool = False  # True if several models are served, which can be unloaded.
+    can_unload: bool = False  # True if several models are served. Each of them can then be unloaded.
     max_loaded_models: int | None = None  # Maximum number of models loaded at once. None: as many as memory allows.
     load_on_demand: bool = True  # True if requests load models that are unloaded.
     aliases: tuple[str, ...] = ()  # Additional names of the served model.
@@ -50,13 +50,13 @@ class ApiSettings:
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()  # Origins of web pages that may use the API, such as "https://chat.example".
     max_body_bytes: int = MAX_BODY_BYTES
-    # Maximum bytes of one owner's bodies of open requests. All owners together: twice as many.
+    # Maximum bytes of the bodies of one owner's open requests. The limit for all owners together is twice as high.
     max_held_bytes: int = 128 << 20
-    # Maximum number of one owner's open requests with a complete body. All owners together: twice as many. The same
-    # number of requests may be waiting for the rest of their bodies.
+    # Maximum number of one owner's open requests with a complete body. The limit for all owners together is twice as
+    # high. In addition, `max_requests` requests of all owners may wait for the rest of their bodies.
     max_requests: int = 512
     idle_s: float = 75.0  # Maximum wait of a kept connection for the first byte of its next request.
-    # Maximum time from that byte, or from the start of the connection, until the head of the request has arrived.
+    # Maximum time until the head of a request has arrived, from its first byte or the start of the connection.
     head_s: float = 10.0
     body_s: float = 30.0  # Maximum time until the body of a request has arrived.
     keepalive_s: float = 15.0  # Time after which a silent stream gets a comment.
@@ -64,7 +64,7 @@ class ApiSettings:
     unread_s: float = 60.0  # A client that accepts no data for this time is disconnected.
     resume_s: float = 30.0  # Time for which a kept reply waits for a client.
     background_s: float = 600.0  # Time for which a background reply is kept after its end.
-    # Maximum time from the admission of a journalled request to its answer. Afterwards, it fails.
+    # Maximum time from the admission of a journalled request to its answer. Afterwards, the request fails.
     request_s: float = 600.0
     digest: str = ""  # Digest of the model and its settings. Journalled requests continue only with the same digest.
     max_reply_bytes: int = 16 << 20  # Maximum bytes of one kept reply.
@@ -137,8 +137,8 @@ class ModelNames:
 
     def copy(self, source: str, destination: str) -> None:
         """Adds a name for the served model. Raises HttpError if the name is invalid or fixed, if there are too many
-        copies, or if the source is an adapter. An adapter has no copies, because a restart loses them and the name
-        could then mean the model without the adapter."""
+        copies, or if the source is an adapter. Adapters have no copies, because a restart deletes the copies, and a
+        copy's name could then select the model without the adapter."""
         self.check_known(source)
         if not _NAME.fullmatch(destination):
             message = f"{destination[:200]!r} is not a valid model name: use letters, digits and ._:/@-"

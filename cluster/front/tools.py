@@ -15,7 +15,7 @@ from llamaclust.model.chat.tools.argument_values import arguments_object
 _MEDIA: Final = ("image", "audio", "video", "screenshot", "document", "file", "container")
 """A part of a message is media if its type contains one of these words."""
 _OF_ITEMS: Final = frozenset(("type", "id", "call_id", "tool_use_id", "status", "cache_control", "caller", "signature"))
-"""Fields that tell the model nothing. They are removed only from an item itself. Its arguments may use these names."""
+"""Fields that tell the model nothing. They are removed from an item, but not from objects inside the item."""
 _ENCRYPTED: Final = "encrypted_"
 _BYTES: Final = ("data", "result", "image_url", "file_data")
 _BASE64: Final = re.compile(r"(data:[^,]*,)?[A-Za-z0-9+/_=\s-]*")
@@ -84,13 +84,13 @@ _NAME: Final = re.compile(r"[\w.\-/:]{1,128}")
 _ID_CHARACTERS: Final = 24
 _OBJECTS: Final = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _VALUES: Final = frozenset({"default", "const", "enum", "examples"})
-"""`_OBJECTS` are keys of a JSON schema whose values map names to schemas. Values under `_VALUES` are no schemas."""
+"""The value of a key in `_OBJECTS` maps names to JSON schemas. The value of a key in `_VALUES` is not a schema."""
 _NO_PARAMETERS: Final = {"type": "object", "properties": {}}
 
 
 @dataclass(frozen=True, slots=True)
 class ClientTool:
-    kind: str  # Type of the tool: function, custom, or a type with a single tool.
+    kind: str  # Type of the tool: function, custom, or a built-in type such as shell.
     name: str  # Name that the client uses.
     function: dict[str, Any]  # OpenAI's definition, which the model gets.
     namespace: str | None = None
@@ -142,9 +142,9 @@ def flat_name(namespace: str | None, name: str) -> str:
 
 
 def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
-    """Returns the function that replaces a custom tool. Its only argument is a text. If the tool has a regular
-    expression, the text must match it. A Lark grammar is only added to the description, and is reported. In the chat
-    API, the format is in an object `grammar`."""
+    """Returns the function, with one text argument, that replaces a custom tool. The text must match the tool's regular
+    expression, if there is one. A Lark grammar is not enforced, but added to the description and reported as ignored.
+    The chat API puts the fields of the format into an object `grammar`."""
     text: dict[str, Any] = {"type": "string"}
     description = tool.get("description") or ""
     form = tool.get("format")
@@ -163,7 +163,7 @@ def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
 
 
 def text_of_call(arguments: str) -> str:
-    """Returns the text passed to a custom tool. Returns arguments of another form unchanged, as in a cut-off answer."""
+    """Returns the text argument of a custom tool's call. Returns incomplete or invalid `arguments` unchanged."""
     given = (arguments_object(arguments) or {}).get(TEXT_ARGUMENT)
     return given if isinstance(given, str) else arguments
 

@@ -38,8 +38,8 @@ class ParsedRequest(Generic[AnyBody]):
     async def chat(
         self, make: Callable[_Arguments, ChatRequest], *given: _Arguments.args, **named: _Arguments.kwargs
     ) -> ChatRequest:
-        """Returns the chat request that `make` returns, with the request's creation time, its adapters and its images.
-        If the body is large, `make` runs on a thread."""
+        """Calls `make`, and adds creation time, adapters and fetched images to the chat request that `make` returns. If
+        the body is large, `make` runs on a thread."""
         chat = await converted(self.body, make, *given, **named)
         admitted = chat.admitted(self.context.created, self.adapters)
         return await with_images(admitted, self.context)
@@ -51,10 +51,10 @@ class Endpoint(ABC, Generic[AnyBody]):
     paths: ClassVar[tuple[str, ...]]
     body: type[AnyBody]
     takes_any_model: ClassVar[bool] = False
-    """True to accept any model name on `/v1/` paths, as on all other paths. `api.strict_model` takes precedence."""
+    """True to accept any model name also on `/v1/` paths. `api.strict_model` takes precedence."""
     form: ClassVar[StreamFormat] = StreamFormat.EVENTS
     errors: ClassVar[ErrorShape | None] = None
-    """The JSON form of errors on these paths and on paths below them, or None for the form from `usual_shape`."""
+    """The JSON form of errors on `paths` and all paths below them. None: `usual_shape` selects the form by the path."""
 
     def __init__(self, model: ApiModel, path: str) -> None:
         self.model = model
@@ -98,7 +98,7 @@ class Dialect(Endpoint[AnyBody]):
 
     @abstractmethod
     async def reply(self, parsed: ParsedRequest[AnyBody]) -> Reply:
-        """Returns a description of the reply. An error that this method raises becomes the reply instead."""
+        """Describes how to compute and format the reply. If this method raises an error, the client gets that error."""
 
     async def make(self, data: bytes, context: RequestContext) -> Reply:
         body = await parse_body(data, self.body, self.settings, self.images)

@@ -52,7 +52,9 @@ def _input(value: Any) -> Input:
         return (prompt_string(value),)
     if isinstance(value, dict) and value.keys() == {"content"} and isinstance(value["content"], list):
         return ("".join(map(_part, value["content"])),)
-    raise ValueError("must be a string, a list of token ids and strings, an object with text parts, or a list of those")
+    raise ValueError(
+        "must be one prompt (a string, a list of token ids and strings, an object with text parts) or a list of prompts"
+    )
 
 
 def _part(part: Any) -> str:
@@ -77,7 +79,7 @@ class EmbeddingFields(Body, foreign=EMBEDDING):
     encoding_format: Literal["float", "base64"] = "float"
     """The form of a vector. `float` is a list of numbers, `base64` a base64 text of little-endian float32 values."""
     dimensions: int | None = Field(default=None, ge=1, le=_MAX_DIMENSIONS)
-    """The number of dimensions of a vector. The vector's last dimensions are removed. The default is all dimensions."""
+    """The number of dimensions to return. A vector's last dimensions are removed. The default is all dimensions."""
     pooling: Literal["none", "mean", "cls", "last"] | None = None
     """The method that combines the tokens' hidden states. The default is the model file's method, or else `last`."""
     cache_salt: str = Field(default="", max_length=MAX_SALT_CHARACTERS)

@@ -34,7 +34,7 @@ from llamaclust.wire.security.server_context import server_context
 
 _LOOK_S: Final = 1.0
 _RETRY_S: Final = 60.0
-"""Seconds until the same files are tried again. By then, a clock may be set, or disk space may be free."""
+"""Seconds until unusable files are read again. By then, the clock may be correct, or the disk may have space."""
 _END_S: Final = 1.0
 _MOST_BYTES: Final = 1 << 20
 _WARNING: Final = timedelta(days=7)
@@ -126,8 +126,7 @@ class ServerCertificate:
             thread.join(_END_S)
 
     def look(self) -> None:
-        """Reads changed files when two successive checks find the same version. Warns if the certificate expires
-        soon."""
+        """Reads changed files once they are the same as at the previous check. Warns before the certificate expires."""
         version, last = self._files.version, self._seen
         self._seen = version
         must_wait = version == self._failed and time.monotonic() < self._retry_at_s

@@ -30,8 +30,8 @@ MAX_HEADERS = 200
 EVENTS_A_TURN = 64
 """Number of body pieces that one connection may parse before other connections are served."""
 _FEW_CHUNKS, _LEAST_CHUNK_BYTES = 4096, 16
-"""Each chunk takes time to parse. The chunks of a body that has more than `_FEW_CHUNKS` must therefore have an average
-size of at least `_LEAST_CHUNK_BYTES`."""
+"""A body with more than `_FEW_CHUNKS` chunks must have at least `_LEAST_CHUNK_BYTES` bytes per chunk on average,
+because each chunk takes time to parse."""
 _ABSOLUTE = re.compile(rb"https?://([^/?]+)(.*)", re.IGNORECASE)
 
 
@@ -60,8 +60,8 @@ class HttpConnection(h11.Connection):
         return type(self._writer) is ChunkedWriter and self.our_state is h11.SEND_BODY
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        """Returns the next event, or NEED_DATA when the turn is over. Raises RemoteProtocolError if the request is
-        invalid HTTP or exceeds a limit."""
+        """Returns the next event, or NEED_DATA if `EVENTS_A_TURN` body pieces were parsed in this turn. Raises
+        RemoteProtocolError if the request is invalid HTTP or exceeds a limit."""
         if self.ended_turn:
             return h11.NEED_DATA
         if self.their_state is h11.IDLE:
@@ -87,7 +87,7 @@ class HttpConnection(h11.Connection):
         self._body_bytes += len(data.data)
         if self._chunks > _FEW_CHUNKS and self._body_bytes < _LEAST_CHUNK_BYTES * self._chunks:
             raise h11.RemoteProtocolError(
-                f"the body has {self._chunks} chunks of {self._body_bytes} bytes in all: send larger chunks"
+                f"the body has {self._chunks} chunks of {self._body_bytes} bytes in all, too few: send larger chunks"
             )
 
     # Implements only the last overload of the base method.
@@ -123,10 +123,10 @@ class _Phase(Enum):
 
 
 class TlsProtocol(asyncio.Protocol):
-    """Carries the bytes of another protocol in TLS. With asyncio's own TLS, a client could delay both the start and the
-    end of a connection and so evade the limits on connections: the carried protocol begins only after the handshake,
-    and the connection ends only when the client agrees. Here, the carried protocol begins at once, and closing waits
-    only until the data is written. Data written before the end of the handshake is lost."""
+    """Wraps another protocol, `carried`, in TLS. asyncio's own TLS begins `carried` only after the handshake, and
+    closes the connection only when the client agrees. A client that delayed both could evade the limits on connections.
+    Here, `carried` begins at once, and closing waits only until data is written. Data that is written before the end of
+    the handshake is lost."""
 
     def __init__(self, carried: asyncio.Protocol, context: ssl.SSLContext) -> None:
         self.context = context
@@ -141,7 +141,7 @@ class TlsProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        # It has all methods of a transport.
+        # `_TlsTransport` has all methods of a transport.
         self._carried.connection_made(_TlsTransport(self, transport))  # type: ignore[arg-type]
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -27,8 +27,8 @@ from llamaclust.core.addresses import bounded_host, is_address, is_loopback
 from llamaclust.core.sharing.shares import Shares, fits
 
 OPEN_PATHS = frozenset({"/health", "/live"})
-"""Paths that need no API key. `request.state.is_trusted` is true if the request has a valid key anyway. Replies to
-other requests give no reasons."""
+"""Paths that need no API key. A reply gives reasons only if `request.state.is_trusted`, that is, if the request has a
+valid key or no keys are configured."""
 
 LOCALHOST = "localhost"
 
@@ -127,7 +127,7 @@ class Security:
     def _check(self, headers: Headers, scope: Scope) -> None:
         self._check_host(headers, scope)
         self._check_origin(headers, scope)
-        # A proxy in front of this server may use the other length.
+        # A proxy in front of this server might obey the header that this server ignores.
         if "content-length" in headers and "transfer-encoding" in headers:
             message = "the request has Content-Length and Transfer-Encoding: send one of them, not both"
             raise HttpError(400, "bad_request", message, {"Connection": "close"})
@@ -295,7 +295,7 @@ class AdmissionGate:
                 raise
             return None if request.is_answered else request.refusal
         finally:
-            hold_bytes.reset(token)  # The task's context would keep the request in memory.
+            hold_bytes.reset(token)  # A value in the task's context would keep the request in memory.
         return None
 
 

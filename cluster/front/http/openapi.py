@@ -42,7 +42,7 @@ _EVENT: Final = {
     "required": ["data"],
     "properties": {"data": {"type": "string"}, "event": {"type": "string"}, "id": {"type": "string"}},
 }
-"""Schema of one event of a stream. OpenAPI 3.1 has no field for it, so it is given as the schema of a stream."""
+"""Schema of one stream event, given as the schema of the whole stream: OpenAPI 3.1 has no field for events."""
 _SCHEMAS: Final[dict[str, Any]] = {JSON: {}, EVENTS: _EVENT}
 _STYLE: Final = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"

@@ -203,7 +203,7 @@ class _Body:
         self._pieces: list[bytes] = []
 
     def write(self, data: bytes) -> bool:
-        """Writes a piece, or returns False if the piece must go through ASGI. Earlier pieces are then written first."""
+        """Queues a piece. If it must go through ASGI instead, writes the pieces in the queue and returns False."""
         if self._reply is None:
             return False
         connection, cycle = self._reply
@@ -237,8 +237,7 @@ class StartingReplies:
     """Replies to requests while the cluster starts. The API later uses the same listening sockets."""
 
     def __init__(self, port: ApiPort, settings: ApiSettings, report: Report, *, is_live: bool = False) -> None:
-        """Answers /live with status 200 if `is_live` is true. Tells only clients with a valid key what the start waits
-        for."""
+        """Answers /live with status 200 if `is_live` is true. Only clients with a valid key get the reason to wait."""
         self._settings = settings
         self._is_live = is_live
         self._report = report

@@ -53,8 +53,8 @@ class StreamFormat(Enum):
 
 
 class PartsResponse(Response):
-    """Sends the parts of a body as they arrive. Afterwards, closes `parts` and calls `close` with True if all parts
-    were sent."""
+    """Sends the parts of a body as they arrive. At the end, closes `parts`, and calls `close(True)` if all parts were
+    sent, else `close(False)`."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class EventResponse(PartsResponse):
         form: StreamFormat,
         error_fields: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """`error_fields` are added to an error that ends the stream. The caller may change them until then."""
+        """`error_fields` are added to an error that ends the stream. They may be changed while the stream runs."""
         self.media_type = form.value
         super().__init__(parts, close, _HEADERS)
         self._form = form
@@ -120,8 +120,8 @@ class EventResponse(PartsResponse):
 
 
 class JsonParts(PartsResponse):
-    """A JSON body in parts. If there is only one part, it has a Content-Length. An error before the third part still
-    sets the HTTP status."""
+    """A JSON body in parts. A body of a single part gets a Content-Length. An error before the third part still sets
+    the HTTP status, because the status is sent with the first two parts."""
 
     media_type = "application/json"
 
@@ -145,7 +145,7 @@ def rendered(value: Any) -> JsonParts:
 
 async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Value:
     """Awaits `work`. If the client disconnects, cancels `work` and raises ClientDisconnect. The request's body must
-    have been read. If this call is cancelled, the result is lost, so `work` must register resources with the caller."""
+    have been read. A cancelled call loses the result of `work`, so another object must own its resources."""
     results: list[_Value] = []
 
     async def do_it() -> None:

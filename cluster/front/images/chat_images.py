@@ -1,4 +1,4 @@
-"""Fetches the images of a chat once, and keeps them for a second computation if they fit into the journal."""
+"""Fetches the images of a chat once. The journal keeps them, up to a limit, for a computation after a restart."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def _inline_bytes(url: str) -> int:
 
 
 def journalled(context: RequestContext, body: bytes) -> RequestContext:
-    """Returns the journal record of a request. A request with too many image bytes is recorded without its body, so
-    that a restart can only report it as lost."""
+    """Returns a request's journal record. If the request's images are too large, the record has no body, and a
+    restarted coordinator reports the request as lost."""
     if context.image_bytes <= MAX_JOURNALLED_BYTES:
         return replace(context, body=body)
     return replace(context, body=b"", earlier=(), images={}, idempotency_key="")

@@ -27,7 +27,7 @@ _LOOKUPS: Final = ThreadPoolExecutor(2, "look-up-host")
 _ONE_USE: Final = httpx.Limits(max_keepalive_connections=0)
 """Connections are not reused. Hosts may share an address, and a certificate is checked only when a connection opens."""
 _INTERNET: Final = IPv6Network("2000::/3")
-"""Addresses on the internet. `is_global` is also true for others, such as those of a local NAT64 translator."""
+"""IPv6 addresses on the internet. Python's `is_global` also accepts addresses of a local NAT64 translator."""
 _DOCUMENTATION: Final = IPv6Network("3fff::/20")
 _NAT64: Final = IPv6Network("64:ff9b::/96")
 _PLAIN: Final = "identity"

@@ -1,7 +1,7 @@
 """HTTP handlers of the endpoints that generate text. A handler starts a reply, keeps it for a client whose connection
-breaks, and can send it again. Requests of an earlier coordinator are computed again. A request may have crashed that
-coordinator if it got no new token after the previous restart. Such a request starts after the others and runs alone
-until it gets a token or 10 s have passed. After ten such restarts, it fails."""
+breaks, and can send it again. A restarted coordinator computes unfinished requests again. A request that got no new
+token after the previous restart may have crashed the coordinator. It starts after the others and runs alone until it
+gets a token or 10 s have passed. After ten such restarts, it fails."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Replies:
         context = new_context(request.headers, path, settings)
         if (same := self.cache.same(context, body)) is not None:
             return await self._begun(request, same, _given(request, same.context))
-        if "last-event-id" in request.headers:  # A new computation may sample different tokens.
+        if "last-event-id" in request.headers:  # A new stream may differ from the part that the client has.
             raise self._not_found(context.idempotency_key)
         reply = await make(body, context)
         context.is_streamed, context.is_background = reply.is_streamed, reply.is_background
@@ -228,7 +228,7 @@ class Replies:
                     await kept.progressed.wait()
 
     async def _attempt(self, beginning: Coroutine[Any, Any, None]) -> None:
-        """Waits at most `_ALONE_S` for a request to begin. In a busy cluster, it must not hold up others."""
+        """Waits at most `_ALONE_S` for a request to begin, so that others can begin even in a busy cluster."""
         await asyncio.wait([self._tasks.start(beginning)], timeout=_ALONE_S)
 
     async def _begin_alone(self, kept: KeptReply) -> None:
@@ -266,8 +266,8 @@ class Replies:
 
 
 def _given(request: Request, context: RequestContext) -> Position:
-    """Reads how much of a stream the client has, from an event id or the part of the id after the colon. Raises
-    HttpError if the id is invalid."""
+    """Returns the position at which the client's stream broke off. The request gives the last event id, such as `ID:3`,
+    or only the part after the colon. Raises HttpError if the id is invalid."""
     param = "after" if "after" in request.query_params else "Last-Event-ID"
     last = request.query_params.get("after", request.headers.get("last-event-id", ""))
     if not last:

@@ -36,11 +36,10 @@ if TYPE_CHECKING:
     from llamaclust.cluster.front.replies.reply_cache import ReplyCache
 
 _TURN_COST: Final = 2048
-"""Maximum cost of rendering until a reader lets other tasks run. A token or logprob costs 1. A log entry costs
-`_ENTRY_COST` more."""
+"""A reader lets other tasks run after this cost. A log entry costs `_ENTRY_COST`, plus 1 for each token or logprob."""
 _ENTRY_COST: Final = 8
 _FRAME_BYTES: Final = 250
-"""Estimated bytes of an event without its text and logprobs. It is also the estimate for a token in JSON."""
+"""Estimated bytes of JSON around a token's text, both in a stream event and in a whole reply."""
 _TOP_BYTES: Final = 8
 _PROMPT_TOKEN_BYTES: Final = 36
 _BUSY = Backoff(1.0, 30.0)
@@ -330,13 +329,13 @@ class KeptReply:
 
 
 class _Sizes:
-    """Computes an upper bound on what the next entry of a log shows. A chunk that begins or ends an answer, or begins a
-    tool call, may show all earlier text and everything that the reply repeats from its request."""
+    """Computes an upper bound on the tokens and logprobs that the next log entry shows. A chunk that begins or ends an
+    answer, or begins a tool call, may show all earlier text and everything that the reply repeats from its request."""
 
     def __init__(self, request_entries: Callable[[], int]) -> None:
         self._request_entries = request_entries
         self._begun: set[tuple[int, int]] = set()  # Prompt and index of each choice that has begun.
-        self._entries = 0  # Entries of all chunks so far.
+        self._entries = 0  # Number of tokens and logprobs in all chunks so far.
 
     def next(self, prompt: int, item: LogItem) -> int:
         if not isinstance(item, TextChunk):

@@ -34,8 +34,8 @@ class Recording:
         self._oldest_s = 0.0  # Arrival time of the oldest row in `_rows`.
 
     def follow(self, log: AnswerLog) -> None:
-        """Records the log's tokens if its answers can be continued from tokens alone. Answers with top logprobs, scored
-        prompts or sampler state cannot. For these, only reports the progress of a restored request."""
+        """Records the log's tokens, unless its answers have top logprobs, scored prompts or sampler state. Tokens alone
+        cannot restore such answers, so only the progress of a restored request is reported."""
         needs_more = any(
             each.top_logprobs or each.score_from is not None or each.params.needs_state for each in log.generations
         )
@@ -45,7 +45,7 @@ class Recording:
             log.subscribe(self.progress)
 
     def add(self, prompt: int, chunk: TextChunk) -> None:
-        """Records the next tokens of a choice. The caller must pass all its tokens, even those recorded earlier."""
+        """Records the next tokens of a choice. The caller must also pass the tokens that were recorded earlier."""
         choice, new = (prompt, chunk.index), chunk.rows
         came = self._came[choice]
         self._came[choice] = came + len(new)

@@ -51,9 +51,9 @@ def new_context(headers: Headers, endpoint: str, settings: ApiSettings) -> Reque
 
 
 def identified(request: CompletionRequest, context: RequestContext, prompt: int) -> CompletionRequest:
-    """Returns the completion request of one prompt, with an id, a seed and the tokens recorded so far. The grammar of
-    tool calls is used only if the first computation used it. Raises WorkerError if the first computation used the
-    grammar and it is not available now."""
+    """Returns the completion request of one prompt, with an id, a seed and the tokens recorded so far. Removes the
+    grammar of tool calls if the first computation ran without it. Raises WorkerError if the first computation ran with
+    the grammar and it is not available now."""
     named = replace(
         request,
         request_id=context.id if prompt == 0 else f"{context.id}-p{prompt}",
@@ -72,7 +72,7 @@ def identified(request: CompletionRequest, context: RequestContext, prompt: int)
 
 def _without_grammar(request: CompletionRequest) -> CompletionRequest:
     reasoning = request.reasoning
-    if reasoning is not None:  # Without a grammar, only the reasoning budget matters.
+    if reasoning is not None:  # Without a grammar, reasoning is tracked only for its budget.
         reasoning = None if reasoning.budget is None else replace(reasoning, delays_grammar=False)
     return replace(request, grammar=None, reasoning=reasoning)
 

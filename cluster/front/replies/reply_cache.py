@@ -44,7 +44,7 @@ class ReplyCache:
     def __init__(self, settings: ApiSettings, journal: Journal | None = None) -> None:
         self.settings = settings
         self.journal = journal
-        self._entries: dict[str, _Entry] = {}  # By request id, oldest first.
+        self._entries: dict[str, _Entry] = {}  # Keys are request ids, oldest first.
         self._ids: dict[_Name, str] = {}
         self._held_bytes = Shares(settings.max_kept_bytes)  # Bytes held, by client.
         self._replies = Shares(settings.max_kept_replies)
@@ -108,8 +108,8 @@ class ReplyCache:
 
     def grew(self, kept: KeptReply, more_bytes: int) -> None:
         """Counts more bytes of a reply. If the client's replies or all replies together are too large, evicts complete
-        replies that no client reads. If that is not enough, running replies fail. The client that holds the most loses
-        replies first, beginning with unread and then with large replies."""
+        replies that no client reads. If that is not enough, running replies fail, first unread and then large ones. The
+        client that holds the most bytes loses replies first."""
         if (entry := self._entries.get(kept.context.id)) is None:
             return
         self._held_bytes.take(entry.client, more_bytes)
@@ -120,8 +120,8 @@ class ReplyCache:
                 pass
 
     def _too_large(self, client: str) -> list[_Entry]:
-        """Returns the replies from which some must be removed. These are the replies of the client if they are too
-        large, those of all clients if all together are too large, and otherwise none."""
+        """Returns the replies of which some must be removed: the client's replies if they exceed the limit of one
+        client, else all replies if they exceed the limit of all clients, else none."""
         held, most = self._held_bytes.held, self._held_bytes.room
         if held[client] > most:
             clients: Collection[str] = (client,)
@@ -173,7 +173,7 @@ class ReplyCache:
 
     def same(self, context: RequestContext, body: bytes) -> KeptReply | None:
         """Returns the reply with the request's idempotency key, or None. Raises HttpError (422) if another request used
-        it."""
+        the key."""
         key = context.idempotency_key
         entry = self._entries.get(self._ids.get((context.owner, _KEY, key), ""))
         if entry is None:

@@ -72,7 +72,7 @@ def json_logprob(value: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class TextChunk:
-    """A part of an answer. One step adds it to the choice `index`. Text may come in a later chunk than its tokens,
+    """The part of an answer that one step adds to the choice `index`. Text may come in a later chunk than its tokens,
     because a character may be incomplete or a stop string may have begun. `rows` has all sampled tokens, even tokens
     without text (end tokens and parts of stop strings). `offsets` may be empty. Otherwise, `offsets[i]` is the position
     in the answer at which the text of `rows[i]` begins."""

@@ -18,7 +18,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptProgr
 from llamaclust.core.errors import DeadlineError, LlamaclustError
 
 MAX_UNREAD_ROWS = 4096
-"""Maximum number of unread rows in a streamed log. Rows do not count if they were computed before the log reached their
+"""Maximum number of unread rows in a streamed log, not counting rows that had to wait for the end of an earlier
 prompt."""
 
 LogItem = TextChunk | PromptProgress
@@ -48,9 +48,9 @@ class _PromptEnd:
 
 
 class AnswerLog:
-    """An append-only log. Entries are in the order of prompts, even if later prompts are computed first. A second
-    computation therefore gives the same log. A STREAMED log drops each entry when its only reader takes it. A CHUNKS
-    log keeps all entries. A PACKED log has no entries, only complete answers at its end."""
+    """An append-only log of answers, in the order of prompts, even if a later prompt is computed first. A second
+    computation therefore gives the same log. With the storage STREAMED, the log drops each entry when its only reader
+    takes it. With CHUNKS, it keeps all entries. With PACKED, it has no entries, only complete answers at its end."""
 
     def __init__(self, *subscribers: Subscriber, is_held: bool = False) -> None:
         """Makes a log. If `is_held` is true, readers get nothing until `release` is called."""
@@ -79,7 +79,7 @@ class AnswerLog:
 
     def begin(self, generations: Sequence[GenerationRequest], content: LogContent) -> None:
         """Begins the answers to these prompts, and drops the answers of an earlier attempt. Without prompts, the log
-        ends at once. The log does not keep the rows of images."""
+        ends at once. The log does not keep the images in `generations`."""
         self.clear()
         self.generations = [replace(each, images=()) if each.images else each for each in generations]
         self.content = content

@@ -22,7 +22,7 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _ORIGIN: Final = "tools"
 _MOST_CHECKS: Final = 64
-"""Maximum number of checks in the search for schemas that cannot be enforced. Unchecked tools are not constrained."""
+"""Maximum number of checks to find schemas that cannot be enforced. Tools left unchecked are unconstrained."""
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class _Calls:
         self._tokenizer = tokenizer
         self._checker = checker
         self._checks = 0
-        # True once a check was stopped because it took too long. Other checks could take as long.
+        # True once a check took too long. Further checks could take as long, so the search for single tools ends.
         self._is_over = False
 
     async def find(self, tools: Tools) -> tuple[Grammar | None, set[str]]:
@@ -122,7 +122,8 @@ class _Calls:
             raise
 
     def _grammar(self, tools: Tools) -> Grammar | None:
-        """Returns the grammar, or None if optional calls have no marker. Raises ParameterError if it is too long."""
+        """Returns the grammar. Returns None if calls are optional and no marker shows where a call begins. Raises
+        ParameterError if the grammar is too long."""
         if self._use.mode is ToolMode.REQUIRED:
             start = CallStart.THOUGHT if self._reading.is_thinking else CallStart.ANSWER
         else:
@@ -138,7 +139,7 @@ class _Calls:
 
 
 def _largest_half(tools: Mapping[str, Schema]) -> set[str]:
-    """Returns the half of the tools with the longest schemas. The grammar without these schemas may be small enough."""
+    """Returns the names of half of the tools, those with the longest schemas. Without them, the grammar is shorter."""
     names = sorted(tools, key=lambda name: -len(str(tools[name])))
     return {*names[: -(-len(names) // 2)]}
 

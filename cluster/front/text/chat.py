@@ -161,8 +161,8 @@ class ChatFormat:
         return shortened
 
     def _guarded(self, chat: ChatRequest, history: ToolFormat) -> list[dict[str, Any]]:
-        """Returns the messages, followed by the variables of the template (among them llama.cpp's). Puts GUARD into
-        control words of the texts, which are then not encoded as control tokens."""
+        """Returns the messages, followed by a dict of template variables. Inserts GUARD into control words, such as
+        `<s>`, in texts, so that they are not encoded as control tokens."""
         tools, today = chat.offered_tools, datetime.fromtimestamp(chat.created).astimezone()
         variables = {
             "date_string": today.strftime("%d %b %Y"),
@@ -211,9 +211,9 @@ def _with_parts(message: Mapping[str, Any]) -> dict[str, Any]:
 def answer_reasoning(
     reading: AnswerReading | None, budget: ReasoningBudget | None, grammar: Grammar | None, tokenizer: Tokenizer
 ) -> Reasoning | None:
-    """Returns how the engine tracks reasoning. Returns None if reasoning looks like content, or if neither a budget nor
-    a grammar depends on it. `grammar` applies only after reasoning. Raises ParameterError if the budget's message
-    contains the end tag."""
+    """Returns how the engine finds the reasoning in an answer. Returns None if no tags mark the reasoning, or if
+    neither a budget nor a grammar depends on it. `grammar` applies only after reasoning. Raises ParameterError if the
+    budget's message contains the end tag."""
     calls_end = reading is not None and reading.form.calls_end_reasoning and (grammar is None or bool(grammar.triggers))
     found = None if reading is None else _open_or_closed(reading, calls_end=calls_end)
     if found is None:
@@ -231,7 +231,8 @@ def answer_reasoning(
 
 
 def _open_or_closed(reading: AnswerReading, *, calls_end: bool) -> Reasoning | None:
-    """Returns the tags of reasoning, and whether the prompt leaves it open. Returns None if it cannot be tracked."""
+    """Returns the reasoning tags, with `is_open` if the prompt ends inside reasoning. Returns None if there are no
+    usable tags or the reasoning has ended."""
     found = _tags(reading.form)
     if found is None or any(len(text.encode()) > MAX_TRIGGER_BYTES for text in (*found.begins, *found.ends)):
         return None

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _PROGRESS_S = 0.1
 _QUEUE_S = 120.0
-"""Maximum seconds that a choice waits for a place in a full queue once the previous choice is submitted."""
+"""Maximum seconds that each later choice of a prompt waits for a place in a full queue."""
 _TURN_TOKENS = 1 << 16
 """Maximum number of prompt tokens to submit in one turn of the event loop. A single choice may have more."""
 SCORED_TOKENS = 256
@@ -45,14 +45,14 @@ Choice = tuple[GenerationRequest, "ChoiceText"]
 
 
 class Completion:
-    """All choices of one prompt. Their chunks are appended to a log. Later choices wait until the first one has
-    computed the prompt, which they then find in the prefix cache. If the queue is full at that time, they wait for a
-    limited time, because the request was already accepted. An error in one choice ends all choices."""
+    """All choices of one prompt. Appends their chunks to a log. The first choice computes the prompt. The other choices
+    start afterwards and find the prompt in the prefix cache. If the queue is full then, they wait up to `_QUEUE_S`,
+    because the request was already accepted. An error in one choice ends all choices."""
 
     def __init__(
         self, engine: Engine, choices: Sequence[Choice], log: AnswerLog, prompt: int, on_close: Callable[[], None]
     ) -> None:
-        """Submits the first choice. Raises the engine's errors. The log must have begun and have this prompt."""
+        """Submits the first choice. Raises the engine's errors. `log.begin` must have been called, with this prompt."""
         self.generation = choices[0][0]
         self._engine = engine
         self._on_close = on_close
@@ -209,7 +209,7 @@ class _Running:
 
 
 class ChoiceText:
-    """Converts a choice's events to chunks. They do not depend on how many prompt tokens are computed at a time."""
+    """Converts a choice's events to chunks. The division of the prompt into microbatches does not change the chunks."""
 
     def __init__(
         self,
@@ -231,8 +231,8 @@ class ChoiceText:
         self._tokens = 0
         self._characters = 0
         self._end_token: int | None = None
-        self._scored: list[RowResult] = []  # Rows that are not in a chunk yet.
-        self._scored_start = 0  # Position in the prompt of the first of these rows.
+        self._scored: list[RowResult] = []  # Rows of prompt tokens that are not in a chunk yet.
+        self._scored_start = 0  # Position in the prompt of the first row in `_scored`.
 
     @property
     def is_stopped(self) -> bool:
@@ -300,12 +300,12 @@ class ChoiceText:
 
 
 class StopPattern:
-    """A stop string with its table for Knuth-Morris-Pratt search. A state is the number of characters of the stop
-    string that the text so far ends with."""
+    """A stop string with its table for Knuth-Morris-Pratt search. A state is the length of the longest beginning of the
+    stop string with which the text so far ends."""
 
     def __init__(self, text: str) -> None:
         self.text = text
-        # [i]: length of the longest proper prefix that text[: i + 1] ends with.
+        # Entry i: length of the longest proper prefix of text[: i + 1] that is also its suffix.
         self._fallback = array("I", bytes(4 * len(text)))
         length = 0
         for i in range(1, len(text)):
@@ -327,7 +327,7 @@ def stop_patterns(strings: tuple[str, ...]) -> tuple[StopPattern, ...]:
 
 
 class StopStrings:
-    """Finds stop strings in text that arrives in pieces. The cost per character does not depend on their lengths."""
+    """Finds stop strings in text that arrives in pieces. Longer stop strings do not cost more per character."""
 
     def __init__(self, patterns: Sequence[StopPattern]) -> None:
         self._patterns = patterns

@@ -1,4 +1,4 @@
-"""Embeddings and reranking scores. Rows are pooled in token order in float64, so results do not depend on the plan."""
+"""Embeddings and reranking scores. Pools hidden states in order in float64, so chunked prefill changes no result."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def normalized(vector: Float64, norm: int = EUCLIDEAN) -> Vector:
 
 
 def _length(vector: Float64, norm: int) -> float:
-    """Returns the divisor of the vector. Sums are exact until they are rounded, so all instruction sets agree."""
+    """Returns the number by which to divide the vector. Sums are rounded only once, so all instruction sets agree."""
     if norm < 0:
         return 1.0
     magnitudes: Sequence[float] = np.abs(vector).tolist()
@@ -78,7 +78,7 @@ _MOST_SUBMITTED = 16
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingOptions:
-    """`norm` is llama.cpp's number of a norm (2: Euclidean, -1: none) and applies only to pooled vectors. `dimensions`
+    """`norm` is llama.cpp's `embd_normalize` (2: Euclidean, -1: none) and applies only to pooled vectors. `dimensions`
     is the number of leading channels to keep, or None for all."""
 
     pooling: Pooling

@@ -1,4 +1,4 @@
-"""Memory for images. Keeps computed rows that no request uses now, and counts the bytes of tiles and of rows in use."""
+"""Memory for images. Keeps rows, the image encoder's output, for later requests. Counts the bytes of tiles and rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MOST_BYTES: Final = 1 << 30
 _SHARE: Final = 16
 """Rows and tiles may take the machine's free memory divided by this number."""
 _KEPT: Final = 4
-"""Rows that no request uses may take that memory divided by this number."""
+"""Rows that no request uses may take the memory limit of rows and tiles divided by this number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,8 @@ class RowMemoryError(QueueFullError):
 
 
 class RowCache:
-    """Keeps the latest rows that no request uses, by digest, and counts the bytes in use. One limit applies to all of
-    these bytes. Requests that lack memory wait in `line`. Not thread-safe."""
+    """Keeps the latest rows that no request uses, by image digest. Counts their bytes and the bytes in use, and limits
+    the sum. Requests that lack memory wait in `line`. Not thread-safe."""
 
     def __init__(self, limits: RowLimits | None = None) -> None:
         self._limits = limits or RowLimits()
@@ -104,7 +104,7 @@ class RowCache:
             self._drop()
 
     async def wait_for(self, size: int) -> None:
-        """Waits until there is room for `size` bytes. The caller must be first in line, so only one waits."""
+        """Waits until there is room for `size` bytes. Only the first request in `line` may call this method."""
         while self.used_bytes + size > self._limits.held_bytes:
             self._freed.clear()
             await self._freed.wait()

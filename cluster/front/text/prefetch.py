@@ -15,9 +15,7 @@ _SIDE_BY_SIDE: Final = 2
 
 
 class Releasable(Protocol):
-    def release(self) -> None:
-        """Frees the memory that the object uses."""
-        ...
+    def release(self) -> None: ...
 
 
 _Result = TypeVar("_Result", bound=Releasable)
@@ -25,8 +23,8 @@ _Any = TypeVar("_Any")
 
 
 class Prefetch(Generic[_Result]):
-    """Results of `begin` for images, in order. The caller must release each result. If memory is short, results that
-    the caller has not taken are dropped and computed again later."""
+    """Calls `begin` for the next images ahead of time, and returns the results in order. The caller must release each
+    result. If memory is short, drops results that the caller has not taken, and computes them again later."""
 
     def __init__(
         self,

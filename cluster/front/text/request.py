@@ -1,4 +1,4 @@
-"""Prompts and chats with the options of their answers. Checks the options that have no equivalent in tokens."""
+"""Prompts and chats with the options of their answers. Checks options that never reach the scheduler, such as `n`."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class AnswerReading:
     splits_reasoning: bool = True
     most_calls: int | None = None
     begun: str = ""  # Beginning of the answer that the prompt already contains.
-    reads_unmarked: bool = False  # True if an answer that consists only of unmarked calls has these calls.
-    shown_control_ids: frozenset[int] = frozenset()  # Control tokens whose text is part of the format.
+    reads_unmarked: bool = False  # True to find calls without markers in an answer that has no other text.
+    shown_control_ids: frozenset[int] = frozenset()  # Control tokens whose text the parser must see.
 
     @property
     def is_thinking(self) -> bool:
@@ -117,7 +117,7 @@ class CompletionRequest(AnswerOptions):
             raise ParameterError(param, f"{reason}the limit is {MAX_BEGUN_CHARACTERS}")
 
     def check_text(self) -> None:
-        """Checks the fields that have no equivalent in tokens. `validate` checks the others. Raises ParameterError."""
+        """Checks fields that the scheduler does not check, such as `n` and `stop`. Raises ParameterError."""
         if self.max_new_tokens is not None:
             check_integer("max_tokens", self.max_new_tokens, 0, MAX_CONTEXT_TOKENS)
             check_integer("min_tokens", self.min_tokens, 0, MAX_CONTEXT_TOKENS)
@@ -244,7 +244,7 @@ class ReasoningBudget:
 
 
 def effort_variables(effort: str | None) -> dict[str, Any]:
-    """Returns the template's variables for a reasoning effort. The template decides what it means, as in llama.cpp."""
+    """Returns template variables for an effort such as `low`. The template decides what the effort means."""
     if effort is None:
         return {}
     return {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}

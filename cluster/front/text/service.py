@@ -49,14 +49,13 @@ if TYPE_CHECKING:
     from llamaclust.cluster.engine.engine import Engine
 
 _BLOCKING_CHARACTERS = 2048
-"""Longer texts are tokenized on a thread."""
+"""Texts with more characters than this are tokenized on a thread."""
 _TOO_MANY_NUMBERS = "the embeddings have {count} numbers; the limit of a reply is {most}: send fewer prompts at once"
 _TOO_MANY_PAIRS = (
     "with the query for each document, there are {count} tokens; the limit is {most}: send fewer documents at once"
 )
 _ANSWER_SHARE = 4
-"""Infilling reserves the context length divided by this number for an answer. Texts and files of the request may fill
-the rest."""
+"""Infilling without `max_new_tokens` keeps a quarter (1 / 4) of the context free for the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,7 @@ class TextSettings:
     generates: bool = True
     slots: int = 0  # Number of slots that record the tokens of requests.
     adapters: ServedAdapters = field(default_factory=ServedAdapters)
-    max_drafted: int = 0  # Maximum number of tokens drafted for a sequence in a step. 0: none.
+    max_drafted: int = 0  # Maximum number of tokens drafted for a sequence in a step. 0: no drafting.
     recommended: Mapping[str, Any] = field(default_factory=dict)  # Sampling fields that the model file recommends.
 
 
@@ -115,7 +114,7 @@ class TextService:
             return self.submit(request, await self.choices(request, generation), log, leases=leases)
 
     async def prepare(self, request: CompletionRequest, leases: RowLeases) -> GenerationRequest:
-        """Returns the first choice of the request in tokens. `leases` hold the rows of its images until the caller
+        """Returns the generation request of the first choice. `leases` hold the rows of its images until the caller
         closes the leases. Raises ParameterError for invalid fields, or ContextLengthError for a long prompt."""
         request.check_text()
         self.slots.check(request.slot, has_images=isinstance(request.prompt, PromptImages))
@@ -144,9 +143,9 @@ class TextService:
         prompt: int = 0,
         leases: RowLeases | None = None,
     ) -> Completion:
-        """Submits a prepared request. The log must have begun. Items are appended under the index `prompt`. The caller
-        must close the completion, which also closes `leases`. Raises ParameterError if a value is out of bounds,
-        AdapterUnloadedError, QueueFullError, or WorkerError. Later errors end the log."""
+        """Submits a prepared request. The caller must have called `log.begin`. `prompt` is the prompt's index in the
+        log. The caller must close the completion, which also closes `leases`. Raises ParameterError if a value is out
+        of bounds, AdapterUnloadedError, QueueFullError, or WorkerError. Later errors end the log."""
         held, (generation, _) = ExitStack(), choices[0]
         try:
             held.enter_context(self._counted())
@@ -158,7 +157,7 @@ class TextService:
         except BaseException:
             held.close()
             raise
-        if self.slots.count and request.slot is not None:  # The engine has checked the tokens, and computes later.
+        if self.slots.count and request.slot is not None:  # The engine accepted the token ids. Results come later.
             log.subscribe(self.slots.recording(request.slot, generation, prompt))
         return completion
 
@@ -182,7 +181,7 @@ class TextService:
         self, prompts: Sequence[Sequence[str | int]], options: EmbeddingOptions
     ) -> AsyncIterator[list[Embedding]]:
         """Embeds prompts of texts and token ids. The embeddings count toward the reply budget while the context is
-        open. Raises RequestError for an empty or too long prompt or too many numbers, and the errors of
+        open. Raises RequestError for an empty or too long prompt or too large a reply, and the errors of
         `Embedder.embed`."""
         length = self.settings.embedding_length
         if self.settings.ranking is not None:
@@ -215,8 +214,8 @@ class TextService:
     async def _pair_reader(
         self, form: PairForm | PairTemplate, query: str
     ) -> Callable[[str, str], Awaitable[tuple[int, ...]]]:
-        """Returns a function that makes the prompt of a document. Its second argument is the document's field, for
-        errors. Control words in texts remain text. A template is tokenized with its texts, as a token may span both."""
+        """Returns a function (document, field name for errors) that makes a prompt's token ids. Control words in texts
+        remain text. A template and its texts are tokenized together, because a token may span both."""
         tokenizer, context = self.tokenizer, self.settings.context_length
         self._check_characters(len(query), "query")
         if isinstance(form, PairTemplate):
@@ -266,8 +265,8 @@ class TextService:
     async def tokenize_all(
         self, parts: Sequence[str | int], param: str, most_tokens: int | None = None, add_special: bool = False
     ) -> list[list[int]]:
-        """Returns the token ids of each part. A part that is an id stands for itself. `add_special` applies to the
-        first part. Raises an error early if the parts must exceed `most_tokens` (None: the context length)."""
+        """Returns the token ids of each part. A token id as a part is returned as a list. `add_special` applies to the
+        first part. Raises an error early if the parts surely exceed `most_tokens` (None: the context length)."""
         self._check_room(f"has {len(parts)} parts", len(parts), param, most_tokens)
         characters = sum(len(part) for part in parts if isinstance(part, str))
         self._check_characters(characters, param, most_tokens)
@@ -305,7 +304,7 @@ class TextService:
         return await self._format_of(chat).text(chat)
 
     def _format_of(self, chat: ChatRequest) -> ChatFormat:
-        """Returns the format of a chat's template variant. Raises ParameterError if the variant omits documents."""
+        """Returns the format of a chat's template variant. Raises ParameterError if it cannot show the documents."""
         template = self.chat_template.variant(uses_tools=chat.uses_tools, has_documents=chat.has_documents)
         if chat.has_documents and "documents" not in (template.source or ""):
             raise ParameterError(

@@ -45,7 +45,7 @@ _Arguments = ParamSpec("_Arguments")
 
 
 class Places:
-    """Limits the concurrent work of one kind. Owners take turns. Each has at most `most` places (None: any number)."""
+    """Limits how many tasks work at once. Owners take turns. One owner has at most `most` places (None: no limit)."""
 
     def __init__(self, count: int, most: int | None = None) -> None:
         self._count = count
@@ -70,7 +70,7 @@ _LONG_TEXTS = Threads(1, "tokenize-long")
 _LONG_CHARACTERS = 1 << 16
 RENDERING = Threads(1, "derive-format")
 BREAKERS = Threads(1, "breakers")
-"""A single thread. The work is done in Python, so more threads would only delay the event loop."""
+"""Thread for DRY's sequence breakers. The work is in Python, so more threads would only delay the event loop."""
 TEMPLATES = Places(2)
 
 
@@ -97,9 +97,9 @@ MAX_REPLY_ENTRIES = 1 << 21
 """Maximum number of tokens and top logprobs in one reply."""
 UNIT_BYTES = 200
 MAX_HELD_UNITS = 1 << 21
-"""Maximum memory, in units, of one owner's replies and prompts to rank. All owners together may use twice as much."""
+"""Maximum memory of one owner's replies and prompts to rank, in `UNIT_BYTES`. The total maximum is twice as high."""
 _UNIT_NUMBERS = 5
-"""Number of embedding values, or of tokens to rank, that count as one unit."""
+"""Number of embedding values, or of tokens in prompts to rank, that count as one unit of memory."""
 _TOP_BYTES = 8
 _RETRY_S = 5.0
 
@@ -180,7 +180,7 @@ class ReplyBudget:
         raise ParameterError("logprobs" if top else "max_tokens", reason, "reply_too_large")
 
     def reserve_numbers(self, count: int, param: str, refusal: str) -> AbstractContextManager[None]:
-        """Reserves memory for numbers, like `reserve`. `refusal` is an error text with {count} and {most}."""
+        """Reserves memory for `count` numbers. `refusal` is an error text with the placeholders {count} and {most}."""
         most = MAX_REPLY_ENTRIES * _UNIT_NUMBERS
         if count > most:
             raise ParameterError(param, refusal.format(count=count, most=most), "reply_too_large")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SlotTokens:
-    """Tokens that begin at position 0. Requests share their KV memory if the salt and the adapters are equal."""
+    """The first tokens of a sequence. Sequences with equal first tokens, salt and adapters share KV memory."""
 
     tokens: array[int] = field(default_factory=lambda: array("I"))
     cache_salt: str = ""
@@ -64,7 +64,7 @@ class Slots:
         return take
 
     def tokens(self, slot: int) -> SlotTokens:
-        """Returns the tokens of a slot whose keys and values are computed or will be."""
+        """Returns the slot's tokens, without a last token that has no keys and values yet."""
         kept = self._tokens.get(slot, SlotTokens())
         return replace(kept, tokens=kept.tokens[:])  # A running request may append to the array.
 

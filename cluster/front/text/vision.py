@@ -1,4 +1,4 @@
-"""Prompts with images, for a model with a projector. Makes the token ids, and the rows that replace the images."""
+"""Prompts with images, for a model with a projector. Makes token ids, and the encoder's rows for the images."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CheckLength = Callable[[int], None]
 """Raises an error if a prompt with at least this many tokens is too long."""
 
 ImagePrompt = tuple[tuple[int, ...], tuple[ImageSpan, ...]]
-"""Token ids of a prompt, with 0 for each row of an image, and the rows of its images."""
+"""Token ids of a prompt, and the rows of its images. Each row has a position in the prompt, with token id 0."""
 
 _MAX_LAYOUTS: Final = 1024
 _FLOAT_BYTES: Final = 4
@@ -50,7 +50,7 @@ class ImageEncoder(Protocol):
         ...
 
     async def encode(self, tiles: Sequence[Tile], owners: Owners) -> list[Rows]:
-        """Computes the rows [rows, levels * width] of each tile, line by line. `owners` wait for the rows."""
+        """Returns rows [rows, levels * width] for each tile, line by line. `owners` are waiting for the rows."""
         ...
 
 
@@ -90,7 +90,7 @@ class _Tiles:
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """An image in a prompt. It has no tiles if its rows were known or being computed when the work on it began."""
+    """An image in a prompt. `tiles` is None if, at the beginning, the image's rows were cached or being computed."""
 
     source: ImageSource
     digest: bytes
@@ -118,7 +118,7 @@ class Vision:
         rope_sections: int = 0,
         rows: RowCache | None = None,
     ) -> None:
-        """Models may share `rows`. `rope_sections` is the number of positions of a row in M-RoPE, or 0 without it."""
+        """Models may share `rows`. `rope_sections` is the number of positions of a row in M-RoPE. 0: no M-RoPE."""
         self._projector = projector
         self._tokenizer = tokenizer
         self._encoder = encoder
@@ -144,8 +144,8 @@ class Vision:
         return await self._in_line(leases, partial(self._image_prompt, prompt, check))
 
     async def _in_line(self, leases: RowLeases, work: Callable[[Place, ExitStack], Awaitable[_Found]]) -> _Found:
-        """Does work that takes memory for rows. If others hold the memory, frees what the work has taken, waits to be
-        first in line, and begins again. The first in line keeps what it takes. All others in line hold nothing."""
+        """Runs `work`, which takes memory for rows. If other requests hold the memory, frees what `work` took, waits to
+        be first in line, and runs `work` again. Only the first in line may wait while it holds memory."""
         with self._rows.line.place(current_owner.get()) as place:
             while True:
                 with ExitStack() as own:
@@ -257,7 +257,7 @@ class Vision:
         return await run_on(TOKENIZING, settings.digest, source.data, self._projector.identity)
 
     async def _tiles_of(self, digest: bytes, source: ImageSource, place: Place | None = None) -> Lease[_Tiles]:
-        """Raises RowMemoryError if a request other than that of `place` is first in line."""
+        """Raises RowMemoryError if the request of `place` must wait for another request in the line."""
         if place is not None and digest not in self._preparing:
             self._check_open(place)
         owner = current_owner.get()
@@ -302,7 +302,6 @@ class Vision:
             raise RowMemoryError(error.held_bytes, lacking) from error
 
     async def _compute(self, image: _Begun, owners: Owners) -> Rows:
-        """Encodes an image. Prepares its tiles if no request has them."""
         tiles = await self._tiles_of(image.digest, image.source)
         size = self._bytes_of(tiles.value.layout)
         try:
@@ -337,7 +336,7 @@ class Vision:
             start = end
 
     def _rope_positions(self, rows: TileRows, columns: int) -> NDArray[np.int32] | None:
-        """Returns [sections, rows]. Section 1 is the line in the span, section 2 the column. Other sections are 0."""
+        """Returns M-RoPE positions [sections, rows]. Section 1 has lines in the span, section 2 columns, others 0."""
         if not self._rope_sections:
             return None
         positions = np.zeros((self._rope_sections, rows.end - rows.start), np.int32)

@@ -32,7 +32,7 @@ from llamaclust.model.chat.tools.events import (
 
 Block = dict[str, Any]
 Shown = dict[str, Any]
-"""A stream event as a JSON object. `_put_together` makes a complete answer's content blocks from the same events."""
+"""A stream event as a JSON object. For a whole reply, `_put_together` joins the same events to content blocks."""
 
 _STARTS: Final[dict[str, Block]] = {
     "text": {"type": "text", "text": ""},

@@ -184,8 +184,8 @@ class Turn:
 
 
 def read_turn(message: Any, info: ValidationInfo) -> Turn:
-    """Validates a message. If the context is a `Leniency`, short texts replace media that the model cannot read and
-    calls of tools on Anthropic's servers. Otherwise, these blocks raise ValueError, as unknown blocks always do."""
+    """Validates a message. In a `Leniency` context, short texts replace media that the model cannot read and calls of
+    Anthropic's server tools. In other contexts, such blocks raise ValueError. Unknown blocks always do."""
     if not isinstance(message, dict) or message.get("role") not in _ROLES:
         raise ValueError(f"a message must be an object with a 'role' of {', '.join(_ROLES)}")
     role, content = message["role"], message.get("content")
@@ -272,7 +272,7 @@ def _text_of(block: Any, context: object) -> str:
         return content if isinstance(content, str) else "\n".join(_texts(content, context))
     if isinstance(kind, str) and is_media(kind):
         return media_text(kind, context)
-    raise ValueError(f"blocks of type {str(kind)[:60]!r} are not supported here")
+    raise ValueError(f"blocks of type {str(kind)[:60]!r} are not supported in this field")
 
 
 def _call(block: dict[str, Any]) -> dict[str, Any]:

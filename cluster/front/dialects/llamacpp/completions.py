@@ -86,7 +86,7 @@ def _prompt(value: Any, context: object) -> LlamaCppPrompt:
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not all(isinstance(item, str) or is_int(item) for item in value):
-        raise ValueError("must be a string, a list of token ids and strings, or a list of those")
+        raise ValueError("must be one prompt (a string, or a list of token ids and strings) or a list of prompts")
     return tuple(value)
 
 
@@ -289,8 +289,8 @@ class Infill(LlamaCppCompletion):
 
 
 class Completions(TextCompletions):
-    """Handles a body with the field `model` in OpenAI's form, because OpenAI's API requires that field. Handles other
-    bodies in llama.cpp's form."""
+    """Reads a body with the field `model` as OpenAI's `/v1/completions` does, because only OpenAI's API requires that
+    field. Reads any other body as llama.cpp's `/completion` does."""
 
     paths = ("/completions",)
 
@@ -312,7 +312,7 @@ class LlamaCppView(View):
 
     def frames(self, prompt: int, item: LogItem) -> list[Event]:
         answer = self._answers[prompt]
-        # Progress events have their own slot, because they differ if the reply is computed again.
+        # Progress events have a separate slot, because a second computation of the reply may have other ones.
         if isinstance(item, PromptProgress):
             return [Event(len(self._answers) + 1, answer.progress(item))]
         return [Event(prompt, answer.part(item))]

@@ -101,7 +101,7 @@ class SlotActions:
             self._turn.release()
 
     async def _compute(self, tokens: SlotTokens) -> None:
-        """Computes the tokens' KV blocks. The request for this also generates one token."""
+        """Computes the tokens' KV blocks with a completion request that generates one token."""
         completion = CompletionRequest(
             tuple(tokens.tokens),
             1,

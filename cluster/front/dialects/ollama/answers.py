@@ -79,7 +79,7 @@ class PieceReader:
         self._open: dict[int, ToolCall] = {}
 
     def read(self, chunk: TextChunk) -> Piece:
-        """Returns the piece that a chunk adds. A tool call belongs to the piece of its last chunk."""
+        """Returns the piece that a chunk adds. A tool call is in the piece of the chunk with which the call ends."""
         piece = Piece()
         for event in chunk.events or (ContentText(chunk.text),):
             match event:
@@ -158,7 +158,7 @@ class OllamaView(View):
 
 
 def durations(timings: Timings) -> dict[str, int]:
-    """Returns durations in nanoseconds and token counts, including cached tokens. `load_duration` is queueing time."""
+    """Returns Ollama's durations (ns) and token counts (including cached tokens). `load_duration` is queueing time."""
     shown = shown_timings(timings)
     answer_ms = shown["predicted_ms"]
     return {
@@ -191,7 +191,7 @@ class OllamaDialect(Dialect[AnyAnswer]):
         """Converts a request's body to a completion request."""
 
     async def reply(self, parsed: ParsedRequest[AnyAnswer]) -> Reply:
-        """Shows the time of admission as `created_at`. A second computation of the reply thus shows the same time."""
+        """Uses the admission time as `created_at`, so that a second computation of the reply shows the same time."""
         body, end = parsed.body, None
         if body.is_load:
             unloads = self.settings.can_unload and read_keep_alive(body.keep_alive) == 0
@@ -286,7 +286,7 @@ class Embed(OllamaEmbedding[EmbedBody]):
     body = EmbedBody
 
     async def answer(self, request: Request) -> Response:
-        """Computes one embedding vector of length 1 for each text."""
+        """Computes one embedding vector for each text, and scales the vector to Euclidean norm 1."""
         body = await self.read(request)
         begun_ns = time.perf_counter_ns()
 

@@ -44,7 +44,7 @@ def shown_time(seconds: float) -> str:
 class ModelDetails:
     """The parts of replies that come from a model's file. They are computed once per process."""
 
-    listed: dict[str, Any]  # The entry in lists of models, without names.
+    listed: dict[str, Any]  # The model's entry in lists of models, without the model's names.
     info: dict[str, Any]  # The file's metadata. Arrays above `_MOST_ITEMS` items are None.
     modified_at: str
 
@@ -212,7 +212,7 @@ class OllamaManaging:
             cleanup.push_async_callback(steps.aclose)
             if not body.stream:
                 return JsonResponse(await unless_disconnected(request, _last(steps)))
-            # An error in the first step still has its own HTTP status.
+            # An error in the first step can still set the HTTP status.
             first = await unless_disconnected(request, anext(steps))
             pulling = cleanup.pop_all()
             return EventResponse(_lines(first, steps), lambda _: pulling.aclose(), StreamFormat.LINES)

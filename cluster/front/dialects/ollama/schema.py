@@ -97,13 +97,13 @@ class AnswerFields(Body):
     model: str
     """Name of the model, with or without `:latest`. Any name is accepted, unless `api.strict_model` is true."""
     keep_alive: Any = None
-    """Time that the model stays loaded after the reply, if several are served: seconds, or a text such as `5m`."""
+    """Seconds, or a text such as `5m`, to keep the model loaded after the reply. Used if several models are served."""
     stream: bool = True
     """True to reply with a stream of JSON lines, false to reply with one JSON object."""
     format: _FormatField = None
     """The format of the answer: `json` for a JSON object, or a JSON schema."""
     think: _ThinkField = None
-    """False: no reasoning. True: the model must support reasoning. A text such as `low`: the amount of reasoning."""
+    """True, or an amount such as `low`, to reason. The model must support reasoning. False for no reasoning."""
     options: _OptionsField = Field(default_factory=Options)
     """Settings of the samplers, and the maximum length of the answer."""
     logprobs: bool = False
@@ -286,7 +286,7 @@ class CreateBody(
 ):
     model_config = ConfigDict(json_schema_extra=_with_from)
 
-    source: str = Field(description="A name of the served model, in the field `from`.")
+    source: str = Field(description="An existing name of a served model. `model` becomes another name of that model.")
     stream: bool = True
     """True to reply with a stream of JSON lines, false to reply with one JSON object."""
 
@@ -312,7 +312,7 @@ class EmbedBody(EmbeddingFields):
     input: Annotated[tuple[str, ...], BeforeValidator(_texts), WithJsonSchema(_TEXTS)]
     """A text, or a list of texts."""
     dimensions: int | None = Field(default=None, ge=1)
-    """The number of dimensions of a vector. The vector's last dimensions are removed. The default is all dimensions."""
+    """The number of dimensions to return. A vector's last dimensions are removed. The default is all dimensions."""
 
 
 class EmbeddingsBody(EmbeddingFields):

@@ -116,7 +116,7 @@ class CreatedResponses:
         if kept is None:
             raise _not_found(request)
         kept.resume()
-        # The store deleted the response to make room, or is about to get it.
+        # The response is complete but not in the store: the store deleted it, or will get it soon.
         if kept.log.is_over and kept.error is None:
             complete: dict[str, Any] = await kept.value()
             return complete

@@ -29,7 +29,7 @@ MAX_ITEMS: Final = 16_384
 REFERENCE: Final = "item_reference"
 """The type of input items that refer to an item in a stored response. The reference has that item's id."""
 CALL_TEXTS: Final = {"function_call": "arguments", "custom_tool_call": "input"}
-"""Types of tool-call items. The values name the fields that hold the model's text."""
+"""Maps the types of tool-call items to the field that holds the text written by the model."""
 _ROLES: Final = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 _SUMMARY_FORMAT: Final = "llamaclust summary 1:"
 _SUMMARY: Final = "Summary of the conversation so far:"
@@ -48,8 +48,8 @@ _THOUGHTS: Final = ("summary_text", "reasoning_text", "text")
 
 
 def read_items(value: Any, context: object) -> list[Item]:
-    """Converts the field `input` to items. If `context` is a `Leniency`, items of unknown types are removed, and short
-    texts replace media that the model cannot read. Otherwise, both raise ValueError."""
+    """Converts the field `input` to items. In a `Leniency` context, removes items of unknown types, and replaces media
+    that the model cannot read by short texts. In other contexts, such items raise ValueError."""
     if isinstance(value, str):
         return [_message({"role": "user", "content": value}, context)]
     if not isinstance(value, list):

@@ -268,7 +268,7 @@ class CompactionBody(AdapterFields, foreign=COMPACTION):
     """The chat's system prompt. It is not summarized."""
 
     def request(self, messages: Sequence[Mapping[str, Any]]) -> ChatRequest:
-        """Returns the chat with the task to summarize it at the end. Sampling is greedy, without reasoning."""
+        """Returns `messages`, followed by the task to summarize them. Sampling is greedy, without reasoning."""
         if not messages:
             raise ParameterError("input", "is missing")
         answer = CompletionRequest((), MAX_SUMMARY_TOKENS)
@@ -277,7 +277,7 @@ class CompactionBody(AdapterFields, foreign=COMPACTION):
 
 
 def _with_task(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Adds the task to the last message if that is a user's, or else as a user message. Many chat templates require
+    """Appends the task to the last message if a user wrote it, or else as a new message. Many chat templates require
     that roles alternate."""
     last = messages[-1]
     if last["role"] == "user":

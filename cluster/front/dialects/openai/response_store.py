@@ -22,7 +22,7 @@ Messages = tuple[Mapping[str, Any], ...]
 
 @dataclass(slots=True, eq=False)
 class StoredResponse:
-    """A response with its input. The constructor estimates its size, which takes long for a large response."""
+    """A response with its input. The constructor estimates `held_bytes`, which takes long for a large response."""
 
     response: dict[str, Any]  # The response's JSON.
     input_items: list[Item]
@@ -43,8 +43,8 @@ async def stored_response(response: dict[str, Any], input_items: Sequence[Item],
 
 
 class ResponseStore:
-    """Stored responses by owner and id. A full store deletes the oldest response of the owner who uses most memory, or
-    has most responses. Not thread-safe."""
+    """Stored responses by owner and id. A store without free memory deletes the oldest response of the owner who uses
+    most memory. At the limit on responses, it deletes the oldest of the owner who has most. Not thread-safe."""
 
     def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
         self._max_responses = max_responses
@@ -75,7 +75,7 @@ class ResponseStore:
         self.put(owner, stored)
 
     def delete(self, owner: str, response_id: str) -> bool:
-        """Deletes a response. A thread that still renders it will not store it. Returns False if none was stored."""
+        """Deletes a response. A thread still rendering it will not store it. Returns False if none was stored."""
         key = owner, response_id
         if (storing := self._computed.pop(key, None)) is not None:
             storing.is_done = True
@@ -132,7 +132,7 @@ class ResponseStore:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Storing:
-    """Stores a response and its input once, even if many readers call `complete`. Make it on the store's event loop."""
+    """Stores a response and its input once, even if many readers call `complete`. Created in the store's event loop."""
 
     store: ResponseStore
     owner: str
@@ -147,8 +147,8 @@ class Storing:
             self.store.put(self.owner, stored)
 
     def complete(self, response: dict[str, Any]) -> None:
-        """Stores the complete response. Every reader of the reply calls this method, before the reader's client gets
-        the end of the reply. Thread-safe."""
+        """Stores the complete response. Every reader of the reply calls this method before it sends the reply's end to
+        its client. Thread-safe."""
         if not self.is_done:
             messages = (*self.messages, *messages_of(response["output"]))
             stored = StoredResponse(response, with_ids(self.input_items, response["id"]), messages)

@@ -44,7 +44,7 @@ Shown = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ShownRow(DeferredValue):
-    """A token of the answer with its logprobs. Its JSON has no token ids, unlike in other APIs."""
+    """A token of the answer with its logprobs. The JSON omits token ids, which the Responses API does not have."""
 
     tokenizer: Tokenizer
     row: RowResult
@@ -81,10 +81,10 @@ class OutputItems:
         self._pending: list[ShownRow] = []  # Logprobs of tokens whose text is not complete yet.
 
     def take(self, events: Iterable[AnswerEvent], logprobs: Sequence[ShownRow] = ()) -> Iterator[Shown]:
-        """Adds parts of the answer, with their tokens' logprobs. Logprobs of tokens outside messages are dropped."""
+        """Adds the answer's next events and the logprobs of their tokens. Drops logprobs of tokens outside messages."""
         self._pending += logprobs
         for event in events:
-            # The new logprobs stay, because one token can contain both markup and text.
+            # Drops older pending logprobs. The new ones stay, because one token can contain both markup and text.
             if not isinstance(event, ContentText):
                 del self._pending[: -len(logprobs) or None]
             match event:
@@ -206,7 +206,7 @@ class ResponseView(View):
         self._reasoning = ReasoningCount(tokenizer)
 
     def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:
-        """Returns the response's JSON. An answer with logprobs has several chunks, which show each token's text."""
+        """Returns the response's JSON. With logprobs, an answer has several chunks, to tell the text of each token."""
         (chunks,) = parts
         for chunk in chunks:
             for _ in self._take(chunk):
@@ -214,8 +214,8 @@ class ResponseView(View):
         return self._ended(chunks[-1])
 
     def frames(self, prompt: int, item: LogItem) -> Iterator[Event]:
-        """Yields an item's events. Progress events have their own slot and repeat the last event's number, because they
-        differ if the reply is computed again."""
+        """Yields the events of a log item. Progress events have a separate slot, because a second computation of the
+        reply may have other ones. They repeat the last event's number."""
         if not self._events:
             yield from map(self._numbered, self._head.first_events)
         if isinstance(item, TextChunk):
@@ -266,7 +266,7 @@ class ResponseView(View):
 
 
 class ReasoningCount:
-    """Counts reasoning tokens in blocks of 1,024 characters, so that chunk sizes do not change the result."""
+    """Counts reasoning tokens. Encodes the text in blocks of 1,024 characters, so that chunk sizes do not matter."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

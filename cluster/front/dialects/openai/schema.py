@@ -233,13 +233,13 @@ class CompletionBody(GenerationBody, foreign=COMPLETION):
     prompt: PromptsField
     """One prompt (text or token ids), or a list of prompts."""
     max_tokens: LimitField = DEFAULT_COMPLETION_TOKENS
-    """The maximum number of tokens in an answer. -1 means as many as fit into the context, and 0 means none."""
+    """The maximum number of tokens in an answer, or -1 for as many as fit into the context. 0 generates no tokens."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     """The number of likeliest tokens to show for each token, with logprobs. By default, no logprobs are shown."""
     echo: bool = False
     """True to begin the reply's text with the prompt. With `logprobs`, the prompt's tokens also get logprobs."""
     score_from: Annotated[int, documented(0, MAX_CONTEXT_TOKENS)] | None = None
-    """Index of the first prompt token with logprobs. Requires `echo` and `logprobs`. A high index saves time."""
+    """Index of the first prompt token to get a logprob. Requires `echo` and `logprobs`. A higher index saves time."""
     best_of: int | None = None
     """Must be absent or equal to `n`."""
     add_special_tokens: Annotated[bool, Requested("add_special")] = True

@@ -190,7 +190,7 @@ def _named_tool(value: Any, message: str) -> dict[str, str]:
 class ToolChoice:
     choice: Any  # Result of `read_choice`.
     tools: Sequence[ClientTool]
-    is_parallel: bool | None  # None allows several calls, unless one is required.
+    is_parallel: bool | None  # True to allow several calls. None: True, unless a call is required.
 
     @property
     def use(self) -> ToolUse:
@@ -232,7 +232,7 @@ _HOSTED_ENVIRONMENTS: Final = ("container_auto", "container_reference")
 
 @dataclass(frozen=True, slots=True)
 class BuiltInTool:
-    """A tool that requests name only by its type, such as `shell`. A call has the arguments in the object `field`."""
+    """A tool that requests select only by type, such as `shell`. A call has its arguments in the object `field`."""
 
     field: str
     fixed: Mapping[str, Any]  # Default values in the object `field`.
@@ -268,10 +268,10 @@ BUILT_IN: Final = {
 
 @dataclass(frozen=True, slots=True)
 class ToolSet:
-    """The client's tools in a request to the Responses API. `client` has the tools as functions for the model."""
+    """The client's tools in a request to the Responses API. `client` has each tool as a function for the model."""
 
     client: tuple[ClientTool, ...] = ()
-    shown: tuple[dict[str, Any], ...] = ()  # Definitions that the response repeats.
+    shown: tuple[dict[str, Any], ...] = ()  # Definitions of the tools that the response repeats.
 
 
 def read_tools(value: Any, context: object) -> ToolSet:

@@ -59,7 +59,7 @@ class OpenAiView(View, Generic[AnyGeneration]):
         self._prompt_tokens = sum(len(generation.prompt) for generation in log.generations)
         self._opened: set[tuple[int, int]] = set()
         self._calling: set[tuple[int, int]] = set()  # Choices with tool calls, as (prompt index, choice index).
-        # Keys are (prompt index, choice index). Values are a slot, and an event's JSON before and after its text.
+        # Keys are (prompt index, choice index). Values are results of `_around`.
         self._texts: dict[tuple[int, int], tuple[int, bytes, bytes]] = {}
         self._tokens = 0  # Number of tokens of all answers so far.
         self._timings: list[Timings] = []  # Timings of each prompt's first choice.
@@ -73,7 +73,7 @@ class OpenAiView(View, Generic[AnyGeneration]):
         """Returns the content and logprobs that a chunk adds. If `is_whole`, the chunk is the choice's whole answer."""
 
     def frames(self, prompt: int, item: LogItem) -> Sequence[Event]:
-        """Returns events. Progress events have their own slot, because they differ if the reply is computed again."""
+        """Returns the events of a log item. Progress events get a separate slot: a new computation may have others."""
         if isinstance(item, PromptProgress):
             progress = shown_progress(item, with_timings=self._body.timings_per_token)
             return (Event(self._choices + 1, self._event([], progress)),)
@@ -183,8 +183,8 @@ class OpenAiView(View, Generic[AnyGeneration]):
 
 
 def _around(name: str, text: str, event: Event) -> tuple[int, bytes, bytes]:
-    """Returns the event's slot, and its JSON before and after the text. The text follows its key: `name` in quotes,
-    which cannot occur inside a JSON string."""
+    """Returns the event's slot, and the event's JSON before and after `text`. The text follows its quoted key `name`,
+    which cannot occur inside a JSON string, where quotes are escaped."""
     key = to_json(name) + b":"
     begin, _, end = to_json(event.value).partition(key + to_json(text))
     return event.slot, begin + key, end
@@ -195,12 +195,12 @@ def _opens(choice: Choice) -> bool:
 
 
 ShownToken = tuple[int, int, RowResult | None]
-"""A token id, the offset of its text in the choice's text, and its row, or None if the token has no logprob."""
+"""A token id, the position of its text in the choice's text, and its row of logprobs or None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """A prompt that `echo` repeats. `offsets` are its tokens' offsets in `text`. `unscored` tokens have no logprobs."""
+    """A prompt that `echo` repeats. `offsets[i]` is token i's place in `text`. `unscored` tokens have no logprobs."""
 
     text: str = ""
     offsets: Sequence[int] = ()

@@ -68,7 +68,7 @@ class Renewal:
             return
         key, self._key = self._key, None
         if key is None:
-            raise ProtocolError("the coordinator renews a certificate that was not requested")
+            raise ProtocolError("the coordinator sent a renewed certificate that this worker did not request")
         self._identity.pair = key.with_certificate(answer.certificate)
         self._renewed.set()
         _log.info("the certificate is renewed")

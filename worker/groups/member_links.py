@@ -77,7 +77,7 @@ class MemberLinks:
                 await asyncio.shield(self._opening)
         except DeadlineError as late:
             if (missing := self._opener.missing) is None:
-                raise  # All members are linked, and the links are about to open.
+                raise  # No member is missing, so the error names none.
             worker, reason = missing
             raise WorkerError(f"{reason}, after {seconds:g} s", worker=worker) from late
 

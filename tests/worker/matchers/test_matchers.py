@@ -335,7 +335,7 @@ def test_rows_of_answers_that_are_not_there_break_the_protocol(stage: StageMatch
     step(stage, 0, task(1, 0, ABC), says="a")
     with pytest.raises(ProtocolError, match="has 1 tokens on this worker, expected 2"):
         step(stage, 1, task(1, 2), says="d")
-    with pytest.raises(ProtocolError, match="this worker has no matcher for it"):
+    with pytest.raises(ProtocolError, match="is missing on this worker"):
         step(stage, 2, task(1, 1), says="c", released=(1,))
 
 

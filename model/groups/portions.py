@@ -72,8 +72,8 @@ class Gathered:
 
 @dataclass(frozen=True, slots=True)
 class DividedStep:
-    """A step of the undivided program. Its result is divided into `units`, or whole in every member if `units` is 0.
-    The `gathered` buffers are gathered before the step. Members take their columns from the whole rows of `cut`
+    """A step of the undivided program. Members divide its result into `units`. If `units` is 0, every member computes
+    all of it. `gathered` buffers are assembled from all members before the step. Each member takes its columns of `cut`
     buffers."""
 
     step: Step

@@ -201,7 +201,7 @@ def _check_levels(keys: ModelKeys, projector: Projector) -> None:
 
 
 def _check_tensors(projector: Projector) -> None:
-    """Raises ModelFileError if no step reads a tensor. An ignored scale or norm would make every row wrong."""
+    """Raises ModelFileError if the file has a tensor that no step reads. It could be a scale that the rows need."""
     known = {*projector.program.weights, *projector.family.unread, *_read_for_inputs(projector)}
     unknown = {name for name in projector.file.tensors if name not in known and not name.startswith(_AUDIO)}
     if unknown:

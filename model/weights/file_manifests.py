@@ -15,7 +15,7 @@ from llamaclust.model.weights.manifest import MANIFEST_VERSION, make_manifest
 _log = logging.getLogger(__name__)
 
 _SETTLED_NS = 100_000_000
-"""The age of a change after which the next change has another time. File systems count in steps of up to 10 ms."""
+"""Time to wait after a change, so that a later change gets another time. File systems have steps of up to 10 ms."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ _TOLERANCE = 2.0
 
 
 def _complete(settings: ImageSettings, numbers: ImageNumbers) -> ImageSettings:
-    """Adds the side of a tile, which files do not have. A tile is never larger than an image that is not cut."""
+    """Adds the side of a tile, which files do not have. A tile has at most `max_pixels`, like an uncut image."""
     side = isqrt(numbers.max_pixels) // settings.side * settings.side
     return tiled(free(settings, numbers), numbers, min(side, _TILE), _TILES)
 

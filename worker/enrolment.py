@@ -103,7 +103,7 @@ def _granted(data: bytes | None, where: str) -> enrolment.Grant:
     if isinstance(message, enrolment.Refusal):
         raise RefusedError(f"the coordinator at {where} refused: {message.reason}")
     if not isinstance(message, enrolment.Grant):
-        raise ProtocolError(f"the coordinator at {where} answered a request with a challenge")
+        raise ProtocolError(f"the coordinator at {where} sent a challenge instead of a certificate")
     return message
 
 

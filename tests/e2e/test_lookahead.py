@@ -278,7 +278,7 @@ async def test_only_the_first_of_several_stages_is_told_tokens(model: Model, tmp
 def test_tokens_out_of_turn_are_refused() -> None:
     box = PlainTokensBox()
     box.put(SampledTokens(3, (7,)))
-    with pytest.raises(ProtocolError, match="tokens of microbatch 3 came after those of 3"):
+    with pytest.raises(ProtocolError, match="tokens of microbatch 3 came after those of microbatch 3"):
         box.put(SampledTokens(3, (8,)))
 
 

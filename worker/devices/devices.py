@@ -100,7 +100,7 @@ class Device:
         return SplitExpertsBackend(gpu, experts, part.cpu_moe, part.experts_cache_bytes)
 
     def measure(self, model: Model | None = None, quant_types: Iterable[int] = ()) -> Profile:
-        """Measures the machine, a model's steps, and products with these quant types. Blocks for a second or more."""
+        """Measures the machine, a model's steps, and matrix products with `quant_types`. Blocks for seconds."""
         from llamaclust.kernels.probes import measure_machine
         from llamaclust.worker.devices.product_profiler import measure_products
         from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
@@ -173,7 +173,7 @@ def _fingerprint(kind: str, threads: int, level: str, gpus: tuple[Gpu, ...], cor
 
 
 def check_devices(devices: Iterable[tuple[str, str]], model: Model) -> None:
-    """Raises UsageError if this machine lacks a (kind, feature level), and ModelFileError if one cannot run `model`."""
+    """Checks (kind, feature level) pairs. Raises UsageError for a missing device, ModelFileError for a useless one."""
     for kind, feature_level in sorted(set(devices)):
         backends.open_processor(kind, 1, feature_level)
         if kind != _REFERENCE:

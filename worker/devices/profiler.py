@@ -94,7 +94,7 @@ class ProfiledDevice:
         return cls(gpu, threads, feature_level, free_bytes, size=GPU, own_cache=gpu.cache_flush)
 
     def apart(self) -> Backend:
-        """Returns a CPU backend with its own thread pool, because a pool adapts to steps of equal size."""
+        """Returns a CPU backend with its own thread pool, because a pool adapts to repeated steps of equal size."""
         return self.backend.apart() if isinstance(self.backend, HasThreads) else self.backend
 
     @contextmanager
@@ -160,7 +160,7 @@ class _Measurement:
     sweep: Sweep
 
     def parts(self, ranges: Sequence[tuple[int, int]]) -> list[_Part]:
-        """Measures a stage for each range of layers, in alternation, so that the machine's speed is equal for all."""
+        """Measures one stage per range of layers. Their steps alternate, so that disturbances affect all alike."""
         device, model = self.device, self.model
         limits, options = device.size.limits, StageOptions(device.feature_level, device.threads)
         with ExitStack() as opened:

@@ -37,7 +37,7 @@ class MemberLostError(LlamaclustError):
 
 
 class LinkOpener:
-    """Opens a member's links once. Of two members, the one with the higher place connects to the other."""
+    """Opens a member's links once. Of two members, the one with the higher number connects to the other."""
 
     def __init__(self, order: GroupOrder, credentials: Credentials, listener: LinkListener) -> None:
         self._order, self._credentials, self._listener = order, credentials, listener

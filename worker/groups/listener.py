@@ -1,5 +1,5 @@
 """Accepts connections of other members, and passes each to the group that expects it. A connection begins with an
-unencrypted hello: 8 bytes of version, the group's 16-byte id, and the places of sender and receiver. The id is random
+unencrypted hello: 8 bytes of version, the group's 16-byte id, and the numbers of sender and receiver. The id is random
 and only members know it, so strangers cannot use up handshakes. A certificate proves who the sender is."""
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MOST_SILENT = 64
 _BACKLOG = 128
 SOCKET_ENDING = ".l"
 LINK_PORTS = 1000
-"""Distance from the port for stages to the port for links. The ports between them may belong to other workers."""
+"""The port for links is the stage port plus this number. The ports between them may belong to other workers."""
 _LAST_PORT = 65535
 _RETRY_S = 0.1
 

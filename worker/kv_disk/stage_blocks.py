@@ -44,7 +44,7 @@ class StageBlocks:
             return next((index for index, key in enumerate(keys) if not self._cover(key, kv)), len(keys))
 
     def restore(self, keys: Sequence[bytes], blocks: Sequence[int], kv: KvLayers) -> int:
-        """Reads blocks until one is missing or damaged, and returns their number. Deletes damaged files."""
+        """Reads blocks until one is missing or damaged. Returns the number of blocks read. Deletes damaged files."""
         used: dict[str, None] = {}
         done = 0
         for key, block in zip(keys, blocks, strict=True):

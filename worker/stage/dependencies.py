@@ -37,7 +37,7 @@ class SampledTokensBox:
     def put(self, sampled: SampledTokens) -> None:
         newest = next(reversed(self._came), -1)
         if sampled.number <= newest:
-            raise ProtocolError(f"tokens of microbatch {sampled.number} came after those of {newest}")
+            raise ProtocolError(f"tokens of microbatch {sampled.number} came after those of microbatch {newest}")
         self._came[sampled.number] = sampled, perf_counter_ns()
         if len(self._came) > MOST_IN_FLIGHT:
             del self._came[next(iter(self._came))]

@@ -20,7 +20,7 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 _DRAFTED_NS: Final = 200_000_000
 """Once the matchers of a step have used this CPU time, the remaining drafted rows are deferred."""
 _STEP_NS: Final = 500_000_000
-"""Once matchers have used this CPU time, other rows are deferred too, so that fewer slow answers are sent at once."""
+"""Once a step's matchers have used this CPU time, all other rows are deferred. Fewer slow answers then share a step."""
 _TOLD_NS: Final = 1_000_000
 """If a row's matcher used at least this CPU time, the time is reported to the coordinator."""
 _READY_S: Final = 60.0
@@ -87,8 +87,8 @@ class MatchedAnswer:
             self.fail(error)
 
     def _make_matcher(self, vocabulary: GrammarVocabulary) -> None:
-        """Makes the matcher. If the answer has no tokens yet, adds the tokens with which the grammar says that it must
-        begin. Later, `take` adds forced tokens."""
+        """Makes the matcher. If the answer is empty, adds the tokens that the grammar forces at its beginning. Later,
+        `take` adds forced tokens."""
         matcher, tokens = answer_matcher(self._start, vocabulary, is_costly=self._is_costly), self._tokens
         self._excess_ns = 0
         for place in range(0, len(tokens), _TOKENS_AT_ONCE):

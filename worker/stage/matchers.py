@@ -1,7 +1,7 @@
-"""Matchers of a last stage's answers, for grammars and reasoning budgets. A thread makes matchers when sampling inputs
-arrive. A row whose matcher is not ready is deferred, and the coordinator sends it again. A row is first sampled without
-its grammar. If the grammar refuses the token, the row is sampled again from the allowed tokens. The rows of a step
-share a limited CPU time. A matcher depends only on grammar and tokens, so answers can change pipelines."""
+"""Matchers apply grammars and reasoning budgets to answers at the last stage. A thread makes matchers when sampling
+inputs arrive. A row whose matcher is not ready is deferred, and the coordinator sends it again. A row is first sampled
+without its grammar. If the grammar refuses the token, the row is sampled again from the allowed tokens. The rows of a
+step share a limited CPU time. A matcher depends only on grammar and tokens, so answers can change pipelines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FIRST_S: Final = 0.01
 
 
 class StageMatchers:
-    """The matchers of one epoch. The event loop uses `receive` and `ready`, the computing thread `begin` and `take`."""
+    """The matchers of one epoch. `receive` and `ready` run on the event loop, and `begin` and `take` on a thread."""
 
     def __init__(self, vocabulary: Callable[[], GrammarVocabulary], most: int) -> None:
         """`vocabulary` is called for the first matcher. At most `most` answers are kept."""
@@ -76,7 +76,7 @@ class StageMatchers:
             self._changes |= starts
             starting = sum(answer is not None for answer in self._changes.values())
         if starting > MOST_IN_FLIGHT * self._most:
-            raise ProtocolError(f"more than {MOST_IN_FLIGHT * self._most} matchers are starting")
+            raise ProtocolError(f"more than {MOST_IN_FLIGHT * self._most} grammar matchers are starting")
         for answer in starts.values():
             self._make(answer)
 
@@ -185,7 +185,7 @@ class StageMatchers:
                 else:
                     self._answers[change[1]] = answer
         if len(self._answers) > self._most:
-            raise ProtocolError(f"matchers of {len(self._answers)} answers exceed the limit of {self._most}")
+            raise ProtocolError(f"{len(self._answers)} answers have grammar matchers; the limit is {self._most}")
 
     def _make(self, answer: MatchedAnswer) -> None:
         answer.ready = self._thread.submit(answer.make_matcher, self._prepare)

@@ -218,7 +218,7 @@ class StageRunner:
         """Replaces the adapters for later runs. Keeps KV memory. Raises UsageError or InsufficientMemoryError."""
         program, backend = self.program_of(model), self._backend
         if not isinstance(backend, SharesKv):
-            raise UsageError("adapters can be computed on processors only")
+            raise UsageError("adapters can be replaced only if the whole stage runs on the CPU")
         planned = program_memory(backend, model, program, self.limits)
         new = {"weights": planned.weight_bytes - planned.held_weight_bytes, "workspace": planned.workspace_bytes}
         if sum(new.values()) > free_bytes:
@@ -285,7 +285,7 @@ class StageRunner:
         assert self.program.normed is not None, "only a last stage has it"
         most = max_embedded_rows(self.program.normed.width)
         if len(rows) > most:
-            raise ProtocolError(f"a microbatch has {len(rows)} embedded rows; a result holds at most {most}")
+            raise ProtocolError(f"a microbatch requests the embeddings of {len(rows)} rows; the limit is {most}")
         return self._stage.normed(rows).astype("<f4").tobytes()
 
     @property

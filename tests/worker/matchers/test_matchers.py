@@ -378,7 +378,7 @@ def test_no_more_answers_start_than_a_coordinator_has_in_flight(
     monkeypatch.setattr(matchers, "MOST_IN_FLIGHT", 2)
     for number in range(2):
         stage.receive(inputs_of(number, *(task(3 * number + place, 0, ABC) for place in range(3))))
-    with pytest.raises(ProtocolError, match="more than 6 matchers are starting"):
+    with pytest.raises(ProtocolError, match="more than 6 grammar matchers are starting"):
         stage.receive(inputs_of(2, task(6, 0, ABC)))
 
 

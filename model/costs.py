@@ -207,6 +207,6 @@ def steps_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
 
 
 def is_before_head(program: Program, step: Step) -> bool:
-    """Returns False for the head's first step, which is the norm of all rows or `SelectRows`."""
+    """Returns False only for the output head's first step, which is the norm of all rows or `SelectRows`."""
     has_norm = program.normed is not None and program.normed != program.hidden
     return not isinstance(step, SelectRows) and not (has_norm and step.out == program.normed)

@@ -25,7 +25,7 @@ from llamaclust.model.program import (
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat
 
 _LEAST_UNITS = {ActivationFormat.Q8_256: 16, ActivationFormat.Q8_32: 8}
-"""The minimum number of segments for each member. With fewer segments, portions could differ much from the shares."""
+"""Minimum number of quantized blocks per member. With fewer blocks, portions could differ much from the shares."""
 
 
 def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
@@ -120,7 +120,7 @@ def _units_of(steps: Sequence[Step], members: int) -> list[int]:
 
 
 def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
-    """Returns the products for an attention's only KV head. Every member computes them, as a gather would be slower."""
+    """Returns the products of attention with one KV head. Every member computes them, as a gather would be slower."""
     found, wanted = set[int](), set[str]()
     for at, step in reversed([*enumerate(steps)]):
         name = step.out.name

@@ -101,8 +101,8 @@ class Projector:
 
     @property
     def max_tile_pixels(self) -> int:
-        """The maximum number of pixels of a tile. Kimi-VL's reference limits pixels before it rounds down to patches
-        and pads to whole merge groups. Padding adds less than half, because sides have a maximum of 511 patches."""
+        """The maximum number of pixels of a tile. Kimi-VL's reference limits pixels before it pads to whole merge
+        groups. Padding adds less than half of the limit, because sides have a maximum of 511 patches."""
         most = max(self.images.max_pixels, self.images.image_size**2)
         return most * 3 // 2 if self.family.pads else most
 

@@ -186,7 +186,7 @@ class ExpertShards(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertInner(StepFacts):
-    """The first half of the chosen experts, best first: out [used * ffn_width] = activation(gate_e(x), up_e(x))."""
+    """Gate and up of the chosen experts, best first: out [used * ffn_width] = activation(gate_e(x), up_e(x))."""
 
     mixture: Moe
     choice: Buffer
@@ -214,8 +214,8 @@ class ExpertInner(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertDown(StepFacts):
-    """The second half of the chosen experts, best first: out [used * width of the mixture's out] = down_e(x_e). x [used
-    * ffn_width] is the result of `ExpertInner`. `ExpertSum` applies the weights."""
+    """Down products of the chosen experts, best first: out [used * width of the mixture's out] = down_e(x_e). x [used *
+    ffn_width] is the result of `ExpertInner`. `ExpertSum` applies the weights."""
 
     mixture: Moe
     choice: Buffer

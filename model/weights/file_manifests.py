@@ -39,8 +39,8 @@ class FileManifests:
         begin: Callable[[int], None] = lambda total: None,
         add: Callable[[int], None] = lambda n: None,
     ) -> FileManifest:
-        """Returns the manifest of a file. If it is unknown, reads all bytes of the file. `begin` gets their number.
-        `add` gets the size of each piece, from several threads. Raises ModelFileError if the file changes meanwhile."""
+        """Returns the manifest of a file. If it is unknown, reads the whole file. `begin` gets the size of the file.
+        `add` gets the size of each piece, on several threads. Raises ModelFileError if the file changes meanwhile."""
         version = file.version
         if (known := self._known.get(version)) is None:
             known = self._known[version] = self._made(file, begin, add)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _TILES = (2, 10)
 _TILE = 512
 _TOLERANCE = 2.0
-"""An image is cut only if it has this many times the pixels of a tile of free size."""
+"""An image is cut into tiles only if it has more than this multiple of the pixels that an uncut image may have."""
 
 
 def _complete(settings: ImageSettings, numbers: ImageNumbers) -> ImageSettings:

@@ -202,7 +202,7 @@ class GrammarMatcher:
             return
         message = self._native.get_error()
         if message.startswith(_DEAD_END):
-            raise RequestError("the grammar allows no token here: no text can complete one of its rules")
+            raise RequestError("nothing may follow here: the grammar has a rule that no text can complete")
         raise error(what + one_line(message.removesuffix(_NOT_VERBOSE)))
 
 

@@ -1,5 +1,5 @@
-"""Reads LoRA adapters from GGUF files or PEFT folders, checks them, and adds their steps to programs. In a model,
-adapter 0 has tensors such as `adapter.0.blk.3.attn_q.weight.lora_a`. A model's identity excludes its adapters."""
+"""Reads LoRA adapters from GGUF files or PEFT folders, checks them, and adds their steps to programs. A model has
+adapter 0's tensors as `adapter.0.blk.3.attn_q.weight.lora_a` and so on. A model's identity excludes its adapters."""
 
 from __future__ import annotations
 
@@ -142,8 +142,8 @@ def _numbers(model: ModelFile) -> tuple[int, ...]:
 
 
 def adapted(program: Program, model: ModelFile) -> Program:
-    """Adds the adapters' steps to the program. The new steps follow each run of MatMul steps with the same input, and
-    change the results of this run. Raises ModelFileError if an adapter's shapes do not fit the program's products."""
+    """Adds the adapters' steps to the program, after each group of consecutive MatMul steps with the same input. They
+    change the products' results. Raises ModelFileError if an adapter's shapes do not fit the products."""
     numbers = _numbers(model)
     return replace(program, steps=tuple(_adapted(program.steps, model, numbers))) if numbers else program
 
@@ -179,8 +179,8 @@ def _adapt(product: MatMul, model: ModelFile, number: int) -> Adapt | None:
 
 
 def own_names(names: Iterable[str], number: int | None) -> list[str]:
-    """Selects the weights of one file: of adapter `number`, or of the model if None. Returns their names in that
-    file."""
+    """Selects the names of adapter `number` and removes their prefix. If `number` is None, selects the model's own
+    names."""
     if number is None:
         return [name for name in names if not name.startswith(_PREFIX)]
     prefix = f"{_PREFIX}{number}."

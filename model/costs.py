@@ -85,10 +85,10 @@ def all_macs(steps: Iterable[Step]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LayerCost:
-    """The cost of a layer, or of a part of a layer. `weight_bytes` is the size in memory, and `used_file_bytes` the
-    size in the file of weights that one token reads. `idle_bytes` is the part of `weight_bytes` for experts that a
-    token does not choose, and `idle_share` is their share of all experts. Multiply-accumulates exclude attention,
-    because its cost grows with the context."""
+    """The cost of a layer, or of a part of a layer. `weight_bytes` is the size in memory. `used_file_bytes` is the size
+    in the file of the weights that one token uses. `idle_bytes` is the part of `weight_bytes` for experts that a token
+    does not choose, and `idle_share` is their share of all experts. Multiply-accumulates exclude attention, because its
+    cost grows with the context."""
 
     weight_bytes: int
     macs_per_token: int
@@ -104,7 +104,7 @@ class LayerCost:
     expert_bytes: int = 0  # The part of `weight_bytes` for the router and the experts.
     expert_macs_per_token: int = 0
     is_joined: bool = False  # True if no stage may begin at this layer or part.
-    saved_bytes: int = 0  # In a layer's first part: bytes that a stage saves if it holds all parts.
+    saved_bytes: int = 0  # Bytes that a stage with all parts of a layer saves. Set in the first part.
     state_macs_per_token: int = 0  # The part of `float_macs_per_token` that updates states.
     weights: tuple[TypedWeights, ...] = ()  # Matrices that multiply rows, without those of experts.
     expert_weights: tuple[TypedWeights, ...] = ()
@@ -207,6 +207,6 @@ def steps_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
 
 
 def is_before_head(program: Program, step: Step) -> bool:
-    """Returns False for the head's first step, which is the norm of all rows or `SelectRows`."""
+    """Returns False only for the output head's first step, which is the norm of all rows or `SelectRows`."""
     has_norm = program.normed is not None and program.normed != program.hidden
     return not isinstance(step, SelectRows) and not (has_norm and step.out == program.normed)

@@ -295,7 +295,7 @@ class Model:
             raise keys.error("attention.causal", f"{not self.is_causal} is not supported")
 
     def _refuse_unknown_tensors(self) -> None:
-        """Raises ModelFileError if no step reads a tensor. An ignored scale or norm would make every answer wrong."""
+        """Raises ModelFileError if the file has a tensor that no step reads. It could be a scale that answers need."""
         known = {*self._whole.weights, *FACTOR_TENSORS, *nextn_tensors(self.file), *idle_kv_tensors(self.file)}
         unknown = set(self.file.tensors) - known
         if (error := unread_adapter_tensor(self.file, unknown)) is not None:

@@ -130,7 +130,7 @@ RowsChange = SelectRows | FewerRows
 Step = Embed | MatMul | HeadMatMul | Adapt | Attention | StateStep | Moe | MixtureStep | Across | RowsChange | RowStep
 
 KvLayer = Attention | SequenceState
-"""Steps and states that have KV memory. A layer has a maximum of one attention and one state of each `StatePart`."""
+"""Steps and states that have KV memory. A layer has at most one attention and at most one state of each `StatePart`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ class Place:
 
 class CoordinatorSearch:
     """Searches for a coordinator at several addresses at once. The search fails if all addresses refuse the worker,
-    unless more addresses may be announced (`discovers`) or the worker waits for the next coordinator (`stays`)."""
+    except with `discovers` (more addresses may be announced) or `stays` (the worker waits for the next coordinator)."""
 
     def __init__(self, addresses: Sequence[str], *, discovers: bool = False, stays: bool = False) -> None:
         self.limit_s: float | None = None
@@ -51,12 +51,12 @@ class CoordinatorSearch:
         self._stays = stays
         self._has_more = asyncio.Event()
         self._trying: dict[Place, asyncio.Task[Any]] = {}  # Keeps a reference to each running attempt.
-        self._begun_s: float | None = None  # Time of the first failure since an admission.
+        self._begun_s: float | None = None  # Time of the first failure since the last admission.
         self._error: LlamaclustError | None = None
         self._logged: dict[str, float] = {}
 
     def admitted(self, address: str, limit_s: float) -> None:
-        """Records an admission at `address`. Forgets failures, and drops other announced addresses that have failed."""
+        """Records that `address` admitted the worker. Forgets failures, and drops announced addresses that failed."""
         self.limit_s = limit_s
         self._begun_s, self._error, self._logged = None, None, {}
         self._places = [
@@ -90,8 +90,8 @@ class CoordinatorSearch:
         return True
 
     async def reached(self, attempt: Callable[[str], Awaitable[_Result]]) -> tuple[Place, _Result]:
-        """Tries all addresses until an attempt succeeds, and returns its place and result. Raises the errors of
-        `failed`, or WorkerError if no attempt succeeds in time."""
+        """Calls `attempt` with all addresses at once until one call succeeds, and returns the place and result of that
+        call. Raises an error that `failed` raises, or WorkerError if no attempt succeeds in time."""
         self._trying = {}
         try:
             async with asyncio.timeout_at(self._end_s):
@@ -123,7 +123,7 @@ class CoordinatorSearch:
                 return ended
 
     def failed(self, place: Place, error: LlamaclustError) -> None:
-        """Records a failure. Raises its error if the worker was never a member and no address can succeed."""
+        """Records a failed attempt. Raises `error` if the worker was never a member and no address can succeed."""
         place.failures += 1
         place.is_refused = isinstance(error, UsageError)
         now_s, self._error = asyncio.get_running_loop().time(), error

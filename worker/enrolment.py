@@ -103,7 +103,7 @@ def _granted(data: bytes | None, where: str) -> enrolment.Grant:
     if isinstance(message, enrolment.Refusal):
         raise RefusedError(f"the coordinator at {where} refused: {message.reason}")
     if not isinstance(message, enrolment.Grant):
-        raise ProtocolError(f"the coordinator at {where} answered a request with a challenge")
+        raise ProtocolError(f"the coordinator at {where} sent a challenge instead of a certificate")
     return message
 
 
@@ -124,7 +124,7 @@ def _context(authority: bytes | None) -> ssl.SSLContext:
 
 
 def _reason(error: OSError) -> str:
-    """Returns the system's error text. asyncio replaces that text by one with the address."""
+    """Returns the system's text for an error. asyncio's text "Connect call failed" does not contain the reason."""
     if error.errno is not None and str(error.strerror).startswith("Connect call failed"):
         return os.strerror(error.errno)
     return error.strerror or str(error)

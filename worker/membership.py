@@ -68,7 +68,7 @@ class Renewal:
             return
         key, self._key = self._key, None
         if key is None:
-            raise ProtocolError("the coordinator renews a certificate that was not requested")
+            raise ProtocolError("the coordinator sent a renewed certificate that this worker did not request")
         self._identity.pair = key.with_certificate(answer.certificate)
         self._renewed.set()
         _log.info("the certificate is renewed")
@@ -127,8 +127,8 @@ class Member:
         return self._deadlines.coordinator_s
 
     async def serve(self) -> str:
-        """Obeys the coordinator until it ends the membership, and returns its reason. Raises WorkerError if the
-        connection is lost."""
+        """Obeys the coordinator until it ends the membership, and returns the coordinator's reason. Raises WorkerError
+        if the connection is lost."""
         coordinator = "" if self._stream is None else self._stream.address
         session = Session(self._worker, self._credentials, self._deadlines, Counters(), self.send, coordinator)
         loads = Loads(session)

@@ -70,11 +70,11 @@ class OwnAddress:
         return address
 
     def at_link_port(self, port: int) -> str:
-        """Returns the address for links, HOST:PORT. A router that translates addresses must not change `port`."""
+        """Returns the address for links, HOST:PORT. Port forwarding (NAT) must keep the same `port`."""
         return f"{_host_of(self.at_port(port))}:{port}"
 
     async def changed(self) -> WorkerError:
-        """Returns an error when this machine's address on the route has been different for some seconds."""
+        """Waits until this machine's address on the route has been different for some seconds, and returns an error."""
         now, looks = self.own_host, 0
         while True:
             await asyncio.sleep(_LOOK_S)

@@ -1,4 +1,4 @@
-"""A worker of a static cluster. It joins a coordinator, and joins again with its weights if that is lost."""
+"""A worker of a static cluster. It joins a coordinator. If the coordinator is lost, it joins again with its weights."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ _OPEN_S = 10.0
 _GRACE_S = 0.5
 _STEP_S = 10.0
 _COORDINATOR_S = 20.0
-"""A coordinator counts as lost after half of these seconds without an answer."""
+"""Seconds within which a broken connection to the coordinator is noticed."""
 
 
 async def run_static_worker(settings: WorkerSettings) -> str:
-    """Returns the coordinator's reason to end the cluster. A worker that stays waits for the next cluster. Raises
-    UsageError if every coordinator refuses it at first, and WorkerError if a lost one does not return in time."""
+    """Returns the coordinator's reason to end the cluster. With `settings.stays`, waits for the next cluster. Raises
+    UsageError if all coordinators refuse it at first, and WorkerError if a lost coordinator does not return in time."""
     worker = _StaticWorker(settings)
     try:
         return await worker.run()

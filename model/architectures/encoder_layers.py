@@ -41,7 +41,7 @@ class EncoderBuilder(ProgramBuilder):
         """hidden = norm(hidden + attention), then hidden = norm(hidden + feed-forward network). The network is gated if
         `gated`, and otherwise down(activation(up)). If `experts`, the network is a mixture of ungated experts."""
         prefix = f"blk.{layer}"
-        self._normed = self._hidden  # Products read `_normed`.
+        self._normed = self._hidden  # Products read `_normed`, and here no norm precedes them.
         self._attend(layer, variant)
         self._add_and_norm(f"{prefix}.attn_output_norm")
         if experts:

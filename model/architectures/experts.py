@@ -33,7 +33,7 @@ def read_experts(
     shared_width: int = 0,
 ) -> ExpertsVariant:
     """Reads a mixture's options. `gating` and `normalized` apply if the file lacks their keys. Raises ModelFileError if
-    the gating function is unknown, or if groups do not divide the experts."""
+    the gating function is unknown, or if the file's groups cannot have equal numbers of experts."""
     number = keys.count(_GATING_KEY, 0, minimum=0, maximum=255)
     if number not in (0, *_GATINGS):
         known = ", ".join(f"{key} ({value})" for key, value in _GATINGS.items())

@@ -1,4 +1,4 @@
-"""Blocks from which architectures are built. The builder checks each weight that a block names against the file."""
+"""Blocks from which architectures are built. The builder checks that the file has each weight that a block names."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Qwen: qwen2, qwen2vl, qwen2moe, qwen3, qwen3moe, qwen3vl, qwen3vlmoe. They are LLaMA, but RoPE pairs channels that
-are half a head apart. A sliding window in the file is ignored, because a setting that GGUF lacks turns it off."""
+are half a head apart. Original models turn off the sliding window, so a window in the file is ignored."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def qwen3moe(builder: ProgramBuilder) -> None:
 
 
 def qwen3vl(builder: ProgramBuilder) -> None:
-    """The text model of Qwen 3 VL. It is Qwen 3 with interleaved sections. Its first layers add more rows of each image
-    (DeepStack)."""
+    """The text model of Qwen 3 VL. It is Qwen 3 with interleaved sections. Each of its first layers adds further rows
+    of an image to the hidden state (DeepStack)."""
     variant, levels = _with_sections(builder), _image_levels(builder)
     for layer in builder.layers(may_rank=True):
         builder.attention(layer, variant)

@@ -1,4 +1,4 @@
-"""Checks the tensors that programs name against the model file."""
+"""Checks that the model file has the tensors that programs name."""
 
 from __future__ import annotations
 

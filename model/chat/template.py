@@ -98,7 +98,7 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any) -> str:
         """Returns the prompt. `extra` has the template's variables (`tools`, `documents`, ...) and `now_s`, the Unix
         time that the template sees. Raises TemplateRefusalError if the template refuses the messages, DeadlineError if
-        the render was too slow, killed or closed, and RequestError for failures that a retry would repeat."""
+        rendering took too long or was stopped, and RequestError for failures that a retry would repeat."""
         future = self._submit(messages, add_generation_prompt, extra)
         try:
             return future.result(self._limits.wait_s)
@@ -169,8 +169,8 @@ class _Renderer:
 def load_chat_template(
     metadata: Mapping[str, Any], tokenizer: Tokenizer, limits: TemplateLimits | None = None, chosen: str | None = None
 ) -> ChatTemplate:
-    """Returns the template that the user chose (`chosen`). Without a choice, returns the model file's template, or a
-    built-in template that fits if the file has none. Raises ModelFileError if the file's template is not text."""
+    """Returns the template that the user chose (`chosen`). Without a choice, returns the model file's template or, if
+    the file has none, a built-in template that fits. Raises ModelFileError if the file's template is not text."""
     source = _source(metadata, _KEY)
     found = {name: _source(metadata, f"{_KEY}.{name}") for name in (TOOL_USE, RAG)}
     named = {name: text for name, text in found.items() if text} if chosen is None else {}

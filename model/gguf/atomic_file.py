@@ -118,7 +118,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _clear(paths: Sequence[Path]) -> None:
-    """Deletes partial files of killed processes: those of `paths[1:]`, and parts of this model with another count."""
+    """Deletes partial files of killed processes: paths[1:], and the same model's parts with another part count."""
     for path in paths[1:]:
         hidden_name(path).unlink(missing_ok=True)
     mine = _PART.fullmatch(paths[0].name)

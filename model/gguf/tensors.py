@@ -84,7 +84,7 @@ class Tensor:
     paired_heads: the number of heads whose halves are interleaved on reading, or 0.
     packed_as: the type of the packed tiles if it is not `quant_type` (see `WIDER_TILES`).
     stride_bytes: the distance in the file between entries of the slowest dimension. 0 means that they are contiguous.
-    stored: the rows and columns in the file of matrices that are transposed on reading."""
+    stored: the rows and columns in the file, if the matrix is transposed on reading."""
 
     name: str
     quant_type: QuantType

@@ -75,7 +75,7 @@ def _reply(message: str, converted: str = "") -> dict[str, str]:
 
 
 def main() -> None:
-    """Builds the vocabulary before limits apply, and then checks grammars. Stacks are smaller than in workers."""
+    """Builds the vocabulary, sets limits, and checks grammars. Its stack is smaller than those of workers."""
     threading.stack_size(_STACK_BYTES)
     end_with_parent()
     first = read_frame()

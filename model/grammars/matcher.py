@@ -29,8 +29,8 @@ _MAX_FORCED_BYTES = 1 << 13
 def _limits(definition: str) -> LLParserLimits:
     """Returns the limits of checks and of matching. They are equal, so that every machine decides alike. Of 1,232
     public schemas, the largest needs 81 thousand units of lexer fuel to compile, 373 thousand units and 7.6 thousand
-    items in a step, and 2,400 lexer states in an answer. Only users' rules are ambiguous. Their time grows at least
-    with the square of the items in a row, and stays below 50 ms for up to 800 items."""
+    items in a step, and 2,400 lexer states in an answer. Rules from users may be ambiguous, so that time grows with the
+    square of the items in a row. Up to 800 items stay below 50 ms."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(
@@ -202,7 +202,7 @@ class GrammarMatcher:
             return
         message = self._native.get_error()
         if message.startswith(_DEAD_END):
-            raise RequestError("the grammar has a rule that no text can complete: nothing may follow")
+            raise RequestError("nothing may follow here: the grammar has a rule that no text can complete")
         raise error(what + one_line(message.removesuffix(_NOT_VERBOSE)))
 
 
@@ -222,8 +222,7 @@ class _Triggers:
         self._newest: list[tuple[int, int]] = []  # Tokens of `_tail`, with their lengths in bytes.
 
     def take(self, token: int) -> list[list[int]]:
-        """Takes a token. For each trigger that ends in it, returns the tokens that begin with the trigger's first
-        byte."""
+        """Takes a token. Returns the tokens of each trigger that this token completes."""
         word = self._vocabulary.words[token].removeprefix(b"\xff")
         before = len(self._tail)
         self._tail += word

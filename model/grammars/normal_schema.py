@@ -143,7 +143,7 @@ class _Reader:
             self._leave_out(place, "propertyNames")
 
     def _property_counts(self, schema: Mapping[str, Any], made: dict[str, Any], place: str) -> dict[str, int]:
-        """Returns limits of the property count. llguidance obeys them if all named properties are required."""
+        """Returns limits of the property count, which llguidance obeys only if all named properties are required."""
         least, most = (count(schema, key) for key in ("minProperties", "maxProperties"))
         named, required = made.get("properties", {}), made.get("required", ())
         if all(name in required for name in named):

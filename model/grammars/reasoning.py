@@ -32,7 +32,7 @@ class ReasoningScanner:
         # Maximum bytes of an incomplete character or end tag (see `is_in_part`).
         self.longest_part = max(_CHARACTER_BYTES, *map(len, self.ends)) - 1
         self._kept = max(self.longest_part, *map(len, self._begins))
-        self._tail = b""  # The last bytes, without any from the last tag or earlier.
+        self._tail = b""  # The answer's last bytes, but only those after its last reasoning tag.
 
     @property
     def is_in_part(self) -> bool:

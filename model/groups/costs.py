@@ -33,9 +33,9 @@ _SUMS = (
 
 @dataclass(frozen=True, slots=True)
 class GatherCost:
-    """A gather of `lines` lines of `width` channels for each row. Members divide a line into `units`. If portions
-    consist of whole segments, values are sent in `form`, the format that all readers use. If `to_leader`, only the
-    leader receives the lines. If `from_leader`, only the leader sends the lines, undivided."""
+    """A gather of `lines` lines of `width` channels for each row. Members divide a line into `units`. Values are sent
+    in the quantized format `form` if each member has whole blocks of it, and otherwise as float32. If `to_leader`, only
+    the leader receives. If `from_leader`, only the leader sends, and its lines are undivided."""
 
     width: int
     units: int

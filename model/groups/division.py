@@ -19,7 +19,7 @@ LEADER = 0
 
 
 def divide(program: Program, shares: Sequence[float], member: int) -> Program:
-    """Returns the program of `member`, in proportion to the shares. Raises UsageError if stages divide a layer."""
+    """Returns the program of `member`, in proportion to the shares. Raises UsageError if a stage divides a layer."""
     return _Member(shares, member).program(Division.of(program, len(shares)))
 
 

@@ -1,4 +1,4 @@
-"""The format in which members of a group send rows: the activation format of all readers, if it is the same."""
+"""Members of a group send rows in the activation format of the products that read them, if all have the same one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.model.quant_types import ActivationFormat, QuantType
 def format_of_readers(
     steps: Sequence[Step], buffer: Buffer, results: Sequence[Buffer | None], type_of: Callable[[str], QuantType]
 ) -> ActivationFormat | None:
-    """Returns the format to which all readers quantize a buffer, or None. `results` are read after all steps."""
+    """Returns the format to which all readers quantize a buffer, or None if they differ. `results` count as readers."""
     formats = set[ActivationFormat | None]()
     for step in steps:
         if buffer in step.reads:

@@ -25,7 +25,7 @@ from llamaclust.model.program import (
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat
 
 _LEAST_UNITS = {ActivationFormat.Q8_256: 16, ActivationFormat.Q8_32: 8}
-"""The minimum number of segments for each member. With fewer segments, portions could differ much from the shares."""
+"""Minimum number of quantized blocks per member. With fewer blocks, portions could differ much from the shares."""
 
 
 def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
@@ -72,8 +72,8 @@ class Gathered:
 
 @dataclass(frozen=True, slots=True)
 class DividedStep:
-    """A step of the undivided program. Its result is divided into `units`, or whole in every member if `units` is 0.
-    The `gathered` buffers are gathered before the step. Members take their columns from the whole rows of `cut`
+    """A step of the undivided program. Members divide its result into `units`. If `units` is 0, every member computes
+    all of it. `gathered` buffers are assembled from all members before the step. Each member takes its columns of `cut`
     buffers."""
 
     step: Step
@@ -120,7 +120,7 @@ def _units_of(steps: Sequence[Step], members: int) -> list[int]:
 
 
 def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
-    """Returns the products for an attention's only KV head. Every member computes them, as a gather would be slower."""
+    """Returns the products of attention with one KV head. Every member computes them, as a gather would be slower."""
     found, wanted = set[int](), set[str]()
     for at, step in reversed([*enumerate(steps)]):
         name = step.out.name

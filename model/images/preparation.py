@@ -100,8 +100,8 @@ class ImagePreparation:
             yield
 
     async def tiles(self, image: bytes, settings: ImageSettings) -> ImageTiles:
-        """Prepares an image. The caller must have a turn. Raises RequestError if the image is refused, which a retry
-        would repeat, and DeadlineError if the work is late, killed or closed. If cancelled, waits until the work has
+        """Prepares an image. The caller must hold a `turn`. Raises RequestError if the image is refused, which a retry
+        would repeat, and DeadlineError if the work takes too long or is stopped. If cancelled, waits until the work has
         ended."""
         most = self._limits.max_bytes
         if len(image) > most:

@@ -10,7 +10,7 @@ from llamaclust.model.nextn.program import nextn_program
 
 
 def with_nextn(model: Model, costs: ModelCosts, kv_type: KvType) -> ModelCosts:
-    """Adds an MTP head to the costs of undivided layers. The head's layer counts for each row, but not its logits."""
+    """Adds an MTP head to the costs of undivided layers. Costs per token include its layer, but not its logits."""
     program = nextn_program(model, kv_type)
     own = layer_cost(model.file.tensors, program)
     held = {*model.program(model.layer_count - 1, model.layer_count).weights}

@@ -101,8 +101,8 @@ class Projector:
 
     @property
     def max_tile_pixels(self) -> int:
-        """The maximum number of pixels of a tile. Kimi-VL's reference limits pixels before it rounds down to patches
-        and pads to whole merge groups. Padding adds less than half, because sides have a maximum of 511 patches."""
+        """The maximum number of pixels of a tile. Kimi-VL's reference limits pixels before it pads to whole merge
+        groups. Padding adds less than half of the limit, because sides have a maximum of 511 patches."""
         most = max(self.images.max_pixels, self.images.image_size**2)
         return most * 3 // 2 if self.family.pads else most
 
@@ -201,7 +201,7 @@ def _check_levels(keys: ModelKeys, projector: Projector) -> None:
 
 
 def _check_tensors(projector: Projector) -> None:
-    """Raises ModelFileError if no step reads a tensor. An ignored scale or norm would make every row wrong."""
+    """Raises ModelFileError if the file has a tensor that no step reads. It could be a scale that the rows need."""
     known = {*projector.program.weights, *projector.family.unread, *_read_for_inputs(projector)}
     unknown = {name for name in projector.file.tensors if name not in known and not name.startswith(_AUDIO)}
     if unknown:

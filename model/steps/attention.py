@@ -24,8 +24,8 @@ class RopeTable:
 
 @dataclass(frozen=True, slots=True)
 class Rope(StepFacts):
-    """Rotates the first 2 * len(table.frequencies) channels of each head of x in place, by the row's position. If the
-    batch has positions by section and `sections` is given, pair i is rotated by the position in section sections[i]."""
+    """Rotates the first 2 * len(table.frequencies) channels of each head of x in place, by the row's position. A batch
+    may have several positions per row, such as time, height and width. Pair i then uses position number sections[i]."""
 
     x: Buffer
     heads: int

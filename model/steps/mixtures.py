@@ -15,8 +15,8 @@ class Moe(StepFacts):
     """A mixture of experts. weights = gating(router @ x + router_bias). The `used` experts with the greatest weights
     are chosen, and the lower id wins ties. If `normalized`, the chosen weights are divided by their sum (or by
     LEAST_WEIGHT_SUM if that is greater). Then they are multiplied by `scale` and by `expert_scales` [experts]. out =
-    the sum in rank order of weight * down_e(activation(gate_e(x), up_e(x))), with the experts' biases. Without a gate,
-    the activation is a function of up_e(x) only. If `routed` is given, the router reads it instead of x.
+    the sum of weight * down_e(activation(gate_e(x), up_e(x))), best expert e first, with the experts' biases. Without a
+    gate, the activation is a function of up_e(x) only. If `routed` is given, the router reads `routed` instead of x.
 
     If there is a `selection_bias`, experts are chosen by weights + `selection_bias`. With several `groups`, only
     experts in the best `used_groups` groups are candidates. The best groups have the greatest sums of their two best
@@ -127,7 +127,7 @@ def _rows_of(name: str | None, rows: range) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class ExpertChoice(StepFacts):
-    """Chooses experts: out [2 * used] = the ids of the chosen experts, followed by their weights."""
+    """Chooses experts: out [2 * used] = the ids of the chosen experts, best first, followed by their weights."""
 
     mixture: Moe
     out: Buffer
@@ -147,9 +147,9 @@ class ExpertChoice(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertShards(StepFacts):
-    """Computes the chosen experts in `shards`, which are consecutive ranges of ids. Each result is stored at its
-    expert's rank, without its weight. Other results are copied from the end of `given`, or are 0. out = the results
-    [used * width of the mixture's out]. For a next stage, out = the `carried` buffers, the choice and the results."""
+    """Computes the chosen experts with ids in `shards`, which are consecutive ranges. out = the unweighted results of
+    all `used` chosen experts, best first. Other experts' results come from the end of `given`, or are 0. Before a next
+    stage, out = the `carried` buffers, the choice and the results."""
 
     mixture: Moe
     choice: Buffer
@@ -186,7 +186,7 @@ class ExpertShards(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertInner(StepFacts):
-    """Computes experts up to their down products: out [used * ffn_width] = activation(gate_e(x), up_e(x)) by rank."""
+    """Gate and up of the chosen experts, best first: out [used * ffn_width] = activation(gate_e(x), up_e(x))."""
 
     mixture: Moe
     choice: Buffer
@@ -214,8 +214,8 @@ class ExpertInner(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertDown(StepFacts):
-    """Computes the experts' down products: out [used * width of the mixture's out] = down_e(x_e) by rank. x is [used *
-    ffn_width]. `ExpertSum` multiplies the results by their weights."""
+    """Down products of the chosen experts, best first: out [used * width of the mixture's out] = down_e(x_e). x [used *
+    ffn_width] is the result of `ExpertInner`. `ExpertSum` applies the weights."""
 
     mixture: Moe
     choice: Buffer
@@ -244,7 +244,7 @@ class ExpertDown(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertSum(StepFacts):
-    """Adds the experts' results: out = the sum of weight * result, in the order of ranks."""
+    """Adds the chosen experts' results, best expert first: out = the sum of weight * result."""
 
     mixture: Moe
     choice: Buffer

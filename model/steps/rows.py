@@ -254,8 +254,8 @@ class SelectRows(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class GivenRows(UnaryStep):
-    """out[r] = part `level` of the row that the batch gives for r. If `adds`, x[r] is added. Rows that the batch does
-    not give are copied from x. A given row has one part as wide as x for each level. out may be x."""
+    """out[r] = part `level` of a row that the batch gives to replace row r (such as an image row). If `adds`, x[r] is
+    added. Other rows are copied from x. A given row has one part as wide as x for each level. out may be x."""
 
     level: int = 0
     adds: bool = False

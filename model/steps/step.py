@@ -48,9 +48,9 @@ def optional_weight(name: str | None, *shape: int) -> tuple[StepWeight, ...]:
 
 @dataclass(frozen=True, slots=True)
 class DivisionRule:
-    """The rule by which members divide a step's result. They divide the `rows` rows of a product's weights, or use the
-    portions of the buffers in `reads`, in whole heads if there are `heads`. They read other buffers whole. All `lines`
-    lines of a row are divided in the same way. If `has_part`, each member holds a part of weights or KV memory."""
+    """The rule by which members divide a step's result: by the `rows` rows of a product's weights, or like the buffers
+    in `reads`, in whole heads if there are `heads`. Other buffers are read whole. All `lines` lines of a row are
+    divided in the same way. If `has_part`, each member holds a part of weights or KV memory."""
 
     reads: tuple[Buffer, ...] = ()
     heads: int = 0
@@ -109,7 +109,7 @@ class StepFacts(ABC):
 
     @property
     def sent_format(self) -> str | None:
-        """The name of a weight, or None. A group's members may send x in the activation format of this weight."""
+        """The name of a weight, or None. Members may send x as it is quantized for a product with this weight."""
         return None
 
     @property

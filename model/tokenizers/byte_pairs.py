@@ -14,8 +14,8 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary, key, read_flag, read_strings
 
 _HOLDING_CHARACTERS: Final = 2048
-"""The maximum length of a text for the library's `encode`, which holds the GIL. Longer texts are encoded as a batch,
-which releases the GIL."""
+"""The maximum length of a text for `encode` of the `tokenizers` library, which holds the GIL. Longer texts are encoded
+as a batch, which releases the GIL."""
 
 _NEVER_FROM_TEXT: Final = frozenset({TokenType.CONTROL, TokenType.UNKNOWN, TokenType.UNUSED})
 
@@ -77,8 +77,8 @@ def splitter(kind: PreTokenizer) -> Any:
 
 
 def merge_model(vocabulary: Vocabulary, merges: list[str], **options: bool) -> models.BPE:
-    """Returns the library's model, without control tokens (text must not become one) and without merges of missing
-    words."""
+    """Returns a BPE model of the `tokenizers` library, without control tokens (text must not become one) and without
+    merges of missing words."""
     types = vocabulary.types
     words = {word: i for i, word in enumerate(vocabulary.words) if types[i] not in _NEVER_FROM_TEXT}
     return models.BPE(vocab=words, merges=_known_pairs(merges, words), **options)

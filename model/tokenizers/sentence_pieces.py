@@ -61,7 +61,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _charsmap(metadata: Mapping[str, Any]) -> bytes:
-    """Returns the character map for normalization. Checks the map, because older versions of the library do not."""
+    """Returns the character map for normalization. Checks the map, because older versions of sentencepiece do not."""
     value = metadata.get(_CHARSMAP)
     if value is None:
         return b""

@@ -64,7 +64,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     types = _read_types(metadata, len(words))
     ends = _end_of_generation(metadata, ids, types)
     fill_in = find_fill_in(ids, partial(read_token_id, metadata, count=len(words)))
-    if fill_in is not None:  # These words in a user's text must not become the tokens, whatever type the file says.
+    if fill_in is not None:  # Control tokens cannot come from a user's text. The file may give them another type.
         for token_id in (fill_in.prefix, fill_in.suffix, fill_in.middle):
             types[token_id] = TokenType.CONTROL
     _check_byte_words(words, types)

@@ -14,8 +14,7 @@ from llamaclust.model.tokenizers.vocabulary import Vocabulary, key, read_flag, r
 _BEGIN: Final = "▁"
 _CLS, _SEP, _UNKNOWN = 101, 102, 100
 _LONGEST_WORD: Final = 256
-"""The maximum number of characters for each token of a prompt, on average. Longer words or runs of blanks are not
-text."""
+"""Prompts are assumed to have at most this number of characters per token on average. Only unusual text has more."""
 _MOST_CHARACTERS: Final = 1 << 18
 """The maximum length of a text. Python takes about 25 microseconds for each character of a long word."""
 _HAN: Final = (

@@ -33,8 +33,8 @@ _HASH = re.compile("[0-9a-f]{64}")
 class WeightCache(DiskCache):
     suffixes = (WHOLE, UNFINISHED, KNOWN, MAKING)
     content, limit = "weights", "LLAMACLUST_WEIGHTS_SIZE"
-    free_bytes = 0  # No disk space is left free, because a load needs the weights.
-    modified_ns = _MODIFIED_NS  # Reveals changed files, because no start computes digests again.
+    free_bytes = 0  # Weights may fill the disk, because a load needs them.
+    modified_ns = _MODIFIED_NS  # Files get this time, so a changed file is found without computing its digest again.
 
     def prepare(self) -> None:
         with self._errors():
@@ -145,7 +145,7 @@ class WeightCache(DiskCache):
 
 class WeightPart:
     """A tensor that one process at a time writes into the cache, in pieces. The file gets its name after a check.
-    Writing can be resumed. Methods block, and any thread may call them. If `resumed`, some of `done_bytes` existed
+    Writing can be resumed. Methods block, and any thread may call them. If `resumed`, some of `done_bytes` were written
     earlier."""
 
     def __init__(self, cache: WeightCache, content: str, n_bytes: int, file: FileIO) -> None:

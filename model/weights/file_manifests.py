@@ -15,7 +15,7 @@ from llamaclust.model.weights.manifest import MANIFEST_VERSION, make_manifest
 _log = logging.getLogger(__name__)
 
 _SETTLED_NS = 100_000_000
-"""The age of a change after which the next change has another time. File systems count in steps of up to 10 ms."""
+"""Time to wait after a change, so that a later change gets another time. File systems have steps of up to 10 ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ class FileManifests:
         begin: Callable[[int], None] = lambda total: None,
         add: Callable[[int], None] = lambda n: None,
     ) -> FileManifest:
-        """Returns the manifest of a file. If it is unknown, reads all bytes of the file. `begin` gets their number.
-        `add` gets the size of each piece, from several threads. Raises ModelFileError if the file changes meanwhile."""
+        """Returns the manifest of a file. If it is unknown, reads the whole file. `begin` gets the size of the file.
+        `add` gets the size of each piece, on several threads. Raises ModelFileError if the file changes meanwhile."""
         version = file.version
         if (known := self._known.get(version)) is None:
             known = self._known[version] = self._made(file, begin, add)

@@ -67,8 +67,8 @@ class Manifest:
 def make_manifest(
     file: ModelFile, progress: Callable[[int], None] = lambda n_bytes: None, threads: int | None = None
 ) -> bytes:
-    """Reads all bytes of the model, about a gigabyte per second and thread. `progress` gets the size of each piece, and
-    is called by several threads. Raises the errors of `Tensor.read`."""
+    """Returns a model's manifest. Reads the whole model, about a gigabyte per second and thread. `progress` gets the
+    size of each piece, and is called by several threads. Raises the errors of `Tensor.read`."""
     tensors = list(file.tensors.values())
     with ThreadPoolExecutor(threads or os.cpu_count() or 1, "hash-weights") as pool:
         contents = list(pool.map(partial(content_of, progress=progress), tensors))
@@ -145,7 +145,7 @@ def _manifest(metadata: Mapping[str, MetadataValue], own: Mapping[str, MetadataV
     if not len(names) == len(contents) == len(kinds) == len(dimensions) == len(set(names)) <= MAX_TENSORS:
         raise ValueError("the columns have different lengths, or a name occurs twice")
     if any(not 1 <= count <= MAX_DIMENSIONS for count in dimensions) or sum(dimensions) != len(sizes):
-        raise ValueError("the columns dimensions and sizes do not match")
+        raise ValueError("the columns `dimensions` and `sizes` do not match")
     rest = iter(sizes)
     shapes = [tuple(islice(rest, count)) for count in dimensions]
     tensors = tuple(map(_record, names, kinds, shapes, contents))

@@ -252,7 +252,7 @@ def test_a_token_that_cannot_come_is_a_failure(model: Model, tmp_path: Path, mon
 
     failed, after = asyncio.run(run())
     assert failed.failure and "it exploded" in failed.failure
-    assert after.failure and "row 0 of microbatch 0 has no token to follow" in after.failure
+    assert after.failure and "microbatch 0 sampled no token for row 0" in after.failure
 
 
 def test_a_step_ahead_without_sampling_inputs_is_a_failure(model: Model, tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ async def test_only_the_first_of_several_stages_is_told_tokens(model: Model, tmp
 def test_tokens_out_of_turn_are_refused() -> None:
     box = PlainTokensBox()
     box.put(SampledTokens(3, (7,)))
-    with pytest.raises(ProtocolError, match="tokens of microbatch 3 came after those of 3"):
+    with pytest.raises(ProtocolError, match="tokens of microbatch 3 came after those of microbatch 3"):
         box.put(SampledTokens(3, (8,)))
 
 
@@ -310,5 +310,5 @@ def test_a_stage_runner_never_sees_a_token_that_is_missing(model: Model) -> None
     box.put(SampledTokens(0, (7, 11)))
     chunk = Chunk((0,), 4, (0, 2), 1, (0, 1))
     assert box.filled(Microbatch(model.model_id, 1, 1, (chunk,))).chunks[0].tokens == (11,)
-    with pytest.raises(WorkerError, match="row 2 of microbatch 0 has no token to follow: 2 are known"):
+    with pytest.raises(WorkerError, match="microbatch 0 sampled no token for row 2: it sampled 2 tokens"):
         box.filled(Microbatch(model.model_id, 1, 1, (Chunk((0,), 4, (0, 2), 1, (0, 2)),)))

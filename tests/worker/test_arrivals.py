@@ -251,7 +251,7 @@ def test_stages_compute_frames_as_they_compute_batches(model: Model, backend: Ba
 def test_a_token_that_is_missing_is_an_error(model: Model) -> None:
     runner, chunk = runner_of(model, 0, 1), Chunk((0,), 4, (0, 2), 1, (0, 0))
     frame = encode_hidden(encode_microbatch(Microbatch(model.model_id, 1, 1, (chunk,))))
-    with pytest.raises(WorkerError, match="row 0 of microbatch 0 has no token to follow: 0 are known"):
+    with pytest.raises(WorkerError, match="microbatch 0 sampled no token for row 0: it sampled 0 tokens"):
         SampledTokensBox().fill(Arrival.read(frame, runner.reader, 0, 0).frame)
 
 

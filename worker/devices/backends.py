@@ -24,14 +24,13 @@ class GpuBackend(ExchangingBackend, Protocol):
 
     def gpu(self) -> Gpu: ...
 
-    def measure(self) -> DeviceProfile:
-        """Measures the kernels. Blocks for a short time."""
+    def measure(self) -> DeviceProfile: ...
 
     def limits(self) -> DeviceProfile:
         """Returns upper bounds on the GPU's speed."""
 
     def cache_flush(self) -> AbstractContextManager[Callable[[], None]]:
-        """Yields a function that empties the GPU's cache."""
+        """The context manager yields a function that empties the GPU's cache."""
 
     def close(self) -> None: ...
 
@@ -75,5 +74,5 @@ def open_gpu(
     except UsageError as error:
         known = nvidia.advice()
         raise UsageError(f"{error}; {known}" if known else str(error)) from error
-    # CudaBackend passes a device only the device's own buffers, so the types agree.
+    # The cast is safe: CudaBackend passes a CupyDevice only buffers that the same CupyDevice allocated.
     return CudaBackend(name, cast(Device, device), threads, packed_cache, graphs=graphs)

@@ -23,14 +23,14 @@ _CPU = "cpu"
 
 @dataclass(frozen=True, slots=True)
 class DeviceShare:
-    layers: str  # Names the layers in messages.
+    layers: str  # Text for messages, for example "layers 0-15".
     memory: StageMemory
 
 
 def device_shares(
     device: Device, model: Model, held: Sequence[DeviceLayers], limits: StageLimits, portion: Portion | None = None
 ) -> dict[str, DeviceShare]:
-    """Returns the memory that layers need on each device, by device name. Experts in RAM count only for the CPU."""
+    """Returns the memory that the layers `held` need, by device name. Experts in RAM count only for the CPU."""
     found: dict[str, list[DeviceShare]] = {}
     for part in held:
         backend, layers = (

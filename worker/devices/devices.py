@@ -73,7 +73,7 @@ class Device:
     def backend_of(self, name: str) -> Backend:
         known: dict[str, Backend] = {_CPU: self.backend} | {gpu.device: gpu for gpu in self.gpus}
         if name not in known:
-            raise ProtocolError(f"a load is for device {name!r}, but this worker has {', '.join(known)}")
+            raise ProtocolError(f"layers are planned for device {name!r}, but this worker has {', '.join(known)}")
         return known[name]
 
     @property
@@ -95,12 +95,12 @@ class Device:
             return self.backend_of(part.device)
         gpu = next((gpu for gpu in self.gpus if gpu.device == part.device), None)
         if gpu is None:
-            raise ProtocolError(f"a load has experts in RAM for {part.device}, which this worker does not have")
+            raise ProtocolError(f"layers are planned for {part.device}, but this worker has no such GPU")
         experts = cast(ExpertsBackend, self.backend)  # A worker with GPUs has a CPU backend here.
         return SplitExpertsBackend(gpu, experts, part.cpu_moe, part.experts_cache_bytes)
 
     def measure(self, model: Model | None = None, quant_types: Iterable[int] = ()) -> Profile:
-        """Measures the machine, a model's steps, and products with these quant types. Blocks for a second or more."""
+        """Measures the machine, a model's steps, and matrix products with `quant_types`. Blocks for seconds."""
         from llamaclust.kernels.probes import measure_machine
         from llamaclust.worker.devices.product_profiler import measure_products
         from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
@@ -173,7 +173,7 @@ def _fingerprint(kind: str, threads: int, level: str, gpus: tuple[Gpu, ...], cor
 
 
 def check_devices(devices: Iterable[tuple[str, str]], model: Model) -> None:
-    """Raises UsageError if this machine lacks a device, and ModelFileError if a device cannot run the model."""
+    """Checks (kind, feature level) pairs. Raises UsageError for a missing device, ModelFileError for a useless one."""
     for kind, feature_level in sorted(set(devices)):
         backends.open_processor(kind, 1, feature_level)
         if kind != _REFERENCE:

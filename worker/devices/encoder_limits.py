@@ -15,7 +15,7 @@ time as the encoder on a shared core. With 10, it would be nine times as much, a
 
 @dataclass(frozen=True, slots=True)
 class EncoderMemory:
-    """Memory of an encoder in bytes. The workspace includes KV memory and the patches and rows of one tile."""
+    """Memory of an image encoder in bytes. The workspace includes KV memory, and one tile's input and output."""
 
     weight_bytes: int
     workspace_bytes: int
@@ -30,7 +30,7 @@ class EncoderMemory:
 
 
 def encoder_limits(projector: Projector) -> StageLimits:
-    """Returns the limits of a stage that runs one tile at a time. They may exceed the limits of text models."""
+    """Returns the limits of a stage that runs one image tile at a time. A tile may have more rows than a text batch."""
     rows = projector.most_program_rows
     return StageLimits(
         max_batch_tokens=rows,

@@ -13,7 +13,7 @@ _FLOAT_BYTES = 4
 
 
 def encoder_bytes(projector: Projector, threads: int) -> EncoderMemory:
-    """Returns the memory of an encoder, which always runs on the CPU. Raises ModelFileError if it has no kernels."""
+    """Returns the memory of an encoder on the CPU. Raises ModelFileError if the CPU has no kernels for the encoder."""
     from llamaclust.kernels.cpu.backend import workspace_bytes
 
     program, tensors, limits = projector.program, projector.tensors, encoder_limits(projector)
@@ -30,8 +30,8 @@ def _input_bytes(projector: Projector) -> int:
 
 
 def _tile_bytes(projector: Projector) -> int:
-    """Returns the larger of two sizes: the bytes to prepare a tile's patches, and the bytes of its patches and rows.
-    Each number of the rows takes one more byte, which tells whether the number is finite."""
+    """Returns the bytes to prepare a tile's patches, or the bytes of the patches and output rows if these are larger.
+    Each output number takes 5 bytes: a float32, and a byte that tells whether the number is finite."""
     program, rows = projector.program, projector.most_program_rows
     patches = _FLOAT_BYTES * rows * program.hidden.width
     merged = (_FLOAT_BYTES + 1) * (rows // program.rows_together) * program.out.width

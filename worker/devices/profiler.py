@@ -51,7 +51,8 @@ Sweep = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class ProfileSize:
-    layers_bytes: int  # Bytes that a token reads from the stage of several layers, which has two layers at least.
+    # The stage of several layers gets as many layers as read this number of bytes per token, but at least two.
+    layers_bytes: int
     # Number of steps to measure, by number of rows. Few rows are sequences in decode, many rows are one prompt.
     tries: Mapping[int, int]
 
@@ -73,7 +74,7 @@ GPU = ProfileSize(1 << 30, {1: 9, 8: 5, 128: 3, 512: 3})
 
 
 _PROMPT_ROWS = 512
-"""Number of rows of an additional measurement for mixtures of experts, whose prompt cost few rows do not show."""
+"""Rows of one more measurement for mixtures of experts, because steps with few rows read only some of the experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class ProfiledDevice:
     threads: int
     feature_level: str
     free_bytes: int
-    place: int = 0  # Workers with different numbers measure different layers.
+    place: int = 0  # Worker number. Workers with different numbers measure different layers.
     size: ProfileSize = PROCESSOR
     # Flushes the device's own cache. The CPU's caches are flushed too.
     own_cache: Callable[[], AbstractContextManager[Sweep]] | None = None
@@ -93,12 +94,12 @@ class ProfiledDevice:
         return cls(gpu, threads, feature_level, free_bytes, size=GPU, own_cache=gpu.cache_flush)
 
     def apart(self) -> Backend:
-        """Returns a CPU backend with threads of its own, because threads adapt to steps that are alike."""
+        """Returns a CPU backend with its own thread pool, because a pool adapts to repeated steps of equal size."""
         return self.backend.apart() if isinstance(self.backend, HasThreads) else self.backend
 
     @contextmanager
     def cold(self, most_bytes: int, left_bytes: int) -> Iterator[Sweep]:
-        """Yields a function that flushes caches. A CPU's buffer takes at most `most_bytes` and at most `left_bytes`."""
+        """Yields a function that flushes caches. For a CPU, its buffer takes at most the smaller of the two limits."""
         if self.own_cache is None:
             yield CacheFlush(min(largest_cache_bytes(), most_bytes, left_bytes)).sweep
             return
@@ -159,7 +160,7 @@ class _Measurement:
     sweep: Sweep
 
     def parts(self, ranges: Sequence[tuple[int, int]]) -> list[_Part]:
-        """Measures the stages in turns, so that changes of the machine's speed affect all stages alike."""
+        """Measures one stage per range of layers. Their steps alternate, so that disturbances affect all alike."""
         device, model = self.device, self.model
         limits, options = device.size.limits, StageOptions(device.feature_level, device.threads)
         with ExitStack() as opened:
@@ -228,7 +229,7 @@ def _step_times(one: _Part, some: _Part, last: _Part) -> Iterator[StepTime]:
             head_s = max(0.0, last.seconds[rows] - stage_s - byte_s * last.layers_bytes[rows])
             heads.append((rows, head_s))
         else:
-            # A prompt has no outputs in the last layer, so its head time is extrapolated from few rows.
+            # The measured prompts compute no logits, so the output head's time is extrapolated from decode steps.
             (low, low_s), (high, high_s) = heads
             head_s = high_s + (rows - high) / (high - low) * max(0.0, high_s - low_s)
         yield StepTime(rows, stage_s, byte_s, head_s)
@@ -243,7 +244,7 @@ def _line(few: tuple[float, float], many: tuple[float, float]) -> tuple[float, f
 
 
 def _task(runner: StageRunner, vocabulary: int, rows: int, number: int) -> tuple[bytes, bytes]:
-    """Returns a frame and its sampling inputs. Few rows are one token per sequence. Many rows are one prompt."""
+    """Returns a frame and its sampling inputs. Few rows are tokens of different sequences. Many rows are one prompt."""
     program, source = runner.program, np.random.default_rng(number)
     tokens = source.integers(vocabulary, size=rows).tolist()
     if rows in _DECODE_ROWS:

@@ -45,9 +45,9 @@ def held_layers(
     placement: Placement | None = None,
     experts_cache: int | None = None,
 ) -> tuple[DeviceLayers, ...]:
-    """Assigns layers to devices. The last layers go to the last GPU. Experts that no rule of `placement` places go to
-    RAM if they do not fit on the first GPU. Free memory of a GPU, up to `experts_cache` bytes, holds copies of its
-    experts in RAM. Raises UsageError if a rule cannot be obeyed, and InsufficientMemoryError if memory is short."""
+    """Assigns layers to devices. The last layers go to the last GPU. Experts for which `placement` has no rule go to
+    RAM if they do not fit on the first GPU. Up to `experts_cache` bytes of free GPU memory hold copies of experts in
+    RAM. Raises UsageError if a rule cannot be obeyed, and InsufficientMemoryError if memory is short."""
     placement, end = placement or Placement(cpu_moe=None), model.layer_count
     placement.check([gpu.device for gpu in device.gpus], 0, end)
     borders = model.costs(KvType(limits.kv_type)).borders
@@ -92,7 +92,7 @@ class _Choice:
     limits: StageLimits
     placement: Placement
     mixtures: frozenset[int]
-    borders: Sequence[int]  # Layers before which the model may be divided.
+    borders: Sequence[int]  # Numbers of the layers with which a device's range of layers may start.
 
     def first_gpu(self, end: int) -> DeviceLayers | None:
         """Returns the first GPU's layers, with the experts of as few layers as possible in RAM."""
@@ -115,7 +115,7 @@ class _Choice:
         return self._part(index, start, end, open_end) if start < end else None
 
     def _starts(self, index: int, end: int) -> tuple[int, int]:
-        """Returns the first and the last layer at which this GPU's layers may start. `end` means no layers."""
+        """Returns the lowest and the highest layer with which this GPU may begin. `end` means that it gets none."""
         number, gpus = index + 1, [gpu.device for gpu in self.device.gpus]
         allowed = [self.placement.devices_of(layer, gpus) for layer in range(end)]
         ended = max((layer + 1 for layer, devices in enumerate(allowed) if devices[-1] < number), default=0)
@@ -127,7 +127,7 @@ class _Choice:
         return max(min(least, last_begun), first_ended), max(last_begun, first_ended)
 
     def _part(self, index: int, start: int, end: int, open_end: int) -> DeviceLayers:
-        """Puts a layer's experts in RAM if a rule says so, or without a rule if the layer is below `open_end`."""
+        """Returns layers on a GPU. A rule or, without a rule, layer < open_end puts a layer's experts in RAM."""
         said = ((layer, self.placement.experts_in_ram(layer)) for layer in range(start, end) if layer in self.mixtures)
         cpu_moe = (layer for layer, in_ram in said if in_ram or (in_ram is None and layer < open_end))
         return DeviceLayers(self.device.gpus[index].device, start, end, tuple(cpu_moe))

@@ -15,10 +15,10 @@ class SequenceCache:
 
     tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
-    settled: int = 0  # Number of first tokens that are known to be the sequence's.
+    settled: int = 0  # The first `settled` cached tokens are certainly not rejected drafts.
 
     def keep(self, tokens: Sequence[int], length: int) -> None:
-        """Keeps cached tokens that equal `tokens`, but not the last of `tokens`, whose logits must be computed."""
+        """Keeps the longest cached prefix of tokens[:length - 1]. The last token is computed again for its logits."""
         end = min(len(self.tokens), length - 1)
         place = min(self.settled, end)
         while place < end and self.tokens[place] == tokens[place]:

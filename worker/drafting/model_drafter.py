@@ -15,7 +15,7 @@ from llamaclust.worker.stage.stage_runner import StageRunner
 
 MOST_ROWS = 256
 _MOST_BESIDE = 8
-"""Maximum number of tokens per sequence that the first drafting step prefills. Earlier steps prefill more tokens."""
+"""If a sequence has more uncached tokens than this, a run before the first drafting step prefills them."""
 
 
 class ModelDrafter:

@@ -1,4 +1,4 @@
-"""Gathers that find the member at fault, when a step is computed again because numbers were not finite."""
+"""Gathers that find the member at fault. They are used when a step is repeated because numbers were not finite."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from llamaclust.model.steps.across import Gather
 
 
 def checked_gathers(links: Gatherer, program: Program, rows: int, accuse: Callable[[int], None]) -> PythonGatherer:
-    """Returns gathers that call `accuse` with the place of the first member whose numbers are not finite. If that is
-    true for all members, no member is accused, unless a single member computes all columns."""
+    """Returns gathers that call `accuse` with the index of the first member that sent numbers that are not finite. If
+    all of several members sent such numbers, none is accused, because their common input may be wrong."""
     gathers = [step for step in program.steps if isinstance(step, Gather)]
     bands = bands_of(program, rows, links.bands)
 

@@ -1,4 +1,4 @@
-"""Performs concurrent handshakes with all connections that claim to be a member, so that false claims delay nothing."""
+"""Performs handshakes with all connections that claim to come from a member, so that a false claim delays nobody."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llamaclust.kernels._native import Link, LinkError
 from llamaclust.worker.groups.callers import caller_of, of_the_most
 
 MOST_HANDSHAKES = 8
-"""Maximum number of concurrent handshakes for one place of a group. Each takes a thread."""
+"""Maximum number of concurrent handshakes for one member of a group. Each handshake takes a thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class Handshakes:
         self._proven: asyncio.LifoQueue[Link] = asyncio.LifoQueue()
 
     def take(self, connection: socket.socket) -> None:
-        """Begins a handshake. If too many are in progress, ends a random one of the host that has the most, because the
-        oldest may be the real member's. Raises OSError if no file descriptor is free."""
+        """Begins a handshake. If too many are in progress, ends a random handshake of the busiest host, not its oldest,
+        which may be the real member's. Raises OSError if no file descriptor is free."""
         claim = _Claim(caller_of(connection), connection.dup())
         if len(self._claims) >= MOST_HANDSHAKES:
             crowd = of_the_most({task: each.host for task, each in self._claims.items()})
@@ -48,7 +48,7 @@ class Handshakes:
         task.add_done_callback(self._ended)
 
     async def proven(self) -> Link:
-        """Returns the newest proven connection, because the member has given up its older connections."""
+        """Waits for a completed handshake, and returns the newest link, because the member has given up older ones."""
         return await self._proven.get()
 
     def __enter__(self) -> Self:

@@ -33,11 +33,11 @@ _Result = TypeVar("_Result")
 
 
 class MemberLostError(LlamaclustError):
-    """A member of a group cannot be reached, or another process has its place. `worker` names the member."""
+    """A member of a group cannot be reached, or another process answers in its place. `worker` names the member."""
 
 
 class LinkOpener:
-    """Opens a member's links once. Of two members, the one with the higher place connects to the other."""
+    """Opens a member's links once. Of two members, the one with the higher number connects to the other."""
 
     def __init__(self, order: GroupOrder, credentials: Credentials, listener: LinkListener) -> None:
         self._order, self._credentials, self._listener = order, credentials, listener
@@ -47,7 +47,7 @@ class LinkOpener:
             raise UsageError("groups over several machines need OpenSSL, but this llamaclust was built without it")
         self._failures: dict[int, str] = {}
         self._linked: set[int] = set()
-        self._unreached_s: dict[int, float] = {}  # Time since which there is no connection to a place.
+        self._unreached_s: dict[int, float] = {}  # Since when a member cannot be reached, by member number.
         # Separate threads, so that no other work delays a handshake.
         self._threads = ThreadPoolExecutor(MOST_HANDSHAKES * len(order.members), "links")
 
@@ -110,8 +110,8 @@ class LinkOpener:
             await asyncio.sleep(_RETRY_S)
 
     async def _accept(self, place: int) -> Link:
-        """Links to a member that connects. Sends this member's hello only on the connection that it chooses, because
-        the other member tries again if it gets no hello."""
+        """Waits until the other member connects, and returns the link. If that member opened several connections, only
+        one gets this member's hello. The other member opens a new connection if it gets no hello."""
         own, theirs = self._hello(self._order.member, place), self._hello(place, self._order.member)
 
         def failed(error: LinkError) -> None:

@@ -1,5 +1,5 @@
 """Accepts connections of other members, and passes each to the group that expects it. A connection begins with an
-unencrypted hello: 8 bytes of version, the group's 16-byte id, and the places of sender and receiver. The id is random
+unencrypted hello: 8 bytes of version, the group's 16-byte id, and the numbers of sender and receiver. The id is random
 and only members know it, so strangers cannot use up handshakes. A certificate proves who the sender is."""
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _HELLO = struct.Struct("<8s16sII")
 _VERSION = b"lcgroup2"
 HELLO_S = 5.0
 _MOST_SILENT = 64
-"""Maximum number of connections without a hello. Beyond that, the host with the most of them loses its oldest one."""
+"""Maximum number of connections without a hello. For a new one, the busiest host's oldest connection is closed."""
 _BACKLOG = 128
 SOCKET_ENDING = ".l"
 LINK_PORTS = 1000
-"""Distance from the port for stages to the port for links. The ports between them may belong to other workers."""
+"""The port for links is the stage port plus this number. The ports between them may belong to other workers."""
 _LAST_PORT = 65535
 _RETRY_S = 0.1
 
@@ -47,8 +47,8 @@ class Hello:
 
 
 def link_address(stages: str, port: int | None) -> str:
-    """Returns the address for links, which has the host of the address for stages. If `port` is None, the port is
-    `LINK_PORTS` above the port for stages. Port 0 means any free port, for stages as well."""
+    """Returns the address for links between members. It has the host of `stages`, the Stage service's address. If
+    `port` is None, the port is the stage port plus `LINK_PORTS`, or 0 (any free port) if the stage port is 0."""
     if stages.startswith(PREFIX):
         return f"{stages}{SOCKET_ENDING}"
     host, stage_port = split_address(stages)
@@ -64,7 +64,7 @@ Take = Callable[[socket.socket], None]
 class LinkListener:
     def __init__(self) -> None:
         self.address = ""  # Address at which it listens, or "" if it does not listen.
-        self.refusals = RefusalLog(_log)  # Logs connections that sent an expected hello.
+        self.refusals = RefusalLog(_log)  # Logs errors of accepting, and of connections with an expected hello.
         self._strangers = RefusalLog(_log, apart_s=1.0)
         self._requested = ""
         self._listening: socket.socket | None = None

@@ -77,7 +77,7 @@ class MemberLinks:
                 await asyncio.shield(self._opening)
         except DeadlineError as late:
             if (missing := self._opener.missing) is None:
-                raise  # All members are linked, and the links are about to open.
+                raise  # No member is missing, so the error names none.
             worker, reason = missing
             raise WorkerError(f"{reason}, after {seconds:g} s", worker=worker) from late
 
@@ -111,7 +111,7 @@ class MemberLinks:
 
     @property
     def computing_s(self) -> float:
-        """Seconds since this member last waited for another. 0.0 while it waits, and before the first step."""
+        """Seconds since this member last waited for another member. 0.0 while it waits, and before the first step."""
         return 0.0 if self._links is None else self._links.computing_s
 
     def fault(self, error: Exception) -> Fault:
@@ -131,7 +131,7 @@ class MemberLinks:
         return GroupFault(self._epoch, own, "failed", text)
 
     def not_finite(self, place: int) -> LinkError:
-        error = LinkError(f"worker {self._order.members[place].worker} computed numbers that are not finite, twice")
+        error = LinkError(f"worker {self._order.members[place].worker} twice computed numbers that are not finite")
         error.place, error.kind = place, "wrong"
         return error
 

@@ -17,7 +17,7 @@ class KvFolder(DiskCache):
     content, limit = "KV memory", "kv_disk"
     most_files = 1 << 13
     is_secret = True  # Prompts can be reconstructed roughly from the content.
-    is_synced = False  # A file that a power failure damages is found by its digests.
+    is_synced = False  # Files need no fsync. Their digests reveal damage by a power failure.
 
     def names(self, content: str) -> set[str]:
         return {path.name for path in self.path.glob(f"{content}-*{_SUFFIX}")}

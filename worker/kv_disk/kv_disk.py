@@ -27,7 +27,7 @@ class KvDisk:
     def __init__(self, folder: KvFolder) -> None:
         self.folder = folder
         self.traffic = KvTraffic()
-        self._is_reported = False  # True if the log says that the folder cannot be used.
+        self._is_reported = False  # True if the log has already reported that the folder cannot be used.
         self._stages: WeakKeyDictionary[StageRunner, StageBlocks] = WeakKeyDictionary()
         self._reader = ThreadPoolExecutor(1, "read-kv")
         self._writer = ThreadPoolExecutor(1, "write-kv", initializer=partial(lower_priority, _LOW_PRIORITY))

@@ -34,8 +34,8 @@ class StageBlocks:
         self._lock = Lock()
         self._files: dict[str, KvFile] = {}
         self._places: dict[bytes, list[_Place]] = {}
-        self._unreadable: set[str] = set()  # Names of unreadable files that are in the log.
-        self._is_reported = False  # True if the log says that nothing can be written.
+        self._unreadable: set[str] = set()  # Names of unreadable files that the log has already reported.
+        self._is_reported = False  # True if the log has already reported that nothing can be written.
         traffic.used_bytes = folder.used_bytes
 
     def find(self, keys: Sequence[bytes], kv: KvLayers) -> int:
@@ -44,7 +44,7 @@ class StageBlocks:
             return next((index for index, key in enumerate(keys) if not self._cover(key, kv)), len(keys))
 
     def restore(self, keys: Sequence[bytes], blocks: Sequence[int], kv: KvLayers) -> int:
-        """Reads blocks until one is missing or damaged, and returns their number. Deletes damaged files."""
+        """Reads blocks until one is missing or damaged. Returns the number of blocks read. Deletes damaged files."""
         used: dict[str, None] = {}
         done = 0
         for key, block in zip(keys, blocks, strict=True):
@@ -58,8 +58,8 @@ class StageBlocks:
         return done
 
     def save(self, keys: Sequence[bytes], blocks: Sequence[int], kv: KvLayers) -> int:
-        """Writes missing blocks, and returns the number of blocks on disk. The last of `keys` belong to `blocks`. Files
-        with blocks of the earlier keys are not deleted to make room."""
+        """Writes missing blocks. `keys` belong to a whole sequence, and the last len(blocks) keys to `blocks`. Other
+        files of the sequence are not deleted to make room. Returns len(blocks), or 0 if writing failed."""
         with self._lock:
             self._refresh()
             own = zip(keys[-len(blocks) :], blocks, strict=True)

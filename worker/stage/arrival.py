@@ -80,7 +80,7 @@ class Arrival:
             first, end = starts[chunk], starts[chunk + 1]
             if not np.isfinite(hidden[first:end]).all():
                 place = f"tokens [{positions[first]}, {positions[end - 1] + 1})"
-                raise WorkerError(f"hidden states of {place} were not finite twice")
+                raise WorkerError(f"hidden states of {place} were not finite, even when computed again")
 
     def next_frame(self, hidden: Logits, timing: StageTiming) -> bytes:
         assert not isinstance(hidden, RankedLogits), "those of a last stage"

@@ -21,17 +21,17 @@ INLINE_NS = 200_000_000
 
 _Answer = TypeVar("_Answer")
 _HOLD_NS = 8_000_000
-"""Maximum time for which results of short jobs are held back. Passing each to the event loop would slow down jobs."""
+"""Maximum time for which results of short jobs are collected before the event loop gets them all at once."""
 
 _Entry = tuple[Callable[[], Any], "asyncio.Future[Any]", float, float]
 _WATCH_S = 1.0
 _HUNG_TIMES, _HUNG_LEAST_S = 20, 30.0
-"""A step counts as hung after these limits, which are far above any delay by other programs or longer contexts."""
+"""A step counts as hung after 30 s plus 20 times the duration of the last similar step (see `step_limit_s`)."""
 
 
 def step_limit_s(last_ns: int | None, *, on_gpus: bool) -> float:
-    """Returns the seconds after which a step counts as hung, from the time of the last similar step. Returns infinity
-    for the first such step, which may compile kernels, and for weights in RAM, which may be read from disk again."""
+    """Returns the seconds after which a step counts as hung. `last_ns` is the last similar step's duration. The first
+    such step may compile kernels, and weights in RAM may be read from disk again, so their limit is infinity."""
     return _HUNG_LEAST_S + _HUNG_TIMES * last_ns / 1e9 if on_gpus and last_ns is not None else inf
 
 
@@ -80,7 +80,7 @@ class Compute:
         self, job: Callable[[], _Answer], *, limit_s: float = inf, expected_ns: float = inf
     ) -> asyncio.Future[_Answer]:
         """Runs `job` on the thread after earlier jobs. If it takes longer than `limit_s`, the device counts as lost
-        (see `while_able`). Results of earlier jobs that cannot wait for `expected_ns` are passed on first."""
+        (see `while_able`). If `expected_ns` is long, earlier jobs' results are passed on before `job` begins."""
         answer: asyncio.Future[_Answer] = self._loop.create_future()
         answer.add_done_callback(self._settled)
         self._queued += 1

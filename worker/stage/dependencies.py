@@ -37,7 +37,7 @@ class SampledTokensBox:
     def put(self, sampled: SampledTokens) -> None:
         newest = next(reversed(self._came), -1)
         if sampled.number <= newest:
-            raise ProtocolError(f"tokens of microbatch {sampled.number} came after those of {newest}")
+            raise ProtocolError(f"tokens of microbatch {sampled.number} came after those of microbatch {newest}")
         self._came[sampled.number] = sampled, perf_counter_ns()
         if len(self._came) > MOST_IN_FLIGHT:
             del self._came[next(iter(self._came))]
@@ -46,15 +46,15 @@ class SampledTokensBox:
         return self._came[number][1] if number in self._came else 0
 
     def fill(self, frame: _native.MicrobatchFrame) -> list[SampledTokens]:
-        """Fills the sampled tokens that the frame depends on into the frame, and returns them. Raises WorkerError if a
-        token is unknown."""
+        """Replaces the frame's placeholders by sampled tokens of earlier microbatches, and returns these tokens. Raises
+        WorkerError if a token is unknown."""
         followed = []
         for number in frame.depends_on:
             sampled = self._came[number][0] if number in self._came else SampledTokens(number, ())
             if not frame.fill(number, sampled.tokens):
                 row = max(row for before, row in frame.dependencies if before == number)
                 known = len(sampled.tokens)
-                raise WorkerError(f"row {row} of microbatch {number} has no token to follow: {known} are known")
+                raise WorkerError(f"microbatch {number} sampled no token for row {row}: it sampled {known} tokens")
             followed.append(sampled)
         return followed
 

@@ -1,4 +1,4 @@
-"""A member of a group, but not its leader. A thread computes the member's portion of each step that is announced."""
+"""A member of a group, but not its leader. A thread computes its portion of each step that the leader announces."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _LENGTH = struct.Struct("<I")
 
 
 class MemberFailedError(LlamaclustError):
-    """A member failed during a step that other members continue, and can no longer take part in their gathers."""
+    """A member failed during a step, and can no longer take part in the other members' gathers."""
 
 
 class Leader:
@@ -46,10 +46,10 @@ class Leader:
     def step(
         self, arrival: Arrival, followed: Sequence[SampledTokens], checked: Program | None = None
     ) -> Iterator[None]:
-        """Announces a microbatch and the tokens that it depends on. The body of the `with` statement computes the step.
-        `checked` is the stage's program if the step is computed again because numbers were not finite. Raises LinkError
-        if a link fails or a member computes such numbers again. Raises a WorkerError unchanged, because all members
-        raise the same error. Raises MemberFailedError for any other error."""
+        """Announces a microbatch, and the sampled tokens `followed` that it depends on. The body of the `with`
+        statement computes the step. `checked` is the stage's program if the step is computed again because numbers were
+        not finite. Raises LinkError if a link fails, or if numbers are not finite again. Passes on a WorkerError,
+        because all members raise the same. Any other error raises MemberFailedError."""
         assert self._links is not None, "a stream is accepted when the links are open"
         rows = arrival.frame.rows
         is_whole = rows >= LEAST_BANDED_ROWS and arrival.has_groups
@@ -87,7 +87,7 @@ class Leader:
 
 
 def encode_step(frame: bytes, followed: Sequence[SampledTokens], bands: int) -> bytes:
-    """Encodes a step: number of bands, number of token messages, each of these after its length, and the frame."""
+    """Encodes a step as the number of bands, the number of token messages, (length, message) pairs, and the frame."""
     parts = [_LENGTH.pack(bands), _LENGTH.pack(len(followed))]
     for sampled in followed:
         tokens = encode_sampled_tokens(sampled)
@@ -109,8 +109,8 @@ def decode_step(data: bytes) -> tuple[bytes, SampledTokensBox, int]:
 
 def _number(data: bytes, at: int, most: int) -> int:
     if len(data) < at + _LENGTH.size:
-        raise ProtocolError(f"a step's message of {len(data)} bytes ends inside a part")
+        raise ProtocolError(f"a step's message is incomplete: it ends after {len(data)} bytes")
     (number,) = _LENGTH.unpack_from(data, at)
     if number > most:
-        raise ProtocolError(f"a step's message has {number} parts or bytes; the limit is {most}")
+        raise ProtocolError(f"a step's message has the count or size {number}; the limit is {most}")
     return int(number)

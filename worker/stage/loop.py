@@ -36,10 +36,11 @@ from llamaclust.worker.stage.step_inputs import StepInputs
 _log = logging.getLogger(__name__)
 
 _DIRECT_BYTES = 1 << 16
-"""Maximum size of an answer that is sent before the next step. A larger answer must wait until the other side reads."""
+"""Maximum size of an answer that is sent before the next step. Sending a larger answer waits for its receiver."""
 
 _RESULT_DELAY_S = 0.001
-"""Seconds by which a result follows tokens to a first stage here. The coordinator may take its core for 0.7 ms."""
+"""Seconds between sending tokens to a first stage in this process and sending the result to the coordinator. Handling a
+result takes 0.7 ms, perhaps on the core that the first stage needs."""
 _MIN_ROUND_S = 0.004
 
 _Value = TypeVar("_Value")
@@ -193,7 +194,7 @@ class StageLoop:
             return self._failure(arrival, error)
 
     async def _step(self, arrival: Arrival) -> Answer:
-        """Runs a last stage's layers before it waits for sampling inputs. Making a prompt's matcher can take 50 ms."""
+        """Runs the layers. A last stage waits for sampling inputs only afterwards. Making a matcher can take 50 ms."""
         program = self.runner.program
         if program.is_first and not program.is_last:
             await self.dependencies.known(arrival.newest_dependency)
@@ -260,7 +261,7 @@ class StageLoop:
         if isinstance(error, DeviceLostError):
             self._compute.give_up(error)
         if isinstance(error, LlamaclustError):
-            # After an error that ended the loop, later microbatches fail for lack of earlier results.
+            # After an error that ended the loop, later microbatches fail too, and their errors are not logged.
             if not self._has_ended:
                 _log.error("microbatch %d: %s", arrival.frame.number, error)
             return self._failed(arrival, f"{self._where}: {error}")

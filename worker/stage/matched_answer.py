@@ -1,4 +1,4 @@
-"""One answer at the last stage, and the matcher that follows its tokens."""
+"""One answer at the last stage, with its matcher, which knows what tokens a grammar or a reasoning budget allows."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from llamaclust.model.grammars.reasoning_matcher import ReasoningMatcher, answer
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
 _DRAFTED_NS: Final = 200_000_000
-"""CPU time of a step's matchers after which drafted rows are deferred."""
+"""Once the matchers of a step have used this CPU time, the remaining drafted rows are deferred."""
 _STEP_NS: Final = 500_000_000
-"""CPU time after which all other rows are deferred too. The coordinator then sends fewer slow answers at once."""
+"""Once a step's matchers have used this CPU time, all other rows are deferred. Fewer slow answers then share a step."""
 _TOLD_NS: Final = 1_000_000
-"""CPU time of a row from which on the coordinator is told the time."""
+"""If a row's matcher used at least this CPU time, the time is reported to the coordinator."""
 _READY_S: Final = 60.0
 """Time limit for making a matcher, which takes a fraction of a second unless the machine is very busy."""
 _TOKEN_NS: Final = 50_000_000
 """CPU time allowed per token. Large schemas take at most a tenth of it."""
 _GUARD_NS: Final = 2_000_000_000
-"""CPU time that an answer may take beyond the time of its tokens. It counts if the work limits in matcher.py fail."""
+"""CPU time that an answer may use beyond `_TOKEN_NS` per token. The limits in matcher.py normally apply earlier."""
 _TOKENS_AT_ONCE: Final = 64
 
 DEFERRED: Final = RowResult(-1, nan, is_deferred=True)
@@ -62,10 +62,10 @@ class MatchedAnswer:
         self._start = start
         self._tokens = list(start.tokens)  # Tokens that the matcher has accepted.
         self._matcher: GrammarMatcher | ReasoningMatcher | None = None
-        self._forced: list[int] = []  # The last of `_tokens`, if they had to follow a sampled token.
+        self._forced: list[int] = []  # Tokens at the end of `_tokens` that the grammar dictated.
         self.is_refused = False  # True if the row's token was refused and is sampled again.
         self._is_costly = False
-        self._excess_ns = 0  # CPU time beyond what the tokens may take.
+        self._excess_ns = 0  # CPU time used beyond `_TOKEN_NS` per token.
         self._row_ns = _TOLD_NS  # CPU time of the newest row. The first row counts as slow.
         self._held = 0  # Number of consecutive steps that had no time left for the answer.
 
@@ -87,8 +87,8 @@ class MatchedAnswer:
             self.fail(error)
 
     def _make_matcher(self, vocabulary: GrammarVocabulary) -> None:
-        """Makes the matcher. Forces tokens only at an answer's start, because `take` returns all later forced
-        tokens."""
+        """Makes the matcher. If the answer is empty, adds the tokens that the grammar forces at its beginning. Later,
+        `take` adds forced tokens."""
         matcher, tokens = answer_matcher(self._start, vocabulary, is_costly=self._is_costly), self._tokens
         self._excess_ns = 0
         for place in range(0, len(tokens), _TOKENS_AT_ONCE):
@@ -118,8 +118,8 @@ class MatchedAnswer:
 
     def begin(self, row: MatcherRow) -> bool:
         """Begins a row. Returns False if the row is deferred, because the matcher is not ready or an earlier row was
-        deferred. Raises ProtocolError for a wrong position. Rows sent before forced tokens were known repeat these
-        tokens."""
+        deferred. Raises ProtocolError for a wrong position. The coordinator may have sent the row before it knew of
+        forced tokens. Such a row returns these tokens again."""
         if self._due is not None and row.position > self._due:
             return False
         is_ready = self.ready.done() and self._matcher is not None
@@ -157,9 +157,9 @@ class MatchedAnswer:
         return self._matcher is not None and self._failed is None and self._matcher.is_complete
 
     def take(self, result: RowResult, time: MatcherTime) -> RowResult | AllowedTokens:
-        """Feeds a sampled token to the matcher. Returns the result with the tokens that must follow. If the token is
-        not allowed, returns the allowed tokens, from which the caller must sample again. Returns DEFERRED if the
-        matcher must be made again or the step has no time left."""
+        """Feeds a sampled token to the matcher. Returns the result together with forced tokens that must follow. If the
+        token is not allowed, returns the allowed tokens, from which the caller must sample again. Returns DEFERRED if
+        the matcher must be made again or the step has no time left."""
         if self._failed is None and self._forced:
             return RowResult(self._forced[0], 0.0, forced=tuple(self._forced[1:]))
         if self._failed is None and result.failure is not None:
@@ -193,7 +193,7 @@ class MatchedAnswer:
             time.taken_ns += taken_ns
             self._charge(taken_ns, 0)  # The row's token was charged when the matcher accepted it.
         except RequestError:
-            return result  # The next row raises the same error and makes the matcher again.
+            return result  # The answer's next row handles the same error.
         except Exception as error:  # noqa: BLE001  only this answer fails, at its next row
             self.fail(error)
             return result

@@ -1,7 +1,7 @@
-"""Matchers of a last stage's answers, for grammars and reasoning budgets. A thread makes matchers when sampling inputs
-arrive. A row whose matcher is not ready is deferred, and the coordinator sends it again. A row is first sampled without
-its grammar. If the grammar refuses the token, the row is sampled again from the allowed tokens. The rows of a step
-share a limited CPU time. A matcher depends only on grammar and tokens, so answers can change pipelines."""
+"""Matchers apply grammars and reasoning budgets to answers at the last stage. A thread makes matchers when sampling
+inputs arrive. A row whose matcher is not ready is deferred, and the coordinator sends it again. A row is first sampled
+without its grammar. If the grammar refuses the token, the row is sampled again from the allowed tokens. The rows of a
+step share a limited CPU time. A matcher depends only on grammar and tokens, so answers can change pipelines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FIRST_S: Final = 0.01
 
 
 class StageMatchers:
-    """The matchers of one epoch. The event loop uses `receive` and `ready`, the computing thread `begin` and `take`."""
+    """The matchers of one epoch. `receive` and `ready` run on the event loop, and `begin` and `take` on a thread."""
 
     def __init__(self, vocabulary: Callable[[], GrammarVocabulary], most: int) -> None:
         """`vocabulary` is called for the first matcher. At most `most` answers are kept."""
@@ -39,10 +39,10 @@ class StageMatchers:
         self._answers: dict[int, MatchedAnswer] = {}
         # Changes that later steps apply, by (microbatch, key). None releases the answer.
         self._changes: dict[tuple[int, int], MatchedAnswer | None] = {}
-        # Rows of the current step and their places.
+        # The current step's rows of each answer, as (row index in the step, row).
         self._rows: dict[MatchedAnswer, deque[tuple[int, MatcherRow]]] = {}
-        self._deferred: list[int] = []  # Places of the step's rows that must be computed again.
-        self._last: dict[MatchedAnswer, int] = {}  # Place of each answer's last counted row in the step.
+        self._deferred: list[int] = []  # Indices of the step's rows that must be computed again.
+        self._last: dict[MatchedAnswer, int] = {}  # Index of the step's last row that gave the answer a token.
         self._time = MatcherTime()
         self._thread = ThreadPoolExecutor(1, "matchers")
 
@@ -76,7 +76,7 @@ class StageMatchers:
             self._changes |= starts
             starting = sum(answer is not None for answer in self._changes.values())
         if starting > MOST_IN_FLIGHT * self._most:
-            raise ProtocolError(f"more than {MOST_IN_FLIGHT * self._most} matchers are starting")
+            raise ProtocolError(f"more than {MOST_IN_FLIGHT * self._most} grammar matchers are starting")
         for answer in starts.values():
             self._make(answer)
 
@@ -98,8 +98,8 @@ class StageMatchers:
         return [answer.ready for answer in (late if is_alone else first)], _ALONE_S if is_alone else _FIRST_S
 
     def begin(self, tasks: SamplingTasks) -> list[int]:
-        """Begins a step. Returns the places of rows whose answer can only end. `tasks` must be complete, so that
-        drafted rows are marked. Raises ProtocolError if a row has no matcher."""
+        """Begins a step. Returns the indices of rows whose answer is complete, so that only an end token may follow.
+        Drafted rows must be marked in `tasks` already. Raises ProtocolError if a row has no matcher."""
         with self._lock:
             self._admit(tasks.number)
         self._rows, self._deferred, self._last = {}, [], {}
@@ -107,10 +107,10 @@ class StageMatchers:
         for place, key, position, drafted in tasks.matcher_rows:
             row = MatcherRow(key, position, drafted)
             if (answer := self._answers.get(row.key)) is None:
-                raise ProtocolError(f"got a row of answer {row.key}, but this worker has no matcher for it")
+                raise ProtocolError(f"the matcher of answer {row.key} is missing on this worker")
             if (row.drafted is None) == (answer in self._rows):
                 raise ProtocolError(
-                    f"rows of answer {row.key} are in the wrong order: the row without a draft comes first"
+                    f"answer {row.key} must have one row without a drafted token, before its drafted rows"
                 )
             if row.drafted is not None:
                 self._rows[answer].append((place, row))
@@ -126,8 +126,8 @@ class StageMatchers:
 
     def take(self, results: list[RowResult]) -> dict[int, AllowedTokens]:
         """Feeds the step's results to the matchers, and replaces some of the results. Returns the allowed tokens of
-        rows whose token was refused, by place. The caller samples these rows again and calls `take` until it returns
-        {}. A drafted row counts only if the previous row chose its token."""
+        each row whose token was refused, by row index. The caller samples these rows again and calls `take` until it
+        returns {}. A drafted row counts only if the previous row chose its token."""
         for place in self._deferred:
             results[place] = DEFERRED
         refused: dict[int, AllowedTokens] = {}
@@ -177,7 +177,7 @@ class StageMatchers:
             return self._changes[max(changes)] if changes else self._answers.get(key)
 
     def _admit(self, number: int) -> None:
-        """Applies the changes of this step, and of earlier steps that failed or had no rows, in order."""
+        """Adds and removes matchers as requested for this step, and for earlier steps that failed or had no rows."""
         for change in list(self._changes):
             if change[0] <= number:
                 if (answer := self._changes.pop(change)) is None:
@@ -185,7 +185,7 @@ class StageMatchers:
                 else:
                     self._answers[change[1]] = answer
         if len(self._answers) > self._most:
-            raise ProtocolError(f"matchers of {len(self._answers)} answers exceed the limit of {self._most}")
+            raise ProtocolError(f"{len(self._answers)} answers have grammar matchers; the limit is {self._most}")
 
     def _make(self, answer: MatchedAnswer) -> None:
         answer.ready = self._thread.submit(answer.make_matcher, self._prepare)

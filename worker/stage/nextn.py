@@ -1,5 +1,5 @@
-"""A multi-token prediction (MTP) head, which drafts after the last stage's layers. It keeps keys and values of all rows
-that counted, in blocks with the layers' block ids. Wrong keys or values make drafts worse, but change no answer."""
+"""A multi-token prediction (MTP) head, which drafts after the last stage's layers. Its KV cache has the same block ids
+as the layers' cache, and does not contain rejected drafts. Wrong entries make drafts worse, but change no answer."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class NextnDrafter:
         self.kv_bytes, self.workspace_bytes = self._stage.kv_bytes, self._stage.workspace_bytes
 
     def draft(self, frame: MicrobatchFrame, normed: Normed, outcomes: RowOutcomes, tasks: SamplingTasks) -> None:
-        """Computes keys and values of the rows that count, and adds the requested drafts to the outcomes."""
+        """Computes keys and values of all rows except rejected drafts, and adds requested drafts to the outcomes."""
         taken = _taken(frame, outcomes, tasks)
         for each in taken:
             each.end = min(each.end, self._most_tokens)
@@ -105,8 +105,8 @@ class NextnDrafter:
         return lines, self._stage.run(batch, np.ascontiguousarray(hidden))
 
     def _choose(self, drafting: Sequence[_Taken], logits: Float32, tasks: SamplingTasks, later: int) -> None:
-        """Chooses the tokens `later` positions ahead with their random draws. Logits that are not finite end a
-        draft."""
+        """Samples a draft token from each row of logits. `later` is the token's distance from the last sampled token,
+        and selects the random number. Logits that are not finite end a draft."""
         if not drafting:
             return
         rows = self._sampler.sample(logits, tasks.drafts([each.output for each in drafting], later)).rows
@@ -143,8 +143,8 @@ def _taken(frame: MicrobatchFrame, outcomes: RowOutcomes, tasks: SamplingTasks) 
 def following(
     tokens: tuple[int, ...], next_token: int | None, chosen: Sequence[int], scored: Sequence[bool]
 ) -> tuple[tuple[int, ...], int | None]:
-    """Returns the tokens that follow the chunk's leading counted rows, and the index of the output row that chose the
-    last of these tokens, or None. A drafted row counts if the previous row chose its token."""
+    """Returns the tokens that follow the chunk's accepted rows. Rows from the first rejected draft on are left out.
+    Also returns the index of the output that sampled the last of these tokens, or None if it was not sampled."""
     for index, (token, is_scored) in enumerate(zip(chosen, scored, strict=True)):
         place = len(tokens) - len(chosen) + index
         if is_scored:

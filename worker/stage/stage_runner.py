@@ -120,7 +120,7 @@ def model_program(model: Model, start: int, end: int, limits: StageLimits, porti
 def kv_content(model: Model, manifest: str, limits: StageLimits) -> str:
     """Returns a digest of all that KV memory depends on, except tokens. All splits of a model have the same digest."""
     whole = model_program(model, 0, model.layer_count, replace(limits, expert_shards=1)).steps
-    # The keys of KV blocks depend on the adapters.
+    # Adapters are left out here, because they are part of the keys of KV blocks.
     steps = tuple(step for step in whole if not isinstance(step, Adapt))
     return sha256(repr((NUMERICS_VERSION, manifest, limits.kv_type, steps)).encode()).hexdigest()
 
@@ -218,7 +218,7 @@ class StageRunner:
         """Replaces the adapters for later runs. Keeps KV memory. Raises UsageError or InsufficientMemoryError."""
         program, backend = self.program_of(model), self._backend
         if not isinstance(backend, SharesKv):
-            raise UsageError("adapters can be computed on processors only")
+            raise UsageError("adapters can be replaced only if the whole stage runs on the CPU")
         planned = program_memory(backend, model, program, self.limits)
         new = {"weights": planned.weight_bytes - planned.held_weight_bytes, "workspace": planned.workspace_bytes}
         if sum(new.values()) > free_bytes:
@@ -269,7 +269,7 @@ class StageRunner:
         return row_results(self.finish_step(logits, StepInputs.read(encode_inputs(inputs))).rows)
 
     def finish_step(self, logits: Logits, inputs: StepInputs) -> StepOutputs:
-        """Samples, scores and drafts. Raises ProtocolError if tasks do not fit or too many rows are embedded."""
+        """Samples, scores and drafts. Raises ProtocolError if tasks do not fit or too many rows request embeddings."""
         rows = self.sample(logits, inputs)
         embeddings = self.embeddings()
         if self._nextn is None:
@@ -285,7 +285,7 @@ class StageRunner:
         assert self.program.normed is not None, "only a last stage has it"
         most = max_embedded_rows(self.program.normed.width)
         if len(rows) > most:
-            raise ProtocolError(f"a microbatch has {len(rows)} embedded rows; a result holds at most {most}")
+            raise ProtocolError(f"a microbatch requests the embeddings of {len(rows)} rows; the limit is {most}")
         return self._stage.normed(rows).astype("<f4").tobytes()
 
     @property

@@ -63,8 +63,8 @@ class Neighbours:
     on_lost: Callable[[Peer, str], Awaitable[None]]  # Called with an unreachable neighbour and the reason.
     next: Peer | None = None  # The next stage, or None for the last stage.
     first: Peer | None = None  # Receiver of the last stage's sampled tokens, or None if this stage is the first.
-    previous_worker: str | None = None  # Opens FORWARD. None for the first stage, whose FORWARD the coordinator opens.
-    last_worker: str | None = None  # Opens SAMPLED_TOKENS at the first of several stages.
+    previous_worker: str | None = None  # Opens the FORWARD stream. None if the coordinator opens that stream.
+    last_worker: str | None = None  # Opens the SAMPLED_TOKENS stream, if this is the first of several stages.
 
 
 class StageStreams:
@@ -77,7 +77,7 @@ class StageStreams:
         neighbours: Neighbours,
         links: MemberLinks | None = None,
     ) -> None:
-        """`links` is set for the leader of a group. Its context must have its own `compute`."""
+        """`links` is set if this worker leads a group. `context.compute` must then not be shared with other stages."""
         self.epoch = epoch
         self._links = links
         self.runner = runner
@@ -130,7 +130,7 @@ class StageStreams:
             self._loop.dependencies.fail(WorkerError("the last stage stopped sending tokens"))
 
     async def forward(self, stream: ServerStream) -> None:
-        """Serves the stream of the previous stage or the coordinator when the streams to later stages are open."""
+        """Serves the stream of microbatches. Accepts it when the streams to later stages are open."""
         _check_caller(stream, Principal(self._neighbours.previous_worker))
         if self._forwarding is not None:
             raise ProtocolError(f"a second stream of microbatches was opened for epoch {epoch_text(self.epoch)}")
@@ -186,7 +186,7 @@ class StageStreams:
             await stream.opened()
 
     async def settle(self) -> None:
-        """Frees the former adapters' memory if no microbatch is in flight. Otherwise the next run does."""
+        """Frees the former adapters' memory if no microbatch is in flight. If one is, the next run frees the memory."""
         progress = self._loop.progress
         if progress.received == progress.sent:
             await self._compute.run(self.runner.settle)

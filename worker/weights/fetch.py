@@ -52,7 +52,7 @@ class WantedWeights:
 @dataclass(slots=True, eq=False)
 class _Item:
     wanted: WantedWeights
-    there_bytes: int  # Number of fetched bytes that were reported.
+    there_bytes: int  # Number of fetched bytes that were reported as progress.
     lacking: set[str] = field(default_factory=set)  # Names of sources without the weights or with wrong bytes.
     mixed: int = 0  # Number of times that bytes from several sources, or from an earlier load, had a wrong hash.
     not_before_s: float = 0.0
@@ -65,7 +65,7 @@ class _Source:
     peer: Peer
     given_up: str | None = None  # Reason why the source was given up.
     failed_since_s: float | None = None
-    failures: int = 0  # Number of failures since then.
+    failures: int = 0  # Number of failures since `failed_since_s`.
     lanes: list[asyncio.Task[None]] = field(default_factory=list)
 
     def give_up(self, error: LlamaclustError) -> None:
@@ -264,8 +264,8 @@ class WeightFetch:
 
 
 async def _in_thread(function: Callable[..., _Value], *arguments: object) -> _Value:
-    """Runs `function` on a thread. Waits for the thread even if cancelled, because it uses the file. Closes a part that
-    the thread has opened."""
+    """Runs `function` on a thread. Waits for the thread even if cancelled, because the thread uses the file. If it
+    returns an open WeightPart to a cancelled caller, closes that part."""
     working = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
     try:
         return await asyncio.shield(working)

@@ -202,8 +202,8 @@ class _Files(AsyncExitStack):
 
 
 async def _in_thread(work: Callable[[], _Value], progress: Progress) -> _Value:
-    """Runs `work` on a thread. Waits for the thread even if cancelled, because it holds memory until its next report of
-    progress."""
+    """Runs `work` on a thread. Waits for the thread even if cancelled, because it holds memory. A cancelled `work` ends
+    when it next reports progress."""
     running = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(running)

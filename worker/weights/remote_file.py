@@ -44,7 +44,7 @@ class RemoteFile:
         self.known = known
         self._weights = weights
         self._sources = dict(sources)
-        self._left: list[Peer] = []  # Peers of sources that have a new address.
+        self._left: list[Peer] = []  # Former peers of sources whose address has changed.
         self._fetch_now: WeightFetch | None = None
         self._on_bytes = on_bytes
         self._manifest: Manifest | None = None

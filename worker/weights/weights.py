@@ -44,7 +44,7 @@ class Progress:
     def __init__(self) -> None:
         self.total_bytes = 0  # 0 until the total is known.
         self.done_bytes = 0
-        self.weight_bytes = 0  # Weight bytes of a load, to which reports are scaled, or 0 to report `total_bytes`.
+        self.weight_bytes = 0  # If set, progress is reported as a share of these bytes instead of `total_bytes`.
         self._is_cancelled = False
         self._lock = Lock()
 
@@ -96,8 +96,8 @@ class Weights:
                 file.renew(update.source, reach(update.source))
 
     def open_file(self, model_path: str, model_id: str) -> ModelFile | None:
-        """Opens the model's file. Returns None if no place has a file, and raises ModelFileError if no file there is
-        the right one."""
+        """Opens the model's file. Returns None if no file is found, and raises ModelFileError if the files that are
+        found belong to other models."""
         places = [place for place in self.places(model_path) if place.is_file()]
         return _chosen(lambda place: as_programs_read(open_model(place)), places, model_id)
 

@@ -1,5 +1,5 @@
 """Gemma 3n. A row has several copies of the hidden state. Each layer computes one copy and corrects the others (AltUp).
-A low-rank branch (Laurel) is parallel to attention. Activations are sparse. Layers have inputs and share KV memory."""
+A low-rank branch (Laurel) is parallel to attention. Each layer has an embedding of the token as an extra input."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LEAST_SQUARE = 1e-5
 
 
 def gemma3n(builder: ProgramBuilder) -> None:
-    """Gemma 3n, text only. Each row that a stage sends has all copies, followed by the inputs of later layers."""
+    """Gemma 3n, text only. A stage sends all copies of the hidden state, followed by the inputs of later layers."""
     hp, keys = builder.hyperparameters, builder.keys
     for key in ("attention.sliding_window", "embedding_length_per_layer_input", SHARED_KV_KEY):
         keys.count(key, minimum=0 if key == SHARED_KV_KEY else 1, maximum=1 << 30)  # All known files have this key.
@@ -181,7 +181,7 @@ class _Layer:
         yield ir.Scale(result, result, 1 / math.sqrt(2))
 
     def _feed_forward(self, result: Buffer) -> Iterator[ir.Step]:
-        """result += norm(down(gelu(gate) * up)), from the normed result. In sparse layers, low gate values become 0."""
+        """result += norm(down(gelu(gate) * up)), where gate and up read the normed result. Sparse layers cut gates."""
         normed, width = self._buffer("normed"), self.builder.hyperparameters.feed_forward_lengths[self.layer]
         gate, up, projected = Buffer("gate", width), Buffer("up", width), self._buffer("projected")
         yield self._norm("ffn_norm", result, normed)

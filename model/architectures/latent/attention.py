@@ -1,6 +1,6 @@
-"""Latent attention (MLA). Keys and values are products of one short vector, and KV memory stores only this vector. The
-matrices of keys and values multiply queries and results instead (the absorbed form). Prefill uses the absorbed form
-too, so that results do not depend on chunk sizes. (DeepSeek-V2, arXiv 2405.04434, section 2.1.)"""
+"""Latent attention (MLA). Keys and values are products of one short vector, and KV memory stores only this vector. In
+the absorbed form, queries are multiplied by the key matrix, and results by the value matrix. Prefill uses the absorbed
+form too, so that results do not depend on chunk sizes. (DeepSeek-V2, arXiv 2405.04434, section 2.1.)"""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class LatentAttention:
         yield ir.Add(hidden, projected, hidden)
 
     def _queries(self, normed: Buffer, query: Buffer) -> Iterator[ir.Step]:
-        """query = for each head, the plain part times the matrix of keys, followed by the rotated part."""
+        """query = for each head, the part without RoPE times the key matrix, followed by the part with RoPE."""
         variant, heads = self.variant, self.heads
         x, name = normed, "attn_q"
         if variant.query_rank:

@@ -74,7 +74,7 @@ def kimi_linear(builder: ProgramBuilder) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _KimiDelta:
-    """The steps of a delta net: hidden += output(norm(delta rule) * sigmoid(gate)), from the normed hidden state."""
+    """A delta net's steps: hidden += output(norm(delta rule) * sigmoid(gate)). Products read normed hidden states."""
 
     builder: ProgramBuilder
     layer: int

@@ -43,7 +43,7 @@ def nemotron_h(builder: ProgramBuilder) -> None:
 
 
 def _experts(builder: ProgramBuilder, layer: int, variant: ExpertsVariant, latent_width: int) -> Iterator[ir.Step]:
-    """projected = the weighted sum of the chosen experts + the shared expert, from the normed hidden state. With a
+    """projected = the weighted sum of the chosen experts + the shared expert. Both read the normed hidden state. With a
     `latent_width`, a product narrows the experts' input and another widens their sum. The router reads all channels."""
     prefix, hp = f"blk.{layer}", builder.hyperparameters
     normed, projected = (Buffer(name, hp.embedding_length) for name in ("normed", "projected"))

@@ -8,8 +8,8 @@ from llamaclust.model.steps.options import RopeStyle
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """RoPE of queries and keys. Pair i of a head is rotated by the position in section sections[i]. If `split`, each
-    half of a head has half of `sections`, and `table` applies to it like to a complete head."""
+    """RoPE of queries and keys. sections[i] says whether pair i of a head is rotated by the patch's line (0) or column
+    (1). If `split`, each half of a head is rotated like a whole head, with half of `sections`."""
 
     style: RopeStyle
     table: RopeTable

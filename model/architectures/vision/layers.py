@@ -1,4 +1,4 @@
-"""Blocks from which image encoders are built. The builder checks each weight that a block names against the file."""
+"""Blocks from which image encoders are built. The builder checks that the file has each weight that a block names."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class VisionBuilder(CheckedTensors):
         self._steps += added
 
     def embed(self, *, bias: bool = True, norm: str | None = None) -> None:
-        """hidden = embedded patches + bias, normed if `norm` is a name, + added channels."""
+        """hidden = norm(embedded patches + bias) + added channels, normed again by `v.pre_ln` if the file has it."""
         hp, embedded = self.hyperparameters, self.hidden
         if hp.added_width:
             self.append(steps.Slice(self._patches, self._pixels, 0))

@@ -20,7 +20,7 @@ def halves(head_dim: int, base: float, style: RopeStyle, sections: tuple[int, in
 
 
 def alternating(head_dim: int, base: float, style: RopeStyle, sections: tuple[int, int]) -> Rotation:
-    """Returns RoPE like `halves`, with the frequencies base^(-2 i / head_dim): first for even i, then for odd i."""
+    """Returns RoPE where even pairs use the first section and odd pairs the second, with base^(-2 i / head_dim)."""
     whole = frequencies(head_dim, base)
     half = len(whole) // 2
     return Rotation(style, RopeTable(whole[::2] + whole[1::2]), _sections(half, sections))

@@ -38,9 +38,9 @@ class AnswerParser:
         reads_unmarked: bool = False,
     ) -> None:
         """Creates a parser. It reads calls only if there are `tools`. Unless `splits_reasoning`, reasoning stays in the
-        content with its markers. `begun` is the part of the answer that is in the prompt. It makes no events, except
-        those of a call that is still open. If `reads_unmarked`, an answer that consists of calls without markers is
-        read as calls."""
+        content with its markers. `begun` is the beginning of the answer, which the prompt contains. Its events are
+        dropped, but a call that it leaves open is reported. If `reads_unmarked`, an answer that consists of calls
+        without markers is read as calls."""
         self._form = form
         self._source = TextSource()
         self._sink = CallSink(tools, most_calls)
@@ -64,7 +64,7 @@ class AnswerParser:
 
     def end(self) -> list[AnswerEvent]:
         if self._sink.calls and not self._sink.is_open and self._content.is_cut:
-            self._source.drop_beginning(self._triggers)  # The answer's limit may have cut another call.
+            self._source.drop_beginning(self._triggers)  # The token limit may have cut the answer in a further call.
         self._source.end()
         return self._advance()
 
@@ -150,7 +150,7 @@ class AnswerParser:
         text = self._source.recorded()
         if not is_call:
             is_cut = self._sink.calls > 0 and not (yield from self._source.ahead())
-            self._content.push("" if is_cut else trigger + text)  # The answer's limit may have cut another call.
+            self._content.push("" if is_cut else trigger + text)  # The token limit may have cut this call.
             return
         self._content.cut()
         yield from self._call_ends()
@@ -188,7 +188,7 @@ class AnswerParser:
             case NotatedCalls():
                 return NotatedReader(self._source, self._sink, calls)
             case ChannelCalls():
-                raise AssertionError("channels hold their own calls")
+                raise AssertionError("ChannelReader reads the calls of channels")
 
 
 def _is_of_reasoning(form: ToolFormat, mark: str) -> bool:

@@ -40,7 +40,7 @@ class Frame:
 
     @property
     def triggers(self) -> tuple[str, ...]:
-        """The first line, and lines that look like markup. Each can begin calls, because models may skip lines."""
+        """Texts at which calls may begin: the first line, and lines like markup, because models may skip lines."""
         lines = self.lines
         return tuple(line for place, line in enumerate(lines) if place == 0 or line[0] in "<[]")
 

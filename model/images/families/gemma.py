@@ -13,7 +13,7 @@ def _square(_: Size, settings: ImageSettings) -> Size:
 
 
 def _largest(size: Size, settings: ImageSettings) -> Size:
-    """Returns the largest size within the pixel limit with the image's aspect and multiples of a row's side."""
+    """Returns the largest size within the pixel limit that keeps the aspect. Sides are multiples of a row's side."""
     width, height = size
     side = settings.side
     factor = sqrt(settings.max_pixels / (height * width))

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 _TILES = (2, 10)
 _TILE = 512
 _TOLERANCE = 2.0
-"""An image is cut only if it has this many times the pixels of a tile of free size."""
+"""An image is cut into tiles only if it has more than this multiple of the pixels that an uncut image may have."""
 
 
 def _complete(settings: ImageSettings, numbers: ImageNumbers) -> ImageSettings:
-    """Adds the side of a tile, which files do not have. A tile is never larger than an image that is not cut."""
+    """Adds the side of a tile, which files do not have. A tile has at most `max_pixels`, like an uncut image."""
     side = isqrt(numbers.max_pixels) // settings.side * settings.side
     return tiled(free(settings, numbers), numbers, min(side, _TILE), _TILES)
 

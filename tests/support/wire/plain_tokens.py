@@ -47,7 +47,7 @@ class PlainTokensBox(SampledTokensBox):
     def _token(self, number: int, row: int) -> int:
         tokens = self._came[number][0].tokens if number in self else ()
         if row >= len(tokens):
-            raise WorkerError(f"row {row} of microbatch {number} has no token to follow: {len(tokens)} are known")
+            raise WorkerError(f"microbatch {number} sampled no token for row {row}: it sampled {len(tokens)} tokens")
         return tokens[row]
 
 

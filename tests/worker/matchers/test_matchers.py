@@ -335,7 +335,7 @@ def test_rows_of_answers_that_are_not_there_break_the_protocol(stage: StageMatch
     step(stage, 0, task(1, 0, ABC), says="a")
     with pytest.raises(ProtocolError, match="has 1 tokens on this worker, expected 2"):
         step(stage, 1, task(1, 2), says="d")
-    with pytest.raises(ProtocolError, match="this worker has no matcher for it"):
+    with pytest.raises(ProtocolError, match="is missing on this worker"):
         step(stage, 2, task(1, 1), says="c", released=(1,))
 
 
@@ -378,7 +378,7 @@ def test_no_more_answers_start_than_a_coordinator_has_in_flight(
     monkeypatch.setattr(matchers, "MOST_IN_FLIGHT", 2)
     for number in range(2):
         stage.receive(inputs_of(number, *(task(3 * number + place, 0, ABC) for place in range(3))))
-    with pytest.raises(ProtocolError, match="more than 6 matchers are starting"):
+    with pytest.raises(ProtocolError, match="more than 6 grammar matchers are starting"):
         stage.receive(inputs_of(2, task(6, 0, ABC)))
 
 

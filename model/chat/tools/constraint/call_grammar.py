@@ -124,7 +124,7 @@ def _object(rules: LarkRules, calls: ObjectCalls, name: str, schema: Schema) -> 
 
 
 def _json_parts(text: str) -> str:
-    """Splits JSON text into the lexemes of llguidance's schemas, because other JSON may be an alternative to a call."""
+    """Splits JSON text into llguidance's lexemes for schemas, so that a call and other JSON can be alternatives."""
     return joined(*map(quoted, _JSON_PART.findall(text)))
 
 

@@ -92,7 +92,7 @@ class InlineValues(ABC):
         return f"{self.text} | {whole_number} | {words} | {_list_of(name)} | {members}"
 
     def _sequence(self, members: Sequence[tuple[str, bool]]) -> str:
-        # `first` is the rule of the last members if they begin the object, `behind` if other members precede them.
+        # Rules for the members read so far: `first` if the object begins with them, `behind` if they follow others.
         first, behind = "", ""
         for member, is_needed in reversed(members):
             alone, following = joined(member, behind), f"{_COMMA} {member}"

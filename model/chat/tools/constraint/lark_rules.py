@@ -19,7 +19,7 @@ _TEXT: Final = "/(?s:.*)/"
 class LarkRules:
     split: Split
     rules: list[str] = field(default_factory=list)
-    names: dict[str, str] = field(default_factory=dict)  # Names of rules. The keys are attributes and bodies.
+    names: dict[str, str] = field(default_factory=dict)  # Rule names by the rules' text.
 
     def literal(self, text: str) -> str:
         pieces = (quoted(piece) if isinstance(piece, str) else f"<[{piece}]>" for piece in self.split(text) if piece)

@@ -32,5 +32,5 @@ async def test_the_member_is_left_out(
         assert await asyncio.gather(*run.start(requests)) == expected
         (notice,) = [text for text in run.told if "if the others suffice" in text]
         assert notice.startswith(f"worker {member} gets no layers for 10 s if the others suffice"), run.told
-        assert f"worker {member} computed numbers that are not finite, twice" in notice
+        assert f"worker {member} twice computed numbers that are not finite" in notice
         assert not run.cluster.supervisor.epoch.holds(member)

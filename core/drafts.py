@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llamaclust.core.sampling.tasks import SampleTask
+from llamaclust.core.sampler.tasks import SampleTask
 
 MOST_ORDERS = 8
 """Maximum number of orders in one call of the draft model. All of them share one pass over the model's weights."""

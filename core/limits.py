@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from llamaclust.core.bounds import Choice, Integer
-from llamaclust.core.sampling.bounds import MAX_CONTEXT_TOKENS
+from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS
 
 NUMERICS_VERSION = 6
 """Version of the rules in docs/internals/numerics.md. The handshake refuses workers with another version."""

@@ -9,12 +9,12 @@ from dataclasses import replace
 from itertools import repeat
 
 from llamaclust.core.bounds import one_line
-from llamaclust.core.sampling.fields import numbers_of
-from llamaclust.core.sampling.matchers import AllowedTokens
-from llamaclust.core.sampling.params import PARAMS
-from llamaclust.core.sampling.results import RowResult
-from llamaclust.core.sampling.sampler_chain import CHAIN, SAMPLERS, SamplerChain
-from llamaclust.core.sampling.tasks import RowTask, SampleTask, ScoreTask
+from llamaclust.core.sampler.fields import numbers_of
+from llamaclust.core.sampler.matchers import AllowedTokens
+from llamaclust.core.sampler.params import PARAMS
+from llamaclust.core.sampler.results import RowResult
+from llamaclust.core.sampler.sampler_chain import CHAIN, SAMPLERS, SamplerChain
+from llamaclust.core.sampler.tasks import RowTask, SampleTask, ScoreTask
 from llamaclust.kernels import _native
 from llamaclust.kernels.backend import Logits, RankedLogits
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from llamaclust.core.errors import UsageError
 from llamaclust.core.limits import StageLimits
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.tasks import SampleTask
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model

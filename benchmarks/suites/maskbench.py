@@ -20,7 +20,7 @@ from typing import Any
 from schema_suite import BYTES, ends_here
 
 from llamaclust.core.errors import LlamaclustError
-from llamaclust.core.sampling.matchers import Grammar
+from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.matcher import GrammarMatcher
 

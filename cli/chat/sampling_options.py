@@ -13,8 +13,8 @@ from typer import Option
 
 from llamaclust.cli.options import option_value, text_of
 from llamaclust.core.errors import UsageError
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.table import MAIN_NUMBERS, SAMPLING_TABLE
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.table import MAIN_NUMBERS, SAMPLING_TABLE
 
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 _MORE: dict[str, tuple[Any, str, str]] = {

@@ -23,8 +23,8 @@ from llamaclust.core.errors import (
     RequestFailedError,
     WorkerError,
 )
-from llamaclust.core.sampling.bounds import MAX_CONTEXT_TOKENS
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.model.chat.tools.events import AnswerEvent, ContentText, ReasoningText
 
 if TYPE_CHECKING:

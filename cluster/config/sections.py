@@ -29,7 +29,7 @@ from llamaclust.cluster.config.values import (
 from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 from llamaclust.core.addresses import JOIN_PORT
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, MAX_GROUP_MEMBERS, MAX_SHARE
-from llamaclust.core.sampling.bounds import MAX_CONTEXT_TOKENS
+from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS
 from llamaclust.model.placement import MAX_PATTERN, MAX_RULES, PlacementRule, read_rules
 
 ImageHost = Annotated[

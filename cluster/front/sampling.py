@@ -24,12 +24,12 @@ from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS
 from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 from llamaclust.cluster.scheduler.validation import check_chain
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, AdapterScales
-from llamaclust.core.sampling.bounds import MAX_TOP_K
-from llamaclust.core.sampling.fields import Dialect
-from llamaclust.core.sampling.params import PARAMS, SamplingParams
-from llamaclust.core.sampling.results import RowResult
-from llamaclust.core.sampling.sampler_chain import CHAIN, PLAIN_ORDER, SAMPLERS, SamplerChain, SamplerName
-from llamaclust.core.sampling.table import MAIN_NUMBERS, SAMPLING_TABLE
+from llamaclust.core.sampler.bounds import MAX_TOP_K
+from llamaclust.core.sampler.fields import Dialect
+from llamaclust.core.sampler.params import PARAMS, SamplingParams
+from llamaclust.core.sampler.results import RowResult
+from llamaclust.core.sampler.sampler_chain import CHAIN, PLAIN_ORDER, SAMPLERS, SamplerChain, SamplerName
+from llamaclust.core.sampler.table import MAIN_NUMBERS, SAMPLING_TABLE
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 

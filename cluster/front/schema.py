@@ -24,7 +24,7 @@ from pydantic_core import PydanticCustomError
 
 from llamaclust.cluster.config.field_docs import DocumentedModel
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.sampling.bounds import MAX_CONTEXT_TOKENS, MAX_LOGIT_BIASES
+from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS, MAX_LOGIT_BIASES
 
 if TYPE_CHECKING:
     from llamaclust.cluster.front.images.urls import ImageRules

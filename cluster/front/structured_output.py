@@ -11,8 +11,8 @@ from pydantic import BeforeValidator, WithJsonSchema
 from llamaclust.cluster.front.json_text import MAX_FIELD_VALUES, outline
 from llamaclust.cluster.front.schema import Body
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.sampling.bounds import MAX_GRAMMAR_BYTES
-from llamaclust.core.sampling.matchers import Grammar
+from llamaclust.core.sampler.bounds import MAX_GRAMMAR_BYTES
+from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.model.grammars import definitions
 
 _VLLM_FLAGS = ("disable_any_whitespace", "disable_additional_properties", "disable_fallback", "whitespace_pattern")

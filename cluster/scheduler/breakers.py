@@ -7,7 +7,7 @@ from copy import copy
 from functools import cached_property, lru_cache
 
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.sampling.bounds import MAX_BREAKERS_TOKENS
+from llamaclust.core.sampler.bounds import MAX_BREAKERS_TOKENS
 from llamaclust.model.tokenizers.token_index import TokenIndex
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 

@@ -9,8 +9,8 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.sampling.results import RowResult
-from llamaclust.core.sampling.tasks import SampleTask
+from llamaclust.core.sampler.results import RowResult
+from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
 
 _DEFERRED_S = 90.0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from llamaclust.cluster.scheduler.fairness import turn_of
 from llamaclust.cluster.scheduler.stage_times import StageTimes
-from llamaclust.core.sampling.bounds import MAX_FORCED_TOKENS
+from llamaclust.core.sampler.bounds import MAX_FORCED_TOKENS
 
 if TYPE_CHECKING:
     from llamaclust.cluster.scheduler.rows.slice import SequenceSlice

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.results import RowResult
 
 _SLOW_NS = 5_000_000
 """Minimum nanoseconds of processor time per step at which a matcher counts as slow. Large JSON schemas need less."""

@@ -9,9 +9,9 @@ from typing import Any
 
 from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
 from llamaclust.core.limits import AdapterScales
-from llamaclust.core.sampling.matchers import Grammar, Reasoning
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.matchers import Grammar, Reasoning
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.results import RowResult
 
 
 class FinishReason(StrEnum):

@@ -37,7 +37,7 @@ from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.cluster.scheduler.strikes import Strikes
 from llamaclust.cluster.scheduler.usage import Usage
 from llamaclust.cluster.scheduler.validation import check_images, validate
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Result
 

@@ -14,7 +14,7 @@ from llamaclust.cluster.scheduler.rows.prompt_outputs import PromptOutputs
 from llamaclust.cluster.scheduler.rows.sampling_state import SamplingState
 from llamaclust.cluster.scheduler.speculation.sequence_drafting import Drafting
 from llamaclust.cluster.scheduler.usage import Usage
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 

@@ -12,11 +12,11 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 from llamaclust.core.errors import ContextLengthError, ParameterError
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_TOP_LOGPROBS, AdapterScales
-from llamaclust.core.sampling import bounds
-from llamaclust.core.sampling.bounds import MAX_CONTEXT_TOKENS
-from llamaclust.core.sampling.fields import SamplingField
-from llamaclust.core.sampling.params import PARAMS, SamplingParams
-from llamaclust.core.sampling.sampler_chain import CHAIN, SamplerChain
+from llamaclust.core.sampler import bounds
+from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS
+from llamaclust.core.sampler.fields import SamplingField
+from llamaclust.core.sampler.params import PARAMS, SamplingParams
+from llamaclust.core.sampler.sampler_chain import CHAIN, SamplerChain
 
 NO_TEXT = "is an encoder or reranker, which generates nothing: use /v1/embeddings or /v1/rerank"
 MAX_CHOICES = 128

@@ -25,7 +25,7 @@ from llamaclust.cluster.state.journal_records import (
     to_line,
 )
 from llamaclust.core.errors import SupersededError
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.results import RowResult
 
 _PAUSE_S = 0.02
 """Minimum time between the starts of two writes. All admissions within this time share one write."""

@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, ConfigDict, TypeAdapter
 from llamaclust.core.errors import RequestError
 from llamaclust.core.limits import AdapterScales
 from llamaclust.core.regular_file import open_regular
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.core.this_machine import boot_s, machine_id
 
 _MAX_LINE_BYTES = 64 << 20

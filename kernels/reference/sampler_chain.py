@@ -9,9 +9,9 @@ from itertools import accumulate
 
 import numpy as np
 
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.sampler_chain import SamplerChain
-from llamaclust.core.sampling.tasks import SampleTask
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.sampler_chain import SamplerChain
+from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.reference.candidates import LARGEST, UNIT_WEIGHT, Candidates, random_bits, ranked
 from llamaclust.kernels.reference.exact import LN2, exp64, log64

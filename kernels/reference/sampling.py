@@ -8,9 +8,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.core.sampling.results import RowResult
-from llamaclust.core.sampling.sampler_chain import SamplerChain
-from llamaclust.core.sampling.tasks import RowTask, SampleTask
+from llamaclust.core.sampler.results import RowResult
+from llamaclust.core.sampler.sampler_chain import SamplerChain
+from llamaclust.core.sampler.tasks import RowTask, SampleTask
 from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.reference.candidates import ranked
 from llamaclust.kernels.reference.sampler_chain import choose

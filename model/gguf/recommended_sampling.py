@@ -8,8 +8,8 @@ from typing import Any, Final, TypeGuard
 
 import numpy as np
 
-from llamaclust.core.sampling.sampler_chain import SAMPLERS
-from llamaclust.core.sampling.table import SAMPLING_TABLE
+from llamaclust.core.sampler.sampler_chain import SAMPLERS
+from llamaclust.core.sampler.table import SAMPLING_TABLE
 from llamaclust.model.gguf.model_file import ModelFile
 
 _PREFIX: Final = "general.sampling."

@@ -10,7 +10,7 @@ from hashlib import sha256
 from typing import Final
 
 from llamaclust.core.errors import DeadlineError, ParameterError
-from llamaclust.core.sampling.matchers import Grammar
+from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.core.sharing.turns import Turns
 from llamaclust.model.grammars.checker_process import CheckerProcess, CheckGuardError, CheckLimits, Verdict
 from llamaclust.model.tokenizers.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ from typing import Any, Final
 from llguidance.gbnf_to_lark import any_to_lark
 
 from llamaclust.core.errors import RequestError
-from llamaclust.core.sampling.bounds import MAX_GBNF_WORK, MAX_GRAMMAR_BYTES
+from llamaclust.core.sampler.bounds import MAX_GBNF_WORK, MAX_GRAMMAR_BYTES
 from llamaclust.model.child_frames import end_with_parent, read_frame, write_frame
 from llamaclust.model.grammars.definitions import GBNF, GBNF_START
 from llamaclust.model.grammars.matcher import CANNOT_BE_USED, one_line

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.sampling.bounds import MAX_GRAMMAR_BYTES, MAX_TRIGGER_BYTES, MAX_TRIGGERS
-from llamaclust.core.sampling.matchers import Grammar
+from llamaclust.core.sampler.bounds import MAX_GRAMMAR_BYTES, MAX_TRIGGER_BYTES, MAX_TRIGGERS
+from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.model.grammars.normal_schema import normal_schema
 
 GUIDANCE = "x-guidance"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from llamaclust.core.errors import RequestError
-from llamaclust.core.sampling.bounds import MAX_FORCED_TOKENS
-from llamaclust.core.sampling.matchers import AllowedTokens, Grammar
+from llamaclust.core.sampler.bounds import MAX_FORCED_TOKENS
+from llamaclust.core.sampler.matchers import AllowedTokens, Grammar
 from llamaclust.model.grammars.definitions import has_schemas_only
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 

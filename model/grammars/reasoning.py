@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from enum import Enum, auto
 from typing import Final
 
-from llamaclust.core.sampling.matchers import Reasoning
+from llamaclust.core.sampler.matchers import Reasoning
 
 _SPACE: Final = b" \t\r\n\v\f"
 _SPACES: Final = re.compile(rb"[ \t\r\n\v\f]*")

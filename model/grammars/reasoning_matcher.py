@@ -7,8 +7,8 @@ from itertools import chain
 
 import numpy as np
 
-from llamaclust.core.sampling.bounds import MAX_FORCED_TOKENS
-from llamaclust.core.sampling.matchers import AllowedTokens, MatcherStart, Reasoning
+from llamaclust.core.sampler.bounds import MAX_FORCED_TOKENS
+from llamaclust.core.sampler.matchers import AllowedTokens, MatcherStart, Reasoning
 from llamaclust.model.grammars.matcher import GrammarMatcher
 from llamaclust.model.grammars.reasoning import ReasoningState
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 
 from llamaclust.core.errors import RequestError
-from llamaclust.core.sampling.matchers import AllowedTokens, Grammar
+from llamaclust.core.sampler.matchers import AllowedTokens, Grammar
 from llamaclust.model.grammars.matcher import GrammarMatcher
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 

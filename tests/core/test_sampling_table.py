@@ -8,10 +8,10 @@ from typing import Any, get_type_hints
 import pytest
 
 from llamaclust.cluster.client.http_codec import AnswerOptions
-from llamaclust.core.sampling.fields import Dialect
-from llamaclust.core.sampling.params import PARAMS, SamplingParams
-from llamaclust.core.sampling.sampler_chain import CHAIN, SamplerChain
-from llamaclust.core.sampling.table import MAIN_NUMBERS, SAMPLING_TABLE
+from llamaclust.core.sampler.fields import Dialect
+from llamaclust.core.sampler.params import PARAMS, SamplingParams
+from llamaclust.core.sampler.sampler_chain import CHAIN, SamplerChain
+from llamaclust.core.sampler.table import MAIN_NUMBERS, SAMPLING_TABLE
 from llamaclust.proto import sampling_pb2
 from support.paths import ROOT
 

@@ -21,7 +21,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.server.coordinator import open_cluster
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.core.errors import UsageError
-from llamaclust.core.sampling.params import SamplingParams
+from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from support.clusters.recovering import Answer, answer_of

@@ -11,10 +11,10 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.errors import ProtocolError, WorkerError
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.results import RowResult
-from llamaclust.core.sampling.sampler_chain import SamplerChain, SamplerName
-from llamaclust.core.sampling.tasks import SampleTask
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.results import RowResult
+from llamaclust.core.sampler.sampler_chain import SamplerChain, SamplerName
+from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.model.loader import Model
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs
 from llamaclust.wire.rpc.client import StreamBrokenError

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.results import RowResult
-from llamaclust.core.sampling.sampler_chain import PLAIN_ORDER, SAMPLERS, SamplerChain, SamplerName
-from llamaclust.core.sampling.tasks import SampleTask
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.results import RowResult
+from llamaclust.core.sampler.sampler_chain import PLAIN_ORDER, SAMPLERS, SamplerChain, SamplerName
+from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.kernels import _native
 from llamaclust.kernels.reference import exact
 from llamaclust.kernels.reference import sampling as reference

@@ -10,8 +10,8 @@ import platform
 import numpy as np
 import pytest
 
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.tasks import SampleTask, ScoreTask
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.tasks import SampleTask, ScoreTask
 from llamaclust.kernels import _native
 from llamaclust.kernels.reference import sampling as reference
 from llamaclust.kernels.sampling import Sampler

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.tasks import SampleTask, ScoreTask, second_draw
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.tasks import SampleTask, ScoreTask, second_draw
 from llamaclust.kernels import _native
 from llamaclust.kernels.reference import candidates as reference
 from llamaclust.kernels.sampling import Sampler

@@ -7,17 +7,17 @@ from math import nan
 import pytest
 
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.sampling.bounds import (
+from llamaclust.core.sampler.bounds import (
     MAX_CONTEXT_TOKENS,
     MAX_GRAMMAR_BYTES,
     MAX_MATCHER_NS,
     MAX_REASONING_END_TOKENS,
     MAX_VOCABULARY,
 )
-from llamaclust.core.sampling.matchers import Grammar, MatcherRow, MatcherStart, Reasoning
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.results import RowResult
-from llamaclust.core.sampling.tasks import SampleTask
+from llamaclust.core.sampler.matchers import Grammar, MatcherRow, MatcherStart, Reasoning
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.results import RowResult
+from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.proto import sampling_pb2
 from llamaclust.wire.microbatch.inputs import encode_inputs
 from llamaclust.wire.microbatch.messages import Result, SamplingInputs

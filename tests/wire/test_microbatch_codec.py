@@ -26,11 +26,11 @@ from llamaclust.core.limits import (
     MAX_SEQUENCES,
     MAX_TOP_LOGPROBS,
 )
-from llamaclust.core.sampling.bounds import MAX_CONTEXT_TOKENS, MAX_VOCABULARY
-from llamaclust.core.sampling.params import PARAMS, SamplingParams
-from llamaclust.core.sampling.results import RowResult
-from llamaclust.core.sampling.sampler_chain import CHAIN, SAMPLERS, SamplerChain, SamplerName
-from llamaclust.core.sampling.tasks import SampleTask, ScoreTask
+from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS, MAX_VOCABULARY
+from llamaclust.core.sampler.params import PARAMS, SamplingParams
+from llamaclust.core.sampler.results import RowResult
+from llamaclust.core.sampler.sampler_chain import CHAIN, SAMPLERS, SamplerChain, SamplerName
+from llamaclust.core.sampler.tasks import SampleTask, ScoreTask
 from llamaclust.proto import sampling_pb2
 from llamaclust.wire.microbatch.codec import encode_microbatch, encode_sampled_tokens
 from llamaclust.wire.microbatch.inputs import encode_inputs

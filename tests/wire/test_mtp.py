@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.sampling.bounds import MAX_DRAFTED_TOKENS, MAX_VOCABULARY
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.bounds import MAX_DRAFTED_TOKENS, MAX_VOCABULARY
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.wire.microbatch.codec import encode_microbatch
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result
 from llamaclust.wire.microbatch.results import decode_result

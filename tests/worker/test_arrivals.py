@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.core.limits import MAX_BATCH_TOKENS
-from llamaclust.core.sampling.bounds import MAX_VOCABULARY
+from llamaclust.core.sampler.bounds import MAX_VOCABULARY
 from llamaclust.kernels._native import MicrobatchFrame
 from llamaclust.kernels._native import read_sampled_tokens as read_natively
 from llamaclust.kernels.backend import Backend, Batch

@@ -14,9 +14,9 @@ from llamaclust.cluster.launchers.in_process import LocalSettings
 from llamaclust.cluster.launchers.models.draft_model import LoadedDraftModel, open_draft_model, plan_draft_model
 from llamaclust.core.drafts import MOST_ORDERS, DraftOrder, DraftReply
 from llamaclust.core.errors import UsageError
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.results import RowResult
-from llamaclust.core.sampling.tasks import SampleTask
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.results import RowResult
+from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.kernels.backend import Float32
 from llamaclust.model.loader import Model
 from llamaclust.wire.microbatch.messages import SamplingInputs

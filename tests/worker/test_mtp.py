@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from llamaclust.core.limits import StageLimits
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.results import RowResult
-from llamaclust.core.sampling.tasks import RowTask, SampleTask, ScoreTask
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.results import RowResult
+from llamaclust.core.sampler.tasks import RowTask, SampleTask, ScoreTask
 from llamaclust.kernels.backend import Backend, Batch
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.reference.backend import ReferenceBackend

@@ -17,8 +17,8 @@ import pytest
 
 from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
 from llamaclust.core.gpus import DeviceLayers
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.tasks import SampleTask
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.model.loader import Model
 from llamaclust.wire.microbatch.codec import encode_microbatch
 from llamaclust.wire.microbatch.frames import encode_hidden

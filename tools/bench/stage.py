@@ -13,8 +13,8 @@ from llamaclust.cluster.scheduler.rows.chunking import chunk_rows
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.limits import StageLimits
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.tasks import RowTask, SampleTask
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.tasks import RowTask, SampleTask
 from llamaclust.kernels.backend import CacheCounts
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model

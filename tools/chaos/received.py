@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.results import RowResult
 
 Answer = list[tuple[int, bytes]]
 """Tokens of an answer. The bytes of a token are its logprob as float32, followed by its top logprobs as JSON."""

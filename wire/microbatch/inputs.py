@@ -8,10 +8,10 @@ from functools import lru_cache
 from struct import Struct
 from typing import Final
 
-from llamaclust.core.sampling.fields import numbers_of
-from llamaclust.core.sampling.params import PARAMS, SamplingParams
-from llamaclust.core.sampling.sampler_chain import CHAIN, SAMPLERS, SamplerChain
-from llamaclust.core.sampling.tasks import RowTask, SampleTask
+from llamaclust.core.sampler.fields import numbers_of
+from llamaclust.core.sampler.params import PARAMS, SamplingParams
+from llamaclust.core.sampler.sampler_chain import CHAIN, SAMPLERS, SamplerChain
+from llamaclust.core.sampler.tasks import RowTask, SampleTask
 from llamaclust.proto import sampling_pb2 as sampling_proto
 from llamaclust.wire.microbatch.codec import int32
 from llamaclust.wire.microbatch.matchers import starts_out

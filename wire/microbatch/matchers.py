@@ -9,8 +9,8 @@ from typing import Annotated
 from llamaclust.core.bounds import Integer, Size, bounded
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import MAX_BATCH_TOKENS
-from llamaclust.core.sampling.bounds import MAX_CONTEXT_TOKENS, MAX_VOCABULARY
-from llamaclust.core.sampling.matchers import Grammar, MatcherStart, Reasoning
+from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS, MAX_VOCABULARY
+from llamaclust.core.sampler.matchers import Grammar, MatcherStart, Reasoning
 from llamaclust.proto import sampling_pb2 as sampling_proto
 from llamaclust.wire.codec import parse, read, write
 from llamaclust.wire.microbatch.codec import MAX_INPUTS_BYTES

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from llamaclust.core.limits import AdapterScales
-from llamaclust.core.sampling.matchers import MatcherStart
-from llamaclust.core.sampling.results import RowResult
-from llamaclust.core.sampling.tasks import RowTask
+from llamaclust.core.sampler.matchers import MatcherStart
+from llamaclust.core.sampler.results import RowResult
+from llamaclust.core.sampler.tasks import RowTask
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,14 @@ from typing import Any
 from llamaclust.core import limits
 from llamaclust.core.bounds import MAX_ONE_LINE, bounded, finite, line
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.sampling.bounds import (
+from llamaclust.core.sampler.bounds import (
     MAX_DRAFTED_TOKENS,
     MAX_FORCED_TOKENS,
     MAX_MATCHER_NS,
     MAX_MU,
     MAX_VOCABULARY,
 )
-from llamaclust.core.sampling.results import RowResult, TopLogprobs
+from llamaclust.core.sampler.results import RowResult, TopLogprobs
 from llamaclust.proto import sampling_pb2 as sampling_proto
 from llamaclust.wire.codec import parse
 from llamaclust.wire.microbatch.codec import MAX_INPUTS_BYTES, MAX_STAGES

@@ -16,8 +16,8 @@ import numpy as np
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.profile import StepTime
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.tasks import SampleTask
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.kernels.backend import Backend, HasThreads
 from llamaclust.model.costs import LayerCost
 from llamaclust.model.kv_type import KvType

@@ -7,8 +7,8 @@ from dataclasses import replace
 from time import perf_counter_ns
 
 from llamaclust.core.drafts import DraftOrder, DraftReplies, DraftReply
-from llamaclust.core.sampling.results import RowResult
-from llamaclust.core.sampling.tasks import SampleTask
+from llamaclust.core.sampler.results import RowResult
+from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from llamaclust.worker.drafting.caches import SequenceCache, SequenceCaches
 from llamaclust.worker.stage.stage_runner import StageRunner

@@ -10,7 +10,7 @@ import numpy as np
 from llamaclust.core.bounds import MAX_TEXT, line
 from llamaclust.core.errors import WorkerError
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_BATCH_TOKENS, MAX_KV_BLOCKS, StageLimits
-from llamaclust.core.sampling.bounds import MAX_DRAFTED_TOKENS
+from llamaclust.core.sampler.bounds import MAX_DRAFTED_TOKENS
 from llamaclust.kernels._native import FrameReader, MicrobatchFrame
 from llamaclust.kernels.backend import Logits, RankedLogits
 from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES, MAX_STAGES

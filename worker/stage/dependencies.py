@@ -9,7 +9,7 @@ from time import perf_counter_ns
 from llamaclust.core.epochs import place_text
 from llamaclust.core.errors import LlamaclustError, ProtocolError, WorkerError
 from llamaclust.core.limits import MAX_BATCH_TOKENS
-from llamaclust.core.sampling.bounds import MAX_VOCABULARY
+from llamaclust.core.sampler.bounds import MAX_VOCABULARY
 from llamaclust.kernels import _native
 from llamaclust.wire.microbatch.codec import MAX_STAGES
 from llamaclust.wire.microbatch.messages import SampledTokens

@@ -11,8 +11,8 @@ from time import monotonic, thread_time_ns
 from typing import Final
 
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, RequestError
-from llamaclust.core.sampling.matchers import AllowedTokens, MatcherRow, MatcherStart
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.matchers import AllowedTokens, MatcherRow, MatcherStart
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.model.grammars.matcher import GrammarMatcher, LexerUsedUpError, TokenRefusedError
 from llamaclust.model.grammars.reasoning_matcher import ReasoningMatcher, answer_matcher
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary

@@ -13,8 +13,8 @@ from threading import Lock
 from typing import Final
 
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.sampling.matchers import AllowedTokens, MatcherRow
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.matchers import AllowedTokens, MatcherRow
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.kernels._native import SamplingTasks
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from llamaclust.worker.stage.dependencies import MOST_IN_FLIGHT

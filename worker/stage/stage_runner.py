@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from llamaclust.core.errors import InsufficientMemoryError, ProtocolError, UsageError
 from llamaclust.core.gpus import CUDA, DeviceLayers
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits, layer_span, max_embedded_rows
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.core.sizes import missing
 from llamaclust.kernels._native import Gatherer, MicrobatchFrame, RowOutcomes
 from llamaclust.kernels.backend import (

@@ -14,7 +14,7 @@ from runner.options import chosen, existing, listed, positive
 
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from llamaclust.core.sampling.params import SamplingParams
+from llamaclust.core.sampler.params import SamplingParams
 
 _GOALS = {"copy": ">= 3", "edit": ">= 3", "quote": ">= 1.3", "prose": ">= 0.97"}
 _LEAST_TOKENS = 32

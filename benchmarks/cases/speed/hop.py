@@ -25,8 +25,8 @@ from llamaclust.cluster.membership.join_rules import JoinSettings
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.core.limits import StageLimits
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.tasks import SampleTask
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs

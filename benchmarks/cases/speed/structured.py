@@ -13,7 +13,7 @@ from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.launchers.in_process import LocalSettings, LocalStage
-from llamaclust.core.sampling.matchers import Grammar
+from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.model.grammars import definitions
 
 ANY_TEXT = definitions.of_regex(r"(?s:.*)", "benchmark")

@@ -10,7 +10,7 @@ from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import ChoiceKey, RequestContext
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.results import RowResult
 
 _RECORDED_ROWS = 64
 _RECORDED_S = 1.0

@@ -10,7 +10,7 @@ from io import StringIO
 from typing import overload
 
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
-from llamaclust.core.sampling.results import RowResult, TopLogprobs
+from llamaclust.core.sampler.results import RowResult, TopLogprobs
 from llamaclust.model.chat.tools.events import AnswerEvent, ReasoningText, merged
 
 

@@ -11,7 +11,7 @@ from typing import Final
 from llamaclust.cluster.front.text.request import AnswerReading, ChatRequest, ToolMode
 from llamaclust.cluster.front.text.sharing import TOKENIZING, current_owner, report_ignored, run_on
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.sampling.matchers import Grammar
+from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.model.chat.tools.call_sink import Schema, Tools
 from llamaclust.model.chat.tools.constraint.arguments_schema import ANY_ARGUMENTS, arguments_schema
 from llamaclust.model.chat.tools.constraint.call_grammar import CallStart, call_grammar

@@ -21,8 +21,8 @@ from llamaclust.cluster.front.text.request import (
 from llamaclust.cluster.front.text.sharing import RENDERING, TEMPLATES, TOKENIZING, run_on, tokenizing
 from llamaclust.cluster.scheduler.requests import Operation
 from llamaclust.core.errors import DeadlineError, ParameterError, RequestError
-from llamaclust.core.sampling.bounds import MAX_CONTEXT_TOKENS, MAX_TRIGGER_BYTES
-from llamaclust.core.sampling.matchers import Grammar, Reasoning
+from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS, MAX_TRIGGER_BYTES
+from llamaclust.core.sampler.matchers import Grammar, Reasoning
 from llamaclust.model.chat.accepted_messages import accepted_forms, lacks_system
 from llamaclust.model.chat.prompt import encode_chat, encode_text, guard_messages, unguarded
 from llamaclust.model.chat.template import ChatTemplate, TemplateRefusalError

@@ -25,7 +25,7 @@ from llamaclust.cluster.scheduler.requests import (
     TokenSampled,
 )
 from llamaclust.core.errors import LlamaclustError, WorkerError
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.model.chat.tools.events import AnswerEvent, ContentText
 from llamaclust.model.tokenizers.tokenizer import Detokenizer, Tokenizer
 

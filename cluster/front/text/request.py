@@ -16,9 +16,9 @@ from llamaclust.cluster.scheduler.requests import AnswerOptions
 from llamaclust.cluster.scheduler.validation import MAX_CHOICES, check_count, check_integer, shown
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import AdapterScales
-from llamaclust.core.sampling.bounds import MAX_CONTEXT_TOKENS
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.model.chat.tools.answer_parser import AnswerParser
 from llamaclust.model.chat.tools.call_sink import Tools
 from llamaclust.model.chat.tools.tool_format import ToolFormat

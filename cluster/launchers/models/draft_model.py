@@ -17,8 +17,8 @@ from llamaclust.cluster.scheduler.speculation.draft_model import DraftTimes
 from llamaclust.core.drafts import MOST_ORDERS, DraftOrder, DraftReplies
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.limits import StageLimits
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.tasks import SampleTask
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.core.sizes import missing
 from llamaclust.model.loader import Model
 from llamaclust.worker.devices.cores import read_cores

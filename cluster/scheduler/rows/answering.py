@@ -15,7 +15,7 @@ from llamaclust.cluster.scheduler.requests import (
 )
 from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.results import RowResult
 
 _PREFILL, _DECODE = Phase.PREFILL, Phase.DECODE
 

@@ -5,7 +5,7 @@ from enum import Enum, auto
 
 from llamaclust.cluster.scheduler.requests import Failed
 from llamaclust.cluster.scheduler.sequences import Sequence
-from llamaclust.core.sampling.results import NOT_FINITE
+from llamaclust.core.sampler.results import NOT_FINITE
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from array import array
 
 from llamaclust.cluster.scheduler.breakers import SeenBreakers
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.results import RowResult
 
 
 class SamplingState:

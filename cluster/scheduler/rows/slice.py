@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llamaclust.core.sampling.tasks import RowTask
+from llamaclust.core.sampler.tasks import RowTask
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 
 if TYPE_CHECKING:

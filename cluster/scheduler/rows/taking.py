@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
 from llamaclust.cluster.scheduler.rows.tasks import further_tasks, prompt_tasks, sample_task, window_tasks
-from llamaclust.core.sampling.tasks import RowTask, SampleTask
+from llamaclust.core.sampler.tasks import RowTask, SampleTask
 from llamaclust.wire.microbatch.messages import Chunk
 
 if TYPE_CHECKING:

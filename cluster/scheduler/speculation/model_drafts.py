@@ -14,7 +14,7 @@ from llamaclust.cluster.scheduler.speculation.costs import MeasuredRounds, count
 from llamaclust.cluster.scheduler.speculation.draft_model import DraftModel
 from llamaclust.cluster.scheduler.speculation.retry import Retry
 from llamaclust.core.drafts import MOST_ORDERS, DraftOrder, DraftReplies
-from llamaclust.core.sampling.tasks import SampleTask
+from llamaclust.core.sampler.tasks import SampleTask
 
 _CLOSE = 64
 """A step waits for the model only if the model has read all but this many tokens of the sequence."""

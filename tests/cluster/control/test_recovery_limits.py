@@ -22,7 +22,7 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.epochs import epoch_number
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, RequestFailedError, UsageError, WorkerError
-from llamaclust.core.sampling.params import SamplingParams
+from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.wire.control.messages import Load, Loaded
 from llamaclust.worker.settings import WorkerSettings
 from support.clusters.recovering import (

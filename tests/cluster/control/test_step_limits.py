@@ -16,7 +16,7 @@ from llamaclust.cluster.planner.plan import Plan, Prediction, StagePlan, StagePr
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.wire.control.messages import StageProgress
 from llamaclust.wire.microbatch.messages import Result, StageTiming
 

@@ -16,8 +16,8 @@ from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason,
 from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.core.errors import DeadlineError, LlamaclustError, QueueFullError, RequestError, WorkerError
-from llamaclust.core.sampling.matchers import Grammar
-from llamaclust.core.sampling.results import NOT_FINITE, RowResult
+from llamaclust.core.sampler.matchers import Grammar
+from llamaclust.core.sampler.results import NOT_FINITE, RowResult
 from llamaclust.wire.microbatch.messages import Result, StageTiming
 from support.clusters.fakes import VOCABULARY, FakePipeline, Losses, expected, linear, tokens_of
 from support.clusters.served import until

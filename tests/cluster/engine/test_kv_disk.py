@@ -13,7 +13,7 @@ from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.errors import DeadlineError, LlamaclustError, WorkerError
-from llamaclust.core.sampling.params import SamplingParams
+from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from support.clusters.fakes import VOCABULARY, FakePipeline, Losses, blocks_of, expected, tokens_of
 from support.clusters.served import until

@@ -31,7 +31,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Instant, RequestContext, read_journal
 from llamaclust.core.errors import ClusterStoppingError, DeadlineError, LlamaclustError, RequestCancelledError
-from llamaclust.core.sampling.results import RowResult, TopLogprobs
+from llamaclust.core.sampler.results import RowResult, TopLogprobs
 from support.clusters.resumable import KEY, PATHS, body_of, is_idle, served, stream
 from support.clusters.served import until
 

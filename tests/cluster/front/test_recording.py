@@ -21,8 +21,8 @@ from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Instant, RequestContext, read_journal
 from llamaclust.core.errors import WorkerError
-from llamaclust.core.sampling.matchers import Grammar, Reasoning
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.matchers import Grammar, Reasoning
+from llamaclust.core.sampler.results import RowResult
 from support.clusters.resumable import PATHS, KilledJournal, body_of, served, stream
 from support.seed import SEED
 

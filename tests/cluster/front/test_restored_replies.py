@@ -23,7 +23,7 @@ from llamaclust.cluster.state.journal_records import Instant, read_journal
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, QueueFullError
 from llamaclust.core.limits import AdapterScales
-from llamaclust.core.sampling.matchers import Grammar
+from llamaclust.core.sampler.matchers import Grammar
 from support.clusters.resumable import (
     KEY,
     PATHS,

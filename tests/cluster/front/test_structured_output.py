@@ -16,7 +16,7 @@ from llamaclust.cluster.front.dialects.openai.schema import CompletionBody
 from llamaclust.cluster.front.structured_output import GrammarFields
 from llamaclust.cluster.launchers.in_process import LocalSettings, LocalStage
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.sampling.matchers import Grammar
+from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.checker import GrammarChecker
 from support.clusters.served import client

@@ -21,8 +21,8 @@ from llamaclust.cluster.launchers.models.draft_model import (
 )
 from llamaclust.core.drafts import DraftOrder, DraftReplies
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.tasks import SampleTask
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.model.loader import Model
 from llamaclust.worker.devices.devices import Device
 from support.models.tiny_model import build_tiny_model

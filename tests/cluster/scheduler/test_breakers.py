@@ -8,7 +8,7 @@ import pytest
 
 from llamaclust.cluster.scheduler.breakers import BreakerTokens, SeenBreakers
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.sampling.bounds import MAX_BREAKERS_TOKENS
+from llamaclust.core.sampler.bounds import MAX_BREAKERS_TOKENS
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer

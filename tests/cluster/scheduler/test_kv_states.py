@@ -18,9 +18,9 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation import speculation
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.core.limits import StageLimits
-from llamaclust.core.sampling.matchers import Grammar
-from llamaclust.core.sampling.results import RowResult
-from llamaclust.core.sampling.tasks import RowTask, SampleTask
+from llamaclust.core.sampler.matchers import Grammar
+from llamaclust.core.sampler.results import RowResult
+from llamaclust.core.sampler.tasks import RowTask, SampleTask
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, blocks_of, expected, linear

@@ -17,7 +17,7 @@ from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation import speculation
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear

@@ -13,7 +13,7 @@ from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.usage import Usage
 from llamaclust.core.errors import QueueFullError
-from llamaclust.core.sampling.matchers import Grammar
+from llamaclust.core.sampler.matchers import Grammar
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear
 from support.seed import SEED
 

@@ -13,9 +13,9 @@ from llamaclust.cluster.scheduler.requests import FinishReason, GenerationReques
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.sequences import Phase
 from llamaclust.core.errors import ProtocolError, QueueFullError, RequestError
-from llamaclust.core.sampling.bounds import MAX_BREAKERS_TOKENS
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.bounds import MAX_BREAKERS_TOKENS
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Result
 from support.clusters.fakes import VOCABULARY, reason_of

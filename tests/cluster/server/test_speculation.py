@@ -22,7 +22,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.server.drafting import draft_model_memory, drafting
 from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
-from llamaclust.core.sampling.params import SamplingParams
+from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.core.sizes import mib
 from llamaclust.model.loader import Model
 from llamaclust.worker.devices.cores import read_cores

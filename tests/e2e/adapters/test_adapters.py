@@ -14,8 +14,8 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptScored
 from llamaclust.core.limits import AdapterScales
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.model.quant_types import QuantType
 from support.clusters.recovering import CONTEXT, Answer, config, recovering, undisturbed
 from support.models.tiny_adapter import build_adapter, build_merged, build_peft

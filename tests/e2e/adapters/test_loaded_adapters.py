@@ -17,7 +17,7 @@ from llamaclust.cluster.membership.worker_requests import set_adapters
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, ParameterError, WorkerError
 from llamaclust.core.limits import MAX_ADAPTER_RANK, AdapterScales
-from llamaclust.core.sampling.params import SamplingParams
+from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.model.adapters import read_adapter
 from llamaclust.model.quant_types import QuantType
 from llamaclust.wire.control.weights import AdapterFile

@@ -16,7 +16,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.speculation import speculation
 from llamaclust.cluster.scheduler.speculation.candidates import Candidate
 from llamaclust.cluster.scheduler.speculation.windows import RoundTimes
-from llamaclust.core.sampling.params import SamplingParams
+from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.model.grammars import definitions
 from support.chat.constrained_requests import grammar_requests, reasoning_requests
 from support.clusters.recovering import CONTEXT, Answer, answer_of, config, model_in, recovering, undisturbed

@@ -13,7 +13,7 @@ from llamaclust.cluster.client.local import LocalClient
 from llamaclust.cluster.launchers.in_process import LocalSettings
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.speculation import speculation
-from llamaclust.core.sampling.params import SamplingParams
+from llamaclust.core.sampler.params import SamplingParams
 from support.clusters.recovering import (
     CONTEXT,
     Answer,

@@ -20,8 +20,8 @@ from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.speculation import speculation
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.core.limits import StageLimits
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.reference.backend import ReferenceBackend

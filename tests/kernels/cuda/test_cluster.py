@@ -25,7 +25,7 @@ from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.server.worker_metrics import WorkerMetrics
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
-from llamaclust.core.sampling.params import SamplingParams
+from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.model.quant_types import QuantType
 from llamaclust.worker.devices import backends

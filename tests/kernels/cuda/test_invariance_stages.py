@@ -10,8 +10,8 @@ from itertools import pairwise, product
 import pytest
 
 from llamaclust.core.limits import StageLimits
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.tasks import SampleTask
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.kernels.backend import Backend, Float32, Stage
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cuda.backend import CudaBackend

@@ -18,7 +18,7 @@ import pytest
 from llguidance import LLMatcher
 
 from llamaclust.core.errors import DeadlineError, ParameterError
-from llamaclust.core.sampling.matchers import Grammar
+from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.model.grammars import checker as module
 from llamaclust.model.grammars import checker_child, definitions
 from llamaclust.model.grammars.checker import GrammarChecker

@@ -11,7 +11,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from llamaclust.core.errors import RequestError
-from llamaclust.core.sampling.matchers import Grammar
+from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.matcher import GrammarMatcher, LexerUsedUpError
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary, read_vocabulary

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.sampling.matchers import Grammar
+from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.matcher import compiled
 from llamaclust.model.grammars.normal_schema import normal_schema

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from llamaclust.core.errors import RequestError
-from llamaclust.core.sampling.bounds import MAX_FORCED_TOKENS
-from llamaclust.core.sampling.matchers import Grammar, MatcherStart, Reasoning
+from llamaclust.core.sampler.bounds import MAX_FORCED_TOKENS
+from llamaclust.core.sampler.matchers import Grammar, MatcherStart, Reasoning
 from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.matcher import GrammarMatcher
 from llamaclust.model.grammars.reasoning import Place, ReasoningScanner, ReasoningState, may_run_over

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.sampling.matchers import Grammar
+from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.checker import GrammarChecker
 from llamaclust.model.tokenizers.loading import load_tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llamaclust.core.errors import RequestError
-from llamaclust.core.sampling.matchers import Grammar
+from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.model.grammars import definitions, matcher, walk
 from llamaclust.model.grammars.matcher import GrammarMatcher
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary

@@ -22,8 +22,8 @@ from llamaclust.cluster.scheduler.speculation import speculation
 from llamaclust.cluster.scheduler.speculation.mtp_drafts import MtpDrafts
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.core.limits import StageLimits
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.kernels.backend import Backend, Float32
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS

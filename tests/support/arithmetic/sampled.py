@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.cluster.client.http_codec import AnswerOptions
-from llamaclust.core.sampling.results import RowResult
-from llamaclust.core.sampling.tasks import RowTask
+from llamaclust.core.sampler.results import RowResult
+from llamaclust.core.sampler.tasks import RowTask
 from llamaclust.kernels.sampling import Sampler
 
 SAMPLERS: AnswerOptions = {

@@ -9,10 +9,10 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from llamaclust.core.sampling.fields import SamplingField
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.results import RowResult
-from llamaclust.core.sampling.tasks import SampleTask
+from llamaclust.core.sampler.fields import SamplingField
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.results import RowResult
+from llamaclust.core.sampler.tasks import SampleTask
 
 Logits = NDArray[np.float32]
 

@@ -8,7 +8,7 @@ from typing import Any
 from llamaclust.cluster.front.text.call_constraint import answer_grammar
 from llamaclust.cluster.front.text.request import AnswerReading, ChatRequest, CompletionRequest, ToolMode, ToolUse
 from llamaclust.cluster.front.text.sharing import ignored_parts
-from llamaclust.core.sampling.matchers import Grammar
+from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.model.grammars.checker import GrammarChecker
 from llamaclust.model.grammars.matcher import compiled
 from llamaclust.model.grammars.vocabulary import read_vocabulary

@@ -6,8 +6,8 @@ from random import Random
 from typing import Any
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from llamaclust.core.sampling.matchers import Grammar, Reasoning
-from llamaclust.core.sampling.params import SamplingParams
+from llamaclust.core.sampler.matchers import Grammar, Reasoning
+from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.model.grammars import definitions
 from support.chat.random_schemas import random_schema
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llamaclust.core.sampling.matchers import AllowedTokens
+from llamaclust.core.sampler.matchers import AllowedTokens
 from llamaclust.model.grammars.matcher import GrammarMatcher
 
 _NAMES = ("name", "age", "of", "the", "many-people", 'quote"d', "é", "x")

@@ -26,8 +26,8 @@ from llamaclust.cluster.scheduler.requests import (
 )
 from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.scheduler import Scheduler
-from llamaclust.core.sampling.results import RowResult
-from llamaclust.core.sampling.tasks import RowTask, SampleTask, ScoreTask
+from llamaclust.core.sampler.results import RowResult
+from llamaclust.core.sampler.tasks import RowTask, SampleTask, ScoreTask
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs, StageTiming
 from support.wire.plain_tokens import PlainTokensBox, sampled_tokens_of

@@ -11,7 +11,7 @@ from pathlib import Path
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import ChoiceKey, Instant, RequestContext, read_journal
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.results import RowResult
 
 NOW = Instant(unix_s=1_000.0, boot_s=50.0, machine="m")
 LIMIT_S = 60.0

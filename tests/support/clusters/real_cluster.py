@@ -21,8 +21,8 @@ from llamaclust.cluster.membership.members import MemberLost
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.limits import StageLimits
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.tasks import SampleTask, ScoreTask
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.tasks import SampleTask, ScoreTask
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Deadlines
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs

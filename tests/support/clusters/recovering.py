@@ -26,8 +26,8 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptEmbed
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Event, Notice, PlanMade
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.wire.microbatch.messages import Result
 from support.models.tiny_model import build_tiny_model
 

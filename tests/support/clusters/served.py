@@ -44,7 +44,7 @@ from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSetti
 from llamaclust.cluster.scheduler.validation import validate
 from llamaclust.cluster.state.adapters import ServedAdapters
 from llamaclust.core.errors import LlamaclustError
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.model.chat.template import ChatTemplate, load_chat_template
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.model.tokenizers.loading import load_tokenizer

@@ -12,7 +12,7 @@ import pytest
 from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.speculation.mtp_drafts import MtpDrafts
-from llamaclust.core.sampling.tasks import ScoreTask
+from llamaclust.core.sampler.tasks import ScoreTask
 from llamaclust.wire.microbatch.messages import Result
 from llamaclust.worker.stage.nextn import following
 from support.clusters.fakes import FakeStages

@@ -13,7 +13,7 @@ from llamaclust.core.limits import (
     MAX_SEQUENCES,
     StageLimits,
 )
-from llamaclust.core.sampling.bounds import MAX_CONTEXT_TOKENS, MAX_DRAFTED_TOKENS, MAX_VOCABULARY
+from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS, MAX_DRAFTED_TOKENS, MAX_VOCABULARY
 from llamaclust.kernels._native import FrameReader
 from llamaclust.kernels.backend import Batch
 from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES, MAX_STAGES, encode_microbatch

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llamaclust.core.errors import ProtocolError, WorkerError
-from llamaclust.core.sampling.results import RowResult
-from llamaclust.core.sampling.tasks import RowTask, SampleTask
+from llamaclust.core.sampler.results import RowResult
+from llamaclust.core.sampler.tasks import RowTask, SampleTask
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SampledTokens, SamplingInputs
 from llamaclust.worker.stage.dependencies import SampledTokensBox
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import accumulate, chain, repeat
 
-from llamaclust.core.sampling.tasks import RowTask, SampleTask
+from llamaclust.core.sampler.tasks import RowTask, SampleTask
 
 
 def in_a_row(first: SampleTask, count: int) -> tuple[RowTask, ...]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.results import RowResult
-from llamaclust.core.sampling.tasks import SampleTask, ScoreTask
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.results import RowResult
+from llamaclust.core.sampler.tasks import SampleTask, ScoreTask
 from llamaclust.proto import control_pb2, enrolment_pb2, microbatch_pb2, sampling_pb2
 from llamaclust.wire.control.codec import (
     decode_coordinator_message,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.tools.chaos.received import Received, answer_rows
 from llamaclust.tools.chaos.schedule import FaultKind
 from llamaclust.tools.chaos.tally import Comparison, Pauses, Tally

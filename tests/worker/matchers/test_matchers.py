@@ -10,9 +10,9 @@ from unittest.mock import Mock
 import pytest
 
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.sampling.bounds import MAX_FORCED_TOKENS
-from llamaclust.core.sampling.matchers import Grammar, Reasoning
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.bounds import MAX_FORCED_TOKENS
+from llamaclust.core.sampler.matchers import Grammar, Reasoning
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.matcher import GrammarMatcher, LexerUsedUpError
 from llamaclust.worker.stage import matched_answer as module

@@ -19,8 +19,8 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import find_weights
 from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.core.errors import LlamaclustError, ModelFileError
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.tasks import SampleTask
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.weights import FindWeights

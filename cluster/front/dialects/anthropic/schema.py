@@ -34,7 +34,7 @@ from llamaclust.cluster.front.tools import (
     tool_text,
 )
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.sampling.matchers import Grammar
+from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.model.grammars import definitions
 
 _MODES: Final = {"auto": ToolMode.AUTO, "none": ToolMode.NONE, "any": ToolMode.REQUIRED, "tool": ToolMode.REQUIRED}

@@ -47,7 +47,7 @@ from llamaclust.cluster.front.text.sharing import TOKENIZING, run_on
 from llamaclust.cluster.scheduler.requests import FinishReason, GenerationRequest, PromptProgress
 from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.core.limits import MAX_TOP_LOGPROBS, AdapterScales
-from llamaclust.core.sampling import bounds, fields
+from llamaclust.core.sampler import bounds, fields
 from llamaclust.model.tokenizers.gaps import Gap, OtherFile
 
 _RANDOM_SEEDS: Final = (-1, 0xFFFFFFFF)

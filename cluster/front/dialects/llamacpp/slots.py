@@ -30,8 +30,8 @@ from llamaclust.cluster.front.text.slots import SlotTokens
 from llamaclust.cluster.state.disk_thread import DiskThread
 from llamaclust.core import regular_file
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.sampling.bounds import MAX_CONTEXT_TOKENS
-from llamaclust.core.sampling.params import SamplingParams
+from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS
+from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.wire.rpc.deadlines import deadline
 
 _TURN_S = 60.0

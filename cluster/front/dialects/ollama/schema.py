@@ -33,9 +33,9 @@ from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest
 from llamaclust.cluster.front.tools import media_text
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_TOP_LOGPROBS
-from llamaclust.core.sampling.bounds import MAX_CONTEXT_TOKENS
-from llamaclust.core.sampling.fields import Dialect
-from llamaclust.core.sampling.matchers import Grammar
+from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS
+from llamaclust.core.sampler.fields import Dialect
+from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.model.grammars.definitions import of_object, of_schema
 
 _EFFORTS: Final = ("low", "medium", "high", "max")

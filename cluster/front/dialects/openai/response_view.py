@@ -21,7 +21,7 @@ from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem
 from llamaclust.cluster.front.tools import ClientTool, call_id_of, text_of_call
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
 from llamaclust.cluster.state.journal_records import RequestContext
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.model.chat.tools.argument_values import arguments_object
 from llamaclust.model.chat.tools.events import (
     AnswerEvent,

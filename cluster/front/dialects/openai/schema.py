@@ -42,8 +42,8 @@ from llamaclust.cluster.front.text.request import (
 from llamaclust.cluster.scheduler.validation import MAX_CHOICES, shown
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_TOP_LOGPROBS
-from llamaclust.core.sampling.bounds import MAX_CONTEXT_TOKENS
-from llamaclust.core.sampling.fields import Dialect
+from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS
+from llamaclust.core.sampler.fields import Dialect
 
 DEFAULT_COMPLETION_TOKENS = 16
 

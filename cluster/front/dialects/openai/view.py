@@ -19,7 +19,7 @@ from llamaclust.cluster.front.tools import ClientTool, call_id_of, text_of_call
 from llamaclust.cluster.scheduler.requests import FinishReason, PromptProgress, Timings
 from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.core.limits import NUMERICS_VERSION
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.core.version import VERSION
 from llamaclust.model.chat.tools.events import (
     AnswerEvent,

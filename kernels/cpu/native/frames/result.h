@@ -10,7 +10,7 @@
 
 namespace llamaclust {
 
-// As RowResult in core/sampling/results.py.
+// As RowResult in core/sampler/results.py.
 struct RowAnswer : RowOutcome {
   RowAnswer() = default;
   explicit RowAnswer(RowOutcome outcome) : RowOutcome(std::move(outcome)) {}

@@ -14,9 +14,9 @@ from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.results import RowResult
-from llamaclust.core.sampling.tasks import RowTask, SampleTask, ScoreTask
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.results import RowResult
+from llamaclust.core.sampler.tasks import RowTask, SampleTask, ScoreTask
 from llamaclust.wire.control.messages import CoordinatorMessage, Loaded
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs, StageTiming
 from llamaclust.wire.microbatch.results import most_result_bytes

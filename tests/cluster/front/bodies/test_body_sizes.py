@@ -18,7 +18,7 @@ from llamaclust.cluster.front.json_text import MAX_FIELD_VALUES, outline
 from llamaclust.cluster.front.structured_output import GrammarFields
 from llamaclust.cluster.front.text.sharing import current_owner
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.sampling.matchers import Grammar
+from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.model.grammars import definitions
 from support.clusters.served import MODEL, ScriptedEngine, client, make_app, says
 from support.seed import SEED

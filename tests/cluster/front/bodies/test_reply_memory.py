@@ -13,7 +13,7 @@ import pytest
 from starlette.types import Message
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from llamaclust.core.sampling.results import RowResult, TopLogprobs
+from llamaclust.core.sampler.results import RowResult, TopLogprobs
 from support.clusters.served import CONTEXT, ScriptedEngine, logprob, make_app
 
 _CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}]}

@@ -10,7 +10,7 @@ import pytest
 
 from llamaclust.cluster.client.http import Client
 from llamaclust.cluster.launchers.in_process import LocalSettings
-from llamaclust.core.sampling.params import SamplingParams
+from llamaclust.core.sampler.params import SamplingParams
 from support.clusters.served import MODEL, ScriptedEngine, client, make_app, says
 from support.models.tiny_model import build_tiny_model
 

@@ -24,7 +24,7 @@ from llamaclust.cluster.front.replies.reply import Event
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text import sharing
 from llamaclust.core.errors import WorkerError
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.model.chat.tools.events import ContentText, ReasoningText
 from support.clusters import resumable
 from support.clusters.served import (

@@ -14,7 +14,7 @@ from llamaclust.cluster.front.text.answer_log import AnswerLog, LogContent, LogR
 from llamaclust.cluster.front.text.sharing import RowStorage
 from llamaclust.cluster.scheduler.requests import FinishReason, GenerationRequest, Timings
 from llamaclust.core.errors import DeadlineError, LlamaclustError
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.results import RowResult
 from support.seed import SEED
 
 TIMINGS = Timings(1.0, 2.0, 3.0, 4.0, 5, 0, 1)

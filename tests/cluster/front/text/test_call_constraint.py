@@ -12,7 +12,7 @@ from llamaclust.cluster.front.text import call_constraint as module
 from llamaclust.cluster.front.text.chat import PLAIN
 from llamaclust.cluster.front.text.request import AnswerReading, ChatRequest, ToolMode
 from llamaclust.core.errors import DeadlineError, ParameterError
-from llamaclust.core.sampling.matchers import Grammar
+from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.model.chat.tools.constraint.call_grammar import CallGrammar
 from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.checker import GrammarChecker, GuardedGrammarError

@@ -7,8 +7,8 @@ import pytest
 from llamaclust.cluster.front.text.chat import answer_reasoning
 from llamaclust.cluster.front.text.request import AnswerReading, ReasoningBudget
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.sampling.bounds import MAX_CONTEXT_TOKENS
-from llamaclust.core.sampling.matchers import Grammar, Reasoning
+from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS
+from llamaclust.core.sampler.matchers import Grammar, Reasoning
 from llamaclust.model.chat.tools.known_formats import GENERIC_CALLS, KNOWN_FORMATS
 from llamaclust.model.chat.tools.tool_format import ReasoningTags, ToolFormat
 from llamaclust.model.tokenizers.loading import load_tokenizer

@@ -19,8 +19,8 @@ from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.scheduler.requests import FinishReason, PromptScored, TokenSampled
 from llamaclust.core.errors import LlamaclustError, ParameterError, QueueFullError, RequestError, WorkerError
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.model.chat.template import ChatTemplate
 from llamaclust.model.tokenizers import byte_pairs
 from llamaclust.model.tokenizers.loading import load_tokenizer

@@ -10,9 +10,9 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.sampling.matchers import Grammar
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.results import RowResult
+from llamaclust.core.sampler.matchers import Grammar
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.results import RowResult
 from llamaclust.wire.microbatch.messages import Result
 from llamaclust.worker.stage.matched_answer import _READY_S, DEFERRED
 

@@ -24,7 +24,7 @@ from llamaclust.cluster.scheduler.speculation import speculation
 from llamaclust.cluster.scheduler.speculation.mtp_drafts import MtpDrafts
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.sampling.params import SamplingParams
+from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.model.kv_type import KvType
 from support.clusters.fakes import VOCABULARY, FakeStages, Simulation, linear
 from support.plans.draft_models import DraftingSimulation, SaidModel, wait_for_any

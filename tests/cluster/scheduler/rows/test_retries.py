@@ -12,10 +12,10 @@ from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.scheduler.requests import Failed, GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
-from llamaclust.core.sampling.matchers import Grammar
-from llamaclust.core.sampling.params import SamplingParams
-from llamaclust.core.sampling.results import NOT_FINITE, RowResult
-from llamaclust.core.sampling.tasks import SampleTask
+from llamaclust.core.sampler.matchers import Grammar
+from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.results import NOT_FINITE, RowResult
+from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.wire.microbatch.codec import encode_microbatch
 from llamaclust.wire.microbatch.messages import Result

@@ -14,10 +14,10 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
-from llamaclust.core.sampling.bounds import MAX_MATCHER_NS
-from llamaclust.core.sampling.matchers import Grammar
-from llamaclust.core.sampling.results import RowResult
-from llamaclust.core.sampling.tasks import SampleTask
+from llamaclust.core.sampler.bounds import MAX_MATCHER_NS
+from llamaclust.core.sampler.matchers import Grammar
+from llamaclust.core.sampler.results import RowResult
+from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected
 

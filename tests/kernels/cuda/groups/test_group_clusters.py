@@ -18,7 +18,7 @@ from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.core.errors import UsageError
 from llamaclust.core.gpus import Gpu
-from llamaclust.core.sampling.params import SamplingParams
+from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.core.sizes import MIB
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 from llamaclust.core.bounds import LOCAL, Integer, Size, Text
-from llamaclust.core.sampling.bounds import (
+from llamaclust.core.sampler.bounds import (
     MAX_CONTEXT_TOKENS,
     MAX_GRAMMAR_BYTES,
     MAX_REASONING_END_TOKENS,

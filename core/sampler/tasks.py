@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from llamaclust.core.sampling.matchers import MatcherRow
-from llamaclust.core.sampling.params import SamplingParams
+from llamaclust.core.sampler.matchers import MatcherRow
+from llamaclust.core.sampler.params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

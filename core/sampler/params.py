@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
-from llamaclust.core.sampling.bounds import MAX_PENALTY, MAX_TOP_K
-from llamaclust.core.sampling.fields import number, rows_of
-from llamaclust.core.sampling.sampler_chain import SamplerChain
+from llamaclust.core.sampler.bounds import MAX_PENALTY, MAX_TOP_K
+from llamaclust.core.sampler.fields import number, rows_of
+from llamaclust.core.sampler.sampler_chain import SamplerChain
 
 
 @dataclass(frozen=True, slots=True)

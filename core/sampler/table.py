@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from llamaclust.core.sampling.bounds import MAX_CONTEXT_TOKENS
-from llamaclust.core.sampling.fields import SamplingField, number, rows_of
-from llamaclust.core.sampling.params import PARAMS
-from llamaclust.core.sampling.sampler_chain import CHAIN
+from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS
+from llamaclust.core.sampler.fields import SamplingField, number, rows_of
+from llamaclust.core.sampler.params import PARAMS
+from llamaclust.core.sampler.sampler_chain import CHAIN
 
 
 @dataclass(frozen=True, slots=True)

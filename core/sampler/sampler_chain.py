@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from llamaclust.core.sampling.bounds import MAX_CONTEXT_TOKENS, MAX_PENALTY
-from llamaclust.core.sampling.fields import number, rows_of
+from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS, MAX_PENALTY
+from llamaclust.core.sampler.fields import number, rows_of
 
 
 class SamplerName(StrEnum):

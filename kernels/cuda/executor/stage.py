@@ -125,7 +125,7 @@ class CudaStage:
             )
 
     def run(self, batch: Batch, hidden: Float32 | None, experts: Experts | None = None) -> Float32:
-        """Runs the batch. `experts` computes the exchanges, and other stages may use the GPU meanwhile."""
+        """Runs the batch. `experts` is called for each `Exchange` step, and other stages may use the GPU meanwhile."""
         self._compute(batch, hidden, experts)
         with self._gpu_lock.exclusive():
             return self._fetch(batch)

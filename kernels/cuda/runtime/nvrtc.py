@@ -1,4 +1,5 @@
-"""NVIDIA's run-time compiler without CuPy, whose option `-ftz=true` flushes subnormals to zero and so changes bits."""
+"""Calls NVRTC, NVIDIA's run-time compiler, directly. CuPy would add the option `-ftz=true`, which flushes subnormals to
+zero and so changes bits."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from typing import Any
 PRELOAD = Path(__file__).parent / "preload"
 FAILING, MUTE = signal.SIGUSR1, signal.SIGUSR2
 FAILING_S, MUTE_S = 2.0, 6.0
-"""Durations of the faults in seconds. FAILING_S allows several failures. After MUTE_S, a worker counts as lost."""
+"""Durations of the faults in seconds. During FAILING_S, several steps fail. A worker that is mute for MUTE_S counts as
+lost."""
 _LOOK_S = 0.01
 
 Active = Callable[[], bool]

@@ -1,5 +1,5 @@
-"""Latent attention: widths, keys and tensors. GGUF splits the matrix from the latent vector to keys and values by head.
-In `attn_k_b`, but not in `attn_v_b`, rows and columns are exchanged."""
+"""Converts latent attention. GGUF splits the matrix that computes keys and values from the latent vector into
+`attn_k_b` and `attn_v_b`, each with one matrix per head. The matrices of `attn_k_b` are transposed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _MAX_RANK: Final = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """Channel counts of the latent vector, a key's two parts, and a value. `query_rank` is 0 without latent queries."""
+    """Channel counts: the latent vector (`rank`), the `rotated` and `plain` parts of a key, and a value. `query_rank`
+    is 0 if queries are not computed from a latent vector."""
 
     rank: int
     rotated: int

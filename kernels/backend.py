@@ -82,8 +82,8 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class RankedLogits:
-    """The logits of the last run, which stay on the GPU. The host gets a short record of each row instead: the best
-    candidates and sums of weights. The record is enough to sample most tokens."""
+    """The logits of the last run, which stay on the GPU. A record has the best candidates of one row and sums of
+    weights, which is enough to sample most tokens."""
 
     records: NDArray[np.int64]  # [outputs, words]; cpu/native/sampler/ranked.h has the format.
     rows: Callable[[Sequence[int]], Float32]
@@ -163,15 +163,13 @@ class RunsFrames(Protocol):
 @runtime_checkable
 class GathersRows(Protocol):
     def gather_by(self, gatherer: Gatherer) -> None:
-        """Sets the gatherer, through which the members of a group exchange rows. An error of the gatherer ends the
-        run."""
+        """Sets the gatherer, which exchanges rows among the members of a group. If it fails, the run fails."""
 
 
 Experts = Callable[[int, Float32], Float32 | None]
-"""Computes the experts for an `Exchange` step of a stage on another device. The first argument is the step's index
-among the `Exchange` steps. The second has the rows of all buffers that the step reads, side by side: [rows, sum of
-widths]. Returns the result [rows, width], which the next call overwrites, or None if the result is already in the
-stage's memory."""
+"""Computes the experts for an `Exchange` step of a stage on another device. The number is the step's index among the
+`Exchange` steps. The array has the rows of all buffers that the step reads, side by side: [rows, sum of widths].
+Returns the result [rows, width], or None if it is already in the stage's memory. The next call overwrites results."""
 
 
 class ExchangingStage(Stage, Protocol):

@@ -1,6 +1,5 @@
-"""Rules that all members of a group follow when they exchange rows (a gather). The rules determine the format of sent
-rows, and the bands of rows that are gathered separately. The native executor has the same limits
-(`executor/workspace.h`, `executor/gatherer.h`)."""
+"""Rules for gathers, in which the members of a group exchange rows: the format of rows, and the bands that are gathered
+one by one. The native executor has the same limits (`executor/workspace.h`, `executor/gatherer.h`)."""
 
 from __future__ import annotations
 

@@ -115,8 +115,8 @@ class MultiDeviceStage:
             first += sum(isinstance(step, Gather) for step in program.steps)
 
     def _numbered(self, gatherer: Gatherer, first: int, program: Program) -> PythonGatherer:
-        """Returns a gatherer for one part of the stage. Its gathers are numbered from `first`, so that a gather has the
-        same number as in the undivided stage. All members of a group must number gathers alike."""
+        """Returns a gatherer for a part of the stage, which numbers the part's gathers from `first`. All members of a
+        group must number gathers alike."""
         gathers = [step for step in program.steps if isinstance(step, Gather)]
 
         def gather(number: int, own: Float32, whole: Float32) -> None:
@@ -137,8 +137,7 @@ class MultiDeviceStage:
 
 def layers_of(program: Program, start: int, end: int) -> Program:
     """Returns the part of a program with layers [start, end). A layer begins with the first step that names it. The
-    embedding belongs to the first layer and the head to the last layer. If later layers read channels of an earlier
-    input, the part passes these channels on after the hidden state."""
+    first layer has the embedding, the last has the head. Channels that later layers read follow the hidden state."""
     assert program.start <= start < end <= program.end, (start, end)
     bounds = {program.start: 0, program.end: len(program.steps)}
     for at, step in enumerate(program.steps):

@@ -44,8 +44,7 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class RowScales:
-    """A buffer of factors, one for each row. The buffer is filled before the steps of a run that uses the adapter: a
-    factor is the row's adapter scale times `factor`."""
+    """A buffer of factors. Before a run, it is filled with each row's scale of the adapter times `factor`."""
 
     buffer: int
     adapter: int
@@ -277,9 +276,8 @@ class Compiler:
         self.plan.multiply_heads(list(weight.matrices), self._buffers.write(step.out), slot)
 
     def _adapt(self, x: ir.Buffer, steps: Sequence[ir.Adapt]) -> None:
-        """Emits the products of all adapters' first matrices with x, and then the products of their second matrices,
-        `_SLOTS` at a time. The results are added to the output buffers of the model's own products. Runs without the
-        adapter skip these steps."""
+        """Emits the products of all `down` matrices with x, and then those of the `up` matrices, `_SLOTS` at a time.
+        Results are added to the model's own products, because runs without the adapter skip these steps."""
         down = [self._weights[step.down] for step in steps]
         inner = [ir.Buffer(f"adapter {place} of rank {step.rank}", step.rank) for place, step in enumerate(steps)]
         slots = self._quantize(self._buffers.read(x), [weight.quant_type for weight in down])

@@ -18,9 +18,8 @@ GATINGS = tuple(Gating)
 
 @dataclass(frozen=True, slots=True)
 class PlanExperts:
-    """Emits the steps of mixtures of experts into a plan. `quantize` quantizes a buffer and returns a slot for each
-    quant type. `observe` copies the inputs of observed weights. `copy` copies a buffer, or is None if no weights are
-    observed."""
+    """Emits the steps of mixtures of experts into a plan. `quantize` returns a slot for each quant type. `observe`
+    copies the inputs of observed weights. `copy` copies a buffer, or is None if no weights are observed."""
 
     plan: Plan
     buffers: Buffers

@@ -49,8 +49,7 @@ def most_of(quant_type: QuantType) -> float:
 def quantize(
     quant_type: QuantType, x: Float32, importance: Float32 | None, feature_level: str = ""
 ) -> NDArray[np.uint8]:
-    """Quantizes weights [rows, width], whose magnitude must not exceed `most_of(quant_type)`. `importance` [width]
-    weights the error of each column. Its values are positive and have mean 1."""
+    """Quantizes weights [rows, width] with magnitudes up to `most_of(quant_type)`. `importance` [width] has mean 1."""
     match quant_type:
         case QuantType.F32:
             return x.view(np.uint8)

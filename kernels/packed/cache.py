@@ -144,8 +144,7 @@ class PackedCache:
 
 
 def layer_key(layer: PackedLayer) -> str | None:
-    """Returns None if the file is missing, has changed since the model was opened, or was written so recently that
-    another change might leave its times equal."""
+    """Returns None if the file has changed, or is so new that another change might leave its times equal."""
     parts: list[object] = [sys.byteorder]
     for tensor in layer.tensors:
         bytes_of_it = _bytes_key(tensor)
@@ -182,8 +181,7 @@ def _counted(
 
 
 def _quickest(found: Sequence[_Found]) -> list[_Found]:
-    """Removes the maps that are not in huge pages from the entries, so that these files are copied to memory. Computing
-    from copies in huge pages is faster."""
+    """Chooses copies instead of maps in small pages, since computing from copies in huge pages is faster."""
     maps = [cached.memory for cached in found if cached.memory is not None]
     huge = {memory.address for memory, is_huge in zip(maps, in_huge_pages(maps), strict=True) if is_huge}
     return [

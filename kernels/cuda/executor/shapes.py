@@ -1,5 +1,4 @@
-"""Groups microbatches into buckets by size, so that few sets of launches suffice. The launches of a bucket also serve
-microbatches with fewer rows."""
+"""Buckets of microbatches, by size. The launches of a bucket also serve microbatches with fewer rows."""
 
 from __future__ import annotations
 
@@ -84,8 +83,7 @@ class Shape:
 
 
 def _bucket(count: int, most: int) -> int:
-    """Rounds up to 1, 2, 4, ..., 64, 80, 96, 112, 128, 160, and so on, with four steps from each power of two to the
-    next. Never exceeds `most`."""
+    """Rounds up to 1, 2, 4, 8, 16, 32, 64, 80, 96, 112, 128, 160, 192 and so on. Never exceeds `most`."""
     if count <= 0:
         return 0
     power = 1 << (count - 1).bit_length()

@@ -11,8 +11,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class StatePlaces:
-    """The places of states. Sequence s starts from the state in block before[s], or from zeros if before[s] is -1. For
-    each i in [starts[s], starts[s + 1]), the state after row rows[i] is written to block blocks[i]."""
+    """Places as in `BatchStates`, but before[s] is -1 if sequence s starts from zeros."""
 
     before: list[int]
     starts: list[int]

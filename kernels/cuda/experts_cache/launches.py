@@ -51,8 +51,8 @@ class LineInputs:
 
     @property
     def offsets(self) -> tuple[int, int, int, int, int]:
-        """The byte offsets of four arrays, and the total size. The arrays are the weights of lines, the cached lines
-        sorted by slot, items for the products, and the row from which the sum reads each line's result."""
+        """The byte offsets of four arrays (weights, cached lines by slot, items, places of results), and the total
+        size."""
         each = aligned(_INT * self.lines)
         items = aligned(_INT * _ITEM * (self.lines + self.lines // matmul.LEAST_PIECE + 1))
         first = _INT * _HEADER

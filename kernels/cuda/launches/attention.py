@@ -38,8 +38,7 @@ _CAUSAL, _GROUP, _SEQUENCE = range(3)
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """The limits of the memory that a stage's attention steps share. `slots` is the maximum number of partial results,
-    each of one row over one span."""
+    """The memory that a stage's attention steps share. A slot holds the partial result of one row over one span."""
 
     max_rows: int
     slots: int
@@ -117,7 +116,6 @@ def _piece_bytes(step: Attention) -> int:
 
 
 def _spans(step: Attention, max_context_tokens: int) -> int:
-    """Returns the maximum number of spans that a row sees. If any tile has several spans, the result is at least 2."""
     spans = -(-max_context_tokens // SPAN_TOKENS)
     return spans if step.window is None else min(spans, max(step.window - 2, 0) // SPAN_TOKENS + 2)
 
@@ -269,8 +267,7 @@ class AttentionLaunches:
     grouped: bool = False
 
     def plan(self, step: Attention, plan: np.uint64) -> Launch:
-        """Plans the tiles and spans of a microbatch. Layers with equal `likeness` share the plan, so this launch runs
-        once for them, before the first of them."""
+        """Plans the tiles and spans of a microbatch. Runs once for all layers of equal `likeness`."""
         inputs, room, few = self.inputs, self.room, self._few(step)
         split_below = -(-2 * self.gpu.sms // (step.kv_heads * _parts(step, self._many(step))))
         places = 2 * self.gpu.sms // (step.kv_heads * _parts(step, few)) if few else 0
@@ -305,8 +302,7 @@ class AttentionLaunches:
         return next(fewer, most) if self.decode else most
 
     def _have_room(self, step: Attention, queries: int) -> bool:
-        """True if the GPU has at least two multiprocessors for each block, when blocks of `queries` queries divide a
-        row's heads."""
+        """True if the GPU has two multiprocessors for each thread block of `queries` queries."""
         return 2 * self.rows * step.kv_heads * _parts(step, queries) <= self.gpu.sms
 
     def step(self, step: Attention, at: AttentionBuffers) -> Iterator[Launch]:

@@ -25,8 +25,7 @@ _GATED = {GatedActivation.GELU_MUL: f"{ActivationFunction.GELU_TANH}_mul"}
 
 @dataclass(frozen=True, slots=True)
 class GatedInputs:
-    """Addresses of the float32 matrices gate and up, and the distance of two rows in elements (`stride`). `kernel`
-    names the function that joins gate and up."""
+    """Addresses of float32 gate and up. `stride` is the distance of rows in elements. `kernel` joins gate and up."""
 
     kernel: str
     gate: np.uint64

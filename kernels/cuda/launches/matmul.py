@@ -56,8 +56,7 @@ adds the terms of several pieces at once, after multiplying these pieces (a turn
 _STATIC_BYTES, _RESERVED_BYTES = 576, 1024
 """Bytes of a block's static shared memory, and bytes that CUDA reserves."""
 _TEAM_ROWS, _TEAM_WARPS, _STAGE_BYTES = 2, 4, 8192
-"""Values for float weights (float_teams.cuh): maximum number of rows for teams of one warp, maximum number of warps in
-a block, and bytes in a stage."""
+"""Limits for float weights (float_teams.cuh): rows for teams of one warp, warps in a block, bytes in a stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +243,7 @@ def _matrices(products: Sequence[Product]) -> tuple[Scalar, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _GemvShape:
-    """The number of blocks for each item, the number of warps in a block, and a block's shared memory
-    (src/matmul/pieces.cuh)."""
+    """Blocks for each item, warps in a block, and a block's shared memory (src/matmul/pieces.cuh)."""
 
     blocks: int
     warps: int
@@ -302,8 +300,7 @@ def _bulk_shape(piece_bytes: int, kept_bytes: int, gpu: LaunchLimits) -> tuple[i
 
 @dataclass(frozen=True, slots=True)
 class _TeamsShape:
-    """The number of blocks for each item, of teams in a block and of warps in a team, and a block's shared memory
-    (src/matmul/float_teams.cuh)."""
+    """Blocks for each item, teams in a block, warps in a team, and shared memory (src/matmul/float_teams.cuh)."""
 
     blocks: int
     count: int
@@ -332,8 +329,7 @@ class _TeamsShape:
 
 
 def _gemm_warps(products: Sequence[Product], items: int, gpu: LaunchLimits) -> int:
-    """Returns the number of warps in a block. Large blocks read activations less often. The largest size is chosen with
-    which there are enough blocks for all multiprocessors."""
+    """Returns the number of warps of the largest blocks of which there are enough for all multiprocessors."""
     most = 12 if gpu.compute_capability == _HOPPER else 16
     return next((warps for warps in (most, 8) if _blocks(products, warps) * items >= gpu.sms), 4)
 

@@ -1,5 +1,4 @@
-"""Calls NVRTC, NVIDIA's run-time compiler, directly. CuPy would add the option `-ftz=true`, which flushes subnormals to
-zero and so changes bits."""
+"""Compiles with NVRTC. CuPy is not used for this, since it flushes subnormals to zero (`-ftz=true`)."""
 
 from __future__ import annotations
 

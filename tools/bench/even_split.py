@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 from llamaclust.model.costs import ModelCosts
 
 _PROMPT_TOKENS, _STEPS = 512, 16
-"""Prompt tokens and decode steps of one answer, as in the planner's `throughput`. Eight concurrent answers share 128
-steps, which is 16 for each."""
+"""Prompt tokens and decode steps of one answer. (Eight answers of 128 tokens share 128 steps.)"""
 _MACS_PER_BYTE = 15.0
 """Number of multiply-adds that take about as long as reading one byte."""
 _SHARPNESS = 8

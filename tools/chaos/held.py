@@ -30,8 +30,7 @@ class Stops:
 
 
 class FullDisks:
-    """Makes the disk appear full to coordinators, and to the workers that they start, by limiting the size of files to
-    0."""
+    """Makes the disk appear full to coordinators and to the workers that they start, by a file size limit of 0."""
 
     def __init__(self) -> None:
         self._limits: dict[str, tuple[Process, int]] = {}  # Process and its previous limit, by target.

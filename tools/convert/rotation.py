@@ -151,8 +151,7 @@ def _base(said: Settings, default: float) -> float:
 
 
 def _yarn(page: Page, said: Settings, log_multiplier: bool) -> None:
-    """Writes YaRN's keys. GGUF's `attn_factor` multiplies YaRN's usual magnitude. In a configuration,
-    `attention_factor` is the whole magnitude."""
+    """Writes YaRN's keys. GGUF's factor multiplies YaRN's magnitude, but a configuration's factor is the magnitude."""
     factor = _yarn_keys(page, said)
     wanted = said.real("attention_factor", "attn_factor", default=_magnitude(said, factor), minimum=1e-3, maximum=1e3)
     usual = _growth(factor)

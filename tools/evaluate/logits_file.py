@@ -45,8 +45,7 @@ class LogitsShape:
 
     @property
     def rows(self) -> int:
-        """Number of positions in a chunk whose logits are stored. The last position is not, since no token follows
-        it."""
+        """Number of positions in a chunk whose logits are stored. The last position has no next token to predict."""
         return self.context - 1 - self.first
 
     @property

@@ -93,8 +93,7 @@ def _read_special(words: Words, folder: Path, config: dict[str, Any], rows: int)
 
 
 def _read_parts(words: Words, said: dict[str, Any], named: dict[str, Any], config: dict[str, Any]) -> None:
-    """Reads which token is BOS, EOS, padding and so on. The tokenizer's files take precedence over the model's
-    configuration."""
+    """Reads which tokens are BOS, EOS and so on. Files of the tokenizer take precedence over the model's."""
     places = {text: token_id for token_id, text in enumerate(words.texts)}
     for short, name in _PARTS.items():
         text = _content(said.get(f"{short}_token")) or _content(named.get(f"{short}_token"))

@@ -15,8 +15,7 @@ _MAX_RANK: Final = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """Channel counts: the latent vector (`rank`), the `rotated` and `plain` parts of a key, and a value. `query_rank`
-    is 0 if queries are not computed from a latent vector."""
+    """Channel counts of the latent vector, a key's two parts, and a value. `query_rank` is 0 without latent queries."""
 
     rank: int
     rotated: int

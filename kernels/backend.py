@@ -167,9 +167,10 @@ class GathersRows(Protocol):
 
 
 Experts = Callable[[int, Float32], Float32 | None]
-"""Computes the experts for an `Exchange` step of a stage on another device. The number is the step's index among the
-`Exchange` steps. The array has the rows of all buffers that the step reads, side by side: [rows, sum of widths].
-Returns the result [rows, width], or None if it is already in the stage's memory. The next call overwrites results."""
+"""Computes the experts for an `Exchange` step of a stage on another device. The first argument is the step's index
+among the `Exchange` steps. The second has the rows of all buffers that the step reads, side by side: [rows, sum of
+widths]. Returns the result [rows, width], or None if it is already in the stage's memory. The next call overwrites
+results."""
 
 
 class ExchangingStage(Stage, Protocol):

@@ -35,8 +35,8 @@ def without_experts(program: Program, layers: Collection[int]) -> Program:
 
 
 def experts_of(program: Program, layers: Collection[int]) -> Program | None:
-    """Returns a program that has only the mixtures of experts of `layers`, or None if these layers have none. Each
-    mixture reads its input from the hidden state, and a second input, if any, from the channels after the first."""
+    """Returns a program that has only the mixtures of experts of `layers`, or None if there are none. Each mixture
+    reads the hidden state. A second input of a mixture, if any, follows the first in the hidden state."""
     mixtures = [step for step in mixtures_of(program) if _is_of(step, layers)]
     if not mixtures:
         return None

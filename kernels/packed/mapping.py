@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 _HUGE_PAGE_BYTES = 1 << 21
 _ENOUGH = 0.9
-"""Minimum fraction of a memory's whole huge pages that must be huge, for the memory to count as huge."""
+"""Memory counts as huge if at least this fraction of it is in huge pages."""
 _ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _COMPACT = "as root, before a restart: echo 1 > /proc/sys/vm/compact_memory"
 

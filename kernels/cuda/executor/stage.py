@@ -40,7 +40,8 @@ class SegmentPlan(Protocol):
 
 
 class LaunchCache:
-    """Keeps the launches of recent shapes, in segments between host steps. A shape's second use captures graphs."""
+    """Keeps the launches of recent shapes, in segments between host steps. The second use of a shape captures
+    graphs."""
 
     def __init__(self, device: Device, plan: SegmentPlan, graphs: bool) -> None:
         self._device = device

@@ -17,7 +17,7 @@ _OLDEST = (12, 0)
 
 
 def machine_target(architecture: int, kind: str = "sm") -> str:
-    """Returns the compiler's name for an architecture. The "a" enables instructions that only Hopper has."""
+    """Returns the compiler's name for an architecture. The suffix "a" enables instructions that only Hopper has."""
     return f"{kind}_{architecture}a" if architecture == _HOPPER else f"{kind}_{architecture}"
 
 

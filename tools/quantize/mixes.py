@@ -136,8 +136,7 @@ When = Callable[[Place], bool]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rule. A tensor gets `quant_type` if the mix is one of `mixes`, which are separated by spaces, and if `when` is
-    True for the tensor's place."""
+    """A tensor gets `quant_type` if the mix is in `mixes` (separated by spaces) and `when` is True for its place."""
 
     mixes: str
     quant_type: Q

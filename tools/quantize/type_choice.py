@@ -44,7 +44,7 @@ _OTHER_RULES = frozenset({"glm5-next", "bailingmoe3"})
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """The user's choice of a mix, and deviations from the mix. None leaves the choice to the mix."""
+    """The user's choice of a mix, and deviations from the mix. A type of None leaves the choice to the mix."""
 
     mix: Mix
     has_importance: bool = False

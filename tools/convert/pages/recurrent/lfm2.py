@@ -50,8 +50,7 @@ def _kinds(page: Page) -> list[str]:
 
 
 def _adjusted_width(page: Page) -> int:
-    """Returns the width of the feed-forward network. If `block_auto_adjust_ff_dim` is set, the configured width is
-    multiplied by two thirds and a factor, and rounded up."""
+    """Returns the width of the feed-forward network, adjusted if `block_auto_adjust_ff_dim` is set."""
     settings = page.settings
     width = settings.count("block_ff_dim", "intermediate_size")
     if not settings.flag("block_auto_adjust_ff_dim", default=True):

@@ -62,7 +62,7 @@ def end_at_once(code: int) -> NoReturn:
 
 
 Held = Callable[[], AbstractContextManager[None]]
-"""A function that returns a context manager. If a signal arrives within the context, the process ends after it."""
+"""A function that makes a context. If a signal arrives within the context, the process ends after the context."""
 
 
 @contextmanager

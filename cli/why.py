@@ -129,7 +129,8 @@ def _row(label: str, seconds: float, whole: float) -> str:
 
 
 def _bar(start: float, share: float) -> str:
-    """Returns a bar of at least one `#`, so that each phase is visible. Its width stands for 1."""
+    """Returns a bar of at least one `#`, so that each phase is visible. The arguments are fractions of the full
+    width."""
     begin = min(round(start * _BAR), _BAR - 1)
     length = max(1, min(round(share * _BAR), _BAR - begin))
     return f"{' ' * begin}{'#' * length}".ljust(_BAR)

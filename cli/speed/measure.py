@@ -25,8 +25,8 @@ def measure(
     workers: LocalWorkers = None,
     as_json: Json = False,
 ) -> None:
-    """Measure this machine again, with the model of FILE, for later plans. Stop a running cluster of that name before.
-    Other programs should be idle."""
+    """Measure this machine again, with the model of FILE, for later plans. No cluster of that name may run, and other
+    programs should be idle."""
     from llamaclust.cluster.config.cluster_config import load_config
 
     config = load_config(*cluster_source(source, workers, overrides))

@@ -46,7 +46,7 @@ class Rates:
 @dataclass(frozen=True, slots=True)
 class Work:
     """The work of a model whose last layers and head are on the GPU. The experts of some of these layers are in RAM.
-    Weights count with their bytes in the file. In a mixture, more rows use more experts (`LayerCost.touched_bytes`)."""
+    Sizes of weights are those in the file. In a mixture, more rows use more experts (`LayerCost.touched_bytes`)."""
 
     prompt: int
     generate: int

@@ -133,8 +133,8 @@ _KNOWN = (*BODIES, *FLOODS)
 @dataclass(frozen=True)
 class Attacks(Case):
     """Measures how a hostile client affects other clients: gaps in streams, `/live`, first tokens, memory.
-    The attacker and the other clients have different API keys. A body has 15 MB, and --at-once bodies of each kind are
-    sent together. `background` sends 300 background responses. `tokenize` sends 40 texts of 1 MiB. `answers` requests
+    The attacker and the other clients have different API keys. Most attacks send --at-once request bodies of 15 MB at
+    the same time. `background` sends 300 background responses. `tokenize` sends 40 texts of 1 MiB. `answers` requests
     128 answers that obey a large schema. `logprobs` requests 32 answers of 1,900 tokens with 20 logprobs each (needs a
     tiny model). `ambiguous` requests 16 answers whose grammar takes 20 to 60 ms per token. `fixed_texts` sends 8
     choices of 100,000 characters. Two attacks need no key: `headers` (900 connections with 10,000 headers each) and

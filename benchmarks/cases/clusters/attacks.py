@@ -145,7 +145,7 @@ class Attacks(Case):
     attack: tuple[str, ...] = option(
         _KNOWN, "attacks to run", listed(chosen("attack", {name: name for name in _KNOWN}))
     )
-    at_once: int = option(8, "number of simultaneous bodies of each kind", positive)
+    at_once: int = option(8, "number of request bodies that are sent at once", positive)
     streams: int = option(4, "number of streams of other clients", positive)
 
     async def groups(self) -> AsyncIterator[Group]:

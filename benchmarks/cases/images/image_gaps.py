@@ -39,7 +39,7 @@ _TEXTS = {
     "qwen3-vl-4b": Shape(2560, 36, 9728, 20, 5, context=_CONTEXT_TOKENS),
 }
 _NAMES = {name: name for name in _TEXTS}
-_BESIDE = 1000  # Number of the first image that is processed while streams run.
+_BESIDE = 1000  # Images that are processed while streams run have numbers from 1000.
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,9 @@ class Divergence(Case):
     model: str = argument("catalog name or path of a .gguf", str)
     text: Path = argument("path of a text file", existing)
     llama_quantize: Path | None = option(None, "path of llama.cpp's program llama-quantize", existing)
-    hidden: int = option(768, "width after padding", positive)
+    hidden: int = option(768, "width in channels after padding", positive)
     chunks: int = option(8, "number of chunks of 512 tokens to predict", positive)
-    types: tuple[str, ...] = option((*MIXES,), "mixes of types", listed(str))
+    types: tuple[str, ...] = option((*MIXES,), "quantization mixes", listed(str))
 
     async def groups(self) -> AsyncIterator[Group]:
         if self.llama_quantize is None:

@@ -26,9 +26,9 @@ class Quantized(Case):
     rounds = 1
     model: str = argument("catalog name or path of a .gguf", str)
     text: Path = argument("path of a text file", existing)
-    hidden: int = option(768, "width after padding", positive)
+    hidden: int = option(768, "width in channels after padding", positive)
     chunks: int = option(8, "number of chunks of 512 tokens to predict", positive)
-    types: tuple[str, ...] = option((*MIXES,), "mixes of types", listed(str))
+    types: tuple[str, ...] = option((*MIXES,), "quantization mixes", listed(str))
     no_speed: bool = option(False, "omit the two columns of speeds")
 
     async def groups(self) -> AsyncIterator[Group]:

@@ -34,7 +34,7 @@ class Replay(Case):
         (0.0, 0.5, 0.8, 0.95, 1.0), "shares of drafted tokens that are right", listed(share)
     )
     stages: tuple[int, ...] = option(
-        (1,), "numbers of stages; 1 runs in this process, more run in workers of one thread each", listed(positive)
+        (1,), "numbers of stages: one runs in this process, several run in one-thread workers", listed(positive)
     )
     tokens: int = option(260, "number of tokens in an answer", positive)
     threads: int = option(os.cpu_count() or 1, "number of threads of a stage in this process", positive)

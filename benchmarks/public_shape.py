@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("shape", help=f"NAME[:QUANTIZATION], a model of the catalog or one of {', '.join(SHAPES)}")
     parser.add_argument("path", type=Path)
     for size in ("--layers", "--experts", "--vocabulary"):
-        parser.add_argument(size, type=int, help="replaces the number in the shape")
+        parser.add_argument(size, type=int, help="overrides this size of the shape")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     started = time.perf_counter()

@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--alike", action="store_true", help="write the same bytes in all layers, which is faster")
     for field in fields(Shape):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, help="replaces the number in the shape")
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, help="overrides this size of the shape")
     arguments = parser.parse_args()
     given = {field.name: getattr(arguments, field.name) for field in fields(Shape)}
     shape = replace(SHAPES[arguments.name], **{name: value for name, value in given.items() if value is not None})

@@ -175,7 +175,7 @@ def logs(
     follow: Annotated[bool, Option("-f", "--follow", help="Keep printing new lines until Ctrl-C.")] = False,
     cluster: Cluster = None,
 ) -> None:
-    """Print the log of a worker. The cluster must be running, unless --cluster names it."""
+    """Print the log of a worker. Use --cluster for a cluster that has ended."""
     folder, record = _running_or_last(cluster)
     if record is not None and not record.is_local and worker != _COORDINATOR:
         _print_tail(record, _worker_name(worker), follow)

@@ -300,7 +300,7 @@ class Target:
         given = [option for option, value in (("--model-draft", self.draft), ("--mtp", self.mtp)) if value]
         if given and most is not None and not most:
             none = "--speculative off" if most is False else "--draft-max 0"
-            raise UsageError(f"{given[0]} drafts tokens, but {none} does not: give one of them")
+            raise UsageError(f"{given[0]} adds drafts, but {none} forbids drafts: give one of them")
 
     def open(self) -> TextClient:
         """Opens a client. Raises UsageError if options contradict each other or no cluster runs, and RequestError if

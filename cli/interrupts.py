@@ -14,7 +14,7 @@ from llamaclust.cli.terminal import print_error
 from llamaclust.core.errors import LlamaclustError
 
 _REPEAT_S = 0.01
-"""Seconds until a signal's handler is called again, if a destructor discarded the exception of the first call."""
+"""Seconds until a signal's handler is called again, if Python discarded the exception that the first call raised."""
 
 
 _FIRST_PROCESS = 1
@@ -62,14 +62,13 @@ def end_at_once(code: int) -> NoReturn:
 
 
 Held = Callable[[], AbstractContextManager[None]]
-"""Returns a context manager. A signal that arrives within the context does not end the process until the context
-ends."""
+"""A function that makes a context. If a signal arrives within the context, the process ends after the context."""
 
 
 @contextmanager
 def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Calls `handle` for the first of the given signals and ignores later signals. A signal that was ignored before
-    (nohup) stays ignored. `handle` is called again if a destructor discarded its exception."""
+    (nohup) stays ignored. `handle` is called again if Python discards its exception in a destructor."""
     handled = [number for number in numbers if signal.getsignal(number) is unhandled()]
     received: list[int] = []
     usual_hook = sys.unraisablehook
@@ -103,7 +102,7 @@ def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameTy
 @contextmanager
 def exits_on_signals(*numbers: signal.Signals) -> Iterator[Held]:
     """Turns the first of the given signals into SystemExit, so that cleanup runs. The exit code is 128 plus the
-    signal's number, as in a shell. Yields a `Held`: code that runs in its context is not interrupted."""
+    signal's number, as in a shell. Yields a `Held` for code that must not be interrupted."""
     holds = False
     received: list[int] = []
 

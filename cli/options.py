@@ -166,11 +166,9 @@ Threads = Annotated[
 ]
 ModelDraft = Annotated[
     str | None,
-    Option(
-        "--model-draft", "-md", metavar="DRAFT", help="Small model with the same vocabulary that drafts for --model."
-    ),
+    Option("--model-draft", "-md", metavar="DRAFT", help="Small model of the same vocabulary, to draft for --model."),
 ]
-Mtp = Annotated[bool, Option("--mtp", help="Draft with the multi-token prediction head of --model.")]
+Mtp = Annotated[bool, Option("--mtp", help="Draft tokens with the multi-token prediction head of --model.")]
 Workers = Annotated[
     int, Option("--workers", min=1, max=64, metavar="K", help="Split the model over K local processes.")
 ]

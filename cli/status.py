@@ -302,8 +302,7 @@ def _number(value: float | None) -> str:
 
 
 def _drafts(measured: dict[str, Any]) -> Iterator[str]:
-    """Yields a line about the tokens drafted in the last 10 seconds, and a line about all drafted tokens by kind of
-    draft. If no tokens were drafted, the line is omitted."""
+    """Yields a line on tokens drafted in the last 10 seconds, if any, and a line on all drafted tokens, if any."""
     if drafted := measured.get("drafted_tokens"):
         yield f"{accepted_text(measured['accepted_tokens'], drafted)} in the last 10 s"
     if drafts := measured.get("drafts"):

@@ -29,7 +29,7 @@ def worker(
         Option(
             "--join",
             metavar="HOST[:PORT]",
-            help="Address that the coordinator listens at (`join.listen`); repeatable for standbys.",
+            help="Address where the coordinator admits workers (`join.listen`); repeatable for standbys.",
         ),
     ] = [],  # noqa: B006  typer reads the default
     discover: Annotated[
@@ -62,7 +62,7 @@ def worker(
             min=1,
             max=65535,
             metavar="N",
-            help="Port for links of groups. Default: the port of --listen plus 1000, if given.",
+            help="Port for links to members of a group. Default: the port of --listen plus 1000, if given.",
         ),
     ] = None,
     device: Devices = [],  # noqa: B006  typer reads the default
@@ -102,7 +102,7 @@ def worker(
         Option(
             "--ready-file",
             metavar="FILE",
-            help="File for probes; it exists while the worker has loaded its layers or is idle.",
+            help="File for readiness probes; it exists while the worker has loaded its layers or is idle.",
         ),
     ] = None,
     insecure: Annotated[

@@ -40,8 +40,8 @@ class BatchStates:
 
 @dataclass(frozen=True, slots=True)
 class GivenRows:
-    """Rows that are computed outside the program, such as an image's rows. The step `ir.GivenRows` reads them. A row
-    has a separate part for each `level` of these steps."""
+    """Rows that are computed outside the program, such as an image's rows. Each `ir.GivenRows` step reads one part of a
+    row: the step with `level` i reads values[:, i * width : (i + 1) * width]."""
 
     rows: Int32  # [given] Row numbers, ascending.
     values: Float32  # [given, levels * width]
@@ -53,10 +53,11 @@ class Batch:
 
     Rows [sequence_starts[s], sequence_starts[s + 1]) belong to sequence s, at ascending, consecutive positions.
     Position p of sequence s is in KV block block_tables[table_starts[s] + p // KV_BLOCK_TOKENS]. Layers with a window
-    and their own KV blocks use window_tables at the same index. A block that no row of the batch uses is -1 there.
+    and their own KV blocks use window_tables at the same index. An entry of a table is -1 if no row of the batch uses
+    its block.
 
-    A group is a range of positions whose rows see each other, such as an image. Its rows are all in the same batch.
-    Steps that merge k rows into one need a multiple of k rows from each sequence."""
+    A group is a range of positions whose rows attend to each other, such as an image. All rows of a group must be in
+    one batch. If a step merges k rows into one, each sequence must have a multiple of k rows."""
 
     tokens: Int32  # [rows] Token ids. Only a first stage reads them.
     positions: Int32  # [rows]
@@ -81,15 +82,16 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class RankedLogits:
-    """The logits of the last run, which stay on the GPU. Each row's short record is enough to sample most tokens."""
+    """The logits of the last run, which stay on the GPU. A record has the best candidates of one row and sums of
+    weights, which is enough to sample most tokens."""
 
     records: NDArray[np.int64]  # [outputs, words]; cpu/native/sampler/ranked.h has the format.
     rows: Callable[[Sequence[int]], Float32]
     """Copies the logits of these rows to the host as [rows, vocabulary]. The next call overwrites the result."""
     totals: Callable[[Sequence[float]], NDArray[np.int64]]
-    """Divides each output's logits into parts and sums the sampling weights of each part: [outputs, parts]. The
-    argument has the divisor (the temperature) of each output. An output with divisor 0 is skipped. The next call
-    overwrites the result."""
+    """Sums the sampling weights of each output's logits, in parts of the vocabulary: [outputs, parts]. The argument has
+    a divisor (the temperature) for each output. An output with divisor 0 is skipped. The next call overwrites the
+    result."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -161,13 +163,14 @@ class RunsFrames(Protocol):
 @runtime_checkable
 class GathersRows(Protocol):
     def gather_by(self, gatherer: Gatherer) -> None:
-        """Sets the gatherer, which exchanges rows with the group's other members. Its errors end the run."""
+        """Sets the gatherer, which exchanges rows among the members of a group. If it fails, the run fails."""
 
 
 Experts = Callable[[int, Float32], Float32 | None]
-"""Computes the experts of a mixture for a stage on another device (an `Exchange` step). The number counts these steps
-in order. The array has the rows of all buffers that the step reads, side by side: [rows, sum of widths]. Returns the
-result [rows, width], which the next call overwrites, or None if the result is already in the stage's memory."""
+"""Computes the experts for an `Exchange` step of a stage on another device. The first argument is the step's index
+among the `Exchange` steps. The second has the rows of all buffers that the step reads, side by side: [rows, sum of
+widths]. Returns the result [rows, width], or None if it is already in the stage's memory. The next call overwrites
+results."""
 
 
 class ExchangingStage(Stage, Protocol):
@@ -180,8 +183,8 @@ class ExchangingStage(Stage, Protocol):
 
 
 class ExpertsStage(Protocol):
-    """Loaded experts, which compute one mixture of experts per call. `number` counts mixtures in the order of steps.
-    The next call overwrites results."""
+    """Loaded experts. Each call computes one mixture of experts: `number` is its index among the mixtures, in the order
+    of steps. The next call overwrites results."""
 
     weight_bytes: int
     workspace_bytes: int
@@ -211,8 +214,8 @@ class ExpertsCache(Protocol):
     def counts(self) -> CacheCounts: ...
 
     def step(self) -> AbstractContextManager[None]:
-        """Keeps a run's experts in the cache until the run ends. Raises the error of an earlier copy, such as
-        DeviceLostError."""
+        """Wraps a run of the stage. Experts that the run uses stay in the cache until the run ends. Raises the error
+        that stopped the copying of experts earlier, such as DeviceLostError."""
 
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32 | None: ...
 
@@ -242,8 +245,8 @@ class SharesKv(Protocol):
     def load_beside(
         self, stage: Stage, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
     ) -> Stage:
-        """Loads the same layers with other adapters, even during a run. Both stages use the same KV memory, so they
-        must not run at the same time."""
+        """Loads the layers of `stage` again with other adapters. `stage` may run meanwhile. The new stage uses the KV
+        memory of `stage`, so the two must not run at the same time."""
 
 
 @runtime_checkable

@@ -115,7 +115,8 @@ class MultiDeviceStage:
             first += sum(isinstance(step, Gather) for step in program.steps)
 
     def _numbered(self, gatherer: Gatherer, first: int, program: Program) -> PythonGatherer:
-        """Numbers a part's gathers from `first`. All members of a group must give a gather the same number."""
+        """Returns a gatherer for a part of the stage, which numbers the part's gathers from `first`. All members of a
+        group must number gathers alike."""
         gathers = [step for step in program.steps if isinstance(step, Gather)]
 
         def gather(number: int, own: Float32, whole: Float32) -> None:
@@ -135,8 +136,8 @@ class MultiDeviceStage:
 
 
 def layers_of(program: Program, start: int, end: int) -> Program:
-    """Returns the steps of layers [start, end). A layer begins with the first step that names it. The embedding belongs
-    to the first layer and the head to the last layer. Channels that later layers need follow the hidden state."""
+    """Returns the part of a program with layers [start, end). A layer begins with the first step that names it. The
+    first layer has the embedding, the last has the head. Channels that later layers read follow the hidden state."""
     assert program.start <= start < end <= program.end, (start, end)
     bounds = {program.start: 0, program.end: len(program.steps)}
     for at, step in enumerate(program.steps):
@@ -156,8 +157,8 @@ def layers_of(program: Program, start: int, end: int) -> Program:
 
 @dataclass(frozen=True, slots=True)
 class _Carried:
-    """The row that goes from one layer to the next: the hidden state, and then the channels of `further` from `start`
-    to its end. Each layer reads a slice of these channels."""
+    """The row that goes from one device to the next. It has the hidden state, followed by the channels of the buffer
+    `further` from index `start` on, of which each later layer reads a slice."""
 
     hidden: Buffer
     further: Buffer
@@ -165,7 +166,7 @@ class _Carried:
 
     @classmethod
     def at(cls, program: Program, at: int) -> _Carried | None:
-        """Returns the rows that steps read from index `at` to the end, or None if these are only the hidden state."""
+        """Returns the row that the steps from index `at` need, or None if they need only the hidden state."""
         # `slices` maps a buffer to the start of its first slice.
         whole, slices, written = set[Buffer](), dict[Buffer, int](), set[str]()
         for step in program.steps[at:]:

@@ -35,8 +35,8 @@ def without_experts(program: Program, layers: Collection[int]) -> Program:
 
 
 def experts_of(program: Program, layers: Collection[int]) -> Program | None:
-    """Returns a program that has only the mixtures of experts of these layers, or None if there are none. Each mixture
-    reads the hidden state. If a mixture has a second input, it follows the first in the hidden state."""
+    """Returns a program that has only the mixtures of experts of `layers`, or None if there are none. Each mixture
+    reads the hidden state. A second input of a mixture, if any, follows the first in the hidden state."""
     mixtures = [step for step in mixtures_of(program) if _is_of(step, layers)]
     if not mixtures:
         return None
@@ -52,8 +52,7 @@ def mixtures_of(program: Program) -> tuple[Moe, ...]:
 
 def cached_lines(program: Program, limits: StageLimits) -> int:
     """Returns the maximum number of lines in a microbatch that uses the experts cache. A line is a row together with
-    one of its experts. Returns 0 if experts weigh inputs or have no gate, so that they cannot be computed one by
-    one."""
+    one of its experts. Returns 0 if single experts cannot be computed, because they weigh inputs or have no gate."""
     mixtures = mixtures_of(program)
     figures = {(step.used, step.experts, step.x.width, step.out.width) for step in mixtures}
     is_divisible = all((step.gate or step.fused) and not step.options.weighs_inputs for step in mixtures)

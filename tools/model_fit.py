@@ -31,7 +31,7 @@ class Fit:
     kv_bytes_per_token: dict[str, int]  # Bytes of all layers, by KV type.
     state_bytes: int  # Bytes of one sequence's recurrent state in all layers.
     workspace_bytes: int
-    context_length: int  # Context length for the following values: the model's, but at most 4096.
+    context_length: int  # Context length of a sequence in the following values.
     total_bytes: int  # Memory of all layers with KV memory for `kv_tokens` tokens, without an image encoder.
     kv_tokens: int
     least_bytes: int  # Memory of all layers with KV memory for one sequence.

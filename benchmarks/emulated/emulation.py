@@ -19,8 +19,7 @@ _CALLER = "_native"
 
 @dataclass(frozen=True, slots=True)
 class LinkSpeed:
-    """Settings of links. Half of the round trip delays each direction. Workers receive at `gbit_s`; 0 means no
-    limit."""
+    """Settings of links. Half of the round trip delays each direction. If `gbit_s` is 0, the rate has no limit."""
 
     round_trip_ms: float = 0.0
     gbit_s: float = 0.0

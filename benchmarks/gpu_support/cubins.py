@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_support/cubins.py FOLDER_OF_NVRTC 90 OUT --keep KEPT
 
-OUT gets all modules under the names by which llamaclust finds compiled modules. KEPT gets the modules of all calls."""
+OUT gets all modules, in files that llamaclust finds. KEPT keeps modules for later calls."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("nvrtc", type=Path, help="folder of libnvrtc.so.*")
     parser.add_argument("architecture", type=int, help="compute capability without a dot, such as 90")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--keep", type=Path, required=True, help="folder of modules that earlier calls compiled")
+    parser.add_argument("--keep", type=Path, required=True, help="folder that keeps compiled modules for later calls")
     given = parser.parse_args()
     compile_all(open_nvrtc_in(given.nvrtc), given.architecture, given.out, given.keep)
 

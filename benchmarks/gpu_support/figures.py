@@ -13,7 +13,8 @@ from llamaclust.tools.bench.limits import Spread
 
 DECODE_SHARE, MIXED_SHARE, PREFILL_SHARE, TIMES_ONE, RATIO = 0.80, 0.85, 0.35, 6.0, 1.0
 """Goals. DECODE_SHARE is for decode on a GPU alone, MIXED_SHARE for decode with layers or experts in RAM, and TIMES_ONE
-for eight sequences relative to one. RATIO compares llamaclust with llama.cpp, and copies of experts with none."""
+for eight sequences relative to one. RATIO is for llamaclust relative to llama.cpp, and for copies relative to no
+copies."""
 _TOGETHER = 8
 
 
@@ -73,7 +74,7 @@ class Figures:
         return self.spread(lambda round_: self.work.sequences * round_.step_s / round_.many_s)
 
     def copies_share(self, sequences: int) -> Spread:
-        """The minimum time to read the memories (hits on the GPU), as a share of the time of a step with copies."""
+        """The minimum time to read all bytes, with hits on the GPU, as a share of the time of a step with copies."""
 
         def best_s(round_: Round) -> float:
             return self.work.copied_step_s(sequences, round_.copied[sequences].hit_share, round_.rates.read)
@@ -184,8 +185,8 @@ class Figures:
 
     def _wanted_of_sequences(self, decode_share: float) -> Wanted:
         """Returns the figure for several sequences and its goal. For a dense model, the figure is the speed relative to
-        one sequence. In a mixture of experts, several sequences read more experts. The figure is then the share of the
-        time to read them. Its goal is that of a dense model that decodes at `decode_share` and reaches TIMES_ONE."""
+        one sequence. In a mixture of experts, several sequences read more experts, so the figure is the share of the
+        minimum time to read them. A dense model that just meets both goals has the same share."""
         count, is_mixture = self.work.sequences, self.work.is_mixture
         least = decode_share * TIMES_ONE / _TOGETHER if is_mixture else TIMES_ONE
         found = self.many_share if is_mixture else self.times_one

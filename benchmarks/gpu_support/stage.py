@@ -43,8 +43,8 @@ class Task:
     sequences: int = 8
     gpu_memory_bytes: int | None = None  # Maximum VRAM. Layers that do not fit stay in RAM.
     graphs: bool = True
-    cpu_moe: int | None = None  # Number of first layers with experts in RAM. None: as many as do not fit VRAM.
-    experts_cache_bytes: int | None = None  # Maximum VRAM for copies of experts in RAM. None: all that is left.
+    cpu_moe: int | None = None  # Number of first layers with experts in RAM. If None, VRAM decides.
+    experts_cache_bytes: int | None = None  # Maximum VRAM for copies of experts. If None, all free VRAM.
 
     @property
     def context(self) -> int:

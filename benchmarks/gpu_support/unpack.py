@@ -41,7 +41,7 @@ def required(tree: Path) -> Iterator[str]:
 
 
 def shortfalls(requirements: Iterable[str], packages: Path) -> Iterator[str]:
-    """Yields a line for each requirement that is not fulfilled, even of packages in the kit."""
+    """Yields a line for each requirement that is not met, including the requirements of packages in the kit."""
     travelled = list(distributions(path=[str(packages)]))
     versions = {canonicalize_name(one.name): one.version for one in travelled}
     theirs = (text for one in travelled for text in one.requires or ())

@@ -35,7 +35,7 @@ class Rates:
     int8: Amount  # Multiply-accumulates per second.
 
     def best(self, other: Rates) -> Rates:
-        """Returns the larger of each two rates, because other work on the machine can only lower a measured rate."""
+        """Returns the larger rate of each kind, since other work on the machine can only lower a measured rate."""
         read, int8 = (
             Amount(*map(max, astuple(mine), astuple(its)))
             for mine, its in ((self.read, other.read), (self.int8, other.int8))
@@ -46,7 +46,7 @@ class Rates:
 @dataclass(frozen=True, slots=True)
 class Work:
     """The work of a model whose last layers and head are on the GPU. The experts of some of these layers are in RAM.
-    Weights count with their bytes in the file. In a mixture, more rows use more experts (`LayerCost.touched_bytes`)."""
+    Sizes of weights are those in the file. In a mixture, more rows use more experts (`LayerCost.touched_bytes`)."""
 
     prompt: int
     generate: int
@@ -56,7 +56,7 @@ class Work:
     kv_bytes: Amount  # Mean bytes that a step reads for each sequence.
     expert_bytes: Mapping[int, float] = field(
         default_factory=dict
-    )  # Part of the weights in RAM that GPUs may have copies of.
+    )  # Bytes of experts in RAM that a step reads and that GPUs may copy, by number of rows.
 
     @classmethod
     def of(cls, model: Model, gpu: DeviceLayers, prompt: int, generate: int, sequences: int) -> Self:
@@ -92,8 +92,8 @@ class Work:
         return Amount(weights.gpu + sequences * kv.gpu, weights.cpu + sequences * kv.cpu)
 
     def copied_step_s(self, sequences: int, hits: float, read: Amount) -> float:
-        """Returns the minimum seconds of a decode step. The GPU reads the share `hits` of the experts, and meanwhile
-        the CPU reads the others."""
+        """Returns the minimum seconds of a decode step. `hits` is the share of experts that the GPU reads. The CPU
+        reads the others at the same time."""
         step, experts = self.step_bytes(sequences), self.expert_bytes[sequences]
         both = Amount(hits * experts, (1 - hits) * experts)
         return Amount(step.gpu, step.cpu - experts).seconds(read) + max(both.each_s(read))

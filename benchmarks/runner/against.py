@@ -79,7 +79,8 @@ async def _answer(process: asyncio.subprocess.Process) -> dict[str, Any] | None:
 
 
 async def serve(case: Case) -> None:
-    """Measures the turns that lines on standard input name, and prints the results. Other output goes to stderr."""
+    """Measures each turn whose number it reads from standard input, and prints the results. Other output goes to
+    stderr."""
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
         async with aclosing(case.groups()) as groups:  # type: ignore[type-var]

@@ -125,8 +125,8 @@ async def others(client: AsyncClient, bench: Bench, streams: int) -> AsyncIterat
 
 
 async def posted(api: str, path: str, body: bytes, count: int = 1, key: str = "") -> str:
-    """Sends `count` requests and describes the replies. In each body, the request's number replaces `@NUMBER@`. Without
-    a path, sends raw bytes."""
+    """Sends `count` requests and describes the replies. In each body, the request's number replaces `@NUMBER@`. If
+    `path` is empty, `body` is a whole HTTP request."""
     pipe = asyncio.subprocess.PIPE
     words = (sys.executable, "-c", _POST, f"{api}/{path}") if path else (sys.executable, "-c", _RAW, api[7:])
     process = await asyncio.create_subprocess_exec(*words, key, str(count), stdin=pipe, stdout=pipe)

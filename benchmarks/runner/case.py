@@ -16,8 +16,8 @@ Variant = Callable[[int], Awaitable[Measures]]
 
 @dataclass(slots=True)
 class Group:
-    """Variants to compare with the first variant. `goals` are for the ratios, or for the figures of a single variant.
-    If there are goals, only figures with a goal are summarized."""
+    """Variants to compare with the first variant. `goals` has goals for the ratios or, if there is one variant, for its
+    figures. If there are goals, only figures with a goal are summarized."""
 
     name: str
     variants: Mapping[str, Variant]
@@ -48,7 +48,8 @@ class Case(ABC):
 
     @abstractmethod
     def groups(self) -> AsyncIterator[Group]:
-        """Yields each group while its variants can run. The runner measures a group before the generator resumes."""
+        """Yields groups one by one. The runner measures a group before it resumes the generator, which then cleans
+        up."""
 
 
 def argument(what: str, read: Callable[[str], Any] = Path, *, nargs: str | None = None, default: Any = MISSING) -> Any:
@@ -56,6 +57,6 @@ def argument(what: str, read: Callable[[str], Any] = Path, *, nargs: str | None 
 
 
 def option(default: Any, what: str, read: Callable[[str], Any] | None = None) -> Any:
-    """Makes a field that is an option. A default of False makes a switch, and a tuple makes a list."""
+    """Declares a field that is a command-line option. A default of False makes a switch, and a tuple makes a list."""
     read = read or (str if default is None else type(default))
     return field(default=default, metadata={"help": what, "type": read, "option": True})

@@ -24,7 +24,7 @@ from runner.in_process import cluster_of
 CONTEXT = 1024
 _OF_CLUSTERS = "llamaclust.cluster.control.limits.NgramDrafters"
 _CONFIDENCE = 0
-"""A confidence class that n-gram drafters do not use."""
+"""The confidence class of recorded drafts. N-gram drafts have other classes."""
 
 
 def chosen_right(count: int, acceptance: float, draw: random.Random) -> list[bool]:
@@ -39,7 +39,7 @@ class RecordedDrafters:
         self._drafts: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def record(self, prompt: tuple[int, ...], answer: Sequence[int], is_right: Sequence[bool], vocabulary: int) -> None:
-        """Records an answer for later drafts. A token that is to be drafted wrong is replaced by the next token id."""
+        """Records an answer for later drafts. Where `is_right` is False, the draft gets the next token id instead."""
         pairs = zip(answer, is_right, strict=True)
         self._drafts[prompt] = tuple(token if right else (token + 1) % vocabulary for token, right in pairs)
 

@@ -41,8 +41,7 @@ async def run(cluster: Cluster, prompt: tuple[int, ...], tokens: int) -> Finishe
 @contextmanager
 def pinned_to_cores(cluster: Cluster) -> Iterator[None]:
     """Pins each one-thread worker to a core, in the order of stages. The coordinator (this process) shares the second
-    core, because the first stage begins when the coordinator gets a result. Without pins, some virtual machines leave
-    cores idle."""
+    core, because it works at the same time as the first stage. Without pins, some virtual machines leave cores idle."""
     cores = sorted(os.sched_getaffinity(0))
     present = cluster.registry.present
     workers = [str(present[stage.worker].registration.pid) for stage in cluster.engine.metrics.stage_report()]

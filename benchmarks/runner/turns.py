@@ -101,7 +101,7 @@ def check_same(name: str, found: Mapping[str, Measures]) -> None:
     for variant, measures in others:
         for key, value in measures.items():
             if isinstance(value, bytes) and value != base.get(key):
-                raise LlamaclustError(f"{name}: {variant} has other {key} than {first}".lstrip(": "))
+                raise LlamaclustError(f"{name}: {variant} and {first} differ in {key}".lstrip(": "))
 
 
 def packed(measures: Measures) -> dict[str, float | str]:

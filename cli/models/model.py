@@ -279,7 +279,7 @@ def perplexity(
     compare: Annotated[
         bool,
         Option(
-            "--kl-divergence", help="Compare MODEL with the logits in the file of --kl-divergence-base, on its text."
+            "--kl-divergence", help="Compare MODEL with the logits in the --kl-divergence-base file, on the same text."
         ),
     ] = False,
     hellaswag: Annotated[

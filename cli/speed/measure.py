@@ -25,8 +25,8 @@ def measure(
     workers: LocalWorkers = None,
     as_json: Json = False,
 ) -> None:
-    """Repeat the measurements of this machine that plans use, with the local workers and the model of FILE. First stop
-    the cluster of that name, if it runs. Other programs should be idle."""
+    """Measure this machine again, with the model of FILE, for later plans. No cluster of that name may run, and other
+    programs should be idle."""
     from llamaclust.cluster.config.cluster_config import load_config
 
     config = load_config(*cluster_source(source, workers, overrides))

@@ -32,9 +32,9 @@ from llamaclust.model.program import Program
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The inputs of the matrix products that read the same x in the last run. The next run overwrites x [rows, width].
-    For products of experts or heads, `chosen` [rows, used] has the numbers of each row's experts or heads. If each of
-    these has its own input, x is [rows * used, width]."""
+    """The input x of the products of `weights` in the last run. The next run overwrites x [rows, width]. For matrices
+    of experts or heads, `chosen` [rows, used] has the numbers of each row's experts or heads. If each expert or head
+    has its own input, x is [rows * used, width]."""
 
     weights: tuple[str, ...]
     x: Float32
@@ -112,8 +112,7 @@ class CpuStage:
         return self._native.contents(self._normed)[rows]
 
     def inputs(self, rows: int) -> Iterator[Inputs]:
-        """Yields each matrix's inputs in the last run, which had `rows` rows. The stage must be loaded with
-        `observed`."""
+        """Yields the inputs of the last run, which had `rows` rows. The stage must be loaded with `observed`."""
         assert self._native is not None, "the stage was closed"
         for seen in self._observed:
             ids = None if seen.choice is None else self._native.contents(seen.choice)[:rows]

@@ -9,9 +9,9 @@ from llamaclust.model.quant_types import ActivationFormat
 
 @dataclass(slots=True)
 class Buffers:
-    """Gives numbers to a plan's buffers. A buffer of the program has up to two numbers, for a private and a shared
-    buffer. Steps that compute row by row write to private buffers, of which each thread may keep a copy. Products and
-    attention write to shared buffers."""
+    """Numbers the buffers of a plan. Steps that compute row by row write to private buffers, of which each thread may
+    keep a copy. Products and attention write to shared buffers. A program's buffer can therefore become two buffers of
+    the plan, one private and one shared."""
 
     plan: Plan
     rows: int

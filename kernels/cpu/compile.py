@@ -31,9 +31,9 @@ _SLOTS = 4
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """The inputs of some matrices, which each run copies to `buffer`. The buffer `choice` has the ids of each row's
-    experts. `used` is the number of experts of a row if each expert has its own input, and otherwise 1. `heads` is the
-    number of heads in a row."""
+    """Describes a copy of the inputs of the matrices `weights`. Each run writes the copy to `buffer`. For experts, the
+    buffer `choice` has the ids of each row's experts. `used` is the number of inputs per row if each expert has its own
+    input, and otherwise 1. `heads` is the number of heads in a row."""
 
     weights: tuple[str, ...]
     buffer: int
@@ -44,7 +44,7 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class RowScales:
-    """A buffer that no step writes. Each run with the adapter fills it with the rows' adapter scales times `factor`."""
+    """A buffer of factors. Before a run, it is filled with each row's scale of the adapter times `factor`."""
 
     buffer: int
     adapter: int
@@ -156,8 +156,8 @@ class Compiler:
         return read if self._buffers.is_shared(x) else self._copy(read, x.width // lines, lines)
 
     def _gather_packed(self, step: ir.Gather, form: ActivationFormat) -> None:
-        """Quantizes and packs this member's columns before the gather. Products that read the whole row would compute
-        the same int8 values, because each member has whole quantization segments."""
+        """Quantizes this member's columns to int8 before sending them. This does not change results: products quantize
+        the gathered rows anyway, and no quantization segment crosses a border between members."""
         assert step.x is not None
         own, whole = (ir.Buffer(buffer.name, buffer.width // step.lines) for buffer in (step.x, step.out))
         packed = self._buffers.write(_packed(own, form), step.lines)
@@ -276,8 +276,8 @@ class Compiler:
         self.plan.multiply_heads(list(weight.matrices), self._buffers.write(step.out), slot)
 
     def _adapt(self, x: ir.Buffer, steps: Sequence[ir.Adapt]) -> None:
-        """Emits the products with x together, and then the products with their results, `_SLOTS` at a time. The sums go
-        to the output buffers of the model's own products, because runs without the adapter skip these steps."""
+        """Emits the products of all `down` matrices with x, and then those of the `up` matrices, `_SLOTS` at a time.
+        Results are added to the model's own products, because runs without the adapter skip these steps."""
         down = [self._weights[step.down] for step in steps]
         inner = [ir.Buffer(f"adapter {place} of rank {step.rank}", step.rank) for place, step in enumerate(steps)]
         slots = self._quantize(self._buffers.read(x), [weight.quant_type for weight in down])

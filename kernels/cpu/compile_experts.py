@@ -1,5 +1,5 @@
-"""Compiles mixtures of experts that the CPU computes for another device. One part of a plan computes a whole mixture,
-or only chooses its experts, or only computes single experts."""
+"""Compiles mixtures of experts that the CPU computes for another device. A plan has several parts that run separately.
+A part computes a whole mixture, chooses a mixture's experts, or computes single experts."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ GATINGS = tuple(Gating)
 
 @dataclass(frozen=True, slots=True)
 class PlanExperts:
-    """Emits mixtures of experts into a plan. `quantize` quantizes a buffer and returns a slot for each quant type.
-    `observe` copies the inputs of observed weights. `copy` copies a buffer, or is None if no weights are observed."""
+    """Emits the steps of mixtures of experts into a plan. `quantize` returns a slot for each quant type. `observe`
+    copies the inputs of observed weights. `copy` copies a buffer, or is None if no weights are observed."""
 
     plan: Plan
     buffers: Buffers
@@ -81,8 +81,8 @@ class PlanExperts:
         self.plan.combine_experts(choice, results, out, step.used, not step.options.weighs_inputs)
 
     def _place(self, step: ir.ExpertShards, choice: int, results: int) -> None:
-        """Joins this worker's results with the results of other workers, and with the buffers that a later stage
-        needs."""
+        """Joins this worker's results with those that earlier workers computed (`step.given`). If a later stage
+        continues the mixture, adds the buffers that it needs (`step.carried` and the choice)."""
         buffers, used, start = self.buffers, step.mixture.used, 0
         given = None if step.given is None else (buffers.read(step.given), step.given.width - step.results_width)
         if step.carried is None:

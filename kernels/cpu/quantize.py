@@ -25,9 +25,9 @@ _CAST_NUMBERS = {QuantType.F32: 0, QuantType.F16: 1, QuantType.BF16: 2, QuantTyp
 
 
 def narrowed(values: NDArray[Any], stored: QuantType, quant_type: QuantType) -> NDArray[np.uint8] | None:
-    """Rounds contiguous F32, F16 or BF16 `values` [..., k] to the nearest value in F32, F16, BF16 or Q8_0. k must be a
-    multiple of the block size. Releases the GIL. Returns None if a value is not finite or exceeds the range of
-    float16."""
+    """Rounds contiguous `values` [..., k] of type `stored` (F32, F16 or BF16) to the nearest values of `quant_type`
+    (F32, F16, BF16 or Q8_0). k must be a multiple of the block size. Releases the GIL. Returns None if a value is not
+    finite or exceeds the range of float16."""
     out = np.empty(values.size // quant_type.info.block_size * quant_type.info.block_bytes, np.uint8)
     numbers = _CAST_NUMBERS[stored], _CAST_NUMBERS[quant_type]
     return out if _native.cast_dtype(values.reshape(-1).view(np.uint8), numbers[0], out, numbers[1]) else None
@@ -49,7 +49,7 @@ def most_of(quant_type: QuantType) -> float:
 def quantize(
     quant_type: QuantType, x: Float32, importance: Float32 | None, feature_level: str = ""
 ) -> NDArray[np.uint8]:
-    """Quantizes weights [rows, width] up to `most_of(quant_type)`. `importance` [width] is positive and has mean 1."""
+    """Quantizes weights [rows, width] with magnitudes up to `most_of(quant_type)`. `importance` [width] has mean 1."""
     match quant_type:
         case QuantType.F32:
             return x.view(np.uint8)

@@ -173,7 +173,7 @@ def most_workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits
     """Returns an upper bound of `workspace_bytes` for any number of KV blocks. The rounding of weights is not
     included."""
     if program.window is not None:
-        # Layers with windows then have their own block table, which takes memory.
+        # With window blocks, layers with windows have their own block table, which takes memory.
         limits = replace(limits, window_blocks=1)
     weights = _checked_weights(program, tensors)
     plan = Plan(distinct_layers(program, weights), weights, limits, ANY_GPU)

@@ -27,7 +27,7 @@ _FLUSHED_BYTES = 256 << 20
 """Bytes that exceed the largest last-level cache of any GPU (126 MiB)."""
 _SCALES = (1 / 1024, 1 / 64, 1 / 8, 1.0)
 _LONG_S = 0.002
-"""Work that takes this many seconds is long enough to measure a rate. It is repeated for `_REPEATED_S` seconds."""
+"""The minimum seconds of work that is long enough to measure a rate."""
 _REPEATED_S = 0.02
 
 _Work = tuple[Sequence[Launch], float]
@@ -84,8 +84,8 @@ def limits(device: Device) -> tuple[float, float]:
 
 
 def _rate(device: Device, work_at: Callable[[float], _Work]) -> float:
-    """Returns the rate of the smallest work that takes long enough, or otherwise of the largest work. Runs each work
-    twice, because the first launch also loads the kernel, which takes milliseconds."""
+    """Returns the rate of the first `_SCALES` size of work that takes longer than `_LONG_S`, or of the largest size.
+    Runs each size twice, because the first launch also loads the kernel, which takes milliseconds."""
     for scale in _SCALES:
         work, amount = work_at(scale)
         taken_s = min(_taken_s(device, work, 1) for _ in range(2))

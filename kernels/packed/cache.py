@@ -144,7 +144,7 @@ class PackedCache:
 
 
 def layer_key(layer: PackedLayer) -> str | None:
-    """Returns None if the file is gone, or is so new that its times might not reveal another change."""
+    """Returns None if the file has changed, or is so new that another change might leave its times equal."""
     parts: list[object] = [sys.byteorder]
     for tensor in layer.tensors:
         bytes_of_it = _bytes_key(tensor)
@@ -181,7 +181,7 @@ def _counted(
 
 
 def _quickest(found: Sequence[_Found]) -> list[_Found]:
-    """Drops maps that are not in huge pages. Copying such a map to memory is faster than computing from the map."""
+    """Chooses copies instead of maps in small pages, since computing from copies in huge pages is faster."""
     maps = [cached.memory for cached in found if cached.memory is not None]
     huge = {memory.address for memory, is_huge in zip(maps, in_huge_pages(maps), strict=True) if is_huge}
     return [

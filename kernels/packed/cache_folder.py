@@ -52,7 +52,8 @@ class Listed:
 
 
 class PackedCacheFolder(DiskCache):
-    """The entries and images. A lookup marks the entry as used before its image, so that the entry is deleted first."""
+    """The files of the cache: entries, and images with the packed bytes. A lookup marks the entry as used before its
+    image. The least recently used file is deleted first, so an entry never outlives its image."""
 
     suffixes = (_ENTRY, _IMAGE)
     content, limit = "packed layers", "LLAMACLUST_CACHE_SIZE"

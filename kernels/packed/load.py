@@ -20,8 +20,7 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.quant_types import TILE_ROWS, QuantType
 
 _CHUNK_BYTES = 1 << 20
-"""The number of bytes that are read and packed at once. A chunk fits a core's cache, and few bytes are in memory
-twice."""
+"""The number of bytes that are read and packed at once. A chunk fits in a core's cache."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,14 +15,14 @@ _log = logging.getLogger(__name__)
 
 _HUGE_PAGE_BYTES = 1 << 21
 _ENOUGH = 0.9
-"""Memory counts as huge if at least this fraction of it, rounded down to whole huge pages, is in huge pages."""
+"""Memory counts as huge if at least this fraction of it is in huge pages."""
 _ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _COMPACT = "as root, before a restart: echo 1 > /proc/sys/vm/compact_memory"
 
 
 def in_huge_pages(memories: Sequence[Memory]) -> list[bool]:
-    """True for each map in huge pages, and for all maps if these are off. Small pages stream weights 6 to 8 %
-    slower."""
+    """Returns True for each map in huge pages. If the system has no huge pages, returns True for all maps. Weights in
+    small pages are read 6 to 8 % slower."""
     if _no_huge_pages():
         return [True] * len(memories)
     of_files = ("FilePmdMapped:", "ShmemPmdMapped:")
@@ -34,7 +34,7 @@ def in_huge_pages(memories: Sequence[Memory]) -> list[bool]:
 
 
 def move_to_huge_pages(memories: Sequence[Memory], pool: Executor) -> None:
-    """Moves filled memory to huge pages, since more of them may be free now. Logs what to do if there are too few."""
+    """Moves memory that has been filled to huge pages, if enough are free. Logs what to do if too few are free."""
     memories = [memory for memory in memories if memory.bytes >= _HUGE_PAGE_BYTES]
     if not memories:
         return

@@ -20,8 +20,8 @@ _VECTOR_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Weight:
-    """A loaded tensor: a float32 vector, a packed matrix, or one packed matrix per expert. Plans have only its
-    shape."""
+    """A loaded tensor: a float32 vector, a packed matrix, or one packed matrix per expert. If `is_shape_only`, the
+    tensor is not loaded, and its shape is used to compute memory sizes."""
 
     quant_type: QuantType
     matrices: tuple[PackedMatrix, ...] = ()

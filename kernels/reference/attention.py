@@ -41,8 +41,8 @@ class Memory:
 def attend(
     step: ir.Attention, query: Float32, memory: Memory, own: int, group: range, sinks: Float32 | None = None
 ) -> Float64:
-    """Returns [heads * value_dim] for the row at position `own`. `query` is [heads * head_dim], and `sinks` is
-    [heads]."""
+    """Returns the result [heads * value_dim] for the row at position `own`. `query` is [heads * head_dim], and `sinks`
+    is [heads]. `group` is the range of positions in the row's group."""
     first, end = seen_by(step, own, len(memory), group)
     grouped = query.reshape(step.kv_heads, -1, step.head_dim)
     rounded = round_queries(grouped) if step.kv_type is KvType.INT8 else grouped.astype(np.float64)

@@ -106,7 +106,7 @@ class ReferenceGroup:
         self.members = members
 
     def run(self, batch: Batch, hidden: Float32 | None) -> list[Float32]:
-        """Returns each member's result. Rows that only one member gathers are NaN in the other members' results."""
+        """Returns each member's result. Rows that are gathered for one member are NaN for the others."""
         states = [member.begin(batch, hidden) for member in self.members]
         runs = (_run(member.program, state) for member, state in zip(self.members, states, strict=True))
         for gathers in zip(*runs, strict=True):

@@ -23,8 +23,9 @@ _LEVELS = {
 
 @cache
 def grid(name: str) -> NDArray[np.float32]:
-    """Returns float32 [points, dims]. The digits of a point's number, lowest first, are its weights' levels. The header
-    has differences of ascending numbers: the distance of a character from "$", plus 56 for each "~" before it."""
+    """Returns the grid as float32 [points, dims]. The header lists the numbers of points in ascending order, each as
+    the difference from the number before it: a character counts its distance from "$", plus 56 for each "~" before it.
+    The digits of a number, lowest first, select the levels of the point's weights."""
     levels = _LEVELS[name]
     found = re.search(rf'k{name}Grid = unpack<\d+, {len(levels)}>\((.+?")\);', _HEADER.read_text(), re.DOTALL)
     assert found is not None, name

@@ -80,9 +80,9 @@ def dry(row: Candidates) -> None:
 
 
 def repetitions(history: tuple[int, ...], breakers: tuple[tuple[int, ...], ...], allowed_length: int) -> dict[int, int]:
-    """Returns the tokens that would continue a repetition, each with the repetition's length. The length is the number
-    of newest tokens that also precede an earlier occurrence of the token. Lengths below `allowed_length` are not
-    returned. A repetition does not reach beyond the newest breaker."""
+    """Returns tokens that would continue a repetition, with the repetition's length (DRY). For example, after "a b c a
+    b", the token c has length 2. Lengths below `allowed_length` are omitted. A repetition does not reach beyond the
+    last occurrence of one of the `breakers`."""
     reach = _reach(history, breakers)
     if len(history) <= allowed_length or reach < allowed_length:
         return {}

@@ -1,5 +1,5 @@
-"""The sampler's rules in NumPy. Tests compare kernels/sampling.py with them. Integers, float32 steps and exp follow
-docs/internals/numerics.md bit for bit. Logprobs use NumPy's functions and may differ by a unit in the last place."""
+"""The sampler's rules in NumPy, for tests. Integers, float32 steps and exp follow docs/internals/numerics.md bit for
+bit. Logprobs use NumPy's functions and may differ by a unit in the last place."""
 
 from __future__ import annotations
 

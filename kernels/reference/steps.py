@@ -230,7 +230,6 @@ def rope(step: ir.Rope, x: Float32, batch: Batch) -> Float64:
 
 
 def _rope_positions(step: ir.Rope, batch: Batch) -> Int32:
-    """Returns the position of each pair in a row: [rows, pairs], or [rows, 1] if all pairs have the same position."""
     if step.sections is None or batch.rope_positions is None:
         return batch.positions[:, None]
     return batch.rope_positions[list(step.sections)].T
@@ -282,7 +281,8 @@ def expert_choice(step: ir.Moe, state: State) -> Float32:
 def expert_results(
     step: ir.Moe, state: State, choice: Float32, experts: range, given: Float32 | None = None
 ) -> Float32:
-    """Returns results [rows, used * width]. A rank whose expert is not in `experts` has the values of `given`, or 0."""
+    """Returns the results of chosen experts [rows, used * width]. Experts outside `experts` get values of `given`, or
+    0."""
     x, width = state[step.x], step.out.width
     out = np.zeros((len(x), step.used * width), np.float32) if given is None else given.copy()
     for row, (ids, shares) in enumerate(zip(choice[:, : step.used].astype(int), choice[:, step.used :], strict=True)):

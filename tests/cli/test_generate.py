@@ -182,11 +182,17 @@ def test_a_draft_model_that_is_not_there_is_named_as_such(here: Here) -> None:
         (("--draft-max", "-1"), "--draft-max -1: give 0 to 32"),
         (
             ("--speculative", "off", "--draft-max", "3"),
-            "--speculative off drafts no tokens, but --draft-max 3 does: give one of them",
+            "--speculative off forbids drafts, --draft-max 3 allows them: give one of them",
         ),
-        (("--mtp", "--speculative", "off"), "--mtp drafts tokens, but --speculative off does not: give one of them"),
-        (("--mtp", "--draft-max", "0"), "--mtp drafts tokens, but --draft-max 0 does not: give one of them"),
-        (("-md", "y", "--draft-max", "0"), "--model-draft drafts tokens, but --draft-max 0 does not: give one of them"),
+        (
+            ("--mtp", "--speculative", "off"),
+            "--mtp adds drafts, but --speculative off forbids drafts: give one of them",
+        ),
+        (("--mtp", "--draft-max", "0"), "--mtp adds drafts, but --draft-max 0 forbids drafts: give one of them"),
+        (
+            ("-md", "y", "--draft-max", "0"),
+            "--model-draft adds drafts, but --draft-max 0 forbids drafts: give one of them",
+        ),
     ],
 )
 def test_options_of_drafts_that_cannot_be_are_refused(here: Here, options: tuple[str, ...], why: str) -> None:

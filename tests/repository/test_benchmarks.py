@@ -179,7 +179,7 @@ def test_chaos(folder: Path) -> None:
 
 
 def test_answers_that_differ_end_a_case() -> None:
-    with pytest.raises(LlamaclustError, match="group: b has other ids than a"):
+    with pytest.raises(LlamaclustError, match="group: b and a differ in ids"):
         check_same("group", {"a": {"ids": b"1", "s": 1.0}, "b": {"ids": b"2", "s": 2.0}})
 
 

@@ -46,9 +46,9 @@ def fastest_alone(cluster: AssumedCluster, model: AssumedModel) -> Alone | None:
 
 
 def what_fits(cluster: AssumedCluster, model: AssumedModel, error: InsufficientMemoryError) -> Iterator[str]:
-    """Yields the largest quantization that fits, preferably from the catalog. Then yields the number of further
-    machines, equal to the last machine, that would suffice. All experts of a layer stay on one machine in these plans,
-    since dividing the experts would take many searches."""
+    """Yields advice for a model that does not fit: the largest quantization that fits, preferably from the catalog, and
+    the number of further machines, equal to the last machine, that would suffice. All experts of a layer stay on one
+    machine in these plans, since dividing the experts would take many searches."""
     for smaller in _smaller(model):
         if cluster.fitting_plan(smaller) is not None:
             yield f"{smaller.mix}, {gigabytes(smaller.file.size_bytes)}{_remark(smaller)}"

@@ -90,7 +90,7 @@ class _Reader:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Several equal machines. If `is_gpu` is True, equal GPUs that each machine of the previous group has."""
+    """Several equal machines or, if `is_gpu` is True, `count` equal GPUs in each machine of the previous group."""
 
     begun: int  # Position in the text where the group begins.
     count: int

@@ -11,7 +11,7 @@ from typing import Final
 
 _GIB: Final = 1 << 30
 _MATRIX_UNITS: Final = 75
-"""Compute capability 7.5, the lowest with matrix units for bytes. Older GPUs multiply only four bytes at a time."""
+"""The lowest compute capability (7.5) with 8-bit matrix units. Older GPUs multiply four bytes at a time."""
 _MAKERS: Final = re.compile(r"^(?:nvidia|geforce|tesla|quadro)+|gpu$")
 
 
@@ -19,7 +19,7 @@ _MAKERS: Final = re.compile(r"^(?:nvidia|geforce|tesla|quadro)+|gpu$")
 class GpuModel:
     """A GPU product. `tops` is 10^12 dense 8-bit operations per second. A multiply-accumulate counts as two."""
 
-    memory_gib: float  # Memory without the part that error correction takes, if error correction is on by default.
+    memory_gib: float  # Memory for programs. Error correction takes the rest, if it is on by default.
     bandwidth_gb_s: float
     tops: float
     compute_capability: int  # 75 stands for 7.5.

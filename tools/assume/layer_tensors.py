@@ -1,5 +1,5 @@
-"""Lists the tensors in a layer of each architecture. A tensor has GGUF's name, and names of its sizes, which
-`ModelShape.size` resolves."""
+"""Lists the tensors in a layer of each architecture, with GGUF's names. The dimensions of a tensor are names, such as
+("queries", "hidden"), for which `ModelShape.size` returns numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 Sizes = tuple[str, ...]
-"""Names of a tensor's sizes, slowest dimension first."""
+"""Names of a tensor's dimensions. The last name is for the dimension whose elements are contiguous."""
 Tensors = Mapping[str, Sizes]
 
 _NORMS = {"attn_norm.weight": ("hidden",), "ffn_norm.weight": ("hidden",)}

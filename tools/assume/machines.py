@@ -31,7 +31,7 @@ class Device:
     macs_s: float | None = None
     threads: int | None = None
     gpu_name: str = ""  # A key of `gpu_models.GPU_MODELS`, or empty.
-    has_matrix_units: bool = True  # False for a GPU without matrix units for bytes.
+    has_matrix_units: bool = True  # False for a GPU without 8-bit matrix units.
 
 
 @dataclass(frozen=True, slots=True)

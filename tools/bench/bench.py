@@ -60,13 +60,13 @@ class BenchTask:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The work of a prefill and of a decode step: multiply-adds (MACs) with weights, and bytes read. A weight counts
-    with its size in the file, even if its packed tiles are larger. The embedding, experts that no token chose, and KV
+    """The work of a prefill and of a decode step: multiply-adds (MACs) with weights, and bytes read. The bytes of
+    weights are those of the file, even if packed tiles are larger. The embedding, experts that no token chose, and KV
     memory outside a sliding window are not counted. A recurrent state counts as read once."""
 
     prefill_macs: int
     float_share: float  # Share of `prefill_macs` with float weights.
-    decode_bytes: float  # Bytes read in a step for all sequences, with the mean size of keys and values.
+    decode_bytes: float  # Mean number of bytes that one step for all sequences reads.
 
     @classmethod
     def of(cls, model: Model, task: BenchTask) -> Work:

@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 from llamaclust.model.costs import ModelCosts
 
 _PROMPT_TOKENS, _STEPS = 512, 16
-"""Work of one sequence, as in the planner's `throughput`. Eight concurrent answers share 128 steps, 16 for each."""
+"""Prompt tokens and decode steps of one answer. (Eight answers of 128 tokens share 128 steps.)"""
 _MACS_PER_BYTE = 15.0
 """Number of multiply-adds that take about as long as reading one byte."""
 _SHARPNESS = 8
-"""Exponent of stage times in the sum to minimize. It is large, so that the slowest stage dominates the sum."""
+"""The split minimizes the sum of stage times to this power. The slowest stage dominates so large a power."""
 
 
 def even_split(costs: ModelCosts, workers: int) -> list[tuple[int, int]]:
@@ -23,7 +23,7 @@ def even_split(costs: ModelCosts, workers: int) -> list[tuple[int, int]]:
     head /= sum(times) + head
     layers = len(times)
     assert 1 <= workers <= layers
-    # best[end] is the minimum sum for layers [0, end), divided into the number of stages reached so far.
+    # best[end] is the minimum sum with which `stage` stages can hold layers [0, end).
     best: NDArray[np.float64] = np.where(np.arange(layers + 1) == 0, 0.0, np.inf)
     starts: list[list[int]] = []
     for stage in range(1, workers + 1):

@@ -50,7 +50,7 @@ class Pair:
 
     @property
     def limit(self) -> float:
-        """The mean of `before` and `after`, since the greater of two noisy figures would exceed the real limit."""
+        """The mean of `before` and `after`. (The greater value would exceed the real limit, because of noise.)"""
         return (self.before + self.after) / 2
 
     @property

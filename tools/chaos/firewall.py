@@ -30,7 +30,7 @@ class Firewall:
             self.run(f"add table {self.table} {{ flags owner; }}")
         except FirewallError as error:
             self._free()
-            raise FirewallError(f"{error} (nftables of Linux 5.12 or newer)") from None
+            raise FirewallError(f"{error}; the test needs nftables of Linux 5.12 or newer") from None
 
     def run(self, commands: str) -> None:
         """Runs all commands. If a command fails, runs none of them and raises FirewallError."""

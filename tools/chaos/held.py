@@ -30,10 +30,10 @@ class Stops:
 
 
 class FullDisks:
-    """Coordinators whose disk appears full, by target. Workers that such a coordinator starts see a full disk, too."""
+    """Makes the disk appear full to coordinators and to the workers that they start, by a file size limit of 0."""
 
     def __init__(self) -> None:
-        self._limits: dict[str, tuple[Process, int]] = {}  # Previous limit of file sizes, by target.
+        self._limits: dict[str, tuple[Process, int]] = {}  # Process and its previous limit, by target.
 
     @property
     def names(self) -> frozenset[str]:
@@ -57,7 +57,7 @@ class FullDisks:
 
 
 class DisturbedLinks:
-    """Workers with a disturbed link. The kernel ends a disturbance after its time, even if `end` is not called."""
+    """Disturbs links of workers. The kernel ends a disturbance after its time, even if `end` is not called."""
 
     def __init__(self, firewall: Firewall | None) -> None:
         self._firewall = firewall

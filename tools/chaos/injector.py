@@ -27,8 +27,7 @@ _RETURN_S = 120.0
 _UNDRAIN_S = 30.0
 _POLL_S = 0.1
 _JOURNAL_S = 6.0
-"""Seconds after a full disk until the journal has all open requests again. If the coordinator ended sooner, requests
-would be lost."""
+"""Seconds that the coordinator needs after a full disk to write all open requests to its journal again."""
 
 Show = Callable[[str], None]
 
@@ -224,7 +223,7 @@ class Drains:
         return frozenset(self._workers)
 
     def add(self, name: str) -> None:
-        """Announces a drain. After that, `end` can be called before `begin`."""
+        """Must be called before `begin`. If `end` is called first, `begin` does nothing."""
         self._workers[name] = threading.Lock()
 
     def begin(self, name: str) -> None:

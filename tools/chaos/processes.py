@@ -81,8 +81,8 @@ def local_worker(worker: Mapping[str, Any], coordinator_pid: int) -> Process | N
 
 
 def joined_worker(worker: Mapping[str, Any]) -> Process | None:
-    """Returns the process of a worker that joined by itself, or None if the worker runs on another machine. Such a
-    worker may have the same process id and port, so the worker's address must be an address of this machine."""
+    """Returns the process of a worker that joined by itself, or None if the worker runs on another machine. A worker on
+    another machine may have the process id and port of a process here, so its address is checked, too."""
     process = _own_process(worker["pid"])
     if process is None:
         return None

@@ -37,8 +37,8 @@ class Received:
 
 
 def event_number(event_id: str) -> int:
-    """Returns the number of events so far. For example, the id `REQUEST:3-5` stands for 8 events, 3 of the first choice
-    and 5 of the second."""
+    """Returns the number of events up to the event with this id. For example, the id `REQUEST:3-5` stands for 8 events,
+    3 of the first choice and 5 of the second."""
     return sum(map(int, event_id.rpartition(":")[2].split("-")))
 
 

@@ -51,9 +51,9 @@ class Pauses:
     most 30 s after the fault."""
 
     _last_s: float | None = None
-    _open: list[tuple[float, FaultKind]] = field(default_factory=list)  # Time and kind of faults since the last token.
+    _open: list[tuple[float, FaultKind]] = field(default_factory=list)  # Faults since the last token, with their times.
     _longest: list[tuple[FaultKind, float]] = field(default_factory=list)
-    _latest: tuple[float, int] | None = None  # Time of the last fault before a token, and its index in `_longest`.
+    _latest: tuple[float, int] | None = None  # Last fault that a token followed: time and index in `_longest`.
 
     def fault(self, kind: FaultKind, now_s: float) -> None:
         self._open.append((now_s, kind))

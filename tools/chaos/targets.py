@@ -18,8 +18,8 @@ _GONE = ("left", "lost")
 
 @dataclass(frozen=True, slots=True)
 class Permissions:
-    """The allowed faults. `coordinator` and `joined_workers` allow kills after which another program must restart the
-    process."""
+    """The allowed faults. `coordinator` allows killing a coordinator without a standby, and `joined_workers` allows
+    killing workers that joined by themselves. Another program must restart them."""
 
     coordinator: bool = False
     joined_workers: bool = False

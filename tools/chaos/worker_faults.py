@@ -12,7 +12,7 @@ from typing import Any
 PRELOAD = Path(__file__).parent / "preload"
 FAILING, MUTE = signal.SIGUSR1, signal.SIGUSR2
 FAILING_S, MUTE_S = 2.0, 6.0
-"""Durations of the faults in seconds. FAILING_S allows several failures. After MUTE_S, a worker counts as lost."""
+"""Durations in seconds. FAILING_S allows several failures. After MUTE_S without a message, a worker counts as lost."""
 _LOOK_S = 0.01
 
 Active = Callable[[], bool]

@@ -20,13 +20,14 @@ Rows = Callable[[int, int], Array]
 
 _MAX_LOGARITHM = 88.0
 _WASTE = 4
-"""Permuted rows are read as one range, unless the range has more than _WASTE times as many rows."""
+"""Permuted rows are read as one range, unless the range has more than `_WASTE` times as many rows as are needed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lazy:
-    """A tensor. `read(start, end)` returns rows [start, end) as [end - start, *shape[1:]], in any thread. `origin`
-    names file and tensor in errors. If `packed` is set, `read` returns that type's blocks as bytes."""
+    """A tensor that is read on demand. `read(start, end)` returns rows [start, end) as [end - start, *shape[1:]] and
+    can be called from any thread. `origin` names the file and the tensor in errors. If `packed` is set, `read` returns
+    bytes: blocks of that quantization type."""
 
     shape: tuple[int, ...]
     storage: Storage

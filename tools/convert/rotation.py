@@ -16,7 +16,7 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT
 _LEAST_TURNS: Final = 1e-3
 _HUNYUAN_ALPHA: Final = 1000
 _HUNYUAN_CONTEXT: Final = 1 << 18
-"""Context length of models with alpha 1000 by the authors' report. Some configurations state an eighth of it."""
+"""The context length that the authors report for models with alpha 1000. Some configurations state an eighth of it."""
 _LLAMA3: Final = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -54,7 +54,7 @@ def rotation(
 
 def latent_rotation(page: Page, dimensions: int) -> None:
     """Writes the rotation of latent attention. GGUF derives YaRN's magnitude only from `yarn_log_multiplier`, so
-    `mscale` and `mscale_all_dim` must be equal. For latent attention, the key has a tenth of its usual value."""
+    `mscale` and `mscale_all_dim` must be equal. `yarn_log_multiplier` is a tenth of their value."""
     said = _parameters(page.settings)
     page.key("rope.freq_base", _base(said, 10000.0))
     page.key("rope.dimension_count", dimensions)
@@ -104,7 +104,7 @@ def rotating_channels(page: Page, default_share: float = 1.0) -> int:
 
 
 def sections(settings: Settings, pairs: int) -> list[int]:
-    """Returns the number of channel pairs that rotate by each of an image's four coordinates."""
+    """Returns four numbers of channel pairs, one for each coordinate of an image's rows (M-RoPE)."""
     listed = _parameters(settings).values.get("mrope_section")
     if listed is None:
         return [(pairs + 2 - number) // 3 for number in range(3)] + [0]
@@ -118,8 +118,8 @@ def sections(settings: Settings, pairs: int) -> list[int]:
 
 
 def position_scale(page: Page) -> int:
-    """Writes the growth of queries with the logarithm of their position. Returns the number of positions between two
-    steps of growth, or 0 without growth."""
+    """Writes the factor by which queries grow with the logarithm of their position. Growth is in steps. Returns the
+    number of positions from one step to the next, or 0 if queries do not grow."""
     said = _parameters(page.settings)
     growth = said.real("llama_4_scaling_beta", default=0.0, maximum=1e3)
     if not growth:
@@ -138,7 +138,7 @@ def local_base(settings: Settings, default: float = 10000.0) -> float:
 
 
 def _parameters(settings: Settings) -> Settings:
-    """Returns all settings of the rotation. Older configurations state some of them outside the inner object."""
+    """Returns all settings of the rotation. Older configurations have some of them outside of `rope_scaling`."""
     inner = settings.inner("rope_parameters", "rope_scaling")
     inner = inner.inner("full_attention") if inner.has("full_attention") else inner
     outer = ("rope_theta", "rotary_emb_base", "original_max_position_embeddings", "partial_rotary_factor")
@@ -151,7 +151,7 @@ def _base(said: Settings, default: float) -> float:
 
 
 def _yarn(page: Page, said: Settings, log_multiplier: bool) -> None:
-    """Writes YaRN's keys. GGUF's factor multiplies YaRN's magnitude, but a configuration's factor replaces it."""
+    """Writes YaRN's keys. GGUF's factor multiplies YaRN's magnitude, but a configuration's factor is the magnitude."""
     factor = _yarn_keys(page, said)
     wanted = said.real("attention_factor", "attn_factor", default=_magnitude(said, factor), minimum=1e-3, maximum=1e3)
     usual = _growth(factor)

@@ -83,7 +83,7 @@ def write_pieces(
 
 
 def _begin_writing(file: BinaryIO, start: int, count: int) -> None:
-    """Starts to write a range to disk while the next pieces are converted, and to drop it from the page cache."""
+    """Lets the kernel write a range to disk and drop it from the page cache, while the next pieces are converted."""
     file.flush()
     os.posix_fadvise(file.fileno(), start, count, os.POSIX_FADV_DONTNEED)
 

@@ -29,7 +29,7 @@ _SPREAD: Final = 16.0
 _LEVELS: Final = 65535
 _LEAST: Final = -100.0
 _MOST: Final = 0.1
-"""Bounds of valid logprobs in a file. A stored logprob is at most 16 below the highest logprob of its row."""
+"""Minimum and maximum of valid logprobs in a file."""
 _MOST_TOKENS: Final = 1 << 24
 
 
@@ -45,7 +45,7 @@ class LogitsShape:
 
     @property
     def rows(self) -> int:
-        """Number of positions in a chunk whose logits are stored. A token follows each of these positions."""
+        """Number of positions in a chunk whose logits are stored. The last position has no next token to predict."""
         return self.context - 1 - self.first
 
     @property

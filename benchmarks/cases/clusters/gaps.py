@@ -33,7 +33,7 @@ class Gaps(Case):
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)
-    parts: tuple[str, ...] = option(_PARTS, "parts to run", listed(chosen("part", {part: part for part in _PARTS})))
+    parts: tuple[str, ...] = option(_PARTS, "requests to send", listed(chosen("part", {part: part for part in _PARTS})))
     streams: int = option(8, "number of streams to measure", positive)
     workers: int = option(2, "number of workers, with one thread each", positive)
     quiet: float = option(_QUIET_S, "seconds of streams before the first expensive request")

@@ -29,10 +29,10 @@ _ROOM_BYTES = 1 << 40
 
 @dataclass(frozen=True)
 class Memory(Case):
-    """Compares the memory that `plan`, `model info` and `status` state with the resident memory of stages.
+    """Compares the memory that `plan`, `model info` and `status` report with the resident memory of stages.
     The stages of one worker and of two workers are loaded, each in its own process without the packed-weight cache.
     They run the largest microbatches until all KV blocks are in use. `resident` is the growth of a process's RssAnon
-    (/proc/self/status) since before the load. The case fails if a stated size differs from `resident` by more than 5
+    (/proc/self/status) since before the load. The case fails if a reported size differs from `resident` by more than 5
     %."""
 
     rounds = 1
@@ -54,7 +54,7 @@ class Memory(Case):
                         worst = max(worst, abs(group.values(name, "worst")[0]))
         if worst > _MOST:
             raise LlamaclustError(
-                f"a stated size differs from resident memory by {worst:.1%}; the limit is {_MOST:.0%}"
+                f"a reported size differs from resident memory by {worst:.1%}; the limit is {_MOST:.0%}"
             )
 
     def _stages(

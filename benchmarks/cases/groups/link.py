@@ -88,14 +88,14 @@ class Side:
 
 @dataclass(frozen=True)
 class LinkCase(Case):
-    """Compares a gather between two members over loopback with a loop that exchanges the same bytes.
-    Two processes, each on its own core, take turns with three ways: a loop that only sends and receives, plain links,
-    and links with TLS. Each member sends --kib. Everything is repeated with the other member late each time."""
+    """Compares an exchange of rows between two members of a group (a gather) with a loop that exchanges as many bytes.
+    The members are two processes on two cores. They exchange --kib over loopback, in turns: with a loop that only sends
+    and receives, over plain links, and over links with TLS. All turns are repeated with one member late."""
 
     rounds = 9
     kib: float = option(16.0, "number of KiB that each member sends, up to 1024", zero_or_more)
-    gathers: int = option(2000, "number of gathers per turn", positive)
-    late_ms: float = option(2.0, "milliseconds by which the other member is late; 0 means never", zero_or_more)
+    gathers: int = option(2000, "number of exchanges of rows in a turn", positive)
+    late_ms: float = option(2.0, "delay of the late member in ms (0: no late member)", zero_or_more)
 
     async def groups(self) -> AsyncIterator[Group]:
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -140,7 +140,7 @@ class LinkCase(Case):
 
 
 def serve(side: Side, ends: list[socket.socket], orders: Connection) -> None:
-    """Runs the second member. An order has the name of a way, a number of gathers, and the delay before each in ms."""
+    """Runs the second member. An order is (way to exchange rows, number of exchanges, milliseconds before each)."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     ways = side.ways(ends)
     while (order := orders.recv()) is not None:

@@ -95,7 +95,7 @@ class _Alternatives:
         return [max(1, round(100 * by[machine] / most)) for machine in group]
 
     def _cuts(self, chain: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
-        """Yields a chain's layer borders: first borders that fill the fastest stages' memory, then random borders."""
+        """Yields layer borders of stages: some that fill the memory of the fastest stages, then random borders."""
         if len(chain) == 1:
             yield [0, self._layers]
             return
@@ -174,9 +174,9 @@ def _outcome(case: _Case, most: int, source: random.Random) -> Measures | None:
 class PlanGrid(Case):
     """Compares the planner's choices with other plans over a grid of assumed clusters. None may be clearly faster.
     The case compares predicted times for a prompt of 512 tokens and an answer of 128 tokens. The other plans are the
-    best plan without groups, and manual plans. Manual plans are all chains of sets of up to three machines, and random
-    chains of more machines. Their shares and borders follow speed or memory, or are equal or random. The case fails if
-    another plan is faster by more than 3 %."""
+    best plan without groups, and manual plans. Manual plans divide up to three machines into stages and groups in every
+    way, and more machines at random. Members' shares follow speed or memory, or are equal. Layer borders follow memory,
+    or are random. The case fails if another plan is faster by more than 3 %."""
 
     rounds = 1
     count: int | None = option(None, "number of clusters to draw from the grid (default: all)", positive)

@@ -146,9 +146,11 @@ class Prefill(Case):
     layers: int = option(2, "number of layers to compute", positive)
     hidden: int | None = option(None, "width in channels, for tests (default: the shape's width)", positive)
     hosts: tuple[str, ...] = option(("127.0.0.1", "127.0.0.1"), "addresses of the two members", listed(str))
-    bands: tuple[int, ...] = option((2,), "numbers of bands into which the prompt is divided", listed(positive))
+    bands: tuple[int, ...] = option(
+        (2,), "numbers of parts of the prompt (bands) that members exchange one by one", listed(positive)
+    )
     round_trip: float = option(0.0, "milliseconds to add to the round trips of links", zero_or_more)
-    gbit: float = option(0.0, "rate in Gbit/s at which a member receives; 0 means no limit", zero_or_more)
+    gbit: float = option(0.0, "rate in Gbit/s at which a member receives (default: no limit)", zero_or_more)
     realtime: bool = option(False, "give measured processes real-time priority; needs root")
 
     async def groups(self) -> AsyncIterator[Group]:

@@ -55,7 +55,7 @@ class Way:
 
     name: str
     cores: tuple[int, ...]
-    shares: tuple[int, ...] = ()  # Shares of the members; empty for stages.
+    shares: tuple[int, ...] = ()  # Shares of the weights that the members of a group hold; empty without a group.
     speeds: tuple[float, ...] = (1.0,)
 
     def plan(self, layers: int) -> list[dict[str, Any]]:
@@ -67,7 +67,7 @@ class Way:
 
 
 def ways_of(cores: Sequence[int], shares: Sequence[int], speeds: Sequence[float]) -> list[Way]:
-    """Returns the kinds of clusters: one worker with the highest speed, stages if all speeds are equal, and a group."""
+    """Returns the clusters to compare: one worker of the highest speed, stages if all speeds are equal, a group."""
     found = [Way(ONE, (cores[0],), speeds=(max(speeds),))]
     if len(set(speeds)) == 1:
         found.append(Way(STAGES, tuple(cores), speeds=tuple(speeds)))
@@ -76,14 +76,14 @@ def ways_of(cores: Sequence[int], shares: Sequence[int], speeds: Sequence[float]
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """Numbers of layers. Models with `layers` and with `shallow` layers were measured. The whole model has `whole`."""
+    """Numbers of layers: of the measured model, of a `shallow` model that is measured too, and of the `whole` model."""
 
     layers: int
     shallow: int
     whole: int
 
     def whole_ms(self, deep: Sequence[float], few: Sequence[float]) -> list[float]:
-        """Extrapolates measured times to the whole model. Time that does not depend on layers counts once."""
+        """Extrapolates measured times to the whole model. Only the time that depends on the number of layers grows."""
         if self.layers == self.whole or not few:
             return [*deep]
         most, least = median(deep), median(few)
@@ -137,17 +137,17 @@ class Served(Case):
     layers: int | None = option(None, "number of layers, at least 3 (default: the shape's number)", positive)
     hidden: int | None = option(None, "width in channels, for tests (default: the shape's width)", positive)
     delays: tuple[float, ...] = option((0.0, 0.1, 0.5, 2.0), "round-trip times of links in ms", listed(zero_or_more))
-    gbit: float = option(0.0, "rate in Gbit/s at which a member receives; 0 means no limit", zero_or_more)
+    gbit: float = option(0.0, "rate in Gbit/s at which a member receives (default: no limit)", zero_or_more)
     shares: tuple[int, ...] = option(
-        (1, 1), "share of each member in the weights, relative to the others", listed(positive)
+        (1, 1), "shares of the weights that the members hold, such as 2,1", listed(positive)
     )
     speeds: tuple[float, ...] = option((), "speed of each member as a multiple of one core (default: 1)", listed(share))
     ways: tuple[str, ...] = option((STAGES, GROUP), "kinds of clusters to compare with one worker", listed(str))
     tokens: int | None = option(
         None, "number of tokens in an answer (default: 32, or 256 with --speculation)", positive
     )
-    prompt: int = option(512, "number of tokens in the long prompt; 0 means no long prompt", natural)
-    together: int = option(8, "number of simultaneous answers; 0 means none", natural)
+    prompt: int = option(512, "number of tokens in the long prompt (0: measure no long prompt)", natural)
+    together: int = option(8, "number of simultaneous answers (0: measure single answers only)", natural)
     speculation: bool = option(False, "draft tokens, with answers that repeat their prompts")
     realtime: bool = option(False, "give measured processes real-time priority; needs root")
     local: bool = option(False, "run workers as the coordinator's processes, without TLS and emulation")

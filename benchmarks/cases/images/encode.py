@@ -34,9 +34,9 @@ class Encode(Case):
     program that runs mtmd. Weights are random and have the types of published files."""
 
     rounds = 3
-    shapes: tuple[str, ...] = option(tuple(_NAMES), "shapes of encoders", listed(chosen("shape", _NAMES)))
-    type: QuantType | None = option(None, "type of all matrices", chosen("type", TYPES))
-    layers: int = option(0, "number of layers of each encoder; 0 means all", natural)
+    shapes: tuple[str, ...] = option(tuple(_NAMES), "image encoders to measure", listed(chosen("shape", _NAMES)))
+    type: QuantType | None = option(None, "type of all matrices (default: the published type)", chosen("type", TYPES))
+    layers: int = option(0, "number of layers of each encoder (default: all)", natural)
     threads: int = option(2, "number of threads of each program", positive)
     encode_tile: Path | None = option(None, "path of the program encode_tile, which runs mtmd", Path)
 

@@ -39,25 +39,25 @@ _TEXTS = {
     "qwen3-vl-4b": Shape(2560, 36, 9728, 20, 5, context=_CONTEXT_TOKENS),
 }
 _NAMES = {name: name for name in _TEXTS}
-_BESIDE = 1000  # Number of the first image that is processed while streams run.
+_BESIDE = 1000  # Images that are processed while streams run have numbers from 1000.
 
 
 @dataclass(frozen=True)
 class ImageGaps(Case):
     """Measures how an image affects text streams, and how fast a second question about an image is answered.
-    `first s` is the time to the first token of an answer about an image of 1024 x 768 pixels. `gap ms` is the longest
-    time between two tokens of a stream while the image is encoded, or without an image (goal: 150). `mid ms` is the
-    median. `prompt ms` is the longest time while the prompt with the image is computed. Weights are random, and nothing
-    is drafted."""
+    `first s` is the time to the first token of an answer about an image of 1024 x 768 pixels. `gap ms` and `mid ms` are
+    the maximum and the median time between two tokens of a stream, while the image is encoded or without an image (goal
+    for `gap ms`: 150). `prompt ms` is the maximum while the prompt with the image is computed. Weights are random, and
+    nothing is drafted."""
 
     rounds = 3
-    shape: str = option("smolvlm-500m", "shape of both models", chosen("shape", _NAMES))
+    shape: str = option("smolvlm-500m", "shape of the image encoder and the text model", chosen("shape", _NAMES))
     type: QuantType = option(QuantType.Q8_0, "type of all matrices", chosen("type", TYPES))
-    layers: int = option(0, "number of layers of the encoder; 0 means all", natural)
-    text_layers: int = option(0, "number of layers of the text model; 0 means all", natural)
+    layers: int = option(0, "number of layers of the encoder (default: all)", natural)
+    text_layers: int = option(0, "number of layers of the text model (default: all)", natural)
     streams: int = option(1, "number of text streams while the image is processed", positive)
     threads: int = option(2, "number of threads of the worker", positive)
-    quiet: float = option(_QUIET_S, "seconds of streams without an image")
+    quiet: float = option(_QUIET_S, "seconds to measure streams without an image")
 
     async def groups(self) -> AsyncIterator[Group]:
         workers = [{"name": "a", "threads": self.threads}]

@@ -33,18 +33,18 @@ _SAME = {"F32", "F16", "BF16"}
 @dataclass(frozen=True)
 class Divergence(Case):
     """Compares the KL divergence of quantized models with that of llama-quantize's models.
-    The divergence is from the unquantized model, which is padded with zeros so that all types fit. For mixes with `+`,
-    both programs get the importance matrix of the second half of TEXT. The first --chunks chunks are predicted. Both
-    files run in llamaclust's kernels and must have tensors of the same types. The ratio's standard error is computed
-    over pairs of tokens."""
+    The divergence is from the unquantized model, which is padded with zeros so that all types fit. It is measured on
+    the first --chunks chunks of TEXT. For mixes with `+`, both programs get the importance matrix of TEXT's second
+    half. Both files run in llamaclust's kernels and must have tensors of the same types. The ratio's standard error is
+    computed over pairs of tokens."""
 
     rounds = 1
     model: str = argument("catalog name or path of a .gguf", str)
     text: Path = argument("path of a text file", existing)
     llama_quantize: Path | None = option(None, "path of llama.cpp's program llama-quantize", existing)
-    hidden: int = option(768, "width after padding", positive)
+    hidden: int = option(768, "width in channels after padding", positive)
     chunks: int = option(8, "number of chunks of 512 tokens to predict", positive)
-    types: tuple[str, ...] = option((*MIXES,), "mixes of types", listed(str))
+    types: tuple[str, ...] = option((*MIXES,), "quantization mixes", listed(str))
 
     async def groups(self) -> AsyncIterator[Group]:
         if self.llama_quantize is None:

@@ -72,7 +72,7 @@ class QuantizeCase(Case):
     model: str = argument("catalog name or path of a .gguf", str)
     ggml: Path | None = option(None, "path of libggml-base.so from a build of llama.cpp", existing)
     llama_quantize: Path | None = option(None, "path of llama.cpp's program llama-quantize", existing)
-    mix: str = option("Q4_K_M", "mix of types for the whole file")
+    mix: str = option("Q4_K_M", "quantization mix for the whole file")
     rows: int = option(448, "number of rows of weights per type", positive)
     types: tuple[str, ...] = option((), "types of weights (default: all)", listed(str))
     threads: int = option(2, "number of threads for the whole file", positive)

@@ -19,16 +19,16 @@ from llamaclust.tools.quantize.type_choice import Wishes, choose_types, is_kept
 @dataclass(frozen=True)
 class Quantized(Case):
     """Compares the quantizations of a model: size, perplexity, KL divergence from the unquantized model, and speed.
-    The model is padded with zeros, so that all types fit. All types use the importance matrix of the second half of
-    TEXT. The first --chunks chunks are predicted. `fall back` is the share of matrices that get another type without
-    padding. Speeds come from `llamaclust bench` and are relative to F16 in the same minute."""
+    The model is padded with zeros, so that all types fit. Perplexity and divergence are measured on the first --chunks
+    chunks of TEXT. All types use the importance matrix of TEXT's second half. `fall back` is the share of matrices that
+    get another type without padding. Speeds come from `llamaclust bench` and are relative to F16 in the same minute."""
 
     rounds = 1
     model: str = argument("catalog name or path of a .gguf", str)
     text: Path = argument("path of a text file", existing)
-    hidden: int = option(768, "width after padding", positive)
+    hidden: int = option(768, "width in channels after padding", positive)
     chunks: int = option(8, "number of chunks of 512 tokens to predict", positive)
-    types: tuple[str, ...] = option((*MIXES,), "mixes of types", listed(str))
+    types: tuple[str, ...] = option((*MIXES,), "quantization mixes", listed(str))
     no_speed: bool = option(False, "omit the two columns of speeds")
 
     async def groups(self) -> AsyncIterator[Group]:

@@ -41,15 +41,15 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Plan(Case):
-    """Compares predicted and measured times of a token in clusters of eleven shapes.
+    """Compares predicted and measured times of a token in eleven kinds of clusters.
     SMALL is the demo model. LARGE has about a gigabyte (`benchmarks/shape.py 1.1b Q4_K`). Each cluster starts without
     earlier measurements. `ratio` is predicted / measured time. With the objective `throughput`, the time is per token
-    of eight simultaneous requests. Shapes with links need root, for network namespaces."""
+    of eight simultaneous requests. Clusters with links need root, for network namespaces."""
 
     rounds = 3
     small: Path = argument("path of a small model (.gguf)", existing)
     large: Path = argument("path of a large model (.gguf)", existing)
-    shapes: tuple[Shape, ...] = option(tuple(SHAPES.values()), "shapes of clusters", listed(chosen("shape", SHAPES)))
+    shapes: tuple[Shape, ...] = option(tuple(SHAPES.values()), "kinds of clusters", listed(chosen("shape", SHAPES)))
 
     async def groups(self) -> AsyncIterator[Group]:
         for shape in self.shapes:

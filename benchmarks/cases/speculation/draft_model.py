@@ -25,16 +25,16 @@ _PROMPT = 64
 @dataclass(frozen=True)
 class DraftModel(Case):
     """Measures the gain of a draft model, with random weights for which the share of right drafts can be chosen.
-    The draft model is the first layers of the model. The output of later layers, which is added to the hidden state, is
-    multiplied by each of --strengths. With 0, all drafts are right. N-gram drafts are off. Drafts must not change
-    tokens or logprobs."""
+    The draft model is the first layers of the model. The output of the other layers is multiplied by each of
+    --strengths. With 0, these layers change nothing, so all drafts are right. N-gram drafts are off. Drafts must not
+    change tokens or logprobs."""
 
     warm = 1
     shape: str = option("1.1b", "shape of the model", chosen("shape", {name: name for name in SHAPES}))
     type: QuantType = option(QuantType.Q4_K, "type of the weights", chosen("type", TYPES))
     layers: int = option(4, "number of layers of the draft model", positive)
     strengths: tuple[float, ...] = option(
-        (0.0, 0.1, 0.3), "factors of the output that later layers add to the hidden state", listed(float)
+        (0.0, 0.1, 0.3), "factors by which the output of layers after the draft model is multiplied", listed(float)
     )
     tokens: int = option(260, "number of tokens in an answer", positive)
     threads: int = option(os.cpu_count() or 1, "number of threads of the stage", positive)

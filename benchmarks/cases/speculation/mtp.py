@@ -81,7 +81,7 @@ class Mtp(Case):
         (*HEADS,), "kinds of heads: right, wrong", listed(chosen("head", {head: head for head in HEADS}))
     )
     stages: tuple[int, ...] = option(
-        (1, 2), "numbers of stages; 1 runs in this process, more run in workers of one thread each", listed(positive)
+        (1, 2), "numbers of stages: one runs in this process, several run in one-thread workers", listed(positive)
     )
     prompt: int = option(256, "number of tokens in a prompt", positive)
     tokens: int = option(200, "number of tokens in an answer", positive)

@@ -18,15 +18,15 @@ from llamaclust.core.errors import UsageError
 
 _PROMPT = 64
 _GOALS = {0.95: ">= 0.85", 0.0: ">= 0.97"}
-"""The expected ratio of the measured gain to the maximum gain that the costs of rows allow, by acceptance."""
+"""The expected ratio of the measured gain to the maximum gain, by acceptance."""
 
 
 @dataclass(frozen=True)
 class Replay(Case):
-    """Measures the gain of drafted tokens, by the share of drafted tokens that are right. Drafts are recorded answers.
-    The measured cost of rows determines the maximum gain for an acceptance with the best fixed number of drafted
-    tokens. With --together, random prompts are answered at the same time, with and without n-gram drafts. Tokens and
-    logprobs must be equal with and without drafts."""
+    """Measures the gain of drafted tokens by acceptance, which is the share of drafted tokens that are right.
+    Drafts are recorded answers. The gain is compared with the maximum gain: that of the best fixed number of drafted
+    tokens, computed from the measured time of a microbatch by its number of rows. With --together, random prompts are
+    answered at the same time, with and without n-gram drafts. Drafts must not change tokens or logprobs."""
 
     warm = 1
     model: Path = argument("path of a .gguf", existing)
@@ -34,11 +34,11 @@ class Replay(Case):
         (0.0, 0.5, 0.8, 0.95, 1.0), "shares of drafted tokens that are right", listed(share)
     )
     stages: tuple[int, ...] = option(
-        (1,), "numbers of stages; 1 runs in this process, more run in workers of one thread each", listed(positive)
+        (1,), "numbers of stages: one runs in this process, several run in one-thread workers", listed(positive)
     )
     tokens: int = option(260, "number of tokens in an answer", positive)
     threads: int = option(os.cpu_count() or 1, "number of threads of a stage in this process", positive)
-    together: int = option(0, "number of simultaneous requests to measure too, up to 8; 0 means none", natural)
+    together: int = option(0, "number of simultaneous requests to measure too, up to 8 (default: none)", natural)
     seed: int = option(1, "seed of prompts and drafts")
     drafters: RecordedDrafters = field(default_factory=RecordedDrafters, init=False)
 

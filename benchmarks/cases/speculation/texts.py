@@ -35,7 +35,7 @@ class Texts(Case):
         (*KINDS,), "kinds of prompts", listed(chosen("kind", {kind: kind for kind in KINDS}))
     )
     stages: tuple[int, ...] = option(
-        (1,), "numbers of stages; 1 runs in this process, more run in workers of one thread each", listed(positive)
+        (1,), "numbers of stages: one runs in this process, several run in one-thread workers", listed(positive)
     )
     tokens: int = option(200, "maximum number of tokens in an answer", positive)
     characters: int = option(1200, "number of characters of text in a prompt", positive)

@@ -50,7 +50,7 @@ class Hop(Case):
     rounds = 3
     warm = 1
     model: Path = argument("path of a .gguf", existing)
-    steps: int = option(200, "number of steps per turn", positive)
+    steps: int = option(200, "number of decode steps in a turn", positive)
     rows: int = option(1, "number of sequences in a microbatch", positive)
 
     async def groups(self) -> AsyncIterator[Group]:

@@ -17,7 +17,7 @@ from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.core.errors import LlamaclustError
 
 _FIRST, _LAST = 2000, 2400
-"""The numbers of the two tokens of the answer between which time is measured. All other streams are open by then."""
+"""Time is measured between the tokens of the answer with these numbers, while all other streams are open."""
 _AT_ONCE = 250
 _DEADLINE_S = 120.0
 _BODY = {"prompt": "Once upon a time", "temperature": 0, "speculative": False, "ignore_eos": True}

@@ -20,12 +20,12 @@ from llamaclust.kernels.probes import ReadProbe
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 
 MEMORY_BYTES = 256 << 20
-"""Bytes of weights that a measurement with few tokens reads. The size of caches is several times smaller."""
+"""Bytes of weights that a measurement with few tokens reads. Caches are several times smaller."""
 WORK = 4e9
 """Number of multiply-adds in a measurement with many tokens."""
 _READ_S, _PEAK_S = 0.2, 0.05
 FAR, NEAR = "far", "near"
-_FEW_TOKENS = 2  # Maximum number of tokens for which products have two ways to prefetch.
+_FEW_TOKENS = 2  # Products of up to this many tokens have two ways to prefetch.
 _MOST_THREADS = 1024
 _LEAST_WEIGHTS = 1 << 16
 
@@ -52,10 +52,10 @@ class Kernels(Case):
     types: tuple[QuantType, ...] = option(tuple(LAYOUTS), "types of weights, or all", types_of)
     shapes: tuple[tuple[int, int], ...] = option(((5632, 2048),), "shapes of matrices, as ROWSxCOLS", listed(shape))
     tokens: tuple[int, ...] = option(
-        (1, 4, 8, 16, 64, 512), "numbers of tokens, which are the rows of activations", listed(positive)
+        (1, 4, 8, 16, 64, 512), "numbers of tokens (rows of activations)", listed(positive)
     )
     levels: tuple[str, ...] = option(
-        _LEVELS[-1:], "levels of CPU features", listed(chosen("feature level", {level: level for level in _LEVELS}))
+        _LEVELS[-1:], "CPU feature levels", listed(chosen("feature level", {level: level for level in _LEVELS}))
     )
     prefetch: tuple[str, ...] = option(
         (FAR,),

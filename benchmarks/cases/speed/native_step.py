@@ -110,14 +110,13 @@ class Step:
 
 @dataclass(frozen=True)
 class NativeStep(Case):
-    """Measures the messages of a decode step, which the coordinator writes and a stage reads, without computation.
+    """Measures the messages of a decode step: the coordinator writes them, and a stage reads them. Nothing is computed.
     Figures are microseconds per call in a loop, with warm caches. The model has 576 channels and a vocabulary of 32
-    tokens. Rows are plain, or have states, adapters, an MTP head's drafts, or matchers (without the matchers' own
-    work)."""
+    tokens. Rows are plain, or have states, adapters, an MTP head's drafts, or grammars (without matching)."""
 
     rounds = 9
     rows: tuple[int, ...] = option((1, 8), "numbers of rows in a microbatch", listed(positive))
-    calls: int = option(200, "number of calls per turn", positive)
+    calls: int = option(200, "number of calls in a turn", positive)
 
     async def groups(self) -> AsyncIterator[Group]:
         for rows in self.rows:

@@ -23,8 +23,8 @@ _RUN_S, _PEAK_S = 0.02, 0.02
 @dataclass(frozen=True)
 class ProductRates(Case):
     """Measures rates of products by weight type, relative to the 8-bit peak, for cluster/planner/product_times.py.
-    Weights are in the core's cache, and one thread computes. With one row, a weight takes as long as one product and
-    `decode_macs` 8-bit multiply-accumulates. With many rows, products run at `peak_share` of the peak."""
+    Weights are in the core's cache, and one thread computes. With many rows, products run at `peak_share` of the peak.
+    With one row, a weight takes longer than with many rows: by the time of `decode_macs` multiply-accumulates."""
 
     rounds = 7
     types: tuple[QuantType, ...] = option(tuple(LAYOUTS), "types of weights, or all", types_of)

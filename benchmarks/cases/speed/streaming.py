@@ -24,7 +24,7 @@ _DEADLINE_S = 300
 
 @dataclass(frozen=True)
 class Streaming(Case):
-    """Compares streaming over HTTP to curl with `llamaclust bench` at the same number of sequences.
+    """Compares answers that are streamed to curl with `llamaclust bench`, for the same number of sequences.
     `tok/s` uses the coordinator's clock, and `client tok/s` uses the time until curl ends. `coordinator ms` is the
     coordinator's processor time per token. `k instr` is thousands of instructions per token, if `perf` is installed."""
 

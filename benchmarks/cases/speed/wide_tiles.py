@@ -21,13 +21,13 @@ _READ_S = 0.1
 
 @dataclass(frozen=True)
 class WideTiles(Case):
-    """Compares weights in wider tiles (`WIDER_TILES`) with weights in tiles of their own type.
+    """Compares products of weights that are stored as a wider type (`WIDER_TILES`) with products of their own type.
     Figures are a product's time and its share of this machine's read bandwidth. Both kinds of tiles give equal bits."""
 
     rounds = 9
-    tokens: tuple[int, ...] = option((1, 8), "numbers of tokens, which are the rows of activations", listed(positive))
+    tokens: tuple[int, ...] = option((1, 8), "numbers of tokens (rows of activations)", listed(positive))
     threads: int = option(2, "number of threads that compute", positive)
-    cached: bool = option(False, "keep weights in a cache, so that decoding them takes most of the time")
+    cached: bool = option(False, "use few weights, which stay in the CPU cache")
 
     async def groups(self) -> AsyncIterator[Group]:
         rows, least_bytes = (256, 0) if self.cached else (5632, MEMORY_BYTES)

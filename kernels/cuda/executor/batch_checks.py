@@ -15,7 +15,8 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
-    """Raises ValueError beyond the limits. `window` is the largest window whose layers release KV blocks."""
+    """Raises ValueError if the batch exceeds `limits`. `window` is the largest window for which layers release
+    blocks."""
     starts, table_starts = batch.sequence_starts.tolist(), batch.table_starts.tolist()
     outputs, rows, blocks = batch.output_rows.tolist(), batch.rows, len(batch.block_tables)
     check_range("number of rows", rows, 1, limits.max_batch_tokens + 1)
@@ -49,8 +50,8 @@ def check_images(
     batch: Batch, limits: StageLimits, sections: int, given: tuple[int, int], merged: Sequence[int]
 ) -> None:
     """Checks the additional inputs of microbatches with images. `sections` is the program's number of sections of rope
-    positions. `given` is (levels, width) of given rows. `merged` is empty, or has the number of rows that become
-    one."""
+    positions. `given` is (levels, width) of given rows. `merged` is empty, or has the number of rows that become one
+    row."""
     for together in merged:
         for start in batch.sequence_starts.tolist():
             if start % together:

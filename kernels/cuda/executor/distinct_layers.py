@@ -17,7 +17,7 @@ _TAIL = 3
 
 
 def distinct_layers(program: Program, weights: Mapping[str, Weights]) -> Program:
-    """Keeps two adjacent layers for each kind of transition between layers. No launch spans more than two layers."""
+    """Keeps one pair of adjacent layers of each kind. Pairs suffice, because no launch spans more than two layers."""
     if any(step.shares_kv for step in attention_steps(program)):
         return program  # Some layers refer to other layers by number.
     groups = _by_layer(program.steps)

@@ -23,8 +23,8 @@ from llamaclust.model.quant_types import ActivationFormat
 
 
 def position_factors(step: ir.PositionScale, context_tokens: int) -> NDArray[np.float32]:
-    """Returns one factor for each range of `step.length` positions. The first range starts at position -`step.offset`.
-    The last range contains position `context_tokens` - 1."""
+    """Returns the factors for positions below `context_tokens`. Position p has the factor with index (p +
+    `step.offset`) // `step.length`."""
     lengths = range(1, (context_tokens - 1 + step.offset) // step.length + 2)
     return np.array([1 + step.factor * log(length) for length in lengths], np.float32)
 

@@ -20,8 +20,8 @@ TypeOf = Callable[[str], QuantType]
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A norm of a row, or of the sum `add`. The result is written in each of `formats`, in which the next products read
-    it. F32 is included if later steps read the result."""
+    """A norm of a row or, if `add` is set, of the sum of two rows. The result is written once in each of `formats`: the
+    formats that the next products need, and F32 if other steps read the result."""
 
     norm: ir.RmsNorm
     add: ir.Add | None
@@ -61,8 +61,8 @@ GpuStep = FusedStep | Norm | Gated | Attended
 
 
 def fuse_for_gpu(program: ir.Program, type_of: TypeOf) -> Iterator[GpuStep]:
-    """Groups a program's steps. Buffers that later steps read keep their content. Each `Products` has one quant
-    type."""
+    """Groups a program's steps into launches. A buffer is written in full if later steps read it. All products of a
+    `Products` have the same quant type."""
     steps = tuple(fuse(program))
     at = done = 0  # Indices into `steps` and into the program's own steps.
     while at < len(steps):

@@ -11,7 +11,7 @@ from llamaclust.model.quant_types import ActivationFormat
 @dataclass(frozen=True, slots=True)
 class HostStep:
     step: Across | GivenRows
-    number: int  # Index among the steps of the same class, or the level of given rows.
+    number: int  # Index among the steps of the same class, or `GivenRows.level`.
     selected: bool  # True if the step reads only output rows.
     form: ActivationFormat | None = None  # The format in which members of a group send rows; None for floats.
 

@@ -26,8 +26,8 @@ _SEEN = 4
 
 
 class InputBuffer:
-    """The layout of the input buffer. Block tables are the last part of every microbatch, so that a copy can end with
-    the tables. Rope positions and row groups follow the tables. They are copied only for microbatches with images."""
+    """The layout of the input buffer. For microbatches without images, the copy to the GPU ends after the block tables.
+    Rope positions and row groups follow the tables, and are copied only for microbatches with images."""
 
     def __init__(self, program: Program, limits: StageLimits) -> None:
         self._limits, self._has_states = limits, program.has_states
@@ -56,8 +56,8 @@ class InputBuffer:
         return Inputs(header, header + np.uint64(2 * _INT), *arrays, merged=merged)
 
     def fill(self, pinned: NDArray[np.uint8], batch: Batch) -> int:
-        """Writes a microbatch's integers to `pinned`. Returns the bytes to copy. Raises ValueError beyond the
-        limits."""
+        """Writes a microbatch's integers to `pinned`. Returns the number of bytes to copy. Raises ValueError like
+        `check_batch`."""
         check_batch(batch, self._limits, self._window)
         check_images(batch, self._limits, self._reads.sections, self._given, self._merged[-1:])
         if batch.groups is not None and not self._reads.groups:

@@ -1,4 +1,4 @@
-"""Buckets of microbatches. The launches for a bucket's number of rows also serve microbatches with fewer rows."""
+"""Buckets of microbatches, by size. The launches of a bucket also serve microbatches with fewer rows."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _EDGES = tuple(1 << power for power in range(12))
 
 @dataclass(frozen=True, slots=True)
 class ImageReads:
-    """The image inputs that a program reads. `gives`: rows may be given. `sections`: number of sections of rope
-    positions. `groups`: rows may see their groups. `looks_ahead`: rows see later rows in every microbatch."""
+    """The image inputs that a program reads: given rows (`gives`), rope positions in a number of `sections`, and row
+    groups (`groups`). If `looks_ahead`, rows attend to later rows in every microbatch."""
 
     gives: bool = False
     sections: int = 0
@@ -32,9 +32,9 @@ NO_IMAGES = ImageReads()
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A bucket of microbatches with up to `rows` rows and `outputs` output rows. In `decode`, each row belongs to
-    another sequence. Microbatches with images may have given rows (`given`), rope positions in sections (`placed`), and
-    rows that see later rows (`grouped`)."""
+    """A bucket of microbatches with up to `rows` rows and `outputs` output rows. If `decode`, no two rows belong to the
+    same sequence. Microbatches with images may have given rows (`given`), rope positions in sections (`placed`), and
+    rows that attend to later rows (`grouped`)."""
 
     rows: int
     outputs: int
@@ -70,8 +70,8 @@ class Shape:
 
     @classmethod
     def all(cls, limits: StageLimits, *, looks_ahead: bool = False) -> list[Shape]:
-        """Returns buckets that together have every kind of launch at its largest: few and many rows, with and without
-        decode. No bucket has images. Rows see later rows only if the program `looks_ahead`."""
+        """Returns the buckets from which buffer sizes are computed: for each power of two of rows, with and without
+        decode, but none with images. If `looks_ahead`, rows attend to later rows."""
         most = limits.max_batch_tokens
         rows = {_bucket(min(count, most), most) for count in (*_EDGES, most)}
         return [
@@ -83,7 +83,7 @@ class Shape:
 
 
 def _bucket(count: int, most: int) -> int:
-    """Rounds up to a power of two or, above 64, to one of four steps between powers of two. Never exceeds `most`."""
+    """Rounds up to 1, 2, 4, 8, 16, 32, 64, 80, 96, 112, 128, 160, 192 and so on. Never exceeds `most`."""
     if count <= 0:
         return 0
     power = 1 << (count - 1).bit_length()

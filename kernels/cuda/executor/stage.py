@@ -40,7 +40,8 @@ class SegmentPlan(Protocol):
 
 
 class LaunchCache:
-    """Keeps the launches of recent shapes, in segments between host steps. A shape's second use captures graphs."""
+    """Keeps the launches of recent shapes, in segments between host steps. The second use of a shape captures
+    graphs."""
 
     def __init__(self, device: Device, plan: SegmentPlan, graphs: bool) -> None:
         self._device = device
@@ -125,7 +126,7 @@ class CudaStage:
             )
 
     def run(self, batch: Batch, hidden: Float32 | None, experts: Experts | None = None) -> Float32:
-        """Runs the batch. `experts` computes the exchanges, and other stages may use the GPU meanwhile."""
+        """Runs the batch. `experts` is called for each `Exchange` step, and other stages may use the GPU meanwhile."""
         self._compute(batch, hidden, experts)
         with self._gpu_lock.exclusive():
             return self._fetch(batch)

@@ -11,8 +11,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class StatePlaces:
-    """The places of states. Sequence s starts from the state in block before[s], or from zeros if before[s] is -1. For
-    each i in [starts[s], starts[s + 1]), the state after row rows[i] is written to block blocks[i]."""
+    """Places as in `BatchStates`, but before[s] is -1 if sequence s starts from zeros."""
 
     before: list[int]
     starts: list[int]
@@ -21,9 +20,9 @@ class StatePlaces:
 
 
 def state_places(batch: Batch, limits: StageLimits) -> StatePlaces:
-    """Returns the places of a batch's states. If states have their own blocks, the batch says the places. Otherwise
-    states are in KV blocks: each block that rows reach gets the state after the last of its rows. Raises ValueError if
-    a block is missing."""
+    """Returns the places of a batch's states. They are `batch.states` if states have their own blocks. Otherwise states
+    are stored in KV blocks: each KV block with rows of the batch gets the state after the last of these rows. Raises
+    ValueError if a block is missing."""
     if limits.state_blocks:
         return _own_places(batch, limits.state_blocks)
     places = StatePlaces([], [0], [], [])

@@ -25,7 +25,7 @@ from llamaclust.kernels.cuda.runtime.memory import aligned
 from llamaclust.model.program import Moe, Program
 
 _INT = _FLOAT = 4
-_HEADER = 64  # int32 counts: rows, lines of all ranks, items. The rest is unused.
+_HEADER = 64  # int32 counts: rows, lines, items. The rest is unused.
 _ITEM = 3
 
 
@@ -51,15 +51,16 @@ class LineInputs:
 
     @property
     def offsets(self) -> tuple[int, int, int, int, int]:
-        """The byte offsets of weights, lines by slot, items and sources, followed by the total size."""
+        """The byte offsets of four arrays (weights, cached lines by slot, items, places of results), and the total
+        size."""
         each = aligned(_INT * self.lines)
         items = aligned(_INT * _ITEM * (self.lines + self.lines // matmul.LEAST_PIECE + 1))
         first = _INT * _HEADER
         return first, first + each, first + 2 * each, first + 2 * each + items, first + 3 * each + items
 
     def fill(self, pinned: NDArray[np.uint8], weights: Float32, slots: Int32, piece: int) -> None:
-        """Fills the buffer. `slots` [rows, used] is -1 for lines that the host computes. The host's results come
-        last."""
+        """Fills the buffer. `slots` [rows, used] is -1 for lines that the host computes. The results of these lines are
+        stored after the results of all cached lines."""
         numbers, floats = pinned.view(np.int32), pinned.view(np.float32)
         at_weights, at_lines, at_items, at_sources, _ = (offset // _INT for offset in self.offsets)
         flat = slots.reshape(-1)

@@ -70,9 +70,9 @@ class ExpertTable:
             self._weight = 1.0
 
     def next_copy(self) -> Copy | None:
-        """Chooses the most used expert that is not cached, and frees a slot for it. The slot was free, or its owner is
-        not used in this step and has clearly fewer uses (`_LEAD_USES`). Returns None if there is no such slot. The
-        caller must call `complete` before the next call."""
+        """Chooses the most used expert that is not cached, and a slot for it. The slot is free, or holds an expert that
+        the current step does not use and that has at least `_LEAD_USES` fewer uses. Returns None if there is no such
+        slot. The caller must call `complete` before the next call."""
         assert self._copying is None, "one at a time"
         found = [(copy, uses) for index in range(len(self._pools)) for copy, uses in self._copies(index)]
         if not found:

@@ -1,1 +1,1 @@
-"""The arguments, grid and shared memory of each kernel's launch, computed from addresses and sizes alone."""
+"""Computes each kernel's launch (arguments, grid, shared memory) from addresses and sizes alone."""

@@ -1,6 +1,6 @@
-"""Attention on a GPU as launches. A plan kernel divides rows into tiles, and tiles into spans of positions. All layers
-of equal shape share this plan. Each layer stores its keys and values, and computes tiles with few queries (decode) and
-with many (prefill). Then it merges spans that were computed separately."""
+"""Attention on a GPU as launches. A first kernel divides the rows into tiles, and the positions that a tile sees into
+spans. Layers of equal shape share this plan. Each layer then stores its keys and values, computes tiles with few
+queries (decode) and with many (prefill), and merges the partial results of spans."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS, SPAN_TOKENS, Attention, Pr
 from llamaclust.model.steps.options import RopeStyle
 
 MAX_PARTIAL_BYTES = 64 << 20
-"""The memory limit for partial results of spans. Beyond it, a thread block computes a whole tile."""
+"""The memory limit for partial results of spans. Tiles that do not fit are computed by one thread block each."""
 
 _MAX_HEAD_DIM, _MAX_LATENT_DIM = 512, 576
 _FEW_QUERIES, _PART_QUERIES, _FEW_LATENT_QUERIES = (1, 2, 4, 8, 16), (4, 8, 16), (4, 8)
@@ -28,7 +28,7 @@ _WEIGHT_TOKENS = 64
 _SCORE_STRIDE = SPAN_TOKENS + 4
 _STATIC_BYTES = 1024
 """An upper bound of the static shared memory of these kernels."""
-# Channels of values in a slice. Other thread blocks compute the other slices.
+# Number of channels of values that a thread block computes.
 _SLICE_CHANNELS, _LATENT_SLICE_CHANNELS = 32, 128
 _MERGED_CHANNELS, _MERGED_HEAD_DIMS, _MOST_MERGED_HEADS = 256, (32, 64, 128, 256), 16
 _MERGER_FLOATS = 4 * 256 + 3 * _MOST_MERGED_HEADS
@@ -38,7 +38,7 @@ _CAUSAL, _GROUP, _SEQUENCE = range(3)
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """The memory that a stage's attention steps share. At most `slots` single-row spans are computed separately."""
+    """The memory that a stage's attention steps share. A slot holds the partial result of one row over one span."""
 
     max_rows: int
     slots: int
@@ -103,7 +103,7 @@ class AttentionBuffers:
     partials: np.uint64
     sinks: np.uint64 = NULL  # float32 [heads], or 0 without sinks.
     transform: HeadTransform = NO_TRANSFORM
-    by_32: np.uint64 = NULL  # Where quantized rows are written instead of `out`; see `can_quantize`.
+    by_32: np.uint64 = NULL  # If `can_quantize`, quantized rows are written here instead of to `out`.
     by_256: np.uint64 = NULL
 
 
@@ -116,8 +116,6 @@ def _piece_bytes(step: Attention) -> int:
 
 
 def _spans(step: Attention, max_context_tokens: int) -> int:
-    """Returns the maximum number of spans that a row sees. The result is at least 2 if any tile has several spans,
-    because the partial results of all rows are then merged."""
     spans = -(-max_context_tokens // SPAN_TOKENS)
     return spans if step.window is None else min(spans, max(step.window - 2, 0) // SPAN_TOKENS + 2)
 
@@ -177,7 +175,7 @@ def tile_rows(step: Attention, gpu: LaunchLimits) -> int:
 
 
 def likeness(step: Attention) -> tuple[object, ...]:
-    """Returns a key. Layers with equal keys divide rows into equal tiles on any GPU, so that they can share a plan."""
+    """Returns a key. Layers with equal keys can share a plan, because they have equal tiles on any GPU."""
     seen = step.window, step.chunked, step.causal, step.grouped
     return step.heads, step.kv_heads, step.head_dim, step.kv_type, seen, step.v is None
 
@@ -188,8 +186,7 @@ def _stage_channels(step: Attention) -> int:
 
 def _stage_floats(step: Attention, blocks: int, queries: int, channels: int) -> int:
     """Returns how many floats of shared memory hold the values of `blocks` KV blocks and their scales, `channels`
-    channels at a time. Latent attention needs none. Integer sums hold the values of 64 positions, byte weights and
-    scales."""
+    channels at a time. For int8, they hold 64 positions instead, and attention weights. Latent attention needs none."""
     if step.v is None:
         return 0
     if step.kv_type is KvType.INT8:
@@ -204,9 +201,8 @@ def value_slices(step: Attention) -> int:
 
 
 def few_shared_bytes(step: Attention, queries: int) -> int:
-    """Returns the bytes of shared memory for the kernel for few queries. One part holds queries in pieces of 8
-    channels, and later scores. The other part holds queries and a key, and later values. A slice of 32 channels has 4
-    times as many positions."""
+    """Returns the bytes of shared memory for the kernel for few queries. One part holds queries first and scores later.
+    The other part holds queries and a key first, and values later."""
     scores = max(queries * max(_SCORE_STRIDE, 8 * -(-step.head_dim // 8)), _MERGER_FLOATS)
     channels = _stage_channels(step) if step.kv_type is KvType.INT8 else 128
     staged = _stage_floats(step, 2 if queries < 16 else 1, queries, channels)
@@ -223,15 +219,15 @@ def _merged_floats(step: Attention) -> int:
 
 
 def brings_own(step: Attention) -> bool:
-    """True if the kernel for few queries also stores the row's key and value. Both must fit any GPU's shared memory."""
+    """True if the kernel for few queries can also store the row's own key and value, so that no other kernel must."""
     queries = _few_queries(step)
     fits = 4 * (queries * _SCORE_STRIDE + _fresh_floats(step)) + _STATIC_BYTES <= PLAIN_SHARED_BYTES
     return queries > 0 and not step.shares_kv and fits
 
 
 def many_shared_bytes(step: Attention, queries: int) -> int:
-    """Returns the bytes of shared memory for the kernel for many queries. One part holds queries, and later scores. For
-    float16 it also holds a chunk of keys. The other part holds values."""
+    """Returns the bytes of shared memory for the kernel for many queries. One part holds queries first (for float16,
+    also a chunk of keys) and scores later. The other part holds values."""
     if step.kv_type is KvType.F16:
         staged = 8 * (-(-step.head_dim // 8) * queries + SPAN_TOKENS)
     else:
@@ -245,13 +241,13 @@ def _merges(step: Attention, room: Room) -> bool:
 
 
 def can_quantize(step: Attention, room: Room, *, decode: bool = False) -> bool:
-    """True if the kernel that merges spans can also quantize. Pieces of 256 channels must then be whole heads."""
+    """True if attention can also quantize its result. The width of a head must divide 256, the length of a segment."""
     fits = step.value_dim in _MERGED_HEAD_DIMS and step.out.width % _MERGED_CHANNELS == 0
     return fits and (_merges(step, room) or (decode and brings_own(step) and _quantized_together(step) > 0))
 
 
 def _quantized_together(step: Attention) -> int:
-    """Returns how many adjacent KV heads make whole pieces of 256 channels, or 0 if a block cannot merge so many."""
+    """Returns how many adjacent KV heads have a multiple of 256 channels, or 0 if a block cannot merge so many."""
     own = _group(step) * step.value_dim
     kv_heads = lcm(own, _MERGED_CHANNELS) // own
     return kv_heads if kv_heads * _group(step) <= _MOST_MERGED_HEADS else 0
@@ -259,8 +255,8 @@ def _quantized_together(step: Attention) -> int:
 
 @dataclass(frozen=True, slots=True)
 class AttentionLaunches:
-    """The launches of attention for microbatches of up to `rows` rows. In `decode`, each row belongs to another
-    sequence. With `grouped`, rows may see later positions, and all tiles have many queries."""
+    """The launches of attention for microbatches of up to `rows` rows. If `decode`, no two rows belong to the same
+    sequence. If `grouped`, rows may see later positions, and all tiles have many queries."""
 
     gpu: LaunchLimits
     room: Room
@@ -271,7 +267,7 @@ class AttentionLaunches:
     grouped: bool = False
 
     def plan(self, step: Attention, plan: np.uint64) -> Launch:
-        """Plans the tiles and spans of a microbatch, once for each likeness, before the first attention."""
+        """Plans the tiles and spans of a microbatch. Runs once for all layers of equal `likeness`."""
         inputs, room, few = self.inputs, self.room, self._few(step)
         split_below = -(-2 * self.gpu.sms // (step.kv_heads * _parts(step, self._many(step))))
         places = 2 * self.gpu.sms // (step.kv_heads * _parts(step, few)) if few else 0
@@ -287,8 +283,8 @@ class AttentionLaunches:
         return (self.inputs.seen, np.int32(sees)) if self.grouped else ()
 
     def _few(self, step: Attention) -> int:
-        """Returns how many queries a thread block for few queries has, or 0 if there are no such blocks. In decode, a
-        row's heads are divided into parts if a block cannot have all heads and the GPU would otherwise be idle."""
+        """Returns the number of queries in a thread block for few queries, or 0 if tiles with many queries are used. In
+        decode, several blocks divide a row's heads if one block cannot have all of them and the GPU would be idle."""
         if self.grouped:
             return 0
         if queries := _few_queries(step):
@@ -306,7 +302,7 @@ class AttentionLaunches:
         return next(fewer, most) if self.decode else most
 
     def _have_room(self, step: Attention, queries: int) -> bool:
-        """True if the GPU has two multiprocessors for each part of a row's heads. A part reads all keys and values."""
+        """True if the GPU has two multiprocessors for each thread block of `queries` queries."""
         return 2 * self.rows * step.kv_heads * _parts(step, queries) <= self.gpu.sms
 
     def step(self, step: Attention, at: AttentionBuffers) -> Iterator[Launch]:

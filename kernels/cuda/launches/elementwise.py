@@ -25,7 +25,7 @@ _GATED = {GatedActivation.GELU_MUL: f"{ActivationFunction.GELU_TANH}_mul"}
 
 @dataclass(frozen=True, slots=True)
 class GatedInputs:
-    """The float32 gate and up, whose rows are `stride` elements apart. `kernel` is the name of their function."""
+    """Addresses of float32 gate and up. `stride` is the distance of rows in elements. `kernel` joins gate and up."""
 
     kernel: str
     gate: np.uint64
@@ -100,9 +100,8 @@ def add_rms_norm(
     outs: tuple[np.uint64, np.uint64, np.uint64],
     rows: RowCount,
 ) -> Launch:
-    """Adds x and y, the two `inputs`, into `total`. If the address of y is 0, x is the total. The norm of the total is
-    written to each of `outs` that is not 0. These are float32, quantized segments of 32, and quantized segments of
-    256."""
+    """Adds x and y, the two `inputs`, into `total`. If the address of y is 0, x is the total. Writes the norm of the
+    total to each of the three `outs` that is not 0: as float32, in quantized segments of 32, and of 256."""
     args = (*inputs, weight, np.float32(step.epsilon), np.int32(step.width), rows.address, total, *outs)
     threads = 32 * min(_MAX_WARPS, -(-step.width // _WARP_CHANNELS))
     return Launch("elementwise.norms.add_rms_norm", (1, rows.bucket, 1), (threads, 1, 1), args, 4 * step.width)
@@ -137,7 +136,7 @@ def rotation_in_sections(
     out: np.uint64,
     rows: RowCount,
 ) -> Launch:
-    """Computes the angles of each pair from the positions of the pair's section. `positions` is [sections,
+    """Computes the angles of channel pairs. A pair has the positions of its section. `positions` is [sections,
     max_rows]."""
     pairs = len(table.frequencies)
     figures = np.float64(table.scale), np.int32(pairs)

@@ -20,7 +20,7 @@ _PIECE_CHANNELS = 1024  # Number of channels of a row for one thread block.
 class ExpertBuffers:
     ids: np.uint64  # int32 [rows, used]
     weights: np.uint64  # float32 [rows, used]
-    # int32 [rows * used]: row * used + rank, sorted by expert. The lines of one expert are in any order.
+    # int32 [rows * used]: row * used + index of the expert in `ids`, sorted by expert id.
     lines: np.uint64
     items: np.uint64  # int32 [max_items, 3]: expert, index of the first line in `lines`, number of lines.
     item_count: np.uint64  # int32

@@ -33,10 +33,10 @@ _SUB_BLOCKS = {
 
 _GROUP_ROWS, _GEMM_ROWS, _WIDE_ROWS = 8, 64, 128
 _WIDE_WARPS, _ENOUGH = 8, 0.9
-"""The number of warps in a block with `_WIDE_ROWS` rows, and how many such blocks each multiprocessor needs on
-average."""
+"""The number of warps in a wide block, which has `_WIDE_ROWS` rows, and the minimum number of wide blocks per
+multiprocessor."""
 LEAST_PIECE = _GROUP_ROWS
-"""The minimum number of lines in one item of an expert's products, if the expert has so many lines."""
+"""The minimum number of lines in an item of an expert's products, unless the expert has fewer lines."""
 _GROUP_BYTES = {ActivationFormat.Q8_32: 320, ActivationFormat.Q8_256: 2336}
 """Bytes of one segment of eight quantized rows (src/matmul/activations.cuh)."""
 
@@ -48,13 +48,13 @@ _MATRIX_UNITS, _ASYNCHRONOUS, _BULK, _HOPPER = (7, 5), (8, 0), (9, 0), (9, 0)
 """The oldest compute capabilities with 8-bit matrix instructions, with asynchronous copies, and with bulk copies. Only
 `_HOPPER` has matrix instructions for four warps (src/matmul/wgmma.cuh)."""
 _ARRIVAL_BYTES, _OTHERS_PART = 8, 7
-"""Bytes of the barrier of a bulk copy. Overlapping kernels are left 1 / `_OTHERS_PART` of shared memory."""
+"""Bytes of a bulk copy's barrier. 1 / `_OTHERS_PART` of shared memory stays free for concurrent kernels."""
 _GEMM_STAGES = 3
 _KEPT_BYTES, _TERM_BYTES, _TURN_PIECE_BYTES = 2560, 16, 3072
-"""Bytes of a warp for the terms of a turn, bytes of a term, and maximum bytes of a piece for turns of several pieces. A
-turn is the pieces that a warp multiplies before it adds their terms."""
+"""Bytes that a warp keeps for terms, bytes of a term, and the maximum bytes of a piece for which terms are kept. A warp
+adds the terms of several pieces at once, after multiplying these pieces (a turn)."""
 _STATIC_BYTES, _RESERVED_BYTES = 576, 1024
-"""Bytes of a block's shared memory that are not dynamic: the kernel's static part and the system's part."""
+"""Bytes of a block's static shared memory, and bytes that CUDA reserves."""
 _TEAM_ROWS, _TEAM_WARPS, _STAGE_BYTES = 2, 4, 8192
 """Limits for float weights (float_teams.cuh): rows for teams of one warp, warps in a block, bytes in a stage."""
 
@@ -115,9 +115,9 @@ MOST_PRODUCTS = 3
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Lines grouped by expert. The first *item_count of `items` [max_items][3] are {expert, index of the first line in
-    `lines`, number of lines up to `piece`}. Line l reads row l // divisor of the activations and writes row l of the
-    result. Biases are matrix rows in tiles of `bias_rows` rows, stored column by column."""
+    """Lines grouped by expert. `items` [max_items][3] has *item_count items: {expert, index of its first line in
+    `lines`, number of lines}. An item has up to `piece` lines. Line l reads row l // divisor of the activations and
+    writes row l of the result. Biases are matrix rows in tiles of `bias_rows` rows, stored column by column."""
 
     items: np.uint64
     item_count: np.uint64
@@ -194,8 +194,8 @@ def _takes_gemm(products: Sequence[Product], rows: int, sms: int) -> bool:
 
 
 def _gemm_rows(products: Sequence[Product], rows: int, gpu: LaunchLimits) -> int:
-    """Returns a block's number of rows. Wide blocks decode weights half as often, but must occupy all
-    multiprocessors."""
+    """Returns the number of rows of a block. Wide blocks decode weights half as often. They are used if there are
+    enough of them for all multiprocessors."""
     if gpu.compute_capability != _HOPPER or products[0].weights.activation is ActivationFormat.F32:
         return _GEMM_ROWS
     wide_blocks = _blocks(products, _WIDE_WARPS) * -(-rows // _WIDE_ROWS)
@@ -216,7 +216,7 @@ def _launch(
     is_wide = experts.piece > _GEMM_ROWS
     name = kernel_name("gemm_wide" if is_wide else "gemm" if is_gemm else "gemv", weights.quant_type)
     items = experts.max_items
-    times = 1 if experts.items == NULL else 4  # `items` is only the maximum number of items.
+    times = 1 if experts.items == NULL else 4  # More blocks, because there may be fewer items than `items`.
     if weights.activation is ActivationFormat.F32:
         if is_gemm or gpu.compute_capability < _BULK:
             grid = items, _blocks(products, 4 if is_gemm else 1), 1
@@ -243,8 +243,7 @@ def _matrices(products: Sequence[Product]) -> tuple[Scalar, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _GemvShape:
-    """The numbers of blocks for each item and of warps in a block, and a block's shared memory
-    (src/matmul/pieces.cuh)."""
+    """Blocks for each item, warps in a block, and a block's shared memory (src/matmul/pieces.cuh)."""
 
     blocks: int
     warps: int
@@ -301,8 +300,7 @@ def _bulk_shape(piece_bytes: int, kept_bytes: int, gpu: LaunchLimits) -> tuple[i
 
 @dataclass(frozen=True, slots=True)
 class _TeamsShape:
-    """The numbers of blocks for each item, teams in a block and warps in a team, and shared memory
-    (src/matmul/float_teams.cuh)."""
+    """Blocks for each item, teams in a block, warps in a team, and shared memory (src/matmul/float_teams.cuh)."""
 
     blocks: int
     count: int
@@ -331,7 +329,7 @@ class _TeamsShape:
 
 
 def _gemm_warps(products: Sequence[Product], items: int, gpu: LaunchLimits) -> int:
-    """Returns the warps of the largest blocks that occupy all multiprocessors. They read activations least often."""
+    """Returns the number of warps of the largest blocks of which there are enough for all multiprocessors."""
     most = 12 if gpu.compute_capability == _HOPPER else 16
     return next((warps for warps in (most, 8) if _blocks(products, warps) * items >= gpu.sms), 4)
 

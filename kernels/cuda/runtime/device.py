@@ -90,7 +90,8 @@ class Device(Protocol):
     def upload(self, buffer: Buffer, offset_bytes: int, data: Bytes) -> None: ...
 
     def copy_in(self, buffer: Buffer, offset_bytes: int, pinned: Bytes) -> None:
-        """Copies in order with launches. `pinned` is from `Device.pinned` and must not change until it is copied."""
+        """Copies `pinned`, which is from `Device.pinned`, in order with launches. It must not change until it is
+        copied."""
 
     def copy_in_background(self, buffer: Buffer, parts: Iterable[tuple[int, Bytes]]) -> Event:
         """Copies pinned memory to these offsets, at the same time as launches. The event marks the end of all

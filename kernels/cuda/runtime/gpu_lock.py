@@ -20,7 +20,7 @@ class GpuLock:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Lets one thread make several calls in a row. Raises DeviceLostError for errors of the driver."""
+        """Lets one thread make several calls in a row. Turns errors of the driver into DeviceLostError."""
         with self._lock, self.driver_errors():
             yield
 

@@ -1,4 +1,4 @@
-"""NVIDIA's run-time compiler without CuPy, whose option `-ftz=true` flushes subnormals to zero and so changes bits."""
+"""Compiles with NVRTC. CuPy is not used for this, since it flushes subnormals to zero (`-ftz=true`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OLDEST = (12, 0)
 
 
 def machine_target(architecture: int, kind: str = "sm") -> str:
-    """Returns the compiler's name for an architecture. The "a" enables instructions that only Hopper has."""
+    """Returns the compiler's name for an architecture. The suffix "a" enables instructions that only Hopper has."""
     return f"{kind}_{architecture}a" if architecture == _HOPPER else f"{kind}_{architecture}"
 
 

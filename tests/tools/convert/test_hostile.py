@@ -139,7 +139,7 @@ def test_pytorch_files_with_numbers_that_do_not_fit(tmp_path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         members = {one.filename: archive.read(one) for one in archive.infolist()}
     write_archive(path, members | {"archive/data/0": members["archive/data/0"][:-4]})
-    refused(model, r"bytes in its member, found \d+")
+    refused(model, r"bytes in the archive member, found \d+")
     write_archive(path, {name: data for name, data in members.items() if name != "archive/data/3"})
     refused(model, "data/3 are missing")
     write_archive(path, members | {"archive/byteorder": b"big"})

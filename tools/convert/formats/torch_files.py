@@ -69,7 +69,7 @@ def _tensor(file: SourceFile, name: str, ref: TensorRef, members: dict[str, _Mem
     item = storage.dtype.itemsize
     if ref.storage.count * item > member.n_bytes or ref.offset + count > ref.storage.count:
         needed = max(ref.storage.count, ref.offset + count) * item
-        raise ModelFileError(f"{origin}: expected {needed} bytes in its member, found {member.n_bytes}")
+        raise ModelFileError(f"{origin}: expected {needed} bytes in the archive member, found {member.n_bytes}")
     start = member.offset + ref.offset * item
     shape = ref.shape or (1,)
     if ref.stride == _contiguous(ref.shape):

@@ -72,8 +72,8 @@ def _check_attention(page: Page, count: int) -> None:
 
 
 def _chunks(page: Page) -> None:
-    """Writes the metadata of chunks. It is omitted for the chunks of Scout and Maverick, because the published files of
-    these models lack it."""
+    """Writes the chunk length. The length of Scout and Maverick is omitted, as in the published files of these
+    models."""
     settings, rotated = page.settings, _rotated(page)
     kinds = ["chunked_attention" if flag else "full_attention" for flag in rotated]
     if settings.has("layer_types") and settings.values["layer_types"] != kinds:

@@ -1,4 +1,4 @@
-"""Adds data that the vocabulary files of some architectures lack: roles and types of tokens, and flags."""
+"""Adds what the vocabulary files of some architectures lack, such as the token that ends a turn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _GLM_PARTS: Final = {
     "glm4": {"eot": _CHATGLM_TURN},
     "glm4moe": {"bos": "[gMASK]", "eot": _CHATGLM_TURN, "eom": "<|observation|>", "unknown": "<|endoftext|>"},
 }
-"""Roles of tokens that the files of the models do not state."""
+"""Special tokens by role. The files of these models do not state the roles."""
 _HUNYUAN_BOS: Final = {"hunyuan-dense": "<|startoftext|>", "hunyuan-moe": "<|bos|>"}
 """BOS tokens of vocabularies in tiktoken's format. The configurations in the same folder name other ids."""
 _GEMMA4: Final = "gemma4"

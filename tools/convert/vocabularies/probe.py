@@ -28,7 +28,7 @@ Pieces = tuple[str, ...]
 
 def recognised(pre_tokenizer: Any, ignore_merges: bool, adds_bos: bool) -> str | None:
     """Returns the name of a known pre-tokenizer that splits the probe text into the same pieces and has the same
-    `ignore_merges`, or None. If several do, prefers one whose `add_bos` equals `adds_bos`."""
+    `ignore_merges`, or None. If there are several, prefers one whose `add_bos` equals `adds_bos`."""
     found = cut(pre_tokenizer)
     alike = [name for name, pieces in _known().items() if pieces == found]
     kinds = known_pre_tokenizers()

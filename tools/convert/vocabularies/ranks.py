@@ -24,7 +24,7 @@ from llamaclust.tools.convert.vocabularies.words import Words
 
 _MOST_WORDS: Final = 1 << 20
 _MOST_BYTES: Final = 1 << 10  # Maximum bytes of a word. The longest word of Llama 3 has 128.
-# Maximum sum of squared word lengths, which bounds the time to find merges. Llama 3 has 1 << 23.
+# Maximum sum of squared word lengths. It limits the time to find merges. For Llama 3, the sum is 1 << 23.
 _MOST_PAIRS: Final = 1 << 26
 _LLAMA3_WORDS: Final = 128_000
 _GLM4_WORDS: Final = 151_329

@@ -31,8 +31,8 @@ _MAX_TEMPLATE_BYTES: Final = 1 << 22
 def read_words(
     files: SourceFiles, place: Path, rows: int, behind: Sequence[str] = (), names: Sequence[str] = NAMES
 ) -> Words:
-    """Reads the vocabulary from a file or a Hugging Face folder, and fits it to an embedding of `rows` rows. `behind`
-    are control words to append to SentencePiece vocabularies. `names` are names of tokenizer files, in order of
+    """Reads the vocabulary from a file or a Hugging Face folder, and fits it to an embedding of `rows` rows. Control
+    words in `behind` are appended to SentencePiece vocabularies. `names` are the names of tokenizer files in order of
     preference."""
     path = _find(place, names) if place.is_dir() else place
     words = _read(files.open(path))
@@ -93,7 +93,7 @@ def _read_special(words: Words, folder: Path, config: dict[str, Any], rows: int)
 
 
 def _read_parts(words: Words, said: dict[str, Any], named: dict[str, Any], config: dict[str, Any]) -> None:
-    """Reads the ids of roles. The tokenizer's files take precedence over the model's configuration."""
+    """Reads which tokens are BOS, EOS and so on. Files of the tokenizer take precedence over the model's."""
     places = {text: token_id for token_id, text in enumerate(words.texts)}
     for short, name in _PARTS.items():
         text = _content(said.get(f"{short}_token")) or _content(named.get(f"{short}_token"))
@@ -106,8 +106,8 @@ def _read_parts(words: Words, said: dict[str, Any], named: dict[str, Any], confi
 
 
 def _read_ends(words: Words, config: dict[str, Any], rows: int) -> None:
-    """Gives the roles EOT and EOM, if they are free, to tokens other than EOS that end an answer. The configuration's
-    last tokens come first, since chats use them."""
+    """Reads the tokens, other than EOS, that end an answer. The first of them become EOT and EOM, unless these roles
+    are taken. The configuration's last tokens come first, since chats use them."""
     listed = config.get("eos_token_id")
     said = [config.get("eod_token_id"), *(listed if isinstance(listed, list) else ())]
     ends = dict.fromkeys(end for end in reversed(said) if type(end) is int and 0 <= end < rows)

@@ -1,1 +1,1 @@
-"""Pages of Gemma models, and the parts that its E models share."""
+"""Pages of Gemma models, and functions for the inputs per layer of E2B and E4B models."""

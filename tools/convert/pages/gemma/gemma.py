@@ -69,7 +69,7 @@ def _caps(page: Page) -> None:
 
 
 def _check_scale(page: Page) -> None:
-    """Raises ModelFileError for an unusual scale of scores. Programs infer the scale from the number of layers."""
+    """Raises ModelFileError if attention scores have another scale than usual. GGUF has no key for the scale."""
     settings, name = page.settings, "query_pre_attn_scalar"
     whole = page.layers == _LAYERS_27B[page.architecture]
     wanted = page.width // page.heads if whole else page.head_width

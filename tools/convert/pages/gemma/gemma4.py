@@ -34,7 +34,7 @@ class _Heads:
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """Differences between layers. The first `own` layers have their own keys and values, which the other layers use."""
+    """Values that differ between layers. Layers from `own` on use the keys and values of earlier layers."""
 
     windowed: list[bool]
     part: _Heads

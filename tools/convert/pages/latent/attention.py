@@ -1,5 +1,5 @@
-"""Latent attention: widths, keys and tensors. GGUF splits the matrix from the latent vector to keys and values by head.
-In `attn_k_b`, but not in `attn_v_b`, rows and columns are exchanged."""
+"""Converts latent attention. GGUF splits the matrix that computes keys and values from the latent vector into
+`attn_k_b` and `attn_v_b`, each with one matrix per head. The matrices of `attn_k_b` are transposed."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def _kinds(page: Page) -> list[str]:
 
 
 def _adjusted_width(page: Page) -> int:
-    """Returns the configured width, or two thirds of the width, times a factor, rounded up, if the model adjusts it."""
+    """Returns the width of the feed-forward network, adjusted if `block_auto_adjust_ff_dim` is set."""
     settings = page.settings
     width = settings.count("block_ff_dim", "intermediate_size")
     if not settings.flag("block_auto_adjust_ff_dim", default=True):

@@ -16,7 +16,7 @@ _NAMES = MappingProxyType(
     {"ssm.inner_size": "mamba_d_head", "ssm.state_size": "mamba_d_state", "ssm.group_count": "mamba_n_groups"}
 )
 _ALL_STEPS = ([0, math.inf], [0, {"__float__": "Infinity"}])
-"""Limits of time steps that have no effect: as numbers, and as transformers writes infinity."""
+"""Values of `time_step_limit` that limit nothing: with infinity as a number, and as transformers writes it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ class Chain:
         dry_window: int,
         breakers: Sequence[Sequence[int]],
         mu: float,
-        **numbers: float,  # One number for each setting of a sampler chain (core/sampler/sampler_chain.py), by name.
+        **numbers: float,  # One number for each setting of a sampler chain (core/sampler/params.py), by name.
     ) -> Chain: ...
 
 class RowTask:

@@ -11,9 +11,8 @@ from itertools import repeat
 from llamaclust.core.bounds import one_line
 from llamaclust.core.sampler.fields import numbers_of
 from llamaclust.core.sampler.matchers import AllowedTokens
-from llamaclust.core.sampler.params import PARAMS
+from llamaclust.core.sampler.params import CHAIN, PARAMS, SAMPLERS, SamplerChain
 from llamaclust.core.sampler.results import RowResult
-from llamaclust.core.sampler.sampler_chain import CHAIN, SAMPLERS, SamplerChain
 from llamaclust.core.sampler.tasks import RowTask, SampleTask, ScoreTask
 from llamaclust.kernels import _native
 from llamaclust.kernels.backend import Logits, RankedLogits

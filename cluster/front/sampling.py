@@ -26,9 +26,16 @@ from llamaclust.cluster.scheduler.validation import check_chain
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, AdapterScales
 from llamaclust.core.sampler.bounds import MAX_TOP_K
 from llamaclust.core.sampler.fields import Dialect
-from llamaclust.core.sampler.params import PARAMS, SamplingParams
+from llamaclust.core.sampler.params import (
+    CHAIN,
+    PARAMS,
+    PLAIN_ORDER,
+    SAMPLERS,
+    SamplerChain,
+    SamplerName,
+    SamplingParams,
+)
 from llamaclust.core.sampler.results import RowResult
-from llamaclust.core.sampler.sampler_chain import CHAIN, PLAIN_ORDER, SAMPLERS, SamplerChain, SamplerName
 from llamaclust.core.sampler.table import MAIN_NUMBERS, SAMPLING_TABLE
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 

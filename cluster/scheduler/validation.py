@@ -12,11 +12,10 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 from llamaclust.core.errors import ContextLengthError, ParameterError
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_TOP_LOGPROBS, AdapterScales
-from llamaclust.core.sampler import bounds
+from llamaclust.core.sampler import bounds, fields
 from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS
 from llamaclust.core.sampler.fields import SamplingField
-from llamaclust.core.sampler.params import PARAMS, SamplingParams
-from llamaclust.core.sampler.sampler_chain import CHAIN, SamplerChain
+from llamaclust.core.sampler.params import CHAIN, PARAMS, SamplerChain, SamplingParams
 
 NO_TEXT = "is an encoder or reranker, which generates nothing: use /v1/embeddings or /v1/rerank"
 MAX_CHOICES = 128
@@ -98,7 +97,7 @@ def check_chain(chain: SamplerChain) -> None:
 
 
 def _check_rows(source: object, rows: Mapping[str, SamplingField]) -> None:
-    for name, value in bounds.numbers_of(source, rows).items():
+    for name, value in fields.numbers_of(source, rows).items():
         row = rows[name]
         if row.is_whole:
             check_integer(name, value, int(row.low), int(row.high))

@@ -61,11 +61,3 @@ class MatcherStart:
     reasoning: Reasoning | None = None
     may_force: bool = False  # Tokens that must follow a sampled token are returned together with it.
     drafts_forced: bool = False  # Tokens that must follow are returned as a draft, which is computed like any draft.
-
-
-@dataclass(frozen=True, slots=True)
-class MatcherRow:
-    key: int  # Identifies the answer within an epoch.
-    position: int  # Number of the answer's tokens before the token to sample.
-    # Drafted token before this row. The row counts only if the previous row chose this token. Set by a stage.
-    drafted: int | None = None

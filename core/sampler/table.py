@@ -8,8 +8,7 @@ from typing import Final
 
 from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS
 from llamaclust.core.sampler.fields import SamplingField, number, rows_of
-from llamaclust.core.sampler.params import PARAMS
-from llamaclust.core.sampler.sampler_chain import CHAIN
+from llamaclust.core.sampler.params import CHAIN, PARAMS
 
 
 @dataclass(frozen=True, slots=True)

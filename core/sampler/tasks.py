@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from llamaclust.core.sampler.matchers import MatcherRow
 from llamaclust.core.sampler.params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class MatcherRow:
+    key: int  # Identifies the answer within an epoch.
+    position: int  # Number of the answer's tokens before the token to sample.
+    # Drafted token before this row. The row counts only if the previous row chose this token. Set by a stage.
+    drafted: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.core.sampler.sampler_chain import SamplerChain
+from llamaclust.core.sampler.params import SamplerChain
 from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.reference.exact import exp32, log64

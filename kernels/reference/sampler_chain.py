@@ -9,8 +9,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from llamaclust.core.sampler.params import SamplingParams
-from llamaclust.core.sampler.sampler_chain import SamplerChain
+from llamaclust.core.sampler.params import SamplerChain, SamplingParams
 from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.reference.candidates import LARGEST, UNIT_WEIGHT, Candidates, random_bits, ranked

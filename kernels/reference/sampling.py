@@ -8,8 +8,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.core.sampler.params import SamplerChain
 from llamaclust.core.sampler.results import RowResult
-from llamaclust.core.sampler.sampler_chain import SamplerChain
 from llamaclust.core.sampler.tasks import RowTask, SampleTask
 from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.reference.candidates import ranked

@@ -8,7 +8,7 @@ from typing import Any, Final, TypeGuard
 
 import numpy as np
 
-from llamaclust.core.sampler.sampler_chain import SAMPLERS
+from llamaclust.core.sampler.params import SAMPLERS
 from llamaclust.core.sampler.table import SAMPLING_TABLE
 from llamaclust.model.gguf.model_file import ModelFile
 

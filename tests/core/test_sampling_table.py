@@ -9,8 +9,7 @@ import pytest
 
 from llamaclust.cluster.client.http_codec import AnswerOptions
 from llamaclust.core.sampler.fields import Dialect
-from llamaclust.core.sampler.params import PARAMS, SamplingParams
-from llamaclust.core.sampler.sampler_chain import CHAIN, SamplerChain
+from llamaclust.core.sampler.params import CHAIN, PARAMS, SamplerChain, SamplingParams
 from llamaclust.core.sampler.table import MAIN_NUMBERS, SAMPLING_TABLE
 from llamaclust.proto import sampling_pb2
 from support.paths import ROOT

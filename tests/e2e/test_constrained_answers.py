@@ -19,7 +19,8 @@ from llamaclust.cluster.launchers.in_process import LocalSettings
 from llamaclust.cluster.scheduler.matcher_turns import MatcherTurns
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.sequences import Sequence
-from llamaclust.core.sampler.matchers import AllowedTokens, MatcherRow
+from llamaclust.core.sampler.matchers import AllowedTokens
+from llamaclust.core.sampler.tasks import MatcherRow
 from llamaclust.model.grammars.matcher import GrammarMatcher, LexerUsedUpError
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from llamaclust.worker.stage import matched_answer

@@ -11,9 +11,8 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.errors import ProtocolError, WorkerError
-from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.params import SamplerChain, SamplerName, SamplingParams
 from llamaclust.core.sampler.results import RowResult
-from llamaclust.core.sampler.sampler_chain import SamplerChain, SamplerName
 from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.model.loader import Model
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs

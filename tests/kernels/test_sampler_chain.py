@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.params import PLAIN_ORDER, SAMPLERS, SamplerChain, SamplerName, SamplingParams
 from llamaclust.core.sampler.results import RowResult
-from llamaclust.core.sampler.sampler_chain import PLAIN_ORDER, SAMPLERS, SamplerChain, SamplerName
 from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.kernels import _native
 from llamaclust.kernels.reference import exact

@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.sampler.matchers import MatcherRow
-from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.params import SamplerChain, SamplingParams
 from llamaclust.core.sampler.results import RowResult
-from llamaclust.core.sampler.sampler_chain import SamplerChain
-from llamaclust.core.sampler.tasks import SampleTask
+from llamaclust.core.sampler.tasks import MatcherRow, SampleTask
 from llamaclust.proto import microbatch_pb2, sampling_pb2
 from llamaclust.wire.microbatch.codec import encode_microbatch
 from llamaclust.wire.microbatch.inputs import encode_inputs

@@ -14,10 +14,10 @@ from llamaclust.core.sampler.bounds import (
     MAX_REASONING_END_TOKENS,
     MAX_VOCABULARY,
 )
-from llamaclust.core.sampler.matchers import Grammar, MatcherRow, MatcherStart, Reasoning
+from llamaclust.core.sampler.matchers import Grammar, MatcherStart, Reasoning
 from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.core.sampler.results import RowResult
-from llamaclust.core.sampler.tasks import SampleTask
+from llamaclust.core.sampler.tasks import MatcherRow, SampleTask
 from llamaclust.proto import sampling_pb2
 from llamaclust.wire.microbatch.inputs import encode_inputs
 from llamaclust.wire.microbatch.messages import Result, SamplingInputs

@@ -27,9 +27,8 @@ from llamaclust.core.limits import (
     MAX_TOP_LOGPROBS,
 )
 from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS, MAX_VOCABULARY
-from llamaclust.core.sampler.params import PARAMS, SamplingParams
+from llamaclust.core.sampler.params import CHAIN, PARAMS, SAMPLERS, SamplerChain, SamplerName, SamplingParams
 from llamaclust.core.sampler.results import RowResult
-from llamaclust.core.sampler.sampler_chain import CHAIN, SAMPLERS, SamplerChain, SamplerName
 from llamaclust.core.sampler.tasks import SampleTask, ScoreTask
 from llamaclust.proto import sampling_pb2
 from llamaclust.wire.microbatch.codec import encode_microbatch, encode_sampled_tokens

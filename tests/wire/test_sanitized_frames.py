@@ -12,10 +12,9 @@ from random import Random
 import numpy as np
 import pytest
 
-from llamaclust.core.sampler.matchers import Grammar, MatcherRow, MatcherStart
-from llamaclust.core.sampler.params import SamplingParams
-from llamaclust.core.sampler.sampler_chain import SamplerChain
-from llamaclust.core.sampler.tasks import SampleTask, ScoreTask
+from llamaclust.core.sampler.matchers import Grammar, MatcherStart
+from llamaclust.core.sampler.params import SamplerChain, SamplingParams
+from llamaclust.core.sampler.tasks import MatcherRow, SampleTask, ScoreTask
 from llamaclust.wire.microbatch.codec import encode_microbatch, encode_sampled_tokens
 from llamaclust.wire.microbatch.inputs import encode_inputs
 from llamaclust.wire.microbatch.messages import Chunk, ImageRows, Microbatch, SampledTokens, SamplingInputs, StageTiming

@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_TOP_LOGPROBS
 from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS, MAX_VOCABULARY
-from llamaclust.core.sampler.matchers import Grammar, MatcherRow, MatcherStart, Reasoning
-from llamaclust.core.sampler.params import PARAMS, SamplingParams
+from llamaclust.core.sampler.matchers import Grammar, MatcherStart, Reasoning
+from llamaclust.core.sampler.params import CHAIN, PARAMS, SAMPLERS, SamplerChain, SamplingParams
 from llamaclust.core.sampler.results import RowResult
-from llamaclust.core.sampler.sampler_chain import CHAIN, SAMPLERS, SamplerChain
-from llamaclust.core.sampler.tasks import RowTask, SampleTask, ScoreTask, second_draw
+from llamaclust.core.sampler.tasks import MatcherRow, RowTask, SampleTask, ScoreTask, second_draw
 from llamaclust.kernels._native import RowOutcomes
 from llamaclust.kernels.sampling import Sampler, row_results, set_result
 from llamaclust.wire.microbatch.codec import encode_microbatch

@@ -9,8 +9,7 @@ from struct import Struct
 from typing import Final
 
 from llamaclust.core.sampler.fields import numbers_of
-from llamaclust.core.sampler.params import PARAMS, SamplingParams
-from llamaclust.core.sampler.sampler_chain import CHAIN, SAMPLERS, SamplerChain
+from llamaclust.core.sampler.params import CHAIN, PARAMS, SAMPLERS, SamplerChain, SamplingParams
 from llamaclust.core.sampler.tasks import RowTask, SampleTask
 from llamaclust.proto import sampling_pb2 as sampling_proto
 from llamaclust.wire.microbatch.codec import int32

@@ -15,7 +15,7 @@ from llamaclust.worker.stage.stage_runner import StageRunner
 
 MOST_ROWS = 256
 _MOST_BESIDE = 8
-"""If a sequence has more uncached tokens than this, a run before the first drafting step prefills them."""
+"""A sequence with more uncached tokens than this is prefilled before the first drafting step."""
 
 
 class ModelDrafter:

@@ -11,8 +11,9 @@ from time import monotonic, thread_time_ns
 from typing import Final
 
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, RequestError
-from llamaclust.core.sampler.matchers import AllowedTokens, MatcherRow, MatcherStart
+from llamaclust.core.sampler.matchers import AllowedTokens, MatcherStart
 from llamaclust.core.sampler.results import RowResult
+from llamaclust.core.sampler.tasks import MatcherRow
 from llamaclust.model.grammars.matcher import GrammarMatcher, LexerUsedUpError, TokenRefusedError
 from llamaclust.model.grammars.reasoning_matcher import ReasoningMatcher, answer_matcher
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
@@ -22,7 +23,7 @@ _DRAFTED_NS: Final = 200_000_000
 _STEP_NS: Final = 500_000_000
 """Once a step's matchers have used this CPU time, all other rows are deferred. Fewer slow answers then share a step."""
 _TOLD_NS: Final = 1_000_000
-"""If a row's matcher used at least this CPU time, the time is reported to the coordinator."""
+"""Minimum CPU time of a row's matcher that is reported to the coordinator."""
 _READY_S: Final = 60.0
 """Time limit for making a matcher, which takes a fraction of a second unless the machine is very busy."""
 _TOKEN_NS: Final = 50_000_000

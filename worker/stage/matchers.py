@@ -13,8 +13,9 @@ from threading import Lock
 from typing import Final
 
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.sampler.matchers import AllowedTokens, MatcherRow
+from llamaclust.core.sampler.matchers import AllowedTokens
 from llamaclust.core.sampler.results import RowResult
+from llamaclust.core.sampler.tasks import MatcherRow
 from llamaclust.kernels._native import SamplingTasks
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from llamaclust.worker.stage.dependencies import MOST_IN_FLIGHT

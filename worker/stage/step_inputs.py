@@ -8,8 +8,7 @@ from functools import cache
 from llamaclust.core import limits
 from llamaclust.core.sampler import bounds
 from llamaclust.core.sampler.matchers import MatcherStart
-from llamaclust.core.sampler.params import PARAMS
-from llamaclust.core.sampler.sampler_chain import CHAIN
+from llamaclust.core.sampler.params import CHAIN, PARAMS
 from llamaclust.kernels._native import InputsReader, SamplingTasks
 from llamaclust.wire.microbatch.codec import MAX_INPUTS_BYTES, MAX_INPUTS_TOKENS, MAX_RELEASED
 from llamaclust.wire.microbatch.matchers import starts_in

@@ -12,9 +12,8 @@ from runner.options import listed, positive
 
 from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_KV_BLOCKS, StageLimits
 from llamaclust.core.sampler.bounds import MAX_VOCABULARY
-from llamaclust.core.sampler.matchers import MatcherRow
 from llamaclust.core.sampler.params import SamplingParams
-from llamaclust.core.sampler.tasks import SampleTask
+from llamaclust.core.sampler.tasks import MatcherRow, SampleTask
 from llamaclust.kernels import _native
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES, MAX_STAGES, encode_microbatch, encode_sampled_tokens

@@ -34,8 +34,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.validation import NO_TEXT
 from llamaclust.cluster.state.adapters import ServedAdapters
 from llamaclust.core.errors import ContextLengthError, ParameterError
-from llamaclust.core.sampler.params import SamplingParams
-from llamaclust.core.sampler.sampler_chain import SamplerChain
+from llamaclust.core.sampler.params import SamplerChain, SamplingParams
 from llamaclust.model.chat.template import ChatTemplate
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.grammars.checker import GrammarChecker

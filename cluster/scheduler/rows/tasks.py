@@ -7,8 +7,8 @@ from dataclasses import replace
 from itertools import accumulate, repeat
 from typing import TYPE_CHECKING
 
-from llamaclust.core.sampler.matchers import MatcherRow, MatcherStart
-from llamaclust.core.sampler.tasks import RowTask, SampleTask, ScoreTask
+from llamaclust.core.sampler.matchers import MatcherStart
+from llamaclust.core.sampler.tasks import MatcherRow, RowTask, SampleTask, ScoreTask
 
 if TYPE_CHECKING:
     from llamaclust.cluster.scheduler.sequences import Sequence

@@ -22,8 +22,7 @@ from llamaclust.cluster.front.text.answer import TextChunk, join
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.errors import LlamaclustError, QueueFullError, RequestError, UsageError, WorkerError
-from llamaclust.core.sampler.params import SamplingParams
-from llamaclust.core.sampler.sampler_chain import CHAIN, SamplerChain
+from llamaclust.core.sampler.params import CHAIN, SamplerChain, SamplingParams
 from llamaclust.model.chat.template import ChatTemplate
 from support.arithmetic.sampled import SAMPLERS
 from support.clusters import served

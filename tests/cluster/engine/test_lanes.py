@@ -16,9 +16,8 @@ from llamaclust.cluster.engine.request_stream import RequestStream
 from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, GenerationRequest
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.core.errors import WorkerError
-from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.params import SamplerChain, SamplingParams
 from llamaclust.core.sampler.results import NOT_FINITE, RowResult
-from llamaclust.core.sampler.sampler_chain import SamplerChain
 from llamaclust.wire.microbatch.messages import Result
 from support.clusters.fakes import VOCABULARY, FakePipeline, Losses, expected, tokens_of
 from support.clusters.served import until

@@ -13,7 +13,7 @@ from llamaclust.cluster.client.http import Client
 from llamaclust.cluster.client.http_codec import AnswerOptions
 from llamaclust.cluster.launchers.in_process import LocalSettings
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from llamaclust.core.sampler.sampler_chain import PLAIN_ORDER, SamplerChain, SamplerName
+from llamaclust.core.sampler.params import PLAIN_ORDER, SamplerChain, SamplerName
 from support.clusters.served import CONTEXT, ScriptedEngine, client, make_app, says
 from support.models.tiny_model import build_tiny_model
 

@@ -16,10 +16,10 @@ from llamaclust.cluster.scheduler.speculation import speculation as module
 from llamaclust.cluster.scheduler.speculation.acceptance import Acceptance
 from llamaclust.cluster.scheduler.speculation.drafts import SequenceDrafts
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
-from llamaclust.core.sampler.matchers import Grammar, MatcherRow
+from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.core.sampler.results import RowResult
-from llamaclust.core.sampler.tasks import SampleTask
+from llamaclust.core.sampler.tasks import MatcherRow, SampleTask
 from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
 from llamaclust.worker.stage.matched_answer import DEFERRED
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear

@@ -9,10 +9,10 @@ from random import Random
 from llamaclust.cluster.scheduler.requests import Failed, GenerationRequest, TokenSampled
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
-from llamaclust.core.sampler.matchers import Grammar, MatcherRow, MatcherStart
+from llamaclust.core.sampler.matchers import Grammar, MatcherStart
 from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.core.sampler.results import RowResult
-from llamaclust.core.sampler.tasks import RowTask, SampleTask
+from llamaclust.core.sampler.tasks import MatcherRow, RowTask, SampleTask
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear
 from support.seed import SEED

@@ -11,8 +11,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.sampler.params import SamplingParams
-from llamaclust.core.sampler.sampler_chain import SamplerChain
+from llamaclust.core.sampler.params import SamplerChain, SamplingParams
 from support.clusters.fakes import VOCABULARY, ConstantModel, FakeModel, FakeStages, Simulation, expected, linear
 from support.seed import SEED
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from llamaclust.core.sampler.matchers import AllowedTokens, Grammar, MatcherRow, MatcherStart, Reasoning
+from llamaclust.core.sampler.matchers import AllowedTokens, Grammar, MatcherStart, Reasoning
 from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.core.sampler.results import RowResult
-from llamaclust.core.sampler.tasks import SampleTask
+from llamaclust.core.sampler.tasks import MatcherRow, SampleTask
 from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from llamaclust.wire.microbatch.codec import encode_microbatch

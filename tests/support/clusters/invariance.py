@@ -18,9 +18,8 @@ from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptEmbedded, PromptScored, TokenSampled
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.state.directory import ClusterDir
-from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.params import PLAIN_ORDER, SAMPLERS, SamplerChain, SamplerName, SamplingParams
 from llamaclust.core.sampler.results import RowResult
-from llamaclust.core.sampler.sampler_chain import PLAIN_ORDER, SAMPLERS, SamplerChain, SamplerName
 from llamaclust.model.groups.portions import borders
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model

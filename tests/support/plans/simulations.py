@@ -9,8 +9,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
-from llamaclust.core.sampler.params import SamplingParams
-from llamaclust.core.sampler.sampler_chain import SamplerChain, SamplerName
+from llamaclust.core.sampler.params import SamplerChain, SamplerName, SamplingParams
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, blocks_of, expected, linear, reason_of
 

@@ -15,10 +15,8 @@ from llamaclust.core.bounds import one_line
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import MAX_KV_BLOCKS
 from llamaclust.core.sampler.fields import numbers_of
-from llamaclust.core.sampler.matchers import MatcherRow
-from llamaclust.core.sampler.params import PARAMS, SamplingParams
-from llamaclust.core.sampler.sampler_chain import CHAIN, SAMPLERS, SamplerChain
-from llamaclust.core.sampler.tasks import RowTask, SampleTask, ScoreTask
+from llamaclust.core.sampler.params import CHAIN, PARAMS, SAMPLERS, SamplerChain, SamplingParams
+from llamaclust.core.sampler.tasks import MatcherRow, RowTask, SampleTask, ScoreTask
 from llamaclust.proto import microbatch_pb2, sampling_pb2
 from llamaclust.wire.codec import parse
 from llamaclust.wire.microbatch.codec import MAX_INPUTS_BYTES, MAX_MICROBATCH_BYTES

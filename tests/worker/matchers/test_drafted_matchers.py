@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from llamaclust.core.sampler.matchers import AllowedTokens, MatcherRow
+from llamaclust.core.sampler.matchers import AllowedTokens
+from llamaclust.core.sampler.tasks import MatcherRow
 from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.matcher import GrammarMatcher, LexerUsedUpError
 from llamaclust.worker.stage import matched_answer

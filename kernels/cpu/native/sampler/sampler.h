@@ -20,12 +20,12 @@ inline constexpr float kLargest = std::numeric_limits<float>::max(), kInfinity =
 using TokenValue = std::pair<int32_t, float>;
 using Breakers = std::vector<std::vector<int32_t>>;
 
-// The number of a step, as in core/sampler/sampler_chain.py.
+// The number of a step, as in core/sampler/params.py.
 enum class Step : int32_t {
   kPenalties, kDry, kTopNSigma, kTopK, kTailFree, kTypical, kTopP, kMinP, kXtc, kTemperature, kCount
 };
 
-// The rows of the sampling table in core/sampler/sampler_chain.py: members of a chain, and arguments of the binding by name.
+// The rows of the sampling table in core/sampler/params.py: members of a chain, and arguments of the binding by name.
 #define LLAMACLUST_CHAIN_NUMBERS(NUMBER) \
   NUMBER(double, top_n_sigma)            \
   NUMBER(double, tfs_z)                  \
@@ -41,7 +41,7 @@ enum class Step : int32_t {
   NUMBER(double, mirostat_tau)           \
   NUMBER(double, mirostat_eta)
 
-// As SamplerChain in core/sampler/sampler_chain.py, and what a SampleTask says for it.
+// As SamplerChain in core/sampler/params.py, and what a SampleTask says for it.
 struct Chain {
 #define LLAMACLUST_MEMBER(kind, name) kind name;
   LLAMACLUST_CHAIN_NUMBERS(LLAMACLUST_MEMBER)

@@ -15,8 +15,7 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.validation import validate
 from llamaclust.core.bounds import finite
 from llamaclust.core.errors import ParameterError, ProtocolError
-from llamaclust.core.sampler.params import PARAMS, SamplingParams
-from llamaclust.core.sampler.sampler_chain import CHAIN, SamplerChain
+from llamaclust.core.sampler.params import CHAIN, PARAMS, SamplerChain, SamplingParams
 from support.clusters.served import ScriptedEngine, make_app, says
 
 HUGE = (10**400, -(10**400), 10**25)

@@ -15,9 +15,8 @@ from llamaclust.cluster.scheduler.rows.tasks import sample_task, window_tasks
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.speculation.sequence_drafting import Drafting
 from llamaclust.cluster.scheduler.usage import Usage
-from llamaclust.core.sampler.params import SamplingParams
+from llamaclust.core.sampler.params import SamplerChain, SamplingParams
 from llamaclust.core.sampler.results import RowResult
-from llamaclust.core.sampler.sampler_chain import SamplerChain
 from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.wire.microbatch.inputs import encode_inputs
 from llamaclust.wire.microbatch.messages import SamplingInputs

@@ -56,7 +56,7 @@ class _Record:
     suspected: list[_Suspected] = field(default_factory=list)
     # Number of failures while the request was isolated and none of its suspected rows was in flight.
     interrupted: int = 0
-    # Workers at fault in these failures. None: the worker is unknown.
+    # Workers at fault in the recorded failures. None: the worker is unknown.
     workers: set[str | None] = field(default_factory=set)
     has_results: bool = False  # True if some result has arrived since the first failure.
 
@@ -65,7 +65,7 @@ class _Record:
         return max(suspected.strikes for suspected in self.suspected)
 
     def strike(self, rows: range, *, is_alone: bool) -> bool:
-        """Records a failure with `rows` in flight. Returns True if it is evidence against the sequence."""
+        """Records a failure with `rows` in flight. Returns True if the failure is evidence against the sequence."""
         found = [suspected for suspected in self.suspected if suspected.overlaps(rows)]
         for suspected in found:
             suspected.strike(rows, is_alone=is_alone)
@@ -83,13 +83,12 @@ class _Record:
 class Strikes:
     def __init__(self) -> None:
         self._records: dict[int, _Record] = {}
-        # True until the next failure. No request is isolated meanwhile, so that other requests continue.
+        # True if no request is isolated until the next failure, so that other requests continue.
         self._is_paused = False
 
     @property
     def isolated(self) -> Sequence | None:
-        """The sequence to isolate next: the least often interrupted sequence, or on a tie the sequence with the most
-        strikes."""
+        """The sequence to isolate next: among the least often interrupted sequences, the one with the most strikes."""
         record = self._isolated
         return None if record is None else record.sequence
 

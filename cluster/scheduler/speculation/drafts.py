@@ -36,7 +36,7 @@ class SequenceDrafts:
         return Candidate(draft.tokens[:most], rate, min(draft.forced, most), self.rate(FORCED) if draft.forced else 1.0)
 
     def further(self, tokens: Sequence[int], ahead: tuple[int, ...], most: int) -> tuple[int, ...]:
-        """Returns up to `most` tokens of the draft after the tokens in flight (`ahead`). Returns none if `ahead`
+        """Returns up to `most` tokens that follow the tokens in flight (`ahead`) in the draft. Returns () if `ahead`
         differs from the draft."""
         self._compare(tokens)
         under_way = (*tokens[self._at :], *ahead)

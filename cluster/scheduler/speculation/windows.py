@@ -23,7 +23,8 @@ _MARGIN_BESIDE = 0.2
 
 
 class RoundTimes(Protocol):
-    """Times of rounds in nanoseconds. The scheduler measures them, and the planner predicts them."""
+    """Times of rounds in nanoseconds. A round is one decode step of all sequences. The scheduler measures these times,
+    and the planner predicts them."""
 
     def plain_ns(self, sequences: int, groups: int) -> float:
         """Returns the time of a round without drafted rows, with lookahead steps. Returns infinity if it is unknown."""
@@ -60,7 +61,7 @@ def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain 
 
 
 def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:
-    """Returns the number of drafted tokens per sequence, in total up to `most_rows`, for one of `groups`
+    """Returns the number of drafted tokens per sequence (at most `most_rows` in total) for one of `groups`
     microbatches."""
     sequences = len(candidates)
     windows = [0] * sequences

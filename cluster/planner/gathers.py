@@ -1,4 +1,5 @@
-"""Predicts the time of gathers, from the latency of the group's slowest link and the bytes on all links."""
+"""Predicts the time of gathers. In a gather, the members of a group exchange their parts of rows, so that every member
+has whole rows. The time depends on the latency of the slowest link and on the bytes on all links."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adjusts the shares of a group if memory is nearly full, so that each member has room for its whole units."""
+"""Adjusts the shares of a group if memory is nearly full. Shares are rounded to whole units, which may not fit."""
 
 from __future__ import annotations
 

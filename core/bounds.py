@@ -17,7 +17,7 @@ MAX_ONE_LINE = 1000
 MAX_GPUS = 16
 MAX_STAGES_HELD = 1024  # Maximum number of stages on one worker.
 MAX_LAYERS = 1 << 16
-MAX_PERMIT = 4096  # Maximum number of characters.
+MAX_PERMIT = 4096  # Maximum number of characters of a permit.
 UINT64 = (1 << 64) - 1
 LOCAL: Final = {"is_local": True}
 """Metadata of a dataclass field that is not sent. The receiver uses the field's default value."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 _ROOT = Path("/")
 _UNLIMITED_BYTES = 1 << 60
-"""A limit of this size or more counts as no limit, because version 1 states a number near 2^63 if there is none."""
+"""A limit of this size or more counts as no limit, because cgroup version 1 states a number near 2^63 for no limit."""
 
 
 @dataclass(frozen=True, slots=True)

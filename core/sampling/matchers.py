@@ -59,13 +59,13 @@ class MatcherStart:
     grammar: Grammar | None
     tokens: tuple[int, ...] = ()  # The answer's tokens so far.
     reasoning: Reasoning | None = None
-    may_force: bool = False  # Tokens that must follow a sampled token are returned together with it.
-    drafts_forced: bool = False  # Tokens that must follow are returned as a draft, which is computed like any draft.
+    may_force: bool = False  # True if tokens that must follow a sampled token are returned with that token.
+    drafts_forced: bool = False  # True if such tokens are returned as a draft, which is then verified.
 
 
 @dataclass(frozen=True, slots=True)
 class MatcherRow:
     key: int  # Identifies the answer within an epoch.
     position: int  # Number of the answer's tokens before the token to sample.
-    # Drafted token before this row. The row counts only if the previous row chose this token. Set by a stage.
+    # Drafted token that this row reads. The row counts only if the previous row chose this token. Set by a stage.
     drafted: int | None = None

@@ -21,7 +21,8 @@ class SampleTask:
     history: Sequence[int] = ()
     suppressed: tuple[int, ...] = ()  # Token ids that must not be chosen (min_tokens).
     top_logprobs: int = 0
-    history_rows: int = 0  # Number of the chunk's last tokens, up to this row's own token, that follow `history`.
+    # Number of the chunk's tokens that follow `history`. The last of them is this row's own token.
+    history_rows: int = 0
     penalty_window: int | None = None  # Number of last tokens of the history that penalties count, or None for all.
     dry_window: int | None = None  # Number of last tokens of the history that DRY searches, or None for all.
     breakers: tuple[tuple[int, ...], ...] = ()  # Token sequences that end DRY's search for repetitions.
@@ -67,5 +68,5 @@ _SECOND_DRAW = 1 << 31
 
 
 def second_draw(task: RowTask) -> RowTask:
-    """Returns the task with an independent random draw, for a row whose first token the grammar refused."""
+    """Returns the task with another random draw, for a row whose first drawn token the grammar refused."""
     return replace(task, choice=task.choice + _SECOND_DRAW) if isinstance(task, SampleTask) else task

@@ -59,7 +59,7 @@ class DividedCosts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DividedTables:
-    """A table of stage costs in undivided, coarse and fine parts. Tables of several members are [members, ...]."""
+    """A table of stage costs, split as in `DividedCosts`. Tables of several members have the shape [members, ...]."""
 
     whole: Table
     coarse: tuple[Table, ...]

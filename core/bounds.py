@@ -41,8 +41,7 @@ def finite(what: str, value: float, low: float = -math.inf, high: float = math.i
 
 
 def line(what: str, value: str, most: int = MAX_TEXT) -> str:
-    """Replaces runs of white space by one space and drops control characters, so that terminals show the text
-    safely."""
+    """Replaces white space by single spaces and drops control characters, so that terminals show the text safely."""
     if value.isalnum() and len(value) <= most:
         return value
     bounded(f"length of {what}", len(value), 0, most)

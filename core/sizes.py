@@ -12,7 +12,7 @@ def mib(size_bytes: float) -> int:
 
 
 def gigabytes(size_bytes: int) -> str:
-    """Formats a file's size like model hubs, for example '4.9 GB' or '98 MB'."""
+    """Formats a file's size as model hubs do, for example '4.9 GB' or '98 MB'."""
     return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"
 
 

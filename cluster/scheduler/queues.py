@@ -122,8 +122,7 @@ class SequenceQueues:
         self._preempt_one()
 
     def make_room(self, sequence: Sequence) -> None:
-        """Starts the sequence, or gives a running sequence its next block. May preempt other sequences. Must not be
-        called while a microbatch is in flight."""
+        """Starts the sequence or gives it its next block. May preempt other sequences. Nothing may be in flight."""
         grow = self.memory.grow if sequence.phase is _DECODE else self.memory.extend
         if sequence.is_running and not grow(sequence):
             self.preempt(sequence)

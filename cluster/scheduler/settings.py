@@ -88,8 +88,7 @@ class SchedulerSettings:
 
     @property
     def max_sequence_tokens(self) -> int:
-        """Maximum number of tokens in prompt and answer. A prompt that is computed as a whole must fit into a
-        microbatch."""
+        """Maximum tokens in prompt and answer. A prompt that is computed as a whole must fit into a microbatch."""
         tokens = min(self.context_length, self.kv_blocks * KV_BLOCK_TOKENS)
         return min(tokens, self.max_batch_tokens, self.max_embedded_rows) if self.whole_prompts else tokens
 

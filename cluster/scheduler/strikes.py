@@ -42,8 +42,7 @@ class _Suspected:
 
 @dataclass(frozen=True, slots=True)
 class StruckOut:
-    """A sequence that must fail. `has_results` is true if some result arrived between its first and its last
-    failure."""
+    """A sequence that must fail. `has_results` is true if a result arrived between its first and last failure."""
 
     sequence: Sequence
     workers: frozenset[str | None]
@@ -106,7 +105,8 @@ class Strikes:
         return to_suspected if to_suspected > 0 else _PROBED_ROWS
 
     def add(self, slices: Iterable[SequenceSlice], worker: str | None = None) -> list[StruckOut]:
-        """Records a failure of the slices in flight, at `worker` if known. Returns the sequences that must fail."""
+        """Records that the pipeline failed with these slices in flight. `worker` is the worker at fault, or None if it
+        is unknown. Returns the sequences that must fail."""
         in_flight = _rows_in_flight(slices)
         isolated = self._isolated
         is_alone = isolated is not None and list(in_flight) == [isolated.sequence]

@@ -12,8 +12,7 @@ from llamaclust.core.sampling.sampler_chain import SamplerChain
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Sampling parameters. The defaults choose the most probable token. Steps are in the order of
-    docs/internals/numerics.md."""
+    """Sampling parameters. The defaults choose the most probable token. docs/internals/numerics.md has the steps."""
 
     temperature: float = number(
         (0.0, 100.0),

@@ -48,7 +48,6 @@ class SampleTask:
         )
 
     def is_next_to(self, before: SampleTask) -> bool:
-        # Cheap tests that tell most tasks apart.
         is_near = self.position == before.position + 1 and self.seed == before.seed
         return is_near and self == before.next()
 

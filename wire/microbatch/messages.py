@@ -61,8 +61,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """A unit of work. Every stage runs an epoch's microbatches in order of `number`, which counts from 0 without
-    gaps."""
+    """A unit of work. Every stage runs an epoch's microbatches in order of `number`: 0, 1, 2 and so on."""
 
     model_id: str
     epoch: int

@@ -28,7 +28,7 @@ class _Kinds:
     """Sorts stages into kinds. Stages of one kind have equal layers. Either all stages of a kind have the first layer
     or none, and the same holds for the last layer."""
 
-    kind_of: Counts  # Kind by start and end.
+    kind_of: Counts  # Kind of each stage, by start and end.
     places: tuple[Counts, Counts]  # Start and end of one stage per kind.
     cells: Counts  # Cell number per kind. Kinds with the same cell have the same shares.
 

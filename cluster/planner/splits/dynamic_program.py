@@ -38,8 +38,8 @@ class Step:
     holder: int
     before: tuple[int, ...]
     is_first: bool  # True if the holder may have the first stage.
-    own: Counts = ()  # Workers of the holder. Empty: unknown.
-    left: Counts = ()  # Workers that are unused after this step.
+    own: Counts = ()  # Numbers of the holder's workers by class. Empty: unknown.
+    left: Counts = ()  # Numbers of unused workers by class after this step.
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,6 @@ class Drafter(Protocol):
 
 class Drafters(Protocol):
     def of(self, key: Hashable) -> Drafter:
-        """Returns a drafter. Drafters with different keys (cache salt and adapters) share nothing."""
+        """Returns a drafter. Drafters with different keys (cache salt and adapters) do not see each other's tokens."""
 
     def ended(self, key: Hashable, tokens: Sequence[int]) -> None: ...

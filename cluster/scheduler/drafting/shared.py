@@ -13,7 +13,7 @@ from llamaclust.cluster.scheduler.drafting.hash_chains import LONGEST, NO_MATCH,
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafter
 
 _ORDER = 4
-"""Minimum match length in tokens. Shorter matches between answers are often chance."""
+"""Minimum match length in tokens. Shorter matches between answers are often accidental."""
 _KEY_TOKENS = 128
 """Each key counts as this number of stored tokens, because even an empty index takes about 2 KiB."""
 

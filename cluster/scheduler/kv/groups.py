@@ -1,5 +1,4 @@
-"""Calculates the numbers of KV blocks for sliding-window layers and of blocks for recurrent states. Plans and the
-scheduler use the same numbers."""
+"""Calculates the numbers of sliding-window blocks and recurrent state blocks, for plans and for the scheduler."""
 
 from __future__ import annotations
 
@@ -54,9 +53,8 @@ class WindowGroup:
         return max(0, position - self.window + 1) // KV_BLOCK_TOKENS
 
     def blocks_beside(self, kv_blocks: int, context_length: int, sequences: int) -> int:
-        """Returns the number of blocks for this group if other layers have `kv_blocks` blocks. The group gets blocks
-        for one full-length sequence, and for `_SEQUENCES_A_CONTEXT` shorter sequences per further `context_length` of
-        KV memory."""
+        """Returns the number of blocks for this group if other layers have `kv_blocks` blocks. Assumes one full-length
+        sequence, and `_SEQUENCES_A_CONTEXT` shorter sequences in place of each further full-length sequence."""
         context = _blocks(context_length)
         further = -(-_SEQUENCES_A_CONTEXT * max(0, kv_blocks - context) * self.sequence_blocks // context)
         # The group never needs more blocks than the other layers.

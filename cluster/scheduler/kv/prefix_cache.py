@@ -75,8 +75,7 @@ class PrefixCache:
     def register(
         self, keys: BlockKeys, tokens: Sequence[int], table: Sequence[int], registered: int, full: int, start: int = 0
     ) -> None:
-        """Registers a sequence's blocks with the numbers [registered, full). table[i] is the id of block number start +
-        i."""
+        """Registers a sequence's blocks number [registered, full). The id of block number n is table[n - start]."""
         if not self.is_enabled:
             return
         self._extend(keys, tokens, full)

@@ -12,7 +12,7 @@ _LEAST_ROWS_ALONE = 64
 a slow machine even slower."""
 _EFFICIENT = 4
 _SCORED_SHARE = 0.5
-"""Share of `prefill_ms` that scored rows may take, because they also cost coordinator time."""
+"""Maximum share of `prefill_ms` for scored rows. They need time in the coordinator too."""
 
 _EMBEDDED_BYTES = 1 << 20
 """Maximum bytes of hidden states in the result of a microbatch that has decode rows."""

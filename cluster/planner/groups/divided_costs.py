@@ -126,7 +126,7 @@ def _more(table: Table, whole: Table) -> Table:
 
 
 def _in_units(units: int, shares: Shares) -> Shares:
-    """Rounds shares to whole units, in the same way as `borders`. Each member gets at least one unit."""
+    """Rounds shares to whole units as `borders` in model/groups does. Each member gets at least one unit."""
     members = len(shares)
     places = np.rint(units * np.cumsum(shares, axis=0))
     before: Table = np.zeros(shares.shape[1:])

@@ -255,8 +255,8 @@ def _step_s(costs: StageCosts, worker: WorkerFacts, step: Rows) -> Table:
 
 
 def _cells(layers: int) -> Counts:
-    """Returns a number per stage, which depends on its length and on whether it is first or last. Stages with equal
-    numbers have equal shares."""
+    """Returns a cell number for each stage, which depends on the stage's length and on whether the stage is first or
+    last. Stages with equal numbers have equal shares."""
     starts, ends = np.indices((layers + 1, layers + 1))
     kinds = np.where(starts == 0, np.where(ends == layers, _ALL, _FIRST), np.where(ends == layers, _LAST, _INNER))
     found: Counts = kinds * (layers + 1) + np.clip(ends - starts, 0, layers)

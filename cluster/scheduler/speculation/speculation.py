@@ -61,8 +61,7 @@ class Speculation:
                 memory.draft(sequence, candidate.tokens[:window], RESERVE_BLOCKS * running)
 
     def further(self, sequence: Sequence, under_way: int) -> tuple[int, ...]:
-        """Returns the next drafted tokens for the only running sequence, or (). `under_way` microbatches are in
-        flight."""
+        """Returns the only running sequence's next drafted tokens, or (). `under_way` microbatches are in flight."""
         drafts = sequence.drafting.drafts
         if drafts is None or (chain := drafts.chain) is None or under_way >= chain.depth:
             return ()

@@ -39,8 +39,8 @@ def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain 
     """Returns the fastest chain for a draft of `length` tokens with the acceptance rate `rate`. Returns None if times
     are unknown, or if the first window would return before the second is sent.
 
-    A wrong token becomes known one round after its window was sent, and all later windows are wasted. Their delay is
-    not counted. Counting half a stage's time for it made answers slower (benchmarks/notebook.md)."""
+    A wrong token becomes known one round after its window was sent, and all later windows are wasted. The delay by
+    wasted windows is not counted. Counting half a stage's time for it made answers slower (benchmarks/notebook.md)."""
     rate = min(rate, 0.999)
     best: Chain | None = None
     for count in counts_to_try(min(most, length)):

@@ -17,7 +17,7 @@ MAX_ONE_LINE = 1000
 MAX_GPUS = 16
 MAX_STAGES_HELD = 1024  # Maximum number of stages on one worker.
 MAX_LAYERS = 1 << 16
-MAX_PERMIT = 4096  # Maximum number of characters.
+MAX_PERMIT = 4096  # Maximum number of characters of a permit.
 UINT64 = (1 << 64) - 1
 LOCAL: Final = {"is_local": True}
 """Metadata of a dataclass field that is not sent. The receiver uses the field's default value."""
@@ -41,8 +41,7 @@ def finite(what: str, value: float, low: float = -math.inf, high: float = math.i
 
 
 def line(what: str, value: str, most: int = MAX_TEXT) -> str:
-    """Replaces runs of white space by one space and drops control characters, so that terminals show the text
-    safely."""
+    """Replaces white space by single spaces and drops control characters, so that terminals show the text safely."""
     if value.isalnum() and len(value) <= most:
         return value
     bounded(f"length of {what}", len(value), 0, most)

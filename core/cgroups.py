@@ -11,7 +11,7 @@ from pathlib import Path
 
 _ROOT = Path("/")
 _UNLIMITED_BYTES = 1 << 60
-"""A limit of this size or more counts as no limit, because version 1 states a number near 2^63 if there is none."""
+"""A limit of this size or more counts as no limit, because cgroup version 1 states a number near 2^63 for no limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,7 @@ def is_memory_limited() -> bool:
 
 
 def drop_cached_pages(descriptor: int, offset: int = 0, n_bytes: int = 0) -> None:
-    """Drops bytes of a file from the page cache if a control group limits memory. `n_bytes` 0 means the rest of the
-    file."""
+    """Drops bytes of a file from the page cache if a control group limits memory. `n_bytes` 0 means up to the end."""
     if is_memory_limited():
         os.posix_fadvise(descriptor, offset, n_bytes, os.POSIX_FADV_DONTNEED)
 

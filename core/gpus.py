@@ -53,7 +53,8 @@ def ranges(layers: Sequence[int]) -> str:
 
 
 def cache_room(left_bytes: int, limit_bytes: int | None) -> int:
-    """Returns the size in bytes of a GPU's expert cache, in whole driver units. `limit_bytes` None means no limit."""
+    """Returns the size in bytes of a GPU's expert cache: `left_bytes`, but at most `limit_bytes` (None: no limit),
+    rounded down to a multiple of 2 MiB."""
     most = left_bytes if limit_bytes is None else min(left_bytes, limit_bytes)
     return max(0, most // _UNIT_BYTES * _UNIT_BYTES)
 
@@ -83,7 +84,7 @@ class Placement:
 
     layers: tuple[str | None, ...] = ()  # "ram", "gpu" (any GPU), "cuda:N", or None for no rule.
     experts: tuple[bool | None, ...] = ()  # True keeps a GPU layer's experts in RAM. None applies `cpu_moe`.
-    cpu_moe: int | None = 0  # Number of first layers with experts in RAM, or None for no rule.
+    cpu_moe: int | None = 0  # The first `cpu_moe` layers have their experts in RAM. None means no rule.
 
     def experts_in_ram(self, layer: int) -> bool | None:
         said = self.experts[layer] if self.experts else None

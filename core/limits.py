@@ -49,7 +49,8 @@ class StageLimits:
     max_context_tokens: Annotated[int, Integer(1, MAX_CONTEXT_TOKENS)]
     kv_blocks: Annotated[int, Integer(1, MAX_KV_BLOCKS)]
     kv_type: Annotated[str, Choice(KV_TYPES)] = "f16"
-    # KV blocks of sliding-window layers, which then free blocks outside the window. 0 treats them like other layers.
+    # Number of separate KV blocks for sliding-window layers, which then free blocks outside the window. 0 means that
+    # these layers use ordinary KV blocks.
     window_blocks: Annotated[int, Integer(0, MAX_KV_BLOCKS)] = 0
     # State blocks of sequences. 0 means that each KV block holds the state after its last computed position.
     state_blocks: Annotated[int, Integer(0, MAX_KV_BLOCKS)] = 0

@@ -77,7 +77,7 @@ class _Memory(logging.Handler):
 
 
 class FileShortage(logging.Filter):
-    """Replaces tracebacks about missing file descriptors by a line with their number, every `wait_s` seconds."""
+    """Replaces tracebacks for missing file descriptors by one line per `wait_s` seconds, which counts the failures."""
 
     def __init__(self, log: logging.Logger, wait_s: float = 5.0) -> None:
         super().__init__()

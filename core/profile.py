@@ -62,7 +62,7 @@ class Limits:
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
     """The speed of one device. Fields named `isolated` were measured while the machine's other workers were idle, and
-    all other fields while those workers computed. If an `isolated` field is empty, both speeds are equal."""
+    all other fields while those workers computed. An empty `isolated` field means the same speed."""
 
     read_bytes_s: Rate  # Bytes of weights read per second.
     int8_macs_s: Rate

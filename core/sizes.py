@@ -12,7 +12,7 @@ def mib(size_bytes: float) -> int:
 
 
 def gigabytes(size_bytes: int) -> str:
-    """Formats a file's size like model hubs, for example '4.9 GB' or '98 MB'."""
+    """Formats a file's size as model hubs do, for example '4.9 GB' or '98 MB'."""
     return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"
 
 
@@ -22,7 +22,7 @@ def needed(parts: Mapping[str, int]) -> str:
 
 
 def missing(parts: Mapping[str, int], room_bytes: int, room: str = "{} MiB are free") -> str:
-    """Formats '12 MiB (weights 8, KV memory 4), 10 MiB are free: 2 MiB are missing'. `room` words the free memory."""
+    """Formats '12 MiB (weights 8, KV memory 4), 10 MiB are free: 2 MiB are missing'. `room` is the middle phrase."""
     there = room.format(room_bytes // MIB)
     return f"{needed(parts)}, {there}: {mib(sum(parts.values()) - room_bytes)} MiB are missing"
 

@@ -130,6 +130,6 @@ def process_fields(pid: int | str) -> list[str]:
 
 
 def start_ticks(pid: int) -> int | None:
-    """Returns a process's start time in clock ticks since boot. It tells reused pids apart. None if it has ended."""
+    """Returns when a process started, in clock ticks since boot, or None if it has ended. Tells reused pids apart."""
     fields = process_fields(pid)
     return int(fields[_START]) if fields else None

@@ -132,7 +132,7 @@ def _announced() -> list[str]:
 
 
 def _browsed() -> list[str]:
-    """Returns this machine's addresses with loopback, because a cluster on this machine may be announced only there."""
+    """Returns this machine's addresses, including loopback. A local cluster may be announced on loopback only."""
     return [host for host in own_addresses() if host != _NO_MULTICAST]
 
 

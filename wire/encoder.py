@@ -39,7 +39,7 @@ def decode_tile(data: bytes) -> NDArray[np.uint8]:
     """Returns a view of `data`, [height, width, 3]. Raises ProtocolError if the tile is empty, or if `data` is not as
     long as the tile's height and width require."""
     if len(data) < _SIZE.size:
-        raise ProtocolError(f"an image tile has {len(data)} bytes; its size alone takes {_SIZE.size}")
+        raise ProtocolError(f"an image tile has {len(data)} bytes; its height and width alone take {_SIZE.size}")
     height, width = _SIZE.unpack_from(data)
     bounded("pixels of a tile", height * width, 1, MAX_TILE_PIXELS)
     due = tile_bytes(height * width)

@@ -18,8 +18,7 @@ def listener(host: str, port: int, cure: str) -> socket.socket:
     family = socket.AF_INET6 if is_anywhere or ":" in host else socket.AF_INET
     try:
         with ExitStack() as undo:
-            # asyncio sets TCP_NODELAY, so that each part of a reply is sent at once, only if the protocol is named
-            # here.
+            # asyncio sets TCP_NODELAY only if the protocol is named here. Otherwise, parts of a reply would be delayed.
             opened = undo.enter_context(socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP))
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:

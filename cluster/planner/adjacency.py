@@ -10,8 +10,8 @@ Pairs = frozenset[Pair]
 
 
 def violated_pair(stages: Sequence[Sequence[str]], partitions: Pairs) -> Pair | None:
-    """Returns two neighbours that cannot reach each other, or None if there are none. Leaders of consecutive stages are
-    neighbours, and so are the leaders of the last and the first stage. All members of a group are neighbours."""
+    """Returns two neighbours that cannot reach each other, or None. The first workers of consecutive stages are
+    neighbours, where the first stage follows the last. All workers of one stage are neighbours."""
     leaders = [workers[0] for workers in stages]
     neighbours = [*zip(leaders, (leaders[-1:] + leaders), strict=False)]
     neighbours += [pair for workers in stages for pair in combinations(workers, 2)]

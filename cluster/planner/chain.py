@@ -1,4 +1,4 @@
-"""Builds a chain of stages from the assignments of a plan. Gives layers by device, KV blocks and predicted speed."""
+"""Builds a chain of stages from a plan's assignments, with each device's layers, KV blocks and a predicted speed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Chain:
     def of(
         cls, sizes: MemoryModel, entries: Sequence[Assignment], workers: Mapping[str, WorkerFacts], contexts: int
     ) -> Self:
-        """Builds a chain. Each stage is divided among the worker's devices so that `contexts` full-length sequences fit
+        """Builds a chain. Each stage is divided among its workers' devices so that `contexts` full-length sequences fit
         into KV memory."""
         return cls(sizes, tuple(_held_stage(sizes, entry, workers, contexts) for entry in entries))
 

@@ -1,5 +1,6 @@
-"""Calculates the memory of stages in bytes and their time in seconds. Times come from measured steps, or else from a
-roofline. Both depend on the number of bytes that a step reads. With experts, a step reads only part of the weights."""
+"""Calculates the memory of stages in bytes and their time in seconds. Times come from measured steps, or from a
+roofline model if no step was measured. Times depend on the bytes that a step reads. A mixture of experts reads only
+part of its weights."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ _Compute = Callable[[DeviceProfile, str, int, bool], Table]
 
 
 EXCHANGE_S = 50e-6
-"""Seconds for two waits for a GPU and two copies. The value is assumed, not measured."""
+"""Seconds to copy activations from a GPU to RAM and back, for experts in RAM. The value is assumed, not measured."""
 EXCHANGE_BYTE_S = 1 / 12e9
 """Seconds per byte over PCIe 3.0 with 16 lanes. The value is assumed, not measured."""
 
@@ -41,7 +42,7 @@ class WorkerFacts:
     memory_bytes: int | None  # RAM that the worker may use. None: unknown.
     profile: DeviceProfile | None  # Profile of the processor. None: not measured.
     threads: int = 1
-    reach: Link = NO_REACH  # The worker's part of the time of each of its links.
+    reach: Link = NO_REACH  # Part of each link's time that is due to this worker (see `Links.reaches`).
     gpus: tuple[GpuFacts, ...] = ()  # GPUs of the worker. The other fields describe its processor.
     # Number of a stage's layers on GPUs. None: as many as GPU memory allows.
     gpu_layers: int | None = None
@@ -57,8 +58,8 @@ class StageCosts:
     meaning."""
 
     layers: int
-    hidden_bytes: int  # Bytes of a row that is sent between stages, if the border is between layers.
-    # Bytes of a row by border. A border inside a mixture of experts needs more than `hidden_bytes`.
+    hidden_bytes: int  # Bytes of one row's hidden state at a border between two layers.
+    # Bytes that are sent per row at each border. Borders inside a mixture of experts need more than `hidden_bytes`.
     border_bytes: Counts
     expert_shards: int  # Number of parts per layer. Each part counts as one of `layers`.
     held_bytes: Counts  # Bytes of the weights in memory.
@@ -72,7 +73,7 @@ class StageCosts:
     _kinds: tuple[LayerCost, ...]  # The distinct layer costs.
     _kind_of: Counts  # Index into `_kinds` for each layer.
     _head: Counts  # 1 for stages with the head, which prefill does not need.
-    # Fraction of the head in this portion. Steps are measured with the whole head.
+    # Fraction of the output head that a group member computes. Steps are measured with the whole head.
     head_share: float = 1.0
     _tables: dict[Hashable, Table] = field(default_factory=dict, repr=False)
 
@@ -119,8 +120,7 @@ class StageCosts:
         return np.array([layer.expert_bytes > 0 for layer in self.model.layers], np.bool_)
 
     def decode_s(self, worker: WorkerFacts, start: int, end: int, rows: int = 1, *, concurrent: bool = False) -> float:
-        """Returns the seconds of a decode step with `rows` sequences. `concurrent` means that other stages compute at
-        the same time."""
+        """Returns the seconds of a decode step of `rows` sequences. With `concurrent`, other stages compute too."""
         return float(self.decode_table(worker, rows, concurrent=concurrent)[start, end])
 
     def prefill_s(self, worker: WorkerFacts, start: int, end: int, rows: int, *, concurrent: bool = False) -> float:
@@ -158,8 +158,7 @@ class StageCosts:
         return self._roofline_s(Roofline.of(profile, device, self.hidden_bytes, concurrent=concurrent), rows, 1)
 
     def experts_table(self, worker: WorkerFacts, rows: int, layers: Flags, *, concurrent: bool = False) -> Table:
-        """Returns the seconds that each stage takes for the routers and experts of `layers`, in a step with `rows`
-        rows."""
+        """Returns the seconds per stage for routers and experts of the flagged `layers`, in a step of `rows` rows."""
         profile = worker.profile
         assert profile is not None
         if times := profile.step_times(concurrent=concurrent):
@@ -169,8 +168,8 @@ class StageCosts:
         return _float_sums(np.where(layers, [roofline.experts_s(layer, rows) for layer in self.model.layers], 0.0))
 
     def exchange_table(self, rows: int, layers: Flags) -> Table:
-        """Returns the seconds that each stage takes to move inputs and outputs of experts of `layers` between
-        devices."""
+        """Returns the seconds that each stage takes to copy inputs and outputs of experts between a GPU and RAM.
+        `layers` flags the layers with experts in RAM."""
         each_s = EXCHANGE_S + EXCHANGE_BYTE_S * 2 * rows * self.hidden_bytes
         seconds: Table = _float_sums((layers & self.mixtures).astype(np.float64)) * each_s
         return seconds
@@ -190,9 +189,9 @@ class StageCosts:
         return before - before[:, np.newaxis]
 
     def _prefilled(self, rows: int) -> Table:
-        """Returns the bytes that determine the prompt time of each stage. For models with experts, seconds per byte
-        were measured on layers with experts. The bytes of dense layers are therefore derived from their
-        multiply-adds."""
+        """Returns for each stage the bytes from which its prefill time is calculated. If a model has experts, the
+        seconds per byte were measured on layers with experts. The bytes of dense layers are therefore derived from
+        their multiply-adds."""
         mixtures = [layer for layer in self.model.layers if layer.idle_bytes]
         macs = sum(layer.macs_per_token for layer in mixtures)
         mac_bytes = sum(layer.moved_bytes(rows, 1) for layer in mixtures) / macs if macs else 0.0
@@ -211,7 +210,7 @@ def _possible(costs: ModelCosts) -> NDArray[np.bool_]:
 
 
 def _saved_bytes(costs: ModelCosts) -> Counts:
-    """Returns the bytes that each stage saves with whole layers. Parts of a layer need more bytes in total."""
+    """Returns the bytes that each stage saves because it holds whole layers. Divided layers need more bytes."""
     shards, layers = costs.expert_shards, costs.layers
     before = np.array([0, *accumulate(layer.saved_bytes for layer in layers[::shards])], np.int64)
     borders = np.arange(len(layers) + 1)

@@ -15,7 +15,7 @@ from llamaclust.core.gpus import Placement
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Layers [start, end) on one device of a worker. `device` describes the device in the form of a worker."""
+    """Layers [start, end) on one device of a worker. `device` describes the device as if it were a worker."""
 
     device: WorkerFacts
     start: int
@@ -60,8 +60,8 @@ def devices_of(worker: WorkerFacts) -> tuple[WorkerFacts, ...]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Division:
-    """Divides every possible stage [start, end) among devices. Device i holds layers [bounds[i], bounds[i + 1]). On a
-    GPU, experts are in RAM for layers in `moe.fixed`, and for layers in `moe.open` that precede moe_ends[i]."""
+    """Divides every possible stage [start, end) among devices. Device i holds layers [bounds[i], bounds[i + 1]). A
+    GPU's layers have their experts in RAM if they are in `moe.fixed`, or in `moe.open` and before moe_ends[i]."""
 
     devices: tuple[WorkerFacts, ...]
     bounds: tuple[Counts, ...]  # Tables by start and end of the stage.
@@ -85,8 +85,8 @@ class Division:
         return tuple(layer for layer in range(begin, until) if fixed[layer] or (is_open[layer] and layer < moe_end))
 
     def parts(self) -> Iterator[tuple[WorkerFacts, Counts, Counts, Counts]]:
-        """Yields (device, start, end, moe_end). The last three are tables by stage. Open experts are in RAM for layers
-        before moe_end."""
+        """Yields (device, start, end, moe_end) with tables by stage. Layers in `moe.open` before moe_end have their
+        experts in RAM."""
         yield from zip(self.devices, self.bounds, self.bounds[1:], self.moe_ends, strict=False)
 
     def moved_ranges(self) -> Iterator[tuple[WorkerFacts, Flags, Counts, Counts]]:
@@ -124,9 +124,9 @@ class DeviceNeeds:
 
     # Missing bytes by start and end, if all experts except those in `MoeLayers.fixed` are on the device.
     excess: Table
-    # For each n, the bytes that are saved if open experts of the first n layers are in RAM.
+    # experts[n]: bytes saved if open experts (those in `MoeLayers.open`) of the first n layers are in RAM.
     experts: Counts
-    # For each n, the bytes of open experts in the first n layers. Rounding can make the saving 0.
+    # held_experts[n]: bytes of the same experts. The saving can be 0 because of rounding, and these bytes cannot.
     held_experts: Counts
 
     def first_moe_end(self) -> Counts:
@@ -143,8 +143,9 @@ def divide(
     *,
     apart: bool = False,
 ) -> Division:
-    """Divides all `possible` stages. If `apart` is set, open experts go to RAM until the stage fits on the first GPU.
-    If the user set `gpu_layers`, the first GPU takes the layers that do not fit on other GPUs."""
+    """Divides all `possible` stages among the worker's devices. If `apart` is set, experts of layers in `moe.open` go
+    to RAM until the stage fits on the first GPU. If the user set `gpu_layers`, the first GPU takes the layers that do
+    not fit on other GPUs."""
     devices, borders = devices_of(worker), possible.diagonal()
     starts, ends = np.indices((len(borders), len(borders)))
     wanted = len(borders) if worker.gpu_layers is None else worker.gpu_layers
@@ -168,9 +169,9 @@ def divide(
 
 
 def _allowed(worker: WorkerFacts, borders: Flags, index: int, begin: Counts) -> Counts:
-    """Moves `begin`, the first layer of device `index`, to a border that the user's rules allow. Layers that the rules
-    assign to earlier devices stay before `begin`. Layers that they assign to this or a later device stay after
-    `begin`."""
+    """Returns `begin`, the first layer of device `index` in each stage, moved to a border that the user's placement
+    rules allow. Layers that the rules place on earlier devices stay before the border. Layers that the rules place on
+    this or a later device stay after the border."""
     if not worker.placement.layers:
         return begin
     gpus, layers = [gpu.device for gpu in worker.gpus], len(borders) - 1

@@ -62,7 +62,7 @@ def model_memory_error(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> In
         f"{mib(missing_bytes)} MiB are missing"
     )
     smaller = f"set context_length to {fitting_context} or less" if fitting_context else "take a smaller model"
-    error = InsufficientMemoryError(f"{problem}. Add a worker, give them more memory, or {smaller}")
+    error = InsufficientMemoryError(f"{problem}. Add a worker, give the workers more memory, or {smaller}")
     error.problem, error.missing_bytes, error.fitting_context = problem, missing_bytes, fitting_context
     return error
 

@@ -25,7 +25,7 @@ class Link:
 
     @property
     def gather_s(self) -> float:
-        """One-way seconds between threads that poll their sockets, without the time of the programs."""
+        """One-way seconds of a message in a gather. Gathers poll their sockets, so the programs take no time."""
         return max(0.0, self.one_way_s - _PROGRAMS_S) if self.network_s is None else self.network_s
 
 
@@ -55,8 +55,8 @@ class Links:
         return [self.between(*pair) for pair in pairs]
 
     def estimated(self, pairs: Iterable[frozenset[str]]) -> Links:
-        """Adds estimates for the links in `pairs` that were not measured. An estimate is the sum of both workers'
-        parts."""
+        """Returns these links and estimates for unmeasured links in `pairs`. An estimate is the sum of both workers'
+        parts (see `reaches`)."""
         reaches = self.reaches({name for pair in self.measured for name in pair})
         known = (sorted(pair) for pair in pairs if pair <= reaches.keys())
         sums = {
@@ -68,8 +68,8 @@ class Links:
         return Links(sums | {**self.measured})
 
     def reaches(self, names: Collection[str]) -> dict[str, Link]:
-        """Returns the part of each worker in the times of its links. A link's time is the sum of two parts, fitted by
-        least squares. Link times then do not depend on the order of stages, which simplifies the search."""
+        """Divides link times into a part for each worker, by least squares. A link's time is about the sum of both
+        workers' parts. Link times then do not depend on the order of stages, which simplifies the search."""
         pairs = [pair for pair in combinations(sorted(names), 2) if frozenset(pair) in self.measured]
         if not pairs:
             return dict.fromkeys(names, NO_REACH)

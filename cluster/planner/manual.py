@@ -29,8 +29,8 @@ class Assignment:
 def checked(
     plan: Sequence[Assignment], workers: Collection[str], layers: int, expert_shards: int = 1
 ) -> tuple[Assignment, ...]:
-    """Returns the plan sorted by layers. Raises UsageError if a worker is unknown or used twice, or unless each layer
-    is assigned exactly once."""
+    """Returns the plan sorted by layers. Raises UsageError if a worker is unknown or used twice, or if a layer is not
+    assigned exactly once."""
     span = partial(layer_span, expert_shards=expert_shards)
     for entry in plan:
         if unknown := [worker for worker in entry.workers if worker not in workers]:

@@ -30,7 +30,7 @@ class StagePlace:
     context_length: int
     is_last: bool  # True if the stage has the head.
     device: str = "cpu"
-    # Layers [start, end) of the stage. None: the largest stage of its kind.
+    # Layers [start, end) of the stage. None stands for the stage with the largest workspace.
     layers: tuple[int, int] | None = None
     portion: Portion | None = None  # Portion of the stage that a group member holds.
 
@@ -48,7 +48,7 @@ class PlanRequest:
     workspace: Workspace
     objective: str = "latency"  # "latency" or "throughput".
     manual: tuple[Assignment, ...] | None = None
-    # Maximum bytes per worker. None: half of the memory that weights and workspace leave.
+    # Maximum KV memory per worker. None: half of the memory that weights and workspace leave.
     kv_memory_bytes: int | None = None
     links: Links = UNKNOWN
     partitions: Pairs = frozenset()  # Pairs of workers that cannot reach each other.
@@ -60,7 +60,7 @@ class PlanRequest:
     max_window: int = MAX_WINDOW  # Maximum number of drafted tokens per sequence in a step.
     group_costs: GroupCostsOf | None = None  # None: groups are not possible.
     largest_group: int = 1  # Maximum number of workers in a group of an automatic plan.
-    no_groups: str = ""  # Reason why automatic plans have no groups, other than the workers.
+    no_groups: str = ""  # Reason why automatic plans have no groups, even if workers could form them.
     # Maximum number of tokens to plan KV memory for. None: `context_length` tokens for each sequence.
     kv_tokens: int | None = None
 
@@ -86,14 +86,14 @@ class MemoryModel:
         return self if stages is self.stages else replace(self, stages=stages, portion=portion)
 
     def workspace_bytes(self, worker: WorkerFacts, start: int, end: int, cpu_moe: Sequence[int] = ()) -> int:
-        """Returns the bytes of a stage's workspace and of rounding its weights, without the experts in `cpu_moe`."""
+        """Returns the bytes of a stage's workspace plus the bytes that rounding adds to its weights. Experts in RAM
+        (`cpu_moe`) are not included."""
         whole, freed = self.request.rounding(worker.device), self._expert_rounding(worker)
         rounding = whole if isinstance(whole, int) else int(whole[start, end])
         return self._workspace_to(worker, end) + rounding - int(freed[list(cpu_moe)].sum())
 
     def workspace_of(self, held: Held) -> int:
-        """Returns the workspace of a given stage in bytes. `workspace_bytes` returns the workspace of the largest
-        stage."""
+        """Returns the workspace of exactly this stage. `workspace_bytes` assumes the largest stage."""
         device, start, end = held.device, held.start, held.end
         if held.is_experts or held.cpu_moe or device.device != "cpu":
             return self.parts(held, 0)["workspace"]
@@ -119,8 +119,7 @@ class MemoryModel:
 
     @property
     def max_drafted(self) -> int:
-        """Maximum number of drafted tokens in a step. It is 0 if layers have states, which refused drafts would
-        change."""
+        """Maximum number of drafted tokens in a step. It is 0 with recurrent states, which refused drafts change."""
         if self.stages.state_bytes[0, self.stages.layers]:
             return 0
         window = self.kv_groups.window
@@ -141,7 +140,7 @@ class MemoryModel:
                 return most if kv_bytes >= 0 else 0
             return min(most, kv_bytes // block_bytes)
         if self.stages.kv_token_bytes[start, end] == self.stages.window_token_bytes[start, end]:
-            # More blocks would need no memory here, so the number is limited.
+            # All layers have a sliding window, so more blocks would need no more memory. A limit applies instead.
             most = min(most, self.request.context_blocks * self.request.max_sequences)
         return bisect_right(range(1, most + 1), kv_bytes, key=lambda blocks: self.kv_bytes(start, end, blocks))
 
@@ -165,8 +164,7 @@ class MemoryModel:
         return moved if held.is_experts else self.stages.weight_bytes(held.start, held.end) - moved
 
     def kv_blocks(self, split: Sequence[Held]) -> int:
-        """Returns the number of KV blocks that fit on every device. The maximum is `most_blocks`, unless `kv_memory` is
-        set."""
+        """Returns how many KV blocks fit on every device. The maximum is `most_blocks`, unless `kv_memory` is set."""
         most = self.request.most_blocks
         beside: dict[tuple[str, str], int] = {}
         for held in split:
@@ -187,8 +185,7 @@ class MemoryModel:
         return self._blocks_in(held.start, held.end, max(least, left // 2), most)
 
     def shortfall_table(self, worker: WorkerFacts, contexts: int) -> Table:
-        """Returns missing bytes by stage for `contexts` full-length sequences. Entries with start >= end are
-        infinite."""
+        """Returns missing bytes by stage for `contexts` full-length sequences, and infinity for start >= end."""
         return self._shortfall(self.division(worker, contexts), contexts)
 
     def excess_table(self, worker: WorkerFacts, contexts: int) -> Table:
@@ -243,7 +240,7 @@ class MemoryModel:
         return DeviceNeeds(excess, sums(freed * is_open)[0], sums(experts * is_open)[0])
 
     def division(self, worker: WorkerFacts, contexts: int) -> Division:
-        """Divides all stages among the devices of a worker. Open experts go to RAM if that is necessary or faster."""
+        """Divides all stages among a worker's devices. Experts without a rule go to RAM if necessary or faster."""
         moe, possible = MoeLayers.of(worker.placement, self.stages.mixtures), self.stages.possible
 
         def needs(device: WorkerFacts) -> DeviceNeeds:

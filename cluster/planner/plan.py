@@ -19,7 +19,7 @@ class HeldLayers:
     start: int
     end: int
     weight_bytes: int
-    # Bytes of weights that a token of one sequence reads: chosen experts, and no embedding.
+    # Bytes of weights that are read to decode one token. Experts that are not chosen and the embedding do not count.
     touched_bytes: int
     kv_bytes: int
     workspace_bytes: int
@@ -44,7 +44,7 @@ class StagePlan(HeldLayers):
     """Layers of a worker, or its portion of a group's layers. Members of a group are consecutive in a plan."""
 
     worker: str
-    # Shares of output rows by member of the group. Empty: the worker holds the layers alone.
+    # Share of each group member in every layer, such as (2, 1). Empty: the worker holds the layers alone.
     shares: tuple[int, ...] = ()
     member: int = 0  # Index of the member in its group. 0: the leader.
     # Parts by device if the worker has GPUs. The values above are sums of the parts.
@@ -81,7 +81,7 @@ class UnusedGpu:
 class StagePrediction:
     decode_s: float  # Seconds per token of one sequence. Waits between group members are not included.
     prefill_s: float  # Seconds per prompt token.
-    gathers_s: float = 0.0  # The part of `decode_s` in a group's gathers.
+    gathers_s: float = 0.0  # The part of `decode_s` that a group spends in gathers.
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +99,13 @@ class Round:
 class Prediction:
     stages: tuple[StagePrediction, ...]  # One entry per entry of `Plan.stages`.
     token_s: float  # Seconds per token of one sequence alone.
-    links_s: float  # The part of `token_s` in transfers between stages.
+    links_s: float  # The part of `token_s` that is spent in transfers between stages.
     ttft_s: float  # Seconds to the first token, for a prompt of `prompt_tokens` tokens.
     tokens_per_s: float  # Total tokens per second with the maximum number of sequences.
     bottleneck: str  # Worker whose stage takes longest.
     # In ascending order of drafted tokens. Empty: no drafts, or layers with states.
     rounds: tuple[Round, ...] = ()
-    gathers_s: float = 0.0  # The part of `token_s` in gathers of groups.
+    gathers_s: float = 0.0  # The part of `token_s` that groups spend in gathers.
 
     @property
     def answer_s(self) -> float:

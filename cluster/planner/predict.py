@@ -22,7 +22,7 @@ _NS = 1e9
 class _Path:
     round_s: float  # Seconds from the first stage through all others and back to the first.
     there_s: float  # Seconds from the coordinator through all stages and back.
-    row_s: tuple[float, ...]  # Seconds per row between stages.
+    row_s: tuple[float, ...]  # Seconds per row on each link between stages.
 
     @classmethod
     def of(cls, split: Sequence[HeldStage], links: Links) -> _Path:
@@ -82,8 +82,7 @@ def predict_again(
     links: Links,
     group_costs: GroupCostsOf | None = None,
 ) -> Prediction | None:
-    """Predicts the speed of an existing plan from new measurements. Returns None if a device is absent or
-    unmeasured."""
+    """Predicts an existing plan's speed from new measurements. Returns None if a device is absent or unmeasured."""
     if any(not _is_known(stage, workers) for stage in plan.stages):
         return None
     split = [_stage_again(costs, stages, workers, links, group_costs) for stages in plan.by_stage]

@@ -16,7 +16,8 @@ READ_SHARE: Final = 0.85
 
 @dataclass(frozen=True, slots=True)
 class TypeRates:
-    """Speeds relative to the 8-bit peak rate. `benchmarks/run.py product_rates` measures them with cached data."""
+    """Speeds of matrix products with weights of one quant type, relative to the 8-bit peak rate. `benchmarks/run.py
+    product_rates` measures them with cached data."""
 
     # Number of 8-bit multiply-accumulates that take as long as decoding one weight. Several rows share the decoding.
     decode_macs: float

@@ -16,7 +16,7 @@ LAYER_S: Final = 60e-6
 """Seconds of a layer on a processor in addition to its matrix products. Threads wait for each other, and small steps
 are inefficient."""
 ROW_MACS: Final = 3000
-"""Number of 8-bit multiply-accumulates that take as long as the other work of one row and channel, such as norms."""
+"""Other work on one channel of a row, such as norms, takes as long as this number of 8-bit multiply-accumulates."""
 _STATE_MACS: Final = 4
 """Number of 8-bit multiply-accumulates that take as long as one float multiply-accumulate on a state."""
 
@@ -25,7 +25,7 @@ _STATE_MACS: Final = 4
 class Roofline:
     _read_bytes_s: float
     _int8_macs_s: float
-    _products: ProductTimes | None  # None: a GPU, whose limits are the same for all types.
+    _products: ProductTimes | None  # None for a GPU, whose limits do not depend on the quant type.
     _row_s: float  # Seconds of one row in a layer, without products.
 
     @classmethod

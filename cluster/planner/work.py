@@ -12,7 +12,8 @@ TOGETHER: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A number of equal steps. Their rows are tokens of one prompt, or one token of each of `rows` sequences."""
+    """A number of steps (`steps`) with `rows` rows each. The rows are tokens of one prompt, or one token of each of
+    `rows` sequences."""
 
     rows: int
     steps: float
@@ -22,14 +23,14 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A workload for the rating of splits. The rating is the time of the slowest stage for `slowest`. If `adds_up` is
-    set, the times of all stages for `each` are added."""
+    """A workload by which splits are rated. The rating of a split is the time that its slowest stage takes for the
+    steps in `slowest`. If `adds_up` is set, the time that all stages together take for the steps in `each` is added."""
 
     slowest: tuple[Rows, ...]
-    slowest_rows: int  # Rows that a link carries during `slowest`.
+    slowest_rows: int  # Number of rows that each link carries during the steps in `slowest`.
     each: tuple[Rows, ...]
     hops: int  # Number of messages between stages.
-    hop_rows: int  # Total rows of these messages.
+    hop_rows: int  # Total rows of the messages that `hops` counts.
     adds_up: bool
 
     def seconds(self, slowest: float, total: float) -> float:
@@ -37,8 +38,8 @@ class Work:
 
 
 def works_of(objective: str, prompt_tokens: int) -> tuple[Work, ...]:
-    """Returns the workloads of an objective, which differ in the number of chunks. A split is rated by its best
-    workload."""
+    """Returns the workloads of an objective, which differ in the number of chunks. A split is rated by the workload in
+    which it is fastest."""
     if objective == "latency":
         return tuple(_request(prompt_tokens, chunks) for chunks in CHUNKS)
     steps = (

@@ -37,7 +37,8 @@ class BreakerTokens:
         self._sequences = lru_cache(_KEPT)(self._find)
 
     def of(self, texts: Sequence[str]) -> Breakers:
-        """Returns the breakers of all texts by first token. Raises ParameterError if they have too many tokens."""
+        """Returns the token sequences that contain any of `texts`, keyed by their first token. Raises ParameterError if
+        the sequences have too many tokens in total."""
         by_head: dict[int, dict[tuple[int, ...], None]] = {}
         tokens = 0
         for text in texts:
@@ -76,15 +77,15 @@ class BreakerTokens:
 
 
 class SeenBreakers:
-    """Selects the breakers that the next token can complete: those whose other tokens have all occurred in the text.
-    Adding all tokens takes time linear in the total length of the breakers."""
+    """Selects the breakers whose tokens, except the last, have all occurred in the text. The next token can complete
+    such a breaker. Adding all tokens takes time linear in the total length of the breakers."""
 
     __slots__ = ("_by_head", "_found", "_seen", "_sequences", "_waiting")
 
     def __init__(self, by_head: Breakers, tokens: Iterable[int]) -> None:
         self._by_head = by_head
         self._seen: set[int] = set()
-        # Breakers that lack a token, keyed by one token that has not occurred yet.
+        # Breakers with tokens that have not occurred yet, keyed by one such token.
         self._waiting: dict[int, list[tuple[int, ...]]] = {}
         self._found: list[tuple[int, ...]] = []
         self._sequences: tuple[tuple[int, ...], ...] = ()
@@ -98,7 +99,7 @@ class SeenBreakers:
         return self._sequences
 
     def with_tokens(self, tokens: Iterable[int]) -> tuple[tuple[int, ...], ...]:
-        """Returns the breakers as if `tokens` had also occurred. Selecting too many breakers is harmless."""
+        """Returns `sequences` as it would be with `tokens` added. Selecting too many breakers is harmless."""
         if not self._by_head or self._seen.issuperset(tokens):
             return self.sequences
         more = copy(self)

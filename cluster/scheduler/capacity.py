@@ -17,8 +17,8 @@ ROWS = 512
 
 
 def microbatch_rows(projector: Projector | None) -> int:
-    """Returns the number of rows in a microbatch, excluding one row per decoding sequence. The rows of a bidirectional
-    image must be in one microbatch, so the number allows for them, up to half of `MAX_BATCH_TOKENS`."""
+    """Returns the number of rows in a microbatch, not counting one row per decoding sequence. The number is larger for
+    models whose image rows attend to each other, because all rows of such an image must be in one microbatch."""
     if projector is None or not projector.is_bidirectional:
         return ROWS
     return max(ROWS, min(projector.max_rows, MAX_BATCH_TOKENS // 2))
@@ -30,7 +30,7 @@ def blocks_of(tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class BlockCounts:
-    """Numbers of blocks. 0 means that the model has no blocks of this kind."""
+    """Numbers of ordinary KV blocks, of separate blocks for sliding-window layers, and of recurrent state blocks."""
 
     kv: int
     window: int = 0
@@ -44,7 +44,7 @@ class Capacity:
     max_outputs: int  # Maximum number of sampled and scored rows in a microbatch.
     # Rows in a microbatch, excluding one row per sequence. A larger `prefill_chunk` replaces this number.
     rows: int = ROWS
-    prefill_chunk: int | None = None  # Maximum number of prompt tokens in a microbatch. None: chosen by predicted time.
+    prefill_chunk: int | None = None  # Maximum prompt tokens in a microbatch. None limits its predicted time instead.
     kv_type: KvType = KvType.F16
     prefix_cache: bool = True
     max_waiting: int = 256
@@ -55,7 +55,7 @@ class Capacity:
         return max(self.rows, self.prefill_chunk or 0) + self.max_sequences
 
     def costs(self, model: Model, expert_shards: int = 1) -> ModelCosts:
-        """Returns the model's costs, with its MTP head if `mtp` is set. Raises UsageError if the model has no head."""
+        """Returns the model's costs, with its MTP head if `mtp` is set. Raises UsageError if there is no MTP head."""
         costs = model.costs(self.kv_type, expert_shards)
         return with_nextn(model, costs, self.kv_type) if self.mtp and expert_shards == 1 else costs
 

@@ -1,4 +1,5 @@
-"""Gives turns to owners, and to the requests of each owner. All prompts and choices of a request share one turn."""
+"""Shares places fairly among owners (API clients), and among the requests of each owner. All prompts and choices of a
+request share one turn."""
 
 from __future__ import annotations
 
@@ -10,11 +11,10 @@ from heapq import nsmallest
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 
 _LARGE_GRAMMAR = 1 << 12
-"""Number of characters above which a grammar is large. The last stage can take tens of milliseconds to make its
-matcher, and it makes one matcher at a time."""
+"""Number of characters above which a grammar is large. The last stage makes one matcher at a time, and making a matcher
+for a large grammar can take tens of milliseconds."""
 _MOST_MATCHERS = 2
-"""Maximum number of matchers of large grammars that are made at the same time per owner. Two keep the last stage
-busy."""
+"""Maximum number of large grammars per owner for which the last stage makes matchers. Two keep the last stage busy."""
 
 
 def turn_of(sequence: Sequence) -> str:
@@ -38,13 +38,13 @@ class Running:
         return Running(self.owners + Counter([sequence.request.owner]), self.requests + Counter([turn_of(sequence)]))
 
     def rank(self, sequence: Sequence) -> tuple[int, int]:
-        """Returns the number of running sequences of the owner and of the request. The lowest rank is next."""
+        """Returns how many sequences the owner and the request run. The sequence with the lowest rank is next."""
         return self.owners[sequence.request.owner], self.requests[turn_of(sequence)]
 
 
 def startable(waiting: Iterable[Sequence], running: Iterable[Sequence]) -> list[Sequence]:
-    """Returns the waiting sequences, except those with a large grammar whose owner already waits for `_MOST_MATCHERS`
-    matchers."""
+    """Returns the waiting sequences that may start. A sequence with a large grammar may not start while its owner waits
+    for `_MOST_MATCHERS` matchers."""
     making = Counter(other.request.owner for other in running if other.phase is Phase.PREFILL and _is_large(other))
     if not making:
         return [*waiting]
@@ -70,9 +70,9 @@ def gives_way(running: Reversible[Sequence], counts: Running) -> Sequence:
 
 
 def takes_turn(sequence: Sequence, running: Reversible[Sequence], counts: Running) -> bool:
-    """True if a running sequence must be preempted for `sequence`. This is so if its owner runs none and another owner
-    runs several. It is also so if its request runs none and another request runs several, whose owner runs at least as
-    many sequences."""
+    """Returns True if a running sequence must be preempted for `sequence`. This is the case if the owner of `sequence`
+    runs nothing and another owner runs several sequences. It is also the case if the request of `sequence` runs nothing
+    and the busiest request of the busiest owner runs several sequences."""
     if not running:
         return False
     owner, request = counts.rank(sequence)

@@ -14,7 +14,8 @@ from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
 
 _DEFERRED_S = 90.0
-"""Maximum number of seconds for which a row may be deferred. The last stage gives up on a slow matcher after 60 s."""
+"""Maximum number of seconds for which the last stage may defer a row because the row's matcher is slow. The stage gives
+up on a matcher after 60 s."""
 
 
 @dataclass(slots=True)
@@ -23,9 +24,10 @@ class _Sent:
     slices: tuple[SequenceSlice, ...]
     decoding: int  # Number of decode slices, which are first in `slices`.
     is_lookahead: bool  # True if the input tokens were unknown when the microbatch was sent.
-    alone: bool  # True if all other microbatches in flight depend on this one, or this one depends on them.
+    alone: bool  # True if no independent microbatch was in flight with this one.
     sent_ns: int
-    begun_ns: int  # Time when it was sent, or for a lookahead step, when the microbatch before it returned.
+    # Time when this microbatch was sent. For a lookahead step, the time when the previous result was computed.
+    begun_ns: int
 
 
 def _highest_token(row: RowResult) -> int:

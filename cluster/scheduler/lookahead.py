@@ -10,12 +10,12 @@ from __future__ import annotations
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _WORTH_HIDING = 0.02
-"""Share of a step's time on links and in the coordinator from which lookahead is used. Lookahead has a price: it delays
-new requests."""
+"""Minimum time on links and in the coordinator, as a share of the stages' time, for which lookahead is used. Lookahead
+delays new requests, so it must save enough time."""
 
 _MOST_NS = 20e6
-"""Maximum total nanoseconds of lookahead steps in flight. New requests wait for these steps, and an answer's end wastes
-them."""
+"""Maximum total nanoseconds of lookahead steps in flight. New requests wait for these steps, and steps in flight are
+wasted when an answer ends."""
 
 _SHORTEST_NS = 1e6
 
@@ -29,8 +29,7 @@ class Lookahead:
 
     @property
     def most_steps(self) -> int:
-        """Maximum number of lookahead steps in flight. It is 1 with several stages, with states, or before times are
-        measured."""
+        """Maximum number of steps in flight. It is 1 with several stages, recurrent states or unmeasured times."""
         decode_ns = self._times.decode_ns
         if decode_ns is None or self._times.stages > 1 or self._has_states:
             return 1
@@ -42,8 +41,8 @@ class Lookahead:
         return decode_ns is not None and self._times.whole_transit_ns > _WORTH_HIDING * decode_ns
 
     def steps(self, under_way: int, *, several: bool) -> int:
-        """Returns the maximum number of unknown tokens before the next step, or 0 to send no step. If `several` is
-        true, steps are sent until `most_steps` are in flight, and again once half of them have returned."""
+        """Returns how many tokens of a sequence may be unknown when a step is sent, or 0 to send no step. If `several`
+        is true, steps are sent until `most_steps` are in flight, and again once half of them have returned."""
         most = self.most_steps if several else 1
         if under_way <= (most + 1) // 2:
             self._is_filling = True

@@ -20,25 +20,25 @@ if TYPE_CHECKING:
     from llamaclust.cluster.scheduler.sequences import Sequence
 
 _LEAST_NS = 50_000_000
-"""Nanoseconds of processor time that slow matchers may take even if other sequences wait."""
+"""Slow matchers in flight may always take this number of nanoseconds of CPU time together."""
 _LONGER = 0.25
-"""Share of a decode microbatch's time that slow matchers may take. It applies if it is longer than `_LEAST_NS`."""
+"""CPU time that slow matchers in flight may take together, as a share of a decode microbatch's time. `_LEAST_NS` and
+`_MOST_NS` limit the product."""
 _MOST_NS = 400_000_000
-"""Maximum nanoseconds for slow matchers in flight. It is used up only if all running sequences are slow and have one
-owner."""
+"""Maximum CPU time in nanoseconds. It is granted in full if all running sequences have slow matchers and one owner."""
 _NEXT_ROWS = 1 + MAX_FORCED_TOKENS
-"""Maximum number of remaining rows of a sequence that can be held back. With more rows, the sequence is in prefill."""
+"""A sequence with more remaining rows than this is in prefill, and is not held back."""
 
 
 class MatcherTurns:
     def __init__(self, times: StageTimes) -> None:
         self._times = times
         self._turn = 0
-        self._next: list[Sequence] = []  # Slow sequences that may run next, in order of their turns.
+        self._next: list[Sequence] = []  # Sequences with slow matchers that may run next, in order.
 
     def held(self, running: Items[Sequence]) -> frozenset[Sequence]:
-        """Returns the slow sequences that get no rows in the next microbatch. At least one slow sequence is in flight
-        or may run."""
+        """Returns the sequences with slow matchers that get no rows in the next microbatch. At least one sequence with
+        a slow matcher is in flight or gets rows."""
         slow = [sequence for sequence in running if sequence.matcher.is_slow]
         self._next = []
         if len(slow) < 2:

@@ -1,4 +1,4 @@
-"""Measures the grammar matcher of one sequence. The matcher itself runs on the last stage."""
+"""Estimates the CPU time of one sequence's grammar matcher. The matcher itself runs on the last stage."""
 
 from __future__ import annotations
 

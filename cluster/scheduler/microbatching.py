@@ -15,8 +15,8 @@ _MARGIN = 0.05
 
 _DECIDE_EVERY = 16
 _RETRY_EVERY = 4096
-"""The number of groups is decided again after `_DECIDE_EVERY` decode microbatches. If it is 1, several groups are tried
-again after `_RETRY_EVERY`."""
+"""The number of groups is decided again every `_DECIDE_EVERY` decode microbatches. While one group is used, several
+groups are tried again every `_RETRY_EVERY` microbatches."""
 
 
 def cycle_ns(stage_ns: list[float], groups: int, transit_ns: float) -> float:

@@ -78,8 +78,7 @@ class SequenceQueues:
             sequence.restart()
 
     def check_room(self, owner: str, most_waiting: int) -> None:
-        """Raises QueueFullError if the owner has too many waiting sequences. The limit is lower if many sequences
-        wait."""
+        """Raises QueueFullError if the owner has too many waiting sequences. The limit falls as the queue fills."""
         waiting = [*self.waiting, *self.restoring]
         own = sum([other.request.owner == owner for other in waiting])
         if not fits(own, len(waiting), most_waiting + self.max_running - len(self.running)):
@@ -110,8 +109,8 @@ class SequenceQueues:
         return True
 
     def give_turn(self) -> None:
-        """Preempts the youngest sequence of the busiest owner for the next waiting sequence, if `takes_turn` allows it
-        and that sequence lacks a place or memory. Must not be called while a microbatch is being made."""
+        """Preempts a running sequence of the busiest owner if `takes_turn` allows it and the next waiting sequence
+        lacks a place or memory. Must not be called while a microbatch is being made."""
         if not self.waiting or not (waiting := startable(self.waiting, self.running)):
             return
         running = Running.of(self.running)
@@ -123,7 +122,7 @@ class SequenceQueues:
         self._preempt_one()
 
     def make_room(self, sequence: Sequence) -> None:
-        """Starts the sequence, or gives it its next block. May preempt others. Nothing may be in flight."""
+        """Starts the sequence or gives it its next block. May preempt other sequences. Nothing may be in flight."""
         grow = self.memory.grow if sequence.phase is _DECODE else self.memory.extend
         if sequence.is_running and not grow(sequence):
             self.preempt(sequence)
@@ -134,8 +133,8 @@ class SequenceQueues:
         self._start(sequence)
 
     def shortest(self, prefilling: list[Sequence]) -> Sequence | None:
-        """Returns a sequence that should be prefilled before the oldest one, or None. It has fewer rows left, or its
-        owner or request runs fewer sequences. If the sequence is still waiting, starts it."""
+        """Returns a sequence to prefill before the oldest sequence, or None. The returned sequence has fewer rows left,
+        or its owner or request runs fewer sequences. Starts the sequence if it is still waiting."""
         if not prefilling:
             return None
         running = Running.of(self.running)

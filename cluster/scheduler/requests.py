@@ -30,7 +30,7 @@ class Operation(StrEnum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerOptions:
     top_logprobs: int = 0
-    # Prompt tokens [max(score_from, 1), end) get logprobs. None: no prompt token gets a logprob.
+    # Index of the first prompt token that gets a logprob, though token 0 never gets one. None: no prompt token does.
     score_from: int | None = None
     cache_salt: str = ""  # KV blocks are shared only between requests with the same salt and adapters.
     adapters: AdapterScales = ()
@@ -79,7 +79,7 @@ class GenerationRequest(AnswerOptions):
 
     @property
     def needs_place(self) -> bool:
-        """False if the request can perhaps be answered without computation."""
+        """True if the request certainly needs computation, and therefore a place in the queue."""
         return self.embedded is not None or bool(self.max_new_tokens and not self.answered)
 
     @property

@@ -1,8 +1,8 @@
 """Decides what the stages compute next: continuous batching, chunked prefill, preemption. Reads no clock.
 
 The blocks of a sequence are released as soon as it finishes, is aborted or is preempted. Microbatches in flight may
-still read these blocks. That is safe, because stages run microbatches in order, and the next owner writes in a later
-one."""
+still read these blocks. That is safe, because stages run microbatches in order, and another sequence writes to these
+blocks only in a later microbatch."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ from llamaclust.wire.microbatch.messages import Result
 _VISIBLE_WAITING = 8
 
 _SHARED, _SHARED_ROWS = 4, 32
-"""Divisor of a prefill chunk's time limit, and the chunk's maximum rows, while another pipeline uses the same workers.
-Only one chunk is then in flight, because it may delay the other pipeline's decode."""
+"""Limits while another pipeline uses the same workers. A prefill chunk then gets a fourth of its time limit and at most
+32 rows. Only one chunk is in flight, because it may delay the other pipeline's decode steps."""
 
 _by_remaining = attrgetter("remaining")
 _by_arrival = attrgetter("key")
@@ -98,7 +98,7 @@ class Scheduler:
         return self._sequences
 
     def add(self, request: GenerationRequest, now_ns: int) -> Sequence:
-        """Queues a request, unless it needs no computation. Raises QueueFullError or ParameterError."""
+        """Makes a sequence and queues it if it needs computation. Raises QueueFullError or ParameterError."""
         settings = self.settings
         if request.needs_place:
             self.queues.check_room(request.owner, settings.max_waiting)
@@ -148,7 +148,8 @@ class Scheduler:
             self.queues.put_back(sequence)
 
     def take_over(self, other: Scheduler, sequences: Iterable[Sequence]) -> None:
-        """Takes over sequences of another scheduler. They must be in `movable`, or their pipeline must be lost."""
+        """Moves sequences from another scheduler to this scheduler. The sequences must be in the other scheduler's
+        `movable`, unless its pipeline is lost."""
         for sequence in sequences:
             other.put_back(sequence)
             other.queues.waiting.remove(sequence)
@@ -176,11 +177,12 @@ class Scheduler:
         if (isolated := self.strikes.isolated) is not None:
             is_busy = len(self.in_flight) or self.queues.restoring or self.queues.memory.transfers.are_under_way
             return None if is_busy else self._next_alone(isolated, now_ns)
-        # One more microbatch in flight keeps stages busy after a short chunk. With decode, it would delay tokens.
+        # One extra microbatch in flight keeps stages busy after a short chunk, but delays tokens if sequences decode.
         room = self.times.in_flight - self.in_flight.live
         self.queues.held = self._turns.held(self.queues.running)
         has_room = room > 0 or (room == 0 and not self.queues.decoding)
-        if has_room or not self.queues.can_start:  # If no sequence can start, lookahead continues.
+        # While no sequence can start, lookahead may keep the pipeline full, so turns are given without room too.
+        if has_room or not self.queues.can_start:
             self.queues.give_turn()
         if not has_room or self.queues.are_settled:
             return self._next_ahead(now_ns)

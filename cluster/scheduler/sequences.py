@@ -47,7 +47,7 @@ class Sequence:
     computed: int = 0  # Number of tokens whose keys and values are computed.
     in_flight: int = 0  # Number of this sequence's microbatches in flight.
     sampling: int = 0  # Number of tokens that microbatches in flight will choose.
-    sampled_at: tuple[int, int] = (0, 0)  # Microbatch number and output row of the last token, even if it has returned.
+    sampled_at: tuple[int, int] = (0, 0)  # Microbatch and output row of the newest token, known or not.
     phase: Phase = Phase.WAITING
     failures: int = 0  # Number of rows without a result since the last result.
     is_checked: bool = False  # True if stages must report where a further failure comes from.
@@ -107,8 +107,7 @@ class Sequence:
 
     @property
     def next_rows(self) -> int:
-        """Number of known rows in the next decode step. It is above 1 after refused drafts if a state had to be
-        reset."""
+        """Number of rows with known tokens in the next decode step. It can exceed 1 after a state was reset."""
         return max(1, self.remaining)
 
     @property
@@ -132,8 +131,8 @@ class Sequence:
 
     @property
     def may_draft(self) -> bool:
-        """True if drafted rows may be computed with the last token's row. Mirostat excludes drafts, because mu would be
-        unknown."""
+        """True if drafted tokens may be computed in the same step as the last token. Mirostat excludes drafts, because
+        mu would be unknown."""
         request = self.request
         is_open = self.phase is _DECODE and self.left > 1 and request.max_drafted != 0
         is_early = request.needs_matcher and self.generated < request.min_tokens

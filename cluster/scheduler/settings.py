@@ -30,9 +30,9 @@ class SchedulerSettings:
     embedding_length: int = 0  # Channels of a hidden state. 0: no hidden states are returned.
     # Maximum number of prompt tokens in a microbatch. None: chosen by predicted time.
     prefill_chunk: int | None = None
-    # Maximum predicted milliseconds of a microbatch with prefill on the slowest stage.
+    # Maximum predicted milliseconds for which a microbatch with prompt tokens keeps the slowest stage busy.
     prefill_ms: float = 100.0
-    # Same limit if no sequence decodes. Larger chunks read the weights less often.
+    # The limit while no sequence decodes. It is higher, because larger chunks read the weights less often.
     prefill_alone_ms: float = 400.0
     prefix_cache: bool = True
     whole_prompts: bool = False  # True if each prompt must be computed in one microbatch, as encoders require.
@@ -44,7 +44,7 @@ class SchedulerSettings:
     state_blocks: int = 0  # Number of state blocks. 0: states are in KV blocks.
     image_width: int = 0  # Number of floats in an image row. 0: the model takes no images.
     max_image_bytes: int = MAX_GIVEN_BYTES  # Maximum bytes of image rows in a microbatch.
-    rope_sections: int = 0  # Rope positions per row. 0: one, equal to the row's position.
+    rope_sections: int = 0  # Number of rope positions per row. 0: the rope position is the row's position.
     speculation: SpeculationSettings | None = None
     # Number of positions between states that are kept for other sequences.
     state_span: int = KV_BLOCK_TOKENS
@@ -67,8 +67,7 @@ class SchedulerSettings:
 
     @property
     def max_drafted(self) -> int:
-        """Maximum number of drafted tokens in a step. It is 0 if layers have states, but there are no state blocks to
-        reset to."""
+        """Maximum number of drafted tokens in a step. It is 0 if states cannot be reset, for lack of state blocks."""
         if self.speculation is None or (self.has_states and not self.state_blocks):
             return 0
         group = self.window_group
@@ -89,8 +88,7 @@ class SchedulerSettings:
 
     @property
     def max_sequence_tokens(self) -> int:
-        """Maximum number of tokens in prompt and answer. A prompt that is computed as a whole must fit into a
-        microbatch."""
+        """Maximum tokens in prompt and answer. A prompt that is computed as a whole must fit into a microbatch."""
         tokens = min(self.context_length, self.kv_blocks * KV_BLOCK_TOKENS)
         return min(tokens, self.max_batch_tokens, self.max_embedded_rows) if self.whole_prompts else tokens
 

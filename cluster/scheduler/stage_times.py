@@ -71,7 +71,7 @@ class Curve:
 
 
 def _rising(points: dict[int, tuple[float, float]]) -> dict[int, tuple[float, float]]:
-    """Lowers each time to the minimum of the later times, because a microbatch with more rows cannot take less time."""
+    """Lowers each time to the minimum over larger row counts, because more rows cannot take less time."""
     rising, most = dict[int, tuple[float, float]](), inf
     for bucket, (rows, ns) in sorted(points.items(), reverse=True):
         most = min(most, ns)

@@ -42,8 +42,7 @@ class _Suspected:
 
 @dataclass(frozen=True, slots=True)
 class StruckOut:
-    """A sequence that must fail. `has_results` is true if some result arrived between its first and its last
-    failure."""
+    """A sequence that must fail. `has_results` is true if a result arrived between its first and last failure."""
 
     sequence: Sequence
     workers: frozenset[str | None]
@@ -56,7 +55,7 @@ class _Record:
     suspected: list[_Suspected] = field(default_factory=list)
     # Number of failures while the request was isolated and none of its suspected rows was in flight.
     interrupted: int = 0
-    # Workers at fault in these failures. None: the worker is unknown.
+    # Workers at fault in the recorded failures. None: the worker is unknown.
     workers: set[str | None] = field(default_factory=set)
     has_results: bool = False  # True if some result has arrived since the first failure.
 
@@ -65,7 +64,7 @@ class _Record:
         return max(suspected.strikes for suspected in self.suspected)
 
     def strike(self, rows: range, *, is_alone: bool) -> bool:
-        """Records a failure with `rows` in flight. Returns True if it is evidence against the sequence."""
+        """Records a failure with `rows` in flight. Returns True if the failure is evidence against the sequence."""
         found = [suspected for suspected in self.suspected if suspected.overlaps(rows)]
         for suspected in found:
             suspected.strike(rows, is_alone=is_alone)
@@ -83,13 +82,12 @@ class _Record:
 class Strikes:
     def __init__(self) -> None:
         self._records: dict[int, _Record] = {}
-        # True until the next failure. No request is isolated meanwhile, so that other requests continue.
+        # True if no request is isolated until the next failure, so that other requests continue.
         self._is_paused = False
 
     @property
     def isolated(self) -> Sequence | None:
-        """The sequence to isolate next: the least often interrupted sequence, or on a tie the sequence with the most
-        strikes."""
+        """The sequence to isolate next: among the least often interrupted sequences, the one with the most strikes."""
         record = self._isolated
         return None if record is None else record.sequence
 
@@ -107,7 +105,8 @@ class Strikes:
         return to_suspected if to_suspected > 0 else _PROBED_ROWS
 
     def add(self, slices: Iterable[SequenceSlice], worker: str | None = None) -> list[StruckOut]:
-        """Records a failure of the slices in flight, at `worker` if known. Returns the sequences that must fail."""
+        """Records that the pipeline failed with these slices in flight. `worker` is the worker at fault, or None if it
+        is unknown. Returns the sequences that must fail."""
         in_flight = _rows_in_flight(slices)
         isolated = self._isolated
         is_alone = isolated is not None and list(in_flight) == [isolated.sequence]

@@ -111,7 +111,7 @@ def check_integer(name: str, value: object, low: int, high: int) -> None:
 
 
 def check_number(name: str, value: object, low: float, high: float) -> None:
-    # NaN is not in the range either.
+    # NaN fails the comparison too.
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise ParameterError(name, f"must be a number within {low:g}..{high:g}, is {shown(value)}")
 

@@ -53,8 +53,8 @@ class DiskCache:
     most_bytes: int
 
     suffixes: ClassVar[tuple[str, ...]]
-    content: ClassVar[str]  # Names the content in messages.
-    limit: ClassVar[str]  # Names the setting that decides `most_bytes` in messages.
+    content: ClassVar[str]  # Name of the cached content, for messages.
+    limit: ClassVar[str]  # Name of the setting for `most_bytes`, for messages.
     most_files: ClassVar[int] = 1 << 16
     free_bytes: ClassVar[int] = 2 << 30
     is_secret: ClassVar[bool] = False  # Other users must not be able to read the files.
@@ -147,7 +147,7 @@ class DiskCache:
         return sorted(path for path in self._names(_LOCK) if path.is_symlink() or not path.is_file())
 
     def clear(self) -> Cleared:
-        """Deletes the files. Raises OSError, or BusyError if a load uses them or another process is writing."""
+        """Deletes all cached files. Raises OSError, or BusyError if a load uses the cache or another process writes."""
         if not os.path.lexists(self.path):
             return Cleared()
         self._check_owner()

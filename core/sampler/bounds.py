@@ -8,12 +8,12 @@ MAX_BIAS = 1e9  # Maximum number added to a logit. It makes a token certain or i
 
 MAX_LOGIT_BIASES = 1024
 MAX_MU = 1e12
-MAX_BREAKERS = 1 << 16  # Maximum number of one request's token sequences that end DRY's search.
-MAX_BREAKER_TOKENS = 64  # Maximum number of tokens in one such sequence.
-# Maximum number of tokens in all such sequences together. They may be sent to the last stage at each token.
+MAX_BREAKERS = 1 << 16  # Maximum number of DRY sequence breakers of a request, as token sequences.
+MAX_BREAKER_TOKENS = 64  # Maximum number of tokens in one breaker.
+# Maximum number of tokens in all breakers of a request. They may be sent to the last stage for each token.
 MAX_BREAKERS_TOKENS = 1 << 15
 MAX_GRAMMAR_BYTES = 1 << 20
-# Maximum product of the numbers of rules and characters. Such a grammar takes about a second to convert.
+# Maximum product of a grammar's numbers of rules and characters. Converting such a grammar takes about a second.
 MAX_GBNF_WORK = 1 << 25
 MAX_TRIGGERS = 64
 MAX_TRIGGER_BYTES = 1024

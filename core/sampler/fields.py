@@ -23,11 +23,11 @@ class SamplingField:
     low: float
     high: float
     default: float  # Value if a request omits the parameter. If it is an int, only ints are accepted.
-    doc: str  # One sentence for people.
+    doc: str  # One sentence that explains the parameter to users.
     placeholder: str  # Placeholder in the help of the command-line option.
     llamacpp: float  # Default in llama.cpp's API.
     ollama: float
-    llamacpp_name: str  # Name of the option and in llama.cpp's and Ollama's APIs, or "" if it is the same.
+    llamacpp_name: str  # Name of the option and in the APIs of llama.cpp and Ollama. "": the same name.
     gguf: str  # Key after `general.sampling.` in model files, or "" if there is none.
 
     @property

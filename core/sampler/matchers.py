@@ -59,5 +59,5 @@ class MatcherStart:
     grammar: Grammar | None
     tokens: tuple[int, ...] = ()  # The answer's tokens so far.
     reasoning: Reasoning | None = None
-    may_force: bool = False  # Tokens that must follow a sampled token are returned together with it.
-    drafts_forced: bool = False  # Tokens that must follow are returned as a draft, which is computed like any draft.
+    may_force: bool = False  # True if tokens that must follow a sampled token are returned with that token.
+    drafts_forced: bool = False  # True if such tokens are returned as a draft, which is then verified.

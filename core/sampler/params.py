@@ -28,7 +28,7 @@ SAMPLERS = tuple(SamplerName)
 """All samplers. Messages and kernels use a sampler's index as its number."""
 
 PLAIN_ORDER = (SamplerName.PENALTIES, SamplerName.TOP_K, SamplerName.TOP_P, SamplerName.MIN_P, SamplerName.TEMPERATURE)
-"""The order of samplers without a chain. A chain with this order chooses the same tokens."""
+"""The order of samplers for requests without a chain. A chain with this order chooses the same tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +107,7 @@ CHAIN: Final = rows_of(SamplerChain)
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Sampling parameters. The defaults choose the most probable token. Steps are in the order of
-    docs/internals/numerics.md."""
+    """Sampling parameters. The defaults choose the most probable token. docs/internals/numerics.md has the steps."""
 
     temperature: float = number(
         (0.0, 100.0),

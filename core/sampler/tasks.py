@@ -12,7 +12,7 @@ from llamaclust.core.sampler.params import SamplingParams
 class MatcherRow:
     key: int  # Identifies the answer within an epoch.
     position: int  # Number of the answer's tokens before the token to sample.
-    # Drafted token before this row. The row counts only if the previous row chose this token. Set by a stage.
+    # Drafted token that this row reads. The row counts only if the previous row chose this token. Set by a stage.
     drafted: int | None = None
 
 
@@ -28,7 +28,8 @@ class SampleTask:
     history: Sequence[int] = ()
     suppressed: tuple[int, ...] = ()  # Token ids that must not be chosen (min_tokens).
     top_logprobs: int = 0
-    history_rows: int = 0  # Number of the chunk's last tokens, up to this row's own token, that follow `history`.
+    # Number of the chunk's tokens that follow `history`. The last of them is this row's own token.
+    history_rows: int = 0
     penalty_window: int | None = None  # Number of last tokens of the history that penalties count, or None for all.
     dry_window: int | None = None  # Number of last tokens of the history that DRY searches, or None for all.
     breakers: tuple[tuple[int, ...], ...] = ()  # Token sequences that end DRY's search for repetitions.
@@ -54,7 +55,6 @@ class SampleTask:
         )
 
     def is_next_to(self, before: SampleTask) -> bool:
-        # Cheap tests that tell most tasks apart.
         is_near = self.position == before.position + 1 and self.seed == before.seed
         return is_near and self == before.next()
 
@@ -74,5 +74,5 @@ _SECOND_DRAW = 1 << 31
 
 
 def second_draw(task: RowTask) -> RowTask:
-    """Returns the task with an independent random draw, for a row whose first token the grammar refused."""
+    """Returns the task with another random draw, for a row whose first drawn token the grammar refused."""
     return replace(task, choice=task.choice + _SECOND_DRAW) if isinstance(task, SampleTask) else task

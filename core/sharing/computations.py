@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 _Value = TypeVar("_Value")
 
 Owners = Sequence[str]
-"""The owners of the callers that use a value now. The list changes as callers come and leave. The value is computed in
-the turn of the first owner."""
+"""The owners, such as API clients, whose callers use a value now. The list changes as callers come and leave. The value
+is computed in the turn of the first owner."""
 Compute = Callable[[Owners], Coroutine[Any, Any, _Value]]
 
 
@@ -31,10 +31,10 @@ class _Shared(Generic[_Value]):
         self.result: asyncio.Future[_Value] = asyncio.get_running_loop().create_future()
         self.owners: list[str] = []
         self.task: asyncio.Task[_Value] | None = None  # None until a caller gets its turn.
-        self.claim: asyncio.Task[None] | None = None  # Claim in whose turn the task began.
+        self.claim: asyncio.Task[None] | None = None  # Task that took the turn and began `task`.
 
     async def claim_turn(self, owner: str, turn: AbstractAsyncContextManager[None], begin: Callable[[], None]) -> None:
-        """Begins the computation if no other turn has begun it. Holds the turn until the computation ends."""
+        """Waits for `turn`, begins the computation unless it has begun, and holds the turn until it ends."""
         async with turn:
             if self.task is None:
                 self.claim = asyncio.current_task()

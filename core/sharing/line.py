@@ -1,4 +1,4 @@
-"""A queue of requests that wait for room. The first request alone may take room until it leaves the queue."""
+"""A queue of requests that wait for room, such as memory. Only the first request takes room until it leaves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Self
 
 class Line:
     """A queue of requests that wait for room and hold none. When the first request leaves, the request whose owner
-    holds the least room becomes the first. On a tie, the longest wait decides. Not thread-safe."""
+    holds the least room becomes first. If owners hold equally little, the request that has waited longest becomes
+    first. Not thread-safe."""
 
     def __init__(self, held: Counter[str]) -> None:
         self._held = held
@@ -52,7 +53,7 @@ class Line:
 
 
 class Place:
-    """A request's place. It enters the line with `enter`, and leaves the line with its context."""
+    """A request's place in the line. `enter` waits until it is first. The end of the `with` block leaves the line."""
 
     def __init__(self, line: Line, owner: str) -> None:
         self.owner = owner

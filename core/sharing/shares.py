@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 
 def fits(own: int, held: int, room: int, more: int = 1) -> bool:
-    """Returns True if an owner with `own` of all `held` units may take `more`. A single owner may hold up to `room`
-    units. Of several owners, each may hold half of 2 * `room` minus the units of the other owners."""
+    """Returns True if an owner that holds `own` of all `held` units may take `more` units. An owner may hold `room`
+    units minus half of the units that other owners hold, rounded up."""
     return not more or own + more <= min(room, 2 * room - held - more + 1)
 
 

@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager
 
 
 class Turns:
-    """Shares concurrent places among owners. A free place goes to the waiting owner with the fewest places, on a tie
-    not to the owner that freed it. An owner has at most `most` places (None: no limit). Not thread-safe."""
+    """Shares places for concurrent work among owners. A free place goes to the waiting owner with the fewest places. On
+    a tie, the owner that freed the place comes last. An owner has at most `most` places (None: no limit). Not
+    thread-safe."""
 
     def __init__(self, places: int, most: int | None = None) -> None:
         self._free = places

@@ -66,7 +66,7 @@ def test_the_largest_tile_fits_into_a_message() -> None:
 @pytest.mark.parametrize(
     ("data", "error"),
     [
-        (b"", "an image tile has 0 bytes; its size alone takes 8"),
+        (b"", "an image tile has 0 bytes; its height and width alone take 8"),
         (struct.pack("<II", 3, 5), "an image tile of 5 x 3 pixels has 8 bytes; expected 53"),
         (encode_tile(TILE)[:-1], "an image tile of 5 x 3 pixels has 52 bytes; expected 53"),
         (encode_tile(TILE) + b"0", "an image tile of 5 x 3 pixels has 54 bytes; expected 53"),

@@ -30,7 +30,7 @@ def split_keys(keys: bytes) -> list[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class FindKv:
-    """Requests the number of blocks on disk, counted from the first key until a block is missing."""
+    """Asks how many blocks of `keys` are on disk, from the first key up to the first missing block."""
 
     epoch: _Epoch
     keys: _Keys
@@ -48,13 +48,13 @@ class RestoreKv:
 
     def check(self) -> None:
         if len(self.keys) != len(self.blocks) * KEY_BYTES:
-            raise ProtocolError(f"RestoreKv has keys of {len(self.keys)} bytes for {len(self.blocks)} KV blocks")
+            raise ProtocolError(f"RestoreKv has {len(self.keys)} bytes of keys for {len(self.blocks)} KV blocks")
 
 
 @dataclass(frozen=True, slots=True)
 class SaveKv:
-    """Orders a worker to write `blocks` to disk under the last of `keys`. The worker may delete other files to make
-    room, but not files with blocks of the earlier keys."""
+    """Orders a worker to write `blocks` to disk. The last keys belong to `blocks`, and the other keys to earlier blocks
+    of the sequence. The worker may delete files to make room, but not files of these earlier blocks."""
 
     epoch: _Epoch
     keys: _Keys
@@ -63,7 +63,7 @@ class SaveKv:
 
     def check(self) -> None:
         if len(self.keys) < len(self.blocks) * KEY_BYTES:
-            raise ProtocolError(f"SaveKv has keys of only {len(self.keys)} bytes for {len(self.blocks)} KV blocks")
+            raise ProtocolError(f"SaveKv has only {len(self.keys)} bytes of keys for {len(self.blocks)} KV blocks")
 
 
 @dataclass(frozen=True, slots=True)

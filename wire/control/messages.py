@@ -74,9 +74,9 @@ class Register:
     memory_group: Annotated[str, Line(64)] = ""
     kv_disk_bytes: MemoryBytes = 0  # Maximum size of KV memory on disk, or 0 if none is kept on disk.
     term_proof: TermProof = field(default_factory=TermProof)  # Proof that a coordinator had `largest_term`.
-    cluster: Annotated[str, Line(255)] = ""  # Cluster of the last membership, or "" if there was none.
+    cluster: Annotated[str, Line(255)] = ""  # Cluster that the worker joined last, or "" if it has joined none.
     is_awaited: bool = False  # The worker waits for a coordinator of `cluster` and cannot join another cluster.
-    link_address: Address = ""  # Address for links of groups, or "" if the worker takes part in no group.
+    link_address: Address = ""  # Address for links between group members, or "" if the worker takes part in no group.
     protocol_version: int = PROTOCOL_VERSION
     numerics_version: int = NUMERICS_VERSION
 
@@ -133,8 +133,9 @@ class Load:
     first_address: Address | None = None  # Address of the first stage. Set only for the last of several stages.
     next_worker: WorkerName | None = None  # Name of the worker at `next_address`.
     first_worker: WorkerName | None = None
-    previous_worker: WorkerName | None = None  # The only worker that may open FORWARD, or None for the first stage.
-    # The only worker that may open SAMPLED_TOKENS. Set only for the first of several stages.
+    # The only worker that may open a FORWARD stream. None for the first stage.
+    previous_worker: WorkerName | None = None
+    # The only worker that may open a SAMPLED_TOKENS stream. Set only for the first of several stages.
     last_worker: WorkerName | None = None
     # The model's other stages are freed before the load, except weights that this stage also needs.
     exclusive: bool = False

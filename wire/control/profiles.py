@@ -41,7 +41,7 @@ class WorkerProfile:
 
     profile: Profile
     request_id: int = 0
-    # Memory that the measurement took and the process keeps, for example for modules and stacks.
+    # Memory that the process keeps after the measurement, for example for modules and stacks.
     kept_bytes: MemoryBytes = 0
 
 
@@ -50,7 +50,7 @@ class LinkEnd:
     worker: WorkerName
     address: Address  # Address of the worker's Stage service.
     permit: Permit = ""  # The coordinator's permit to measure this link.
-    link_address: Address = ""  # Address for links of groups, or "" if the worker takes part in no group.
+    link_address: Address = ""  # Address for links between group members, or "" if the worker takes part in no group.
 
 
 @dataclass(frozen=True, slots=True)

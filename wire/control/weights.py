@@ -38,7 +38,7 @@ class AdapterFile:
     number: Annotated[int, Integer(0, MAX_ADAPTERS - 1)]
     path: ModelPath  # Path on the coordinator's machine.
     adapter_id: ModelId
-    weights: WeightSources | None = None  # None has the same meaning as in `Load`.
+    weights: WeightSources | None = None  # None if the file must be on the worker's machine.
 
 
 AdapterFiles = Annotated[tuple[AdapterFile, ...], Size(0, MAX_ADAPTERS)]
@@ -48,7 +48,7 @@ AdapterFiles = Annotated[tuple[AdapterFile, ...], Size(0, MAX_ADAPTERS)]
 class EncoderFile:
     path: ModelPath  # Path on the coordinator's machine.
     file_id: ModelId
-    weights: WeightSources | None = None  # None has the same meaning as in `Load`.
+    weights: WeightSources | None = None  # None if the file must be on the worker's machine.
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class FindWeights:
     describe: bool = False  # True to make the manifest if there is none yet.
     request_id: int = 0
     adapter: AdapterFile | None = None
-    encoder: EncoderFile | None = None  # If both `adapter` and `encoder` are None, the model is wanted.
+    encoder: EncoderFile | None = None  # If `adapter` and `encoder` are None, the model file is looked for.
 
     def check(self) -> None:
         if self.adapter is not None and self.encoder is not None:

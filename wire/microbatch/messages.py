@@ -28,8 +28,8 @@ class Chunk:
     tokens[i] has position `position` + i. `table` lists all KV blocks of the sequence, of 16 tokens each, as runs of
     consecutive ids: (start, count, start, count, ...). `window_table` lists the blocks of sliding-window layers if
     these layers have their own blocks. The list begins with the sequence's block number `window_start`. The last
-    `outputs` rows are sampled or scored. If `depends_on` is set, `tokens` is (0,), and the stage replaces 0 by the
-    token sampled at that row. The result has the normed hidden states of the `embedded` rows [first, end). An MTP
+    `outputs` rows are sampled or scored. If `depends_on` names a row, `tokens` is (0,), and the stage replaces 0 by
+    the token that this row chose. The result has the normed hidden states of the `embedded` rows [first, end). An MTP
     head reads `next_token`, the token after the chunk, and drafts `drafts` tokens. If `checked`, the first stage whose
     hidden state for the chunk is not finite fails the microbatch."""
 
@@ -61,8 +61,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """A unit of work. Every stage runs an epoch's microbatches in order of `number`, which counts from 0 without
-    gaps."""
+    """A unit of work. Every stage runs an epoch's microbatches in order of `number`: 0, 1, 2 and so on."""
 
     model_id: str
     epoch: int
@@ -85,7 +84,7 @@ class SamplingInputs:
     epoch: int
     number: int
     tasks: tuple[RowTask, ...]
-    released: tuple[int, ...] = ()  # Keys of answers that have ended or wait.
+    released: tuple[int, ...] = ()  # Keys of answers that have ended or wait. Their matchers are dropped.
     # Matchers for answers whose rows are in this microbatch or in later microbatches.
     starts: tuple[MatcherStart, ...] = ()
 
@@ -102,7 +101,7 @@ class SampledTokens:
 class StageTiming:
     """One stage's times for one microbatch, in nanoseconds on the worker's monotonic clock."""
 
-    queue_ns: int  # Time between the arrival of the microbatch with its sampled tokens and its start.
+    queue_ns: int  # Time from the arrival of the microbatch and of the sampled tokens that it needs to its start.
     compute_ns: int
     wire_ns: int  # Time to serialize the previous frame and to hand it to the network.
     rows: int

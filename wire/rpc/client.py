@@ -26,7 +26,7 @@ EPOCH_KEY = "llamaclust-epoch"
 PERMIT_KEY = "llamaclust-permit"
 ACCEPTED_KEY = "llamaclust-accepted"
 ROOT_CAUSE_KEY = "llamaclust-root-cause"
-"""The key of trailing metadata that contains the name of the worker at fault, if that worker is not the peer."""
+"""Key in the trailing metadata. Its value is the name of the worker at fault, if that worker is not the peer."""
 
 OPTIONS = (
     ("grpc.max_receive_message_length", PIECE_BYTES),
@@ -163,7 +163,7 @@ class UnixClientStream(ClientStream):
 
 class Peer:
     """Connections to one process, which must show the certificate of `principal` if the cluster uses certificates. A
-    broken connection is noticed within `patience_s` seconds even if nothing is sent. None means gRPC's own limits."""
+    broken connection is noticed within `patience_s` seconds (None: gRPC's own limits), even if nothing is sent."""
 
     def __init__(
         self,

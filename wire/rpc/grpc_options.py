@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 _EXPERIMENTS = "-event_engine_client,-event_engine_listener"
 _MEASURED_VERSIONS = ("1.85.",)
-"""Releases of gRPC with which the undocumented experiments were measured. Other releases keep gRPC's own event loop,
+"""Releases of gRPC with which gRPC's undocumented experiments were measured. Other releases keep gRPC's own event loop,
 because unknown experiments might print a warning. Links between machines are then slower (benchmarks/notebook.md)."""
 
 

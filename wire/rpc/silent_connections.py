@@ -38,8 +38,8 @@ class SilentConnections:
         self._looks: dict[_Caller, int] = {}
 
     def close_excess(self, port: int, callers: Container[str]) -> tuple[int, int]:
-        """Closes connections beyond the limits. Spares connections that no earlier call saw, so that new connections
-        have time to show a certificate. `callers` contains gRPC's names of peers that have made a call. Returns the
+        """Closes connections beyond the limits. Spares connections that are new since the previous call, because they
+        may still show a certificate. `callers` contains gRPC's names of peers that have made a call. Returns the
         numbers of closed and of remaining connections. Raises OSError if fewer than two file descriptors are free."""
         silent = sorted(self._silent(port, callers), key=lambda connection: -connection.looks)
         self._looks = {connection.caller: connection.looks for connection in silent}

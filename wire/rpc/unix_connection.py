@@ -22,7 +22,7 @@ _MESSAGE_BYTES = 64
 """The memory that a message takes in addition to its content, in bytes."""
 _PIECE_BYTES = 1 << 18
 CALL_S = 10.0
-"""The time in seconds in which a new connection must name its stream."""
+"""Maximum seconds until a new connection has sent its CALL frame, which names a method."""
 _BUFFER_BYTES = 1 << 16
 
 

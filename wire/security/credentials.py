@@ -17,7 +17,7 @@ MAX_SKEW_S = 300.0
 class KeyPair:
     private_key: bytes = field(repr=False)
     certificate: bytes
-    made_at_s: float  # Seconds since 1970 by this machine's clock.
+    made_at_s: float  # Time when the pair was made, in seconds since 1970 by this machine's clock.
     ends_at_s: float
 
     @property
@@ -58,7 +58,7 @@ def check_address(address: str, credentials: Credentials) -> None:
 
 
 def check_private(address: str) -> None:
-    """Raises UsageError unless the address is a Unix socket or loopback, because these links are not encrypted."""
+    """Raises UsageError unless the address is a Unix socket or loopback: links with a token are not encrypted."""
     if not (address.startswith("unix:") or is_loopback(address.rpartition(":")[0].strip("[]"))):
         what = "only unix:PATH and loopback HOST:PORT are possible here, because these links are not encrypted"
         raise UsageError(f"address {address!r}: {what}")

@@ -1,4 +1,4 @@
-"""Permits to measure links. The coordinator signs a permit for one worker, which shows it to the other worker."""
+"""Permits to measure links. The coordinator signs a permit for one worker. That worker shows it to the other worker."""
 
 from __future__ import annotations
 

@@ -22,14 +22,14 @@ from llamaclust.cluster.planner.splits.stage_tables import stage_tables
 from llamaclust.cluster.planner.work import Work, works_of
 
 _WORTH_ROOM = 1.1
-"""Minimum speedup of a plan whose KV memory holds fewer full-length sequences."""
+"""A plan with room for fewer full-length sequences in KV memory is chosen only if it is faster by this factor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     entries: tuple[Assignment, ...]
     contexts: int  # Number of full-length sequences that fit into KV memory.
-    seconds: float = 0.0  # Seconds as rated by the objective.
+    seconds: float = 0.0  # Seconds that the objective minimizes.
     optimality_gap: float | None = None  # See `Plan.optimality_gap`.
     single: Found | None = None  # Best chain without groups, if this chain has groups.
 
@@ -39,8 +39,8 @@ class Found:
 
 
 def best_chain(sizes: MemoryModel, workers: Sequence[WorkerFacts], contexts: Sequence[int]) -> Found | None:
-    """Returns the fastest chain by the objective, or None if nothing fits. `contexts` lists numbers of full-length
-    sequences for KV memory, the preferred number first."""
+    """Returns the chain of stages that is best for the objective, or None if nothing fits. `contexts` lists how many
+    full-length sequences KV memory may hold, with the preferred number first."""
     works = works_of(sizes.request.objective, usual_prompt_tokens(sizes.request.context_length))
     unlike = frozenset[str]().union(*sizes.request.partitions)
     found: Found | None = None

@@ -13,8 +13,8 @@ from llamaclust.model.costs import ModelCosts
 from llamaclust.model.groups.costs import DividedLayer, GroupCosts, PortionCost
 
 _FINE = 64
-"""Minimum number of units at which a part counts as divisible in any ratio. Parts with fewer units, such as heads, are
-divided into whole units."""
+"""Members divide a part of a layer into whole units, such as attention heads. A part with at least this number of units
+counts as divisible in any ratio."""
 
 Shares = Table
 """Shares of members, [members, ...]. Their sum over members is 1."""
@@ -22,9 +22,9 @@ Shares = Table
 
 @dataclass(frozen=True, slots=True)
 class DividedCosts:
-    """Costs of a model in groups. `whole` covers the undivided parts of the leader, and `follower` those of another
-    member. An entry (units, costs) of `coarse` covers `whole` and all parts with this number of units. `fine` covers
-    `whole` and all parts that are divisible in any ratio."""
+    """Costs of a model whose layers are divided among group members. `whole` has the leader's undivided costs, and
+    `follower` has the undivided costs of any other member. An entry (units, costs) of `coarse` has the costs of `whole`
+    plus all parts with this number of units. `fine` has the costs of `whole` plus all parts divisible in any ratio."""
 
     whole: StageCosts
     follower: StageCosts
@@ -59,7 +59,7 @@ class DividedCosts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DividedTables:
-    """A table of stage costs in undivided, coarse and fine parts. Tables of several members are [members, ...]."""
+    """A table of stage costs, split as in `DividedCosts`. Tables of several members have the shape [members, ...]."""
 
     whole: Table
     coarse: tuple[Table, ...]
@@ -126,7 +126,7 @@ def _more(table: Table, whole: Table) -> Table:
 
 
 def _in_units(units: int, shares: Shares) -> Shares:
-    """Rounds shares to whole units, in the same way as `borders`. Each member gets at least one unit."""
+    """Rounds shares to whole units as `borders` in model/groups does. Each member gets at least one unit."""
     members = len(shares)
     places = np.rint(units * np.cumsum(shares, axis=0))
     before: Table = np.zeros(shares.shape[1:])

@@ -1,4 +1,5 @@
-"""Adjusts the shares of a group if memory is nearly full, so that each member has room for its whole units."""
+"""Adjusts the shares of a group if memory is nearly full, because shares rounded to whole units can need more
+memory."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from llamaclust.cluster.planner.splits.stage_tables import link_table
 from llamaclust.cluster.planner.work import Work
 
 _MOST_STEPS = 3**8
-"""Maximum number of search steps at which all sets of workers are tried. Eight different workers stay below it."""
+"""Maximum number of search steps at which all sets of workers are tried. Eight different workers need this number."""
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 _MEMBER = 1e-3
 """Minimum time that each member of a group must save, as a fraction of the minimum possible time."""
@@ -81,7 +81,8 @@ class GroupSearch:
         self.holders.extend(self.classes)
 
     def best(self, below: float, known: Best | None) -> Best | None:
-        """Returns the best split below `below` seconds. Repeats the search if whole-number shares are slower."""
+        """Returns the best split that takes less than `below` seconds. Repeats the search if whole-number shares make a
+        group slower than assumed."""
         best = None
         for _ in range(_ROUNDS):
             best = self._best(below, known)
@@ -157,7 +158,7 @@ class GroupSearch:
         held_by = sorted(
             (counts for counts in product(*(range(size + 1) for size in sizes)) if sum(counts) == 1), reverse=True
         )
-        numbers = {counts: number for number, counts in enumerate(held_by)}  # The numbers equal those of the classes.
+        numbers = {counts: number for number, counts in enumerate(held_by)}  # Each class keeps its number.
         for counts in product(*(range(size + 1) for size in sizes)):
             number = self._number(self._first_of(counts)) if sum(counts) > 1 else None
             if number is not None:

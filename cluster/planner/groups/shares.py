@@ -32,7 +32,7 @@ def balanced(parts: DividedCosts, seconds: DividedTables, lacking: DividedTables
 
 
 def _filled(seconds: DividedTables, lacking: DividedTables, units: int, *, margin: float = 0.5) -> Shares:
-    """Gives all members shares with equal times, whose sum is 1. Each member keeps memory for `margin` units free."""
+    """Returns shares with the sum 1, so that all members take equally long. Room for `margin` units stays free."""
     fixed = seconds.whole
     each = np.maximum(seconds.divided, _LEAST_DIVIDED * np.abs(fixed) + 1e-12)
     short, more, least = lacking.whole, lacking.divided, 1 / units

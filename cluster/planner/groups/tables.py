@@ -25,10 +25,10 @@ _INNER, _FIRST, _LAST, _ALL = range(4)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kinds:
-    """Sorts stages into kinds. Stages of one kind have equal layers, and either all or none contain the first or last
-    layer."""
+    """Sorts stages into kinds. Stages of one kind have equal layers. Either all stages of a kind have the first layer
+    or none, and the same holds for the last layer."""
 
-    kind_of: Counts  # Kind by start and end.
+    kind_of: Counts  # Kind of each stage, by start and end.
     places: tuple[Counts, Counts]  # Start and end of one stage per kind.
     cells: Counts  # Cell number per kind. Kinds with the same cell have the same shares.
 
@@ -90,7 +90,7 @@ class GroupTables:
     costs_of: Callable[[int], GroupCosts]
     _contexts: int
     nearly: bool = False
-    """True if stages only need to fit with exact shares. `fitted` later finds whole units."""
+    """True if stages need to fit only with exact shares. `fitted` later looks for whole units that fit."""
     _divided: dict[int, _DividedModel] = field(default_factory=dict)
     _seconds: dict[tuple[int, WorkerFacts, Rows], DividedTables] = field(default_factory=dict)
     _lacking: dict[tuple[int, WorkerFacts, bool, Portion | None], DividedTables] = field(default_factory=dict)
@@ -164,8 +164,7 @@ class GroupTable:
     """Ratio of the time with whole-number shares to the time with exact shares. `GroupSearch.best` updates it."""
 
     def of_work(self, work: Work) -> StageTable:
-        """Returns the seconds of each stage, without links to other stages. Entries are infinite for stages that do not
-        fit."""
+        """Returns the seconds of each stage, without links to other stages, and infinity for stages that do not fit."""
         kind_of = self.divided.kinds.kind_of
         slow = np.where(self._fits, self.factor * self._work_s(work.slowest), np.inf)
         starts, ends = np.indices(kind_of.shape)
@@ -256,8 +255,8 @@ def _step_s(costs: StageCosts, worker: WorkerFacts, step: Rows) -> Table:
 
 
 def _cells(layers: int) -> Counts:
-    """Returns a number per stage, which depends on its length and on whether it is first or last. Stages with equal
-    numbers have equal shares."""
+    """Returns a cell number for each stage, which depends on the stage's length and on whether the stage is first or
+    last. Stages with equal numbers have equal shares."""
     starts, ends = np.indices((layers + 1, layers + 1))
     kinds = np.where(starts == 0, np.where(ends == layers, _ALL, _FIRST), np.where(ends == layers, _LAST, _INNER))
     found: Counts = kinds * (layers + 1) + np.clip(ends - starts, 0, layers)

@@ -1,4 +1,4 @@
-"""Divides classes of workers by their links. Workers with equal links are interchangeable in groups."""
+"""Divides classes of equal workers further, so that all workers of a class have equal links."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ class Step:
     holder: int
     before: tuple[int, ...]
     is_first: bool  # True if the holder may have the first stage.
-    own: Counts = ()  # Workers of the holder. Empty: unknown.
-    left: Counts = ()  # Workers that are unused after this step.
+    own: Counts = ()  # Numbers of the holder's workers by class. Empty: unknown.
+    left: Counts = ()  # Numbers of unused workers by class after this step.
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +65,11 @@ class Bounds(Protocol):
     """Lower bounds of the cost of layers, for given numbers of workers by class."""
 
     def together(self, workers: Counts) -> Table:
-        """Returns the bound of layers [0, n) for each n, if all of these workers compute them together."""
+        """Returns for each n the bound of layers [0, n), if all `workers` compute each layer together."""
         ...
 
     def of_rest(self, workers: Counts) -> Table:
-        """Returns the bound of layers [n, end) for each n, if any of these workers compute them."""
+        """Returns for each n the bound of layers [n, end), if any of `workers` compute each layer."""
         ...
 
 
@@ -82,7 +82,7 @@ class Steps:
     bounds: Bounds | None = None
 
     def least(self, limit: float, most_total: float = inf) -> Split | None:
-        """Returns the cheapest split whose slowest stage is within `limit`, or None if there is none."""
+        """Returns the cheapest split whose slowest stage takes at most `limit`, or None if there is none."""
         tables = dict[int, tuple[StageTable, Table]]()
         runs = (_Run(self, ends, tables, limit, most_total) for ends in self.ends)
         splits = [split for run in runs if (split := run.least()) is not None]
@@ -178,7 +178,7 @@ def in_order(
     """Returns steps that follow one order of workers. Members of a group are neighbours in this order. Two workers of a
     pair in `apart` never lead adjacent stages."""
     places: list[Step | Choice] = []
-    # For each number of workers used: indices of the steps, and the index of the choice among them.
+    # For the first n workers in the order: indices of their steps, and the index of the choice among these steps.
     upto: list[tuple[list[int], tuple[int, ...]]] = [([], ())]
     for end in range(1, len(order) + 1):
         steps, choice = [*upto[-1][0]], upto[-1][1]
@@ -204,7 +204,7 @@ def any_order(
     the worker counts and the number of each holder. Workers of pairs in `apart` must have separate classes."""
     numbers = dict(held_by)
     places: list[Step | Choice] = []
-    found: dict[Counts, tuple[list[int], tuple[int, ...]]] = {}  # Steps by numbers of workers used.
+    found: dict[Counts, tuple[list[int], tuple[int, ...]]] = {}  # Steps and choices by used workers.
     for used in product(*(range(size + 1) for size in sizes)):
         left = tuple(size - count for size, count in zip(sizes, used, strict=True))
         steps: list[int] = []

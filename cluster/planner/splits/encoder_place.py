@@ -28,7 +28,7 @@ EncoderParts = Callable[[int], Mapping[str, int]]
 
 class MakePlan(Protocol):
     def __call__(self, workers: Sequence[WorkerFacts], by_hand: tuple[Assignment, ...] | None = None) -> Plan:
-        """Makes a plan with the assignments in `by_hand`. If `by_hand` is None, the plan request decides."""
+        """Makes a plan with the assignments in `by_hand`, or with the request's own if `by_hand` is None."""
         ...
 
 

@@ -14,8 +14,8 @@ from llamaclust.cluster.planner.costs import Flags, Table, WorkerFacts
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageTable:
-    slow: Table  # Cost that counts for the slowest stage. Infinite if the stage is impossible.
-    total: Table  # Cost that counts for the sum over stages.
+    slow: Table  # Cost of which the maximum over all stages counts. Infinite if the stage is impossible.
+    total: Table  # Cost of which the sum over all stages counts.
 
     @property
     def layers(self) -> int:

@@ -145,7 +145,7 @@ def _with_best_ends(file: _Tables, limits: Table) -> list[Order]:
 
 def _best_ends(order: _Tables, limit: float) -> Order | None:
     layers, numbers = order[0][1].layers, np.arange(len(order))
-    # [workers, layers]: the last possible end of a stage.
+    # reach[worker, start] is the last possible end of a stage that begins at layer `start`.
     reach = np.array([_reach(table, limit) for _, table in order])
     first, last = numbers[:, np.newaxis], numbers[np.newaxis, :]
     covered = np.repeat(reach[:, :1], len(order), axis=1)  # [first worker, last worker]: number of assigned layers.

@@ -16,9 +16,10 @@ from llamaclust.cluster.planner.splits.holders import StageTable
 from llamaclust.cluster.planner.work import Work
 
 CLOSE = 0.995
-"""Fraction of the best time so far. The search ends if no other split can take less than that."""
+"""The search ends if no other split can take less than this fraction of the best time so far."""
 CLEARLY_BETTER = 0.98
-"""Fraction of a simpler split's time. A split with groups, or in another order than the file's, must take less."""
+"""A split with groups, or in another order than the cluster file, must take less than this fraction of the time of a
+simpler split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Way:
         """Returns the best split that takes less than `below`, or None. Bisects the limits, starting with the most
         promising interval. The split for the upper limit of an interval has the minimum total in that interval."""
         best: Split | None = None
-        # (lower bound, low, high) for the limits [low, high).
+        # (lower bound of the time, low, high) for limits[low:high].
         open_ = [(self.work.seconds(self.least_slowest, 0.0), 0, len(self.limits))]
         while open_ and open_[0][0] < below:
             _, low, high = heappop(open_)
@@ -63,7 +64,7 @@ class Best:
 
 
 def best_of(kinds: Iterable[Sequence[Way]], below: float = inf) -> Best | None:
-    """Returns the best split, or None. A later kind wins only if it is clearly better than earlier kinds."""
+    """Returns the best split, or None. `kinds` begins with simple splits. Later kinds must be clearly better."""
     best: Best | None = None
     for ways in kinds:
         limit = below if best is None else CLEARLY_BETTER * best.seconds

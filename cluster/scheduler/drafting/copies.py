@@ -1,4 +1,5 @@
-"""Finds where a text resumes copying its earlier tokens, after it replaced, omitted or added some tokens."""
+"""Finds where a text that repeats an earlier passage continues in that passage after a difference. The text may have
+replaced, omitted or added some tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MOST_DIFFERENT = 16
-"""Maximum number of tokens since the last copied token. After more tokens, the search for a resumption stops."""
+"""Maximum number of tokens after the last copied token. The search stops once more tokens have followed."""
 _NEAR = 16
 _MOST_SINCE = 160
 
@@ -19,14 +20,14 @@ class Resumption(NamedTuple):
 class Copy:
     def __init__(self) -> None:
         self._end = 0  # Number of tokens in the text up to the end of the copy.
-        self._place = -1  # Index of the last token that was copied. -1: no copy has begun.
+        self._place = -1  # Index of the last copied token in the earlier passage, or -1 if nothing was copied yet.
 
     def begin(self, tokens: Sequence[int], place: int) -> None:
         self._end, self._place = len(tokens), place
 
     def resumption(self, tokens: Sequence[int]) -> Resumption | None:
-        """Returns the place after the copied tokens that matches the most tokens at the end of the text. If several
-        places match equally well, prefers the one with about as many omitted as added tokens. Returns None if the copy
+        """Returns the place in the earlier passage where the most tokens match the end of the text. If several places
+        match equally well, prefers a place that omits about as many tokens as were added. Returns None if the copy
         continues without a difference, or if no place matches."""
         if self._place < 0 or len(tokens) - self._end > _MOST_SINCE:
             return None

@@ -9,10 +9,10 @@ from typing import Protocol
 CLASSES = 20
 """Number of confidence classes. Drafts of one class are accepted at about the same rate."""
 SUBSTITUTED = 1
-"""Confidence class for a text that differs from a copied text in its last token, but matches in the 8 tokens before."""
+"""Confidence class of drafts after a token that differs from the copied passage. The 8 tokens before it are equal."""
 SHORT = 2
-"""First of 3 classes for matches of 2 or 3 tokens. The first class has matches with different next tokens. The second
-has a single match. The third has several matches with the same next token."""
+"""First of 3 classes for matches of 2 or 3 tokens. The first class means that different tokens followed the matches,
+the second that there is a single match, and the third that the same token followed all matches."""
 MIDDLE = 5
 """First of 3 classes for matches of 4 to 7 tokens. The classes are divided as for `SHORT`."""
 LONG = 8
@@ -54,6 +54,6 @@ class Drafter(Protocol):
 
 class Drafters(Protocol):
     def of(self, key: Hashable) -> Drafter:
-        """Returns a drafter. Drafters with different keys (cache salt and adapters) share nothing."""
+        """Returns a drafter. Drafters with different keys (cache salt and adapters) do not see each other's tokens."""
 
     def ended(self, key: Hashable, tokens: Sequence[int]) -> None: ...

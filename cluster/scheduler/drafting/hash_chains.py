@@ -11,19 +11,19 @@ NONE = -1
 LONGEST = 32
 """Maximum length of a match in tokens. Longer matches are treated as this long."""
 CANDIDATES = 8
-"""Maximum number of places that a search compares. It limits the time that repetitive tokens from a client can cost."""
+"""Maximum number of earlier occurrences that a search compares, so that repetitive text cannot make it slow."""
 STEP_TOKENS = 1024
 """Maximum number of tokens that one call adds to an index, which takes about half a millisecond."""
 _FIRST_BUCKETS = 64
 
 
 class Match(NamedTuple):
-    """A match. The tokens at indices (place - length, place] equal the last `length` tokens of the text."""
+    """An earlier occurrence of the last `length` tokens of the text. `place` is the index of its last token."""
 
     place: int
     length: int
-    followers: int = 1  # Number of places that were compared.
-    agree: bool = True  # True if the same token follows at all of these places.
+    followers: int = 1  # Number of earlier occurrences that were compared.
+    agree: bool = True  # True if the same token follows all compared occurrences.
 
 
 NO_MATCH = Match(NONE, 0, 0)
@@ -68,9 +68,8 @@ class HashChains:
         return self._newest[hash(window) & len(self._newest) - 1]
 
     def longest(self, text: Sequence[int], place: int, tail: Sequence[int]) -> Match:
-        """Returns the longest match of `tail`, which has at most LONGEST tokens. Compares `place` and earlier places in
-        its chain. If matches are equally long, returns the newest. A NONE in the text is never part of a match and
-        never follows one."""
+        """Returns the longest match of `tail` (at most LONGEST tokens), or the newest of equally long matches. The
+        search begins at `place` and goes back along the list. A match contains no NONE, and no NONE follows it."""
         previous, order, window = self._previous, self._order, tail[-self._order :]
         found, length, followers, follower, agree = NONE, order - 1, 0, NONE, True
         for _ in range(CANDIDATES):

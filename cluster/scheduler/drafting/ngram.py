@@ -52,7 +52,7 @@ class NgramDrafter:
         tail = tokens[-LONGEST:]
         found = self._chains.longest(tokens, self._chains.before_last, tail)
         if self._distance and found.length < LONGEST:
-            # The copy may continue at its place, although the last two tokens also occur at many newer places.
+            # The text may still copy the previous passage, even if its last two tokens match many newer places.
             aligned = len(tokens) - 1 - self._distance
             length = extended(tokens, aligned, tail, max(found.length, _ORDER - 1))
             if length >= max(found.length + 1, _ORDER):
@@ -60,8 +60,7 @@ class NgramDrafter:
         return found
 
     def continued(self, tokens: Sequence[int], match: Match, most: int) -> Draft:
-        """Drafts the tokens after the match or the resumed copy. If the text ends too early, the draft repeats these
-        tokens."""
+        """Drafts the tokens that follow the match or the resumed copy. Repeats them if fewer than `most` follow."""
         if match.length <= _UNSURE:
             resumed = self._copy.resumption(tokens)
             if resumed is not None and resumed.length >= match.length:

@@ -13,9 +13,9 @@ from llamaclust.cluster.scheduler.drafting.hash_chains import LONGEST, NO_MATCH,
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafter
 
 _ORDER = 4
-"""Minimum match length in tokens. Shorter matches between answers are often chance."""
+"""Minimum match length in tokens. Shorter matches between answers are often accidental."""
 _KEY_TOKENS = 128
-"""Number of tokens that each key counts as, because even an empty index takes about 2 KiB."""
+"""Each key counts as this number of stored tokens, because even an empty index takes about 2 KiB."""
 
 
 class _Answers:

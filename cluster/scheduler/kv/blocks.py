@@ -82,15 +82,16 @@ class KvBlocks:
 
 
 class BlockTable:
-    """The blocks of one sequence, in order of position. blocks[i] holds the positions from (start + i) *
-    KV_BLOCK_TOKENS. `start` is 0, except for layers with a sliding window, whose old blocks are dropped."""
+    """The blocks of one sequence, in order of position. blocks[i] holds KV_BLOCK_TOKENS positions, beginning with
+    position (start + i) * KV_BLOCK_TOKENS. `start` is 0, except for layers with a sliding window, whose old blocks are
+    dropped."""
 
     __slots__ = ("_runs", "_shown", "blocks", "committed", "start")
 
     def __init__(self) -> None:
         self.blocks: list[int] = []
         self.start = 0
-        # Number of blocks promised to the sequence, for layers with a sliding window.
+        # Number of sliding-window blocks promised to the sequence.
         self.committed = 0
         self._runs: list[int] = []  # Runs of consecutive block numbers, in the format of `Chunk.table`.
         self._shown: tuple[int, ...] | None = None

@@ -1,4 +1,4 @@
-"""Calculates numbers of window blocks and state blocks. Plans and the scheduler use the same numbers."""
+"""Calculates the numbers of sliding-window blocks and recurrent state blocks, for plans and for the scheduler."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 Sizes = TypeVar("Sizes", int, NDArray[np.int64])
 _MOST_STATE_POSITIONS = 1024
 _SEQUENCES_A_CONTEXT = 4
-"""Number of shorter sequences assumed in place of each further full-length sequence that fits into KV memory."""
+"""Assumed number of shorter sequences that share the KV memory of one full-length sequence."""
 
 
 @dataclass(frozen=True, slots=True)
 class KvSizes(Generic[Sizes]):
-    """Byte counts for some layers. `token_bytes`: keys and values of one position. `window_token_bytes`: the part of
-    `token_bytes` in layers with a sliding window. `state_bytes`: the state of one sequence."""
+    """Byte counts for some layers. `token_bytes` is the size of one position's keys and values. `window_token_bytes` is
+    the part of `token_bytes` in layers with a sliding window. `state_bytes` is the size of one sequence's state."""
 
     token_bytes: Sizes
     window_token_bytes: Sizes
@@ -37,8 +37,8 @@ class WindowGroup:
 
     @property
     def sequence_blocks(self) -> int:
-        """Maximum number of blocks for one sequence, without the prompt rows of the current microbatch. The sum counts
-        the window plus one position at any alignment, one partly filled block, and one block for drafted rows."""
+        """Maximum number of blocks that one sequence needs, not counting the prompt rows of the current microbatch. The
+        blocks hold the window, which may begin anywhere in a block, the newest row and drafted rows."""
         return (self.window + KV_BLOCK_TOKENS - 3) // KV_BLOCK_TOKENS + 3
 
     @property
@@ -53,9 +53,8 @@ class WindowGroup:
         return max(0, position - self.window + 1) // KV_BLOCK_TOKENS
 
     def blocks_beside(self, kv_blocks: int, context_length: int, sequences: int) -> int:
-        """Returns the number of blocks for this group if other layers have `kv_blocks` blocks. Assumes that KV memory
-        holds one full-length sequence. The rest holds `_SEQUENCES_A_CONTEXT` shorter sequences per full context
-        length."""
+        """Returns the number of blocks for this group if other layers have `kv_blocks` blocks. Assumes one full-length
+        sequence, and `_SEQUENCES_A_CONTEXT` shorter sequences in place of each further full-length sequence."""
         context = _blocks(context_length)
         further = -(-_SEQUENCES_A_CONTEXT * max(0, kv_blocks - context) * self.sequence_blocks // context)
         # The group never needs more blocks than the other layers.
@@ -65,20 +64,19 @@ class WindowGroup:
 
 @dataclass(frozen=True, slots=True)
 class StateGroup:
-    """Blocks for states. A block holds the states of all layers after one position. Each running sequence has one
-    block. The other blocks are checkpoints, from which sequences with the same first tokens can start.
+    """Blocks for recurrent states. A block holds the states of all layers after one position. Each running sequence has
+    one block. The other blocks are checkpoints, from which sequences with the same first tokens can start.
 
     The states of running sequences take up to half as much memory as keys and values. Checkpoints take up to the same
     amount again. There are at least three blocks: one for a running sequence, one for the checkpoint it started from,
-    and one for the checkpoint it leaves. For this calculation, a position has at least 1/1024 of a state's bytes."""
+    and one for the checkpoint it leaves. If keys and values are small, each position counts as 1/1024 of a state."""
 
     state_bytes: int  # Bytes of one sequence's state in all layers.
     kv_token_bytes: int  # Bytes of one position's keys and values in all layers.
 
     @property
     def span(self) -> int:
-        """Number of positions between checkpoints, a power of two. Keys and values of these positions take about as
-        much memory as one state."""
+        """Positions between checkpoints, a power of two. Their keys and values need about as much memory as a state."""
         positions = self.state_bytes // self._token_bytes
         return min(_MOST_STATE_POSITIONS, max(KV_BLOCK_TOKENS, 1 << (positions - 1).bit_length()))
 
@@ -87,8 +85,8 @@ class StateGroup:
         return max(self.kv_token_bytes, -(-self.state_bytes // _MOST_STATE_POSITIONS))
 
     def blocks_beside(self, kv_blocks: int, sequences: int) -> int:
-        """Returns the number of state blocks. There is one block per running sequence, two for checkpoints, and one
-        more per `span` positions. The first and the last number are limited by the memory that states may take."""
+        """Returns the number of state blocks: one per running sequence, two for checkpoints, and one per `span`
+        positions. Running sequences and spans count only up to the memory limits that `StateGroup` describes."""
         tokens = kv_blocks * KV_BLOCK_TOKENS
         half = tokens * self._token_bytes // (2 * self.state_bytes)
         return min(sequences, 1 + half) + 2 + min(tokens // self.span, half)

@@ -37,7 +37,7 @@ class KvMemory:
         states = settings.state_blocks
         self.states = KvStates(settings.state_span, cache(KvBlocks(states))) if states else None
         self._filling: set[bytes] = set()
-        # Refusals by sequence key. A refusal stays valid until more blocks or the missing block become available.
+        # Refused sequences by key. A refusal holds until more blocks are free or the missing block is cached.
         self._refused: dict[int, _Refusal] = {}
         self.transfers = KvTransfers(self.blocks, self._cache)
 
@@ -146,7 +146,7 @@ class KvMemory:
             self.states.reserve(sequence, rows)
 
     def filled(self, sequence: Sequence) -> None:
-        """Registers full blocks after rows up to `scheduled` have been added to the current microbatch."""
+        """Registers the sequence's full blocks in the prefix cache, once its rows are in the microbatch."""
         self._register(sequence)
         if self.window is not None:
             self.window.release_out_of_window(sequence)

@@ -30,8 +30,7 @@ class BlockKeys(list[bytes]):
         self._most_shared = 0
 
     def shared(self, blocks: int) -> BlockKeys:
-        """Returns keys for a sequence with the same first `blocks` blocks. The keys of these blocks are computed only
-        once."""
+        """Returns keys for a sequence that has the same first `blocks` blocks. Shared keys are computed only once."""
         self._most_shared = blocks
         self.share()
         other = copy(self)
@@ -76,8 +75,7 @@ class PrefixCache:
     def register(
         self, keys: BlockKeys, tokens: Sequence[int], table: Sequence[int], registered: int, full: int, start: int = 0
     ) -> None:
-        """Registers blocks number [registered, full) of a sequence. table[i] is the block id of block number start +
-        i."""
+        """Registers a sequence's blocks number [registered, full). The id of block number n is table[n - start]."""
         if not self.is_enabled:
             return
         self._extend(keys, tokens, full)

@@ -20,7 +20,6 @@ class SequenceStates:
     unregistered: int | None = None
 
     def of_chunk(self, position: int, rows: int) -> tuple[int | None, tuple[int, ...]]:
-        """Returns `Chunk.state_from` and `Chunk.state_to` for the next rows."""
         last = self.own if self.ahead is None else self.ahead
         if last is None:
             return None, ()

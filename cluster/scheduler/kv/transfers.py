@@ -1,4 +1,4 @@
-"""Transfers of KV blocks from disk or to disk. A transfer holds its blocks, so no sequence takes them."""
+"""Transfers of KV blocks to and from disk. A transfer holds its blocks, so that no sequence overwrites them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Blocks in transfer. `keys` start at the first block of a sequence. The last len(blocks) keys belong to `blocks`.
-    The first `found` blocks were already cached."""
+    """KV blocks that are being saved to disk or restored from disk. `keys` begins with the key of the sequence's first
+    block, and its last len(blocks) keys belong to `blocks`. The first `found` blocks were already cached."""
 
     keys: tuple[bytes, ...]
     blocks: tuple[int, ...]
@@ -37,7 +37,7 @@ class KvTransfers:
         return range(found, sequence.first_output // KV_BLOCK_TOKENS)
 
     def begin_restore(self, sequence: Sequence, end: int, reserve: int) -> Transfer | None:
-        """Takes blocks to receive the missing blocks of a sequence, up to block number `end`. Pins the cached blocks
+        """Takes free blocks for the missing blocks of the sequence, up to block number `end`. Pins the cached blocks
         before them. Returns None if too few blocks are free. Microbatches in flight may still use the taken blocks."""
         found, idle = self._cache.find(sequence.kv.keys, sequence.tokens, sequence.first_output)
         if found >= end or end - found + idle + reserve > self._blocks.available:
@@ -61,7 +61,7 @@ class KvTransfers:
         return all(map(self._blocks.holds, transfer.blocks, keys))
 
     def end(self, transfer: Transfer, restored: int = 0) -> None:
-        """Releases the blocks of the transfer. Registers `restored` blocks, starting with block number `found`."""
+        """Registers the first `restored` blocks after the cached ones, and releases all blocks of the transfer."""
         start = transfer.found
         for key, block in zip(transfer.keys[start:], transfer.blocks[start : start + restored], strict=False):
             self._blocks.register(block, key)

@@ -9,9 +9,9 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 class KvWindow:
-    """A pool of blocks. A sequence is promised its maximum number of blocks before it starts or grows, so its rows
-    always get a block. A block outside the window is released only after the microbatch is complete. Otherwise another
-    sequence in the same microbatch could overwrite keys and values that are still read."""
+    """The KV blocks of layers with a sliding window. A sequence is promised its maximum number of blocks before it
+    starts or grows, so its rows always get a block. A block outside the window is released only after the microbatch is
+    complete. Otherwise another sequence in the same microbatch could overwrite keys and values that are still read."""
 
     def __init__(self, group: WindowGroup, cache: PrefixCache) -> None:
         self.group = group
@@ -23,7 +23,7 @@ class KvWindow:
         self._out_of_window: list[int] = []
 
     def usable(self, keys: Items[bytes], found: int) -> int:
-        """Returns how many of the first `found` blocks can be shared. The next row's window must be cached."""
+        """Returns how many of the first `found` blocks can be shared. The window before the next row must be cached."""
         usable = together = 0
         for index in range(found):
             together = 0 if self.blocks.is_idle(keys[index]) is None else together + 1

@@ -105,9 +105,9 @@ def _append(sequence: Sequence, place: int, row: RowResult) -> list[RowResult]:
 
 
 def _settle(sequence: Sequence, taken: SequenceSlice, end: int, added: list[int]) -> None:
-    """Counts drafted rows before position `end` as accepted. If other rows were refused, a sequence with states
-    computes the whole chunk again. Later windows in flight stay valid if their drafts continue with the tokens in
-    `added`."""
+    """Counts drafted rows before position `end` as accepted, and schedules refused rows again. If any row was refused,
+    a sequence with recurrent states computes the whole chunk again. Later windows in flight stay valid if all rows were
+    accepted and the next drafts equal the tokens in `added`."""
     if not taken.drafted:
         return
     sequence.drafting.accepted += max(0, taken.drafted - (taken.end - end))

@@ -8,10 +8,11 @@ from llamaclust.cluster.scheduler.stage_times import StageCurves, StageTimes
 _FIRST_ROWS = 64
 _LEAST_ROWS = 16
 _LEAST_ROWS_ALONE = 64
-"""Minimum rows of a chunk if no sequence decodes. With 64 rows, a slow machine still reads the weights only once."""
+"""Minimum number of rows in a chunk if no sequence decodes. Every chunk reads all weights, so smaller chunks would make
+a slow machine even slower."""
 _EFFICIENT = 4
 _SCORED_SHARE = 0.5
-"""Share of `prefill_ms` that scored rows may take, because they also cost coordinator time."""
+"""Maximum share of `prefill_ms` for scored rows. They need time in the coordinator too."""
 
 _EMBEDDED_BYTES = 1 << 20
 """Maximum bytes of hidden states in the result of a microbatch that has decode rows."""
@@ -23,11 +24,11 @@ def chunk_rows(
     """Returns the number of prefill rows in a microbatch with `decoding` other rows. `burst` is the number of prompt
     tokens that arrived together, and `left` is the number still to be computed. `alone` means that no sequence decodes.
 
-    A chunk may take the slowest stage `prefill_ms`, which limits the delay of decode, but it has at least 16 rows. If
-    no sequence decodes, the limits are `prefill_alone_ms` and 64 rows. The chunk is also limited to the size that
-    completes the burst soonest. If a stage takes a + b * rows, k chunks on S stages take (k + S - 1) * (a + b * burst /
-    k). The minimum is at burst / k = sqrt(burst * a / ((S - 1) * b)). Near the end, each chunk gets half of `left`,
-    because the first stages idle while later stages compute."""
+    A chunk may keep the slowest stage busy for `prefill_ms`, which limits the delay of decode, but it has at least 16
+    rows. If no sequence decodes, the limits are `prefill_alone_ms` and 64 rows. The chunk is also limited to the size
+    that completes the burst soonest. If a stage takes a + b * rows, k chunks on S stages take (k + S - 1) * (a + b *
+    burst / k). The minimum is at burst / k = sqrt(burst * a / ((S - 1) * b)). Near the end, each chunk gets half of
+    `left`, because the first stages idle while later stages compute."""
     most = settings.max_batch_tokens - decoding
     if settings.prefill_chunk is not None:
         return min(settings.prefill_chunk, most)

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class ImageSpan:
-    """Image rows at positions [start, end) of a prompt, whose tokens are 0 there. Image row number `offset` is at
-    `start`. Spans with equal digests have equal rows and rope positions. `is_bidirectional` means that all rows attend
-    to each other. `rope_positions` count from the first row. The next text row gets the highest rope position of the
-    span plus 1."""
+    """Image rows at positions [start, end) of a prompt. The prompt has token 0 at these positions. The span begins with
+    row number `offset` of its image. Spans with equal digests have equal rows and rope positions. `is_bidirectional`
+    means that all rows attend to each other. `rope_positions` are relative to the first row. The next text row gets the
+    highest rope position of the span plus 1."""
 
     start: int
     end: int

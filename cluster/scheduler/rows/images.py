@@ -12,7 +12,8 @@ from llamaclust.wire.microbatch.messages import ImageRows
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """A span. `before` is rope position minus position for text before the span, `after` for text after it."""
+    """An image span. The rope position of a text row is its position plus `before` directly before the span, and its
+    position plus `after` directly after the span."""
 
     span: ImageSpan
     before: int

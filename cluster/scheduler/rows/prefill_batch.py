@@ -15,7 +15,7 @@ _MAX_STARTS = 32
 class PrefillBatch:
     memory: KvMemory
     now_ns: int
-    rows_left: int  # Limit by predicted time. Rows that must be computed together may exceed it.
+    rows_left: int  # Rows that predicted times still allow. Rows that must be computed together may exceed this.
     room: int  # Number of rows that the microbatch can still hold.
     outputs_left: int
     scored_left: int

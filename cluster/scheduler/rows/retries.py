@@ -27,8 +27,8 @@ class Retry(Enum):
 
 @dataclass(slots=True)
 class Retries:
-    """Decides how a failed sequence is retried: first in other KV blocks, then on another last worker if possible. For
-    a sequence with a matcher, a worker can be at fault only if logits are not finite."""
+    """Decides how a failed sequence is computed again: first in other KV blocks, then if possible with another worker
+    as the last stage. If the sequence has a matcher, the worker is suspected only if logits are not finite."""
 
     count: int = 0
 

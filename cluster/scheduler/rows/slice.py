@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SequenceSlice:
-    """Rows of one sequence. The last `drafted` rows hold drafted tokens. Such a row counts only if the row before it
-    chose the same token."""
+    """Rows of one sequence in a microbatch. The last `drafted` rows hold drafted tokens. A drafted row counts only if
+    the row before it chose the drafted token."""
 
     sequence: Sequence
     chunk: Chunk
     tasks: tuple[RowTask, ...]
-    # Number of rows that choose a token, which come last. All of them are drafted if the window before was in flight.
+    # Number of rows that choose a token, at the end of the chunk. All are drafted if an earlier window was in flight.
     sampled: int
     drafted: int = 0
     branch: int = 0  # Value of `Drafting.branch` when the rows were taken.
@@ -34,7 +34,6 @@ class SequenceSlice:
 
     @property
     def is_stale(self) -> bool:
-        """True if the drafted rows no longer count because the tokens before them have changed."""
         return self.drafted > 0 and self.branch != self.sequence.drafting.branch
 
     @property

@@ -23,7 +23,7 @@ def prompt_tasks(sequence: Sequence, start: int, end: int) -> tuple[RowTask, ...
 
 
 def sample_task(sequence: Sequence, unknown: int = 0) -> SampleTask:
-    """Returns the task that samples the next token, with `unknown` unknown tokens before it."""
+    """Returns the task that samples the next token. The `unknown` tokens just before it are not known yet."""
     sampler = sequence.sampler
     return _task(sequence, sampler.history(sampler.window - unknown) if sampler.window else (), unknown)
 
@@ -71,8 +71,8 @@ def _task(
 
 
 def matcher_start(sequence: Sequence, *, may_draft: bool) -> MatcherStart | None:
-    """Returns what the last stage needs to start the matcher, or None if it was sent already. It is sent early, so that
-    the matcher is ready in time."""
+    """Returns the data from which the last stage starts the sequence's matcher, or None if the data were already sent.
+    The data are sent early, so that the matcher is ready in time."""
     if not sequence.lacks_matcher:
         return None
     sequence.matcher.is_started = True

@@ -6,7 +6,7 @@ _CHANGES = 1 / 256
 """Probability per token that the kind of text changes, which changes the acceptance rate."""
 _STRETCHES = 6
 _EVEN = 1.0
-"""Initial numbers of accepted and refused tokens of a stretch. With 1.0, all rates are equally probable at first."""
+"""Numbers of accepted and refused tokens at a stretch's start. With 1.0, all rates are equally probable."""
 
 
 class _Stretch:
@@ -36,7 +36,7 @@ class Acceptance:
     __slots__ = ("_first", "_rate", "_stretches")
 
     def __init__(self) -> None:
-        # Prior and result of the last call of `rate`. None: a token was learned since.
+        # Prior and result of the last call of `rate`. None: `learn` was called since.
         self._rate: tuple[float, float] | None = None
         # Stretch from the first token. None: the text has almost certainly changed since.
         self._first: _Stretch | None = _Stretch(1.0)

@@ -9,7 +9,7 @@ from llamaclust.cluster.scheduler.microbatching import cycle_ns
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96, 128, 192, 256)
-"""Row counts whose times are predicted. A draft has one of these lengths, or the maximum length."""
+"""Numbers of drafted tokens that are considered, in addition to the maximum number."""
 _REFRESHED = 16
 
 

@@ -23,7 +23,8 @@ class DraftTimes:
         self._overhead_ns = _USUAL_OVERHEAD * step_ns
 
     def draft_ns(self, sequences: int, tokens: int, rows: int, *, at_best: bool = False) -> float:
-        """Returns the time to read `rows` known tokens in total, and to draft `tokens` tokens for each sequence."""
+        """Returns the time to read `rows` known tokens in total, and to draft `tokens` tokens for each sequence.
+        `at_best` assumes the shortest measured times."""
         lacking = max(0, rows - sequences)
         if at_best:
             return tokens * self._best_step_ns + lacking * self._best_row_ns

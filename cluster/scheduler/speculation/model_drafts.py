@@ -17,7 +17,7 @@ from llamaclust.core.drafts import MOST_ORDERS, DraftOrder, DraftReplies
 from llamaclust.core.sampler.tasks import SampleTask
 
 _CLOSE = 64
-"""A step waits for the model only if the model has read all but this many tokens of the sequence."""
+"""A step waits for the model only if the model has at most this number of the sequence's tokens left to read."""
 _WORTH = 2.0
 """Minimum ratio of the time that drafts save to the time for reading the prompt. It is above 1, because an answer may
 end early."""
@@ -40,8 +40,8 @@ class ModelDrafts:
         return sequence.key in self._awaited
 
     def length(self, sequences: Items[Sequence], most: Mapping[int, int], speed: float) -> int:
-        """Returns the number of drafted tokens that are worth waiting for. `speed` is in tokens per nanosecond without
-        the model."""
+        """Returns the number of drafted tokens that are worth waiting for. `most` holds the maximum number by sequence
+        key. `speed` is the number of tokens per nanosecond without the draft model."""
         drafted = [each for each in sequences if most.get(each.key) and self._is_close(each)]
         if not drafted or len(sequences) + len(self._awaited) > MOST_ORDERS:
             return 0
@@ -64,8 +64,8 @@ class ModelDrafts:
         return best
 
     def order(self, sequences: Iterable[Sequence], most: Mapping[int, int], count: int) -> list[Sequence]:
-        """Orders up to `count` tokens for each sequence in `most` that the model has nearly read. Returns the other
-        sequences."""
+        """Orders drafts of up to `count` tokens for the sequences in `most` that the model has nearly read. Returns the
+        other sequences."""
         others = []
         for sequence in sequences:
             if most.get(sequence.key) and self._is_close(sequence):

@@ -22,7 +22,7 @@ class MtpDrafts:
         self._rounds = rounds
 
     def length(self, sequences: Items[Sequence], speed: float, groups: int, most: int) -> int:
-        """Returns the number of tokens to draft. `speed` is in tokens per nanosecond without the head."""
+        """Returns the number of tokens to draft. `speed` is in tokens per nanosecond, without the MTP head."""
         drafted = [sequence for sequence in sequences if may_order(sequence)]
         if not drafted or not most or self._rounds.plain_ns(len(sequences), groups) == inf:
             return 0

@@ -1,4 +1,4 @@
-"""Decides when a source of drafts that did not pay is tried again."""
+"""Decides when to try a source of drafts again that did not make decoding faster."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Retry:
         return self._left > 0 or tokens >= self.again
 
     def ordered(self, tokens: int) -> None:
-        """Counts a draft. A draft outside a retry means that the source pays, which shortens the next wait."""
+        """Counts a draft. A draft outside a retry shows that the source makes decoding faster, so the next wait is
+        short again."""
         if tokens >= self.again:
             self._left, self._wait = _DRAFTS, min(2 * self._wait, _LONGEST_WAIT)
         elif self._left:

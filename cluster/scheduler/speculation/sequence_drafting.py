@@ -32,8 +32,8 @@ class Drafting:
         self.ahead = ()
 
     def settle(self, added: list[int]) -> bool:
-        """Compares the added tokens with the drafts in flight. Returns True if they are equal, so that later windows
-        stay valid."""
+        """Compares added tokens with the drafts in flight. If they are equal, returns True: later windows stay
+        valid."""
         expected, self.ahead = self.ahead[: len(added)], self.ahead[len(added) :]
         return list(expected) == added[: len(expected)]
 

@@ -20,8 +20,9 @@ from llamaclust.cluster.scheduler.speculation.windows import best_chain, best_wi
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _MOST_REPEATED = 4
-"""Maximum number of known rows that a window may repeat if the sequence has states. A sequence with more known rows
-first takes a step without drafts, because rows of refused windows would accumulate."""
+"""Maximum number of known tokens that a step with drafts computes again. A sequence with recurrent states computes
+known tokens again after refused drafts. With more such tokens, a step without drafts comes first, because otherwise
+their number would keep growing."""
 
 
 _OTHER_RATE = 0.02
@@ -60,7 +61,7 @@ class Speculation:
                 memory.draft(sequence, candidate.tokens[:window], RESERVE_BLOCKS * running)
 
     def further(self, sequence: Sequence, under_way: int) -> tuple[int, ...]:
-        """Returns the next window of the only running sequence, or nothing. `under_way` microbatches are in flight."""
+        """Returns the only running sequence's next drafted tokens, or (). `under_way` microbatches are in flight."""
         drafts = sequence.drafting.drafts
         if drafts is None or (chain := drafts.chain) is None or under_way >= chain.depth:
             return ()

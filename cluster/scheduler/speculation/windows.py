@@ -23,7 +23,8 @@ _MARGIN_BESIDE = 0.2
 
 
 class RoundTimes(Protocol):
-    """Times of rounds in nanoseconds. The scheduler measures them, and the planner predicts them."""
+    """Times of rounds in nanoseconds. A round is one decode step of all sequences. The scheduler measures these times,
+    and the planner predicts them."""
 
     def plain_ns(self, sequences: int, groups: int) -> float:
         """Returns the time of a round without drafted rows, with lookahead steps. Returns infinity if it is unknown."""
@@ -38,8 +39,8 @@ def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain 
     """Returns the fastest chain for a draft of `length` tokens with the acceptance rate `rate`. Returns None if times
     are unknown, or if the first window would return before the second is sent.
 
-    A wrong token becomes known one round after its window was sent, and all later windows are wasted. Their delay is
-    not counted. Counting half a stage's time for it made answers slower (benchmarks/notebook.md)."""
+    A wrong token becomes known one round after its window was sent, and all later windows are wasted. The delay by
+    wasted windows is not counted. Counting half a stage's time for it made answers slower (benchmarks/notebook.md)."""
     rate = min(rate, 0.999)
     best: Chain | None = None
     for count in counts_to_try(min(most, length)):
@@ -60,7 +61,7 @@ def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain 
 
 
 def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:
-    """Returns the number of drafted tokens per sequence, in total up to `most_rows`, for one of `groups`
+    """Returns the number of drafted tokens per sequence (at most `most_rows` in total) for one of `groups`
     microbatches."""
     sequences = len(candidates)
     windows = [0] * sequences

@@ -337,7 +337,7 @@ async def test_a_tile_of_a_wrong_size_is_refused_and_the_next_one_computed(
 @pytest.mark.parametrize(
     ("data", "error"),
     [
-        (b"", "an image tile has 0 bytes; its size alone takes 8"),
+        (b"", "an image tile has 0 bytes; its height and width alone take 8"),
         (encode_tile(tile_of(NAME))[:-1], "an image tile of 40 x 24 pixels has 2887 bytes; expected 2888"),
         (bytes(3 * 262144 + 9), "the socket was closed"),
     ],

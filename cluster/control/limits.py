@@ -73,9 +73,9 @@ def _check_frames(config: ClusterConfig, model: Model) -> None:
         return
     room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // token_bytes
     if (most := max_batch_tokens(config, model.projector)) > room:
-        cause = f"prefill_chunk and max_sequences make microbatches of {most} tokens"
+        cause = f"prefill_chunk and max_sequences allow microbatches of {most} tokens"
         raise UsageError(
-            f"{cause}: a message between workers holds {room} tokens of {token_bytes} bytes; lower one of these two"
+            f"{cause}: a message between workers holds {room} tokens of {token_bytes} bytes; lower one of these keys"
         )
 
 
@@ -99,9 +99,9 @@ def check_division(config: ClusterConfig, model: Model, expert_shards: int) -> N
     row_bytes = model.costs(config.kv_type, expert_shards).cut_bytes
     room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // max(row_bytes, 1)
     if (most := max_batch_tokens(config, model.projector)) > room:
-        cause = f"prefill_chunk and max_sequences make microbatches of {most} tokens"
+        cause = f"prefill_chunk and max_sequences allow microbatches of {most} tokens"
         what = f"a message between parts of a layer holds {room} tokens of {row_bytes} bytes"
-        raise UsageError(f"{cause}: {what}; lower one of these two")
+        raise UsageError(f"{cause}: {what}; lower one of these keys")
 
 
 def check_parts_on_gpus(config: ClusterConfig, expert_shards: int, gpus: Mapping[str, Sequence[str]]) -> None:
@@ -135,7 +135,7 @@ def _check_mtp(config: ClusterConfig, model: Model) -> None:
 
 
 def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:
-    """Returns the assignments in the cluster file's `plan`, or an empty tuple. Bounds count parts of layers."""
+    """Returns the assignments in the cluster file's `plan`, if any. With 2 parts per layer, bound 4.5 becomes 9."""
     shards = manual_shards(config)
     parts = ((entry, *entry.layers) for entry in config.plan or ())
     return tuple(
@@ -183,7 +183,8 @@ def unused_mtp(config: ClusterConfig, model: Model) -> str | None:
 
 
 def model_costs(config: ClusterConfig, model: Model, expert_shards: int = 1) -> ModelCosts:
-    """Returns the model's costs, with the MTP head if it is used. Raises UsageError if it is wanted but missing."""
+    """Returns the costs of the model for plans. Raises UsageError if `speculative.mtp` is set, but the model has no MTP
+    head."""
     return capacity_of(config, config.context_length).costs(model, expert_shards)
 
 

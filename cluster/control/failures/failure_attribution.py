@@ -12,10 +12,10 @@ from llamaclust.core.errors import LlamaclustError, WorkerError
 from llamaclust.wire.control.groups import GroupFault
 
 _ATTRIBUTION_S = 1.0
-"""Seconds to wait for the loss of a worker to become known. The streams of a lost worker end earlier."""
+"""Seconds to wait until the loss of a worker is known. The streams of a lost worker end some time before that."""
 _REPORTS_S = 10.0
-"""Seconds to wait for reports of a group's other members. The first report may be wrong; others come at the next
-gather."""
+"""Seconds to wait for further reports after a group member's report, which may name the wrong worker. The other members
+notice the failure when they next exchange results."""
 
 
 def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
@@ -101,7 +101,7 @@ def _cut_members(epoch: int, workers: Sequence[WorkerHandle]) -> tuple[str, str]
 async def _is_cut_off(epoch: int, member: WorkerHandle, members: Sequence[WorkerHandle]) -> None:
     await member.unreachable_peer(epoch).reported.wait()
     if not _is_among(member.unreachable_peer(epoch).name, members):
-        # An unreachable worker outside the group has the next stage. Its stream ends, which is noticed elsewhere.
+        # The unreachable worker is not a member, so it has the next stage. The end of its stream is noticed elsewhere.
         await asyncio.Event().wait()
 
 

@@ -32,7 +32,7 @@ _MOST_SAVES = 8
 
 
 class KvDisk:
-    """Saves and restores a lane's KV blocks. Does nothing without disks or prefix cache, or with a sliding window."""
+    """Saves and restores a lane's KV blocks. Does nothing without disks or prefix cache, or with sliding windows."""
 
     def __init__(self, disks: KvDisks | None, scheduler: Scheduler, lane: Lane) -> None:
         settings = scheduler.settings

@@ -162,4 +162,4 @@ async def test_several_models_share_one_draft_model(model: Path, tmp_path: Path)
     assert isinstance(remark, Notice) and isinstance(notice, Notice) and memory is not None
     assert remark.text.startswith(f"draft model {model.name} is not small: ")
     text = f"draft model {model.name}: {mib(memory.bytes)} MiB of this machine, for {model.stem}, copy"
-    assert notice.text.startswith(f"{text} (not for other: other tokens), ")
+    assert notice.text.startswith(f"{text} (not for other: another vocabulary), ")

@@ -1,5 +1,4 @@
-"""Encodes image tiles on the running pipeline. If it is lost, the next pipeline encodes the tile with the same
-result."""
+"""Encodes image tiles on the running pipeline. After a loss, the next pipeline encodes the tile with equal results."""
 
 from __future__ import annotations
 

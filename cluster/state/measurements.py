@@ -26,7 +26,7 @@ _CPU_TIMES = slice(11, 15)
 
 @dataclass(frozen=True, slots=True)
 class OtherLoad:
-    """Busy cores out of `cores` during a measurement. Other programs used `others`, other virtual machines `stolen`."""
+    """Load during a measurement. Other programs used `others` of `cores` cores, other virtual machines `stolen`."""
 
     cores: int
     others: float

@@ -35,8 +35,7 @@ _GRACE_S = 1.0
 
 
 class MpiLauncher(RestartingLauncher):
-    """Orders rank i to start worker i. Standard input of this process is a socket to rank 0, which started the
-    process."""
+    """Orders rank i to start worker i. Rank 0 started this process, whose standard input is a socket to rank 0."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
         super().__init__(config, folder, report)

@@ -79,7 +79,7 @@ class ClusterConfig(Section):
     chat_template: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     """Name of a built-in chat template, or path of a Jinja file. Defaults to the model's own template."""
     mmproj: Mmproj = None
-    """Projector (image encoder), given like `model`. auto uses the only projector in its folder. off uses none."""
+    """Projector (image encoder), given like `model`. auto uses the only one in the model's folder. off uses none."""
     adapters: Annotated[tuple[AdapterConfig, ...], Field(max_length=MAX_ADAPTERS, strict=False)] = ()
     """LoRA adapters that requests can use, numbered in this order. Workers with GPUs do not support adapters."""
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] = 4096

@@ -151,7 +151,7 @@ def read_document(path: Path) -> Document:
 
 
 def override(document: Document, overrides: Sequence[str]) -> Document:
-    """Applies KEY=VALUE overrides. In KEY, dots separate nested keys; a list item's key is its number or `name`."""
+    """Applies KEY=VALUE overrides such as workers.a.threads=4. List items are named by their number or their `name`."""
     for text in overrides:
         key, separator, value = text.partition("=")
         option = f"--set {' '.join(text.split())[:_MOST_SHOWN]}"

@@ -119,7 +119,7 @@ class Ray(Section):
     """The Ray cluster that starts the workers."""
 
     address: Annotated[str, BeforeValidator(parse_ray_address)] = "auto"
-    """HOST:PORT of a head node. none starts a new Ray cluster. auto uses this machine's, or starts one."""
+    """HOST:PORT of a head node. none starts a new Ray cluster. auto uses this machine's Ray cluster, or starts one."""
     strategy: Literal["SPREAD", "STRICT_SPREAD", "PACK", "STRICT_PACK"] = "SPREAD"
     """Ray's placement strategy for the workers."""
     allow_unauthenticated: bool = False
@@ -134,8 +134,8 @@ class Lease(Section):
     namespace: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", examples=["default"])] = "default"
     """Namespace of the Lease."""
     duration: Duration = 15.0
-    """Time without a renewal until another coordinator can take the Lease. At least 1 s. The holder stops after two
-    thirds of this time."""
+    """Time after the last renewal of the Lease until another coordinator can take it. At least 1 s. A holder that
+    cannot renew the Lease stops after two thirds of this time."""
     api: Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+$", examples=[_KUBERNETES])] = _KUBERNETES
     """URL of the Kubernetes API server."""
     account: FilePath = Path("/var/run/secrets/kubernetes.io/serviceaccount")

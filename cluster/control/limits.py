@@ -167,7 +167,7 @@ def max_batch_tokens(config: ClusterConfig, projector: Projector | None) -> int:
 
 
 def kv_tokens(config: ClusterConfig) -> int | None:
-    """Returns the number of tokens to plan KV memory for, enough for one or two users. None if max_sequences is set."""
+    """Returns the tokens to plan KV memory for: enough for one or two users, or None to plan for `max_sequences`."""
     return None if "max_sequences" in config.model_fields_set else _KV_TOKENS
 
 

@@ -50,7 +50,7 @@ class Sleep:
 
 @dataclass(frozen=True, slots=True)
 class Expel:
-    """Marks workers as lost. A worker whose expulsion has `stays` stays connected, but gets no layers of this model."""
+    """Marks workers as lost. If an expulsion has `stays`, its worker stays connected without layers of this model."""
 
     expulsions: tuple[Expulsion, ...]
 

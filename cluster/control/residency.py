@@ -181,8 +181,7 @@ class Residency:
 
     async def _make_room(self, resident: Resident) -> None:
         """Puts other models to sleep while `resident` lacks memory. Models without requests come first, beginning with
-        the one that has been idle longest, then models whose turn is over. The latter are loaded again when there is
-        memory."""
+        the one that has been idle longest. Models whose turn is over come next, and are loaded again later."""
         while True:
             await resident.observed.until(lambda state: state.lacks_memory)
             giving_way: list[Resident] = []

@@ -51,7 +51,7 @@ class EngineState(StrEnum):
     READY = "ready"
     ASLEEP = "asleep"  # The model is not loaded. A request is accepted and causes the model to be loaded.
     RECOVERING = "recovering"  # The pipeline was lost. Requests are accepted, and wait for the next pipeline.
-    DRAINING = "draining"  # Accepted requests are computed to their ends. The API refuses other requests.
+    DRAINING = "draining"  # Accepted requests are finished. The API refuses other requests.
     REFUSING = "refusing"  # The pipeline was lost. Requests are refused until workers have connected again.
     DOWN = "down"  # Requests are refused until the process ends.
 

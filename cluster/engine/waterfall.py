@@ -21,7 +21,7 @@ class PhaseKind(StrEnum):
     WAITING = "waiting"  # Time until the sequence's turn, or until it has KV memory.
     PREFILL = "prefill"
     DECODE = "decode"
-    RECOMPUTATION = "recomputation"  # Time for tokens that were computed before a loss, a move or a preemption.
+    RECOMPUTATION = "recomputation"  # Time to compute tokens again after a loss, a move or a preemption.
     RECOVERY = "recovery"  # Time from the loss of a worker until another plan serves.
     LOADING = "loading"  # Time in which the model was not loaded.
 

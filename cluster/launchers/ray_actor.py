@@ -25,7 +25,7 @@ _LOG = Path("/proc/self/fd/2")
 _LOOK_S = 2.0
 _CALL_S = 5.0
 _WAIT_S = 30.0
-"""Seconds within which the coordinator restarts an ended worker. Pauses before restarts are shorter."""
+"""Seconds until an actor whose worker was killed ends itself. The coordinator usually restarts it before that."""
 
 
 @dataclass(frozen=True, slots=True)

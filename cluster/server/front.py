@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 _MORE_REQUESTS = 64
-"""Number of HTTP requests per model that may be read, refused or answered besides the running and waiting requests."""
+"""Number of open HTTP requests per model in addition to those that run or wait: they are read or refused."""
 
 
 @dataclass(frozen=True, slots=True)

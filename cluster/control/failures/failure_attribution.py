@@ -25,8 +25,8 @@ def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
 
 
 def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | None:
-    """Returns the lost worker that another stage could not reach, or else the worker lost first. None if none is
-    lost."""
+    """Returns the lost worker that another stage reported as unreachable, or else the worker that was lost first.
+    Returns None if no worker is lost."""
     unreachable = {worker.unreachable_peer(epoch).name for worker in workers}
     lost = (worker for worker in workers if worker.loss is not None)
     return min(
@@ -37,7 +37,7 @@ def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | No
 
 
 async def has_failed(epoch: int, workers: Sequence[WorkerHandle]) -> None:
-    """Waits until a worker is lost or a group member reports a failure. All streams may stay open in both cases."""
+    """Waits until a worker is lost or a group member reports a failure. Even then, all streams may stay open."""
     signs: list[Awaitable[object]] = [worker.lost.wait() for worker in workers]
     for members in groups_of(epoch, workers):
         signs += [member.group_faults(epoch).reported.wait() for member in members]

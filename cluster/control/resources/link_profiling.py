@@ -97,7 +97,7 @@ def _newest(known: Mapping[str, Link], used: Iterable[str]) -> dict[str, Link]:
 
 
 def _unreachable_by_others(addresses: Mapping[str, str]) -> dict[str, str]:
-    """Returns loopback addresses, which other machines cannot reach. Returns {} if all addresses are loopback."""
+    """Returns loopback addresses, which other machines cannot reach, by worker. Returns {} if all workers have one."""
     hosts = {name: split_address(address)[0] for name, address in addresses.items() if not address.startswith("unix:")}
     loopback = {name: addresses[name] for name, host in hosts.items() if is_loopback(host)}
     return {} if len(loopback) == len(addresses) else loopback

@@ -166,7 +166,7 @@ class KvDisk:
             start += saved
 
     async def _saved(self, disks: KvDisks, keys: Items[bytes], start: int) -> int:
-        """Saves the blocks of keys[start:]. Returns how many were saved, or 0 unless all stages saved all of them."""
+        """Saves the blocks of keys[start:]. Returns their number if all stages saved all of them, or else 0."""
         transfer = self._transfers.begin_save(keys, start)
         if transfer is None:
             return 0

@@ -18,7 +18,7 @@ _MERGED_FROM, _MOST = 32, 64
 
 class PhaseKind(StrEnum):
     PREPARATION = "preparation"  # Time for the chat template, tokenization and the grammar.
-    WAITING = "waiting"  # Time until the sequence's turn, or until it has KV memory.
+    WAITING = "waiting"  # Time in which the sequence waits for its turn or for KV memory.
     PREFILL = "prefill"
     DECODE = "decode"
     RECOMPUTATION = "recomputation"  # Time to compute tokens again after a loss, a move or a preemption.

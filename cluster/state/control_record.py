@@ -67,9 +67,9 @@ class ControlRecord:
         return epoch_number(self.term, self._epochs)
 
     async def admits(self, seen_term: int) -> bool:
-        """Returns False if a worker has seen a larger term, because a newer coordinator exists then. If this one
-        has loaded no epoch yet, it takes a still larger term instead and returns True, because the last
-        coordinator's record must have been lost."""
+        """Returns False if a newer coordinator exists, because a worker has seen a term larger than this coordinator's.
+        Before its first epoch, this coordinator instead raises its own term and returns True, because the record of
+        the last coordinator must have been lost."""
         seen_term = min(seen_term, _MAX_EXCEEDED)
         if seen_term and seen_term >= self.term and not self._epochs:
             self.term = seen_term + 1

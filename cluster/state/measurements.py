@@ -59,7 +59,7 @@ def disturbance(loads: Iterable[OtherLoad]) -> str | None:
 
 
 class CpuSeconds(NamedTuple):
-    """Processor seconds since boot on the cores of this process. `at` is the time of the reading by perf_counter."""
+    """Processor seconds since boot on the cores of this process. `at` is the perf_counter time of the reading."""
 
     busy: float
     stolen: float

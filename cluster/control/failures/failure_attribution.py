@@ -101,7 +101,7 @@ def _cut_members(epoch: int, workers: Sequence[WorkerHandle]) -> tuple[str, str]
 async def _is_cut_off(epoch: int, member: WorkerHandle, members: Sequence[WorkerHandle]) -> None:
     await member.unreachable_peer(epoch).reported.wait()
     if not _is_among(member.unreachable_peer(epoch).name, members):
-        # The unreachable worker is not a member, so it has the next stage. The end of its stream is noticed elsewhere.
+        # A worker outside the group has the next stage. The caller of `has_failed` notices if its stream ends.
         await asyncio.Event().wait()
 
 

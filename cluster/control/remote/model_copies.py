@@ -56,7 +56,7 @@ def chosen_manifest(found: Mapping[str, WeightsFound], own: FileManifest | None)
     ordered = ordered or [weights.manifest for weights in found.values() if weights.manifest is not None]
     if not ordered:
         return None
-    ((content, _),) = Counter(ordered).most_common(1)  # Counter returns the first of several that are equally frequent.
+    ((content, _),) = Counter(ordered).most_common(1)  # If several are equally frequent, returns the first.
     return own if own is not None and own.content == content else FileManifest(content, known[content])
 
 

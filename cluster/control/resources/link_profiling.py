@@ -159,7 +159,7 @@ def _way(host: str, count: int) -> str:
 
 
 def _keys(places: Mapping[str, str]) -> dict[Pair, str]:
-    """Returns each pair's key for stored links. Pairs between the same places have the same key."""
+    """Returns the key under which each pair's link is stored. Pairs between the same places have the same key."""
     places = {COORDINATOR: f"coordinator on {socket.gethostname()} ({machine_id()})", **places}
     return {pair: " - ".join(sorted(places[name] for name in pair)) for pair in combinations(places, 2)}
 

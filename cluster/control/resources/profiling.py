@@ -43,8 +43,8 @@ class WorkerProfiles:
         # LoadMeter would count workers that are not child processes as other programs, so it is not used for them.
         self._has_own_processes = config.launcher_facts.is_local
         self._known = {} if anew else read_profiles(state_dir)  # Profiles by `measurement_key`.
-        self._loads = {} if anew else read_other_loads(state_dir)  # Loads by `measurement_key`.
-        # Profiles by machine and fingerprint. A worker's profile stays the same when other workers come and go.
+        self._loads = {} if anew else read_other_loads(state_dir)  # Loads by other programs, by `measurement_key`.
+        # Profiles by machine and its fingerprint. A worker's profile stays the same when other workers come and go.
         self._used: dict[tuple[str, str], Profile] = {}
 
     def of(self, workers: Mapping[str, WorkerHandle]) -> dict[str, Profile]:

@@ -33,7 +33,7 @@ class WorkerResources:
     threads: int = 1
     accepts_links: bool = False  # True if members of a group can connect to the worker.
     is_fresh: bool = False  # True if the memory was reported after the registration. It then limits the share.
-    measuring_bytes: int = 0  # Bytes that the worker has taken since it reported `machine_free_bytes`.
+    measuring_bytes: int = 0  # Bytes that measurements have taken since `machine_free_bytes` was reported.
 
     @property
     def joins_groups(self) -> bool:

@@ -180,9 +180,9 @@ class Api(Section):
     tags: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()
     """Tags of the model in `/v1/models`."""
     pull: bool = False
-    """Set true to let clients download catalog models by `/api/pull`. With API keys, this needs the first key."""
+    """Set true to let clients download catalog models by `/api/pull`. With API keys, the first one is required."""
     adapter_folder: FilePath | None = None
-    """Folder of adapters for `/v1/load_lora_adapter`. With API keys, loading an adapter needs the first key."""
+    """Folder of adapters for `/v1/load_lora_adapter`. With API keys, the first one is required."""
     slot_folder: FilePath | None = None
     """Folder for saved slots. Without it, `POST /slots` is refused."""
     image_urls: Annotated[tuple[ImageHost, ...], Field(max_length=64, strict=False)] = ()

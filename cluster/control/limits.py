@@ -178,7 +178,7 @@ def uses_mtp(config: ClusterConfig) -> bool:
 def unused_mtp(config: ClusterConfig, model: Model) -> str | None:
     if config.speculative is None or config.speculative.mtp or not has_nextn(model):
         return None
-    use = "`speculative: {mtp: true}` drafts with it"
+    use = "set `speculative: {mtp: true}` to use it"
     return f"{config.model_name} has a head for multi-token prediction, which is not loaded: {use}"
 
 

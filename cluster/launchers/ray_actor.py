@@ -30,7 +30,7 @@ _WAIT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """Arguments of an actor. `settings` include enrolment address and token. `cluster` is the hash of the CA."""
+    """Arguments of an actor. `settings` include enrolment address and token. `cluster` is the cluster's id."""
 
     settings: WorkerSettings
     cluster: str

@@ -253,7 +253,7 @@ class WorkerHandle:
         on_progress: Callable[[LoadProgress], None] | None = None,
         progress_timeout_s: float = PROGRESS_TIMEOUT_S,
     ) -> Loaded:
-        """Loads a stage. Raises StalledError if it makes no progress, or the errors of `WorkerChannel.request`."""
+        """Loads a stage. Raises StalledError without progress, WorkerError, or the error that the worker reports."""
         assert self.loading is None, "a worker loads one stage at a time"
         what = f"worker {self.name} made no progress with layers [{order.start}, {order.end})"
         request = partial(self.channel.order, f"load of epoch {epoch_text(order.epoch)}", order)
@@ -279,7 +279,7 @@ class WorkerHandle:
             self.channel.answer(f"load of epoch {epoch_text(self.loading.epoch)}", error)
 
     async def unload(self, epoch: int, deadline_s: float = _UNLOAD_S) -> None:
-        """Unloads the stage of an epoch. Raises the errors of `WorkerChannel.request`."""
+        """Unloads the stage of an epoch. Raises WorkerError, DeadlineError, or the error that the worker reports."""
         what = f"unload of epoch {epoch_text(epoch)}"
         await self.channel.order(what, messages.Unload(epoch), deadline(f"worker {self.name}: {what}", deadline_s))
         self._forget(epoch)

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 _MORE_REQUESTS = 64
-"""Number of open HTTP requests per model in addition to those that run or wait: they are read or refused."""
+"""Maximum number of HTTP requests per model that neither run nor wait, but are being read, refused or answered."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,7 @@ class MembershipWatch:
             self._check_steps(worker)
         elif isinstance(event, MemberJoined):
             if self._registry.joins[worker.name] in self._first_joins:
-                return  # `start` has taken this worker already. It has only now learned that it was admitted.
+                return  # The worker was present when `start` ran. It has only now learned of its admission.
             self._report(Notice(f"worker {worker.name} joined (pid {worker.registration.pid})"))
             self._newcomers.joined(worker)
         else:

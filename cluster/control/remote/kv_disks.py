@@ -36,7 +36,7 @@ class RemoteKvDisks:
         raises one of their errors after all have answered, preferably a DeadlineError."""
 
         async def done(worker: WorkerHandle) -> int:
-            limit = deadline(f"worker {worker.name}: KV memory on its disk (kv_disk)", _DISK_S)
+            limit = deadline(f"worker {worker.name}: reading or writing KV blocks on its disk (kv_disk)", _DISK_S)
             answer: KvDone = await worker.channel.request(request, limit)
             return answer.blocks
 

@@ -32,8 +32,7 @@ _REPOSITORY: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """A model of the catalog. Bundled models have `size_bytes` and `sha256`. Others have only the estimate
-    `about_bytes`."""
+    """A model of the catalog. Its exact `size_bytes` and `sha256` are known, or only the estimate `about_bytes`."""
 
     name: str
     source: str
@@ -42,7 +41,7 @@ class CatalogEntry:
     licence: str
     summary: str
     about_bytes: int = 0
-    projector: str | None = None  # Source of the model's projector, as for `source`.
+    projector: str | None = None  # Source of the projector file, in the form of `source`.
 
     @property
     def directory(self) -> str:
@@ -203,14 +202,14 @@ def stored_model(spec: str, models_dir: Path | None = None) -> Path | None:
 
 
 def lacks_projector(spec: str, models_dir: Path | None = None) -> bool:
-    """Returns True if it is unknown whether the model's repository has a projector. False for catalog models."""
+    """Returns True if the model's repository has not been searched for a projector yet. False for catalog models."""
     found = locate(spec, models_dir)
     return isinstance(found, WantedFile) and found.may_have_projector and find_entry(spec) is None
 
 
 def made_beside(source: Path, name: str) -> Path:
-    """Returns a path for a file made from `source`: in the same folder, or in the current folder if `source` was
-    downloaded. `model rm` deletes a downloaded model's whole folder."""
+    """Returns a path for a file made from `source`. The path is in the folder of `source`, or in the current folder if
+    `source` is a downloaded model, because `model rm` deletes the whole folder of such a model."""
     return Path(name) if environment().models_dir in source.parents else source.with_name(name)
 
 

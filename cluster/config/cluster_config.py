@@ -63,7 +63,7 @@ SCHEMA_ADDRESS = "https://json-schema.org/draft/2020-12/schema"
 class ClusterConfig(Section):
     """A cluster: one or several models, the workers that run them, and the HTTP API."""
 
-    # The validator is built at once, because it includes the validators of all sections.
+    # Sections defer building their validators, because this class builds one that includes all of theirs.
     model_config = ConfigDict(defer_build=False)
 
     name: Name = "default"
@@ -79,7 +79,7 @@ class ClusterConfig(Section):
     chat_template: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     """Name of a built-in chat template, or path of a Jinja file. Defaults to the model's own template."""
     mmproj: Mmproj = None
-    """Projector (image encoder), given like `model`. auto uses the only projector in its folder. off uses none."""
+    """Projector (image encoder), given like `model`. auto uses the only one in the model's folder. off uses none."""
     adapters: Annotated[tuple[AdapterConfig, ...], Field(max_length=MAX_ADAPTERS, strict=False)] = ()
     """LoRA adapters that requests can use, numbered in this order. Workers with GPUs do not support adapters."""
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] = 4096
@@ -110,13 +110,15 @@ class ClusterConfig(Section):
     objective: Literal["latency", "throughput"] = "latency"
     """Goal of an automatic plan: latency makes one request fast, throughput serves many requests together."""
     groups: LargestGroup = None
-    """Groups in automatic plans. auto uses groups where they are faster. off uses none. A number limits their size."""
+    """Groups of workers that share the work of each layer, in automatic plans. auto uses groups where they are faster.
+    off uses none. A number is the maximum number of workers in a group."""
     wire: Annotated[Literal["f32"], BeforeValidator(check_wire_type)] = "f32"
     """Number type of the activations that workers send to each other. f32 is exact."""
     cpu_moe: CpuMoe = None
-    """Number of layers, from the first, whose experts stay in RAM, or all. auto chooses the fastest number."""
+    """Number of layers, counted from the first, whose MoE experts stay in RAM. all keeps all experts in RAM.
+    auto chooses the fastest number."""
     experts_cache: Annotated[Size | Literal[0] | None, OrAuto()] = None
-    """Maximum memory on each GPU for copies of experts in RAM. auto uses all free memory. 0 uses none."""
+    """Maximum GPU memory, per GPU, for caching experts that stay in RAM. auto uses all free memory. 0 caches none."""
     placement: Placements = ()
     """Rules that place tensors in RAM or on GPUs, like llama.cpp's `-ot`. A tensor's first matching rule is used."""
     kv_type: Annotated[KvType, Field(strict=False)] = KvType.F16
@@ -133,7 +135,7 @@ class ClusterConfig(Section):
     prefix_cache: bool = True
     """Set false to turn off the prefix cache, which shares KV memory between prompts with the same beginning."""
     wide_tiles: bool = True
-    """Set false to save memory by storing some weights in a narrower form. Decoding is then clearly slower."""
+    """Set false to store some weights in narrower tiles. This saves memory, but decoding is clearly slower."""
     speculative: Annotated[Speculative | None, OrSwitch()] = Speculative()
     """Speculative decoding, which does not change answers. Give auto (use it where it is faster), off or a section."""
     allowed_hosts: tuple[str, ...] = Field(default=(), max_length=64, strict=False)
@@ -247,7 +249,7 @@ class ClusterConfig(Section):
             raise PlaceError(("lease",), "is not for launcher: mpi, whose workers and coordinator are one program")
         if self.join.discover and (facts.starts_workers or self.insecure):
             raise PlaceError(
-                ("join", "discover"), "needs launcher: static without insecure: workers find the cluster by its token"
+                ("join", "discover"), "needs launcher: static and insecure: false, to identify the cluster by its token"
             )
         if not facts.starts_workers:
             return self
@@ -286,10 +288,10 @@ class ClusterConfig(Section):
                 why = f"Ray numbers each worker's GPUs from 0: set {','.join(sorted(own))}"
                 raise PlaceError(("workers", index, "device"), why)
             if facts.is_one_program and worker.numa_node is not None:
-                why = "MPI binds its ranks: remove it and start mpirun with --map-by numa --bind-to numa"
+                why = "mpirun binds workers to cores: remove this, and start mpirun with --map-by numa --bind-to numa"
                 raise PlaceError(("workers", index, "numa_node"), why)
             if facts.uses_ray and worker.threads is None:
-                raise PlaceError(("workers", index), "needs threads with launcher: ray, which reserves as many CPUs")
+                raise PlaceError(("workers", index), "needs threads with launcher: ray, to reserve as many CPUs")
         return self
 
     @model_validator(mode="after")
@@ -303,7 +305,7 @@ class ClusterConfig(Section):
                     ("workers", index, "kv_disk"), f"is for device cpu, but this worker has {worker.device}"
                 )
             if without is not None:
-                why = f"is for all workers or none, because each keeps a part of the KV memory: {without.name} has none"
+                why = f"is for all workers or none, because each keeps a part of each block: {without.name} lacks it"
                 raise PlaceError(("workers", index, "kv_disk"), why)
             if not self.prefix_cache:
                 raise PlaceError(
@@ -390,7 +392,7 @@ def json_schema() -> str:
 
 def _demo() -> Document:
     values = {"name": "demo", "model": DEMO_MODEL, "workers": [{"name": "a"}, {"name": "b"}]}
-    values["objective"] = "throughput"  # A single request would be faster on one of the two workers.
+    values["objective"] = "throughput"  # With objective latency, the plan would use only one worker.
     return Document("the demo cluster", values, {})
 
 

@@ -28,7 +28,7 @@ Place = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A cluster file's values after overrides. `origins` maps each key and item to FILE:LINE or to an option."""
+    """A cluster file's values after overrides. `origins` maps each key and item to FILE:LINE or to a --set option."""
 
     name: str
     values: dict[str, Any]
@@ -94,7 +94,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
-        """Refuses YAML 1.1's other forms of numbers: 0777, 0x1F, 10:20 and 1_000. Adds the line to errors."""
+        """Refuses numbers that are not decimal, such as 0777, 0x1F, 10:20 and 1_000. Adds line numbers to errors."""
         if node.tag in _NUMBERS and not _DECIMAL.fullmatch(node.value):
             what = f"{node.value[:60]!r} is not a decimal number; write it in decimal digits, or put it in quotes"
             raise yaml.MarkedYAMLError(None, None, what, node.start_mark)
@@ -151,7 +151,7 @@ def read_document(path: Path) -> Document:
 
 
 def override(document: Document, overrides: Sequence[str]) -> Document:
-    """Applies KEY=VALUE overrides. In KEY, dots separate nested keys; a list item's key is its number or `name`."""
+    """Applies KEY=VALUE overrides such as workers.a.threads=4. List items are named by their number or their `name`."""
     for text in overrides:
         key, separator, value = text.partition("=")
         option = f"--set {' '.join(text.split())[:_MOST_SHOWN]}"

@@ -26,7 +26,7 @@ class Environment:
 
     state_dir: Path  # LLAMACLUST_STATE_DIR. Default: $XDG_STATE_HOME/llamaclust or ~/.local/state/llamaclust.
     home: Path  # LLAMACLUST_HOME, with models and caches. Default: $XDG_CACHE_HOME/llamaclust or ~/.cache/llamaclust.
-    packed_cache_bytes: int  # LLAMACLUST_CACHE_SIZE, the maximum bytes of packed layers on disk. 0 keeps none.
+    packed_cache_bytes: int  # LLAMACLUST_CACHE_SIZE, the maximum bytes of the cache of packed weights. 0: no cache.
     # LLAMACLUST_WEIGHTS_SIZE, the maximum bytes of weights fetched from other workers. 0 fetches none.
     weights_bytes: int
     # LLAMACLUST_FEATURE_LEVEL, the instruction set of the kernels. None chooses the best one.

@@ -22,7 +22,7 @@ _BITS_PER_WEIGHT: Final = {
     "q6_k": 6.6,
     "q8_0": 8.5,
 }
-"""Average bits per weight by quantization. A file that is named after one quant type usually has other types too."""
+"""Average bits per weight by quantization. A file named after a quant type usually also has tensors of other types."""
 _ACCEPTED_AT: Final = {
     "EXAONE AI Model License 1.2 - NC": "https://huggingface.co/LGAI-EXAONE/EXAONE-4.0-32B",
     "Gemma Terms of Use": "https://ai.google.dev/gemma/terms",

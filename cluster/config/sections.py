@@ -76,7 +76,7 @@ class WorkerConfig(Section):
     mlock: bool = False
     """Set true to lock weights in RAM, so that they are never swapped out."""
     kv_disk: Size | None = None
-    """Maximum KV memory on disk, for use after restarts. Set it for all workers or for none. Default: none."""
+    """Maximum size of the KV blocks that are kept on disk for use after a restart. Set it for all workers or none."""
     memory_bandwidth_gb_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
     """Read bandwidth of RAM in GB/s, for plans. By default, the worker measures it when it starts."""
     int8_gmac_s: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = None
@@ -119,7 +119,7 @@ class Ray(Section):
     """The Ray cluster that starts the workers."""
 
     address: Annotated[str, BeforeValidator(parse_ray_address)] = "auto"
-    """HOST:PORT of a head node. none starts a new Ray cluster. auto uses this machine's, or starts one."""
+    """HOST:PORT of a head node. none starts a new Ray cluster. auto uses this machine's Ray cluster, or starts one."""
     strategy: Literal["SPREAD", "STRICT_SPREAD", "PACK", "STRICT_PACK"] = "SPREAD"
     """Ray's placement strategy for the workers."""
     allow_unauthenticated: bool = False
@@ -134,8 +134,8 @@ class Lease(Section):
     namespace: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", examples=["default"])] = "default"
     """Namespace of the Lease."""
     duration: Duration = 15.0
-    """Time without a renewal until another coordinator can take the Lease. At least 1 s. The holder stops after two
-    thirds of this time."""
+    """Time after the last renewal of the Lease until another coordinator can take it. At least 1 s. A holder that
+    cannot renew the Lease stops after two thirds of this time."""
     api: Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+$", examples=[_KUBERNETES])] = _KUBERNETES
     """URL of the Kubernetes API server."""
     account: FilePath = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -180,9 +180,9 @@ class Api(Section):
     tags: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()
     """Tags of the model in `/v1/models`."""
     pull: bool = False
-    """Set true to let clients download catalog models by `/api/pull`. With API keys, this needs the first key."""
+    """Set true to let clients download catalog models by `/api/pull`. With API keys, the first one is required."""
     adapter_folder: FilePath | None = None
-    """Folder of adapters for `/v1/load_lora_adapter`. With API keys, loading an adapter needs the first key."""
+    """Folder of adapters for `/v1/load_lora_adapter`. With API keys, the first one is required."""
     slot_folder: FilePath | None = None
     """Folder for saved slots. Without it, `POST /slots` is refused."""
     image_urls: Annotated[tuple[ImageHost, ...], Field(max_length=64, strict=False)] = ()
@@ -202,7 +202,7 @@ class AdapterConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$", examples=["poet"])]
     """Name of the adapter. A request that gives this name as its model uses the adapter."""
     path: FilePath
-    """GGUF file of the adapter. Workers without this file (here or in their models folders) fetch its layers."""
+    """GGUF file of the adapter. A worker that has no copy at this path or in its models folder fetches its weights."""
     scale: Annotated[float, Field(ge=-MAX_ADAPTER_SCALE, le=MAX_ADAPTER_SCALE, allow_inf_nan=False)] = 1.0
     """Scale of the adapter in requests that give its name as their model."""
 
@@ -262,7 +262,8 @@ class Speculative(Section):
     max_window: Annotated[int, Field(ge=1, le=MAX_WINDOW)] = MAX_WINDOW
     """Maximum number of drafted tokens of a sequence in a step. The actual number depends on the expected gain."""
     shared_answers: Annotated[int, Field(ge=0, le=_MOST_SHARED)] = 0
-    """Number of recent answer tokens that requests with the same `cache_salt` draft from: 0, or at least 1024."""
+    """Number of recent answer tokens to search for drafts, shared by requests with the same `cache_salt`. Give at least
+    1024, or 0 to share none."""
     model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)] | None = None
     """Small draft model with the same vocabulary, given like `model`. It runs on the coordinator's machine."""
     mtp: bool = False
@@ -279,7 +280,7 @@ class Speculative(Section):
     @model_validator(mode="after")
     def _check_shared(self) -> Self:
         if 0 < self.shared_answers < _LEAST_SHARED:
-            why = f"{self.shared_answers} tokens are too few for an answer; set {_LEAST_SHARED} or more, or 0 for none"
+            why = f"{self.shared_answers} tokens are too few to share; set {_LEAST_SHARED} or more, or 0 to share none"
             raise PlaceError(("shared_answers",), why)
         return self
 

@@ -26,7 +26,7 @@ MAX_SECONDS = 30 * 86_400
 _SIZE = r"(\d{1,15}(?:\.\d{1,6})?) ?(B|[kKMGT]B?|[KMGT]iB?)"
 _SIZE_POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _LEAST_WITHOUT_UNIT = 1 << 20
-"""Minimum size that is accepted without a unit. The user of a smaller number probably meant another unit than bytes."""
+"""Minimum size that is accepted without a unit. A smaller number is probably not meant to be bytes."""
 _DURATION = r"(\d{1,15}(?:\.\d{1,6})?) ?(ms|s|min|h)"
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
 
@@ -168,7 +168,7 @@ def parse_device(value: object) -> str:
             raise ValueError(f"{shown(name)} {what}; {_DEVICES}")
         gpus.append(f"cuda:{int(found[1] or 0)}")
     if len(set(gpus)) < len(gpus) or len(gpus) > _MOST_GPUS:
-        raise ValueError(f"{shown(value)}: name each GPU once, and at most {_MOST_GPUS} of them")
+        raise ValueError(f"{shown(value)}: list at most {_MOST_GPUS} GPUs, and each only once")
     return ",".join(gpus)
 
 

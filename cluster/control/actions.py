@@ -43,7 +43,7 @@ class ActionRunner:
     _registry: Registry
     _partitions: PartitionTracker
     _report: Report
-    # Tasks that end the processes of lost workers. A load waits for these tasks, because it needs the memory.
+    # Tasks that end the processes of lost workers. A load waits for them, because it needs the memory.
     ending: TaskSet
     epoch: Epoch | None = field(default=None, init=False)  # Epoch that serves, or that served before it was lost.
     retiring: Epoch | None = field(default=None, init=False)  # Epoch that served before a move and still has sequences.
@@ -62,8 +62,8 @@ class ActionRunner:
         return not self.observed.state.is_wanted
 
     async def set_adapters(self, model: Model) -> None:
-        """Waits until an epoch serves, and gives it exactly the adapters of `model`. An error keeps the old
-        adapters."""
+        """Waits until an epoch serves, and then gives its stages exactly the adapters of `model`. If that fails, the
+        stages keep their old adapters."""
         async with deadline(f"the change of adapters of {self.planner.config.model_name}", ADAPTERS_S):
             await self.observed.until(lambda state: state.loss is None or not state.is_wanted)
             await self.epochs.set_adapters(model)
@@ -242,7 +242,7 @@ class ActionRunner:
         epochs, self.epoch, self.retiring = self.open_epochs, None, None
         await asyncio.gather(*(epoch.pipeline.close() for epoch in epochs))
         await self._free_others(None)
-        why = "it is another model's turn, and its requests wait" if gives_way else "a request wakes it"
+        why = "it is another model's turn, and requests for this model wait" if gives_way else "a request wakes it"
         self._report(Notice(f"model {self.planner.config.model_name} sleeps: {why}"))
         self.observed.post(seen.Signal.ASLEEP)
         # Requests may have arrived while the stages were freed.

@@ -18,7 +18,7 @@ from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
 class PoolState:
     """The connected workers, and the facts that decide which of them a plan can use."""
 
-    # Number of the join by worker name, in the order of the joins.
+    # Unique number of each worker's last join, by worker name. Entries are in the order of the joins.
     present: Mapping[str, int] = field(default_factory=dict)
     drained: frozenset[str] = frozenset()
     partitions: Pairs = frozenset()
@@ -52,7 +52,7 @@ class Planning:
     error: LlamaclustError | None = None
     rejected: LlamaclustError | None = None
     is_noticed: bool = False  # True if operators were told about the error.
-    is_beside: bool = False  # True if other models use memory of these workers.
+    is_beside: bool = False  # True if other models use memory of the workers in `inputs`.
 
     @property
     def lacks_memory(self) -> bool:
@@ -89,7 +89,7 @@ class Retiring:
 
 @dataclass(frozen=True, slots=True)
 class PipelineLoss:
-    """A time without a pipeline. It begins at the start or with a loss, and ends when a pipeline serves."""
+    """A period without a pipeline. It begins when the cluster starts, the pipeline is lost or the model is woken."""
 
     since_s: float
     error: LlamaclustError | None = None
@@ -123,7 +123,7 @@ class ClusterState:
     is_start: bool = True  # True until an epoch has served. False from the beginning if the model is loaded on demand.
     is_wanted: bool = True  # True if the model should be loaded.
     has_given_way: bool = False  # True if the model was unloaded for another model. It may then have waiting requests.
-    is_unloaded: bool = False  # True if the stages were freed and the model has not been wanted since.
+    is_unloaded: bool = False  # True after the stages were freed, until the model is wanted again.
     is_alone: bool = True  # True if the workers serve no other model.
 
     @property

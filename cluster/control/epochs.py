@@ -61,12 +61,12 @@ async def load_stages(
     loads: StageLoads, workers: Mapping[str, WorkerHandle], report: Report | None = None
 ) -> tuple[WorkerHandle, ...]:
     """Loads all stages and returns their workers in the order of the stages. Raises StageLoadError after all workers
-    have answered. A suspect's error is StalledError if the worker hangs. It is DeadlineError if the worker could still
-    stop the load and holds other models' stages. Stages that were loaded are freed after a failure, unless
-    `is_exclusive` is set, because the next epoch can then use their weights."""
+    have answered. Each suspect has an error: StalledError if it hangs, or DeadlineError if it holds stages of other
+    models and still answers. After a failure, loaded stages are freed. If `is_exclusive` is set, they are kept,
+    because the next epoch can use their weights."""
     handles = tuple(workers[stage.worker] for stage in loads.stages)
     timeout_s = loads.progress_timeout_s
-    # Copies of the file must be equal if KV blocks are kept on disk, because the blocks' keys depend on the content.
+    # The keys of KV blocks on disk depend on the model file's content, so the workers' copies must be equal.
     keeps_kv = all(handle.registration.kv_disk_bytes for handle in handles)
     names = [handle.name for handle in handles]
     request = FindWeights(loads.model.path, loads.model.model_id)

@@ -73,9 +73,9 @@ def _check_frames(config: ClusterConfig, model: Model) -> None:
         return
     room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // token_bytes
     if (most := max_batch_tokens(config, model.projector)) > room:
-        cause = f"prefill_chunk and max_sequences make microbatches of {most} tokens"
+        cause = f"prefill_chunk and max_sequences allow microbatches of {most} tokens"
         raise UsageError(
-            f"{cause}: a message between workers holds {room} tokens of {token_bytes} bytes; lower one of these two"
+            f"{cause}: a message between workers holds {room} tokens of {token_bytes} bytes; lower one of these keys"
         )
 
 
@@ -99,9 +99,9 @@ def check_division(config: ClusterConfig, model: Model, expert_shards: int) -> N
     row_bytes = model.costs(config.kv_type, expert_shards).cut_bytes
     room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // max(row_bytes, 1)
     if (most := max_batch_tokens(config, model.projector)) > room:
-        cause = f"prefill_chunk and max_sequences make microbatches of {most} tokens"
+        cause = f"prefill_chunk and max_sequences allow microbatches of {most} tokens"
         what = f"a message between parts of a layer holds {room} tokens of {row_bytes} bytes"
-        raise UsageError(f"{cause}: {what}; lower one of these two")
+        raise UsageError(f"{cause}: {what}; lower one of these keys")
 
 
 def check_parts_on_gpus(config: ClusterConfig, expert_shards: int, gpus: Mapping[str, Sequence[str]]) -> None:
@@ -135,7 +135,7 @@ def _check_mtp(config: ClusterConfig, model: Model) -> None:
 
 
 def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:
-    """Returns the assignments in the cluster file's `plan`, or an empty tuple. Bounds count parts of layers."""
+    """Returns the assignments in the cluster file's `plan`, if any. With 2 parts per layer, bound 4.5 becomes 9."""
     shards = manual_shards(config)
     parts = ((entry, *entry.layers) for entry in config.plan or ())
     return tuple(
@@ -167,7 +167,7 @@ def max_batch_tokens(config: ClusterConfig, projector: Projector | None) -> int:
 
 
 def kv_tokens(config: ClusterConfig) -> int | None:
-    """Returns the number of tokens to plan KV memory for, enough for one or two users. None if max_sequences is set."""
+    """Returns the tokens to plan KV memory for: enough for one or two users, or None to plan for `max_sequences`."""
     return None if "max_sequences" in config.model_fields_set else _KV_TOKENS
 
 
@@ -178,12 +178,13 @@ def uses_mtp(config: ClusterConfig) -> bool:
 def unused_mtp(config: ClusterConfig, model: Model) -> str | None:
     if config.speculative is None or config.speculative.mtp or not has_nextn(model):
         return None
-    use = "`speculative: {mtp: true}` drafts with it"
+    use = "set `speculative: {mtp: true}` to use it"
     return f"{config.model_name} has a head for multi-token prediction, which is not loaded: {use}"
 
 
 def model_costs(config: ClusterConfig, model: Model, expert_shards: int = 1) -> ModelCosts:
-    """Returns the model's costs, with the MTP head if it is used. Raises UsageError if it is wanted but missing."""
+    """Returns the costs of the model for plans. Raises UsageError if `speculative.mtp` is set, but the model has no MTP
+    head."""
     return capacity_of(config, config.context_length).costs(model, expert_shards)
 
 

@@ -1,4 +1,4 @@
-"""Makes the orders to load the stages of an epoch. An order names a worker's layers and the workers to connect to."""
+"""Makes the `Load` messages for an epoch's stages. A message has a worker's layers and the workers to connect to."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from llamaclust.wire.control.weights import AdapterFile, EncoderFile, WeightSour
 
 @dataclass(frozen=True, slots=True)
 class StageLoads:
-    """The stages of an epoch, with one entry per member of a group. If `is_exclusive` is set, the model's other stages
-    are freed first, except for weights that are used again. `links` decides the order in which weight sources are
-    tried."""
+    """The stages of an epoch, with one entry per member of a group. If `is_exclusive` is set, workers free the
+    model's other stages first, but keep weights that they need again. `links` decides from which
+    worker missing weights are fetched first."""
 
     epoch: int
     stages: Sequence[StageInfo]
@@ -48,7 +48,7 @@ def load_orders(
     adapters: Mapping[str, tuple[AdapterFile, ...]],
     encoders: Mapping[str, EncoderFile],
 ) -> list[Load]:
-    """Returns the load order of each worker. Raises WorkerError if a group member accepts no links."""
+    """Returns a `Load` message for each worker. Raises WorkerError if a group member accepts no links."""
     groups = _group_orders(loads.stages, handles)
     return [
         replace(
@@ -102,6 +102,6 @@ def _group_orders(stages: Sequence[StageInfo], handles: Sequence[WorkerHandle]) 
 
 def _group_member(handle: WorkerHandle, share: int) -> GroupMember:
     if not handle.registration.link_address:
-        text = f"worker {handle.name} cannot be in a group: it accepts no links (see its log)"
-        raise WorkerError(f"{text}, or give it layers of its own in the plan", worker=handle.name)
+        text = f"worker {handle.name} cannot be in a group: it accepts no links from other members"
+        raise WorkerError(f"{text}; look at its log, or give it layers of its own in the plan", worker=handle.name)
     return GroupMember(handle.name, handle.registration.link_address, share)

@@ -49,7 +49,7 @@ class MemoryLedger:
             raise ModelLimitError(self._max_models)
 
     def planned(self, model_id: str) -> None:
-        """Records other models' memory while this model is planned. `reserve` compares it with their later memory."""
+        """Notes the memory that other models use now. `reserve` later checks that they have taken no more."""
         self._beside[model_id] = self.beside(model_id)
 
     def reserve(self, model_id: str, plans: tuple[Plan, ...]) -> bool:

@@ -18,8 +18,8 @@ def lost_text(error: LlamaclustError, requests: Mapping[str, int]) -> str:
 
 
 def moving_text(plan: Plan, held: Mapping[str, tuple[float, float]]) -> str:
-    """Describes a new plan and the number of layers that each worker must load. A group's description only has the
-    shares, because its members may already hold other portions of the same layers."""
+    """Describes a new plan and the number of layers that each worker must load. For a group, tells the shares instead,
+    because its members may already hold other portions of the same layers."""
     parts, shards = [], plan.expert_shards
     for stage in plan.leaders:
         name, layers = stage_name(plan, stage), layer_span(stage.start, stage.end, shards)
@@ -33,7 +33,7 @@ def moving_text(plan: Plan, held: Mapping[str, tuple[float, float]]) -> str:
 def images_text(before: Plan | None, plan: Plan) -> str | None:
     if bool(plan.no_images) == (before is not None and bool(before.no_images)):
         return None
-    return refused_images(plan.no_images) if plan.no_images else "images are read again"
+    return refused_images(plan.no_images) if plan.no_images else "images are accepted again"
 
 
 def refused_images(why: str) -> str:

@@ -81,9 +81,9 @@ class Planned:
     inputs: PlanInputs
     plan: Plan | None = None
     error: LlamaclustError | None = None
-    # New prediction for the serving plan, by the same profiles and links as for `plan`. None if there is none.
+    # Prediction for the plan that serves now, from the same profiles and links as `plan`. None if it is unknown.
     served: Prediction | None = None
-    is_beside: bool = False  # True if other models use memory of these workers.
+    is_beside: bool = False  # True if other models use memory of the workers in `inputs`.
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +116,10 @@ class Noticed:
 
 
 class Signal(Enum):
-    LINKS_CHANGED = auto()  # The links were measured again, with other results.
+    LINKS_CHANGED = auto()  # The links were measured again, and results have changed.
     EPOCH_LOADED = auto()  # The planned epoch is loaded and connected.
     EPOCH_SERVING = auto()  # The engine runs on the loaded epoch.
-    PIPELINE_CLOSED = auto()  # The lost pipeline is closed. Reports of its workers have been confirmed or dropped.
+    PIPELINE_CLOSED = auto()  # The lost pipeline is closed, and all reports of broken links are checked.
     RETIRING_EMPTY = auto()  # No sequence uses the retiring epoch any longer.
     RETIRING_FREED = auto()  # The stages of the retired epoch have been freed.
     WORKERS_EXPELLED = auto()  # The workers named by the last `Expel` count as lost.

@@ -22,7 +22,7 @@ _BACKOFF = Backoff(first_s=1.0, max_s=120.0, factor=1.5)
 _MEMORY_S = 600.0
 """Seconds for which a repaired link is remembered. If it breaks again in this time, it is probed less often."""
 _MAX_PROBES = 256
-"""Maximum number of links to probe at once. If there are more links, only those of affected workers are probed."""
+"""Maximum number of links to probe at once. If there are more, only workers with a broken link are probed."""
 
 _Direction = tuple[WorkerHandle, WorkerHandle]
 
@@ -30,7 +30,7 @@ _Direction = tuple[WorkerHandle, WorkerHandle]
 @dataclass(slots=True)
 class _Partition:
     probes: int  # Number of failed probes, including probes before the last repair.
-    # The other worker, by the name of the worker that could not reach it.
+    # Maps a worker's name to the name of the worker that it could not reach.
     callers: dict[str, str] = field(default_factory=dict)
 
 

@@ -71,8 +71,8 @@ class ClusterResources:
     """Free bytes of this machine when its workers held no layers. None if each worker reports its own free bytes."""
     held: Mapping[tuple[str, str], int] = field(default_factory=dict)
     row_bytes: int = 0
-    """Bytes that are reserved for image rows, in addition to `free_bytes`. A plan without an image encoder may use
-    them."""
+    """Bytes of this machine that are reserved for image embeddings, and are not part of `free_bytes`. A plan without an
+    image encoder may use them."""
     encodes: bool = True
     """True if a worker must hold the image encoder. Ignored if the model has none."""
 
@@ -88,8 +88,8 @@ def plan_cluster(
 
 
 def plan_text_at_least(config: ClusterConfig, model: Model, resources: ClusterResources) -> Plan:
-    """Plans like `plan_cluster`. If only the image encoder does not fit, returns a plan without it, and gives the
-    reason in `no_images`."""
+    """Plans like `plan_cluster`. If the model fits only without its image encoder, returns such a plan, with the reason
+    in `no_images`."""
     try:
         return plan_cluster(config, model, resources)
     except InsufficientMemoryError as error:
@@ -142,7 +142,7 @@ def _plan_in_own_tiles(
 
 
 def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources, most: int) -> Iterator[int]:
-    """Yields numbers of shards, up to `most`, that each layer's experts can be divided into if whole layers do not fit.
+    """Yields the numbers of shards (2, 4, ... up to `most`) to try for each layer's experts if whole layers do not fit.
     Yields nothing if the user wants experts on GPUs, because shards are always in RAM."""
     on_gpus = says_placement(config) or any(worker.gpu_layers for worker in resources.workers.values())
     if (

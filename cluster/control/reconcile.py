@@ -50,7 +50,7 @@ class Sleep:
 
 @dataclass(frozen=True, slots=True)
 class Expel:
-    """Marks workers as lost. A worker whose expulsion has `stays` stays connected, but gets no layers of this model."""
+    """Marks workers as lost. If an expulsion has `stays`, its worker stays connected without layers of this model."""
 
     expulsions: tuple[Expulsion, ...]
 
@@ -151,8 +151,8 @@ def _recover(state: ClusterState) -> Action | None:
 
 
 def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
-    """Reports once why there is no plan. When the time is over, aborts a start, or fails the requests of a running
-    cluster. The cluster then continues to wait."""
+    """Reports once why there is no plan. When the time limit has passed, aborts a start. In a running cluster, fails
+    the requests instead, and continues to wait."""
     loss = state.loss
     assert loss is not None and state.planning is not None
     is_link = isinstance(why, NetworkPartitionError)
@@ -178,9 +178,9 @@ def _wait_for_memory(state: ClusterState, why: LlamaclustError) -> Action:
     """Waits until other models free memory when their turns end. `timeouts.request` limits the time."""
     missing_bytes = why.missing_bytes if isinstance(why, InsufficientMemoryError) else None
     missing = "" if missing_bytes is None else f" ({mib(missing_bytes)} MiB)"
-    text = f"waiting for memory that other models hold{missing}: they give way after their turns"
+    text = f"waiting for memory that other models hold{missing}: they free it at the end of their turns"
     if isinstance(why, ModelLimitError):
-        text = f"waiting for other models, which give way after their turns: {why}"
+        text = f"waiting until another model is unloaded at the end of its turn: {why}"
     return Notify(text) if text != state.waits_for else Wait(_quarantine_end_s(state))
 
 

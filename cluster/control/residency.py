@@ -16,8 +16,8 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 _LOOK_S = 1.0
 _TURN_S = 30.0
-"""Minimum seconds of a model's turn. Afterwards, another model may need the memory. The model's requests are then
-computed again at its next turn."""
+"""Minimum seconds of a model's turn. Afterwards, another model may take the memory. Requests that are unfinished
+then are computed again at the next turn."""
 _MOST_TURNS = 16
 """Maximum length of a turn, in units of `_TURN_S`. Turns become longer while they are too short for a request."""
 
@@ -93,7 +93,7 @@ class Resident:
         self._stay_awake()
 
     def _stay_awake(self) -> None:
-        # This is done even if the model is awake, because another model may just have put it to sleep.
+        # A model that is awake needs the signal too, because another model may just have put it to sleep.
         if not self.gives_way:
             self.observed.post(Signal.WAKE_REQUESTED)
 
@@ -135,7 +135,7 @@ class Resident:
         requests = self.engine.requests
         while not self.is_idle:
             await self._changes(requests.wait_any() if requests.are_empty else requests.wait_empty())
-            if not self.is_idle:  # The model may have been idle for a moment and put to sleep.
+            if not self.is_idle:  # During a short idle time, the model may have been put to sleep.
                 self._stay_awake()
         self.idle_since_s = _now_s()
 
@@ -181,8 +181,7 @@ class Residency:
 
     async def _make_room(self, resident: Resident) -> None:
         """Puts other models to sleep while `resident` lacks memory. Models without requests come first, beginning with
-        the one that has been idle longest, then models whose turn is over. The latter are loaded again when there is
-        memory."""
+        the one that has been idle longest. Models whose turn is over come next, and are loaded again later."""
         while True:
             await resident.observed.until(lambda state: state.lacks_memory)
             giving_way: list[Resident] = []

@@ -10,7 +10,7 @@ from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.core.gpus import DeviceLayers
 
 _CLEARLY_BETTER = 0.95
-"""Factor by which a plan must be better, because measurements of equal workers differ slightly."""
+"""Maximum ratio of new to old time of a clearly better plan. Measured times of equal workers differ slightly."""
 
 
 @dataclass(frozen=True, slots=True)

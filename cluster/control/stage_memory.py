@@ -1,4 +1,4 @@
-"""Computes the memory that a stage will use on a worker, by the worker's own code."""
+"""Computes the memory that a stage will use on a worker. The worker uses the same functions."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _known: MutableMapping[Model, _Known] = WeakKeyDictionary()
 
 
 def workspace_of(model: Model, limits: StageLimits) -> Workspace:
-    """Returns the workspace of stages with these limits. If a place has no layers yet, this is the workspace of the
-    largest possible stage."""
+    """Returns a function that computes the bytes of a stage's workspace. If it is not known yet which layers the stage
+    gets, the result is the maximum over all possible stages."""
     known = _known.setdefault(model, _Known()).workspaces
 
     def bytes_at(place: StagePlace) -> int:
@@ -47,7 +47,7 @@ def workspace_of(model: Model, limits: StageLimits) -> Workspace:
 
 
 def _largest_stages(model: Model, limits: StageLimits, place: StagePlace) -> Iterator[tuple[int, int, StageLimits]]:
-    """Yields stages with their limits. One of these stages needs the largest workspace of all."""
+    """Yields (start, end, limits) of some stages, one of which needs the largest workspace of all."""
     yield 0, model.layer_count if place.is_last else max(1, model.layer_count - 1), replace(limits, expert_shards=1)
     if limits.expert_shards > 1:
         for parts in _divided_stages(model, limits.expert_shards, place):
@@ -75,7 +75,8 @@ def _divided_stages(model: Model, shards: int, place: StagePlace) -> Iterator[tu
 
 
 def rounding_of(model: Model, *, experts: bool = True) -> Rounding:
-    """Returns the bytes that rounding adds to weights, as sums over layers. They include the embedding and the head."""
+    """Returns a function from a device to a table. Entry [i, j] of the table has the bytes that rounding adds to the
+    weights of layers [i, j), which include the embedding and the head."""
     known = _known.setdefault(model, _Known()).roundings
 
     def table(device: str) -> Counts:

@@ -124,7 +124,7 @@ def _attribute(state: ClusterState) -> ClusterState:
 
 
 def _worker_failed(state: ClusterState, worker: Incarnation, reason: str, requests: frozenset[int]) -> ClusterState:
-    """Records a failure of a serving worker. Adds an expulsion, which is reported, if this begins a quarantine."""
+    """Records a failure of a serving worker. If the failure begins a quarantine, adds an expulsion to report it."""
     (name, _), now_s, before = worker, state.tick.now_s, state.pool.quarantine
     is_repeated = state.loss is not None and state.loss.is_repeated
     quarantine = before.failed(name, reason, requests, now_s, is_repeated=is_repeated)
@@ -143,7 +143,7 @@ def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterSt
     assert planning is not None and planning.plan is not None
     stalled = [suspect for suspect in failed.suspects if isinstance(suspect.error, StalledError)]
     hanging = {suspect.name: f"it hangs: {suspect.error}" for suspect in stalled}
-    # If such a worker is lost, the pipeline is lost too.
+    # A lost worker that serves is not counted here, because it is counted when its pipeline is lost.
     serving = () if state.serving is None else state.serving.workers
     for worker in planning.inputs.workers:
         is_lost = worker not in state.pool.usable and worker not in serving
@@ -153,7 +153,7 @@ def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterSt
         return _expel(state, planning.inputs, hanging)
     if not failed.is_exclusive:
         return state if state.loss else _move_failed(state, planning, failed)
-    # This is checked even if the worker with the file was lost meanwhile.
+    # No worker has the file any longer, so the plan stays rejected until the workers change.
     if failed.file_is_absent and not (state.is_start and state.is_whole):
         return replace(state, planning=replace(planning, inputs=state.inputs, rejected=failed.error))
     if state.is_start and (damaged := _damaged(state, failed)):
@@ -194,7 +194,7 @@ def _unfit(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:
 
 
 def _exclude(state: ClusterState, inputs: PlanInputs, reasons: Mapping[str, str]) -> ClusterState:
-    """Expels workers. If the cluster serves other models too, the workers only get no layers of this model."""
+    """Expels workers. If the cluster also serves other models, the workers stay, but get no layers of this model."""
     if state.is_alone:
         return _expel(state, inputs, reasons)
     excluded = state.inputs.quarantined

@@ -43,8 +43,8 @@ class ModelReference:
 
 @dataclass(frozen=True, slots=True)
 class WantedBytes:
-    """A file to load: a model, an adapter or a projector. `own` is the coordinator's copy if it takes part in the
-    comparison of copies. If `is_compared` is set, copies are compared even if all workers read the same file."""
+    """A file to load: a model, an adapter or a projector. `own` is the coordinator's copy, or None if workers' copies
+    are not compared with it. If `is_compared` is set, copies are compared even if all workers read the same file."""
 
     request: FindWeights
     own: OwnCopy | None = None

@@ -1,4 +1,4 @@
-"""Sends the scheduler's orders to a draft model, one batch at a time."""
+"""Sends the scheduler's requests for drafts to a draft model, one batch at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llamaclust.core.errors import DeadlineError, LlamaclustError
 
 _DEADLINE_S = 30
 _SLICE_S = 1.0
-"""The deadline is counted in parts of this many seconds. If the whole process pauses, this uses up at most one part."""
+"""The deadline is counted in parts of this many seconds. A pause of the whole process uses up at most one part."""
 
 _log = logging.getLogger(__name__)
 

@@ -1,5 +1,4 @@
-"""Encodes image tiles on the running pipeline. If it is lost, the next pipeline encodes the tile with the same
-result."""
+"""Encodes image tiles on the running pipeline. After a loss, the next pipeline encodes the tile with equal results."""
 
 from __future__ import annotations
 
@@ -103,9 +102,9 @@ class Encoder:
                 yield
 
     async def encode(self, tiles: Sequence[NDArray[np.uint8]], owners: Owners) -> list[NDArray[np.float32]]:
-        """Encodes tiles [height, width, 3] as rows [rows, levels * width]. The caller must have entered `turn`. Waits
-        until a pipeline serves. Raises RequestError if the encoder refuses a tile, RequestFailedError if a worker
-        failed too often with the same tile, and WorkerError if no pipeline is expected."""
+        """Encodes tiles [height, width, 3]. Returns an array [rows, levels * width] per tile, with one row per image
+        token. The caller must have entered `turn`. Waits until a pipeline serves. Raises RequestError if a tile is
+        refused, RequestFailedError after too many failures with a tile, and WorkerError after `end`."""
         tasks = [self._task(tile) for tile in tiles]
         return [await self._encoded(task, owners) for task in tasks]
 

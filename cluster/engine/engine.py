@@ -39,8 +39,8 @@ _log = logging.getLogger(__name__)
 
 
 def _done_ns(results: Sequence[Result], now_ns: int) -> list[int]:
-    """Estimates when each result was computed: the last one at `now_ns`, and each other one earlier than its successor
-    by the successor's shortest stage time."""
+    """Estimates when each result was computed. The last result gets `now_ns`. Each earlier result gets the time of the
+    next result, minus the shortest time that any stage needed for the next result."""
     ends = [now_ns]
     for result in reversed(results[1:]):
         ends.append(ends[-1] - min((timing.compute_ns for timing in result.timings), default=0))
@@ -51,7 +51,7 @@ class EngineState(StrEnum):
     READY = "ready"
     ASLEEP = "asleep"  # The model is not loaded. A request is accepted and causes the model to be loaded.
     RECOVERING = "recovering"  # The pipeline was lost. Requests are accepted, and wait for the next pipeline.
-    DRAINING = "draining"  # Accepted requests are computed to their ends. The API refuses other requests.
+    DRAINING = "draining"  # Accepted requests are finished. The API refuses other requests.
     REFUSING = "refusing"  # The pipeline was lost. Requests are refused until workers have connected again.
     DOWN = "down"  # Requests are refused until the process ends.
 
@@ -94,7 +94,7 @@ class Engine:
         self._encode_by(pipeline)
         scheduler = Scheduler(settings, pipeline.epoch, len(pipeline.stages))
         self._lane = Lane(pipeline, scheduler, self, self.deadlines)
-        self._ended = scheduler.counts.totals  # Counts of ended lanes.
+        self._ended = scheduler.counts.totals  # Totals of the lanes that have ended.
 
     def _encode_by(self, pipeline: Pipeline) -> None:
         if self.encoder is None:

@@ -53,8 +53,8 @@ def stage_error(result: Result, stages: Sequence[StageInfo]) -> WorkerError:
 def failure_of(
     error: LlamaclustError, scheduler: Scheduler, stages: Sequence[StageInfo], microbatch: int | None
 ) -> PipelineFailure:
-    """Describes the failure of `microbatch`, or of all microbatches in flight if it is None. The last stage is at fault
-    for invalid results."""
+    """Describes the failure of `microbatch`, or of all microbatches in flight if it is None. If results are
+    invalid, the last stage is at fault."""
     if isinstance(error, ProtocolError) and error.worker is None:
         error.worker = stages[-1].worker
     slices = scheduler.in_flight.slices(microbatch)
@@ -76,5 +76,5 @@ def _ending(struck: StruckOut, error: LlamaclustError, *, stages: int) -> Llamac
     what = f"request {struck.sequence.request.request_id}: the pipeline failed {MAX_STRIKES} times"
     (worker, *others) = struck.workers
     if worker is None or others or (stages == 1 and struck.has_results):
-        return RequestFailedError(f"{what} while it computed this request, finally without other requests: {error}")
+        return RequestFailedError(f"{what} while it computed this request, the last time alone: {error}")
     return WorkerError(f"{what}, each time at worker {worker}, and no other worker could take its layers: {error}")

@@ -32,7 +32,7 @@ _MOST_SAVES = 8
 
 
 class KvDisk:
-    """Saves and restores a lane's KV blocks. Does nothing without disks or prefix cache, or with a sliding window."""
+    """Saves and restores a lane's KV blocks. Does nothing without disks or prefix cache, or with sliding windows."""
 
     def __init__(self, disks: KvDisks | None, scheduler: Scheduler, lane: Lane) -> None:
         settings = scheduler.settings
@@ -166,7 +166,7 @@ class KvDisk:
             start += saved
 
     async def _saved(self, disks: KvDisks, keys: Items[bytes], start: int) -> int:
-        """Saves the blocks of keys[start:]. Returns how many were saved, or 0 unless all stages saved all of them."""
+        """Saves the blocks of keys[start:]. Returns their number if all stages saved all of them, or else 0."""
         transfer = self._transfers.begin_save(keys, start)
         if transfer is None:
             return 0

@@ -18,8 +18,8 @@ from llamaclust.wire.microbatch.messages import Result
 
 @dataclass(frozen=True, slots=True)
 class StageInfo:
-    """One stage of a running pipeline: layers [start, end) on a worker, with their places on its GPUs in `devices`. As
-    in a plan, every member of a group has its own entry."""
+    """One stage of a running pipeline: layers [start, end) on a worker. `devices` has the layers on its GPUs. If
+    a group holds the stage, each of its members has a StageInfo."""
 
     worker: str
     start: int
@@ -56,7 +56,7 @@ class KvDisks(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TileTask:
-    """An image tile, uint8 [height, width, 3]. Its encoding is float32 [rows, width]."""
+    """An image tile, uint8 [height, width, 3]. Its encoding is float32 [rows, width], one row per image token."""
 
     tile: NDArray[np.uint8]
     rows: int

@@ -97,7 +97,7 @@ class OpenRequests:
 
     @contextmanager
     def announced(self) -> Iterator[None]:
-        """Counts a request that is not open yet. It needs the model because its images are encoded first."""
+        """Counts a request that is not open yet, but already needs the model to encode its images."""
         self._announced += 1
         self._changed()
         try:

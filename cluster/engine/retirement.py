@@ -44,7 +44,7 @@ class Retirement:
         self.error: LlamaclustError | None = None
         self.ended = asyncio.Event()
         self._pre_copy: _PreCopy | None = None
-        self._moving: Sequence | None = None  # The sequence that moved last after a pre-copy.
+        self._moving: Sequence | None = None  # Sequence that moved last. The next pre-copy waits until it decodes.
         self._staying: set[int] = set()  # Keys of the sequences that could not be copied.
         old.scheduler.is_shared = new.scheduler.is_shared = True
 

@@ -30,7 +30,7 @@ class MeasuredSpeed:
 
 class RecentSums:
     def __init__(self) -> None:
-        # Whole second of the clock, and the two sums of this second.
+        # One entry per second: the number of the second, and the sums of both values in it.
         self._seconds: deque[tuple[int, int, int]] = deque(maxlen=_WINDOW_S + 1)
 
     def add(self, now_ns: int, one: int, other: int) -> None:
@@ -46,7 +46,7 @@ class RecentSums:
         return sum(one for one, _ in recent), sum(other for _, other in recent)
 
     def rates(self, now_ns: int, since_ns: int) -> tuple[float, float]:
-        """Returns the fraction of time and the rows per second, if the sums are nanoseconds and rows."""
+        """Takes the sums as busy nanoseconds and rows. Returns the busy fraction of the time, and rows per second."""
         ns, rows = self.sums(now_ns)
         span_s = max((now_ns - max(_first_second(now_ns) * 1_000_000_000, since_ns)) / 1e9, 1e-3)
         return min(1.0, ns / 1e9 / span_s), rows / span_s

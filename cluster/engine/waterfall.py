@@ -18,10 +18,10 @@ _MERGED_FROM, _MOST = 32, 64
 
 class PhaseKind(StrEnum):
     PREPARATION = "preparation"  # Time for the chat template, tokenization and the grammar.
-    WAITING = "waiting"  # Time until the sequence's turn, or until it has KV memory.
+    WAITING = "waiting"  # Time in which the sequence waits for its turn or for KV memory.
     PREFILL = "prefill"
     DECODE = "decode"
-    RECOMPUTATION = "recomputation"  # Time for tokens that were computed before a loss, a move or a preemption.
+    RECOMPUTATION = "recomputation"  # Time to compute tokens again after a loss, a move or a preemption.
     RECOVERY = "recovery"  # Time from the loss of a worker until another plan serves.
     LOADING = "loading"  # Time in which the model was not loaded.
 
@@ -89,8 +89,8 @@ class Waterfall:
         self._at_ns = now_ns
 
     def add(self, microbatch: ComputedMicrobatch, chunk: Chunk, drafted: int = 0) -> None:
-        """Adds the time since the last microbatch. Later microbatches may compute the last `drafted` rows again. If
-        several microbatches are in flight, each counts from the end of the one before it."""
+        """Adds a microbatch and the time since the last one. The last `drafted` tokens may be computed again. If
+        several microbatches are in flight, the time of each begins at the end of the one before it."""
         end = chunk.position + len(chunk.tokens)
         kind = self._kind(chunk.position)
         self._reached = max(self._reached, end - drafted)

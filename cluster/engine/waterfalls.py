@@ -49,7 +49,7 @@ class Waterfalls:
         self.spans: SpanSink | None = None  # None if telemetry is off.
         self._open: dict[int, _Open] = {}  # Open requests by key of the sequence.
         self._ended: deque[RequestRecord] = deque(maxlen=_ENDED)
-        # Kind of the time while there is no pipeline. None while there is one.
+        # Phase that the current time without a pipeline counts as. None if there is a pipeline.
         self._idle_kind: PhaseKind | None = None
 
     def opened(self, sequence: Sequence) -> None:

@@ -19,8 +19,8 @@ Shortfall = Callable[[], Awaitable[LlamaclustError | None]]
 
 @dataclass(frozen=True, slots=True)
 class Awaited:
-    """The workers that a start waits for: the workers in `names`, and `count` workers in total. If no worker joins for
-    `grace_s` seconds, the start continues with the present workers if they suffice. It fails after `wait_s` seconds."""
+    """The workers that a start waits for: the workers in `names`, and `count` workers in total. When no worker
+    has joined for `grace_s` seconds, the present workers are used if they suffice. The start fails after `wait_s` s."""
 
     names: tuple[str, ...]
     count: int

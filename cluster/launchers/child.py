@@ -24,7 +24,7 @@ class Child:
     """A worker process, which ends at the latest when this process ends."""
 
     def __init__(self, settings: WorkerSettings, ended: Ended, log: IO[bytes] | None = None) -> None:
-        """Starts the worker with the caches of this machine. `settings` must have an enrolment address and a join
+        """Starts the worker with this machine's cache folders. `settings` must have an enrolment address and a join
         token. `ended` is called on another thread. If `log` is None, the worker writes to the output of this
         process."""
         self._started = threading.Event()

@@ -68,19 +68,19 @@ class LocalSettings:
     chat_template: str | None = None  # Name of a built-in template, or a file. None: the model's template.
     # Projector file. None: the only projector in the model's folder. OFF: images are not read.
     mmproj: str | None = OFF
-    speculation: bool = True  # True to compute several tokens in a step if drafts for them pay.
-    draft_model: Path | None = None  # File of a small model with the same tokens, which drafts.
+    speculation: bool = True  # True to check drafted tokens in each step where this is faster.
+    draft_model: Path | None = None  # File of a small draft model with the same vocabulary.
     mtp: bool = False  # True to draft with the model's head for multi-token prediction.
     # "cpu", or GPUs used in addition to the processor, such as "cuda:0" or "cuda:0,cuda:1".
     device: str = "cpu"
-    # Number of last layers to put on GPUs. None: as many as GPU memory allows.
+    # Number of layers, counted from the last, to put on GPUs. None: as many as fit.
     gpu_layers: int | None = None
     gpu_memory_bytes: int | None = None  # Maximum number of bytes to use on each GPU. None: all free bytes.
-    # Number of first layers whose experts are in RAM. None: layers whose experts do not fit on GPUs.
+    # Number of layers, counted from the first, whose experts stay in RAM. None: as few as GPU memory allows.
     cpu_moe: int | None = None
     # Rules that place tensors. The first matching rule applies. Rules take precedence over `cpu_moe`.
     placement: tuple[PlacementRule, ...] = ()
-    # Maximum number of bytes per GPU for copies of experts that are in RAM. None: all free bytes.
+    # Maximum bytes per GPU for caching experts that stay in RAM. None: all free bytes.
     experts_cache_bytes: int | None = None
 
 
@@ -118,7 +118,7 @@ def _speculation(model: Model, settings: LocalSettings) -> SpeculationSettings |
     for name in ("mtp", "draft_model"):
         if getattr(settings, name):
             raise UsageError(
-                f"{name}: nothing is drafted without speculation; set speculation to True, or remove {name}"
+                f"{name}: drafting needs speculation, which is off; set speculation to True, or remove {name}"
             )
     return None
 
@@ -245,7 +245,7 @@ class LocalStage:
         for start, end in (*_pieces(0, first, ROWS), *_pieces(first, len(tokens), OUTPUTS)):
             outputs = end - start if start >= first else 0
             chunk = Chunk(tokens[start:end], start, self._own, outputs, None, *self._own_window(start, end))
-            if own := self.scheduling.state_blocks:  # The state block after the blocks that the scheduler uses.
+            if own := self.scheduling.state_blocks:  # This state block follows those of the scheduler.
                 chunk = replace(chunk, state_from=own if start else None, state_to=(end - start, own))
             rows = self._runner.run(Microbatch(self.model.model_id, _EPOCH, 0, (chunk,)), None)
             if start >= first:

@@ -35,12 +35,11 @@ _GRACE_S = 1.0
 
 
 class MpiLauncher(RestartingLauncher):
-    """Orders rank i to start worker i. Standard input of this process is a socket to rank 0, which started the
-    process."""
+    """Orders rank i to start worker i. Rank 0 started this process, whose standard input is a socket to rank 0."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
         super().__init__(config, folder, report)
-        self.coordinator_s = 0.0  # Workers end when the job ends, so they do not wait.
+        self.coordinator_s = 0.0  # Workers end with the job, so they do not wait for another coordinator.
         self._orders: dict[str, StartWorker] = {}
         self._running: dict[str, asyncio.Event] = {}  # Events that are set when the worker's process has ended.
         self._lost: set[str] = set()

@@ -86,7 +86,7 @@ class _Ranks:
         try:
             import mpi4py
 
-            mpi4py.rc.finalize = False  # See `leave`.
+            mpi4py.rc.finalize = False  # `leave` finalizes MPI.
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:
             raise UsageError(f"{_INSTALL}: {str(error).strip().splitlines()[0]}") from error

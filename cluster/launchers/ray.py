@@ -103,7 +103,7 @@ class RayLauncher(RestartingLauncher):
         await self._call(lambda: placed.reserve(workers, self._config.ray.strategy))
         clock = asyncio.get_running_loop().time
         tell_s: float | None = clock() + _PATIENCE_S
-        async with deadline("room for all workers in the Ray cluster (`join.wait`)", self._config.join.wait):
+        async with deadline("finding room for all workers in the Ray cluster (`join.wait`)", self._config.join.wait):
             while not await self._call(placed.is_ready):
                 if tell_s is not None and clock() > tell_s:
                     tell_s = None

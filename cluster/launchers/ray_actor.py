@@ -25,12 +25,12 @@ _LOG = Path("/proc/self/fd/2")
 _LOOK_S = 2.0
 _CALL_S = 5.0
 _WAIT_S = 30.0
-"""Seconds within which the coordinator restarts an ended worker. Pauses before restarts are shorter."""
+"""Seconds until an actor whose worker was killed ends itself. The coordinator usually restarts it before that."""
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """Arguments of an actor. `settings` include enrolment address and token. `cluster` is the hash of the CA."""
+    """Arguments of an actor. `settings` include enrolment address and token. `cluster` is the cluster's id."""
 
     settings: WorkerSettings
     cluster: str

@@ -53,8 +53,7 @@ class RayCluster:
         self._ray: Any = None
 
     def open(self, workers: Sequence[WorkerSettings]) -> Any:
-        """Connects to Ray. Raises UsageError if the cluster must not be used, and LlamaclustError if the connection
-        fails."""
+        """Connects to Ray. Raises UsageError if the cluster must not be used, or LlamaclustError if Ray fails."""
         settings = self._settings
         self._ray = import_ray(authenticated=not settings.allow_unauthenticated)
         address = None if settings.address == "none" else _address(settings.address)

@@ -114,8 +114,7 @@ class StaticLauncher(Launcher):
         return 2 * self._config.timeouts.worker
 
     def _instructions(self, listen: str) -> list[str]:
-        """Returns instructions to start workers on other machines. They name the token file, but do not show the
-        token."""
+        """Returns instructions to start workers elsewhere. They name the token file, but do not show the token."""
         host, port = split_address(listen)
         hosts = one_of_each_interface()[:_MOST_HOSTS] if host in ANYWHERE else [host]
         addresses = self._config.join.addresses or [joined_address(each, port) for each in hosts or [host]]

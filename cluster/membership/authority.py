@@ -42,8 +42,8 @@ _BOTH = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
 
 
 def trust_folder(cluster: Path) -> Path:
-    """Returns the default folder for the authority of a static cluster. Clusters without a separate folder share one,
-    so that their workers need only one token."""
+    """Returns the default folder for the authority of a static cluster. All clusters in a state directory share it, so
+    that workers need only one token, unless a cluster has a folder `trust` of its own."""
     own = cluster / "trust"
     return own if own.exists() else cluster.parent / _SHARED
 

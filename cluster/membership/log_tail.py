@@ -29,9 +29,9 @@ _OF_ERRORS = "EFC"
 
 
 def last_error(log: Path, start: int = 0) -> str:
-    """Returns the last warning or error of the worker, error of a library, or end of a traceback. Returns an empty text
-    if there is none. Reads the log from byte `start`. If the log is shorter, it was emptied, and is read from the
-    beginning."""
+    """Returns the last problem in a worker's log: its warning or error, a library's error, or the last line of a
+    traceback. Returns "" if there is none. Reads the log from byte `start`, or from its beginning if it is shorter,
+    because it was emptied then."""
     try:
         with open_regular(log) as file:
             size = os.fstat(file.fileno()).st_size

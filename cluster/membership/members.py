@@ -122,8 +122,7 @@ class Members:
             self.publish(MemberLost(handle))
 
     def report_loss(self, handle: WorkerHandle, reason: str) -> None:
-        """Marks a disconnected worker as lost. If the launcher soon reports the exit of its process, the report is the
-        reason."""
+        """Marks a disconnected worker as lost, for the reason that the launcher reports, or else for `reason`."""
         self.losing.start(self._lose(handle, reason))
 
     async def _lose(self, handle: WorkerHandle, reason: str) -> None:

@@ -93,7 +93,7 @@ class Registry(Members):
         refusal = (
             await self._rules.refusal(register, stream.peer)
             or await self._newer_coordinator(register)
-            # Another worker with this name may have joined during a write.
+            # Meanwhile, another worker with this name may have joined.
             or await self._rules.refusal(register, stream.peer)
         )
         if refusal is not None:

@@ -76,8 +76,8 @@ class WorkerChannel:
         return self._locks.setdefault(what, asyncio.Lock())
 
     async def request(self, request: WorkerRequest, limit: deadline) -> Any:
-        """Returns the answer. Raises the error that the worker reports, WorkerError if the worker is lost, or the error
-        of `limit`."""
+        """Returns the answer. Raises the error that the worker reports, WorkerError if the worker is lost, or
+        DeadlineError after `limit`."""
         request_id = next(self._ids)
         self._expected[request_id] = _ANSWERS[type(request)]
         try:

@@ -86,7 +86,7 @@ class FreshMemory:
 
 
 class UnreachablePeer:
-    """Keeps the first report that a worker's stage cannot reach another worker."""
+    """Keeps the name of the first worker that this worker could not reach."""
 
     def __init__(self) -> None:
         self.reported = asyncio.Event()
@@ -98,7 +98,7 @@ class UnreachablePeer:
 
 
 class GroupFaults:
-    """Keeps the first report that a group member gives up an epoch."""
+    """Keeps the first report of a fault in the worker's group."""
 
     def __init__(self) -> None:
         self.reported = asyncio.Event()
@@ -110,8 +110,8 @@ class GroupFaults:
 
 
 class WorkerHandle:
-    """A member of the cluster. If the worker is lost, `lost` is set, and `loss` has the reason. If the cluster ends,
-    the worker is not lost."""
+    """A member of the cluster. If the worker is lost, `lost` is set, and `loss` has the reason. Workers do not
+    count as lost when the cluster ends."""
 
     def __init__(
         self,
@@ -123,14 +123,14 @@ class WorkerHandle:
         self.registration = registration
         self._credentials = credentials
         self.channel = WorkerChannel(send)
-        self.stages: dict[int, tuple[Load, Loaded]] = {}  # Load orders and loaded stages, by epoch.
+        self.stages: dict[int, tuple[Load, Loaded]] = {}  # `Load` and `Loaded` messages of each stage, by epoch.
         self.loading: Load | None = None
         self.fresh_memory: FreshMemory | None = None
         # Bytes of memory that measurements have taken since the worker's registration, and that the worker keeps.
         self.measuring_bytes = 0
-        # Answers by model id, and by whether a manifest was requested.
+        # Answers to `FindWeights`, by file id and by whether a manifest was requested.
         self.weights_found: dict[tuple[str, bool], WeightsFound] = {}
-        # Reason why other workers cannot connect to the port for group links. Empty: they can.
+        # Reason why other workers cannot connect to the port for group links. Empty if they can.
         self.closed_port = ""
         self.heartbeat: Heartbeat | None = None
         self.lost = asyncio.Event()
@@ -187,8 +187,7 @@ class WorkerHandle:
         return () if order is None else order.devices or (DeviceLayers(kind, order.start, order.end),)
 
     def order_of(self, model_id: str) -> Load | None:
-        """Returns the load order of the model's newest stage, whether it is loaded or loading. Returns None if there is
-        none."""
+        """Returns the `Load` message of the model's newest stage, which may still be loading. None without a stage."""
         if self.state.is_gone:
             return None
         if self.loading is not None and self.loading.model_id == model_id:
@@ -254,8 +253,7 @@ class WorkerHandle:
         on_progress: Callable[[LoadProgress], None] | None = None,
         progress_timeout_s: float = PROGRESS_TIMEOUT_S,
     ) -> Loaded:
-        """Loads a stage. Raises the error that the worker reports, WorkerError if the worker is lost, or
-        StalledError."""
+        """Loads a stage. Raises StalledError without progress, WorkerError, or the error that the worker reports."""
         assert self.loading is None, "a worker loads one stage at a time"
         what = f"worker {self.name} made no progress with layers [{order.start}, {order.end})"
         request = partial(self.channel.order, f"load of epoch {epoch_text(order.epoch)}", order)
@@ -281,8 +279,7 @@ class WorkerHandle:
             self.channel.answer(f"load of epoch {epoch_text(self.loading.epoch)}", error)
 
     async def unload(self, epoch: int, deadline_s: float = _UNLOAD_S) -> None:
-        """Unloads the stage of an epoch. Raises the error that the worker reports, WorkerError if the worker is lost,
-        or DeadlineError."""
+        """Unloads the stage of an epoch. Raises WorkerError, DeadlineError, or the error that the worker reports."""
         what = f"unload of epoch {epoch_text(epoch)}"
         await self.channel.order(what, messages.Unload(epoch), deadline(f"worker {self.name}: {what}", deadline_s))
         self._forget(epoch)

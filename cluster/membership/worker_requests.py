@@ -39,7 +39,7 @@ async def profile_worker(worker: WorkerHandle, request: ProfileWorker, deadline_
     gpus, measured_gpus = len(worker.registration.gpus), len(measured.profile.gpus)
     if measured_gpus != gpus:
         raise ProtocolError(f"worker {worker.name} measured {measured_gpus} GPUs, but it has {gpus}")
-    if not worker.stages:  # A worker with stages may have taken the memory to serve them.
+    if not worker.stages:  # With stages, the worker may have taken the memory to serve.
         worker.measuring_bytes += measured.kept_bytes
     return measured.profile
 
@@ -56,9 +56,8 @@ async def profile_link(worker: WorkerHandle, other: WorkerHandle, deadline_s: fl
 
 
 async def set_adapters(worker: WorkerHandle, epoch: int, adapters: tuple[AdapterFile, ...]) -> None:
-    """Replaces the adapters of a stage. Raises the error that the worker reports, WorkerError if it is lost, or
-    DeadlineError."""
-    limit = deadline(f"worker {worker.name}: its adapters", ADAPTERS_S)
+    """Replaces the adapters of a stage. Raises WorkerError, DeadlineError, or the error that the worker reports."""
+    limit = deadline(f"worker {worker.name}: changing its adapters", ADAPTERS_S)
     done: AdaptersSet = await worker.channel.request(SetAdapters(epoch, adapters), limit)
     order, loaded = worker.stages[epoch]
     memory = replace(loaded, weight_bytes=done.weight_bytes, workspace_bytes=done.workspace_bytes)
@@ -77,16 +76,16 @@ async def probe(worker: WorkerHandle, other: WorkerHandle, deadline_s: float) ->
 
 async def log_tail(worker: WorkerHandle, deadline_s: float = _LOG_S) -> LogTail:
     async with worker.channel.one_at_a_time("log"):
-        limit = deadline(f"worker {worker.name}: its log", deadline_s)
+        limit = deadline(f"worker {worker.name}: sending its log", deadline_s)
         tail: LogTail = await worker.channel.request(logs.GetLog(), limit)
     return tail
 
 
 async def refresh_memory(worker: WorkerHandle, held: Mapping[str, int]) -> None:
-    """Waits for a heartbeat, and updates the free memory of the worker. `held` has the bytes of other models' stages by
-    device, which count as free. Raises DeadlineError if no heartbeat comes."""
+    """Waits for a heartbeat, and updates the worker's free memory. `held` has the bytes that other models' stages hold
+    on each device. These bytes count as free. Raises DeadlineError if no heartbeat comes."""
     last = worker.heartbeat
-    async with deadline(f"worker {worker.name}: a heartbeat", _HEARTBEAT_S):
+    async with deadline(f"worker {worker.name}: sending a heartbeat", _HEARTBEAT_S):
         while worker.heartbeat is last and await worker.is_responsive():
             pass
     if worker.heartbeat is not None and worker.heartbeat is not last:

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
     """A model with its configuration. `model` has the cluster file's adapters. `adapted` and `adapters` also have the
-    adapters that clients loaded before the last stop."""
+    adapters that clients loaded before the coordinator was restarted."""
 
     config: ClusterConfig
     model: Model
@@ -39,7 +39,7 @@ class OpenedModel:
     async def restore(
         cls, config: ClusterConfig, model: Model, record: AdapterRecord, *, names: set[str], report: Report
     ) -> OpenedModel:
-        """Opens the recorded adapters. Skips and reports those with a changed file or with a name in `names`."""
+        """Opens the recorded adapters. Skips and reports adapters with a changed file, or a name in `names`."""
         first = [ServedAdapter(adapter.name, str(adapter.path), adapter.scale) for adapter in config.adapters]
         adapters, adapted = ServedAdapters(first), model
         folder = config.api.adapter_folder
@@ -47,7 +47,7 @@ class OpenedModel:
             assert folder is not None
             try:
                 if adapter.name in names:
-                    raise UsageError("a model or another adapter has its name now: change the other name and restart")
+                    raise UsageError("a model or another adapter has this name now: rename it and restart")
                 free = number if number not in adapters.numbers else _free_number(adapters)
                 found, opened = await asyncio.to_thread(_opened, adapted, folder, free, adapter)
                 if found.content != adapter.content:
@@ -140,7 +140,7 @@ class AdapterLoader:
         if not adapters[number].content:
             raise ParameterError("lora_name", f"{name!r} is an adapter of the cluster file: remove it there")
         if any(number == other for other, _ in adapters.default):
-            what = f"adapter {name!r} has a scale in all requests: set it to 0 by POST /lora-adapters first"
+            what = f"adapter {name!r} is used by default in all requests: set its scale to 0 by POST /lora-adapters"
             raise HttpError(409, "adapter_in_use", what, param="lora_name")
         if uses := adapters.uses(number):
             requests = "1 request uses" if uses == 1 else f"{uses} requests use"

@@ -166,8 +166,8 @@ async def _measured(
     of_rows: int,
 ) -> MeasureLinks | None:
     """Measures workers and links for the planners. Returns a function that measures links again, or None if links are
-    not measured. `unused_bytes` of this machine's free memory are reserved for a draft model, and `of_rows` for image
-    rows."""
+    not measured. `unused_bytes` of this machine's free memory are reserved for a draft model, and `of_rows` bytes for
+    image embeddings."""
     workers = registry.present
     for planner in planners:
         if not (folder.has_requests and planner.profiles.estimate(workers)):
@@ -187,8 +187,8 @@ async def _measured(
 async def _choose_images(
     planners: Sequence[ClusterPlanner], workers: Mapping[str, WorkerHandle], report: Report
 ) -> None:
-    """Decides which models can read images. These are the models whose projector the user chose or whose encoder fits
-    into the workers' memory. If there are none, memory reserved for image rows becomes free."""
+    """Decides which models can read images. Models can if the user chose their projector, or if their encoder fits into
+    the workers' memory. If there are none, the memory that is reserved for image embeddings becomes free."""
     for planner in planners:
         if planner.config.mmproj is not None or not planner.reads_images:
             continue

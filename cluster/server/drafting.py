@@ -40,7 +40,7 @@ class DraftModelMemory:
         text = f"draft model {self.name}: {mib(self.bytes)} MiB of this machine"
         if len(self.models) + len(self.others) > 1:
             text += f", for {', '.join(self.models)}"
-        return text + (f" (not for {', '.join(self.others)}: other tokens)" if self.others else "")
+        return text + (f" (not for {', '.join(self.others)}: another vocabulary)" if self.others else "")
 
 
 def draft_model_memory(models: Models) -> DraftModelMemory | None:
@@ -79,7 +79,7 @@ def _remarks(plan: DraftModelPlan, models: Models) -> Iterator[str]:
         yield f"draft model: {plan.device.threads} threads instead of {wanted}: this process can use no more cores"
     target = max((models[at][1] for at in plan.targets), key=_bytes)
     if _bytes(plan.model) * _SMALL > _bytes(target):
-        why = f"{mib(_bytes(plan.model))} MiB, and the model has {mib(_bytes(target))} MiB, so drafts hardly gain"
+        why = f"{mib(_bytes(plan.model))} MiB, and the model has {mib(_bytes(target))} MiB, so drafts hardly save time"
         yield f"draft model {plan.path.name} is not small: {why}; use a smaller model of the same family"
 
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 _MORE_REQUESTS = 64
-"""Number of HTTP requests per model that may be read, refused or answered besides the running and waiting requests."""
+"""Maximum number of HTTP requests per model that neither run nor wait, but are being read, refused or answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ def check_defaults(defaults: Mapping[str, Any]) -> None:
         if not having:
             known = sorted({name for kind in objects for name in (*kind.model_fields, *kind.foreign.other_names)})
             near = hint(given, known).partition("; known")[0]
-            raise UsageError(f"api.defaults: {given!r} is a field of no endpoint{near or '; remove it'}")
+            raise UsageError(f"api.defaults: no endpoint has a field {given!r}{near or '; remove it'}")
         errors = [field_error(kind, name, value) for kind, name in having if value is not None]
         if errors and (error := errors[0]) is not None and None not in errors:
             raise UsageError(f"api.defaults: {error}")

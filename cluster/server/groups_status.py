@@ -30,8 +30,8 @@ def counters_of(handle: WorkerHandle, model_id: str) -> GroupCounters | None:
 def _group(
     order: Load, counters: Mapping[str, GroupCounters | None], predicted: StagePrediction | None
 ) -> dict[str, Any]:
-    """Formats a group, with times that its leader measured. `waited_for_s` is a sum over all members: the time that
-    gathers waited for a member because it was the last to be ready. The member with the largest value is probably
+    """Formats a group. Most values were measured by its leader. `waited_for_s` of a member is the time that exchanges
+    between members waited for it, because it was the last to be ready. The member with the largest value is probably
     slow."""
     assert order.group is not None, "the order of a leader"
     members = order.group.members

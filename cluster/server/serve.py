@@ -237,7 +237,7 @@ class _Inheritance:
 
 
 async def _drain(engines: Sequence[Engine], admission: Admission, left: _Inheritance) -> None:
-    """Refuses new requests and finishes accepted requests. The next coordinator gets those that exceed 30 s."""
+    """Refuses new requests. Finishes accepted requests, or leaves them to the next coordinator after 30 s."""
     admission.stop()
     try:
         with suppress(TimeoutError):

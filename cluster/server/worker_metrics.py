@@ -32,7 +32,7 @@ _GAUGES = {
 }
 
 _GROUP_COUNTERS = {
-    "group_gathers": ("gathers", "Gathers of rows from the other members of a group"),
+    "group_gathers": ("gathers", "Gathers, which are exchanges of rows between group members"),
     "group_sent_bytes": ("sent_bytes", "Bytes that a member of a group sent to the others"),
     "group_received_bytes": ("received_bytes", "Bytes that a member of a group received from the others"),
 }
@@ -78,7 +78,7 @@ def _of_groups(workers: Mapping[str, WorkerHandle], models: Mapping[str, str]) -
         (field, CounterMetricFamily(f"llamaclust_{name}", text, labels=labels))
         for name, (field, text) in _GROUP_COUNTERS.items()
     ]
-    waits = "Time that gathers waited for other members' rows, by the member that was ready last"
+    waits = "Time that gathers waited for a member, because it was ready last"
     waited = CounterMetricFamily("llamaclust_group_wait_seconds", waits, labels=[*labels, "member"])
     for name, worker in workers.items():
         for model_id, model in models.items():
@@ -95,7 +95,7 @@ def _of_groups(workers: Mapping[str, WorkerHandle], models: Mapping[str, str]) -
 def _of_devices(workers: Mapping[str, WorkerHandle]) -> Iterator[Metric]:
     layers = _gauge("worker_layers", "Layers of all models on a worker's CPU and GPUs", "worker", "device")
     total = _gauge("worker_gpu_memory_bytes", "Memory of a worker's GPU", "worker", "gpu")
-    free = _gauge("worker_gpu_free_memory_bytes", "Memory of its GPU that a worker can still allocate", "worker", "gpu")
+    free = _gauge("worker_gpu_free_memory_bytes", "GPU memory that a worker can still allocate", "worker", "gpu")
     for name, worker in workers.items():
         counts: Counter[str] = Counter()
         for part in worker.device_layers:

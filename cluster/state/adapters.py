@@ -148,7 +148,7 @@ class AdapterRecord:
         return self._models.get(model, [])
 
     def keep(self, model: str, number: int, adapter: ServedAdapter) -> None:
-        """Keeps an adapter that could not be loaded again. A client can remove it or load its name again."""
+        """Keeps an adapter that could not be loaded again. A client can remove it, or load an adapter with its name."""
         self._absent.setdefault(model, []).append((number, adapter))
 
     async def remove(self, model: str, name: str) -> bool:

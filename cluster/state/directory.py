@@ -60,8 +60,8 @@ class ClusterRecord:
 
     def signal(self, number: signal.Signals) -> None:
         if start_ticks(self.pid) != self.start_ticks:
-            what = f"cluster {self.name}: pid {self.pid} of its record is not its coordinator"
-            raise LlamaclustError(f"{what}, which may run in another container: search for it with `ps`")
+            what = f"cluster {self.name}: its record has pid {self.pid}, which is not its coordinator"
+            raise LlamaclustError(f"{what}; the coordinator may run in another container: search for it with `ps`")
         os.kill(self.pid, number)
 
 

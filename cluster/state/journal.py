@@ -40,7 +40,7 @@ _LONG_BYTES = 1 << 16
 """Minimum size of a body for which a thread encodes the request."""
 
 _Step: TypeAlias = "Callable[[], asyncio.Future[bytes] | None]"
-"""A change of the contents. If the function returns a future, the next change waits until the future is done."""
+"""A change of the journal's contents. If it returns a future, the next change waits until the future is done."""
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Journal:
         return on_disk
 
     def answer(self, request_id: str, choice: ChoiceKey, start: int, rows: Sequence[RowResult]) -> None:
-        """Records tokens of an answer, beginning with token number `start`. They are written soon, but not synced."""
+        """Records tokens of an answer, beginning with token number `start`. They are written soon, without fsync."""
         self._add(Change.answered(request_id, choice, start, rows))
 
     async def begin_restored(self, times: Mapping[str, int]) -> None:
@@ -260,7 +260,7 @@ class _Writer:
 
     def write(self, lines: bytes, written: asyncio.Future[None], *, is_synced: bool) -> None:
         """Adds lines. The future ends when these and all earlier lines are written, or writing has failed. With
-        `is_synced`, the lines must also be on disk."""
+        `is_synced`, fsync is called before."""
         self._pending.append(lines)
         self._waiting.append(written)
         self._is_sync_due |= is_synced

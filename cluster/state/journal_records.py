@@ -70,7 +70,7 @@ class RequestContext:
     created: int  # Unix time in seconds, which replies include.
     endpoint: str  # Path of the HTTP request.
     owner: str = ""  # Digest of the API key. Clients with other keys cannot read the reply. "" if no key was needed.
-    # Client whose share of the cluster is used: the digest of its API key, or its address if no key was needed.
+    # Client for fair scheduling, which is the digest of its API key, or its address if no key was needed.
     client: str = ""
     conversation: str = ""  # llama.cpp's header X-Conversation-Id. It names the newest reply of a conversation.
     idempotency_key: str = ""
@@ -171,7 +171,7 @@ def to_line(record: Record) -> bytes:
     for name, part in parts.items():
         pieces += (b',"%b":' % name.encode(), *part(getattr(record, name)))
     line = _line(*pieces, b"}")
-    if len(line) >= _MAX_LINE_BYTES:  # A reader would take a line of this length for a longer line.
+    if len(line) >= _MAX_LINE_BYTES:  # Readers take a line of this length as too long.
         what = f"the request, with the chat that it continues, takes {len(line)} bytes in the journal"
         raise RequestError(f"{what}; the limit is {_MAX_LINE_BYTES - 1}: send a shorter request")
     return line

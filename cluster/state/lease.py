@@ -118,7 +118,7 @@ class LeaseLock:
             # The kubelet replaces the token from time to time.
             token = (self._lease.account / "token").read_text().strip()
             return self._http.request(method, self._url, json=content, headers={"Authorization": f"Bearer {token}"})
-        # ValueError: a token that is not text.
+        # ValueError is raised if the token is not text.
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
             raise LlamaclustError(f"Lease {self._lease.name}: {self._lease.api}: {error or repr(error)}") from error
 

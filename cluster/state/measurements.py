@@ -26,7 +26,7 @@ _CPU_TIMES = slice(11, 15)
 
 @dataclass(frozen=True, slots=True)
 class OtherLoad:
-    """Busy cores out of `cores` during a measurement. Other programs used `others`, other virtual machines `stolen`."""
+    """Load during a measurement. Other programs used `others` of `cores` cores, other virtual machines `stolen`."""
 
     cores: int
     others: float
@@ -59,7 +59,7 @@ def disturbance(loads: Iterable[OtherLoad]) -> str | None:
 
 
 class CpuSeconds(NamedTuple):
-    """Processor seconds since boot on the cores of this process. `at` is the time of the reading by perf_counter."""
+    """Processor seconds since boot on the cores of this process. `at` is the perf_counter time of the reading."""
 
     busy: float
     stolen: float

@@ -168,8 +168,8 @@ def test_drafts_end_with_the_context_and_with_memory(model: LoadedDraftModel) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vocabulary": 512}, "its 512 tokens differ from the 320 of"),
-        ({"architecture": "qwen2"}, "its 320 tokens differ from the 320 of"),
+        ({"vocabulary": 512}, "its 512 tokens differ from the 320 tokens of"),
+        ({"architecture": "qwen2"}, "its 320 tokens differ from the 320 tokens of"),
     ],
 )
 def test_a_model_of_other_tokens_is_refused(path: Path, tmp_path: Path, changes: dict[str, int], message: str) -> None:

@@ -12,10 +12,10 @@ from llamaclust.core.errors import LlamaclustError, WorkerError
 from llamaclust.wire.control.groups import GroupFault
 
 _ATTRIBUTION_S = 1.0
-"""Seconds to wait for the loss of a worker to become known. The streams of a lost worker end earlier."""
+"""Seconds to wait until the loss of a worker is known. The streams of a lost worker end some time before that."""
 _REPORTS_S = 10.0
-"""Seconds to wait for reports of a group's other members. The first report may be wrong; others come at the next
-gather."""
+"""Seconds to wait for further reports after a group member's report, which may name the wrong worker. The other members
+notice the failure when they next exchange results."""
 
 
 def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
@@ -25,8 +25,8 @@ def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
 
 
 def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | None:
-    """Returns the lost worker that another stage could not reach, or else the worker lost first. None if none is
-    lost."""
+    """Returns the lost worker that another stage reported as unreachable, or else the worker that was lost first.
+    Returns None if no worker is lost."""
     unreachable = {worker.unreachable_peer(epoch).name for worker in workers}
     lost = (worker for worker in workers if worker.loss is not None)
     return min(
@@ -37,7 +37,7 @@ def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | No
 
 
 async def has_failed(epoch: int, workers: Sequence[WorkerHandle]) -> None:
-    """Waits until a worker is lost or a group member reports a failure. All streams may stay open in both cases."""
+    """Waits until a worker is lost or a group member reports a failure. Even then, all streams may stay open."""
     signs: list[Awaitable[object]] = [worker.lost.wait() for worker in workers]
     for members in groups_of(epoch, workers):
         signs += [member.group_faults(epoch).reported.wait() for member in members]
@@ -101,7 +101,7 @@ def _cut_members(epoch: int, workers: Sequence[WorkerHandle]) -> tuple[str, str]
 async def _is_cut_off(epoch: int, member: WorkerHandle, members: Sequence[WorkerHandle]) -> None:
     await member.unreachable_peer(epoch).reported.wait()
     if not _is_among(member.unreachable_peer(epoch).name, members):
-        # An unreachable worker outside the group has the next stage. Its stream ends, which is noticed elsewhere.
+        # A worker outside the group has the next stage. The caller of `has_failed` notices if its stream ends.
         await asyncio.Event().wait()
 
 

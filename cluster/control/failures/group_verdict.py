@@ -1,5 +1,5 @@
 """Decides which member caused a group's failure. Each member reports one fault. A report of a closed link is weak,
-because the member that closed the link may have found a fault of a third member."""
+because the member that closed the link may have done so after a fault of a third member."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ _STRONGEST_FIRST = ("failed", "wrong", "late", "closed")
 
 
 def judge(reports: Mapping[str, GroupFault]) -> GroupFault | None:
-    """Chooses the report of the strongest kind with the most accusers. Prefers accused workers without a report."""
+    """Returns the report of the strongest kind. Among several, prefers the worker that most other members accuse, and
+    then a worker that has sent no report."""
     accusers = Counter((fault.kind, fault.worker) for name, fault in reports.items() if fault.worker != name)
     return min(
         reports.values(),

@@ -1,4 +1,4 @@
-"""Finds the stage that delays an overdue result although its worker sends heartbeats, and measures the delay."""
+"""Finds the stage that delays an overdue result. Its worker may hang although it still sends heartbeats."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Owed:
 
 
 def owing_stage(number: int, progress: Sequence[StageProgress | None]) -> int:
-    """Returns the index of the stage that delays a microbatch. This is the last stage that received the microbatch or
-    was sent it. If the first stage waits for sampled tokens, it is the last stage, which must send them."""
+    """Returns the index of the stage that delays a microbatch. This is the last stage to which the microbatch was
+    sent. If the first stage waits for sampled tokens, the last stage delays it, because it must send these tokens."""
     last, first, stage = len(progress) - 1, progress[0], 0
     for place, at in enumerate(progress):
         if at is None:  # A stage without a report may have passed the microbatch on.
@@ -35,11 +35,11 @@ def owing_stage(number: int, progress: Sequence[StageProgress | None]) -> int:
 
 @dataclass(slots=True)
 class OverdueResults:
-    # Seconds waited, and the time of the last call.
+    # For each overdue result, the seconds waited so far and the time of the last `waited_s` call.
     _waited: dict[Owed, tuple[float, float]] = field(default_factory=dict, init=False)
 
     def waited_s(self, owed: Owed, now_s: float) -> float:
-        """Returns the seconds that the result is late. A call adds at most 1 s, as this process may have been busy."""
+        """Returns the seconds waited so far. A call adds at most 1 s, because this process may have been busy."""
         if owed not in self._waited:
             self._waited = {other: waited for other, waited in self._waited.items() if other.epoch != owed.epoch}
         waited_s, last_s = self._waited.get(owed, (0.0, now_s))

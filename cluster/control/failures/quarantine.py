@@ -1,8 +1,8 @@
-"""Excludes workers that fail repeatedly from plans for a time, if the other workers suffice.
+"""Decides which workers plans do not use for a time, because they failed repeatedly and the other workers suffice.
 
-A request may be the cause of a first failure, so a worker is excluded after its second failure. Each further failure
-doubles the time. If a request turns out to be the cause, a worker becomes available again if this request was in
-flight at each of its failures.
+A request may have caused a worker's first failure, so a worker is excluded only after its second failure. Each further
+failure doubles the time. If a request turns out to be the cause, all workers are released that had this request in
+flight at each of their failures.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ _FREE = 1
 _REMEMBERED_S = 600.0
 _MOST_RECORDS = 1000
 _PAUSES_REMEMBERED = 10
-"""Failures are forgotten after this multiple of the last exclusion, but not before `_REMEMBERED_S`."""
+"""Failures are forgotten after this multiple of the last exclusion's length, but not before `_REMEMBERED_S`."""
 
 
 @dataclass(frozen=True, slots=True)
 class FailureRecord:
-    """Failures of a worker. `requests` were in flight at each failure, so one of them may be the cause."""
+    """Failures of a worker. Each request in `requests` was in flight at every failure, so it may be the cause."""
 
     failures: int
     pause_s: float
     end_s: float
     reason: str  # Reason of the last failure.
     requests: frozenset[int] = frozenset()
-    # Failures in quick succession during the exclusion, when the worker was used because no other plan was possible.
+    # Number of quick failures during the exclusion, when the worker was used because no other plan was possible.
     failures_within: int = 0
-    retry_at_s: float = 0.0  # Time until which requests wait for another worker.
+    retry_at_s: float = 0.0  # Earliest time to load a plan with this worker again.
 
     def failed_within(self, reason: str, requests: frozenset[int], now_s: float) -> FailureRecord:
         """Returns the record after another failure during the exclusion. The pause before the next attempt grows. After
@@ -85,7 +85,7 @@ class Quarantine:
         return replace(self, records={**records, name: record})
 
     def _kept(self, now_s: float) -> dict[str, FailureRecord]:
-        """Returns fewer than `_MOST_RECORDS` of the newest records, because workers may join under ever new names."""
+        """Returns the newest records, except forgotten ones. Drops old ones, because workers may use ever new names."""
         kept = [(name, record) for name, record in self.records.items() if not record.is_forgotten(now_s)]
         return dict(kept[-(_MOST_RECORDS - 1) :])
 
@@ -96,8 +96,8 @@ class Quarantine:
         return self.release([name for name, record in self.records.items() if record.requests & requests])
 
     def exonerate_rows(self, key: int, now_s: float) -> Quarantine:
-        """Releases the workers that failed because of a request whose rows fail on every worker. A client may repeat
-        such a request, so failing rows then exclude no worker for a time. This time grows with each such request."""
+        """Releases the workers that failed because of request `key`, which fails on every worker. Clients may repeat
+        such requests, so failing rows then exclude no worker for a time, which grows with each such request."""
         released = self.exonerate(frozenset({key}))
         if len(released.records) == len(self.records):
             return self
@@ -110,8 +110,8 @@ class Quarantine:
         return frozenset(name for name, record in self.records.items() if record.end_s > now_s)
 
     def retry_at_s(self, names: Collection[str]) -> float:
-        """Returns the earliest time to load a plan with these workers. Earlier attempts would use up requests'
-        retries."""
+        """Returns the earliest time to load a plan with these workers. Earlier loads might fail
+        again, and requests would use up their retries."""
         return max((self.records[name].retry_at_s for name in names if name in self.records), default=0.0)
 
     def worst_first(self, names: Collection[str]) -> list[str]:

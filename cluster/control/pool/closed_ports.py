@@ -1,4 +1,4 @@
-"""Finds link ports that a firewall closes to group members, although the members can reach each other otherwise."""
+"""Finds workers whose port for group links is closed by a firewall, although their other port can be reached."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BACKOFF = Backoff(first_s=1.0, max_s=120.0, factor=1.5)
 class ClosedPorts:
     _report: Report
     _on_change: Callable[[], None]
-    # Workers that cannot connect to a link port, by the worker that owns the port.
+    # For each worker with a closed port, the group members that cannot connect to this port.
     _callers: dict[WorkerHandle, set[WorkerHandle]] = field(default_factory=dict, init=False)
     _tasks: TaskSet = field(default_factory=TaskSet, init=False)
 
@@ -34,9 +34,9 @@ class ClosedPorts:
         callers = self._callers.setdefault(other, set())
         callers.add(caller)
         if not other.closed_port:
-            place = f"worker {other.name} at {other.registration.link_address}, its port for links of groups"
-            other.closed_port = f"worker {caller.name} cannot connect to {place}: open it in firewalls"
-            self._report(Notice(f"{other.closed_port}; until then, worker {other.name} is in no group of a plan"))
+            place = f"worker {other.name} at {other.registration.link_address}, its port for group links"
+            other.closed_port = f"worker {caller.name} cannot connect to {place}: open this port in firewalls"
+            self._report(Notice(f"{other.closed_port}; until then, plans put worker {other.name} in no group"))
             self._tasks.start(self._until_open(other, callers))
             self._on_change()
         return True
@@ -52,7 +52,7 @@ class ClosedPorts:
         del self._callers[worker]
         worker.closed_port = ""
         if worker.loss is None:
-            self._report(Notice(f"the port for links of worker {worker.name} is open again"))
+            self._report(Notice(f"the port for group links of worker {worker.name} is open again"))
             self._on_change()
 
 
@@ -66,8 +66,8 @@ def _opens_links(caller: WorkerHandle, other: WorkerHandle, epoch: int) -> bool:
 
 
 async def _connects(caller: WorkerHandle, other: WorkerHandle) -> bool | None:
-    """Returns True if the link port accepts connections, and False if only this port is closed. Returns None if the
-    other worker cannot be reached at all."""
+    """Returns True if `other` accepts connections to its port for group links, False if only this port is closed, and
+    None if `other` cannot be reached at all."""
     try:
         return (await profile_link(caller, other)).network_s is not None
     except LlamaclustError:

@@ -47,7 +47,7 @@ class WorkerOperations:
         await self._recording.join()
 
     async def drain(self, name: str) -> None:
-        """Moves a worker's layers to other workers, and returns when it holds none. Raises UsageError if no worker has
+        """Moves a worker's layers to other workers, and waits until they are moved. Raises UsageError if no worker has
         this name, InsufficientMemoryError or WorkerError if the other workers do not suffice for all awake models, and
         WorkerError if the worker is undrained meanwhile."""
         self._worker(name)

@@ -58,7 +58,7 @@ class MembershipWatch:
             self._check_steps(worker)
         elif isinstance(event, MemberJoined):
             if self._registry.joins[worker.name] in self._first_joins:
-                return  # The worker joined before the start, and has now learned that it was admitted.
+                return  # The worker was present when `start` ran. It has only now learned of its admission.
             self._report(Notice(f"worker {worker.name} joined (pid {worker.registration.pid})"))
             self._newcomers.joined(worker)
         else:
@@ -89,7 +89,7 @@ class MembershipWatch:
             self._registry.fence(worker, silence_text(number, waited_s, limit_s))
 
     def _turns_s(self, worker: WorkerHandle) -> float:
-        """Sums the limits of all epochs with work in flight, because a step may wait for another epoch's step."""
+        """Sums the step limits of all epochs with work in flight, because a step may wait for other epochs' steps."""
         due = (served for runner in self._runners for served in _due(runner))
         stages = ((epoch.stage_of(worker), scheduler, epoch.plan) for epoch, scheduler, _ in due)
         return sum(stage_limit_s(scheduler, plan, stage) for stage, scheduler, plan in stages if stage is not None)
@@ -108,7 +108,7 @@ class MembershipWatch:
 
 
 def _computing(epoch: Epoch, stage: int) -> WorkerHandle:
-    """Returns the member of the stage that has computed longest, because the group's other members wait for it."""
+    """Returns the stage's member whose current step has taken longest. The group's other members wait for it."""
     members = [worker for worker in epoch.workers if epoch.stage_of(worker) == stage]
     return max(members, key=lambda worker: 0.0 if worker.heartbeat is None else worker.heartbeat.computing_s)
 

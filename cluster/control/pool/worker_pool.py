@@ -24,7 +24,7 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 @dataclass(frozen=True, slots=True)
 class SupervisedWorkers:
-    """The parts of a cluster that belong to its workers. If `measure_links` is None, links are not measured again.
+    """Registry, launcher and record of a cluster's workers. If `measure_links` is None, links are not measured again.
     `start_s` is the minimum time that a start waits for workers."""
 
     registry: Registry
@@ -41,7 +41,7 @@ class WorkerPool:
         registry = workers.registry
         self.workers = workers
         self.runners: list[ActionRunner] = []  # One runner for each model.
-        # Tasks that end the processes of lost workers. A load waits for these tasks, because it needs the memory.
+        # Tasks that end the processes of lost workers. A load waits for them, because it needs the memory.
         self.ending = TaskSet()
         self.partitions = PartitionTracker(
             lambda: registry.present,

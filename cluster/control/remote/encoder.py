@@ -60,7 +60,7 @@ class RemoteEncoder:
 
     async def _received(self, stream: ClientStream, reader: RowsReader) -> NDArray[np.float32]:
         while not reader.is_complete:
-            async with deadline(f"rows of an image from worker {self.worker}", _FRAME_S, self.worker):
+            async with deadline(f"receiving an encoded image from worker {self.worker}", _FRAME_S, self.worker):
                 frame = await stream.read()
             if frame is None:
                 raise WorkerError(f"worker {self.worker} ended the stream of its encoder", worker=self.worker)

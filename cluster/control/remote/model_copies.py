@@ -43,8 +43,9 @@ class OwnCopy:
 
 
 def chosen_manifest(found: Mapping[str, WeightsFound], own: FileManifest | None) -> FileManifest | None:
-    """Returns the manifest that most files have. If several are equally frequent, prefers the coordinator's file, then
-    the first worker's. Workers that share a file count once. If there are no files, counts remembered manifests."""
+    """Returns the manifest that most copies of the file have. Prefers the coordinator's copy, then the first worker's,
+    if several are equally frequent. Workers that share a copy count once. If there is none, counts the manifests of
+    deleted copies, which workers remember."""
     known = {weights.manifest: weights.manifest_bytes for weights in found.values() if weights.manifest is not None}
     files = {
         weights.file or name: weights.manifest
@@ -55,7 +56,7 @@ def chosen_manifest(found: Mapping[str, WeightsFound], own: FileManifest | None)
     ordered = ordered or [weights.manifest for weights in found.values() if weights.manifest is not None]
     if not ordered:
         return None
-    ((content, _),) = Counter(ordered).most_common(1)  # Counter returns the first of several that are equally frequent.
+    ((content, _),) = Counter(ordered).most_common(1)  # If several are equally frequent, returns the first.
     return own if own is not None and own.content == content else FileManifest(content, known[content])
 
 

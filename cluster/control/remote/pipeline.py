@@ -83,9 +83,9 @@ class RemotePipeline:
         self._peers = tuple(peers)
         self._forward = forward
         self._sample = sample
-        self._microbatches = SendQueue(forward, "handing out a microbatch", _WRITE_S)
+        self._microbatches = SendQueue(forward, "sending a microbatch to the first stage", _WRITE_S)
         self._prepares_matchers = False
-        self._inputs = SendQueue(sample, "handing out sampling inputs", _WRITE_S)
+        self._inputs = SendQueue(sample, "sending sampling inputs to the last stage", _WRITE_S)
         self._due_bytes: deque[int] = deque()  # Maximum result bytes of each microbatch in flight.
 
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:

@@ -97,7 +97,7 @@ def _newest(known: Mapping[str, Link], used: Iterable[str]) -> dict[str, Link]:
 
 
 def _unreachable_by_others(addresses: Mapping[str, str]) -> dict[str, str]:
-    """Returns loopback addresses, which other machines cannot reach. Returns {} if all addresses are loopback."""
+    """Returns loopback addresses, which other machines cannot reach, by worker. Returns {} if all workers have one."""
     hosts = {name: split_address(address)[0] for name, address in addresses.items() if not address.startswith("unix:")}
     loopback = {name: addresses[name] for name, host in hosts.items() if is_loopback(host)}
     return {} if len(loopback) == len(addresses) else loopback
@@ -132,15 +132,15 @@ class _Place(NamedTuple):
 
     machine: str
     host: str
-    way: str = ""  # Kind of connection: by sockets on disk or by network.
+    way: str = ""  # ", unix" for Unix sockets, or the address if the host has several.
 
     def text(self, fingerprint: str) -> str:
         return f"{self.host} ({self.machine}{self.way}, {fingerprint})"
 
 
 def _places(registered: Mapping[str, Register]) -> dict[str, str]:
-    """Returns a text for each worker's place. Links between equal places are equal. A text contains an address only if
-    workers of the host use several addresses."""
+    """Returns a text for each worker's place. Links between equal places are equally fast. The text contains an
+    address only if workers of the host use several addresses."""
     ways = {name: own.address.rpartition(":")[0] for name, own in registered.items()}
     found = {name: _Place(own.machine, own.host) for name, own in registered.items()}
     of_place: dict[_Place, set[str]] = {}
@@ -159,7 +159,7 @@ def _way(host: str, count: int) -> str:
 
 
 def _keys(places: Mapping[str, str]) -> dict[Pair, str]:
-    """Returns the key of each pair. Pairs between the same places have equal keys. The coordinator comes first."""
+    """Returns the key under which each pair's link is stored. Pairs between the same places have the same key."""
     places = {COORDINATOR: f"coordinator on {socket.gethostname()} ({machine_id()})", **places}
     return {pair: " - ".join(sorted(places[name] for name in pair)) for pair in combinations(places, 2)}
 

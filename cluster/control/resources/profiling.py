@@ -40,11 +40,11 @@ class WorkerProfiles:
         self._state_dir = state_dir
         self._report = report
         self._limit_s = config.timeouts.load
-        # Workers that are not child processes would count as other programs.
+        # LoadMeter would count workers that are not child processes as other programs, so it is not used for them.
         self._has_own_processes = config.launcher_facts.is_local
         self._known = {} if anew else read_profiles(state_dir)  # Profiles by `measurement_key`.
-        self._loads = {} if anew else read_other_loads(state_dir)  # Loads by `measurement_key`.
-        # Profiles by machine and fingerprint. A worker's profile stays the same when other workers come and go.
+        self._loads = {} if anew else read_other_loads(state_dir)  # Loads by other programs, by `measurement_key`.
+        # Profiles by machine and its fingerprint. A worker's profile stays the same when other workers come and go.
         self._used: dict[tuple[str, str], Profile] = {}
 
     def of(self, workers: Mapping[str, WorkerHandle]) -> dict[str, Profile]:
@@ -74,7 +74,7 @@ class WorkerProfiles:
         return {name: known[found[0]] for name, found in keys.items() if found}
 
     def estimate(self, workers: Mapping[str, WorkerHandle]) -> bool:
-        """Uses profiles of equal hardware with other numbers of workers. Returns True if any profile is known."""
+        """Uses profiles that equal hardware had with more or fewer workers. Returns True if any profile is known."""
         for worker in workers.values():
             similar = most_similar_key(_key(worker, workers, self._model_id), self._known)
             if similar is not None:
@@ -103,7 +103,7 @@ class WorkerProfiles:
         kept = {key: profile for key, profile in new.items() if key not in measuring.failed}
         measured = {name: new[keys[name]].map(DeviceProfile.without_steps) for name in names if keys[name] in new}
         hardware = {_key(workers[name], workers): profile for name, profile in measured.items()}
-        known = read_profiles(self._state_dir)  # Other models may have stored measured products meanwhile.
+        known = read_profiles(self._state_dir)  # Other models may have stored times of matrix products.
         hardware = {key: profile.with_other_products(known.get(key, profile)) for key, profile in hardware.items()}
         busy = {worker.registration.machine for worker in workers.values() if worker.stages}
         if not any(workers[name].registration.machine in busy for name in measured):
@@ -140,7 +140,8 @@ class _Measuring:
     failed: set[str] = field(default_factory=set)  # Keys of workers on which the model's steps could not be timed.
 
     async def profiles(self) -> dict[str, Profile]:
-        """Measures all workers at the same time. Then measures one worker of each key alone on shared machines."""
+        """Measures all workers at the same time. Then, on machines with several workers, measures one worker of each
+        `measurement_key` while the others are idle."""
         what = "memory bandwidth, matrix products, steps of the model"
         self._report(Measuring(tuple(self._workers), what))
         concurrent = await self._concurrent()
@@ -183,7 +184,7 @@ class _Measuring:
         first_of_key = {self._keys[name]: self._workers[name] for name in reversed(names)}
         isolated: dict[str, DeviceProfile] = {}
         for key, worker in first_of_key.items():
-            self._report(Measuring((worker.name,), "the same, while the machine's other workers are idle"))
+            self._report(Measuring((worker.name,), "the same again, while the machine's other workers are idle"))
             profile = None if key in self.failed else await self._profile(worker)
             if (profile := await self._or_hardware(worker, profile)) is not None:
                 isolated[key] = profile.cpu
@@ -200,7 +201,7 @@ class _Measuring:
                 self._report_unmeasured(worker, error)
                 return None
             self.failed.add(self._keys[worker.name])
-            fallback = "plans use times of products by quant type"
+            fallback = "plans use its times of matrix products"
             what = f"could not time the model's steps on worker {worker.name}; {fallback}"
             self._report(Notice(f"{what}: {error}"))
             return None

@@ -32,8 +32,8 @@ class WorkerResources:
     memory_group: str = ""  # Control group that limits the worker's memory. "" if there is none.
     threads: int = 1
     accepts_links: bool = False  # True if members of a group can connect to the worker.
-    is_fresh: bool = False  # True if the worker has reported its free memory again. The report then limits its share.
-    measuring_bytes: int = 0  # Bytes that the worker has taken since it reported `machine_free_bytes`.
+    is_fresh: bool = False  # True if the memory was reported after the registration. It then limits the share.
+    measuring_bytes: int = 0  # Bytes that measurements have taken since `machine_free_bytes` was reported.
 
     @property
     def joins_groups(self) -> bool:

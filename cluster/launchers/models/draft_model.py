@@ -29,7 +29,7 @@ from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.stage_runner import StageMemory, StageRunner, plan_memory
 
 _MOST_OTHER = 128
-"""Maximum difference of two vocabulary sizes. Models of one family may be padded differently."""
+"""Maximum difference of vocabulary sizes. Models of one family may have different numbers of padding tokens."""
 _FIRST_COMPARED = 5
 """First token id that is compared. Tokens before it, such as the start of text, have different names in some files."""
 _CONTEXTS = 4
@@ -206,7 +206,7 @@ def _too_short(path: Path, context: int, own_context: int) -> str:
 def _targets(model: Model, targets: Sequence[Model]) -> tuple[int, ...]:
     path = model.file.path
     if model.has_states or not (model.is_causal and model.generates):
-        raise UsageError(f"draft model {path}: layers with states, encoders and rerankers cannot draft; name another")
+        raise UsageError(f"draft model {path}: recurrent models, encoders and rerankers cannot draft; name another")
     refusals = [_refusal(model, target) for target in targets]
     drafted = tuple(index for index, refusal in enumerate(refusals) if not refusal)
     if not drafted:
@@ -217,9 +217,9 @@ def _targets(model: Model, targets: Sequence[Model]) -> tuple[int, ...]:
 def _refusal(model: Model, target: Model) -> str:
     own, others = (each.file.metadata.get("tokenizer.ggml.tokens") for each in (model, target))
     if not isinstance(own, Sequence) or not isinstance(others, Sequence):
-        return f"it or {target.file.path} has no tokens"
+        return f"it or {target.file.path} has no vocabulary"
     both = min(len(own), len(others))
     compared = slice(_FIRST_COMPARED, both)
     if max(len(own), len(others)) - both > _MOST_OTHER or own[compared] != others[compared]:
-        return f"its {len(own)} tokens differ from the {len(others)} of {target.file.path}"
+        return f"its {len(own)} tokens differ from the {len(others)} tokens of {target.file.path}"
     return ""

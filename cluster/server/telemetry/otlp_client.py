@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 class _Outcome(Enum):
     TAKEN = auto()
-    REFUSED = auto()  # The collector would refuse this message at any time.
+    REFUSED = auto()  # The collector would refuse the same message again.
     FAILED = auto()  # Another attempt may succeed.
 
 

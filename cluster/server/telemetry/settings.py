@@ -30,8 +30,8 @@ _SAMPLERS: Final = {
     "parentbased_always_off": (0.0, True),
     "parentbased_traceidratio": (None, True),
 }
-"""Maps a sampler to its ratio, and to True if it obeys a parent's decision. A ratio of None means that
-OTEL_TRACES_SAMPLER_ARG has the ratio."""
+"""Maps the name of a sampler to (ratio, True if a parent's decision is used instead). If the ratio is None,
+OTEL_TRACES_SAMPLER_ARG has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,8 @@ def _of_signal(variables: Mapping[str, str], what: str, signal: str) -> tuple[st
 
 
 def _url(section: Telemetry, variables: Mapping[str, str], signal: str) -> str:
-    """Returns the URL for a signal. The variable of one signal has the whole URL, and other settings a base URL."""
+    """Returns the URL for traces or metrics. A variable for only one of them has the whole URL. Other settings have a
+    base URL."""
     base = section.endpoint
     if base is None:
         name, value = _of_signal(variables, "ENDPOINT", signal)

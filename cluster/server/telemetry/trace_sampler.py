@@ -10,7 +10,7 @@ from llamaclust.cluster.engine.trace_context import TraceContext
 
 _TRACE_ID_BYTES, SPAN_ID_BYTES = 16, 8
 _COUNTED_BITS = 64
-"""Number of bits of a trace id that decide. Other programs use the same bits, so that all keep the same traces."""
+"""A trace is kept if its id's lowest 64 bits are small enough. Programs with the same rule keep the same traces."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ TOP_KEYS = {
     ),
     "speculative: {max_window: 33}": ("speculative.max_window: 33 is not possible; give a whole number from 1 to 32"),
     "speculative: {shared_answers: 9}": (
-        "speculative.shared_answers: 9 tokens are too few for an answer; set 1024 or more, or 0 for none"
+        "speculative.shared_answers: 9 tokens are too few to share; set 1024 or more, or 0 to share none"
     ),
     "speculative: {threads: 3}": (
         "speculative.threads: is for a draft model: set speculative.model, or remove this key"
@@ -202,7 +202,7 @@ def test_mistakes_name_line_place_and_what_is_allowed(tmp_path: Path, text: str,
         (
             "- name: a\n  device: [cuda:0, cuda]",
             5,
-            "workers[1].device: ['cuda:0', 'cuda']: name each GPU once, and at most 16",
+            "workers[1].device: ['cuda:0', 'cuda']: list at most 16 GPUs, and each only once",
         ),
         ("- name: a\n  gpu_layers: 3", 5, "workers[1].gpu_layers: is for workers with a GPU: set device to cuda:0 as"),
         ("- name: a\n  threads: 0", 5, f"workers[1].threads: 0 is not possible; {COUNT} 1024"),

@@ -76,7 +76,7 @@ async def test_a_network_that_takes_nothing_ends_the_pipeline(monkeypatch: pytes
     pipeline = _pipeline(Stream(), Stream())
     pipeline.submit(ScheduledMicrobatch(*microbatches("m", 1, 1)[0]))
     async with asyncio.timeout(30):
-        with pytest.raises(WorkerError, match=r"handing out a microbatch took longer than 0\.02 s"):
+        with pytest.raises(WorkerError, match=r"sending a microbatch to the first stage took longer than 0\.02 s"):
             await pipeline.run(lambda result: None)
     await pipeline.close()
 

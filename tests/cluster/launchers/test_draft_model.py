@@ -110,7 +110,7 @@ def test_it_drafts_for_those_of_several_models_that_have_its_tokens(path: Path, 
     other = small(tmp_path / "other.gguf", vocabulary=1024)
     with Model.open(path) as own, Model.open(padded) as like, Model.open(other) as unlike:
         assert plan_draft_model(path, [unlike, own, like], 1, CONTEXT).targets == (1, 2)
-        told = r"its 320 tokens differ from the 1024 of .*other.gguf; name a model of the same family"
+        told = r"its 320 tokens differ from the 1024 tokens of .*other.gguf; name a model of the same family"
         with pytest.raises(UsageError, match=told):
             plan_draft_model(path, [unlike, unlike], 1, CONTEXT)
 

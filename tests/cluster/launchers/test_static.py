@@ -332,7 +332,7 @@ BAD_OPTIONS = {
         "--device",
         "cuda:0",
     ): "--device: 'cpu' cannot be combined with GPUs",
-    ("--join", "h:1", "--device", "[cuda:0, cuda]"): "name each GPU once",
+    ("--join", "h:1", "--device", "[cuda:0, cuda]"): "list at most 16 GPUs, and each only once",
     ("--join", "h:1", "--device", "cuda", "--gpu-layers", "all"): "--gpu-layers: 'all' is not a number of layers",
     ("--join", "h:1", "--gpu-memory", "2GiB"): "--gpu-memory is for workers with a GPU",
     ("--join", "h:1", "--insecure", "--token-file", "f"): "--insecure and --token-file: choose one",

@@ -58,8 +58,8 @@ def test_fields_of_any_endpoint_are_taken(defaults: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("defaults", "message"),
     [
-        ({"temprature": 1}, "api.defaults: 'temprature' is a field of no endpoint; did you mean 'temperature'?"),
-        ({"zzzzzz": 1}, "api.defaults: 'zzzzzz' is a field of no endpoint; remove it"),
+        ({"temprature": 1}, "api.defaults: no endpoint has a field 'temprature'; did you mean 'temperature'?"),
+        ({"zzzzzz": 1}, "api.defaults: no endpoint has a field 'zzzzzz'; remove it"),
         ({"reasoning_budget": -5}, "api.defaults: reasoning_budget: "),
         ({"seed": 1, "temperature": "warm"}, "api.defaults: temperature: input should be a valid number"),
     ],

@@ -64,7 +64,7 @@ def test_plans_name_a_head_that_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(tmp_path))
-    line = "model has a head for multi-token prediction, which is not loaded: `speculative: {mtp: true}` drafts with it"
+    line = "model has a head for multi-token prediction, which is not loaded: set `speculative: {mtp: true}` to use it"
     without = build_architecture(tmp_path / "plain.gguf", "glm4moe")
     ways = {"{}": True, "{mtp: true}": False, "off": False}
     for path, shown in (with_nextn(tmp_path / "model.gguf"), ways), (without, {"{}": False}):

@@ -70,6 +70,6 @@ async def test_a_name_of_the_cluster_file_is_not_taken_again(model: Path, tmp_pa
     record = await recorded(model, tmp_path, "poet", "clerk")
     opened, told = await restored(config_of(model, aliases=["poet"]), model, record)
     assert opened.adapters.names == ("clerk",)
-    assert len(told) == 1 and "'poet' could not be loaded again: a model or another adapter has its name now" in told[0]
+    assert len(told) == 1 and "'poet' could not be loaded again: a model or another adapter has this name" in told[0]
     opened, told = await restored(config_of(model), model, AdapterRecord(record.path))
     assert opened.adapters.names == ("poet", "clerk") and not told

@@ -127,7 +127,7 @@ async def test_memory_that_drafts_have_not_written_to_is_not_for_workers(
     [
         (
             partial(build_tiny_model, vocabulary=1024),
-            "draft model .*draft.gguf: its 1024 tokens differ from the 320 of",
+            "draft model .*draft.gguf: its 1024 tokens differ from the 320 tokens of",
         ),
         (partial(build_architecture, name="falcon-h1"), "draft model .*draft.gguf: layers with states"),
         (lambda path: path.write_bytes(b"GGML"), "draft model .*draft.gguf: "),
@@ -162,4 +162,4 @@ async def test_several_models_share_one_draft_model(model: Path, tmp_path: Path)
     assert isinstance(remark, Notice) and isinstance(notice, Notice) and memory is not None
     assert remark.text.startswith(f"draft model {model.name} is not small: ")
     text = f"draft model {model.name}: {mib(memory.bytes)} MiB of this machine, for {model.stem}, copy"
-    assert notice.text.startswith(f"{text} (not for other: other tokens), ")
+    assert notice.text.startswith(f"{text} (not for other: another vocabulary), ")

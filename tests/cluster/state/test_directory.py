@@ -70,7 +70,7 @@ def test_a_record_signals_no_process_that_started_at_another_time() -> None:
     with subprocess.Popen(["sleep", "60"]) as process:
         try:
             own = ClusterRecord("home", os.getpid(), "http://127.0.0.1:1", "m")
-            with pytest.raises(LlamaclustError, match=rf"pid {process.pid} of its record is not its coordinator"):
+            with pytest.raises(LlamaclustError, match=rf"its record has pid {process.pid}, which is not its"):
                 replace(own, pid=process.pid).signal(signal.SIGTERM)
             assert process.poll() is None
             replace(own, pid=process.pid, start_ticks=start_ticks(process.pid) or 0).signal(signal.SIGTERM)

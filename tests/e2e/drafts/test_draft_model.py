@@ -105,5 +105,5 @@ async def test_answers_go_on_when_the_draft_model_fails(
 
 
 def test_a_draft_model_without_speculation_is_refused(model: Path) -> None:
-    with pytest.raises(UsageError, match="draft_model: nothing is drafted without speculation"):
+    with pytest.raises(UsageError, match="draft_model: drafting needs speculation, which is off"):
         LocalClient(model, settings=LocalSettings(speculation=False, draft_model=model))

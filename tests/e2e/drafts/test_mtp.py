@@ -166,5 +166,5 @@ def test_a_model_without_a_head_is_refused(tmp_path: Path) -> None:
 
 def test_a_head_without_speculation_is_refused(folder: Path) -> None:
     model = _model(folder, "glm4moe", knows=True)
-    with pytest.raises(UsageError, match="mtp: nothing is drafted without speculation"):
+    with pytest.raises(UsageError, match="mtp: drafting needs speculation, which is off"):
         LocalClient(model, settings=LocalSettings(CONTEXT, mtp=True, speculation=False))

@@ -50,6 +50,6 @@ async def test_text_goes_on_without_the_encoder_until_a_worker_is_back(
         assert await asyncio.gather(*answering) == expected
         assert run.cluster.supervisor.recoveries == 1 and not run.cluster.plan.has_encoder
         may_restart.set()
-        await run.until("images", lambda: "images are read again" in run.told)
+        await run.until("images", lambda: "images are accepted again" in run.told)
         check_rows(path, tiles, await encode(engine.encoder, tiles))
         assert await answer_of(engine.submit(requests[0])) == expected[0]

@@ -35,12 +35,12 @@ def said(cluster: DistantCluster, text: str) -> int:
 
 def names_the_port_once(cluster: DistantCluster, box: Box, closed: str) -> None:
     """However often it is tried meanwhile."""
-    line = f"cannot connect to worker {closed} at {box[closed].address}:{PORT}, its port for links of groups: open it"
+    line = f"cannot connect to worker {closed} at {box[closed].address}:{PORT}, its port for group links: open"
     cluster.coordinator.says(line, 60.0)
-    cluster.coordinator.says(f"until then, worker {closed} is in no group of a plan")
+    cluster.coordinator.says(f"until then, plans put worker {closed} in no group")
     before = box.filtered(closed)
     eventually(lambda: box.filtered(closed) >= before + SYNS, 60.0, "more tries")
-    assert said(cluster, f"until then, worker {closed} is in no group of a plan") == 1
+    assert said(cluster, f"until then, plans put worker {closed} in no group") == 1
     assert said(cluster, "cannot reach each other; until they can") <= 1
     assert said(cluster, "reach each other again") <= 1
 
@@ -59,7 +59,7 @@ def test_requests_of_a_group_by_hand_wait_for_the_port(
         assert said(cluster, "waiting for a link; requests wait 120 s at most") >= 1
         box.heal()
         assert asked.result(120.0) == small_answers
-        assert said(cluster, f"the port for links of worker {closed} is open again") == 1
+        assert said(cluster, f"the port for group links of worker {closed} is open again") == 1
         assert all(worker["state"] != "lost" and worker["quarantine"] is None for worker in cluster.status["workers"])
 
 

@@ -280,7 +280,7 @@ async def test_a_worker_that_shows_nothing_is_given_up(
     monkeypatch.setattr("llamaclust.cluster.control.remote.encoder._FRAME_S", 0.05)
     async with workers(tmp_path) as cluster:
         await load(cluster, folder, beside(folder))
-        with pytest.raises(DeadlineError, match=r"rows of an image from worker a took longer than 0\.05 s") as caught:
+        with pytest.raises(DeadlineError, match=r"an encoded image from worker a took longer than 0\.05 s") as caught:
             await encoded_by(cluster, task(rows))
         assert caught.value.worker == "a"
         held.gate.set()

@@ -89,8 +89,8 @@ async def test_a_closed_port_is_told_once_and_again_when_it_is_open() -> None:
     members = Members(closed={"ba", "ca"})
     assert await members.reports("ba") and await members.reports("ca") and await members.reports("ba")
     assert members.told == [
-        "worker b cannot connect to worker a at 192.0.2.1:8100, its port for links of groups: open it in firewalls;"
-        " until then, worker a is in no group of a plan"
+        "worker b cannot connect to worker a at 192.0.2.1:8100, its port for group links: open this port in firewalls;"
+        " until then, plans put worker a in no group"
     ]
     assert members.changes == 1 and members.workers["a"].closed_port and not members.workers["b"].closed_port
     before = members.looks
@@ -101,7 +101,7 @@ async def test_a_closed_port_is_told_once_and_again_when_it_is_open() -> None:
     assert members.changes == 1, "it is still closed for c"
     members.closed.clear()
     await members.until(lambda: members.changes == 2)
-    assert members.told[1:] == ["the port for links of worker a is open again"]
+    assert members.told[1:] == ["the port for group links of worker a is open again"]
     assert not members.workers["a"].closed_port
     members.closed.add("ba")
     assert await members.reports("ba") and members.changes == 3

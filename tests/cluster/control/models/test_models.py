@@ -53,7 +53,7 @@ async def test_no_more_models_are_loaded_than_the_cluster_file_allows(
         assert [answers[0::2], answers[1::2]] == expected
         assert found.most_models == 1
         (told,) = {text for text in found.run.told if "waiting for" in text}
-        assert told.endswith("give way after their turns: at most 1 model is loaded at a time (max_loaded_models)")
+        assert told.endswith("unloaded at the end of its turn: at most 1 model is loaded at a time (max_loaded_models)")
 
 
 async def test_without_demand_models_sleep_until_they_are_loaded(

@@ -1,4 +1,4 @@
-// Packers of types with blocks of 256 columns whose tiles hold the quants themselves.
+// Packers of weights in blocks of 256 columns whose tiles hold the quants themselves.
 #include "pack/blocks.h"
 
 namespace llamaclust {

@@ -53,10 +53,10 @@ STORE(q8_0, Q8Kv)
 STORE(int8, Int8Kv)
 
 // Merges the spans of rows whose spans were computed separately, in ascending order, and divides by the sum of weights.
-// As many threads compute the factors of all spans first, so only one multiplication and one fused multiply-add per
-// span are sequential. Other rows are merged already, including the heads' `sinks`, which may be null. Grid: (rows,
-// heads / heads of a block), blocks of 128 threads times up to 8 heads. If there is room for quantized rows, all rows
-// go there instead of to `out`; the heads of a block then have 256 channels together.
+// A thread per span computes the factors first, so only one multiplication and one fused multiply-add per span are
+// sequential. Other rows are merged already, including the heads' `sinks`, which may be null. Grid: (rows, heads /
+// heads of a block), blocks of 128 threads times up to 8 heads. If there is room for quantized rows, all rows go there
+// instead of to `out`; the heads of a block then have 256 channels together.
 KERNEL(1024, merge, const int32_t* rows, int32_t* plan, int32_t max_rows, int32_t slots, float* partials,
        const float* sinks, int32_t heads, int32_t head_dim, float* out, uint8_t* by_32, uint8_t* by_256) {
   let_next_kernel_begin();

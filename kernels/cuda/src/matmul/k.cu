@@ -1,4 +1,4 @@
-// Products with types with blocks of 256 columns whose tiles hold the quants themselves.
+// Products with weights in blocks of 256 columns whose tiles hold the quants themselves.
 #include "kernels.cuh"
 #include "level/quants/k.h"
 

@@ -1,4 +1,4 @@
-// Products with types with blocks of 32 columns.
+// Products with weights in blocks of 32 columns.
 #include "kernels.cuh"
 #include "level/quants/simple.h"
 
